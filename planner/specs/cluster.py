@@ -1,0 +1,78 @@
+"""Machines as the planner sees them: node groups, and a hierarchy of network tiers.
+
+A tier is a domain of devices that talk at one bandwidth; tiers are listed innermost first, and their ``size`` is the
+number of devices in one domain of that tier. Bandwidth is per device and per direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.specs.device import Device
+
+__all__ = ["Cluster", "NodeGroup", "Tier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One level of the network.
+
+    ``oversubscription`` divides the bandwidth of traffic that leaves the tier below (1 = full bisection).
+    """
+
+    name: str
+    size: int
+    bytes_per_s: float
+    latency_s: float
+    topology: str  # switch | mesh | torus | host | fabric
+    efficiency: float = 1.0
+    oversubscription: float = 1.0
+    source: str = ""
+
+    @property
+    def effective_bytes_per_s(self) -> float:
+        """What a large collective reaches per device and direction."""
+        return self.bytes_per_s * self.efficiency / self.oversubscription
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """Nodes of one kind."""
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+
+    @property
+    def devices(self) -> int:
+        """Accelerators in this group."""
+        return self.nodes * self.devices_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Node groups joined by tiers (innermost first; the last tier spans everything)."""
+
+    name: str
+    groups: tuple[NodeGroup, ...]
+    tiers: tuple[Tier, ...]
+    host_memory_bytes: float  # per device
+    host_memory_bytes_per_s: float  # per device
+    host_link_bytes_per_s: float  # per device
+    nvme_bytes: float  # per device
+    nvme_bytes_per_s: float  # per device
+
+    @property
+    def devices(self) -> int:
+        """Accelerators in the cluster."""
+        return sum(group.devices for group in self.groups)
+
+    @property
+    def device(self) -> Device:
+        """The only kind of device; the slowest part decides in a mixed cluster."""
+        return self.groups[0].device
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the cluster holds more than one kind of device."""
+        return len({group.device.name for group in self.groups}) > 1

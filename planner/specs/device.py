@@ -1,0 +1,90 @@
+"""One accelerator as its data sheet and its measurements describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["KINDS", "Device", "Efficiency", "ScaleUp", "Sourced"]
+
+KINDS = ("datasheet", "measured", "fitted", "assumed")
+
+
+@dataclass(frozen=True, slots=True)
+class Sourced:
+    """A number with its kind (datasheet, measured, fitted, assumed) and the key of its source in ``SOURCES.toml``."""
+
+    value: float
+    kind: str
+    source: str
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """How much of the data sheet a kernel reaches: the constants of the efficiency curves in ``planner.costs.compute``.
+
+    All are dimensionless fractions in (0, 1], or sizes in the named unit.
+    """
+
+    matmul: Sourced  # fraction of peak of an infinitely large, tile-aligned GEMM
+    matmul_tile: Sourced  # edge of the output tile of one block, elements
+    matmul_half_k: Sourced  # contraction length at which half of the asymptotic rate is reached, elements
+    attention: Sourced  # fraction of peak of a long fused attention forward
+    attention_backward: Sourced  # the same, of its backward
+    grouped_matmul: Sourced  # fraction of the GEMM rate that a grouped (per expert) GEMM keeps
+    memory: Sourced  # fraction of memory bandwidth of a long streaming kernel
+    memory_half_bytes: Sourced  # bytes at which half of that rate is reached
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleUp:
+    """The domain of fast links that the part is sold in (NVLink, xGMI, ICI, PCIe): per device, per direction."""
+
+    kind: str
+    domain: int  # devices in one domain
+    bytes_per_s: Sourced
+    latency_s: Sourced
+    topology: str  # switch | mesh | torus | host
+    efficiency: Sourced  # fraction of the link rate that a large collective reaches
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An accelerator: SI base units, dense peaks, link rates per direction and per device.
+
+    ``peak_flop_per_s`` maps a dtype (fp32, tf32, fp16, bf16, fp8, fp4, int8) to the dense rate; a missing dtype is
+    not supported. ``memory_bytes`` is what the driver reports as total.
+    """
+
+    name: str
+    vendor: str
+    year: int
+    peak_flop_per_s: Mapping[str, Sourced]
+    vector_flop_per_s: Sourced  # fp32 outside the matrix units
+    memory_bytes: Sourced
+    memory_bytes_per_s: Sourced
+    l2_bytes: Sourced
+    multiprocessors: Sourced  # units that a kernel's tiles are dealt to
+    launch_s: Sourced  # shortest kernel, start to end, on the device
+    dispatch_s: Sourced  # host time to issue one kernel
+    efficiency: Efficiency
+    scale_up: ScaleUp
+    nic_bytes_per_s: Sourced  # scale-out bandwidth per device
+    nic_latency_s: Sourced
+    nic_efficiency: Sourced
+    devices_per_node: int
+    host_link_bytes_per_s: Sourced  # PCIe or C2C to host memory, per device
+    host_memory_bytes: Sourced  # per node
+    host_memory_bytes_per_s: Sourced  # per node
+    nvme_bytes: Sourced  # per node
+    nvme_bytes_per_s: Sourced  # per node
+    power_w: Sourced
+    usd_per_hour: Sourced | None
+    notes: str = ""
+
+    def supports(self, dtype: str) -> bool:
+        """Whether the part has a matrix rate for this dtype."""
+        return dtype in self.peak_flop_per_s
