@@ -1,0 +1,292 @@
+"""The engine: the one place where items become seconds, and blocks become totals.
+
+:class:`Pricer` prices the items of a ledger on a cluster, each expression once per set of axes (items that passes share or
+copy are priced once). :func:`tabulate` then resolves overlap, window by window, and sums a ledger into a
+:class:`BlockTable`: what one instance of each block kind costs and holds, per row. Pipelines and serving pools are
+composed from such tables and from nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.costs.collectives import (
+    Level,
+    all_gather_s,
+    all_reduce_s,
+    all_to_all_s,
+    group_members,
+    point_to_point_s,
+    reduce_scatter_s,
+)
+from planner.costs.compute import attention_bytes, attention_flop, attention_s, matmul_bytes, matmul_s, memory_bound_s
+from planner.costs.overlap import overlapped_s
+from planner.costs.precision import dtype_bytes
+from planner.ledger import (
+    Array,
+    AttentionCore,
+    Axes,
+    Collective,
+    Group,
+    Item,
+    Kernel,
+    Ledger,
+    Matmul,
+    Resident,
+    Stream,
+    Transfer,
+)
+from planner.specs.cluster import Cluster
+from planner.specs.stack import Stack
+
+__all__ = ["PHASES", "POOLS", "BlockTable", "Pricer", "tabulate"]
+
+PHASES = ("forward", "backward", "weight", "recompute")
+POOLS = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace", "gathered", "buffers", "kv_cache")
+_COLLECTIVES = {
+    "all_reduce": all_reduce_s,
+    "all_gather": all_gather_s,
+    "reduce_scatter": reduce_scatter_s,
+    "all_to_all": all_to_all_s,
+}
+
+
+class Pricer:
+    """Prices items on one cluster with one software stack; results are remembered on the ledger's axes."""
+
+    def __init__(self, cluster: Cluster, stack: Stack) -> None:
+        self.cluster = cluster
+        self.stack = stack
+        self.device = cluster.device
+        self._levels: dict[int, tuple[Group, list[Level]]] = {}
+
+    def prices(self, ledger: Ledger) -> list[Array]:
+        """Seconds of every item, in order; zero for residents. Arrays broadcast over the ledger's rows."""
+        known = ledger.axes.prices
+        missing: dict[Any, Item] = {}
+        keys: list[Any] = []
+        for item in ledger.items:
+            key = _key(item)
+            keys.append(key)
+            if key is not None and key not in known:
+                missing.setdefault(key, item)
+        for kind, price in (
+            (Matmul, self._matmuls),
+            (Stream, self._streams),
+            (AttentionCore, self._attention),
+            (Collective, self._collectives),
+            (Transfer, self._transfers),
+        ):
+            batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
+            if batch:
+                known.update(zip(batch, price(list(batch.values()), ledger.axes), strict=True))
+        return [_ZERO if key is None else known[key] for key in keys]
+
+    def levels(self, group: Group) -> list[Level]:
+        """The group's path through the cluster's tiers, innermost first."""
+        found = self._levels.get(id(group))
+        if found is None:
+            size, stride = np.broadcast_arrays(group.size, group.stride)
+            ranks = float(self.cluster.devices)
+            levels = [
+                Level(
+                    np.asarray(group_members(size, stride, tier.size, ranks), dtype=np.float64),
+                    tier.effective_bytes_per_s,
+                    tier.latency_s,
+                )
+                for tier in self.cluster.tiers
+            ]
+            found = self._levels[id(group)] = (group, levels)
+        return found[1]
+
+    # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
+
+    def _matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
+        device, eff = self.device, self.device.efficiency
+        width = np.array([[dtype_bytes(item.dtype)] for item in items])
+        out = np.array([[dtype_bytes(item.dtype) if i.out_bytes is None else i.out_bytes] for i in items for item in (i,)])
+        peak = np.array([[self._peak(item.dtype) * (float(eff.grouped_matmul) if item.grouped else 1.0)] for item in items])
+        m, n, k, groups = (_stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups"))
+        launches = np.array([[item.launches] for item in items])
+        return matmul_s(
+            m, n, k, groups, peak, matmul_bytes(m, n, k, groups, width, out), float(device.memory_bytes_per_s),
+            matmul=float(eff.matmul), tile=float(eff.matmul_tile), half_k=float(eff.matmul_half_k),
+            multiprocessors=float(device.multiprocessors), memory=float(eff.memory),
+            memory_half_bytes=float(eff.memory_half_bytes), floor_s=float(device.launch_s),
+        ) * launches  # fmt: skip
+
+    def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
+        device, eff = self.device, self.device.efficiency
+        size = _stack([item.size for item in items], axes)
+        launches = np.array([[item.launches] for item in items])
+        n_bytes = size * np.array([[item.bytes_per_element] for item in items])
+        seconds = memory_bound_s(
+            n_bytes, float(device.memory_bytes_per_s), memory=float(eff.memory),
+            memory_half_bytes=float(eff.memory_half_bytes), floor_s=0.0,
+        )  # fmt: skip
+        flop = np.array([[item.flop_per_element] for item in items])
+        if flop.any():
+            seconds = np.maximum(seconds, size * flop / float(device.vector_flop_per_s))
+        return np.maximum(seconds, launches * float(device.launch_s) * (size > 0))
+
+    def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Array]:
+        device, eff = self.device, self.device.efficiency
+        for item in items:
+            dims = [axes[getattr(item, d)] for d in ("batch", "heads", "q", "kv", "qk_dim", "v_dim")]
+            flop = attention_flop(*dims, visible=axes[item.visible], passes=item.passes)
+            batch, heads, q, kv, qk, v = dims
+            n_bytes = attention_bytes(
+                batch, heads, axes[item.kv_heads], q, kv, qk, v, dtype_bytes(item.dtype), passes=max(1.0, item.passes - 0.5)
+            )
+            yield attention_s(
+                flop, n_bytes, self._peak(item.dtype), float(device.memory_bytes_per_s),
+                attention=float(eff.attention if item.passes == 1.0 else eff.attention_backward),
+                memory=float(eff.memory), memory_half_bytes=float(eff.memory_half_bytes),
+                tiles=batch * heads * np.ceil(q / float(eff.matmul_tile)),
+                multiprocessors=float(device.multiprocessors), floor_s=float(device.launch_s),
+            )  # fmt: skip
+
+    def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Array]:
+        for item in items:
+            n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
+            levels = self.levels(item.group)
+            if item.kind == "point_to_point":
+                yield self._hop_s(n_bytes, item.group)
+                continue
+            messages = np.maximum(axes[item.messages], 1.0)
+            # Cut into messages: the bytes once, the latency of every message.
+            yield _COLLECTIVES[item.kind](n_bytes / messages, levels) * messages
+
+    def _hop_s(self, n_bytes: Array, group: Group) -> Array:
+        """One message between neighbours of the group: over the innermost tier that holds both."""
+        seconds: Array | None = None
+        for level in reversed(self.levels(group)):
+            hop = point_to_point_s(n_bytes, level.bytes_per_s, level.latency_s)
+            # A boundary inside a tier's domain is at least as common as one across it: the slower one paces the ring.
+            seconds = hop if seconds is None else np.where(level.members >= group.size, hop, seconds)
+        assert seconds is not None
+        return np.where(group.size > 1, seconds, 0.0)
+
+    def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
+        rate = {
+            "host_link": self.cluster.host_link_bytes_per_s,
+            "host_memory": self.cluster.host_memory_bytes_per_s,
+            "nvme": self.cluster.nvme_bytes_per_s,
+        }
+        for item in items:
+            yield axes[item.size] * item.bytes_per_element / rate[item.tier]
+
+    def _peak(self, dtype: str) -> float:
+        """Dense matrix rate for a dtype; a format without a rate of its own runs at the nearest wider one."""
+        peaks = self.device.peak_flop_per_s
+        for name in _WIDER[dtype]:
+            if name in peaks:
+                return float(peaks[name])
+        return float(self.device.vector_flop_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTable:
+    """Totals of one instance of every block kind: arrays of shape (kinds, rows); memory on the device unless named.
+
+    ``seconds``: per micro-batch and phase, overlap resolved. ``saved_bytes``: held per micro-batch in flight.
+    ``always_bytes`` {pool}: held throughout. ``block_bytes``: the transient while this block is at work. ``host_bytes``:
+    held in host memory. ``step_s`` {track}: once per optimizer step, by track (``main`` is serial; ``gradients`` and
+    ``weights`` may hide behind backward and forward work). ``last_s`` {track}: the part of it that nothing can hide.
+    """
+
+    kinds: tuple[str, ...]
+    seconds: dict[str, Array]
+    saved_bytes: Array
+    always_bytes: dict[str, Array]
+    block_bytes: Array
+    step_bytes: Array
+    host_bytes: Array
+    step_s: dict[str, Array]
+
+
+def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) -> BlockTable:
+    """Prices a ledger and sums it per block kind."""
+    prices = pricer.prices(ledger)
+    position = {kind: index for index, kind in enumerate(kinds)}
+    serial: dict[tuple[str, str, str], dict[str, Array]] = defaultdict(dict)
+    launches: dict[tuple[str, str], float] = defaultdict(float)
+    table = BlockTable(
+        kinds, {phase: np.zeros((len(kinds), rows)) for phase in PHASES}, np.zeros((len(kinds), rows)), {},
+        np.zeros((len(kinds), rows)), np.zeros((len(kinds), rows)), np.zeros((len(kinds), rows)), {},
+    )  # fmt: skip
+    for item, price in zip(ledger.items, prices, strict=True):
+        index = position[item.block]
+        if isinstance(item, Resident):
+            _hold(table, item, ledger.axes[item.size] * item.bytes_per_element, index, rows)
+        elif item.phase == "step":
+            tracks = table.step_s.setdefault(item.track, np.zeros((len(kinds), rows)))
+            tracks[index] += price
+        else:
+            window = serial[item.block, item.phase, item.window]
+            window[item.track] = window[item.track] + price if item.track in window else price
+            if isinstance(item, Kernel):
+                launches[item.block, item.phase] += item.launches
+    for (block, phase, window), tracks in serial.items():
+        if window:
+            main = serial[block, phase, ""]
+            inside = overlapped_s(list(tracks.values()), ledger.chunks.get(window, np.inf), pricer.stack.overlap_slowdown.value)
+            main["main"] = main["main"] + inside if "main" in main else inside
+    for (block, phase, window), tracks in serial.items():
+        if not window:
+            seconds = overlapped_s(list(tracks.values()), np.inf, pricer.stack.overlap_slowdown.value)
+            host_s = launches[block, phase] * float(pricer.device.dispatch_s)
+            table.seconds[phase][position[block]] = np.maximum(seconds, host_s)
+    return table
+
+
+def _hold(table: BlockTable, item: Resident, n_bytes: Array, index: int, rows: int) -> None:
+    """Adds a resident to the total of its lifetime and tier."""
+    if item.tier != "device":
+        if item.lifetime == "always":
+            table.host_bytes[index] += n_bytes
+        return
+    if item.lifetime == "micro_batch":
+        table.saved_bytes[index] += n_bytes
+    elif item.lifetime == "always":
+        table.always_bytes.setdefault(item.pool, np.zeros((len(table.kinds), rows)))[index] += n_bytes
+    elif item.lifetime == "block":
+        table.block_bytes[index] += n_bytes
+    else:
+        table.step_bytes[index] += n_bytes
+
+
+def _stack(expressions: list[str], axes: Axes) -> Array:
+    """Expressions over axes as one array (items, rows)."""
+    return np.stack(np.broadcast_arrays(*(np.atleast_1d(axes[e]) for e in expressions)))
+
+
+def _key(item: Item) -> Any:
+    """What a price depends on, besides the axes; None for residents."""
+    if isinstance(item, Matmul):
+        return ("m", item.m, item.n, item.k, item.groups, item.grouped, item.dtype, item.out_bytes, item.launches)
+    if isinstance(item, Stream):
+        return ("s", item.size, item.bytes_per_element, item.launches, item.flop_per_element)
+    if isinstance(item, Collective):
+        return ("c", item.kind, id(item.group), item.size, item.dtype, item.messages, item.skew)
+    if isinstance(item, AttentionCore):
+        return ("a", item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.visible, item.passes, item.dtype)
+    if isinstance(item, Transfer):
+        return ("t", item.size, item.bytes_per_element, item.tier)
+    return None
+
+
+_ZERO = np.zeros(1)
+_WIDER = {
+    "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp16", "fp32"),
+    "bf16": ("bf16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "fp32": ("fp32",),
+    "tf32": ("tf32", "fp32"),
+}

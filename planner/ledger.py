@@ -1,0 +1,312 @@
+"""The ledger: what a device computes, moves and holds, as tagged items over named axes.
+
+A ledger says *what* is done; nothing in it is a second. Sizes are expressions over named axes (``"batch*seq*hidden"``),
+and the axes are arrays over candidate rows: sharding an axis re-sizes every item that mentions it. Techniques edit
+ledgers with the verbs of :class:`Ledger`; the engine alone turns items into seconds and peaks.
+
+Axis names may be qualified by the block they belong to (``ffn@decoder``); the part before ``@`` is the axis's *role*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "AttentionCore",
+    "Axes",
+    "Collective",
+    "Group",
+    "Item",
+    "Kernel",
+    "Ledger",
+    "Matmul",
+    "Phase",
+    "Pool",
+    "Resident",
+    "Stream",
+    "Transfer",
+    "role",
+]
+
+Array = NDArray[np.float64]
+Phase = Literal["forward", "backward", "weight", "recompute", "step"]
+Pool = Literal[
+    "parameters", "gradients", "optimizer", "activations", "logits", "workspace", "gathered", "buffers", "kv_cache"
+]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Ranks that communicate: ``size`` ranks, ``stride`` apart in the mesh order (innermost first); arrays over rows."""
+
+    name: str
+    size: Array
+    stride: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """What every item carries.
+
+    Attributes:
+        what: dotted name, e.g. ``attention.qkv``.
+        block: the block kind it belongs to; amounts are per block instance.
+        phase: when it happens. ``backward`` is the input gradient, ``weight`` the weight gradient; ``step`` items
+            happen once per optimizer step, all others once per micro-batch.
+        tags: what passes select by; also names the recompute region that produces it.
+        by: key of the technique that put it here.
+        source: where its formula comes from.
+        window: items of one window run side by side (one track per ``track``); the empty window is the block's own
+            serial order, which everything on another track of the empty window runs beside.
+        track: the stream inside the window.
+    """
+
+    what: str
+    block: str
+    phase: Phase = "forward"
+    tags: frozenset[str] = frozenset()
+    by: str = "model"
+    source: str = ""
+    window: str = ""
+    track: str = "main"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel(Item):
+    """Device work; ``launches`` kernels per instance."""
+
+    dtype: str = "fp32"
+    launches: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matmul(Kernel):
+    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM."""
+
+    m: str
+    n: str
+    k: str
+    groups: str = "1"
+    grouped: bool = False
+    out_bytes: float | None = None  # bytes per output element; None follows dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCore(Kernel):
+    """A fused attention kernel: softmax(QKᵀ)V without the score matrix in memory.
+
+    FLOP = 2·batch·heads·q·kv·(qk_dim + v_dim)·``visible``·``passes``: ``visible`` is the fraction of the score matrix
+    that the mask leaves and the kernel does not skip, ``passes`` 1 forward and 2.5 backward (5 products for 2).
+    """
+
+    batch: str
+    heads: str
+    kv_heads: str
+    q: str
+    kv: str
+    qk_dim: str
+    v_dim: str
+    visible: str = "1"
+    passes: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream(Kernel):
+    """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements."""
+
+    size: str
+    bytes_per_element: float
+    flop_per_element: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective(Item):
+    """``kind`` over ``group`` on ``size`` elements of ``dtype``.
+
+    ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
+    and point-to-point. ``messages`` is into how many calls it is cut.
+    """
+
+    kind: CollectiveKind
+    group: Group
+    size: str
+    dtype: str = "fp32"
+    messages: str = "1"
+    skew: float = 1.0  # max over ranks of the load, relative to the mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer(Item):
+    """``size`` elements between the device and a slower ``tier``; host arithmetic is a transfer over host memory."""
+
+    size: str
+    bytes_per_element: float
+    tier: Literal["host_link", "host_memory", "nvme"] = "host_link"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident(Item):
+    """Bytes held: ``size`` elements of ``bytes_per_element``.
+
+    ``lifetime``: ``always``; ``micro_batch`` from a micro-batch's forward to its backward (times the micro-batches in
+    flight); ``block`` while one block is at work (the peak takes the largest); ``step`` in the optimizer step only.
+    ``tier`` is where it lives.
+    """
+
+    size: str
+    bytes_per_element: float
+    pool: Pool
+    lifetime: Literal["always", "micro_batch", "block", "step"]
+    tier: Literal["device", "host", "nvme"] = "device"
+    dtype: str = ""
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+class Axes:
+    """Sizes of named axes, arrays over rows; evaluates and remembers expressions over them.
+
+    >>> axes = Axes({"batch": 2.0, "seq": np.array([8.0, 4.0])})
+    >>> axes["3*batch*seq + seq/2"]
+    array([52., 26.])
+    """
+
+    __slots__ = ("_memo", "_sizes", "prices")
+
+    def __init__(self, sizes: Mapping[str, Array | float]) -> None:
+        self._sizes: dict[str, Array] = {name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()}
+        self._memo: dict[str, Array] = {}
+        self.prices: dict[Any, Array] = {}  # what the engine has priced on these axes
+
+    def __getitem__(self, expression: str) -> Array:
+        value = self._memo.get(expression)
+        if value is None:
+            value = self._memo[expression] = self._evaluate(expression)
+        return value
+
+    def __contains__(self, axis: str) -> bool:
+        return axis in self._sizes
+
+    def names(self) -> list[str]:
+        """All axis names."""
+        return list(self._sizes)
+
+    def with_sizes(self, sizes: Mapping[str, Array | float]) -> Axes:
+        """A copy with some axes set."""
+        return Axes({**self._sizes, **sizes})
+
+    def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
+        """A copy in which every axis of the given roles is multiplied by its factor."""
+        return Axes(
+            {n: size * factors[role(n)] if role(n) in factors else size for n, size in self._sizes.items()}
+        )
+
+    def _evaluate(self, expression: str) -> Array:
+        total: Array | None = None
+        for coefficient, above, below in _terms(expression):
+            value: Array | None = None
+            for axis in above:
+                value = self._sizes[axis] if value is None else value * self._sizes[axis]
+            value = np.float64(coefficient) if value is None else value if coefficient == 1.0 else value * coefficient
+            for axis in below:
+                value = value / self._sizes[axis]
+            total = value if total is None else total + value
+        assert total is not None
+        return np.asarray(total)
+
+
+def role(axis: str) -> str:
+    """The axis's role, without its block: ``ffn`` of ``ffn@decoder``."""
+    return axis.partition("@")[0]
+
+
+@lru_cache(maxsize=8192)
+def _terms(expression: str) -> tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]:
+    """``"2*a*b/c + d"`` as ((2.0, (a, b), (c,)), (1.0, (d,), ()))."""
+    terms = []
+    for term in expression.split(" + "):
+        coefficient, above, below = 1.0, [], []
+        for index, part in enumerate(term.split("/")):
+            for factor in part.split("*"):
+                name = factor.strip()
+                if name[0].isdigit():
+                    coefficient = coefficient * float(name) if index == 0 else coefficient / float(name)
+                else:
+                    (above if index == 0 else below).append(name)
+        terms.append((coefficient, tuple(above), tuple(below)))
+    return tuple(terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Items over axes. Every verb returns a new ledger; items that a verb does not touch are shared.
+
+    ``chunks`` says into how many pieces the work of a named window is cut (absent: endlessly many, so that tracks
+    overlap fully). ``degrees`` names extra groups that a pass made, for those that come after it.
+    """
+
+    axes: Axes
+    items: tuple[Item, ...]
+    chunks: Mapping[str, Array | float]
+
+    def shard(self, **degrees: Array | float) -> Ledger:
+        """Divides the axes of the given roles by a degree: every item that names them shrinks."""
+        return replace(self, axes=self.axes.scaled({r: 1.0 / np.asarray(d) for r, d in degrees.items()}))
+
+    def scale(self, **factors: Array | float) -> Ledger:
+        """Multiplies the axes of the given roles."""
+        return replace(self, axes=self.axes.scaled(factors))
+
+    def set_axes(self, **sizes: Array | float) -> Ledger:
+        """Sets or adds axes."""
+        return replace(self, axes=self.axes.with_sizes(sizes))
+
+    def add(self, items: Iterable[Item]) -> Ledger:
+        """Adds items."""
+        return replace(self, items=(*self.items, *items))
+
+    def drop(self, where: Callable[[Item], bool]) -> Ledger:
+        """Removes the items that ``where`` selects."""
+        return replace(self, items=tuple(item for item in self.items if not where(item)))
+
+    def edit(self, kind: type[ItemT], change: Callable[[ItemT], Item | None]) -> Ledger:
+        """Replaces each item of a kind by what ``change`` returns for it; None leaves it as it is."""
+        items = []
+        for item in self.items:
+            new = change(item) if isinstance(item, kind) else None
+            items.append(item if new is None else new)
+        return replace(self, items=tuple(items))
+
+    def copy_to_phase(self, where: Callable[[Item], bool], phase: Phase, by: str) -> Ledger:
+        """Copies kernels, collectives and transfers to another phase (recompute), windows and tracks included."""
+        copies = [
+            replace(item, phase=phase, by=by, window=item.window and f"{item.window}.{phase}")
+            for item in self.items
+            if not isinstance(item, Resident) and where(item)
+        ]
+        chunks = dict(self.chunks)
+        for item in copies:
+            original = item.window.removesuffix(f".{phase}")
+            if item.window and original in chunks:
+                chunks[item.window] = chunks[original]
+        return replace(self, items=(*self.items, *copies), chunks=chunks)
+
+    def cut(self, window: str, chunks: Array | float) -> Ledger:
+        """Says into how many chunks a window's work is cut."""
+        return replace(self, chunks={**self.chunks, window: chunks})
+
+    def of(self, kind: type[ItemT], **fields: Any) -> list[ItemT]:
+        """The items of a kind whose fields have the given values."""
+        return [
+            item
+            for item in self.items
+            if isinstance(item, kind) and all(getattr(item, name) == value for name, value in fields.items())
+        ]
