@@ -1,0 +1,119 @@
+"""Finds a model by name, file or folder, and loads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from planner.errors import Problem, SpecError, did_you_mean
+from planner.specs.library import canonical, models_folder, resolve
+from planner.specs.load import read_file
+from planner.specs.model import Model
+from planner.specs.model_file import model_from_table
+
+__all__ = ["list_models", "load_model"]
+
+_ALIASES = "aliases"
+_SQUASH = re.compile(r"[^a-z0-9.]+")
+# What hubs append to (or put before) a model's name without changing its shape.
+_RELEASE_WORDS = frozenset(
+    "meta instruct it chat base pt hf bf16 fp16 fp8 fp4 nvfp4 mxfp4 awq gptq int4 int8 bnb 4bit quantized".split()
+)
+_VERSION_WORD = re.compile(r"v\d+(\.\d+)*|\d{4}|\d{6}|\d{8}")
+
+
+def list_models() -> list[str]:
+    """Names of the shipped models, sorted; reads no file.
+
+    Raises:
+        SpecError: the installation lacks its data.
+    """
+    return sorted(path.stem for path in models_folder().glob("*.toml") if path.stem != _ALIASES)
+
+
+def load_model(name_or_path: str | Path) -> Model:
+    """A model by shipped name, by hub id, or from a file.
+
+    Args:
+        name_or_path: a shipped name or alias in any case (``"llama3.1-405b"``, ``"meta-llama/Llama-3.1-405B"``), a
+            ``.toml`` file, a Hugging Face ``config.json``, or a folder that holds one.
+
+    Raises:
+        SpecError: no such model or file, or what is wrong inside the file, all at once.
+
+    >>> load_model("openai-community/GPT2-XL").n_layers
+    48
+    """
+    text = str(name_or_path)
+    if not text.strip():
+        raise SpecError(Problem("model", "is empty", "a shipped model's name or a file"))
+    shipped = list_models()
+    if not isinstance(name_or_path, Path):
+        name = _shipped_name(text, shipped)
+        if name is not None:
+            return _from_file(models_folder() / f"{name}.toml")
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return _from_file(path / "config.json")
+        if path.suffix.lower() in (".toml", ".json") or path.is_file():
+            return _from_file(path)
+    except (OSError, ValueError, RuntimeError):  # not a path at all: too long, a null byte, no such user
+        pass
+    names = {squash(known): known for known in shipped}
+    hint = did_you_mean(squash(text.rsplit("/", 1)[-1]), names)
+    for squashed, known in sorted(names.items(), key=lambda pair: -len(pair[0])):
+        hint = re.sub(rf"(?<= ){re.escape(squashed)}(?=[ ?])", known, hint)
+    raise SpecError(
+        Problem(
+            "model",
+            f"{text[:80]!r} is not a shipped model or a file",
+            "a shipped name, a .toml file, a config.json or a folder that holds one",
+            hint or "See the list of shipped models.",
+        )
+    )
+
+
+def squash(name: str) -> str:
+    """A name without case and separators, for comparison.
+
+    >>> squash("Llama-3.1-405B")
+    'llama3.1405b'
+    """
+    return _SQUASH.sub("", name.lower())
+
+
+def _shipped_name(text: str, shipped: Collection[str]) -> str | None:
+    """The shipped model that a name means: as spelled, by alias, then without release words and version words."""
+    name = resolve(text, shipped, {})
+    if name is not None or text.lower().endswith((".toml", ".json")):
+        return name
+    by_squashed = {squash(known): known for known in shipped}
+    aliases = _aliases()
+    words = canonical(text.rstrip("/").rsplit("/", 1)[-1]).split("-")
+    plain = [word for word in words if word not in _RELEASE_WORDS]
+    bare = [word for word in plain if not _VERSION_WORD.fullmatch(word)]
+    for candidate in ([text], words, plain, bare):
+        key = squash("".join(candidate))
+        match = by_squashed.get(key) or aliases.get(key)
+        if match in shipped:
+            return match
+    return None
+
+
+def _aliases() -> Mapping[str, str]:
+    """Other names of shipped models, squashed."""
+    path = models_folder() / f"{_ALIASES}.toml"
+    if not path.is_file():
+        return {}
+    return {squash(alias): name for name, row in read_file(path).items() for alias in row}
+
+
+def _from_file(path: Path) -> Model:
+    data = read_file(path)
+    if path.suffix.lower() == ".json":
+        from planner.specs.huggingface import model_from_config
+
+        return model_from_config(data, str(path))
+    return model_from_table(data, path.stem, str(path))
