@@ -61,6 +61,8 @@ class Cluster:
     host_link_bytes_per_s: float  # per device
     nvme_bytes: float  # per device
     nvme_bytes_per_s: float  # per device
+    notes: str = ""
+    source: str = ""  # key in SOURCES.toml of what describes the machine
 
     @property
     def devices(self) -> int:

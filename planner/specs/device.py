@@ -84,6 +84,8 @@ class Device:
     power_w: Sourced
     usd_per_hour: Sourced | None
     notes: str = ""
+    generation: str = ""  # the family whose defaults the profile shares
+    within_node: ScaleUp | None = None  # joins the scale-up domains of one node (bridged pairs over PCIe)
 
     def supports(self, dtype: str) -> bool:
         """Whether the part has a matrix rate for this dtype."""

@@ -1,0 +1,156 @@
+"""Device profiles: finds them by name, and reads a file over the defaults of its generation into a Device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from planner.errors import Problem, SpecError, did_you_mean
+from planner.specs.device import Device, Efficiency, ScaleUp, Sourced
+from planner.specs.library import canonical, hardware_folder, resolve
+from planner.specs.load import Reader, read_file
+from planner.specs.sourced import read_optional, read_sourced
+
+__all__ = ["DTYPES", "TOPOLOGIES", "aliases", "find_device", "list_devices", "load_device", "merged_profile"]
+
+DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8")
+TOPOLOGIES = ("switch", "mesh", "torus", "host", "fabric")
+_MAKERS = ("nvidia", "amd", "intel", "google", "huawei", "aws", "tesla", "instinct", "geforce", "quadro")
+
+
+def list_devices() -> list[str]:
+    """Names of the shipped device profiles, sorted; no file is read."""
+    return sorted(path.stem for path in (hardware_folder() / "devices").glob("*.toml"))
+
+
+def load_device(name_or_path: str | Path) -> Device:
+    """A shipped device by name or alias in any case, or a profile of your own by path (``.toml``).
+
+    Raises:
+        SpecError: no such device, or the file is wrong (all of its problems at once).
+
+    >>> load_device("H100").peak_flop_per_s["bf16"].value
+    989400000000000.0
+    """
+    path = _profile_path(str(name_or_path))
+    reader = Reader(merged_profile(path), str(path))
+    device = _device(reader)
+    reader.raise_if_any()
+    return device
+
+
+def find_device(name: str) -> str | None:
+    """The shipped profile that a name or alias means; a leading maker or product line is ignored."""
+    spelled = canonical(name)
+    known = list_devices()
+    while True:
+        found = resolve(spelled, known, {} if spelled in known else aliases("devices"))
+        maker, _, rest = spelled.partition("-")
+        if found is not None or maker not in _MAKERS or not rest:
+            return found
+        spelled = rest
+
+
+@cache
+def aliases(section: str) -> Mapping[str, str]:
+    """The shipped aliases of ``devices`` or ``clusters``."""
+    table: Mapping[str, str] = read_file(hardware_folder() / "ALIASES.toml")[section]
+    return table
+
+
+def merged_profile(path: Path) -> dict[str, Any]:
+    """The table of a device file over the defaults of the generation that it names.
+
+    Raises:
+        SpecError: the file is unreadable, or names no known generation.
+    """
+    table = read_file(path)
+    generation = table.get("generation")
+    if generation is None:
+        return table
+    folder = hardware_folder() / "generations"
+    if not isinstance(generation, str) or not (folder / f"{Path(generation).name}.toml").is_file():
+        known = sorted(file.stem for file in folder.glob("*.toml"))
+        expected, hint = f"one of {', '.join(known)}", did_you_mean(str(generation), known)
+        raise SpecError(Problem(f"{path}: generation", repr(generation), expected, hint))
+    defaults = read_file(folder / f"{generation}.toml")
+    merged = {**defaults, **table}
+    if isinstance(table.get("efficiency"), dict):
+        merged["efficiency"] = {**defaults["efficiency"], **table["efficiency"]}
+    return merged
+
+
+def _profile_path(name: str) -> Path:
+    if name.endswith((".toml", ".json")):
+        return Path(name)
+    found = find_device(name)
+    if found is None:
+        hint = did_you_mean(canonical(name), [*list_devices(), *aliases("devices")])
+        raise SpecError(
+            Problem("device", f"unknown device {name!r}", "a shipped device or a .toml file", hint)
+        )
+    return hardware_folder() / "devices" / f"{found}.toml"
+
+
+def _device(reader: Reader) -> Device:
+    # Every field that holds a sourced number is read by its name; the few others are read one by one.
+    numbers: dict[str, Any] = {
+        field.name: read_sourced(reader, field.name)
+        for field in fields(Device)
+        if field.type == Sourced.__name__
+    }
+    within_node: Reader | None = reader.table("within_node", None)
+    device = Device(
+        name=reader.text("name"),
+        vendor=reader.text("vendor", ""),
+        year=reader.integer("year", 0, minimum=1990, maximum=2100),
+        peak_flop_per_s=_peaks(reader.table("peak_flop_per_s")),
+        efficiency=_efficiency(reader.table("efficiency")),
+        scale_up=_scale_up(reader.table("scale_up")),
+        devices_per_node=reader.integer("devices_per_node", maximum=1024),
+        usd_per_hour=read_optional(reader, "usd_per_hour", maximum=1e4),
+        notes=reader.text("notes", ""),
+        generation=reader.text("generation", ""),
+        within_node=None if within_node is None else _scale_up(within_node),
+        **numbers,
+    )
+    if device.nic_efficiency.value > 1:
+        reader.problem("nic_efficiency", f"{device.nic_efficiency.value:g}", "a fraction up to 1")
+    reader.ignore("matrix_to_vector", "unusual")  # read by the sanity checks alone
+    reader.finish()
+    return device
+
+
+def _peaks(reader: Reader) -> dict[str, Sourced]:
+    peaks = {dtype: read_sourced(reader, dtype) for dtype in DTYPES if reader.has(dtype)}
+    if not peaks and not reader.problems:
+        reader.problem("bf16", "no dtype has a rate", f"at least one of {', '.join(DTYPES)}")
+    reader.ignore(*DTYPES)
+    reader.finish()
+    return peaks
+
+
+def _efficiency(reader: Reader) -> Efficiency:
+    sizes = ("matmul_tile", "matmul_half_k", "memory_half_bytes")
+    values = {
+        field.name: read_sourced(reader, field.name, maximum=1e9 if field.name in sizes else 1.0)
+        for field in fields(Efficiency)
+    }
+    reader.finish()
+    return Efficiency(**values)
+
+
+def _scale_up(reader: Reader) -> ScaleUp:
+    scale_up = ScaleUp(
+        kind=reader.text("kind"),
+        domain=reader.integer("domain", maximum=10**7),
+        bytes_per_s=read_sourced(reader, "bytes_per_s"),
+        latency_s=read_sourced(reader, "latency_s", maximum=1.0),
+        topology=reader.text("topology", choices=TOPOLOGIES),
+        efficiency=read_sourced(reader, "efficiency", maximum=1.0),
+    )
+    reader.finish()
+    return scale_up
