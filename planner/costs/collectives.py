@@ -16,15 +16,16 @@ reduction and scan", Parallel Computing 35(12), 2009 (the double binary tree of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from planner.costs.arrays import Real
 
 __all__ = [
+    "AffineCost",
     "Level",
     "all_gather_bytes",
     "all_gather_s",
@@ -34,11 +35,15 @@ __all__ = [
     "all_to_all_s",
     "broadcast_bytes",
     "broadcast_s",
+    "collective_costs",
+    "fastest_s",
     "group_members",
     "point_to_point_s",
     "reduce_scatter_bytes",
     "reduce_scatter_s",
 ]
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,7 @@ def all_reduce_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto"
     >>> float(all_reduce_s(1e9, [Level(1, 300e9, 1e-6)]))
     0.0
     """
-    names = _AUTO_ALL_REDUCE if algorithm == "auto" else (algorithm,)
-    return 2.0 * _fastest(n_bytes, levels, names)
+    return fastest_s(n_bytes, collective_costs("all_reduce", levels, algorithm))
 
 
 def all_gather_s(n_bytes_full: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
@@ -101,7 +105,7 @@ def all_gather_s(n_bytes_full: Real, levels: Sequence[Level], algorithm: str = "
     >>> round(float(all_gather_s(64e9, [Level(64, 50e9, 1e-6)], "ring")), 9)  # 63/64 * 64e9 / 50e9 + 63e-6
     1.260063
     """
-    return _fastest(n_bytes_full, levels, _AUTO_GATHER if algorithm == "auto" else (algorithm,))
+    return fastest_s(n_bytes_full, collective_costs("all_gather", levels, algorithm))
 
 
 def reduce_scatter_s(n_bytes_full: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
@@ -127,7 +131,7 @@ def all_to_all_s(n_bytes_local: Real, levels: Sequence[Level]) -> Real:
     >>> round(float(all_to_all_s(8e9, [Level(8, 350e9, 0.0)])), 6)  # 7/8 * 8e9 / 350e9
     0.02
     """
-    return _fastest(n_bytes_local, levels, ("direct",))
+    return fastest_s(n_bytes_local, collective_costs("all_to_all", levels))
 
 
 def broadcast_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
@@ -141,13 +145,7 @@ def broadcast_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto")
     >>> round(float(broadcast_s(25e9, [Level(8, 50e9, 0.0)])), 6)
     0.5
     """
-    tree = _tree(levels)
-    if algorithm == "tree":
-        return _price(n_bytes, tree)
-    chain = _ring(levels).latency_s
-    return _price(
-        n_bytes, tree._replace(latency_s=chain if algorithm == "ring" else np.minimum(chain, tree.latency_s))
-    )
+    return fastest_s(n_bytes, collective_costs("broadcast", levels, algorithm))
 
 
 def point_to_point_s(n_bytes: Real, bytes_per_s: Real, latency_s: Real) -> Real:
@@ -157,6 +155,48 @@ def point_to_point_s(n_bytes: Real, bytes_per_s: Real, latency_s: Real) -> Real:
     0.001005
     """
     return n_bytes / bytes_per_s + latency_s * np.greater(n_bytes, 0)
+
+
+class AffineCost(NamedTuple):
+    """What an algorithm costs on a network: ``n_bytes · s_per_byte + latency_s``."""
+
+    s_per_byte: Real
+    latency_s: Real
+
+
+def collective_costs(
+    collective: Collective, levels: Sequence[Level], algorithm: str = "auto"
+) -> tuple[AffineCost, ...]:
+    """The algorithms that compete for a collective, as affine costs for :func:`fastest_s`.
+
+    They depend on the network alone: compute them once per group and price any number of messages.
+
+    Raises:
+        ValueError: the collective has no such algorithm.
+
+    >>> (ring,) = collective_costs("all_gather", [Level(4, 100.0, 0.5)], "ring")
+    >>> float(ring.s_per_byte) * 100, float(ring.latency_s)  # 3/4, 3 hops
+    (0.75, 1.5)
+    """
+    offered = _ALGORITHMS[collective]
+    names = _COMPETING[collective] if algorithm == "auto" else (algorithm,)
+    if not set(names) <= offered.keys():
+        known = ", ".join(("auto", *offered))
+        raise ValueError(f"{algorithm!r} is no algorithm of {collective}; there are: {known}")
+    path = list(_crossings(levels))
+    return tuple(offered[name](path) for name in names)
+
+
+def fastest_s(n_bytes: Real, costs: Sequence[AffineCost]) -> Real:
+    """Seconds of the element-wise fastest of some affine costs; no bytes take no time.
+
+    >>> float(fastest_s(10.0, [AffineCost(1.0, 5.0), AffineCost(2.0, 0.0)]))
+    15.0
+    """
+    best: Real = np.inf
+    for cost in costs:
+        best = np.minimum(best, n_bytes * cost.s_per_byte + cost.latency_s)
+    return best * np.greater(n_bytes, 0)
 
 
 def all_reduce_bytes(n_bytes: Real, group: Real) -> Real:
@@ -204,44 +244,24 @@ def broadcast_bytes(n_bytes: Real, group: Real) -> Real:
     return 1.0 * n_bytes * (group > 1)
 
 
-class _Affine(NamedTuple):
-    """The cost of one pass (a gather or a reduction) as a function of its bytes."""
-
-    s_per_byte: Real
-    latency_s: Real
-
-
 class _Crossing(NamedTuple):
     """One tier as the group meets it: members in a domain of the tier below, and of this tier."""
 
     below: Real
     members: Real
-    level: Level
+    bytes_per_s: Real
+    latency_s: Real
 
 
 def _crossings(levels: Sequence[Level]) -> Iterator[_Crossing]:
     below: Real = 1.0
     for level in levels:
         members = np.multiply(level.members, 1.0)
-        yield _Crossing(below, members, level)
+        yield _Crossing(below, members, level.bytes_per_s, level.latency_s)
         below = members
 
 
-def _fastest(n_bytes: Real, levels: Sequence[Level], names: Sequence[str]) -> Real:
-    """Element-wise minimum over the named algorithms."""
-    best: Real | None = None
-    for name in names:
-        time_s = _price(n_bytes, _PASSES[name](levels))
-        best = time_s if best is None else np.minimum(best, time_s)
-    assert best is not None
-    return best
-
-
-def _price(n_bytes: Real, cost: _Affine) -> Real:
-    return n_bytes * cost.s_per_byte + cost.latency_s * np.greater(n_bytes, 0)
-
-
-def _bottleneck_s_per_byte(levels: Sequence[Level]) -> Real:
+def _bottleneck_s_per_byte(path: Sequence[_Crossing]) -> Real:
     """Seconds per byte of a ring or tree that visits domains one after the other.
 
     A domain with ``k`` members is left through ``k`` interfaces, on which ``k`` rotated rings share the
@@ -249,50 +269,81 @@ def _bottleneck_s_per_byte(levels: Sequence[Level]) -> Real:
     crossed ones decides.
     """
     slowest: Real = 0.0
-    for below, members, level in _crossings(levels):
-        slowest = np.maximum(slowest, (members > below) / (below * level.bytes_per_s))
+    for below, members, bytes_per_s, _ in path:
+        slowest = np.maximum(slowest, (members > below) / (below * bytes_per_s))
     return slowest
 
 
-def _ring(levels: Sequence[Level]) -> _Affine:
-    """A ring through all members: ``G − 1`` hops, ``G/m[j−1] − G/m[j]`` of them on tier ``j``."""
-    group = levels[-1].members
+def _chain(path: Sequence[_Crossing]) -> AffineCost:
+    """A chain through all members: ``G − 1`` hops, ``G/m[j−1] − G/m[j]`` of them on tier ``j``."""
+    group = path[-1].members
     latency_s: Real = 0.0
-    for below, members, level in _crossings(levels):
-        latency_s = latency_s + (group / below - group / members) * level.latency_s
-    return _Affine(_bottleneck_s_per_byte(levels) * (1.0 - 1.0 / group), latency_s)
+    for below, members, _, hop_s in path:
+        latency_s = latency_s + (group / below - group / members) * hop_s
+    return AffineCost(_bottleneck_s_per_byte(path), latency_s)
 
 
-def _tree(levels: Sequence[Level]) -> _Affine:
+def _ring(path: Sequence[_Crossing]) -> AffineCost:
+    """The closed chain of one pass: a rank sends all parts but one."""
+    chain = _chain(path)
+    return AffineCost(chain.s_per_byte * (1.0 - 1.0 / path[-1].members), chain.latency_s)
+
+
+def _tree(path: Sequence[_Crossing]) -> AffineCost:
     """Two binary trees that carry half of the bytes each: full bandwidth, ``⌈log2⌉`` hops per tier."""
     latency_s: Real = 0.0
-    for below, members, level in _crossings(levels):
-        latency_s = latency_s + np.ceil(np.log2(members / below)) * level.latency_s
-    return _Affine(_bottleneck_s_per_byte(levels), latency_s)
+    for below, members, _, hop_s in path:
+        latency_s = latency_s + np.ceil(np.log2(members / below)) * hop_s
+    return AffineCost(_bottleneck_s_per_byte(path), latency_s)
 
 
-def _hierarchical(levels: Sequence[Level]) -> _Affine:
+def _hierarchical(path: Sequence[_Crossing]) -> AffineCost:
     """A ring per tier, one tier after the other, each on the share of the inner tiers, ``n/m[j−1]``."""
     s_per_byte: Real = 0.0
     latency_s: Real = 0.0
-    for below, members, level in _crossings(levels):
-        s_per_byte = s_per_byte + (1.0 / below - 1.0 / members) / level.bytes_per_s
-        latency_s = latency_s + (members / below - 1.0) * level.latency_s
-    return _Affine(s_per_byte, latency_s)
+    for below, members, bytes_per_s, hop_s in path:
+        s_per_byte = s_per_byte + (1.0 / below - 1.0 / members) / bytes_per_s
+        latency_s = latency_s + (members / below - 1.0) * hop_s
+    return AffineCost(s_per_byte, latency_s)
 
 
-def _direct(levels: Sequence[Level]) -> _Affine:
+def _direct(path: Sequence[_Crossing]) -> AffineCost:
     """One message to every peer, all at once; see :func:`all_to_all_s`."""
-    group = levels[-1].members
+    group = path[-1].members
     s_per_byte: Real = 0.0
     latency_s: Real = 0.0
-    for below, members, level in _crossings(levels):
+    for below, members, bytes_per_s, hop_s in path:
         crossed = members > below
-        s_per_byte = np.maximum(s_per_byte, crossed * (1.0 - below / group) / level.bytes_per_s)
-        latency_s = latency_s + crossed * level.latency_s
-    return _Affine(s_per_byte, latency_s)
+        s_per_byte = np.maximum(s_per_byte, crossed * (1.0 - below / group) / bytes_per_s)
+        latency_s = latency_s + crossed * hop_s
+    return AffineCost(s_per_byte, latency_s)
 
 
-_PASSES = {"ring": _ring, "tree": _tree, "hierarchical": _hierarchical, "direct": _direct}
-_AUTO_ALL_REDUCE = ("ring", "tree", "hierarchical")
-_AUTO_GATHER = ("ring", "hierarchical")
+_Algorithm = Callable[[Sequence[_Crossing]], AffineCost]
+
+
+def _twice(algorithm: _Algorithm) -> _Algorithm:
+    """An all-reduce is two passes: a reduction and its mirror image."""
+
+    def two_passes(path: Sequence[_Crossing]) -> AffineCost:
+        s_per_byte, latency_s = algorithm(path)
+        return AffineCost(2.0 * s_per_byte, 2.0 * latency_s)
+
+    return two_passes
+
+
+_GATHER: dict[str, _Algorithm] = {"ring": _ring, "hierarchical": _hierarchical, "direct": _direct}
+_ALGORITHMS: dict[Collective, dict[str, _Algorithm]] = {
+    "all_reduce": {name: _twice(algorithm) for name, algorithm in (_GATHER | {"tree": _tree}).items()},
+    "all_gather": _GATHER,
+    "reduce_scatter": _GATHER,
+    "all_to_all": {"direct": _direct},
+    "broadcast": {"ring": _chain, "tree": _tree},
+}
+_COMPETING: dict[Collective, tuple[str, ...]] = {
+    "all_reduce": ("ring", "tree", "hierarchical"),
+    "all_gather": ("ring", "hierarchical"),
+    "reduce_scatter": ("ring", "hierarchical"),
+    "all_to_all": ("direct",),
+    "broadcast": ("ring", "tree"),
+}

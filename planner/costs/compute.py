@@ -73,10 +73,10 @@ def matmul_efficiency(
     k: Real,
     batch: Real = 1,
     *,
-    matmul: float,
-    tile: float,
-    half_k: float,
-    multiprocessors: float,
+    matmul: Real,
+    tile: Real,
+    half_k: Real,
+    multiprocessors: Real,
 ) -> Real:
     """Fraction of peak FLOP rate that a product reaches when compute-bound.
 
@@ -109,13 +109,13 @@ def matmul_s(
     bytes_: Real,
     memory_bytes_per_s: Real,
     *,
-    matmul: float,
-    tile: float,
-    half_k: float,
-    multiprocessors: float,
-    memory: float = 1.0,
-    memory_half_bytes: float = 0.0,
-    floor_s: float = 0.0,
+    matmul: Real,
+    tile: Real,
+    half_k: Real,
+    multiprocessors: Real,
+    memory: Real = 1.0,
+    memory_half_bytes: Real = 0.0,
+    floor_s: Real = 0.0,
 ) -> Real:
     """Seconds of ``batch`` products of (m, k) by (k, n) in one kernel.
 
@@ -130,15 +130,12 @@ def matmul_s(
     """
     wave_elements = tile * tile * multiprocessors
     waves = _padded(m, n, batch, tile) * (1.0 / wave_elements)
-    compute_s = waves * k
-    if half_k:
-        compute_s = compute_s + half_k * np.ceil(waves)
-    compute_s = compute_s * (2.0 * wave_elements / matmul / peak_flop_per_s)
+    compute_s = (waves * k + half_k * np.ceil(waves)) * (2.0 * wave_elements / matmul / peak_flop_per_s)
     memory_s = (bytes_ + memory_half_bytes) * (1.0 / (memory * memory_bytes_per_s))
     return np.maximum(np.maximum(compute_s, memory_s), floor_s) * np.greater(waves, 0)
 
 
-def memory_efficiency(bytes_: Real, asymptote: float, half_bytes: float) -> Real:
+def memory_efficiency(bytes_: Real, asymptote: Real, half_bytes: Real) -> Real:
     """Fraction of memory bandwidth of a streaming kernel: ``asymptote · x/(x + half)``, ``bytes_ > 0``.
 
     >>> memory_efficiency(1e6, 0.9, 1e6)
@@ -151,9 +148,9 @@ def memory_bound_s(
     bytes_: Real,
     memory_bytes_per_s: Real,
     *,
-    memory: float = 1.0,
-    memory_half_bytes: float = 0.0,
-    floor_s: float = 0.0,
+    memory: Real = 1.0,
+    memory_half_bytes: Real = 0.0,
+    floor_s: Real = 0.0,
 ) -> Real:
     """Seconds of a streaming kernel: ``max((x + half)/(asymptote · bandwidth), floor_s)``.
 
@@ -247,12 +244,12 @@ def attention_s(
     peak_flop_per_s: Real,
     memory_bytes_per_s: Real,
     *,
-    attention: float,
-    memory: float = 1.0,
-    memory_half_bytes: float = 0.0,
+    attention: Real,
+    memory: Real = 1.0,
+    memory_half_bytes: Real = 0.0,
     tiles: Real | None = None,
-    multiprocessors: float = 1.0,
-    floor_s: float = 0.0,
+    multiprocessors: Real = 1.0,
+    floor_s: Real = 0.0,
 ) -> Real:
     """Seconds of a fused attention kernel; see :func:`attention_flop` and :func:`attention_bytes`.
 
@@ -273,7 +270,7 @@ def attention_s(
     return np.maximum(np.maximum(compute_s, memory_s), floor_s) * np.greater(flop, 0)
 
 
-def _padded(m: Real, n: Real, batch: Real, tile: float) -> Real:
+def _padded(m: Real, n: Real, batch: Real, tile: Real) -> Real:
     """Output elements paid for, with both edges rounded up to half tiles."""
     half = 0.5 * tile
     return np.ceil(m / half) * np.ceil(n / half) * (batch * (half * half))
