@@ -17,8 +17,8 @@ from planner.costs.attention import (
     usp_elements,
 )
 from planner.costs.collectives import (
-    AffineCost,
     Level,
+    LinearCost,
     all_gather_bytes,
     all_gather_s,
     all_reduce_bytes,
@@ -121,8 +121,8 @@ __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "KNOWN_OPTIMIZERS",
-    "AffineCost",
     "Level",
+    "LinearCost",
     "activation_bytes",
     "all_gather_attention_elements",
     "all_gather_bytes",

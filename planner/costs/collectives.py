@@ -25,8 +25,8 @@ import numpy as np
 from planner.costs.arrays import Real
 
 __all__ = [
-    "AffineCost",
     "Level",
+    "LinearCost",
     "all_gather_bytes",
     "all_gather_s",
     "all_reduce_bytes",
@@ -157,7 +157,7 @@ def point_to_point_s(n_bytes: Real, bytes_per_s: Real, latency_s: Real) -> Real:
     return n_bytes / bytes_per_s + latency_s * np.greater(n_bytes, 0)
 
 
-class AffineCost(NamedTuple):
+class LinearCost(NamedTuple):
     """What an algorithm costs on a network: ``n_bytes · s_per_byte + latency_s``."""
 
     s_per_byte: Real
@@ -166,7 +166,7 @@ class AffineCost(NamedTuple):
 
 def collective_costs(
     collective: Collective, levels: Sequence[Level], algorithm: str = "auto"
-) -> tuple[AffineCost, ...]:
+) -> tuple[LinearCost, ...]:
     """The algorithms that compete for a collective, as affine costs for :func:`fastest_s`.
 
     They depend on the network alone: compute them once per group and price any number of messages.
@@ -187,10 +187,10 @@ def collective_costs(
     return tuple(offered[name](path) for name in names)
 
 
-def fastest_s(n_bytes: Real, costs: Sequence[AffineCost]) -> Real:
+def fastest_s(n_bytes: Real, costs: Sequence[LinearCost]) -> Real:
     """Seconds of the element-wise fastest of some affine costs; no bytes take no time.
 
-    >>> float(fastest_s(10.0, [AffineCost(1.0, 5.0), AffineCost(2.0, 0.0)]))
+    >>> float(fastest_s(10.0, [LinearCost(1.0, 5.0), LinearCost(2.0, 0.0)]))
     15.0
     """
     best: Real = np.inf
@@ -274,40 +274,40 @@ def _bottleneck_s_per_byte(path: Sequence[_Crossing]) -> Real:
     return slowest
 
 
-def _chain(path: Sequence[_Crossing]) -> AffineCost:
+def _chain(path: Sequence[_Crossing]) -> LinearCost:
     """A chain through all members: ``G − 1`` hops, ``G/m[j−1] − G/m[j]`` of them on tier ``j``."""
     group = path[-1].members
     latency_s: Real = 0.0
     for below, members, _, hop_s in path:
         latency_s = latency_s + (group / below - group / members) * hop_s
-    return AffineCost(_bottleneck_s_per_byte(path), latency_s)
+    return LinearCost(_bottleneck_s_per_byte(path), latency_s)
 
 
-def _ring(path: Sequence[_Crossing]) -> AffineCost:
+def _ring(path: Sequence[_Crossing]) -> LinearCost:
     """The closed chain of one pass: a rank sends all parts but one."""
     chain = _chain(path)
-    return AffineCost(chain.s_per_byte * (1.0 - 1.0 / path[-1].members), chain.latency_s)
+    return LinearCost(chain.s_per_byte * (1.0 - 1.0 / path[-1].members), chain.latency_s)
 
 
-def _tree(path: Sequence[_Crossing]) -> AffineCost:
+def _tree(path: Sequence[_Crossing]) -> LinearCost:
     """Two binary trees that carry half of the bytes each: full bandwidth, ``⌈log2⌉`` hops per tier."""
     latency_s: Real = 0.0
     for below, members, _, hop_s in path:
         latency_s = latency_s + np.ceil(np.log2(members / below)) * hop_s
-    return AffineCost(_bottleneck_s_per_byte(path), latency_s)
+    return LinearCost(_bottleneck_s_per_byte(path), latency_s)
 
 
-def _hierarchical(path: Sequence[_Crossing]) -> AffineCost:
+def _hierarchical(path: Sequence[_Crossing]) -> LinearCost:
     """A ring per tier, one tier after the other, each on the share of the inner tiers, ``n/m[j−1]``."""
     s_per_byte: Real = 0.0
     latency_s: Real = 0.0
     for below, members, bytes_per_s, hop_s in path:
         s_per_byte = s_per_byte + (1.0 / below - 1.0 / members) / bytes_per_s
         latency_s = latency_s + (members / below - 1.0) * hop_s
-    return AffineCost(s_per_byte, latency_s)
+    return LinearCost(s_per_byte, latency_s)
 
 
-def _direct(path: Sequence[_Crossing]) -> AffineCost:
+def _direct(path: Sequence[_Crossing]) -> LinearCost:
     """One message to every peer, all at once; see :func:`all_to_all_s`."""
     group = path[-1].members
     s_per_byte: Real = 0.0
@@ -316,18 +316,18 @@ def _direct(path: Sequence[_Crossing]) -> AffineCost:
         crossed = members > below
         s_per_byte = np.maximum(s_per_byte, crossed * (1.0 - below / group) / bytes_per_s)
         latency_s = latency_s + crossed * hop_s
-    return AffineCost(s_per_byte, latency_s)
+    return LinearCost(s_per_byte, latency_s)
 
 
-_Algorithm = Callable[[Sequence[_Crossing]], AffineCost]
+_Algorithm = Callable[[Sequence[_Crossing]], LinearCost]
 
 
 def _twice(algorithm: _Algorithm) -> _Algorithm:
     """An all-reduce is two passes: a reduction and its mirror image."""
 
-    def two_passes(path: Sequence[_Crossing]) -> AffineCost:
+    def two_passes(path: Sequence[_Crossing]) -> LinearCost:
         s_per_byte, latency_s = algorithm(path)
-        return AffineCost(2.0 * s_per_byte, 2.0 * latency_s)
+        return LinearCost(2.0 * s_per_byte, 2.0 * latency_s)
 
     return two_passes
 
