@@ -1,7 +1,7 @@
 """Time and bytes of collectives on a hierarchical network.
 
 A group's path through the network is a sequence of :class:`Level`, innermost tier first. Every algorithm is
-an affine cost ``n_bytes · seconds_per_byte + latency_s`` whose two coefficients depend on the levels alone,
+a linear cost ``n_bytes · seconds_per_byte + latency_s`` whose two coefficients depend on the levels alone,
 so that one set of levels prices a whole stack of messages. Bytes are bytes sent per rank, bandwidth is per
 device and per direction.
 
@@ -167,7 +167,7 @@ class LinearCost(NamedTuple):
 def collective_costs(
     collective: Collective, levels: Sequence[Level], algorithm: str = "auto"
 ) -> tuple[LinearCost, ...]:
-    """The algorithms that compete for a collective, as affine costs for :func:`fastest_s`.
+    """The algorithms that compete for a collective, as linear costs for :func:`fastest_s`.
 
     They depend on the network alone: compute them once per group and price any number of messages.
 
@@ -188,7 +188,7 @@ def collective_costs(
 
 
 def fastest_s(n_bytes: Real, costs: Sequence[LinearCost]) -> Real:
-    """Seconds of the element-wise fastest of some affine costs; no bytes take no time.
+    """Seconds of the element-wise fastest of some linear costs; no bytes take no time.
 
     >>> float(fastest_s(10.0, [LinearCost(1.0, 5.0), LinearCost(2.0, 0.0)]))
     15.0
