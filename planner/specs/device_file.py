@@ -119,9 +119,18 @@ def _device(reader: Reader) -> Device:
     )
     if device.nic_efficiency.value > 1:
         reader.problem("nic_efficiency", f"{device.nic_efficiency.value:g}", "a fraction up to 1")
-    reader.ignore("matrix_to_vector", "unusual")  # read by the sanity checks alone
+    _check_only(reader)
     reader.finish()
     return device
+
+
+def _check_only(reader: Reader) -> None:
+    """What the sanity checks alone use is held against its form."""
+    read_optional(reader, "matrix_to_vector")
+    unusual: Reader | None = reader.table("unusual", None)
+    if unusual is not None:
+        for check in unusual.keys():
+            unusual.text(check)
 
 
 def _peaks(reader: Reader) -> dict[str, Sourced]:

@@ -1,8 +1,8 @@
 """Sanity checks of hardware profiles: physical plausibility, and a known source for every number.
 
-The checks catch the errors that circulate in other tables: sparse peaks listed as dense, vector rates as matrix
-rates, bits as bytes, both directions of a link as one, one part's memory under another's name. Where hardware
-really is unusual, the profile says why under ``[unusual]``, by the name of the check.
+The checks catch the errors that circulate in other tables: sparse peaks listed as dense, vector rates as
+matrix rates, bits as bytes, both directions of a link as one, one part's memory under another's name. Where
+hardware really is unusual, the profile says why under ``[unusual]``, by the name of the check.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def _check_profile(name: str, sources: Mapping[str, Any]) -> list[Problem]:
     except SpecError as error:
         return list(error.problems)
     ceiling = table.get("matrix_to_vector")
-    problems = check_device(device, ceiling["value"] if ceiling else None, table.get("unusual"))
+    ceiling = ceiling["value"] if isinstance(ceiling, dict) else ceiling
+    problems = check_device(device, ceiling, table.get("unusual"))
     if shipped is not None and device.name != shipped:
         problems.append(Problem(f"{path}: name", repr(device.name), f"{shipped!r}, the name of the file"))
     return [*problems, *_source_problems(table, sources, str(path))]

@@ -1,7 +1,7 @@
 """Finds the data that ships with the package, and matches the names that people give to it.
 
-An installed wheel carries the data under ``planner/data``; a source checkout (and an editable install) keeps it
-in ``hardware_profiles`` and ``models`` at its top.
+An installed wheel carries the data under ``planner/data``; a source checkout (and an editable install) keeps
+it in ``hardware_profiles`` and ``models`` at its top.
 """
 
 from __future__ import annotations

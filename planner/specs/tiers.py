@@ -1,8 +1,8 @@
 """Builds a cluster's network tiers, innermost first, from its devices' links and the network around them.
 
-Inside a node (or a rack that is one scale-up domain) the device profiles decide; beyond it, NICs join everything
-in one tier, or in two where a leaf holds only some of the nodes. In a mixed cluster each tier runs at its slowest
-member.
+Inside a node (or a rack that is one scale-up domain) the device profiles decide; beyond it, NICs join
+everything in one tier, or in two where a leaf holds only some of the nodes. In a mixed cluster each tier runs
+at its slowest member.
 """
 
 from __future__ import annotations
