@@ -129,7 +129,7 @@ def _check_only(reader: Reader) -> None:
     read_optional(reader, "matrix_to_vector")
     unusual: Reader | None = reader.table("unusual", None)
     if unusual is not None:
-        for check in unusual.keys():
+        for check in unusual.data:
             unusual.text(check)
 
 
