@@ -11,11 +11,10 @@ multi-head latent attention, DeepSeek-V2 (arXiv:2405.04434) §2.1; Mamba-2, arXi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from planner.ledger import Array, Axes, Collective, Item, Ledger, Matmul, Phase, Resident, Stream
+from planner.costs.compute import causal_fraction
+from planner.ledger import Array, Axes, Item, Ledger, Matmul, Phase, Resident, Stream
 from planner.specs.model import Attention, Block, Mlp, Model, Moe, Ssm
 
 __all__ = ["EMBEDDING", "HEAD", "baseline", "block_order"]
@@ -59,9 +58,10 @@ def baseline(
         "logit_seq": seq if training else 1.0,
         "encoder_seq": seq if encoder_seq is None else encoder_seq,
         "encoder_residual_seq": seq if encoder_seq is None else encoder_seq,
+        "encoder_kv_seq": seq if encoder_seq is None else encoder_seq,
         "hidden": float(model.hidden),
         "vocab": float(model.vocab),
-        "one": 1.0,
+        "tied_copy": 0.0,  # a pipeline keeps a second copy of a tied embedding on its last stage
     }
     items: list[Item] = []
     for name, spec, encoder in _kinds(model):
@@ -105,12 +105,9 @@ def _visible(
         return np.ones_like(keys)
     span = keys if document_len is None or not training else np.minimum(keys, document_len)
     window = span if attention.window is None else np.minimum(span, attention.window)
-    if not attention.causal:
-        return window / keys
-    if not training:
-        return window / keys
-    # Query i of a span sees min(i, window) keys: span·window − window·(window − 1)/2 pairs in all.
-    return (span * window - window * (window - 1) / 2) / (span * keys)
+    if attention.causal and training:
+        return causal_fraction(span, span, window) * span / keys
+    return window / keys
 
 
 class _Graph:
@@ -153,7 +150,7 @@ class _Graph:
             if isinstance(network, Moe):
                 self.moe(network)
             else:
-                self.mlp(network, "mlp", "ffn")
+                self.mlp(network, "mlp", "ffn", owns_input=not spec.parallel)
             self.residual_add("mlp")
         for index in range(max(0, spec.norms - sum(i.what.startswith("norm") and i.phase == "forward" for i in self.items))):
             self.norm(f"norm_post{index}", spec.norm)
@@ -180,7 +177,7 @@ class _Graph:
         self.matmul("head.logits", "batch*logit_seq", "vocab", "hidden", {"head", "column"}, out_bytes=4.0)
         self.save("head.input", self.residual, "norm")
         if model.tied_embeddings:
-            self.tie("vocab*hidden")
+            self.tie("tied_copy*vocab*hidden")
         else:
             self.weight("vocab*hidden")
         if model.head_bias:
@@ -222,14 +219,14 @@ class _Graph:
             if spec.qk_norm:
                 self.weight(f"2*{qk}")
                 self.stream(f"{region}.qk_norm", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _NORM, _NORM_BACKWARD, tags={"qkv"})
-        self.save(f"{region}.qkv_input", self.residual, "norm")
+        self.save(f"{region}.qkv_input", self.residual, "norm", "linear_input")
         if not self.model.learned_positions:
             self.stream(f"{region}.rope", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _ROPE, _ROPE, tags={"qkv"})
         self.save(f"{region}.q", f"{rows}*{heads}*{qk}", "qkv")
         self.save(f"{region}.k", f"{keys}*{kv_heads}*{qk}", "qkv")
         self.save(f"{region}.v", f"{keys}*{kv_heads}*{v}", "qkv")
         self._eager_core(region, heads, kv_heads, qk, v, spec.cross)
-        self.save(f"{region}.core_output", f"{rows}*{heads}*{v}", "core_attn")
+        self.save(f"{region}.core_output", f"{rows}*{heads}*{v}", "core_attn", "linear_input")
         self.matmul(f"{region}.output", rows, "hidden", f"{heads}*{v}", {"attn_output", "row"})
         self.weight(f"hidden*{heads}*{v}")
         if spec.out_bias:
@@ -275,7 +272,7 @@ class _Graph:
 
     def _eager_core(self, region: str, heads: str, kv_heads: str, qk: str, v: str, cross: bool) -> None:
         """Scores, softmax, dropout and weighted sum as separate kernels that materialise the score matrix."""
-        keys = "encoder_seq" if cross else ("kv_seq" if not self.name.startswith(ENCODER) else "encoder_seq")
+        keys = "encoder_kv_seq" if cross or self.name.startswith(ENCODER) else "kv_seq"
         groups, scores = f"batch*{heads}", f"batch*{heads}*{self.seq}*{keys}"
         tags = {"core_attn"}
         self.matmul(f"{region}.scores", self.seq, keys, qk, tags, groups=groups)
@@ -288,8 +285,8 @@ class _Graph:
             self.save(f"{region}.probabilities_dropped", scores, "core_attn")
         self.matmul(f"{region}.context", self.seq, v, keys, tags, groups=groups)
 
-    def mlp(self, spec: Mlp, region: str, axis: str) -> None:
-        """Two or three matrices around an activation."""
+    def mlp(self, spec: Mlp, region: str, axis: str, *, owns_input: bool = True) -> None:
+        """Two or three matrices around an activation; ``owns_input``: nobody else saves the same input."""
         ffn = self.axis("", axis, spec.ffn)
         wide = f"2*{ffn}" if spec.gated else ffn
         rows = f"batch*{self.seq}"
@@ -297,11 +294,11 @@ class _Graph:
         self.weight(*_products(wide, "hidden"), f"{ffn}*hidden")
         if spec.bias:
             self.weight(wide, "hidden")
-        if region == "mlp":
-            self.save("mlp.fc1_input", self.residual, "norm")
+        if owns_input:
+            self.save(f"{region}.fc1_input", self.residual, "norm", "linear_input")
         self.save(f"{region}.act_input", *_products(wide, rows), region)
         self.stream(f"{region}.act", f"{rows}*{ffn}", 3.0 if spec.gated else 2.0, 5.0 if spec.gated else 3.0, tags={region, f"{region}_act"})
-        self.save(f"{region}.fc2_input", f"{rows}*{ffn}", f"{region}_act", region)
+        self.save(f"{region}.fc2_input", f"{rows}*{ffn}", f"{region}_act", region, "linear_input")
         self.matmul(f"{region}.fc2", rows, "hidden", ffn, {region, "row"})
 
     def moe(self, spec: Moe) -> None:
@@ -319,12 +316,12 @@ class _Graph:
             self.weight(all_experts)
         self.save("moe.input", self.residual, "norm")
         self.stream("moe.permute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "dispatch"}, launches=2.0)
-        self.save("moe.fc1_input", f"{routed}*hidden", "moe_dispatch", "moe")
+        self.save("moe.fc1_input", f"{routed}*hidden", "dispatch", "moe", "linear_input")
         common = {"grouped": True, "groups": experts}
         self.matmul("moe.fc1", per_expert, wide, "hidden", {"moe", "expert"}, **common)
         self.save("moe.act_input", *_products(wide, routed.replace(f"*{experts}", "", 1) + f"*{experts}"), "moe")
         self.stream("moe.act", f"{routed}*{ffn}", 3.0 if spec.gated else 2.0, 5.0 if spec.gated else 3.0, tags={"moe", "moe_act"})
-        self.save("moe.fc2_input", f"{routed}*{ffn}", "moe_act", "moe")
+        self.save("moe.fc2_input", f"{routed}*{ffn}", "moe_act", "moe", "linear_input")
         self.matmul("moe.fc2", per_expert, "hidden", ffn, {"moe", "expert"}, **common)
         self.stream("moe.unpermute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "combine"}, launches=2.0)
         expert_weights = [*_products(wide, f"{experts}*hidden"), f"{experts}*{ffn}*hidden"]
@@ -332,7 +329,7 @@ class _Graph:
             expert_weights += _products(wide, experts) + [f"{experts}*hidden"]
         self.weights["expert"] += expert_weights
         if spec.shared_ffn:
-            self.mlp(Mlp(spec.shared_ffn, spec.gated, spec.bias), "shared_expert", "shared_ffn")
+            self.mlp(Mlp(spec.shared_ffn, spec.gated, spec.bias), "shared_expert", "shared_ffn", owns_input=False)
             if spec.shared_gate:
                 self.weight("hidden")
 
@@ -356,7 +353,7 @@ class _Graph:
             self.matmul("ssm.in", rows, width, "hidden", {"ssm", "column"})
             self.weight(*_products(width, "hidden"), *_products(convolved, conv), *convolved.split(" + "), f"3*{heads}", inner)
         wide = " + ".join(_products(convolved, rows))
-        self.save("ssm.in_input", self.residual, "norm")
+        self.save("ssm.in_input", self.residual, "norm", "linear_input")
         self.save("ssm.projected", f"2*{rows}*{inner}", "ssm")
         self.stream("ssm.conv", wide, 2.0, 4.0, tags={"ssm"})
         # The scan updates inner·state values per token: 6 FLOP each forward (decay, outer product, sum, output).

@@ -25,7 +25,7 @@ from planner.costs.collectives import (
     reduce_scatter_s,
 )
 from planner.costs.compute import attention_bytes, attention_flop, attention_s, matmul_bytes, matmul_s, memory_bound_s
-from planner.costs.overlap import overlapped_s
+from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
 from planner.ledger import (
     Array,
@@ -44,10 +44,11 @@ from planner.ledger import (
 from planner.specs.cluster import Cluster
 from planner.specs.stack import Stack
 
-__all__ = ["PHASES", "POOLS", "BlockTable", "Pricer", "tabulate"]
+__all__ = ["FIELDS", "PHASES", "POOLS", "TRACKS", "BlockTable", "Pricer", "tabulate"]
 
 PHASES = ("forward", "backward", "weight", "recompute")
 POOLS = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace", "gathered", "buffers", "kv_cache")
+TRACKS = ("main", "gradients", "weights")
 _COLLECTIVES = {
     "all_reduce": all_reduce_s,
     "all_gather": all_gather_s,
@@ -109,7 +110,7 @@ class Pricer:
     def _matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
         device, eff = self.device, self.device.efficiency
         width = np.array([[dtype_bytes(item.dtype)] for item in items])
-        out = np.array([[dtype_bytes(item.dtype) if i.out_bytes is None else i.out_bytes] for i in items for item in (i,)])
+        out = np.array([[dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes] for i in items])
         peak = np.array([[self._peak(item.dtype) * (float(eff.grouped_matmul) if item.grouped else 1.0)] for item in items])
         m, n, k, groups = (_stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups"))
         launches = np.array([[item.launches] for item in items])
@@ -190,75 +191,105 @@ class Pricer:
         return float(self.device.vector_flop_per_s)
 
 
+FIELDS = (
+    *(f"{phase}_s" for phase in PHASES),
+    "saved_bytes",
+    "recomputed_bytes",
+    "block_bytes",
+    "step_bytes",
+    "host_bytes",
+    "host_saved_bytes",
+    *(f"{pool}_bytes" for pool in POOLS),
+    *(f"{track}_step_s" for track in TRACKS),
+    *(f"{track}_messages" for track in TRACKS),
+)
+_ROW = {name: index for index, name in enumerate(FIELDS)}
+
+
 @dataclass(frozen=True, slots=True)
 class BlockTable:
-    """Totals of one instance of every block kind: arrays of shape (kinds, rows); memory on the device unless named.
+    """Totals of one instance of every block kind, per row: ``values`` (fields, kinds, rows), by the names of ``FIELDS``.
 
-    ``seconds``: per micro-batch and phase, overlap resolved. ``saved_bytes``: held per micro-batch in flight.
-    ``always_bytes`` {pool}: held throughout. ``block_bytes``: the transient while this block is at work. ``host_bytes``:
-    held in host memory. ``step_s`` {track}: once per optimizer step, by track (``main`` is serial; ``gradients`` and
-    ``weights`` may hide behind backward and forward work). ``last_s`` {track}: the part of it that nothing can hide.
+    ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
+    the same where the block is not recomputed, a transient where it is. ``block_bytes``: the transient while the block is at
+    work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout. ``host_bytes``: held in host
+    memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per optimizer step; ``main`` is
+    serial, ``gradients`` and ``weights`` may hide behind backward and forward work; ``<track>_messages``: into how many
+    messages they are cut.
     """
 
     kinds: tuple[str, ...]
-    seconds: dict[str, Array]
-    saved_bytes: Array
-    always_bytes: dict[str, Array]
-    block_bytes: Array
-    step_bytes: Array
-    host_bytes: Array
-    step_s: dict[str, Array]
+    values: Array
+
+    def __getitem__(self, name: str) -> Array:
+        return self.values[_ROW[name]]
 
 
 def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) -> BlockTable:
-    """Prices a ledger and sums it per block kind."""
+    """Prices a ledger, resolves overlap window by window, and sums it per block kind.
+
+    Ledgers that share items on the same axes share the sums of whatever did not change between them.
+    """
     prices = pricer.prices(ledger)
+    parts: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, item in enumerate(ledger.items):
+        parts[item.block, "resident" if isinstance(item, Resident) else item.phase].append(index)
+    values = np.zeros((len(FIELDS), len(kinds), rows))
     position = {kind: index for index, kind in enumerate(kinds)}
-    serial: dict[tuple[str, str, str], dict[str, Array]] = defaultdict(dict)
-    launches: dict[tuple[str, str], float] = defaultdict(float)
-    table = BlockTable(
-        kinds, {phase: np.zeros((len(kinds), rows)) for phase in PHASES}, np.zeros((len(kinds), rows)), {},
-        np.zeros((len(kinds), rows)), np.zeros((len(kinds), rows)), np.zeros((len(kinds), rows)), {},
-    )  # fmt: skip
-    for item, price in zip(ledger.items, prices, strict=True):
-        index = position[item.block]
-        if isinstance(item, Resident):
-            _hold(table, item, ledger.axes[item.size] * item.bytes_per_element, index, rows)
-        elif item.phase == "step":
-            tracks = table.step_s.setdefault(item.track, np.zeros((len(kinds), rows)))
-            tracks[index] += price
-        else:
-            window = serial[item.block, item.phase, item.window]
-            window[item.track] = window[item.track] + price if item.track in window else price
-            if isinstance(item, Kernel):
-                launches[item.block, item.phase] += item.launches
-    for (block, phase, window), tracks in serial.items():
+    for (block, part), indices in parts.items():
+        items = tuple(ledger.items[index] for index in indices)
+        key = (part, *map(id, items))
+        known = ledger.axes.prices.get(key)
+        if known is None:
+            summarise = _residents if part == "resident" else _step if part == "step" else _phase
+            totals = summarise(items, [prices[index] for index in indices], ledger, pricer)
+            known = ledger.axes.prices[key] = (totals, items)  # the items keep their ids alive
+        for name, total in known[0].items():
+            values[_ROW[name], position[block]] = total
+    return BlockTable(kinds, values)
+
+
+def _phase(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+    """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
+    windows: dict[str, dict[str, Array]] = defaultdict(dict)
+    launches = 0.0
+    for item, price in zip(items, prices, strict=True):
+        tracks = windows[item.window]
+        tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
+        launches += item.launches if isinstance(item, Kernel) else 0.0
+    slowdown = pricer.stack.overlap_slowdown.value
+    serial = windows[""]
+    for window, tracks in windows.items():
         if window:
-            main = serial[block, phase, ""]
-            inside = overlapped_s(list(tracks.values()), ledger.chunks.get(window, np.inf), pricer.stack.overlap_slowdown.value)
-            main["main"] = main["main"] + inside if "main" in main else inside
-    for (block, phase, window), tracks in serial.items():
-        if not window:
-            seconds = overlapped_s(list(tracks.values()), np.inf, pricer.stack.overlap_slowdown.value)
-            host_s = launches[block, phase] * float(pricer.device.dispatch_s)
-            table.seconds[phase][position[block]] = np.maximum(seconds, host_s)
-    return table
+            inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
+            serial["main"] = serial["main"] + inside if "main" in serial else inside
+    device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
+    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.device.dispatch_s))}
 
 
-def _hold(table: BlockTable, item: Resident, n_bytes: Array, index: int, rows: int) -> None:
-    """Adds a resident to the total of its lifetime and tier."""
-    if item.tier != "device":
-        if item.lifetime == "always":
-            table.host_bytes[index] += n_bytes
-        return
-    if item.lifetime == "micro_batch":
-        table.saved_bytes[index] += n_bytes
-    elif item.lifetime == "always":
-        table.always_bytes.setdefault(item.pool, np.zeros((len(table.kinds), rows)))[index] += n_bytes
-    elif item.lifetime == "block":
-        table.block_bytes[index] += n_bytes
-    else:
-        table.step_bytes[index] += n_bytes
+def _step(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+    """Seconds and messages per track of what happens once per optimizer step."""
+    totals: dict[str, Any] = defaultdict(float)
+    for item, price in zip(items, prices, strict=True):
+        totals[f"{item.track}_step_s"] = totals[f"{item.track}_step_s"] + price
+        if isinstance(item, Collective):
+            totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + ledger.axes[item.messages]
+    return totals
+
+
+def _residents(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+    """Bytes per lifetime, and per pool for what is held throughout."""
+    totals: dict[str, Any] = defaultdict(float)
+    for item in items:
+        assert isinstance(item, Resident)
+        if item.tier != "device":
+            name = "host_bytes" if item.lifetime == "always" else "host_saved_bytes"
+        elif item.lifetime == "always":
+            name = f"{item.pool}_bytes"
+        else:
+            name = {"micro_batch": "saved_bytes"}.get(item.lifetime, f"{item.lifetime}_bytes")
+        totals[name] = totals[name] + ledger.axes[item.size] * item.bytes_per_element
+    return totals
 
 
 def _stack(expressions: list[str], axes: Axes) -> Array:

@@ -32,6 +32,7 @@ __all__ = [
     "Stream",
     "Transfer",
     "role",
+    "times",
 ]
 
 Array = NDArray[np.float64]
@@ -156,14 +157,15 @@ class Resident(Item):
     """Bytes held: ``size`` elements of ``bytes_per_element``.
 
     ``lifetime``: ``always``; ``micro_batch`` from a micro-batch's forward to its backward (times the micro-batches in
-    flight); ``block`` while one block is at work (the peak takes the largest); ``step`` in the optimizer step only.
+    flight); ``recomputed`` the same where its block is not recomputed, and only while the block is at work where it
+    is; ``block`` while one block is at work (the peak takes the largest); ``step`` in the optimizer step only.
     ``tier`` is where it lives.
     """
 
     size: str
     bytes_per_element: float
     pool: Pool
-    lifetime: Literal["always", "micro_batch", "block", "step"]
+    lifetime: Literal["always", "micro_batch", "recomputed", "block", "step"]
     tier: Literal["device", "host", "nvme"] = "device"
     dtype: str = ""
 
@@ -221,6 +223,20 @@ class Axes:
             total = value if total is None else total + value
         assert total is not None
         return np.asarray(total)
+
+
+def times(size: str, factor: str) -> str:
+    """Every term of a sum, times (or, with a leading slash, divided by) a factor.
+
+    >>> times("a*b + c", "d"), times("a + b", "/e")
+    ('a*b*d + c*d', 'a/e + b/e')
+    """
+    joint = "" if factor.startswith("/") else "*"
+    terms = []
+    for term in size.split(" + "):
+        above, slash, below = term.partition("/")
+        terms.append(f"{term}{factor}" if not joint else f"{above}*{factor}{slash}{below}")
+    return " + ".join(terms)
 
 
 def role(axis: str) -> str:

@@ -8,43 +8,58 @@ slot, and passes run in slot order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.specs.formats import FORMATS, Format
+
 if TYPE_CHECKING:
     from planner.ledger import Array, Ledger
     from planner.mesh import Mesh
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
+    from planner.specs.stack import Stack
     from planner.specs.workload import TrainWorkload
 
-__all__ = ["SLOTS", "Check", "Context", "Figure", "Knob", "Technique", "discover"]
+__all__ = ["ADDITIVE_SLOTS", "SLOTS", "Check", "Context", "Figure", "Knob", "Technique", "discover", "off"]
 
 SLOTS = (
-    "format",  # dtypes of weights, activations, gradients, optimizer states
-    "kernels",  # which kernels run the operators
+    "precision",
+    "attention_kernel",
+    "loss_kernel",
     "tensor",
-    "sequence",
+    "sequence_parallel",
     "context",
     "expert",
     "tensor_overlap",
-    "data",  # gradient synchronisation and what is sharded over the data-parallel ranks
+    "pipeline",
+    "optimizer",
+    "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
+    "zero_group",  # over which of those ranks
     "recompute",
-    "optimizer_residency",
-    "activation_residency",
-    "parameter_residency",
+    "optimizer_offload",
+    "activation_offload",
+    "parameter_offload",
     "schedule",
 )
-"""Slots of a training recipe, in the order in which their passes run."""
+"""Slots of a training recipe, in the order in which their passes run. A slot's name is also the knob that chooses in it."""
 
-ADDITIVE_SLOTS = SLOTS[SLOTS.index("data") :]
-"""From here on, passes only add time to a row (the ledger before them bounds it from below)."""
+ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
+"""From here on, passes only add time to a row: the ledger before them bounds it from below."""
+
+
+
+
+def off(slot: str) -> str:
+    """What a slot's knob says when no technique fills it."""
+    return {"sequence_parallel": "false", "zero_group": "full"}.get(slot, "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +102,15 @@ class Context:
     model: Model
     cluster: Cluster
     workload: TrainWorkload
+    stack: Stack
     mesh: Mesh
     micro_batch_size: Array
     knobs: Mapping[str, Any]
+
+    @property
+    def format(self) -> Format:
+        """Numeric formats of the recipe."""
+        return FORMATS[self.knobs["precision"]]
 
     @property
     def micro_batches(self) -> Array:
@@ -114,9 +135,12 @@ class Technique:
         slot: one of :data:`SLOTS`; None for presets, solvers and objectives.
         kind: technique, preset (a published combination), solver or objective.
         status: ``modelled``, or ``declared`` with the reason in ``summary`` (never counted as covered).
-        choice: what the slot's knob shows for it, e.g. ``1f1b``.
+        choices: the values of the slot's knob that this technique serves, e.g. ``1f1b``.
+        default: whether its first choice is the slot's default.
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
+        order: for a schedule, the name of its order generator.
+        searched: whether the search tries it without being asked.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
 
@@ -125,7 +149,8 @@ class Technique:
     slot: str | None
     source: str
     summary: str
-    choice: str = ""
+    choices: tuple[str, ...] = ()
+    default: bool = False
     job: Literal["training", "serving"] = "training"
     kind: Literal["technique", "preset", "solver", "objective"] = "technique"
     status: Literal["modelled", "declared"] = "modelled"
@@ -133,8 +158,9 @@ class Technique:
     figures: tuple[Figure, ...] = ()
     valid: Callable[[Context], Iterable[Check]] = _no_checks
     apply: Callable[[Ledger, Context], Ledger] = _identity
+    order: str = ""
+    searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
-    extras: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""
@@ -169,20 +195,7 @@ def discover() -> Mapping[str, Technique]:
         for entry in entries:
             assert entry.key not in found, f"two techniques are called {entry.key}"
             found[entry.key] = entry
-    for technique in _third_party():
+    for entry in entry_points(group="planner.techniques"):
+        technique = entry.load()
         found.setdefault(technique.key, technique)
     return found
-
-
-def _third_party() -> list[Technique]:
-    import sys
-
-    if "importlib.metadata" not in sys.modules and not _has_entry_points():
-        return []
-    from importlib.metadata import entry_points
-
-    return [entry.load() for entry in entry_points(group="planner.techniques")]
-
-
-def _has_entry_points() -> bool:
-    return True

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from planner.specs.device import KINDS, Sourced
+from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.load import Reader, read_file
+from planner.specs.sourced import read_sourced
 
 __all__ = ["Stack", "load_stack"]
 
@@ -44,7 +45,7 @@ def load_stack(name_or_path: str | Path = "default") -> Stack:
         path = hardware_folder() / "stacks" / f"{path.name}.toml"
     reader = Reader(read_file(path), str(path))
     values = {
-        field.name: _sourced(reader, field.name)
+        field.name: read_sourced(reader, field.name)
         for field in fields(Stack)
         if field.name not in ("name", "notes")
     }
@@ -52,10 +53,3 @@ def load_stack(name_or_path: str | Path = "default") -> Stack:
     reader.finish()
     reader.raise_if_any()
     return stack
-
-
-def _sourced(reader: Reader, key: str) -> Sourced:
-    table = reader.table(key)
-    number = Sourced(table.number("value"), table.text("kind", choices=KINDS), table.text("source"))
-    table.finish()
-    return number

@@ -1,0 +1,239 @@
+"""The pipeline composer: block tables in, step time and peak memory of every device out.
+
+A layout says how many blocks of each kind every virtual stage holds. Because a stage is a sum of blocks, everything about it
+is a small matrix times a block table, so that a million candidates that share a layout are composed with a few products.
+:func:`step_bound` is a valid lower bound on the schedule's makespan, :func:`memory` the exact peak of its order; the schedule
+engine then gives the exact makespan of the few candidates that matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.baseline import EMBEDDING, HEAD
+from planner.costs.overlap import uniform_bucket_exposure_s
+from planner.engine import POOLS, BlockTable
+from planner.ledger import Array
+from planner.schedule.live import live_vectors
+from planner.specs.stack import Stack
+
+__all__ = ["Layout", "Split", "layouts", "memory", "memory_parts", "phase_seconds", "step_bound", "tail_seconds"]
+
+BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How layers are dealt to virtual stages: layers taken from the first and from the last to make room for embedding and head."""
+
+    name: str
+    first_fewer: int
+    last_fewer: int
+
+
+SPLITS = (Split("even", 0, 0), Split("short_ends", 1, 1), Split("short_first", 1, 0), Split("short_last", 0, 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Blocks per virtual stage, and what pricing reads off it.
+
+    ``counts``: (virtual stages, kinds), stage ``chunk·pp + device``; ``chunks`` the same as (chunks, devices, kinds), and
+    ``device_counts`` their sum. Equal neighbouring devices form a run, which is held to memory at its first device (most in
+    flight: ``run_first``, ``first_counts``) and priced at its last (it waits longest: ``run_last``, ``last_counts``);
+    ``ramp`` are the first chunks of all devices before it. ``layers``: most transformer layers on one device.
+    """
+
+    pp: int
+    virtual_stages: int
+    split: str
+    counts: Array
+    chunks: Array
+    device_counts: Array
+    run_first: NDArray[np.int64]
+    run_last: NDArray[np.int64]
+    first_counts: Array
+    last_counts: Array
+    ramp: Array
+    layers: int
+
+
+@lru_cache(maxsize=4096)
+def layouts(order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int) -> tuple[Layout, ...]:
+    """Every way to deal the layers evenly to ``pp·virtual_stages`` stages.
+
+    Even, with one layer fewer on the first and/or last stage (which also hold embedding and head); where nothing divides, a
+    balanced split whose ends get the smaller share.
+    """
+    stages, n = pp * virtual_stages, len(order)
+    found = []
+    for split in SPLITS:
+        total = n + split.first_fewer + split.last_fewer
+        if total % stages or (stages == 1 and split.name != "even") or total // stages < 1:
+            continue
+        sizes = [total // stages] * stages
+        sizes[0] -= split.first_fewer
+        sizes[-1] -= split.last_fewer
+        found.append(_layout(order, kinds, pp, virtual_stages, split.name, sizes))
+    if not found and n >= stages:
+        small, longer = divmod(n, stages)
+        start = (stages - longer) // 2
+        sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
+        found.append(_layout(order, kinds, pp, virtual_stages, "balanced", sizes))
+    return tuple(found)
+
+
+def _layout(
+    order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, split: str, sizes: Sequence[int]
+) -> Layout:
+    ends = np.cumsum(sizes)
+    counts = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
+    counts[0, kinds.index(EMBEDDING)] = 1
+    counts[-1, kinds.index(HEAD)] = 1
+    chunks = counts.reshape(virtual_stages, pp, -1)
+    changes = np.flatnonzero(np.any(chunks[:, 1:] != chunks[:, :-1], axis=(0, 2)))
+    first, last = np.concatenate([[0], changes + 1]), np.concatenate([changes, [pp - 1]])
+    device_counts = chunks.sum(axis=0)
+    before = np.cumsum(chunks[0], axis=0) - chunks[0]
+    layers = int(device_counts[first][:, : len(kinds) - 3].sum(axis=1).max())
+    return Layout(
+        pp, virtual_stages, split, counts, chunks, device_counts, first, last, device_counts[first], device_counts[last],
+        before[last], layers,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _cumulative(order: tuple[str, ...], kinds: tuple[str, ...]) -> Array:
+    """Layers of each kind before each position: (layers + 1, kinds)."""
+    one_hot = np.array([[kind == name for kind in kinds] for name in order], dtype=np.float64)
+    return np.concatenate([np.zeros((1, len(kinds))), np.cumsum(one_hot, axis=0)])
+
+
+def step_bound(
+    table: BlockTable, layout: Layout, micro_batches: Array, recompute_layers: Array | float | None = None
+) -> Array:
+    """A lower bound on the step time of candidates that share a layout, per row; never above the schedule engine's.
+
+    Device ``i`` cannot start before the first micro-batch has passed the stages before it, works ``m·T_i``, and is followed
+    by the last micro-batch's backward through them and the first device's tail, or by its own:
+    ``max_i (Σ_{j<i} F_j + i·c + m·T_i + max(tail_i, Σ_{j<i} B_j + i·c + tail_0))`` with chunk 0 of device ``j`` in the ramps
+    and ``c`` one hop. It is exact for equal stages without hops.
+
+    Args:
+        table: block totals, (kinds, rows).
+        layout: blocks per virtual stage.
+        micro_batches: m, per row.
+        recompute_layers: of each device's layers, how many are recomputed (None: all that the ledger recomputes).
+    """
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * recomputed_fraction(layout, recompute_layers)
+    ramp = layout.ramp
+    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
+    forward_work_s, backward_work_s = layout.last_counts @ forward, layout.last_counts @ backward
+    tail_s = tail_seconds(table, layout.last_counts, forward_work_s, backward_work_s)
+    if len(layout.run_first) > 1 and layout.run_last[0] == 0:
+        first_tail_s = tail_s[0]
+    else:
+        counts = layout.device_counts[:1]
+        first_tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
+    hops_s = layout.run_last[:, None] * hop_s
+    before_s, after_s = ramp @ forward + hops_s, ramp @ backward + hops_s
+    work_s = micro_batches * (forward_work_s + backward_work_s)
+    bound_s: Array = np.max(before_s + work_s + np.maximum(tail_s, after_s + first_tail_s), axis=0)
+    return bound_s
+
+
+def recomputed_fraction(layout: Layout, recompute_layers: Array | float | None) -> Array | float:
+    """Share of a device's layers that is recomputed."""
+    return 1.0 if recompute_layers is None else np.minimum(np.divide(recompute_layers, layout.layers), 1.0)
+
+
+def phase_seconds(table: BlockTable) -> tuple[Array, Array, Array]:
+    """Forward, full backward, and recompute seconds per block: (kinds, rows) each, hops left out."""
+    forward, backward = table["forward_s"].copy(), table["backward_s"] + table["weight_s"]
+    boundary = table.kinds.index(BOUNDARY)
+    forward[boundary] = backward[boundary] = 0.0
+    return forward, backward, table["recompute_s"]
+
+
+def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s: Array) -> Array:
+    """What follows each device's last backward: exposed gradient traffic, the update, exposed weight gathers.
+
+    Gradients hide behind the last micro-batch's backward, weights behind the next step's first forward.
+
+    Args:
+        table: block totals.
+        counts: (devices, kinds).
+        forward_s, backward_s: (devices, rows), one micro-batch through all of a device's chunks.
+    """
+    total: Array = counts @ table["main_step_s"]
+    for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
+        messages = np.maximum(counts @ table[f"{track}_messages"], 1.0)
+        total = total + uniform_bucket_exposure_s(counts @ table[f"{track}_step_s"], beside_s, messages)
+    return total
+
+
+def memory(
+    table: BlockTable,
+    layout: Layout,
+    schedule: str,
+    micro_batches: Array,
+    stack: Stack,
+    communicators: Array | float,
+    recompute_layers: Array | float | None = None,
+) -> tuple[Array, Array]:
+    """Peak device bytes and host bytes, the largest over devices, per row."""
+    parts = memory_parts(table, layout, schedule, micro_batches, stack, communicators, recompute_layers)
+    host = parts.pop("host")
+    return np.sum([*parts.values()], axis=0).max(axis=0), host.max(axis=0)
+
+
+def memory_parts(
+    table: BlockTable,
+    layout: Layout,
+    schedule: str,
+    micro_batches: Array,
+    stack: Stack,
+    communicators: Array | float,
+    recompute_layers: Array | float | None = None,
+) -> dict[str, Array]:
+    """Bytes by pool on the first device of each run of equal devices, (runs, rows); ``host`` is what host memory holds.
+
+    ``activations`` is the schedule's exact peak of saved bytes; ``workspace`` the largest transient of a block, taken to
+    coincide with it.
+    """
+    fraction = recomputed_fraction(layout, recompute_layers)
+    rows = table.values.shape[2]
+    device = layout.first_counts
+    parts: dict[str, Array] = {pool: device @ table[f"{pool}_bytes"] for pool in POOLS}
+    saved = table["saved_bytes"] + (1.0 - fraction) * table["recomputed_bytes"]
+    saved_on_host = table["host_saved_bytes"]
+    swaps = bool(saved_on_host.any())
+    live, live_host = np.zeros((len(device), rows)), np.zeros((len(device), rows))
+    depth = np.minimum(micro_batches, saturation(schedule, layout.pp, layout.virtual_stages))
+    for m in np.unique(depth):
+        at = np.flatnonzero(depth == m)
+        for run, index in enumerate(layout.run_first):
+            held = live_vectors(schedule, layout.pp, int(m), layout.virtual_stages, int(index)) @ layout.chunks[:, index]
+            live[run, at] = (held @ saved[:, at]).max(axis=0)
+            if swaps:
+                live_host[run, at] = (held @ saved_on_host[:, at]).max(axis=0)
+    transient = table["block_bytes"] + np.greater(fraction, 0) * table["recomputed_bytes"]
+    at_work = np.stack([np.max(transient[counts > 0], axis=0) for counts in device])
+    parts["activations"] = live
+    parts["workspace"] = at_work
+    parts["framework"] = np.full_like(live, stack.framework_bytes.value)
+    parts["communicators"] = np.broadcast_to(stack.communicator_bytes.value * communicators, live.shape)
+    parts["fragmentation"] = stack.fragmentation.value * (live + at_work)
+    parts["host"] = device @ table["host_bytes"] + live_host
+    return parts
+
+
+def saturation(schedule: str, pp: int, virtual_stages: int) -> int | float:
+    """Micro-batches beyond which a schedule's live activations no longer grow."""
+    return np.inf if schedule == "gpipe" else pp if virtual_stages == 1 else 2 * pp

@@ -1,0 +1,113 @@
+"""The additive side of a recipe: states (what is sharded, where the optimizer lives), recompute, and swaps.
+
+A *state* is a combination of ``zero_stage``, ``zero_group`` and ``optimizer_offload``; any of them may win on any row. Recompute
+and swaps only add work to a state, so a combination is dominated by one that does less of both and fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.search.space import Choice, Rows, Space
+from planner.technique import ADDITIVE_SLOTS, Context
+
+__all__ = ["Activity", "Branches", "Faults"]
+
+Mask = NDArray[np.bool_]
+_STATE = tuple(s for s in ADDITIVE_SLOTS if s not in ("recompute", "activation_offload", "parameter_offload", "schedule"))
+_SWAP = ("activation_offload", "parameter_offload")
+_BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activity:
+    """Which states and which recompute choices say something of their own on each row: (choices, rows)."""
+
+    states: Mask
+    recomputes: Mask
+
+
+class Branches:
+    """All additive choices of a space."""
+
+    def __init__(self, space: Space) -> None:
+        choices = space.choices
+        self.space = space
+        self.states = [dict(zip(_STATE, c, strict=True)) for c in product(*(choices[s] for s in _STATE))]
+        self.recomputes = sorted(choices["recompute"], key=lambda choice: choice.value == _BY_LAYERS)
+        self.swaps = sorted(
+            (dict(zip(_SWAP, c, strict=True)) for c in product(*(choices[s] for s in _SWAP))),
+            key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
+        )
+
+    def activity(self, rows: Rows, knobs: Mapping[str, Any]) -> Activity:
+        """Where each state and recompute choice is not a repetition of another."""
+        contexts: dict[str, Context] = {}
+
+        def active(slot: str, choice: Choice) -> Mask:
+            technique = choice.technique
+            if technique is None or technique.active is None or slot in self.space.fixed:
+                return np.ones(len(rows), dtype=bool)
+            key = f"{slot}={choice.value}"
+            if key not in contexts:
+                contexts[key] = rows.context(self.space.problem, {**knobs, slot: choice.value})
+            return np.broadcast_to(technique.active(contexts[key]), len(rows))
+
+        masks = {(slot, c.value): active(slot, c) for slot in (*_STATE, "recompute") for c in self.space.choices[slot]}
+        states = np.array([np.all([masks[slot, c.value] for slot, c in state.items()], axis=0) for state in self.states])
+        recomputes = np.array([masks["recompute", choice.value] for choice in self.recomputes])
+        return Activity(states, recomputes)
+
+    def variants(self, activity: Activity, layers: int) -> NDArray[np.int64]:
+        """Candidates per row, for devices of at most ``layers`` layers."""
+        widths = np.array([self.width(choice, layers) for choice in self.recomputes])
+        total: NDArray[np.int64] = activity.states.sum(axis=0) * (widths @ activity.recomputes) * len(self.swaps)
+        return total
+
+    def width(self, recompute: Choice, layers: int) -> int:
+        """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""
+        if recompute.value != _BY_LAYERS or "recompute_layers" in self.space.fixed:
+            return 1
+        return max(layers - 1, 0)
+
+    def by_layers(self, recompute: Choice) -> bool:
+        """Whether the choice recomputes some of a device's layers."""
+        return recompute.value == _BY_LAYERS
+
+    def recipe(self, state: int, recompute: int, swap: int) -> dict[str, Choice]:
+        """The choices of one branch."""
+        return {**self.states[state], "recompute": self.recomputes[recompute], **self.swaps[swap]}
+
+    def no_more(self, recompute: int, swap: int) -> list[tuple[int, int]]:
+        """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""
+        less = []
+        for r, choice in enumerate(self.recomputes):
+            if not (r == recompute or choice.technique is None):
+                continue
+            for s, other in enumerate(self.swaps):
+                subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
+                if subset and (r, s) != (recompute, swap):
+                    less.append((r, s))
+        return less
+
+
+class Faults:
+    """Every row's first broken rule."""
+
+    def __init__(self, rows: int) -> None:
+        self.reasons: list[str] = []
+        self.first = np.full(rows, -1)
+
+    def check(self, reason: str, ok: Mask | bool) -> None:
+        """Notes ``reason`` on the rows that are not ``ok`` and had no fault yet."""
+        if np.all(ok):
+            return
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.first[~np.broadcast_to(ok, self.first.shape) & (self.first < 0)] = self.reasons.index(reason)

@@ -1,0 +1,213 @@
+"""The uniform space: recipes (categories, in loops) times rows (mesh degrees and micro-batch sizes, in arrays).
+
+A recipe is one choice per slot. Slots before ``zero_stage`` form a *prefix*, which fixes what a block computes and how its
+work is cut; the additive slots after it form a *branch*. Rows are every factorisation of the world size with every
+micro-batch size; a layout deals layers to virtual stages. A candidate is (prefix, row, layout, branch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.errors import Problem as Fault
+from planner.errors import SpecError, did_you_mean
+from planner.ledger import Array
+from planner.mesh import Mesh
+from planner.specs.formats import FORMATS
+from planner.specs.problem import Problem
+from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, discover, off
+
+__all__ = ["DEGREES", "Choice", "Rows", "Space"]
+
+DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch_size")
+_LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
+_VALUE_KNOBS = ("gradient_dtype",)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value of a slot, and the technique that serves it (None: the slot is off)."""
+
+    value: str
+    technique: Technique | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Mesh degrees and micro-batch sizes: one array per degree, all of one length."""
+
+    values: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.values["tp"])
+
+    def take(self, index: NDArray[Any]) -> Rows:
+        """The rows at ``index``."""
+        return Rows({name: value[index] for name, value in self.values.items()})
+
+    def context(self, problem: Problem, knobs: Mapping[str, Any]) -> Context:
+        """What the passes of a recipe see for these rows."""
+        v = self.values
+        mesh = Mesh(v["tp"], v["cp"], v["dp"], v["pp"], v["ep"], v["etp"])
+        return Context(problem.model, problem.cluster, problem.workload, problem.stack, mesh, v["micro_batch_size"], knobs)
+
+
+class Space:
+    """The candidates of a problem.
+
+    Raises:
+        SpecError: a fixed knob or value is unknown, or a forbidden glob matches nothing.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.fixed = self._checked(problem.fixed)
+        self.values = {name: self.fixed[name] for name in _VALUE_KNOBS if name in self.fixed}
+        self._unmatched = set(problem.forbidden)
+        self.choices = {slot: self._slot(slot) for slot in SLOTS}
+        self.rows = self._rows()
+        self._report_unmatched()
+
+    # -- recipes ---------------------------------------------------------------------------------------------------
+
+    def prefixes(self) -> Iterator[dict[str, Choice]]:
+        """Every combination of the slots that shape a block's work."""
+        return self._combinations([slot for slot in SLOTS if slot not in ADDITIVE_SLOTS])
+
+    def branches(self) -> Iterator[dict[str, Choice]]:
+        """Every combination of the additive slots, the schedule left out."""
+        return self._combinations([slot for slot in ADDITIVE_SLOTS if slot != "schedule"])
+
+    def _combinations(self, slots: list[str]) -> Iterator[dict[str, Choice]]:
+        for values in product(*(self.choices[slot] for slot in slots)):
+            yield dict(zip(slots, values, strict=True))
+
+    def knobs(self, recipe: Mapping[str, Choice]) -> dict[str, Any]:
+        """The recipe's choices as the passes read them."""
+        return {**self.values, **{slot: choice.value for slot, choice in recipe.items()}}
+
+    def allows(self, name: str, values: Array) -> NDArray[np.bool_]:
+        """Which values of a numeric knob the user's fixed and forbidden choices leave."""
+        ok = np.ones(len(values), dtype=bool)
+        if name in self.fixed:
+            ok &= values == self.fixed[name]
+        for glob in self.problem.forbidden:
+            if glob.startswith(f"{name}="):
+                self._unmatched.discard(glob)
+                ok &= ~np.array([fnmatchcase(f"{name}={value:g}", glob) for value in values], dtype=bool)
+        return ok
+
+    def _slot(self, slot: str) -> list[Choice]:
+        found: list[Choice] = []
+        techniques = [t for t in discover().values() if t.slot == slot and t.job == "training" and t.status == "modelled"]
+        if not any(t.default for t in techniques):
+            found.append(Choice(off(slot), None))
+        for technique in sorted(techniques, key=lambda t: not t.default):
+            found += [Choice(value, technique) for value in technique.choices if technique.searched or slot in self.fixed]
+        if slot in self.fixed:
+            wanted = str(self.fixed[slot]).lower()
+            known = [choice.value for choice in found]
+            if wanted not in known:
+                raise SpecError(Fault(f"--fix {slot}", repr(self.fixed[slot]), f"one of {', '.join(known)}", did_you_mean(wanted, known)))
+            return [choice for choice in found if choice.value == wanted]
+        if slot == "precision":
+            found = [choice for choice in found if choice.value in self.problem.workload.precisions]
+        if slot == "optimizer":
+            found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
+        kept = [choice for choice in found if not self._forbidden(slot, choice)]
+        if not kept:
+            raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
+        return kept
+
+    def _forbidden(self, slot: str, choice: Choice) -> bool:
+        names = [f"{slot}={choice.value}"]
+        if choice.technique is not None:
+            names += [choice.technique.key] + ([slot] if not choice.technique.default else [])
+        hit = False
+        for glob in self.problem.forbidden:
+            if any(fnmatchcase(name, glob) for name in names):
+                self._unmatched.discard(glob)
+                hit = True
+        return hit
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> Rows:
+        """Every mesh of the world size with every micro-batch size; degrees that no rule could accept are left out."""
+        model, workload = self.problem.model, self.problem.workload
+        devices = self.problem.cluster.devices
+        heads = [b.attention.heads for b in model.blocks.values() if b.attention] or [model.hidden]
+        layers = model.n_layers + sum(n for _, n in model.encoder_layers)
+        tps = self._degrees("tp", devices, max(heads))
+        cps = self._degrees("cp", devices, max(1, workload.seq_len // 2))
+        pps = self._degrees("pp", devices, layers + 2)
+        experts = [b.moe.experts for b in model.blocks.values() if b.moe]
+        columns: list[Array] = []
+        for tp, cp, pp in product(tps, cps, pps):
+            dp, left = divmod(devices, tp * cp * pp)
+            if left or not self.allows("dp", np.array([dp]))[0]:
+                continue
+            share = workload.global_batch_size // dp if workload.global_batch_size % dp == 0 else 1
+            sizes = self._degrees("micro_batch_size", share, share)
+            eps = self._degrees("ep", tp * cp * dp, max(experts)) if experts else [1]
+            etps = self._degrees("etp", tp, tp) if experts else [1]
+            grid = np.array(list(product([tp], [cp], [pp], [dp], eps, etps, sizes)), dtype=np.float64)
+            columns.append(grid.reshape(-1, len(DEGREES)))
+        if not columns:
+            wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
+            raise SpecError(Fault("--fix", f"no mesh of {devices} devices has {wanted or 'these degrees'}", "degrees whose product divides the devices"))
+        table = np.concatenate(columns)
+        return Rows({name: np.ascontiguousarray(table[:, index]) for index, name in enumerate(DEGREES)})
+
+    def _degrees(self, name: str, of: int, most: int) -> list[int]:
+        values = [d for d in _divisors(of) if d <= most]
+        if name in self.fixed:
+            return [self.fixed[name]] if of % self.fixed[name] == 0 else []
+        ok = self.allows(name, np.array(values, dtype=np.float64))
+        return [value for value, keep in zip(values, ok, strict=True) if keep]
+
+    # -- the user's choices --------------------------------------------------------------------------------------------
+
+    def _checked(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        known = (*DEGREES, *_LAYOUT_KNOBS, *_VALUE_KNOBS, *SLOTS)
+        faults: list[Fault] = []
+        checked: dict[str, Any] = {}
+        for name, value in fixed.items():
+            if name not in known:
+                faults.append(Fault(f"--fix {name}", "unknown knob", f"one of {', '.join(known)}", did_you_mean(name, known)))
+            elif name in (*DEGREES, "virtual_stages", "recompute_layers"):
+                try:
+                    number = int(str(value))
+                except ValueError:
+                    number = 0
+                if not 1 <= number <= 10**7:
+                    faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
+                checked[name] = number
+            else:
+                checked[name] = str(value).lower()
+        if checked.get("gradient_dtype", "fp32") not in FORMATS:
+            faults.append(Fault("--fix gradient_dtype", repr(fixed["gradient_dtype"]), "fp32, bf16 or fp16"))
+        if faults:
+            raise SpecError(faults)
+        return checked
+
+    def _report_unmatched(self) -> None:
+        for name in DEGREES:
+            self.allows(name, self.rows.values[name][:0])
+        if self._unmatched:
+            tokens = [f"{slot}={c.value}" for slot in SLOTS for c in self.choices[slot]] + [*SLOTS, *discover()]
+            raise SpecError(
+                [Fault(f"--forbid {glob}", "matches no knob, choice or technique", "", did_you_mean(glob, tokens)) for glob in sorted(self._unmatched)]
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]

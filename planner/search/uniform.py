@@ -1,0 +1,297 @@
+"""The exact search of the uniform space: bound, branch, and re-price.
+
+Every candidate is either rejected with a reason, excluded by a bound, or scored with the full cost model:
+
+1. *prefix bound*: a prefix's ledger, priced without its additive slots, bounds every candidate on a row and layout from below;
+2. *branching*: rows that can still win are priced with every branch. A branch that only adds work to one that fits in memory
+   cannot beat it (``dominated``), so offload and recompute are tried where memory asks for them;
+3. *re-pricing*: scored candidates go to the schedule engine in the order of their bounds, until no bound beats the incumbent.
+
+The best plan is then exact under this model. ``top`` plans are kept by engine price, and bounds are held against the last of
+them, so that the whole list is exact among plans that no other plan dominates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.engine import BlockTable, Pricer, tabulate
+from planner.ledger import Array, Ledger
+from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
+from planner.search.branches import Branches, Faults
+from planner.search.expansion import Expansion, Scored, Shortfall
+from planner.search.space import Choice, Rows, Space
+from planner.specs.problem import Problem
+from planner.technique import SLOTS, Context
+
+__all__ = ["SearchCounts", "UniformSearch"]
+
+_FIRST_WAVE = 256  # rows and layouts priced before anything is known of the best plan
+_REPRICE_BATCH = 32
+
+Index = NDArray[np.intp]
+
+
+@dataclass(slots=True)
+class SearchCounts:
+    """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
+
+    candidates: int = 0
+    scored: int = 0
+    repriced: int = 0
+    excluded_by_bound: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Deal:
+    """One layout under one schedule, and the rows (of the prefix) that it deals with."""
+
+    schedule: Choice
+    layout: Layout
+    rows: Index
+    bound_s: Array
+    variants: NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class _Prefix:
+    """A prefix with its valid rows, its deals and their bounds."""
+
+    recipe: Mapping[str, Choice]
+    rows: Rows
+    deals: list[_Deal]
+
+    @property
+    def least_s(self) -> float:
+        return min((float(deal.bound_s.min()) for deal in self.deals), default=np.inf)
+
+
+class UniformSearch:
+    """Searches the uniform space of one problem.
+
+    Args:
+        problem: the problem.
+        top: plans to keep.
+        reprice: exact step times of scored candidates (the schedule engine).
+        on_progress: called with (prefixes done, prefixes in all).
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        top: int,
+        reprice: Callable[[list[Scored]], list[float]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.space = Space(problem)
+        self.top = top
+        self.reprice = reprice
+        self.on_progress = on_progress
+        self.counts = SearchCounts()
+        self.best: list[tuple[float, Scored]] = []
+        self.nearest: Shortfall | None = None
+        self.order = tuple(block_order(problem.model))
+        self.kinds = (*dict.fromkeys(self.order), EMBEDDING, HEAD, BOUNDARY)
+        self.pricer = Pricer(problem.cluster, problem.stack)
+        self.branches = Branches(self.space)
+        self._open: list[Scored] = []
+
+    def run(self) -> list[tuple[float, Scored]]:
+        """The best plans by exact step time, best first."""
+        prefixes = [self._bound(recipe) for recipe in self.space.prefixes()]
+        prefixes.sort(key=lambda prefix: prefix.least_s)
+        for done, prefix in enumerate(prefixes):
+            self._expand(prefix)
+            if self.on_progress is not None:
+                self.on_progress(done + 1, len(prefixes))
+        self._settle()
+        return self.best
+
+    # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
+
+    def _bound(self, recipe: Mapping[str, Choice]) -> _Prefix:
+        """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
+        knobs = self.space.knobs(recipe)
+        ctx = self.space.rows.context(self.problem, knobs)
+        active = np.ones(len(self.space.rows), dtype=bool)
+        for slot, choice in recipe.items():
+            if choice.technique is not None and choice.technique.active is not None and slot not in self.space.fixed:
+                active &= choice.technique.active(ctx)
+        rows = self.space.rows.take(np.flatnonzero(active))
+        ctx = rows.context(self.problem, knobs)
+        fault = self._faults(recipe, ctx)
+        self._reject_rows(fault, rows, knobs)
+        rows = rows.take(np.flatnonzero(fault.first < 0))
+        prefix = _Prefix(recipe, rows, [])
+        if len(rows):
+            ctx = rows.context(self.problem, knobs)
+            table = tabulate(self._ledger(recipe, ctx), self.pricer, self.kinds, len(rows))
+            self._deal(prefix, ctx, table)
+        return prefix
+
+    def _faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
+        """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
+        devices, batch = self.problem.cluster.devices, self.problem.workload.global_batch_size
+        faults = Faults(len(ctx.micro_batch_size))
+        faults.check(f"global batch size {batch} not divisible by dp", batch % ctx.mesh.dp == 0)
+        for choice in recipe.values():
+            if choice.technique is not None:
+                for check in choice.technique.valid(ctx):
+                    faults.check(check.reason, check.ok)
+        dealt = {pp: bool(self._deals(int(pp))) for pp in np.unique(ctx.mesh.pp)}
+        faults.check("layers cannot be dealt to the stages", np.array([dealt[pp] for pp in ctx.mesh.pp]))
+        assert np.all(ctx.mesh.devices == devices)
+        return faults
+
+    def _reject_rows(self, faults: Faults, rows: Rows, knobs: Mapping[str, Any], only: Choice | None = None) -> None:
+        """Counts every candidate on a faulty row (of one schedule, or of all) under the row's first fault."""
+        lost = np.flatnonzero(faults.first >= 0)
+        if not len(lost):
+            return
+        rows, first = rows.take(lost), faults.first[lost]
+        activity = self.branches.activity(rows, knobs)
+        for pp in np.unique(rows.values["pp"]):
+            at = rows.values["pp"] == pp
+            deals = [layout for schedule, layout in self._deals(int(pp)) if only is None or schedule is only]
+            counts = sum(self.branches.variants(activity, layers) for layers in [d.layers for d in deals] or [1])
+            for index, reason in enumerate(faults.reasons):
+                self._reject(reason, int(np.sum(counts * (at & (first == index)))))
+
+    def _deals(self, pp: int) -> list[tuple[Choice, Layout]]:
+        """Schedules and layouts of a pipeline degree."""
+        found = []
+        fixed = self.space.fixed
+        for schedule in self.space.choices["schedule"]:
+            assert schedule.technique is not None
+            interleaved = schedule.technique.order == "interleaved"
+            most = (len(self.order) + 2) // pp if interleaved and pp > 1 else 1
+            for v in range(2 if interleaved else 1, most + 1):
+                if not self.space.allows("virtual_stages", np.array([v]))[0]:
+                    continue
+                for layout in layouts(self.order, self.kinds, pp, v):
+                    if fixed.get("pipeline_layout", layout.split) == layout.split and (v == 1 or layout.split != "balanced"):
+                        found.append((schedule, layout))
+        return found
+
+    def _deal(self, prefix: _Prefix, ctx: Context, table: BlockTable) -> None:
+        """Bounds the prefix's rows under every layout of their pipeline degree."""
+        activity = self.branches.activity(prefix.rows, ctx.knobs)
+        micro_batches = ctx.micro_batches
+        for pp in np.unique(ctx.mesh.pp):
+            at = np.flatnonzero(ctx.mesh.pp == pp)
+            part = BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
+            masks: dict[str, NDArray[np.bool_]] = {}
+            for schedule, layout in self._deals(int(pp)):
+                if schedule.value not in masks:
+                    masks[schedule.value] = self._schedule_mask(schedule, prefix.rows.take(at), ctx.knobs)
+                keep = np.flatnonzero(masks[schedule.value])
+                if not len(keep):
+                    continue
+                bound_s = step_bound(part, layout, micro_batches[at])[keep]
+                variants = self.branches.variants(activity, layout.layers)[at[keep]]
+                self.counts.candidates += int(variants.sum())
+                prefix.deals.append(_Deal(schedule, layout, at[keep], bound_s, variants))
+
+    def _schedule_mask(self, schedule: Choice, rows: Rows, knobs: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """Rows that a schedule works on; its broken rules are counted."""
+        technique = schedule.technique
+        assert technique is not None
+        ctx = rows.context(self.problem, {**knobs, "schedule": schedule.value})
+        active = np.ones(len(rows), dtype=bool)
+        if technique.active is not None and "schedule" not in self.space.fixed:
+            active &= technique.active(ctx)
+        faults = Faults(len(rows))
+        for check in technique.valid(ctx):
+            faults.check(check.reason, check.ok)
+        faults.first[~active] = -1
+        self._reject_rows(faults, rows, knobs, only=schedule)
+        mask: NDArray[np.bool_] = active & (faults.first < 0)
+        return mask
+
+    def _ledger(self, recipe: Mapping[str, Choice], ctx: Context, ledger: Ledger | None = None) -> Ledger:
+        """Runs the passes of a (partial) recipe in slot order."""
+        if ledger is None:
+            workload = self.problem.workload
+            ledger = baseline(
+                self.problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len),
+                encoder_seq=workload.encoder_seq_len, document_len=workload.document_len,
+            )  # fmt: skip
+        for slot in SLOTS:
+            choice = recipe.get(slot)
+            if choice is not None and choice.technique is not None:
+                ledger = choice.technique.apply(ledger, ctx)
+        return ledger
+
+    # -- step 2: branches of the rows that can still win -------------------------------------------------------------
+
+    def _expand(self, prefix: _Prefix) -> None:
+        """Prices what can still win, best bounds first: a few candidates to set the bar, then all below it."""
+        order = np.sort(np.concatenate([deal.bound_s for deal in prefix.deals] or [np.zeros(0)]))
+        above = -np.inf
+        if not self.best and len(order) > _FIRST_WAVE:
+            above = float(order[_FIRST_WAVE])
+            self._wave(prefix, -np.inf, above)
+            self._settle(at_most=self.top)
+        self._wave(prefix, above, np.inf)
+
+    def _wave(self, prefix: _Prefix, above: float, below: float) -> None:
+        """Prices the deals whose bound lies in [above, below) and under the bar; counts the others as excluded."""
+        bar = self._bar()
+        chosen: list[tuple[_Deal, Index]] = []
+        for deal in prefix.deals:
+            inside = (deal.bound_s >= above) & (deal.bound_s < below)
+            lost = inside & (deal.bound_s >= bar)
+            kept = deal.rows[inside & ~lost]
+            self.counts.excluded_by_bound["step time"] += int(deal.variants[lost].sum())
+            if len(kept):
+                chosen.append((deal, kept))
+        if not chosen:
+            return
+        used = np.unique(np.concatenate([rows for _, rows in chosen]))
+        rows = prefix.rows.take(used)
+        ctx = rows.context(self.problem, self.space.knobs(prefix.recipe))
+        work = Expansion(
+            self.problem, self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, rows,
+            self._ledger(prefix.recipe, ctx), self.counts,
+        )  # fmt: skip
+        for deal, kept in chosen:
+            self._open += work.price(deal.schedule, deal.layout, np.searchsorted(used, kept), bar)
+        if work.nearest is not None and (self.nearest is None or work.nearest.excess < self.nearest.excess):
+            self.nearest = work.nearest
+
+    def _bar(self) -> float:
+        """Step time of the last plan kept; a candidate whose bound is no better cannot enter the list."""
+        return self.best[-1][0] if len(self.best) >= self.top else np.inf
+
+    # -- step 3: the schedule engine decides -------------------------------------------------------------------------
+
+    def _settle(self, at_most: int | None = None) -> None:
+        """Re-prices open candidates in the order of their bounds until no bound beats the list (or ``at_most`` are done)."""
+        self._open.sort(key=lambda scored: scored.bound_s)
+        position, limit = 0, len(self._open) if at_most is None else at_most
+        while position < limit:
+            batch = [s for s in self._open[position : min(position + _REPRICE_BATCH, limit)] if s.bound_s < self._bar()]
+            if not batch:
+                break
+            position += len(batch)
+            self.counts.repriced += len(batch)
+            self.best += zip(self.reprice(batch), batch, strict=True)
+            self.best.sort(key=lambda pair: pair[0])
+            del self.best[self.top :]
+        bar = self._bar()
+        self._open = [s for s in self._open[position:] if s.bound_s < bar]
+
+    def _reject(self, reason: str, count: int) -> None:
+        if count:
+            self.counts.candidates += count
+            self.counts.rejected[reason] += count
