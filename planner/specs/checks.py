@@ -54,14 +54,9 @@ def _attention(attention: Attention) -> Iterator[Violation]:
             "is set without kv_lora_rank",
             "both ranks (latent attention) or neither",
         )
-    if bool(attention.index_heads) != bool(attention.index_head_dim) or bool(attention.index_heads) != bool(
-        attention.index_top_k
-    ):
-        yield (
-            "attention.index_heads",
-            "comes without its sizes",
-            "index_heads, index_head_dim and index_top_k",
-        )
+    # Layers that reuse an earlier layer's index have index_top_k alone.
+    if attention.index_heads and not (attention.index_head_dim and attention.index_top_k):
+        yield "attention.index_heads", "comes without its sizes", "index_head_dim and index_top_k too"
 
 
 def _moe(moe: Moe) -> Iterator[Violation]:

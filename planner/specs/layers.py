@@ -22,8 +22,8 @@ class LayerPlan:
 def arrange(layers: Sequence[Block], encoder: Sequence[Block] = ()) -> LayerPlan:
     """Names equal blocks alike and joins neighbours into runs.
 
-    Names say what a layer is made of: ``dense`` or ``moe`` after full attention, ``local-dense`` after windowed
-    attention, ``ssm-moe`` after a state-space mixer, a mixer's name alone where no network follows.
+    Names say what a layer is made of: ``dense`` or ``moe`` after full attention, ``local-dense`` after
+    windowed attention, ``ssm-moe`` after a state-space mixer, a mixer's name alone where no network follows.
 
     >>> from planner.specs.model import Attention, Mlp
     >>> local = Block(Attention(8, 8, 64, window=512), mlp=Mlp(2048))

@@ -1,4 +1,4 @@
-"""A model as a sequence of blocks: what is needed to count parameters, FLOP, bytes and activations, and no more."""
+"""A model as a sequence of blocks: all that counting parameters, FLOP, bytes and activations needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Attention", "Block", "Mlp", "Model", "Moe", "Ssm"]
 class Attention:
     """Self- or cross-attention. ``latent`` ranks make it MLA (multi-head latent attention, DeepSeek-V2 §2.1).
 
-    ``index_heads`` make it sparse (DeepSeek-V3.2 §2.1): a small indexer scores all keys for each query, and attention
-    then sees the best ``index_top_k`` of them.
+    ``index_heads`` make it sparse (DeepSeek-V3.2 §2.1): a small indexer scores all keys for each query, and
+    attention then sees the best ``index_top_k`` of them.
     """
 
     heads: int
@@ -56,7 +56,7 @@ class Attention:
 
     @property
     def cache_elements(self) -> int:
-        """Elements that one token leaves in the KV cache of one layer (the latent and its rotary key under MLA)."""
+        """Elements that one token leaves in one layer's KV cache (MLA: the latent and its rotary key)."""
         if self.kv_lora_rank is not None:
             return (
                 self.kv_lora_rank + self.qk_rope_head_dim + (self.index_head_dim if self.index_heads else 0)
@@ -94,8 +94,8 @@ class Moe:
 class Ssm:
     """A selective state-space mixer: Mamba 1 or 2, or with ``delta`` a gated DeltaNet.
 
-    Gated DeltaNet (arXiv:2412.06464) has Mamba-2's shape: ``heads`` values of ``inner / heads``, ``groups`` keys of
-    ``state_size``; in addition one write strength per head, and no skip connection D.
+    Gated DeltaNet (arXiv:2412.06464) has Mamba-2's shape: ``heads`` values of ``inner / heads``, ``groups``
+    keys of ``state_size``; in addition one write strength per head, and no skip connection D.
     """
 
     version: int
@@ -114,7 +114,7 @@ class Ssm:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One layer: mixers in order (attention or SSM, cross-attention), then MLP or MoE; absent parts are None."""
+    """One layer: mixers (attention, SSM, cross-attention), then MLP or MoE; absent parts are None."""
 
     attention: Attention | None = None
     cross_attention: Attention | None = None

@@ -17,10 +17,11 @@
     [mlp]
     ffn = 53248
 
-Which layer is built how: ``first_dense_layers`` and ``moe_every`` place the experts (layer i, from 0, has experts if
-i ≥ first_dense_layers and i + 1 is a multiple of moe_every); ``layer_mixers`` is one letter per layer, repeated:
-``G`` attention, ``L`` attention within ``window``, ``M`` state-space mixer; ``layer_parts`` is for models whose layers
-are a mixer or a network alone (Nemotron-H), one sign per layer: ``M`` ssm, ``*`` attention, ``-`` mlp, ``E`` moe.
+Which layer is built how: ``first_dense_layers`` and ``moe_every`` place the experts (layer i, from 0, has
+experts if i ≥ first_dense_layers and i + 1 is a multiple of moe_every); ``layer_mixers`` is one letter per
+layer, repeated: ``G`` attention, ``L`` attention within ``window``, ``M`` state-space mixer; ``layer_parts``
+is for models whose layers are a mixer or a network alone (Nemotron-H), one sign per layer: ``M`` ssm, ``*``
+attention, ``-`` mlp, ``E`` moe.
 """
 
 from __future__ import annotations
@@ -128,23 +129,24 @@ class _Parts:
         mixers = self._mixers()
         mixed = [mixers[i % len(mixers)] for i in range(max(depth, encoder_depth))]
         networks = [self._network(i) for i in range(max(depth, encoder_depth))]
-        kinds: dict[Any, Block] = {}  # one object per kind, so that equal neighbours are found by identity
-        encoder, decoder = [], []
-        for index in range(depth):
-            key = (mixed[index], networks[index], encoder_decoder)
-            decoder.append(kinds.get(key) or kinds.setdefault(key, self._block(*key)))
-        for index in range(encoder_depth):
-            key = (mixed[index], networks[index], None)
-            encoder.append(kinds.get(key) or kinds.setdefault(key, self._block(*key)))
-        return decoder, encoder
+        kinds: dict[tuple[str, str, bool | None], Block] = {}
+
+        def layer(index: int, cross: bool | None) -> Block:
+            key = (mixed[index], networks[index], cross)
+            if key not in kinds:
+                kinds[key] = self._block(*key)
+            return kinds[key]
+
+        decoder = [layer(index, encoder_decoder) for index in range(depth)]
+        return decoder, [layer(index, None) for index in range(encoder_depth)]
 
     def _block(self, mixer: str, network: str, cross: bool | None) -> Block:
         """A layer; ``cross`` is None in an encoder, else whether the layer looks at one."""
         attention = None if self.attention is None or mixer == "M" else self.attention
         if attention is not None and (mixer == "G" or cross is None):
-            attention = dataclasses.replace(
-                attention, window=attention.window if mixer == "L" else None, causal=attention.causal and cross is not None
-            )  # fmt: skip
+            window = attention.window if mixer == "L" else None
+            causal = attention.causal and cross is not None
+            attention = dataclasses.replace(attention, window=window, causal=causal)
         parts: dict[str, Any] = {
             "attention": attention,
             "cross_attention": self._cross() if cross else None,
@@ -162,7 +164,7 @@ class _Parts:
         return dataclasses.replace(self.attention, cross=True, causal=False, window=None)
 
     def _network(self, index: int) -> str:
-        """The sign of a layer's network: experts where the pattern says so, else the MLP (if there is one)."""
+        """The sign of a layer's network: experts where the pattern says so, else the MLP (if any)."""
         if self.moe is not None and index >= self.first_dense and (index + 1) % self.moe_every == 0:
             return "E"
         return "-" if self.mlp is not None else ""
@@ -229,7 +231,7 @@ def _ssm(reader: Reader | None, hidden: int) -> Ssm | None:
 
 
 def _part(reader: Reader | None, kind: type[_Part], derived: Mapping[str, Any]) -> _Part | None:
-    """A table whose keys are the fields of a part; ``derived`` replaces the defaults (and hides causal and cross)."""
+    """A table whose keys are the fields of a part; ``derived`` replaces defaults."""
     if reader is None:
         return None
     values: dict[str, Any] = {}
@@ -268,7 +270,8 @@ def _extra(reader: Reader) -> int:
     table = reader.table("extra_parameters", None)
     if table is None:
         return 0
-    total = sum(table.integer(key, minimum=0, maximum=10**12) for key in table.keys())
+    keys = table.keys()
+    total = sum(table.integer(key, minimum=0, maximum=10**12) for key in keys)
     table.finish()
     return int(total)
 

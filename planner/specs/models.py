@@ -16,11 +16,12 @@ __all__ = ["list_models", "load_model"]
 
 _ALIASES = "aliases"
 _SQUASH = re.compile(r"[^a-z0-9.]+")
-# What hubs append to (or put before) a model's name without changing its shape.
-_RELEASE_WORDS = frozenset(
-    "meta instruct it chat base pt hf bf16 fp16 fp8 fp4 nvfp4 mxfp4 awq gptq int4 int8 bnb 4bit quantized".split()
+# What hubs add to a model's name without changing its shape: releases, precisions, dates, versions.
+_RELEASE = re.compile(
+    r"meta|instruct|it|chat|base|pt|hf|bf16|fp16|fp8|fp4|nvfp4|mxfp4|awq|gptq|int4|int8|bnb|4bit|quantized"
 )
-_VERSION_WORD = re.compile(r"v\d+(\.\d+)*|\d{4}|\d{6}|\d{8}")
+_DATE = re.compile(r"2[2-9](0[1-9]|1[0-2])|(0[1-9]|1[0-2])([0-2]\d|3[01])")
+_VERSION = re.compile(r"v\d+(\.\d+)*")
 
 
 def list_models() -> list[str]:
@@ -36,7 +37,8 @@ def load_model(name_or_path: str | Path) -> Model:
     """A model by shipped name, by hub id, or from a file.
 
     Args:
-        name_or_path: a shipped name or alias in any case (``"llama3.1-405b"``, ``"meta-llama/Llama-3.1-405B"``), a
+        name_or_path: a shipped name or alias in any case (``"llama3.1-405b"``,
+        ``"meta-llama/Llama-3.1-405B"``), a
             ``.toml`` file, a Hugging Face ``config.json``, or a folder that holds one.
 
     Raises:
@@ -56,15 +58,13 @@ def load_model(name_or_path: str | Path) -> Model:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
-            return _from_file(path / "config.json")
-        if path.suffix.lower() in (".toml", ".json") or path.is_file():
-            return _from_file(path)
+            path = path / "config.json"
+        found = path.suffix.lower() in (".toml", ".json") or path.is_file()
     except (OSError, ValueError, RuntimeError):  # not a path at all: too long, a null byte, no such user
-        pass
-    names = {squash(known): known for known in shipped}
-    hint = did_you_mean(squash(text.rsplit("/", 1)[-1]), names)
-    for squashed, known in sorted(names.items(), key=lambda pair: -len(pair[0])):
-        hint = re.sub(rf"(?<= ){re.escape(squashed)}(?=[ ?])", known, hint)
+        found = False
+    if found:
+        return _from_file(path)
+    hint = did_you_mean(canonical(text.rsplit("/", 1)[-1])[:80], shipped)
     raise SpecError(
         Problem(
             "model",
@@ -85,17 +85,19 @@ def squash(name: str) -> str:
 
 
 def _shipped_name(text: str, shipped: Collection[str]) -> str | None:
-    """The shipped model that a name means: as spelled, by alias, then without release words and version words."""
+    """The shipped model that a name means: as spelled, by alias, then with ever fewer words of the hub's."""
     name = resolve(text, shipped, {})
     if name is not None or text.lower().endswith((".toml", ".json")):
         return name
     by_squashed = {squash(known): known for known in shipped}
     aliases = _aliases()
     words = canonical(text.rstrip("/").rsplit("/", 1)[-1]).split("-")
-    plain = [word for word in words if word not in _RELEASE_WORDS]
-    bare = [word for word in plain if not _VERSION_WORD.fullmatch(word)]
-    for candidate in ([text], words, plain, bare):
-        key = squash("".join(candidate))
+    attempts = [[text], words]
+    for noise in (_RELEASE, _DATE, _VERSION):
+        words = [word for word in words if not noise.fullmatch(word)]
+        attempts.append(words)
+    for attempt in attempts:
+        key = squash("".join(attempt))
         match = by_squashed.get(key) or aliases.get(key)
         if match in shipped:
             return match

@@ -1,9 +1,10 @@
 """Exact parameter counts of a model, part by part, in closed form.
 
-Conventions: every trained weight is counted once: norms, biases, router and learned positions included, the input
-embedding once, the output projection only where it is not tied to it. Left out are buffers that no gradient reaches
-(sinusoidal tables, DeepSeek-V3's balancing bias) and multi-token-prediction modules. *Active* parameters are those
-that one token passes through: as the total, with ``top_k`` of the routed experts; the whole embedding table counts.
+Conventions: every trained weight is counted once: norms, biases, router and learned positions included, the
+input embedding once, the output projection only where it is not tied to it. Left out are buffers that no
+gradient reaches (sinusoidal tables, DeepSeek-V3's balancing bias) and multi-token-prediction modules.
+*Active* parameters are those that one token passes through: as the total, with ``top_k`` of the routed
+experts; the whole embedding table counts.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def moe_parameters(moe: Moe, hidden: int, *, active: bool = False) -> int:
 
 
 def ssm_parameters(ssm: Ssm, hidden: int) -> int:
-    """A Mamba mixer (arXiv:2312.00752 §3.4), Mamba-2 (arXiv:2405.21060 §7) or gated DeltaNet (arXiv:2412.06464)."""
+    """Mamba (arXiv:2312.00752 §3.4), Mamba-2 (arXiv:2405.21060 §7) or gated DeltaNet (arXiv:2412.06464)."""
     inner, state, kernel = ssm.inner, ssm.state_size, ssm.conv_kernel
     if ssm.version == 1:
         projected, convolved = 2 * inner, inner
@@ -167,7 +168,7 @@ def ssm_parameters(ssm: Ssm, hidden: int) -> int:
 
 
 def norm_parameters(kind: str, width: int) -> int:
-    """Weights of one norm: ``rmsnorm`` and ``layernorm_nobias`` scale, ``layernorm`` also shifts, ``none`` neither."""
+    """Weights of one norm: only ``layernorm`` has both scale and shift, ``none`` has neither."""
     return {"rmsnorm": 1, "layernorm": 2, "layernorm_nobias": 1, "none": 0}[kind] * width
 
 
