@@ -1,0 +1,1 @@
+"""One technique, one file: every module here ends in a `TECHNIQUE` record."""

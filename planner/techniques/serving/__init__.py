@@ -1,0 +1,1 @@
+"""Techniques of a serving pool, one folder per slot."""

@@ -1,0 +1,1 @@
+"""Techniques of a training step, one folder per slot."""

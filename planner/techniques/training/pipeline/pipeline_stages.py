@@ -1,0 +1,62 @@
+"""Pipeline parallelism: layers are cut into stages on different devices, micro-batches flow through them.
+
+What it does: every device holds the layers of its stage; activations go to the next stage, their gradients back.
+Saves: weights, states and activations per device, divided by pp.
+Costs: b·s·h elements per hop and direction (divided by tp under sequence parallelism); a second copy of a tied embedding on
+    the last stage, and an all-reduce of its gradient between both ends; the bubble, which the schedule decides.
+Assumes: messages between stages are latency on the edge, not work on the device.
+Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from planner.ledger import Collective, Group, Item, Ledger
+from planner.technique import Check, Context, Knob, Technique
+
+BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
+
+
+def valid(ctx: Context) -> Iterable[Check]:
+    """At least one layer per stage (the ends may hold an embedding or a head alone)."""
+    layers = ctx.model.n_layers + sum(repeat for _, repeat in ctx.model.encoder_layers)
+    yield Check("more pipeline stages than layers", ctx.mesh.pp <= layers + 2)
+
+
+def apply(ledger: Ledger, ctx: Context) -> Ledger:
+    """Adds what one hop carries, and the tied embedding's second copy."""
+    pp = ctx.mesh.pp
+    added: list[Item] = [
+        Collective(
+            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",  # type: ignore[arg-type]
+            kind="point_to_point", group=ctx.mesh.group("pp"), size="batch*residual_seq*hidden", dtype=ctx.format.activation,
+        )
+        for what, phase in (("boundary.activation", "forward"), ("boundary.gradient", "backward"))
+    ]  # fmt: skip
+    if ctx.model.tied_embeddings and ctx.model.head:
+        ends = Group("ends", np.where(pp > 1, 2.0, 1.0), ctx.mesh.group("pp").stride * np.maximum(pp - 1, 1))
+        added.append(
+            Collective(
+                what="head.tied_gradient", block="head", phase="step", by="pipeline_stages", tags=frozenset({"tied"}), kind="all_reduce",
+                group=ends, size="tied_copy*vocab*hidden", dtype=ctx.knobs.get("gradient_dtype", ctx.format.gradient),
+            )
+        )  # fmt: skip
+        ledger = ledger.set_axes(tied_copy=(pp > 1).astype(float))
+    return ledger.add(added)
+
+
+TECHNIQUE = Technique(
+    key="pipeline_stages",
+    name="Pipeline parallelism",
+    slot="pipeline",
+    choices=("stages",),
+    default=True,
+    source="arXiv:1811.06965",
+    summary="Layers cut into stages on different devices",
+    knobs=(Knob("pp", "pipeline stages"), Knob("pipeline_layout", "how layers are dealt to stages", ("even", "short_ends", "short_first", "short_last", "balanced"))),
+    valid=valid,
+    apply=apply,
+)

@@ -1,0 +1,23 @@
+"""1F1B with flush: each stage alternates one forward and one backward once its warm-up is done.
+
+What it does: stage i runs p−i−1 warm-up forwards, then alternates, then drains.
+Saves: activations: min(m, p−i) micro-batches on stage i instead of m.
+Costs: the bubble of GPipe, (p−1)(F+B).
+Assumes: messages between stages are latency on the edge, not work on the device.
+Source: Fan et al. 2021 (DAPPLE, arXiv:2007.01045); Narayanan et al. 2021 (PipeDream-Flush, arXiv:2006.09503).
+"""
+
+from __future__ import annotations
+
+from planner.technique import Technique
+
+TECHNIQUE = Technique(
+    key="dapple_1f1b",
+    name="1F1B (DAPPLE, PipeDream-Flush)",
+    slot="schedule",
+    choices=("1f1b",),
+    default=True,
+    source="arXiv:2007.01045",
+    summary="One forward, one backward after a warm-up",
+    order="1f1b",
+)

@@ -1,0 +1,41 @@
+"""ZeRO stage 1 (distributed optimizer): optimizer states and the update are sharded over the replicas.
+
+What it does: gradients are reduce-scattered, each rank updates its shard, and the new weights are gathered.
+Saves: optimizer states and update time, divided by the replicas.
+Costs: no more bytes than DDP (reduce-scatter + all-gather) where weights and gradients have one dtype.
+Assumes: the reduce-scatter hides behind the last backward, the gather behind the next forward, save for one bucket each.
+Source: Rajbhandari et al. 2020 (arXiv:1910.02054) §5.1; Megatron-Core distributed optimizer.
+"""
+
+from __future__ import annotations
+
+from planner.ledger import Ledger
+from planner.technique import Context, Knob, Technique
+from planner.techniques.training.zero_stage.states import (
+    gather_weights,
+    shard_pool,
+    shard_update,
+    synchronise,
+    with_degrees,
+)
+
+
+def apply(ledger: Ledger, ctx: Context) -> Ledger:
+    """Shards the optimizer, replaces the all-reduce by its two halves."""
+    traffic = [*synchronise(ledger, ctx, "reduce_scatter", "zero1"), *gather_weights(ledger, ctx, "zero1")]
+    ledger = shard_pool(with_degrees(ledger, ctx), ("optimizer",), "zero1")
+    return shard_update(ledger, "zero1").add(traffic)
+
+
+TECHNIQUE = Technique(
+    key="zero1",
+    name="ZeRO stage 1 (distributed optimizer)",
+    slot="zero_stage",
+    choices=("1",),
+    default=True,
+    source="arXiv:1910.02054",
+    summary="Optimizer states sharded over the data-parallel ranks",
+    knobs=(Knob("zero_stage", "what is sharded over the data-parallel ranks", (0, 1, 2, 3), 1),),
+    apply=apply,
+    active=lambda ctx: ctx.mesh.dp * ctx.mesh.cp > 1,
+)
