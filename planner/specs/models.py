@@ -18,7 +18,8 @@ _ALIASES = "aliases"
 _SQUASH = re.compile(r"[^a-z0-9.]+")
 # What hubs add to a model's name without changing its shape: releases, precisions, dates, versions.
 _RELEASE = re.compile(
-    r"meta|instruct|it|chat|base|pt|hf|bf16|fp16|fp8|fp4|nvfp4|mxfp4|awq|gptq|int4|int8|bnb|4bit|quantized"
+    r"meta|nvidia|\d+k|instruct|it|chat|base|pt|hf"
+    r"|bf16|fp16|fp8|fp4|nvfp4|mxfp4|awq|gptq|int4|int8|bnb|4bit|quantized"
 )
 _DATE = re.compile(r"2[2-9](0[1-9]|1[0-2])|(0[1-9]|1[0-2])([0-2]\d|3[01])")
 _VERSION = re.compile(r"v\d+(\.\d+)*")
@@ -37,9 +38,8 @@ def load_model(name_or_path: str | Path) -> Model:
     """A model by shipped name, by hub id, or from a file.
 
     Args:
-        name_or_path: a shipped name or alias in any case (``"llama3.1-405b"``,
-        ``"meta-llama/Llama-3.1-405B"``), a
-            ``.toml`` file, a Hugging Face ``config.json``, or a folder that holds one.
+        name_or_path: a shipped name or a hub id in any case (``"llama3.1-405b"``,
+            ``"meta-llama/Llama-3.1-405B"``), a ``.toml`` file, a Hugging Face ``config.json``, or its folder.
 
     Raises:
         SpecError: no such model or file, or what is wrong inside the file, all at once.

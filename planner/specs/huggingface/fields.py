@@ -18,7 +18,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "encoder_layers": ("encoder_layers", "num_layers"),
     "decoder_layers": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model", "n_embed", "dim"),
-    "vocab": ("padded_vocab_size", "vocab_size"),
+    "vocab": ("vocab_size", "padded_vocab_size"),
     "max_seq_len": (
         "max_position_embeddings",
         "n_positions",
