@@ -146,7 +146,7 @@ def test_mamba_counts(name: str, published: float) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_the_count_is_the_sum_of_its_parts(name: str) -> None:
-    # Bytes conserved: embedding + layers + head, the law that stage memory relies on.
+    # Weights conserved: embedding + layers + head, the law that stage memory relies on.
     model = load_model(name)
     layers = sum(n * block_parameters(model, block) for block, n in (*model.encoder_layers, *model.layers))
     assert embedding_parameters(model) + layers + head_parameters(model) == parameter_count(model)
