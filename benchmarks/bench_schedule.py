@@ -1,7 +1,7 @@
 """Speed of the schedule engine and of the pipeline bounds, and how far the bounds are below the engine.
 
-Run with ``python benchmarks/bench_schedule.py``. A cold call generates and compiles the order; the warm time is
-the best of five. The last results are in ``bench_schedule.md``.
+Run with ``python benchmarks/bench_schedule.py``. A cold call generates and compiles the order; warm is best
+of five. The last results are in ``bench_schedule.md``.
 """
 
 from __future__ import annotations

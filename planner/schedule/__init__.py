@@ -1,1 +1,1 @@
-"""Pipeline schedules: orders per device, the longest-path engine that prices them, and what they keep in memory."""
+"""Pipeline schedules: orders per device, the engine that prices them, and what they keep in memory."""
