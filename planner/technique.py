@@ -84,15 +84,15 @@ class Knob:
 class Figure:
     """A published number, and how the technique's pass reproduces it.
 
-    ``compute(apply)`` runs ``apply`` (the technique's pass, or the identity in the test that the figure can fail) and
-    returns the number. ``tolerance`` is relative.
+    ``compute(subject)`` exercises what the technique brings (:attr:`Technique.subject`) on the source's inputs and returns
+    the number; with :attr:`Technique.absence` in its place it must return another one. ``tolerance`` is relative.
     """
 
     what: str
     published: float
     tolerance: float
     source: str
-    compute: Callable[[Callable[[Ledger, Context], Ledger]], float]
+    compute: Callable[[Any], float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +111,11 @@ class Context:
     def format(self) -> Format:
         """Numeric formats of the recipe."""
         return FORMATS[self.knobs["precision"]]
+
+    @property
+    def gradient_dtype(self) -> str:
+        """Dtype in which gradients are accumulated and reduced."""
+        return str(self.knobs.get("gradient_dtype", self.format.gradient))
 
     @property
     def micro_batches(self) -> Array:
@@ -133,13 +138,14 @@ class Technique:
     Attributes:
         key: the catalogue's key.
         slot: one of :data:`SLOTS`; None for presets, solvers and objectives.
-        kind: technique, preset (a published combination), solver or objective.
+        kind: technique, baseline (the ledger as it is, named so that it can be chosen), preset (a published combination),
+            solver or objective.
         status: ``modelled``, or ``declared`` with the reason in ``summary`` (never counted as covered).
         choices: the values of the slot's knob that this technique serves, e.g. ``1f1b``.
         default: whether its first choice is the slot's default.
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
-        order: for a schedule, the name of its order generator.
+        order: for a schedule, the name of its order generator; for a collective, of its algorithm.
         searched: whether the search tries it without being asked.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
@@ -152,7 +158,7 @@ class Technique:
     choices: tuple[str, ...] = ()
     default: bool = False
     job: Literal["training", "serving"] = "training"
-    kind: Literal["technique", "preset", "solver", "objective"] = "technique"
+    kind: Literal["technique", "baseline", "preset", "solver", "objective"] = "technique"
     status: Literal["modelled", "declared"] = "modelled"
     knobs: tuple[Knob, ...] = ()
     figures: tuple[Figure, ...] = ()
@@ -161,6 +167,16 @@ class Technique:
     order: str = ""
     searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+
+    @property
+    def subject(self) -> Any:
+        """What its figures exercise: the pass, or the name of the order."""
+        return self.order or self.apply
+
+    @property
+    def absence(self) -> Any:
+        """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
+        return "" if self.order else _identity
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""
