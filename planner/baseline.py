@@ -152,7 +152,9 @@ class _Graph:
             else:
                 self.mlp(network, "mlp", "ffn", owns_input=not spec.parallel)
             self.residual_add("mlp")
-        for index in range(max(0, spec.norms - sum(i.what.startswith("norm") and i.phase == "forward" for i in self.items))):
+        for index in range(
+            max(0, spec.norms - sum(i.what.startswith("norm") and i.phase == "forward" for i in self.items))
+        ):
             self.norm(f"norm_post{index}", spec.norm)
 
     def embedding(self, model: Model) -> None:
@@ -218,10 +220,18 @@ class _Graph:
                     self.weight(width)
             if spec.qk_norm:
                 self.weight(f"2*{qk}")
-                self.stream(f"{region}.qk_norm", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _NORM, _NORM_BACKWARD, tags={"qkv"})
+                self.stream(
+                    f"{region}.qk_norm",
+                    f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}",
+                    _NORM,
+                    _NORM_BACKWARD,
+                    tags={"qkv"},
+                )
         self.save(f"{region}.qkv_input", self.residual, "norm", "linear_input")
         if not self.model.learned_positions:
-            self.stream(f"{region}.rope", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _ROPE, _ROPE, tags={"qkv"})
+            self.stream(
+                f"{region}.rope", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _ROPE, _ROPE, tags={"qkv"}
+            )
         self.save(f"{region}.q", f"{rows}*{heads}*{qk}", "qkv")
         self.save(f"{region}.k", f"{keys}*{kv_heads}*{qk}", "qkv")
         self.save(f"{region}.v", f"{keys}*{kv_heads}*{v}", "qkv")
@@ -297,7 +307,13 @@ class _Graph:
         if owns_input:
             self.save(f"{region}.fc1_input", self.residual, "norm", "linear_input")
         self.save(f"{region}.act_input", *_products(wide, rows), region)
-        self.stream(f"{region}.act", f"{rows}*{ffn}", 3.0 if spec.gated else 2.0, 5.0 if spec.gated else 3.0, tags={region, f"{region}_act"})
+        self.stream(
+            f"{region}.act",
+            f"{rows}*{ffn}",
+            3.0 if spec.gated else 2.0,
+            5.0 if spec.gated else 3.0,
+            tags={region, f"{region}_act"},
+        )
         self.save(f"{region}.fc2_input", f"{rows}*{ffn}", f"{region}_act", region, "linear_input")
         self.matmul(f"{region}.fc2", rows, "hidden", ffn, {region, "row"})
 
@@ -315,21 +331,35 @@ class _Graph:
         if spec.router_bias:
             self.weight(all_experts)
         self.save("moe.input", self.residual, "norm")
-        self.stream("moe.permute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "dispatch"}, launches=2.0)
+        self.stream(
+            "moe.permute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "dispatch"}, launches=2.0
+        )
         self.save("moe.fc1_input", f"{routed}*hidden", "dispatch", "moe", "linear_input")
         common = {"grouped": True, "groups": experts}
         self.matmul("moe.fc1", per_expert, wide, "hidden", {"moe", "expert"}, **common)
-        self.save("moe.act_input", *_products(wide, routed.replace(f"*{experts}", "", 1) + f"*{experts}"), "moe")
-        self.stream("moe.act", f"{routed}*{ffn}", 3.0 if spec.gated else 2.0, 5.0 if spec.gated else 3.0, tags={"moe", "moe_act"})
+        self.save(
+            "moe.act_input", *_products(wide, routed.replace(f"*{experts}", "", 1) + f"*{experts}"), "moe"
+        )
+        self.stream(
+            "moe.act",
+            f"{routed}*{ffn}",
+            3.0 if spec.gated else 2.0,
+            5.0 if spec.gated else 3.0,
+            tags={"moe", "moe_act"},
+        )
         self.save("moe.fc2_input", f"{routed}*{ffn}", "moe_act", "moe", "linear_input")
         self.matmul("moe.fc2", per_expert, "hidden", ffn, {"moe", "expert"}, **common)
-        self.stream("moe.unpermute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "combine"}, launches=2.0)
+        self.stream(
+            "moe.unpermute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "combine"}, launches=2.0
+        )
         expert_weights = [*_products(wide, f"{experts}*hidden"), f"{experts}*{ffn}*hidden"]
         if spec.bias:
             expert_weights += _products(wide, experts) + [f"{experts}*hidden"]
         self.weights["expert"] += expert_weights
         if spec.shared_ffn:
-            self.mlp(Mlp(spec.shared_ffn, spec.gated, spec.bias), "shared_expert", "shared_ffn", owns_input=False)
+            self.mlp(
+                Mlp(spec.shared_ffn, spec.gated, spec.bias), "shared_expert", "shared_ffn", owns_input=False
+            )
             if spec.shared_gate:
                 self.weight("hidden")
 
@@ -343,7 +373,9 @@ class _Graph:
             self.matmul("ssm.in", rows, f"2*{inner}", "hidden", {"ssm", "column"})
             self.matmul("ssm.x", rows, f"{rank} + 2*{state}", inner, {"ssm", "row"})
             self.matmul("ssm.dt", rows, inner, rank, {"ssm", "column"})
-            self.weight(f"2*hidden*{inner}", f"{inner}*{conv}", inner, f"{inner}*{rank}", f"2*{inner}*{state}")
+            self.weight(
+                f"2*hidden*{inner}", f"{inner}*{conv}", inner, f"{inner}*{rank}", f"2*{inner}*{state}"
+            )
             self.weight(f"{rank}*{inner}", inner, f"{inner}*{state}", inner)
             convolved = inner
         else:
@@ -351,7 +383,13 @@ class _Graph:
             width = f"2*{inner} + 2*{groups}*{state} + {heads}"
             convolved = f"{inner} + 2*{groups}*{state}"
             self.matmul("ssm.in", rows, width, "hidden", {"ssm", "column"})
-            self.weight(*_products(width, "hidden"), *_products(convolved, conv), *convolved.split(" + "), f"3*{heads}", inner)
+            self.weight(
+                *_products(width, "hidden"),
+                *_products(convolved, conv),
+                *convolved.split(" + "),
+                f"3*{heads}",
+                inner,
+            )
         wide = " + ".join(_products(convolved, rows))
         self.save("ssm.in_input", self.residual, "norm", "linear_input")
         self.save("ssm.projected", f"2*{rows}*{inner}", "ssm")

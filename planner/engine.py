@@ -24,7 +24,14 @@ from planner.costs.collectives import (
     point_to_point_s,
     reduce_scatter_s,
 )
-from planner.costs.compute import attention_bytes, attention_flop, attention_s, matmul_bytes, matmul_s, memory_bound_s
+from planner.costs.compute import (
+    attention_bytes,
+    attention_flop,
+    attention_s,
+    matmul_bytes,
+    matmul_s,
+    memory_bound_s,
+)
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
 from planner.ledger import (
@@ -47,7 +54,17 @@ from planner.specs.stack import Stack
 __all__ = ["FIELDS", "PHASES", "POOLS", "TRACKS", "BlockTable", "Pricer", "tabulate"]
 
 PHASES = ("forward", "backward", "weight", "recompute")
-POOLS = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace", "gathered", "buffers", "kv_cache")
+POOLS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "workspace",
+    "gathered",
+    "buffers",
+    "kv_cache",
+)
 TRACKS = ("main", "gradients", "weights")
 _COLLECTIVES = {
     "all_reduce": all_reduce_s,
@@ -111,8 +128,15 @@ class Pricer:
         device, eff = self.device, self.device.efficiency
         width = np.array([[dtype_bytes(item.dtype)] for item in items])
         out = np.array([[dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes] for i in items])
-        peak = np.array([[self._peak(item.dtype) * (float(eff.grouped_matmul) if item.grouped else 1.0)] for item in items])
-        m, n, k, groups = (_stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups"))
+        peak = np.array(
+            [
+                [self._peak(item.dtype) * (float(eff.grouped_matmul) if item.grouped else 1.0)]
+                for item in items
+            ]
+        )
+        m, n, k, groups = (
+            _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
+        )
         launches = np.array([[item.launches] for item in items])
         return matmul_s(
             m, n, k, groups, peak, matmul_bytes(m, n, k, groups, width, out), float(device.memory_bytes_per_s),
@@ -142,7 +166,15 @@ class Pricer:
             flop = attention_flop(*dims, visible=axes[item.visible], passes=item.passes)
             batch, heads, q, kv, qk, v = dims
             n_bytes = attention_bytes(
-                batch, heads, axes[item.kv_heads], q, kv, qk, v, dtype_bytes(item.dtype), passes=max(1.0, item.passes - 0.5)
+                batch,
+                heads,
+                axes[item.kv_heads],
+                q,
+                kv,
+                qk,
+                v,
+                dtype_bytes(item.dtype),
+                passes=max(1.0, item.passes - 0.5),
             )
             yield attention_s(
                 flop, n_bytes, self._peak(item.dtype), float(device.memory_bytes_per_s),
@@ -277,7 +309,9 @@ def _step(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: 
     return totals
 
 
-def _residents(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+def _residents(
+    items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer
+) -> dict[str, Array]:
     """Bytes per lifetime, and per pool for what is held throughout."""
     totals: dict[str, Any] = defaultdict(float)
     for item in items:
@@ -300,13 +334,34 @@ def _stack(expressions: list[str], axes: Axes) -> Array:
 def _key(item: Item) -> Any:
     """What a price depends on, besides the axes; None for residents."""
     if isinstance(item, Matmul):
-        return ("m", item.m, item.n, item.k, item.groups, item.grouped, item.dtype, item.out_bytes, item.launches)
+        return (
+            "m",
+            item.m,
+            item.n,
+            item.k,
+            item.groups,
+            item.grouped,
+            item.dtype,
+            item.out_bytes,
+            item.launches,
+        )
     if isinstance(item, Stream):
         return ("s", item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
         return ("c", item.kind, id(item.group), item.size, item.dtype, item.messages, item.skew)
     if isinstance(item, AttentionCore):
-        return ("a", item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.visible, item.passes, item.dtype)
+        return (
+            "a",
+            item.batch,
+            item.heads,
+            item.kv_heads,
+            item.q,
+            item.kv,
+            item.qk_dim,
+            item.visible,
+            item.passes,
+            item.dtype,
+        )
     if isinstance(item, Transfer):
         return ("t", item.size, item.bytes_per_element, item.tier)
     return None

@@ -38,7 +38,15 @@ __all__ = [
 Array = NDArray[np.float64]
 Phase = Literal["forward", "backward", "weight", "recompute", "step"]
 Pool = Literal[
-    "parameters", "gradients", "optimizer", "activations", "logits", "workspace", "gathered", "buffers", "kv_cache"
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "workspace",
+    "gathered",
+    "buffers",
+    "kv_cache",
 ]
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point"]
 
@@ -184,7 +192,9 @@ class Axes:
     __slots__ = ("_memo", "_sizes", "prices")
 
     def __init__(self, sizes: Mapping[str, Array | float]) -> None:
-        self._sizes: dict[str, Array] = {name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()}
+        self._sizes: dict[str, Array] = {
+            name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()
+        }
         self._memo: dict[str, Array] = {}
         self.prices: dict[Any, Array] = {}  # what the engine has priced on these axes
 
@@ -217,7 +227,13 @@ class Axes:
             value: Array | None = None
             for axis in above:
                 value = self._sizes[axis] if value is None else value * self._sizes[axis]
-            value = np.float64(coefficient) if value is None else value if coefficient == 1.0 else value * coefficient
+            value = (
+                np.float64(coefficient)
+                if value is None
+                else value
+                if coefficient == 1.0
+                else value * coefficient
+            )
             for axis in below:
                 value = value / self._sizes[axis]
             total = value if total is None else total + value

@@ -22,7 +22,16 @@ from planner.ledger import Array
 from planner.schedule.live import live_vectors
 from planner.specs.stack import Stack
 
-__all__ = ["Layout", "Split", "layouts", "memory", "memory_parts", "phase_seconds", "step_bound", "tail_seconds"]
+__all__ = [
+    "Layout",
+    "Split",
+    "layouts",
+    "memory",
+    "memory_parts",
+    "phase_seconds",
+    "step_bound",
+    "tail_seconds",
+]
 
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
 
@@ -36,7 +45,12 @@ class Split:
     last_fewer: int
 
 
-SPLITS = (Split("even", 0, 0), Split("short_ends", 1, 1), Split("short_first", 1, 0), Split("short_last", 0, 1))
+SPLITS = (
+    Split("even", 0, 0),
+    Split("short_ends", 1, 1),
+    Split("short_first", 1, 0),
+    Split("short_last", 0, 1),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +78,9 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def layouts(order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int) -> tuple[Layout, ...]:
+def layouts(
+    order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int
+) -> tuple[Layout, ...]:
     """Every way to deal the layers evenly to ``pp·virtual_stages`` stages.
 
     Even, with one layer fewer on the first and/or last stage (which also hold embedding and head); where nothing divides, a
@@ -89,7 +105,12 @@ def layouts(order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_sta
 
 
 def _layout(
-    order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, split: str, sizes: Sequence[int]
+    order: Sequence[str],
+    kinds: tuple[str, ...],
+    pp: int,
+    virtual_stages: int,
+    split: str,
+    sizes: Sequence[int],
 ) -> Layout:
     ends = np.cumsum(sizes)
     counts = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
@@ -219,7 +240,10 @@ def memory_parts(
     for m in np.unique(depth):
         at = np.flatnonzero(depth == m)
         for run, index in enumerate(layout.run_first):
-            held = live_vectors(schedule, layout.pp, int(m), layout.virtual_stages, int(index)) @ layout.chunks[:, index]
+            held = (
+                live_vectors(schedule, layout.pp, int(m), layout.virtual_stages, int(index))
+                @ layout.chunks[:, index]
+            )
             live[run, at] = (held @ saved[:, at]).max(axis=0)
             if swaps:
                 live_host[run, at] = (held @ saved_on_host[:, at]).max(axis=0)

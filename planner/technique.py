@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from planner.specs.stack import Stack
     from planner.specs.workload import TrainWorkload
 
-__all__ = ["ADDITIVE_SLOTS", "SLOTS", "Check", "Context", "Figure", "Knob", "Technique", "discover", "off"]
+__all__ = [
+    "ADDITIVE_SLOTS",
+    "SLOTS",
+    "Check",
+    "Context",
+    "Figure",
+    "Knob",
+    "Launcher",
+    "Technique",
+    "discover",
+    "off",
+]
 
 SLOTS = (
     "precision",
@@ -53,8 +64,6 @@ SLOTS = (
 
 ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
 """From here on, passes only add time to a row: the ledger before them bounds it from below."""
-
-
 
 
 def off(slot: str) -> str:
@@ -195,6 +204,23 @@ class Technique:
                 for f in self.figures
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """What a launcher can run: rules of the tool, not of physics.
+
+    Attributes:
+        name: as ``--for`` takes it.
+        allows: whether it can express a slot's value.
+        valid: its own rules over rows, each with a reason.
+        layouts: names of the pipeline layouts that it can express.
+    """
+
+    name: str
+    allows: Callable[[str, str], bool]
+    valid: Callable[[Context], Iterable[Check]]
+    layouts: frozenset[str]
 
 
 @cache

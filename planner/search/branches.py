@@ -20,7 +20,9 @@ from planner.technique import ADDITIVE_SLOTS, Context
 __all__ = ["Activity", "Branches", "Faults"]
 
 Mask = NDArray[np.bool_]
-_STATE = tuple(s for s in ADDITIVE_SLOTS if s not in ("recompute", "activation_offload", "parameter_offload", "schedule"))
+_STATE = tuple(
+    s for s in ADDITIVE_SLOTS if s not in ("recompute", "activation_offload", "parameter_offload", "schedule")
+)
 _SWAP = ("activation_offload", "parameter_offload")
 _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
@@ -59,15 +61,23 @@ class Branches:
                 contexts[key] = rows.context(self.space.problem, {**knobs, slot: choice.value})
             return np.broadcast_to(technique.active(contexts[key]), len(rows))
 
-        masks = {(slot, c.value): active(slot, c) for slot in (*_STATE, "recompute") for c in self.space.choices[slot]}
-        states = np.array([np.all([masks[slot, c.value] for slot, c in state.items()], axis=0) for state in self.states])
+        masks = {
+            (slot, c.value): active(slot, c)
+            for slot in (*_STATE, "recompute")
+            for c in self.space.choices[slot]
+        }
+        states = np.array(
+            [np.all([masks[slot, c.value] for slot, c in state.items()], axis=0) for state in self.states]
+        )
         recomputes = np.array([masks["recompute", choice.value] for choice in self.recomputes])
         return Activity(states, recomputes)
 
     def variants(self, activity: Activity, layers: int) -> NDArray[np.int64]:
         """Candidates per row, for devices of at most ``layers`` layers."""
         widths = np.array([self.width(choice, layers) for choice in self.recomputes])
-        total: NDArray[np.int64] = activity.states.sum(axis=0) * (widths @ activity.recomputes) * len(self.swaps)
+        total: NDArray[np.int64] = (
+            activity.states.sum(axis=0) * (widths @ activity.recomputes) * len(self.swaps)
+        )
         return total
 
     def width(self, recompute: Choice, layers: int) -> int:

@@ -74,11 +74,19 @@ class Expansion:
         self, problem: Problem, space: Space, branches: Branches, pricer: Pricer, kinds: tuple[str, ...],
         recipe: Mapping[str, Choice], ctx: Context, rows: Rows, ledger: Ledger, counts: SearchCounts,
     ) -> None:  # fmt: skip
-        self.problem, self.space, self.branches, self.pricer, self.kinds = problem, space, branches, pricer, kinds
+        self.problem, self.space, self.branches, self.pricer, self.kinds = (
+            problem,
+            space,
+            branches,
+            pricer,
+            kinds,
+        )
         self.recipe, self.rows, self.counts = recipe, rows, counts
         self.ctx, self.knobs = ctx, ctx.knobs
         self.activity: Activity = branches.activity(rows, self.knobs)
-        self.communicators = sum((rows.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep"))
+        self.communicators = sum(
+            (rows.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")
+        )
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._tables: dict[tuple[int, int, int], Array] = {}
         self.nearest: Shortfall | None = None
@@ -101,7 +109,9 @@ class Expansion:
                 dominated = np.zeros_like(open_)
                 for r, s in branches.no_more(recompute, swap):
                     dominated |= fits[s, r]
-                self.counts.excluded_by_bound["dominated"] += width * int((open_ & dominated & ~hopeless).sum())
+                self.counts.excluded_by_bound["dominated"] += width * int(
+                    (open_ & dominated & ~hopeless).sum()
+                )
                 self.counts.excluded_by_bound["step time"] += width * int((open_ & hopeless).sum())
                 states, at = np.nonzero(open_ & ~dominated & ~hopeless)
                 if not len(states):
@@ -129,10 +139,19 @@ class Expansion:
         fit = on_device & on_host
         self._count(jobs, on_device, on_host)
         if not fit.all():
-            self._note_nearest(jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device)
+            self._note_nearest(
+                jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
+            )
         keep = np.flatnonzero(fit & (bound_s < bar))
         values = table.values
-        recipes = {s: {**self.recipe, **self.branches.recipe(s, jobs.recompute, jobs.swap), "schedule": jobs.schedule} for s in set(jobs.states[keep].tolist())}
+        recipes = {
+            s: {
+                **self.recipe,
+                **self.branches.recipe(s, jobs.recompute, jobs.swap),
+                "schedule": jobs.schedule,
+            }
+            for s in set(jobs.states[keep].tolist())
+        }
         scored = [
             Scored(
                 float(bound_s[i]), float(peak[i]), recipes[int(jobs.states[i])],
@@ -166,11 +185,19 @@ class Expansion:
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
         return high
 
-    def _memory(self, jobs: _Jobs, table: BlockTable, micro_batches: Array, layers: Array | None) -> tuple[Array, Array]:
+    def _memory(
+        self, jobs: _Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
+    ) -> tuple[Array, Array]:
         technique = jobs.schedule.technique
         assert technique is not None
         return memory(
-            table, jobs.layout, technique.order, micro_batches, self.problem.stack, self.communicators[jobs.rows], layers
+            table,
+            jobs.layout,
+            technique.order,
+            micro_batches,
+            self.problem.stack,
+            self.communicators[jobs.rows],
+            layers,
         )
 
     def _columns(self, jobs: _Jobs) -> Array:
@@ -207,7 +234,9 @@ class Expansion:
             ledger = self._ledgers[done]
         return ledger
 
-    def _note_nearest(self, jobs: _Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]) -> None:
+    def _note_nearest(
+        self, jobs: _Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
+    ) -> None:
         """Remembers the candidate that misses its budget by the least."""
         missing = np.where(excess > 1.0, excess, np.inf)
         i = int(np.argmin(missing))
@@ -216,7 +245,11 @@ class Expansion:
         binding = "host memory" if on_device[i] else "device memory"
         needed = float(host[i] if on_device[i] else peak[i])
         budget = self.problem.cluster.host_memory_bytes if on_device[i] else self.problem.memory_budget_bytes
-        recipe = {**self.recipe, **self.branches.recipe(int(jobs.states[i]), jobs.recompute, jobs.swap), "schedule": jobs.schedule}
+        recipe = {
+            **self.recipe,
+            **self.branches.recipe(int(jobs.states[i]), jobs.recompute, jobs.swap),
+            "schedule": jobs.schedule,
+        }
         row = {name: float(column[jobs.rows[i]]) for name, column in self.rows.values.items()}
         self.nearest = Shortfall(binding, needed, budget, recipe, row, jobs.layout)
 

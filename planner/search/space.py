@@ -56,7 +56,15 @@ class Rows:
         """What the passes of a recipe see for these rows."""
         v = self.values
         mesh = Mesh(v["tp"], v["cp"], v["dp"], v["pp"], v["ep"], v["etp"])
-        return Context(problem.model, problem.cluster, problem.workload, problem.stack, mesh, v["micro_batch_size"], knobs)
+        return Context(
+            problem.model,
+            problem.cluster,
+            problem.workload,
+            problem.stack,
+            mesh,
+            v["micro_batch_size"],
+            knobs,
+        )
 
 
 class Space:
@@ -106,22 +114,48 @@ class Space:
 
     def _slot(self, slot: str) -> list[Choice]:
         found: list[Choice] = []
-        techniques = [t for t in discover().values() if t.slot == slot and t.job == "training" and t.status == "modelled"]
+        techniques = [
+            t
+            for t in discover().values()
+            if t.slot == slot and t.job == "training" and t.status == "modelled"
+        ]
         if not any(t.default for t in techniques):
             found.append(Choice(off(slot), None))
         for technique in sorted(techniques, key=lambda t: not t.default):
-            found += [Choice(value, technique) for value in technique.choices if technique.searched or slot in self.fixed]
+            found += [
+                Choice(value, technique)
+                for value in technique.choices
+                if technique.searched or slot in self.fixed
+            ]
         if slot in self.fixed:
             wanted = str(self.fixed[slot]).lower()
             known = [choice.value for choice in found]
             if wanted not in known:
-                raise SpecError(Fault(f"--fix {slot}", repr(self.fixed[slot]), f"one of {', '.join(known)}", did_you_mean(wanted, known)))
+                raise SpecError(
+                    Fault(
+                        f"--fix {slot}",
+                        repr(self.fixed[slot]),
+                        f"one of {', '.join(known)}",
+                        did_you_mean(wanted, known),
+                    )
+                )
             return [choice for choice in found if choice.value == wanted]
         if slot == "precision":
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
             found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
+        launcher = self.problem.launcher
+        if launcher is not None:
+            found = [choice for choice in found if launcher.allows(slot, choice.value)]
         kept = [choice for choice in found if not self._forbidden(slot, choice)]
+        if not kept and launcher is not None and not found:
+            raise SpecError(
+                Fault(
+                    f"--for {launcher.name}",
+                    f"cannot run any allowed {slot}",
+                    "another launcher, or other choices",
+                )
+            )
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
@@ -162,7 +196,13 @@ class Space:
             columns.append(grid.reshape(-1, len(DEGREES)))
         if not columns:
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
-            raise SpecError(Fault("--fix", f"no mesh of {devices} devices has {wanted or 'these degrees'}", "degrees whose product divides the devices"))
+            raise SpecError(
+                Fault(
+                    "--fix",
+                    f"no mesh of {devices} devices has {wanted or 'these degrees'}",
+                    "degrees whose product divides the devices",
+                )
+            )
         table = np.concatenate(columns)
         return Rows({name: np.ascontiguousarray(table[:, index]) for index, name in enumerate(DEGREES)})
 
@@ -181,7 +221,14 @@ class Space:
         checked: dict[str, Any] = {}
         for name, value in fixed.items():
             if name not in known:
-                faults.append(Fault(f"--fix {name}", "unknown knob", f"one of {', '.join(known)}", did_you_mean(name, known)))
+                faults.append(
+                    Fault(
+                        f"--fix {name}",
+                        "unknown knob",
+                        f"one of {', '.join(known)}",
+                        did_you_mean(name, known),
+                    )
+                )
             elif name in (*DEGREES, "virtual_stages", "recompute_layers"):
                 try:
                     number = int(str(value))
@@ -202,9 +249,20 @@ class Space:
         for name in DEGREES:
             self.allows(name, self.rows.values[name][:0])
         if self._unmatched:
-            tokens = [f"{slot}={c.value}" for slot in SLOTS for c in self.choices[slot]] + [*SLOTS, *discover()]
+            tokens = [f"{slot}={c.value}" for slot in SLOTS for c in self.choices[slot]] + [
+                *SLOTS,
+                *discover(),
+            ]
             raise SpecError(
-                [Fault(f"--forbid {glob}", "matches no knob, choice or technique", "", did_you_mean(glob, tokens)) for glob in sorted(self._unmatched)]
+                [
+                    Fault(
+                        f"--forbid {glob}",
+                        "matches no knob, choice or technique",
+                        "",
+                        did_you_mean(glob, tokens),
+                    )
+                    for glob in sorted(self._unmatched)
+                ]
             )
 
 

@@ -125,11 +125,15 @@ class UniformSearch:
         ctx = self.space.rows.context(self.problem, knobs)
         active = np.ones(len(self.space.rows), dtype=bool)
         for slot, choice in recipe.items():
-            if choice.technique is not None and choice.technique.active is not None and slot not in self.space.fixed:
+            if (
+                choice.technique is not None
+                and choice.technique.active is not None
+                and slot not in self.space.fixed
+            ):
                 active &= choice.technique.active(ctx)
         rows = self.space.rows.take(np.flatnonzero(active))
         ctx = rows.context(self.problem, knobs)
-        fault = self._faults(recipe, ctx)
+        fault = self.faults(recipe, ctx)
         self._reject_rows(fault, rows, knobs)
         rows = rows.take(np.flatnonzero(fault.first < 0))
         prefix = _Prefix(recipe, rows, [])
@@ -139,7 +143,7 @@ class UniformSearch:
             self._deal(prefix, ctx, table)
         return prefix
 
-    def _faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
+    def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
         devices, batch = self.problem.cluster.devices, self.problem.workload.global_batch_size
         faults = Faults(len(ctx.micro_batch_size))
@@ -148,12 +152,17 @@ class UniformSearch:
             if choice.technique is not None:
                 for check in choice.technique.valid(ctx):
                     faults.check(check.reason, check.ok)
-        dealt = {pp: bool(self._deals(int(pp))) for pp in np.unique(ctx.mesh.pp)}
+        if self.problem.launcher is not None:
+            for check in self.problem.launcher.valid(ctx):
+                faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
+        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in np.unique(ctx.mesh.pp)}
         faults.check("layers cannot be dealt to the stages", np.array([dealt[pp] for pp in ctx.mesh.pp]))
         assert np.all(ctx.mesh.devices == devices)
         return faults
 
-    def _reject_rows(self, faults: Faults, rows: Rows, knobs: Mapping[str, Any], only: Choice | None = None) -> None:
+    def _reject_rows(
+        self, faults: Faults, rows: Rows, knobs: Mapping[str, Any], only: Choice | None = None
+    ) -> None:
         """Counts every candidate on a faulty row (of one schedule, or of all) under the row's first fault."""
         lost = np.flatnonzero(faults.first >= 0)
         if not len(lost):
@@ -162,12 +171,20 @@ class UniformSearch:
         activity = self.branches.activity(rows, knobs)
         for pp in np.unique(rows.values["pp"]):
             at = rows.values["pp"] == pp
-            deals = [layout for schedule, layout in self._deals(int(pp)) if only is None or schedule is only]
-            counts = sum(self.branches.variants(activity, layers) for layers in [d.layers for d in deals] or [1])
+            deals = [
+                layout for schedule, layout in self.layouts_of(int(pp)) if only is None or schedule is only
+            ]
+            counts = sum(
+                self.branches.variants(activity, layers) for layers in [d.layers for d in deals] or [1]
+            )
             for index, reason in enumerate(faults.reasons):
                 self._reject(reason, int(np.sum(counts * (at & (first == index)))))
 
-    def _deals(self, pp: int) -> list[tuple[Choice, Layout]]:
+    def layouts(self, schedule: Choice, pp: int) -> list[Layout]:
+        """Layouts of one schedule for a pipeline degree."""
+        return [layout for choice, layout in self.layouts_of(pp) if choice is schedule]
+
+    def layouts_of(self, pp: int) -> list[tuple[Choice, Layout]]:
         """Schedules and layouts of a pipeline degree."""
         found = []
         fixed = self.space.fixed
@@ -179,7 +196,14 @@ class UniformSearch:
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
                 for layout in layouts(self.order, self.kinds, pp, v):
-                    if fixed.get("pipeline_layout", layout.split) == layout.split and (v == 1 or layout.split != "balanced"):
+                    if (
+                        self.problem.launcher is not None
+                        and layout.split not in self.problem.launcher.layouts
+                    ):
+                        continue
+                    if fixed.get("pipeline_layout", layout.split) == layout.split and (
+                        v == 1 or layout.split != "balanced"
+                    ):
                         found.append((schedule, layout))
         return found
 
@@ -191,7 +215,7 @@ class UniformSearch:
             at = np.flatnonzero(ctx.mesh.pp == pp)
             part = BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
             masks: dict[str, NDArray[np.bool_]] = {}
-            for schedule, layout in self._deals(int(pp)):
+            for schedule, layout in self.layouts_of(int(pp)):
                 if schedule.value not in masks:
                     masks[schedule.value] = self._schedule_mask(schedule, prefix.rows.take(at), ctx.knobs)
                 keep = np.flatnonzero(masks[schedule.value])
@@ -280,7 +304,11 @@ class UniformSearch:
         self._open.sort(key=lambda scored: scored.bound_s)
         position, limit = 0, len(self._open) if at_most is None else at_most
         while position < limit:
-            batch = [s for s in self._open[position : min(position + _REPRICE_BATCH, limit)] if s.bound_s < self._bar()]
+            batch = [
+                s
+                for s in self._open[position : min(position + _REPRICE_BATCH, limit)]
+                if s.bound_s < self._bar()
+            ]
             if not batch:
                 break
             position += len(batch)

@@ -40,12 +40,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
         if path.is_dir():
             raise SpecError(Problem(where, "is a folder", "a .toml or .json file"))
         if path.stat().st_size > _MAX_FILE_BYTES:
-            raise SpecError(Problem(where, f"is {path.stat().st_size} bytes", "a specification file under 64 MiB"))
+            raise SpecError(
+                Problem(where, f"is {path.stat().st_size} bytes", "a specification file under 64 MiB")
+            )
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise SpecError(Problem(where, "no such file", "a .toml or .json file", "Check the path.")) from None
     except UnicodeDecodeError as error:
-        raise SpecError(Problem(where, f"is not UTF-8 text ({error.reason})", "a .toml or .json file")) from None
+        raise SpecError(
+            Problem(where, f"is not UTF-8 text ({error.reason})", "a .toml or .json file")
+        ) from None
     except (OSError, ValueError) as error:
         raise SpecError(Problem(where, f"cannot be read ({error})", "a readable file")) from None
     try:
@@ -91,9 +95,7 @@ class Reader:
         """``true`` or ``false``."""
         return self._get(key, default, bool, "true or false")
 
-    def integer(
-        self, key: str, default: Any = REQUIRED, *, minimum: int = 1, maximum: int = 10**15
-    ) -> Any:
+    def integer(self, key: str, default: Any = REQUIRED, *, minimum: int = 1, maximum: int = 10**15) -> Any:
         """A whole number between ``minimum`` and ``maximum``."""
         value = self._get(key, default, int, "a whole number")
         return self._bounded(key, value, default, minimum, maximum)
@@ -132,7 +134,9 @@ class Reader:
         value = self._get(key, default, list, "a list of numbers")
         if not isinstance(value, list):
             return value
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+        if not all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
+        ):
             self.problem(key, repr(value)[:80], "a list of finite numbers")
             return ()
         return tuple(float(v) for v in value)
@@ -158,7 +162,9 @@ class Reader:
         """A list of nested tables as readers."""
         value = self._get(key, default, list, "a list of tables")
         readers: list[Reader] = []
-        for index, row in enumerate(value if isinstance(value, Sequence) and not isinstance(value, str) else ()):
+        for index, row in enumerate(
+            value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+        ):
             if isinstance(row, dict):
                 readers.append(Reader(row, self.where, f"{self._key(key)}[{index}]", self.problems))
             else:
@@ -188,7 +194,9 @@ class Reader:
         for key in self.data:
             if key not in self._seen:
                 hint = did_you_mean(key, self._seen)
-                self.problem(key, "unknown key", f"one of {', '.join(sorted(self._seen))}" if not hint else "", hint)
+                self.problem(
+                    key, "unknown key", f"one of {', '.join(sorted(self._seen))}" if not hint else "", hint
+                )
 
     def raise_if_any(self) -> None:
         """Raises all noted problems as one :class:`SpecError`."""

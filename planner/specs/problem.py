@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.stack import Stack
 from planner.specs.workload import TrainWorkload
+
+if TYPE_CHECKING:
+    from planner.technique import Launcher
 
 __all__ = ["OBJECTIVES", "Problem"]
 
@@ -25,7 +28,7 @@ class Problem:
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value`` and over values, none of which a plan may match.
         reserve: fraction of device memory that stays free.
-        launcher: name of a launcher whose abilities bound the space; None for no such bound.
+        launcher: the launcher whose abilities bound the space; None for no such bound.
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
         deadline_s: the run (``workload.tokens``) must end in this time.
@@ -38,7 +41,7 @@ class Problem:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     forbidden: tuple[str, ...] = ()
     reserve: float = 0.0
-    launcher: str | None = None
+    launcher: Launcher | None = None
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
     deadline_s: float | None = None

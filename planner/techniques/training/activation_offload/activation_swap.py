@@ -35,7 +35,16 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                     track="host", size=item.size, bytes_per_element=item.bytes_per_element,
                 )
             )  # fmt: skip
-        added.append(replace(item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=2 * item.bytes_per_element, by="activation_swap"))
+        added.append(
+            replace(
+                item,
+                what=f"{item.what}.staging",
+                lifetime="block",
+                pool="buffers",
+                bytes_per_element=2 * item.bytes_per_element,
+                by="activation_swap",
+            )
+        )
         return replace(item, tier="host", by="activation_swap")
 
     return ledger.edit(Resident, residency).add(added)

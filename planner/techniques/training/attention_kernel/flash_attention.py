@@ -26,7 +26,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         latent = f"v_dim{suffix}" in ledger.axes
         kv_heads = heads if latent else f"kv_heads{suffix}"
         for phase, passes in (("forward", 1.0), ("backward", 2.5)):
-            if phase == "backward" and not ledger.of(Matmul, what=scores.what, block=scores.block, phase="backward"):
+            if phase == "backward" and not ledger.of(
+                Matmul, what=scores.what, block=scores.block, phase="backward"
+            ):
                 continue
             added.append(
                 AttentionCore(

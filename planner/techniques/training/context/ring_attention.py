@@ -22,7 +22,9 @@ from planner.technique import Check, Context, Knob, Technique
 def valid(ctx: Context) -> Iterable[Check]:
     """Zig-zag halves per rank, and attention layers to split."""
     cp = ctx.mesh.cp
-    yield Check("sequence length not divisible by 2·cp (zig-zag)", (ctx.workload.seq_len % (2 * cp) == 0) | (cp == 1))
+    yield Check(
+        "sequence length not divisible by 2·cp (zig-zag)", (ctx.workload.seq_len % (2 * cp) == 0) | (cp == 1)
+    )
     attends = all(block.attention is not None for block in ctx.model.blocks.values())
     yield Check("context parallelism of state-space layers is not modelled", (cp == 1) | attends)
 
@@ -30,9 +32,7 @@ def valid(ctx: Context) -> Iterable[Check]:
 def shard_sequence(ledger: Ledger, ctx: Context) -> Ledger:
     """Divides the tokens of every rank by cp; keys stay whole inside attention."""
     cp = ctx.mesh.cp
-    return ledger.shard(
-        seq=cp, residual_seq=cp, logit_seq=cp, encoder_seq=cp, encoder_residual_seq=cp
-    )
+    return ledger.shard(seq=cp, residual_seq=cp, logit_seq=cp, encoder_seq=cp, encoder_residual_seq=cp)
 
 
 def key_values(ledger: Ledger, core: Item) -> tuple[str, str]:
@@ -61,21 +61,38 @@ def _exchange(ledger: Ledger, ctx: Context, how: str) -> Ledger:
     for core in [*ledger.of(AttentionCore), *_eager_cores(ledger)]:
         local = " + ".join(key_values(ledger, core))
         window = f"ring.{core.what}.{core.block}.{core.phase}"
-        common = {"block": core.block, "phase": core.phase, "tags": frozenset({"core_attn", "cp"}), "by": "ring_attention", "dtype": dtype, "group": group}
+        common = {
+            "block": core.block,
+            "phase": core.phase,
+            "tags": frozenset({"core_attn", "cp"}),
+            "by": "ring_attention",
+            "dtype": dtype,
+            "group": group,
+        }
         if how == "p2p":
             # Every step moves one block of K and V; the backward also returns their gradients.
             passes = "1" if core.phase == "forward" else "2"
             added.append(
-                Collective(what=f"{core.what}.ring", kind="point_to_point", size=times(times(local, "ring_steps"), passes), window=window, track="ring", **common)  # type: ignore[arg-type]
+                Collective(
+                    what=f"{core.what}.ring",
+                    kind="point_to_point",
+                    size=times(times(local, "ring_steps"), passes),
+                    window=window,
+                    track="ring",
+                    **common,
+                )  # type: ignore[arg-type]
             )
             ledger = ledger.cut(window, ctx.mesh.cp).edit(
-                type(core), lambda item, core=core, window=window: replace(item, window=window) if item is core else None  # type: ignore[misc]
+                type(core),
+                lambda item, core=core, window=window: replace(item, window=window) if item is core else None,  # type: ignore[misc]
             )
             continue
         full = times(local, "ring")
         added.append(Collective(what=f"{core.what}.gather_kv", kind="all_gather", size=full, **common))  # type: ignore[arg-type]
         if core.phase == "backward":
-            added.append(Collective(what=f"{core.what}.scatter_dkv", kind="reduce_scatter", size=full, **common))  # type: ignore[arg-type]
+            added.append(
+                Collective(what=f"{core.what}.scatter_dkv", kind="reduce_scatter", size=full, **common)
+            )  # type: ignore[arg-type]
     return ledger.add(added)
 
 

@@ -24,8 +24,12 @@ def valid(ctx: Context) -> Iterable[Check]:
     yield Check("sequence length not divisible by cp", ctx.workload.seq_len % cp == 0)
     for block in ctx.model.blocks.values():
         if block.attention is not None:
-            yield Check("query heads not divisible by tp·cp (Ulysses)", block.attention.heads % (tp * cp) == 0)
-        yield Check("context parallelism of state-space layers is not modelled", (cp == 1) | (block.ssm is None))
+            yield Check(
+                "query heads not divisible by tp·cp (Ulysses)", block.attention.heads % (tp * cp) == 0
+            )
+        yield Check(
+            "context parallelism of state-space layers is not modelled", (cp == 1) | (block.ssm is None)
+        )
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -52,7 +56,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                     source="arXiv:2309.14509", kind="all_to_all", group=group, size=size, dtype=ctx.format.activation,
                 )
             )  # fmt: skip
-        return replace(item, q=f"full_{item.q}", heads=f"local_{item.heads}", kv_heads=f"local_{item.kv_heads}")
+        return replace(
+            item, q=f"full_{item.q}", heads=f"local_{item.heads}", kv_heads=f"local_{item.kv_heads}"
+        )
 
     def eager(item: Matmul) -> Item | None:
         if "core_attn" not in item.tags:
@@ -70,7 +76,13 @@ def _whole(size: str) -> str:
     """A product of axes with all tokens and the rank's heads in place of its tokens and all heads."""
     inside = []
     for axis in size.split("*"):
-        prefix = "full_" if axis in ("seq", "encoder_seq") else "local_" if role(axis) in ("heads", "kv_heads") else ""
+        prefix = (
+            "full_"
+            if axis in ("seq", "encoder_seq")
+            else "local_"
+            if role(axis) in ("heads", "kv_heads")
+            else ""
+        )
         inside.append(prefix + axis)
     return "*".join(inside)
 

@@ -68,7 +68,6 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     return ledger.set_axes(etp_ranks=etp).add(added)
 
 
-
 TECHNIQUE = Technique(
     key="moe_folding",
     name="Expert parallelism on a folded mesh",

@@ -24,7 +24,12 @@ def fused(ledger: Ledger, ctx: Context) -> Ledger:
     def cheaper(item: Stream) -> Item | None:
         if "loss" not in item.tags:
             return None
-        return replace(item, bytes_per_element=4.0 if item.phase == "forward" else 8.0, launches=1.0, by="fused_cross_entropy")
+        return replace(
+            item,
+            bytes_per_element=4.0 if item.phase == "forward" else 8.0,
+            launches=1.0,
+            by="fused_cross_entropy",
+        )
 
     return ledger.edit(Stream, cheaper).drop(lambda item: item.what == "head.logits_gradient")
 
@@ -47,7 +52,27 @@ def _record(key: str, name: str, choice: str, summary: str, **fields: object) ->
 
 
 TECHNIQUES = (
-    _record("eager_cross_entropy", "Eager cross-entropy", "eager", "Logits and their gradient in fp32", searched=False),
-    _record("fused_cross_entropy", "Fused cross-entropy", "fused", "Gradient in place of the logits", apply=fused, default=True),
-    _record("linear_cross_entropy", "Fused linear cross-entropy", "linear_fused", "Projection and loss in chunks", apply=linear_fused, searched=False),
+    _record(
+        "eager_cross_entropy",
+        "Eager cross-entropy",
+        "eager",
+        "Logits and their gradient in fp32",
+        searched=False,
+    ),
+    _record(
+        "fused_cross_entropy",
+        "Fused cross-entropy",
+        "fused",
+        "Gradient in place of the logits",
+        apply=fused,
+        default=True,
+    ),
+    _record(
+        "linear_cross_entropy",
+        "Fused linear cross-entropy",
+        "linear_fused",
+        "Projection and loss in chunks",
+        apply=linear_fused,
+        searched=False,
+    ),
 )

@@ -30,9 +30,34 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         tags = (weights.tags - {"parameters"}) | {"optimizer"}
         common = {"block": weights.block, "by": "optimizer_bytes", "size": weights.size}
         if moments:
-            added.append(replace(weights, what=weights.what.replace("parameters", "moments"), pool="optimizer", tags=tags, bytes_per_element=moments, by="optimizer_bytes"))
-        added.append(Stream(what=weights.what.replace("parameters", "update"), phase="step", tags=tags | {"update"}, bytes_per_element=touched, **common))  # type: ignore[arg-type]
-        added.append(Stream(what=weights.what.replace("parameters", "gradient_norm"), phase="step", tags=tags | {"gradient_norm"}, bytes_per_element=gradient, **common))  # type: ignore[arg-type]
+            added.append(
+                replace(
+                    weights,
+                    what=weights.what.replace("parameters", "moments"),
+                    pool="optimizer",
+                    tags=tags,
+                    bytes_per_element=moments,
+                    by="optimizer_bytes",
+                )
+            )
+        added.append(
+            Stream(
+                what=weights.what.replace("parameters", "update"),
+                phase="step",
+                tags=tags | {"update"},
+                bytes_per_element=touched,
+                **common,
+            )
+        )  # type: ignore[arg-type]
+        added.append(
+            Stream(
+                what=weights.what.replace("parameters", "gradient_norm"),
+                phase="step",
+                tags=tags | {"gradient_norm"},
+                bytes_per_element=gradient,
+                **common,
+            )
+        )  # type: ignore[arg-type]
     return ledger.add(added)
 
 

@@ -37,12 +37,29 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     for item in ledger.of(Stream):
         if "update" not in item.tags:
             continue
-        common = {"block": item.block, "phase": "step", "tags": item.tags | {"offload"}, "by": "zero_offload", "size": item.size}
+        common = {
+            "block": item.block,
+            "phase": "step",
+            "tags": item.tags | {"offload"},
+            "by": "zero_offload",
+            "size": item.size,
+        }
         added += [
-            Transfer(what=f"{item.what}.on_host", bytes_per_element=item.bytes_per_element, tier="host_memory", **common),  # type: ignore[arg-type]
-            Transfer(what=f"{item.what}.down_and_up", bytes_per_element=down + up, tier="host_link", **common),  # type: ignore[arg-type]
+            Transfer(
+                what=f"{item.what}.on_host",
+                bytes_per_element=item.bytes_per_element,
+                tier="host_memory",
+                **common,
+            ),  # type: ignore[arg-type]
+            Transfer(
+                what=f"{item.what}.down_and_up", bytes_per_element=down + up, tier="host_link", **common
+            ),  # type: ignore[arg-type]
         ]
-    return ledger.edit(Resident, residency).drop(lambda i: isinstance(i, Stream) and "update" in i.tags).add(added)
+    return (
+        ledger.edit(Resident, residency)
+        .drop(lambda i: isinstance(i, Stream) and "update" in i.tags)
+        .add(added)
+    )
 
 
 TECHNIQUE = Technique(

@@ -56,7 +56,14 @@ TECHNIQUE = Technique(
     default=True,
     source="arXiv:1811.06965",
     summary="Layers cut into stages on different devices",
-    knobs=(Knob("pp", "pipeline stages"), Knob("pipeline_layout", "how layers are dealt to stages", ("even", "short_ends", "short_first", "short_last", "balanced"))),
+    knobs=(
+        Knob("pp", "pipeline stages"),
+        Knob(
+            "pipeline_layout",
+            "how layers are dealt to stages",
+            ("even", "short_ends", "short_first", "short_last", "balanced"),
+        ),
+    ),
     valid=valid,
     apply=apply,
 )

@@ -25,7 +25,10 @@ _WIDE = frozenset({"core_attn", "head", "router"})  # products that stay in the 
 def valid(ctx: Context) -> Iterable[Check]:
     """The device must have the rate, and quantised dimensions must fill whole blocks."""
     formats = ctx.format
-    yield Check(f"{ctx.cluster.device.name} has no {formats.matmul} matrix rate", ctx.cluster.device.supports(formats.matmul))
+    yield Check(
+        f"{ctx.cluster.device.name} has no {formats.matmul} matrix rate",
+        ctx.cluster.device.supports(formats.matmul),
+    )
     if formats.block > 1:
         for block in ctx.model.blocks.values():
             widths = [block.mlp.ffn] if block.mlp else []
@@ -61,11 +64,19 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if item.pool == "parameters":
             if formats.master:
                 added.append(
-                    replace(item, what=item.what.replace("parameters", "master_weights"), pool="optimizer", tags=(item.tags - {"parameters"}) | {"optimizer"}, by="mixed_precision")
+                    replace(
+                        item,
+                        what=item.what.replace("parameters", "master_weights"),
+                        pool="optimizer",
+                        tags=(item.tags - {"parameters"}) | {"optimizer"},
+                        by="mixed_precision",
+                    )
                 )
             return replace(item, bytes_per_element=dtype_bytes(formats.activation))
         if item.pool == "gradients":
-            return replace(item, bytes_per_element=dtype_bytes(ctx.knobs.get("gradient_dtype", formats.gradient)))
+            return replace(
+                item, bytes_per_element=dtype_bytes(ctx.knobs.get("gradient_dtype", formats.gradient))
+            )
         return None
 
     return ledger.edit(Kernel, kernel).edit(Resident, resident).add(added)
@@ -92,7 +103,9 @@ TECHNIQUE = Technique(
     source="arXiv:1710.03740",
     summary="Narrow products over fp32 master weights",
     knobs=(
-        Knob("precision", "format of matrix products", ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8"), "bf16"),
+        Knob(
+            "precision", "format of matrix products", ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8"), "bf16"
+        ),
         Knob("gradient_dtype", "dtype of accumulated gradients", ("fp32", "bf16", "fp16"), "fp32"),
     ),
     valid=valid,

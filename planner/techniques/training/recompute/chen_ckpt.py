@@ -41,7 +41,9 @@ TECHNIQUE = Technique(
     source="arXiv:1604.06174",
     summary="Blocks keep their input only and run forward again",
     knobs=(
-        Knob("recompute", "what is recomputed in the backward", ("none", "selective", "full", "block"), "none"),
+        Knob(
+            "recompute", "what is recomputed in the backward", ("none", "selective", "full", "block"), "none"
+        ),
         Knob("recompute_layers", "layers recomputed per stage (recompute=block)"),
     ),
     apply=apply,

@@ -32,9 +32,16 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def again(item: Item) -> bool:
         moves_weights = isinstance(item, Collective) and "data_parallel" in item.tags
-        gathers_norm = isinstance(item, Collective) and "tp_gather" in item.tags and "core_attn" not in item.tags
+        gathers_norm = (
+            isinstance(item, Collective) and "tp_gather" in item.tags and "core_attn" not in item.tags
+        )
         inside = bool(item.tags & modules) and item.block not in ("head", "embedding")
-        return item.phase == "forward" and inside and not moves_weights and not (gathers_norm and modules <= {"norm"})
+        return (
+            item.phase == "forward"
+            and inside
+            and not moves_weights
+            and not (gathers_norm and modules <= {"norm"})
+        )
 
     def drop(item: Resident) -> Item | None:
         if "saved" not in item.tags or not item.tags & modules or item.block in ("head", "embedding"):

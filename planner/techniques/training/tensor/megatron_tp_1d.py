@@ -15,10 +15,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from planner.ledger import Collective, Item, Ledger, Matmul, Phase
+from planner.ledger import Collective, Item, Ledger, Matmul, Phase, role
 from planner.technique import Check, Context, Knob, Technique
+from planner.techniques.training.tensor.weights import CUT, REPLICATED_WHEN_FEW, cut, partial_gradients
 
-_ROLES = ("heads", "ffn", "shared_ffn", "vocab", "ssm_inner", "ssm_heads")
 _COLUMN_INPUTS = ("qkv", "mlp", "shared_expert", "ssm", "head", "cross")
 
 
@@ -45,13 +45,35 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards by role, replicates surplus KV heads, pads the vocabulary, adds the all-reduces."""
     tp, group, dtype = ctx.mesh.tp, ctx.mesh.group("tp"), ctx.format.activation
-    kv = {name: tp_per_kv(ledger, name, tp) for name in ledger.axes.names() if name.startswith(("kv_heads@", "ssm_groups@"))}
+    few = [name for name in ledger.axes.names() if role(name) in REPLICATED_WHEN_FEW]
+    sharing = {name: np.maximum(tp / ledger.axes[name], 1.0) for name in few}  # ranks that hold the same head
+    kv = {name: ledger.axes[name] / tp * sharing[name] for name in few}
     vocab = ledger.axes["vocab"]
-    padded = np.where(tp > 1, np.ceil(vocab / (128 * tp)) * 128 * tp, vocab)  # Megatron pads to a multiple of 128·tp
-    ledger = ledger.set_axes(**kv, vocab=padded).shard(**dict.fromkeys(_ROLES, tp))
-    added: list[Item] = []
+    padded = np.where(
+        tp > 1, np.ceil(vocab / (128 * tp)) * 128 * tp, vocab
+    )  # Megatron pads to a multiple of 128·tp
+    ledger = ledger.set_axes(**kv, vocab=padded).shard(**dict.fromkeys(CUT, tp))
+    # A gain per head dimension (of query-key norms) is whole on every rank, which sees some of the heads.
+    added: list[Item] = [
+        *partial_gradients(
+            ledger,
+            ctx,
+            group,
+            lambda axes: "head_dim" in map(role, axes) and not cut(axes),
+            "head",
+            "megatron_tp_1d",
+        )
+    ]
+    for name in few:
+        if np.any(sharing[name] > 1):
+            replicas = ctx.mesh.subgroup("tp", f"tp.{name}", sharing[name], inner=True)
+            added += partial_gradients(
+                ledger, ctx, replicas, lambda axes, name=name: name in axes, role(name), "megatron_tp_1d"
+            )
 
-    def all_reduce(what: str, block: str, phase: Phase, size: str, tags: frozenset[str], kind: str = dtype) -> None:
+    def all_reduce(
+        what: str, block: str, phase: Phase, size: str, tags: frozenset[str], kind: str = dtype
+    ) -> None:
         added.append(
             Collective(
                 what=what, block=block, phase=phase, tags=tags | {"tp_reduce"}, by="megatron_tp_1d", source="arXiv:1909.08053",
@@ -69,7 +91,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             source = next((tag for tag in _COLUMN_INPUTS if tag in item.tags), item.what)
             if (item.block, source) not in seen:
                 seen.add((item.block, source))
-                all_reduce(f"{item.what}.input_gradient", item.block, "backward", f"{item.m}*hidden", item.tags - {"gemm", "column"})
+                all_reduce(
+                    f"{item.what}.input_gradient",
+                    item.block,
+                    "backward",
+                    f"{item.m}*hidden",
+                    item.tags - {"gemm", "column"},
+                )
     head = next((i for i in ledger.of(Matmul, phase="forward", what="head.logits")), None)
     if head is not None:
         # Maximum, then sum of exponentials and target logit (Megatron's vocab-parallel cross-entropy).
@@ -77,11 +105,6 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             all_reduce(f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32")
     all_reduce("embedding.all_reduce", "embedding", "forward", "batch*seq*hidden", frozenset({"embedding"}))
     return ledger.add(added)
-
-
-def tp_per_kv(ledger: Ledger, axis: str, tp: np.ndarray) -> np.ndarray:
-    """KV heads (or state-space groups) held per rank: at least one, replicated where tp exceeds their number."""
-    return np.maximum(ledger.axes[axis] / tp, 1.0)
 
 
 TECHNIQUE = Technique(

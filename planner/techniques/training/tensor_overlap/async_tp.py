@@ -18,7 +18,10 @@ from planner.technique import Check, Context, Knob, Technique
 
 def valid(ctx: Context) -> Iterable[Check]:
     """Only sequence-parallel collectives can be cut along the sequence."""
-    yield Check("tensor-parallel overlap needs sequence parallelism", (ctx.mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"))
+    yield Check(
+        "tensor-parallel overlap needs sequence parallelism",
+        (ctx.mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"),
+    )
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -32,7 +35,15 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             continue
         operator = item.what.rsplit(".", 1)[0]
         product = next(
-            (p for p in products if p.what == operator and p.block == item.block and p.phase == item.phase and id(p) not in partner), None
+            (
+                p
+                for p in products
+                if p.what == operator
+                and p.block == item.block
+                and p.phase == item.phase
+                and id(p) not in partner
+            ),
+            None,
         )
         if product is None:
             continue
@@ -59,7 +70,9 @@ TECHNIQUE = Technique(
     choices=("chunked",),
     source="doi:10.1145/3567955.3567959",
     summary="Gathers and scatters pipelined with the product beside them",
-    knobs=(Knob("tensor_overlap", "how tensor-parallel communication is hidden", ("none", "chunked"), "none"),),
+    knobs=(
+        Knob("tensor_overlap", "how tensor-parallel communication is hidden", ("none", "chunked"), "none"),
+    ),
     valid=valid,
     apply=apply,
     active=lambda ctx: ctx.mesh.tp > 1,

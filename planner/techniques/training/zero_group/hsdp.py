@@ -26,7 +26,9 @@ def shard_size(ctx: Context, of: str) -> Array:
     """Replicas of a weight inside one domain of the innermost tier."""
     group = ctx.mesh.group(of)
     size, stride = np.broadcast_arrays(group.size, group.stride)
-    return np.asarray(group_members(size, stride, ctx.cluster.tiers[0].size, float(ctx.cluster.devices)), dtype=np.float64)
+    return np.asarray(
+        group_members(size, stride, ctx.cluster.tiers[0].size, float(ctx.cluster.devices)), dtype=np.float64
+    )
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:

@@ -51,13 +51,17 @@ def shard_update(ledger: Ledger, by: str) -> Ledger:
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
     """Gradient collectives of every block; in buckets once per step unless ``fields`` says otherwise."""
     dtype = ctx.knobs.get("gradient_dtype", ctx.format.gradient)
-    return _collectives(ledger, ctx, "gradients", kind, dtype, by, {"phase": "step", "track": "gradients", **fields})
+    return _collectives(
+        ledger, ctx, "gradients", kind, dtype, by, {"phase": "step", "track": "gradients", **fields}
+    )
 
 
 def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list[Collective]:
     """All-gathers of the weights in use of every block; once per step unless ``fields`` says otherwise."""
     dtype = ctx.format.activation
-    return _collectives(ledger, ctx, "parameters", "all_gather", dtype, by, {"phase": "step", "track": "weights", **fields})
+    return _collectives(
+        ledger, ctx, "parameters", "all_gather", dtype, by, {"phase": "step", "track": "weights", **fields}
+    )
 
 
 def _collectives(
@@ -78,5 +82,3 @@ def _collectives(
 
 def _mesh(item: Item) -> str | None:
     return next((mesh for mesh in MESHES if mesh in item.tags), None)
-
-

@@ -1,0 +1,76 @@
+"""Analytical cost model and auto-parallel planner for training and serving foundation models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner import costs
+    from planner.errors import ExportError, Infeasible, InvalidPlan, PlannerError, SolverError, SpecError
+    from planner.plan import Plan, SearchResult
+    from planner.search.train import estimate, examine, search
+    from planner.specs.hardware import load_cluster, load_device
+    from planner.specs.models import load_model
+    from planner.specs.problem import Problem
+    from planner.specs.stack import load_stack
+    from planner.specs.workload import TrainWorkload
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ExportError": "planner.errors",
+    "Infeasible": "planner.errors",
+    "InvalidPlan": "planner.errors",
+    "Plan": "planner.plan",
+    "PlannerError": "planner.errors",
+    "Problem": "planner.specs.problem",
+    "SearchResult": "planner.plan",
+    "SolverError": "planner.errors",
+    "SpecError": "planner.errors",
+    "TrainWorkload": "planner.specs.workload",
+    "costs": "planner",
+    "estimate": "planner.search.train",
+    "examine": "planner.search.train",
+    "load_cluster": "planner.specs.hardware",
+    "load_device": "planner.specs.hardware",
+    "load_model": "planner.specs.models",
+    "load_stack": "planner.specs.stack",
+    "search": "planner.search.train",
+}
+
+__all__ = [
+    "ExportError",
+    "Infeasible",
+    "InvalidPlan",
+    "Plan",
+    "PlannerError",
+    "Problem",
+    "SearchResult",
+    "SolverError",
+    "SpecError",
+    "TrainWorkload",
+    "costs",
+    "estimate",
+    "examine",
+    "load_cluster",
+    "load_device",
+    "load_model",
+    "load_stack",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that ``planner --help`` imports next to nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    from importlib import import_module
+
+    home = _HOMES[name]
+    value = import_module(f"{home}.{name}") if home == "planner" else getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

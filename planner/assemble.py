@@ -1,0 +1,305 @@
+"""From a choice to a plan: one row through the passes, the schedule engine and the memory timeline.
+
+Everything that a plan reports comes from here, whether the search chose it or the user named it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.attribution import Share, attribute, category
+from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.costs.overlap import uniform_bucket_exposure_s
+from planner.engine import BlockTable, Pricer, tabulate
+from planner.ledger import Array, AttentionCore, Ledger, Matmul
+from planner.mesh import Mesh
+from planner.pipeline import BOUNDARY, Layout, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.plan import Estimate, Optimality, Plan
+from planner.schedule.engine import simulate
+from planner.schedule.order import make_order
+from planner.search.space import Choice
+from planner.specs.model import Model
+from planner.specs.problem import Problem
+from planner.specs.workload import TrainWorkload
+from planner.technique import SLOTS, Context
+
+__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembly:
+    """A plan with the one-row ledger and shares behind it, for those who want to see every item."""
+
+    plan: Plan
+    ledger: Ledger
+    shares: Sequence[Share]
+    layout: Layout
+    device: int
+    micro_batches: int
+    device_memory: Sequence[Mapping[str, float]]
+
+
+def exact_step_s(
+    tables: Sequence[BlockTable],
+    layout: Layout,
+    schedule: str,
+    micro_batches: int,
+    recompute_layers: Sequence[int | None],
+) -> Array:
+    """Step times of candidates that share layout, schedule and micro-batch count, by the schedule engine.
+
+    Args:
+        tables: one-row block tables.
+        recompute_layers: per candidate, or None.
+    """
+    table = BlockTable(tables[0].kinds, np.concatenate([t.values for t in tables], axis=2))
+    forward, backward, again = phase_seconds(table)
+    fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
+    backward = backward + again * fraction
+    counts = layout.device_counts
+    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
+    if layout.pp == 1:
+        step_s: Array = micro_batches * (counts @ (forward + backward))[0] + tail_s[0]
+        return step_s
+    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
+    order = make_order(schedule, layout.pp, micro_batches, layout.virtual_stages)
+    line = simulate(order, layout.counts @ forward, layout.counts @ backward, hop_s=hop_s, tail_s=tail_s)
+    return line.makespan_s
+
+
+def assemble(
+    problem: Problem,
+    recipe: Mapping[str, Choice],
+    knobs: Mapping[str, Any],
+    row: Mapping[str, float],
+    layout: Layout,
+    recompute_layers: int | None,
+    optimality: Optimality | None = None,
+    useful_flop: float | None = None,
+) -> Assembly:
+    """Prices one choice in full.
+
+    Args:
+        problem: model, cluster, workload, stack.
+        recipe: one choice per slot.
+        knobs: the recipe as the passes read it.
+        row: mesh degrees and micro-batch size.
+        layout: layers per virtual stage.
+        recompute_layers: layers recomputed per device under ``recompute=block``.
+        optimality: what a search proved; None for a plan that the user named.
+        useful_flop: :func:`model_flop` of the problem, where it is already known.
+    """
+    ctx = _context(problem, knobs, row)
+    workload = problem.workload
+    ledger = baseline(
+        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
+        document_len=workload.document_len,
+    )  # fmt: skip
+    for slot in SLOTS:
+        technique = recipe[slot].technique
+        if technique is not None:
+            ledger = technique.apply(ledger, ctx)
+    schedule = recipe["schedule"].technique
+    assert schedule is not None
+    micro_batches = round(float(ctx.micro_batches[0]))
+    kinds = (*dict.fromkeys(block_order(problem.model)), EMBEDDING, HEAD, BOUNDARY)
+    pricer = Pricer(problem.cluster, problem.stack)
+    table = tabulate(ledger, pricer, kinds, 1)
+    step_s = float(exact_step_s([table], layout, schedule.order, micro_batches, [recompute_layers])[0])
+    shares = attribute(ledger, pricer)
+    device = _busiest(table, layout, recompute_layers, micro_batches)
+    breakdown = _breakdown(shares, table, layout, device, micro_batches, recompute_layers, step_s)
+    communicators = sum(float(row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+    parts = memory_parts(
+        table,
+        layout,
+        schedule.order,
+        np.array([float(micro_batches)]),
+        problem.stack,
+        communicators,
+        recompute_layers,
+    )
+    host_bytes = float(parts.pop("host").max())
+    devices = [
+        {pool: float(held[run, 0]) for pool, held in parts.items() if held[run, 0]}
+        for run in range(len(layout.run_first))
+    ]
+    fullest = max(devices, key=lambda pools: sum(pools.values()))
+    peak = sum(fullest.values())
+    repeats = dict(zip(kinds, layout.device_counts.sum(axis=0).tolist(), strict=True))
+    executed = _executed_flop(ledger, repeats, float(recomputed_fraction(layout, recompute_layers)))
+    useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
+    estimate = _estimate(
+        problem, ctx, useful, executed, step_s, breakdown, {"peak": peak, **fullest}, host_bytes
+    )
+    plan = Plan(
+        model=problem.model.name,
+        cluster=problem.cluster.name,
+        workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
+        mesh={name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")},
+        knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
+        stages=tuple(int(n) for n in layout.counts[:, :-3].sum(axis=1)),
+        estimate=estimate,
+        optimality=optimality
+        or Optimality("heuristic", float("nan"), float("nan"), "none: the plan was named"),
+        assumptions=assumptions(problem),
+    )
+    return Assembly(plan, ledger, shares, layout, device, micro_batches, devices)
+
+
+def assumptions(problem: Problem) -> tuple[str, ...]:
+    """What every number of this problem rests on."""
+    cluster, device = problem.cluster, problem.cluster.device
+    tiers = "; ".join(
+        f"{t.name}: {t.size} devices at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, {t.latency_s * 1e6:.1f} µs"
+        for t in cluster.tiers
+    )
+    eff = device.efficiency
+    return (
+        f"fabric: {tiers}",
+        f"kernels: matrix products reach {float(eff.matmul):.0%} of peak at best, fused attention {float(eff.attention):.0%} "
+        f"forward and {float(eff.attention_backward):.0%} backward, memory {float(eff.memory):.0%} ({eff.matmul.kind})",
+        f"software: stack {problem.stack.name!r}, {problem.stack.framework_bytes.value / 2**30:.1f} GiB framework memory, "
+        f"{problem.stack.fragmentation.value:.0%} fragmentation ({problem.stack.framework_bytes.kind})",
+        "untuned: no constant of this prediction has been fitted to measured training runs",
+    )
+
+
+def model_flop(model: Model, workload: TrainWorkload) -> float:
+    """FLOP of one sequence, forward and backward, with full (non-causal) attention and no recompute."""
+    ledger = baseline(model, batch=1.0, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len)
+    repeats = {EMBEDDING: 1, HEAD: 1}
+    for name in block_order(model):
+        repeats[name] = repeats.get(name, 0) + 1
+    return sum(_matmul_flop(ledger, item) * repeats[item.block] for item in ledger.of(Matmul))
+
+
+def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
+    axes = ledger.axes
+    return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
+
+
+def _context(problem: Problem, knobs: Mapping[str, Any], row: Mapping[str, float]) -> Context:
+    v = {name: np.array([float(value)]) for name, value in row.items()}
+    mesh = Mesh(v["tp"], v["cp"], v["dp"], v["pp"], v["ep"], v["etp"])
+    return Context(
+        problem.model, problem.cluster, problem.workload, problem.stack, mesh, v["micro_batch_size"], knobs
+    )
+
+
+def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, micro_batches: int) -> int:
+    """The device with most work and tail."""
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * recomputed_fraction(layout, recompute_layers)
+    counts = layout.device_counts
+    work_s = micro_batches * (counts @ (forward + backward)) + tail_seconds(
+        table, counts, counts @ forward, counts @ backward
+    )
+    return int(np.argmax(work_s[:, 0]))
+
+
+def _breakdown(
+    shares: Sequence[Share], table: BlockTable, layout: Layout, device: int, micro_batches: int, recompute_layers: int | None,
+    step_s: float,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of the step on one device by category; what is left of the step is the pipeline's bubble."""
+    fraction = float(recomputed_fraction(layout, recompute_layers))
+    counts = layout.device_counts[device]
+    total: dict[str, float] = defaultdict(float)
+    for share in shares:
+        if share.block == BOUNDARY:
+            continue
+        repeats = counts[table.kinds.index(share.block)]
+        if share.phase == "step":
+            if share.item is not None and share.item.track == "main":
+                total[category(share)] += repeats * share.exposed_s
+            continue
+        total[category(share)] += (
+            repeats * micro_batches * share.exposed_s * (fraction if share.phase == "recompute" else 1.0)
+        )
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * fraction
+    for track, beside in (("gradients", backward), ("weights", forward)):
+        messages = max(float((counts @ table[f"{track}_messages"])[0]), 1.0)
+        whole_s = float((counts @ table[f"{track}_step_s"])[0])
+        total["data_parallel"] += float(
+            uniform_bucket_exposure_s(whole_s, float((counts @ beside)[0]), messages)
+        )
+    total["pipeline_bubble"] = step_s - sum(total.values())
+    return {name: seconds for name, seconds in total.items() if abs(seconds) > 1e-12 * step_s}
+
+
+def _estimate(
+    problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
+    memory_bytes: Mapping[str, float], host_bytes: float,
+) -> Estimate:  # fmt: skip
+    workload, cluster, device = problem.workload, problem.cluster, problem.cluster.device
+    devices = cluster.devices
+    peak = (
+        float(device.peak_flop_per_s[ctx.format.matmul])
+        if device.supports(ctx.format.matmul)
+        else float(device.vector_flop_per_s)
+    )
+    useful = useful_flop * workload.global_batch_size
+    executed = executed_flop * float((ctx.micro_batches * ctx.mesh.tp * ctx.mesh.cp * ctx.mesh.dp)[0])
+    price = problem.usd_per_device_hour
+    if price is None and device.usd_per_hour is not None:
+        price = float(device.usd_per_hour)
+    budget = problem.memory_budget_bytes
+    return Estimate(
+        step_time_s=step_s,
+        tokens_per_s_per_device=workload.tokens_per_step / step_s / devices,
+        mfu=useful / (step_s * devices * peak),
+        hfu=executed / (step_s * devices * peak),
+        memory_bytes=memory_bytes,
+        breakdown_s=breakdown,
+        fits=memory_bytes["peak"] <= budget and host_bytes <= cluster.host_memory_bytes,
+        memory_budget_bytes=budget,
+        host_bytes=host_bytes,
+        joules_per_step=step_s * devices * float(device.power_w),
+        usd_per_step=None if price is None else step_s * devices * price / 3600.0,
+    )
+
+
+def _executed_flop(ledger: Ledger, repeats: Mapping[str, float], recomputed: float) -> float:
+    """FLOP of one micro-batch through all stages, on one rank of each."""
+    flop = 0.0
+    for item in ledger.of(Matmul):
+        flop += (
+            _matmul_flop(ledger, item)
+            * repeats[item.block]
+            * (recomputed if item.phase == "recompute" else 1.0)
+        )
+    axes = ledger.axes
+    for core in ledger.of(AttentionCore):
+        pairs = axes[core.batch] * axes[core.heads] * axes[core.q] * axes[core.kv] * axes[core.visible]
+        one = float(np.ravel(2.0 * pairs * (axes[core.qk_dim] + axes[core.v_dim]))[0]) * core.passes
+        flop += one * repeats[core.block] * (recomputed if core.phase == "recompute" else 1.0)
+    return flop
+
+
+def _plan_knobs(
+    recipe: Mapping[str, Choice],
+    knobs: Mapping[str, Any],
+    row: Mapping[str, float],
+    layout: Layout,
+    recompute_layers: int | None,
+) -> dict[str, Any]:
+    """Every choice beyond the mesh, as JSON values."""
+    values: dict[str, Any] = {
+        "micro_batch_size": int(row["micro_batch_size"]),
+        "virtual_stages": layout.virtual_stages,
+    }
+    for slot in SLOTS:
+        value: Any = recipe[slot].value
+        values[slot] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+    values["pipeline_layout"] = layout.split
+    values["gradient_dtype"] = knobs.get("gradient_dtype", "fp32")
+    if recompute_layers is not None:
+        values["recompute_layers"] = recompute_layers
+    return values

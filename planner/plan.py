@@ -1,0 +1,211 @@
+"""A plan: what to launch, what it is predicted to cost, and how sure the search is.
+
+The JSON form is versioned; within a major version fields are only added, so that plans written today load tomorrow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2s
+from pathlib import Path
+from typing import Any
+
+from planner.errors import Problem as Fault
+from planner.errors import SpecError
+from planner.specs.load import read_file
+
+__all__ = ["SCHEMA_VERSION", "Estimate", "Optimality", "Plan", "SearchReport", "SearchResult"]
+
+SCHEMA_VERSION = "1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Optimality:
+    """How good the plan is known to be: ``exact`` (under this model), within a ``gap`` of ``bound_s``, or ``heuristic``."""
+
+    status: str
+    gap: float
+    bound_s: float
+    solver: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a plan is predicted to cost.
+
+    Attributes:
+        step_time_s: one optimizer step.
+        tokens_per_s_per_device: throughput.
+        mfu: model FLOP (full, non-causal attention) over the dense peak of the precision; a fraction.
+        hfu: the same with the FLOP that are executed (recompute included, masked attention left out).
+        memory_bytes: ``peak`` and its pools on the device that holds most.
+        breakdown_s: seconds of the step on the busiest device by what they are spent on; they add up to ``step_time_s``.
+        fits: whether device and host memory suffice.
+        memory_budget_bytes: what the peak is held against.
+        host_bytes: host memory per device.
+        usd_per_step, joules_per_step: over all devices; None without a price.
+    """
+
+    step_time_s: float
+    tokens_per_s_per_device: float
+    mfu: float
+    hfu: float
+    memory_bytes: Mapping[str, float]
+    breakdown_s: Mapping[str, float]
+    fits: bool
+    memory_budget_bytes: float
+    host_bytes: float
+    joules_per_step: float
+    usd_per_step: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One execution plan.
+
+    Attributes:
+        model, cluster: names (or paths) as given; ``workload`` the job's fields.
+        mesh: ``tp cp pp dp ep etp``.
+        knobs: every other choice.
+        stages: transformer layers per virtual stage; stage ``chunk·pp + device``.
+        estimate: predicted cost.
+        optimality: what the search proved.
+        assumptions: what the numbers rest on.
+    """
+
+    model: str
+    cluster: str
+    workload: Mapping[str, Any]
+    mesh: Mapping[str, int]
+    knobs: Mapping[str, Any]
+    stages: tuple[int, ...]
+    estimate: Estimate
+    optimality: Optimality
+    assumptions: tuple[str, ...] = ()
+    schema_version: str = SCHEMA_VERSION
+
+    @property
+    def id(self) -> str:
+        """Stable name of the choice (not of its estimate): the same problem and knobs give the same id."""
+        choice = [self.model, self.cluster, dict(self.workload), dict(self.mesh), dict(self.knobs)]
+        return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
+
+    @property
+    def devices(self) -> int:
+        """World size."""
+        mesh = self.mesh
+        return mesh["tp"] * mesh["cp"] * mesh["pp"] * mesh["dp"]
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per pipeline and step."""
+        return int(self.workload["global_batch_size"] // (self.mesh["dp"] * self.knobs["micro_batch_size"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON fields."""
+        fields = asdict(self)
+        fields["stages"], fields["assumptions"] = list(self.stages), list(self.assumptions)
+        return {"id": self.id, **fields}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "plan") -> Plan:
+        """A plan from its JSON fields; fields of later minor versions are ignored.
+
+        Raises:
+            SpecError: fields are missing or wrong, or the major version is another.
+        """
+        major = str(data.get("schema_version", "")).partition(".")[0]
+        if major != SCHEMA_VERSION.partition(".")[0]:
+            found = repr(data.get("schema_version"))
+            raise SpecError(
+                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
+            )
+        try:
+            estimate = Estimate(**_known(data["estimate"], Estimate))
+            optimality = Optimality(**_known(data["optimality"], Optimality))
+            fields = {**_known(data, Plan), "estimate": estimate, "optimality": optimality}
+            fields["stages"], fields["assumptions"] = (
+                tuple(data["stages"]),
+                tuple(data.get("assumptions", ())),
+            )
+            plan = Plan(**fields)
+            _ = plan.devices, plan.micro_batches, float(plan.estimate.step_time_s)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+            raise SpecError(
+                Fault(where, f"is no plan ({type(error).__name__}: {error})", "a plan as planner writes it")
+            ) from None
+        return plan
+
+    @staticmethod
+    def from_json(path: str | Path, index: int | str = 1) -> Plan:
+        """A plan from a file: a single plan, or the ``index``-th (from 1), or the one with that id, of a search result.
+
+        Raises:
+            SpecError: the file is unreadable, holds no plans, or has no such plan.
+        """
+        data = read_file(path)
+        if "plans" not in data:
+            return Plan.from_dict(data, str(path))
+        plans = data["plans"]
+        if not isinstance(plans, list) or not plans:
+            raise SpecError(Fault(f"{path}: plans", "holds no plans", "a list of at least one plan"))
+        by_id = {plan.get("id"): plan for plan in plans if isinstance(plan, dict)}
+        if str(index) in by_id:
+            return Plan.from_dict(by_id[str(index)], f"{path}:{index}")
+        if not str(index).isdigit() or not 1 <= int(index) <= len(plans):
+            raise SpecError(
+                Fault(
+                    f"{path}:{index}",
+                    "no such plan",
+                    f"1 to {len(plans)}, or one of {', '.join(map(str, by_id))}",
+                )
+            )
+        chosen = plans[int(index) - 1]
+        if not isinstance(chosen, dict):
+            raise SpecError(Fault(f"{path}:{index}", f"holds a {type(chosen).__name__}", "a plan"))
+        return Plan.from_dict(chosen, f"{path}:{index}")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchReport:
+    """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
+
+    candidates: int
+    scored: int
+    repriced: int
+    excluded_by_bound: Mapping[str, int]
+    rejected: Mapping[str, int]
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself."""
+
+    plans: tuple[Plan, ...]
+    search: SearchReport
+    pareto: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def best(self) -> Plan:
+        """The first plan."""
+        return self.plans[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as the JSON object that ``planner train --json`` prints."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "plans": [plan.as_dict() for plan in self.plans],
+            "pareto": [dict(point) for point in self.pareto],
+            "search": asdict(self.search),
+            "notes": list(self.notes),
+        }
+
+
+def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """The entries that the class has fields for."""
+    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: value for name, value in data.items() if name in names}

@@ -1,0 +1,188 @@
+"""Plans for a training problem: search the space, or price the one plan that the user names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from planner.assemble import Assembly, assemble, exact_step_s, model_flop
+from planner.errors import Infeasible, InvalidPlan
+from planner.errors import Problem as Fault
+from planner.pipeline import Layout
+from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.search.branches import Faults
+from planner.search.expansion import Scored, Shortfall
+from planner.search.space import Choice, Rows
+from planner.search.uniform import UniformSearch
+from planner.specs.problem import Problem
+from planner.technique import SLOTS, off
+from planner.units import format_bytes
+
+__all__ = ["estimate", "examine", "search"]
+
+
+def search(
+    problem: Problem, top: int = 10, on_progress: Callable[[int, int], None] | None = None
+) -> SearchResult:
+    """The best plans of the uniform space, ranked, with proof.
+
+    Args:
+        problem: what to plan.
+        top: how many plans to return.
+        on_progress: called with (parts of the space done, parts in all).
+
+    Raises:
+        SpecError: a fixed or forbidden choice is unknown.
+        Infeasible: nothing fits; says what binds, by how much, and what would fit.
+    """
+    start = perf_counter()
+
+    def reprice(batch: list[Scored]) -> list[float]:
+        return _reprice(batch, problem.workload.global_batch_size)
+
+    uniform = UniformSearch(problem, top, reprice, on_progress)
+    ranked = uniform.run()
+    counts = uniform.counts
+    if not ranked:
+        raise _infeasible(problem, uniform.nearest, counts.rejected)
+    plans, useful_flop = [], model_flop(problem.model, problem.workload)
+    for step_s, scored in ranked:
+        optimality = Optimality(
+            "exact", 0.0, min(scored.bound_s, step_s), "branch and bound over the uniform space"
+        )
+        knobs = uniform.space.knobs(scored.recipe)
+        layers = scored.recompute_layers
+        plans.append(
+            assemble(
+                problem, scored.recipe, knobs, scored.row, scored.layout, layers, optimality, useful_flop
+            ).plan
+        )
+    report = SearchReport(
+        counts.candidates, counts.scored, counts.repriced, dict(sorted(counts.excluded_by_bound.items())),
+        dict(sorted(counts.rejected.items())), perf_counter() - start,
+    )  # fmt: skip
+    return SearchResult(tuple(plans), report)
+
+
+def estimate(problem: Problem) -> Plan:
+    """Prices the one plan that ``problem.fixed`` names.
+
+    Degrees that are not fixed are 1, dp is what remains; other knobs take their defaults (:func:`defaults`).
+
+    Raises:
+        InvalidPlan: the plan breaks a composition rule.
+        SpecError: a knob is unknown.
+    """
+    return examine(problem).plan
+
+
+def examine(problem: Problem) -> Assembly:
+    """:func:`estimate`, with the ledger and the shares behind the plan."""
+    uniform = UniformSearch(_named(problem), 1, lambda batch: [s.bound_s for s in batch])
+    space = uniform.space
+    recipe: dict[str, Choice] = {slot: space.choices[slot][0] for slot in SLOTS}
+    knobs = space.knobs(recipe)
+    rows = space.rows.take(np.arange(1))
+    ctx = rows.context(problem, knobs)
+    faults: Faults = uniform.faults(recipe, ctx)
+    for choice in recipe.values():
+        if choice.technique is not None:
+            for check in choice.technique.valid(ctx):
+                faults.check(check.reason, check.ok)
+    row = {name: float(values[0]) for name, values in rows.values.items()}
+    if faults.reasons:
+        shown = ", ".join(f"{name}={value:g}" for name, value in row.items())
+        raise InvalidPlan(
+            [Fault(f"plan ({shown})", reason, "a plan that keeps this rule") for reason in faults.reasons]
+        )
+    layout = uniform.layouts(recipe["schedule"], int(row["pp"]))[0]
+    layers = _layers(space.fixed, recipe, layout)
+    return assemble(problem, recipe, knobs, row, layout, layers)
+
+
+def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a named plan that the user left open.
+
+    Sequence parallelism wherever tp > 1, ZeRO stage 1 (the distributed optimizer), no recompute, no offload, no overlap of
+    tensor-parallel communication, 1F1B (interleaved when ``virtual_stages`` > 1), micro-batches of one sequence.
+    """
+    tp, v = int(fixed.get("tp", 1)), int(fixed.get("virtual_stages", 1))
+    chosen = {
+        slot: off(slot)
+        for slot in SLOTS
+        if slot.endswith("_offload") or slot in ("recompute", "tensor_overlap", "zero_group")
+    }
+    chosen.update(
+        {
+            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, "virtual_stages": v, "zero_stage": 1, "context": "p2p",
+            "sequence_parallel": "true" if tp > 1 else "false", "schedule": "interleaved" if v > 1 else "1f1b",
+        }
+    )  # fmt: skip
+    return chosen
+
+
+def _named(problem: Problem) -> Problem:
+    """The problem with every open knob at its default."""
+    from dataclasses import replace
+
+    fixed = {**defaults(problem.fixed), **problem.fixed}
+    return replace(problem, fixed=fixed, forbidden=())
+
+
+def _layers(fixed: Mapping[str, Any], recipe: Mapping[str, Choice], layout: Layout) -> int | None:
+    if recipe["recompute"].value != "block":
+        return None
+    return min(int(fixed.get("recompute_layers", 1)), layout.layers)
+
+
+def _reprice(batch: list[Scored], global_batch_size: int) -> list[float]:
+    """Exact step times; candidates that share an order are priced together."""
+    groups: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    for index, scored in enumerate(batch):
+        groups[id(scored.layout), scored.schedule, scored.micro_batches(global_batch_size)].append(index)
+    times = np.empty(len(batch))
+    for (_, schedule, micro_batches), members in groups.items():
+        scored = [batch[i] for i in members]
+        times[members] = exact_step_s(
+            [s.table for s in scored],
+            scored[0].layout,
+            schedule,
+            micro_batches,
+            [s.recompute_layers for s in scored],
+        )
+    return [float(t) for t in times]
+
+
+def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[str, int]) -> Infeasible:
+    """What binds, by how much, and the nearest change that would fit."""
+    if nearest is None:
+        reasons = "; ".join(
+            f"{reason} ({count:,})" for reason, count in sorted(rejected.items(), key=lambda r: -r[1])[:4]
+        )
+        return Infeasible(
+            Fault(
+                "search",
+                f"every candidate breaks a rule: {reasons}",
+                "at least one valid plan",
+                "Loosen --fix or --forbid.",
+            )
+        )
+    short = nearest.needed_bytes - nearest.budget_bytes
+    mesh = ", ".join(f"{name}={nearest.row[name]:g}" for name in ("tp", "cp", "pp", "dp", "micro_batch_size"))
+    chosen = ", ".join(
+        f"{slot}={nearest.recipe[slot].value}" for slot in ("zero_stage", "recompute", "optimizer_offload")
+    )
+    factor = nearest.needed_bytes / nearest.budget_bytes
+    return Infeasible(
+        Fault(
+            f"{problem.model.name} on {problem.cluster.name}",
+            f"nothing fits: {nearest.binding} binds; the closest plan ({mesh}, {chosen}) needs {format_bytes(nearest.needed_bytes)}, "
+            f"{format_bytes(short)} more than the {format_bytes(nearest.budget_bytes)} there are",
+            "a plan within device and host memory",
+            f"Nearest change: devices with {factor:.2f}× the memory, about {factor:.2f}× as many devices, or a shorter sequence.",
+        )
+    )
