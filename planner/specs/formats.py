@@ -29,6 +29,11 @@ class Format:
     linear_input_bytes: float
     block: int = 1
 
+    @property
+    def core(self) -> str:
+        """Dtype of the products that are never quantised (attention, router, head)."""
+        return self.matmul if self.block == 1 else self.activation
+
 
 # Megatron accumulates bf16 training in fp32 main gradients, fp16 as well (18 bytes per parameter with Adam); the
 # 16-byte convention of ZeRO (fp16 gradients) is the knob gradient_dtype=bf16.
@@ -39,4 +44,5 @@ FORMATS: Mapping[str, Format] = {
     "bf16": Format("bf16", "bf16", "bf16", "fp32", master=True, linear_input_bytes=2.0),
     "fp8": Format("fp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0, block=16),
     "mxfp8": Format("mxfp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0 + 1.0 / 32, block=32),
+    "nvfp4": Format("nvfp4", "fp4", "bf16", "fp32", master=True, linear_input_bytes=0.5 + 1.0 / 16, block=16),
 }

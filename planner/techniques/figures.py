@@ -1,0 +1,178 @@
+"""What published figures are computed with: a recipe run by hand around one pass, and sums over the ledger it leaves.
+
+Everything heavy is imported when a figure is computed, so that finding the techniques stays cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.ledger import AttentionCore, Collective, Item, Ledger, Matmul, Phase, Resident, Transfer
+
+if TYPE_CHECKING:
+    from planner.specs.model import Model
+    from planner.technique import Context
+
+__all__ = [
+    "Pass",
+    "bubble_s",
+    "flop",
+    "held_bytes",
+    "in_flight",
+    "makespan_s",
+    "parameters",
+    "run",
+    "saved",
+    "saved_bytes",
+    "sent_elements",
+    "transferred_bytes",
+]
+
+Pass = Callable[[Ledger, "Context"], Ledger]
+_DEGREES = ("tp", "cp", "dp", "pp", "ep", "etp")
+_PLAIN = {
+    "precision": "bf16", "attention_kernel": "eager", "loss_kernel": "eager", "tensor": "1d", "context": "p2p",
+    "expert": "folded", "pipeline": "stages", "optimizer": "adamw",
+}  # fmt: skip
+_ENDS = ("embedding", "head", "boundary")
+
+
+def run(
+    slot: str,
+    subject: Pass,
+    *,
+    model: str | Model,
+    seq: int = 2048,
+    micro_batch_size: int = 1,
+    cluster: str = "a100-sxm-80gb:1x8",
+    **choices: Any,
+) -> tuple[Ledger, Context]:
+    """The ledger of a plain recipe with ``subject`` as the pass of ``slot``, and what the passes saw.
+
+    ``choices`` are degrees (1 unless given) and knobs (off, or the plainest choice, unless given).
+    """
+    from planner.baseline import baseline
+    from planner.mesh import Mesh
+    from planner.specs.hardware import load_cluster
+    from planner.specs.models import load_model
+    from planner.specs.stack import load_stack
+    from planner.specs.workload import TrainWorkload
+    from planner.technique import SLOTS, Context, discover, off
+
+    spec = load_model(model) if isinstance(model, str) else model
+    degrees = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
+    knobs = {name: off(name) for name in SLOTS} | _PLAIN | choices
+    size = np.array([float(micro_batch_size)])
+    workload = TrainWorkload(global_batch_size=int(micro_batch_size * degrees["dp"][0]), seq_len=seq)
+    ctx = Context(spec, load_cluster(cluster), workload, load_stack(), Mesh(**degrees), size, knobs)
+    ledger = baseline(spec, batch=size, seq=float(seq))
+    for name in SLOTS:
+        chosen = (t for t in discover().values() if t.slot == name and knobs[name] in t.choices)
+        passes = (subject,) if name == slot else tuple(t.apply for t in chosen)
+        for apply in passes:
+            ledger = apply(ledger, ctx)
+    return ledger, ctx
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def saved(ledger: Ledger) -> list[Resident]:
+    """Tensors that one layer keeps on the device from forward to backward, per micro-batch."""
+    return [
+        item
+        for item in ledger.of(Resident, lifetime="micro_batch", tier="device")
+        if "saved" in item.tags and item.block not in _ENDS
+    ]
+
+
+def saved_bytes(ledger: Ledger) -> float:
+    """Bytes of :func:`saved`, of a model with one kind of layer."""
+    return _bytes(ledger, saved(ledger))
+
+
+def held_bytes(ledger: Ledger, *pools: str, tier: str = "device") -> float:
+    """Bytes of model states held throughout, one layer of each kind, embedding and head."""
+    pools = pools or ("parameters", "gradients", "optimizer")
+    items = ledger.of(Resident, lifetime="always", tier=tier)
+    return _bytes(ledger, [item for item in items if item.pool in pools])
+
+
+def parameters(ledger: Ledger) -> float:
+    """Parameters behind :func:`held_bytes`, unsharded: those that the optimizer counts gradients of."""
+    return _value(ledger, " + ".join(item.size for item in ledger.of(Resident, pool="gradients", lifetime="always")))
+
+
+def _bytes(ledger: Ledger, items: Iterable[Resident]) -> float:
+    return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
+
+
+def _value(ledger: Ledger, size: str) -> float:
+    return float(np.ravel(ledger.axes[size])[0]) if size else 0.0
+
+
+# -- work and traffic ----------------------------------------------------------------------------------------------------
+
+
+def flop(ledger: Ledger, *phases: Phase, where: Callable[[Item], bool] = lambda item: True) -> float:
+    """FLOP of the products of one layer of each kind (embedding and head left out)."""
+    total = 0.0
+    for item in ledger.items:
+        if item.phase not in phases or item.block in _ENDS or not where(item):
+            continue
+        if isinstance(item, Matmul):
+            sizes = (item.m, item.n, item.k, item.groups)
+            total += 2.0 * float(np.prod([_value(ledger, size) for size in sizes]))
+        elif isinstance(item, AttentionCore):
+            widths = _value(ledger, item.qk_dim) + _value(ledger, item.v_dim)
+            sizes = (item.batch, item.heads, item.q, item.kv, item.visible)
+            total += 2.0 * float(np.prod([_value(ledger, size) for size in sizes])) * widths * item.passes
+    return total
+
+
+def sent_elements(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
+    """Elements that one rank sends in the selected collectives."""
+    return sum(_sent(ledger, item) for item in ledger.of(Collective) if where(item))
+
+
+def _sent(ledger: Ledger, item: Collective) -> float:
+    group = float(np.ravel(item.group.size)[0])
+    passes = {"all_reduce": 2.0 * (group - 1) / group, "point_to_point": float(group > 1)}
+    return _value(ledger, item.size) * passes.get(item.kind, (group - 1) / group)
+
+
+def transferred_bytes(ledger: Ledger, tier: str = "host_link") -> float:
+    """Bytes over a host link."""
+    items = ledger.of(Transfer, tier=tier)
+    return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
+
+
+# -- schedules -----------------------------------------------------------------------------------------------------------
+
+
+def makespan_s(order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0) -> float:
+    """A step of equal stages without messages; without an order, one micro-batch after the other."""
+    from planner.schedule.engine import simulate
+    from planner.schedule.order import make_order
+
+    if not order:
+        return m * p * (forward_s + backward_s)
+    stages = p * v
+    line = simulate(make_order(order, p, m, v), [forward_s / v] * stages, [backward_s / v] * stages)
+    return float(line.makespan_s)
+
+
+def bubble_s(order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0) -> float:
+    """Idle time of every device in :func:`makespan_s`."""
+    return makespan_s(order, p, m, v, forward_s, backward_s) - m * (forward_s + backward_s)
+
+
+def in_flight(order: str, p: int, m: int, v: int = 1, device: int = 0) -> float:
+    """Chunks whose activations a device holds at once, at most."""
+    from planner.schedule.memory import in_flight as count
+    from planner.schedule.order import make_order
+
+    return float(count(make_order(order, p, m, v))[device]) if order else float(v)
