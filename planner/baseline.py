@@ -11,6 +11,8 @@ multi-head latent attention, DeepSeek-V2 (arXiv:2405.04434) §2.1; Mamba-2, arXi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from planner.costs.compute import causal_fraction
@@ -191,7 +193,7 @@ class _Graph:
         for phase, passes in (("forward", 3.0), ("backward", 3.0)):
             self.items.append(
                 Stream(
-                    what="head.cross_entropy", block=self.name, phase=phase, tags=tags, launches=3.0,  # type: ignore[arg-type]
+                    what="head.cross_entropy", block=self.name, phase=phase, tags=tags, launches=3.0,
                     size="batch*seq*vocab", bytes_per_element=4.0 * passes,
                 )
             )  # fmt: skip
@@ -335,7 +337,7 @@ class _Graph:
             "moe.permute", f"{tokens}*{top_k}*hidden", 2.0, 2.0, tags={"moe", "dispatch"}, launches=2.0
         )
         self.save("moe.fc1_input", f"{routed}*hidden", "dispatch", "moe", "linear_input")
-        common = {"grouped": True, "groups": experts}
+        common: dict[str, Any] = {"grouped": True, "groups": experts}
         self.matmul("moe.fc1", per_expert, wide, "hidden", {"moe", "expert"}, **common)
         self.save(
             "moe.act_input", *_products(wide, routed.replace(f"*{experts}", "", 1) + f"*{experts}"), "moe"
@@ -466,7 +468,7 @@ class _Graph:
             if phase == "forward" or self.training:
                 self.items.append(
                     Stream(
-                        what=what, block=self.name, phase=phase, tags=frozenset(tags | {"activation"}), size=size,  # type: ignore[arg-type]
+                        what=what, block=self.name, phase=phase, tags=frozenset(tags | {"activation"}), size=size,
                         bytes_per_element=4.0 * passes, launches=launches, flop_per_element=flops * (1 if phase == "forward" else 2),
                     )
                 )  # fmt: skip
@@ -488,7 +490,7 @@ class _Graph:
         self.items.append(
             Resident(
                 what=what, block=self.name, tags=frozenset(tags), size=size, bytes_per_element=bytes_per_element,
-                pool=pool, lifetime="block",  # type: ignore[arg-type]
+                pool=pool, lifetime="block",
             )
         )  # fmt: skip
 
@@ -502,7 +504,7 @@ class _Graph:
                 self.items.append(
                     Resident(
                         what=f"{mesh}_{pool}", block=self.name, tags=frozenset({pool, mesh}), size=_sum(sizes),
-                        bytes_per_element=4.0, pool=pool, lifetime="always",  # type: ignore[arg-type]
+                        bytes_per_element=4.0, pool=pool, lifetime="always",
                     )
                 )  # fmt: skip
         return self.items

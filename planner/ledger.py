@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,19 +36,10 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-Phase = Literal["forward", "backward", "weight", "recompute", "step"]
-Pool = Literal[
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "workspace",
-    "gathered",
-    "buffers",
-    "kv_cache",
-]
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point"]
+# Names, checked where they are used: the engine knows these phases and pools.
+Phase: TypeAlias = str  # forward | backward | weight | recompute | step
+Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
+CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.search.branches import Faults
 from planner.search.expansion import Scored, Shortfall
-from planner.search.space import Choice, Rows
+from planner.search.space import Choice
 from planner.search.uniform import UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, off

@@ -187,10 +187,7 @@ class _Parts:
         if len(pattern) != depth:
             self.reader.problem("layer_parts", f"has {len(pattern)} signs", f"one per layer ({depth})")
         fields = {"M": "ssm", "*": "attention", "-": "mlp", "E": "moe"}
-        kinds = {
-            sign: Block(norm=self.norm, norms=1, **{fields[sign]: needs[sign]})  # type: ignore[arg-type]
-            for sign in fields
-        }
+        kinds = {sign: Block(norm=self.norm, norms=1, **{fields[sign]: needs[sign]}) for sign in fields}
         return [kinds[sign] for sign in pattern if sign in kinds][:_MAX_LAYERS]
 
     def _check_letters(self, key: str, pattern: str, needs: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "saved",
     "saved_bytes",
     "sent_elements",
+    "total_bytes",
     "transferred_bytes",
 ]
 
@@ -91,23 +92,24 @@ def saved(ledger: Ledger) -> list[Resident]:
 
 def saved_bytes(ledger: Ledger) -> float:
     """Bytes of :func:`saved`, of a model with one kind of layer."""
-    return _bytes(ledger, saved(ledger))
+    return total_bytes(ledger, saved(ledger))
 
 
 def held_bytes(ledger: Ledger, *pools: str, tier: str = "device") -> float:
     """Bytes of model states held throughout, one layer of each kind, embedding and head."""
     pools = pools or ("parameters", "gradients", "optimizer")
     items = ledger.of(Resident, lifetime="always", tier=tier)
-    return _bytes(ledger, [item for item in items if item.pool in pools])
+    return total_bytes(ledger, [item for item in items if item.pool in pools])
+
+
+def total_bytes(ledger: Ledger, items: Iterable[Resident]) -> float:
+    """Bytes of some items, all micro-batches and layers counted once."""
+    return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
 
 
 def parameters(ledger: Ledger) -> float:
     """Parameters behind :func:`held_bytes`, unsharded: those that the optimizer counts gradients of."""
     return _value(ledger, " + ".join(item.size for item in ledger.of(Resident, pool="gradients", lifetime="always")))
-
-
-def _bytes(ledger: Ledger, items: Iterable[Resident]) -> float:
-    return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
 
 
 def _value(ledger: Ledger, size: str) -> float:

@@ -163,7 +163,10 @@ class Parts:
         fields, family = self.fields, self.family
         state, kernel = fields.size("ssm_state", 16), fields.size("ssm_conv", 4)
         expanded = fields.size("ssm_expand", 2) * self.hidden
-        common = {"bias": fields.rule(family.ssm_bias), "conv_bias": fields.rule(family.ssm_conv_bias)}
+        common: dict[str, Any] = {
+            "bias": fields.rule(family.ssm_bias),
+            "conv_bias": fields.rule(family.ssm_conv_bias),
+        }
         if family.ssm == 2:
             heads = fields.size("ssm_heads")
             inner = fields.size("mamba_d_ssm", heads * fields.size("ssm_head_dim"))

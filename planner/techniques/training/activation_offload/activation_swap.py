@@ -31,7 +31,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         for phase in ("forward", "backward"):
             added.append(
                 Transfer(
-                    what=f"{item.what}.swap", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="activation_swap",  # type: ignore[arg-type]
+                    what=f"{item.what}.swap", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="activation_swap",
                     track="host", size=item.size, bytes_per_element=item.bytes_per_element,
                 )
             )  # fmt: skip

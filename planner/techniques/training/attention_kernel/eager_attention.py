@@ -1,6 +1,6 @@
-"""Eager attention: scores, softmax, dropout and context as separate kernels.
+"""Eager attention: scores, softmax, dropout and context as separate kernels, as the baseline ledger has them.
 
-What it does: nothing; the baseline ledger is eager.
+What it does: nothing; it names the baseline, so that it can be chosen.
 Saves: nothing.
 Costs: 5as²b bytes per layer with dropout, and their traffic.
 Assumes: the mask is applied to a full score matrix (no product is skipped).
@@ -15,6 +15,7 @@ TECHNIQUE = Technique(
     key="eager_attention",
     name="Eager attention",
     slot="attention_kernel",
+    kind="baseline",
     choices=("eager",),
     searched=False,
     source="arXiv:2205.05198",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from planner.ledger import AttentionCore, Collective, Item, Ledger, Matmul, Resident, times
 from planner.technique import Check, Context, Knob, Technique
@@ -61,7 +62,7 @@ def _exchange(ledger: Ledger, ctx: Context, how: str) -> Ledger:
     for core in [*ledger.of(AttentionCore), *_eager_cores(ledger)]:
         local = " + ".join(key_values(ledger, core))
         window = f"ring.{core.what}.{core.block}.{core.phase}"
-        common = {
+        common: dict[str, Any] = {
             "block": core.block,
             "phase": core.phase,
             "tags": frozenset({"core_attn", "cp"}),
@@ -80,19 +81,19 @@ def _exchange(ledger: Ledger, ctx: Context, how: str) -> Ledger:
                     window=window,
                     track="ring",
                     **common,
-                )  # type: ignore[arg-type]
+                )
             )
             ledger = ledger.cut(window, ctx.mesh.cp).edit(
                 type(core),
-                lambda item, core=core, window=window: replace(item, window=window) if item is core else None,  # type: ignore[misc]
+                lambda item, core=core, window=window: replace(item, window=window) if item is core else None,
             )
             continue
         full = times(local, "ring")
-        added.append(Collective(what=f"{core.what}.gather_kv", kind="all_gather", size=full, **common))  # type: ignore[arg-type]
+        added.append(Collective(what=f"{core.what}.gather_kv", kind="all_gather", size=full, **common))
         if core.phase == "backward":
             added.append(
                 Collective(what=f"{core.what}.scatter_dkv", kind="reduce_scatter", size=full, **common)
-            )  # type: ignore[arg-type]
+            )
     return ledger.add(added)
 
 

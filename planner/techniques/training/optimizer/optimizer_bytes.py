@@ -11,6 +11,7 @@ Source: AdamW arXiv:1711.05101; Adafactor arXiv:1804.04235; 8-bit Adam arXiv:211
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from planner.costs.optimizer import KNOWN_OPTIMIZERS, optimizer_state_bytes, optimizer_touched_bytes
 from planner.costs.precision import dtype_bytes
@@ -28,7 +29,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     added: list[Item] = []
     for weights in ledger.of(Resident, pool="parameters"):
         tags = (weights.tags - {"parameters"}) | {"optimizer"}
-        common = {"block": weights.block, "by": "optimizer_bytes", "size": weights.size}
+        common: dict[str, Any] = {"block": weights.block, "by": "optimizer_bytes", "size": weights.size}
         if moments:
             added.append(
                 replace(
@@ -48,7 +49,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 bytes_per_element=touched,
                 **common,
             )
-        )  # type: ignore[arg-type]
+        )
         added.append(
             Stream(
                 what=weights.what.replace("parameters", "gradient_norm"),
@@ -57,7 +58,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 bytes_per_element=gradient,
                 **common,
             )
-        )  # type: ignore[arg-type]
+        )
     return ledger.add(added)
 
 

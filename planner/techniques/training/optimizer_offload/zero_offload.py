@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream, Transfer
@@ -37,7 +38,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     for item in ledger.of(Stream):
         if "update" not in item.tags:
             continue
-        common = {
+        common: dict[str, Any] = {
             "block": item.block,
             "phase": "step",
             "tags": item.tags | {"offload"},
@@ -50,10 +51,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 bytes_per_element=item.bytes_per_element,
                 tier="host_memory",
                 **common,
-            ),  # type: ignore[arg-type]
+            ),
             Transfer(
                 what=f"{item.what}.down_and_up", bytes_per_element=down + up, tier="host_link", **common
-            ),  # type: ignore[arg-type]
+            ),
         ]
     return (
         ledger.edit(Resident, residency)

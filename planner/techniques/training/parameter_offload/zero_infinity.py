@@ -32,7 +32,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         for phase in ("forward", "backward"):
             added.append(
                 Transfer(
-                    what=f"{item.what}.fetch", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="zero_infinity",  # type: ignore[arg-type]
+                    what=f"{item.what}.fetch", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="zero_infinity",
                     track="host", size=item.size, bytes_per_element=item.bytes_per_element,
                 )
             )  # fmt: skip

@@ -31,7 +31,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     pp = ctx.mesh.pp
     added: list[Item] = [
         Collective(
-            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",  # type: ignore[arg-type]
+            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",
             kind="point_to_point", group=ctx.mesh.group("pp"), size="batch*residual_seq*hidden", dtype=ctx.format.activation,
         )
         for what, phase in (("boundary.activation", "forward"), ("boundary.gradient", "backward"))

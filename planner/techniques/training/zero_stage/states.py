@@ -72,7 +72,7 @@ def _collectives(
     return [
         Collective(
             what=f"{mesh}_{pool}.{kind}", block=item.block, tags=frozenset({pool, mesh, "data_parallel"}), by=by,
-            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,  # type: ignore[arg-type]
+            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
             messages=times(item.size, f"/{bucket:.0f}") if bucketed else "1", **fields,
         )
         for item in ledger.of(Resident, pool=pool)
