@@ -5,6 +5,7 @@ Everything heavy is imported when a figure is computed, so that finding the tech
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "sent_elements",
     "total_bytes",
     "transferred_bytes",
+    "zero_states_gb",
 ]
 
 Pass = Callable[[Ledger, "Context"], Ledger]
@@ -108,8 +110,15 @@ def total_bytes(ledger: Ledger, items: Iterable[Resident]) -> float:
 
 
 def parameters(ledger: Ledger) -> float:
-    """Parameters behind :func:`held_bytes`, unsharded: those that the optimizer counts gradients of."""
-    return _value(ledger, " + ".join(item.size for item in ledger.of(Resident, pool="gradients", lifetime="always")))
+    """Parameters of one layer of each kind, embedding and head, whatever is sharded over data-parallel ranks."""
+    sizes = [item.size for item in ledger.of(Resident, pool="gradients", lifetime="always")]
+    return sum(_value(ledger, re.sub(r"/zero_\w+", "", size)) for size in sizes)
+
+
+def zero_states_gb(stage: str, subject: Pass) -> float:
+    """Model states of 7.5e9 parameters on 64 data-parallel ranks, in ZeRO's convention: 2 + 2 + 12 bytes."""
+    ledger, _ = run("zero_stage", subject, model="gpt2-xl", precision="fp16", gradient_dtype="fp16", dp=64, zero_stage=stage)
+    return 7.5 * held_bytes(ledger) / parameters(ledger)
 
 
 def _value(ledger: Ledger, size: str) -> float:

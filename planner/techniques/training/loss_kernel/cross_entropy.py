@@ -11,11 +11,12 @@ Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.3; Megatron-Core ``--cros
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from planner.ledger import Item, Ledger, Resident, Stream
-from planner.technique import Context, Figure, Technique
+from planner.technique import Check, Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 
@@ -30,6 +31,11 @@ def fused(ledger: Ledger, ctx: Context) -> Ledger:
         return replace(item, bytes_per_element=4.0 * passes, launches=1.0, by="fused_cross_entropy")
 
     return ledger.edit(Stream, cheaper).drop(lambda item: item.what == "head.logits_gradient")
+
+
+def whole_vocabulary(ctx: Context) -> Iterable[Check]:
+    """The chunked kernel knows no vocabulary that is spread over ranks."""
+    yield Check("fused linear cross-entropy needs the whole vocabulary on a rank (tp = 1)", ctx.mesh.tp == 1)
 
 
 def linear_fused(ledger: Ledger, ctx: Context) -> Ledger:
@@ -90,6 +96,7 @@ TECHNIQUES = (
         "Fused linear cross-entropy",
         "linear_fused",
         "Projection and loss in chunks",
+        valid=whole_vocabulary,
         apply=linear_fused,
         searched=False,
         figures=(

@@ -3,64 +3,75 @@
 What it does: the shard group of every ZeRO collective shrinks to the ranks inside one domain of the innermost tier; gradient
     shards are then all-reduced across the replicas.
 Saves: cross-node traffic: gathers and scatters stay inside the domain, 1/F of the gradient crosses it.
-Costs: states divided by the domain's ranks only; one all-reduce of a gradient shard per step (per micro-batch under stage 2
-    and 3 the reduce-scatter is local, the all-reduce still once per step).
+Costs: states divided by the domain's ranks only; one all-reduce of a gradient shard per step (under stages 2 and 3 the
+    reduce-scatter of every micro-batch stays inside, the all-reduce is still once per step).
 Assumes: the shard group is as large as the innermost tier allows.
-Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119); Zhao et al. 2023 (arXiv:2304.11277) §3.2.2.
+Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277) §3.2.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.costs.collectives import group_members
 from planner.ledger import Array, Collective, Item, Ledger, times
-from planner.technique import Context, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
+from planner.techniques.training.zero_stage.states import MESHES, mesh_of
 
-_GROUPS = {"dp_cp": ("dense", "tied"), "edp": ("expert",)}
 
-
-def shard_size(ctx: Context, of: str) -> Array:
-    """Replicas of a weight inside one domain of the innermost tier."""
-    group = ctx.mesh.group(of)
-    size, stride = np.broadcast_arrays(group.size, group.stride)
-    return np.asarray(
-        group_members(size, stride, ctx.cluster.tiers[0].size, float(ctx.cluster.devices)), dtype=np.float64
-    )
+def valid(ctx: Context) -> Iterable[Check]:
+    """Replicated states have no shard group."""
+    yield Check("zero_group needs sharded states (zero_stage ≥ 1)", ctx.knobs.get("zero_stage") != "0")
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shrinks the shard groups, adds the all-reduce between replicas."""
+    sizes = {of: _inside(ctx, of) for of in set(MESHES.values())}
     added: list[Item] = []
-    sizes = {of: shard_size(ctx, of) for of in _GROUPS}
 
     def shrink(item: Collective) -> Item | None:
         of = item.group.name
-        if "data_parallel" not in item.tags or of not in _GROUPS or item.kind == "all_reduce":
+        if "data_parallel" not in item.tags or of not in sizes or item.kind == "all_reduce":
             return None
-        inner = ctx.mesh.subgroup(of, f"{of}.shard", sizes[of], inner=True)
         if item.kind == "reduce_scatter":
-            mesh = next(m for m in _GROUPS[of] if m in item.tags)
-            outer = ctx.mesh.subgroup(of, f"{of}.replica", ctx.mesh.group(of).size / sizes[of], inner=False)
             added.append(
                 replace(
-                    item, what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", group=outer, by="hsdp",
-                    size=times(item.size, f"/zero_{mesh}"), phase="step", track="gradients", messages="1",
+                    item, what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", by="hsdp", phase="step",
+                    group=ctx.mesh.subgroup(of, f"{of}.replica", item.group.size / sizes[of], inner=False), track="gradients",
+                    size=times(item.size, f"/zero_{mesh_of(item)}"), messages="1",
                 )
             )  # fmt: skip
-        return replace(item, group=inner, by="hsdp")
+        return replace(item, group=ctx.mesh.subgroup(of, f"{of}.shard", sizes[of], inner=True), by="hsdp")
 
     ledger = ledger.edit(Collective, shrink)
-    degrees = {f"zero_{mesh}": sizes[of] for of, meshes in _GROUPS.items() for mesh in meshes}
-    return ledger.set_axes(**degrees).add(added)
+    return ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}).add(added)
 
 
-def _differs(ctx: Context) -> np.ndarray:
-    """Rows where the domain holds more than one replica, but not all."""
-    inside = shard_size(ctx, "dp_cp")
-    return (inside > 1) & (inside < ctx.mesh.dp * ctx.mesh.cp)
+def _inside(ctx: Context, of: str) -> Array:
+    """Copies of a weight inside one domain of the innermost tier."""
+    group, domain = ctx.mesh.group(of), ctx.cluster.tiers[0].size
+    return np.asarray(group_members(group.size, group.stride, domain, float(ctx.cluster.devices)), dtype=np.float64)
+
+
+def _differs(ctx: Context) -> NDArray[np.bool_] | bool:
+    """Rows where the domain holds more than one copy, but not all."""
+    if ctx.knobs.get("zero_stage") == "0":
+        return False
+    inside = _inside(ctx, "dp_cp")
+    return np.asarray((inside > 1) & (inside < ctx.mesh.dp * ctx.mesh.cp))
+
+
+def _between_hosts(subject: Pass) -> float:
+    """Elements per parameter that a rank sends between hosts of 8, of 512 fully sharded ranks."""
+    ledger, _ = figures.run("zero_group", subject, model="gpt2-xl", dp=512, zero_stage="3", zero_group="node", cluster="a100-sxm-80gb:64x8")
+    sent = figures.sent_elements(ledger, lambda i: "data_parallel" in i.tags and float(np.max(i.group.size * i.group.stride)) > 8)
+    return sent / figures.parameters(ledger)
 
 
 TECHNIQUE = Technique(
@@ -70,6 +81,17 @@ TECHNIQUE = Technique(
     choices=("node",),
     source="arXiv:2304.11277",
     summary="States sharded inside a scale-up domain, replicated across",
+    knobs=(Knob("zero_group", "ranks that share one copy of the states", ("full", "node"), "full"),),
+    figures=(
+        Figure(
+            "elements per parameter that cross hosts, W = 512, G = 8: 2(W − 1)/(GW)",
+            0.249512,
+            0.015,  # the paper's form takes W for the W/G members of a replica group; exact is 2/G·(R − 1)/R = 0.2461
+            "Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277), section 3.2.2",
+            _between_hosts,
+        ),
+    ),
+    valid=valid,
     apply=apply,
     active=_differs,
 )

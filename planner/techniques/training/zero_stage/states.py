@@ -1,84 +1,109 @@
 """What data parallelism and the ZeRO stages share: gradient synchronisation and sharded states.
 
-Dense weights are replicated over dp·cp, expert weights over edp. The shard degrees are the axes ``zero_dense`` and
-``zero_expert``, so that a later pass can shard over fewer ranks.
+Dense weights are replicated over dp·cp, expert weights over edp. The shard degrees are the axes ``zero_dense``, ``zero_tied``
+and ``zero_expert``, so that a later pass can shard over fewer ranks. Updates are sharded from the start (no stage makes them
+faster), and undone where states are whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Kernel, Ledger, Resident, Stream, times
+from planner.ledger import Collective, Item, Kernel, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Context
 
-__all__ = ["MESHES", "gather_weights", "shard_pool", "shard_update", "synchronise", "with_degrees"]
+__all__ = ["MESHES", "gather_weights", "mesh_of", "shard", "shard_everything", "synchronise", "whole", "whole_update", "with_degrees"]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
+"""The group that holds copies of a weight, by the mesh that the weight lives on."""
 
 
 def with_degrees(ledger: Ledger, ctx: Context) -> Ledger:
-    """Declares the shard degrees: all replicas of a weight."""
-    mesh = ctx.mesh
-    return ledger.set_axes(zero_dense=mesh.dp * mesh.cp, zero_tied=mesh.dp * mesh.cp, zero_expert=mesh.edp)
+    """Declares the shard degrees: all copies of a weight."""
+    if "zero_dense" in ledger.axes:
+        return ledger
+    return ledger.set_axes(**{f"zero_{mesh}": ctx.mesh.group(group).size for mesh, group in MESHES.items()})
 
 
-def shard_pool(ledger: Ledger, pools: tuple[str, ...], by: str) -> Ledger:
-    """Divides what the pools hold by the shard degree of its mesh."""
+def mesh_of(item: Item) -> str | None:
+    """The mesh that a weight, its gradient or its states live on."""
+    return next((mesh for mesh in MESHES if mesh in item.tags), None)
 
-    def shard(item: Resident) -> Item | None:
-        mesh = _mesh(item)
+
+def shard(ledger: Ledger, ctx: Context, pools: tuple[str, ...], by: str) -> Ledger:
+    """Divides what the pools hold throughout by the shard degree of its mesh."""
+
+    def part(item: Resident) -> Item | None:
+        mesh = mesh_of(item)
         if item.pool not in pools or mesh is None or item.lifetime != "always":
-            return None
-        return replace(item, size=times(item.size, f"/zero_{mesh}"), by=by, tags=item.tags | {"sharded"})
-
-    return ledger.edit(Resident, shard)
-
-
-def shard_update(ledger: Ledger, by: str) -> Ledger:
-    """Divides the optimizer's kernels by the shard degree of their mesh."""
-
-    def shard(item: Kernel) -> Item | None:
-        mesh = _mesh(item)
-        if "update" not in item.tags or mesh is None or not isinstance(item, Stream):
             return None
         return replace(item, size=times(item.size, f"/zero_{mesh}"), by=by)
 
-    return ledger.edit(Kernel, shard)
+    return with_degrees(ledger, ctx).edit(Resident, part)
+
+
+def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Shards every state; gathers weights per block, forward and backward; reduces gradients per block.
+
+    Two blocks' weights are whole at once: the one at work and the next one.
+    """
+    added: list[Item] = [
+        *gather_weights(ledger, ctx, by, phase="forward", track="gather"),
+        *gather_weights(ledger, ctx, by, phase="backward", track="gather"),
+        *synchronise(ledger, ctx, "reduce_scatter", by, phase="backward", track="gather"),
+        *whole(ledger, "parameters", by, copies=2.0),
+        *whole(ledger, "gradients", by),
+    ]
+    return shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
+
+
+def whole_update(ledger: Ledger) -> Ledger:
+    """Every rank updates all of its weights."""
+
+    def unshard(item: Kernel) -> Item | None:
+        suffix = f"/zero_{mesh_of(item)}"
+        if "update" not in item.tags:
+            return None
+        if isinstance(item, Stream):
+            return replace(item, size=item.size.replace(suffix, ""))
+        return replace(item, groups=item.groups.replace(suffix, "")) if isinstance(item, Matmul) else None
+
+    return ledger.edit(Kernel, unshard)
+
+
+def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[Resident]:
+    """Buffers for all of a block's weights or gradients while it is at work; before the pool is sharded."""
+    for item in ledger.of(Resident, pool=pool, lifetime="always"):
+        if mesh_of(item) is not None:
+            size = copies * item.bytes_per_element
+            yield replace(item, what=f"{item.what}.whole", pool="gathered", lifetime="block", bytes_per_element=size, by=by)
 
 
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
     """Gradient collectives of every block; in buckets once per step unless ``fields`` says otherwise."""
-    dtype = ctx.knobs.get("gradient_dtype", ctx.format.gradient)
-    return _collectives(
-        ledger, ctx, "gradients", kind, dtype, by, {"phase": "step", "track": "gradients", **fields}
-    )
+    when = {"phase": "step", "track": "gradients", **fields}
+    return _collectives(ledger, ctx, "gradients", kind, ctx.gradient_dtype, by, when)
 
 
 def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list[Collective]:
     """All-gathers of the weights in use of every block; once per step unless ``fields`` says otherwise."""
-    dtype = ctx.format.activation
-    return _collectives(
-        ledger, ctx, "parameters", "all_gather", dtype, by, {"phase": "step", "track": "weights", **fields}
-    )
+    when = {"phase": "step", "track": "weights", **fields}
+    return _collectives(ledger, ctx, "parameters", "all_gather", ctx.format.activation, by, when)
 
 
 def _collectives(
-    ledger: Ledger, ctx: Context, pool: str, kind: str, dtype: str, by: str, fields: dict[str, Any]
+    ledger: Ledger, ctx: Context, pool: str, kind: str, dtype: str, by: str, when: dict[str, Any]
 ) -> list[Collective]:
-    bucketed = fields["phase"] == "step"
     bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
     return [
         Collective(
             what=f"{mesh}_{pool}.{kind}", block=item.block, tags=frozenset({pool, mesh, "data_parallel"}), by=by,
-            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
-            messages=times(item.size, f"/{bucket:.0f}") if bucketed else "1", **fields,
+            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,  # type: ignore[arg-type]
+            messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
         )
         for item in ledger.of(Resident, pool=pool)
-        if (mesh := _mesh(item)) is not None
+        if (mesh := mesh_of(item)) is not None
     ]  # fmt: skip
-
-
-def _mesh(item: Item) -> str | None:
-    return next((mesh for mesh in MESHES if mesh in item.tags), None)

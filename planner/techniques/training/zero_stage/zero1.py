@@ -10,21 +10,15 @@ Source: Rajbhandari et al. 2020 (arXiv:1910.02054) §5.1; Megatron-Core distribu
 from __future__ import annotations
 
 from planner.ledger import Ledger
-from planner.technique import Context, Knob, Technique
-from planner.techniques.training.zero_stage.states import (
-    gather_weights,
-    shard_pool,
-    shard_update,
-    synchronise,
-    with_degrees,
-)
+from planner.technique import Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.training.zero_stage.states import gather_weights, shard, synchronise
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
     traffic = [*synchronise(ledger, ctx, "reduce_scatter", "zero1"), *gather_weights(ledger, ctx, "zero1")]
-    ledger = shard_pool(with_degrees(ledger, ctx), ("optimizer",), "zero1")
-    return shard_update(ledger, "zero1").add(traffic)
+    return shard(ledger, ctx, ("optimizer",), "zero1").add(traffic)
 
 
 TECHNIQUE = Technique(
@@ -35,7 +29,16 @@ TECHNIQUE = Technique(
     default=True,
     source="arXiv:1910.02054",
     summary="Optimizer states sharded over the data-parallel ranks",
-    knobs=(Knob("zero_stage", "what is sharded over the data-parallel ranks", (0, 1, 2, 3), 1),),
+    knobs=(Knob("zero_stage", "what is sharded over the data-parallel ranks", ("0", "1", "2", "3", "fsdp"), "1"),),
+    figures=(
+        Figure(
+            "GB of model states, 7.5B parameters on 64 ranks",
+            31.4,
+            2e-3,
+            "Rajbhandari et al. 2020 (arXiv:1910.02054), Figure 1",
+            lambda subject: figures.zero_states_gb("1", subject),
+        ),
+    ),
     apply=apply,
     active=lambda ctx: ctx.mesh.dp * ctx.mesh.cp > 1,
 )
