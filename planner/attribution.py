@@ -32,7 +32,7 @@ class Share:
 def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
     """Shares of all items of a one-row ledger but its residents; ``item`` None is host dispatch that outlasts the device."""
     phases: dict[tuple[str, str], list[tuple[Item, float]]] = defaultdict(list)
-    for item, price in zip(ledger.items, pricer.prices(ledger), strict=True):
+    for item, price in zip(ledger.items, pricer.prices(ledger.items, ledger.axes), strict=True):
         if not isinstance(item, Resident):
             phases[item.block, item.phase].append((item, float(np.ravel(price)[0])))
     shares: list[Share] = []

@@ -9,7 +9,7 @@ composed from such tables and from nothing else.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ import numpy as np
 
 from planner.costs.collectives import (
     Level,
-    all_gather_s,
-    all_reduce_s,
-    all_to_all_s,
+    LinearCost,
+    collective_costs,
+    fastest_s,
     group_members,
     point_to_point_s,
-    reduce_scatter_s,
 )
 from planner.costs.compute import (
     attention_bytes,
@@ -66,12 +65,6 @@ POOLS = (
     "kv_cache",
 )
 TRACKS = ("main", "gradients", "weights")
-_COLLECTIVES = {
-    "all_reduce": all_reduce_s,
-    "all_gather": all_gather_s,
-    "reduce_scatter": reduce_scatter_s,
-    "all_to_all": all_to_all_s,
-}
 
 
 class Pricer:
@@ -82,28 +75,36 @@ class Pricer:
         self.stack = stack
         self.device = cluster.device
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
+        self._costs: dict[tuple[int, str], tuple[LinearCost, ...]] = {}
+        self._keys: dict[int, tuple[Any, Item]] = {}
 
-    def prices(self, ledger: Ledger) -> list[Array]:
-        """Seconds of every item, in order; zero for residents. Arrays broadcast over the ledger's rows."""
-        known = ledger.axes.prices
+    def prices(self, items: Sequence[Item], axes: Axes) -> list[Array]:
+        """Seconds of every item, in order; zero for residents. Arrays broadcast over the axes' rows."""
+        known = axes.prices
         missing: dict[Any, Item] = {}
-        keys: list[Any] = []
-        for item in ledger.items:
-            key = _key(item)
-            keys.append(key)
+        keys = [self._key(item) for item in items]
+        for key, item in zip(keys, items, strict=True):
             if key is not None and key not in known:
                 missing.setdefault(key, item)
-        for kind, price in (
-            (Matmul, self._matmuls),
-            (Stream, self._streams),
-            (AttentionCore, self._attention),
-            (Collective, self._collectives),
-            (Transfer, self._transfers),
-        ):
-            batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
-            if batch:
-                known.update(zip(batch, price(list(batch.values()), ledger.axes), strict=True))
+        if missing:
+            for kind, price in (
+                (Matmul, self._matmuls),
+                (Stream, self._streams),
+                (AttentionCore, self._attention),
+                (Collective, self._collectives),
+                (Transfer, self._transfers),
+            ):
+                batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
+                if batch:
+                    known.update(zip(batch, price(list(batch.values()), axes), strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
+
+    def _key(self, item: Item) -> Any:
+        """What the item's price depends on besides the axes, remembered per item (whose id stays its own while held)."""
+        known = self._keys.get(id(item))
+        if known is None:
+            known = self._keys[id(item)] = (_key(item), item)
+        return known[0]
 
     def levels(self, group: Group) -> list[Level]:
         """The group's path through the cluster's tiers, innermost first."""
@@ -187,13 +188,15 @@ class Pricer:
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Array]:
         for item in items:
             n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
-            levels = self.levels(item.group)
             if item.kind == "point_to_point":
                 yield self._hop_s(n_bytes, item.group)
                 continue
-            messages = np.maximum(axes[item.messages], 1.0)
+            where = (id(item.group), item.kind)
+            if where not in self._costs:
+                self._costs[where] = collective_costs(item.kind, self.levels(item.group))
             # Cut into messages: the bytes once, the latency of every message.
-            yield _COLLECTIVES[item.kind](n_bytes / messages, levels) * messages
+            messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
+            yield fastest_s(n_bytes / messages, self._costs[where]) * messages
 
     def _hop_s(self, n_bytes: Array, group: Group) -> Array:
         """One message between neighbours of the group: over the innermost tier that holds both."""
@@ -262,26 +265,28 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
 
     Ledgers that share items on the same axes share the sums of whatever did not change between them.
     """
-    prices = pricer.prices(ledger)
-    parts: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for index, item in enumerate(ledger.items):
-        parts[item.block, "resident" if isinstance(item, Resident) else item.phase].append(index)
+    parts: dict[tuple[str, str], list[Item]] = {}
+    for item in ledger.items:
+        where = (item.block, "resident" if isinstance(item, Resident) else item.phase)
+        if where in parts:
+            parts[where].append(item)
+        else:
+            parts[where] = [item]
     values = np.zeros((len(FIELDS), len(kinds), rows))
     position = {kind: index for index, kind in enumerate(kinds)}
-    for (block, part), indices in parts.items():
-        items = tuple(ledger.items[index] for index in indices)
+    for (block, part), items in parts.items():
         key = (part, *map(id, items))
         known = ledger.axes.prices.get(key)
         if known is None:
             summarise = _residents if part == "resident" else _step if part == "step" else _phase
-            totals = summarise(items, [prices[index] for index in indices], ledger, pricer)
+            totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
             known = ledger.axes.prices[key] = (totals, items)  # the items keep their ids alive
         for name, total in known[0].items():
             values[_ROW[name], position[block]] = total
     return BlockTable(kinds, values)
 
 
-def _phase(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
     windows: dict[str, dict[str, Array]] = defaultdict(dict)
     launches = 0.0
@@ -299,7 +304,7 @@ def _phase(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer:
     return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.device.dispatch_s))}
 
 
-def _step(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
     """Seconds and messages per track of what happens once per optimizer step."""
     totals: dict[str, Any] = defaultdict(float)
     for item, price in zip(items, prices, strict=True):
@@ -310,7 +315,7 @@ def _step(items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: 
 
 
 def _residents(
-    items: tuple[Item, ...], prices: list[Array], ledger: Ledger, pricer: Pricer
+    items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer
 ) -> dict[str, Array]:
     """Bytes per lifetime, and per pool for what is held throughout."""
     totals: dict[str, Any] = defaultdict(float)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import BlockTable, Pricer, tabulate
-from planner.ledger import Array, Ledger
+from planner.ledger import Array, Ledger, Resident
 from planner.pipeline import Layout, memory, step_bound
 from planner.search.branches import Activity, Branches
 from planner.search.space import Choice, Rows, Space
@@ -89,6 +89,8 @@ class Expansion:
         )
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._tables: dict[tuple[int, int, int], Array] = {}
+        self._changes: dict[tuple[str, ...], _Change] = {}
+        self._change({})
         self.nearest: Shortfall | None = None
 
     def price(self, schedule: Choice, layout: Layout, rows: Index, bar: float) -> list[Scored]:
@@ -100,6 +102,8 @@ class Expansion:
         fits = np.zeros((len(branches.swaps), len(branches.recomputes), len(branches.states), n), dtype=bool)
         hopeless = ~self.activity.states[:, rows]
         found: list[Scored] = []
+        overfull = self._overfull(layout, rows, ~hopeless)
+        hopeless |= overfull
         for swap in range(len(branches.swaps)):
             for recompute, choice in enumerate(branches.recomputes):
                 width = branches.width(choice, layout.layers)
@@ -112,7 +116,8 @@ class Expansion:
                 self.counts.excluded_by_bound["dominated"] += width * int(
                     (open_ & dominated & ~hopeless).sum()
                 )
-                self.counts.excluded_by_bound["step time"] += width * int((open_ & hopeless).sum())
+                self.counts.excluded_by_bound["step time"] += width * int((open_ & hopeless & ~overfull).sum())
+                self.counts.rejected["device memory"] += width * int((open_ & overfull).sum())
                 states, at = np.nonzero(open_ & ~dominated & ~hopeless)
                 if not len(states):
                     continue
@@ -124,6 +129,17 @@ class Expansion:
                     # Whatever else a state does on a row only adds time to this.
                     hopeless[states, at] |= bound_s >= bar
         return found
+
+    def _overfull(self, layout: Layout, rows: Index, states: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """States whose gradients, optimizer and framework alone exceed the device, whatever is recomputed or swapped."""
+        full = np.zeros_like(states)
+        stack = self.problem.stack
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[rows]
+        for state in np.flatnonzero(states.any(axis=1)):
+            table = BlockTable(self.kinds, self._table(int(state), 0, 0))
+            held = layout.first_counts @ (table["gradients_bytes"] + table["optimizer_bytes"])[:, rows]
+            full[state] = held.max(axis=0) + idle > self.problem.memory_budget_bytes
+        return full & states
 
     def _evaluate(self, jobs: _Jobs, bar: float) -> tuple[NDArray[np.bool_], Array, list[Scored]]:
         """Prices jobs that share a layout, a recompute choice and a swap."""
@@ -209,13 +225,36 @@ class Expansion:
         return np.concatenate(parts, axis=2)
 
     def _table(self, state: int, recompute: int, swap: int) -> Array:
-        """The block table of one branch on all rows of the expansion."""
+        """The block table of one branch on all rows of the expansion.
+
+        Where what recompute and swaps change is independent of what the state changes, the table is the sum of both
+        changes; else the branch's own ledger is built.
+        """
         key = (state, recompute, swap)
         if key not in self._tables:
-            recipe = self.branches.recipe(*key)
-            ledger = self._ledger(recipe)
-            self._tables[key] = tabulate(ledger, self.pricer, self.kinds, len(self.rows)).values
+            whole = self.branches.recipe(*key)
+            of_state = {slot: whole[slot] for slot in self.branches.states[state]}
+            rest = {slot: choice for slot, choice in whole.items() if slot not in of_state}
+            one, other = self._change(of_state), self._change(rest)
+            if one.independent_of(other):
+                self._tables[key] = one.values + other.delta
+            else:
+                self._tables[key] = self._change(whole).values
         return self._tables[key]
+
+    def _change(self, recipe: Mapping[str, Choice]) -> _Change:
+        """What a partial recipe makes of the prefix's ledger."""
+        key = tuple(f"{slot}={choice.value}" for slot, choice in recipe.items() if choice.technique is not None)
+        if key not in self._changes:
+            ledger = self._ledger(recipe)
+            values = tabulate(ledger, self.pricer, self.kinds, len(self.rows)).values
+            base = self._changes[()] if key else None
+            if base is None:
+                change = _Change(values, np.zeros(1), frozenset(), frozenset())
+            else:
+                change = _Change(values, values - base.values, *_difference(self._ledgers[()], ledger))
+            self._changes[key] = change
+        return self._changes[key]
 
     def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
         """The branch's ledger; branches share the ledgers of their common prefixes."""
@@ -265,3 +304,30 @@ class _Jobs:
     states: Index
     rows: Index
     width: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    """A partial recipe's block table, its difference to the prefix's, and what it touched.
+
+    ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
+    where overlap makes changes interact.
+    """
+
+    values: Array
+    delta: Array
+    removed: frozenset[int]
+    timed: frozenset[tuple[str, str]]
+
+    def independent_of(self, other: _Change) -> bool:
+        """Whether both changes can be added up."""
+        return not (self.removed & other.removed or self.timed & other.timed)
+
+
+def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:
+    """Items of ``before`` that are not in ``after``, and the blocks and phases where timed items differ."""
+    old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
+    removed = frozenset(old.keys() - new.keys())
+    changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
+    timed = frozenset((i.block, i.phase) for i in changed if i.phase != "step" and not isinstance(i, Resident))
+    return removed, timed
