@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from planner import costs
     from planner.errors import ExportError, Infeasible, InvalidPlan, PlannerError, SolverError, SpecError
     from planner.plan import Plan, SearchResult
-    from planner.search.train import estimate, examine, search
+    from planner.solve.train import estimate, examine, search
     from planner.specs.hardware import load_cluster, load_device
     from planner.specs.models import load_model
     from planner.specs.problem import Problem
@@ -31,13 +31,13 @@ _HOMES = {
     "SpecError": "planner.errors",
     "TrainWorkload": "planner.specs.workload",
     "costs": "planner",
-    "estimate": "planner.search.train",
-    "examine": "planner.search.train",
+    "estimate": "planner.solve.train",
+    "examine": "planner.solve.train",
     "load_cluster": "planner.specs.hardware",
     "load_device": "planner.specs.hardware",
     "load_model": "planner.specs.models",
     "load_stack": "planner.specs.stack",
-    "search": "planner.search.train",
+    "search": "planner.solve.train",
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from planner.pipeline import BOUNDARY, Layout, memory_parts, phase_seconds, reco
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
 from planner.schedule.order import make_order
-from planner.search.space import Choice
+from planner.solve.space import Choice
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload

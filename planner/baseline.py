@@ -232,11 +232,16 @@ class _Graph:
         self.save(f"{region}.qkv_input", self.residual, "norm", "linear_input")
         if not self.model.learned_positions:
             self.stream(
-                f"{region}.rope", f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}", _ROPE, _ROPE, tags={"qkv"}
+                f"{region}.rope",
+                f"{rows}*{heads}*{qk} + {keys}*{kv_heads}*{qk}",
+                _ROPE,
+                _ROPE,
+                tags={"qkv", "mla_up"} if spec.latent else {"qkv"},
             )
-        self.save(f"{region}.q", f"{rows}*{heads}*{qk}", "qkv")
-        self.save(f"{region}.k", f"{keys}*{kv_heads}*{qk}", "qkv")
-        self.save(f"{region}.v", f"{keys}*{kv_heads}*{v}", "qkv")
+        made_by = ("qkv", "mla_up") if spec.latent else ("qkv",)
+        self.save(f"{region}.q", f"{rows}*{heads}*{qk}", *made_by)
+        self.save(f"{region}.k", f"{keys}*{kv_heads}*{qk}", *made_by)
+        self.save(f"{region}.v", f"{keys}*{kv_heads}*{v}", *made_by)
         self._eager_core(region, heads, kv_heads, qk, v, spec.cross)
         self.save(f"{region}.core_output", f"{rows}*{heads}*{v}", "core_attn", "linear_input")
         self.matmul(f"{region}.output", rows, "hidden", f"{heads}*{v}", {"attn_output", "row"})
@@ -265,21 +270,23 @@ class _Graph:
         up = self.axis(region, "kv_up", spec.qk_nope_head_dim + spec.v_head_dim)
         kv_rank = self.axis(region, "kv_rank", spec.kv_lora_rank or 0)
         down = self.axis(region, "kv_down", (spec.kv_lora_rank or 0) + spec.qk_rope_head_dim)
+        tokens = self.residual.removesuffix("*hidden")  # down-projections and their norms run on the residual's tokens
+        up_tags = {"qkv", "column", "mla_up"}
         if spec.q_lora_rank:
             q_rank = self.axis(region, "q_rank", spec.q_lora_rank)
-            self.matmul(f"{region}.q_down", rows, q_rank, "hidden", {"qkv", "replicated"})
-            self.stream(f"{region}.q_norm", f"{rows}*{q_rank}", _NORM, _NORM_BACKWARD, tags={"qkv"})
-            self.matmul(f"{region}.q_up", rows, f"{heads}*{qk}", q_rank, {"qkv", "column"})
+            self.matmul(f"{region}.q_down", tokens, q_rank, "hidden", {"qkv", "replicated"})
+            self.stream(f"{region}.q_norm", f"{tokens}*{q_rank}", _NORM, _NORM_BACKWARD, tags={"qkv"})
+            self.matmul(f"{region}.q_up", rows, f"{heads}*{qk}", q_rank, up_tags)
             self.weight(f"hidden*{q_rank}", q_rank, f"{q_rank}*{heads}*{qk}")
-            self.save(f"{region}.q_latent", f"2*{rows}*{q_rank}", "qkv")
+            self.save(f"{region}.q_latent", f"2*{tokens}*{q_rank}", "qkv")
         else:
-            self.matmul(f"{region}.q", rows, f"{heads}*{qk}", "hidden", {"qkv", "column"})
+            self.matmul(f"{region}.q", rows, f"{heads}*{qk}", "hidden", up_tags)
             self.weight(f"hidden*{heads}*{qk}")
-        self.matmul(f"{region}.kv_down", rows, down, "hidden", {"qkv", "replicated"})
-        self.stream(f"{region}.kv_norm", f"{rows}*{kv_rank}", _NORM, _NORM_BACKWARD, tags={"qkv"})
-        self.matmul(f"{region}.kv_up", rows, f"{heads}*{up}", kv_rank, {"qkv", "column"})
+        self.matmul(f"{region}.kv_down", tokens, down, "hidden", {"qkv", "replicated"})
+        self.stream(f"{region}.kv_norm", f"{tokens}*{kv_rank}", _NORM, _NORM_BACKWARD, tags={"qkv"})
+        self.matmul(f"{region}.kv_up", rows, f"{heads}*{up}", kv_rank, up_tags)
         self.weight(f"hidden*{down}", kv_rank, f"{kv_rank}*{heads}*{up}")
-        self.save(f"{region}.kv_latent", f"2*{rows}*{kv_rank}", "qkv")
+        self.save(f"{region}.kv_latent", f"2*{tokens}*{kv_rank}", "qkv")
         return qk, v
 
     def _eager_core(self, region: str, heads: str, kv_heads: str, qk: str, v: str, cross: bool) -> None:

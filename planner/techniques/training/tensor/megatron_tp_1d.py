@@ -3,35 +3,35 @@
 What it does: shards heads, feed-forward width and vocabulary over ``tp`` ranks. A product whose contraction is sharded leaves
     partial sums, which an all-reduce completes (forward of row-parallel, input gradient of column-parallel layers).
 Saves: weights, products and their inputs, divided by tp.
-Costs: 2 all-reduces of b·s·h elements forward and 2 backward per block; norms and residuals stay whole on every rank; one
-    all-reduce in the embedding; two small fp32 all-reduces in the cross-entropy over a sharded vocabulary.
-Assumes: KV heads are replicated when tp exceeds them; latent down-projections of MLA are replicated.
+Costs: 2 all-reduces of b·s·h elements forward and 2 backward per block (1 and 1 where attention and network read the same
+    norm); norms and residuals stay whole on every rank; one all-reduce in the embedding; three small fp32 all-reduces in the
+    cross-entropy over a sharded vocabulary.
+Assumes: KV heads are replicated when tp exceeds them; latent down-projections of MLA are replicated, and the gradients of
+    latents are summed instead of the hidden state's.
 Source: Shoeybi et al. 2019 (arXiv:1909.08053); Narayanan et al. 2021 (arXiv:2104.04473) §3.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from planner.ledger import Collective, Item, Ledger, Matmul, Phase, role
-from planner.technique import Check, Context, Knob, Technique
+from planner.ledger import Collective, Item, Ledger, Matmul, Phase, role, times
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
 from planner.techniques.training.tensor.weights import CUT, REPLICATED_WHEN_FEW, cut, partial_gradients
-
-_COLUMN_INPUTS = ("qkv", "mlp", "shared_expert", "ssm", "head", "cross")
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """Whole heads, whole columns, whole sequences per rank."""
+    """Whole heads and whole columns per rank."""
     tp = ctx.mesh.tp
     for block in ctx.model.blocks.values():
         for attention in (block.attention, block.cross_attention):
-            if attention is None:
-                continue
-            yield Check("attention heads not divisible by tp", attention.heads % tp == 0)
-            kv = attention.kv_heads
-            yield Check("KV heads neither a multiple nor a divisor of tp", (kv % tp == 0) | (tp % kv == 0))
+            if attention is not None:
+                yield Check("attention heads not divisible by tp", attention.heads % tp == 0)
+                yield Check("KV heads neither a multiple nor a divisor of tp", _shares(attention.kv_heads, tp))
         if block.mlp:
             yield Check("feed-forward width not divisible by tp", block.mlp.ffn % tp == 0)
         if block.moe and block.moe.shared_ffn:
@@ -40,71 +40,86 @@ def valid(ctx: Context) -> Iterable[Check]:
             yield Check("state-space width not divisible by tp", block.ssm.inner % tp == 0)
             if block.ssm.heads:
                 yield Check("state-space heads not divisible by tp", block.ssm.heads % tp == 0)
+                yield Check("state-space groups neither a multiple nor a divisor of tp", _shares(block.ssm.groups, tp))
+
+
+def _shares(count: int, tp: np.ndarray) -> np.ndarray:
+    return (count % tp == 0) | (tp % count == 0)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards by role, replicates surplus KV heads, pads the vocabulary, adds the all-reduces."""
-    tp, group, dtype = ctx.mesh.tp, ctx.mesh.group("tp"), ctx.format.activation
+    tp = ctx.mesh.tp
     few = [name for name in ledger.axes.names() if role(name) in REPLICATED_WHEN_FEW]
     sharing = {name: np.maximum(tp / ledger.axes[name], 1.0) for name in few}  # ranks that hold the same head
     kv = {name: ledger.axes[name] / tp * sharing[name] for name in few}
     vocab = ledger.axes["vocab"]
-    padded = np.where(
-        tp > 1, np.ceil(vocab / (128 * tp)) * 128 * tp, vocab
-    )  # Megatron pads to a multiple of 128·tp
+    # Megatron pads the vocabulary to a multiple of 128·tp.
+    padded = np.where(tp > 1, np.ceil(vocab / (128 * tp)) * 128 * tp, vocab)
     ledger = ledger.set_axes(**kv, vocab=padded).shard(**dict.fromkeys(CUT, tp))
-    # A gain per head dimension (of query-key norms) is whole on every rank, which sees some of the heads.
-    added: list[Item] = [
-        *partial_gradients(
-            ledger,
-            ctx,
-            group,
-            lambda axes: "head_dim" in map(role, axes) and not cut(axes),
-            "head",
-            "megatron_tp_1d",
-        )
-    ]
-    for name in few:
-        if np.any(sharing[name] > 1):
-            replicas = ctx.mesh.subgroup("tp", f"tp.{name}", sharing[name], inner=True)
-            added += partial_gradients(
-                ledger, ctx, replicas, lambda axes, name=name: name in axes, role(name), "megatron_tp_1d"
-            )
+    return ledger.add([*_activation_sums(ledger, ctx), *_gradient_sums(ledger, ctx, sharing)])
 
-    def all_reduce(
-        what: str, block: str, phase: Phase, size: str, tags: frozenset[str], kind: str = dtype
-    ) -> None:
-        added.append(
-            Collective(
-                what=what, block=block, phase=phase, tags=tags | {"tp_reduce"}, by="megatron_tp_1d", source="arXiv:1909.08053",
-                kind="all_reduce", group=group, size=size, dtype=kind,
-            )
+
+def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
+    """All-reduces that complete partial sums. Sequence parallelism splits those tagged ``tp_reduce``."""
+
+    def all_reduce(what: str, block: str, phase: Phase, size: str, tags: frozenset[str], dtype: str) -> Collective:
+        return Collective(
+            what=f"{what}.all_reduce", block=block, phase=phase, tags=tags, by="megatron_tp_1d", source="arXiv:1909.08053",
+            kind="all_reduce", group=ctx.mesh.group("tp"), size=size, dtype=dtype,
         )  # fmt: skip
 
-    seen: set[tuple[str, str]] = set()
+    parallel = {name for name, block in ctx.model.blocks.items() if block.parallel}
+    activation = ctx.format.activation
+    seen: set[tuple[str, ...]] = set()
     for item in ledger.of(Matmul, phase="forward"):
-        size = f"{item.m}*hidden" if item.n == "hidden" else item.m
+        tags = item.tags - {"gemm", "row", "column"}
+        # What is summed before it is reduced shares one all-reduce: the input gradients of products that read the same
+        # tensor, and the outputs of attention and network where they run in parallel.
+        region = "" if item.block.removeprefix("encoder.") in parallel else item.what.partition(".")[0]
         if "row" in item.tags and item.n == "hidden":
-            all_reduce(f"{item.what}.all_reduce", item.block, "forward", size, item.tags - {"gemm", "row"})
-        elif "column" in item.tags and item.k == "hidden":
-            # Products that read the same input sum their input gradients before one all-reduce.
-            source = next((tag for tag in _COLUMN_INPUTS if tag in item.tags), item.what)
-            if (item.block, source) not in seen:
-                seen.add((item.block, source))
-                all_reduce(
-                    f"{item.what}.input_gradient",
-                    item.block,
-                    "backward",
-                    f"{item.m}*hidden",
-                    item.tags - {"gemm", "column"},
-                )
-    head = next((i for i in ledger.of(Matmul, phase="forward", what="head.logits")), None)
-    if head is not None:
-        # Maximum, then sum of exponentials and target logit (Megatron's vocab-parallel cross-entropy).
+            if (item.block, region, "output") not in seen or region:
+                seen.add((item.block, region, "output"))
+                yield all_reduce(item.what, item.block, "forward", f"{item.m}*hidden", tags | {"tp_reduce"}, activation)
+        elif "row" in item.tags:  # Mamba's step, B and C: small, read and produced inside the mixer
+            for phase in ("forward", "backward"):
+                size = " + ".join(times(term, item.m) for term in item.n.split(" + "))
+                yield all_reduce(item.what, item.block, phase, size, tags | {"tp_inner"}, activation)  # type: ignore[arg-type]
+        elif "column" in item.tags and role(item.k) != "ssm_rank" and (item.block, region, item.m, item.k) not in seen:
+            seen.add((item.block, region, item.m, item.k))
+            width = item.k.replace("kv_rank@", "kv_down@")  # the rotary key travels with the latent
+            yield all_reduce(item.what, item.block, "backward", f"{item.m}*{width}", tags | {"tp_reduce"}, activation)
+    for head in ledger.of(Matmul, phase="forward", what="head.logits"):
+        # Maximum, sum of exponentials, target logit (Megatron's vocab-parallel cross-entropy).
         for name in ("max", "sum", "target"):
-            all_reduce(f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32")
-    all_reduce("embedding.all_reduce", "embedding", "forward", "batch*seq*hidden", frozenset({"embedding"}))
-    return ledger.add(added)
+            yield all_reduce(f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32")
+    tags = frozenset({"embedding", "tp_reduce"})
+    yield all_reduce("embedding", "embedding", "forward", "batch*seq*hidden", tags, activation)
+
+
+def _gradient_sums(ledger: Ledger, ctx: Context, sharing: dict[str, np.ndarray]) -> Iterator[Item]:
+    """Gradients of weights that several ranks hold whole, and see some of the heads of."""
+
+    def of_head(axes: frozenset[str]) -> bool:
+        return "head_dim" in map(role, axes) and not cut(axes)
+
+    yield from partial_gradients(ledger, ctx, ctx.mesh.group("tp"), of_head, "head", "megatron_tp_1d")
+    for name, ranks in sharing.items():
+        if np.any(ranks > 1):
+            group = ctx.mesh.subgroup("tp", f"tp.{name}", ranks, inner=True)
+            yield from partial_gradients(ledger, ctx, group, lambda axes, name=name: name in axes, role(name), "megatron_tp_1d")
+
+
+def _volume(subject: Pass) -> float:
+    """Elements sent per layer and micro-batch, forward and backward."""
+    ledger, _ = figures.run("tensor", subject, model="gpt3-175b", seq=2048, tp=8)
+    return figures.sent_elements(ledger, lambda i: i.phase != "step" and i.group.name == "tp" and i.block not in ("embedding", "head"))
+
+
+def _activation_bytes(subject: Pass) -> float:
+    """Bytes saved per layer in units of sbh."""
+    ledger, _ = figures.run("tensor", subject, model="gpt3-175b", seq=2048, tp=8, precision="fp16")
+    return figures.saved_bytes(ledger) / (2048 * 12288)
 
 
 TECHNIQUE = Technique(
@@ -116,6 +131,22 @@ TECHNIQUE = Technique(
     source="arXiv:1909.08053",
     summary="Column- and row-parallel linear layers",
     knobs=(Knob("tp", "tensor-parallel degree"),),
+    figures=(
+        Figure(
+            "elements sent per layer of GPT-3 175B, t = 8: 8bsh(t − 1)/t",
+            8 * 2048 * 12288 * 7 / 8,
+            1e-9,
+            "Narayanan et al. 2021 (arXiv:2104.04473), section 3.2",
+            _volume,
+        ),
+        Figure(
+            "bytes saved per layer of GPT-3 175B, t = 8, in sbh: 10 + 24/t + 5as/(ht)",
+            10 + 24 / 8 + 5 * 96 * 2048 / (12288 * 8),
+            1e-9,
+            "Korthikanti et al. 2022 (arXiv:2205.05198), Table 2",
+            _activation_bytes,
+        ),
+    ),
     valid=valid,
     apply=apply,
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.search.space import Choice, Rows, Space
+from planner.solve.space import Choice, Rows, Space
 from planner.technique import ADDITIVE_SLOTS, Context
 
 __all__ = ["Activity", "Branches", "Faults"]

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.pipeline import Layout, memory, step_bound
-from planner.search.branches import Activity, Branches
-from planner.search.space import Choice, Rows, Space
+from planner.solve.branches import Activity, Branches
+from planner.solve.space import Choice, Rows, Space
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
 if TYPE_CHECKING:
-    from planner.search.uniform import SearchCounts
+    from planner.solve.uniform import SearchCounts
 
 __all__ = ["Expansion", "Scored", "Shortfall"]
 

@@ -25,9 +25,9 @@ from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
 from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
-from planner.search.branches import Branches, Faults
-from planner.search.expansion import Expansion, Scored, Shortfall
-from planner.search.space import Choice, Rows, Space
+from planner.solve.branches import Branches, Faults
+from planner.solve.expansion import Expansion, Scored, Shortfall
+from planner.solve.space import Choice, Rows, Space
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 

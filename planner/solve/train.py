@@ -14,10 +14,10 @@ from planner.errors import Infeasible, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
-from planner.search.branches import Faults
-from planner.search.expansion import Scored, Shortfall
-from planner.search.space import Choice
-from planner.search.uniform import UniformSearch
+from planner.solve.branches import Faults
+from planner.solve.expansion import Scored, Shortfall
+from planner.solve.space import Choice
+from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, off
 from planner.units import format_bytes
