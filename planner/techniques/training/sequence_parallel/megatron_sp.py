@@ -10,25 +10,24 @@ Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from planner.ledger import Collective, Item, Ledger, role
-from planner.technique import Check, Context, Knob, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
 from planner.techniques.training.tensor.weights import cut, partial_gradients
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """Sequence parallelism rides on tensor parallelism."""
-    tp, cp = ctx.mesh.tp, ctx.mesh.cp
-    yield Check(
-        "sequence length not divisible by tp·cp (sequence parallel)", ctx.workload.seq_len % (tp * cp) == 0
-    )
+    """Whole tokens per rank."""
+    ranks = ctx.mesh.tp * ctx.mesh.cp
+    yield Check("sequence length not divisible by tp·cp (sequence parallel)", ctx.workload.seq_len % ranks == 0)
     if ctx.workload.encoder_seq_len:
-        yield Check(
-            "encoder length not divisible by tp·cp (sequence parallel)",
-            ctx.workload.encoder_seq_len % (tp * cp) == 0,
-        )
+        whole = ctx.workload.encoder_seq_len % ranks == 0
+        yield Check("encoder length not divisible by tp·cp (sequence parallel)", whole)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -36,48 +35,48 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     ledger = ledger.shard(residual_seq=ctx.mesh.tp, encoder_residual_seq=ctx.mesh.tp)
     items: list[Item] = []
     for item in ledger.items:
-        if not (isinstance(item, Collective) and "tp_reduce" in item.tags and item.size.endswith("*hidden")):
-            items.append(item)
-            continue
-        gather = replace(
-            item, kind="all_gather", what=item.what.replace("all_reduce", "all_gather"), by="megatron_sp"
-        )
-        scatter = replace(
-            item,
-            kind="reduce_scatter",
-            what=item.what.replace("all_reduce", "reduce_scatter"),
-            by="megatron_sp",
-        )
-        tags = item.tags - {"tp_reduce"}
-        if item.phase == "forward":
-            # Row-parallel output: scattered; its gradient is gathered before the backward products.
-            items += [
-                replace(scatter, tags=tags | {"tp_scatter"}),
-                replace(gather, phase="backward", tags=tags | {"tp_gather"}),
-            ]
+        if isinstance(item, Collective) and "tp_reduce" in item.tags:
+            items += _split(item)
         else:
-            # Column-parallel input: gather forward, again for the weight gradient, scatter its gradient.
-            items += [
-                replace(gather, phase="forward", tags=tags | {"tp_gather"}),
-                replace(
-                    gather,
-                    what=f"{gather.what}.again",
-                    phase="backward",
-                    tags=tags | {"tp_regather"},
-                    track="regather",
-                ),
-                replace(scatter, tags=tags | {"tp_scatter"}),
-            ]
-    # Norms, biases and replicated projections see their rank's part of the sequence; gains per head dimension already are summed.
-    whole = partial_gradients(
-        ledger,
-        ctx,
-        ctx.mesh.group("tp"),
-        lambda axes: not cut(axes) and "head_dim" not in map(role, axes),
-        "whole",
-        "megatron_sp",
-    )
-    return replace(ledger, items=(*items, *whole))
+            items.append(item)
+
+    def whole(axes: frozenset[str]) -> bool:
+        # Gradients of gains per head dimension are summed already.
+        return not cut(axes) and "head_dim" not in map(role, axes)
+
+    # Norms, biases and replicated projections see their rank's part of the sequence.
+    sums = partial_gradients(ledger, ctx, ctx.mesh.group("tp"), whole, "whole", "megatron_sp")
+    return replace(ledger, items=(*items, *sums))
+
+
+def _split(item: Collective) -> Iterator[Collective]:
+    """The halves of an all-reduce, around the sharded region."""
+
+    def half(kind: Any, tag: str, **fields: Any) -> Collective:
+        what = item.what.removesuffix("all_reduce") + kind
+        tags = (item.tags - {"tp_reduce"}) | {tag}
+        return replace(item, **{"kind": kind, "what": what, "tags": tags, "by": "megatron_sp", **fields})
+
+    if item.phase == "forward":
+        # Row-parallel output: scattered; its gradient is gathered before the backward products.
+        yield half("reduce_scatter", "tp_scatter")
+        yield half("all_gather", "tp_gather", phase="backward")
+    else:
+        # Column-parallel input: gathered forward, again for the weight gradient; its gradient is scattered.
+        yield half("all_gather", "tp_gather", phase="forward")
+        yield half("all_gather", "tp_regather", track="regather")
+        yield half("reduce_scatter", "tp_scatter")
+
+
+def _share(model: str, published: float) -> Figure:
+    def compute(subject: Pass) -> float:
+        case: dict[str, Any] = {"model": model, "seq": 2048, "tp": 8, "precision": "fp16", "sequence_parallel": "true"}
+        alone, _ = figures.run("sequence_parallel", lambda ledger, ctx: ledger, **case)
+        ledger, _ = figures.run("sequence_parallel", subject, **case)
+        return 100 * figures.saved_bytes(ledger) / figures.saved_bytes(alone)
+
+    where = "Korthikanti et al. 2022 (arXiv:2205.05198), Figure 7"
+    return Figure(f"activations of {model}, t = 8, % of tensor parallelism alone", published, 2e-3, where, compute)
 
 
 TECHNIQUE = Technique(
@@ -87,7 +86,8 @@ TECHNIQUE = Technique(
     choices=("true",),
     source="arXiv:2205.05198",
     summary="Residual stream sharded over the tensor-parallel ranks",
-    knobs=(Knob("sequence_parallel", "shard the residual stream over tp", (True, False), True),),
+    knobs=(Knob("sequence_parallel", "shard the residual stream over tp", ("true", "false"), "true"),),
+    figures=(_share("gpt3-175b", 62.04), _share("mt-nlg-530b", 58.31)),
     valid=valid,
     apply=apply,
     active=lambda ctx: ctx.mesh.tp > 1,

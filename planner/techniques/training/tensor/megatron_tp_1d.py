@@ -78,7 +78,7 @@ def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
         # tensor, and the outputs of attention and network where they run in parallel.
         region = "" if item.block.removeprefix("encoder.") in parallel else item.what.partition(".")[0]
         if "row" in item.tags and item.n == "hidden":
-            if (item.block, region, "output") not in seen or region:
+            if (item.block, region, "output") not in seen:
                 seen.add((item.block, region, "output"))
                 yield all_reduce(item.what, item.block, "forward", f"{item.m}*hidden", tags | {"tp_reduce"}, activation)
         elif "row" in item.tags:  # Mamba's step, B and C: small, read and produced inside the mixer

@@ -32,7 +32,7 @@ def partial_gradients(
             yield Collective(
                 what=f"{what}_gradients.all_reduce", block=item.block, phase="step", tags=frozenset({"gradients", "tp_sum"}),
                 by=by, source="Megatron-LM megatron/core/distributed/finalize_model_grads.py", kind="all_reduce", group=group, size=" + ".join(terms),
-                dtype=ctx.knobs.get("gradient_dtype", ctx.format.gradient),
+                dtype=ctx.gradient_dtype,
             )  # fmt: skip
 
 
