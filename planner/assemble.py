@@ -145,9 +145,9 @@ def assemble(
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
         stages=tuple(int(n) for n in layout.counts[:, :-3].sum(axis=1)),
         estimate=estimate,
-        optimality=optimality
-        or Optimality("heuristic", float("nan"), float("nan"), "none: the plan was named"),
+        optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
         assumptions=assumptions(problem),
+        stack=problem.stack.name,
     )
     return Assembly(plan, ledger, shares, layout, device, micro_batches, devices)
 

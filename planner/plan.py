@@ -23,11 +23,14 @@ SCHEMA_VERSION = "1.0"
 
 @dataclass(frozen=True, slots=True)
 class Optimality:
-    """How good the plan is known to be: ``exact`` (under this model), within a ``gap`` of ``bound_s``, or ``heuristic``."""
+    """How good the plan is known to be: ``exact`` (under this model), within a ``gap`` of ``bound_s``, or ``heuristic``.
+
+    ``gap`` and ``bound_s`` are None where nothing was searched.
+    """
 
     status: str
-    gap: float
-    bound_s: float
+    gap: float | None
+    bound_s: float | None
     solver: str
 
 
@@ -73,6 +76,7 @@ class Plan:
         estimate: predicted cost.
         optimality: what the search proved.
         assumptions: what the numbers rest on.
+        stack: name (or path) of the software stack.
     """
 
     model: str
@@ -84,6 +88,7 @@ class Plan:
     estimate: Estimate
     optimality: Optimality
     assumptions: tuple[str, ...] = ()
+    stack: str = "default"
     schema_version: str = SCHEMA_VERSION
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from planner.errors import Problem as Fault
+from planner.errors import SpecError, did_you_mean
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.stack import Stack
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OBJECTIVES", "Problem"]
 
-OBJECTIVES = ("step_time", "usd", "energy", "devices")
+OBJECTIVES = ("step_time", "usd", "energy", "gpu_hours")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,9 @@ class Problem:
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
         deadline_s: the run (``workload.tokens``) must end in this time.
+
+    Raises:
+        SpecError: a limit is out of range, or two of them do not go together (all problems at once).
     """
 
     model: Model
@@ -45,6 +51,33 @@ class Problem:
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
     deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = list(self._faults())
+        if faults:
+            raise SpecError(faults)
+
+    def _faults(self) -> Iterator[Fault]:
+        if not 0.0 <= self.reserve < 1.0:
+            yield Fault("reserve", f"{self.reserve:g} of device memory", "a fraction from 0 to less than 1")
+        if self.objective not in OBJECTIVES:
+            expected = f"one of {', '.join(OBJECTIVES)}"
+            yield Fault(
+                "objective", repr(self.objective), expected, did_you_mean(str(self.objective), OBJECTIVES)
+            )
+        price = self.usd_per_device_hour
+        if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
+            yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")
+        if self.objective == "usd" and price is None and self.cluster.device.usd_per_hour is None:
+            found = f"{self.cluster.name} has no price"
+            yield Fault("objective", found, "a price per device and hour", "Give one with --usd-per-hour.")
+        if self.deadline_s is not None:
+            if not (math.isfinite(self.deadline_s) and self.deadline_s > 0.0):
+                yield Fault("deadline_s", f"{self.deadline_s:g}", "a duration above 0")
+            if self.workload.tokens is None:
+                yield Fault(
+                    "deadline_s", "the length of the run is not given", "tokens", "Give it with --tokens."
+                )
 
     @property
     def memory_budget_bytes(self) -> float:

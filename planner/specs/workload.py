@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from planner.errors import Problem, SpecError, did_you_mean
+from planner.specs.formats import FORMATS
+
 __all__ = ["TrainWorkload"]
+
+# Field → (least, most, whole number?). Far beyond any real job: they keep a slip of the keyboard from running for ever.
+_LIMITS = {
+    "global_batch_size": (1, 10**7, True),
+    "seq_len": (1, 10**8, True),
+    "encoder_seq_len": (1, 10**8, True),
+    "document_len": (1, 10**8, True),
+    "expert_load_factor": (1.0, 1e4, False),
+    "capacity_factor": (0.01, 1e4, False),
+    "tokens": (1.0, 1e18, False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +37,9 @@ class TrainWorkload:
         expert_load_factor: busiest expert rank relative to the mean (1 = perfectly balanced routing).
         capacity_factor: tokens per expert are capped at this multiple of the mean and padded up to it; None neither drops nor pads.
         tokens: length of the whole run; None leaves run totals out.
+
+    Raises:
+        SpecError: a number is out of range, or a format is unknown (all problems at once).
     """
 
     global_batch_size: int
@@ -34,7 +52,33 @@ class TrainWorkload:
     capacity_factor: float | None = None
     tokens: float | None = None
 
+    def __post_init__(self) -> None:
+        faults = [
+            Problem(
+                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:g} to {most:g}"
+            )
+            for name, (least, most, whole) in _LIMITS.items()
+            if (value := getattr(self, name)) is not None and not _inside(value, least, most, whole)
+        ]
+        faults += [
+            Problem(
+                "precisions", repr(name), f"one of {', '.join(FORMATS)}", did_you_mean(str(name), FORMATS)
+            )
+            for name in self.precisions
+            if name not in FORMATS
+        ]
+        if not self.precisions:
+            faults.append(Problem("precisions", "is empty", f"one or more of {', '.join(FORMATS)}"))
+        if faults:
+            raise SpecError(faults)
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step consumes."""
         return self.global_batch_size * self.seq_len
+
+
+def _inside(value: object, least: float, most: float, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return math.isfinite(value) and least <= value <= most
