@@ -1,5 +1,4 @@
-"""Lower bounds on a pipelined step with unequal stages and transfer times, cheap enough for a million
-candidates.
+"""Lower bounds on a pipelined step with unequal stages and transfer times, for a million candidates at once.
 
 Each bound is the length of a path through the schedule's dependencies, so the makespan cannot be shorter.
 Stages are given as *runs* of equal neighbours: a pipeline has a handful of classes (first, middle, last …),
