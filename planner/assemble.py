@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from planner.attribution import Share, attribute, category
+from planner.attribution import Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, AttentionCore, Ledger, Matmul
 from planner.mesh import Mesh
@@ -33,14 +32,30 @@ __all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembly:
-    """A plan with the one-row ledger and shares behind it, for those who want to see every item."""
+    """A plan with the one-row ledger behind it, for those who want to see every item.
+
+    Attributes:
+        plan: the plan.
+        ledger: its items, one row.
+        table: what one block of each kind costs and holds.
+        spends: seconds of the step on the busiest device, item by item; the rest is its bubble.
+        layout: blocks per virtual stage.
+        order: name of the schedule's order.
+        device: the busiest device.
+        micro_batches: per pipeline and step.
+        recompute_layers: layers recomputed per device, where only some are.
+        device_memory: bytes by pool on the first device of each run of equal devices (``layout.run_first``).
+    """
 
     plan: Plan
     ledger: Ledger
-    shares: Sequence[Share]
+    table: BlockTable
+    spends: Sequence[Spend]
     layout: Layout
+    order: str
     device: int
     micro_batches: int
+    recompute_layers: int | None
     device_memory: Sequence[Mapping[str, float]]
 
 
@@ -111,9 +126,8 @@ def assemble(
     pricer = Pricer(problem.cluster, problem.stack)
     table = tabulate(ledger, pricer, kinds, 1)
     step_s = float(exact_step_s([table], layout, schedule.order, micro_batches, [recompute_layers])[0])
-    shares = attribute(ledger, pricer)
     device = _busiest(table, layout, recompute_layers, micro_batches)
-    breakdown = _breakdown(shares, table, layout, device, micro_batches, recompute_layers, step_s)
+    spends = spend(attribute(ledger, pricer), table, layout, device, micro_batches, recompute_layers)
     communicators = sum(float(row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
     parts = memory_parts(
         table,
@@ -135,7 +149,14 @@ def assemble(
     executed = _executed_flop(ledger, repeats, float(recomputed_fraction(layout, recompute_layers)))
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
-        problem, ctx, useful, executed, step_s, breakdown, {"peak": peak, **fullest}, host_bytes
+        problem,
+        ctx,
+        useful,
+        executed,
+        step_s,
+        _breakdown(spends, step_s),
+        {"peak": peak, **fullest},
+        host_bytes,
     )
     plan = Plan(
         model=problem.model.name,
@@ -149,7 +170,9 @@ def assemble(
         assumptions=assumptions(problem),
         stack=problem.stack.name,
     )
-    return Assembly(plan, ledger, shares, layout, device, micro_batches, devices)
+    return Assembly(
+        plan, ledger, table, spends, layout, schedule.order, device, micro_batches, recompute_layers, devices
+    )
 
 
 def assumptions(problem: Problem) -> tuple[str, ...]:
@@ -203,33 +226,11 @@ def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, mi
     return int(np.argmax(work_s[:, 0]))
 
 
-def _breakdown(
-    shares: Sequence[Share], table: BlockTable, layout: Layout, device: int, micro_batches: int, recompute_layers: int | None,
-    step_s: float,
-) -> dict[str, float]:  # fmt: skip
+def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
     """Seconds of the step on one device by category; what is left of the step is the pipeline's bubble."""
-    fraction = float(recomputed_fraction(layout, recompute_layers))
-    counts = layout.device_counts[device]
     total: dict[str, float] = defaultdict(float)
-    for share in shares:
-        if share.block == BOUNDARY:
-            continue
-        repeats = counts[table.kinds.index(share.block)]
-        if share.phase == "step":
-            if share.item is not None and share.item.track == "main":
-                total[category(share)] += repeats * share.exposed_s
-            continue
-        total[category(share)] += (
-            repeats * micro_batches * share.exposed_s * (fraction if share.phase == "recompute" else 1.0)
-        )
-    forward, backward, again = phase_seconds(table)
-    backward = backward + again * fraction
-    for track, beside in (("gradients", backward), ("weights", forward)):
-        messages = max(float((counts @ table[f"{track}_messages"])[0]), 1.0)
-        whole_s = float((counts @ table[f"{track}_step_s"])[0])
-        total["data_parallel"] += float(
-            uniform_bucket_exposure_s(whole_s, float((counts @ beside)[0]), messages)
-        )
+    for spent in spends:
+        total[spent.category] += spent.seconds
     total["pipeline_bubble"] = step_s - sum(total.values())
     return {name: seconds for name, seconds in total.items() if abs(seconds) > 1e-12 * step_s}
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.costs.overlap import pipelined_s
-from planner.engine import PHASES, Pricer
-from planner.ledger import AttentionCore, Collective, Item, Kernel, Ledger, Resident, Stream, Transfer
+from planner.costs.overlap import pipelined_s, uniform_bucket_exposure_s
+from planner.engine import PHASES, BlockTable, Pricer
+from planner.ledger import Array, AttentionCore, Collective, Item, Kernel, Ledger, Resident, Stream, Transfer
+from planner.pipeline import BOUNDARY, Layout, phase_seconds, recomputed_fraction
 
-__all__ = ["Share", "attribute", "category"]
+__all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,21 @@ class Share:
     phase: str
     price_s: float
     exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """Seconds of one item in one optimizer step on one device: ``alone_s`` if nothing hid it, ``seconds`` as it is."""
+
+    share: Share
+    times: float
+    alone_s: float
+    seconds: float
+
+    @property
+    def category(self) -> str:
+        """What the seconds are spent on."""
+        return category(self.share)
 
 
 def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
@@ -50,6 +66,44 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         if dispatch_s > total_s:
             shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))
     return shares
+
+
+def spend(
+    shares: list[Share], table: BlockTable, layout: Layout, device: int, micro_batches: int, recompute_layers: int | None
+) -> list[Spend]:  # fmt: skip
+    """What one device spends its step on, item by item; what is left of the step is the pipeline's bubble.
+
+    Hops are left out: they delay the receiver and are part of its bubble. What gradient and weight traffic takes beyond
+    the work that hides it is shared among its items in proportion to their length.
+    """
+    fraction = float(recomputed_fraction(layout, recompute_layers))
+    counts = layout.device_counts[device]
+    exposed = _exposed_tracks(table, counts, fraction)
+    spends = []
+    for share in shares:
+        if share.block == BOUNDARY:
+            continue
+        times = float(counts[table.kinds.index(share.block)])
+        if share.phase == "step":
+            track = share.item.track if share.item is not None else "main"
+            left = exposed.get(track, 1.0)
+        else:
+            times *= micro_batches * (fraction if share.phase == "recompute" else 1.0)
+            left = 1.0
+        spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
+    return spends
+
+
+def _exposed_tracks(table: BlockTable, counts: Array, recomputed: float) -> dict[str, float]:
+    """Fraction of the gradients' and weights' traffic that nothing hides."""
+    forward, backward, again = phase_seconds(table)
+    exposed = {}
+    for track, beside in (("gradients", backward + again * recomputed), ("weights", forward)):
+        messages = max(float((counts @ table[f"{track}_messages"])[0]), 1.0)
+        whole_s = float((counts @ table[f"{track}_step_s"])[0])
+        left_s = float(uniform_bucket_exposure_s(whole_s, float((counts @ beside)[0]), messages))
+        exposed[track] = left_s / whole_s if whole_s else 0.0
+    return exposed
 
 
 def category(share: Share) -> str:

@@ -35,7 +35,7 @@ class TrainWorkload:
         document_len: mean length of the documents packed into a sequence when attention does not cross documents;
             None means that attention sees the whole sequence.
         expert_load_factor: busiest expert rank relative to the mean (1 = perfectly balanced routing).
-        capacity_factor: tokens per expert are capped at this multiple of the mean and padded up to it; None neither drops nor pads.
+        capacity_factor: tokens per expert are capped at this multiple of the mean and padded up to it; None: neither.
         tokens: length of the whole run; None leaves run totals out.
 
     Raises:

@@ -1,0 +1,75 @@
+"""Where every byte of the fullest device goes: its residents, item by item, as the memory timeline counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.assemble import Assembly
+from planner.ledger import Array, Resident
+from planner.pipeline import recomputed_fraction, saturation
+from planner.schedule.live import live_vectors
+
+__all__ = ["Holding", "holdings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Bytes of one item at the peak; ``item`` None is what the software stack holds. ``pool`` ``host`` is host memory."""
+
+    pool: str
+    block: str
+    item: Resident | None
+    n_bytes: float
+
+
+def holdings(assembly: Assembly) -> list[Holding]:
+    """What the fullest device holds at its peak (and in host memory); pools add up to the plan's ``memory_bytes``."""
+    run = max(range(len(assembly.device_memory)), key=lambda r: sum(assembly.device_memory[r].values()))
+    pools = assembly.device_memory[run]
+    found = [held for held in _items(assembly, run) if held.n_bytes]
+    named = {held.pool for held in found}
+    return found + [Holding(pool, "", None, held) for pool, held in pools.items() if pool not in named]
+
+
+def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
+    table, layout = assembly.table, assembly.layout
+    kept = 1.0 - float(recomputed_fraction(layout, assembly.recompute_layers))
+    counts = layout.first_counts[run]
+    in_flight, in_flight_host = _in_flight(assembly, run, kept)
+    working = _largest_transient(assembly, counts, kept)
+    for item in assembly.ledger.of(Resident):
+        kind = table.kinds.index(item.block)
+        n_bytes = float(np.ravel(assembly.ledger.axes[item.size])[0]) * item.bytes_per_element
+        if item.tier != "device":
+            times = counts[kind] if item.lifetime == "always" else in_flight_host[kind]
+            yield Holding("host", item.block, item, float(times) * n_bytes)
+        elif item.lifetime == "always":
+            yield Holding(item.pool, item.block, item, float(counts[kind]) * n_bytes)
+        elif item.lifetime == "micro_batch":
+            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes)
+        elif item.lifetime == "recomputed":
+            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes * kept)
+        if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
+            yield Holding("workspace", item.block, item, n_bytes)
+
+
+def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]:
+    """Blocks of each kind whose activations are alive when most bytes are, on the device and on its host."""
+    table, layout = assembly.table, assembly.layout
+    index = int(layout.run_first[run])
+    depth = int(min(assembly.micro_batches, saturation(assembly.order, layout.pp, layout.virtual_stages)))
+    chunks = layout.chunks[:, index]
+    blocks = live_vectors(assembly.order, layout.pp, depth, layout.virtual_stages, index, chunks)
+    on_device = (table["saved_bytes"] + kept * table["recomputed_bytes"])[:, 0]
+    on_host = table["host_saved_bytes"][:, 0]
+    return blocks[np.argmax(blocks @ on_device)], blocks[np.argmax(blocks @ on_host)]
+
+
+def _largest_transient(assembly: Assembly, counts: Array, kept: float) -> int:
+    """The kind of block on the device whose work needs most room."""
+    table = assembly.table
+    transient = (table["block_bytes"] + (kept < 1.0) * table["recomputed_bytes"])[:, 0]
+    return int(np.argmax(np.where(counts > 0, transient, -1.0)))
