@@ -3,8 +3,8 @@
 What it does: shards every token-wise operator by cp. ``p2p`` passes blocks of K and V around a ring while attention works on
     the previous block; ``all_gather`` collects K and V before attention.
 Saves: activations and token-wise work, divided by cp.
-Costs: 2·b·s·h_kv·(cp−1)/cp elements forward (K and V), twice that backward (K and V again, dK and dV back). Weights are
-    replicated over cp: their gradients are reduced over dp·cp.
+Costs: 2·b·s·h_kv·(cp−1)/cp elements forward (K and V), twice that backward (K and V again, dK and dV back); buffers for
+    distant K and V. Weights are replicated over cp: their gradients are reduced over dp·cp.
 Assumes: causal work is balanced by zig-zag chunks (sequence divisible by 2·cp); ring steps overlap with attention step by step.
 Source: Liu et al. 2023 (arXiv:2310.01889); zig-zag balance, Brandon et al. 2023 (arXiv:2311.09431); all-gather form, Llama 3
     (arXiv:2407.21783) §3.3.2.
@@ -13,127 +13,58 @@ Source: Liu et al. 2023 (arXiv:2310.01889); zig-zag balance, Brandon et al. 2023
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
-from planner.ledger import AttentionCore, Collective, Item, Ledger, Matmul, Resident, times
-from planner.technique import Check, Context, Knob, Technique
+from planner.ledger import Ledger
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
+from planner.techniques.training.context.exchange import gather_keys, pass_keys, sequence_checks, shard_sequence
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """Zig-zag halves per rank, and attention layers to split."""
-    cp = ctx.mesh.cp
-    yield Check(
-        "sequence length not divisible by 2·cp (zig-zag)", (ctx.workload.seq_len % (2 * cp) == 0) | (cp == 1)
-    )
-    attends = all(block.attention is not None for block in ctx.model.blocks.values())
-    yield Check("context parallelism of state-space layers is not modelled", (cp == 1) | attends)
+    """Two zig-zag chunks per rank where masks are causal."""
+    attentions = [block.attention for block in ctx.model.blocks.values() if block.attention]
+    chunks = 2 if any(attention.causal for attention in attentions) else 1
+    yield from sequence_checks(ctx, chunks * ctx.mesh.cp)
 
 
-def shard_sequence(ledger: Ledger, ctx: Context) -> Ledger:
-    """Divides the tokens of every rank by cp; keys stay whole inside attention."""
-    cp = ctx.mesh.cp
-    return ledger.shard(seq=cp, residual_seq=cp, logit_seq=cp, encoder_seq=cp, encoder_residual_seq=cp)
+def apply(ledger: Ledger, ctx: Context) -> Ledger:
+    """Shards the sequence; keys and values travel or are gathered."""
+    exchange = pass_keys if ctx.knobs["context"] == "p2p" else gather_keys
+    return exchange(shard_sequence(ledger, ctx), ctx, ctx.mesh.cp, ctx.mesh.group("cp"), "ring_attention")
 
 
-def key_values(ledger: Ledger, core: Item) -> tuple[str, str]:
-    """Expressions for the local keys and values of an attention core."""
-    region = core.what.partition(".")[0]
-    k = next(i for i in ledger.of(Resident, block=core.block, what=f"{region}.k"))
-    v = next(i for i in ledger.of(Resident, block=core.block, what=f"{region}.v"))
-    return k.size, v.size
+def _hiding_block(subject: Pass) -> float:
+    """Tokens per rank at which a ring step's attention takes as long as its message: 312 TFLOP/s, 300 GB/s, full mask."""
+    case = {"model": "bert-large", "seq": 8192, "cp": 4, "attention_kernel": "flash", "context": "p2p"}
+    ledger, _ = figures.run("context", subject, **case)  # type: ignore[arg-type]
+    attention_s = figures.flop(ledger, "forward", where=lambda item: "core_attn" in item.tags) / 4 / 312e12
+    sent = figures.sent_elements(ledger, lambda item: item.phase == "forward" and "cp" in item.tags)
+    return 8192 / 4 * (2.0 * sent / 3 / 300e9) / attention_s
 
 
-def ring(ledger: Ledger, ctx: Context) -> Ledger:
-    """K and V blocks travel around the ring beside the attention kernels."""
-    ledger = shard_sequence(ledger, ctx).set_axes(ring=ctx.mesh.cp, ring_steps=ctx.mesh.cp - 1.0)
-    return _exchange(ledger, ctx, "p2p")
-
-
-def gathered(ledger: Ledger, ctx: Context) -> Ledger:
-    """K and V are gathered before attention; their gradients are reduce-scattered after it."""
-    ledger = shard_sequence(ledger, ctx).set_axes(ring=ctx.mesh.cp)
-    return _exchange(ledger, ctx, "all_gather")
-
-
-def _exchange(ledger: Ledger, ctx: Context, how: str) -> Ledger:
-    group, dtype = ctx.mesh.group("cp"), ctx.format.activation
-    added: list[Item] = []
-    for core in [*ledger.of(AttentionCore), *_eager_cores(ledger)]:
-        local = " + ".join(key_values(ledger, core))
-        window = f"ring.{core.what}.{core.block}.{core.phase}"
-        common: dict[str, Any] = {
-            "block": core.block,
-            "phase": core.phase,
-            "tags": frozenset({"core_attn", "cp"}),
-            "by": "ring_attention",
-            "dtype": dtype,
-            "group": group,
-        }
-        if how == "p2p":
-            # Every step moves one block of K and V; the backward also returns their gradients.
-            passes = "1" if core.phase == "forward" else "2"
-            added.append(
-                Collective(
-                    what=f"{core.what}.ring",
-                    kind="point_to_point",
-                    size=times(times(local, "ring_steps"), passes),
-                    window=window,
-                    track="ring",
-                    **common,
-                )
-            )
-            ledger = ledger.cut(window, ctx.mesh.cp).edit(
-                type(core),
-                lambda item, core=core, window=window: replace(item, window=window) if item is core else None,
-            )
-            continue
-        full = times(local, "ring")
-        added.append(Collective(what=f"{core.what}.gather_kv", kind="all_gather", size=full, **common))
-        if core.phase == "backward":
-            added.append(
-                Collective(what=f"{core.what}.scatter_dkv", kind="reduce_scatter", size=full, **common)
-            )
-    return ledger.add(added)
-
-
-def _eager_cores(ledger: Ledger) -> list[Matmul]:
-    """The score products of eager attention, one per phase."""
-    found: dict[tuple[str, str, str], Matmul] = {}
-    for item in ledger.of(Matmul):
-        if item.what.endswith(".scores"):
-            found.setdefault((item.what, item.block, item.phase), item)
-    return list(found.values())
-
-
-_KNOBS = (
-    Knob("cp", "context-parallel degree"),
-    Knob("context", "how keys and values meet", ("p2p", "all_gather"), "p2p"),
-)
-
-TECHNIQUES = (
-    Technique(
-        key="ring_attention",
-        name="Ring attention (context parallelism, zig-zag)",
-        slot="context",
-        choices=("p2p",),
-        default=True,
-        source="arXiv:2310.01889",
-        summary="Keys and values travel around a ring beside attention",
-        knobs=_KNOBS,
-        valid=valid,
-        apply=ring,
+TECHNIQUE = Technique(
+    key="ring_attention",
+    name="Context parallelism (ring attention, all-gather)",
+    slot="context",
+    choices=("p2p", "all_gather"),
+    default=True,
+    source="arXiv:2310.01889",
+    summary="The sequence split over ranks; keys and values travel beside attention, or are gathered before it",
+    knobs=(
+        Knob("cp", "context-parallel degree"),
+        Knob("context", "how queries meet distant keys", ("p2p", "all_gather", "a2a", "a2a+p2p"), "p2p"),
     ),
-    Technique(
-        key="all_gather_cp",
-        name="All-gather context parallelism",
-        slot="context",
-        choices=("all_gather",),
-        source="arXiv:2407.21783",
-        summary="Keys and values are gathered before attention",
-        knobs=_KNOBS,
-        valid=valid,
-        apply=gathered,
-        active=lambda ctx: ctx.mesh.cp > 1,
+    figures=(
+        Figure(
+            "tokens per block that hide the ring, F = 312 TFLOP/s, B = 300 GB/s: F/B",
+            1040.0,
+            1e-6,
+            "Liu et al. 2023 (arXiv:2310.01889), section 3: block size c ≥ F/B",
+            _hiding_block,
+        ),
     ),
+    valid=valid,
+    apply=apply,
+    active=lambda ctx: True if ctx.knobs["context"] == "p2p" else ctx.mesh.cp > 1,
 )
