@@ -237,8 +237,10 @@ FIELDS = (
     *(f"{pool}_bytes" for pool in POOLS),
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS),
+    "always_bytes",
 )
 _ROW = {name: index for index, name in enumerate(FIELDS)}
+_ALWAYS = [_ROW[f"{pool}_bytes"] for pool in POOLS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +249,8 @@ class BlockTable:
 
     ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
     the same where the block is not recomputed, a transient where it is. ``block_bytes``: the transient while the block is at
-    work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout. ``host_bytes``: held in host
-    memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per optimizer step; ``main`` is
+    work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
+    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per optimizer step; ``main`` is
     serial, ``gradients`` and ``weights`` may hide behind backward and forward work; ``<track>_messages``: into how many
     messages they are cut.
     """
@@ -283,6 +285,7 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
             known = ledger.axes.prices[key] = (totals, items)  # the items keep their ids alive
         for name, total in known[0].items():
             values[_ROW[name], position[block]] = total
+    values[_ROW["always_bytes"]] = values[_ALWAYS].sum(axis=0)
     return BlockTable(kinds, values)
 
 

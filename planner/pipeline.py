@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD
 from planner.costs.overlap import uniform_bucket_exposure_s
+from planner.costs.pipeline_bounds import bound_1f1b_s, bound_interleaved_s
 from planner.engine import POOLS, BlockTable
 from planner.ledger import Array
 from planner.schedule.live import live_vectors
@@ -31,6 +32,7 @@ __all__ = [
     "phase_seconds",
     "step_bound",
     "tail_seconds",
+    "tight_bound",
 ]
 
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
@@ -169,17 +171,44 @@ def step_bound(
     return bound_s
 
 
+def tight_bound(
+    table: BlockTable,
+    layout: Layout,
+    schedule: str,
+    micro_batches: Array,
+    recompute_layers: Array | float | None = None,
+) -> Array:
+    """A lower bound that also knows the schedule's own cycles, hops included; dearer than :func:`step_bound`.
+
+    Its paths begin and end on the first device, whose tail follows them. ``recompute_layers`` may hold infinities: all layers.
+    """
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * recomputed_fraction(layout, recompute_layers)
+    counts = layout.device_counts[:1]
+    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
+    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
+    runs, lengths = layout.run_first, np.diff([*layout.run_first, layout.pp])
+    if layout.pp == 1 or schedule not in _CYCLE_BOUNDS:
+        return tail_s
+    chunks = layout.chunks[:, runs] if layout.virtual_stages > 1 else layout.chunks[0, runs]
+    bound_s: Array = _CYCLE_BOUNDS[schedule](chunks @ forward, chunks @ backward, micro_batches, hop_s, lengths)
+    return bound_s + tail_s
+
+
+_CYCLE_BOUNDS = {"1f1b": bound_1f1b_s, "interleaved": bound_interleaved_s}
+
+
 def recomputed_fraction(layout: Layout, recompute_layers: Array | float | None) -> Array | float:
     """Share of a device's layers that is recomputed."""
     return 1.0 if recompute_layers is None else np.minimum(np.divide(recompute_layers, layout.layers), 1.0)
 
 
 def phase_seconds(table: BlockTable) -> tuple[Array, Array, Array]:
-    """Forward, full backward, and recompute seconds per block: (kinds, rows) each, hops left out."""
-    forward, backward = table["forward_s"].copy(), table["backward_s"] + table["weight_s"]
-    boundary = table.kinds.index(BOUNDARY)
-    forward[boundary] = backward[boundary] = 0.0
-    return forward, backward, table["recompute_s"]
+    """Forward, full backward, and recompute seconds per block: (kinds, rows) each.
+
+    A stage holds no boundary, so hops drop out wherever these meet a layout's counts.
+    """
+    return table["forward_s"], table["backward_s"] + table["weight_s"], table["recompute_s"]
 
 
 def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s: Array) -> Array:
@@ -209,9 +238,11 @@ def memory(
     recompute_layers: Array | float | None = None,
 ) -> tuple[Array, Array]:
     """Peak device bytes and host bytes, the largest over devices, per row."""
-    parts = memory_parts(table, layout, schedule, micro_batches, stack, communicators, recompute_layers)
-    host = parts.pop("host")
-    return np.sum([*parts.values()], axis=0).max(axis=0), host.max(axis=0)
+    live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
+    held = layout.first_counts @ table["always_bytes"]
+    idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
+    peak = (held + (1.0 + stack.fragmentation.value) * (live + at_work)).max(axis=0) + idle
+    return peak, host.max(axis=0)
 
 
 def memory_parts(
@@ -223,39 +254,67 @@ def memory_parts(
     communicators: Array | float,
     recompute_layers: Array | float | None = None,
 ) -> dict[str, Array]:
-    """Bytes by pool on the first device of each run of equal devices, (runs, rows); ``host`` is what host memory holds.
+    """The same by pool, on the first device of each run of equal devices: (runs, rows); ``host`` is host memory.
 
     ``activations`` is the schedule's exact peak of saved bytes; ``workspace`` the largest transient of a block, taken to
     coincide with it.
     """
-    fraction = recomputed_fraction(layout, recompute_layers)
-    rows = table.values.shape[2]
-    device = layout.first_counts
-    parts: dict[str, Array] = {pool: device @ table[f"{pool}_bytes"] for pool in POOLS}
-    saved = table["saved_bytes"] + (1.0 - fraction) * table["recomputed_bytes"]
-    saved_on_host = table["host_saved_bytes"]
-    swaps = bool(saved_on_host.any())
-    live, live_host = np.zeros((len(device), rows)), np.zeros((len(device), rows))
-    depth = np.minimum(micro_batches, saturation(schedule, layout.pp, layout.virtual_stages))
-    for m in np.unique(depth):
-        at = np.flatnonzero(depth == m)
-        for run, index in enumerate(layout.run_first):
-            held = (
-                live_vectors(schedule, layout.pp, int(m), layout.virtual_stages, int(index))
-                @ layout.chunks[:, index]
-            )
-            live[run, at] = (held @ saved[:, at]).max(axis=0)
-            if swaps:
-                live_host[run, at] = (held @ saved_on_host[:, at]).max(axis=0)
-    transient = table["block_bytes"] + np.greater(fraction, 0) * table["recomputed_bytes"]
-    at_work = np.stack([np.max(transient[counts > 0], axis=0) for counts in device])
+    live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
+    parts: dict[str, Array] = {pool: layout.first_counts @ table[f"{pool}_bytes"] for pool in POOLS}
     parts["activations"] = live
     parts["workspace"] = at_work
     parts["framework"] = np.full_like(live, stack.framework_bytes.value)
     parts["communicators"] = np.broadcast_to(stack.communicator_bytes.value * communicators, live.shape)
     parts["fragmentation"] = stack.fragmentation.value * (live + at_work)
-    parts["host"] = device @ table["host_bytes"] + live_host
+    parts["host"] = host
     return parts
+
+
+def _dynamic(
+    table: BlockTable,
+    layout: Layout,
+    schedule: str,
+    micro_batches: Array,
+    recompute_layers: Array | float | None,
+) -> tuple[Array, Array, Array]:
+    """Saved activations at their peak, the largest transient, and host bytes: (runs, rows) each."""
+    fraction = recomputed_fraction(layout, recompute_layers)
+    recomputed = table["recomputed_bytes"]
+    saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
+    live = _peak(saved, layout, schedule, micro_batches)
+    transient = table["block_bytes"] + np.greater(fraction, 0) * recomputed
+    at_work = np.stack([np.max(transient[present], axis=0) for present in layout.first_counts > 0])
+    host = layout.first_counts @ table["host_bytes"]
+    saved_on_host = table["host_saved_bytes"]
+    if saved_on_host.any():
+        host = host + _peak(saved_on_host, layout, schedule, micro_batches)
+    return live, at_work, host
+
+
+def _peak(saved: Array, layout: Layout, schedule: str, micro_batches: Array) -> Array:
+    """Largest sum of live activations on the first device of each run: (runs, rows)."""
+    depth = np.minimum(micro_batches, saturation(schedule, layout.pp, layout.virtual_stages))
+    if layout.virtual_stages == 1:
+        in_flight = depth if schedule == "gpipe" else np.minimum(depth, layout.pp - layout.run_first[:, None])
+        one_each: Array = in_flight * (layout.first_counts @ saved)
+        return one_each
+    live = np.empty((len(layout.run_first), saved.shape[1]))
+    for m in np.unique(depth):
+        at = np.flatnonzero(depth == m)
+        layers, starts = _live_layers(layout, schedule, int(m))
+        live[:, at] = np.maximum.reduceat(layers @ saved[:, at], starts, axis=0)
+    return live
+
+
+@lru_cache(maxsize=16384)
+def _live_layers(layout: Layout, schedule: str, m: int) -> tuple[Array, NDArray[np.int64]]:
+    """Combinations of live blocks per kind, run after run, and where each run's begin."""
+    combinations = [
+        live_vectors(schedule, layout.pp, m, layout.virtual_stages, int(device), layout.chunks[:, device])
+        for device in layout.run_first
+    ]
+    starts = np.cumsum([0, *(len(c) for c in combinations[:-1])])
+    return np.concatenate(combinations), starts
 
 
 def saturation(schedule: str, pp: int, virtual_stages: int) -> int | float:

@@ -159,7 +159,7 @@ class _Graph:
             return 0
         shift = self.shift[device, start]
         zone_end = self.zone_end[device, start] + self.period_ops
-        if (shift != shift[0]).any():
+        if (shift != shift[0]).any() or int((zone_end - start).min()) // length < MIN_REPEATS:
             return 0
         who, where = self.under_way(start)
         room = np.concatenate([zone_end - start, zone_end[who] - 1 - where])

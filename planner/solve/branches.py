@@ -47,6 +47,7 @@ class Branches:
             (dict(zip(_SWAP, c, strict=True)) for c in product(*(choices[s] for s in _SWAP))),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
+        self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def activity(self, rows: Rows, knobs: Mapping[str, Any]) -> Activity:
         """Where each state and recompute choice is not a repetition of another."""
@@ -96,7 +97,9 @@ class Branches:
 
     def no_more(self, recompute: int, swap: int) -> list[tuple[int, int]]:
         """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""
-        less = []
+        if (recompute, swap) in self._less:
+            return self._less[recompute, swap]
+        less = self._less[recompute, swap] = []
         for r, choice in enumerate(self.recomputes):
             if not (r == recompute or choice.technique is None):
                 continue

@@ -13,9 +13,9 @@ them, so that the whole list is exact among plans that no other plan dominates.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
-from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
+from planner.pipeline import BOUNDARY, Layout, layouts, step_bound, tight_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.expansion import Expansion, Scored, Shortfall
 from planner.solve.space import Choice, Rows, Space
@@ -33,8 +33,8 @@ from planner.technique import SLOTS, Context
 
 __all__ = ["SearchCounts", "UniformSearch"]
 
-_FIRST_WAVE = 256  # rows and layouts priced before anything is known of the best plan
-_REPRICE_BATCH = 32
+_WAVE = 256  # rows and layouts priced before the bar is set anew
+_REPRICE_BATCH = 8
 
 Index = NDArray[np.intp]
 
@@ -110,7 +110,7 @@ class UniformSearch:
         prefixes = [self._bound(recipe) for recipe in self.space.prefixes()]
         prefixes.sort(key=lambda prefix: prefix.least_s)
         for done, prefix in enumerate(prefixes):
-            self._expand(prefix)
+            self._expand(prefix, waves=done == 0)
             if self.on_progress is not None:
                 self.on_progress(done + 1, len(prefixes))
         self._settle()
@@ -257,15 +257,19 @@ class UniformSearch:
 
     # -- step 2: branches of the rows that can still win -------------------------------------------------------------
 
-    def _expand(self, prefix: _Prefix) -> None:
-        """Prices what can still win, best bounds first: a few candidates to set the bar, then all below it."""
+    def _expand(self, prefix: _Prefix, *, waves: bool) -> None:
+        """Prices what can still win; in ``waves``, best bounds first, each of which lowers the bar for the next."""
         order = np.sort(np.concatenate([deal.bound_s for deal in prefix.deals] or [np.zeros(0)]))
         above = -np.inf
-        if not self.best and len(order) > _FIRST_WAVE:
-            above = float(order[_FIRST_WAVE])
-            self._wave(prefix, -np.inf, above)
+        for start in range(_WAVE, len(order) if waves else 0, _WAVE):
+            if order[start - 1] >= self._bar():
+                break
+            below = float(order[start])
+            self._wave(prefix, above, below)
             self._settle(at_most=self.top)
+            above = below
         self._wave(prefix, above, np.inf)
+        self._settle(at_most=self.top)
 
     def _wave(self, prefix: _Prefix, above: float, below: float) -> None:
         """Prices the deals whose bound lies in [above, below) and under the bar; counts the others as excluded."""
@@ -300,14 +304,10 @@ class UniformSearch:
 
     def _settle(self, at_most: int | None = None) -> None:
         """Re-prices open candidates in the order of their bounds until no bound beats the list (or ``at_most`` are done)."""
-        self._open.sort(key=lambda scored: scored.bound_s)
+        self._open = self._tightened(self._open)
         position, limit = 0, len(self._open) if at_most is None else at_most
         while position < limit:
-            batch = [
-                s
-                for s in self._open[position : min(position + _REPRICE_BATCH, limit)]
-                if s.bound_s < self._bar()
-            ]
+            batch = [s for s in self._open[position : min(position + _REPRICE_BATCH, limit)] if s.bound_s < self._bar()]
             if not batch:
                 break
             position += len(batch)
@@ -317,6 +317,23 @@ class UniformSearch:
             del self.best[self.top :]
         bar = self._bar()
         self._open = [s for s in self._open[position:] if s.bound_s < bar]
+
+    def _tightened(self, candidates: list[Scored]) -> list[Scored]:
+        """The candidates with the tightest bound known for their schedule, sorted by it."""
+        deals: dict[tuple[int, str], list[Scored]] = defaultdict(list)
+        for scored in candidates:
+            deals[id(scored.layout), scored.schedule].append(scored)
+        batch = self.problem.workload.global_batch_size
+        tight: list[Scored] = []
+        for (_, schedule), members in deals.items():
+            table = BlockTable(self.kinds, np.concatenate([s.table.values for s in members], axis=2))
+            micro_batches = np.array([float(s.micro_batches(batch)) for s in members])
+            layers = np.array([np.inf if s.recompute_layers is None else s.recompute_layers for s in members])
+            bounds = tight_bound(table, members[0].layout, schedule, micro_batches, layers)
+            tight += [
+                replace(s, bound_s=max(s.bound_s, float(bound))) for s, bound in zip(members, bounds, strict=True)
+            ]
+        return sorted(tight, key=lambda scored: scored.bound_s)
 
     def _reject(self, reason: str, count: int) -> None:
         if count:
