@@ -4,24 +4,26 @@ What it does: every rank keeps experts/ep experts (1/etp of each); tokens travel
 Saves: expert weights, divided by ep·etp.
 Costs: dispatch and combine, k·T·h elements each way, forward and backward; with etp > 1 an all-gather of the dispatched
     tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean.
-Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor pads every expert's tokens up to it; all-to-alls
-    are exposed.
+Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
+    them up to it; all-to-alls are exposed.
 Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from planner.ledger import Collective, Item, Ledger, Stream
-from planner.technique import Check, Context, Knob, Technique
+from planner.ledger import Collective, Item, Ledger, Resident, Stream, times
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
 
 
 def valid(ctx: Context) -> Iterable[Check]:
     """Both meshes hold the same ranks; whole experts per rank."""
     mesh = ctx.mesh
-    ranks = mesh.tp * mesh.cp * mesh.dp
-    yield Check("etp·ep does not divide tp·cp·dp", ranks % (mesh.etp * mesh.ep) == 0)
+    yield Check("etp·ep does not divide tp·cp·dp", (mesh.tp * mesh.cp * mesh.dp) % (mesh.etp * mesh.ep) == 0)
     moes = [block.moe for block in ctx.model.blocks.values() if block.moe is not None]
     if not moes:
         yield Check("expert degrees without experts", (mesh.ep == 1) & (mesh.etp == 1))
@@ -29,9 +31,13 @@ def valid(ctx: Context) -> Iterable[Check]:
         yield Check("experts not divisible by ep", moe.experts % mesh.ep == 0)
         yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
         yield Check(
-            "experts with tp > 1 need sequence parallelism",
-            (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"),
+            "experts with tp > 1 need sequence parallelism", (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true")
         )
+
+
+def busiest(load_factor: float, capacity_factor: float | None) -> float:
+    """Tokens of the busiest expert rank relative to the mean; with a capacity factor, every expert has that many."""
+    return load_factor if capacity_factor is None else capacity_factor
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -39,33 +45,40 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     if not any(block.moe for block in ctx.model.blocks.values()):
         return ledger
     ep, etp, workload = ctx.mesh.ep, ctx.mesh.etp, ctx.workload
-    skew = workload.expert_load_factor
-    if workload.capacity_factor is not None:
-        skew = max(min(skew, workload.capacity_factor), 1.0)
-    rows = max(skew, workload.capacity_factor or 0.0)
-    ledger = ledger.shard(experts=ep, expert_ffn=etp).scale(expert_rows=ep * etp * rows)
+    load = busiest(workload.expert_load_factor, workload.capacity_factor)
+    ledger = ledger.shard(experts=ep, expert_ffn=etp).scale(expert_rows=ep * etp * load).set_axes(etp_ranks=etp)
     added: list[Item] = []
     for item in ledger.of(Stream):
-        if item.what not in ("moe.permute", "moe.unpermute"):
+        exchange = {"moe.permute": "moe.dispatch", "moe.unpermute": "moe.combine"}.get(item.what)
+        if exchange is None:
             continue
         # The backward of the dispatch is a combine and vice versa: same bytes.
-        tags = item.tags - {"activation"}
-        added.append(
-            Collective(
-                what=item.what.replace("unpermute", "combine").replace("permute", "dispatch"), block=item.block, phase=item.phase,
-                tags=tags, by="moe_folding", source="arXiv:2006.16668", kind="all_to_all", group=ctx.mesh.group("ep"),
-                size=item.size, dtype=ctx.format.activation, skew=rows,
-            )
+        all_to_all = Collective(
+            what=exchange, block=item.block, phase=item.phase, tags=item.tags - {"activation"}, by="moe_folding",
+            source="arXiv:2006.16668", kind="all_to_all", group=ctx.mesh.group("ep"), size=item.size,
+            dtype=ctx.format.activation, skew=load,
         )  # fmt: skip
-        outward = (item.what == "moe.permute") == (item.phase == "forward")
-        added.append(
-            Collective(
-                what=f"{item.what}.expert_tensor", block=item.block, phase=item.phase, tags=tags, by="moe_folding", source="arXiv:2504.14960",
-                kind="all_gather" if outward else "reduce_scatter", group=ctx.mesh.group("etp"),
-                size=f"{item.size}*etp_ranks", dtype=ctx.format.activation, skew=rows,
-            )
+        outward = (exchange == "moe.dispatch") == (item.phase == "forward")
+        cut = replace(
+            all_to_all, what=f"{exchange}.expert_tensor", source="arXiv:2504.14960", group=ctx.mesh.group("etp"),
+            kind="all_gather" if outward else "reduce_scatter", size=times(item.size, "etp_ranks"),
         )  # fmt: skip
-    return ledger.set_axes(etp_ranks=etp).add(added)
+        added += [all_to_all, cut]
+    return ledger.add(added)
+
+
+def _parameters(subject: Pass) -> float:
+    """Parameters of GShard's 600B model, from what one of 2048 ranks holds of each layer."""
+    ledger, ctx = figures.run("expert", subject, model="gshard-600b", dp=2048, ep=2048, seq=1024)
+    repeats = dict.fromkeys(("embedding", "head"), 1)
+    for prefix, layers in (("encoder.", ctx.model.encoder_layers), ("", ctx.model.layers)):
+        for name, repeat in layers:
+            repeats[prefix + name] = repeats.get(prefix + name, 0) + repeat
+    total = 0.0
+    for item in ledger.of(Resident, pool="parameters", lifetime="always"):
+        ranks = 2048 if "expert" in item.tags else 1
+        total += ranks * repeats[item.block] * figures.total_bytes(ledger, [item]) / item.bytes_per_element
+    return total
 
 
 TECHNIQUE = Technique(
@@ -77,6 +90,15 @@ TECHNIQUE = Technique(
     source="arXiv:2504.14960",
     summary="Experts spread over ep ranks and cut over etp",
     knobs=(Knob("ep", "expert-parallel degree"), Knob("etp", "expert-tensor-parallel degree")),
+    figures=(
+        Figure(
+            "parameters of the 600B model with one expert per layer on each of 2048 ranks",
+            600e9,
+            0.05,  # printed with one digit
+            "Lepikhin et al. 2020 (arXiv:2006.16668), Table 1",
+            _parameters,
+        ),
+    ),
     valid=valid,
     apply=apply,
 )
