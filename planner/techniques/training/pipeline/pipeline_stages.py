@@ -2,10 +2,11 @@
 
 What it does: every device holds the layers of its stage; activations go to the next stage, their gradients back.
 Saves: weights, states and activations per device, divided by pp.
-Costs: b·s·h elements per hop and direction (divided by tp under sequence parallelism); a second copy of a tied embedding on
-    the last stage, and an all-reduce of its gradient between both ends; the bubble, which the schedule decides.
+Costs: b·s·h elements per hop and direction (divided by tp under sequence parallelism; the encoder's output travels along in
+    an encoder–decoder); a second copy of a tied embedding on the last stage, and an all-reduce of its gradient between both
+    ends; the bubble, which the schedule decides.
 Assumes: messages between stages are latency on the edge, not work on the device.
-Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §4.1.
+Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §3.2, §4.1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from planner.ledger import Collective, Group, Item, Ledger
-from planner.technique import Check, Context, Knob, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
 
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
 
@@ -29,23 +32,31 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Adds what one hop carries, and the tied embedding's second copy."""
     pp = ctx.mesh.pp
+    size = "batch*residual_seq*hidden" + " + batch*encoder_residual_seq*hidden" * bool(ctx.model.encoder_layers)
     added: list[Item] = [
         Collective(
-            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",
-            kind="point_to_point", group=ctx.mesh.group("pp"), size="batch*residual_seq*hidden", dtype=ctx.format.activation,
+            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",  # type: ignore[arg-type]
+            kind="point_to_point", group=ctx.mesh.group("pp"), size=size, dtype=ctx.format.activation,
         )
         for what, phase in (("boundary.activation", "forward"), ("boundary.gradient", "backward"))
     ]  # fmt: skip
     if ctx.model.tied_embeddings and ctx.model.head:
-        ends = Group("ends", np.where(pp > 1, 2.0, 1.0), ctx.mesh.group("pp").stride * np.maximum(pp - 1, 1))
+        stride = ctx.mesh.group("pp").stride * np.maximum(pp - 1, 1)
         added.append(
             Collective(
-                what="head.tied_gradient", block="head", phase="step", by="pipeline_stages", tags=frozenset({"tied"}), kind="all_reduce",
-                group=ends, size="tied_copy*vocab*hidden", dtype=ctx.knobs.get("gradient_dtype", ctx.format.gradient),
+                what="head.tied_gradient", block="head", phase="step", by="pipeline_stages", tags=frozenset({"tied"}),
+                kind="all_reduce", group=Group("ends", np.where(pp > 1, 2.0, 1.0), stride), size="tied_copy*vocab*hidden",
+                dtype=ctx.gradient_dtype,
             )
         )  # fmt: skip
         ledger = ledger.set_axes(tied_copy=(pp > 1).astype(float))
     return ledger.add(added)
+
+
+def _message(subject: Pass) -> float:
+    """Elements that a stage of GPT-3 175B sends on, per micro-batch of one sequence."""
+    ledger, _ = figures.run("pipeline", subject, model="gpt3-175b", seq=2048, pp=8)
+    return figures.sent_elements(ledger, lambda item: item.block == BOUNDARY and item.phase == "forward")
 
 
 TECHNIQUE = Technique(
@@ -62,6 +73,15 @@ TECHNIQUE = Technique(
             "pipeline_layout",
             "how layers are dealt to stages",
             ("even", "short_ends", "short_first", "short_last", "balanced"),
+        ),
+    ),
+    figures=(
+        Figure(
+            "elements between consecutive stages of GPT-3 175B per micro-batch: bsh",
+            2048.0 * 12288,
+            1e-9,
+            "Narayanan et al. 2021 (arXiv:2104.04473), section 3.2",
+            _message,
         ),
     ),
     valid=valid,

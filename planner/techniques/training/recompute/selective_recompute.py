@@ -1,61 +1,68 @@
 """Selective recomputation: run cheap, memory-hungry modules again in the backward.
 
 What it does: drops the tensors that the chosen modules produce and copies those modules' forward to the backward.
-Saves: ``core_attn``: 5as²b bytes of eager attention (nothing under a fused kernel); ``norm``: the norms' outputs;
-    ``act``: the input of the second feed-forward product; ``mlp``: everything inside the feed-forward network.
+Saves: ``selective``: 5as²b bytes of eager attention (nothing worth it under a fused kernel); ``norm``: the norms' outputs;
+    ``act``: the input of the second feed-forward product; ``mla_up``: queries, keys and values of latent attention; ``mlp``:
+    everything inside the feed-forward network or the experts.
 Costs: the modules' forward, their activation collectives included.
 Assumes: a module's input is kept, or produced by a module that is recomputed as well.
-Source: Korthikanti et al. 2022 (arXiv:2205.05198) §5; Megatron ``--recompute-modules``.
+Source: Korthikanti et al. 2022 (arXiv:2205.05198) §5; DeepSeek-V3 (arXiv:2412.19437) §3.2.3 for ``norm+mla_up``; Megatron
+    ``--recompute-modules``.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from planner.ledger import Ledger
+from planner.technique import Context, Figure, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
+from planner.techniques.training.recompute.again import recompute
 
-import numpy as np
-
-from planner.ledger import Collective, Item, Ledger, Resident
-from planner.technique import Context, Technique
-
+_ACTIVATIONS = frozenset({"mlp_act", "moe_act", "shared_expert_act"})
 MODULES = {
-    "selective": ("core_attn",),
-    "norm": ("norm",),
-    "act": ("mlp_act", "moe_act", "shared_expert_act"),
-    "norm+act": ("norm", "mlp_act", "moe_act", "shared_expert_act"),
-    "mlp": ("mlp", "moe", "shared_expert", "dispatch", "combine"),
+    "selective": frozenset({"core_attn"}),
+    "norm": frozenset({"norm"}),
+    "act": _ACTIVATIONS,
+    "norm+act": _ACTIVATIONS | {"norm"},
+    "norm+mla_up": frozenset({"norm", "mla_up"}),
+    "mlp": frozenset({"mlp", "moe", "shared_expert"}),
 }
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Drops what the modules produce, copies their forward."""
-    modules = frozenset(MODULES[ctx.knobs["recompute"]])
-
-    def again(item: Item) -> bool:
-        moves_weights = isinstance(item, Collective) and "data_parallel" in item.tags
-        gathers_norm = (
-            isinstance(item, Collective) and "tp_gather" in item.tags and "core_attn" not in item.tags
-        )
-        inside = bool(item.tags & modules) and item.block not in ("head", "embedding")
-        return (
-            item.phase == "forward"
-            and inside
-            and not moves_weights
-            and not (gathers_norm and modules <= {"norm"})
-        )
-
-    def drop(item: Resident) -> Item | None:
-        if "saved" not in item.tags or not item.tags & modules or item.block in ("head", "embedding"):
-            return None
-        if item.what.endswith(".core_output"):  # the module's result, which the next product needs
-            return None
-        return replace(item, lifetime="recomputed", by="selective_recompute")
-
-    return ledger.copy_to_phase(again, "recompute", "selective_recompute").edit(Resident, drop)
+    modules = MODULES[ctx.knobs["recompute"]]
+    # Attention's output is the module's result, which the next product needs.
+    return recompute(
+        ledger,
+        lambda item: not modules.isdisjoint(item.tags),
+        lambda item: item.what.endswith(".core_output"),
+        "selective_recompute",
+    )
 
 
-def _helps(ctx: Context) -> np.ndarray | bool:
-    """Recomputing the attention core saves nothing under a fused kernel."""
-    return not (ctx.knobs["recompute"] == "selective" and ctx.knobs.get("attention_kernel") != "eager")
+def _helps(ctx: Context) -> bool:
+    """Whether the model and its kernels have what the modules are to drop."""
+    modules = ctx.knobs["recompute"]
+    blocks = ctx.model.blocks.values()
+    if modules == "selective":
+        return ctx.knobs.get("attention_kernel") == "eager" and any(b.attention is not None for b in blocks)
+    if modules == "norm+mla_up":
+        return any(b.attention is not None and b.attention.latent for b in blocks)
+    return modules == "norm" or any(b.mlp is not None or b.moe is not None for b in blocks)
+
+
+def _share(model: str, sequence_parallel: str, published: float) -> Figure:
+    def compute(subject: Pass) -> float:
+        case = {"model": model, "seq": 2048, "tp": 8, "precision": "fp16"}
+        whole, _ = figures.run("recompute", lambda ledger, ctx: ledger, **case)  # type: ignore[arg-type]
+        case |= {"sequence_parallel": sequence_parallel, "recompute": "selective"}
+        ledger, _ = figures.run("recompute", subject, **case)  # type: ignore[arg-type]
+        return 100 * figures.saved_bytes(ledger) / figures.saved_bytes(whole)
+
+    beside = " with sequence parallelism" if sequence_parallel == "true" else ""
+    what = f"activations of {model}{beside}, t = 8, % of tensor parallelism alone"
+    return Figure(what, published, 3e-3, "Korthikanti et al. 2022 (arXiv:2205.05198), Figure 7", compute)
 
 
 TECHNIQUE = Technique(
@@ -65,6 +72,13 @@ TECHNIQUE = Technique(
     choices=tuple(MODULES),
     source="arXiv:2205.05198",
     summary="Chosen modules run forward again",
+    figures=(
+        _share("gpt3-175b", "false", 56.53),
+        _share("gpt3-175b", "true", 18.49),
+        _share("mt-nlg-530b", "false", 62.04),
+        _share("mt-nlg-530b", "true", 20.27),
+        _share("megatron-22b", "true", 16.18),
+    ),
     apply=apply,
     active=_helps,
 )
