@@ -3,9 +3,9 @@
 What it does: moves optimizer states (master weights, moments) to the host; gradients go down, new weights come up.
 Saves: the optimizer's device memory, and its update kernels.
 Costs: gradients and weights of the rank's shard over the host link once per step; the update at host-memory bandwidth.
-Assumes: the update is bandwidth-bound on the host (vectorised CPU Adam) and is not delayed by a step; tiles overlap neither
-    with the backward nor with each other.
-Source: Ren et al. 2021 (arXiv:2101.06840) §4; Megatron ``--optimizer-cpu-offload``.
+Assumes: the update is bandwidth-bound on the host (vectorised CPU Adam) and is not delayed by a step; transfers and update
+    overlap neither with the backward nor with each other; accumulated gradients stay on the device.
+Source: Ren et al. 2021 (arXiv:2101.06840) §3, §4; Megatron ``--optimizer-cpu-offload``.
 """
 
 from __future__ import annotations
@@ -16,51 +16,50 @@ from typing import Any
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream, Transfer
-from planner.technique import Check, Context, Knob, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """There must be a host to offload to."""
+    """There must be a host to offload to, and an update that it can run."""
     yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
+    yield Check("the matrix products of Muon's update are not modelled on the host", ctx.knobs.get("optimizer") != "muon")
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Moves states and update to the host."""
-    down = dtype_bytes(ctx.knobs.get("gradient_dtype", ctx.format.gradient))
-    up = dtype_bytes(ctx.format.activation)
+    moved = dtype_bytes(ctx.gradient_dtype) + dtype_bytes(ctx.format.activation)
+
+    def offload(item: Resident) -> Item | None:
+        return replace(item, tier="host", by="zero_offload") if item.pool == "optimizer" else None
+
     added: list[Item] = []
-
-    def residency(item: Resident) -> Item | None:
-        if item.pool != "optimizer":
-            return None
-        return replace(item, tier="host", by="zero_offload")
-
-    for item in ledger.of(Stream):
-        if "update" not in item.tags:
-            continue
+    updates = [item for item in ledger.of(Stream) if {"update", "optimizer"} <= item.tags and "gradient_norm" not in item.tags]
+    for item in updates:
         common: dict[str, Any] = {
-            "block": item.block,
-            "phase": "step",
-            "tags": item.tags | {"offload"},
-            "by": "zero_offload",
-            "size": item.size,
-        }
+            "block": item.block, "phase": "step", "tags": item.tags | {"offload"}, "by": "zero_offload", "size": item.size,
+        }  # fmt: skip
         added += [
-            Transfer(
-                what=f"{item.what}.on_host",
-                bytes_per_element=item.bytes_per_element,
-                tier="host_memory",
-                **common,
-            ),
-            Transfer(
-                what=f"{item.what}.down_and_up", bytes_per_element=down + up, tier="host_link", **common
-            ),
+            Transfer(what=f"{item.what}.down_and_up", bytes_per_element=moved, tier="host_link", **common),
+            Transfer(what=f"{item.what}.on_host", bytes_per_element=item.bytes_per_element, tier="host_memory", **common),
         ]
-    return (
-        ledger.edit(Resident, residency)
-        .drop(lambda i: isinstance(i, Stream) and "update" in i.tags)
-        .add(added)
+    replaced = set(map(id, updates))
+    return ledger.drop(lambda item: id(item) in replaced).edit(Resident, offload).add(added)
+
+
+def _volume(subject: Pass) -> float:
+    """Bytes over the host link per parameter and step, 16-bit weights and gradients."""
+    ledger, _ = figures.run(
+        "optimizer_offload", subject, model="gpt2-xl", precision="fp16", gradient_dtype="fp16", optimizer_offload="cpu"
     )
+    return figures.transferred_bytes(ledger) / figures.parameters(ledger)
+
+
+def _host_bytes(subject: Pass) -> float:
+    """Bytes of optimizer states in host memory per parameter."""
+    ledger, _ = figures.run("optimizer_offload", subject, model="gpt2-xl", precision="fp16", optimizer_offload="cpu")
+    return figures.held_bytes(ledger, tier="host") / figures.parameters(ledger)
 
 
 TECHNIQUE = Technique(
@@ -71,6 +70,22 @@ TECHNIQUE = Technique(
     source="arXiv:2101.06840",
     summary="Optimizer states and update on the host",
     knobs=(Knob("optimizer_offload", "where optimizer states live", ("none", "cpu"), "none"),),
+    figures=(
+        Figure(
+            "bytes over the host link per parameter and step: 4M",
+            4.0,
+            1e-6,
+            "Ren et al. 2021 (arXiv:2101.06840), section 3.2: minimum communication volume",
+            _volume,
+        ),
+        Figure(
+            "bytes of fp32 weights, momentum and variance on the host per parameter",
+            12.0,
+            1e-6,
+            "Ren et al. 2021 (arXiv:2101.06840), section 3.1",
+            _host_bytes,
+        ),
+    ),
     valid=valid,
     apply=apply,
 )
