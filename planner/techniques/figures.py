@@ -66,7 +66,7 @@ def run(
     from planner.technique import SLOTS, Context, discover, off
 
     spec = load_model(model) if isinstance(model, str) else model
-    degrees = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
+    degrees: dict[str, Any] = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
     knobs = {name: off(name) for name in SLOTS} | _PLAIN | choices
     size = np.array([float(micro_batch_size)])
     workload = TrainWorkload(global_batch_size=int(micro_batch_size * degrees["dp"][0]), seq_len=seq)
@@ -117,7 +117,15 @@ def parameters(ledger: Ledger) -> float:
 
 def zero_states_gb(stage: str, subject: Pass) -> float:
     """Model states of 7.5e9 parameters on 64 data-parallel ranks, in ZeRO's convention: 2 + 2 + 12 bytes."""
-    ledger, _ = run("zero_stage", subject, model="gpt2-xl", precision="fp16", gradient_dtype="fp16", dp=64, zero_stage=stage)
+    ledger, _ = run(
+        "zero_stage",
+        subject,
+        model="gpt2-xl",
+        precision="fp16",
+        gradient_dtype="fp16",
+        dp=64,
+        zero_stage=stage,
+    )
     return 7.5 * held_bytes(ledger) / parameters(ledger)
 
 
@@ -135,13 +143,16 @@ def flop(ledger: Ledger, *phases: Phase, where: Callable[[Item], bool] = lambda 
         if item.phase not in phases or item.block in _ENDS or not where(item):
             continue
         if isinstance(item, Matmul):
-            sizes = (item.m, item.n, item.k, item.groups)
-            total += 2.0 * float(np.prod([_value(ledger, size) for size in sizes]))
+            total += 2.0 * _product(ledger, item.m, item.n, item.k, item.groups)
         elif isinstance(item, AttentionCore):
             widths = _value(ledger, item.qk_dim) + _value(ledger, item.v_dim)
-            sizes = (item.batch, item.heads, item.q, item.kv, item.visible)
-            total += 2.0 * float(np.prod([_value(ledger, size) for size in sizes])) * widths * item.passes
+            scores = _product(ledger, item.batch, item.heads, item.q, item.kv, item.visible)
+            total += 2.0 * scores * widths * item.passes
     return total
+
+
+def _product(ledger: Ledger, *sizes: str) -> float:
+    return float(np.prod([_value(ledger, size) for size in sizes]))
 
 
 def sent_elements(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
@@ -164,7 +175,9 @@ def transferred_bytes(ledger: Ledger, tier: str = "host_link") -> float:
 # -- schedules -----------------------------------------------------------------------------------------------------------
 
 
-def makespan_s(order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0) -> float:
+def makespan_s(
+    order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0
+) -> float:
     """A step of equal stages without messages; without an order, one micro-batch after the other."""
     from planner.schedule.engine import simulate
     from planner.schedule.order import make_order
@@ -176,7 +189,9 @@ def makespan_s(order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, b
     return float(line.makespan_s)
 
 
-def bubble_s(order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0) -> float:
+def bubble_s(
+    order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0
+) -> float:
     """Idle time of every device in :func:`makespan_s`."""
     return makespan_s(order, p, m, v, forward_s, backward_s) - m * (forward_s + backward_s)
 

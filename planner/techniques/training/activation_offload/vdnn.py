@@ -41,7 +41,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             for phase in _TRIPS
         )  # fmt: skip
         staged = 2 * item.bytes_per_element
-        staging = replace(item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged)
+        staging = replace(
+            item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged
+        )
         added.append(replace(staging, by="vdnn"))
         return replace(item, tier="host", by="vdnn")
 
@@ -51,7 +53,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _intensity(subject: Pass) -> float:
     """FLOP of the linear layers of a recomputed layer of width 8192, per byte of its checkpoint down and up."""
     ledger, _ = figures.run(
-        "activation_offload", subject, model="megatron-39.1b", seq=2048, recompute="full", activation_offload="cpu"
+        "activation_offload",
+        subject,
+        model="megatron-39.1b",
+        seq=2048,
+        recompute="full",
+        activation_offload="cpu",
     )
     phases: tuple[Phase, ...] = ("forward", "recompute", "backward", "weight")
     work = figures.flop(ledger, *phases, where=lambda item: "core_attn" not in item.tags)

@@ -12,6 +12,7 @@ Source: Dao et al. 2022 (arXiv:2205.14135); Dao 2023 (arXiv:2307.08691).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import AttentionCore, Item, Ledger, Matmul, Phase, Resident
@@ -35,12 +36,18 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         suffix = f"@{scores.block}" + (".cross" if region == "cross" else "")
         batch, heads = scores.groups.split("*")
         latent = f"v_dim{suffix}" in ledger.axes
-        common = {"block": scores.block, "tags": frozenset({"core_attn"}), "by": "flash_attention", "source": "arXiv:2307.08691"}
+        common: dict[str, Any] = {
+            "block": scores.block,
+            "tags": frozenset({"core_attn"}),
+            "by": "flash_attention",
+            "source": "arXiv:2307.08691",
+        }
         added += [
             AttentionCore(
                 what=f"{region}.core", phase=phase, dtype=ctx.format.core, batch=batch, heads=heads, q=scores.m, kv=scores.n,
-                kv_heads=heads if latent else f"kv_heads{suffix}", qk_dim=scores.k, v_dim=f"v_dim{suffix}" if latent else scores.k,
-                visible="1" if region == "cross" else f"visible@{scores.block}", passes=work, **common,  # type: ignore[arg-type]
+                kv_heads=heads if latent else f"kv_heads{suffix}", qk_dim=scores.k,
+                v_dim=f"v_dim{suffix}" if latent else scores.k,
+                visible="1" if region == "cross" else f"visible@{scores.block}", passes=work, **common,
             )
             for phase, work in passes
         ]  # fmt: skip
@@ -48,7 +55,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             added.append(
                 Resident(
                     what=f"{region}.log_sum_exp", size=f"{batch}*{heads}*{scores.m}", bytes_per_element=4.0, pool="activations",
-                    lifetime="micro_batch", **common | {"tags": frozenset({"saved", "core_attn"})},  # type: ignore[arg-type]
+                    lifetime="micro_batch", **common | {"tags": frozenset({"saved", "core_attn"})},
                 )
             )  # fmt: skip
 
@@ -65,8 +72,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _products(subject: Pass) -> float:
     """FLOP of the attention core, forward and backward, relative to the eager forward."""
-    ledger, _ = figures.run("attention_kernel", subject, model="bert-large", seq=512, attention_kernel="flash")
-    return figures.flop(ledger, "forward", "backward", where=lambda item: "core_attn" in item.tags) / (4 * 512**2 * 1024)
+    ledger, _ = figures.run(
+        "attention_kernel", subject, model="bert-large", seq=512, attention_kernel="flash"
+    )
+    return figures.flop(ledger, "forward", "backward", where=lambda item: "core_attn" in item.tags) / (
+        4 * 512**2 * 1024
+    )
 
 
 TECHNIQUE = Technique(

@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Array, AttentionCore, Collective, Group, Item, Kernel, Ledger, Resident, role, times
+from planner.ledger import (
+    Array,
+    AttentionCore,
+    Collective,
+    Group,
+    Item,
+    Kernel,
+    Ledger,
+    Resident,
+    role,
+    times,
+)
 from planner.technique import Check, Context
 
 __all__ = ["divides", "gather_keys", "pass_keys", "sequence_checks", "shard_sequence", "swap_heads"]
@@ -58,12 +69,14 @@ class _Core:
         """Elements of the named tensors."""
         return " + ".join(self.tensors[name].size for name in names)
 
-    def collective(self, what: str, kind: str, size: str, group: Group, ctx: Context, by: str, **more: Any) -> Collective:
+    def collective(
+        self, what: str, kind: str, size: str, group: Group, ctx: Context, by: str, **more: Any
+    ) -> Collective:
         """An exchange of this attention's tensors."""
         first = self.kernels[0]
         return Collective(
             what=f"{self.region}.{what}", block=first.block, phase=first.phase, tags=frozenset({"core_attn", "cp"}), by=by,
-            kind=kind, group=group, size=size, dtype=ctx.format.activation, **more,  # type: ignore[arg-type]
+            kind=kind, group=group, size=size, dtype=ctx.format.activation, **more,
         )  # fmt: skip
 
 
@@ -76,7 +89,9 @@ def _cores(ledger: Ledger) -> list[_Core]:
             kernels[item.block, region, item.phase].append(item)
         elif isinstance(item, Resident) and name in ("q", "k", "v", "core_output"):
             tensors[item.block, region][name] = item
-    return [_Core(region, tuple(group), tensors[block, region]) for (block, region, _), group in kernels.items()]
+    return [
+        _Core(region, tuple(group), tensors[block, region]) for (block, region, _), group in kernels.items()
+    ]
 
 
 def swap_heads(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str) -> Ledger:
@@ -86,14 +101,19 @@ def swap_heads(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: st
     for name in axes.names():
         if role(name) in ("heads", "kv_heads"):
             inside[f"swapped_{name}"] = np.maximum(axes[name] / degree, 1.0)
-            inside[f"copies_{name}"] = np.maximum(degree / axes[name], 1.0)  # of a KV head that several ranks need
+            inside[f"copies_{name}"] = np.maximum(
+                degree / axes[name], 1.0
+            )  # of a KV head that several ranks need
     ledger = ledger.set_axes(**inside)
     added: list[Item] = []
     changed: dict[int, Item] = {}
     for core in _cores(ledger):
         kv_heads = next((f for f in core.size("k").split("*") if role(f) == "kv_heads"), "")
         keys = times(core.size("k", "v"), f"copies_{kv_heads}") if kv_heads else core.size("k", "v")
-        for what, size in (("swap_qkv", f"{core.size('q')} + {keys}"), ("swap_output", core.size("core_output"))):
+        for what, size in (
+            ("swap_qkv", f"{core.size('q')} + {keys}"),
+            ("swap_output", core.size("core_output")),
+        ):
             added.append(core.collective(what, "all_to_all", size, group, ctx, by))
         changed |= {id(kernel): _swapped(kernel, inside) for kernel in core.kernels}
     return replace(ledger, items=(*(changed.get(id(item), item) for item in ledger.items), *added))
@@ -103,11 +123,14 @@ def _swapped(kernel: Kernel, inside: Mapping[str, Array]) -> Kernel:
     """The kernel on the group's tokens and the rank's share of the heads."""
 
     def swap(size: str) -> str:
-        return "*".join(f"swapped_{axis}" if f"swapped_{axis}" in inside else axis for axis in size.split("*"))
+        return "*".join(
+            f"swapped_{axis}" if f"swapped_{axis}" in inside else axis for axis in size.split("*")
+        )
 
     kept = {field.name for field in fields(Item)} | {"dtype"}
-    sizes = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.name not in kept}
-    return replace(kernel, **{name: swap(size) for name, size in sizes.items() if isinstance(size, str)})
+    sizes: dict[str, Any] = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.name not in kept}
+    swapped: dict[str, Any] = {name: swap(size) for name, size in sizes.items() if isinstance(size, str)}
+    return replace(kernel, **swapped)
 
 
 def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str) -> Ledger:
@@ -115,7 +138,9 @@ def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str
 
     The first block is the rank's own and hides nothing; the others take the longer of a message and a block's attention.
     """
-    ledger = ledger.set_axes(ring=degree, ring_steps=degree - 1.0, ring_buffers=_BUFFERS * (degree > 1.0))
+    ledger = ledger.set_axes(
+        ring=degree, ring_steps=degree - 1.0, ring_buffers=np.where(degree > 1.0, _BUFFERS, 0.0)
+    )
     added: list[Item] = []
     changed: dict[int, Item] = {}
     for core in _cores(ledger):
@@ -124,13 +149,17 @@ def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str
         local = _after_swap(ledger, core.size("k", "v"))
         # The backward also hands the gradients of K and V on.
         sent = times(local, "ring_steps" if first.phase == "forward" else "2*ring_steps")
-        added.append(core.collective("pass_kv", "point_to_point", sent, group, ctx, by, window=window, track="ring"))
+        added.append(
+            core.collective("pass_kv", "point_to_point", sent, group, ctx, by, window=window, track="ring")
+        )
         if first.phase == "forward":
             added.append(_buffer(first, times(local, "ring_buffers"), ctx, by))
         for kernel in core.kernels:
             if isinstance(kernel, AttentionCore):
                 changed[id(kernel)] = replace(kernel, kv=f"{kernel.kv}/ring")
-                distant = replace(kernel, what=f"{kernel.what}.distant", kv=times(f"{kernel.kv}/ring", "ring_steps"))
+                distant = replace(
+                    kernel, what=f"{kernel.what}.distant", kv=times(f"{kernel.kv}/ring", "ring_steps")
+                )
                 added.append(replace(distant, window=window))
             else:
                 changed[id(kernel)] = replace(kernel, window=window)

@@ -13,12 +13,18 @@ Source: Liu et al. 2023 (arXiv:2310.01889); zig-zag balance, Brandon et al. 2023
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from planner.ledger import Ledger
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.context.exchange import gather_keys, pass_keys, sequence_checks, shard_sequence
+from planner.techniques.training.context.exchange import (
+    gather_keys,
+    pass_keys,
+    sequence_checks,
+    shard_sequence,
+)
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -36,8 +42,14 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _hiding_block(subject: Pass) -> float:
     """Tokens per rank at which a ring step's attention takes as long as its message: 312 TFLOP/s, 300 GB/s, full mask."""
-    case = {"model": "bert-large", "seq": 8192, "cp": 4, "attention_kernel": "flash", "context": "p2p"}
-    ledger, _ = figures.run("context", subject, **case)  # type: ignore[arg-type]
+    case: dict[str, Any] = {
+        "model": "bert-large",
+        "seq": 8192,
+        "cp": 4,
+        "attention_kernel": "flash",
+        "context": "p2p",
+    }
+    ledger, _ = figures.run("context", subject, **case)
     attention_s = figures.flop(ledger, "forward", where=lambda item: "core_attn" in item.tags) / 4 / 312e12
     sent = figures.sent_elements(ledger, lambda item: item.phase == "forward" and "cp" in item.tags)
     return 8192 / 4 * (2.0 * sent / 3 / 300e9) / attention_s

@@ -10,6 +10,7 @@ Source: Jacobs et al. 2023 (arXiv:2309.14509) §3.2.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,14 @@ def valid(ctx: Context) -> Iterable[Check]:
     for block in ctx.model.blocks.values():
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
-                yield Check("attention heads not divisible by tp·cp (Ulysses)", attention.heads % (tp * cp) == 0)
+                yield Check(
+                    "attention heads not divisible by tp·cp (Ulysses)", attention.heads % (tp * cp) == 0
+                )
                 kv_heads = np.maximum(attention.kv_heads / tp, 1.0)
-                yield Check("KV heads per rank neither a multiple nor a divisor of cp (Ulysses)", divides(kv_heads, cp))
+                yield Check(
+                    "KV heads per rank neither a multiple nor a divisor of cp (Ulysses)",
+                    divides(kv_heads, cp),
+                )
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -39,8 +45,14 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _message(subject: Pass) -> float:
     """Elements in a rank's all-to-alls of one layer's forward, over those of the whole activation."""
-    case = {"model": "gpt3-13b", "seq": 65536, "cp": 8, "attention_kernel": "flash", "context": "a2a"}
-    ledger, ctx = figures.run("context", subject, **case)  # type: ignore[arg-type]
+    case: dict[str, Any] = {
+        "model": "gpt3-13b",
+        "seq": 65536,
+        "cp": 8,
+        "attention_kernel": "flash",
+        "context": "a2a",
+    }
+    ledger, ctx = figures.run("context", subject, **case)
     swaps = [item for item in ledger.of(Collective, phase="forward") if item.kind == "all_to_all"]
     return sum(float(ledger.axes[item.size][0]) for item in swaps) / (65536 * ctx.model.hidden)
 

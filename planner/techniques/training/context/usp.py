@@ -12,6 +12,7 @@ Source: Fang, Zhao 2024 (USP, arXiv:2405.07719); Gu et al. 2024 (LoongTrain, arX
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,10 @@ def valid(ctx: Context) -> Iterable[Check]:
     for block in ctx.model.blocks.values():
         if block.attention is not None:
             kv_heads = np.maximum(block.attention.kv_heads / ctx.mesh.tp, 1.0)
-            yield Check("KV heads per rank neither a multiple nor a divisor of the swap group", divides(kv_heads, swapped))
+            yield Check(
+                "KV heads per rank neither a multiple nor a divisor of the swap group",
+                divides(kv_heads, swapped),
+            )
 
 
 def swap_degree(ctx: Context) -> Array:
@@ -63,9 +67,18 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _volume(subject: Pass) -> float:
     """Elements sent per layer and forward by 32 ranks in nodes of 8, in N·h."""
-    case = {"model": "gpt3-13b", "seq": 65536, "cp": 32, "attention_kernel": "flash", "context": "a2a+p2p", "cluster": "a100-sxm-80gb:4x8"}
-    ledger, ctx = figures.run("context", subject, **case)  # type: ignore[arg-type]
-    return figures.sent_elements(ledger, lambda i: i.phase == "forward" and "cp" in i.tags) / (65536 * ctx.model.hidden)
+    case: dict[str, Any] = {
+        "model": "gpt3-13b",
+        "seq": 65536,
+        "cp": 32,
+        "attention_kernel": "flash",
+        "context": "a2a+p2p",
+        "cluster": "a100-sxm-80gb:4x8",
+    }
+    ledger, ctx = figures.run("context", subject, **case)
+    return figures.sent_elements(ledger, lambda i: i.phase == "forward" and "cp" in i.tags) / (
+        65536 * ctx.model.hidden
+    )
 
 
 TECHNIQUE = Technique(

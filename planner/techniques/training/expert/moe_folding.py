@@ -31,7 +31,8 @@ def valid(ctx: Context) -> Iterable[Check]:
         yield Check("experts not divisible by ep", moe.experts % mesh.ep == 0)
         yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
         yield Check(
-            "experts with tp > 1 need sequence parallelism", (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true")
+            "experts with tp > 1 need sequence parallelism",
+            (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"),
         )
 
 
@@ -46,7 +47,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         return ledger
     ep, etp, workload = ctx.mesh.ep, ctx.mesh.etp, ctx.workload
     load = busiest(workload.expert_load_factor, workload.capacity_factor)
-    ledger = ledger.shard(experts=ep, expert_ffn=etp).scale(expert_rows=ep * etp * load).set_axes(etp_ranks=etp)
+    ledger = (
+        ledger.shard(experts=ep, expert_ffn=etp).scale(expert_rows=ep * etp * load).set_axes(etp_ranks=etp)
+    )
     added: list[Item] = []
     for item in ledger.of(Stream):
         exchange = {"moe.permute": "moe.dispatch", "moe.unpermute": "moe.combine"}.get(item.what)

@@ -51,7 +51,9 @@ def linear_fused(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _end_bytes(subject: Pass) -> float:
     """Bytes kept by final norm, projection and loss of the 22B model, micro-batch 4."""
-    ledger, _ = figures.run("loss_kernel", subject, model="megatron-22b", micro_batch_size=4, seq=2048, loss_kernel="fused")
+    ledger, _ = figures.run(
+        "loss_kernel", subject, model="megatron-22b", micro_batch_size=4, seq=2048, loss_kernel="fused"
+    )
     kept = [item for item in ledger.of(Resident, block="head") if item.pool in ("activations", "logits")]
     return figures.total_bytes(ledger, kept)
 
@@ -59,7 +61,9 @@ def _end_bytes(subject: Pass) -> float:
 def _chunks(subject: Pass) -> float:
     """Logits and gradients of a Llama-2 7B head, over the logits that stay."""
     whole, _ = figures.run("loss_kernel", fused, model="llama2-7b", micro_batch_size=4, seq=4096)
-    ledger, _ = figures.run("loss_kernel", subject, model="llama2-7b", micro_batch_size=4, seq=4096, loss_kernel="linear_fused")
+    ledger, _ = figures.run(
+        "loss_kernel", subject, model="llama2-7b", micro_batch_size=4, seq=4096, loss_kernel="linear_fused"
+    )
     return figures.total_bytes(whole, whole.of(Resident, pool="logits")) / figures.total_bytes(
         ledger, ledger.of(Resident, pool="logits")
     )
@@ -67,12 +71,19 @@ def _chunks(subject: Pass) -> float:
 
 def _record(key: str, name: str, choice: str, summary: str, **fields: Any) -> Technique:
     source = "arXiv:2410.10989" if choice == "linear_fused" else "arXiv:2205.05198"
-    return Technique(key=key, name=name, slot="loss_kernel", choices=(choice,), source=source, summary=summary, **fields)
+    return Technique(
+        key=key, name=name, slot="loss_kernel", choices=(choice,), source=source, summary=summary, **fields
+    )
 
 
 TECHNIQUES = (
     _record(
-        "eager_cross_entropy", "Eager cross-entropy", "eager", "Logits and their gradient in fp32", kind="baseline", searched=False
+        "eager_cross_entropy",
+        "Eager cross-entropy",
+        "eager",
+        "Logits and their gradient in fp32",
+        kind="baseline",
+        searched=False,
     ),
     _record(
         "fused_cross_entropy",

@@ -13,7 +13,6 @@ Source: AdamW arXiv:1711.05101; Adafactor arXiv:1804.04235; 8-bit Adam arXiv:211
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -44,15 +43,17 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         kind = "adamw" if name == "muon" and weights.block in _VECTORS else name
         moments = optimizer_state_bytes(kind, master_bytes=0.0)
         if moments:
-            states = replace(weights, what=f"{what}moments", pool="optimizer", tags=tags, bytes_per_element=moments)
+            states = replace(
+                weights, what=f"{what}moments", pool="optimizer", tags=tags, bytes_per_element=moments
+            )
             added.append(replace(states, by="optimizer_bytes"))
         # Where weights are their own masters, they are read as well as written.
         touched = optimizer_touched_bytes(moments + master, gradient, weight if master else 2 * weight)
         for kernel, n_bytes in (("update", touched + _NORMS.get(kind, 0.0)), ("gradient_norm", gradient)):
             added.append(
                 Stream(
-                    what=f"{what}{kernel}", block=weights.block, phase="step", tags=tags | {"update", kernel}, by="optimizer_bytes",
-                    size=times(weights.size, f"/zero_{mesh_of(weights)}"), bytes_per_element=float(n_bytes),
+                    what=f"{what}{kernel}", block=weights.block, phase="step", tags=tags | {"update", kernel},
+                    by="optimizer_bytes", size=times(weights.size, f"/zero_{mesh_of(weights)}"), bytes_per_element=float(n_bytes),
                 )
             )  # fmt: skip
     if name == "muon":
@@ -73,11 +74,14 @@ def _newton_schulz(ledger: Ledger, ctx: Context) -> tuple[Ledger, list[Item]]:
         axes[short], axes[long] = np.minimum(*sides), np.maximum(*sides)
         mesh = "expert" if "expert" in product.tags else "dense"
         tags = frozenset({"optimizer", "update", "newton_schulz", mesh})
-        for step, n, k, count in (("gram", short, long, 2 * _ITERATIONS), ("square", short, short, _ITERATIONS)):
+        for step, n, k, count in (
+            ("gram", short, long, 2 * _ITERATIONS),
+            ("square", short, short, _ITERATIONS),
+        ):
             added.append(
                 Matmul(
-                    what=f"{product.what}.{step}", block=product.block, phase="step", tags=tags, by="optimizer_bytes", m=short, n=n,
-                    k=k, groups=times(times(product.groups, str(count)), f"/zero_{mesh}"), dtype=ctx.format.activation,
+                    what=f"{product.what}.{step}", block=product.block, phase="step", tags=tags, by="optimizer_bytes", m=short,
+                    n=n, k=k, groups=times(times(product.groups, str(count)), f"/zero_{mesh}"), dtype=ctx.format.activation,
                 )
             )  # fmt: skip
     return ledger.set_axes(**axes), added

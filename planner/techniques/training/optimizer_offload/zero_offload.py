@@ -24,7 +24,10 @@ from planner.techniques.figures import Pass
 def valid(ctx: Context) -> Iterable[Check]:
     """There must be a host to offload to, and an update that it can run."""
     yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
-    yield Check("the matrix products of Muon's update are not modelled on the host", ctx.knobs.get("optimizer") != "muon")
+    yield Check(
+        "the matrix products of Muon's update are not modelled on the host",
+        ctx.knobs.get("optimizer") != "muon",
+    )
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -35,14 +38,23 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         return replace(item, tier="host", by="zero_offload") if item.pool == "optimizer" else None
 
     added: list[Item] = []
-    updates = [item for item in ledger.of(Stream) if {"update", "optimizer"} <= item.tags and "gradient_norm" not in item.tags]
+    updates = [
+        item
+        for item in ledger.of(Stream)
+        if {"update", "optimizer"} <= item.tags and "gradient_norm" not in item.tags
+    ]
     for item in updates:
         common: dict[str, Any] = {
             "block": item.block, "phase": "step", "tags": item.tags | {"offload"}, "by": "zero_offload", "size": item.size,
         }  # fmt: skip
         added += [
             Transfer(what=f"{item.what}.down_and_up", bytes_per_element=moved, tier="host_link", **common),
-            Transfer(what=f"{item.what}.on_host", bytes_per_element=item.bytes_per_element, tier="host_memory", **common),
+            Transfer(
+                what=f"{item.what}.on_host",
+                bytes_per_element=item.bytes_per_element,
+                tier="host_memory",
+                **common,
+            ),
         ]
     replaced = set(map(id, updates))
     return ledger.drop(lambda item: id(item) in replaced).edit(Resident, offload).add(added)
@@ -51,14 +63,21 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _volume(subject: Pass) -> float:
     """Bytes over the host link per parameter and step, 16-bit weights and gradients."""
     ledger, _ = figures.run(
-        "optimizer_offload", subject, model="gpt2-xl", precision="fp16", gradient_dtype="fp16", optimizer_offload="cpu"
+        "optimizer_offload",
+        subject,
+        model="gpt2-xl",
+        precision="fp16",
+        gradient_dtype="fp16",
+        optimizer_offload="cpu",
     )
     return figures.transferred_bytes(ledger) / figures.parameters(ledger)
 
 
 def _host_bytes(subject: Pass) -> float:
     """Bytes of optimizer states in host memory per parameter."""
-    ledger, _ = figures.run("optimizer_offload", subject, model="gpt2-xl", precision="fp16", optimizer_offload="cpu")
+    ledger, _ = figures.run(
+        "optimizer_offload", subject, model="gpt2-xl", precision="fp16", optimizer_offload="cpu"
+    )
     return figures.held_bytes(ledger, tier="host") / figures.parameters(ledger)
 
 

@@ -39,7 +39,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if item.pool != "parameters" or item.lifetime != "always":
             return None
         # Where the update runs on the host, the new weights are there already.
-        updated_on_host = any(o.tier == "host" and o.block == item.block for o in ledger.of(Resident, pool="optimizer"))
+        updated_on_host = any(
+            o.tier == "host" and o.block == item.block for o in ledger.of(Resident, pool="optimizer")
+        )
         added.extend(
             Transfer(
                 what=f"{item.what}.{what}", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="zero_infinity",
@@ -48,7 +50,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             for what, phase, track in _TRIPS[: 2 if updated_on_host else 3]
         )  # fmt: skip
         staged = 2 * item.bytes_per_element
-        staging = replace(item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged)
+        staging = replace(
+            item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged
+        )
         added.append(replace(staging, by="zero_infinity"))
         return replace(item, tier="host", by="zero_infinity")
 
@@ -57,9 +61,15 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _fetches(subject: Pass) -> float:
     """Times that the weights come up per micro-batch."""
-    ledger, _ = figures.run("parameter_offload", subject, model="gpt2-xl", zero_stage="3", dp=8, parameter_offload="cpu")
+    ledger, _ = figures.run(
+        "parameter_offload", subject, model="gpt2-xl", zero_stage="3", dp=8, parameter_offload="cpu"
+    )
     fetched = [item for item in ledger.of(Transfer) if item.phase != "step"]
-    return 8 * figures.transferred_bytes(replace(ledger, items=tuple(fetched))) / (2 * figures.parameters(ledger))
+    return (
+        8
+        * figures.transferred_bytes(replace(ledger, items=tuple(fetched)))
+        / (2 * figures.parameters(ledger))
+    )
 
 
 TECHNIQUE = Technique(

@@ -32,10 +32,12 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Adds what one hop carries, and the tied embedding's second copy."""
     pp = ctx.mesh.pp
-    size = "batch*residual_seq*hidden" + " + batch*encoder_residual_seq*hidden" * bool(ctx.model.encoder_layers)
+    size = "batch*residual_seq*hidden" + " + batch*encoder_residual_seq*hidden" * bool(
+        ctx.model.encoder_layers
+    )
     added: list[Item] = [
         Collective(
-            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",  # type: ignore[arg-type]
+            what=what, block=BOUNDARY, phase=phase, by="pipeline_stages", tags=frozenset({"pipeline"}), source="arXiv:2104.04473",
             kind="point_to_point", group=ctx.mesh.group("pp"), size=size, dtype=ctx.format.activation,
         )
         for what, phase in (("boundary.activation", "forward"), ("boundary.gradient", "backward"))

@@ -12,7 +12,9 @@ __all__ = ["recompute"]
 _OUTSIDE = ("embedding", "head", "boundary")  # not part of any layer
 
 
-def recompute(ledger: Ledger, inside: Callable[[Item], bool], keeps: Callable[[Resident], bool], by: str) -> Ledger:
+def recompute(
+    ledger: Ledger, inside: Callable[[Item], bool], keeps: Callable[[Resident], bool], by: str
+) -> Ledger:
     """Copies the forward of what is ``inside`` to the backward; its saved tensors stay only where it is at work.
 
     Collectives of activations run again, those of weights do not: weights are whole for the backward anyway.

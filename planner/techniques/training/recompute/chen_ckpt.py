@@ -24,8 +24,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _share(subject: Pass) -> float:
     """Activations of GPT-3 175B, t = 8, in per cent of those without recomputation."""
-    ledger, _ = figures.run("recompute", subject, model="gpt3-175b", seq=2048, tp=8, precision="fp16", recompute="full")
-    whole, _ = figures.run("recompute", lambda plain, ctx: plain, model="gpt3-175b", seq=2048, tp=8, precision="fp16")
+    ledger, _ = figures.run(
+        "recompute", subject, model="gpt3-175b", seq=2048, tp=8, precision="fp16", recompute="full"
+    )
+    whole, _ = figures.run(
+        "recompute", lambda plain, ctx: plain, model="gpt3-175b", seq=2048, tp=8, precision="fp16"
+    )
     return 100 * figures.saved_bytes(ledger) / figures.saved_bytes(whole)
 
 
@@ -47,7 +51,18 @@ TECHNIQUE = Technique(
         Knob(
             "recompute",
             "what is recomputed in the backward",
-            ("none", "selective", "norm", "act", "norm+act", "norm+mla_up", "mlp", "full", "partitioned", "block"),
+            (
+                "none",
+                "selective",
+                "norm",
+                "act",
+                "norm+act",
+                "norm+mla_up",
+                "mlp",
+                "full",
+                "partitioned",
+                "block",
+            ),
             "none",
         ),
         Knob("recompute_layers", "layers recomputed per stage (recompute=block)"),

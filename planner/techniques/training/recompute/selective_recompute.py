@@ -12,6 +12,8 @@ Source: Korthikanti et al. 2022 (arXiv:2205.05198) §5; DeepSeek-V3 (arXiv:2412.
 
 from __future__ import annotations
 
+from typing import Any
+
 from planner.ledger import Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
@@ -54,10 +56,10 @@ def _helps(ctx: Context) -> bool:
 
 def _share(model: str, sequence_parallel: str, published: float) -> Figure:
     def compute(subject: Pass) -> float:
-        case = {"model": model, "seq": 2048, "tp": 8, "precision": "fp16"}
-        whole, _ = figures.run("recompute", lambda ledger, ctx: ledger, **case)  # type: ignore[arg-type]
+        case: dict[str, Any] = {"model": model, "seq": 2048, "tp": 8, "precision": "fp16"}
+        whole, _ = figures.run("recompute", lambda ledger, ctx: ledger, **case)
         case |= {"sequence_parallel": sequence_parallel, "recompute": "selective"}
-        ledger, _ = figures.run("recompute", subject, **case)  # type: ignore[arg-type]
+        ledger, _ = figures.run("recompute", subject, **case)
         return 100 * figures.saved_bytes(ledger) / figures.saved_bytes(whole)
 
     beside = " with sequence parallelism" if sequence_parallel == "true" else ""

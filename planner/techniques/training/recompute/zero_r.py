@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.ledger import Collective, Item, Ledger, Resident, times
 from planner.technique import Check, Context, Figure, Technique
 from planner.techniques import figures
@@ -26,8 +29,8 @@ def valid(ctx: Context) -> Iterable[Check]:
     yield Check("partitioned checkpoints need tp > 1 without sequence parallelism", _replicated(ctx))
 
 
-def _replicated(ctx: Context) -> bool:
-    return (ctx.mesh.tp > 1) & (ctx.knobs["sequence_parallel"] != "true")  # type: ignore[no-any-return]
+def _replicated(ctx: Context) -> NDArray[np.bool_]:
+    return np.asarray((ctx.mesh.tp > 1) & (ctx.knobs["sequence_parallel"] != "true"))
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -52,9 +55,17 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _gathered(subject: Pass) -> float:
     """Elements gathered per block, relative to tensor parallelism with recomputation."""
     ledger, _ = figures.run("recompute", subject, model="gpt2-xl", tp=5, recompute="partitioned")
-    layers = [item for item in ledger.of(Collective) if item.group.name == "tp" and item.phase != "step" and item.block == "dense"]
-    extra = figures.sent_elements(replace(ledger, items=tuple(layers)), lambda item: "checkpoint" in item.tags)
-    return extra / figures.sent_elements(replace(ledger, items=tuple(layers)), lambda item: "checkpoint" not in item.tags)
+    layers = [
+        item
+        for item in ledger.of(Collective)
+        if item.group.name == "tp" and item.phase != "step" and item.block == "dense"
+    ]
+    extra = figures.sent_elements(
+        replace(ledger, items=tuple(layers)), lambda item: "checkpoint" in item.tags
+    )
+    return extra / figures.sent_elements(
+        replace(ledger, items=tuple(layers)), lambda item: "checkpoint" not in item.tags
+    )
 
 
 TECHNIQUE = Technique(

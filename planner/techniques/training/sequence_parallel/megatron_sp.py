@@ -24,7 +24,9 @@ from planner.techniques.training.tensor.weights import cut, partial_gradients
 def valid(ctx: Context) -> Iterable[Check]:
     """Whole tokens per rank."""
     ranks = ctx.mesh.tp * ctx.mesh.cp
-    yield Check("sequence length not divisible by tp·cp (sequence parallel)", ctx.workload.seq_len % ranks == 0)
+    yield Check(
+        "sequence length not divisible by tp·cp (sequence parallel)", ctx.workload.seq_len % ranks == 0
+    )
     if ctx.workload.encoder_seq_len:
         whole = ctx.workload.encoder_seq_len % ranks == 0
         yield Check("encoder length not divisible by tp·cp (sequence parallel)", whole)
@@ -70,13 +72,21 @@ def _split(item: Collective) -> Iterator[Collective]:
 
 def _share(model: str, published: float) -> Figure:
     def compute(subject: Pass) -> float:
-        case: dict[str, Any] = {"model": model, "seq": 2048, "tp": 8, "precision": "fp16", "sequence_parallel": "true"}
+        case: dict[str, Any] = {
+            "model": model,
+            "seq": 2048,
+            "tp": 8,
+            "precision": "fp16",
+            "sequence_parallel": "true",
+        }
         alone, _ = figures.run("sequence_parallel", lambda ledger, ctx: ledger, **case)
         ledger, _ = figures.run("sequence_parallel", subject, **case)
         return 100 * figures.saved_bytes(ledger) / figures.saved_bytes(alone)
 
     where = "Korthikanti et al. 2022 (arXiv:2205.05198), Figure 7"
-    return Figure(f"activations of {model}, t = 8, % of tensor parallelism alone", published, 2e-3, where, compute)
+    return Figure(
+        f"activations of {model}, t = 8, % of tensor parallelism alone", published, 2e-3, where, compute
+    )
 
 
 TECHNIQUE = Technique(

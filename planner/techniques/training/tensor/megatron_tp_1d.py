@@ -14,10 +14,12 @@ Source: Shoeybi et al. 2019 (arXiv:1909.08053); Narayanan et al. 2021 (arXiv:210
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.ledger import Collective, Item, Ledger, Matmul, Phase, role, times
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Phase, role, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -31,7 +33,9 @@ def valid(ctx: Context) -> Iterable[Check]:
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
                 yield Check("attention heads not divisible by tp", attention.heads % tp == 0)
-                yield Check("KV heads neither a multiple nor a divisor of tp", _shares(attention.kv_heads, tp))
+                yield Check(
+                    "KV heads neither a multiple nor a divisor of tp", _shares(attention.kv_heads, tp)
+                )
         if block.mlp:
             yield Check("feed-forward width not divisible by tp", block.mlp.ffn % tp == 0)
         if block.moe and block.moe.shared_ffn:
@@ -40,11 +44,13 @@ def valid(ctx: Context) -> Iterable[Check]:
             yield Check("state-space width not divisible by tp", block.ssm.inner % tp == 0)
             if block.ssm.heads:
                 yield Check("state-space heads not divisible by tp", block.ssm.heads % tp == 0)
-                yield Check("state-space groups neither a multiple nor a divisor of tp", _shares(block.ssm.groups, tp))
+                yield Check(
+                    "state-space groups neither a multiple nor a divisor of tp", _shares(block.ssm.groups, tp)
+                )
 
 
-def _shares(count: int, tp: np.ndarray) -> np.ndarray:
-    return (count % tp == 0) | (tp % count == 0)
+def _shares(count: int, tp: Array) -> NDArray[np.bool_]:
+    return np.asarray((count % tp == 0) | (tp % count == 0))
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -63,7 +69,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
     """All-reduces that complete partial sums. Sequence parallelism splits those tagged ``tp_reduce``."""
 
-    def all_reduce(what: str, block: str, phase: Phase, size: str, tags: frozenset[str], dtype: str) -> Collective:
+    def all_reduce(
+        what: str, block: str, phase: Phase, size: str, tags: frozenset[str], dtype: str
+    ) -> Collective:
         return Collective(
             what=f"{what}.all_reduce", block=block, phase=phase, tags=tags, by="megatron_tp_1d", source="arXiv:1909.08053",
             kind="all_reduce", group=ctx.mesh.group("tp"), size=size, dtype=dtype,
@@ -80,24 +88,34 @@ def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
         if "row" in item.tags and item.n == "hidden":
             if (item.block, region, "output") not in seen:
                 seen.add((item.block, region, "output"))
-                yield all_reduce(item.what, item.block, "forward", f"{item.m}*hidden", tags | {"tp_reduce"}, activation)
+                yield all_reduce(
+                    item.what, item.block, "forward", f"{item.m}*hidden", tags | {"tp_reduce"}, activation
+                )
         elif "row" in item.tags:  # Mamba's step, B and C: small, read and produced inside the mixer
-            for phase in ("forward", "backward"):
-                size = " + ".join(times(term, item.m) for term in item.n.split(" + "))
-                yield all_reduce(item.what, item.block, phase, size, tags | {"tp_inner"}, activation)  # type: ignore[arg-type]
-        elif "column" in item.tags and role(item.k) != "ssm_rank" and (item.block, region, item.m, item.k) not in seen:
+            size = times(item.n, item.m)
+            yield all_reduce(item.what, item.block, "forward", size, tags | {"tp_inner"}, activation)
+            yield all_reduce(item.what, item.block, "backward", size, tags | {"tp_inner"}, activation)
+        elif (
+            "column" in item.tags
+            and role(item.k) != "ssm_rank"
+            and (item.block, region, item.m, item.k) not in seen
+        ):
             seen.add((item.block, region, item.m, item.k))
             width = item.k.replace("kv_rank@", "kv_down@")  # the rotary key travels with the latent
-            yield all_reduce(item.what, item.block, "backward", f"{item.m}*{width}", tags | {"tp_reduce"}, activation)
+            yield all_reduce(
+                item.what, item.block, "backward", f"{item.m}*{width}", tags | {"tp_reduce"}, activation
+            )
     for head in ledger.of(Matmul, phase="forward", what="head.logits"):
         # Maximum, sum of exponentials, target logit (Megatron's vocab-parallel cross-entropy).
         for name in ("max", "sum", "target"):
-            yield all_reduce(f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32")
+            yield all_reduce(
+                f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32"
+            )
     tags = frozenset({"embedding", "tp_reduce"})
     yield all_reduce("embedding", "embedding", "forward", "batch*seq*hidden", tags, activation)
 
 
-def _gradient_sums(ledger: Ledger, ctx: Context, sharing: dict[str, np.ndarray]) -> Iterator[Item]:
+def _gradient_sums(ledger: Ledger, ctx: Context, sharing: dict[str, Array]) -> Iterator[Item]:
     """Gradients of weights that several ranks hold whole, and see some of the heads of."""
 
     def of_head(axes: frozenset[str]) -> bool:
@@ -107,13 +125,21 @@ def _gradient_sums(ledger: Ledger, ctx: Context, sharing: dict[str, np.ndarray])
     for name, ranks in sharing.items():
         if np.any(ranks > 1):
             group = ctx.mesh.subgroup("tp", f"tp.{name}", ranks, inner=True)
-            yield from partial_gradients(ledger, ctx, group, lambda axes, name=name: name in axes, role(name), "megatron_tp_1d")
+            yield from partial_gradients(
+                ledger, ctx, group, partial(_has, name), role(name), "megatron_tp_1d"
+            )
+
+
+def _has(axis: str, axes: frozenset[str]) -> bool:
+    return axis in axes
 
 
 def _volume(subject: Pass) -> float:
     """Elements sent per layer and micro-batch, forward and backward."""
     ledger, _ = figures.run("tensor", subject, model="gpt3-175b", seq=2048, tp=8)
-    return figures.sent_elements(ledger, lambda i: i.phase != "step" and i.group.name == "tp" and i.block not in ("embedding", "head"))
+    return figures.sent_elements(
+        ledger, lambda i: i.phase != "step" and i.group.name == "tp" and i.block not in ("embedding", "head")
+    )
 
 
 def _activation_bytes(subject: Pass) -> float:

@@ -31,7 +31,8 @@ def partial_gradients(
         if terms and "dense" in item.tags and item.block != "embedding":
             yield Collective(
                 what=f"{what}_gradients.all_reduce", block=item.block, phase="step", tags=frozenset({"gradients", "tp_sum"}),
-                by=by, source="Megatron-LM megatron/core/distributed/finalize_model_grads.py", kind="all_reduce", group=group, size=" + ".join(terms),
+                by=by, source="Megatron-LM megatron/core/distributed/finalize_model_grads.py", kind="all_reduce", group=group,
+                size=" + ".join(terms),
                 dtype=ctx.gradient_dtype,
             )  # fmt: skip
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+
 from planner.ledger import Array, Collective, Item, Ledger, Matmul
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
@@ -51,7 +53,7 @@ def _pipelined(subject: Pass) -> float:
     ledger, _ = figures.run("tensor_overlap", subject, model="llama3-8b", tp=8, sequence_parallel="true")
     gather = next(item for item in ledger.of(Collective, phase="forward") if "tp_gather" in item.tags)
     together = [item for item in ledger.items if item.window == gather.window and gather.window]
-    chunks = float(ledger.chunks[gather.window][0]) if together else 1.0
+    chunks = float(np.ravel(ledger.chunks[gather.window])[0]) if together else 1.0
     return float(pipelined_s([1.0] * max(len(together), 2), chunks)) / 2.0
 
 
@@ -62,7 +64,9 @@ TECHNIQUE = Technique(
     choices=("chunked",),
     source="doi:10.1145/3567955.3567959",
     summary="Gathers and scatters pipelined with the product beside them",
-    knobs=(Knob("tensor_overlap", "how tensor-parallel communication is hidden", ("none", "chunked"), "none"),),
+    knobs=(
+        Knob("tensor_overlap", "how tensor-parallel communication is hidden", ("none", "chunked"), "none"),
+    ),
     figures=(
         Figure(
             "time of a gather and an equally long product in N = 8 chunks, relative to one after the other: (N + 1)/2N",

@@ -56,7 +56,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _inside(ctx: Context, of: str) -> Array:
     """Copies of a weight inside one domain of the innermost tier."""
     group, domain = ctx.mesh.group(of), ctx.cluster.tiers[0].size
-    return np.asarray(group_members(group.size, group.stride, domain, float(ctx.cluster.devices)), dtype=np.float64)
+    return np.asarray(
+        group_members(group.size, group.stride, domain, float(ctx.cluster.devices)), dtype=np.float64
+    )
 
 
 def _differs(ctx: Context) -> NDArray[np.bool_] | bool:
@@ -69,8 +71,18 @@ def _differs(ctx: Context) -> NDArray[np.bool_] | bool:
 
 def _between_hosts(subject: Pass) -> float:
     """Elements per parameter that a rank sends between hosts of 8, of 512 fully sharded ranks."""
-    ledger, _ = figures.run("zero_group", subject, model="gpt2-xl", dp=512, zero_stage="3", zero_group="node", cluster="a100-sxm-80gb:64x8")
-    sent = figures.sent_elements(ledger, lambda i: "data_parallel" in i.tags and float(np.max(i.group.size * i.group.stride)) > 8)
+    ledger, _ = figures.run(
+        "zero_group",
+        subject,
+        model="gpt2-xl",
+        dp=512,
+        zero_stage="3",
+        zero_group="node",
+        cluster="a100-sxm-80gb:64x8",
+    )
+    sent = figures.sent_elements(
+        ledger, lambda i: "data_parallel" in i.tags and float(np.max(i.group.size * i.group.stride)) > 8
+    )
     return sent / figures.parameters(ledger)
 
 

@@ -26,7 +26,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _volume(subject: Pass) -> float:
     """Elements sent per step over parameters, 512 ranks."""
     ledger, _ = figures.run("zero_stage", subject, model="gpt2-xl", dp=512, zero_stage="0")
-    return figures.sent_elements(ledger, lambda item: "data_parallel" in item.tags) / figures.parameters(ledger)
+    return figures.sent_elements(ledger, lambda item: "data_parallel" in item.tags) / figures.parameters(
+        ledger
+    )
 
 
 TECHNIQUE = Technique(
@@ -38,7 +40,10 @@ TECHNIQUE = Technique(
     summary="Replicated weights, bucketed gradient all-reduce",
     knobs=(
         Knob("dp", "data-parallel degree (what the other degrees leave)"),
-        Knob("micro_batch_size", "sequences per forward; gradients accumulate over global batch / (dp · micro-batch)"),
+        Knob(
+            "micro_batch_size",
+            "sequences per forward; gradients accumulate over global batch / (dp · micro-batch)",
+        ),
     ),
     figures=(
         Figure(

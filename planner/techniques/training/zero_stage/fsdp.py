@@ -23,7 +23,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     ledger = shard_everything(ledger, ctx, "fsdp")
     if not ctx.format.master:
         return ledger
-    return ledger.drop(lambda i: isinstance(i, Resident) and i.pool == "parameters" and i.lifetime == "always")
+    return ledger.drop(
+        lambda i: isinstance(i, Resident) and i.pool == "parameters" and i.lifetime == "always"
+    )
 
 
 def _states(subject: Pass) -> float:
@@ -35,7 +37,9 @@ def _states(subject: Pass) -> float:
 def _volume(subject: Pass) -> float:
     """Elements sent per parameter and micro-batch, 512 ranks."""
     ledger, _ = figures.run("zero_stage", subject, model="gpt2-xl", dp=512, zero_stage="fsdp")
-    return figures.sent_elements(ledger, lambda item: "data_parallel" in item.tags) / figures.parameters(ledger)
+    return figures.sent_elements(ledger, lambda item: "data_parallel" in item.tags) / figures.parameters(
+        ledger
+    )
 
 
 TECHNIQUE = Technique(

@@ -15,7 +15,17 @@ from planner.costs.precision import dtype_bytes
 from planner.ledger import Collective, Item, Kernel, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Context
 
-__all__ = ["MESHES", "gather_weights", "mesh_of", "shard", "shard_everything", "synchronise", "whole", "whole_update", "with_degrees"]
+__all__ = [
+    "MESHES",
+    "gather_weights",
+    "mesh_of",
+    "shard",
+    "shard_everything",
+    "synchronise",
+    "whole",
+    "whole_update",
+    "with_degrees",
+]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
@@ -79,7 +89,14 @@ def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[R
     for item in ledger.of(Resident, pool=pool, lifetime="always"):
         if mesh_of(item) is not None:
             size = copies * item.bytes_per_element
-            yield replace(item, what=f"{item.what}.whole", pool="gathered", lifetime="block", bytes_per_element=size, by=by)
+            yield replace(
+                item,
+                what=f"{item.what}.whole",
+                pool="gathered",
+                lifetime="block",
+                bytes_per_element=size,
+                by=by,
+            )
 
 
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
@@ -101,7 +118,7 @@ def _collectives(
     return [
         Collective(
             what=f"{mesh}_{pool}.{kind}", block=item.block, tags=frozenset({pool, mesh, "data_parallel"}), by=by,
-            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,  # type: ignore[arg-type]
+            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
             messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
         )
         for item in ledger.of(Resident, pool=pool)

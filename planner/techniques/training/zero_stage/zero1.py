@@ -29,7 +29,9 @@ TECHNIQUE = Technique(
     default=True,
     source="arXiv:1910.02054",
     summary="Optimizer states sharded over the data-parallel ranks",
-    knobs=(Knob("zero_stage", "what is sharded over the data-parallel ranks", ("0", "1", "2", "3", "fsdp"), "1"),),
+    knobs=(
+        Knob("zero_stage", "what is sharded over the data-parallel ranks", ("0", "1", "2", "3", "fsdp"), "1"),
+    ),
     figures=(
         Figure(
             "GB of model states, 7.5B parameters on 64 ranks",
