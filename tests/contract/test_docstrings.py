@@ -33,7 +33,23 @@ SUFFIXES = (
     "_parameters",
     "usd_per_token",
 )
-WORDS = r"fraction|ratio|factor|times|elements|bytes|bits|flop|seconds?|parameters|experts|tokens|ranks|number|relative|activations|micro-batches|%"
+UNITS = {
+    "fraction",
+    "ratio",
+    "factor",
+    "times",
+    "relative",
+    "%",
+    "number",
+    "elements",
+    "bytes",
+    "bits",
+    "flop",
+    "second",
+    "seconds",
+}
+COUNTED = {"parameters", "experts", "tokens", "ranks", "activations", "micro-batches"}
+WORDS = "|".join(UNITS | COUNTED)
 
 
 def short(path: Path) -> str:

@@ -159,10 +159,14 @@ def test_every_zero_stage_holds_no_more_than_the_one_before(parameters, shards):
 LEVELS = (Level(np.array([1.0, 4.0, 8.0]), 4e11, 1e-6), Level(np.array([4.0, 4.0, 64.0]), 5e10, 5e-6))
 TABLES = {
     "arithmetic_intensity",
+    "bound_1f1b_s",
+    "bound_flush_s",
+    "bound_interleaved_s",
     "bucket_exposure_s",
     "collective_costs",
     "dtype_bytes",
     "fastest_s",
+    "latency_alpa_s",
     "optimizer_state_bytes",
     "serial_finish_s",
 }
