@@ -109,10 +109,16 @@ def format_seconds(value: float) -> str:
 def format_count(value: float) -> str:
     """A count with a decimal suffix.
 
-    >>> format_count(405853388800)
-    '405.9B'
+    >>> format_count(405853388800), format_count(178483)
+    ('405.9B', '178.5k')
     """
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+    for limit, scale, unit in (
+        (1e15, 1e15, "P"),
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "B"),
+        (1e6, 1e6, "M"),
+        (1e4, 1e3, "k"),
+    ):
         if abs(value) >= limit:
-            return f"{value / limit:.1f}{unit}"
+            return f"{value / scale:.1f}{unit}"
     return f"{value:g}"

@@ -16,9 +16,9 @@ _LIMITS = {
     "seq_len": (1, 10**8, True),
     "encoder_seq_len": (1, 10**8, True),
     "document_len": (1, 10**8, True),
-    "expert_load_factor": (1.0, 1e4, False),
-    "capacity_factor": (0.01, 1e4, False),
-    "tokens": (1.0, 1e18, False),
+    "expert_load_factor": (1, 10**4, False),
+    "capacity_factor": (0.01, 10**4, False),
+    "tokens": (1, 10**18, False),
 }
 
 
