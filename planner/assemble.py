@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def exact_step_s(
         tables: one-row block tables.
         recompute_layers: per candidate, or None.
     """
-    table = BlockTable(tables[0].kinds, np.concatenate([t.values for t in tables], axis=2))
+    table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
     forward, backward, again = phase_seconds(table)
     fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
     backward = backward + again * fraction

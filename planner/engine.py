@@ -50,7 +50,7 @@ from planner.ledger import (
 from planner.specs.cluster import Cluster
 from planner.specs.stack import Stack
 
-__all__ = ["FIELDS", "PHASES", "POOLS", "TRACKS", "BlockTable", "Pricer", "tabulate"]
+__all__ = ["COMPACT", "COMPACT_ROWS", "FIELDS", "PHASES", "POOLS", "TRACKS", "BlockTable", "Pricer", "tabulate"]
 
 PHASES = ("forward", "backward", "weight", "recompute")
 POOLS = (
@@ -82,7 +82,7 @@ class Pricer:
         """Seconds of every item, in order; zero for residents. Arrays broadcast over the axes' rows."""
         known = axes.prices
         missing: dict[Any, Item] = {}
-        keys = [self._key(item) for item in items]
+        keys = [self.key(item) for item in items]
         for key, item in zip(keys, items, strict=True):
             if key is not None and key not in known:
                 missing.setdefault(key, item)
@@ -99,7 +99,7 @@ class Pricer:
                     known.update(zip(batch, price(list(batch.values()), axes), strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
 
-    def _key(self, item: Item) -> Any:
+    def key(self, item: Item) -> Any:
         """What the item's price depends on besides the axes, remembered per item (whose id stays its own while held)."""
         known = self._keys.get(id(item))
         if known is None:
@@ -240,6 +240,21 @@ FIELDS = (
     "always_bytes",
 )
 _ROW = {name: index for index, name in enumerate(FIELDS)}
+COMPACT = (
+    *(f"{phase}_s" for phase in PHASES),
+    "saved_bytes",
+    "recomputed_bytes",
+    "block_bytes",
+    "host_bytes",
+    "host_saved_bytes",
+    "always_bytes",
+    "gradients_bytes",
+    "optimizer_bytes",
+    *(f"{track}_step_s" for track in TRACKS),
+    *(f"{track}_messages" for track in TRACKS[1:]),
+)
+_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT)}
+COMPACT_ROWS = [_ROW[name] for name in COMPACT]
 _ALWAYS = [_ROW[f"{pool}_bytes"] for pool in POOLS]
 
 
@@ -257,9 +272,15 @@ class BlockTable:
 
     kinds: tuple[str, ...]
     values: Array
+    fields: tuple[str, ...] = FIELDS
 
     def __getitem__(self, name: str) -> Array:
-        return self.values[_ROW[name]]
+        return self.values[_ROWS[self.fields][name]]
+
+    @staticmethod
+    def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
+        """A table that holds the ``COMPACT`` fields only: what the search prices by."""
+        return BlockTable(kinds, values, COMPACT)
 
 
 def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) -> BlockTable:
@@ -278,12 +299,13 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
     position = {kind: index for index, kind in enumerate(kinds)}
     for (block, part), items in parts.items():
         key = (part, *map(id, items))
-        known = ledger.axes.prices.get(key)
+        known = ledger.axes.sums.get(key)
         if known is None:
             summarise = _residents if part == "resident" else _step if part == "step" else _phase
             totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
-            known = ledger.axes.prices[key] = (totals, items)  # the items keep their ids alive
-        for name, total in known[0].items():
+            sizes = "|".join(i.size if isinstance(i, Resident) else pricer.key(i)[0] for i in items)
+            known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
+        for name, total in known[1][0].items():
             values[_ROW[name], position[block]] = total
     values[_ROW["always_bytes"]] = values[_ALWAYS].sum(axis=0)
     return BlockTable(kinds, values)
@@ -340,38 +362,19 @@ def _stack(expressions: list[str], axes: Axes) -> Array:
 
 
 def _key(item: Item) -> Any:
-    """What a price depends on, besides the axes; None for residents."""
+    """What a price depends on: all its expressions in one text, then the rest; None for residents."""
     if isinstance(item, Matmul):
-        return (
-            "m",
-            item.m,
-            item.n,
-            item.k,
-            item.groups,
-            item.grouped,
-            item.dtype,
-            item.out_bytes,
-            item.launches,
-        )
+        sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
+        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches)
     if isinstance(item, Stream):
-        return ("s", item.size, item.bytes_per_element, item.launches, item.flop_per_element)
+        return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return ("c", item.kind, id(item.group), item.size, item.dtype, item.messages, item.skew)
+        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew)
     if isinstance(item, AttentionCore):
-        return (
-            "a",
-            item.batch,
-            item.heads,
-            item.kv_heads,
-            item.q,
-            item.kv,
-            item.qk_dim,
-            item.visible,
-            item.passes,
-            item.dtype,
-        )
+        sizes = "|".join((item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible))
+        return (sizes, item.passes, item.dtype)
     if isinstance(item, Transfer):
-        return ("t", item.size, item.bytes_per_element, item.tier)
+        return (item.size, item.bytes_per_element, item.tier)
     return None
 
 

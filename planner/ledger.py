@@ -180,14 +180,17 @@ class Axes:
     array([52., 26.])
     """
 
-    __slots__ = ("_memo", "_sizes", "prices")
+    __slots__ = ("_memo", "_sizes", "prices", "sums")
 
     def __init__(self, sizes: Mapping[str, Array | float]) -> None:
         self._sizes: dict[str, Array] = {
             name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()
         }
         self._memo: dict[str, Array] = {}
-        self.prices: dict[Any, Array] = {}  # what the engine has priced on these axes
+        # What the engine has priced on these axes: by key, which begins with all expressions that the price depends on;
+        # and the sums of whole phases, which begin with all of theirs.
+        self.prices: dict[Any, Array] = {}
+        self.sums: dict[Any, tuple[str, Any]] = {}
 
     def __getitem__(self, expression: str) -> Array:
         value = self._memo.get(expression)
@@ -203,8 +206,17 @@ class Axes:
         return list(self._sizes)
 
     def with_sizes(self, sizes: Mapping[str, Array | float]) -> Axes:
-        """A copy with some axes set."""
-        return Axes({**self._sizes, **sizes})
+        """A copy with some axes set; what is known of expressions without them stays known."""
+        axes = Axes({**self._sizes, **sizes})
+        changed = [name for name in sizes if name in self._sizes]
+
+        def kept(expression: str) -> bool:
+            return not any(name in expression for name in changed)
+
+        axes._memo = {expression: value for expression, value in self._memo.items() if kept(expression)}
+        axes.prices = {key: value for key, value in self.prices.items() if kept(key[0])}
+        axes.sums = {key: value for key, value in self.sums.items() if kept(value[0])}
+        return axes
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""

@@ -1,7 +1,8 @@
 """The additive side of a recipe: states (what is sharded, where the optimizer lives), recompute, and swaps.
 
-A *state* is a combination of ``zero_stage``, ``zero_group`` and ``optimizer_offload``; any of them may win on any row. Recompute
-and swaps only add work to a state, so a combination is dominated by one that does less of both and fits.
+A *state* is a combination of ``zero_stage`` and ``zero_group``; any of them may win on any row. Recompute and swaps only add work
+to a state (host memory and the link to it are slower than device memory), so a combination is dominated by one that does less
+of both and fits.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from planner.technique import ADDITIVE_SLOTS, Context
 __all__ = ["Activity", "Branches", "Faults"]
 
 Mask = NDArray[np.bool_]
-_STATE = tuple(
-    s for s in ADDITIVE_SLOTS if s not in ("recompute", "activation_offload", "parameter_offload", "schedule")
-)
-_SWAP = ("activation_offload", "parameter_offload")
+_SWAP = ("optimizer_offload", "activation_offload", "parameter_offload")
+_STATE = tuple(s for s in ADDITIVE_SLOTS if s not in (*_SWAP, "recompute", "schedule"))
 _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
 
@@ -41,6 +40,10 @@ class Branches:
     def __init__(self, space: Space) -> None:
         choices = space.choices
         self.space = space
+        cluster = space.problem.cluster
+        assert max(cluster.host_memory_bytes_per_s, cluster.host_link_bytes_per_s) <= float(
+            cluster.device.memory_bytes_per_s
+        ), "swaps only add work where host memory is slower than device memory"
         self.states = [dict(zip(_STATE, c, strict=True)) for c in product(*(choices[s] for s in _STATE))]
         self.recomputes = sorted(choices["recompute"], key=lambda choice: choice.value == _BY_LAYERS)
         self.swaps = sorted(

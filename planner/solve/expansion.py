@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.ledger import Array, Ledger, Resident
+from planner.engine import BlockTable
+from planner.ledger import Array
 from planner.pipeline import Layout, memory, step_bound
-from planner.solve.branches import Activity, Branches
-from planner.solve.space import Choice, Rows, Space
+from planner.solve.branches import Branches
+from planner.solve.space import Choice, Rows
+from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
-from planner.technique import SLOTS, Context
 
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
 
-__all__ = ["Expansion", "Scored", "Shortfall"]
+__all__ = ["Batch", "Expansion", "Pending", "Scored", "Shortfall"]
 
 Index = NDArray[np.intp]
 
@@ -51,6 +52,39 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
+
+    expansion: Expansion
+    jobs: _Jobs
+    fitting: Index
+    bound_s: Array
+    peak_bytes: Array
+    recompute_layers: Array | None
+    table: BlockTable
+
+    def scored(self, index: int) -> Scored:
+        """One of them on its own."""
+        layers = None if self.recompute_layers is None else int(self.recompute_layers[index])
+        return Scored(
+            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(self.jobs, index),
+            self.expansion.row(self.jobs, index), self.jobs.layout, layers,
+            BlockTable.compact(self.table.kinds, self.table.values[:, :, index : index + 1]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """(state, row) pairs of one layout that were scored plain: their bounds, whether they fit, whether they ever can."""
+
+    expansion: Expansion
+    jobs: _Jobs
+    bound_s: Array
+    fit: NDArray[np.bool_]
+    overfull: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Shortfall:
     """The candidate that came closest to fitting: which memory binds, and by how much."""
 
@@ -68,84 +102,103 @@ class Shortfall:
 
 
 class Expansion:
-    """Branch tables of one prefix on the rows that are still open."""
+    """Rows of several prefixes, end to end, priced together.
+
+    Args:
+        problem: the problem.
+        branches: additive choices.
+        tables: per prefix, its branch tables on the rows that are open.
+        rows: per prefix, those rows.
+        counts: where candidates are counted.
+    """
 
     def __init__(
-        self, problem: Problem, space: Space, branches: Branches, pricer: Pricer, kinds: tuple[str, ...],
-        recipe: Mapping[str, Choice], ctx: Context, rows: Rows, ledger: Ledger, counts: SearchCounts,
-    ) -> None:  # fmt: skip
-        self.problem, self.space, self.branches, self.pricer, self.kinds = (
-            problem,
-            space,
-            branches,
-            pricer,
-            kinds,
-        )
-        self.recipe, self.rows, self.counts = recipe, rows, counts
-        self.ctx, self.knobs = ctx, ctx.knobs
-        self.activity: Activity = branches.activity(rows, self.knobs)
+        self,
+        problem: Problem,
+        branches: Branches,
+        tables: Sequence[BranchTables],
+        rows: Sequence[Rows],
+        counts: SearchCounts,
+    ) -> None:
+        self.problem, self.branches, self.tables, self.counts = problem, branches, tables, counts
+        self.kinds = tables[0].kinds
+        self.starts = np.cumsum([0, *(len(part) for part in rows)])
+        self.values = {name: np.concatenate([part.values[name] for part in rows]) for name in rows[0].values}
+        self.micro_batches = np.concatenate([table.ctx.micro_batches for table in tables])
+        activities = [
+            branches.activity(part, table.ctx.knobs) for part, table in zip(rows, tables, strict=True)
+        ]
+        self.states = np.concatenate([activity.states for activity in activities], axis=1)
+        self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
         self.communicators = sum(
-            (rows.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")
+            (self.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")
         )
-        self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
-        self._tables: dict[tuple[int, int, int], Array] = {}
-        self._changes: dict[tuple[str, ...], _Change] = {}
-        self._change({})
+        self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
         self.nearest: Shortfall | None = None
+        self._of_states = self._all_states()
+        self._rests: dict[tuple[int, int], tuple[Array, NDArray[np.bool_]]] = {}
 
-    def price(self, schedule: Choice, layout: Layout, rows: Index, bar: float) -> list[Scored]:
-        """Scores every branch of the rows under one layout; returns what fits and has a bound below the bar.
+    def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
+        """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
+        states, at = np.nonzero(self.states[:, rows])
+        jobs = _Jobs(schedule, layout, 0, 0, states, rows[at], self._width(0, layout, rows[at]))
+        fit, bound_s, batch = self._evaluate(jobs)
+        bounds = self.branches.recomputes[0].technique is None and not any(
+            choice.technique for choice in self.branches.swaps[0].values()
+        )
+        return batch, Pending(
+            self, jobs, bound_s if bounds else np.full(len(at), -np.inf), fit, self._overfull(jobs)
+        )
 
-        Every candidate is counted once: scored, rejected for memory, or excluded by a bound.
+    def rest(self, pending: Pending, chosen: Index, bar: float) -> list[Batch]:
+        """Scores the other branches of the chosen (state, row) pairs, those with less work first; returns what fits.
+
+        A pair whose plain bound is not under the bar is excluded: whatever else a state does only adds time to it. So is a
+        branch that does more than another of the same pair that fits.
         """
-        branches, n = self.branches, len(rows)
-        fits = np.zeros((len(branches.swaps), len(branches.recomputes), len(branches.states), n), dtype=bool)
-        hopeless = ~self.activity.states[:, rows]
-        found: list[Scored] = []
-        overfull = self._overfull(layout, rows, ~hopeless)
-        hopeless |= overfull
+        branches, layout = self.branches, pending.jobs.layout
+        states, rows = pending.jobs.states[chosen], pending.jobs.rows[chosen]
+        late, overfull = pending.bound_s[chosen] >= bar, pending.overfull[chosen]
+        fits = np.zeros((len(branches.swaps), len(branches.recomputes), len(chosen)), dtype=bool)
+        fits[0, 0] = pending.fit[chosen]
+        found: list[Batch] = []
         for swap in range(len(branches.swaps)):
-            for recompute, choice in enumerate(branches.recomputes):
-                width = branches.width(choice, layout.layers)
-                open_ = self.activity.recomputes[recompute, rows] & self.activity.states[:, rows]
-                if not width or not open_.any():
+            for recompute in range(len(branches.recomputes)):
+                width = self._width(recompute, layout, rows)
+                if (swap, recompute) == (0, 0) or not width.any():
                     continue
-                dominated = np.zeros_like(open_)
-                for r, s in branches.no_more(recompute, swap):
-                    dominated |= fits[s, r]
-                self.counts.excluded_by_bound["dominated"] += width * int(
-                    (open_ & dominated & ~hopeless).sum()
-                )
-                self.counts.excluded_by_bound["step time"] += width * int((open_ & hopeless & ~overfull).sum())
-                self.counts.rejected["device memory"] += width * int((open_ & overfull).sum())
-                states, at = np.nonzero(open_ & ~dominated & ~hopeless)
-                if not len(states):
+                dominated = np.any([fits[s, r] for r, s in branches.no_more(recompute, swap)], axis=0)
+                self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
+                self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
+                self.counts.rejected["device memory"] += int(width[overfull & ~late & ~dominated].sum())
+                at = np.flatnonzero((width > 0) & ~(dominated | late | overfull))
+                if not len(at):
                     continue
-                jobs = _Jobs(schedule, layout, recompute, swap, states, rows[at], width)
-                fit, bound_s, scored = self._evaluate(jobs, bar)
-                fits[swap, recompute, states, at] = fit
-                found += scored
-                if choice.technique is None and swap == 0:
-                    # Whatever else a state does on a row only adds time to this.
-                    hopeless[states, at] |= bound_s >= bar
+                jobs = _Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
+                fits[swap, recompute, at], _, batch = self._evaluate(jobs)
+                if len(batch.fitting):
+                    found.append(batch)
         return found
 
-    def _overfull(self, layout: Layout, rows: Index, states: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """States whose gradients, optimizer and framework alone exceed the device, whatever is recomputed or swapped."""
-        full = np.zeros_like(states)
-        stack = self.problem.stack
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[rows]
-        for state in np.flatnonzero(states.any(axis=1)):
-            table = BlockTable(self.kinds, self._table(int(state), 0, 0))
-            held = layout.first_counts @ (table["gradients_bytes"] + table["optimizer_bytes"])[:, rows]
-            full[state] = held.max(axis=0) + idle > self.problem.memory_budget_bytes
-        return full & states
+    def _width(self, recompute: int, layout: Layout, rows: Index) -> NDArray[np.int64]:
+        """Candidates behind one recompute choice on each row."""
+        each = self.branches.width(self.branches.recomputes[recompute], layout.layers)
+        return self.recomputes[recompute, rows] * np.int64(each)
 
-    def _evaluate(self, jobs: _Jobs, bar: float) -> tuple[NDArray[np.bool_], Array, list[Scored]]:
+    def _overfull(self, jobs: _Jobs) -> NDArray[np.bool_]:
+        """Jobs whose gradients, optimizer and framework alone exceed the device, whatever is recomputed or swapped."""
+        stack = self.problem.stack
+        table = self._gather(jobs.states, 0, 0, jobs.rows)
+        held = jobs.layout.first_counts @ (table["gradients_bytes"] + table["optimizer_bytes"])
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
+        full: NDArray[np.bool_] = held.max(axis=0) + idle > self.problem.memory_budget_bytes
+        return full
+
+    def _evaluate(self, jobs: _Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a layout, a recompute choice and a swap."""
         choice = self.branches.recomputes[jobs.recompute]
-        table = BlockTable(self.kinds, self._columns(jobs))
-        micro_batches = self.ctx.micro_batches[jobs.rows]
+        table = self._gather(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
+        micro_batches = self.micro_batches[jobs.rows]
         by_layers = self.branches.by_layers(choice)
         layers: Array | None = self._fewest_layers(jobs, table, micro_batches) if by_layers else None
         bound_s = step_bound(table, jobs.layout, micro_batches, layers)
@@ -158,39 +211,20 @@ class Expansion:
             self._note_nearest(
                 jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
             )
-        keep = np.flatnonzero(fit & (bound_s < bar))
-        values = table.values
-        recipes = {
-            s: {
-                **self.recipe,
-                **self.branches.recipe(s, jobs.recompute, jobs.swap),
-                "schedule": jobs.schedule,
-            }
-            for s in set(jobs.states[keep].tolist())
-        }
-        scored = [
-            Scored(
-                float(bound_s[i]), float(peak[i]), recipes[int(jobs.states[i])],
-                {name: float(column[jobs.rows[i]]) for name, column in self.rows.values.items()}, jobs.layout,
-                None if layers is None else int(layers[i]), BlockTable(self.kinds, values[:, :, i : i + 1]),
-            )
-            for i in keep.tolist()
-        ]  # fmt: skip
-        return fit, bound_s, scored
+        return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers, table)
 
     def _count(self, jobs: _Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_]) -> None:
         """One candidate per job is scored or rejected; the other layer counts behind it are excluded or rejected with it."""
-        fitting = int((on_device & on_host).sum())
+        fitting = on_device & on_host
         rejected: Counter[str] = self.counts.rejected
-        rejected["device memory"] += jobs.width * int((~on_device).sum())
-        rejected["host memory"] += jobs.width * int((on_device & ~on_host).sum())
-        self.counts.scored += fitting
-        if jobs.width > 1:
-            self.counts.excluded_by_bound["recompute layers"] += (jobs.width - 1) * fitting
+        rejected["device memory"] += int(jobs.width[~on_device].sum())
+        rejected["host memory"] += int(jobs.width[on_device & ~on_host].sum())
+        self.counts.scored += int(fitting.sum())
+        self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
 
     def _fewest_layers(self, jobs: _Jobs, table: BlockTable, micro_batches: Array) -> Array:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
-        fixed = self.space.fixed.get("recompute_layers")
+        fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
             return np.full(len(jobs.rows), float(min(fixed, jobs.layout.layers)))
         low, high = np.ones(len(jobs.rows)), np.full(len(jobs.rows), float(max(jobs.layout.layers - 1, 1)))
@@ -216,62 +250,52 @@ class Expansion:
             layers,
         )
 
-    def _columns(self, jobs: _Jobs) -> Array:
-        """Block-table columns of the jobs: (fields, kinds, jobs)."""
+    def _gather(self, states: Index, recompute: int, swap: int, rows: Index) -> BlockTable:
+        """The jobs' columns: those of their states, plus what recompute and swaps change."""
+        columns = self._of_states[states, rows]
+        if self.branches.recomputes[recompute].technique is not None or swap:
+            delta, dependent = self._rest(recompute, swap)
+            columns += delta[rows]
+            apart = dependent[states, self.prefix_of[rows]]
+            for state, prefix in {
+                *zip(states[apart].tolist(), self.prefix_of[rows[apart]].tolist(), strict=True)
+            }:
+                at = np.flatnonzero((states == state) & (self.prefix_of[rows] == prefix))
+                columns[at] = self.tables[prefix].whole(state, recompute, swap)[
+                    rows[at] - self.starts[prefix]
+                ]
+        return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
+
+    def _rest(self, recompute: int, swap: int) -> tuple[Array, NDArray[np.bool_]]:
+        """What recompute and swaps change on all rows, and for which (state, prefix) that cannot be added."""
+        if (recompute, swap) not in self._rests:
+            delta = np.concatenate([table.of_rest(recompute, swap) for table in self.tables])
+            dependent = np.array(
+                [
+                    [
+                        bool(on[state]) and not table.independent(state, recompute, swap)
+                        for table, on in self._active()
+                    ]
+                    for state in range(len(self.branches.states))
+                ]
+            )
+            self._rests[recompute, swap] = delta, dependent
+        return self._rests[recompute, swap]
+
+    def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
+        """Each prefix's tables, and the states that are active on any of its rows."""
+        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
+        return [(table, self.states[:, start:stop].any(axis=1)) for table, (start, stop) in parts]
+
+    def _all_states(self) -> Array:
+        """Tables of all states, (states, rows, fields, kinds); zero where a state is active on no row of a prefix."""
         parts = []
-        for state in np.unique(jobs.states):
-            at = jobs.rows[jobs.states == state]
-            parts.append(self._table(int(state), jobs.recompute, jobs.swap)[:, :, at])
-        return np.concatenate(parts, axis=2)
-
-    def _table(self, state: int, recompute: int, swap: int) -> Array:
-        """The block table of one branch on all rows of the expansion.
-
-        Where what recompute and swaps change is independent of what the state changes, the table is the sum of both
-        changes; else the branch's own ledger is built.
-        """
-        key = (state, recompute, swap)
-        if key not in self._tables:
-            whole = self.branches.recipe(*key)
-            of_state = {slot: whole[slot] for slot in self.branches.states[state]}
-            rest = {slot: choice for slot, choice in whole.items() if slot not in of_state}
-            one, other = self._change(of_state), self._change(rest)
-            if one.independent_of(other):
-                self._tables[key] = one.values + other.delta
-            else:
-                self._tables[key] = self._change(whole).values
-        return self._tables[key]
-
-    def _change(self, recipe: Mapping[str, Choice]) -> _Change:
-        """What a partial recipe makes of the prefix's ledger."""
-        key = tuple(f"{slot}={choice.value}" for slot, choice in recipe.items() if choice.technique is not None)
-        if key not in self._changes:
-            ledger = self._ledger(recipe)
-            values = tabulate(ledger, self.pricer, self.kinds, len(self.rows)).values
-            base = self._changes[()] if key else None
-            if base is None:
-                change = _Change(values, np.zeros(1), frozenset(), frozenset())
-            else:
-                change = _Change(values, values - base.values, *_difference(self._ledgers[()], ledger))
-            self._changes[key] = change
-        return self._changes[key]
-
-    def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
-        """The branch's ledger; branches share the ledgers of their common prefixes."""
-        done: tuple[str, ...] = ()
-        ledger = self._ledgers[()]
-        ctx: Context | None = None
-        for slot in SLOTS:
-            choice = recipe.get(slot)
-            if choice is None or choice.technique is None:
-                continue
-            done = (*done, f"{slot}={choice.value}")
-            if done not in self._ledgers:
-                # The same mesh throughout, so that all branches name the same groups and share their prices.
-                ctx = ctx or replace(self.ctx, knobs={**self.knobs, **self.space.knobs(recipe)})
-                self._ledgers[done] = choice.technique.apply(ledger, ctx)
-            ledger = self._ledgers[done]
-        return ledger
+        for table, on in self._active():
+            base = table.of_state(int(np.argmax(on)))
+            parts.append(
+                np.stack([table.of_state(s) if on[s] else np.zeros_like(base) for s in range(len(on))])
+            )
+        return np.concatenate(parts, axis=1)
 
     def _note_nearest(
         self, jobs: _Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
@@ -284,13 +308,19 @@ class Expansion:
         binding = "host memory" if on_device[i] else "device memory"
         needed = float(host[i] if on_device[i] else peak[i])
         budget = self.problem.cluster.host_memory_bytes if on_device[i] else self.problem.memory_budget_bytes
-        recipe = {
-            **self.recipe,
-            **self.branches.recipe(int(jobs.states[i]), jobs.recompute, jobs.swap),
-            "schedule": jobs.schedule,
-        }
-        row = {name: float(column[jobs.rows[i]]) for name, column in self.rows.values.items()}
-        self.nearest = Shortfall(binding, needed, budget, recipe, row, jobs.layout)
+        self.nearest = Shortfall(
+            binding, needed, budget, self.recipe(jobs, i), self.row(jobs, i), jobs.layout
+        )
+
+    def recipe(self, jobs: _Jobs, index: int) -> dict[str, Choice]:
+        """All choices of one job."""
+        prefix = int(np.searchsorted(self.starts, jobs.rows[index], side="right")) - 1
+        branch = self.branches.recipe(int(jobs.states[index]), jobs.recompute, jobs.swap)
+        return {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
+
+    def row(self, jobs: _Jobs, index: int) -> dict[str, float]:
+        """Degrees of one job."""
+        return {name: float(column[jobs.rows[index]]) for name, column in self.values.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,31 +333,4 @@ class _Jobs:
     swap: int
     states: Index
     rows: Index
-    width: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Change:
-    """A partial recipe's block table, its difference to the prefix's, and what it touched.
-
-    ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
-    where overlap makes changes interact.
-    """
-
-    values: Array
-    delta: Array
-    removed: frozenset[int]
-    timed: frozenset[tuple[str, str]]
-
-    def independent_of(self, other: _Change) -> bool:
-        """Whether both changes can be added up."""
-        return not (self.removed & other.removed or self.timed & other.timed)
-
-
-def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:
-    """Items of ``before`` that are not in ``after``, and the blocks and phases where timed items differ."""
-    old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
-    removed = frozenset(old.keys() - new.keys())
-    changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
-    timed = frozenset((i.block, i.phase) for i in changed if i.phase != "step" and not isinstance(i, Resident))
-    return removed, timed
+    width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers

@@ -26,14 +26,16 @@ from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
 from planner.pipeline import BOUNDARY, Layout, layouts, step_bound, tight_bound
 from planner.solve.branches import Branches, Faults
-from planner.solve.expansion import Expansion, Scored, Shortfall
+from planner.solve.expansion import Batch, Expansion, Pending, Scored, Shortfall
 from planner.solve.space import Choice, Rows, Space
+from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
 __all__ = ["SearchCounts", "UniformSearch"]
 
-_WAVE = 256  # rows and layouts priced before the bar is set anew
+_PENDING_WAVE = 1024  # (state, row) pairs tried with recompute and swaps before the bar is set anew
+_WAVES = (512, 10**12)  # rows and layouts, best bounds first, after which the bar is set anew
 _REPRICE_BATCH = 8
 
 Index = NDArray[np.intp]
@@ -52,26 +54,22 @@ class SearchCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Deal:
-    """One layout under one schedule, and the rows (of the prefix) that it deals with."""
+    """One layout under one schedule, and the rows of a prefix that it deals with, bounded."""
 
     schedule: Choice
     layout: Layout
+    prefix: int
     rows: Index
     bound_s: Array
     variants: NDArray[np.int64]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
-    """A prefix with its valid rows, its deals and their bounds."""
+    """A prefix with its valid rows."""
 
     recipe: Mapping[str, Choice]
     rows: Rows
-    deals: list[_Deal]
-
-    @property
-    def least_s(self) -> float:
-        return min((float(deal.bound_s.min()) for deal in self.deals), default=np.inf)
 
 
 class UniformSearch:
@@ -103,22 +101,33 @@ class UniformSearch:
         self.kinds = (*dict.fromkeys(self.order), EMBEDDING, HEAD, BOUNDARY)
         self.pricer = Pricer(problem.cluster, problem.stack)
         self.branches = Branches(self.space)
-        self._open: list[Scored] = []
+        self._open: list[Batch] = []
+        self._pending: list[Pending] = []
+        self._prefixes: list[_Prefix] = []
+        self._deals: list[_Deal] = []
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
-        prefixes = [self._bound(recipe) for recipe in self.space.prefixes()]
-        prefixes.sort(key=lambda prefix: prefix.least_s)
-        for done, prefix in enumerate(prefixes):
-            self._expand(prefix, waves=done == 0)
+        recipes = list(self.space.prefixes())
+        for done, recipe in enumerate(recipes):
+            self._bound(recipe)
             if self.on_progress is not None:
-                self.on_progress(done + 1, len(prefixes))
-        self._settle()
+                self.on_progress(done + 1, 2 * len(recipes))
+        bounds = np.sort(np.concatenate([deal.bound_s for deal in self._deals] or [np.zeros(0)]))
+        above = -np.inf
+        for wave in _WAVES:
+            below = float(bounds[wave]) if wave < len(bounds) else np.inf
+            self._wave(above, below)
+            self._settle()
+            above = below
+            if below == np.inf:
+                break
+        self._finish()
         return self.best
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
-    def _bound(self, recipe: Mapping[str, Choice]) -> _Prefix:
+    def _bound(self, recipe: Mapping[str, Choice]) -> None:
         """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
         knobs = self.space.knobs(recipe)
         ctx = self.space.rows.context(self.problem, knobs)
@@ -135,12 +144,11 @@ class UniformSearch:
         fault = self.faults(recipe, ctx)
         self._reject_rows(fault, rows, knobs)
         rows = rows.take(np.flatnonzero(fault.first < 0))
-        prefix = _Prefix(recipe, rows, [])
         if len(rows):
             ctx = rows.context(self.problem, knobs)
             table = tabulate(self._ledger(recipe, ctx), self.pricer, self.kinds, len(rows))
-            self._deal(prefix, ctx, table)
-        return prefix
+            self._prefixes.append(_Prefix(recipe, rows))
+            self._deal(rows, ctx, table)
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
@@ -206,9 +214,9 @@ class UniformSearch:
                         found.append((schedule, layout))
         return found
 
-    def _deal(self, prefix: _Prefix, ctx: Context, table: BlockTable) -> None:
+    def _deal(self, rows: Rows, ctx: Context, table: BlockTable) -> None:
         """Bounds the prefix's rows under every layout of their pipeline degree."""
-        activity = self.branches.activity(prefix.rows, ctx.knobs)
+        activity = self.branches.activity(rows, ctx.knobs)
         micro_batches = ctx.micro_batches
         for pp in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == pp)
@@ -216,14 +224,16 @@ class UniformSearch:
             masks: dict[str, NDArray[np.bool_]] = {}
             for schedule, layout in self.layouts_of(int(pp)):
                 if schedule.value not in masks:
-                    masks[schedule.value] = self._schedule_mask(schedule, prefix.rows.take(at), ctx.knobs)
+                    masks[schedule.value] = self._schedule_mask(schedule, rows.take(at), ctx.knobs)
                 keep = np.flatnonzero(masks[schedule.value])
                 if not len(keep):
                     continue
                 bound_s = step_bound(part, layout, micro_batches[at])[keep]
                 variants = self.branches.variants(activity, layout.layers)[at[keep]]
                 self.counts.candidates += int(variants.sum())
-                prefix.deals.append(_Deal(schedule, layout, at[keep], bound_s, variants))
+                self._deals.append(
+                    _Deal(schedule, layout, len(self._prefixes) - 1, at[keep], bound_s, variants)
+                )
 
     def _schedule_mask(self, schedule: Choice, rows: Rows, knobs: Mapping[str, Any]) -> NDArray[np.bool_]:
         """Rows that a schedule works on; its broken rules are counted."""
@@ -257,66 +267,108 @@ class UniformSearch:
 
     # -- step 2: branches of the rows that can still win -------------------------------------------------------------
 
-    def _expand(self, prefix: _Prefix, *, waves: bool) -> None:
-        """Prices what can still win; in ``waves``, best bounds first, each of which lowers the bar for the next."""
-        order = np.sort(np.concatenate([deal.bound_s for deal in prefix.deals] or [np.zeros(0)]))
-        above = -np.inf
-        for start in range(_WAVE, len(order) if waves else 0, _WAVE):
-            if order[start - 1] >= self._bar():
-                break
-            below = float(order[start])
-            self._wave(prefix, above, below)
-            self._settle(at_most=self.top)
-            above = below
-        self._wave(prefix, above, np.inf)
-        self._settle(at_most=self.top)
-
-    def _wave(self, prefix: _Prefix, above: float, below: float) -> None:
-        """Prices the deals whose bound lies in [above, below) and under the bar; counts the others as excluded."""
+    def _wave(self, above: float, below: float) -> None:
+        """Prices the rows and layouts whose bound lies in [above, below) and under the bar; counts the others as excluded."""
         bar = self._bar()
         chosen: list[tuple[_Deal, Index]] = []
-        for deal in prefix.deals:
+        for deal in self._deals:
             inside = (deal.bound_s >= above) & (deal.bound_s < below)
             lost = inside & (deal.bound_s >= bar)
-            kept = deal.rows[inside & ~lost]
             self.counts.excluded_by_bound["step time"] += int(deal.variants[lost].sum())
+            kept = deal.rows[inside & ~lost]
             if len(kept):
                 chosen.append((deal, kept))
         if not chosen:
             return
-        used = np.unique(np.concatenate([rows for _, rows in chosen]))
-        rows = prefix.rows.take(used)
-        ctx = rows.context(self.problem, self.space.knobs(prefix.recipe))
-        work = Expansion(
-            self.problem, self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, rows,
-            self._ledger(prefix.recipe, ctx), self.counts,
-        )  # fmt: skip
+        open_ = {
+            number: np.unique(np.concatenate([kept for deal, kept in chosen if deal.prefix == number]))
+            for number in {deal.prefix for deal, _ in chosen}
+        }
+        tables, rows = [], []
+        for number, used in open_.items():
+            prefix = self._prefixes[number]
+            part = prefix.rows.take(used)
+            ctx = part.context(self.problem, self.space.knobs(prefix.recipe))
+            ledger = self._ledger(prefix.recipe, ctx)
+            tables.append(
+                BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
+            )
+            rows.append(part)
+        work = Expansion(self.problem, self.branches, tables, rows, self.counts)
+        place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
+        together: dict[tuple[int, int], list[tuple[_Deal, Index]]] = defaultdict(list)
         for deal, kept in chosen:
-            self._open += work.price(deal.schedule, deal.layout, np.searchsorted(used, kept), bar)
+            together[id(deal.schedule), id(deal.layout)].append(
+                (deal, place[deal.prefix] + np.searchsorted(open_[deal.prefix], kept))
+            )
+        for deals in together.values():
+            at = np.sort(np.concatenate([where for _, where in deals]))
+            batch, pending = work.plain(deals[0][0].schedule, deals[0][0].layout, at)
+            self._open.append(batch)
+            self._pending.append(pending)
+        self._note_nearest(work)
+
+    def _finish(self) -> None:
+        """Tries recompute and swaps where plain branches do not fit, best bounds first, in waves that lower the bar."""
+        if not self._pending:
+            return
+        bounds = np.concatenate([pending.bound_s for pending in self._pending])
+        order = np.argsort(bounds, kind="stable")
+        number = np.repeat(np.arange(len(self._pending)), [len(p.bound_s) for p in self._pending])[order]
+        index = np.concatenate([np.arange(len(p.bound_s)) for p in self._pending])[order]
+        for start in range(0, len(order), _PENDING_WAVE):
+            some = slice(start, None if bounds[order[start]] >= self._bar() else start + _PENDING_WAVE)
+            for which in np.unique(number[some]):
+                pending = self._pending[which]
+                chosen = np.sort(index[some][number[some] == which])
+                self._open += pending.expansion.rest(pending, chosen, self._bar())
+                self._note_nearest(pending.expansion)
+            self._settle()
+            if some.stop is None:
+                break
+
+    def _note_nearest(self, work: Expansion) -> None:
+        """Remembers the candidate that misses its memory by the least."""
         if work.nearest is not None and (self.nearest is None or work.nearest.excess < self.nearest.excess):
             self.nearest = work.nearest
 
     def _bar(self) -> float:
-        """Step time of the last plan kept; a candidate whose bound is no better cannot enter the list."""
-        return self.best[-1][0] if len(self.best) >= self.top else np.inf
+        """Step time of the best plan so far: a candidate whose bound is no better cannot be the best."""
+        return self.best[0][0] if self.best else np.inf
 
     # -- step 3: the schedule engine decides -------------------------------------------------------------------------
 
-    def _settle(self, at_most: int | None = None) -> None:
-        """Re-prices open candidates in the order of their bounds until no bound beats the list (or ``at_most`` are done)."""
-        self._open = self._tightened(self._open)
-        position, limit = 0, len(self._open) if at_most is None else at_most
-        while position < limit:
-            batch = [s for s in self._open[position : min(position + _REPRICE_BATCH, limit)] if s.bound_s < self._bar()]
-            if not batch:
+    def _settle(self) -> None:
+        """Re-prices open candidates in the order of their bounds, until no bound beats the best plan and the list is full."""
+        if not self._open:
+            return
+        bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
+        owner = np.repeat(np.arange(len(self._open)), [len(batch.fitting) for batch in self._open])
+        index = np.concatenate([batch.fitting for batch in self._open])
+        order = np.argsort(bounds, kind="stable")
+        position = 0
+        while position < len(order):
+            least = bounds[order[position]]
+            if least >= self._bar() and (len(self.best) >= self.top or least >= self._last()):
                 break
-            position += len(batch)
-            self.counts.repriced += len(batch)
-            self.best += zip(self.reprice(batch), batch, strict=True)
-            self.best.sort(key=lambda pair: pair[0])
-            del self.best[self.top :]
-        bar = self._bar()
-        self._open = [s for s in self._open[position:] if s.bound_s < bar]
+            some = order[position : position + max(_REPRICE_BATCH, self.top)]
+            position += len(some)
+            found = self._tightened([self._open[owner[i]].scored(int(index[i])) for i in some])
+            for start in range(0, len(found), _REPRICE_BATCH):
+                part = [
+                    s
+                    for s in found[start : start + _REPRICE_BATCH]
+                    if s.bound_s < self._bar() or len(self.best) < self.top
+                ]
+                if part:
+                    self.counts.repriced += len(part)
+                    self.best += zip(self.reprice(part), part, strict=True)
+                    self.best.sort(key=lambda pair: pair[0])
+        del self.best[self.top :]
+
+    def _last(self) -> float:
+        """Step time of the last plan of a full list."""
+        return self.best[self.top - 1][0] if len(self.best) >= self.top else np.inf
 
     def _tightened(self, candidates: list[Scored]) -> list[Scored]:
         """The candidates with the tightest bound known for their schedule, sorted by it."""
@@ -326,12 +378,13 @@ class UniformSearch:
         batch = self.problem.workload.global_batch_size
         tight: list[Scored] = []
         for (_, schedule), members in deals.items():
-            table = BlockTable(self.kinds, np.concatenate([s.table.values for s in members], axis=2))
+            table = BlockTable.compact(self.kinds, np.concatenate([s.table.values for s in members], axis=2))
             micro_batches = np.array([float(s.micro_batches(batch)) for s in members])
             layers = np.array([np.inf if s.recompute_layers is None else s.recompute_layers for s in members])
             bounds = tight_bound(table, members[0].layout, schedule, micro_batches, layers)
             tight += [
-                replace(s, bound_s=max(s.bound_s, float(bound))) for s, bound in zip(members, bounds, strict=True)
+                replace(s, bound_s=max(s.bound_s, float(bound)))
+                for s, bound in zip(members, bounds, strict=True)
             ]
         return sorted(tight, key=lambda scored: scored.bound_s)
 

@@ -1,0 +1,123 @@
+"""Block tables of every branch of one prefix, built when asked for and shared where they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.engine import COMPACT_ROWS, Pricer, tabulate
+from planner.ledger import Array, Ledger, Resident
+from planner.solve.branches import Branches
+from planner.solve.space import Choice, Space
+from planner.technique import SLOTS, Context
+
+__all__ = ["BranchTables"]
+
+
+class BranchTables:
+    """Tables of one prefix on some of its rows.
+
+    Args:
+        space, branches, pricer: of the search.
+        kinds: block kinds.
+        recipe: the prefix's choices.
+        ctx: its rows.
+        ledger: the prefix's ledger on these rows.
+    """
+
+    def __init__(
+        self, space: Space, branches: Branches, pricer: Pricer, kinds: tuple[str, ...], recipe: Mapping[str, Choice],
+        ctx: Context, ledger: Ledger,
+    ) -> None:  # fmt: skip
+        self.space, self.branches, self.pricer, self.kinds = space, branches, pricer, kinds
+        self.recipe, self.ctx = recipe, ctx
+        self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
+        self._changes: dict[tuple[str, ...], _Change] = {}
+        self._change({})
+
+    def __len__(self) -> int:
+        return len(self.ctx.micro_batch_size)
+
+    def of_state(self, state: int) -> Array:
+        """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
+        return self._change(self._state(state)).values
+
+    def of_rest(self, recompute: int, swap: int) -> Array:
+        """What a recompute choice and a swap add to it, where they are independent of the state."""
+        return self._change(self._rest(recompute, swap)).delta
+
+    def independent(self, state: int, recompute: int, swap: int) -> bool:
+        """Whether the two add up: neither touches an item, or the timing of a block and phase, that the other does."""
+        one, other = self._change(self._state(state)), self._change(self._rest(recompute, swap))
+        return not (one.removed & other.removed or one.timed & other.timed)
+
+    def whole(self, state: int, recompute: int, swap: int) -> Array:
+        """The table of a branch from a ledger of its own."""
+        return self._change(self.branches.recipe(state, recompute, swap)).values
+
+    def _state(self, state: int) -> dict[str, Choice]:
+        return self.branches.states[state]
+
+    def _rest(self, recompute: int, swap: int) -> dict[str, Choice]:
+        return {"recompute": self.branches.recomputes[recompute], **self.branches.swaps[swap]}
+
+    def _change(self, recipe: Mapping[str, Choice]) -> _Change:
+        """What a partial recipe makes of the prefix's ledger."""
+        key = tuple(
+            f"{slot}={choice.value}" for slot, choice in recipe.items() if choice.technique is not None
+        )
+        if key not in self._changes:
+            ledger = self._ledger(recipe)
+            table = tabulate(ledger, self.pricer, self.kinds, len(self))
+            values = np.ascontiguousarray(table.values[COMPACT_ROWS].transpose(2, 0, 1))
+            base = self._changes[()] if key else None
+            if base is None:
+                change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
+            else:
+                change = _Change(values, values - base.values, *_difference(self._ledgers[()], ledger))
+            self._changes[key] = change
+        return self._changes[key]
+
+    def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
+        """The branch's ledger; branches share the ledgers of their common prefixes."""
+        done: tuple[str, ...] = ()
+        ledger = self._ledgers[()]
+        ctx: Context | None = None
+        for slot in SLOTS:
+            choice = recipe.get(slot)
+            if choice is None or choice.technique is None:
+                continue
+            done = (*done, f"{slot}={choice.value}")
+            if done not in self._ledgers:
+                # The same mesh throughout, so that all branches name the same groups and share their prices.
+                ctx = ctx or replace(self.ctx, knobs={**self.ctx.knobs, **self.space.knobs(recipe)})
+                self._ledgers[done] = choice.technique.apply(ledger, ctx)
+            ledger = self._ledgers[done]
+        return ledger
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    """A partial recipe's block table (rows, fields, kinds), its difference to the prefix's, and what it touched.
+
+    ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
+    where overlap makes changes interact.
+    """
+
+    values: Array
+    delta: Array
+    removed: frozenset[int]
+    timed: frozenset[tuple[str, str]]
+
+
+def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:
+    """Items of ``before`` that are not in ``after``, and the blocks and phases where timed items differ."""
+    old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
+    removed = frozenset(old.keys() - new.keys())
+    changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
+    timed = frozenset(
+        (i.block, i.phase) for i in changed if i.phase != "step" and not isinstance(i, Resident)
+    )
+    return removed, timed
