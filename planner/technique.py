@@ -62,6 +62,8 @@ SLOTS = (
 )
 """Slots of a training recipe, in the order in which their passes run. A slot's name is also the knob that chooses in it."""
 
+_JOBS: tuple[Literal["training", "serving"], ...] = ("training", "serving")
+
 ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
 """From here on, passes only add time to a row: the ledger before them bounds it from below."""
 
@@ -224,8 +226,29 @@ class Launcher:
 
 
 @cache
+def catalogue() -> Mapping[str, Technique]:
+    """Every technique by key: those that are modelled, then those that are only declared, with the reason as summary.
+
+    A declared entry gives way to a modelled one of the same key.
+    """
+    import tomllib
+    from importlib.resources import files
+
+    found = dict(discover())
+    for job in _JOBS:
+        text = files("planner.techniques").joinpath(job, "catalogue.toml").read_text(encoding="utf-8")
+        for group in tomllib.loads(text).values():
+            reason = group.pop("reason", "")
+            for key, entry in group.items():
+                summary = entry.pop("reason", reason)
+                declared = Technique(key=key, slot=None, job=job, status="declared", summary=summary, **entry)
+                found.setdefault(key, declared)
+    return found
+
+
+@cache
 def discover() -> Mapping[str, Technique]:
-    """Every technique by key: those of ``planner.techniques``, then those of the ``planner.techniques`` entry points."""
+    """Every modelled technique by key: those of ``planner.techniques``, then those of its entry-point group."""
     import planner.techniques
 
     found: dict[str, Technique] = {}
