@@ -169,15 +169,16 @@ def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str
 
 def gather_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str) -> Ledger:
     """Keys and values are gathered before attention; their gradients are reduce-scattered after it."""
-    ledger = ledger.set_axes(ring=degree)
+    ledger = ledger.set_axes(ring=degree, ring_buffers=np.where(degree > 1.0, degree, 0.0))
     added: list[Item] = []
     for core in _cores(ledger):
-        whole = times(core.size("k", "v"), "ring")
+        local = core.size("k", "v")
+        whole = times(local, "ring")
         added.append(core.collective("gather_kv", "all_gather", whole, group, ctx, by))
         if core.kernels[0].phase == "backward":
             added.append(core.collective("scatter_kv_gradient", "reduce_scatter", whole, group, ctx, by))
         else:
-            added.append(_buffer(core.kernels[0], whole, ctx, by))
+            added.append(_buffer(core.kernels[0], times(local, "ring_buffers"), ctx, by))
     return ledger.add(added)
 
 

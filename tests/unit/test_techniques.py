@@ -1,0 +1,408 @@
+"""What every technique owes: a record that says enough, a pass that keeps the ledger's promises, and degree 1 = baseline."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import planner.techniques
+from planner.baseline import baseline
+from planner.ledger import Collective, Item, Kernel, Resident
+from planner.mesh import Mesh
+from planner.specs.hardware import load_cluster
+from planner.specs.models import load_model
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+from planner.technique import SLOTS, Context, catalogue, discover, off
+
+ROOT = Path(planner.techniques.__file__).parent
+HEADINGS = ("What it does:", "Saves:", "Costs:", "Assumes:", "Source:")
+RECORDS = {path: path.read_text() for path in ROOT.rglob("*.py")}
+FILES = [path for path, text in RECORDS.items() if "\nTECHNIQUE = " in text or "\nTECHNIQUES = " in text]
+MODELLED = list(discover().values())
+MODELS = (
+    "gpt3-1.3b",
+    "llama3-8b",
+    "gemma2-9b",
+    "deepseek-v2-lite",
+    "mixtral-8x7b",
+    "t5-3b",
+    "mamba-1.4b",
+    "falcon-40b",
+    "gpt-oss-20b",
+)
+PLAIN = {
+    "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": "false",
+    "context": "p2p", "expert": "folded", "pipeline": "stages", "optimizer": "adamw", "zero_stage": "1", "schedule": "1f1b",
+}  # fmt: skip
+SEQ = 1024
+
+
+def serve(slot, value):
+    return next((t for t in MODELLED if t.slot == slot and value in t.choices), None)
+
+
+def run(model, *, upto=None, cluster="h100-sxm:4x8", rows=1, degrees=None, **choices):
+    """The ledger and context of a recipe: PLAIN but for ``choices``; with ``upto``, of the slots before that one."""
+    knobs = {slot: off(slot) for slot in SLOTS} | PLAIN | choices
+    sizes = {name: np.ones(rows) for name in ("tp", "cp", "dp", "pp", "ep", "etp")}
+    sizes |= {name: np.asarray(value, dtype=float) * np.ones(rows) for name, value in (degrees or {}).items()}
+    spec = load_model(model)
+    ctx = Context(
+        spec, load_cluster(cluster), TrainWorkload(64, SEQ), load_stack(), Mesh(**sizes), np.ones(rows), knobs
+    )
+    ledger = baseline(spec, batch=np.ones(rows), seq=float(SEQ))
+    for slot in SLOTS if upto is None else SLOTS[: SLOTS.index(upto)]:
+        technique = serve(slot, knobs[slot])
+        if technique is not None:
+            ledger = technique.apply(ledger, ctx)
+    return ledger, ctx
+
+
+def amounts(ledger):
+    """What a rank computes, sends and holds, item by item; collectives of one rank and nothing are left out."""
+    found = []
+    for item in ledger.items:
+        sizes = [
+            getattr(item, name)
+            for name in ("m", "n", "k", "groups", "size", "batch", "heads", "kv_heads", "q", "kv")
+            if hasattr(item, name)
+        ]
+        if isinstance(item, Collective) and np.all(item.group.size == 1):
+            continue
+        amount = [tuple(np.ravel(ledger.axes[size])) for size in sizes]
+        if all(all(value > 0 for value in values) for values in amount):
+            rate = getattr(item, "bytes_per_element", getattr(item, "passes", 0.0))
+            found.append((type(item).__name__, item.what, item.block, item.phase, rate, *amount))
+    return sorted(found, key=repr)
+
+
+# -- records -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring_has_the_five_headings_in_order(path):
+    text = ast.get_docstring(ast.parse(RECORDS[path]))
+    lines = [line for line in text.splitlines() if line.startswith(HEADINGS)]
+    assert [line.partition(":")[0] + ":" for line in lines] == list(HEADINGS)
+    assert text.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_lies_in_the_folder_of_its_slot(path):
+    module = importlib.import_module(
+        ".".join(("planner.techniques", *path.relative_to(ROOT).with_suffix("").parts))
+    )
+    records = getattr(module, "TECHNIQUES", None) or (module.TECHNIQUE,)
+    folders = {record.slot or record.job for record in records}
+    assert folders == {path.parent.name}
+
+
+@pytest.mark.parametrize("technique", MODELLED, ids=lambda t: t.key)
+def test_record_says_enough(technique):
+    assert technique.status == "modelled"
+    assert technique.name
+    assert technique.source
+    assert technique.summary
+    assert technique.slot is None or technique.slot in SLOTS
+    assert bool(technique.choices) == (technique.slot is not None)
+    if technique.kind == "baseline":
+        assert technique.subject is technique.absence
+    else:
+        assert technique.figures
+        assert technique.subject is not technique.absence
+        assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_choices_of_a_slot_are_distinct(slot):
+    choices = [choice for technique in MODELLED if technique.slot == slot for choice in technique.choices]
+    assert choices
+    assert len(set(choices)) == len(choices)
+    assert off(slot) not in choices
+    assert sum(technique.default for technique in MODELLED if technique.slot == slot) <= 1
+
+
+def test_a_slots_knob_names_its_choices():
+    for technique in MODELLED:
+        for knob in technique.knobs:
+            if knob.name in SLOTS:
+                known = {c for t in MODELLED if t.slot == knob.name for c in t.choices}
+                assert set(knob.values) in (known, known | {off(knob.name)}), knob.name
+
+
+def test_declared_entries_have_reasons_and_never_shadow_a_model():
+    entries = catalogue()
+    assert dict(discover()).items() <= dict(entries).items()
+    for key, entry in entries.items():
+        assert key == entry.key
+        assert entry.name
+        assert entry.source
+        assert len(entry.summary) > 10
+        if entry.status == "declared":
+            assert not entry.figures
+            assert entry.subject is entry.absence
+
+
+# -- passes --------------------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "plain": {},
+    "eager": {"attention_kernel": "eager", "loss_kernel": "eager"},
+    "tp sp": {"degrees": {"tp": 2, "dp": 4}, "sequence_parallel": "true"},
+    "ring fsdp full": {"degrees": {"cp": 4, "dp": 4}, "zero_stage": "fsdp", "recompute": "full"},
+    "gather eager": {"degrees": {"cp": 2, "tp": 2}, "attention_kernel": "eager", "context": "all_gather"},
+    "eager ring": {"degrees": {"cp": 2}, "attention_kernel": "eager"},
+    "ulysses": {"degrees": {"cp": 2, "dp": 2}, "context": "a2a", "zero_stage": "3"},
+    "eager ulysses": {"degrees": {"cp": 2}, "attention_kernel": "eager", "context": "a2a"},
+    "usp sp chunked": {
+        "degrees": {"cp": 8, "tp": 2, "dp": 2}, "context": "a2a+p2p", "sequence_parallel": "true", "tensor_overlap": "chunked",
+    },
+    "fp8 hsdp": {"degrees": {"dp": 16}, "precision": "fp8", "zero_stage": "3", "zero_group": "node"},
+    "muon": {"degrees": {"dp": 4}, "optimizer": "muon", "zero_stage": "1"},
+    "swaps": {
+        "degrees": {"pp": 2, "dp": 4}, "recompute": "norm+act", "optimizer_offload": "cpu", "activation_offload": "cpu",
+        "parameter_offload": "cpu", "zero_stage": "3",
+    },
+    "experts": {"degrees": {"tp": 2, "dp": 4, "ep": 4, "etp": 2}, "sequence_parallel": "true", "recompute": "mlp"},
+    "checkpoints": {"degrees": {"tp": 2}, "recompute": "partitioned", "zero_stage": "0"},
+    "mla": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "recompute": "norm+mla_up", "zero_stage": "2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_expression_names_axes_and_every_item_its_technique(model, name):
+    ledger, _ = run(model, **RECIPES[name])
+    texts = {
+        "what",
+        "block",
+        "phase",
+        "by",
+        "source",
+        "window",
+        "track",
+        "dtype",
+        "kind",
+        "tier",
+        "pool",
+        "lifetime",
+    }
+    for item in ledger.items:
+        assert item.by == "model" or item.by in discover(), item
+        for field in type(item).__dataclass_fields__:
+            value = getattr(item, field)
+            if isinstance(value, str) and field not in texts:
+                amount = ledger.axes[value]
+                assert np.all(np.isfinite(amount)), (item, field)
+                assert np.all(amount >= 0), (item, field)
+    assert {item.window for item in ledger.items} >= set(ledger.chunks)
+
+
+DEGREES = {
+    "tp": ("tensor", {}),
+    "sp": ("sequence_parallel", {"sequence_parallel": "true"}),
+    "ring": ("context", {"context": "p2p"}),
+    "gathered keys": ("context", {"context": "all_gather"}),
+    "ulysses": ("context", {"context": "a2a"}),
+    "usp": ("context", {"context": "a2a+p2p"}),
+    "experts": ("expert", {}),
+    "overlap": ("tensor_overlap", {"tensor_overlap": "chunked"}),
+    "pipeline": ("pipeline", {}),
+    "ddp": ("zero_stage", {"zero_stage": "0"}),
+    "zero1": ("zero_stage", {"zero_stage": "1"}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", DEGREES)
+def test_degree_one_is_the_baseline(model, name):
+    slot, choices = DEGREES[name]
+    before, ctx = run(model, upto=slot, **choices)
+    after = serve(slot, ctx.knobs[slot]).apply(before, ctx)
+    assert amounts(after) == amounts(before)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_one_row_of_many_is_the_same_as_one_alone(slot):
+    """Passes are arrays over rows: a row's amounts do not depend on its neighbours."""
+    degrees = {"tp": [1, 2, 4], "cp": [1, 2, 1], "dp": [8, 2, 4], "pp": [1, 2, 2]}
+    choices = {slot: next(t.choices[0] for t in MODELLED if t.slot == slot)} | {"sequence_parallel": "true"}
+    together, _ = run("llama3-8b", rows=3, degrees=degrees, **choices)
+    for row in range(3):
+        alone, _ = run(
+            "llama3-8b", degrees={name: values[row] for name, values in degrees.items()}, **choices
+        )
+        sizes = {item_key(item): item for item in alone.items}
+        for item in together.items:
+            if isinstance(item, Resident | Kernel) and hasattr(item, "size") and item_key(item) in sizes:
+                expected = np.ravel(alone.axes[sizes[item_key(item)].size])[0]
+                got = np.broadcast_to(together.axes[item.size], (3,))[row]
+                assert got == pytest.approx(expected)
+
+
+def item_key(item: Item):
+    return type(item).__name__, item.what, item.block, item.phase, item.window
+
+
+# -- composition ---------------------------------------------------------------------------------------------------------
+
+
+def collectives(ledger, **fields):
+    return [item for item in ledger.of(Collective, **fields) if np.any(item.group.size > 1)]
+
+
+def test_recomputation_repeats_collectives_of_activations_and_no_gather_of_weights():
+    ledger, _ = run(
+        "llama3-8b",
+        degrees={"tp": 2, "cp": 2, "dp": 2},
+        sequence_parallel="true",
+        zero_stage="3",
+        recompute="full",
+    )
+    forward = {(i.what, i.block) for i in collectives(ledger, phase="forward") if i.block == "dense"}
+    again = {(i.what, i.block) for i in collectives(ledger, phase="recompute")}
+    assert again == {key for key in forward if "parameters" not in key[0]}
+    assert any("pass_kv" in what for what, _ in again)
+
+
+def test_update_is_sharded_by_every_stage_but_the_first():
+    def update_elements(stage):
+        ledger, _ = run("llama3-8b", degrees={"dp": 8}, zero_stage=stage)
+        return sum(
+            float(np.ravel(ledger.axes[i.size])[0])
+            for i in ledger.items
+            if "update" in i.tags and hasattr(i, "size")
+        )
+
+    whole = update_elements("0")
+    assert [whole / update_elements(stage) for stage in ("1", "2", "3", "fsdp")] == pytest.approx([8.0] * 4)
+
+
+def test_muon_flop_of_a_square_matrix_are_thirty_cubes():
+    # 5 iterations of 4m²n + 2m³ with m = n (K. Jordan et al. 2024): 30 m³; llama-7b's output projection is 4096 × 4096.
+    ledger, _ = run("llama-7b", optimizer="muon", zero_stage="0")
+    products = [
+        i for i in ledger.items if i.what.startswith("attention.output.") and "newton_schulz" in i.tags
+    ]
+    flop = sum(
+        2 * np.prod([float(np.ravel(ledger.axes[s])[0]) for s in (i.m, i.n, i.k, i.groups)]) for i in products
+    )
+    assert flop == pytest.approx(30 * 4096**3)
+
+
+def test_muon_keeps_one_moment_of_matrices_and_two_of_embeddings():
+    ledger, _ = run("llama3-8b", optimizer="muon")
+    moments = {
+        i.block: i.bytes_per_element
+        for i in ledger.of(Resident, pool="optimizer")
+        if i.what.endswith("moments")
+    }
+    assert moments == {"dense": 4.0, "embedding": 8.0, "head": 8.0}
+
+
+def test_kv_heads_are_replicated_where_ranks_outnumber_them():
+    # 8 KV heads on 16 ranks: every rank holds one whole head, K of s·head_dim elements; on 4 ranks it holds two.
+    for tp, heads in ((4, 2), (16, 1)):
+        ledger, _ = run("llama3-8b", degrees={"tp": tp})
+        (keys,) = [i for i in ledger.of(Resident) if i.what == "attention.k"]
+        assert float(np.ravel(ledger.axes[keys.size])[0]) == SEQ * heads * 128
+
+
+def test_latents_are_summed_and_gathered_in_place_of_the_hidden_state():
+    # DeepSeek-V2-Lite has no query latent: q reads the hidden state (2048), the KV up-projection 512 + 64.
+    ledger, _ = run("deepseek-v2-lite", degrees={"tp": 2}, sequence_parallel="true")
+    gathers = {
+        i.what: float(np.ravel(ledger.axes[i.size])[0])
+        for i in collectives(ledger, phase="forward")
+        if i.block == "moe"
+    }
+    assert gathers["attention.q.all_gather"] == SEQ * 2048
+    assert gathers["attention.kv_up.all_gather"] == SEQ * 576
+
+
+def test_parallel_blocks_reduce_once():
+    # GPT-J and Falcon blocks add attention and MLP before one all-reduce, forward and backward.
+    ledger, _ = run("gpt-j-6b", degrees={"tp": 2})
+    phases = [
+        i.phase
+        for i in collectives(ledger)
+        if i.group.name == "tp" and i.block not in ("head", "embedding") and i.phase != "step"
+    ]
+    assert sorted(phases) == ["backward", "forward"]
+
+
+def test_cross_attention_reduces_two_inputs():
+    # A T5 decoder block: self-attention, cross-attention's queries and its keys and values, MLP.
+    ledger, _ = run("t5-3b", degrees={"tp": 2})
+    backward = {
+        i.what for i in collectives(ledger, phase="backward") if i.block == "dense" and i.group.name == "tp"
+    }
+    assert backward == {f"{what}.all_reduce" for what in ("attention.qkv", "cross.q", "cross.kv", "mlp.fc1")}
+
+
+def test_capacity_pads_and_imbalance_waits():
+    workloads = (
+        TrainWorkload(64, SEQ),
+        TrainWorkload(64, SEQ, expert_load_factor=1.5),
+        TrainWorkload(64, SEQ, capacity_factor=1.25),
+    )
+    rows = []
+    for workload in workloads:
+        before, ctx = run("mixtral-8x7b", upto="expert", degrees={"dp": 8, "ep": 8})
+        ctx = Context(ctx.model, ctx.cluster, workload, ctx.stack, ctx.mesh, ctx.micro_batch_size, ctx.knobs)
+        ledger = serve("expert", "folded").apply(before, ctx)
+        (product,) = [i for i in ledger.items if i.what == "moe.fc2" and i.phase == "forward"]
+        rows.append(float(np.ravel(ledger.axes[product.m])[0]))
+    # 1024 tokens · top 2 of 8 experts, from 8 ranks: 2048 rows per expert in the mean.
+    assert rows == [2048, 1.5 * 2048, 1.25 * 2048]
+
+
+def checks(slot, value, model, **degrees):
+    _, ctx = run(model, upto=slot, degrees=degrees, **{slot: value})
+    return {check.reason for check in serve(slot, value).valid(ctx) if not np.all(check.ok)}
+
+
+@pytest.mark.parametrize(
+    ("slot", "value", "model", "degrees", "reason"),
+    [
+        ("tensor", "1d", "llama3-8b", {"tp": 3}, "attention heads not divisible by tp"),
+        ("tensor", "1d", "falcon-40b", {"tp": 16}, ""),  # 128 heads, 8 KV heads: each is copied to two ranks
+        ("tensor", "1d", "gpt2", {"tp": 5}, "feed-forward width not divisible by tp"),
+        ("sequence_parallel", "true", "llama3-8b", {"tp": 3}, "sequence length not divisible by tp·cp (sequence parallel)"),
+        ("context", "p2p", "llama3-8b", {"cp": 1024}, "sequence length not divisible among cp ranks"),
+        ("context", "p2p", "mamba-1.4b", {"cp": 2}, "context parallelism of state-space layers is not modelled"),
+        ("context", "a2a", "llama3-8b", {"tp": 8, "cp": 8}, "attention heads not divisible by tp·cp (Ulysses)"),
+        ("expert", "folded", "mixtral-8x7b", {"dp": 3, "ep": 3}, "experts not divisible by ep"),
+        ("expert", "folded", "mixtral-8x7b", {"tp": 2, "dp": 2}, "experts with tp > 1 need sequence parallelism"),
+        ("expert", "folded", "mixtral-8x7b", {"dp": 2, "ep": 4}, "etp·ep does not divide tp·cp·dp"),
+        ("expert", "folded", "llama3-8b", {"dp": 2, "ep": 2}, "expert degrees without experts"),
+        ("tensor_overlap", "chunked", "llama3-8b", {"tp": 2}, "tensor-parallel overlap needs sequence parallelism"),
+        ("precision", "fp8", "gpt2", {"tp": 128}, "feed-forward width per rank not a multiple of 16 (fp8)"),
+        ("precision", "nvfp4", "llama3-8b", {}, "h100-sxm has no fp4 matrix rate"),
+        ("recompute", "partitioned", "llama3-8b", {}, "partitioned checkpoints need tp > 1 without sequence parallelism"),
+        ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, "fused linear cross-entropy needs the whole vocabulary on a rank (tp = 1)"),
+        ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
+        ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 1}, "micro-batches not divisible by pp (interleaved)"),
+    ],
+)  # fmt: skip
+def test_broken_rules_are_named(slot, value, model, degrees, reason):
+    found = checks(slot, value, model, **degrees)
+    assert reason in found if reason else not found
+
+
+def test_inactive_choices_do_nothing():
+    """Where a technique calls itself inactive, the plan is one that another choice gives as well."""
+    for slot, value in (
+        ("context", "a2a"),
+        ("context", "all_gather"),
+        ("context", "a2a+p2p"),
+        ("zero_stage", "1"),
+        ("tensor_overlap", "chunked"),
+    ):
+        before, ctx = run("llama3-8b", upto=slot, **{slot: value})
+        technique = serve(slot, value)
+        assert not np.any(technique.active(ctx))
+        assert amounts(technique.apply(before, ctx)) == amounts(before)
