@@ -365,6 +365,9 @@ def checks(slot, value, model, **degrees):
     return {check.reason for check in serve(slot, value).valid(ctx) if not np.all(check.ok)}
 
 
+WHOLE_VOCABULARY = "fused linear cross-entropy needs the whole vocabulary on a rank (tp = 1)"
+
+
 @pytest.mark.parametrize(
     ("slot", "value", "model", "degrees", "reason"),
     [
@@ -383,7 +386,7 @@ def checks(slot, value, model, **degrees):
         ("precision", "fp8", "gpt2", {"tp": 128}, "feed-forward width per rank not a multiple of 16 (fp8)"),
         ("precision", "nvfp4", "llama3-8b", {}, "h100-sxm has no fp4 matrix rate"),
         ("recompute", "partitioned", "llama3-8b", {}, "partitioned checkpoints need tp > 1 without sequence parallelism"),
-        ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, "fused linear cross-entropy needs the whole vocabulary on a rank (tp = 1)"),
+        ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, WHOLE_VOCABULARY),
         ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
         ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 1}, "micro-batches not divisible by pp (interleaved)"),
     ],
