@@ -1,0 +1,378 @@
+"""A Megatron-LM launch script, or a file of its arguments, as a model, a job and the choices of a plan.
+
+The script is read, not run. Flags that change what the planner would price and that it does not model are errors; the
+others are listed as ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planner.errors import Problem, SpecError
+from planner.export.flags import FlagReader, parse_flags
+from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
+from planner.export.megatron_model import model_from_flags
+from planner.export.shell import Script, read_script
+from planner.specs.model import Model
+
+__all__ = ["MegatronRun", "read_megatron"]
+
+_UNMODELLED = {
+    "--hybrid-layer-pattern": "state-space layers",
+    "--hybrid-override-pattern": "state-space layers",
+    "--encoder-num-layers": "encoders",
+    "--experimental-attention-variant": "linear or sparse attention",
+    "--heterogeneous-layers-config-path": "layers of different shapes",
+    "--cpu-offloading-num-layers": "activation offload of some layers",
+    "--fine-grained-activation-offloading": "activation offload of some modules",
+    "--tensor-parallel-num-weight-shards": "generalised tensor parallelism",
+    "--use-torch-fsdp2": "PyTorch FSDP2 inside Megatron-LM",
+    "--yaml-cfg": "a configuration in another file",
+    "--use-checkpoint-args": "an architecture that a checkpoint holds",
+    "--use-tp-pp-dp-mapping": "another order of ranks",
+    "--hybrid-context-parallel": "context parallelism that varies by sequence",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronRun:
+    """What a launch says.
+
+    Attributes:
+        model: the architecture.
+        workload: keyword arguments of :class:`~planner.specs.workload.TrainWorkload`.
+        fixed: knobs of ``Problem.fixed``.
+        devices: nodes times processes per node; None where the file does not tell.
+        notes: what was taken for granted, left out or ignored, one sentence each.
+        ignored: flags that say nothing about time or memory, or nothing that is modelled.
+    """
+
+    model: Model
+    workload: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    devices: int | None
+    notes: tuple[str, ...] = field(default=())
+    ignored: tuple[str, ...] = field(default=())
+
+
+def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) -> MegatronRun:
+    """The run that a script or a file of arguments describes.
+
+    Args:
+        path: a shell script that starts Megatron-LM, or a file that holds its arguments only.
+        variables: environment of the script; positional parameters by number (``{"1": "/data"}``).
+
+    Raises:
+        SpecError: the file cannot be read, flags are missing or wrong, or ask for what is not modelled; all at once.
+    """
+    where = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(
+            Problem(where, f"cannot be read ({error})", "a launch script, or a file of arguments")
+        ) from None
+    script = read_script(text, where, variables)
+    launch, arguments = _command(script, where)
+    flags = FlagReader(parse_flags(arguments), where)
+    for flag, what in _UNMODELLED.items():
+        if flags.present(flag):
+            flags.fault(flag, f"{what}: not modelled")
+    model = model_from_flags(flags, Path(path).stem)
+    workload, fixed = _workload(flags), _knobs(flags, model)
+    notes = [*script.notes, *_assumed(flags)]
+    devices, used = _devices(script, launch), fixed["tp"] * fixed["cp"] * fixed["pp"]
+    if devices is not None and devices % used:
+        notes.append(
+            f"The {devices} devices that are started do not divide among tp · cp · pp = {used}: they are left open."
+        )
+        devices = None
+    elif devices is None:
+        notes.append("The number of devices is not known: the data-parallel degree is left open.")
+    else:
+        fixed["dp"] = devices // used
+    flags.raise_if_any()
+    ignored = tuple(flag for flag in flags.unread() if flag not in _IMPLIED)
+    if ignored:
+        notes.append(f"Ignored: {', '.join(ignored)}.")
+    return MegatronRun(model, workload, fixed, devices, tuple(notes), ignored)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def _command(script: Script, where: str) -> tuple[list[str], list[str]]:
+    """Words before the training script, and its arguments."""
+    for command in script.commands:
+        words = list(command.words)
+        if "--num-layers" not in words:
+            continue
+        ends = [index for index, word in enumerate(words) if word.endswith(".py")]
+        if ends:
+            return words[: ends[0]], words[ends[0] + 1 :]
+    words = [word for command in script.commands for word in command.words]
+    if words and words[0].startswith("--") and "--num-layers" in words:
+        return [], words
+    raise SpecError(
+        Problem(
+            where,
+            "starts no training script with --num-layers",
+            "torchrun … pretrain_gpt.py …, or a file of arguments",
+        )
+    )
+
+
+def _devices(script: Script, launch: list[str]) -> int | None:
+    """Nodes times processes per node, from the launcher's options or the batch system's directives."""
+    given = {key.replace("_", "-"): values for key, values in parse_flags(launch + script.directives).items()}
+
+    def number(*names: str) -> int | None:
+        values = next((given[name] for name in names if name in given), [])
+        return int(values[0]) if values and values[0].isdigit() else None
+
+    nodes = number("--nnodes", "--nodes")
+    per_node = number("--nproc-per-node", "--gpus-per-node", "--ntasks-per-node")
+    if nodes is None and not {"--nnodes", "--nodes"} & set(given) and per_node is not None:
+        nodes = 1  # torchrun's default
+    return nodes * per_node if nodes is not None and per_node is not None else None
+
+
+# -- flags → knobs -----------------------------------------------------------------------------------------------------
+
+_IMPLIED = (
+    "--use-mcore-models",
+    "--moe-grouped-gemm",
+    "--moe-token-dispatcher-type",
+    "--ckpt-format",
+    "--no-gradient-accumulation-fusion",
+    "--optimizer-offload-fraction",
+    "--use-precision-aware-optimizer",
+    "--moe-router-pre-softmax",
+    "--moe-pad-expert-input-to-capacity",
+    "--cross-entropy-fusion-impl",
+    "--megatron-fsdp-grad-comm-dtype",
+    "--accumulate-allreduce-grads-in-fp32",
+)
+"""Flags that the planner takes for granted, or that others imply."""
+
+
+def _workload(flags: FlagReader) -> dict[str, Any]:
+    workload: dict[str, Any] = {
+        "global_batch_size": flags.integer("--global-batch-size"),
+        "seq_len": flags.integer("--seq-length"),
+        "optimizer": _optimizer(flags),
+        "precisions": (_precision(flags),),
+    }
+    capacity = flags.number("--moe-expert-capacity-factor", None)
+    if capacity is not None:
+        workload["capacity_factor"] = capacity
+    if flags.present("--dataloader-inter-document-masking"):
+        flags.fault(
+            "--dataloader-inter-document-masking", "does not tell how long documents are", "runs without it"
+        )
+    return workload
+
+
+def _assumed(flags: FlagReader) -> list[str]:
+    """What the planner prices though the run does not ask for it."""
+    missing = [
+        flag for flag in ("--overlap-grad-reduce", "--overlap-param-gather") if not flags.present(flag)
+    ]
+    sharded = flags.present("--use-distributed-optimizer") or flags.present("--use-megatron-fsdp")
+    if not sharded and "--overlap-param-gather" in missing:
+        missing.remove("--overlap-param-gather")
+    return [f"Priced as with {' '.join(missing)}, which the run leaves out."] if missing else []
+
+
+def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
+    tp = flags.integer("--tensor-model-parallel-size", 1)
+    cp = flags.integer("--context-parallel-size", 1)
+    pp = flags.integer("--pipeline-model-parallel-size", 1)
+    experts = any(block.moe for block in model.blocks.values())
+    ep, etp = (
+        flags.integer("--expert-model-parallel-size", 1),
+        flags.integer("--expert-tensor-parallel-size", tp),
+    )
+    layout, chunks = _pipeline(flags, model, pp)
+    return {
+        "tp": tp,
+        "cp": cp,
+        "pp": pp,
+        "ep": ep if experts else 1,
+        "etp": etp if experts else 1,
+        "micro_batch_size": flags.integer("--micro-batch-size"),
+        "virtual_stages": chunks,
+        "schedule": "interleaved" if chunks > 1 else "1f1b",
+        "pipeline_layout": layout,
+        "sequence_parallel": "true" if flags.present("--sequence-parallel") and tp > 1 else "false",
+        "context": _context(flags) if cp > 1 else "p2p",
+        "tensor_overlap": "chunked" if flags.present("--tp-comm-overlap") and tp > 1 else "none",
+        "precision": _precision(flags),
+        "gradient_dtype": _gradient(flags),
+        "optimizer": _optimizer(flags),
+        "attention_kernel": flags.choice("--attention-backend", "auto", _BACKENDS),
+        "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
+        **_states(flags),
+        **_recompute(flags, chunks),
+    }
+
+
+_BACKENDS = {"auto": "flash", "flash": "flash", "fused": "flash", "unfused": "eager", "local": "eager"}
+_CONTEXTS = {name: name for name in ("p2p", "all_gather", "a2a", "a2a+p2p")} | {"allgather": "all_gather"}
+
+
+def _context(flags: FlagReader) -> str:
+    values = flags.flags.get("--cp-comm-type", ["p2p"])
+    if len(set(values)) > 1:
+        flags.fault("--cp-comm-type", " ".join(values), "one kind for all layers")
+        return "p2p"
+    flags.read.add("--hierarchical-context-parallel-sizes")
+    return flags.choice("--cp-comm-type", "p2p", _CONTEXTS)
+
+
+def _precision(flags: FlagReader) -> str:
+    eight, four = flags.text("--fp8-format", None), flags.text("--fp4-format", None)
+    recipe = flags.text("--fp8-recipe", "delayed")
+    half, brain = flags.present("--fp16"), flags.present("--bf16")
+    if four:
+        flags.read.add("--fp4-recipe")
+        return "nvfp4"
+    if eight:
+        known = {"tensorwise": "fp8", "delayed": "fp8", "mxfp8": "mxfp8"}
+        if recipe not in known:
+            flags.fault("--fp8-recipe", f"{recipe}: not modelled", f"one of {', '.join(known)}")
+        return known.get(recipe, "fp8")
+    name = "bf16" if brain else "fp16" if half else "fp32"
+    assert name in PRECISIONS
+    return name
+
+
+def _gradient(flags: FlagReader) -> str:
+    """Dtype in which gradients are accumulated and reduced: fp32 beside bf16, that of the weights beside fp16."""
+    if flags.present("--use-megatron-fsdp"):
+        return str(flags.text("--megatron-fsdp-main-grads-dtype", "fp32"))
+    if flags.present("--grad-reduce-in-bf16"):
+        return "bf16"
+    wide = flags.present("--accumulate-allreduce-grads-in-fp32")
+    return "fp16" if flags.present("--fp16") and not wide else "fp32"
+
+
+def _optimizer(flags: FlagReader) -> str:
+    name = flags.text("--optimizer", "adam")
+    momentum = flags.number("--sgd-momentum", 0.9)
+    known = {str(values["--optimizer"][0]): key for key, values in OPTIMIZERS.items() if key != "sgd"}
+    if name not in known:
+        flags.fault("--optimizer", f"{name}: not modelled", f"one of {', '.join(known)}")
+        return "adamw"
+    return "sgd" if name == "sgd" and not momentum else known[name]
+
+
+def _states(flags: FlagReader) -> dict[str, Any]:
+    """What is sharded over the data-parallel ranks, over which of them, and what the host holds."""
+    fsdp, distributed = flags.present("--use-megatron-fsdp"), flags.present("--use-distributed-optimizer")
+    strategies = {"no_shard": "0", "optim": "1", "optim_grads": "2", "optim_grads_params": "3"}
+    strategy = flags.choice("--data-parallel-sharding-strategy", "optim_grads_params", strategies)
+    offload = flags.present("--optimizer-cpu-offload")
+    if offload and flags.number("--optimizer-offload-fraction", 1.0) != 1.0:
+        flags.fault("--optimizer-offload-fraction", "offload of a part is not modelled", "1.0")
+    copies = flags.integer("--num-distributed-optimizer-instances", 1)
+    return {
+        "zero_stage": strategy if fsdp else "1" if distributed else "0",
+        "zero_group": "node" if copies > 1 else "full",
+        "optimizer_offload": "cpu" if offload else "none",
+    }
+
+
+def _recompute(flags: FlagReader, chunks: int) -> dict[str, Any]:
+    granularity = flags.text(
+        "--recompute-granularity", "selective" if flags.present("--recompute-activations") else None
+    )
+    method, layers = flags.text("--recompute-method", None), flags.integer("--recompute-num-layers", None)
+    modules = tuple(flags.flags.get("--recompute-modules", ["core_attn"]))
+    split = flags.present("--distribute-saved-activations")
+    flags.read.add("--recompute-modules")
+    if granularity is None:
+        return {"recompute": "none"}
+    if granularity == "selective":
+        known = {frozenset(values): key for key, values in RECOMPUTE.items()}
+        known |= {frozenset({"moe"}): "mlp", frozenset({"mlp"}): "mlp"}
+        if frozenset(modules) not in known:
+            flags.fault(
+                "--recompute-modules",
+                f"{' '.join(modules)}: not modelled",
+                "one of the sets that recompute names",
+            )
+        return {"recompute": known.get(frozenset(modules), "none")}
+    if method == "block":
+        return {"recompute": "block", "recompute_layers": int(layers or 1) * chunks}
+    if granularity != "full" or method != "uniform" or layers != 1:
+        found = f"{granularity}, {method}, {layers} layers"
+        flags.fault(
+            "--recompute-granularity", found, "selective, or full with uniform over 1 layer or with block"
+        )
+    return {"recompute": "partitioned" if split else "full"}
+
+
+def _pipeline(flags: FlagReader, model: Model, pp: int) -> tuple[str, int]:
+    """Name of the layout, and virtual stages per device."""
+    given = tuple(flag for flag in LAYOUT_FLAGS["short_ends"] if flags.present(flag))
+    name = next(key for key, named in LAYOUT_FLAGS.items() if named == given)
+    chunks = flags.integer("--num-virtual-stages-per-pipeline-rank", 1)
+    each = flags.integer("--num-layers-per-virtual-pipeline-stage", None)
+    text = flags.text("--pipeline-model-parallel-layout", None)
+    if text is not None:
+        return _named_layout(flags, text, model, pp)
+    if each:
+        chunks = max((model.n_layers + len(given)) // (pp * each), 1)
+    ends = [flags.integer(f"--decoder-{end}-pipeline-num-layers", None) for end in ("first", "last")]
+    if any(ends) and pp > 1:
+        middle, left = divmod(
+            model.n_layers - sum(e or 0 for e in ends), max(pp - sum(bool(e) for e in ends), 1)
+        )
+        stages = [middle] * pp
+        stages[0], stages[-1] = ends[0] or middle, ends[1] or middle
+        return _name(flags, stages if not left else [], pp, chunks)
+    return name, chunks
+
+
+def _named_layout(flags: FlagReader, text: str, model: Model, pp: int) -> tuple[str, int]:
+    import re
+
+    flat = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        flat = re.sub(pattern, lambda match: match[1] * min(int(match[2]), 10_000), flat)
+    stages = [part.count("t") for part in flat.split("|")]
+    if (
+        set(flat) - set("EtL|")
+        or not flat.startswith("E")
+        or not flat.endswith("L")
+        or len(stages) % pp
+        or sum(stages) != model.n_layers
+    ):
+        flags.fault(
+            "--pipeline-model-parallel-layout",
+            text,
+            f"{model.n_layers} layers (t) on stages of {pp} devices, from E to L",
+        )
+        return "even", 1
+    return _name(flags, stages, pp, len(stages) // pp)
+
+
+def _name(flags: FlagReader, stages: list[int], pp: int, chunks: int) -> tuple[str, int]:
+    """The planner's layout with these stages."""
+    from planner.pipeline import layouts
+
+    order = ("layer",) * sum(stages)
+    kinds = ("layer", "embedding", "head", "boundary")
+    for layout in layouts(order, kinds, pp, chunks) if stages else ():
+        if layout.counts[:, 0].tolist() == stages:
+            return layout.split, chunks
+    flags.fault(
+        "pipeline stages",
+        "-".join(map(str, stages)) or "cannot be dealt",
+        "even stages, one layer fewer on an end, or balanced",
+    )
+    return "even", chunks

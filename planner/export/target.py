@@ -1,0 +1,104 @@
+"""What every exporter needs of a plan: its specifications, its recipe as the launcher's rules read it, and its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from planner.errors import ExportError, Problem
+from planner.mesh import Mesh
+from planner.plan import Plan
+from planner.specs.cluster import Cluster
+from planner.specs.hardware import load_cluster
+from planner.specs.model import Model
+from planner.specs.models import load_model
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+from planner.technique import SLOTS, Context, Launcher
+from planner.units import format_bytes
+
+__all__ = ["Target", "summary"]
+
+_DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """A plan with the model and the cluster that it names.
+
+    Attributes:
+        knobs: the plan's choices as text, as techniques and launchers read them.
+    """
+
+    plan: Plan
+    model: Model
+    cluster: Cluster
+    knobs: Mapping[str, str]
+
+    @staticmethod
+    def of(plan: Plan, model: Model | None = None, cluster: Cluster | None = None) -> Target:
+        """The plan with its specifications; loaded by name unless they are given.
+
+        Raises:
+            SpecError: the plan names a model or a cluster that cannot be found.
+        """
+        knobs = {name: str(value).lower() for name, value in plan.knobs.items()}
+        return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)
+
+    @property
+    def workload(self) -> TrainWorkload:
+        """The plan's job."""
+        known = {field.name for field in fields(TrainWorkload)}
+        values = {name: value for name, value in self.plan.workload.items() if name in known}
+        return TrainWorkload(**{**values, "precisions": tuple(values.get("precisions", ("bf16",)))})
+
+    def context(self) -> Context:
+        """The one row that launchers judge."""
+        tp, cp, pp, dp, ep, etp = (np.array([float(self.plan.mesh[name])]) for name in _DEGREES)
+        batch = np.array([float(self.plan.knobs["micro_batch_size"])])
+        mesh = Mesh(tp, cp, dp, pp, ep, etp)
+        return Context(self.model, self.cluster, self.workload, load_stack(), mesh, batch, self.knobs)
+
+    def refused(self, launcher: Launcher) -> list[Problem]:
+        """Every feature of the plan that the launcher cannot express, and every rule of the launcher that it breaks."""
+        where = f"--to {launcher.name}"
+        problems = [
+            Problem(where, f"cannot express {slot}={self.knobs[slot]}")
+            for slot in SLOTS
+            if slot in self.knobs and not launcher.allows(slot, self.knobs[slot])
+        ]
+        if self.knobs.get("pipeline_layout", "even") not in launcher.layouts:
+            problems.append(Problem(where, f"cannot express pipeline_layout={self.knobs['pipeline_layout']}"))
+        reasons = [check.reason for check in launcher.valid(self.context()) if not np.all(check.ok)]
+        return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
+
+    def nodes(self) -> tuple[int, int]:
+        """Nodes, and devices per node.
+
+        Raises:
+            ExportError: nodes differ in size, or the plan does not fill whole nodes.
+        """
+        sizes = {group.devices_per_node for group in self.cluster.groups}
+        if len(sizes) > 1:
+            found = f"nodes of {' and '.join(map(str, sorted(sizes)))} devices"
+            raise ExportError(Problem(self.cluster.name, found, "nodes of one size, as torchrun starts them"))
+        per_node = min(sizes.pop(), self.plan.devices)
+        nodes, left = divmod(self.plan.devices, per_node)
+        if left:
+            found = f"{self.plan.devices} devices of nodes of {per_node}"
+            raise ExportError(Problem(self.cluster.name, found, "whole nodes, as torchrun starts them"))
+        return nodes, per_node
+
+
+def summary(plan: Plan) -> list[str]:
+    """The plan in two lines: what runs where, and what it is predicted to cost."""
+    degrees = " · ".join(f"{name} {plan.mesh[name]}" for name in _DEGREES)
+    estimate = plan.estimate
+    tokens = f"{estimate.tokens_per_s_per_device:,.0f}"
+    return [
+        f"Plan {plan.id}: {plan.model} on {plan.cluster}, {plan.devices} devices ({degrees}).",
+        f"Predicted: {estimate.step_time_s:.4g} s per step, {tokens} tokens/s per device, "
+        f"{format_bytes(estimate.memory_bytes['peak'])} per device.",
+    ]
