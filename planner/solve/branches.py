@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.solve.space import Choice, Rows, Space
-from planner.technique import ADDITIVE_SLOTS, Context
+from planner.technique import ADDITIVE_SLOTS
 
 __all__ = ["Activity", "Branches", "Faults"]
 
@@ -46,35 +46,40 @@ class Branches:
         ), "swaps only add work where host memory is slower than device memory"
         self.states = [dict(zip(_STATE, c, strict=True)) for c in product(*(choices[s] for s in _STATE))]
         self.recomputes = sorted(choices["recompute"], key=lambda choice: choice.value == _BY_LAYERS)
+        swaps = (dict(zip(_SWAP, c, strict=True)) for c in product(*(choices[s] for s in _SWAP)))
         self.swaps = sorted(
-            (dict(zip(_SWAP, c, strict=True)) for c in product(*(choices[s] for s in _SWAP))),
+            (swap for swap in swaps if self._possible(swap)),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
+    def _possible(self, swap: Mapping[str, Choice]) -> bool:
+        """Whether a swap's rules hold; they are about the machine and the job, not about rows."""
+        ctx = self.space.rows.take(np.arange(1)).context(self.space.problem, self.space.knobs({**self._job(), **swap}))
+        checks = [check for c in swap.values() if c.technique is not None for check in c.technique.valid(ctx)]
+        return all(np.all(check.ok) for check in checks)
+
+    def _job(self) -> dict[str, Choice]:
+        """The first choice of every slot."""
+        return {slot: choices[0] for slot, choices in self.space.choices.items()}
+
     def activity(self, rows: Rows, knobs: Mapping[str, Any]) -> Activity:
-        """Where each state and recompute choice is not a repetition of another."""
-        contexts: dict[str, Context] = {}
-
-        def active(slot: str, choice: Choice) -> Mask:
-            technique = choice.technique
-            if technique is None or technique.active is None or slot in self.space.fixed:
-                return np.ones(len(rows), dtype=bool)
-            key = f"{slot}={choice.value}"
-            if key not in contexts:
-                contexts[key] = rows.context(self.space.problem, {**knobs, slot: choice.value})
-            return np.broadcast_to(technique.active(contexts[key]), len(rows))
-
-        masks = {
-            (slot, c.value): active(slot, c)
-            for slot in (*_STATE, "recompute")
-            for c in self.space.choices[slot]
-        }
-        states = np.array(
-            [np.all([masks[slot, c.value] for slot, c in state.items()], axis=0) for state in self.states]
-        )
-        recomputes = np.array([masks["recompute", choice.value] for choice in self.recomputes])
+        """Where each state and recompute choice keeps its rules, and is not a repetition of another."""
+        states = np.array([self._acts(rows, knobs, state) for state in self.states])
+        recomputes = np.array([self._acts(rows, knobs, {"recompute": choice}) for choice in self.recomputes])
         return Activity(states, recomputes)
+
+    def _acts(self, rows: Rows, knobs: Mapping[str, Any], choices: Mapping[str, Choice]) -> Mask:
+        acts = np.ones(len(rows), dtype=bool)
+        ctx = rows.context(self.space.problem, {**knobs, **{slot: choice.value for slot, choice in choices.items()}})
+        for slot, choice in choices.items():
+            if choice.technique is None:
+                continue
+            for check in choice.technique.valid(ctx):
+                acts &= check.ok
+            if choice.technique.active is not None and slot not in self.space.fixed:
+                acts &= choice.technique.active(ctx)
+        return acts
 
     def variants(self, activity: Activity, layers: int) -> NDArray[np.int64]:
         """Candidates per row, for devices of at most ``layers`` layers."""

@@ -75,12 +75,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pending:
-    """(state, row) pairs of one layout that were scored plain: their bounds, whether they fit, whether they ever can."""
+    """(state, row) pairs of one layout that were scored plain.
+
+    ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
+    found to fit. ``overfull``: no branch of the pair can.
+    """
 
     expansion: Expansion
     jobs: _Jobs
-    bound_s: Array
-    fit: NDArray[np.bool_]
+    bounds_s: Array
+    fits: NDArray[np.bool_]
     overfull: NDArray[np.bool_]
 
 
@@ -136,38 +140,36 @@ class Expansion:
         self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
         self.nearest: Shortfall | None = None
         self._of_states = self._all_states()
-        self._rests: dict[tuple[int, int], tuple[Array, NDArray[np.bool_]]] = {}
 
     def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(self.states[:, rows])
         jobs = _Jobs(schedule, layout, 0, 0, states, rows[at], self._width(0, layout, rows[at]))
         fit, bound_s, batch = self._evaluate(jobs)
-        bounds = self.branches.recomputes[0].technique is None and not any(
-            choice.technique for choice in self.branches.swaps[0].values()
-        )
-        return batch, Pending(
-            self, jobs, bound_s if bounds else np.full(len(at), -np.inf), fit, self._overfull(jobs)
-        )
+        shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
+        fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
+        fits[0, 0], bounds_s[0, 0] = fit, bound_s
+        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs))
 
-    def rest(self, pending: Pending, chosen: Index, bar: float) -> list[Batch]:
-        """Scores the other branches of the chosen (state, row) pairs, those with less work first; returns what fits.
+    def rest(self, pending: Pending, chosen: Index, swaps: Sequence[int], bar: float) -> list[Batch]:
+        """Scores more branches of the chosen (state, row) pairs, those with less work first; returns what fits.
 
-        A pair whose plain bound is not under the bar is excluded: whatever else a state does only adds time to it. So is a
-        branch that does more than another of the same pair that fits.
+        A branch is excluded where another of its pair that does less has a bound that is not under the bar (more work only
+        adds time), or fits (more work has nothing to offer).
         """
-        branches, layout = self.branches, pending.jobs.layout
+        branches, layout, fits = self.branches, pending.jobs.layout, pending.fits
         states, rows = pending.jobs.states[chosen], pending.jobs.rows[chosen]
-        late, overfull = pending.bound_s[chosen] >= bar, pending.overfull[chosen]
-        fits = np.zeros((len(branches.swaps), len(branches.recomputes), len(chosen)), dtype=bool)
-        fits[0, 0] = pending.fit[chosen]
+        overfull = pending.overfull[chosen]
         found: list[Batch] = []
-        for swap in range(len(branches.swaps)):
+        for swap in swaps:
             for recompute in range(len(branches.recomputes)):
                 width = self._width(recompute, layout, rows)
                 if (swap, recompute) == (0, 0) or not width.any():
                     continue
-                dominated = np.any([fits[s, r] for r, s in branches.no_more(recompute, swap)], axis=0)
+                less = branches.no_more(recompute, swap)
+                none = np.zeros((1, len(chosen)))
+                dominated = np.any([*(fits[s, r, chosen] for r, s in less), *(none > 0)], axis=0)
+                late = np.max([*(pending.bounds_s[s, r, chosen] for r, s in less), *none], axis=0) >= bar
                 self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
                 self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
                 self.counts.rejected["device memory"] += int(width[overfull & ~late & ~dominated].sum())
@@ -175,7 +177,8 @@ class Expansion:
                 if not len(at):
                     continue
                 jobs = _Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
-                fits[swap, recompute, at], _, batch = self._evaluate(jobs)
+                fit, bound_s, batch = self._evaluate(jobs)
+                fits[swap, recompute, chosen[at]], pending.bounds_s[swap, recompute, chosen[at]] = fit, bound_s
                 if len(batch.fitting):
                     found.append(batch)
         return found
@@ -254,33 +257,17 @@ class Expansion:
         """The jobs' columns: those of their states, plus what recompute and swaps change."""
         columns = self._of_states[states, rows]
         if self.branches.recomputes[recompute].technique is not None or swap:
-            delta, dependent = self._rest(recompute, swap)
-            columns += delta[rows]
-            apart = dependent[states, self.prefix_of[rows]]
-            for state, prefix in {
-                *zip(states[apart].tolist(), self.prefix_of[rows[apart]].tolist(), strict=True)
-            }:
-                at = np.flatnonzero((states == state) & (self.prefix_of[rows] == prefix))
-                columns[at] = self.tables[prefix].whole(state, recompute, swap)[
-                    rows[at] - self.starts[prefix]
-                ]
+            prefixes = self.prefix_of[rows]
+            pairs = prefixes * len(self.branches.states) + states
+            for pair in np.unique(pairs):
+                prefix, state = divmod(int(pair), len(self.branches.states))
+                at = np.flatnonzero(pairs == pair)
+                table, local = self.tables[prefix], rows[at] - self.starts[prefix]
+                if table.independent(state, recompute, swap):
+                    columns[at] += table.of_rest(recompute, swap)[local]
+                else:
+                    columns[at] = table.whole(state, recompute, swap)[local]
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
-
-    def _rest(self, recompute: int, swap: int) -> tuple[Array, NDArray[np.bool_]]:
-        """What recompute and swaps change on all rows, and for which (state, prefix) that cannot be added."""
-        if (recompute, swap) not in self._rests:
-            delta = np.concatenate([table.of_rest(recompute, swap) for table in self.tables])
-            dependent = np.array(
-                [
-                    [
-                        bool(on[state]) and not table.independent(state, recompute, swap)
-                        for table, on in self._active()
-                    ]
-                    for state in range(len(self.branches.states))
-                ]
-            )
-            self._rests[recompute, swap] = delta, dependent
-        return self._rests[recompute, swap]
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
         """Each prefix's tables, and the states that are active on any of its rows."""

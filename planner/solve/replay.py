@@ -41,11 +41,14 @@ def replay(plan: Plan) -> Problem:
     estimate = plan.estimate
     hours = estimate.step_time_s * plan.devices / 3600.0
     return Problem(
-        replace(model, name=plan.model), replace(cluster, name=plan.cluster), workload, replace(load_stack(plan.stack), name=plan.stack),
+        replace(model, name=plan.model),
+        replace(cluster, name=plan.cluster),
+        workload,
+        replace(load_stack(plan.stack), name=plan.stack),
         fixed=_choices(plan.mesh, plan.knobs),
         reserve=max(0.0, 1.0 - estimate.memory_budget_bytes / float(cluster.device.memory_bytes)),
         usd_per_device_hour=None if estimate.usd_per_step is None else estimate.usd_per_step / hours,
-    )  # fmt: skip
+    )
 
 
 def _choices(mesh: Mapping[str, Any], knobs: Mapping[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ micro-batch size; a layout deals layers to virtual stages. A candidate is (prefi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -177,22 +177,25 @@ class Space:
         """Every mesh of the world size with every micro-batch size; degrees that no rule could accept are left out."""
         model, workload = self.problem.model, self.problem.workload
         devices = self.problem.cluster.devices
-        heads = [b.attention.heads for b in model.blocks.values() if b.attention] or [model.hidden]
+        blocks = [*model.blocks.values()]
+        heads = [a.heads for b in blocks for a in (b.attention, b.cross_attention) if a] or [model.hidden]
+        experts = [b.moe.experts for b in blocks if b.moe]
         layers = model.n_layers + sum(n for _, n in model.encoder_layers)
-        tps = self._degrees("tp", devices, max(heads))
-        cps = self._degrees("cp", devices, max(1, workload.seq_len // 2))
+        tps = self._degrees("tp", devices, max(heads), lambda tp: all(h % tp == 0 for h in heads))
+        cps = self._degrees("cp", devices, max(1, workload.seq_len // 2), lambda cp: workload.seq_len % cp == 0)
         pps = self._degrees("pp", devices, layers + 2)
-        experts = [b.moe.experts for b in model.blocks.values() if b.moe]
         columns: list[Array] = []
         for tp, cp, pp in product(tps, cps, pps):
             dp, left = divmod(devices, tp * cp * pp)
             if left or not self.allows("dp", np.array([dp]))[0]:
                 continue
+            ranks = tp * cp * dp
             share = workload.global_batch_size // dp if workload.global_batch_size % dp == 0 else 1
             sizes = self._degrees("micro_batch_size", share, share)
-            eps = self._degrees("ep", tp * cp * dp, max(experts)) if experts else [1]
-            etps = self._degrees("etp", tp, tp) if experts else [1]
-            grid = np.array(list(product([tp], [cp], [pp], [dp], eps, etps, sizes)), dtype=np.float64)
+            eps = self._degrees("ep", ranks, max(experts, default=1), lambda ep: all(x % ep == 0 for x in experts))
+            etps = self._degrees("etp", tp, tp if experts else 1)
+            meshes = [(tp, cp, pp, dp, ep, etp) for ep in eps for etp in etps if ranks % (ep * etp) == 0]
+            grid = np.array([(*mesh, size) for mesh in meshes for size in sizes], dtype=np.float64)
             columns.append(grid.reshape(-1, len(DEGREES)))
         if not columns:
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
@@ -204,12 +207,14 @@ class Space:
                 )
             )
         table = np.concatenate(columns)
+        table = table[np.argsort(table[:, -1], kind="stable")]  # small micro-batches first: they hold most good plans
         return Rows({name: np.ascontiguousarray(table[:, index]) for index, name in enumerate(DEGREES)})
 
-    def _degrees(self, name: str, of: int, most: int) -> list[int]:
-        values = [d for d in _divisors(of) if d <= most]
+    def _degrees(self, name: str, of: int, most: int, admits: Callable[[int], bool] = lambda degree: True) -> list[int]:
+        """Divisors of a number that the problem admits; a fixed degree is kept, so that its broken rule can be named."""
         if name in self.fixed:
             return [self.fixed[name]] if of % self.fixed[name] == 0 else []
+        values = [d for d in _divisors(of) if d <= most and admits(d)]
         ok = self.allows(name, np.array(values, dtype=np.float64))
         return [value for value, keep in zip(values, ok, strict=True) if keep]
 

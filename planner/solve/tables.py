@@ -35,6 +35,7 @@ class BranchTables:
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
+        self._independent: dict[tuple[int, int, int], bool] = {}
         self._change({})
 
     def __len__(self) -> int:
@@ -50,8 +51,11 @@ class BranchTables:
 
     def independent(self, state: int, recompute: int, swap: int) -> bool:
         """Whether the two add up: neither touches an item, or the timing of a block and phase, that the other does."""
-        one, other = self._change(self._state(state)), self._change(self._rest(recompute, swap))
-        return not (one.removed & other.removed or one.timed & other.timed)
+        key = (state, recompute, swap)
+        if key not in self._independent:
+            one, other = self._change(self._state(state)), self._change(self._rest(recompute, swap))
+            self._independent[key] = not (one.removed & other.removed or one.timed & other.timed)
+        return self._independent[key]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """The table of a branch from a ledger of its own."""

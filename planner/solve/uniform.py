@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ from planner.technique import SLOTS, Context
 
 __all__ = ["SearchCounts", "UniformSearch"]
 
-_PENDING_WAVE = 1024  # (state, row) pairs tried with recompute and swaps before the bar is set anew
+_PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps before the bar is set anew
+_ROWS = 8192  # rows whose ledgers are built at once
+_PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _WAVES = (512, 10**12)  # rows and layouts, best bounds first, after which the bar is set anew
 _REPRICE_BATCH = 8
 
@@ -108,11 +111,19 @@ class UniformSearch:
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
-        recipes = list(self.space.prefixes())
-        for done, recipe in enumerate(recipes):
-            self._bound(recipe)
+        recipes, rows = list(self.space.prefixes()), self.space.rows
+        parts = [rows.take(np.arange(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)]
+        for done, (part, recipe) in enumerate(product(parts, recipes)):
+            self._bound(recipe, part)
+            if sum(len(deal.rows) for deal in self._deals) > _PAIRS:
+                self._expand()
             if self.on_progress is not None:
-                self.on_progress(done + 1, 2 * len(recipes))
+                self.on_progress(done + 1, len(parts) * len(recipes))
+        self._expand()
+        return self.best
+
+    def _expand(self) -> None:
+        """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
         bounds = np.sort(np.concatenate([deal.bound_s for deal in self._deals] or [np.zeros(0)]))
         above = -np.inf
         for wave in _WAVES:
@@ -123,15 +134,15 @@ class UniformSearch:
             if below == np.inf:
                 break
         self._finish()
-        return self.best
+        self._deals, self._prefixes, self._pending = [], [], []
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
-    def _bound(self, recipe: Mapping[str, Choice]) -> None:
+    def _bound(self, recipe: Mapping[str, Choice], rows: Rows) -> None:
         """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
         knobs = self.space.knobs(recipe)
-        ctx = self.space.rows.context(self.problem, knobs)
-        active = np.ones(len(self.space.rows), dtype=bool)
+        ctx = rows.context(self.problem, knobs)
+        active = np.ones(len(rows), dtype=bool)
         for slot, choice in recipe.items():
             if (
                 choice.technique is not None
@@ -139,7 +150,7 @@ class UniformSearch:
                 and slot not in self.space.fixed
             ):
                 active &= choice.technique.active(ctx)
-        rows = self.space.rows.take(np.flatnonzero(active))
+        rows = rows.take(np.flatnonzero(active))
         ctx = rows.context(self.problem, knobs)
         fault = self.faults(recipe, ctx)
         self._reject_rows(fault, rows, knobs)
@@ -231,6 +242,10 @@ class UniformSearch:
                 bound_s = step_bound(part, layout, micro_batches[at])[keep]
                 variants = self.branches.variants(activity, layout.layers)[at[keep]]
                 self.counts.candidates += int(variants.sum())
+                late = bound_s >= self._bar()
+                if late.any():
+                    self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
+                    keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
                 self._deals.append(
                     _Deal(schedule, layout, len(self._prefixes) - 1, at[keep], bound_s, variants)
                 )
@@ -312,20 +327,23 @@ class UniformSearch:
         """Tries recompute and swaps where plain branches do not fit, best bounds first, in waves that lower the bar."""
         if not self._pending:
             return
-        bounds = np.concatenate([pending.bound_s for pending in self._pending])
+        bounds = np.concatenate([pending.bounds_s[0, 0] for pending in self._pending])
         order = np.argsort(bounds, kind="stable")
-        number = np.repeat(np.arange(len(self._pending)), [len(p.bound_s) for p in self._pending])[order]
-        index = np.concatenate([np.arange(len(p.bound_s)) for p in self._pending])[order]
-        for start in range(0, len(order), _PENDING_WAVE):
-            some = slice(start, None if bounds[order[start]] >= self._bar() else start + _PENDING_WAVE)
-            for which in np.unique(number[some]):
-                pending = self._pending[which]
-                chosen = np.sort(index[some][number[some] == which])
-                self._open += pending.expansion.rest(pending, chosen, self._bar())
-                self._note_nearest(pending.expansion)
-            self._settle()
-            if some.stop is None:
-                break
+        number = np.repeat(np.arange(len(self._pending)), [len(p.overfull) for p in self._pending])[order]
+        index = np.concatenate([np.arange(len(p.overfull)) for p in self._pending])[order]
+        swaps = range(len(self.branches.swaps))
+        for tried in (swaps[:1], swaps[1:]):
+            start, size = 0, _PENDING_WAVE
+            while start < len(order) and tried:
+                late = bounds[order[start]] >= self._bar()
+                some = slice(start, None if late else start + size)
+                for which in np.unique(number[some]):
+                    pending = self._pending[which]
+                    chosen = np.sort(index[some][number[some] == which])
+                    self._open += pending.expansion.rest(pending, chosen, tried, self._bar())
+                    self._note_nearest(pending.expansion)
+                self._settle()
+                start, size = len(order) if late else start + size, 4 * size
 
     def _note_nearest(self, work: Expansion) -> None:
         """Remembers the candidate that misses its memory by the least."""
