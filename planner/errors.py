@@ -21,6 +21,7 @@ from difflib import get_close_matches
 __all__ = [
     "ExportError",
     "Infeasible",
+    "Interrupted",
     "InvalidPlan",
     "PlannerError",
     "Problem",
@@ -100,6 +101,14 @@ class ExportError(PlannerError):
 
     kind = "export"
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a search (no :class:`PlannerError`: nothing is wrong); ``best`` is the result so far, if any."""
+
+    def __init__(self, best: object = None) -> None:
+        self.best = best
+        super().__init__("interrupted")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,66 @@
+"""The command line: results on stdout, progress and errors on stderr, and an exit code that says what happened.
+
+0 done; 2 wrong input; 3 nothing fits; 4 a solver failed; 5 a launcher cannot express the plan; 70 a bug of ours;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_HELP = "See --help."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        arguments: what follows the program's name; None takes those of the process.
+    """
+    from planner.cli.output import PIPE_CLOSED
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without '·' or 'µ' shows '?' instead of failing
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `planner … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    import typer
+
+    from planner.cli.app import command
+    from planner.cli.output import BUG, INTERRUPTED, report_bug, report_error
+    from planner.errors import PlannerError, Problem, SpecError
+
+    as_json = "--json" in arguments
+    usage_error = typer.BadParameter.__mro__[1]
+    try:
+        code = command()(args=list(arguments), prog_name="planner", standalone_mode=False)
+        return int(code or 0)
+    except PlannerError as error:
+        report_error(error, as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, usage_error):
+            message = error.format_message()  # type: ignore[attr-defined]
+            report_error(SpecError(Problem("arguments", message, try_=_HELP)), as_json)
+            return SpecError.exit_code
+        if os.environ.get("PLANNER_TRACEBACK"):
+            raise
+        report_bug(error, as_json)
+        return BUG

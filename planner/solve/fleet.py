@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.costs.economics import tokens_run_s
-from planner.errors import Infeasible, SpecError
+from planner.errors import Infeasible, Interrupted, SpecError
 from planner.errors import Problem as Fault
 from planner.ledger import Matmul
 from planner.plan import Plan, SearchReport, SearchResult
@@ -71,10 +71,12 @@ def search_clusters(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits on any cluster.
+        Interrupted: the user pressed Ctrl-C; carries what was found so far.
     """
     found: list[SearchResult] = []
     attempts: list[Attempt] = []
     faults: list[Fault] = []
+    objective = problems[0].objective
     for problem in problems:
         try:
             found.append(search(problem, top, on_progress))
@@ -82,9 +84,14 @@ def search_clusters(
         except Infeasible as error:
             faults += error.problems
             attempts.append(_attempt(problem, None, str(error)))
+        except Interrupted as stop:
+            found += [stop.best] if isinstance(stop.best, SearchResult) else []
+            raise Interrupted(
+                Fleet(_merged(found, objective, top), tuple(attempts)) if found else None
+            ) from None
     if not found:
         raise Infeasible(faults)
-    return Fleet(_merged(found, problems[0].objective, top), tuple(attempts))
+    return Fleet(_merged(found, objective, top), tuple(attempts))
 
 
 def fewest_devices(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from planner.assemble import Assembly, assemble, exact_step_s, model_flop
-from planner.errors import Infeasible, InvalidPlan
+from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
@@ -23,6 +23,8 @@ from planner.technique import SLOTS, off
 from planner.units import format_bytes
 
 __all__ = ["estimate", "examine", "search"]
+
+_SOLVER = "branch and bound over the uniform space"
 
 
 def search(
@@ -38,6 +40,7 @@ def search(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits; says what binds, by how much, and what would fit.
+        Interrupted: the user pressed Ctrl-C; carries the best plans so far, as heuristic ones.
     """
     start = perf_counter()
 
@@ -45,14 +48,20 @@ def search(
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
-    ranked = uniform.run()
+    stopped = False
+    try:
+        ranked = uniform.run()
+    except KeyboardInterrupt:
+        ranked, stopped = uniform.best[:top], True
     counts = uniform.counts
     if not ranked:
-        raise _infeasible(problem, uniform.nearest, counts.rejected)
+        raise Interrupted if stopped else _infeasible(problem, uniform.nearest, counts.rejected)
     plans, useful_flop = [], model_flop(problem.model, problem.workload)
     for step_s, scored in ranked:
-        optimality = Optimality(
-            "exact", 0.0, min(scored.bound_s, step_s), "branch and bound over the uniform space"
+        optimality = (
+            Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
+            if stopped
+            else Optimality("exact", 0.0, min(scored.bound_s, step_s), _SOLVER)
         )
         knobs = uniform.space.knobs(scored.recipe)
         layers = scored.recompute_layers
@@ -65,7 +74,10 @@ def search(
         counts.candidates, counts.scored, counts.repriced, dict(sorted(counts.excluded_by_bound.items())),
         dict(sorted(counts.rejected.items())), perf_counter() - start,
     )  # fmt: skip
-    return SearchResult(tuple(plans), report)
+    result = SearchResult(tuple(plans), report)
+    if stopped:
+        raise Interrupted(result)
+    return result
 
 
 def estimate(problem: Problem) -> Plan:

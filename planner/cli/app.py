@@ -1,0 +1,59 @@
+"""The command tree: one module per verb, gathered here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from planner import __version__
+from planner.cli import compare, estimate, explain, export, hardware, models, schema, techniques, train
+
+__all__ = ["command"]
+
+_PLAIN: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+
+
+def command() -> Callable[..., Any]:
+    """The program as a callable that takes arguments."""
+    app = typer.Typer(name="planner", help=_HELP, **_PLAIN)
+    app.callback()(_program)
+    app.command("train")(train.train)
+    app.command("estimate")(estimate.estimate)
+    app.command("explain")(explain.explain)
+    app.command("compare")(compare.compare)
+    app.command("export")(export.export)
+    app.command("techniques")(techniques.techniques)
+    for name, verbs in (("hardware", hardware), ("models", models)):
+        group = typer.Typer(help=verbs.__doc__, **_PLAIN)
+        for verb, run in verbs.VERBS.items():
+            group.command(verb)(run)
+        app.add_typer(group, name=name)
+    app.command("schema")(schema.schema)
+    program: Any = typer.main.get_command(app)
+    return program.main  # type: ignore[no-any-return]
+
+
+_HELP = """Plans how to train a foundation model: which parallelism, on which machines, at what cost.
+
+Start with: planner train --model llama3.1-70b --cluster h100-sxm:32x8 --global-batch 1024 --seq-len 8192
+"""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"planner {__version__}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

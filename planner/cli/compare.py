@@ -1,0 +1,43 @@
+"""``planner compare``: two plans term by term."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from planner.cli.plan_file import PLAN_HELP, read_plan
+
+if TYPE_CHECKING:
+    from planner.errors import Problem
+    from planner.plan import Plan
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help=PLAN_HELP)],
+    b: Annotated[str, typer.Argument(help=PLAN_HELP)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Compare two plans term by term: choices, seconds and bytes, as their files say."""
+    from planner.cli.output import print_json
+    from planner.errors import SpecError
+
+    found: list[Plan] = []
+    faults: list[Problem] = []
+    for reference in (a, b):
+        try:
+            found.append(read_plan(reference))
+        except SpecError as error:
+            faults += error.problems
+    if faults:
+        raise SpecError(faults)
+
+    from planner.report.comparison import comparison
+
+    content = comparison(*found)
+    if as_json:
+        print_json(content)
+    else:
+        from planner.report.comparison import show_comparison
+
+        show_comparison(content)

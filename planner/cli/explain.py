@@ -1,0 +1,99 @@
+"""``planner explain``: where a plan's seconds and bytes go, what binds, and what would help."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.job import JobOptions, with_job
+from planner.cli.plan_file import PLAN_HELP, read_plan
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from planner.specs.problem import Problem
+
+
+@with_job
+def explain(
+    job: JobOptions,
+    plan: Annotated[
+        str | None, typer.Argument(help=f"{PLAN_HELP} Or name the plan with --fix.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List small items too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Show where every second and byte of a plan goes, down to technique and source.
+
+    A plan from a file is priced again with this version; what has changed since is said.
+    """
+    from planner import examine
+    from planner.cli.output import print_json
+    from planner.report.account import binding, byte_tree, second_tree
+    from planner.report.sensitivity import sensitivities
+
+    written, problem = _subject(job, plan)
+    assembly = examine(problem)
+    content = {
+        "schema_version": assembly.plan.schema_version,
+        "plan": assembly.plan.as_dict(),
+        "seconds": second_tree(assembly),
+        "bytes": byte_tree(assembly),
+        "binds": binding(assembly),
+        "sensitivities": sensitivities(problem, assembly.plan),
+        "changed": None if written is None else _changed(written, assembly.plan),
+    }
+    if as_json:
+        print_json(content)
+    else:
+        from planner.report.explanation import show_explanation
+
+        show_explanation(assembly.plan, content, everything)
+
+
+def _subject(job: JobOptions, reference: str | None) -> tuple[Plan | None, Problem]:
+    """The plan as written (None where flags name it) and the problem that prices it."""
+    from planner.errors import Problem as Fault
+    from planner.errors import SpecError
+    from planner.solve.replay import replay
+
+    if reference is not None:
+        if job.given:
+            raise SpecError(
+                Fault(
+                    "PLAN", "a file and a job", "one of them", "Leave out the file, or --model and the like."
+                )
+            )
+        written = read_plan(reference)
+        return written, replay(written)
+    if not job.given:
+        raise SpecError(Fault("PLAN", "is missing", "a file of plans, or a job (--model, --cluster, …)"))
+    return None, single(job.problems())
+
+
+def single(problems: list[Problem]) -> Problem:
+    """The only problem.
+
+    Raises:
+        SpecError: there are several clusters.
+    """
+    from planner.errors import Problem as Fault
+    from planner.errors import SpecError
+
+    if len(problems) > 1:
+        raise SpecError(Fault("--cluster", f"{len(problems)} clusters", "one, since one plan is named"))
+    return problems[0]
+
+
+def _changed(written: Plan, now: Plan) -> dict[str, Any] | None:
+    """What another version priced otherwise; None where nothing changed."""
+    pairs = {
+        "step_time_s": (written.estimate.step_time_s, now.estimate.step_time_s),
+        "peak_bytes": (written.estimate.memory_bytes.get("peak", 0.0), now.estimate.memory_bytes["peak"]),
+    }
+    changed = {
+        name: {"written": before, "now": after}
+        for name, (before, after) in pairs.items()
+        if abs(after - before) > 1e-9 * abs(after)
+    }
+    return changed or None

@@ -1,0 +1,68 @@
+"""``planner export``: a plan as files that a launcher runs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.cli.plan_file import PLAN_HELP, read_plan
+
+
+def export(
+    plan: Annotated[str, typer.Argument(help=PLAN_HELP)],
+    to: Annotated[str, typer.Option("--to", metavar="LAUNCHER", help="megatron or torchrun.")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="DIR",
+            help="Write the files to a folder instead of stdout.",
+            show_default=False,
+        ),
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option("--script", help="The training script to launch.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Write a plan as a launcher's own arguments and scripts.
+
+    What the launcher cannot express is an error, never left out.
+    """
+    from planner.cli.output import print_json
+    from planner.export import export as write
+
+    chosen = read_plan(plan)
+    options = {} if script is None else {"script": script}
+    files = write(chosen, to, **options)
+    written = [] if out is None else _written(Path(out).expanduser(), files)
+    if as_json:
+        print_json({"plan": chosen.id, "to": to, "files": dict(files), "written": written})
+    elif out is not None:
+        for path in written:
+            print(path)
+    else:
+        for name, text in files.items():
+            print(f"# {name}\n{text}" if len(files) > 1 else text, end="" if text.endswith("\n") else "\n")
+
+
+def _written(folder: Path, files: dict[str, str]) -> list[str]:
+    """Writes the files, each whole or not at all; that all can be written is tried before the first is."""
+    from planner.cli.output import OutputFile
+    from planner.errors import Problem, SpecError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            Problem(f"-o {folder}", f"is no folder ({error})", "a folder that can be made")
+        ) from None
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(OutputFile(str(folder / name))) for name in files}
+        for name, file in opened.items():
+            file.write(files[name])
+    return [str(folder / name) for name in files]

@@ -1,0 +1,256 @@
+"""The options that describe a job, shared by every verb that prices one, and the problems that they make.
+
+Numbers arrive as text and are read here, so that everything that is wrong is said at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
+
+import typer
+
+from planner.cli.values import (
+    attempt,
+    check_objective,
+    check_optimizer,
+    make_problem,
+    make_workload,
+    optional_number,
+    optional_quantity,
+    optional_whole,
+    parse_fixed,
+    raise_if_any,
+    read_cluster,
+    read_launcher,
+    read_list,
+    read_model,
+    read_reserve,
+    read_stack,
+)
+from planner.errors import Problem as Fault
+
+if TYPE_CHECKING:
+    from planner.specs.cluster import Cluster
+    from planner.specs.model import Model
+    from planner.specs.problem import Problem
+    from planner.specs.workload import TrainWorkload
+
+__all__ = ["JobOptions", "with_job"]
+
+T = TypeVar("T")
+
+
+_WORKLOAD_FLAGS = {
+    "global_batch_size": "--global-batch",
+    "seq_len": "--seq-len",
+    "encoder_seq_len": "--encoder-seq-len",
+    "document_len": "--document-len",
+    "expert_load_factor": "--expert-load-factor",
+    "capacity_factor": "--capacity-factor",
+    "tokens": "--tokens",
+    "precisions": "--precision",
+}
+_PROBLEM_FLAGS = {
+    "reserve": "--reserve",
+    "objective": "--objective",
+    "usd_per_device_hour": "--usd-per-hour",
+    "deadline_s": "--deadline",
+}
+
+
+def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+class Described(Protocol):
+    """A job that a launch script describes: its model, fields of the workload, and choices of the plan."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def workload(self) -> Mapping[str, Any]: ...
+    @property
+    def fixed(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """A job as the command line gives it; None and empty lists mean that the option was left out."""
+
+    model: Annotated[
+        str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
+    ] = None
+    cluster: Annotated[
+        list[str] | None,
+        _option(
+            "--cluster",
+            text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required; repeat to compare.",
+        ),
+    ] = None
+    global_batch: Annotated[
+        str | None, _option("--global-batch", text="Sequences per optimizer step. Required.", metavar="N")
+    ] = None
+    seq_len: Annotated[
+        str | None, _option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
+    ] = None
+    fix: Annotated[
+        list[str] | None,
+        _option(
+            "--fix",
+            text="Every plan must have this, e.g. tp=8 or zero_stage=3. Repeatable.",
+            metavar="KNOB=VALUE",
+        ),
+    ] = None
+    forbid: Annotated[
+        list[str] | None,
+        _option(
+            "--forbid", text="No plan may match this, e.g. '*_offload' or tp=16. Repeatable.", metavar="GLOB"
+        ),
+    ] = None
+    precision: Annotated[
+        str | None,
+        _option("--precision", text="Formats to choose from, e.g. bf16,fp8 [bf16].", metavar="LIST"),
+    ] = None
+    optimizer: Annotated[str | None, _option("--optimizer", text="Optimizer [adamw].", metavar="NAME")] = None
+    reserve: Annotated[
+        str | None, _option("--reserve", text="Device memory to leave free: 5% or 4GiB [0].", metavar="SIZE")
+    ] = None
+    objective: Annotated[
+        str,
+        _option(
+            "--objective", text="Rank by step_time, usd, energy or gpu_hours [step_time].", metavar="NAME"
+        ),
+    ] = "step_time"
+    tokens: Annotated[
+        str | None, _option("--tokens", text="Length of the run, e.g. 15T: adds its totals.", metavar="N")
+    ] = None
+    usd_per_hour: Annotated[
+        str | None, _option("--usd-per-hour", text="Price per device and hour.", metavar="USD")
+    ] = None
+    launcher: Annotated[
+        str | None, _option("--for", text="Only plans that this launcher can run.", metavar="LAUNCHER")
+    ] = None
+    document_len: Annotated[
+        str | None,
+        _option(
+            "--document-len", text="Mean document length where attention stops at documents.", metavar="N"
+        ),
+    ] = None
+    encoder_seq_len: Annotated[
+        str | None, _option("--encoder-seq-len", text="Tokens per sequence of the encoder.", metavar="N")
+    ] = None
+    expert_load_factor: Annotated[
+        str | None,
+        _option("--expert-load-factor", text="Busiest expert rank relative to the mean [1].", metavar="X"),
+    ] = None
+    capacity_factor: Annotated[
+        str | None,
+        _option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
+    ] = None
+    stack: Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")] = "default"
+
+    @property
+    def given(self) -> bool:
+        """Whether a job was named at all."""
+        return any((self.model, self.cluster, self.global_batch, self.seq_len))
+
+    def problems(
+        self, extra: Sequence[Fault] = (), deadline_s: float | None = None, base: Described | None = None
+    ) -> list[Problem]:
+        """One problem per cluster.
+
+        Args:
+            extra: faults that the caller has found already, to be reported with the others.
+            deadline_s: by when the run must be done.
+            base: a job described elsewhere; what the options say goes before it.
+
+        Raises:
+            SpecError: everything that is wrong with the options.
+        """
+        faults = list(extra)
+        model = (
+            base.model if base is not None and self.model is None else attempt(faults, read_model, self.model)
+        )
+        stack = attempt(faults, read_stack, self.stack)
+        clusters = self._clusters(faults)
+        workload = self._workload(faults, base.workload if base is not None else {})
+        fixed = attempt(faults, parse_fixed, self.fix or [])
+        faults += [
+            Fault("--forbid", "is empty", "a glob over knobs and their values")
+            for glob in self.forbid or []
+            if not glob
+        ]
+        launcher = attempt(faults, read_launcher, self.launcher)
+        price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
+        attempt(faults, check_objective, self.objective)
+        reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
+        raise_if_any(faults)
+        choices = {**(base.fixed if base is not None else {}), **(fixed or {})}
+        found = [
+            attempt(
+                faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
+                forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
+                usd_per_device_hour=price, deadline_s=deadline_s, flags=_PROBLEM_FLAGS,
+            )
+            for cluster, reserve in zip(clusters, reserves, strict=True)
+        ]  # fmt: skip
+        raise_if_any(faults)
+        return [problem for problem in found if problem is not None]
+
+    def _clusters(self, faults: list[Fault]) -> list[Cluster]:
+        if not self.cluster:
+            faults.append(Fault("--cluster", "is missing", "such as h100-sxm:8x8"))
+        loaded = [attempt(faults, read_cluster, text) for text in self.cluster or []]
+        return [cluster for cluster in loaded if cluster is not None]
+
+    def _workload(self, faults: list[Fault], base: Mapping[str, Any]) -> TrainWorkload | None:
+        from planner.units import parse_count
+
+        values: dict[str, Any] = {
+            "global_batch_size": optional_whole(faults, "--global-batch", self.global_batch),
+            "seq_len": optional_whole(faults, "--seq-len", self.seq_len),
+            "encoder_seq_len": optional_whole(faults, "--encoder-seq-len", self.encoder_seq_len),
+            "document_len": optional_whole(faults, "--document-len", self.document_len),
+            "expert_load_factor": optional_number(faults, "--expert-load-factor", self.expert_load_factor),
+            "capacity_factor": optional_number(faults, "--capacity-factor", self.capacity_factor),
+            "tokens": optional_quantity(faults, "--tokens", self.tokens, parse_count),
+            "optimizer": self.optimizer,
+            "precisions": None if self.precision is None else read_list(self.precision),
+        }
+        given = {**base, **{name: value for name, value in values.items() if value is not None}}
+        for name, flag, text in (
+            ("global_batch_size", "--global-batch", self.global_batch),
+            ("seq_len", "--seq-len", self.seq_len),
+        ):
+            if text is None and name not in base:
+                faults.append(Fault(flag, "is missing", "a whole number", "See --help."))
+            given.setdefault(
+                name, 1
+            )  # stands in for what is missing or unreadable, so that the rest is checked too
+        attempt(faults, check_optimizer, given.get("optimizer", "adamw"))
+        return attempt(faults, make_workload, flags=_WORKLOAD_FLAGS, **given)
+
+
+def with_job(command: Callable[..., T]) -> Callable[..., T]:
+    """Gives a command the options of a job; it receives them as its argument ``job``."""
+    hints = get_type_hints(JobOptions, include_extras=True)
+    names = [field.name for field in fields(JobOptions)]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "job"]
+
+    def run(**values: Any) -> T:
+        job = JobOptions(**{name: values.pop(name) for name in names})
+        return command(job=job, **values)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in fields(JobOptions)
+    ]
+    parameters = [*(p.replace(kind=keyword) for p in own), *shared]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

@@ -1,0 +1,30 @@
+"""``planner techniques``: the catalogue."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def techniques(
+    job: Annotated[
+        str | None, typer.Option("--job", help="training or serving; both if left out.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """List every technique: what is modelled, with its slot and choices, and what is only declared."""
+    from planner.cli.output import print_json
+    from planner.errors import Problem, SpecError, did_you_mean
+    from planner.technique import catalogue
+
+    jobs = ("training", "serving")
+    if job is not None and job not in jobs:
+        raise SpecError(Problem("--job", repr(job[:40]), " or ".join(jobs), did_you_mean(job, jobs)))
+    found = [t for t in catalogue().values() if job in (None, t.job)]
+    if as_json:
+        print_json({"techniques": [technique.as_dict() for technique in found]})
+    else:
+        from planner.report.catalogue import show_techniques
+
+        show_techniques(found)

@@ -1,0 +1,101 @@
+"""``planner train``: the best plans for a training job."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.job import JobOptions, with_job
+from planner.cli.values import whole_number
+
+if TYPE_CHECKING:
+    from planner.solve.fleet import Fleet
+    from planner.specs.problem import Problem
+
+_MOST_PLANS = 1000
+
+
+@with_job
+def train(
+    job: JobOptions,
+    top: Annotated[
+        str, typer.Option("--top", metavar="K", help="Plans to list [10].", show_default=False)
+    ] = "10",
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            "--deadline", metavar="TIME", help="Fewest devices that finish --tokens in time, e.g. 30d."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plans as JSON to a file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Find the best plans for a training job, ranked, with proof.
+
+    With several --cluster, plans of all of them are ranked together by --objective. With --deadline, clusters are tried by
+    size, ascending (divisors of the node count given, and powers of two), until one finishes in time.
+    """
+    from planner.cli.output import INTERRUPTED, OutputFile, json_text, print_json
+    from planner.cli.progress import Progress
+    from planner.errors import Interrupted
+    from planner.report.totals import document
+    from planner.solve.fleet import Fleet
+
+    problems, wanted = _problems(job, top, deadline)
+    stopped = False
+    with OutputFile(out) if out is not None else nullcontext() as file:
+        try:
+            with Progress() as progress:
+                fleet = _search(problems, wanted, progress)
+        except Interrupted as stop:
+            if not isinstance(stop.best, Fleet):
+                raise
+            fleet, stopped = stop.best, True
+        content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
+        if file is not None:
+            file.write(json_text(content) + "\n")
+    if as_json:
+        print_json(content)
+    else:
+        from planner.report.ranking import show_ranking
+
+        show_ranking(fleet, problems, out)
+    if stopped:
+        print("interrupted: these are the best plans so far", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _problems(job: JobOptions, top: str, deadline: str | None) -> tuple[list[Problem], int]:
+    """The problems and how many plans to keep; raises all that is wrong with the options at once."""
+    from planner.errors import Problem as Fault
+    from planner.errors import SpecError
+    from planner.units import parse_seconds
+
+    faults: list[Fault] = []
+    wanted, deadline_s = 0, None
+    try:
+        wanted = whole_number("--top", top)
+    except SpecError as error:
+        faults += error.problems
+    else:
+        if not 1 <= wanted <= _MOST_PLANS:
+            faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
+    if deadline is not None:
+        try:
+            deadline_s = parse_seconds(deadline)
+        except ValueError:
+            faults.append(Fault("--deadline", repr(deadline[:40]), "a duration such as 30d or 12h"))
+    return job.problems(faults, deadline_s), wanted
+
+
+def _search(problems: list[Problem], top: int, progress: Any) -> Fleet:
+    from planner.solve.fleet import fewest_devices, resized, search_clusters
+
+    if problems[0].deadline_s is None:
+        return search_clusters(problems, top, progress)
+    return fewest_devices([size for problem in problems for size in resized(problem)], top, progress)

@@ -1,0 +1,240 @@
+"""The screens of ``planner train`` and ``planner estimate``: plans, what they rest on, and how the space was exhausted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from planner.plan import Plan, SearchReport
+from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, percent, words
+from planner.report.totals import run_totals
+from planner.specs.parameters import parameter_count
+from planner.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from planner.solve.fleet import Fleet
+    from planner.specs.problem import Problem
+
+__all__ = ["does_not_fit", "show_plan", "show_ranking", "unusual_knobs", "why_not"]
+
+_DEGREES = ("tp", "pp", "cp", "ep", "etp", "dp")
+_COLUMNS = {"virtual_stages": "vpp", "micro_batch_size": "mb", "zero_stage": "zero", "recompute": "recompute"}
+# What a reader takes for granted where nothing else is said.
+_USUAL = {
+    "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": False,
+    "context": "p2p", "expert": "folded", "tensor_overlap": "none", "pipeline": "stages", "optimizer": "adamw",
+    "zero_group": "full", "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
+    "parameter_offload": "none", "schedule": "1f1b", "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
+}  # fmt: skip
+_OBJECTIVES = {"usd": "$/step", "energy": "MJ/step", "gpu_hours": "dev·h/step"}
+
+
+def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -> None:
+    """Prints the result of a search; ``saved`` is the file that the plans were written to."""
+    screen = Screen()
+    result, problem = fleet.result, problems[0]
+    best, report = result.best, result.search
+    several = len(fleet.attempts) > 1 or problem.deadline_s is not None
+    where = f"{len(fleet.attempts)} clusters" if several else _machine(best, problem)
+    screen.line(
+        f"{_job(problem)} · {where} · {report.candidates:,} candidates · {report.wall_s:.1f} s", "bold"
+    )
+    if several:
+        _show_attempts(screen, fleet, problem.deadline_s)
+    _show_ranked(screen, result.plans, problem.objective)
+    screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
+    screen.section("Rests on", best.assumptions)
+    screen.section("How sure", [*_proof(best, report), *result.notes])
+    screen.section("Next", _next(saved))
+
+
+def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Plan | None = None) -> None:
+    """Prints one plan that the user named; with ``best``, what the best one would gain."""
+    screen = Screen()
+    if not plan.estimate.fits:
+        screen.line(does_not_fit(plan), "bold red")
+    screen.line(f"{_job(problem)} · {_machine(plan, problem)}", "bold")
+    _show_ranked(screen, [plan], problem.objective)
+    parts = sorted(plan.estimate.breakdown_s.items(), key=lambda part: -part[1])
+    step_s = plan.estimate.step_time_s
+    screen.section("Of the step", [" · ".join(f"{words(name)} {percent(s, step_s)}" for name, s in parts)])
+    screen.section("The run (no failures, no checkpoints)", _totals(plan))
+    screen.section("Read from the script", notes)
+    if best is not None:
+        screen.section("The best plan for this job", [_gain(plan, best)])
+        _show_ranked(screen, [best, plan], problem.objective)
+    screen.section("Rests on", plan.assumptions)
+
+
+def does_not_fit(plan: Plan) -> str:
+    """What is too large, loudly."""
+    estimate = plan.estimate
+    peak, budget = estimate.memory_bytes["peak"], estimate.memory_budget_bytes
+    if peak > budget:
+        over = gib(peak - budget)
+        return f"DOES NOT FIT: the peak of {gib(peak)} GiB is {over} GiB above the {gib(budget)} GiB that a plan may use"
+    return (
+        f"DOES NOT FIT: it needs {gib(estimate.host_bytes)} GiB of host memory per device, more than there is"
+    )
+
+
+def why_not(plan: Plan, best: Plan) -> str:
+    """The largest part of the step in which a plan loses to the best one.
+
+    On another cluster seconds do not compare, and the cluster is the reason.
+    """
+    if plan is best:
+        return "-"
+    if plan.cluster != best.cluster:
+        return "another cluster"
+    mine, other = plan.estimate.breakdown_s, best.estimate.breakdown_s
+    worse = {name: mine.get(name, 0.0) - other.get(name, 0.0) for name in {**mine, **other}}
+    name = max(sorted(worse), key=lambda term: worse[term])
+    return f"{words(name)} +{format_seconds(worse[name])}" if worse[name] > 0 else "-"
+
+
+def unusual_knobs(knobs: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
+    """The knobs that are not what one takes for granted, in words."""
+    return [
+        knob_text(name, value)
+        for name, value in knobs.items()
+        if name not in without and value != _USUAL.get(name)
+    ]
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _gain(plan: Plan, best: Plan) -> str:
+    ratio = plan.estimate.step_time_s / best.estimate.step_time_s
+    if ratio <= 1.0 + 1e-9:
+        return "This plan is as fast as the best that was found."
+    seconds = f"{best.estimate.step_time_s:.3f} s instead of {plan.estimate.step_time_s:.3f} s per step"
+    return f"{seconds}: {ratio:.2f}× as fast. Plan 2 is yours."
+
+
+def _job(problem: Problem) -> str:
+    model = problem.model
+    return (
+        f"{model.name}: {format_count(parameter_count(model))} parameters · "
+        f"{format_count(problem.workload.tokens_per_step)} tokens/step"
+    )
+
+
+def _machine(plan: Plan, problem: Problem) -> str:
+    return f"{plan.devices:,} × {problem.cluster.device.name}"
+
+
+def _show_attempts(screen: Screen, fleet: Fleet, deadline_s: float | None) -> None:
+    if deadline_s is not None:
+        screen.line(f"Fewest devices that finish in {format_seconds(deadline_s)}; sizes tried, ascending:")
+    rows = [
+        (
+            attempt.cluster,
+            f"{attempt.devices:,}",
+            "-" if attempt.step_time_s is None else f"{attempt.step_time_s:.3f}",
+            "-" if attempt.run_s is None else format_seconds(attempt.run_s),
+        )
+        for attempt in fleet.attempts
+    ]
+    outcomes = [attempt.outcome for attempt in fleet.attempts]
+    screen.line()
+    screen.grid(("cluster", "devices", "step s", "run"), rows, ("cluster",), "outcome", outcomes)
+
+
+def _show_ranked(screen: Screen, plans: Sequence[Plan], objective: str) -> None:
+    """The table; what all plans share is said once, above it."""
+    several = len(plans) > 1
+    differ, common = knobs_that_differ(plans)
+    degrees = [
+        name for name in _DEGREES if name in ("tp", "pp", "dp") or any(p.mesh[name] > 1 for p in plans)
+    ]
+    own = [name for name in _COLUMNS if name in differ or not several]
+    rest = [name for name in differ if name not in own]
+    clusters = len({plan.cluster for plan in plans}) > 1
+    extra = _OBJECTIVES.get(objective)
+    shared = unusual_knobs(common, own)
+    screen.section("Every plan" if several else "Plan", [" · ".join(shared)] if shared else [])
+    headings = [
+        *(["#"] if several else []), *(["cluster"] if clusters else []), *degrees, *(_COLUMNS[name] for name in own),
+        "step s", "tok/s/dev", "MFU", "peak GiB", *([extra] if extra else []),
+    ]  # fmt: skip
+    rows, tails = [], []
+    for rank, plan in enumerate(plans, 1):
+        e = plan.estimate
+        rows.append([
+            *([str(rank)] if several else []), *([plan.cluster] if clusters else []),
+            *(str(plan.mesh[name]) for name in degrees), *(str(plan.knobs.get(name, "-")) for name in own),
+            f"{e.step_time_s:.3f}", f"{e.tokens_per_s_per_device:,.0f}", f"{100 * e.mfu:.1f}%",
+            f"{gib(e.memory_bytes['peak'])}/{gib(e.memory_budget_bytes)}",
+            *([_objective_text(plan, objective)] if extra else []),
+        ])  # fmt: skip
+        chosen = ", ".join(unusual_knobs({name: plan.knobs[name] for name in rest if name in plan.knobs}))
+        tails.append("; ".join(text for text in (why_not(plan, plans[0]), chosen) if text) if several else "")
+    screen.line()
+    screen.grid(
+        headings, rows, ("cluster", "recompute"), "why not #1; other choices" if several else "", tails
+    )
+
+
+def _objective_text(plan: Plan, objective: str) -> str:
+    e = plan.estimate
+    if objective == "usd":
+        return f"{e.usd_per_step:.3f}"
+    if objective == "energy":
+        return f"{e.joules_per_step / 1e6:.3f}"
+    return f"{e.step_time_s * plan.devices / 3600:.2f}"
+
+
+def _totals(plan: Plan) -> list[str]:
+    """Run totals as text; empty where the length of the run is not given."""
+    run = run_totals(plan)
+    if run is None:
+        return []
+    found = [
+        f"{format_count(run['tokens'])} tokens in {run['steps']:,} steps: {format_seconds(run['run_s'])}, "
+        f"{format_count(run['device_hours'])} device hours, {format_count(run['joules'] / 3.6e6)} kWh (devices alone)"
+    ]
+    if run["usd"] is not None:
+        found.append(
+            f"${format_count(run['usd'])} at ${run['usd'] / run['device_hours']:.2f} per device and hour"
+        )
+    return found
+
+
+def _proof(best: Plan, report: SearchReport) -> list[str]:
+    """Whether the winner is exact, and why everything else fell."""
+    optimality = best.optimality
+    if optimality.status == "exact":
+        verdict = "Plan 1 is exact under this model: a bound or a rule excluded whatever was not scored"
+    elif optimality.gap is not None:
+        verdict = f"Plan 1 is within {100 * optimality.gap:.1f} % of the best possible under this model"
+    else:
+        verdict = "Plan 1 is the best that was found; nothing is proved"
+    found = [
+        f"{verdict} ({optimality.solver}).",
+        f"{report.scored:,} of {report.candidates:,} candidates scored, "
+        f"{report.repriced:,} of them priced by the schedule engine.",
+    ]
+    for heading, counts in (("excluded by a bound", report.excluded_by_bound), ("rejected", report.rejected)):
+        total = sum(counts.values())
+        if total:
+            found.append(f"{total:,} {heading}: {_reasons(counts, total)}")
+    return found
+
+
+def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
+    ranked = sorted(((n, reason) for reason, n in counts.items() if n), key=lambda pair: (-pair[0], pair[1]))
+    told = [f"{reason} {percent(n, total)}" for n, reason in ranked[:most]]
+    left = len(ranked) - most
+    return "; ".join(told) + (f"; {left} more reasons" if left > 0 else "")
+
+
+def _next(saved: str | None) -> list[str]:
+    if saved is None:
+        return ["repeat with -o plans.json, then: planner explain plans.json:1"]
+    return [
+        f"planner explain {saved}:1",
+        f"planner compare {saved}:1 {saved}:2",
+        f"planner export {saved}:1 --to megatron",
+    ]

@@ -1,0 +1,151 @@
+"""The screen: headings, paragraphs and grids that fit the terminal's width, and plans in words."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from planner.plan import Plan
+from planner.units import GIB
+
+__all__ = ["Screen", "gib", "knob_text", "knobs_that_differ", "mesh_text", "percent", "words"]
+
+_SHORT = {
+    "micro_batch_size": "mb",
+    "virtual_stages": "vpp",
+    "zero_stage": "zero",
+    "recompute_layers": "layers recomputed",
+    "pipeline_layout": "layout",
+}
+_GAPS = ("  ", " ")
+_NARROWEST_TAIL = 32  # columns that free text needs to stand beside its row
+
+
+class Screen:
+    """Writes to stdout, as wide as the terminal (or ``COLUMNS``); plain where it is no terminal or ``NO_COLOR`` is set."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self.width = max(self._console.width, 40)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """One line, wrapped where it is too long."""
+        for part in textwrap.wrap(text, self.width) or [""]:
+            self._console.print(Text(part, style=style), soft_wrap=True)
+
+    def section(self, heading: str, paragraphs: Iterable[str]) -> None:
+        """A heading, and indented paragraphs; nothing where there are none."""
+        texts = list(paragraphs)
+        if texts:
+            self.line()
+            self.line(heading, "bold")
+        for text in texts:
+            self._print(textwrap.fill(text, self.width, initial_indent="  ", subsequent_indent="    "))
+
+    def grid(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Iterable[str] = (), tail: str = "",
+        tails: Sequence[str] = (), bold: Iterable[int] = (),
+    ) -> None:  # fmt: skip
+        """A table: numbers to the right, the ``left`` columns to the left.
+
+        Args:
+            headings: one per column.
+            rows: cells, one list per row.
+            left: headings of left-aligned columns.
+            tail: heading of a last column of free text.
+            tails: its cells; they go below their rows where the terminal is too narrow.
+            bold: indices of rows that stand out.
+        """
+        widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
+        lefts = set(left)
+        longest = max((len(text) for text in tails), default=0)
+        gap = next((g for g in _GAPS if self.width - sum(widths) - len(g) * len(widths) >= longest), _GAPS[0])
+        beside = self.width - sum(widths) - len(gap) * len(widths)
+        below = beside < min(longest, _NARROWEST_TAIL)
+
+        def joined(cells: Sequence[str]) -> str:
+            return gap.join(
+                cell.ljust(width) if heading in lefts else cell.rjust(width)
+                for cell, width, heading in zip(cells, widths, headings, strict=True)
+            )
+
+        strong = set(bold)
+        self._print(joined(headings) + ("" if below or not tail else gap + tail), "dim")
+        for index, row in enumerate(rows):
+            text = tails[index] if tails else ""
+            line = joined(row)
+            if text and not below:
+                parts = textwrap.wrap(text, max(beside, 1)) or [""]
+                line += ("\n" + " " * len(line)).join(gap + part for part in parts)
+            self._print(line, "bold" if index in strong else "")
+            if below and text not in ("", "-"):
+                indent = " " * (widths[0] + len(gap))
+                self._print(
+                    textwrap.fill(text, self.width, initial_indent=indent, subsequent_indent=indent), "dim"
+                )
+
+    def _print(self, text: str, style: str = "") -> None:
+        for part in text.split("\n"):
+            self._console.print(Text(part.rstrip(), style=style), soft_wrap=True)
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes as GiB without the unit.
+
+    >>> gib(2**30 * 1.5)
+    '1.5'
+    """
+    return f"{n_bytes / GIB:.1f}"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share with one digit.
+
+    >>> percent(1.0, 8.0)
+    '12.5 %'
+    """
+    return f"{100.0 * part / whole:.1f} %" if whole else "-"
+
+
+def words(name: str) -> str:
+    """A key as words.
+
+    >>> words("tensor_parallel")
+    'tensor parallel'
+    """
+    return name.replace("_", " ")
+
+
+def knob_text(name: str, value: Any) -> str:
+    """A choice, shortly.
+
+    >>> knob_text("micro_batch_size", 2), knob_text("sequence_parallel", True)
+    ('mb 2', 'sequence parallel')
+    """
+    short = _SHORT.get(name, words(name))
+    if value is True:
+        return short
+    if value is False:
+        return f"no {short}"
+    return f"{short} {value}"
+
+
+def mesh_text(plan: Plan) -> str:
+    """Degrees above 1, and the micro-batch size."""
+    degrees = [f"{name} {n}" for name, n in plan.mesh.items() if n > 1]
+    stages = plan.knobs["virtual_stages"]
+    chunks = [f"vpp {stages}"] if stages > 1 else []
+    return " · ".join([*degrees, *chunks, f"mb {plan.knobs['micro_batch_size']}"])
+
+
+def knobs_that_differ(plans: Iterable[Plan]) -> tuple[list[str], Mapping[str, Any]]:
+    """Names of the knobs in which plans differ, and the values of those in which they agree."""
+    every = [plan.knobs for plan in plans]
+    names = list(dict.fromkeys(name for knobs in every for name in knobs))
+    differ = [name for name in names if any(k.get(name) != every[0].get(name) for k in every)]
+    return differ, {name: every[0][name] for name in names if name not in differ}
