@@ -26,12 +26,14 @@ LAYERS = (
     "plan",
     "solve.space",
     "assemble",
+    "holdings",
     "solve",
     "serving",
     "export",
     "report",
     "validation",
     "cli",
+    "__main__",
 )
 DISCOVERY = ("technique", "techniques")  # walks the package when first asked for its records
 WITHIN_REACH_OF_A_PASS = {"costs", "specs", "ledger", "mesh", "technique", "techniques"}
