@@ -41,7 +41,7 @@ def commands(page: Path) -> list[str]:
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
     )
