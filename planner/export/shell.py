@@ -269,7 +269,7 @@ def _expand_words(
     lexer = shlex.shlex(text, posix=False, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, ""
     try:
-        raw = list(lexer)
+        raw = _unredirected(list(lexer))
     except ValueError as error:
         raise SpecError(
             Problem(where, f"cannot be read ({error}): {text.strip()[:60]}", "a shell script")
@@ -289,6 +289,24 @@ def _expand_words(
         # "--flag value" is one element of an array, which an unquoted expansion splits later.
         found += [value] if (quoted or not split) and (value or not split) else value.split()
     return found
+
+
+def _unredirected(words: list[str]) -> list[str]:
+    """Words up to a pipe, without redirections.
+
+    >>> _unredirected(["a.py", "--x", ">", "out", "2>&1", "|", "tee", "log"])
+    ['a.py', '--x']
+    """
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if word in ("|", "||", "|&", "&"):
+            break
+        target = re.fullmatch(r"(?:\d*|&)(?:>>?|<)(&?\S*)", word)
+        if not target and not skip:
+            kept.append(word)
+        skip = target is not None and not target[1]
+    return kept
 
 
 def _expand(text: str, variables: Mapping[str, str], arrays: Mapping[str, list[str]], depth: int = 0) -> str:

@@ -59,7 +59,9 @@ class Target:
         tp, cp, pp, dp, ep, etp = (np.array([float(self.plan.mesh[name])]) for name in _DEGREES)
         batch = np.array([float(self.plan.knobs["micro_batch_size"])])
         mesh = Mesh(tp, cp, dp, pp, ep, etp)
-        return Context(self.model, self.cluster, self.workload, load_stack(), mesh, batch, self.knobs)
+        return Context(
+            self.model, self.cluster, self.workload, load_stack(self.plan.stack), mesh, batch, self.knobs
+        )
 
     def refused(self, launcher: Launcher) -> list[Problem]:
         """Every feature of the plan that the launcher cannot express, and every rule of the launcher that it breaks."""

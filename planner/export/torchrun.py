@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pprint import pformat
 from typing import Any
 
 from planner.errors import ExportError, Problem
@@ -133,7 +132,18 @@ def _mesh(target: Target) -> str:
         "sequence_parallel": target.knobs["sequence_parallel"] == "true" and dimensions["tp"] > 1,
         "recompute": target.knobs["recompute"],
     }
-    return _MESH.format(summary="\n".join(summary(plan)), plan=pformat(settings, sort_dicts=False, width=100))
+    return _MESH.format(summary="\n".join(summary(plan)), plan=_literal(settings))
+
+
+def _literal(value: Any, indent: str = "") -> str:
+    """A Python literal, one entry per line, as formatters leave it."""
+    if not isinstance(value, dict):
+        return json.dumps(value) if isinstance(value, str) else repr(value)
+    inner = indent + "    "
+    entries = "".join(
+        f"{inner}{json.dumps(key)}: {_literal(entry, inner)},\n" for key, entry in value.items()
+    )
+    return f"{{\n{entries}{indent}}}"
 
 
 _MESH = '''"""The device mesh of a plan, and what FSDP2 is to be given.
