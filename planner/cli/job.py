@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
 
 import typer
@@ -230,27 +231,33 @@ class JobOptions:
             given.setdefault(
                 name, 1
             )  # stands in for what is missing or unreadable, so that the rest is checked too
-        attempt(faults, check_optimizer, given.get("optimizer", "adamw"))
+        if "optimizer" in given:
+            attempt(faults, check_optimizer, given["optimizer"])
         return attempt(faults, make_workload, flags=_WORKLOAD_FLAGS, **given)
 
 
 def with_job(command: Callable[..., T]) -> Callable[..., T]:
     """Gives a command the options of a job; it receives them as its argument ``job``."""
-    hints = get_type_hints(JobOptions, include_extras=True)
-    names = [field.name for field in fields(JobOptions)]
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "job"]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *_shared_parameters()]
 
     def run(**values: Any) -> T:
-        job = JobOptions(**{name: values.pop(name) for name in names})
+        job = JobOptions(**{field.name: values.pop(field.name) for field in fields(JobOptions)})
         return command(job=job, **values)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    shared = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(JobOptions)
-    ]
-    parameters = [*(p.replace(kind=keyword) for p in own), *shared]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+@cache
+def _shared_parameters() -> tuple[inspect.Parameter, ...]:
+    """The options of a job as parameters of a function, which is where typer looks for options."""
+    hints = get_type_hints(JobOptions, include_extras=True)
+    return tuple(
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(JobOptions)
+    )
