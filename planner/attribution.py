@@ -60,7 +60,7 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         shares += [
             Share(i, block, phase, price, price * f) for (i, price), f in zip(priced, factors, strict=True)
         ]
-        dispatch_s = sum(i.launches for i, _ in priced if isinstance(i, Kernel)) * float(
+        dispatch_s = sum(i.launches for i, price in priced if isinstance(i, Kernel) and price > 0) * float(
             pricer.device.dispatch_s
         )
         if dispatch_s > total_s:

@@ -314,11 +314,12 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
 def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
     windows: dict[str, dict[str, Array]] = defaultdict(dict)
-    launches = 0.0
+    launches: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        launches += item.launches if isinstance(item, Kernel) else 0.0
+        if isinstance(item, Kernel):
+            launches = launches + item.launches * (price > 0)  # a kernel without work is not launched
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -335,7 +336,8 @@ def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer
     for item, price in zip(items, prices, strict=True):
         totals[f"{item.track}_step_s"] = totals[f"{item.track}_step_s"] + price
         if isinstance(item, Collective):
-            totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + ledger.axes[item.messages]
+            sent = ledger.axes[item.messages] * (price > 0)  # a group of one sends nothing
+            totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + sent
     return totals
 
 

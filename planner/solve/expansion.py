@@ -189,10 +189,13 @@ class Expansion:
         return self.recomputes[recompute, rows] * np.int64(each)
 
     def _overfull(self, jobs: _Jobs) -> NDArray[np.bool_]:
-        """Jobs whose gradients, optimizer and framework alone exceed the device, whatever is recomputed or swapped."""
+        """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
         stack = self.problem.stack
         table = self._gather(jobs.states, 0, 0, jobs.rows)
-        held = jobs.layout.first_counts @ (table["gradients_bytes"] + table["optimizer_bytes"])
+        fixed = table["gradients_bytes"]
+        if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
+            fixed = fixed + table["optimizer_bytes"]
+        held = jobs.layout.first_counts @ fixed
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
         full: NDArray[np.bool_] = held.max(axis=0) + idle > self.problem.memory_budget_bytes
         return full

@@ -157,7 +157,7 @@ class UniformSearch:
         rows = rows.take(np.flatnonzero(fault.first < 0))
         if len(rows):
             ctx = rows.context(self.problem, knobs)
-            table = tabulate(self._ledger(recipe, ctx), self.pricer, self.kinds, len(rows))
+            table = tabulate(self.ledger(recipe, ctx), self.pricer, self.kinds, len(rows))
             self._prefixes.append(_Prefix(recipe, rows))
             self._deal(rows, ctx, table)
 
@@ -266,7 +266,7 @@ class UniformSearch:
         mask: NDArray[np.bool_] = active & (faults.first < 0)
         return mask
 
-    def _ledger(self, recipe: Mapping[str, Choice], ctx: Context, ledger: Ledger | None = None) -> Ledger:
+    def ledger(self, recipe: Mapping[str, Choice], ctx: Context, ledger: Ledger | None = None) -> Ledger:
         """Runs the passes of a (partial) recipe in slot order."""
         if ledger is None:
             workload = self.problem.workload
@@ -304,7 +304,7 @@ class UniformSearch:
             prefix = self._prefixes[number]
             part = prefix.rows.take(used)
             ctx = part.context(self.problem, self.space.knobs(prefix.recipe))
-            ledger = self._ledger(prefix.recipe, ctx)
+            ledger = self.ledger(prefix.recipe, ctx)
             tables.append(
                 BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
             )
