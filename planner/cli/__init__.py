@@ -39,7 +39,7 @@ def _run(arguments: Sequence[str]) -> int:
     import typer
 
     from planner.cli.app import command
-    from planner.cli.output import BUG, INTERRUPTED, report_bug, report_error
+    from planner.cli.output import BUG, INTERRUPTED, report_bug, report_error, report_interruption
     from planner.errors import PlannerError, Problem, SpecError
 
     as_json = "--json" in arguments
@@ -51,7 +51,7 @@ def _run(arguments: Sequence[str]) -> int:
         report_error(error, as_json)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        report_interruption("nothing was written", as_json)
         return INTERRUPTED
     except BrokenPipeError:
         raise

@@ -21,6 +21,7 @@ __all__ = [
     "print_json",
     "report_bug",
     "report_error",
+    "report_interruption",
 ]
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
@@ -58,6 +59,13 @@ def report_bug(error: Exception, as_json: bool) -> None:
         problem = Problem("planner", message, try_=hint)
         print_json({"error": {"kind": "internal", "problems": [problem.as_dict()]}})
     print(f"internal error, not your mistake: {message}\n{hint}", file=sys.stderr)
+
+
+def report_interruption(found: str, as_json: bool = False) -> None:
+    """Says that the user stopped the program, and what there is to show for it."""
+    if as_json:
+        print_json({"error": {"kind": "interrupted", "problems": [Problem("planner", found).as_dict()]}})
+    print(f"interrupted: {found}", file=sys.stderr)
 
 
 class OutputFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +39,7 @@ def train(
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, clusters are tried by
     size, ascending (divisors of the node count given, and powers of two), until one finishes in time.
     """
-    from planner.cli.output import INTERRUPTED, OutputFile, json_text, print_json
+    from planner.cli.output import INTERRUPTED, OutputFile, json_text, print_json, report_interruption
     from planner.cli.progress import Progress
     from planner.errors import Interrupted
     from planner.report.totals import document
@@ -54,7 +53,8 @@ def train(
                 fleet = _search(problems, wanted, progress)
         except Interrupted as stop:
             if not isinstance(stop.best, Fleet):
-                raise
+                report_interruption("before any plan was priced", as_json)
+                raise typer.Exit(INTERRUPTED) from None
             fleet, stopped = stop.best, True
         content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
         if file is not None:
@@ -66,7 +66,7 @@ def train(
 
         show_ranking(fleet, problems, out)
     if stopped:
-        print("interrupted: these are the best plans so far", file=sys.stderr)
+        report_interruption("these are the best plans so far")
         raise typer.Exit(INTERRUPTED)
 
 

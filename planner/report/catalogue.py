@@ -41,9 +41,8 @@ def show_techniques(techniques: Sequence[Technique]) -> None:
     if declared:
         screen.line()
         screen.line(f"{len(declared)} declared and not modelled", "bold")
-        columns = ("key", "kind", "source")
-        why = [t.summary for t in declared]
-        screen.grid(columns, [(t.key, t.kind, t.source) for t in declared], columns, "why not", why)
+        why = [f"{t.summary} ({t.source})" for t in declared]
+        screen.grid(("key", "kind"), [(t.key, t.kind) for t in declared], ("key", "kind"), "why not", why)
 
 
 def show_hardware(devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:

@@ -1,0 +1,232 @@
+"""Does ``planner train`` find, rank and report plans as it promises?"""
+
+import json
+import math
+import re
+
+import pytest
+
+from planner import Plan, Problem, TrainWorkload, load_cluster, load_model, load_stack, search
+from tests.cli.conftest import SMALL
+
+
+def without_wall(content):
+    return {**content, "search": {**content["search"], "wall_s": 0.0}}
+
+
+def test_result_is_that_of_the_library(planner):
+    found = planner("train", *SMALL, "--top", "2", "--json")
+    assert (found.code, found.err) == (0, "")
+    problem = Problem(load_model("gpt2"), load_cluster("a100:1x4"), TrainWorkload(16, 1024), load_stack())
+    expected = json.loads(json.dumps(search(problem, 2).as_dict()))
+    assert without_wall(found.json) == without_wall(expected)
+
+
+def test_every_candidate_is_accounted_for(planner):
+    account = planner("train", *SMALL, "--json").json["search"]
+    fates = account["scored"] + sum(account["excluded_by_bound"].values()) + sum(account["rejected"].values())
+    assert account["candidates"] == fates > 1000
+
+
+def test_plans_are_ranked_and_describe_themselves(planner):
+    plans = planner("train", *SMALL, "--top", "5", "--json").json["plans"]
+    steps = [plan["estimate"]["step_time_s"] for plan in plans]
+    assert steps == sorted(steps)
+    assert len(plans) == 5
+    for plan in plans:
+        mesh, estimate = plan["mesh"], plan["estimate"]
+        assert mesh["tp"] * mesh["cp"] * mesh["pp"] * mesh["dp"] == 4
+        assert sum(estimate["breakdown_s"].values()) == pytest.approx(estimate["step_time_s"])
+        pools = {name: held for name, held in estimate["memory_bytes"].items() if name != "peak"}
+        assert sum(pools.values()) == pytest.approx(estimate["memory_bytes"]["peak"])
+        # 16 sequences of 1024 tokens on 4 devices.
+        assert estimate["tokens_per_s_per_device"] == pytest.approx(16 * 1024 / 4 / estimate["step_time_s"])
+        assert plan["optimality"]["status"] == "exact"
+
+
+def test_same_input_gives_the_same_bytes(planner):
+    runs = [re.sub(r'"wall_s": [\d.e-]+', "", planner("train", *SMALL, "--json").out) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_file_holds_what_stdout_shows(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    found = planner("train", *SMALL, "--json", "-o", path)
+    assert path.read_text() == found.out
+    assert [p.name for p in tmp_path.iterdir()] == ["plans.json"]
+    assert Plan.from_json(path, 2).as_dict() == found.json["plans"][1]
+
+
+def test_fixed_and_forbidden_choices_are_kept(planner):
+    found = planner(
+        "train", *SMALL, "--fix", "tp=2", "--fix", "zero_stage=3", "--forbid", "pp=2", "--json"
+    ).json
+    assert {(p["mesh"]["tp"], p["knobs"]["zero_stage"]) for p in found["plans"]} == {(2, 3)}
+    assert 2 not in {p["mesh"]["pp"] for p in found["plans"]}
+
+
+def test_launcher_bounds_the_space(planner):
+    everything = planner("train", *SMALL, "--json").json["search"]["candidates"]
+    found = planner("train", *SMALL, "--for", "fsdp", "--json").json
+    assert 0 < found["search"]["candidates"] < everything
+
+
+def test_reserve_is_a_share_or_a_size(planner):
+    """A100 80 GB: the driver reports 85,198,045,184 bytes (79.35 GiB)."""
+    share, size = (
+        planner("train", *SMALL, "--reserve", text, "--json").json["plans"][0]["estimate"][
+            "memory_budget_bytes"
+        ]
+        for text in ("5%", "4GiB")
+    )
+    whole = float(load_cluster("a100:1x4").device.memory_bytes)
+    assert share == pytest.approx(0.95 * whole)
+    assert size == pytest.approx(whole - 4 * 2**30)
+
+
+def test_run_totals_follow_from_the_step(planner):
+    """1e9 tokens in steps of 16·1024 are 61,035.2, so 61,036 steps."""
+    found = planner("train", *SMALL, "--tokens", "1B", "--usd-per-hour", "2", "--json").json
+    step_s, run = found["plans"][0]["estimate"]["step_time_s"], found["run"]
+    assert run["steps"] == 61_036
+    assert run["run_s"] == pytest.approx(1e9 / 16384 * step_s)
+    assert run["device_hours"] == pytest.approx(run["run_s"] * 4 / 3600)
+    assert run["usd"] == pytest.approx(2 * run["device_hours"])
+
+
+def test_clusters_are_ranked_together_by_the_objective(planner):
+    """Eight devices are faster than four, and never cheaper per device hour on a job that small."""
+    job = (
+        "--model",
+        "gpt2",
+        "--global-batch",
+        "16",
+        "--seq-len",
+        "1024",
+        "--cluster",
+        "a100:1x4",
+        "--cluster",
+        "a100:1x8",
+    )
+    by_time = planner("train", *job, "--json", "--top", "4").json
+    by_hours = planner("train", *job, "--json", "--top", "4", "--objective", "gpu_hours").json
+    assert by_time["plans"][0]["cluster"] == "a100-sxm-80gb:1x8"
+    assert by_hours["plans"][0]["cluster"] == "a100-sxm-80gb:1x4"
+    assert [c["devices"] for c in by_time["clusters"]] == [4, 8]
+    hours = [
+        p["estimate"]["step_time_s"] * math.prod(p["mesh"][d] for d in ("tp", "cp", "pp", "dp"))
+        for p in by_hours["plans"]
+    ]
+    assert hours == sorted(hours)
+
+
+def test_cluster_that_cannot_hold_the_model_is_said_and_passed_over(planner):
+    job = ("--model", "llama3.1-8b", "--global-batch", "8", "--seq-len", "1024", "--forbid", "*_offload")
+    found = planner(
+        "train", *job, "--cluster", "a10:1x4", "--cluster", "h100:1x8", "--json", "--top", "1"
+    ).json
+    assert found["plans"][0]["cluster"] == "h100-sxm:1x8"
+    assert found["clusters"][0]["step_time_s"] is None
+    assert "nothing fits" in found["clusters"][0]["outcome"]
+
+
+def test_deadline_is_met_by_the_fewest_devices(planner):
+    """Each smaller size was tried and misses it, by its own search or even at peak FLOP rate."""
+    job = (
+        "--model",
+        "gpt2",
+        "--global-batch",
+        "64",
+        "--seq-len",
+        "1024",
+        "--tokens",
+        "1B",
+        "--json",
+        "--top",
+        "1",
+    )
+
+    def run_s(cluster):
+        return planner("train", *job, "--cluster", cluster).json["run"]["run_s"]
+
+    runs = {nodes: run_s(f"a100:{nodes}x1") for nodes in (1, 2, 4)}
+    deadline_s = (runs[2] + runs[4]) / 2
+    found = planner("train", *job, "--cluster", "a100:8x1", "--deadline", f"{deadline_s}s").json
+    tried = found["clusters"]
+    assert [c["devices"] for c in tried] == [1, 2, 4]
+    assert tried[-1]["run_s"] == pytest.approx(runs[4])
+    assert found["run"]["run_s"] == tried[-1]["run_s"] <= deadline_s == found["deadline_s"]
+    for attempt in tried[:-1]:
+        assert "peak" in attempt["outcome"] or attempt["run_s"] == pytest.approx(runs[attempt["devices"]])
+        assert runs[attempt["devices"]] > deadline_s
+
+
+def test_deadline_that_nothing_meets_says_how_far_off(planner):
+    job = (
+        "--model",
+        "gpt2",
+        "--global-batch",
+        "16",
+        "--seq-len",
+        "1024",
+        "--tokens",
+        "1T",
+        "--cluster",
+        "a100:2x4",
+    )
+    found = planner("train", *job, "--deadline", "1d", "--json")
+    assert found.code == 3
+    assert found.json["error"]["kind"] == "infeasible"
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_screen_fits_the_terminal(planner, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    found = planner("train", *SMALL, "--tokens", "1B")
+    lines = found.out.splitlines()
+    assert found.err == ""
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if line != line.rstrip()]
+    assert "\x1b" not in found.out
+    text = " ".join(found.out.split())
+    for word in (
+        "124.4M parameters",
+        "candidates",
+        "untuned",
+        "fabric:",
+        "exact under this model",
+        "excluded by a bound",
+        "Next",
+    ):
+        assert word in text
+
+
+def test_interrupted_search_shows_its_best_and_says_so(planner, monkeypatch):
+    from planner.solve.uniform import UniformSearch
+
+    whole = UniformSearch.run
+
+    def stopped(search):
+        whole(search)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UniformSearch, "run", stopped)
+    found = planner("train", *SMALL, "--json")
+    assert found.code == 130
+    assert "interrupted" in found.err
+    content = found.json
+    assert content["interrupted"]
+    assert content["plans"][0]["optimality"]["status"] == "heuristic"
+    assert content["plans"][0]["optimality"]["gap"] is None
+
+
+def test_interruption_before_the_first_plan(planner, monkeypatch):
+    from planner.cli.progress import Progress
+
+    def press(self, done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "__call__", press)
+    found = planner("train", *SMALL, "--json")
+    assert found.code == 130
+    assert found.json["error"]["kind"] == "interrupted"
