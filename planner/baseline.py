@@ -270,7 +270,9 @@ class _Graph:
         up = self.axis(region, "kv_up", spec.qk_nope_head_dim + spec.v_head_dim)
         kv_rank = self.axis(region, "kv_rank", spec.kv_lora_rank or 0)
         down = self.axis(region, "kv_down", (spec.kv_lora_rank or 0) + spec.qk_rope_head_dim)
-        tokens = self.residual.removesuffix("*hidden")  # down-projections and their norms run on the residual's tokens
+        tokens = self.residual.removesuffix(
+            "*hidden"
+        )  # down-projections and their norms run on the residual's tokens
         up_tags = {"qkv", "column", "mla_up"}
         if spec.q_lora_rank:
             q_rank = self.axis(region, "q_rank", spec.q_lora_rank)

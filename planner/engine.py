@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.costs.arrays import Real
 from planner.costs.collectives import (
     Level,
     LinearCost,
@@ -50,7 +51,17 @@ from planner.ledger import (
 from planner.specs.cluster import Cluster
 from planner.specs.stack import Stack
 
-__all__ = ["COMPACT", "COMPACT_ROWS", "FIELDS", "PHASES", "POOLS", "TRACKS", "BlockTable", "Pricer", "tabulate"]
+__all__ = [
+    "COMPACT",
+    "COMPACT_ROWS",
+    "FIELDS",
+    "PHASES",
+    "POOLS",
+    "TRACKS",
+    "BlockTable",
+    "Pricer",
+    "tabulate",
+]
 
 PHASES = ("forward", "backward", "weight", "recompute")
 POOLS = (
@@ -87,13 +98,14 @@ class Pricer:
             if key is not None and key not in known:
                 missing.setdefault(key, item)
         if missing:
-            for kind, price in (
+            by_kind: tuple[tuple[type[Item], Any], ...] = (
                 (Matmul, self._matmuls),
                 (Stream, self._streams),
                 (AttentionCore, self._attention),
                 (Collective, self._collectives),
                 (Transfer, self._transfers),
-            ):
+            )
+            for kind, price in by_kind:
                 batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
                 if batch:
                     known.update(zip(batch, price(list(batch.values()), axes), strict=True))
@@ -160,7 +172,7 @@ class Pricer:
             seconds = np.maximum(seconds, size * flop / float(device.vector_flop_per_s))
         return np.maximum(seconds, launches * float(device.launch_s) * (size > 0))
 
-    def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Array]:
+    def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         device, eff = self.device, self.device.efficiency
         for item in items:
             dims = [axes[getattr(item, d)] for d in ("batch", "heads", "q", "kv", "qk_dim", "v_dim")]
@@ -185,7 +197,7 @@ class Pricer:
                 multiprocessors=float(device.multiprocessors), floor_s=float(device.launch_s),
             )  # fmt: skip
 
-    def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Array]:
+    def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
             n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
             if item.kind == "point_to_point":
@@ -193,20 +205,21 @@ class Pricer:
                 continue
             where = (id(item.group), item.kind)
             if where not in self._costs:
-                self._costs[where] = collective_costs(item.kind, self.levels(item.group))
+                self._costs[where] = collective_costs(item.kind, self.levels(item.group))  # type: ignore[arg-type]
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
             yield fastest_s(n_bytes / messages, self._costs[where]) * messages
 
     def _hop_s(self, n_bytes: Array, group: Group) -> Array:
         """One message between neighbours of the group: over the innermost tier that holds both."""
-        seconds: Array | None = None
+        seconds: Any = None
         for level in reversed(self.levels(group)):
             hop = point_to_point_s(n_bytes, level.bytes_per_s, level.latency_s)
             # A boundary inside a tier's domain is at least as common as one across it: the slower one paces the ring.
             seconds = hop if seconds is None else np.where(level.members >= group.size, hop, seconds)
         assert seconds is not None
-        return np.where(group.size > 1, seconds, 0.0)
+        hop_s: Array = np.where(group.size > 1, seconds, 0.0)
+        return hop_s
 
     def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
         rate = {
@@ -265,9 +278,9 @@ class BlockTable:
     ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
     the same where the block is not recomputed, a transient where it is. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per optimizer step; ``main`` is
-    serial, ``gradients`` and ``weights`` may hide behind backward and forward work; ``<track>_messages``: into how many
-    messages they are cut.
+    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
+    optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
+    ``<track>_messages``: into how many messages they are cut.
     """
 
     kinds: tuple[str, ...]
@@ -275,7 +288,8 @@ class BlockTable:
     fields: tuple[str, ...] = FIELDS
 
     def __getitem__(self, name: str) -> Array:
-        return self.values[_ROWS[self.fields][name]]
+        field: Array = self.values[_ROWS[self.fields][name]]
+        return field
 
     @staticmethod
     def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
@@ -313,7 +327,7 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
 
 def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
-    windows: dict[str, dict[str, Array]] = defaultdict(dict)
+    windows: dict[str, dict[str, Any]] = defaultdict(dict)
     launches: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
@@ -341,9 +355,7 @@ def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer
     return totals
 
 
-def _residents(
-    items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer
-) -> dict[str, Array]:
+def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
     """Bytes per lifetime, and per pool for what is held throughout."""
     totals: dict[str, Any] = defaultdict(float)
     for item in items:
@@ -373,7 +385,9 @@ def _key(item: Item) -> Any:
     if isinstance(item, Collective):
         return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew)
     if isinstance(item, AttentionCore):
-        sizes = "|".join((item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible))
+        sizes = "|".join(
+            (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)
+        )
         return (sizes, item.passes, item.dtype)
     if isinstance(item, Transfer):
         return (item.size, item.bytes_per_element, item.tier)

@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: ``where`` (file, key path or flag), what was ``found``, what was ``expected``, what to ``try_``."""
+    """One thing that is wrong: ``where`` (file, key path, flag), what was ``found``, what was ``expected``, what to ``try_``."""
 
     where: str
     found: str

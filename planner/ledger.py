@@ -35,7 +35,7 @@ __all__ = [
     "times",
 ]
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[Any]  # float64, over rows
 # Names, checked where they are used: the engine knows these phases and pools.
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
@@ -225,9 +225,9 @@ class Axes:
         )
 
     def _evaluate(self, expression: str) -> Array:
-        total: Array | None = None
+        total: Any = None
         for coefficient, above, below in _terms(expression):
-            value: Array | None = None
+            value: Any = None
             for axis in above:
                 value = self._sizes[axis] if value is None else value * self._sizes[axis]
             value = (
@@ -268,7 +268,9 @@ def _terms(expression: str) -> tuple[tuple[float, tuple[str, ...], tuple[str, ..
     """``"2*a*b/c + d"`` as ((2.0, (a, b), (c,)), (1.0, (d,), ()))."""
     terms = []
     for term in expression.split(" + "):
-        coefficient, above, below = 1.0, [], []
+        coefficient = 1.0
+        above: list[str] = []
+        below: list[str] = []
         for index, part in enumerate(term.split("/")):
             for factor in part.split("*"):
                 name = factor.strip()

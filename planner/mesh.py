@@ -7,6 +7,7 @@ default rank order ``tp-cp-ep-dp-pp`` with the expert mesh folded over the dense
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +32,8 @@ class Mesh:
     @property
     def edp(self) -> Array:
         """Replicas of an expert."""
-        return self.tp * self.cp * self.dp / (self.etp * self.ep)
+        replicas: Array = self.tp * self.cp * self.dp / (self.etp * self.ep)
+        return replicas
 
     @property
     def devices(self) -> Array:
@@ -41,18 +43,7 @@ class Mesh:
     def group(self, name: str) -> Group:
         """A named group: ``tp cp dp pp dp_cp etp ep edp``; the same object every time, so that prices are shared."""
         if name not in self._groups:
-            one = np.ones(1)
-            size, stride = {
-                "tp": lambda: (self.tp, one),
-                "cp": lambda: (self.cp, self.tp),
-                "dp": lambda: (self.dp, self.tp * self.cp),
-                "dp_cp": lambda: (self.dp * self.cp, self.tp),
-                "pp": lambda: (self.pp, self.tp * self.cp * self.dp),
-                "etp": lambda: (self.etp, one),
-                "ep": lambda: (self.ep, self.etp),
-                "etp_ep": lambda: (self.etp * self.ep, one),
-                "edp": lambda: (self.edp, self.etp * self.ep),
-            }[name]()
+            size, stride = _GROUPS[name](self)
             self._groups[name] = Group(name, size, stride)
         return self._groups[name]
 
@@ -63,3 +54,17 @@ class Mesh:
             stride = whole.stride if inner else whole.stride * (whole.size / size)
             self._groups[name] = Group(name, size, stride)
         return self._groups[name]
+
+
+# Size and stride of each group; see the module's docstring for the two rank orders.
+_GROUPS: dict[str, Callable[[Mesh], tuple[Array, Array]]] = {
+    "tp": lambda mesh: (mesh.tp, np.ones(1)),
+    "cp": lambda mesh: (mesh.cp, mesh.tp),
+    "dp": lambda mesh: (mesh.dp, mesh.tp * mesh.cp),
+    "dp_cp": lambda mesh: (mesh.dp * mesh.cp, mesh.tp),
+    "pp": lambda mesh: (mesh.pp, mesh.tp * mesh.cp * mesh.dp),
+    "etp": lambda mesh: (mesh.etp, np.ones(1)),
+    "ep": lambda mesh: (mesh.ep, mesh.etp),
+    "etp_ep": lambda mesh: (mesh.etp * mesh.ep, np.ones(1)),
+    "edp": lambda mesh: (mesh.edp, mesh.etp * mesh.ep),
+}

@@ -40,7 +40,7 @@ BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighb
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How layers are dealt to virtual stages: layers taken from the first and from the last to make room for embedding and head."""
+    """How layers are dealt to virtual stages: how many fewer the first and the last get, to make room for embedding and head."""
 
     name: str
     first_fewer: int
@@ -185,14 +185,15 @@ def tight_bound(
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)
     counts = layout.device_counts[:1]
-    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
+    tail_s: Array = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
     hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
     runs, lengths = layout.run_first, np.diff([*layout.run_first, layout.pp])
     if layout.pp == 1 or schedule not in _CYCLE_BOUNDS:
         return tail_s
     chunks = layout.chunks[:, runs] if layout.virtual_stages > 1 else layout.chunks[0, runs]
-    bound_s: Array = _CYCLE_BOUNDS[schedule](chunks @ forward, chunks @ backward, micro_batches, hop_s, lengths)
-    return bound_s + tail_s
+    price = _CYCLE_BOUNDS[schedule]
+    bound_s: Array = tail_s + price(chunks @ forward, chunks @ backward, micro_batches, hop_s, lengths)
+    return bound_s
 
 
 _CYCLE_BOUNDS = {"1f1b": bound_1f1b_s, "interleaved": bound_interleaved_s}

@@ -6,6 +6,7 @@ The JSON form is versioned; within a major version fields are only added, so tha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2s
@@ -108,6 +109,25 @@ class Plan:
         """Micro-batches per pipeline and step."""
         return int(self.workload["global_batch_size"] // (self.mesh["dp"] * self.knobs["micro_batch_size"]))
 
+    def check(self) -> None:
+        """Raises an error of Python's own where a field is not of its type, or a number is not possible."""
+        whole = {**self.mesh, **{name: self.knobs[name] for name in ("micro_batch_size", "virtual_stages")}}
+        whole |= {name: self.workload[name] for name in ("global_batch_size", "seq_len")}
+        for name, value in whole.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+        if not isinstance(self.workload["precisions"], list | tuple):
+            raise TypeError(f"precisions is {self.workload['precisions']!r}")
+        numbers = {
+            name: getattr(self.estimate, name)
+            for name in ("step_time_s", "memory_budget_bytes", "host_bytes")
+        }
+        for name, value in {**numbers, **self.estimate.breakdown_s, **self.estimate.memory_bytes}.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}")
+        if self.estimate.step_time_s <= 0.0 or "peak" not in self.estimate.memory_bytes or self.devices < 1:
+            raise ValueError("the estimate lacks a step time or a peak")
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
         fields = asdict(self)
@@ -136,7 +156,7 @@ class Plan:
                 tuple(data.get("assumptions", ())),
             )
             plan = Plan(**fields)
-            _ = plan.devices, plan.micro_batches, float(plan.estimate.step_time_s)
+            plan.check()
         except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise SpecError(
                 Fault(where, f"is no plan ({type(error).__name__}: {error})", "a plan as planner writes it")

@@ -76,10 +76,12 @@ class OutputFile:
     """
 
     def __init__(self, path: str, flag: str = "-o") -> None:
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
-        self.flag = flag
-        self._where = f"{flag} {path}"
-        self._draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._where = f"{flag} {path!r}"
+        try:
+            self.path = Path(os.path.realpath(Path(path).expanduser()))
+            self._draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        except (ValueError, RuntimeError) as error:
+            raise self._unwritable(error) from None
 
     def __enter__(self) -> OutputFile:
         if self.path.exists() and not self.path.is_file():

@@ -55,7 +55,9 @@ class Branches:
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
         """Whether a swap's rules hold; they are about the machine and the job, not about rows."""
-        ctx = self.space.rows.take(np.arange(1)).context(self.space.problem, self.space.knobs({**self._job(), **swap}))
+        ctx = self.space.rows.take(np.arange(1)).context(
+            self.space.problem, self.space.knobs({**self._job(), **swap})
+        )
         checks = [check for c in swap.values() if c.technique is not None for check in c.technique.valid(ctx)]
         return all(np.all(check.ok) for check in checks)
 
@@ -71,7 +73,9 @@ class Branches:
 
     def _acts(self, rows: Rows, knobs: Mapping[str, Any], choices: Mapping[str, Choice]) -> Mask:
         acts = np.ones(len(rows), dtype=bool)
-        ctx = rows.context(self.space.problem, {**knobs, **{slot: choice.value for slot, choice in choices.items()}})
+        ctx = rows.context(
+            self.space.problem, {**knobs, **{slot: choice.value for slot, choice in choices.items()}}
+        )
         for slot, choice in choices.items():
             if choice.technique is None:
                 continue

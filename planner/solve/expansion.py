@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable
 from planner.ledger import Array
 from planner.pipeline import Layout, memory, step_bound
-from planner.solve.branches import Branches
+from planner.solve.branches import Branches, Faults
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
@@ -134,12 +134,12 @@ class Expansion:
         ]
         self.states = np.concatenate([activity.states for activity in activities], axis=1)
         self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
-        self.communicators = sum(
-            (self.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")
-        )
+        groups = [self.values[name] > 1 for name in ("tp", "cp", "dp", "pp", "ep")]
+        self.communicators = np.stack(groups).astype(float).sum(axis=0)
         self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
         self.nearest: Shortfall | None = None
         self._of_states = self._all_states()
+        self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
 
     def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
@@ -178,7 +178,10 @@ class Expansion:
                     continue
                 jobs = _Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
                 fit, bound_s, batch = self._evaluate(jobs)
-                fits[swap, recompute, chosen[at]], pending.bounds_s[swap, recompute, chosen[at]] = fit, bound_s
+                fits[swap, recompute, chosen[at]], pending.bounds_s[swap, recompute, chosen[at]] = (
+                    fit,
+                    bound_s,
+                )
                 if len(batch.fitting):
                     found.append(batch)
         return found
@@ -186,7 +189,8 @@ class Expansion:
     def _width(self, recompute: int, layout: Layout, rows: Index) -> NDArray[np.int64]:
         """Candidates behind one recompute choice on each row."""
         each = self.branches.width(self.branches.recomputes[recompute], layout.layers)
-        return self.recomputes[recompute, rows] * np.int64(each)
+        width: NDArray[np.int64] = self.recomputes[recompute, rows] * np.int64(each)
+        return width
 
     def _overfull(self, jobs: _Jobs) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
@@ -211,20 +215,66 @@ class Expansion:
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
         on_device, on_host = peak <= budget, host <= host_budget
-        fit = on_device & on_host
-        self._count(jobs, on_device, on_host)
+        runs = self._launchable(jobs)
+        fit = on_device & on_host & runs
+        self._count(jobs, on_device, on_host, runs)
         if not fit.all():
             self._note_nearest(
                 jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
             )
         return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers, table)
 
-    def _count(self, jobs: _Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_]) -> None:
+    def _launchable(self, jobs: _Jobs) -> NDArray[np.bool_]:
+        """Jobs that the launcher can run; the others are counted under its reason."""
+        ok = np.ones(len(jobs.rows), dtype=bool)
+        if self.problem.launcher is None:
+            return ok
+        pairs = np.stack([jobs.states, self.prefix_of[jobs.rows]])
+        for state, prefix in np.unique(pairs, axis=1).T.tolist():
+            at = np.flatnonzero((pairs[0] == state) & (pairs[1] == prefix))
+            faults = self._launcher_faults(jobs, state, prefix)
+            first = faults.first[jobs.rows[at] - self.starts[prefix]]
+            ok[at] = first < 0
+            for index, reason in enumerate(faults.reasons):
+                self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
+        return ok
+
+    def _launcher_faults(self, jobs: _Jobs, state: int, prefix: int) -> Faults:
+        """Every row's first broken rule of the launcher, for one prefix and the choices that the jobs share."""
+        launcher, layout = self.problem.launcher, jobs.layout
+        assert launcher is not None
+        key = (
+            jobs.schedule.value,
+            layout.virtual_stages,
+            layout.split,
+            jobs.recompute,
+            jobs.swap,
+            state,
+            prefix,
+        )
+        if key not in self._launched:
+            branch = self.branches.recipe(state, jobs.recompute, jobs.swap)
+            knobs = self.branches.space.knobs(
+                {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
+            )
+            knobs |= {"virtual_stages": layout.virtual_stages, "pipeline_layout": layout.split}
+            rows = slice(self.starts[prefix], self.starts[prefix + 1])
+            ctx = Rows({name: column[rows] for name, column in self.values.items()}).context(
+                self.problem, knobs
+            )
+            faults = self._launched[key] = Faults(rows.stop - rows.start)
+            for check in launcher.valid(ctx):
+                faults.check(f"{launcher.name}: {check.reason}", check.ok)
+        return self._launched[key]
+
+    def _count(
+        self, jobs: _Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_], runs: NDArray[np.bool_]
+    ) -> None:
         """One candidate per job is scored or rejected; the other layer counts behind it are excluded or rejected with it."""
-        fitting = on_device & on_host
+        fitting = on_device & on_host & runs
         rejected: Counter[str] = self.counts.rejected
-        rejected["device memory"] += int(jobs.width[~on_device].sum())
-        rejected["host memory"] += int(jobs.width[on_device & ~on_host].sum())
+        rejected["device memory"] += int(jobs.width[~on_device & runs].sum())
+        rejected["host memory"] += int(jobs.width[on_device & ~on_host & runs].sum())
         self.counts.scored += int(fitting.sum())
         self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
 
@@ -275,7 +325,10 @@ class Expansion:
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
         """Each prefix's tables, and the states that are active on any of its rows."""
         parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
-        return [(table, self.states[:, start:stop].any(axis=1)) for table, (start, stop) in parts]
+        return [
+            (table, np.any(self.states[:, start:stop], axis=1, keepdims=True)[:, 0])
+            for table, (start, stop) in parts
+        ]
 
     def _all_states(self) -> Array:
         """Tables of all states, (states, rows, fields, kinds); zero where a state is active on no row of a prefix."""

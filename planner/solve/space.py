@@ -182,7 +182,9 @@ class Space:
         experts = [b.moe.experts for b in blocks if b.moe]
         layers = model.n_layers + sum(n for _, n in model.encoder_layers)
         tps = self._degrees("tp", devices, max(heads), lambda tp: all(h % tp == 0 for h in heads))
-        cps = self._degrees("cp", devices, max(1, workload.seq_len // 2), lambda cp: workload.seq_len % cp == 0)
+        cps = self._degrees(
+            "cp", devices, max(1, workload.seq_len // 2), lambda cp: workload.seq_len % cp == 0
+        )
         pps = self._degrees("pp", devices, layers + 2)
         columns: list[Array] = []
         for tp, cp, pp in product(tps, cps, pps):
@@ -192,7 +194,9 @@ class Space:
             ranks = tp * cp * dp
             share = workload.global_batch_size // dp if workload.global_batch_size % dp == 0 else 1
             sizes = self._degrees("micro_batch_size", share, share)
-            eps = self._degrees("ep", ranks, max(experts, default=1), lambda ep: all(x % ep == 0 for x in experts))
+            eps = self._degrees(
+                "ep", ranks, max(experts, default=1), lambda ep: all(x % ep == 0 for x in experts)
+            )
             etps = self._degrees("etp", tp, tp if experts else 1)
             meshes = [(tp, cp, pp, dp, ep, etp) for ep in eps for etp in etps if ranks % (ep * etp) == 0]
             grid = np.array([(*mesh, size) for mesh in meshes for size in sizes], dtype=np.float64)
@@ -207,10 +211,14 @@ class Space:
                 )
             )
         table = np.concatenate(columns)
-        table = table[np.argsort(table[:, -1], kind="stable")]  # small micro-batches first: they hold most good plans
+        table = table[
+            np.argsort(table[:, -1], kind="stable")
+        ]  # small micro-batches first: they hold most good plans
         return Rows({name: np.ascontiguousarray(table[:, index]) for index, name in enumerate(DEGREES)})
 
-    def _degrees(self, name: str, of: int, most: int, admits: Callable[[int], bool] = lambda degree: True) -> list[int]:
+    def _degrees(
+        self, name: str, of: int, most: int, admits: Callable[[int], bool] = lambda degree: True
+    ) -> list[int]:
         """Divisors of a number that the problem admits; a fixed degree is kept, so that its broken rule can be named."""
         if name in self.fixed:
             return [self.fixed[name]] if of % self.fixed[name] == 0 else []

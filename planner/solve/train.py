@@ -52,16 +52,17 @@ def search(
     try:
         ranked = uniform.run()
     except KeyboardInterrupt:
-        ranked, stopped = uniform.best[:top], True
+        ranked, stopped = uniform.ranking.best, True
     counts = uniform.counts
     if not ranked:
         raise Interrupted if stopped else _infeasible(problem, uniform.nearest, counts.rejected)
     plans, useful_flop = [], model_flop(problem.model, problem.workload)
+    best_s = ranked[0][0]
     for step_s, scored in ranked:
         optimality = (
             Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
             if stopped
-            else Optimality("exact", 0.0, min(scored.bound_s, step_s), _SOLVER)
+            else _proved(step_s, best_s)
         )
         knobs = uniform.space.knobs(scored.recipe)
         layers = scored.recompute_layers
@@ -78,6 +79,12 @@ def search(
     if stopped:
         raise Interrupted(result)
     return result
+
+
+def _proved(step_s: float, best_s: float) -> Optimality:
+    """The best plan is exact. Of the others it is known that no plan, listed or not, is faster than the best one."""
+    gap = (step_s - best_s) / step_s
+    return Optimality("gap" if gap else "exact", gap, best_s, _SOLVER)
 
 
 def estimate(problem: Problem) -> Plan:
@@ -122,19 +129,28 @@ def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     Sequence parallelism wherever tp > 1, ZeRO stage 1 (the distributed optimizer), no recompute, no offload, no overlap of
     tensor-parallel communication, 1F1B (interleaved when ``virtual_stages`` > 1), micro-batches of one sequence.
     """
-    tp, v = int(fixed.get("tp", 1)), int(fixed.get("virtual_stages", 1))
-    chosen = {
+    tp, v = _whole(fixed, "tp"), _whole(fixed, "virtual_stages")
+    chosen: dict[str, Any] = {
         slot: off(slot)
         for slot in SLOTS
         if slot.endswith("_offload") or slot in ("recompute", "tensor_overlap", "zero_group")
     }
     chosen.update(
         {
-            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, "virtual_stages": v, "zero_stage": 1, "context": "p2p",
-            "sequence_parallel": "true" if tp > 1 else "false", "schedule": "interleaved" if v > 1 else "1f1b",
+            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, "virtual_stages": v,
+            "zero_stage": 1, "context": "p2p", "sequence_parallel": "true" if tp > 1 else "false",
+            "schedule": "interleaved" if v > 1 else "1f1b",
         }
     )  # fmt: skip
     return chosen
+
+
+def _whole(fixed: Mapping[str, Any], name: str) -> int:
+    """A fixed degree; 1 where it is open, or no whole number (which the space refuses)."""
+    try:
+        return int(str(fixed.get(name, 1)))
+    except ValueError:
+        return 1
 
 
 def _named(problem: Problem) -> Problem:
@@ -158,13 +174,10 @@ def _reprice(batch: list[Scored], global_batch_size: int) -> list[float]:
         groups[id(scored.layout), scored.schedule, scored.micro_batches(global_batch_size)].append(index)
     times = np.empty(len(batch))
     for (_, schedule, micro_batches), members in groups.items():
-        scored = [batch[i] for i in members]
+        alike = [batch[i] for i in members]
+        layers = [scored.recompute_layers for scored in alike]
         times[members] = exact_step_s(
-            [s.table for s in scored],
-            scored[0].layout,
-            schedule,
-            micro_batches,
-            [s.recompute_layers for s in scored],
+            [s.table for s in alike], alike[0].layout, schedule, micro_batches, layers
         )
     return [float(t) for t in times]
 
@@ -192,8 +205,8 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
     return Infeasible(
         Fault(
             f"{problem.model.name} on {problem.cluster.name}",
-            f"nothing fits: {nearest.binding} binds; the closest plan ({mesh}, {chosen}) needs {format_bytes(nearest.needed_bytes)}, "
-            f"{format_bytes(short)} more than the {format_bytes(nearest.budget_bytes)} there are",
+            f"nothing fits: {nearest.binding} binds; the closest plan ({mesh}, {chosen}) needs "
+            f"{format_bytes(nearest.needed_bytes)}, {format_bytes(short)} more than the {format_bytes(nearest.budget_bytes)} there are",
             "a plan within device and host memory",
             f"Nearest change: devices with {factor:.2f}× the memory, about {factor:.2f}× as many devices, or a shorter sequence.",
         )

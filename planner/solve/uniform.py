@@ -7,15 +7,15 @@ Every candidate is either rejected with a reason, excluded by a bound, or scored
    cannot beat it (``dominated``), so offload and recompute are tried where memory asks for them;
 3. *re-pricing*: scored candidates go to the schedule engine in the order of their bounds, until no bound beats the incumbent.
 
-The best plan is then exact under this model. ``top`` plans are kept by engine price, and bounds are held against the last of
-them, so that the whole list is exact among plans that no other plan dominates.
+The best plan is then exact under this model: bounds are held against its engine price. The other plans of the list are the best
+of what was scored on the way; none can be faster than the best one, and how much slower they are is their gap.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
-from planner.pipeline import BOUNDARY, Layout, layouts, step_bound, tight_bound
+from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
 from planner.solve.branches import Branches, Faults
-from planner.solve.expansion import Batch, Expansion, Pending, Scored, Shortfall
+from planner.solve.expansion import Expansion, Pending, Scored, Shortfall
+from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
@@ -39,7 +40,6 @@ _PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps bef
 _ROWS = 8192  # rows whose ledgers are built at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _WAVES = (512, 10**12)  # rows and layouts, best bounds first, after which the bar is set anew
-_REPRICE_BATCH = 8
 
 Index = NDArray[np.intp]
 
@@ -94,17 +94,14 @@ class UniformSearch:
     ) -> None:
         self.problem = problem
         self.space = Space(problem)
-        self.top = top
-        self.reprice = reprice
         self.on_progress = on_progress
         self.counts = SearchCounts()
-        self.best: list[tuple[float, Scored]] = []
+        self.ranking = Ranking(top, problem.workload.global_batch_size, reprice)
         self.nearest: Shortfall | None = None
         self.order = tuple(block_order(problem.model))
         self.kinds = (*dict.fromkeys(self.order), EMBEDDING, HEAD, BOUNDARY)
         self.pricer = Pricer(problem.cluster, problem.stack)
         self.branches = Branches(self.space)
-        self._open: list[Batch] = []
         self._pending: list[Pending] = []
         self._prefixes: list[_Prefix] = []
         self._deals: list[_Deal] = []
@@ -112,7 +109,9 @@ class UniformSearch:
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
         recipes, rows = list(self.space.prefixes()), self.space.rows
-        parts = [rows.take(np.arange(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)]
+        parts = [
+            rows.take(np.arange(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)
+        ]
         for done, (part, recipe) in enumerate(product(parts, recipes)):
             self._bound(recipe, part)
             if sum(len(deal.rows) for deal in self._deals) > _PAIRS:
@@ -120,7 +119,8 @@ class UniformSearch:
             if self.on_progress is not None:
                 self.on_progress(done + 1, len(parts) * len(recipes))
         self._expand()
-        return self.best
+        self.counts.repriced = self.ranking.repriced
+        return self.ranking.best
 
     def _expand(self) -> None:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
@@ -129,7 +129,7 @@ class UniformSearch:
         for wave in _WAVES:
             below = float(bounds[wave]) if wave < len(bounds) else np.inf
             self._wave(above, below)
-            self._settle()
+            self.ranking.settle()
             above = below
             if below == np.inf:
                 break
@@ -242,7 +242,7 @@ class UniformSearch:
                 bound_s = step_bound(part, layout, micro_batches[at])[keep]
                 variants = self.branches.variants(activity, layout.layers)[at[keep]]
                 self.counts.candidates += int(variants.sum())
-                late = bound_s >= self._bar()
+                late = bound_s >= self.ranking.bar
                 if late.any():
                     self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
                     keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
@@ -284,7 +284,7 @@ class UniformSearch:
 
     def _wave(self, above: float, below: float) -> None:
         """Prices the rows and layouts whose bound lies in [above, below) and under the bar; counts the others as excluded."""
-        bar = self._bar()
+        bar = self.ranking.bar
         chosen: list[tuple[_Deal, Index]] = []
         for deal in self._deals:
             inside = (deal.bound_s >= above) & (deal.bound_s < below)
@@ -319,7 +319,7 @@ class UniformSearch:
         for deals in together.values():
             at = np.sort(np.concatenate([where for _, where in deals]))
             batch, pending = work.plain(deals[0][0].schedule, deals[0][0].layout, at)
-            self._open.append(batch)
+            self.ranking.add(batch)
             self._pending.append(pending)
         self._note_nearest(work)
 
@@ -335,76 +335,21 @@ class UniformSearch:
         for tried in (swaps[:1], swaps[1:]):
             start, size = 0, _PENDING_WAVE
             while start < len(order) and tried:
-                late = bounds[order[start]] >= self._bar()
+                late = bounds[order[start]] >= self.ranking.bar
                 some = slice(start, None if late else start + size)
                 for which in np.unique(number[some]):
                     pending = self._pending[which]
                     chosen = np.sort(index[some][number[some] == which])
-                    self._open += pending.expansion.rest(pending, chosen, tried, self._bar())
+                    for batch in pending.expansion.rest(pending, chosen, tried, self.ranking.bar):
+                        self.ranking.add(batch)
                     self._note_nearest(pending.expansion)
-                self._settle()
+                self.ranking.settle()
                 start, size = len(order) if late else start + size, 4 * size
 
     def _note_nearest(self, work: Expansion) -> None:
         """Remembers the candidate that misses its memory by the least."""
         if work.nearest is not None and (self.nearest is None or work.nearest.excess < self.nearest.excess):
             self.nearest = work.nearest
-
-    def _bar(self) -> float:
-        """Step time of the best plan so far: a candidate whose bound is no better cannot be the best."""
-        return self.best[0][0] if self.best else np.inf
-
-    # -- step 3: the schedule engine decides -------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Re-prices open candidates in the order of their bounds, until no bound beats the best plan and the list is full."""
-        if not self._open:
-            return
-        bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
-        owner = np.repeat(np.arange(len(self._open)), [len(batch.fitting) for batch in self._open])
-        index = np.concatenate([batch.fitting for batch in self._open])
-        order = np.argsort(bounds, kind="stable")
-        position = 0
-        while position < len(order):
-            least = bounds[order[position]]
-            if least >= self._bar() and (len(self.best) >= self.top or least >= self._last()):
-                break
-            some = order[position : position + max(_REPRICE_BATCH, self.top)]
-            position += len(some)
-            found = self._tightened([self._open[owner[i]].scored(int(index[i])) for i in some])
-            for start in range(0, len(found), _REPRICE_BATCH):
-                part = [
-                    s
-                    for s in found[start : start + _REPRICE_BATCH]
-                    if s.bound_s < self._bar() or len(self.best) < self.top
-                ]
-                if part:
-                    self.counts.repriced += len(part)
-                    self.best += zip(self.reprice(part), part, strict=True)
-                    self.best.sort(key=lambda pair: pair[0])
-        del self.best[self.top :]
-
-    def _last(self) -> float:
-        """Step time of the last plan of a full list."""
-        return self.best[self.top - 1][0] if len(self.best) >= self.top else np.inf
-
-    def _tightened(self, candidates: list[Scored]) -> list[Scored]:
-        """The candidates with the tightest bound known for their schedule, sorted by it."""
-        deals: dict[tuple[int, str], list[Scored]] = defaultdict(list)
-        for scored in candidates:
-            deals[id(scored.layout), scored.schedule].append(scored)
-        batch = self.problem.workload.global_batch_size
-        tight: list[Scored] = []
-        for (_, schedule), members in deals.items():
-            table = BlockTable.compact(self.kinds, np.concatenate([s.table.values for s in members], axis=2))
-            micro_batches = np.array([float(s.micro_batches(batch)) for s in members])
-            layers = np.array([np.inf if s.recompute_layers is None else s.recompute_layers for s in members])
-            bounds = tight_bound(table, members[0].layout, schedule, micro_batches, layers)
-            tight += [
-                replace(s, bound_s=max(s.bound_s, float(bound)))
-                for s, bound in zip(members, bounds, strict=True)
-            ]
-        return sorted(tight, key=lambda scored: scored.bound_s)
 
     def _reject(self, reason: str, count: int) -> None:
         if count:

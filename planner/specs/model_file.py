@@ -186,8 +186,12 @@ class _Parts:
         self._check_letters("layer_parts", pattern, needs)
         if len(pattern) != depth:
             self.reader.problem("layer_parts", f"has {len(pattern)} signs", f"one per layer ({depth})")
-        fields = {"M": "ssm", "*": "attention", "-": "mlp", "E": "moe"}
-        kinds = {sign: Block(norm=self.norm, norms=1, **{fields[sign]: needs[sign]}) for sign in fields}
+        kinds = {
+            "M": Block(norm=self.norm, norms=1, ssm=self.ssm),
+            "*": Block(norm=self.norm, norms=1, attention=self.attention),
+            "-": Block(norm=self.norm, norms=1, mlp=self.mlp),
+            "E": Block(norm=self.norm, norms=1, moe=self.moe),
+        }
         return [kinds[sign] for sign in pattern if sign in kinds][:_MAX_LAYERS]
 
     def _check_letters(self, key: str, pattern: str, needs: Mapping[str, Any]) -> None:

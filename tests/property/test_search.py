@@ -1,0 +1,126 @@
+"""The search's winner is the best of the whole space, priced one candidate at a time through its own ledger."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import numpy as np
+import pytest
+
+from planner.assemble import exact_step_s
+from planner.baseline import EMBEDDING, HEAD, block_order
+from planner.engine import Pricer, tabulate
+from planner.errors import Infeasible
+from planner.pipeline import BOUNDARY, memory, step_bound, tight_bound
+from planner.solve.train import search
+from planner.solve.uniform import UniformSearch
+from planner.specs.hardware import load_cluster
+from planner.specs.model import Attention, Block, Mlp, Model, Moe
+from planner.specs.problem import Problem
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+
+PROBLEMS = 200
+OPEN = {  # slots that a random problem may leave open; the others are fixed at the first value
+    "sequence_parallel": ["false"],
+    "context": ["p2p"],
+    "tensor_overlap": ["none"],
+    "zero_stage": ["0", "1", "2", "3"],
+    "zero_group": ["full"],
+    "recompute": ["none"],
+    "optimizer_offload": ["none"],
+    "activation_offload": ["none"],
+    "parameter_offload": ["none"],
+    "schedule": ["1f1b", "gpipe"],
+}
+
+
+def random_problem(seed: int) -> Problem:
+    """A small model on a few devices, with memory anywhere between ample and far too little."""
+    draw = random.Random(seed)
+    heads = draw.choice([4, 8])
+    experts = draw.choice([0, 0, 0, 4])
+    block = Block(
+        attention=Attention(heads, draw.choice([1, 2, heads]), 64),
+        mlp=None if experts else Mlp(draw.choice([512, 1024]), gated=draw.random() < 0.5),
+        moe=Moe(experts, 2, 512) if experts else None,
+    )
+    model = Model(
+        name=f"random-{seed}", family="random", arch="decoder", hidden=heads * 64, vocab=draw.choice([1000, 32000]),
+        max_seq_len=4096, blocks={"decoder": block}, layers=(("decoder", draw.choice([2, 3, 4])),),
+        tied_embeddings=draw.random() < 0.3, dropout=draw.random() < 0.3,
+    )  # fmt: skip
+    cluster = load_cluster(
+        draw.choice(
+            ["h100-sxm:1x2", "h100-sxm:1x2", "rtx-4090:1x2", "a100-sxm-80gb:1x4", "a100-sxm-80gb:2x2"]
+        )
+    )
+    free = draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2]))
+    fixed = {slot: draw.choice(values) for slot, values in OPEN.items() if slot not in free}
+    if draw.random() < 0.8:
+        fixed["micro_batch_size"] = draw.choice([1, 2])
+    budget = 2.3e9 + draw.choice([0.05e9, 0.2e9, 0.5e9, 5e9, 20e9])
+    reserve = max(0.0, 1.0 - budget / float(cluster.device.memory_bytes))
+    workload = TrainWorkload(draw.choice([8, 16, 24]), draw.choice([512, 2048]))
+    return Problem(model, cluster, workload, load_stack(), fixed=fixed, reserve=reserve)
+
+
+def all_candidates(problem: Problem):
+    """(step time or None where it does not fit, bounds) of every candidate, each from a ledger of its own."""
+    search_ = UniformSearch(problem, 1, lambda batch: [])
+    space = search_.space
+    kinds = (*dict.fromkeys(block_order(problem.model)), EMBEDDING, HEAD, BOUNDARY)
+    pricer = Pricer(problem.cluster, problem.stack)
+    budget = problem.memory_budget_bytes
+    for prefix, branch in product(space.prefixes(), space.branches()):
+        recipe = {**prefix, **branch}
+        knobs = space.knobs(recipe)
+        for number in range(len(space.rows)):
+            rows = space.rows.take(np.array([number]))
+            ctx = rows.context(problem, knobs)
+            techniques = [c.technique for c in recipe.values() if c.technique is not None]
+            if search_.faults(prefix, ctx).reasons or not all(
+                np.all(k.ok) for t in techniques for k in t.valid(ctx)
+            ):
+                continue
+            table = tabulate(search_.ledger(recipe, ctx), pricer, kinds, 1)
+            groups = sum(float(rows.values[name][0] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+            m = ctx.micro_batches
+            for schedule, layout in search_.layouts_of(int(ctx.mesh.pp[0])):
+                order = schedule.technique.order
+                if not all(np.all(check.ok) for check in schedule.technique.valid(ctx)):
+                    continue
+                by_layers = recipe["recompute"].value == "block"
+                for layers in range(1, layout.layers) if by_layers else [None]:
+                    step_s = float(exact_step_s([table], layout, order, round(float(m[0])), [layers])[0])
+                    peak, host = memory(table, layout, order, m, problem.stack, groups, layers)
+                    bound_s = float(step_bound(table, layout, m, layers)[0])
+                    tight_s = float(
+                        tight_bound(
+                            table, layout, order, m, np.array([np.inf if layers is None else layers])
+                        )[0]
+                    )
+                    fits = peak[0] <= budget and host[0] <= problem.cluster.host_memory_bytes
+                    yield (step_s if fits else None), max(bound_s, tight_s), step_s
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_winner_is_brute_force_winner(batch: int) -> None:
+    """On random small problems: same best step time, same infeasibility, every candidate counted, every bound below."""
+    for seed in range(batch, PROBLEMS, 10):
+        problem = random_problem(seed)
+        every = list(all_candidates(problem))
+        assert all(bound_s <= step_s * (1 + 1e-9) for _, bound_s, step_s in every), seed
+        fitting = [step_s for step_s, _, _ in every if step_s is not None]
+        if not fitting:
+            with pytest.raises(Infeasible):
+                search(problem)
+            continue
+        result = search(problem)
+        report = result.search
+        counted = report.scored + sum(report.excluded_by_bound.values()) + sum(report.rejected.values())
+        assert report.candidates == counted, seed
+        assert result.best.estimate.step_time_s == pytest.approx(min(fitting), rel=1e-9), seed
+        assert result.best.optimality.status == "exact"
+        assert result.best.estimate.fits
