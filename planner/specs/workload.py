@@ -55,7 +55,7 @@ class TrainWorkload:
     def __post_init__(self) -> None:
         faults = [
             Problem(
-                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:g} to {most:g}"
+                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:,} to {most:,}"
             )
             for name, (least, most, whole) in _LIMITS.items()
             if (value := getattr(self, name)) is not None and not _inside(value, least, most, whole)
