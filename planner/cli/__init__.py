@@ -53,8 +53,8 @@ def _run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         report_interruption("nothing was written", as_json)
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
+    except (BrokenPipeError, SystemExit):  # the parser leaves by itself for one reason alone: nobody reads the output
+        raise BrokenPipeError from None
     except Exception as error:
         if isinstance(error, usage_error):
             message = error.format_message()  # type: ignore[attr-defined]

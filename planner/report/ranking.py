@@ -45,7 +45,7 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
-    screen.section("Next", _next(saved))
+    screen.section("Next", _next(saved, len(result.plans)))
 
 
 def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Plan | None = None) -> None:
@@ -230,11 +230,8 @@ def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
     return "; ".join(told) + (f"; {left} more reasons" if left > 0 else "")
 
 
-def _next(saved: str | None) -> list[str]:
+def _next(saved: str | None, plans: int) -> list[str]:
     if saved is None:
         return ["repeat with -o plans.json, then: planner explain plans.json:1"]
-    return [
-        f"planner explain {saved}:1",
-        f"planner compare {saved}:1 {saved}:2",
-        f"planner export {saved}:1 --to megatron",
-    ]
+    compare = [f"planner compare {saved}:1 {saved}:2"] if plans > 1 else []
+    return [f"planner explain {saved}:1", *compare, f"planner export {saved}:1 --to megatron"]
