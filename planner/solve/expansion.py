@@ -61,15 +61,15 @@ class Batch:
     bound_s: Array
     peak_bytes: Array
     recompute_layers: Array | None
-    table: BlockTable
 
     def scored(self, index: int) -> Scored:
         """One of them on its own."""
-        layers = None if self.recompute_layers is None else int(self.recompute_layers[index])
+        jobs, one = self.jobs, slice(index, index + 1)
         return Scored(
-            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(self.jobs, index),
-            self.expansion.row(self.jobs, index), self.jobs.layout, layers,
-            BlockTable.compact(self.table.kinds, self.table.values[:, :, index : index + 1]),
+            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
+            self.expansion.row(jobs, index), jobs.layout,
+            None if self.recompute_layers is None else int(self.recompute_layers[index]),
+            self.expansion.columns(jobs.states[one], jobs.recompute, jobs.swap, jobs.rows[one]),
         )  # fmt: skip
 
 
@@ -151,6 +151,25 @@ class Expansion:
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
         return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs))
 
+    def open_pairs(self, pending: Pending, bar: float) -> Index:
+        """Pairs whose other branches are worth a look; those of the others are counted as excluded or rejected.
+
+        Whatever else a state does on a row only adds time to its plain branch: nothing else can win where that fits, or where
+        its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
+        """
+        branches, rows = self.branches, pending.jobs.rows
+        if branches.recomputes[0].technique is not None:
+            return np.arange(len(rows))
+        others = -self._width(0, pending.jobs.layout, rows)
+        for recompute in range(len(branches.recomputes)):
+            others += len(branches.swaps) * self._width(recompute, pending.jobs.layout, rows)
+        fits, late = pending.fits[0, 0], pending.bounds_s[0, 0] >= bar
+        full = pending.overfull
+        self.counts.excluded_by_bound["dominated"] += int(others[fits].sum())
+        self.counts.excluded_by_bound["step time"] += int(others[late & ~fits].sum())
+        self.counts.rejected["device memory"] += int(others[full & ~late & ~fits].sum())
+        return np.flatnonzero(~(fits | late | full))
+
     def rest(self, pending: Pending, chosen: Index, swaps: Sequence[int], bar: float) -> list[Batch]:
         """Scores more branches of the chosen (state, row) pairs, those with less work first; returns what fits.
 
@@ -195,7 +214,7 @@ class Expansion:
     def _overfull(self, jobs: _Jobs) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
         stack = self.problem.stack
-        table = self._gather(jobs.states, 0, 0, jobs.rows)
+        table = self.columns(jobs.states, 0, 0, jobs.rows)
         fixed = table["gradients_bytes"]
         if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
             fixed = fixed + table["optimizer_bytes"]
@@ -207,7 +226,7 @@ class Expansion:
     def _evaluate(self, jobs: _Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a layout, a recompute choice and a swap."""
         choice = self.branches.recomputes[jobs.recompute]
-        table = self._gather(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
+        table = self.columns(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
         micro_batches = self.micro_batches[jobs.rows]
         by_layers = self.branches.by_layers(choice)
         layers: Array | None = self._fewest_layers(jobs, table, micro_batches) if by_layers else None
@@ -222,7 +241,7 @@ class Expansion:
             self._note_nearest(
                 jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
             )
-        return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers, table)
+        return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
 
     def _launchable(self, jobs: _Jobs) -> NDArray[np.bool_]:
         """Jobs that the launcher can run; the others are counted under its reason."""
@@ -306,7 +325,7 @@ class Expansion:
             layers,
         )
 
-    def _gather(self, states: Index, recompute: int, swap: int, rows: Index) -> BlockTable:
+    def columns(self, states: Index, recompute: int, swap: int, rows: Index) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change."""
         columns = self._of_states[states, rows]
         if self.branches.recomputes[recompute].technique is not None or swap:

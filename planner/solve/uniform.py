@@ -14,9 +14,9 @@ of what was scored on the way; none can be faster than the best one, and how muc
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ __all__ = ["SearchCounts", "UniformSearch"]
 _PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps before the bar is set anew
 _ROWS = 8192  # rows whose ledgers are built at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
+_CUTS = (4096,)  # the same, within a wave
 _WAVES = (512, 10**12)  # rows and layouts, best bounds first, after which the bar is set anew
 
 Index = NDArray[np.intp]
@@ -311,26 +312,57 @@ class UniformSearch:
             rows.append(part)
         work = Expansion(self.problem, self.branches, tables, rows, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
-        together: dict[tuple[int, int], list[tuple[_Deal, Index]]] = defaultdict(list)
+        together: dict[tuple[int, int], list[tuple[_Deal, Index, Array]]] = defaultdict(list)
         for deal, kept in chosen:
-            together[id(deal.schedule), id(deal.layout)].append(
-                (deal, place[deal.prefix] + np.searchsorted(open_[deal.prefix], kept))
-            )
+            at = np.searchsorted(deal.rows, kept)
+            where = place[deal.prefix] + np.searchsorted(open_[deal.prefix], kept)
+            together[id(deal.schedule), id(deal.layout)].append((deal, where, at))
+        merged = []
         for deals in together.values():
-            at = np.sort(np.concatenate([where for _, where in deals]))
-            batch, pending = work.plain(deals[0][0].schedule, deals[0][0].layout, at)
-            self.ranking.add(batch)
-            self._pending.append(pending)
+            where = np.concatenate([w for _, w, _ in deals])
+            order = np.argsort(where)
+            merged.append(
+                (
+                    deals[0][0],
+                    where[order],
+                    np.concatenate([deal.bound_s[at] for deal, _, at in deals])[order],
+                    np.concatenate([deal.variants[at] for deal, _, at in deals])[order],
+                )
+            )
+        bounds = np.sort(np.concatenate([bound_s for _, _, bound_s, _ in merged]))
+        cuts = [-np.inf, *(float(bounds[cut]) for cut in _CUTS if cut < len(bounds)), np.inf]
+        for low, high in pairwise(cuts):
+            self._plain(work, merged, low, high)
+            self.ranking.settle()
         self._note_nearest(work)
+
+    def _plain(
+        self,
+        work: Expansion,
+        merged: Sequence[tuple[_Deal, Index, Array, NDArray[np.int64]]],
+        low: float,
+        high: float,
+    ) -> None:
+        """Scores the plain branches of rows whose bound lies in [low, high) and still under the bar."""
+        for deal, where, bound_s, variants in merged:
+            inside = (bound_s >= low) & (bound_s < high)
+            late = inside & (bound_s >= self.ranking.bar)
+            self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
+            at = where[inside & ~late]
+            if len(at):
+                batch, pending = work.plain(deal.schedule, deal.layout, at)
+                self.ranking.add(batch)
+                self._pending.append(pending)
 
     def _finish(self) -> None:
         """Tries recompute and swaps where plain branches do not fit, best bounds first, in waves that lower the bar."""
         if not self._pending:
             return
-        bounds = np.concatenate([pending.bounds_s[0, 0] for pending in self._pending])
+        left = [pending.expansion.open_pairs(pending, self.ranking.bar) for pending in self._pending]
+        bounds = np.concatenate([p.bounds_s[0, 0, at] for p, at in zip(self._pending, left, strict=True)])
         order = np.argsort(bounds, kind="stable")
-        number = np.repeat(np.arange(len(self._pending)), [len(p.overfull) for p in self._pending])[order]
-        index = np.concatenate([np.arange(len(p.overfull)) for p in self._pending])[order]
+        number = np.repeat(np.arange(len(left)), [len(at) for at in left])[order]
+        index = np.concatenate(left)[order]
         swaps = range(len(self.branches.swaps))
         for tried in (swaps[:1], swaps[1:]):
             start, size = 0, _PENDING_WAVE
