@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -249,6 +248,8 @@ def catalogue() -> Mapping[str, Technique]:
 @cache
 def discover() -> Mapping[str, Technique]:
     """Every modelled technique by key: those of ``planner.techniques``, then those of its entry-point group."""
+    from importlib.metadata import entry_points  # slow to import, and not needed to price a ledger
+
     import planner.techniques
 
     found: dict[str, Technique] = {}

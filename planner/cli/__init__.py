@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from planner.cli.output import PIPE_CLOSED
 
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+        atexit.register(gc.freeze)  # the process ends: a last search of its objects for cycles would only take time
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without '·' or 'µ' shows '?' instead of failing
     try:
