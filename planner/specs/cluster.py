@@ -6,7 +6,8 @@ number of devices in one domain of that tier. Bandwidth is per device and per di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 from planner.specs.device import Device
 
@@ -71,10 +72,35 @@ class Cluster:
 
     @property
     def device(self) -> Device:
-        """The only kind of device; the slowest part decides in a mixed cluster."""
-        return self.groups[0].device
+        """What a plan that treats all devices alike may count on: in a mixed cluster, the least of each kind of part."""
+        first, *others = {group.device.name: group.device for group in self.groups}.values()
+        return reduce(_weaker, others, first)
 
     @property
     def mixed(self) -> bool:
         """Whether the cluster holds more than one kind of device."""
         return len({group.device.name for group in self.groups}) > 1
+
+
+def _weaker(one: Device, other: Device) -> Device:
+    """The device that has no more of anything than either."""
+    least = {name: min(getattr(one, name), getattr(other, name), key=float) for name in _LESS_IS_WEAKER}
+    peaks = {
+        dtype: min(rate, other.peak_flop_per_s[dtype], key=float)
+        for dtype, rate in one.peak_flop_per_s.items()
+        if dtype in other.peak_flop_per_s
+    }
+    return replace(one, name=f"{one.name}+{other.name}", peak_flop_per_s=peaks, **least)
+
+
+_LESS_IS_WEAKER = (
+    "vector_flop_per_s",
+    "memory_bytes",
+    "memory_bytes_per_s",
+    "l2_bytes",
+    "multiprocessors",
+    "nic_bytes_per_s",
+    "host_link_bytes_per_s",
+    "host_memory_bytes",
+    "host_memory_bytes_per_s",
+)
