@@ -17,6 +17,7 @@ LAYERS = (
     "ledger",
     "mesh",
     "technique",
+    "operators",
     "baseline",
     "engine",
     "schedule",

@@ -35,7 +35,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         region = scores.what.removesuffix(".scores")
         suffix = f"@{scores.block}" + (".cross" if region == "cross" else "")
         batch, heads = scores.groups.split("*")
-        latent = f"v_dim{suffix}" in ledger.axes
+        latent, own_v_dim = (f"{axis}{suffix}" in ledger.axes for axis in ("kv_rank", "v_dim"))
         common: dict[str, Any] = {
             "block": scores.block,
             "tags": frozenset({"core_attn"}),
@@ -46,7 +46,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             AttentionCore(
                 what=f"{region}.core", phase=phase, dtype=ctx.format.core, batch=batch, heads=heads, q=scores.m, kv=scores.n,
                 kv_heads=heads if latent else f"kv_heads{suffix}", qk_dim=scores.k,
-                v_dim=f"v_dim{suffix}" if latent else scores.k,
+                v_dim=f"v_dim{suffix}" if own_v_dim else scores.k,
                 visible="1" if region == "cross" else f"visible@{scores.block}", passes=work, **common,
             )
             for phase, work in passes
