@@ -170,10 +170,11 @@ def _show_ranked(screen: Screen, plans: Sequence[Plan], objective: str) -> None:
             *([_objective_text(plan, objective)] if extra else []),
         ])  # fmt: skip
         chosen = ", ".join(unusual_knobs({name: plan.knobs[name] for name in rest if name in plan.knobs}))
-        tails.append("; ".join(text for text in (why_not(plan, plans[0]), chosen) if text) if several else "")
+        lost = why_not(plan, plans[0])
+        tails.append("; ".join(text for text in (lost, chosen) if text not in ("", "-")) or lost)
     screen.line()
     screen.grid(
-        headings, rows, ("cluster", "recompute"), "why not #1; other choices" if several else "", tails
+        headings, rows, ("cluster", "recompute"), "why not #1; other choices", tails if several else ()
     )
 
 

@@ -75,7 +75,7 @@ class Screen:
             )
 
         strong = set(bold)
-        self._print(joined(headings) + ("" if below or not tail else gap + tail), "dim")
+        self._print(joined(headings) + (gap + tail if tails and not below else ""), "dim")
         for index, row in enumerate(rows):
             text = tails[index] if tails else ""
             line = joined(row)
@@ -106,10 +106,12 @@ def gib(n_bytes: float) -> str:
 def percent(part: float, whole: float) -> str:
     """A share with one digit.
 
-    >>> percent(1.0, 8.0)
-    '12.5 %'
+    >>> percent(1.0, 8.0), percent(1.0, 1e6)
+    ('12.5 %', '<0.1 %')
     """
-    return f"{100.0 * part / whole:.1f} %" if whole else "-"
+    if not whole:
+        return "-"
+    return "<0.1 %" if 0.0 < part / whole < 5e-4 else f"{100.0 * part / whole:.1f} %"
 
 
 def words(name: str) -> str:
