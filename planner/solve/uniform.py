@@ -14,7 +14,7 @@ of what was scored on the way; none can be faster than the best one, and how muc
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import Any
@@ -105,6 +105,7 @@ class UniformSearch:
         self.branches = Branches(self.space)
         self._pending: list[Pending] = []
         self._prefixes: list[_Prefix] = []
+        self._layouts: dict[int, list[tuple[Choice, Layout]]] = {}
         self._deals: list[_Deal] = []
 
     def run(self) -> list[tuple[float, Scored]]:
@@ -205,7 +206,11 @@ class UniformSearch:
 
     def layouts_of(self, pp: int) -> list[tuple[Choice, Layout]]:
         """Schedules and layouts of a pipeline degree."""
-        found = []
+        if pp not in self._layouts:
+            self._layouts[pp] = list(self._find_layouts(pp))
+        return self._layouts[pp]
+
+    def _find_layouts(self, pp: int) -> Iterator[tuple[Choice, Layout]]:
         fixed = self.space.fixed
         for schedule in self.space.choices["schedule"]:
             assert schedule.technique is not None
@@ -215,16 +220,11 @@ class UniformSearch:
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
                 for layout in layouts(self.order, self.kinds, pp, v):
-                    if (
-                        self.problem.launcher is not None
-                        and layout.split not in self.problem.launcher.layouts
-                    ):
-                        continue
-                    if fixed.get("pipeline_layout", layout.split) == layout.split and (
-                        v == 1 or layout.split != "balanced"
-                    ):
-                        found.append((schedule, layout))
-        return found
+                    launcher, split = self.problem.launcher, layout.split
+                    runs = launcher is None or split in launcher.layouts
+                    wanted = fixed.get("pipeline_layout", split) == split and (v == 1 or split != "balanced")
+                    if runs and wanted:
+                        yield schedule, layout
 
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable) -> None:
         """Bounds the prefix's rows under every layout of their pipeline degree."""
