@@ -185,8 +185,9 @@ def assumptions(problem: Problem) -> tuple[str, ...]:
     eff = device.efficiency
     return (
         f"fabric: {tiers}",
-        f"kernels: matrix products reach {float(eff.matmul):.0%} of peak at best, fused attention {float(eff.attention):.0%} "
-        f"forward and {float(eff.attention_backward):.0%} backward, memory {float(eff.memory):.0%} ({eff.matmul.kind})",
+        f"kernels: matrix products reach {float(eff.matmul):.0%} of peak at best ({eff.matmul.kind}), fused attention "
+        f"{float(eff.attention):.0%} forward and {float(eff.attention_backward):.0%} backward ({eff.attention.kind}), "
+        f"memory {float(eff.memory):.0%} ({eff.memory.kind})",
         f"software: stack {problem.stack.name!r}, {problem.stack.framework_bytes.value / 2**30:.1f} GiB framework memory, "
         f"{problem.stack.fragmentation.value:.0%} fragmentation ({problem.stack.framework_bytes.kind})",
         "untuned: no constant of this prediction has been fitted to measured training runs",

@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
-        atexit.register(gc.freeze)  # the process ends: a last search of its objects for cycles would only take time
+        atexit.register(
+            gc.freeze
+        )  # the process ends: a last search of its objects for cycles would only take time
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without '·' or 'µ' shows '?' instead of failing
     try:
@@ -57,7 +59,10 @@ def _run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         report_interruption("nothing was written", as_json)
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # the parser leaves by itself for one reason alone: nobody reads the output
+    except (
+        BrokenPipeError,
+        SystemExit,
+    ):  # the parser leaves by itself for one reason alone: nobody reads the output
         raise BrokenPipeError from None
     except Exception as error:
         if isinstance(error, usage_error):

@@ -15,6 +15,8 @@ from planner.solve.expansion import Batch, Scored
 __all__ = ["Ranking"]
 
 _BATCH = 8  # candidates re-priced before the bar is looked at again
+_POOR = 1.1  # a list is poor while its last plan takes this much longer than its first
+_SLACK = 1.03  # how far above the best plan the bar stays meanwhile
 
 
 class Ranking:
@@ -36,8 +38,15 @@ class Ranking:
 
     @property
     def bar(self) -> float:
-        """Step time of the best plan: a candidate whose bound is no better cannot be the best."""
-        return self.best[0][0] if self.best else np.inf
+        """What a candidate's bound has to beat: the best step time, or a little more while the list is poor.
+
+        A bound that is no better than the best step time cannot be the best plan's. But a list whose last plan is far behind
+        still wants company for the best.
+        """
+        if not self.best:
+            return np.inf
+        best_s = self.best[0][0]
+        return best_s if self._last <= _POOR * best_s else _SLACK * best_s
 
     def add(self, batch: Batch) -> None:
         """Remembers scored candidates."""

@@ -206,7 +206,8 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
         Fault(
             f"{problem.model.name} on {problem.cluster.name}",
             f"nothing fits: {nearest.binding} binds; the closest plan ({mesh}, {chosen}) needs "
-            f"{format_bytes(nearest.needed_bytes)}, {format_bytes(short)} more than the {format_bytes(nearest.budget_bytes)} there are",
+            f"{format_bytes(nearest.needed_bytes)}, {format_bytes(short)} more than the "
+            f"{format_bytes(nearest.budget_bytes)} there are",
             "a plan within device and host memory",
             f"Nearest change: devices with {factor:.2f}× the memory, about {factor:.2f}× as many devices, or a shorter sequence.",
         )

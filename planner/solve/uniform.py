@@ -39,8 +39,8 @@ __all__ = ["SearchCounts", "UniformSearch"]
 _PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps before the bar is set anew
 _ROWS = 8192  # rows whose ledgers are built at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
-_CUTS = (4096,)  # the same, within a wave
-_WAVES = (512, 10**12)  # rows and layouts, best bounds first, after which the bar is set anew
+_CUTS = (1024, 4096)  # and again, within a wave
+_FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
 
 Index = NDArray[np.intp]
 
@@ -126,15 +126,14 @@ class UniformSearch:
 
     def _expand(self) -> None:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
-        bounds = np.sort(np.concatenate([deal.bound_s for deal in self._deals] or [np.zeros(0)]))
-        above = -np.inf
-        for wave in _WAVES:
-            below = float(bounds[wave]) if wave < len(bounds) else np.inf
-            self._wave(above, below)
-            self.ranking.settle()
-            above = below
-            if below == np.inf:
-                break
+        if not self._deals:
+            return
+        # First the best rows of the most promising prefix alone: they set the bar for everything else.
+        first = min(self._deals, key=lambda deal: float(deal.bound_s.min())).prefix
+        bounds = np.sort(np.concatenate([deal.bound_s for deal in self._deals if deal.prefix == first]))
+        cut = float(bounds[_FIRST]) if len(bounds) > _FIRST else np.inf
+        self._wave(lambda deal: (deal.prefix == first) & (deal.bound_s < cut))
+        self._wave(lambda deal: (deal.prefix != first) | (deal.bound_s >= cut))
         self._finish()
         self._deals, self._prefixes, self._pending = [], [], []
 
@@ -283,12 +282,12 @@ class UniformSearch:
 
     # -- step 2: branches of the rows that can still win -------------------------------------------------------------
 
-    def _wave(self, above: float, below: float) -> None:
-        """Prices the rows and layouts whose bound lies in [above, below) and under the bar; counts the others as excluded."""
+    def _wave(self, select: Callable[[_Deal], NDArray[np.bool_]]) -> None:
+        """Prices the selected rows and layouts whose bound is under the bar; counts the other selected ones as excluded."""
         bar = self.ranking.bar
         chosen: list[tuple[_Deal, Index]] = []
         for deal in self._deals:
-            inside = (deal.bound_s >= above) & (deal.bound_s < below)
+            inside = select(deal)
             lost = inside & (deal.bound_s >= bar)
             self.counts.excluded_by_bound["step time"] += int(deal.variants[lost].sum())
             kept = deal.rows[inside & ~lost]
