@@ -246,9 +246,9 @@ class UniformSearch:
                 if late.any():
                     self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
                     keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
-                self._deals.append(
-                    _Deal(schedule, layout, len(self._prefixes) - 1, at[keep], bound_s, variants)
-                )
+                if len(keep):
+                    number = len(self._prefixes) - 1
+                    self._deals.append(_Deal(schedule, layout, number, at[keep], bound_s, variants))
 
     def _schedule_mask(self, schedule: Choice, rows: Rows, knobs: Mapping[str, Any]) -> NDArray[np.bool_]:
         """Rows that a schedule works on; its broken rules are counted."""

@@ -59,7 +59,9 @@ def test_decode_iteration_of_a_serving_pool() -> None:
     assert weights[0] == pytest.approx(2 * 8_030_261_248)
     assert cache == pytest.approx(131_072 * context * batch)
     device = cluster.device
-    read_s = (weights - 2 * 128_256 * 4096 + cache) / float(device.memory_bytes_per_s)  # the embedding is looked up
+    read_s = (weights - 2 * 128_256 * 4096 + cache) / float(
+        device.memory_bytes_per_s
+    )  # the embedding is looked up
     assert np.all(iteration_s > read_s), "every weight and every cached key is read once"
     assert np.all(iteration_s < 2.5 * read_s), "and a decode iteration does little else"
     assert np.all(np.diff(iteration_s) > 0)
