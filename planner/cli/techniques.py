@@ -23,7 +23,7 @@ def techniques(
         raise SpecError(Problem("--job", repr(job[:40]), " or ".join(jobs), did_you_mean(job, jobs)))
     found = [t for t in catalogue().values() if job in (None, t.job)]
     if as_json:
-        print_json({"techniques": [technique.as_dict() for technique in found]})
+        print_json([technique.as_dict() for technique in found])
     else:
         from planner.report.catalogue import show_techniques
 

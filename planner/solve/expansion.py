@@ -90,11 +90,15 @@ class Pending:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shortfall:
-    """The candidate that came closest to fitting: which memory binds, and by how much."""
+    """The candidate that came closest to fitting: which memory binds, and by how much.
+
+    ``at_least``: what is needed is only what no recompute or offload could move.
+    """
 
     binding: str
     needed_bytes: float
     budget_bytes: float
+    at_least: bool
     recipe: Mapping[str, Choice]
     row: Mapping[str, float]
     layout: Layout
@@ -220,7 +224,13 @@ class Expansion:
             fixed = fixed + table["optimizer_bytes"]
         held = jobs.layout.first_counts @ fixed
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
-        full: NDArray[np.bool_] = held.max(axis=0) + idle > self.problem.memory_budget_bytes
+        least = held.max(axis=0) + idle
+        full: NDArray[np.bool_] = least > self.problem.memory_budget_bytes
+        if full.any():
+            i = int(np.argmin(np.where(full, least, np.inf)))
+            self._note(
+                jobs, i, "device memory", float(least[i]), self.problem.memory_budget_bytes, at_least=True
+            )
         return full
 
     def _evaluate(self, jobs: _Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
@@ -365,14 +375,19 @@ class Expansion:
         """Remembers the candidate that misses its budget by the least."""
         missing = np.where(excess > 1.0, excess, np.inf)
         i = int(np.argmin(missing))
-        if self.nearest is not None and self.nearest.excess <= missing[i]:
+        if np.isinf(missing[i]):
             return
-        binding = "host memory" if on_device[i] else "device memory"
-        needed = float(host[i] if on_device[i] else peak[i])
-        budget = self.problem.cluster.host_memory_bytes if on_device[i] else self.problem.memory_budget_bytes
-        self.nearest = Shortfall(
-            binding, needed, budget, self.recipe(jobs, i), self.row(jobs, i), jobs.layout
-        )
+        if on_device[i]:
+            self._note(jobs, i, "host memory", float(host[i]), self.problem.cluster.host_memory_bytes)
+        else:
+            self._note(jobs, i, "device memory", float(peak[i]), self.problem.memory_budget_bytes)
+
+    def _note(
+        self, jobs: _Jobs, index: int, binding: str, needed: float, budget: float, *, at_least: bool = False
+    ) -> None:
+        if self.nearest is None or needed / budget < self.nearest.excess:
+            row, recipe = self.row(jobs, index), self.recipe(jobs, index)
+            self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout)
 
     def recipe(self, jobs: _Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""

@@ -201,14 +201,16 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
     chosen = ", ".join(
         f"{slot}={nearest.recipe[slot].value}" for slot in ("zero_stage", "recompute", "optimizer_offload")
     )
-    factor = nearest.needed_bytes / nearest.budget_bytes
+    factor = nearest.excess
+    what = "gradients and framework alone need" if nearest.at_least else "it needs"
+    change = "fewer reserved bytes or a shorter sequence would" if factor < 1.1 else "a shorter sequence may"
     return Infeasible(
         Fault(
             f"{problem.model.name} on {problem.cluster.name}",
-            f"nothing fits: {nearest.binding} binds; the closest plan ({mesh}, {chosen}) needs "
+            f"nothing fits: {nearest.binding} binds. Closest is {mesh}, {chosen}: {what} "
             f"{format_bytes(nearest.needed_bytes)}, {format_bytes(short)} more than the "
             f"{format_bytes(nearest.budget_bytes)} there are",
             "a plan within device and host memory",
-            f"Nearest change: devices with {factor:.2f}× the memory, about {factor:.2f}× as many devices, or a shorter sequence.",
+            f"Nearest change: {factor:.2f}× the memory per device, or about {factor:.2f}× as many devices; {change} help too.",
         )
     )

@@ -15,10 +15,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "data" / "hf_configs"
 
 
 def test_techniques_are_those_of_the_catalogue(planner):
-    found = planner("techniques", "--json").json["techniques"]
+    found = planner("techniques", "--json").json
     assert {t["key"] for t in found} == set(catalogue())
     assert {"key", "name", "job", "kind", "slot", "status", "source", "figures"} <= set(found[0])
-    serving = planner("techniques", "--job", "serving", "--json").json["techniques"]
+    serving = planner("techniques", "--job", "serving", "--json").json
     assert {t["job"] for t in serving} <= {"serving"}
     out = planner("techniques").out
     assert "not modelled" in out
