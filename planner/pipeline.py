@@ -24,6 +24,7 @@ from planner.schedule.live import live_vectors
 from planner.specs.stack import Stack
 
 __all__ = [
+    "LAYOUT_NAMES",
     "Layout",
     "Split",
     "layouts",
@@ -53,6 +54,7 @@ SPLITS = (
     Split("short_first", 1, 0),
     Split("short_last", 0, 1),
 )
+LAYOUT_NAMES = (*(split.name for split in SPLITS), "balanced")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,6 +29,10 @@ def train(
             "--deadline", metavar="TIME", help="Fewest devices that finish --tokens in time, e.g. 30d."
         ),
     ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Also the best plan under each of several smaller memory budgets."),
+    ] = False,
     out: Annotated[
         str | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plans as JSON to a file.")
     ] = None,
@@ -56,6 +60,8 @@ def train(
                 report_interruption("before any plan was priced", as_json)
                 raise typer.Exit(INTERRUPTED) from None
             fleet, stopped = stop.best, True
+        if pareto and not stopped:
+            fleet = _with_front(fleet, problems)
         content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
         if file is not None:
             file.write(json_text(content) + "\n")
@@ -91,6 +97,18 @@ def _problems(job: JobOptions, top: str, deadline: str | None) -> tuple[list[Pro
         except ValueError:
             faults.append(Fault("--deadline", repr(deadline[:40]), "a duration such as 30d or 12h"))
     return job.problems(faults, deadline_s), wanted
+
+
+def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
+    """The fleet with the Pareto front of the best plan's cluster."""
+    from dataclasses import replace
+
+    from planner.solve.front import pareto_front
+
+    best = fleet.result.best
+    problem = next((p for p in problems if p.cluster.name == best.cluster), problems[0])
+    front = tuple(plan.as_dict() for plan in pareto_front(problem, best))
+    return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
 def _search(problems: list[Problem], top: int, progress: Any) -> Fleet:

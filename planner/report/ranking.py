@@ -42,10 +42,20 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     if several:
         _show_attempts(screen, fleet, problem.deadline_s)
     _show_ranked(screen, result.plans, problem.objective)
+    screen.section(
+        "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
+    )
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
     screen.section("Next", _next(saved, len(result.plans)))
+
+
+def _point(plan: Mapping[str, Any]) -> str:
+    estimate, mesh, knobs = plan["estimate"], plan["mesh"], plan["knobs"]
+    degrees = " ".join(f"{name} {mesh[name]}" for name in _DEGREES if mesh[name] > 1)
+    choices = f"mb {knobs['micro_batch_size']} · zero {knobs['zero_stage']} · recompute {knobs['recompute']}"
+    return f"{gib(estimate['memory_bytes']['peak'])} GiB: {estimate['step_time_s']:.3f} s/step · {degrees} · {choices}"
 
 
 def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Plan | None = None) -> None:

@@ -20,6 +20,7 @@ from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
 from planner.ledger import Array
 from planner.mesh import Mesh
+from planner.pipeline import LAYOUT_NAMES
 from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, discover, off
@@ -252,6 +253,11 @@ class Space:
                 checked[name] = number
             else:
                 checked[name] = str(value).lower()
+                if name == "pipeline_layout" and checked[name] not in LAYOUT_NAMES:
+                    hint = did_you_mean(checked[name], LAYOUT_NAMES)
+                    faults.append(
+                        Fault(f"--fix {name}", repr(value), f"one of {', '.join(LAYOUT_NAMES)}", hint)
+                    )
         if checked.get("gradient_dtype", "fp32") not in FORMATS:
             faults.append(Fault("--fix gradient_dtype", repr(fixed["gradient_dtype"]), "fp32, bf16 or fp16"))
         if faults:

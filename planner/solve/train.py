@@ -71,10 +71,11 @@ def search(
                 problem, scored.recipe, knobs, scored.row, scored.layout, layers, optimality, useful_flop
             ).plan
         )
-    report = SearchReport(
-        counts.candidates, counts.scored, counts.repriced, dict(sorted(counts.excluded_by_bound.items())),
-        dict(sorted(counts.rejected.items())), perf_counter() - start,
-    )  # fmt: skip
+    excluded, rejected = (
+        {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
+    )
+    wall_s = perf_counter() - start
+    report = SearchReport(counts.candidates, counts.scored, counts.repriced, excluded, rejected, wall_s)
     result = SearchResult(tuple(plans), report)
     if stopped:
         raise Interrupted(result)

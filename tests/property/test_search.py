@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible
 from planner.pipeline import BOUNDARY, memory, step_bound, tight_bound
+from planner.solve.front import pareto_front
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.hardware import load_cluster
@@ -124,3 +126,19 @@ def test_winner_is_brute_force_winner(batch: int) -> None:
         assert result.best.estimate.step_time_s == pytest.approx(min(fitting), rel=1e-9), seed
         assert result.best.optimality.status == "exact"
         assert result.best.estimate.fits
+
+
+def test_front_trades_time_for_memory() -> None:
+    """Along the front memory falls and time rises, and each point is the best under its own peak."""
+    problem = random_problem(5)
+    problem = replace(problem, reserve=0.0)
+    best = search(problem, top=1).best
+    front = pareto_front(problem, best, points=3)
+    times = [plan.estimate.step_time_s for plan in front]
+    peaks = [plan.estimate.memory_bytes["peak"] for plan in front]
+    assert times == sorted(times)
+    assert peaks == sorted(peaks, reverse=True)
+    for plan, peak in zip(front, peaks, strict=True):
+        reserve = 1.0 - peak * (1 + 1e-9) / float(problem.cluster.device.memory_bytes)
+        again = search(replace(problem, reserve=reserve), top=1).best
+        assert again.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-9)
