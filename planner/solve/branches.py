@@ -7,7 +7,7 @@ of both and fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -32,6 +32,7 @@ class Activity:
 
     states: Mask
     recomputes: Mask
+    counts: NDArray[np.int64]  # states per row
 
 
 class Branches:
@@ -69,7 +70,7 @@ class Branches:
         """Where each state and recompute choice keeps its rules, and is not a repetition of another."""
         states = np.array([self._acts(rows, knobs, state) for state in self.states])
         recomputes = np.array([self._acts(rows, knobs, {"recompute": choice}) for choice in self.recomputes])
-        return Activity(states, recomputes)
+        return Activity(states, recomputes, states.sum(axis=0))
 
     def _acts(self, rows: Rows, knobs: Mapping[str, Any], choices: Mapping[str, Choice]) -> Mask:
         acts = np.ones(len(rows), dtype=bool)
@@ -85,12 +86,10 @@ class Branches:
                 acts &= choice.technique.active(ctx)
         return acts
 
-    def variants(self, activity: Activity, layers: int) -> NDArray[np.int64]:
-        """Candidates per row, for devices of at most ``layers`` layers."""
-        widths = np.array([self.width(choice, layers) for choice in self.recomputes])
-        total: NDArray[np.int64] = (
-            activity.states.sum(axis=0) * (widths @ activity.recomputes) * len(self.swaps)
-        )
+    def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
+        """Candidates per row, over layouts whose devices hold at most that many layers each."""
+        widths = np.array([sum(self.width(choice, n) for n in layers) for choice in self.recomputes])
+        total: NDArray[np.int64] = activity.counts * (widths @ activity.recomputes) * len(self.swaps)
         return total
 
     def width(self, recompute: Choice, layers: int) -> int:

@@ -193,9 +193,7 @@ class UniformSearch:
             deals = [
                 layout for schedule, layout in self.layouts_of(int(pp)) if only is None or schedule is only
             ]
-            counts = sum(
-                self.branches.variants(activity, layers) for layers in [d.layers for d in deals] or [1]
-            )
+            counts = self.branches.variants(activity, [deal.layers for deal in deals] or [1])
             for index, reason in enumerate(faults.reasons):
                 self._reject(reason, int(np.sum(counts * (at & (first == index)))))
 
@@ -240,7 +238,7 @@ class UniformSearch:
                 if not len(keep):
                     continue
                 bound_s = step_bound(part, layout, micro_batches[at])[keep]
-                variants = self.branches.variants(activity, layout.layers)[at[keep]]
+                variants = self.branches.variants(activity, [layout.layers])[at[keep]]
                 self.counts.candidates += int(variants.sum())
                 late = bound_s >= self.ranking.bar
                 if late.any():
