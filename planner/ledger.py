@@ -287,7 +287,7 @@ class Ledger:
     """Items over axes. Every verb returns a new ledger; items that a verb does not touch are shared.
 
     ``chunks`` says into how many pieces the work of a named window is cut (absent: endlessly many, so that tracks
-    overlap fully). ``degrees`` names extra groups that a pass made, for those that come after it.
+    overlap fully).
     """
 
     axes: Axes

@@ -65,6 +65,5 @@ _GROUPS: dict[str, Callable[[Mesh], tuple[Array, Array]]] = {
     "pp": lambda mesh: (mesh.pp, mesh.tp * mesh.cp * mesh.dp),
     "etp": lambda mesh: (mesh.etp, np.ones(1)),
     "ep": lambda mesh: (mesh.ep, mesh.etp),
-    "etp_ep": lambda mesh: (mesh.etp * mesh.ep, np.ones(1)),
     "edp": lambda mesh: (mesh.edp, mesh.etp * mesh.ep),
 }

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -282,7 +281,6 @@ def test_other_accelerators_do_not_run_megatron():
 # -- the script runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("case", [CASES[6], CASES[9], CASES[14]], ids=str)
 def test_the_shell_passes_the_arguments_on(case, tmp_path):
     """bash itself reads run.sh, with a torchrun that prints what it is given."""
