@@ -66,6 +66,7 @@ class _Deal:
     rows: Index
     bound_s: Array
     variants: NDArray[np.int64]
+    likely: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,12 +129,13 @@ class UniformSearch:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
         if not self._deals:
             return
-        # First the best rows of the most promising prefix alone: they set the bar for everything else.
-        first = min(self._deals, key=lambda deal: float(deal.bound_s.min())).prefix
-        bounds = np.sort(np.concatenate([deal.bound_s for deal in self._deals if deal.prefix == first]))
-        cut = float(bounds[_FIRST]) if len(bounds) > _FIRST else np.inf
-        self._wave(lambda deal: (deal.prefix == first) & (deal.bound_s < cut))
-        self._wave(lambda deal: (deal.prefix != first) | (deal.bound_s >= cut))
+        # First the rows of the most promising prefix that are likely to fit: they set the bar for everything else.
+        likely = {id(deal): np.where(deal.likely, deal.bound_s, np.inf) for deal in self._deals}
+        first = min(self._deals, key=lambda deal: float(likely[id(deal)].min())).prefix
+        bounds = np.sort(np.concatenate([likely[id(deal)] for deal in self._deals if deal.prefix == first]))
+        cut = float(bounds[min(_FIRST, len(bounds) - 1)])
+        self._wave(lambda deal: (deal.prefix == first) & (likely[id(deal)] <= cut))
+        self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
         self._finish()
         self._deals, self._prefixes, self._pending = [], [], []
 
@@ -227,6 +229,7 @@ class UniformSearch:
         """Bounds the prefix's rows under every layout of their pipeline degree."""
         activity = self.branches.activity(rows, ctx.knobs)
         micro_batches = ctx.micro_batches
+        likely = self._likely(ctx, table)
         for pp in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == pp)
             part = BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
@@ -245,8 +248,20 @@ class UniformSearch:
                     self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
                     keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
                 if len(keep):
-                    number = len(self._prefixes) - 1
-                    self._deals.append(_Deal(schedule, layout, number, at[keep], bound_s, variants))
+                    number, where = len(self._prefixes) - 1, at[keep]
+                    self._deals.append(
+                        _Deal(schedule, layout, number, where, bound_s, variants, likely[where])
+                    )
+
+    def _likely(self, ctx: Context, table: BlockTable) -> NDArray[np.bool_]:
+        """Rows that would about fit under 1F1B with the optimizer sharded; this orders the work and excludes nothing."""
+        counts = np.array([float(self.order.count(kind)) for kind in self.kinds])
+        counts[self.kinds.index(EMBEDDING)] = counts[self.kinds.index(HEAD)] = 1.0
+        optimizer = counts @ table["optimizer_bytes"]
+        in_flight = np.minimum(ctx.micro_batches, ctx.mesh.pp)
+        each = counts @ table["always_bytes"] - optimizer + optimizer / ctx.mesh.dp + in_flight * (counts @ table["saved_bytes"])
+        fits: NDArray[np.bool_] = each / ctx.mesh.pp <= self.problem.memory_budget_bytes
+        return fits
 
     def _schedule_mask(self, schedule: Choice, rows: Rows, knobs: Mapping[str, Any]) -> NDArray[np.bool_]:
         """Rows that a schedule works on; its broken rules are counted."""
