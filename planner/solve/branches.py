@@ -22,6 +22,7 @@ __all__ = ["Activity", "Branches", "Faults"]
 
 Mask = NDArray[np.bool_]
 _SWAP = ("optimizer_offload", "activation_offload", "parameter_offload")
+_OF_ACTIVATIONS = ("activation_offload",)
 _STATE = tuple(s for s in ADDITIVE_SLOTS if s not in (*_SWAP, "recompute", "schedule"))
 _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
@@ -105,6 +106,12 @@ class Branches:
     def recipe(self, state: int, recompute: int, swap: int) -> dict[str, Choice]:
         """The choices of one branch."""
         return {**self.states[state], "recompute": self.recomputes[recompute], **self.swaps[swap]}
+
+    def units(self, state: int, recompute: int, swap: int) -> list[dict[str, Choice]]:
+        """The same in parts whose passes do not look at each other's items: weights, recompute, activations."""
+        swaps = dict(self.swaps[swap])
+        activations = {slot: swaps.pop(slot) for slot in _OF_ACTIVATIONS}
+        return [self.states[state], swaps, {"recompute": self.recomputes[recompute]}, activations]
 
     def no_more(self, recompute: int, swap: int) -> list[tuple[int, int]]:
         """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""

@@ -344,11 +344,8 @@ class Expansion:
             for pair in np.unique(pairs):
                 prefix, state = divmod(int(pair), len(self.branches.states))
                 at = np.flatnonzero(pairs == pair)
-                table, local = self.tables[prefix], rows[at] - self.starts[prefix]
-                if table.independent(state, recompute, swap):
-                    columns[at] += table.of_rest(recompute, swap)[local]
-                else:
-                    columns[at] = table.whole(state, recompute, swap)[local]
+                local = rows[at] - self.starts[prefix]
+                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.engine import COMPACT_ROWS, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
@@ -14,6 +15,8 @@ from planner.solve.space import Choice, Space
 from planner.technique import SLOTS, Context
 
 __all__ = ["BranchTables"]
+
+Index = NDArray[np.intp]
 
 
 class BranchTables:
@@ -35,7 +38,7 @@ class BranchTables:
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
-        self._independent: dict[tuple[int, int, int], bool] = {}
+        self._divided: dict[tuple[int, int, int], list[_Change]] = {}
         self._change({})
 
     def __len__(self) -> int:
@@ -43,29 +46,37 @@ class BranchTables:
 
     def of_state(self, state: int) -> Array:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
-        return self._change(self._state(state)).values
+        return self._change(self.branches.states[state]).values
 
-    def of_rest(self, recompute: int, swap: int) -> Array:
-        """What a recompute choice and a swap add to it, where they are independent of the state."""
-        return self._change(self._rest(recompute, swap)).delta
-
-    def independent(self, state: int, recompute: int, swap: int) -> bool:
-        """Whether the two add up: neither touches an item, or the timing of a block and phase, that the other does."""
-        key = (state, recompute, swap)
-        if key not in self._independent:
-            one, other = self._change(self._state(state)), self._change(self._rest(recompute, swap))
-            self._independent[key] = not (one.removed & other.removed or one.timed & other.timed)
-        return self._independent[key]
+    def of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> Array:
+        """The table of a branch on some rows: the prefix's, and what every part of the branch changes."""
+        total: Array = self._changes[()].values[rows]
+        for part in self._parts(state, recompute, swap):
+            total = total + part.delta[rows]
+        return total
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
-        """The table of a branch from a ledger of its own."""
+        """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values
 
-    def _state(self, state: int) -> dict[str, Choice]:
-        return self.branches.states[state]
+    def _parts(self, state: int, recompute: int, swap: int) -> list[_Change]:
+        """What a branch changes, in parts that add up: choices that touch the same things make one part."""
+        key = (state, recompute, swap)
+        if key not in self._divided:
+            parts: list[dict[str, Choice]] = []
+            for part in self.branches.units(state, recompute, swap):
+                while clash := next((other for other in parts if self._clash(part, other)), None):
+                    parts.remove(clash)
+                    part = {**clash, **part}
+                if any(choice.technique is not None for choice in part.values()):
+                    parts.append(part)
+            self._divided[key] = [self._change(part) for part in parts]
+        return self._divided[key]
 
-    def _rest(self, recompute: int, swap: int) -> dict[str, Choice]:
-        return {"recompute": self.branches.recomputes[recompute], **self.branches.swaps[swap]}
+    def _clash(self, one: Mapping[str, Choice], other: Mapping[str, Choice]) -> bool:
+        """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
+        a, b = self._change(one), self._change(other)
+        return bool(a.removed & b.removed or a.timed & b.timed)
 
     def _change(self, recipe: Mapping[str, Choice]) -> _Change:
         """What a partial recipe makes of the prefix's ledger."""
