@@ -91,7 +91,8 @@ def _proved(step_s: float, best_s: float) -> Optimality:
 def estimate(problem: Problem) -> Plan:
     """Prices the one plan that ``problem.fixed`` names.
 
-    Degrees that are not fixed are 1, dp is what remains; other knobs take their defaults (:func:`defaults`).
+    Degrees that are not fixed are 1, dp is what remains; other knobs take the stack's choice, or their defaults
+    (:func:`defaults`).
 
     Raises:
         InvalidPlan: the plan breaks a composition rule.
@@ -158,7 +159,7 @@ def _named(problem: Problem) -> Problem:
     """The problem with every open knob at its default."""
     from dataclasses import replace
 
-    fixed = {**defaults(problem.fixed), **problem.fixed}
+    fixed = {**defaults(problem.fixed), **problem.stack.knobs, **problem.fixed}
     return replace(problem, fixed=fixed, forbidden=())
 
 

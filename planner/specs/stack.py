@@ -1,16 +1,75 @@
-"""A software stack: what the framework adds to the hardware's own time and memory."""
+"""A software stack: what the framework adds to the hardware's own time and memory, and which kernels it brings.
+
+A stack's file may name another that it ``extends``: constants and knobs that it leaves out are the other's. ``[[serves]]``
+says which published runs it describes, by framework, version and date; :func:`stack_for` chooses by these rules alone::
+
+    name = "megatron-eager"
+    extends = "default"
+
+    [[serves]]
+    framework = "Megatron-LM"        # any name that begins so
+    until = "2022"                   # inclusive; a year, or a year and month
+    versions = ["v2."]               # what the version begins with; left out: any
+
+    [knobs]
+    attention_kernel = { value = "eager", kind = "datasheet", source = "megatron-deepspeed" }
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from planner.specs.device import Sourced
-from planner.specs.library import hardware_folder
+from planner.errors import Problem, SpecError
+from planner.specs.device import KINDS, Sourced
+from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_sourced
 
-__all__ = ["Stack", "load_stack"]
+__all__ = ["Serves", "Stack", "load_stack", "stack_for"]
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Serves:
+    """Published runs that a stack describes.
+
+    Attributes:
+        framework: how the framework's name begins, in canonical form.
+        versions: how its version may begin; empty: any version.
+        since, until: first and last date, inclusive, as ``2022`` or ``2022-06``; empty: no bound.
+    """
+
+    framework: str
+    versions: tuple[str, ...] = ()
+    since: str = ""
+    until: str = ""
+
+    def matches(self, framework: str, version: str, date: str) -> bool:
+        """Whether a run is one of these. What the run does not state cannot match a rule that asks for it.
+
+        >>> Serves("megatron-lm", until="2022").matches("megatron-lm-+-deepspeed-3d", "", "2021")
+        True
+        """
+        if not framework.startswith(self.framework):
+            return False
+        if self.versions and not any(version.startswith(start) for start in self.versions):
+            return False
+        if (self.since or self.until) and not date:
+            return False
+        # Dates are compared as far as both are given: 2022 lies within anything until 2022-06.
+        early = self.since and date[: len(self.since)] < self.since[: len(date)]
+        late = self.until and date[: len(self.until)] > self.until[: len(date)]
+        return not (early or late)
+
+    @property
+    def narrowness(self) -> tuple[int, int, int]:
+        """What a narrower rule has more of: letters of the framework's name, versions asked for, bounds on the date."""
+        return len(self.framework), bool(self.versions), bool(self.since) + bool(self.until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +82,8 @@ class Stack:
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
+        knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
+        serves: published runs that it describes.
     """
 
     name: str
@@ -32,9 +93,11 @@ class Stack:
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
     notes: str = ""
+    knobs: Mapping[str, str] = field(default_factory=dict)
+    serves: tuple[Serves, ...] = ()
 
 
-def load_stack(name_or_path: str | Path = "default") -> Stack:
+def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
     """A shipped stack by name, or a TOML file.
 
     Raises:
@@ -42,14 +105,92 @@ def load_stack(name_or_path: str | Path = "default") -> Stack:
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":
-        path = hardware_folder() / "stacks" / f"{path.name}.toml"
-    reader = Reader(read_file(path), str(path))
+        path = _folder() / f"{path.name}.toml"
+    reader = Reader(_merged(path, ()), str(path))
     values = {
         field.name: read_sourced(reader, field.name)
         for field in fields(Stack)
-        if field.name not in ("name", "notes")
+        if field.type == Sourced.__name__
     }
-    stack = Stack(name=reader.text("name"), notes=reader.text("notes", ""), **values)
+    stack = Stack(
+        name=reader.text("name"),
+        notes=reader.text("notes", ""),
+        knobs=_knobs(reader.table("knobs", None)),
+        serves=tuple(_serves(row) for row in reader.tables("serves", [])),
+        **values,
+    )
     reader.finish()
     reader.raise_if_any()
     return stack
+
+
+def stack_for(framework: str, framework_version: str = "", measured_date: str = "") -> Stack:
+    """The shipped stack that describes runs of a framework; the default one where no rule fits.
+
+    Of several rules that fit, the narrowest decides: the longest name, then one that asks for a version, then for dates.
+
+    Args:
+        framework: its name as printed; case and separators do not matter.
+        framework_version: release or container; empty where it is not known.
+        measured_date: ``2022``, ``2022-06`` or ``2022-06-30``; empty where it is not known.
+
+    >>> stack_for("Megatron-LM", measured_date="2021").name
+    'megatron-eager'
+    """
+    run = canonical(framework), framework_version.strip(), measured_date.strip()
+    fitting = [(rule.narrowness, name) for name, rule in _rules() if rule.matches(*run)]
+    return load_stack(max(fitting)[1] if fitting else DEFAULT)
+
+
+@cache
+def _rules() -> tuple[tuple[str, Serves], ...]:
+    """Every rule of the shipped stacks, with its stack."""
+    names = sorted(path.stem for path in _folder().glob("*.toml"))
+    return tuple((name, rule) for name in names for rule in load_stack(name).serves)
+
+
+def _folder() -> Path:
+    return hardware_folder() / "stacks"
+
+
+def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The file's table over that of the stack which it extends; runs that it serves are not handed on."""
+    table = read_file(path)
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    known = sorted(file.stem for file in _folder().glob("*.toml"))
+    if base not in known or base in seen:
+        found = f"{base!r}" + (" extends this one in turn" if base in seen else "")
+        raise SpecError(Problem(f"{path}: extends", found, f"one of {', '.join(known)}"))
+    under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
+    under.pop("serves", None)
+    merged = {**under, **table}
+    if isinstance(table.get("knobs"), dict):
+        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    return merged
+
+
+def _knobs(reader: Reader | None) -> dict[str, str]:
+    """Choices by slot; their names and values are checked where a plan is made."""
+    if reader is None:
+        return {}
+    found, names = {}, reader.keys()
+    for name in names:
+        entry: Reader = reader.table(name)
+        found[name] = entry.text("value")
+        entry.text("kind", choices=KINDS)
+        entry.text("source")
+        entry.finish()
+    return found
+
+
+def _serves(reader: Reader) -> Serves:
+    rule = Serves(
+        canonical(reader.text("framework")),
+        reader.texts("versions", ()),
+        reader.text("since", ""),
+        reader.text("until", ""),
+    )
+    reader.finish()
+    return rule

@@ -1,0 +1,72 @@
+"""Software stacks: which runs a stack describes, and what a file may leave to another."""
+
+import pytest
+
+import planner
+from planner.errors import SpecError
+from planner.specs.stack import Serves, load_stack, stack_for
+
+OLD = 'name = "mine"\nextends = "default"\n'
+
+
+def test_constants_of_an_extended_stack_carry_over(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(OLD + "framework_bytes = 1e9\n")
+    mine, default = load_stack(path), load_stack()
+    assert float(mine.framework_bytes) == 1e9
+    assert mine.fragmentation == default.fragmentation
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('name = "mine"\nextends = "megatron"\n', "'megatron'"),
+        (OLD + '[[serves]]\nframework = "x"\nfrom = "2020"\n', "unknown key"),
+        (OLD + '[knobs]\nattention_kernel = "eager"\n', "(str)"),
+        (OLD + '[knobs]\nattention_kernel = { value = "eager" }\n', "is missing"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, found):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as error:
+        load_stack(path)
+    assert found in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "run", "fits"),
+    [
+        (Serves("megatron-lm"), ("megatron-lm", "", ""), True),
+        (Serves("megatron-lm"), ("megatron-lm-v1.1.5-+-deepspeed", "", ""), True),
+        (Serves("megatron-lm"), ("megatron-core", "", ""), False),
+        (Serves("x", until="2022"), ("x", "", "2022-12"), True),
+        (Serves("x", until="2022-06"), ("x", "", "2022"), True),  # the year alone: nothing speaks against it
+        (Serves("x", until="2022-06"), ("x", "", "2022-07"), False),
+        (Serves("x", until="2022"), ("x", "", ""), False),
+        (Serves("x", since="2024"), ("x", "", "2023-12"), False),
+        (Serves("x", since="2024"), ("x", "", "2024-01-01"), True),
+        (Serves("x", versions=("25.", "26.02")), ("x", "26.02", ""), True),
+        (Serves("x", versions=("25.", "26.02")), ("x", "26.04", ""), False),
+    ],
+)
+def test_rules_of_a_stack(rule, run, fits):
+    assert rule.matches(*run) is fits
+
+
+def test_the_framework_and_its_date_choose_the_stack():
+    assert stack_for("Megatron-LM", "", "2021").name == "megatron-eager"
+    assert stack_for("Megatron-LM", "", "2023").name == "default"
+    assert stack_for("something else").name == "default"
+
+
+def test_a_named_plan_takes_its_kernels_from_the_stack():
+    model, cluster = planner.load_model("gpt2"), planner.load_cluster("a100-sxm-80gb:1x8")
+    job = planner.TrainWorkload(64, 1024)
+    kernels = [
+        planner.estimate(planner.Problem(model, cluster, job, load_stack("megatron-eager"), fixed)).knobs[
+            "attention_kernel"
+        ]
+        for fixed in ({}, {"attention_kernel": "flash"})
+    ]
+    assert kernels == ["eager", "flash"]
