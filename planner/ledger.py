@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Array: TypeAlias = NDArray[Any]  # float64, over rows
+Index: TypeAlias = NDArray[np.intp]
 # Names, checked where they are used: the engine knows these phases and pools.
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
@@ -218,6 +219,10 @@ class Axes:
         axes.sums = {key: value for key, value in self.sums.items() if kept(value[0])}
         return axes
 
+    def take(self, index: Index) -> Axes:
+        """The axes on the rows at ``index``."""
+        return Axes({name: _at(size, index) for name, size in self._sizes.items()})
+
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""
         return Axes(
@@ -242,6 +247,11 @@ class Axes:
             total = value if total is None else total + value
         assert total is not None
         return np.asarray(total)
+
+
+def _at(values: Array, index: Index) -> Array:
+    """Values of some rows; what is the same on all rows stays one value."""
+    return values[index] if values.size > 1 else values
 
 
 def times(size: str, factor: str) -> str:
@@ -293,6 +303,15 @@ class Ledger:
     axes: Axes
     items: tuple[Item, ...]
     chunks: Mapping[str, Array | float]
+
+    def take(self, index: Index, regroup: Callable[[Group, Index], Group]) -> Ledger:
+        """The ledger on the rows at ``index``; ``regroup`` says which group takes a group's place."""
+        items = [
+            replace(item, group=regroup(item.group, index)) if isinstance(item, Collective) else item
+            for item in self.items
+        ]
+        chunks = {window: _at(np.asarray(n), index) for window, n in self.chunks.items()}
+        return Ledger(self.axes.take(index), tuple(items), chunks)
 
     def shard(self, **degrees: Array | float) -> Ledger:
         """Divides the axes of the given roles by a degree: every item that names them shrinks."""

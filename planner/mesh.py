@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.ledger import Array, Group
+from planner.ledger import Array, Group, Index
 
 __all__ = ["Mesh"]
 
@@ -27,7 +27,8 @@ class Mesh:
     pp: Array
     ep: Array
     etp: Array
-    _groups: dict[str, Group] = field(default_factory=dict)
+    _groups: dict[str, Group] = field(default_factory=dict, init=False)
+    _counterparts: dict[int, tuple[Group, Group]] = field(default_factory=dict, init=False)
 
     @property
     def edp(self) -> Array:
@@ -46,6 +47,22 @@ class Mesh:
             size, stride = _GROUPS[name](self)
             self._groups[name] = Group(name, size, stride)
         return self._groups[name]
+
+    def take(self, index: Index) -> Mesh:
+        """The mesh on the rows at ``index``, with the groups that were named so far."""
+        tp, cp, dp, pp, ep, etp = (
+            degree[index] for degree in (self.tp, self.cp, self.dp, self.pp, self.ep, self.etp)
+        )
+        mesh = Mesh(tp, cp, dp, pp, ep, etp)
+        mesh._groups.update({name: mesh.counterpart(group, index) for name, group in self._groups.items()})
+        return mesh
+
+    def counterpart(self, group: Group, index: Index) -> Group:
+        """A group of the mesh that this one was taken from, on the rows at ``index``; the same object every time."""
+        if id(group) not in self._counterparts:
+            size, stride = (v[index] if v.size > 1 else v for v in (group.size, group.stride))
+            self._counterparts[id(group)] = group, Group(group.name, size, stride)
+        return self._counterparts[id(group)][1]
 
     def subgroup(self, of: str, name: str, size: Array, *, inner: bool) -> Group:
         """Part of a group: its first ``size`` ranks (``inner``), or the ranks ``group/size`` apart."""

@@ -8,7 +8,7 @@ slot, and passes run in slot order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import walk_packages
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from planner.specs.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from planner.ledger import Array, Ledger
+    from planner.ledger import Array, Index, Ledger
     from planner.mesh import Mesh
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
@@ -116,6 +116,10 @@ class Context:
     mesh: Mesh
     micro_batch_size: Array
     knobs: Mapping[str, Any]
+
+    def take(self, index: Index) -> Context:
+        """The context of the rows at ``index``."""
+        return replace(self, mesh=self.mesh.take(index), micro_batch_size=self.micro_batch_size[index])
 
     @property
     def format(self) -> Format:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
+from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.expansion import Expansion, Pending, Scored, Shortfall
@@ -37,7 +38,7 @@ from planner.technique import SLOTS, Context
 __all__ = ["SearchCounts", "UniformSearch"]
 
 _PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps before the bar is set anew
-_ROWS = 8192  # rows whose ledgers are built at once
+_ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _CUTS = (1024, 4096)  # and again, within a wave
 _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
@@ -71,10 +72,12 @@ class _Deal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
-    """A prefix with its valid rows."""
+    """A prefix with its valid rows, and its ledger on them."""
 
     recipe: Mapping[str, Choice]
     rows: Rows
+    ctx: Context
+    ledger: Ledger
 
 
 class UniformSearch:
@@ -115,8 +118,11 @@ class UniformSearch:
         parts = [
             rows.take(np.arange(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)
         ]
+        made: dict[tuple[str, ...], Ledger] = {}
         for done, (part, recipe) in enumerate(product(parts, recipes)):
-            self._bound(recipe, part)
+            if recipe is recipes[0]:
+                made, mesh = {}, part.context(self.problem, {}).mesh
+            self._bound(recipe, part, mesh, made)
             if sum(len(deal.rows) for deal in self._deals) > _PAIRS:
                 self._expand()
             if self.on_progress is not None:
@@ -141,28 +147,36 @@ class UniformSearch:
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
-    def _bound(self, recipe: Mapping[str, Choice], rows: Rows) -> None:
+    def _bound(
+        self, recipe: Mapping[str, Choice], rows: Rows, mesh: Mesh, made: dict[tuple[str, ...], Ledger]
+    ) -> None:
         """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
         knobs = self.space.knobs(recipe)
-        ctx = rows.context(self.problem, knobs)
+        whole = replace(rows.context(self.problem, knobs), mesh=mesh)
         active = np.ones(len(rows), dtype=bool)
         for slot, choice in recipe.items():
-            if (
-                choice.technique is not None
-                and choice.technique.active is not None
-                and slot not in self.space.fixed
-            ):
-                active &= choice.technique.active(ctx)
-        rows = rows.take(np.flatnonzero(active))
-        ctx = rows.context(self.problem, knobs)
-        fault = self.faults(recipe, ctx)
-        self._reject_rows(fault, rows, knobs)
-        rows = rows.take(np.flatnonzero(fault.first < 0))
-        if len(rows):
-            ctx = rows.context(self.problem, knobs)
-            table = tabulate(self.ledger(recipe, ctx), self.pricer, self.kinds, len(rows))
-            self._prefixes.append(_Prefix(recipe, rows))
-            self._deal(rows, ctx, table)
+            technique = choice.technique
+            if technique is not None and technique.active is not None and slot not in self.space.fixed:
+                active &= technique.active(whole)
+        open_ = np.flatnonzero(active)
+        fault = self.faults(recipe, whole.take(open_))
+        self._reject_rows(fault, rows.take(open_), knobs)
+        open_ = open_[fault.first < 0]
+        if len(open_):
+            ledger = self.ledger(recipe, whole, made)
+            rows, ctx = rows.take(open_), whole.take(open_)
+            ledger = ledger.take(open_, ctx.mesh.counterpart)
+            table = tabulate(ledger, self.pricer, self.kinds, len(rows))
+            deals = list(self._deal(rows, ctx, table))
+            if not deals:
+                return
+            # Only the rows that are still open are kept, without the prices of all the others.
+            used = np.unique(np.concatenate([deal.rows for deal in deals]))
+            ctx = ctx.take(used)
+            self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
+            self._prefixes.append(
+                _Prefix(recipe, rows.take(used), ctx, ledger.take(used, ctx.mesh.counterpart))
+            )
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
@@ -225,8 +239,8 @@ class UniformSearch:
                     if runs and wanted:
                         yield schedule, layout
 
-    def _deal(self, rows: Rows, ctx: Context, table: BlockTable) -> None:
-        """Bounds the prefix's rows under every layout of their pipeline degree."""
+    def _deal(self, rows: Rows, ctx: Context, table: BlockTable) -> Iterator[_Deal]:
+        """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a layout at a time."""
         activity = self.branches.activity(rows, ctx.knobs)
         micro_batches = ctx.micro_batches
         likely = self._likely(ctx, table)
@@ -248,9 +262,9 @@ class UniformSearch:
                     self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
                     keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
                 if len(keep):
-                    number, where = len(self._prefixes) - 1, at[keep]
-                    self._deals.append(
-                        _Deal(schedule, layout, number, where, bound_s, variants, likely[where])
+                    where = at[keep]
+                    yield _Deal(
+                        schedule, layout, len(self._prefixes), where, bound_s, variants, likely[where]
                     )
 
     def _likely(self, ctx: Context, table: BlockTable) -> NDArray[np.bool_]:
@@ -259,7 +273,12 @@ class UniformSearch:
         counts[self.kinds.index(EMBEDDING)] = counts[self.kinds.index(HEAD)] = 1.0
         optimizer = counts @ table["optimizer_bytes"]
         in_flight = np.minimum(ctx.micro_batches, ctx.mesh.pp)
-        each = counts @ table["always_bytes"] - optimizer + optimizer / ctx.mesh.dp + in_flight * (counts @ table["saved_bytes"])
+        each = (
+            counts @ table["always_bytes"]
+            - optimizer
+            + optimizer / ctx.mesh.dp
+            + in_flight * (counts @ table["saved_bytes"])
+        )
         fits: NDArray[np.bool_] = each / ctx.mesh.pp <= self.problem.memory_budget_bytes
         return fits
 
@@ -279,18 +298,32 @@ class UniformSearch:
         mask: NDArray[np.bool_] = active & (faults.first < 0)
         return mask
 
-    def ledger(self, recipe: Mapping[str, Choice], ctx: Context, ledger: Ledger | None = None) -> Ledger:
-        """Runs the passes of a (partial) recipe in slot order."""
-        if ledger is None:
+    def ledger(
+        self, recipe: Mapping[str, Choice], ctx: Context, made: dict[tuple[str, ...], Ledger] | None = None
+    ) -> Ledger:
+        """Runs the passes of a (partial) recipe in slot order.
+
+        A pass knows the choices of its own slot and of those before it, so that recipes which begin alike share what they made
+        of the same rows, in ``made``.
+        """
+        made = {} if made is None else made
+        done: tuple[str, ...] = ()
+        if done not in made:
             workload = self.problem.workload
-            ledger = baseline(
+            made[done] = baseline(
                 self.problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len),
                 encoder_seq=workload.encoder_seq_len, document_len=workload.document_len,
             )  # fmt: skip
+        ledger = made[done]
         for slot in SLOTS:
             choice = recipe.get(slot)
-            if choice is not None and choice.technique is not None:
-                ledger = choice.technique.apply(ledger, ctx)
+            if choice is None:
+                continue
+            done = (*done, choice.value)
+            if choice.technique is not None:
+                if done not in made:
+                    made[done] = choice.technique.apply(ledger, ctx)
+                ledger = made[done]
         return ledger
 
     # -- step 2: branches of the rows that can still win -------------------------------------------------------------
@@ -315,13 +348,12 @@ class UniformSearch:
         tables, rows = [], []
         for number, used in open_.items():
             prefix = self._prefixes[number]
-            part = prefix.rows.take(used)
-            ctx = part.context(self.problem, self.space.knobs(prefix.recipe))
-            ledger = self.ledger(prefix.recipe, ctx)
+            ctx = prefix.ctx.take(used)
+            ledger = prefix.ledger.take(used, ctx.mesh.counterpart)
             tables.append(
                 BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
             )
-            rows.append(part)
+            rows.append(prefix.rows.take(used))
         work = Expansion(self.problem, self.branches, tables, rows, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
         together: dict[tuple[int, int], list[tuple[_Deal, Index, Array]]] = defaultdict(list)
