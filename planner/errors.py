@@ -104,10 +104,13 @@ class ExportError(PlannerError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped a search (no :class:`PlannerError`: nothing is wrong); ``best`` is the result so far, if any."""
+    """The user stopped a search (no :class:`PlannerError`: nothing is wrong).
 
-    def __init__(self, best: object = None) -> None:
-        self.best = best
+    ``best`` is the result so far, if any; ``note`` says in words what is known without one.
+    """
+
+    def __init__(self, best: object = None, note: str = "") -> None:
+        self.best, self.note = best, note
         super().__init__("interrupted")
 
 

@@ -40,8 +40,8 @@ def train(
 ) -> None:
     """Find the best plans for a training job, ranked, with proof.
 
-    With several --cluster, plans of all of them are ranked together by --objective. With --deadline, clusters are tried by
-    size, ascending (divisors of the node count given, and powers of two), until one finishes in time.
+    With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
+    number of nodes up to the one given is searched or excluded by a bound, until one finishes in time.
     """
     from planner.cli.output import INTERRUPTED, OutputFile, json_text, print_json, report_interruption
     from planner.cli.progress import Progress
@@ -57,7 +57,7 @@ def train(
                 fleet = _search(problems, wanted, progress)
         except Interrupted as stop:
             if not isinstance(stop.best, Fleet):
-                report_interruption("before any plan was priced", as_json)
+                report_interruption(stop.note or "before any plan was priced", as_json)
                 raise typer.Exit(INTERRUPTED) from None
             fleet, stopped = stop.best, True
         if pareto and not stopped:
@@ -112,8 +112,10 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
 
 
 def _search(problems: list[Problem], top: int, progress: Any) -> Fleet:
-    from planner.solve.fleet import fewest_devices, resized, search_clusters
-
     if problems[0].deadline_s is None:
+        from planner.solve.fleet import search_clusters
+
         return search_clusters(problems, top, progress)
-    return fewest_devices([size for problem in problems for size in resized(problem)], top, progress)
+    from planner.solve.deadline import fewest_devices
+
+    return fewest_devices(problems, top, progress)

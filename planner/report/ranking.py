@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.plan import Plan, SearchReport
+from planner.report.sizes import show_clusters, show_sizes
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, percent, words
 from planner.report.totals import run_totals
 from planner.specs.parameters import parameter_count
@@ -34,13 +35,15 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen = Screen()
     result, problem = fleet.result, problems[0]
     best, report = result.best, result.search
-    several = len(fleet.attempts) > 1 or problem.deadline_s is not None
-    where = f"{len(fleet.attempts)} clusters" if several else _machine(best, problem)
+    several = len(fleet.attempts) > 1 and problem.deadline_s is None
+    where = f"{len(fleet.attempts)} clusters" if several else _machine(best)
     screen.line(
         f"{_job(problem)} · {where} · {report.candidates:,} candidates · {report.wall_s:.1f} s", "bold"
     )
-    if several:
-        _show_attempts(screen, fleet, problem.deadline_s)
+    if problem.deadline_s is not None and problem.workload.tokens is not None:
+        show_sizes(screen, fleet, problem.deadline_s, problem.workload.tokens)
+    elif several:
+        show_clusters(screen, fleet)
     _show_ranked(screen, result.plans, problem.objective)
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
@@ -63,7 +66,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     screen = Screen()
     if not plan.estimate.fits:
         screen.line(does_not_fit(plan), "bold red")
-    screen.line(f"{_job(problem)} · {_machine(plan, problem)}", "bold")
+    screen.line(f"{_job(problem)} · {_machine(plan)}", "bold")
     _show_ranked(screen, [plan], problem.objective)
     parts = sorted(plan.estimate.breakdown_s.items(), key=lambda part: -part[1])
     step_s = plan.estimate.step_time_s
@@ -131,25 +134,8 @@ def _job(problem: Problem) -> str:
     )
 
 
-def _machine(plan: Plan, problem: Problem) -> str:
-    return f"{plan.devices:,} × {problem.cluster.device.name}"
-
-
-def _show_attempts(screen: Screen, fleet: Fleet, deadline_s: float | None) -> None:
-    if deadline_s is not None:
-        screen.line(f"Fewest devices that finish in {format_seconds(deadline_s)}; sizes tried, ascending:")
-    rows = [
-        (
-            attempt.cluster,
-            f"{attempt.devices:,}",
-            "-" if attempt.step_time_s is None else f"{attempt.step_time_s:.3f}",
-            "-" if attempt.run_s is None else format_seconds(attempt.run_s),
-        )
-        for attempt in fleet.attempts
-    ]
-    outcomes = [attempt.outcome for attempt in fleet.attempts]
-    screen.line()
-    screen.grid(("cluster", "devices", "step s", "run"), rows, ("cluster",), "outcome", outcomes)
+def _machine(plan: Plan) -> str:
+    return f"{plan.devices:,} devices ({plan.cluster})"
 
 
 def _show_ranked(screen: Screen, plans: Sequence[Plan], objective: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,7 @@ from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.branches import Faults
 from planner.solve.expansion import Scored, Shortfall
+from planner.solve.ranking import Ranking
 from planner.solve.space import Choice
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -28,7 +29,11 @@ _SOLVER = "branch and bound over the uniform space"
 
 
 def search(
-    problem: Problem, top: int = 10, on_progress: Callable[[int, int], None] | None = None
+    problem: Problem,
+    top: int = 10,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    limit_s: float = np.inf,
 ) -> SearchResult:
     """The best plans of the uniform space, ranked, with proof.
 
@@ -36,6 +41,8 @@ def search(
         problem: what to plan.
         top: how many plans to return.
         on_progress: called with (parts of the space done, parts in all).
+        limit_s: plans whose step takes this long or longer are of no interest: bounds are held against it from the start. The
+            result is without plans where bounds or prices exclude every candidate that might fit.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -48,38 +55,59 @@ def search(
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
+    uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s)
     stopped = False
     try:
-        ranked = uniform.run()
+        priced = uniform.run()
     except KeyboardInterrupt:
-        ranked, stopped = uniform.ranking.best, True
+        priced, stopped = uniform.ranking.best, True
     counts = uniform.counts
-    if not ranked:
-        raise Interrupted if stopped else _infeasible(problem, uniform.nearest, counts.rejected)
-    plans, useful_flop = [], model_flop(problem.model, problem.workload)
-    best_s = ranked[0][0]
-    for step_s, scored in ranked:
-        optimality = (
-            Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
-            if stopped
-            else _proved(step_s, best_s)
-        )
-        knobs = uniform.space.knobs(scored.recipe)
-        layers = scored.recompute_layers
-        plans.append(
-            assemble(
-                problem, scored.recipe, knobs, scored.row, scored.layout, layers, optimality, useful_flop
-            ).plan
-        )
+    ranked = [pair for pair in priced if pair[0] < limit_s]
+    too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
+    if not ranked and stopped:
+        raise Interrupted
+    if not ranked and not too_slow:
+        raise _infeasible(problem, uniform.nearest, counts.rejected)
     excluded, rejected = (
         {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
     )
+    plans = tuple(_assembled(problem, uniform, ranked, stopped))
     wall_s = perf_counter() - start
     report = SearchReport(counts.candidates, counts.scored, counts.repriced, excluded, rejected, wall_s)
-    result = SearchResult(tuple(plans), report)
+    result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
     return result
+
+
+def _assembled(
+    problem: Problem, uniform: UniformSearch, ranked: list[tuple[float, Scored]], stopped: bool
+) -> Iterator[Plan]:
+    """The ranked choices as plans, with what was proved of each."""
+    useful_flop = model_flop(problem.model, problem.workload)
+    unproved = Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
+    for step_s, scored in ranked:
+        knobs = uniform.space.knobs(scored.recipe)
+        optimality = unproved if stopped else _proved(step_s, ranked[0][0])
+        layers = scored.recompute_layers
+        yield assemble(
+            problem, scored.recipe, knobs, scored.row, scored.layout, layers, optimality, useful_flop
+        ).plan
+
+
+class _Limited(Ranking):
+    """A ranking whose bar is never above a limit."""
+
+    def __init__(
+        self, top: int, global_batch_size: int, reprice: Callable[[list[Scored]], list[float]], limit_s: float
+    ) -> None:
+        super().__init__(top, global_batch_size, reprice)
+        self.limit_s = limit_s
+
+    @property
+    def bar(self) -> float:
+        """What a candidate's bound has to beat."""
+        return min(super().bar, self.limit_s)
 
 
 def _proved(step_s: float, best_s: float) -> Optimality:

@@ -131,34 +131,35 @@ def test_cluster_that_cannot_hold_the_model_is_said_and_passed_over(planner):
 
 
 def test_deadline_is_met_by_the_fewest_devices(planner):
-    """Each smaller size was tried and misses it, by its own search or even at peak FLOP rate."""
-    job = (
-        "--model",
-        "gpt2",
-        "--global-batch",
-        "64",
-        "--seq-len",
-        "1024",
-        "--tokens",
-        "1B",
-        "--json",
-        "--top",
-        "1",
-    )
+    """Three nodes are neither a divisor nor a power of two; each smaller size is searched and misses, or excluded by a bound."""
+    job = "--model gpt2 --global-batch 48 --seq-len 1024 --tokens 1B --json --top 1".split()
 
     def run_s(cluster):
         return planner("train", *job, "--cluster", cluster).json["run"]["run_s"]
 
-    runs = {nodes: run_s(f"a100:{nodes}x1") for nodes in (1, 2, 4)}
-    deadline_s = (runs[2] + runs[4]) / 2
+    runs = {nodes: run_s(f"a100:{nodes}x1") for nodes in (1, 2, 3, 4)}
+    deadline_s = (runs[2] + runs[3]) / 2
     found = planner("train", *job, "--cluster", "a100:8x1", "--deadline", f"{deadline_s}s").json
     tried = found["clusters"]
-    assert [c["devices"] for c in tried] == [1, 2, 4]
-    assert tried[-1]["run_s"] == pytest.approx(runs[4])
+    assert tried[-1]["devices"] == 3
+    assert tried[-1]["run_s"] == pytest.approx(runs[3])
     assert found["run"]["run_s"] == tried[-1]["run_s"] <= deadline_s == found["deadline_s"]
     for attempt in tried[:-1]:
-        assert "peak" in attempt["outcome"] or attempt["run_s"] == pytest.approx(runs[attempt["devices"]])
         assert runs[attempt["devices"]] > deadline_s
+        assert (
+            runs[attempt["devices"]]
+            >= (attempt["run_s"] or attempt["run_at_least_s"]) * (1 - 1e-9)
+            > deadline_s
+        )
+
+
+def test_screen_of_a_deadline_names_the_answer_and_counts_the_rest(planner):
+    job = (*SMALL[:2], "--cluster", "a100:64x1", *SMALL[4:], "--tokens", "10B")
+    found = planner("train", *job, "--deadline", "4h")
+    assert found.code == 0
+    assert re.search(r"Fewest devices that finish 10.0B tokens in 4.00 h: \d+ \(a100", found.out)
+    assert re.search(r"(?m)^a100-sxm-80gb:\d+x1 .* meets the deadline$", found.out)
+    assert re.search(r"\d+ sizes up to \d+ devices: excluded: the kernels alone take", found.out)
 
 
 def test_deadline_that_nothing_meets_says_how_far_off(planner):
