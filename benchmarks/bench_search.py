@@ -15,9 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
+from planner.solve.expansion import Expansion, Jobs
+from planner.solve.space import Choice, Rows
+from planner.solve.tables import BranchTables
+from planner.solve.uniform import UniformSearch
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = {
@@ -44,32 +51,24 @@ def cold(model: str, cluster: str, batch: int, seq: int, fixed: tuple[str, ...])
     return wall_s, peak, json.loads(done.stdout)
 
 
-def pricing_rate() -> float:
-    """Candidates per second and core through bound, memory timeline and full cost model, ledgers already built."""
-    from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-    from planner.solve.expansion import Expansion
-    from planner.solve.tables import BranchTables
-    from planner.solve.uniform import UniformSearch
-
-    problem = Problem(
+def problem_405b() -> Problem:
+    """Llama-3.1-405B on 16,384 H100."""
+    return Problem(
         load_model("llama3.1-405b"), load_cluster("h100-sxm:2048x8"), TrainWorkload(2048, 8192), load_stack()
     )
-    search = UniformSearch(problem, 1, lambda batch: [])
+
+
+def pricing_rate() -> float:
+    """Candidates per second and core through bound, memory timeline and full cost model, ledgers already built."""
+    search = UniformSearch(problem_405b(), 1, lambda batch: [])
     recipe = {slot: choices[0] for slot, choices in search.space.choices.items() if slot not in ("schedule",)}
     recipe["sequence_parallel"] = search.space.choices["sequence_parallel"][-1]
-    knobs = search.space.knobs(recipe)
-    ctx = search.space.rows.context(problem, knobs)
-    rows = search.space.rows.take(
-        np.flatnonzero((search.faults(recipe, ctx).first < 0) & (ctx.mesh.pp == 16))
-    )
-    ctx = rows.context(problem, knobs)
     prefix = {slot: choice for slot, choice in recipe.items() if slot in next(iter(search.space.prefixes()))}
-    tables = BranchTables(
-        search.space, search.branches, search.pricer, search.kinds, prefix, ctx, search.ledger(prefix, ctx)
-    )
-    work = Expansion(problem, search.branches, [tables], [rows], search.counts)
+    rows = valid_rows(search, prefix)
+    work = expansion(search, prefix, rows.take(np.flatnonzero(rows.values["pp"] == 16)))
     schedule, layout = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
-    many = np.repeat(np.arange(len(rows)), 4000 // len(rows) + 1)
+    some = np.arange(int(work.starts[-1]))
+    many = np.repeat(some, 4000 // len(some) + 1)
     work.plain(schedule, layout, many)
     before, start = search.counts.scored + search.counts.rejected["device memory"], time.process_time()
     for _ in range(20):
@@ -78,13 +77,69 @@ def pricing_rate() -> float:
     return priced / (time.process_time() - start)
 
 
+def whole_rate(rows_each: int) -> tuple[int, float]:
+    """Candidates, and candidates per second and core, of the 405B space with nothing excluded.
+
+    Of every prefix ``rows_each`` random rows: their ledgers are built, and every layout, state, recompute choice and swap on
+    them goes through the full cost model (step bound, exact memory timeline, the launcher's and the host's limits). A recompute
+    by layers counts once, although its number of layers is searched.
+    """
+    draw = np.random.default_rng()
+    start = time.process_time()
+    search = UniformSearch(problem_405b(), 1, lambda batch: [])
+    branches, priced = search.branches, 0
+    for prefix in search.space.prefixes():
+        rows = valid_rows(search, prefix)
+        if not len(rows):
+            continue
+        rows = rows.take(draw.permutation(len(rows))[:rows_each])
+        work = expansion(search, prefix, rows)
+        for pp in np.unique(rows.values["pp"]):
+            states, at = np.nonzero(work.states & (rows.values["pp"] == pp))
+            for schedule, layout in search.layouts_of(int(pp)):
+                for recompute in range(len(branches.recomputes)):
+                    on = np.flatnonzero(work.recomputes[recompute, at])
+                    for swap in range(len(branches.swaps)):
+                        if len(on):
+                            one_each = np.ones(len(on), dtype=np.int64)
+                            work.evaluate(
+                                Jobs(schedule, layout, recompute, swap, states[on], at[on], one_each)
+                            )
+                            priced += len(on)
+    return priced, priced / (time.process_time() - start)
+
+
+def valid_rows(search: UniformSearch, prefix: Mapping[str, Choice]) -> Rows:
+    """The rows on which a prefix keeps its rules and does something of its own."""
+    rows, knobs = search.space.rows, search.space.knobs(prefix)
+    ctx = rows.context(search.problem, knobs)
+    ok = search.faults(prefix, ctx).first < 0
+    for choice in prefix.values():
+        if choice.technique is not None and choice.technique.active is not None:
+            ok = ok & choice.technique.active(ctx)
+    return rows.take(np.flatnonzero(ok))
+
+
+def expansion(search: UniformSearch, prefix: Mapping[str, Choice], rows: Rows) -> Expansion:
+    """All branches of a prefix on some rows, ledgers built."""
+    ctx = rows.context(search.problem, search.space.knobs(prefix))
+    tables = BranchTables(
+        search.space, search.branches, search.pricer, search.kinds, prefix, ctx, search.ledger(prefix, ctx)
+    )
+    return Expansion(search.problem, search.branches, [tables], [rows], search.counts)
+
+
 def main() -> None:
     """Runs everything and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one run of each job, no cluster sizes")
     quick = parser.parse_args().quick
     draw = random.Random()
-    print(f"pricing alone: {pricing_rate():,.0f} candidates/s/core\n")
+    print(f"pricing alone: {pricing_rate():,.0f} candidates/s/core")
+    priced, rate = whole_rate(64 if quick else 1024)
+    print(
+        f"405B space, nothing excluded, ledgers included: {rate:,.0f} candidates/s/core ({priced:,} priced)\n"
+    )
     print("| job | wall s | search s | candidates | scored | candidates/s | scored/s | peak MB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, (model, cluster, batches, lengths, fixed) in JOBS.items():

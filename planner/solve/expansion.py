@@ -22,7 +22,7 @@ from planner.specs.problem import Problem
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
 
-__all__ = ["Batch", "Expansion", "Pending", "Scored", "Shortfall"]
+__all__ = ["Batch", "Expansion", "Jobs", "Pending", "Scored", "Shortfall"]
 
 Index = NDArray[np.intp]
 
@@ -56,7 +56,7 @@ class Batch:
     """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
 
     expansion: Expansion
-    jobs: _Jobs
+    jobs: Jobs
     fitting: Index
     bound_s: Array
     peak_bytes: Array
@@ -82,7 +82,7 @@ class Pending:
     """
 
     expansion: Expansion
-    jobs: _Jobs
+    jobs: Jobs
     bounds_s: Array
     fits: NDArray[np.bool_]
     overfull: NDArray[np.bool_]
@@ -148,8 +148,8 @@ class Expansion:
     def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(self.states[:, rows])
-        jobs = _Jobs(schedule, layout, 0, 0, states, rows[at], self._width(0, layout, rows[at]))
-        fit, bound_s, batch = self._evaluate(jobs)
+        jobs = Jobs(schedule, layout, 0, 0, states, rows[at], self._width(0, layout, rows[at]))
+        fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
@@ -199,8 +199,8 @@ class Expansion:
                 at = np.flatnonzero((width > 0) & ~(dominated | late | overfull))
                 if not len(at):
                     continue
-                jobs = _Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
-                fit, bound_s, batch = self._evaluate(jobs)
+                jobs = Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
+                fit, bound_s, batch = self.evaluate(jobs)
                 fits[swap, recompute, chosen[at]], pending.bounds_s[swap, recompute, chosen[at]] = (
                     fit,
                     bound_s,
@@ -215,7 +215,7 @@ class Expansion:
         width: NDArray[np.int64] = self.recomputes[recompute, rows] * np.int64(each)
         return width
 
-    def _overfull(self, jobs: _Jobs) -> NDArray[np.bool_]:
+    def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
         stack = self.problem.stack
         table = self.columns(jobs.states, 0, 0, jobs.rows)
@@ -233,7 +233,7 @@ class Expansion:
             )
         return full
 
-    def _evaluate(self, jobs: _Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
+    def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a layout, a recompute choice and a swap."""
         choice = self.branches.recomputes[jobs.recompute]
         table = self.columns(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
@@ -253,7 +253,7 @@ class Expansion:
             )
         return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
 
-    def _launchable(self, jobs: _Jobs) -> NDArray[np.bool_]:
+    def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs that the launcher can run; the others are counted under its reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
         if self.problem.launcher is None:
@@ -268,7 +268,7 @@ class Expansion:
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: _Jobs, state: int, prefix: int) -> Faults:
+    def _launcher_faults(self, jobs: Jobs, state: int, prefix: int) -> Faults:
         """Every row's first broken rule of the launcher, for one prefix and the choices that the jobs share."""
         launcher, layout = self.problem.launcher, jobs.layout
         assert launcher is not None
@@ -297,7 +297,7 @@ class Expansion:
         return self._launched[key]
 
     def _count(
-        self, jobs: _Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_], runs: NDArray[np.bool_]
+        self, jobs: Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_], runs: NDArray[np.bool_]
     ) -> None:
         """One candidate per job is scored or rejected; the other layer counts behind it are excluded or rejected with it."""
         fitting = on_device & on_host & runs
@@ -307,7 +307,7 @@ class Expansion:
         self.counts.scored += int(fitting.sum())
         self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
 
-    def _fewest_layers(self, jobs: _Jobs, table: BlockTable, micro_batches: Array) -> Array:
+    def _fewest_layers(self, jobs: Jobs, table: BlockTable, micro_batches: Array) -> Array:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
@@ -321,7 +321,7 @@ class Expansion:
         return high
 
     def _memory(
-        self, jobs: _Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
+        self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
     ) -> tuple[Array, Array]:
         technique = jobs.schedule.technique
         assert technique is not None
@@ -367,7 +367,7 @@ class Expansion:
         return np.concatenate(parts, axis=1)
 
     def _note_nearest(
-        self, jobs: _Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
+        self, jobs: Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
     ) -> None:
         """Remembers the candidate that misses its budget by the least."""
         missing = np.where(excess > 1.0, excess, np.inf)
@@ -380,25 +380,25 @@ class Expansion:
             self._note(jobs, i, "device memory", float(peak[i]), self.problem.memory_budget_bytes)
 
     def _note(
-        self, jobs: _Jobs, index: int, binding: str, needed: float, budget: float, *, at_least: bool = False
+        self, jobs: Jobs, index: int, binding: str, needed: float, budget: float, *, at_least: bool = False
     ) -> None:
         if self.nearest is None or needed / budget < self.nearest.excess:
             row, recipe = self.row(jobs, index), self.recipe(jobs, index)
             self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout)
 
-    def recipe(self, jobs: _Jobs, index: int) -> dict[str, Choice]:
+    def recipe(self, jobs: Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""
         prefix = int(np.searchsorted(self.starts, jobs.rows[index], side="right")) - 1
         branch = self.branches.recipe(int(jobs.states[index]), jobs.recompute, jobs.swap)
         return {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
 
-    def row(self, jobs: _Jobs, index: int) -> dict[str, float]:
+    def row(self, jobs: Jobs, index: int) -> dict[str, float]:
         """Degrees of one job."""
         return {name: float(column[jobs.rows[index]]) for name, column in self.values.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Jobs:
+class Jobs:
     """Candidates that share everything but state and row; ``states`` is sorted."""
 
     schedule: Choice
