@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ import numpy as np
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
     Level,
-    LinearCost,
+    MessageCost,
+    Transport,
     collective_costs,
     fastest_s,
     group_members,
-    point_to_point_s,
 )
 from planner.costs.compute import (
     attention_bytes,
@@ -48,7 +48,7 @@ from planner.ledger import (
     Stream,
     Transfer,
 )
-from planner.specs.cluster import Cluster
+from planner.specs.cluster import Cluster, Tier
 from planner.specs.stack import Stack
 
 __all__ = [
@@ -85,8 +85,9 @@ class Pricer:
         self.cluster = cluster
         self.stack = stack
         self.device = cluster.device
+        self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
-        self._costs: dict[tuple[int, str], tuple[LinearCost, ...]] = {}
+        self._costs: dict[tuple[int, str], tuple[MessageCost, ...]] = {}
         self._keys: dict[int, tuple[Any, Item]] = {}
 
     def prices(self, items: Sequence[Item], axes: Axes) -> list[Array]:
@@ -129,8 +130,9 @@ class Pricer:
                     np.asarray(group_members(size, stride, tier.size, ranks), dtype=np.float64),
                     tier.effective_bytes_per_s,
                     tier.latency_s,
+                    transport,
                 )
-                for tier in self.cluster.tiers
+                for tier, transport in zip(self.cluster.tiers, self._transports, strict=True)
             ]
             found = self._levels[id(group)] = (group, levels)
         return found[1]
@@ -200,26 +202,12 @@ class Pricer:
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
             n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
-            if item.kind == "point_to_point":
-                yield self._hop_s(n_bytes, item.group)
-                continue
             where = (id(item.group), item.kind)
             if where not in self._costs:
                 self._costs[where] = collective_costs(item.kind, self.levels(item.group))  # type: ignore[arg-type]
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
             yield fastest_s(n_bytes / messages, self._costs[where]) * messages
-
-    def _hop_s(self, n_bytes: Array, group: Group) -> Array:
-        """One message between neighbours of the group: over the innermost tier that holds both."""
-        seconds: Any = None
-        for level in reversed(self.levels(group)):
-            hop = point_to_point_s(n_bytes, level.bytes_per_s, level.latency_s)
-            # A boundary inside a tier's domain is at least as common as one across it: the slower one paces the ring.
-            seconds = hop if seconds is None else np.where(level.members >= group.size, hop, seconds)
-        assert seconds is not None
-        hop_s: Array = np.where(group.size > 1, seconds, 0.0)
-        return hop_s
 
     def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
         rate = {
@@ -373,6 +361,16 @@ def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: P
 def _stack(expressions: list[str], axes: Axes) -> Array:
     """Expressions over axes as one array (items, rows)."""
     return np.stack(np.broadcast_arrays(*(np.atleast_1d(axes[e]) for e in expressions)))
+
+
+def _transport(tier: Tier) -> Transport | None:
+    """How the communication library drives a tier's link, in the terms of the cost formulas."""
+    constants = tier.transport
+    if constants is None:
+        return None
+    known = ((field.name, getattr(constants, field.name)) for field in fields(constants))
+    scale_out = tier.topology == "fabric"
+    return Transport(**{n: float(v) for n, v in known if v is not None}, scale_out=scale_out)
 
 
 def _key(item: Item) -> Any:

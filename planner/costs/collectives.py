@@ -1,32 +1,29 @@
 """Time and bytes of collectives on a hierarchical network.
 
-A group's path through the network is a sequence of :class:`Level`, innermost tier first. Every algorithm is
-a linear cost ``n_bytes · seconds_per_byte + latency_s`` whose two coefficients depend on the levels alone,
-so that one set of levels prices a whole stack of messages. Bytes are bytes sent per rank, bandwidth is per
-device and per direction.
+A group's path through the network is a sequence of :class:`Level`, innermost tier first. Every algorithm's cost has coefficients
+that depend on the levels alone (:mod:`planner.costs.collective_algorithms`), so that one set of levels prices a whole stack of
+messages. Bytes are bytes sent per rank, bandwidth is per device and per direction.
 
-Every device has its own network interface: a group with ``k`` members in a node leaves it through ``k``
-interfaces.
+Every device has its own network interface, or its share of one: a group with ``k`` members in a node leaves it through ``k``
+shares. Groups that work side by side, such as the data-parallel rings of eight tensor-parallel ranks, have their own shares and
+are priced as if all of them sent at once, which they do.
 
-Sources: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective Communication Operations in MPICH",
-IJHPCA 19(1), 2005 (ring, latency–bandwidth model); P. Patarasu, X. Yuan, JPDC 69(2), 2009 (ring all-reduce is
-bandwidth optimal); P. Sanders, J. Speck, J. L. Träff, "Two-tree algorithms for full bandwidth broadcast,
-reduction and scan", Parallel Computing 35(12), 2009 (the double binary tree of NCCL).
+Sources: those of the algorithms, which are named there; sizes per rank as in NVIDIA/nccl-tests, doc/PERFORMANCE.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from planner.costs.arrays import Real
+from planner.costs.collective_algorithms import Level, MessageCost, Transport, collective_costs
 
 __all__ = [
     "Level",
-    "LinearCost",
+    "MessageCost",
+    "Transport",
     "all_gather_bytes",
     "all_gather_s",
     "all_reduce_bytes",
@@ -36,27 +33,13 @@ __all__ = [
     "broadcast_bytes",
     "broadcast_s",
     "collective_costs",
+    "custom_all_reduce_s",
     "fastest_s",
     "group_members",
     "point_to_point_s",
     "reduce_scatter_bytes",
     "reduce_scatter_s",
 ]
-
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """What one tier of the network offers a group.
-
-    ``members`` counts the group's ranks inside one domain of the tier: cumulative, non-decreasing from tier
-    to tier, on the last tier the size of the group. ``latency_s`` is that of one hop. All three broadcast.
-    """
-
-    members: Real
-    bytes_per_s: Real
-    latency_s: Real
 
 
 def group_members(size: Real, stride: Real, domain: Real, ranks: Real | None = None) -> Real:
@@ -81,12 +64,13 @@ def group_members(size: Real, stride: Real, domain: Real, ranks: Real | None = N
 def all_reduce_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
     """Seconds of an all-reduce of ``n_bytes`` (the full tensor on every rank).
 
-    ``algorithm`` is ``ring``, ``tree``, ``hierarchical``, ``direct`` or ``auto``, the element-wise fastest of
-    the first three. ``direct`` (reduce-scatter and all-gather in one hop each) wants a kernel that writes to
-    all peers at once on a switched domain, which the caller has to know.
+    ``algorithm`` is ``ring``, ``tree``, ``hierarchical``, ``multicast`` (the switch adds up), ``one_shot``, ``direct`` or
+    ``auto``, the element-wise fastest of what :func:`collective_costs` names. ``one_shot`` (every rank reads all of every peer)
+    and ``direct`` (reduce-scatter and all-gather in one hop each) want a kernel that reaches all peers at once on a switched
+    domain, which the caller has to know.
 
-    One level, ring: ``2(G−1)/G · n/W + 2(G−1)·α``; tree: ``2n/W + 2⌈log2 G⌉·α``. Range: ``n_bytes >= 0``; no
-    bytes, or a group of one, take no time.
+    One level, ring: ``2(G−1)/G · n/W + 2(G−1)·α``; tree: ``2n/W + 2⌈log2 G⌉·α``. Range: ``n_bytes >= 0``; no bytes, or a group of
+    one, take no time.
 
     >>> round(float(all_reduce_s(8e9, [Level(8, 250e9, 0.0)], "ring")), 6)  # 2 * 7/8 * 8e9 / 250e9
     0.056
@@ -94,6 +78,24 @@ def all_reduce_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto"
     0.0
     """
     return fastest_s(n_bytes, collective_costs("all_reduce", levels, algorithm))
+
+
+def custom_all_reduce_s(n_bytes: Real, levels: Sequence[Level], largest_bytes: float = 8 * 2**20) -> Real:
+    """Seconds of an all-reduce where a serving framework brings kernels of its own for small messages.
+
+    Up to ``largest_bytes`` the fastest of its ``one_shot`` and ``direct`` kernels and of the library's algorithms, beyond it the
+    library alone. 8 MiB is the default of vLLM (``vllm/distributed/device_communicators/custom_all_reduce.py``, ``max_size``).
+
+    >>> round(1e6 * float(custom_all_reduce_s(65536, [Level(8, 400e9, 1e-6)])), 2)  # one hop, 7 * 65536 / 400e9
+    2.15
+    """
+    library = collective_costs("all_reduce", levels)
+    own = (
+        *collective_costs("all_reduce", levels, "one_shot"),
+        *collective_costs("all_reduce", levels, "direct"),
+    )
+    small = fastest_s(n_bytes, (*own, *library))
+    return np.where(np.less_equal(n_bytes, largest_bytes), small, fastest_s(n_bytes, library))[()]
 
 
 def all_gather_s(n_bytes_full: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
@@ -126,7 +128,8 @@ def all_to_all_s(n_bytes_local: Real, levels: Sequence[Level]) -> Real:
     same time (grouped sends in NCCL, the forwarding kernels of DeepEP), so they overlap and the slowest
     decides. Messages to all peers are posted at once, so the latency is one hop per tier crossed and not ``G
     − 1``: 512 B over 2, 4 and 8 H100 take 6.5, 6.5 and 7.4 µs with NCCL 2.27, while the all-gather grows by
-    0.8 µs a hop (aiconfigurator's nccl-tests tables).
+    0.8 µs a hop (aiconfigurator's nccl-tests tables). Where peers receive unequal amounts, ``n_bytes_local`` is
+    what the busiest rank sends or receives: all wait for it.
 
     >>> round(float(all_to_all_s(8e9, [Level(8, 350e9, 0.0)])), 6)  # 7/8 * 8e9 / 350e9
     0.02
@@ -148,54 +151,29 @@ def broadcast_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto")
     return fastest_s(n_bytes, collective_costs("broadcast", levels, algorithm))
 
 
-def point_to_point_s(n_bytes: Real, bytes_per_s: Real, latency_s: Real) -> Real:
-    """Seconds of one message: ``n/W + α``; no bytes take no time.
+def point_to_point_s(n_bytes: Real, levels: Sequence[Level]) -> Real:
+    """Seconds of one message between neighbours of a group, over the innermost tier that holds all of the group.
 
-    >>> float(point_to_point_s(25e6, 25e9, 5e-6))
+    >>> float(point_to_point_s(25e6, [Level(1, 250e9, 1e-6), Level(4, 25e9, 5e-6)]))
     0.001005
     """
-    return n_bytes / bytes_per_s + latency_s * np.greater(n_bytes, 0)
+    return fastest_s(n_bytes, collective_costs("point_to_point", levels))
 
 
-class LinearCost(NamedTuple):
-    """What an algorithm costs on a network: ``n_bytes · s_per_byte + latency_s``."""
+def fastest_s(n_bytes: Real, costs: Sequence[MessageCost]) -> Real:
+    """Seconds of the element-wise fastest of some costs; no bytes take no time.
 
-    s_per_byte: Real
-    latency_s: Real
-
-
-def collective_costs(
-    collective: Collective, levels: Sequence[Level], algorithm: str = "auto"
-) -> tuple[LinearCost, ...]:
-    """The algorithms that compete for a collective, as linear costs for :func:`fastest_s`.
-
-    They depend on the network alone: compute them once per group and price any number of messages.
-
-    Raises:
-        ValueError: the collective has no such algorithm.
-
-    >>> (ring,) = collective_costs("all_gather", [Level(4, 100.0, 0.5)], "ring")
-    >>> float(ring.s_per_byte) * 100, float(ring.latency_s)  # 3/4, 3 hops
-    (0.75, 1.5)
-    """
-    offered = _ALGORITHMS[collective]
-    names = _COMPETING[collective] if algorithm == "auto" else (algorithm,)
-    if not set(names) <= offered.keys():
-        known = ", ".join(("auto", *offered))
-        raise ValueError(f"{algorithm!r} is no algorithm of {collective}; there are: {known}")
-    path = list(_crossings(levels))
-    return tuple(offered[name](path) for name in names)
-
-
-def fastest_s(n_bytes: Real, costs: Sequence[LinearCost]) -> Real:
-    """Seconds of the element-wise fastest of some linear costs; no bytes take no time.
-
-    >>> float(fastest_s(10.0, [LinearCost(1.0, 5.0), LinearCost(2.0, 0.0)]))
+    >>> float(fastest_s(10.0, [MessageCost(1.0, 5.0), MessageCost(2.0, 0.0)]))
     15.0
+    >>> float(fastest_s(4.0, [MessageCost(1.0, 5.0, 3.0)]))  # 5 + √(3² + 4²)
+    10.0
     """
     best: Real = np.inf
-    for cost in costs:
-        best = np.minimum(best, n_bytes * cost.s_per_byte + cost.latency_s)
+    for s_per_byte, latency_s, hidden_s in costs:
+        bytes_s = n_bytes * s_per_byte
+        if hidden_s is not None:
+            bytes_s = np.sqrt(bytes_s * bytes_s + hidden_s * hidden_s)
+        best = np.minimum(best, bytes_s + latency_s)
     return best * np.greater(n_bytes, 0)
 
 
@@ -242,108 +220,3 @@ def broadcast_bytes(n_bytes: Real, group: Real) -> Real:
     16.0
     """
     return 1.0 * n_bytes * (group > 1)
-
-
-class _Crossing(NamedTuple):
-    """One tier as the group meets it: members in a domain of the tier below, and of this tier."""
-
-    below: Real
-    members: Real
-    bytes_per_s: Real
-    latency_s: Real
-
-
-def _crossings(levels: Sequence[Level]) -> Iterator[_Crossing]:
-    below: Real = 1.0
-    for level in levels:
-        members = np.multiply(level.members, 1.0)
-        yield _Crossing(below, members, level.bytes_per_s, level.latency_s)
-        below = members
-
-
-def _bottleneck_s_per_byte(path: Sequence[_Crossing]) -> Real:
-    """Seconds per byte of a ring or tree that visits domains one after the other.
-
-    A domain with ``k`` members is left through ``k`` interfaces, on which ``k`` rotated rings share the
-    bytes: tier ``j`` runs at ``bytes_per_s · m[j−1]``, and all tiers work at once, so the slowest of the
-    crossed ones decides.
-    """
-    slowest: Real = 0.0
-    for below, members, bytes_per_s, _ in path:
-        slowest = np.maximum(slowest, (members > below) / (below * bytes_per_s))
-    return slowest
-
-
-def _chain(path: Sequence[_Crossing]) -> LinearCost:
-    """A chain through all members: ``G − 1`` hops, ``G/m[j−1] − G/m[j]`` of them on tier ``j``."""
-    group = path[-1].members
-    latency_s: Real = 0.0
-    for below, members, _, hop_s in path:
-        latency_s = latency_s + (group / below - group / members) * hop_s
-    return LinearCost(_bottleneck_s_per_byte(path), latency_s)
-
-
-def _ring(path: Sequence[_Crossing]) -> LinearCost:
-    """The closed chain of one pass: a rank sends all parts but one."""
-    chain = _chain(path)
-    return LinearCost(chain.s_per_byte * (1.0 - 1.0 / path[-1].members), chain.latency_s)
-
-
-def _tree(path: Sequence[_Crossing]) -> LinearCost:
-    """Two binary trees that carry half of the bytes each: full bandwidth, ``⌈log2⌉`` hops per tier."""
-    latency_s: Real = 0.0
-    for below, members, _, hop_s in path:
-        latency_s = latency_s + np.ceil(np.log2(members / below)) * hop_s
-    return LinearCost(_bottleneck_s_per_byte(path), latency_s)
-
-
-def _hierarchical(path: Sequence[_Crossing]) -> LinearCost:
-    """A ring per tier, one tier after the other, each on the share of the inner tiers, ``n/m[j−1]``."""
-    s_per_byte: Real = 0.0
-    latency_s: Real = 0.0
-    for below, members, bytes_per_s, hop_s in path:
-        s_per_byte = s_per_byte + (1.0 / below - 1.0 / members) / bytes_per_s
-        latency_s = latency_s + (members / below - 1.0) * hop_s
-    return LinearCost(s_per_byte, latency_s)
-
-
-def _direct(path: Sequence[_Crossing]) -> LinearCost:
-    """One message to every peer, all at once; see :func:`all_to_all_s`."""
-    group = path[-1].members
-    s_per_byte: Real = 0.0
-    latency_s: Real = 0.0
-    for below, members, bytes_per_s, hop_s in path:
-        crossed = members > below
-        s_per_byte = np.maximum(s_per_byte, crossed * (1.0 - below / group) / bytes_per_s)
-        latency_s = latency_s + crossed * hop_s
-    return LinearCost(s_per_byte, latency_s)
-
-
-_Algorithm = Callable[[Sequence[_Crossing]], LinearCost]
-
-
-def _twice(algorithm: _Algorithm) -> _Algorithm:
-    """An all-reduce is two passes: a reduction and its mirror image."""
-
-    def two_passes(path: Sequence[_Crossing]) -> LinearCost:
-        s_per_byte, latency_s = algorithm(path)
-        return LinearCost(2.0 * s_per_byte, 2.0 * latency_s)
-
-    return two_passes
-
-
-_GATHER: dict[str, _Algorithm] = {"ring": _ring, "hierarchical": _hierarchical, "direct": _direct}
-_ALGORITHMS: dict[Collective, dict[str, _Algorithm]] = {
-    "all_reduce": {name: _twice(algorithm) for name, algorithm in (_GATHER | {"tree": _tree}).items()},
-    "all_gather": _GATHER,
-    "reduce_scatter": _GATHER,
-    "all_to_all": {"direct": _direct},
-    "broadcast": {"ring": _chain, "tree": _tree},
-}
-_COMPETING: dict[Collective, tuple[str, ...]] = {
-    "all_reduce": ("ring", "tree", "hierarchical"),
-    "all_gather": ("ring", "hierarchical"),
-    "reduce_scatter": ("ring", "hierarchical"),
-    "all_to_all": ("direct",),
-    "broadcast": ("ring", "tree"),
-}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from planner.specs.device import Device
+from planner.specs.device import Device, Transport
 
 __all__ = ["Cluster", "NodeGroup", "Tier"]
 
@@ -29,6 +29,7 @@ class Tier:
     efficiency: float = 1.0
     oversubscription: float = 1.0
     source: str = ""
+    transport: Transport | None = None  # how a communication library drives the link
 
     @property
     def effective_bytes_per_s(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "Device", "Efficiency", "ScaleUp", "Sourced"]
+__all__ = ["KINDS", "Device", "Efficiency", "ScaleUp", "Sourced", "Transport"]
 
 KINDS = ("datasheet", "measured", "fitted", "assumed")
 
@@ -40,6 +40,30 @@ class Efficiency:
 
 
 @dataclass(frozen=True, slots=True)
+class Transport:
+    """The constants of :class:`planner.costs.collectives.Transport`, which says what each means, with their sources.
+
+    Fractions are of the link's rate times its ``efficiency``. None: the link has nothing of the kind.
+    """
+
+    launch_s: Sourced
+    small_fraction: Sourced
+    bulk_hop_s: Sourced
+    own_share: Sourced
+    exchange_s: Sourced
+    peer_s: Sourced
+    peer_bytes_per_s: Sourced
+    bulk_exchange_s: Sourced
+    exchange_fraction: Sourced
+    exchange_own_share: Sourced
+    multicast_s: Sourced | None = None
+    multicast_fraction: Sourced | None = None
+    direct_s: Sourced | None = None
+    direct_hop_s: Sourced | None = None
+    direct_fraction: Sourced | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleUp:
     """The domain of fast links that the part is sold in (NVLink, xGMI, ICI, PCIe): per device, per direction."""
 
@@ -49,6 +73,7 @@ class ScaleUp:
     latency_s: Sourced
     topology: str  # switch | mesh | torus | host
     efficiency: Sourced  # fraction of the link rate that a large collective reaches
+    transport: Transport | None = None  # None: collectives on it are priced by rate and latency alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +111,7 @@ class Device:
     notes: str = ""
     generation: str = ""  # the family whose defaults the profile shares
     within_node: ScaleUp | None = None  # joins the scale-up domains of one node (bridged pairs over PCIe)
+    nic_transport: Transport | None = None
 
     def supports(self, dtype: str) -> bool:
         """Whether the part has a matrix rate for this dtype."""

@@ -11,6 +11,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import Device, Efficiency, ScaleUp, Sourced
 from planner.specs.library import canonical, hardware_folder, resolve
+from planner.specs.links import link_table, read_transport, with_link
 from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
@@ -62,12 +63,23 @@ def aliases(section: str) -> Mapping[str, str]:
 
 
 def merged_profile(path: Path) -> dict[str, Any]:
-    """The table of a device file over the defaults of the generation that it names.
+    """The table of a device file over the defaults of the generation and of the links that it names.
 
     Raises:
-        SpecError: the file is unreadable, or names no known generation.
+        SpecError: the file is unreadable, or names no known generation or link.
     """
-    table = read_file(path)
+    merged = _over_generation(read_file(path), path)
+    for key in ("scale_up", "within_node"):
+        if isinstance(merged.get(key), dict):
+            merged[key] = with_link(merged[key], f"{path}: {key}")
+    if "nic_link" in merged:
+        nic = link_table(merged["nic_link"], f"{path}: nic_link")
+        shared = {f"nic_{key}": nic.pop(key) for key in ("latency_s", "efficiency")}
+        merged = {"nic_transport": nic, **shared, **merged}
+    return merged
+
+
+def _over_generation(table: dict[str, Any], path: Path) -> dict[str, Any]:
     generation = table.get("generation")
     if generation is None:
         return table
@@ -103,6 +115,8 @@ def _device(reader: Reader) -> Device:
         if field.type == Sourced.__name__
     }
     within_node: Reader | None = reader.table("within_node", None)
+    nic: Reader | None = reader.table("nic_transport", None)
+    reader.ignore("nic_link")
     device = Device(
         name=reader.text("name"),
         vendor=reader.text("vendor", ""),
@@ -115,10 +129,13 @@ def _device(reader: Reader) -> Device:
         notes=reader.text("notes", ""),
         generation=reader.text("generation", ""),
         within_node=None if within_node is None else _scale_up(within_node),
+        nic_transport=None if nic is None else read_transport(nic),
         **numbers,
     )
     if device.nic_efficiency.value > 1:
         reader.problem("nic_efficiency", f"{device.nic_efficiency.value:g}", "a fraction up to 1")
+    if nic is not None:
+        nic.finish()
     _check_only(reader)
     reader.finish()
     return device
@@ -160,6 +177,7 @@ def _scale_up(reader: Reader) -> ScaleUp:
         latency_s=read_sourced(reader, "latency_s", maximum=1.0),
         topology=reader.text("topology", choices=TOPOLOGIES),
         efficiency=read_sourced(reader, "efficiency", maximum=1.0),
+        transport=read_transport(reader),
     )
     reader.finish()
     return scale_up

@@ -131,6 +131,7 @@ def _nic(group: NodeGroup, network: Network, size: int) -> Tier:
         topology="fabric",
         efficiency=device.nic_efficiency.value if network.efficiency is None else network.efficiency,
         source=source,
+        transport=device.nic_transport,
     )
 
 
@@ -143,6 +144,7 @@ def _tier(link: ScaleUp, size: int) -> Tier:
         topology=link.topology,
         efficiency=link.efficiency.value,
         source=link.bytes_per_s.source,
+        transport=link.transport,
     )
 
 

@@ -16,6 +16,7 @@ COLLECTIVES = [
     costs.reduce_scatter_s,
     costs.all_to_all_s,
     costs.broadcast_s,
+    costs.point_to_point_s,
 ]
 ALGORITHMS = ["auto", "ring", "tree", "hierarchical", "direct"]
 

@@ -98,9 +98,8 @@ def test_sent_bytes():
 
 def test_nothing_to_send_takes_no_time():
     empty = np.zeros(2)
-    for time_s in (all_reduce_s, all_gather_s, reduce_scatter_s, all_to_all_s, broadcast_s):
+    for time_s in (all_reduce_s, all_gather_s, reduce_scatter_s, all_to_all_s, broadcast_s, point_to_point_s):
         np.testing.assert_array_equal(time_s(empty, CLUSTER), empty)
-    assert point_to_point_s(0.0, 1e9, 1e-6) == 0.0
 
 
 @pytest.mark.parametrize(
