@@ -54,6 +54,8 @@ EXPLICIT = {
     "tp2 sp": case("llama", tp=2, sp=True),
     "tp4 sp": case("gpt", tp=4, sp=True),
     "tp16 sp, 8 KV heads": case("llama", tp=16, sp=True),
+    "tp2 sp gathered": case("gpt", tp=2, sp="gathered"),
+    "dp2 tp8 sp gathered": case("llama", dp=2, tp=8, sp="gathered"),
     "dp2": case("llama", dp=2),
     "dp16": case("gpt", dp=16),
     "dp2 tp8": case("llama", dp=2, tp=8),
@@ -70,6 +72,7 @@ RECOMPUTED = {
     "tp4 recompute": case("llama", tp=4, recompute="full"),
     "dp2 tp8 recompute": case("gpt", dp=2, tp=8, recompute="full"),
     "dp2 tp4 sp recompute": case("llama", dp=2, tp=4, sp=True, recompute="full"),
+    "tp4 sp gathered recompute": case("gpt", tp=4, sp="gathered", recompute="full"),
     "zero3 dp4 tp2 recompute": case("gpt", dp=4, tp=2, zero=3, recompute="full"),
 }
 AUTOMATIC = {
@@ -106,7 +109,7 @@ def last_product_not_recomputed(case, ours):
 
 def recomputed_inputs_stay_gathered(case, ours):
     """jax.checkpoint keeps the inputs that the recomputation gathers for the weight gradients; Megatron gathers them again."""
-    if case["recompute"] != "full" or not case["sequence_parallel"]:
+    if case["recompute"] != "full" or case["sequence_parallel"] is not True:
         return Counter(), Counter()
     gather = ("backward", "all_gather", case["tp"], 1, TOKENS * MODELS[case["model"]]["hidden"] * FP32_BYTES)
     return Counter(), Counter({gather: -2})

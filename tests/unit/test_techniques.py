@@ -16,6 +16,7 @@ from planner.specs.models import load_model
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
 from planner.technique import SLOTS, Context, catalogue, discover, off
+from planner.techniques import figures
 
 ROOT = Path(planner.techniques.__file__).parent
 HEADINGS = ("What it does:", "Saves:", "Costs:", "Assumes:", "Source:")
@@ -152,6 +153,8 @@ RECIPES = {
     "plain": {},
     "eager": {"attention_kernel": "eager", "loss_kernel": "eager"},
     "tp sp": {"degrees": {"tp": 2, "dp": 4}, "sequence_parallel": "true"},
+    "kept gathers": {"degrees": {"tp": 4, "dp": 2}, "sequence_parallel": "gathered", "recompute": "mlp", "precision": "fp8"},
+    "scattered hops": {"degrees": {"tp": 2, "pp": 2}, "pipeline": "scatter_gather"},
     "ring fsdp full": {"degrees": {"cp": 4, "dp": 4}, "zero_stage": "fsdp", "recompute": "full"},
     "gather eager": {"degrees": {"cp": 2, "tp": 2}, "attention_kernel": "eager", "context": "all_gather"},
     "eager ring": {"degrees": {"cp": 2}, "attention_kernel": "eager"},
@@ -204,6 +207,7 @@ def test_every_expression_names_axes_and_every_item_its_technique(model, name):
 DEGREES = {
     "tp": ("tensor", {}),
     "sp": ("sequence_parallel", {"sequence_parallel": "true"}),
+    "kept gathers": ("sequence_parallel", {"sequence_parallel": "gathered"}),
     "ring": ("context", {"context": "p2p"}),
     "gathered keys": ("context", {"context": "all_gather"}),
     "ulysses": ("context", {"context": "a2a"}),
@@ -211,6 +215,7 @@ DEGREES = {
     "experts": ("expert", {}),
     "overlap": ("tensor_overlap", {"tensor_overlap": "chunked"}),
     "pipeline": ("pipeline", {}),
+    "scattered hops": ("pipeline", {"pipeline": "scatter_gather"}),
     "ddp": ("zero_stage", {"zero_stage": "0"}),
     "zero1": ("zero_stage", {"zero_stage": "1"}),
 }
@@ -334,6 +339,41 @@ def test_parallel_blocks_reduce_once():
     assert sorted(phases) == ["backward", "forward"]
 
 
+def sent(ledger, **fields):
+    """Elements that a tensor rank sends in one dense block, per phase of a micro-batch."""
+    items = [i for i in collectives(ledger, **fields) if i.group.name == "tp" and i.block == "dense"]
+    return figures.sent_elements(ledger, lambda item: item in items and item.phase != "step")
+
+
+def test_kept_gathers_send_what_tensor_parallelism_sends():
+    # Korthikanti et al. 2022, section 4.2.2: reduce-scatter and all-gather in place of an all-reduce, the same bandwidth;
+    # gathering two inputs of b·s·h again is what Megatron's form has on top.
+    plain, again, kept = (
+        run("llama3-8b", degrees={"tp": 4}, sequence_parallel=choice)[0]
+        for choice in ("false", "true", "gathered")
+    )
+    assert sent(kept) == pytest.approx(sent(plain))
+    assert sent(again) - sent(kept) == pytest.approx(2 * SEQ * 4096 * 3 / 4)
+
+
+def test_kept_gathers_are_dropped_where_their_product_is_recomputed():
+    # The input of fc1 is gathered again for the recomputation; that of the attention stays: 3/4 of 1024 · 4096 elements.
+    ledger, _ = run("llama3-8b", degrees={"tp": 4}, sequence_parallel="gathered", recompute="mlp")
+    distant = {
+        i.what: i.lifetime for i in ledger.of(Resident, block="dense") if i.what.endswith("distant_input")
+    }
+    assert distant == {"attention.qkv.distant_input": "micro_batch", "mlp.fc1.distant_input": "recomputed"}
+    (kept,) = [i for i in ledger.of(Resident) if i.what == "attention.qkv.distant_input"]
+    assert float(np.ravel(ledger.axes[kept.size])[0]) == 3 / 4 * SEQ * 4096
+    assert {i.what for i in collectives(ledger, phase="recompute")} >= {"mlp.fc1.all_gather"}
+
+
+def test_scattered_hops_pay_between_nodes_alone():
+    # t = 8 of a node of 8: stages lie in other nodes; t = 2, 2 stages and nothing else: four devices of one node.
+    _, ctx = run("llama3-8b", rows=2, degrees={"tp": [8, 2], "pp": [4, 2]}, upto="pipeline")
+    assert serve("pipeline", "scatter_gather").active(ctx).tolist() == [True, False]
+
+
 def test_cross_attention_reduces_two_inputs():
     # A T5 decoder block: self-attention, cross-attention's queries and its keys and values, MLP.
     ledger, _ = run("t5-3b", degrees={"tp": 2})
@@ -388,6 +428,7 @@ WHOLE_VOCABULARY = "fused linear cross-entropy needs the whole vocabulary on a r
         ("recompute", "partitioned", "llama3-8b", {}, "partitioned checkpoints need tp > 1 without sequence parallelism"),
         ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, WHOLE_VOCABULARY),
         ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
+        ("pipeline", "scatter_gather", "gpt2", {"pp": 2}, "scattered stage messages need tp > 1 without sequence parallelism"),
         ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 1}, "micro-batches not divisible by pp (interleaved)"),
     ],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def _forward(model, case, like):
 
     if case["recompute"] == "full":
         return jax.checkpoint(forward)
-    gathers = case["zero_stage"] == 3 or case["sequence_parallel"]
+    gathers = case["zero_stage"] == 3 or case["sequence_parallel"] is True
     return jax.checkpoint(forward, policy=_all_but_gathered) if gathers else forward
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from planner.ledger import Collective, Item, Ledger, Resident, Stream, times
-from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 
@@ -32,7 +32,7 @@ def valid(ctx: Context) -> Iterable[Check]:
         yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
         yield Check(
             "experts with tp > 1 need sequence parallelism",
-            (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"),
+            (mesh.tp == 1) | (ctx.knobs["sequence_parallel"] != off("sequence_parallel")),
         )
 
 

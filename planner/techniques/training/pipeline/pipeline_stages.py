@@ -71,6 +71,7 @@ TECHNIQUE = Technique(
     summary="Layers cut into stages on different devices",
     knobs=(
         Knob("pp", "pipeline stages"),
+        Knob("pipeline", "how a stage's output travels", ("stages", "scatter_gather"), "stages"),
         Knob(
             "pipeline_layout",
             "how layers are dealt to stages",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.ledger import Collective, Item, Ledger, Resident, times
-from planner.technique import Check, Context, Figure, Technique
+from planner.technique import Check, Context, Figure, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.recompute.again import recompute
@@ -30,7 +30,7 @@ def valid(ctx: Context) -> Iterable[Check]:
 
 
 def _replicated(ctx: Context) -> NDArray[np.bool_]:
-    return np.asarray((ctx.mesh.tp > 1) & (ctx.knobs["sequence_parallel"] != "true"))
+    return np.asarray((ctx.mesh.tp > 1) & (ctx.knobs["sequence_parallel"] == off("sequence_parallel")))
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:

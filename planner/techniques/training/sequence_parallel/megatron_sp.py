@@ -96,7 +96,14 @@ TECHNIQUE = Technique(
     choices=("true",),
     source="arXiv:2205.05198",
     summary="Residual stream sharded over the tensor-parallel ranks",
-    knobs=(Knob("sequence_parallel", "shard the residual stream over tp", ("true", "false"), "true"),),
+    knobs=(
+        Knob(
+            "sequence_parallel",
+            "shard the residual stream over tp (gathered: and keep gathered inputs)",
+            ("true", "gathered", "false"),
+            "true",
+        ),
+    ),
     figures=(_share("gpt3-175b", 62.04), _share("mt-nlg-530b", 58.31)),
     valid=valid,
     apply=apply,

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.ledger import Array, Collective, Item, Ledger, Matmul
-from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 
@@ -25,7 +25,7 @@ _PAIRED = {"tp_gather", "tp_scatter"}
 
 def valid(ctx: Context) -> Iterable[Check]:
     """Only sequence-parallel collectives can be cut along the sequence."""
-    apart = (ctx.mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true")
+    apart = (ctx.mesh.tp == 1) | (ctx.knobs["sequence_parallel"] != off("sequence_parallel"))
     yield Check("tensor-parallel overlap needs sequence parallelism", apart)
 
 
