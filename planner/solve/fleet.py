@@ -101,9 +101,9 @@ def search_clusters(
             attempts.append(nothing(problem, error))
         except Interrupted as stop:
             found += [stop.best] if isinstance(stop.best, SearchResult) else []
-            raise Interrupted(
-                Fleet(merged(found, objective, top), tuple(attempts)) if found else None
-            ) from None
+            if not found:
+                raise
+            raise Interrupted(Fleet(merged(found, objective, top), tuple(attempts))) from None
     if not found:
         raise Infeasible(faults)
     return Fleet(merged(found, objective, top), tuple(attempts))

@@ -18,7 +18,7 @@ from planner.solve.branches import Faults
 from planner.solve.expansion import Scored, Shortfall
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice
-from planner.solve.uniform import UniformSearch
+from planner.solve.uniform import SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, off
 from planner.units import format_bytes
@@ -65,7 +65,7 @@ def search(
     ranked = [pair for pair in priced if pair[0] < limit_s]
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
     if not ranked and stopped:
-        raise Interrupted
+        raise Interrupted(None, _before_any(counts, uniform.nearest))
     if not ranked and not too_slow:
         raise _infeasible(problem, uniform.nearest, counts.rejected)
     excluded, rejected = (
@@ -210,6 +210,15 @@ def _reprice(batch: list[Scored], global_batch_size: int) -> list[float]:
             [s.table for s in alike], alike[0].layout, schedule, micro_batches, layers
         )
     return [float(t) for t in times]
+
+
+def _before_any(counts: SearchCounts, nearest: Shortfall | None) -> str:
+    """What is known of a search that was stopped before it had a plan."""
+    seen = f"before any plan was priced, {counts.candidates:,} candidates into the space"
+    if nearest is None:
+        return seen
+    short = format_bytes(nearest.needed_bytes - nearest.budget_bytes)
+    return f"{seen}; of those that were scored none fits, and the closest misses {nearest.binding} by {short}"
 
 
 def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[str, int]) -> Infeasible:

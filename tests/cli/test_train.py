@@ -231,3 +231,18 @@ def test_interruption_before_the_first_plan(planner, monkeypatch):
     found = planner("train", *SMALL, "--json")
     assert found.code == 130
     assert found.json["error"]["kind"] == "interrupted"
+    assert re.search(r"before any plan was priced, [\d,]+ candidates", found.faults[0]["found"])
+
+
+def test_interrupted_deadline_says_how_far_it_is_proved(planner, monkeypatch):
+    """The first size that its kernels do not exclude is searched, and then the user stops."""
+    from planner.cli.progress import Progress
+
+    def press(self, done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "__call__", press)
+    job = (*SMALL[:2], "--cluster", "a100:64x1", *SMALL[4:], "--tokens", "10B", "--deadline", "4h", "--json")
+    found = planner("train", *job)
+    assert found.code == 130
+    assert re.search(r"up to \d+ devices nothing is in time", found.faults[0]["found"])
