@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from planner import __version__
-from planner.cli import compare, estimate, explain, export, hardware, models, schema, techniques, train
+from planner.cli import (
+    compare,
+    estimate,
+    explain,
+    export,
+    hardware,
+    models,
+    schema,
+    techniques,
+    train,
+    validate,
+)
 
 __all__ = ["command"]
 
@@ -34,6 +45,7 @@ def command() -> Callable[..., Any]:
         for verb, run in verbs.VERBS.items():
             group.command(verb)(run)
         app.add_typer(group, name=name)
+    app.command("validate")(validate.validate)
     app.command("schema")(schema.schema)
     program: Any = typer.main.get_command(app)
     return program.main  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 from planner.specs.tiers import Network, build_tiers, check_nesting
 
-__all__ = ["MAX_DEVICES", "list_clusters", "load_cluster"]
+__all__ = ["MAX_DEVICES", "build_cluster", "list_clusters", "load_cluster"]
 
 MAX_DEVICES = 10_000_000
 _GROUP = re.compile(r"([^:+]+):([0-9]+)x([0-9]+)", re.IGNORECASE)
@@ -54,6 +54,24 @@ def load_cluster(spec: str | Path) -> Cluster:
         return _from_spec(text)
     path = hardware_folder() / "clusters" / f"{shipped}.toml"
     return _from_file(path, _parsed([text])[0][1:] if counts else None)
+
+
+def build_cluster(
+    device: Device, nodes: int, devices_per_node: int, network: Network | None = None
+) -> Cluster:
+    """A cluster of equal nodes, which may hold more devices than the part is sold with.
+
+    Args:
+        device: the profile.
+        nodes: how many nodes.
+        devices_per_node: devices in one node.
+        network: what is known about the scale-out network; the rest is the device profile's.
+
+    Raises:
+        SpecError: nodes cannot be dealt to equal scale-up domains.
+    """
+    group, name = NodeGroup(device, nodes, devices_per_node), f"{device.name}:{nodes}x{devices_per_node}"
+    return _cluster(name, [group], build_tiers([group], network or Network(), f"cluster {name!r}"), {})
 
 
 def _find_cluster(name: str) -> str | None:

@@ -7,13 +7,14 @@ and as their mean over sources (``macro``), so that a long table does not drown 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["STATUSES", "ErrorSummary", "ScoredRow", "coverage", "error_statistics", "summarise"]
+__all__ = ["STATUSES", "ErrorSummary", "ScoredRow", "coverage", "error_statistics", "grouped", "summarise"]
 
+WITHOUT_ERRORS = ("oom", "ranking")
 STATUSES = ("scored", "skipped", "unsupported", "excluded")
 
 
@@ -75,7 +76,7 @@ class ErrorSummary:
     """Error statistics of the scored rows of one metric.
 
     Attributes:
-        pooled: n, median_ape, mape, p90_ape and bias of all rows (see :func:`error_statistics`).
+        pooled: n, median_ape, mape, p90_ape, max_ape and bias of all rows (see :func:`error_statistics`).
         macro_median_ape: mean over sources of each source's median.
         macro_p90_ape: mean over sources of each source's 90th percentile.
         by_source: file → the same statistics as ``pooled``.
@@ -103,8 +104,8 @@ def error_statistics(errors: Sequence[float]) -> dict[str, float]:
         errors: ``predicted / measured - 1``, at least one.
 
     Returns:
-        ``n``; ``median_ape``, ``mape`` (mean) and ``p90_ape`` (90th percentile, linear between the two nearest) of the absolute
-        errors; ``bias``, the mean of the signed ones.
+        ``n``; ``median_ape``, ``mape`` (mean), ``p90_ape`` (90th percentile, linear between the two nearest) and ``max_ape`` of
+        the absolute errors; ``bias``, the mean of the signed ones.
 
     >>> error_statistics([0.1, -0.2, 0.3])["median_ape"]
     0.2
@@ -116,6 +117,7 @@ def error_statistics(errors: Sequence[float]) -> dict[str, float]:
         "median_ape": float(np.median(absolute)),
         "mape": float(absolute.mean()),
         "p90_ape": float(np.percentile(absolute, 90.0)),
+        "max_ape": float(absolute.max()),
         "bias": float(signed.mean()),
     }
 
@@ -127,12 +129,9 @@ def summarise(rows: Iterable[ScoredRow], *, with_excluded: bool = False) -> dict
         rows: rows of any metrics and sources.
         with_excluded: whether rows that contradict themselves count, where they have a prediction.
     """
-    wanted = ("scored", "excluded") if with_excluded else ("scored",)
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        error = row.error
-        if row.status in wanted and error is not None:
-            errors[row.metric][row.file].append(error)
+    for row, error in _judged(rows, with_excluded):
+        errors[row.metric][row.file].append(error)
     found = {}
     for metric, sources in errors.items():
         by_source = {name: error_statistics(values) for name, values in sorted(sources.items())}
@@ -142,6 +141,25 @@ def summarise(rows: Iterable[ScoredRow], *, with_excluded: bool = False) -> dict
         pooled = error_statistics([error for values in sources.values() for error in values])
         found[metric] = ErrorSummary(pooled, macro_median, macro_p90, by_source)
     return found
+
+
+def grouped(rows: Iterable[ScoredRow], by: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Error statistics by metric and group: ``by`` is a key of :attr:`ScoredRow.groups`; rows without it form the group ``-``."""
+    errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row, error in _judged(rows):
+        errors[row.metric][row.groups.get(by) or "-"].append(error)
+    return {
+        metric: {name: error_statistics(values) for name, values in sorted(groups.items())}
+        for metric, groups in errors.items()
+    }
+
+
+def _judged(rows: Iterable[ScoredRow], with_excluded: bool = False) -> Iterator[tuple[ScoredRow, float]]:
+    """Rows that count, with their errors. Outcomes and rankings have scores of their own."""
+    wanted = ("scored", "excluded") if with_excluded else ("scored",)
+    for row in rows:
+        if row.status in wanted and row.metric not in WITHOUT_ERRORS and (error := row.error) is not None:
+            yield row, error
 
 
 def coverage(rows: Iterable[ScoredRow]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.validation.scores import ScoredRow, coverage, error_statistics, summarise
+from planner.validation.scores import ScoredRow, coverage, error_statistics, grouped, summarise
 
 
 def row(name, file, measured, predicted, status="scored", metric="gemm"):
@@ -30,7 +30,9 @@ def test_error_is_a_fraction_of_what_was_measured():
 def test_statistics():
     found = error_statistics([0.1, -0.2, 0.3])
     # |e| = 0.1 0.2 0.3: median 0.2, mean 0.2, 90th percentile at rank 1 + 0.9·2 = 2.8, so 0.2 + 0.8·0.1; bias 0.2 / 3
-    assert found == pytest.approx({"n": 3, "median_ape": 0.2, "mape": 0.2, "p90_ape": 0.28, "bias": 0.2 / 3})
+    assert found == pytest.approx(
+        {"n": 3, "median_ape": 0.2, "mape": 0.2, "p90_ape": 0.28, "max_ape": 0.3, "bias": 0.2 / 3}
+    )
 
 
 def test_macro_average_gives_every_source_one_voice():
@@ -53,3 +55,17 @@ def test_a_metric_without_scored_rows_is_left_out():
 
 def test_coverage_counts_what_was_asked_for():
     assert coverage(ROWS) == {"gemm": 4 / 5}
+
+
+def test_groups():
+    rows = [
+        ScoredRow("a", "f", "gemm", "scored", "", 1.0, 1.5, {"accelerator": "A"}),
+        ScoredRow("b", "f", "gemm", "scored", "", 1.0, 0.9, {"accelerator": "B"}),
+        ScoredRow("c", "f", "gemm", "scored", "", 1.0, 1.1),
+        ScoredRow("d", "f", "oom", "scored", "", 1.0, 0.0, {"accelerator": "A"}),
+    ]
+    found = grouped(rows, "accelerator")
+    assert list(found) == ["gemm"]
+    assert {name: values["mape"] for name, values in found["gemm"].items()} == pytest.approx(
+        {"-": 0.1, "A": 0.5, "B": 0.1}
+    )

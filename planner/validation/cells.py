@@ -1,0 +1,181 @@
+"""Cells of a training row, and what an empty one means: every default, with its reason; they are printed with the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.specs.device import Device
+from planner.validation.table import Row, Unsupported
+
+__all__ = ["DEFAULTS", "MANDATORY", "MANDATORY_OF_EXPERTS", "Cells", "Default"]
+
+MANDATORY = (
+    "n_layers",
+    "hidden",
+    "n_heads",
+    "seq_len",
+    "n_devices",
+    "tp",
+    "pp",
+    "micro_batch",
+    "global_batch",
+)
+MANDATORY_OF_EXPERTS = ("top_k", "expert_ffn_hidden")
+
+# Far beyond any real run: they keep a slip in a cell from running for ever.
+_MOST = {"n_layers": 10_000, "n_devices": 10_000_000, "vpp": 10_000}
+_MOST_OF_ANYTHING = 10**9
+
+# Frameworks that train GPT models with dropout unless they are told otherwise.
+_WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
+_MAKES_SHARED_TENSORS = ("megatron-core", "pytorch fsdp2")
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """What an empty cell means.
+
+    Attributes:
+        column: the column, or a name in brackets for what no column tells.
+        meaning: the value, in words.
+        why: where it comes from.
+        value: the value, from the row's other cells.
+    """
+
+    column: str
+    meaning: str
+    why: str
+    value: Callable[[Cells], Any]
+
+
+@dataclass(slots=True)
+class Cells:
+    """Typed cells of one row; ``used`` collects the columns whose default was taken.
+
+    ``device`` is the accelerator's profile, which some defaults come from.
+    """
+
+    row: Row
+    device: Device
+    used: dict[str, None] = field(default_factory=dict)
+
+    def check_mandatory(self) -> None:
+        """Raises Unsupported if a cell is empty that no default can fill."""
+        wanted = MANDATORY + (MANDATORY_OF_EXPERTS if self.row.whole("n_experts") else ())
+        missing = [column for column in wanted if not self.row.text(column)]
+        if missing:
+            raise Unsupported(f"mandatory cells are empty: {', '.join(missing)}")
+        zero = [column for column in wanted if self.row.whole(column) == 0]
+        if zero:
+            raise Unsupported(f"must not be 0: {', '.join(zero)}")
+
+    def whole(self, column: str) -> int:
+        """A whole number, or the column's default."""
+        found = self.row.whole(column)
+        if found is not None and found > _MOST.get(column, _MOST_OF_ANYTHING):
+            raise Unsupported(f"{column} is {found:,}, more than {_MOST.get(column, _MOST_OF_ANYTHING):,}")
+        return self.default(column) if found is None else found
+
+    def truth(self, column: str) -> bool:
+        """True or false, or the column's default."""
+        found = self.row.truth(column)
+        return self.default(column) if found is None else found
+
+    def text(self, column: str) -> str:
+        """Text in lower case, or the column's default."""
+        return self.row.text(column).lower() or str(self.default(column))
+
+    def default(self, column: str) -> Any:
+        """The column's default; noted as used."""
+        self.used[column] = None
+        return _BY_COLUMN[column].value(self)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward networks have three matrices."""
+        return self.text("mlp") in ("swiglu", "geglu")
+
+    @property
+    def framework(self) -> str:
+        """The framework's name in lower case."""
+        return self.row.text("framework").lower()
+
+
+def _feed_forward(cells: Cells) -> int:
+    hidden = cells.whole("hidden")
+    return int(4 * hidden * 2 / 3 / 64) * 64 if cells.gated else 4 * hidden
+
+
+def _virtual_stages(cells: Cells) -> int:
+    stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
+    if not cells.row.text("schedule").startswith("interleaved") or cells.whole("pp") == 1 or left:
+        return 1
+    return next((chunks for chunks in range(2, stages + 1) if stages % chunks == 0), 1)
+
+
+DEFAULTS = (
+    Default(
+        "ffn_hidden", "4·hidden; with a gated activation ⅔ of it, in multiples of 64", "Megatron-LM arguments", _feed_forward
+    ),
+    Default("n_kv_heads", "n_heads", "multi-head attention", lambda c: c.whole("n_heads")),
+    Default("head_dim", "hidden / n_heads", "Vaswani et al. 2017", lambda c: max(c.whole("hidden") // c.whole("n_heads"), 1)),
+    Default("vocab", "50257", "the byte-pair vocabulary of GPT-2", lambda c: 50257),
+    Default("mlp", "gelu", "two matrices, as in GPT", lambda c: "gelu"),
+    Default("tied_embeddings", "tied with gelu, untied with gated activations", "GPT-2; Llama", lambda c: not c.gated),
+    Default("moe_layers", "all layers", "a model without dense layers", lambda c: c.whole("n_layers")),
+    Default("n_shared_experts", "0", "no shared expert", lambda c: 0),
+    Default(
+        "devices_per_node", "the device profile's", "the node that the part is sold in", lambda c: c.device.devices_per_node
+    ),
+    Default("intra_node_link", "the device profile's", "the links of the part", lambda c: ""),
+    Default("inter_node_link", "the device profile's", "the usual network around the part", lambda c: ""),
+    Default("cp", "1", "off", lambda c: 1),
+    Default("ep", "1", "off", lambda c: 1),
+    Default("etp", "tp", "Megatron-Core: as the attention, unless set", lambda c: c.whole("tp")),
+    Default(
+        "vpp",
+        "1; under an interleaved schedule the fewest chunks above 1 that divide a stage's layers",
+        "no interleaving unless the schedule says so",
+        _virtual_stages,
+    ),
+    Default("zero_stage", "1", "the distributed optimizer", lambda c: 1),
+    Default("shard_group", "all data-parallel ranks", "what every framework does unless told", lambda c: ""),
+    Default(
+        "sequence_parallel",
+        "true where tp > 1 under Megatron-Core and FSDP2, false elsewhere",
+        "recipes of Megatron-Bridge and torchtitan; others turn it on by a flag",
+        lambda c: c.framework.startswith(_MAKES_SHARED_TENSORS),
+    ),
+    Default("recompute", "none", "off unless asked for", lambda c: "none"),
+    Default("offload", "none", "off unless asked for", lambda c: "none"),
+    Default(
+        "dtype",
+        "bf16, or fp16 on a device without it",
+        "mixed precision",
+        lambda c: "bf16" if c.device.supports("bf16") else "fp16",
+    ),
+    Default(
+        "(gradients)",
+        "fp16 with fp16 weights under Megatron-LM and DeepSpeed, else fp32",
+        "fp16 gradients are reduced as they are unless fp32 accumulation is asked for",
+        lambda c: "fp16" if c.text("dtype") == "fp16" and c.framework.startswith(_WITH_DROPOUT) else "fp32",
+    ),
+    Default(
+        "(dropout)",
+        "active in gelu models under Megatron-LM, Megatron-DeepSpeed and DeepSpeed",
+        "their arguments' default of 0.1; off elsewhere",
+        lambda c: not c.gated and c.framework.startswith(_WITH_DROPOUT),
+    ),
+    Default(
+        "(biases)",
+        "linear layers and norms have biases with gelu, none with gated activations",
+        "GPT-2; Llama. The printed parameter count decides where it has the digits",
+        lambda c: not c.gated,
+    ),
+    Default(
+        "(positions)", "learned with gelu, rotary with gated activations", "GPT-2; Llama", lambda c: not c.gated
+    ),
+)  # fmt: skip
+_BY_COLUMN = {default.column: default for default in DEFAULTS}

@@ -1,0 +1,118 @@
+"""The cluster of a training row: its accelerator's profile, its node, and the links that it prints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+from planner.errors import PlannerError
+from planner.specs.cluster import Cluster
+from planner.specs.cluster_file import build_cluster
+from planner.specs.device import Device, Sourced
+from planner.specs.device_file import load_device
+from planner.specs.tiers import Network
+from planner.validation.cells import Cells
+from planner.validation.table import Unsupported
+
+__all__ = ["cluster_of", "device_of", "network_of"]
+
+_GIGABIT = 1e9 / 8.0  # bytes per second
+# Rate of one port in Gb/s where only the kind of the network is printed: InfiniBand Trade Association roadmap, Intel Omni-Path.
+_PORT_GBIT = {
+    "omni-path": 100.0,
+    "opa": 100.0,
+    "fdr": 56.0,
+    "edr": 100.0,
+    "hdr": 200.0,
+    "ndr": 400.0,
+    "xdr": 800.0,
+}
+_RATE = re.compile(r"(?:(\d+)\s*x\s*)?(?:[a-z-]+\s+)?(\d+)\s*g(?:b/s|bps|b|bit/s)\b")
+_PORTS = re.compile(r"(\d+)\s*x\s*([a-z-]+)")
+
+
+def device_of(name: str) -> Device:
+    """The accelerator's profile.
+
+    Raises:
+        Unsupported: there is none.
+    """
+    if not name:
+        raise Unsupported("no accelerator is named")
+    try:
+        return _load(name)
+    except PlannerError:
+        raise Unsupported(f"no profile of accelerator {name!r}") from None
+
+
+def cluster_of(cells: Cells) -> Cluster:
+    """The machines of a row.
+
+    Raises:
+        Unsupported: the devices cannot be dealt to nodes.
+    """
+    devices, per_node = cells.whole("n_devices"), cells.whole("devices_per_node")
+    if devices == 0 or per_node == 0:
+        raise Unsupported("no devices")
+    if devices < per_node:
+        per_node = devices
+    if devices % per_node:
+        raise Unsupported(f"{devices} devices are no whole nodes of {per_node}")
+    return _build(
+        cells.row.text("accelerator"),
+        devices // per_node,
+        per_node,
+        cells.text("intra_node_link"),
+        cells.text("inter_node_link"),
+    )
+
+
+def network_of(text: str, devices_per_node: int) -> Network:
+    """What a printed network says: ports of a rate per node or per device; nothing where no rate can be read.
+
+    >>> network_of("4x200gb/s hdr infiniband per node", 8).nic_bytes_per_s
+    25000000000.0
+    >>> network_of("rdma 400 gb/s per gpu", 8).nics_per_node
+    8
+    """
+    text = text.lower()
+    rate, ports = _RATE.search(text), _PORTS.search(text)
+    if rate is not None:
+        count, gbit = int(rate[1] or 1), float(rate[2])
+    elif ports is not None and (kind := ports[2]) in _PORT_GBIT:
+        count, gbit = int(ports[1]), _PORT_GBIT[kind]
+    else:
+        return Network()
+    if re.search(r"per (gpu|device|accelerator)", text):
+        count *= devices_per_node
+    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT)
+
+
+@lru_cache(maxsize=64)
+def _load(name: str) -> Device:
+    return load_device(name)
+
+
+@lru_cache(maxsize=1024)
+def _build(name: str, nodes: int, per_node: int, inside: str, outside: str) -> Cluster:
+    try:
+        device = _inside(_load(name), inside)
+        return build_cluster(device, nodes, per_node, network_of(outside, per_node))
+    except PlannerError as error:
+        raise Unsupported(f"{nodes} nodes of {per_node} {name}: {error}") from None
+
+
+def _inside(device: Device, text: str) -> Device:
+    """The device with the links inside its node as they are printed: PCIe instead of the part's own, or another rate."""
+    if "pcie" not in text:
+        return device
+    up, rate = device.scale_up, _RATE.search(text)
+    bytes_per_s = (
+        Sourced(float(rate[2]) * _GIGABIT, "measured", "row")
+        if rate is not None
+        else device.host_link_bytes_per_s
+    )
+    if up.kind == "pcie" and rate is None:
+        return device
+    return replace(device, scale_up=replace(up, kind="pcie", topology="host", bytes_per_s=bytes_per_s))

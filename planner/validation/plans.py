@@ -1,0 +1,186 @@
+"""From a training row to the problem that the planner prices: model, cluster, job, stack, and the one plan that was run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from planner.errors import PlannerError
+from planner.export.megatron import RECOMPUTE
+from planner.specs.cluster import Cluster
+from planner.specs.formats import FORMATS
+from planner.specs.model import Model
+from planner.specs.problem import Problem
+from planner.specs.stack import Stack, stack_for
+from planner.specs.workload import TrainWorkload
+from planner.validation.architecture import model_of
+from planner.validation.cells import Cells
+from planner.validation.flags import Flags, kernel_knobs, read_flags
+from planner.validation.machines import cluster_of, device_of
+from planner.validation.table import Row, Unsupported
+
+__all__ = ["Run", "run_of"]
+
+_PRECISIONS = {
+    "fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "fp8_tensorwise": "fp8",
+    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8", "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+}  # fmt: skip
+_MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()} | {
+    frozenset({"mlp_act"}): "act",
+    frozenset({"moe"}): "mlp",
+    frozenset({"mlp"}): "mlp",
+}
+_OFFLOADS = {
+    "none": {},
+    "optimizer": {"optimizer_offload": "cpu"},
+    "optimizer:1": {"optimizer_offload": "cpu"},
+    "optimizer:1.0": {"optimizer_offload": "cpu"},
+    "optimizer:100%": {"optimizer_offload": "cpu"},
+    "optimizer+params": {"optimizer_offload": "cpu", "parameter_offload": "cpu"},
+    "params": {"parameter_offload": "cpu"},
+    "activations": {"activation_offload": "cpu"},
+}
+_PACKED = r"pack-sample-into-one=true"  # InternLM: the samples of a micro-batch are one long sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a row describes.
+
+    Attributes:
+        row: the row.
+        problem: the run as the planner sees it; its ``fixed`` names the plan.
+        defaults: columns whose empty cell took its default.
+    """
+
+    row: Row
+    problem: Problem
+    defaults: tuple[str, ...]
+
+    @property
+    def plan_key(self) -> tuple[Any, ...]:
+        """What tells this plan from others for the same job."""
+        workload = self.problem.workload
+        return (tuple(sorted(self.problem.fixed.items())), workload.seq_len, workload.global_batch_size)
+
+
+def run_of(row: Row) -> Run:
+    """The run of a row.
+
+    Raises:
+        Unsupported: a mandatory cell is empty, a cell cannot be read, or no technique describes what was run.
+    """
+    cells = Cells(row, device_of(row.text("accelerator")))
+    cells.check_mandatory()
+    flags = read_flags(row.text("other_flags"))
+    model, cluster = model_of(cells, flags), cluster_of(cells)
+    stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
+    fixed = _fixed(cells, flags, model, cluster)
+    seq_len, batch = cells.whole("seq_len"), cells.whole("global_batch")
+    if flags.says(_PACKED):
+        packed = fixed["micro_batch_size"]
+        seq_len, batch, fixed["micro_batch_size"] = seq_len * packed, max(batch // packed, 1), 1
+    workload = _workload(batch, seq_len, fixed.get("optimizer", "adamw"), fixed["precision"])
+    return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used))
+
+
+@lru_cache(maxsize=256)
+def _stack(framework: str, version: str, date: str) -> Stack:
+    return stack_for(framework, version, date)
+
+
+@lru_cache(maxsize=4096)
+def _workload(batch: int, seq_len: int, optimizer: str, precision: str) -> TrainWorkload:
+    try:
+        return TrainWorkload(batch, seq_len, optimizer=optimizer, precisions=(precision,))
+    except PlannerError as error:
+        raise Unsupported(str(error)) from None
+
+
+def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[str, Any]:
+    """The plan's knobs."""
+    tp, pp, cp, vpp = (cells.whole(name) for name in ("tp", "pp", "cp", "vpp"))
+    replicas, left = divmod(cluster.devices, tp * pp * cp)
+    if left:
+        raise Unsupported(f"{cluster.devices} devices do not divide among tp·pp·cp = {tp * pp * cp}")
+    micro_batch, batch = cells.whole("micro_batch"), cells.whole("global_batch")
+    if batch % (replicas * micro_batch):
+        raise Unsupported(
+            f"a global batch of {batch} is no whole number of micro-batches of {micro_batch} on {replicas} ranks"
+        )
+    mixture = any(block.moe for block in model.blocks.values())
+    chunks = vpp if pp > 1 else 1
+    fixed: dict[str, Any] = {
+        "tp": tp, "pp": pp, "cp": cp, "micro_batch_size": micro_batch, "virtual_stages": chunks,
+        "ep": cells.whole("ep") if mixture else 1, "etp": cells.whole("etp") if mixture else 1,
+        "schedule": "interleaved" if chunks > 1 else "1f1b", "precision": _precision(cells.text("dtype")),
+        "gradient_dtype": cells.default("(gradients)"),
+    }  # fmt: skip
+    if tp > 1:
+        fixed["sequence_parallel"] = "true" if cells.truth("sequence_parallel") else "false"
+    fixed |= _states(cells, cluster, replicas * cp, tp * cp)
+    fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
+    fixed |= _offload(cells.text("offload"))
+    return fixed | kernel_knobs(flags, tp=tp, cp=cp)
+
+
+def _precision(dtype: str) -> str:
+    if dtype not in _PRECISIONS:
+        raise Unsupported(f"dtype {dtype!r}: not modelled")
+    assert _PRECISIONS[dtype] in FORMATS
+    return _PRECISIONS[dtype]
+
+
+def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[str, str]:
+    """What is sharded over the data-parallel ranks, and over how many of them.
+
+    Args:
+        cells: the row.
+        cluster: its machines.
+        replicas: copies of a weight.
+        stride: ranks between two neighbouring copies of a weight, context parallelism aside.
+    """
+    stage = cells.whole("zero_stage")
+    if stage > 3:
+        raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
+    printed = cells.row.text("sharding_as_printed").lower()
+    fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
+    choice = {"zero_stage": "fsdp" if stage == 3 and fsdp else str(stage), "zero_group": "full"}
+    group = cells.text("shard_group")
+    if not group or stage == 0:
+        return choice
+    domain = cluster.tiers[0].size
+    inside = max(domain // stride, 1) if len(cluster.tiers) > 1 or domain < cluster.devices else replicas
+    size = inside if group == "node" else int(group) if group.isdecimal() and len(group) < 10 else 0
+    if size >= replicas:
+        return choice
+    if size == 1:
+        return {"zero_stage": "0", "zero_group": "full"}
+    if size == inside:
+        return choice | {"zero_group": "node"}
+    raise Unsupported(
+        f"states sharded over {group} of {replicas} replicas, {inside} of which share a fast domain: not modelled"
+    )
+
+
+def _recompute(text: str, model: Model, pp: int, chunks: int) -> dict[str, Any]:
+    kind, _, detail = text.partition(":")
+    if text in ("none", "full", "selective"):
+        return {"recompute": text}
+    if kind == "block" and detail.isdecimal() and len(detail) < 6 and int(detail) > 0:
+        return {"recompute": "block", "recompute_layers": int(detail) * chunks}
+    if detail == "every_other_layer":
+        return {"recompute": "block", "recompute_layers": max(-(-model.n_layers // pp) // 2, 1)}
+    choice = _MODULES.get(frozenset(detail.split("+"))) if kind == "selective" else None
+    if choice is None:
+        raise Unsupported(f"recompute {text!r}: not modelled")
+    return {"recompute": choice}
+
+
+def _offload(text: str) -> Mapping[str, str]:
+    if text not in _OFFLOADS:
+        raise Unsupported(f"offload {text!r}: not modelled")
+    return _OFFLOADS[text]

@@ -1,0 +1,114 @@
+"""The screen of ``planner validate``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from planner.report.terminal import Screen, words
+from planner.validation.cells import DEFAULTS
+from planner.validation.report import Report
+from planner.validation.scores import coverage
+
+__all__ = ["show_report"]
+
+_STATISTICS = {"median_ape": "median", "mape": "mean", "p90_ape": "90th", "bias": "bias"}
+_OTHER_SCORES = ("oom", "ranking")
+
+
+def show_report(report: Report, by: str) -> None:
+    """Prints errors per group and over all sources, outcomes, ranking, coverage, and why rows are not scored."""
+    screen = Screen()
+    summary, asked = report.summary(by), coverage(report.rows)
+    screen.line(
+        "Errors are fractions of the measured value; 90th: 90th percentile; bias: mean signed error.", "dim"
+    )
+    for metric, found in summary.items():
+        if metric not in _OTHER_SCORES:
+            _show_errors(screen, metric, found, by)
+    _show_outcomes(screen, summary)
+    screen.section(
+        "Coverage",
+        [f"{words(metric)}: {part:.1%} of the rows that ask for it" for metric, part in asked.items()],
+    )
+    _show_unscored(screen, report)
+    _show_excluded(screen, report, summary)
+    taken = [
+        f"{d.column}: {d.meaning} ({d.why}), {report.defaults[d.column]:,} rows"
+        for d in DEFAULTS
+        if report.defaults[d.column]
+    ]
+    screen.section("Empty cells taken as", taken)
+    screen.section("Passed over", [f"{path}: {kind}" for path, kind in report.passed_over.items()])
+    screen.section("Bounds exceeded", [f"{bound}: {found:.1%}" for bound, found in report.exceeded()])
+
+
+def _show_errors(screen: Screen, metric: str, found: Mapping[str, Any], by: str) -> None:
+    screen.line()
+    screen.line(words(metric), "bold")
+    rows = [(name, *_cells(values)) for name, values in found[f"by_{by}"].items()]
+    rows += [(f"kind: {name}", *_cells(values)) for name, values in found.get("by_kind", {}).items()]
+    rows.append(("all rows", *_cells(found)))
+    macro = (f"{found['macro_median_ape']:.1%}", "", f"{found['macro_p90_ape']:.1%}", "")
+    rows.append((f"mean over {len(found['by_source'])} sources", "", *macro))
+    screen.grid((by, "rows", *_STATISTICS.values()), rows, (by,), bold=(len(rows) - 2, len(rows) - 1))
+
+
+def _cells(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{values['n']:,}",
+        *(f"{values[key]:+.1%}" if key == "bias" else f"{values[key]:.1%}" for key in _STATISTICS),
+    )
+
+
+def _show_outcomes(screen: Screen, summary: Mapping[str, Any]) -> None:
+    if (oom := summary.get("oom")) is not None:
+        text = (
+            f"{oom['tp']} as predicted, {oom['fn']} not foreseen; {oom['tn']} fit as predicted, {oom['fp']} fit against the "
+            f"prediction; balanced accuracy {oom['balanced_accuracy']:.2f}"
+        )
+        screen.section("Out of memory", [text])
+    if (ranking := summary.get("ranking")) is not None:
+        lines = [
+            f"{s['file']} {s['sweep_id']}: {s['plans']} plans, τ-b {s['kendall_tau']:.2f}, regret {s['top1_regret']:.1%}"
+            for s in ranking["by_sweep"]
+        ]
+        mean = (
+            f"{ranking['sweeps']} sweeps: mean Kendall τ-b {ranking['kendall_tau_mean']:.2f}, mean top-1 regret "
+            f"{ranking['top1_regret_mean']:.1%}"
+        )
+        screen.section("Ranking of plans", [*lines, mean])
+
+
+def _show_unscored(screen: Screen, report: Report) -> None:
+    """Reasons with the rows that they concern."""
+    for status, heading in (
+        ("unsupported", "Asked for and not scored"),
+        ("skipped", "Rows that ask for nothing"),
+    ):
+        rows = [row for row in report.rows if row.status == status]
+        ids: dict[tuple[str, str], dict[str, None]] = {}
+        for row in rows:
+            ids.setdefault((row.file, row.reason), {})[row.row_id] = None
+        numbers = Counter((row.file, row.reason) for row in rows)
+        screen.section(
+            heading,
+            [f"{file}: {reason}: {', '.join(ids[file, reason])}" for file, reason in numbers],
+        )
+
+
+def _show_excluded(screen: Screen, report: Report, summary: Mapping[str, Any]) -> None:
+    excluded = {row.row_id: row.reason for row in report.rows if row.status == "excluded"}
+    if not excluded:
+        return
+    whole = report.summary(with_excluded=True)
+    lines = [f"{row_id}: {reason}" for row_id, reason in excluded.items()]
+    for metric, found in whole.items():
+        if metric not in _OTHER_SCORES:
+            without = summary.get(metric)
+            before = f"{without['macro_median_ape']:.1%}" if without else "-"
+            lines.append(
+                f"{words(metric)}: median over sources {before} without them, {found['macro_median_ape']:.1%} with them"
+            )
+    screen.section("Excluded: contradict themselves at their source", lines)

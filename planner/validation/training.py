@@ -1,0 +1,138 @@
+"""Training rows scored: each row's run is priced by the planner's own estimate, and held against what the row measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from planner.errors import PlannerError
+from planner.plan import Estimate
+from planner.solve.train import estimate
+from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
+from planner.validation.plans import Run, run_of
+from planner.validation.ranking import Comparison
+from planner.validation.scores import ScoredRow
+from planner.validation.table import Row, Table, Unsupported
+
+__all__ = ["MEMORY_KINDS", "TrainingScores", "score_training"]
+
+_OUTSIDE_ALLOCATOR = ("framework", "communicators")
+MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
+    "allocated": (*_OUTSIDE_ALLOCATOR, "fragmentation"),
+    "reserved": _OUTSIDE_ALLOCATOR,
+    "smi": (),
+    "": (),
+}
+"""What a measured peak leaves out of a process's memory, by kind: PyTorch's allocator knows of nothing outside it."""
+
+_SWEEP = (
+    "sweep_id", "n_devices", "accelerator", "model", "n_layers", "hidden", "seq_len", "global_batch", "dtype",
+    "framework_version",
+)  # fmt: skip
+_GROUPS = ("family", "accelerator", "model", "framework", "peak_memory_kind")
+
+
+@dataclass(slots=True)
+class TrainingScores:
+    """What the rows of one file came to.
+
+    Attributes:
+        rows: one entry per row and metric that it asks for; one ``skipped`` entry for a row that asks for none.
+        runs: runs that may be ranked.
+        defaults: by column, how many rows took its default.
+    """
+
+    rows: list[ScoredRow] = field(default_factory=list)
+    runs: list[Comparison] = field(default_factory=list)
+    defaults: Counter[str] = field(default_factory=Counter)
+
+
+def score_training(table: Table, excluded: Mapping[str, str] | None = None) -> TrainingScores:
+    """Scores every row of a training table.
+
+    Args:
+        table: the table.
+        excluded: contradictions of rows at their source, by row id; such rows are predicted, but not counted.
+    """
+    scores = TrainingScores()
+    for row in table.rows:
+        _score(row, scores, (excluded or {}).get(row.row_id, ""))
+    return scores
+
+
+def _score(row: Row, scores: TrainingScores, contradiction: str) -> None:
+    """Adds the row's entries."""
+    groups = {name: row.text(name) for name in _GROUPS} | {"source": row.file}
+    try:
+        metrics = asks_for(row)
+    except Unsupported as error:
+        scores.rows.append(ScoredRow(row.row_id, row.file, "", "skipped", str(error), groups=groups))
+        return
+    if not metrics:
+        reason = "score_for names no metric"
+        scores.rows.append(ScoredRow(row.row_id, row.file, "", "skipped", reason, groups=groups))
+        return
+    try:
+        run = run_of(row)
+        predicted = estimate(run.problem).estimate
+    except Unsupported as error:
+        run, reason = None, str(error)
+    except PlannerError as error:
+        run, reason = None, "; ".join(problem.found for problem in error.problems)
+    if run is None:
+        scores.rows += [
+            ScoredRow(row.row_id, row.file, m, "unsupported", reason, groups=groups) for m in metrics
+        ]
+        return
+    scores.defaults.update(run.defaults)
+    for metric in metrics:
+        scored = _held(run, predicted, metric, groups, contradiction)
+        scores.rows.append(scored)
+        if metric == "ranking" and row.text("sweep_id"):
+            key = (row.file, *(row.text(column) for column in _SWEEP))
+            scores.runs.append(Comparison(scored, key, run.plan_key))
+
+
+def _held(
+    run: Run, predicted: Estimate, metric: str, groups: Mapping[str, str], contradiction: str
+) -> ScoredRow:
+    """One metric of a run that could be priced."""
+    row = run.row
+    try:
+        measured, value = _METRICS[metric](run, predicted)
+    except Unsupported as error:
+        return ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
+    status = "excluded" if contradiction else "scored"
+    return ScoredRow(row.row_id, row.file, metric, status, contradiction, measured, value, groups)
+
+
+def _rate(run: Run, predicted: Estimate) -> tuple[float, float]:
+    problem = run.problem
+    device, dtype = problem.cluster.device, str(problem.fixed["precision"])
+    dtype = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
+    measured = tokens_per_s_per_device(
+        run.row, problem.model, problem.workload, problem.cluster.devices, device, dtype
+    )
+    return measured, predicted.tokens_per_s_per_device
+
+
+def _memory(run: Run, predicted: Estimate) -> tuple[float, float]:
+    kind = run.row.text("peak_memory_kind")
+    if kind not in MEMORY_KINDS:
+        raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
+    pools = predicted.memory_bytes
+    outside = sum(pools.get(pool, 0.0) for pool in MEMORY_KINDS[kind])
+    return peak_memory_bytes(run.row), pools["peak"] - outside
+
+
+def _outcome(run: Run, predicted: Estimate) -> tuple[float, float]:
+    return float(out_of_memory(run.row)), float(not predicted.fits)
+
+
+_METRICS: Mapping[str, Callable[[Run, Estimate], tuple[float, float]]] = {
+    "tokens_per_s_per_device": _rate,
+    "peak_memory": _memory,
+    "oom": _outcome,
+    "ranking": _rate,
+}

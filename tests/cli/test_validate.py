@@ -1,0 +1,94 @@
+"""``planner validate``: its report, its exit codes, and what it says about wrong input."""
+
+from pathlib import Path
+
+import pytest
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "data" / "published_runs").glob("*.csv"))
+RATE = "tokens_per_s_per_device"
+
+
+def test_report(planner):
+    found = planner("validate", *PUBLISHED)
+    assert found.code == 0
+    for words in (
+        "tokens per s per device",
+        "all rows",
+        "mean over 2 sources",
+        "Coverage",
+        "Empty cells taken as",
+    ):
+        assert words in found.out
+
+
+def test_json_is_json_alone(planner):
+    found = planner("validate", *PUBLISHED, "--json")
+    assert (found.code, found.err) == (0, "")
+    assert found.json["summary"][RATE]["n"] == 9
+    assert {row["status"] for row in found.json["rows"]} == {"scored"}
+
+
+@pytest.mark.parametrize("group", ["family", "accelerator", "source", "model"])
+def test_groups(planner, group):
+    found = planner("validate", *PUBLISHED, "--by", group, "--json").json["summary"][RATE]
+    assert sum(values["n"] for values in found[f"by_{group}"].values()) == 9
+
+
+def test_an_exceeded_bound_fails(planner, tmp_path):
+    path = tmp_path / "bounds.toml"
+    path.write_text(f'["{PUBLISHED[0].name}".{RATE}]\nmape = 1e-6\nreason = "nobody is that good"\n')
+    found = planner("validate", *PUBLISHED, "--bounds", path)
+    assert found.code == 1
+    assert "Bounds exceeded" in found.out
+    assert (
+        planner("validate", *PUBLISHED, "--bounds", path, "--json").json["bounds_exceeded"][0]["most"] == 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "no such file"),
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"name,price\nx,1\n", "columns of no known kind"),
+        (b"engine,input_len\nx,1\n", "serving runs"),
+        (b"a,b\n1,2,3\n", "3 cells"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b'a,b\n"x\n', "columns of no known kind"),
+    ],
+)
+def test_wrong_files(planner, tmp_path, content, found):
+    path = tmp_path / "runs.csv"
+    if content is not None:
+        path.write_bytes(content)
+    refused = planner("validate", path, "--json")
+    assert refused.code == 2
+    assert found in refused.faults[0]["found"]
+    assert str(path) in refused.faults[0]["where"]
+
+
+def test_wrong_options(planner):
+    assert "family" in planner("validate", *PUBLISHED, "--by", "colour", "--json").faults[0]["expected"]
+    assert planner("validate", *PUBLISHED, "--bounds", "missing.toml", "--json").code == 2
+    assert planner("validate", "--json").code == 2
+
+
+def test_numbers_that_are_none_concern_their_row_alone(planner, tmp_path):
+    lines = PUBLISHED[0].read_text().splitlines()
+    columns = lines[0].split(",")
+    cells = dict(zip(columns, lines[1].split(","), strict=True))
+    rows = [
+        {**cells, "row_id": "", name: value}
+        for name, value in (("hidden", "nan"), ("tp", "-8"), ("step_time_s", "inf"))
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join([lines[0], *(",".join(row.values()) for row in rows)]))
+    found = planner("validate", path, "--json")
+    assert found.code == 0
+    reasons = {row["row_id"]: row["reason"] for row in found.json["rows"] if row["metric"] == RATE}
+    assert {place: reason.split(" is ")[0] for place, reason in reasons.items()} == {
+        "runs.csv:2": "hidden", "runs.csv:3": "tp", "runs.csv:4": "step_time_s",
+    }  # fmt: skip
+    assert found.json["coverage"][RATE] == 0.0
+    assert RATE not in found.json["summary"]

@@ -1,0 +1,317 @@
+"""From a row's cells to the run that the planner prices, and to what the row measured."""
+
+import pytest
+
+from planner.specs.models import load_model
+from planner.specs.parameters import parameter_count
+from planner.specs.workload import TrainWorkload
+from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
+from planner.validation.plans import run_of
+from planner.validation.table import Unsupported, read_table, table_kind
+
+
+def rate(row):
+    problem = run_of(row).problem
+    return tokens_per_s_per_device(
+        row, problem.model, problem.workload, problem.cluster.devices, problem.cluster.device, "bf16"
+    )
+
+
+# -- kinds of table ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        ("engine engine_version model accelerator input_len output_len", "serving"),
+        ("source accelerator kernel_source dtype m n k latency_ms power_w", "kernels"),
+        (
+            "accelerator moe_dtype num_tokens hidden_size inter_size topk num_experts moe_ep_size latency_ms",
+            "kernels",
+        ),
+        ("accelerator library collective dtype n_devices size_bytes latency_ms", "collectives"),
+        ("accelerator op_name moe_dtype num_tokens hidden_size moe_ep_size latency_ms", "collectives"),
+        ("accelerator node_num hidden_size dispatch_avg_t_us combine_avg_t_us", "collectives"),
+        ("name price", "unknown"),
+    ],
+)
+def test_the_header_tells_the_kind(columns, kind):
+    assert table_kind(tuple(columns.split())) == kind
+
+
+def test_a_row_without_name_is_its_place(table):
+    path = table({"n_layers": "1"}, {"n_layers": "2"})
+    assert [row.row_id for row in read_table(path).rows] == ["runs.csv:2", "runs.csv:3"]
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shipped_model_is_recognised(row):
+    model = run_of(row()).problem.model
+    assert parameter_count(model) == parameter_count(load_model("llama3.1-8b"))
+
+
+def test_columns_alone_describe_a_model(row):
+    cells = {
+        "hidden": "2048",
+        "ffn_hidden": "8192",
+        "n_heads": "16",
+        "n_kv_heads": "",
+        "head_dim": "",
+        "vocab": "50257",
+    }
+    cells |= {"mlp": "gelu", "tied_embeddings": "", "n_layers": "24", "seq_len": "2048", "model": "GPT-1.3B"}
+    model = run_of(row(**cells)).problem.model
+    # GPT-3 XL without biases is 12·24·2048² in its layers; with biases and norms 13·2048 more per layer (QKV 3, output 1,
+    # fc1 4, fc2 1, two norms 4), and embeddings of 50257 + 2048 rows and the last norm.
+    assert parameter_count(model) == 12 * 24 * 2048**2 + 24 * 13 * 2048 + (50257 + 2048) * 2048 + 2 * 2048
+    assert model.tied_embeddings
+
+
+def test_a_printed_parameter_count_tells_whether_there_are_biases(row):
+    cells = {
+        "hidden": "2560",
+        "ffn_hidden": "10240",
+        "n_heads": "20",
+        "n_kv_heads": "20",
+        "vocab": "50368",
+        "mlp": "gelu",
+    }
+    cells |= {
+        "n_layers": "32",
+        "seq_len": "2048",
+        "model": "MPT-3b",
+        "tied_embeddings": "true",
+        "head_dim": "128",
+    }
+    # llm-foundry's benchmark table prints 2651837440 for its MPT 3B at this length: 12·32·2560² and embeddings of 50368 + 2048
+    # rows make 2650767360, norms with biases 65·2·2560, other biases 32·9·2560. Without biases 65·2560 are left of those.
+    with_biases, without = 2_651_837_440, 2_650_767_360 + 65 * 2560
+    for printed, count in (
+        ("2.651837", with_biases),
+        ("2.650934", without),
+        ("", with_biases),
+        ("2.7", with_biases),
+    ):
+        assert parameter_count(run_of(row(**cells, n_params_b=printed)).problem.model) == count
+
+
+def test_fewer_layers_than_the_model_has(row):
+    cells = {
+        "model": "deepseekv2 trimmed to 4 layers",
+        "n_layers": "4",
+        "hidden": "5120",
+        "n_heads": "128",
+        "vocab": "102400",
+    }
+    cells |= {
+        "n_kv_heads": "128",
+        "n_experts": "160",
+        "top_k": "6",
+        "expert_ffn_hidden": "1536",
+        "moe_layers": "3",
+        "pp": "1",
+    }
+    cells |= {"ffn_hidden": "12288", "tp": "1", "ep": "8"}
+    model = run_of(row(**cells)).problem.model
+    assert [(name, count) for name, count in model.layers] == [("dense", 1), ("moe", 3)]
+    assert model.blocks["moe"].attention.latent  # no column says so; the shipped DeepSeek-V2 does
+    assert model.blocks["moe"].moe.shared_ffn == 3072
+
+
+def test_state_space_layers_come_with_the_shipped_model(row):
+    cells = {
+        "model": "Nemotron-3-Nano",
+        "n_layers": "52",
+        "hidden": "2688",
+        "n_heads": "32",
+        "n_kv_heads": "2",
+        "vocab": "",
+    }
+    cells |= {
+        "n_experts": "128",
+        "top_k": "6",
+        "expert_ffn_hidden": "1856",
+        "ffn_hidden": "1856",
+        "tp": "1",
+        "pp": "1",
+    }
+    cells |= {"ep": "8", "mlp": ""}
+    model = run_of(row(**cells)).problem.model
+    assert any(block.ssm for block in model.blocks.values())
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cells", "knobs"),
+    [
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2"}, {"zero_stage": "fsdp"}),
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (Megatron FSDP)"}, {"zero_stage": "3"}),
+        ({"zero_stage": ""}, {"zero_stage": "1"}),
+        ({"shard_group": "node"}, {"zero_group": "full"}),  # dp is 4, and a node of 8 holds them all at tp 2
+        ({"shard_group": "node", "pp": "1"}, {"zero_group": "node"}),
+        ({"shard_group": "4", "pp": "1"}, {"zero_group": "node"}),
+        ({"shard_group": "1"}, {"zero_stage": "0", "zero_group": "full"}),
+        ({"recompute": "selective:layernorm+moe_act"}, {"recompute": "norm+act"}),
+        ({"recompute": "block:3", "vpp": "2"}, {"recompute": "block", "recompute_layers": 6, "schedule": "interleaved"}),
+        ({"recompute": "selective:every_other_layer"}, {"recompute": "block", "recompute_layers": 8}),
+        ({"vpp": "", "schedule": "interleaved_1f1b"}, {"virtual_stages": 2, "schedule": "interleaved"}),
+        ({"sequence_parallel": "false"}, {"sequence_parallel": "false"}),
+        ({"sequence_parallel": ""}, {"sequence_parallel": "true"}),
+        ({"sequence_parallel": "", "framework": "Megatron-LM"}, {"sequence_parallel": "false"}),
+        ({"dtype": "fp8_rowwise"}, {"precision": "fp8"}),
+        ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
+        ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
+        ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),
+        ({"other_flags": "attention-backend=unfused; cp comm a2a", "cp": "2"}, {"attention_kernel": "eager", "context": "a2a"}),
+        ({"other_flags": "Float8 + Async TP"}, {"tensor_overlap": "chunked"}),
+        ({"other_flags": "optimizer=muon"}, {"optimizer": "muon"}),
+    ],
+)  # fmt: skip
+def test_knobs(row, cells, knobs):
+    fixed = run_of(row(**cells)).problem.fixed
+    assert {name: fixed[name] for name in knobs} == knobs
+
+
+def test_packed_samples_are_one_sequence(row):
+    problem = run_of(row(other_flags="pack_sample_into_one=True", micro_batch="4")).problem
+    assert (problem.workload.seq_len, problem.workload.global_batch_size) == (4 * 8192, 16)
+    assert problem.fixed["micro_batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [
+        ("1600 Gbps RoCE", 1600e9 / 8 / 8),
+        ("4x200Gb/s HDR InfiniBand per node", 4 * 200e9 / 8 / 8),
+        ("8x HDR 200Gb/s InfiniBand per node", 200e9 / 8),
+        ("RDMA 400 Gb/s per GPU", 400e9 / 8),
+        ("4x Omni-Path (OPA) per node", 4 * 100e9 / 8 / 8),
+        ("", 50e9),  # the profile's own
+    ],
+)
+def test_printed_networks(row, text, bytes_per_s):
+    tiers = run_of(row(inter_node_link=text)).problem.cluster.tiers
+    assert [(tier.name, tier.size) for tier in tiers] == [("nvlink", 8), ("nic", 16)]
+    assert tiers[1].bytes_per_s == pytest.approx(bytes_per_s)
+
+
+def test_the_stack_follows_framework_and_date(row):
+    old = run_of(row(framework="Megatron-LM", measured_date="2021")).problem
+    assert (old.stack.name, run_of(row()).problem.stack.name) == ("megatron-eager", "default")
+
+
+def test_defaults_that_were_taken_are_told(row):
+    assert "zero_stage" in run_of(row(zero_stage="")).defaults
+    assert "zero_stage" not in run_of(row()).defaults
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"hidden": ""}, "mandatory cells are empty: hidden"),
+        ({"n_experts": "8"}, "top_k, expert_ffn_hidden"),
+        ({"n_devices": "nan"}, "n_devices is 'nan'"),
+        ({"n_devices": "9" * 5000}, "n_devices is"),
+        ({"n_layers": "1.5"}, "no whole number"),
+        ({"n_layers": "100000"}, "more than 10,000"),
+        ({"tp": "0"}, "must not be 0: tp"),
+        ({"tp": "3"}, "do not divide"),
+        ({"global_batch": "63"}, "no whole number of micro-batches"),
+        ({"n_devices": "12"}, "no whole nodes"),
+        ({"accelerator": "abacus"}, "no profile of accelerator 'abacus'"),
+        ({"accelerator": ""}, "no accelerator"),
+        ({"n_kv_heads": "5", "model": "x"}, "does not divide heads"),
+        ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"recompute": "selective:nothing"}, "recompute"),
+        ({"offload": "activations:20"}, "offload"),
+        ({"other_flags": "LoRA"}, "LoRA"),
+        ({"other_flags": "mtp-num-layers=2"}, "multi-token"),
+        ({"mlp": "maxout"}, "maxout"),
+        ({"zero_stage": "4"}, "zero_stage"),
+        ({"pp": "1", "shard_group": "2"}, "states sharded over 2 of 8"),
+        ({"sequence_parallel": "yes"}, "sequence_parallel"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_priced_say_why(row, cells, reason):
+    with pytest.raises(Unsupported, match=reason):
+        run_of(row(**cells))
+
+
+def test_low_rank_latents_are_no_low_rank_adaptation(row):
+    run_of(row(other_flags="q-lora-rank=256; kv-lora-rank=128"))
+
+
+# -- what was measured -------------------------------------------------------------------------------------------------
+
+
+def test_rates_become_tokens_per_second_and_device(row):
+    tokens = 64 * 8192 / 16
+    assert rate(row()) == pytest.approx(tokens / 4.0)
+    assert rate(row(tokens_per_s_per_device="8000")) == 8000.0  # as printed, before the step time
+    assert rate(row(step_time_s="", step_time_s_derived="2")) == pytest.approx(tokens / 2.0)
+
+
+def test_model_and_hardware_flop_are_kept_apart(row):
+    # Llama-3.1 8B at 8192: 2·(params without embedding) + 4·L·s·h per token forward, three times that with the backward;
+    # hardware FLOP with full recompute run the layers' forward once more.
+    head, layers = 128256 * 4096, 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
+    forward = 2 * layers + 4 * 32 * 8192 * 4096
+    model, hardware = 3 * forward + 6 * head, 4 * forward + 6 * head
+    cells = {"step_time_s": "", "tflops_per_device": "400"}
+    assert rate(row(**cells, tflops_convention="model_flops")) == pytest.approx(400e12 / model)
+    assert rate(row(**cells, tflops_convention="hardware_flops (Megatron)")) == pytest.approx(
+        400e12 / hardware
+    )
+    by_parameters = rate(row(**cells, tflops_convention="hardware_flops (4 x 2 x params x tokens)"))
+    assert by_parameters == pytest.approx(400e12 / (8 * 8_030_261_248))
+    with pytest.raises(Unsupported, match="convention"):
+        rate(row(**cells))
+
+
+def test_utilisation_is_of_the_dense_peak(row):
+    problem = run_of(row()).problem
+    found = rate(row(step_time_s="", mfu="0.4"))
+    per_token = 400e12 / rate(row(step_time_s="", tflops_per_device="400", tflops_convention="model_flops"))
+    assert problem.workload == TrainWorkload(64, 8192)
+    assert found == pytest.approx(0.4 * 989.4e12 / per_token)
+
+
+@pytest.mark.parametrize(
+    ("cells", "n_bytes"),
+    [
+        ({"peak_memory_gb": "60", "peak_memory_unit": "GiB"}, 60 * 2**30),
+        ({"peak_memory_gb": "60", "peak_memory_unit": "GB"}, 60e9),
+        ({"peak_memory_gb": "60"}, 60e9),
+    ],
+)
+def test_units_of_memory(row, cells, n_bytes):
+    assert peak_memory_bytes(row(**cells)) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [{"peak_memory_gb": ""}, {"peak_memory_gb": "-1"}, {"peak_memory_gb": "6", "peak_memory_unit": "kg"}],
+)
+def test_memory_that_is_not_given(row, cells):
+    with pytest.raises(Unsupported):
+        peak_memory_bytes(row(**cells))
+
+
+def test_what_a_row_asks_for(row):
+    assert asks_for(row(score_for="memory+oom")) == ("peak_memory", "oom")
+    assert asks_for(row(score_for="none")) == ()
+    with pytest.raises(Unsupported, match="speed"):
+        asks_for(row(score_for="time+speed"))
+    cells = dict(row().cells)
+    cells.pop("score_for")
+    assert asks_for(type(row())("a.csv", 2, cells)) == ("tokens_per_s_per_device", "ranking")
+
+
+def test_outcome_of_memory(row):
+    assert out_of_memory(row(oom="true")) is True
+    with pytest.raises(Unsupported):
+        out_of_memory(row(oom=""))
