@@ -23,6 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None takes those of the process.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # while modules are loaded, or a second time
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     from planner.cli.output import PIPE_CLOSED
 
     if arguments is None:
@@ -45,14 +53,19 @@ def _run(arguments: Sequence[str]) -> int:
     import typer
 
     from planner.cli.app import command
-    from planner.cli.output import BUG, INTERRUPTED, report_bug, report_error, report_interruption
+    from planner.cli.output import BUG, INTERRUPTED, Stopped, report_bug, report_error, report_interruption
     from planner.errors import PlannerError, Problem, SpecError
 
     as_json = "--json" in arguments
     usage_error = typer.BadParameter.__mro__[1]
     try:
-        code = command()(args=list(arguments), prog_name="planner", standalone_mode=False)
-        return int(code or 0)
+        code = int(command()(args=list(arguments), prog_name="planner", standalone_mode=False) or 0)
+        if code == INTERRUPTED:  # the parser makes this of a Ctrl-C that no command caught
+            report_interruption("nothing was written", as_json)
+        return code
+    except Stopped as stop:
+        report_interruption(stop.found, as_json and not stop.printed)
+        return INTERRUPTED
     except PlannerError as error:
         report_error(error, as_json)
         return error.exit_code

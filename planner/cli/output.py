@@ -17,6 +17,7 @@ __all__ = [
     "INTERRUPTED",
     "PIPE_CLOSED",
     "OutputFile",
+    "Stopped",
     "json_text",
     "print_json",
     "report_bug",
@@ -66,6 +67,14 @@ def report_interruption(found: str, as_json: bool = False) -> None:
     if as_json:
         print_json({"error": {"kind": "interrupted", "problems": [Problem("planner", found).as_dict()]}})
     print(f"interrupted: {found}", file=sys.stderr)
+
+
+class Stopped(Exception):
+    """The user pressed Ctrl-C, and a command says what there is to show for it; ``printed``: it is on stdout already."""
+
+    def __init__(self, found: str, printed: bool = False) -> None:
+        self.found, self.printed = found, printed
+        super().__init__(found)
 
 
 class OutputFile:

@@ -43,7 +43,7 @@ def train(
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time.
     """
-    from planner.cli.output import INTERRUPTED, OutputFile, json_text, print_json, report_interruption
+    from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
     from planner.errors import Interrupted
     from planner.report.totals import document
@@ -57,8 +57,7 @@ def train(
                 fleet = _search(problems, wanted, progress)
         except Interrupted as stop:
             if not isinstance(stop.best, Fleet):
-                report_interruption(stop.note or "before any plan was priced", as_json)
-                raise typer.Exit(INTERRUPTED) from None
+                raise Stopped(stop.note or "before any plan was priced") from None
             fleet, stopped = stop.best, True
         if pareto and not stopped:
             fleet = _with_front(fleet, problems)
@@ -72,8 +71,7 @@ def train(
 
         show_ranking(fleet, problems, out)
     if stopped:
-        report_interruption("these are the best plans so far")
-        raise typer.Exit(INTERRUPTED)
+        raise Stopped("these are the best plans so far", printed=True)
 
 
 def _problems(job: JobOptions, top: str, deadline: str | None) -> tuple[list[Problem], int]:

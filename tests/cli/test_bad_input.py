@@ -294,6 +294,24 @@ def test_our_bugs_are_short_and_honest(planner, monkeypatch):
         __import__("planner.cli").cli.main(["train", *SMALL])
 
 
+@pytest.mark.parametrize(
+    ("where", "arguments"),
+    [
+        ("planner.specs.models.list_models", ("models", "list")),
+        ("planner.specs.models.load_model", ("train", *SMALL)),
+        ("planner.cli.app.command", ("techniques",)),
+    ],
+)
+def test_interruption_is_said_wherever_it_comes(planner, monkeypatch, where, arguments):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, press)
+    found = planner(*arguments)
+    assert (found.code, found.out) == (130, "")
+    assert found.err.startswith("interrupted")
+
+
 def test_no_number_makes_json_invalid(planner):
     """The smallest job: one sequence of one token on one device."""
     found = planner(

@@ -132,7 +132,19 @@ def test_cluster_that_cannot_hold_the_model_is_said_and_passed_over(planner):
 
 def test_deadline_is_met_by_the_fewest_devices(planner):
     """Three nodes are neither a divisor nor a power of two; each smaller size is searched and misses, or excluded by a bound."""
-    job = "--model gpt2 --global-batch 48 --seq-len 1024 --tokens 1B --json --top 1".split()
+    job = [
+        "--model",
+        "gpt2",
+        "--global-batch",
+        "48",
+        "--seq-len",
+        "1024",
+        "--tokens",
+        "1B",
+        "--json",
+        "--top",
+        "1",
+    ]
 
     def run_s(cluster):
         return planner("train", *job, "--cluster", cluster).json["run"]["run_s"]
