@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.costs.compute import causal_fraction
+from planner.costs.attention_kernel import causal_fraction
 from planner.ledger import Array, Axes, Item, Ledger
 from planner.operators.block import block
 from planner.operators.ends import embedding, head

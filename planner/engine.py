@@ -24,16 +24,9 @@ from planner.costs.collectives import (
     fastest_s,
     group_members,
 )
-from planner.costs.compute import (
-    attention_bytes,
-    attention_flop,
-    attention_s,
-    matmul_bytes,
-    matmul_s,
-    memory_bound_s,
-)
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
+from planner.kernels import Kernels
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -85,6 +78,7 @@ class Pricer:
         self.cluster = cluster
         self.stack = stack
         self.device = cluster.device
+        self.kernels = Kernels(self.device)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
         self._costs: dict[tuple[int, str], tuple[MessageCost, ...]] = {}
@@ -140,63 +134,33 @@ class Pricer:
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 
     def _matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
-        device, eff = self.device, self.device.efficiency
         width = np.array([[dtype_bytes(item.dtype)] for item in items])
         out = np.array([[dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes] for i in items])
-        peak = np.array(
-            [
-                [self._peak(item.dtype) * (float(eff.grouped_matmul) if item.grouped else 1.0)]
-                for item in items
-            ]
-        )
+        rate = np.array([[self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped)] for i in items])
         m, n, k, groups = (
             _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
         )
         launches = np.array([[item.launches] for item in items])
-        return matmul_s(
-            m, n, k, groups, peak, matmul_bytes(m, n, k, groups, width, out), float(device.memory_bytes_per_s),
-            matmul=float(eff.matmul), tile=float(eff.matmul_tile), half_k=float(eff.matmul_half_k),
-            multiprocessors=float(device.multiprocessors), memory=float(eff.memory),
-            memory_half_bytes=float(eff.memory_half_bytes), floor_s=float(device.launch_s),
-        ) * launches  # fmt: skip
+        seconds: Array = self.kernels.matmul_s(m, n, k, groups, rate, width, out) * launches
+        return seconds
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
-        device, eff = self.device, self.device.efficiency
         size = _stack([item.size for item in items], axes)
-        launches = np.array([[item.launches] for item in items])
-        n_bytes = size * np.array([[item.bytes_per_element] for item in items])
-        seconds = memory_bound_s(
-            n_bytes, float(device.memory_bytes_per_s), memory=float(eff.memory),
-            memory_half_bytes=float(eff.memory_half_bytes), floor_s=0.0,
-        )  # fmt: skip
-        flop = np.array([[item.flop_per_element] for item in items])
-        if flop.any():
-            seconds = np.maximum(seconds, size * flop / float(device.vector_flop_per_s))
-        return np.maximum(seconds, launches * float(device.launch_s) * (size > 0))
+        bytes_per_element, launches, flop_per_element = (
+            np.array([[getattr(item, name)] for item in items])
+            for name in ("bytes_per_element", "launches", "flop_per_element")
+        )
+        flop = size * flop_per_element if flop_per_element.any() else 0.0
+        seconds: Array = self.kernels.stream_s(size * bytes_per_element, launches, flop)
+        return seconds
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
-        device, eff = self.device, self.device.efficiency
+        names = ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")
         for item in items:
-            dims = [axes[getattr(item, d)] for d in ("batch", "heads", "q", "kv", "qk_dim", "v_dim")]
-            flop = attention_flop(*dims, visible=axes[item.visible], passes=item.passes)
-            batch, heads, q, kv, qk, v = dims
-            n_bytes = attention_bytes(
-                batch,
-                heads,
-                axes[item.kv_heads],
-                q,
-                kv,
-                qk,
-                v,
-                dtype_bytes(item.dtype),
-                passes=max(1.0, item.passes - 0.5),
-            )
-            yield attention_s(
-                flop, n_bytes, self._peak(item.dtype), float(device.memory_bytes_per_s),
-                attention=float(eff.attention if item.passes == 1.0 else eff.attention_backward),
-                memory=float(eff.memory), memory_half_bytes=float(eff.memory_half_bytes),
-                tiles=batch * heads * np.ceil(q / float(eff.matmul_tile)),
-                multiprocessors=float(device.multiprocessors), floor_s=float(device.launch_s),
+            yield self.kernels.attention_s(
+                *(axes[getattr(item, name)] for name in names),
+                self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
+                visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
             )  # fmt: skip
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
@@ -217,14 +181,6 @@ class Pricer:
         }
         for item in items:
             yield axes[item.size] * item.bytes_per_element / rate[item.tier]
-
-    def _peak(self, dtype: str) -> float:
-        """Dense matrix rate for a dtype; a format without a rate of its own runs at the nearest wider one."""
-        peaks = self.device.peak_flop_per_s
-        for name in _WIDER[dtype]:
-            if name in peaks:
-                return float(peaks[name])
-        return float(self.device.vector_flop_per_s)
 
 
 FIELDS = (
@@ -393,11 +349,3 @@ def _key(item: Item) -> Any:
 
 
 _ZERO = np.zeros(1)
-_WIDER = {
-    "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
-    "fp8": ("fp8", "bf16", "fp16", "fp32"),
-    "bf16": ("bf16", "fp32"),
-    "fp16": ("fp16", "bf16", "fp32"),
-    "fp32": ("fp32",),
-    "tf32": ("tf32", "fp32"),
-}

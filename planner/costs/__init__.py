@@ -16,6 +16,13 @@ from planner.costs.attention import (
     ulysses_elements,
     usp_elements,
 )
+from planner.costs.attention_kernel import (
+    FLASH_BACKWARD_PASSES,
+    attention_bytes,
+    attention_flop,
+    attention_s,
+    causal_fraction,
+)
 from planner.costs.collectives import (
     Level,
     MessageCost,
@@ -37,17 +44,15 @@ from planner.costs.collectives import (
     reduce_scatter_s,
 )
 from planner.costs.compute import (
-    FLASH_BACKWARD_PASSES,
-    attention_bytes,
-    attention_flop,
-    attention_s,
-    causal_fraction,
+    cool_compute_s,
     matmul_bytes,
-    matmul_efficiency,
     matmul_flop,
     matmul_s,
+    matmul_waves,
     memory_bound_s,
-    memory_efficiency,
+    product_s,
+    roofline_s,
+    uncached_bytes,
 )
 from planner.costs.economics import device_hours, rental_usd, tokens_run_s, usd_per_token
 from planner.costs.energy import average_power_w, emitted_kg, energy_j
@@ -170,6 +175,7 @@ __all__ = [
     "checkpoint_segments",
     "collective_costs",
     "contiguous_imbalance",
+    "cool_compute_s",
     "cross_host_traffic",
     "custom_all_reduce_s",
     "dense_training_flop",
@@ -205,12 +211,11 @@ __all__ = [
     "latency_alpa_s",
     "logits_bytes",
     "matmul_bytes",
-    "matmul_efficiency",
     "matmul_flop",
     "matmul_s",
+    "matmul_waves",
     "megatron_state_bytes",
     "memory_bound_s",
-    "memory_efficiency",
     "model_flop_utilization",
     "muon_flop",
     "muon_overhead",
@@ -221,6 +226,7 @@ __all__ = [
     "overlapped_s",
     "pipelined_s",
     "point_to_point_s",
+    "product_s",
     "random_load_factor",
     "reduce_scatter_bytes",
     "reduce_scatter_s",
@@ -228,6 +234,7 @@ __all__ = [
     "ring_attention_elements",
     "ring_attention_s",
     "ring_overlap_tokens",
+    "roofline_s",
     "router_flop",
     "serial_finish_s",
     "span_bubble_zb_h1_s",
@@ -239,6 +246,7 @@ __all__ = [
     "tokens_run_s",
     "training_s",
     "ulysses_elements",
+    "uncached_bytes",
     "uniform_bucket_exposure_s",
     "usd_per_token",
     "usp_elements",

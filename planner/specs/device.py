@@ -24,19 +24,29 @@ class Sourced:
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """How much of the data sheet a kernel reaches: the constants of the efficiency curves in ``planner.costs.compute``.
+    """What kernels reach of the data sheet: the constants of the curves in ``planner.costs.compute`` and ``attention_kernel``.
 
-    All are dimensionless fractions in (0, 1], or sizes in the named unit.
+    Fractions of peak are of the dense rate and hold at the clocks that the part sustains under its power limit; a generation that
+    was never measured in a narrow format repeats its 16-bit fraction.
     """
 
-    matmul: Sourced  # fraction of peak of an infinitely large, tile-aligned GEMM
+    matmul: Sourced  # fraction of peak of a large 16-bit (or wider) matrix product
+    matmul_8bit: Sourced  # the same, fp8 and int8
+    matmul_4bit: Sourced  # the same, fp4
+    matmul_burst: Sourced  # rate of a short product on a chip not throttled yet, relative to the sustained
     matmul_tile: Sourced  # edge of the output tile of one block, elements
-    matmul_half_k: Sourced  # contraction length at which half of the asymptotic rate is reached, elements
-    attention: Sourced  # fraction of peak of a long fused attention forward
-    attention_backward: Sourced  # the same, of its backward
-    grouped_matmul: Sourced  # fraction of the GEMM rate that a grouped (per expert) GEMM keeps
-    memory: Sourced  # fraction of memory bandwidth of a long streaming kernel
-    memory_half_bytes: Sourced  # bytes at which half of that rate is reached
+    grouped_matmul: Sourced  # fraction of the product's rate that a grouped (per expert) one keeps
+    overlap_loss: Sourced  # fraction of the shorter of arithmetic and traffic that the longer does not hide
+    split_s: Sourced  # seconds per √length of a contraction (or walk over keys) that is split
+    memory: Sourced  # fraction of memory bandwidth of a long stream
+    l2_speedup: Sourced  # rate of the second-level cache relative to that of the memory
+    attention: Sourced  # fraction of peak of the products of a long fused attention forward, 16-bit
+    attention_8bit: Sourced  # the same, fp8
+    attention_backward: Sourced  # the same, of its backward, 16-bit
+    softmax_flop: Sourced  # fp32 vector FLOP per score that its products do not hide
+    attention_tile: Sourced  # rows of queries of one unit of work
+    attention_straggler: Sourced  # time of the longest unit alone, relative to its share of the rate
+    attention_tile_s: Sourced  # seconds that start and end of one unit take
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,13 +160,18 @@ def _peaks(reader: Reader) -> dict[str, Sourced]:
 
 
 def _efficiency(reader: Reader) -> Efficiency:
-    sizes = ("matmul_tile", "matmul_half_k", "memory_half_bytes")
     values = {
-        field.name: read_sourced(reader, field.name, maximum=1e9 if field.name in sizes else 1.0)
+        field.name: read_sourced(reader, field.name, maximum=_ABOVE_ONE.get(field.name, 1.0))
         for field in fields(Efficiency)
     }
     reader.finish()
     return Efficiency(**values)
+
+
+_ABOVE_ONE = {
+    "matmul_tile": 4096, "matmul_burst": 10, "l2_speedup": 20, "softmax_flop": 200, "attention_tile": 4096,
+    "attention_straggler": 10,
+}  # fmt: skip
 
 
 def _scale_up(reader: Reader) -> ScaleUp:

@@ -14,6 +14,7 @@ LAYERS = (
     "units",
     "costs",
     "specs",
+    "kernels",
     "ledger",
     "mesh",
     "technique",
