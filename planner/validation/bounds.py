@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from planner.errors import Problem, SpecError
 from planner.specs.load import Reader, read_file
 from planner.validation.scores import ErrorSummary
 
-__all__ = ["Bound", "exceeded", "read_bounds", "read_exclusions"]
+__all__ = ["Bound", "exceeded", "read_bounds"]
 
 _STATISTICS = ("median_ape", "mape", "p90_ape", "max_ape")
 
@@ -51,18 +49,6 @@ def read_bounds(path: str | Path | None = None) -> tuple[Bound, ...]:
             entry.finish()
     reader.raise_if_any()
     return tuple(found)
-
-
-def read_exclusions() -> Mapping[str, str]:
-    """Contradictions by row id."""
-    path = str(files("planner.validation").joinpath("exclusions.toml"))
-    table: dict[str, Any] = read_file(path)
-    wrong = [row_id for row_id, reason in table.items() if not (isinstance(reason, str) and reason)]
-    if wrong:
-        raise SpecError(
-            [Problem(f"{path}: {row_id}", "has no contradiction beside it", "a text") for row_id in wrong]
-        )
-    return table
 
 
 def exceeded(bounds: tuple[Bound, ...], summary: Mapping[str, ErrorSummary]) -> list[tuple[Bound, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from planner.specs.device import Device
 from planner.validation.table import Row, Unsupported
 
-__all__ = ["DEFAULTS", "MANDATORY", "MANDATORY_OF_EXPERTS", "Cells", "Default"]
+__all__ = ["DEFAULTS", "MANDATORY", "MANDATORY_OF_EXPERTS", "WHERE_SILENT", "Cells", "Default"]
 
 MANDATORY = (
     "n_layers",
@@ -23,6 +25,9 @@ MANDATORY = (
     "global_batch",
 )
 MANDATORY_OF_EXPERTS = ("top_k", "expert_ffn_hidden")
+
+WHERE_SILENT = ("none", "norm+act", "full")
+"""Recompute of a row that does not say."""
 
 # Far beyond any real run: they keep a slip in a cell from running for ever.
 _MOST = {"n_layers": 10_000, "n_devices": 10_000_000, "vpp": 10_000}
@@ -108,6 +113,13 @@ def _feed_forward(cells: Cells) -> int:
     return int(4 * hidden * 2 / 3 / 64) * 64 if cells.gated else 4 * hidden
 
 
+def _expert_ranks(cells: Cells) -> int:
+    if not re.search(r"deepep|hybridep", cells.row.text("other_flags"), re.IGNORECASE):
+        return 1
+    experts = cells.row.whole("n_experts") or 1
+    return math.gcd(experts, cells.whole("n_devices") // cells.whole("pp"))
+
+
 def _virtual_stages(cells: Cells) -> int:
     stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
     if not cells.row.text("schedule").startswith("interleaved") or cells.whole("pp") == 1 or left:
@@ -132,7 +144,12 @@ DEFAULTS = (
     Default("intra_node_link", "the device profile's", "the links of the part", lambda c: ""),
     Default("inter_node_link", "the device profile's", "the usual network around the part", lambda c: ""),
     Default("cp", "1", "off", lambda c: 1),
-    Default("ep", "1", "off", lambda c: 1),
+    Default(
+        "ep",
+        "1; with DeepEP or HybridEP named, the ranks that share the experts evenly",
+        "a dispatcher moves tokens between ranks that hold different experts",
+        _expert_ranks,
+    ),
     Default("etp", "tp", "Megatron-Core: as the attention, unless set", lambda c: c.whole("tp")),
     Default(
         "vpp",
@@ -148,7 +165,12 @@ DEFAULTS = (
         "recipes of Megatron-Bridge and torchtitan; others turn it on by a flag",
         lambda c: c.framework.startswith(_MAKES_SHARED_TENSORS),
     ),
-    Default("recompute", "none", "off unless asked for", lambda c: "none"),
+    Default(
+        "recompute",
+        f"the first of {', '.join(WHERE_SILENT)} that fits in memory",
+        "runs that are published have run; launchers recompute no more than they must",
+        lambda c: WHERE_SILENT[0],
+    ),
     Default("offload", "none", "off unless asked for", lambda c: "none"),
     Default(
         "dtype",
@@ -158,7 +180,7 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "fp16 with fp16 weights under Megatron-LM and DeepSpeed, else fp32",
+        "what the stack says; else fp16 with fp16 weights under Megatron-LM and DeepSpeed, fp32 elsewhere",
         "fp16 gradients are reduced as they are unless fp32 accumulation is asked for",
         lambda c: "fp16" if c.text("dtype") == "fp16" and c.framework.startswith(_WITH_DROPOUT) else "fp32",
     ),

@@ -79,6 +79,8 @@ def run_of(row: Row) -> Run:
     model, cluster = model_of(cells, flags), cluster_of(cells)
     stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
     fixed = _fixed(cells, flags, model, cluster)
+    if "gradient_dtype" not in {**stack.knobs, **fixed}:
+        fixed["gradient_dtype"] = cells.default("(gradients)")
     seq_len, batch = cells.whole("seq_len"), cells.whole("global_batch")
     if flags.says(_PACKED):
         packed = fixed["micro_batch_size"]
@@ -117,7 +119,6 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
         "tp": tp, "pp": pp, "cp": cp, "micro_batch_size": micro_batch, "virtual_stages": chunks,
         "ep": cells.whole("ep") if mixture else 1, "etp": cells.whole("etp") if mixture else 1,
         "schedule": "interleaved" if chunks > 1 else "1f1b", "precision": _precision(cells.text("dtype")),
-        "gradient_dtype": cells.default("(gradients)"),
     }  # fmt: skip
     if tp > 1:
         fixed["sequence_parallel"] = "true" if cells.truth("sequence_parallel") else "false"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError
-from planner.validation.bounds import Bound, exceeded, read_bounds, read_exclusions
+from planner.validation.bounds import Bound, exceeded, read_bounds
 from planner.validation.cells import DEFAULTS
+from planner.validation.exclusions import read_exclusions
 from planner.validation.outcomes import outcomes
 from planner.validation.ranking import Comparison, ranking_summary, sweeps
 from planner.validation.scores import ScoredRow, coverage, grouped, summarise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.errors import PlannerError
 from planner.plan import Estimate
 from planner.solve.train import estimate
+from planner.validation.cells import WHERE_SILENT
+from planner.validation.exclusions import Exclusion
 from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
 from planner.validation.ranking import Comparison
@@ -26,6 +28,7 @@ MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """What a measured peak leaves out of a process's memory, by kind: PyTorch's allocator knows of nothing outside it."""
 
+_SOUND = Exclusion("", ("",))
 _SWEEP = (
     "sweep_id", "n_devices", "accelerator", "model", "n_layers", "hidden", "seq_len", "global_batch", "dtype",
     "framework_version",
@@ -48,20 +51,20 @@ class TrainingScores:
     defaults: Counter[str] = field(default_factory=Counter)
 
 
-def score_training(table: Table, excluded: Mapping[str, str] | None = None) -> TrainingScores:
+def score_training(table: Table, excluded: Mapping[str, Exclusion] | None = None) -> TrainingScores:
     """Scores every row of a training table.
 
     Args:
         table: the table.
-        excluded: contradictions of rows at their source, by row id; such rows are predicted, but not counted.
+        excluded: rows that contradict themselves at their source, by row id; they are predicted, but not counted.
     """
     scores = TrainingScores()
     for row in table.rows:
-        _score(row, scores, (excluded or {}).get(row.row_id, ""))
+        _score(row, scores, (excluded or {}).get(row.row_id, _SOUND))
     return scores
 
 
-def _score(row: Row, scores: TrainingScores, contradiction: str) -> None:
+def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
     """Adds the row's entries."""
     groups = {name: row.text(name) for name in _GROUPS} | {"source": row.file}
     try:
@@ -75,7 +78,7 @@ def _score(row: Row, scores: TrainingScores, contradiction: str) -> None:
         return
     try:
         run = run_of(row)
-        predicted = estimate(run.problem).estimate
+        predicted = _predicted(run)
     except Unsupported as error:
         run, reason = None, str(error)
     except PlannerError as error:
@@ -87,11 +90,24 @@ def _score(row: Row, scores: TrainingScores, contradiction: str) -> None:
         return
     scores.defaults.update(run.defaults)
     for metric in metrics:
-        scored = _held(run, predicted, metric, groups, contradiction)
+        scored = _held(run, predicted, metric, groups, exclusion.reason(metric))
         scores.rows.append(scored)
         if metric == "ranking" and row.text("sweep_id"):
             key = (row.file, *(row.text(column) for column in _SWEEP))
             scores.runs.append(Comparison(scored, key, run.plan_key))
+
+
+def _predicted(run: Run) -> Estimate:
+    """The estimate of the run's plan. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits."""
+    first = estimate(run.problem).estimate
+    if first.fits or "recompute" not in run.defaults:
+        return first
+    for choice in WHERE_SILENT[1:]:
+        fixed = {**run.problem.fixed, "recompute": choice}
+        other = estimate(replace(run.problem, fixed=fixed)).estimate
+        if other.fits:
+            return other
+    return first
 
 
 def _held(

@@ -6,7 +6,8 @@ import planner
 from planner.errors import SpecError
 from planner.validation import training as module
 from planner.validation import validate
-from planner.validation.bounds import read_bounds, read_exclusions
+from planner.validation.bounds import read_bounds
+from planner.validation.exclusions import Exclusion, read_exclusions
 from planner.validation.table import read_table
 from planner.validation.training import score_training
 from tests.validation.conftest import COMPLETE, PUBLISHED
@@ -88,7 +89,8 @@ def test_plans_of_a_sweep_are_ranked(table):
 
 def test_contradicting_rows_are_shown_but_do_not_count(table, monkeypatch):
     path = table({**COMPLETE}, {**COMPLETE, "row_id": "a-2", "step_time_s": "400"})
-    monkeypatch.setattr("planner.validation.report.read_exclusions", lambda: {"a-2": "prints 4 s elsewhere"})
+    exclusion = Exclusion("prints 4 s elsewhere", (RATE,))
+    monkeypatch.setattr("planner.validation.report.read_exclusions", lambda: {"a-2": exclusion})
     found = validate([path]).as_dict()
     assert found["summary"][RATE]["n"] == 1
     assert found["with_excluded"][RATE]["n"] == 2
@@ -135,5 +137,28 @@ def test_wrong_bounds_are_refused(tmp_path):
         read_bounds(path)
 
 
-def test_shipped_exclusions_name_a_contradiction():
-    assert all(read_exclusions().values())
+def test_exclusions(tmp_path):
+    assert all(exclusion.contradiction for exclusion in read_exclusions().values())
+    path = tmp_path / "exclusions.toml"
+    path.write_text('["a-1"]\nmetrics = ["oom"]\ncontradiction = "ran, and did not"\n')
+    exclusion = read_exclusions(path)["a-1"]
+    assert (exclusion.reason("oom"), exclusion.reason(RATE)) == ("ran, and did not", "")
+    path.write_text('["a-1"]\nbecause = "I say so"\n')
+    with pytest.raises(SpecError, match="contradiction"):
+        read_exclusions(path)
+
+
+def test_silence_about_recompute_means_what_fits(table):
+    # 8 B parameters without sharding leave little room on 80 GB for 8 sequences of 8192 that keep everything.
+    cells = {
+        **COMPLETE,
+        "tp": "1",
+        "pp": "1",
+        "n_devices": "8",
+        "micro_batch": "8",
+        "zero_stage": "3",
+        "score_for": "oom",
+    }
+    cells |= {"oom": "false"}
+    path = table({**cells, "recompute": ""}, {**cells, "row_id": "a-2", "recompute": "none"})
+    assert [row.predicted for row in validate([path]).rows] == [0.0, 1.0]

@@ -120,6 +120,23 @@ def test_fewer_layers_than_the_model_has(row):
     assert model.blocks["moe"].moe.shared_ffn == 3072
 
 
+def test_experts_are_dealt_where_a_dispatcher_is_named(row):
+    cells = {
+        "n_experts": "128",
+        "top_k": "8",
+        "expert_ffn_hidden": "768",
+        "hidden": "2048",
+        "tp": "1",
+        "pp": "1",
+        "model": "m",
+    }
+    degrees = [
+        run_of(row(**cells, other_flags=f)).problem.fixed["ep"]
+        for f in ("", "TE + DeepEP", "HybridEP; graphs")
+    ]
+    assert degrees == [1, 16, 16]
+
+
 def test_state_space_layers_come_with_the_shipped_model(row):
     cells = {
         "model": "Nemotron-3-Nano",
@@ -165,6 +182,7 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "fp8_rowwise"}, {"precision": "fp8"}),
         ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
+        ({"other_flags": "FSDP mixed_precision=PURE"}, {"gradient_dtype": "bf16"}),
         ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),
         ({"other_flags": "attention-backend=unfused; cp comm a2a", "cp": "2"}, {"attention_kernel": "eager", "context": "a2a"}),
         ({"other_flags": "Float8 + Async TP"}, {"tensor_overlap": "chunked"}),
