@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.plan import Plan
 from planner.report.ranking import does_not_fit, unusual_knobs
-from planner.report.terminal import Screen, gib, mesh_text, percent, words
+from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, words
 from planner.units import format_seconds
 
 __all__ = ["show_explanation"]
@@ -40,7 +40,7 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
         screen.section("In host memory, per device", held)
     binds = [f"{entry['what']} {100 * entry['share']:.1f} %: {entry['text']}" for entry in content["binds"]]
     screen.section("What binds", binds)
-    screen.section("What a little more would buy (tokens/s)", _gains(content["sensitivities"]))
+    screen.section("What a little more would buy (tokens/s)", _gains(content["sensitivities"], estimate.fits))
     screen.section("Sources", _sources(content))
     screen.section("Rests on", plan.assumptions)
 
@@ -101,14 +101,24 @@ def _amount(amount: float, unit: str) -> str:
     return f"{amount:.4f}" if unit == "seconds" else f"{amount / 2**30:.2f}"
 
 
-def _gains(entries: list[dict[str, Any]]) -> list[str]:
-    told = [
-        f"{entry['what']}: {100 * entry['gain']:+.2f} %" + ("" if entry["fits"] else ", which would not fit")
-        for entry in entries
-        if abs(entry["gain"]) >= 5e-5
-    ]
-    rest = [entry["what"] for entry in entries if abs(entry["gain"]) < 5e-5]
+def _gains(entries: list[dict[str, Any]], fits: bool) -> list[str]:
+    """One line per entry that buys something; the others together. ``fits``: whether the plan does as it is."""
+    told, rest = [], []
+    for entry in entries:
+        if abs(entry["gain"]) >= 5e-5:
+            told.append(_gain(entry, fits))
+        elif entry["fits"] and not fits:
+            told.append(f"{entry['what']}: this plan would fit")
+        else:
+            rest.append(entry["what"])
     return [*told, f"nothing: {', '.join(rest)}"] if rest else told
+
+
+def _gain(entry: Mapping[str, Any], fits: bool) -> str:
+    text = f"{entry['what']}: {100 * entry['gain']:+.2f} %"
+    if entry["choices"]:
+        text += f", with {' · '.join(knob_text(name, value) for name, value in entry['choices'].items())}"
+    return f"{text}, which would not fit" if fits and not entry["fits"] else text
 
 
 def _sources(content: Mapping[str, Any]) -> list[str]:

@@ -1,27 +1,39 @@
-"""What a little more of something would buy: the same plan, priced on hardware or a batch that is changed a little."""
+"""What a little more of something would buy.
+
+Speed and batch are priced by the same plan, on hardware or a job that is changed a little. Memory makes no plan faster: it lets
+another one fit, so it is priced by what the search would take with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from planner.errors import PlannerError
 from planner.plan import Plan
-from planner.solve.train import estimate
+from planner.solve.space import DEGREES
+from planner.solve.train import estimate, search
 from planner.specs.cluster import Cluster, NodeGroup, Tier
 from planner.specs.device import Device, Sourced
 from planner.specs.problem import Problem
+from planner.technique import ADDITIVE_SLOTS
 
 __all__ = ["sensitivities"]
 
 _MORE = 1.1
+_NOTABLE = 1e-3  # a plan that gains less is no news
+_FREE = (*ADDITIVE_SLOTS, *DEGREES, "virtual_stages", "pipeline_layout", "recompute_layers")
 
 
 def sensitivities(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     """The plan with each network tier, memory bandwidth, matrix peak and host link 10 % faster, and with twice the batch.
 
-    ``gain`` is the relative growth of tokens per second; entries are ordered by it.
+    With 10 % more memory, it is the best plan that fits then. Where that is so now already, another plan is an entry too.
+
+    ``gain`` is the relative growth of tokens per second over this plan; entries are ordered by it. ``choices`` are those in
+    which the plan that the search would take differs from this one; empty where the plan stays.
     """
     found = []
     for what, changed in _changes(problem):
@@ -30,8 +42,65 @@ def sensitivities(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
         except PlannerError:  # the changed job breaks a rule, so it buys nothing
             continue
         gain = new.tokens_per_s_per_device / plan.estimate.tokens_per_s_per_device - 1.0
-        found.append({"what": what, "step_time_s": new.step_time_s, "gain": gain, "fits": new.fits})
+        found.append(_entry(what, new.step_time_s, gain, new.fits))
+    found += _replanned(problem, plan)
     return sorted(found, key=lambda entry: -entry["gain"])
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _entry(
+    what: str, step_time_s: float, gain: float, fits: bool, choices: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"what": what, "step_time_s": step_time_s, "gain": gain, "fits": fits, "choices": choices or {}}
+
+
+def _replanned(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
+    """What the search would take on this machine, and on one with more memory.
+
+    The kernels, their formats, and how they are cut and communicate stay as they are, which keeps the space small; mesh,
+    micro-batch, sharding of states, recompute, offload and schedule are free. A plan that does not fit is told what it lacks.
+    """
+    estimate = plan.estimate
+    peak = estimate.memory_bytes["peak"]
+    if not estimate.fits:
+        if peak > estimate.memory_budget_bytes:
+            missing = math.ceil(100.0 * (peak / estimate.memory_budget_bytes - 1.0))
+            yield _entry(f"memory +{missing} %", estimate.step_time_s, 0.0, True)
+        return
+    kept = {name: str(value).lower() for name, value in plan.knobs.items() if name not in _FREE}
+    open_ = replace(problem, fixed=kept)
+    more = "memory +10 %"
+    then = now = _faster(replace(open_, cluster=_with_device(problem.cluster, _larger_memory)), plan)
+    if then.estimate.memory_bytes["peak"] > estimate.memory_budget_bytes:
+        now = _faster(open_, plan)
+    if now is not plan:
+        yield _other("another plan", now, plan)
+    if then is not now and _gain(then, now) > _NOTABLE:
+        yield _other(more if now is plan else f"another plan and {more}", then, plan)
+    else:
+        yield _entry(more, estimate.step_time_s, 0.0, True)
+
+
+def _faster(problem: Problem, plan: Plan) -> Plan:
+    """The best plan of a problem where it is notably faster than ``plan``, else that."""
+    try:
+        found = search(problem, 1, limit_s=plan.estimate.step_time_s / (1.0 + _NOTABLE)).plans
+    except PlannerError:
+        return plan
+    return found[0] if found else plan
+
+
+def _gain(new: Plan, old: Plan) -> float:
+    return old.estimate.step_time_s / new.estimate.step_time_s - 1.0
+
+
+def _other(what: str, new: Plan, plan: Plan) -> dict[str, Any]:
+    """The entry of a new plan: its gain, and the choices in which it differs."""
+    before, after = {**plan.mesh, **plan.knobs}, {**new.mesh, **new.knobs}
+    choices = {name: value for name, value in after.items() if before.get(name) != value}
+    return _entry(what, new.estimate.step_time_s, _gain(new, plan), True, choices)
 
 
 def _changes(problem: Problem) -> Iterator[tuple[str, Problem]]:
@@ -73,6 +142,10 @@ def _with_device(cluster: Cluster, change: Callable[[Device], Device]) -> Cluste
 
 def _faster_memory(device: Device) -> Device:
     return replace(device, memory_bytes_per_s=_more(device.memory_bytes_per_s))
+
+
+def _larger_memory(device: Device) -> Device:
+    return replace(device, memory_bytes=_more(device.memory_bytes))
 
 
 def _higher_peak(device: Device) -> Device:

@@ -1,6 +1,7 @@
 """Do estimate, explain, compare and export treat plans as they promise?"""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,47 @@ def test_more_of_anything_never_makes_a_plan_slower(planner, plans):
     assert min(entries.values()) > -1e-9
     # Nothing is bound by peak alone, so a tenth more of it buys less than a tenth.
     assert 0 < entries["matrix peak +10 %"] < 0.1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.28, 0.2, 0.19])
+def test_memory_is_priced_by_what_the_search_would_take_with_it(planner, tmp_path, share):
+    """Held against searches of their own at both sizes."""
+    path = tmp_path / "plans.json"
+    job = ("--model", "llama3.2-1b", "--cluster", "a100:1x2", "--global-batch", "32", "--seq-len", "4096")
+
+    def best_s(part):
+        found = planner("train", *job, "--top", "1", "--reserve", f"{100 * (1 - part)}%", "-o", path)
+        assert found.code == 0
+        return json.loads(path.read_text())["plans"][0]["estimate"]["step_time_s"]
+
+    gain = best_s(share) / best_s(1.1 * share) - 1
+    best_s(share)
+    entries = planner("explain", path, "--json").json["sensitivities"]
+    (memory,) = (entry for entry in entries if entry["what"] == "memory +10 %")
+    assert memory["gain"] == pytest.approx(gain if gain > 1e-3 else 0.0, abs=1e-6)
+    assert bool(memory["choices"]) == (gain > 1e-3)
+    assert "another plan" not in {entry["what"] for entry in entries}
+
+
+def test_plan_that_does_not_fit_is_told_what_it_lacks(planner):
+    """8 bytes of optimizer state and 6 of weights and gradients for each of 8e9 parameters on one device of 79.35 GiB."""
+    job = ("--model", "llama3.1-8b", "--cluster", "a100:1x1", "--global-batch", "8", "--seq-len", "1024")
+    found = planner("explain", *job, "--json").json
+    estimate = found["plan"]["estimate"]
+    lacks = math.ceil(100 * (estimate["memory_bytes"]["peak"] / estimate["memory_budget_bytes"] - 1))
+    (memory,) = (entry for entry in found["sensitivities"] if entry["fits"])
+    assert memory["what"] == f"memory +{lacks} %"
+    assert lacks > 30
+    assert f"memory +{lacks} %: this plan would fit" in planner("explain", *job).out
+
+
+def test_plan_that_is_not_the_best_is_told_of_another(planner):
+    job = (*SMALL, "--fix", "tp=4")
+    entries = planner("explain", *job, "--json").json["sensitivities"]
+    (other,) = (entry for entry in entries if entry["what"] == "another plan")
+    assert other["gain"] > 0.1
+    assert other["choices"]["tp"] < 4
+    assert "another plan: +" in planner("explain", *job).out
 
 
 def test_plan_written_by_another_version_is_priced_again(planner, plans, tmp_path):
