@@ -111,14 +111,15 @@ def _projections(graph: Graph, spec: Attention, shape: _Shape) -> None:
 
 
 def _qk_norm(graph: Graph, spec: Attention, shape: _Shape) -> None:
-    """Norms of queries and keys: gains of head width, or of all heads at once."""
+    """Norms of queries and keys: of each head, or of all heads at once."""
     width = graph.axis("qk_norm_dim", spec.head_dim) if spec.latent else shape.qk
     if spec.qk_norm_full:
         kv_heads = graph.axis("kv_heads", spec.kv_heads, "cross" if spec.cross else "")
         graph.weight(f"{shape.heads}*{width}", f"{kv_heads}*{width}")
     else:
         graph.weight(f"2*{width}")
-    graph.stream(f"{shape.region}.qk_norm", shape.rotated, NORM, NORM_BACKWARD, tags={"qkv"})
+    tags = {"qkv", "all_heads"} if spec.qk_norm_full else {"qkv"}
+    graph.stream(f"{shape.region}.qk_norm", shape.rotated, NORM, NORM_BACKWARD, tags=tags)
 
 
 def _latent_projections(graph: Graph, spec: Attention, shape: _Shape) -> None:
@@ -154,8 +155,9 @@ def _latent_projections(graph: Graph, spec: Attention, shape: _Shape) -> None:
 def _indexer(graph: Graph, spec: Attention, region: str) -> None:
     """Scores of all visible keys by a few small heads that share one key, and the choice of the best.
 
-    Every tensor rank holds the whole indexer and scores the residual's tokens. It learns from attention's own distribution,
-    on inputs cut off from the graph: no gradient leaves it.
+    Every tensor rank holds the whole indexer and scores all of its keys for all of its queries, as each needs all choices
+    for its own heads (Megatron-LM ``experimental_attention_variant/dsa.py``). It learns from attention's own distribution, on
+    inputs cut off from the graph: no gradient leaves it.
     """
     heads, width = (
         graph.axis("index_heads", spec.index_heads),
@@ -169,15 +171,15 @@ def _indexer(graph: Graph, spec: Attention, region: str) -> None:
         ("index_weights", heads, "hidden"),
     ):
         tags = {"qkv", "indexer", "replicated"}
-        graph.matmul(f"{region}.{name}", graph.tokens, n, k, tags, input_gradient=False)
+        graph.matmul(f"{region}.{name}", graph.rows, n, k, tags, input_gradient=False)
         graph.weight(f"{k}*{n}")
     graph.weight(f"2*{width}")  # the keys' norm, scale and shift
-    graph.stream(f"{region}.index_norm", f"{graph.tokens}*{width}", NORM, NORM_BACKWARD, tags={"indexer"})
-    graph.save(f"{region}.index_q", f"{graph.tokens}*{heads}*{width}", "qkv", "indexer")
-    graph.save(f"{region}.index_k", f"{graph.tokens}*{width}", "qkv", "indexer")
+    graph.stream(f"{region}.index_norm", f"{graph.rows}*{width}", NORM, NORM_BACKWARD, tags={"indexer"})
+    graph.save(f"{region}.index_q", f"{graph.rows}*{heads}*{width}", "qkv", "indexer")
+    graph.save(f"{region}.index_k", f"{graph.rows}*{width}", "qkv", "indexer")
     graph.matmul(
         f"{region}.index_scores",
-        graph.residual_seq,
+        graph.seq,
         keys,
         width,
         {"indexer"},
@@ -185,7 +187,7 @@ def _indexer(graph: Graph, spec: Attention, region: str) -> None:
         weights=False,
     )
     # The product's kernel sums over heads; the choice reads one score per query and key, the loss its gradient.
-    graph.stream(f"{region}.index_top_k", f"{graph.tokens}*{keys}", 2.0, 2.0, tags={"indexer"})
+    graph.stream(f"{region}.index_top_k", f"{graph.rows}*{keys}", 2.0, 2.0, tags={"indexer"})
 
 
 def _relative_positions(graph: Graph, shape: _Shape) -> None:

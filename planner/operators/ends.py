@@ -9,7 +9,7 @@ __all__ = ["embedding", "head"]
 
 
 def embedding(graph: Graph, model: Model) -> None:
-    """Token and position lookup."""
+    """Token and position lookup, for the encoder's tokens as well where it has any."""
     if model.vocab:
         graph.weight("vocab*hidden")
     if model.learned_positions:
@@ -17,9 +17,13 @@ def embedding(graph: Graph, model: Model) -> None:
     if model.extra_embedding_parameters:
         graph.weight(f"{model.extra_embedding_parameters}")
     lookups = 2.0 + bool(model.learned_positions)
-    graph.stream("embedding", graph.residual, lookups, 2.0, tags={"embedding"})
-    if model.dropout:
-        graph.save("embedding.dropout_mask", graph.residual, "embedding", mask=True)
+    looked_up = [("embedding", graph.residual)]
+    if model.encoder_layers and model.encoder_tokens:
+        looked_up.append(("encoder_embedding", "batch*encoder_residual_seq*hidden"))
+    for what, size in looked_up:
+        graph.stream(what, size, lookups, 2.0, tags={"embedding"})
+        if model.dropout:
+            graph.save(f"{what}.dropout_mask", size, "embedding", mask=True)
 
 
 def head(graph: Graph, model: Model) -> None:

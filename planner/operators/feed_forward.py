@@ -1,7 +1,8 @@
 """Feed-forward networks: two or three matrices around an activation, and mixtures of them.
 
 Sources: Korthikanti et al. 2022 (arXiv:2205.05198) §4.1; grouped experts behind a permutation, MegaBlocks (arXiv:2211.15841)
-§3; a shared expert, DeepSeekMoE (arXiv:2401.06066) §3.2; experts of latent width, Nemotron-3 Super as released.
+§3; a shared expert, DeepSeekMoE (arXiv:2401.06066) §3.2, and its gate, Megatron-LM ``moe/shared_experts.py``; experts of latent
+width, Nemotron-3 Super as released.
 """
 
 from __future__ import annotations
@@ -66,7 +67,16 @@ def moe(graph: Graph, spec: Moe, keeps_input: bool) -> None:
         shared = Mlp(spec.shared_ffn, spec.gated, spec.bias)
         mlp(graph, shared, "shared_expert", "shared_ffn", keeps_input=False)
         if spec.shared_gate:
-            graph.weight("hidden")
+            _shared_gate(graph)
+
+
+def _shared_gate(graph: Graph) -> None:
+    """One sigmoid per token scales the shared expert's output."""
+    tags = {"shared_expert", "router", "replicated"}
+    graph.matmul("shared_expert.gate", graph.tokens, "1", "hidden", tags)
+    graph.weight("hidden")
+    graph.save("shared_expert.output", graph.residual, "shared_expert")
+    graph.stream("shared_expert.scale", graph.residual, 2.0, 3.0, tags={"shared_expert"})
 
 
 def _activation(graph: Graph, region: str, size: str, *, gated: bool) -> None:

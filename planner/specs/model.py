@@ -148,6 +148,7 @@ class Model:
     blocks: Mapping[str, Block]
     layers: tuple[tuple[str, int], ...]
     encoder_layers: tuple[tuple[str, int], ...] = ()
+    encoder_tokens: bool = True  # the encoder looks its input up; false: features enter it (Whisper)
     tied_embeddings: bool = False
     learned_positions: int = 0  # rows of the learned position table
     extra_embedding_parameters: int = (

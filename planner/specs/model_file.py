@@ -95,6 +95,7 @@ def _sizes(reader: Reader) -> dict[str, Any]:
         "vocab": reader.integer("vocab", 0 if vision else REQUIRED, minimum=0, maximum=_MAX_SIZE),
         "max_seq_len": reader.integer("max_seq_len", maximum=_MAX_SIZE),
         "learned_positions": reader.integer("learned_positions", 0, minimum=0, maximum=_MAX_SIZE),
+        "encoder_tokens": reader.boolean("encoder_tokens", True),
         "tied_embeddings": reader.boolean("tied_embeddings", False),
         "head": reader.boolean("head", not vision),
         "head_bias": reader.boolean("head_bias", False),

@@ -65,6 +65,8 @@ def _table(model: Model, source: str) -> dict[str, Any]:
     }
     if encoder:
         table["encoder_layers"] = len(encoder)
+    if not model.encoder_tokens:
+        table["encoder_tokens"] = False
     for name in ("tied_embeddings", "head_bias", "dropout", "learned_positions", "mtp_layers"):
         if getattr(model, name):
             table[name] = getattr(model, name)

@@ -88,7 +88,7 @@ def matrix_elements(block: Block, hidden: int) -> int:
     if block.mlp is not None:
         total += mlp_parameters(replace(block.mlp, bias=False), hidden)
     if block.moe is not None:
-        bare_moe = replace(block.moe, bias=False, router_bias=False, shared_gate=False)
+        bare_moe = replace(block.moe, bias=False, router_bias=False)
         total += moe_parameters(bare_moe, hidden, active=True)
     if block.ssm is not None:
         total += state_space_matrix_elements(block.ssm, hidden)

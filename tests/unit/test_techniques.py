@@ -9,7 +9,7 @@ import pytest
 
 import planner.techniques
 from planner.baseline import baseline
-from planner.ledger import Collective, Item, Kernel, Resident
+from planner.ledger import Collective, Item, Kernel, Matmul, Resident
 from planner.mesh import Mesh
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
@@ -33,6 +33,9 @@ MODELS = (
     "mamba-1.4b",
     "falcon-40b",
     "gpt-oss-20b",
+    "deepseek-v3.2",
+    "qwen2-57b-a14b",
+    "olmo2-7b",
 )
 PLAIN = {
     "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": "false",
@@ -328,15 +331,75 @@ def test_latents_are_summed_and_gathered_in_place_of_the_hidden_state():
     assert gathers["attention.kv_up.all_gather"] == SEQ * 576
 
 
-def test_parallel_blocks_reduce_once():
-    # GPT-J and Falcon blocks add attention and MLP before one all-reduce, forward and backward.
-    ledger, _ = run("gpt-j-6b", degrees={"tp": 2})
+@pytest.mark.parametrize(
+    ("model", "backward"), [("gpt-j-6b", 1), ("falcon-7b", 1), ("gpt-neox-20b", 2), ("falcon-40b", 2)]
+)
+def test_parallel_blocks_reduce_their_sum_once(model, backward):
+    # Attention and MLP are added before one all-reduce (GPT-NeoX, megatron/model/transformer.py: "we can do a single
+    # allreduce after we add mlp / attn outputs"). Their inputs are one tensor and one fused product in PaLM's form
+    # (arXiv:2204.02311, section 2), and two where each has a norm: GPT-NeoX's ColumnParallelLinear all-reduces either.
+    ledger, _ = run(model, degrees={"tp": 2})
     phases = [
         i.phase
         for i in collectives(ledger)
         if i.group.name == "tp" and i.block not in ("head", "embedding") and i.phase != "step"
     ]
-    assert sorted(phases) == ["backward", "forward"]
+    assert sorted(phases) == ["backward"] * backward + ["forward"]
+
+
+@pytest.mark.parametrize(
+    ("model", "lookups"), [("t5-3b", 2), ("whisper-large-v3", 1), ("gpt2", 1), ("vit-b-16", 0)]
+)
+def test_every_stack_sums_what_it_looks_up(model, lookups):
+    # T5 shares one table between encoder and decoder, and both look their tokens up in it (arXiv:1910.10683);
+    # Whisper's encoder takes spectrograms (arXiv:2212.04356, section 2.2), a vision transformer patches.
+    ledger, ctx = run(model, degrees={"tp": 2})
+    found = [float(np.ravel(ledger.axes[i.size])[0]) for i in collectives(ledger) if "embedding" in i.tags]
+    assert found == [SEQ * ctx.model.hidden] * lookups
+
+
+@pytest.mark.parametrize(("model", "sums"), [("olmo2-7b", 2), ("minimax-m2.5", 2), ("qwen3-8b", 0)])
+def test_norms_over_all_heads_exchange_two_sums_per_token(model, sums):
+    # vLLM's MiniMaxText01RMSNormTP: the fp32 variances of queries and keys in one all-reduce. Qwen3 norms each head.
+    ledger, _ = run(model, degrees={"tp": 4}, sequence_parallel="true")
+    found = [i for i in collectives(ledger) if "qk_norm" in i.what]
+    assert sorted(i.phase for i in found) == (["backward", "forward"] if sums else [])
+    assert {(float(np.ravel(ledger.axes[i.size])[0]), i.dtype) for i in found} == {(sums * SEQ, "fp32")} - {
+        (0, "fp32")
+    }
+
+
+def test_an_indexer_sees_all_keys():
+    # DeepSeek-V3.2: one key of 128 per token (config.json). Megatron-LM's dsa.py gathers keys over cp
+    # (and scatters their gradients), and the indexer's inputs, hidden state and query latent, over tp.
+    ledger, _ = run("deepseek-v3.2", degrees={"tp": 2, "cp": 4}, sequence_parallel="true")
+    found = {
+        (i.what, i.kind, i.phase): float(np.ravel(ledger.axes[i.size])[0])
+        for i in collectives(ledger)
+        if "indexer" in i.tags and i.block == "moe"
+    }
+    assert found == {
+        ("attention.index_k.gather", "all_gather", "forward"): SEQ * 128,
+        ("attention.index_k.scatter_gradient", "reduce_scatter", "backward"): SEQ * 128,
+        ("attention.index_q.all_gather", "all_gather", "forward"): SEQ / 4 * 1536,
+        ("attention.index_k.all_gather", "all_gather", "forward"): SEQ / 4 * 7168,
+    }
+    kept = {
+        i.what: float(np.ravel(ledger.axes[i.size])[0])
+        for i in ledger.of(Resident, block="moe")
+        if "distant" in i.what
+    }
+    assert kept["attention.index_k.distant"] == 3 / 4 * SEQ * 128
+    assert kept["attention.index_k.distant_input"] == SEQ / 4 * 7168 / 2
+
+
+def test_a_shared_expert_is_scaled_by_one_sigmoid_per_token():
+    # Megatron-LM moe/shared_experts.py: linear(hidden, gate of (1, h)), sigmoid, times the output; h = 3584.
+    ledger, _ = run("qwen2-57b-a14b")
+    (gate,) = [i for i in ledger.of(Matmul, phase="forward") if i.what == "shared_expert.gate"]
+    assert [float(np.ravel(ledger.axes[s])[0]) for s in (gate.m, gate.n, gate.k)] == [SEQ, 1, 3584]
+    (kept,) = [i for i in ledger.of(Resident) if i.what == "shared_expert.output"]
+    assert float(np.ravel(ledger.axes[kept.size])[0]) * kept.bytes_per_element == 2 * SEQ * 3584
 
 
 def sent(ledger, **fields):

@@ -37,7 +37,10 @@ def encoder_decoder(parts: Parts, max_seq_len: int) -> tuple[LayerPlan, dict[str
             for i in range(encoder_depth)
         ],
     )
-    return plan, {"extra_embedding_parameters": _front_end(parts, max_seq_len)}
+    return plan, {
+        "extra_embedding_parameters": _front_end(parts, max_seq_len),
+        "encoder_tokens": fields.config.get("num_mel_bins") is None,
+    }
 
 
 def _layer(parts: Parts, attention: Attention, width: str, sparse: bool, *, cross: bool = False) -> Block:

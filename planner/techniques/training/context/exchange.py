@@ -51,10 +51,29 @@ def sequence_checks(ctx: Context, parts: Array) -> Iterable[Check]:
     yield Check("context parallelism of state-space layers is not modelled", alone | (not mixers))
 
 
-def shard_sequence(ledger: Ledger, ctx: Context) -> Ledger:
-    """Divides the tokens of every rank by cp; the keys that attention sees stay whole."""
+def shard_sequence(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Divides the tokens of every rank by cp; the keys that attention sees stay whole.
+
+    An indexer chooses among all keys before any of them is used: its own are gathered however the others travel, stay for the
+    backward, and their gradients are reduce-scattered (Megatron-LM ``experimental_attention_variant/dsa.py``).
+    """
     names = (*_TOKENS, "residual_seq", "encoder_residual_seq", "logit_seq")
-    return ledger.shard(**dict.fromkeys(names, ctx.mesh.cp))
+    ledger = ledger.shard(**dict.fromkeys(names, ctx.mesh.cp))
+    keys = [item for item in ledger.of(Resident) if item.what.endswith(".index_k")]
+    added: list[Item] = []
+    for item in keys:
+        gather = Collective(
+            what=f"{item.what}.gather", block=item.block, tags=frozenset({"qkv", "indexer", "cp"}), by=by, kind="all_gather",
+            group=ctx.mesh.group("cp"), size=times(item.size, "context_ranks"), dtype=ctx.format.activation,
+        )  # fmt: skip
+        scatter = replace(
+            gather, what=f"{item.what}.scatter_gradient", phase="backward", kind="reduce_scatter"
+        )
+        distant = times(item.size, "distant_ranks")
+        added += [gather, scatter, replace(item, what=f"{item.what}.distant", size=distant, by=by)]
+    if keys:
+        ledger = ledger.set_axes(context_ranks=ctx.mesh.cp, distant_ranks=ctx.mesh.cp - 1.0)
+    return ledger.add(added)
 
 
 @dataclass(frozen=True, slots=True)

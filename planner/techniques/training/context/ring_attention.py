@@ -37,7 +37,13 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the sequence; keys and values travel or are gathered."""
     exchange = pass_keys if ctx.knobs["context"] == "p2p" else gather_keys
-    return exchange(shard_sequence(ledger, ctx), ctx, ctx.mesh.cp, ctx.mesh.group("cp"), "ring_attention")
+    return exchange(
+        shard_sequence(ledger, ctx, "ring_attention"),
+        ctx,
+        ctx.mesh.cp,
+        ctx.mesh.group("cp"),
+        "ring_attention",
+    )
 
 
 def _hiding_block(subject: Pass) -> float:

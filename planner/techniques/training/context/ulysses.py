@@ -40,7 +40,9 @@ def valid(ctx: Context) -> Iterable[Check]:
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the sequence everywhere but inside attention, where heads are sharded instead."""
-    return swap_heads(shard_sequence(ledger, ctx), ctx, ctx.mesh.cp, ctx.mesh.group("cp"), "ulysses")
+    return swap_heads(
+        shard_sequence(ledger, ctx, "ulysses"), ctx, ctx.mesh.cp, ctx.mesh.group("cp"), "ulysses"
+    )
 
 
 def _message(subject: Pass) -> float:

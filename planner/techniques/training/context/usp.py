@@ -61,7 +61,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     cp, swapped = ctx.mesh.cp, swap_degree(ctx)
     inner = ctx.mesh.subgroup("cp", "cp.swap", swapped, inner=True)
     outer = ctx.mesh.subgroup("cp", "cp.ring", cp / swapped, inner=False)
-    ledger = swap_heads(shard_sequence(ledger, ctx), ctx, swapped, inner, "usp")
+    ledger = swap_heads(shard_sequence(ledger, ctx, "usp"), ctx, swapped, inner, "usp")
     return pass_keys(ledger, ctx, cp / swapped, outer, "usp")
 
 

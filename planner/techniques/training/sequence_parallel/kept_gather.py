@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Ledger, Resident, times
+from planner.ledger import Collective, Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -25,22 +24,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the residual stream; keeps the distant part of what would be gathered again."""
     ledger = megatron_sp.apply(ledger, ctx)
     again = [item for item in ledger.of(Collective) if "tp_regather" in item.tags]
-    kept = [
-        Resident(
-            what=item.what.replace("all_gather", "distant_input"), block=item.block, by="kept_gather",
-            tags=(item.tags - {"tp_regather"}) | {"saved"}, size=times(item.size, "distant"), pool="activations",
-            bytes_per_element=_input_bytes(item, ctx), lifetime="micro_batch",
-        )
-        for item in again
-    ]  # fmt: skip
     ledger = ledger.drop(lambda item: "tp_regather" in item.tags)
-    return ledger.set_axes(distant=1.0 - 1.0 / ctx.mesh.tp).add(kept)
-
-
-def _input_bytes(gather: Collective, ctx: Context) -> float:
-    """Bytes per element of the input kept; the head's product is never quantised."""
-    wide = gather.block == "head" or ctx.format.block == 1
-    return dtype_bytes(ctx.format.activation) if wide else ctx.format.linear_input_bytes
+    return ledger.add([megatron_sp.distant_input(item, ctx, "kept_gather") for item in again])
 
 
 def _activation_bytes(subject: Pass) -> float:

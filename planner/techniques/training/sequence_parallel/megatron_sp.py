@@ -3,9 +3,10 @@
 What it does: turns every tensor-parallel all-reduce into a reduce-scatter and an all-gather around the sharded region.
 Saves: the activations that tensor parallelism replicates (10sbh of 34sbh + 5as²b), and their kernels, divided by tp.
 Costs: the same bytes on the wire, and one more all-gather per column-parallel input in the backward (the saved input is
-    sharded), which runs beside the input gradient's product; a small all-reduce per step of the gradients of norms and biases.
+    sharded), which runs beside the input gradient's product; gathered inputs of a sparse attention's indexer, which are kept;
+    a small all-reduce per step of the gradients of norms and biases.
 Assumes: sequence divisible by tp.
-Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2.
+Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2; indexer: Megatron-LM ``experimental_attention_variant/dsa.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from planner.ledger import Collective, Item, Ledger, role
+from planner.costs.precision import dtype_bytes
+from planner.ledger import Collective, Item, Ledger, Matmul, Resident, role, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -48,7 +50,34 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     # Norms, biases and replicated projections see their rank's part of the sequence.
     sums = partial_gradients(ledger, ctx, ctx.mesh.group("tp"), whole, "whole", "megatron_sp")
-    return replace(ledger, items=(*items, *sums))
+    gathers = list(_indexer_inputs(ledger, ctx))
+    kept = [distant_input(item, ctx, "megatron_sp") for item in gathers]
+    ledger = ledger.set_axes(distant=1.0 - 1.0 / ctx.mesh.tp)
+    return replace(ledger, items=(*items, *sums, *gathers, *kept))
+
+
+def distant_input(gather: Collective, ctx: Context, by: str) -> Resident:
+    """What a gathered input adds to its rank's own part, where it stays for the backward; needs the axis ``distant``."""
+    wide = gather.block == "head" or ctx.format.block == 1  # the head's product is never quantised
+    return Resident(
+        what=gather.what.replace("all_gather", "distant_input"), block=gather.block, by=by,
+        tags=(gather.tags - {"tp_gather", "tp_regather"}) | {"saved"}, size=times(gather.size, "distant"), pool="activations",
+        bytes_per_element=dtype_bytes(ctx.format.activation) if wide else ctx.format.linear_input_bytes,
+        lifetime="micro_batch",
+    )  # fmt: skip
+
+
+def _indexer_inputs(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
+    """All-gathers of what an indexer's products read, once per tensor; no gradient returns through them."""
+    seen: set[tuple[str, str]] = set()
+    for item in ledger.of(Matmul, phase="forward"):
+        if {"indexer", "replicated"} <= item.tags and (item.block, item.k) not in seen:
+            seen.add((item.block, item.k))
+            yield Collective(
+                what=f"{item.what}.all_gather", block=item.block, tags=(item.tags - {"gemm", "replicated"}) | {"tp_gather"},
+                by="megatron_sp", kind="all_gather", group=ctx.mesh.group("tp"), size=times(item.k, item.m),
+                dtype=ctx.format.activation,
+            )  # fmt: skip
 
 
 def _split(item: Collective) -> Iterator[Collective]:

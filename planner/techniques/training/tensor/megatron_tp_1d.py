@@ -3,12 +3,15 @@
 What it does: shards heads, feed-forward width and vocabulary over ``tp`` ranks. A product whose contraction is sharded leaves
     partial sums, which an all-reduce completes (forward of row-parallel, input gradient of column-parallel layers).
 Saves: weights, products and their inputs, divided by tp.
-Costs: 2 all-reduces of b·s·h elements forward and 2 backward per block (1 and 1 where attention and network read the same
-    norm); norms and residuals stay whole on every rank; one all-reduce in the embedding; three small fp32 all-reduces in the
-    cross-entropy over a sharded vocabulary.
+Costs: 2 all-reduces of b·s·h elements forward and 2 backward per block (1 forward where attention and network run in parallel,
+    1 backward where they read the same norm as well); norms and residuals stay whole on every rank; one all-reduce in the
+    embedding of each stack; two sums per token and direction where a norm spans all heads; three small fp32 all-reduces in
+    the cross-entropy over a sharded vocabulary.
 Assumes: KV heads are replicated when tp exceeds them; latent down-projections of MLA are replicated, and the gradients of
     latents are summed instead of the hidden state's.
-Source: Shoeybi et al. 2019 (arXiv:1909.08053); Narayanan et al. 2021 (arXiv:2104.04473) §3.2.
+Source: Shoeybi et al. 2019 (arXiv:1909.08053); Narayanan et al. 2021 (arXiv:2104.04473) §3.2; parallel blocks: Chowdhery et al.
+    2022 (PaLM, arXiv:2204.02311) §2 (fused input products), GPT-NeoX ``megatron/model/transformer.py`` (two norms); norms
+    over all heads: vLLM ``MiniMaxText01RMSNormTP``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ledger import Array, Collective, Item, Ledger, Matmul, Phase, role, times
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Phase, Stream, role, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -77,14 +80,17 @@ def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
             kind="all_reduce", group=ctx.mesh.group("tp"), size=size, dtype=dtype,
         )  # fmt: skip
 
-    parallel = {name for name, block in ctx.model.blocks.items() if block.parallel}
+    parallel = {name: block for name, block in ctx.model.blocks.items() if block.parallel}
     activation = ctx.format.activation
     seen: set[tuple[str, ...]] = set()
     for item in ledger.of(Matmul, phase="forward"):
         tags = item.tags - {"gemm", "row", "column"}
-        # What is summed before it is reduced shares one all-reduce: the input gradients of products that read the same
-        # tensor, and the outputs of attention and network where they run in parallel.
-        region = "" if item.block.removeprefix("encoder.") in parallel else item.what.partition(".")[0]
+        # What is summed before it is reduced shares one all-reduce: the outputs of attention and network where they run in
+        # parallel, and the input gradients of products that read the same tensor.
+        region = item.what.partition(".")[0]
+        block = parallel.get(item.block.removeprefix("encoder."))
+        if block is not None and ("row" in item.tags or block.norms <= 1):
+            region = ""
         if "row" in item.tags and item.n == "hidden":
             if (item.block, region, "output") not in seen:
                 seen.add((item.block, region, "output"))
@@ -111,8 +117,23 @@ def _activation_sums(ledger: Ledger, ctx: Context) -> Iterator[Collective]:
             yield all_reduce(
                 f"head.loss_{name}", head.block, "forward", head.m, frozenset({"loss_reduce"}), "fp32"
             )
+    for norm in ledger.of(Stream):
+        if (
+            "all_heads" in norm.tags
+        ):  # sums of squares of queries and keys; backward, of gradients times outputs
+            tags = norm.tags - {"activation", "all_heads"} | {"tp_inner"}
+            yield all_reduce(norm.what, norm.block, norm.phase, _rows(norm.size), tags, "fp32")
     tags = frozenset({"embedding", "tp_reduce"})
-    yield all_reduce("embedding", "embedding", "forward", "batch*seq*hidden", tags, activation)
+    for lookup in ledger.of(Stream, block="embedding", phase="forward"):
+        if ctx.model.vocab:
+            size = lookup.size.replace("residual_seq", "seq")
+            yield all_reduce(lookup.what, "embedding", "forward", size, tags, activation)
+
+
+def _rows(size: str) -> str:
+    """Tokens behind a size: every term without the widths, whose axes belong to a block."""
+    terms = (term.split("*") for term in size.split(" + "))
+    return " + ".join("*".join(axis for axis in term if "@" not in axis) for term in terms)
 
 
 def _gradient_sums(ledger: Ledger, ctx: Context, sharing: dict[str, Array]) -> Iterator[Item]:
