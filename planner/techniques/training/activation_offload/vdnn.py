@@ -10,44 +10,24 @@ Source: Rhu et al. 2016 (vDNN, arXiv:1602.08124); Rajbhandari et al. 2021 (ZeRO-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from planner.ledger import Item, Ledger, Phase, Resident, Transfer
-from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.ledger import Ledger, Phase, Resident, Transfer
+from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.swap import Trip, host, swap
 
-_TRIPS: tuple[Phase, ...] = ("forward", "backward")  # down, and up again
-
-
-def valid(ctx: Context) -> Iterable[Check]:
-    """There must be a host to offload to."""
-    yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
+_TRIPS = (Trip("swap", "forward"), Trip("swap", "backward"))  # down, and up again
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """Moves kept tensors to the host; adds the traffic and the staging buffers."""
-    added: list[Item] = []
+    """Keeps saved tensors on the host from forward to backward."""
 
-    def offload(item: Resident) -> Item | None:
-        if item.lifetime != "micro_batch":
-            return None
-        added.extend(
-            Transfer(
-                what=f"{item.what}.swap", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="vdnn", track="host",
-                size=item.size, bytes_per_element=item.bytes_per_element,
-            )
-            for phase in _TRIPS
-        )  # fmt: skip
-        staged = 2 * item.bytes_per_element
-        staging = replace(
-            item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged
-        )
-        added.append(replace(staging, by="vdnn"))
-        return replace(item, tier="host", by="vdnn")
+    def trips(item: Resident) -> tuple[Trip, ...]:
+        return _TRIPS if item.lifetime == "micro_batch" else ()
 
-    return ledger.edit(Resident, offload).add(added)
+    return swap(ledger, trips, "vdnn")
 
 
 def _intensity(subject: Pass) -> float:
@@ -84,6 +64,6 @@ TECHNIQUE = Technique(
             _intensity,
         ),
     ),
-    valid=valid,
+    valid=host,
     apply=apply,
 )

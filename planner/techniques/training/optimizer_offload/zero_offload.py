@@ -19,11 +19,12 @@ from planner.ledger import Item, Ledger, Resident, Stream, Transfer
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.swap import host
 
 
 def valid(ctx: Context) -> Iterable[Check]:
     """There must be a host to offload to, and an update that it can run."""
-    yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
+    yield from host(ctx)
     yield Check(
         "the matrix products of Muon's update are not modelled on the host",
         ctx.knobs.get("optimizer") != "muon",

@@ -11,52 +11,28 @@ Source: Rajbhandari et al. 2021 (ZeRO-Infinity, arXiv:2104.07857) §4.1, §5.1, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from planner.ledger import Item, Ledger, Phase, Resident, Transfer
-from planner.technique import Check, Context, Figure, Knob, Technique
+from planner.ledger import Ledger, Resident, Transfer
+from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.swap import Trip, host, swap
 
-_TRIPS: tuple[tuple[str, Phase, str], ...] = (
-    ("fetch", "forward", "host"),
-    ("fetch", "backward", "host"),
-    ("store", "step", "main"),
-)
-
-
-def valid(ctx: Context) -> Iterable[Check]:
-    """There must be a host to offload to."""
-    yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
+_FETCHES = (Trip("fetch", "forward"), Trip("fetch", "backward"))
+_STORE = Trip("store", "step", track="main")
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """Moves weights to the host; adds the traffic and the staging buffers."""
-    added: list[Item] = []
+    """Keeps weights on the host, where an update on the device has to bring them back to."""
+    updated_on_host = {item.block for item in ledger.of(Resident, pool="optimizer", tier="host")}
 
-    def offload(item: Resident) -> Item | None:
+    def trips(item: Resident) -> tuple[Trip, ...]:
         if item.pool != "parameters" or item.lifetime != "always":
-            return None
-        # Where the update runs on the host, the new weights are there already.
-        updated_on_host = any(
-            o.tier == "host" and o.block == item.block for o in ledger.of(Resident, pool="optimizer")
-        )
-        added.extend(
-            Transfer(
-                what=f"{item.what}.{what}", block=item.block, phase=phase, tags=item.tags | {"offload"}, by="zero_infinity",
-                track=track, size=item.size, bytes_per_element=item.bytes_per_element,
-            )
-            for what, phase, track in _TRIPS[: 2 if updated_on_host else 3]
-        )  # fmt: skip
-        staged = 2 * item.bytes_per_element
-        staging = replace(
-            item, what=f"{item.what}.staging", lifetime="block", pool="buffers", bytes_per_element=staged
-        )
-        added.append(replace(staging, by="zero_infinity"))
-        return replace(item, tier="host", by="zero_infinity")
+            return ()
+        return _FETCHES if item.block in updated_on_host else (*_FETCHES, _STORE)
 
-    return ledger.edit(Resident, offload).add(added)
+    return swap(ledger, trips, "zero_infinity")
 
 
 def _fetches(subject: Pass) -> float:
@@ -89,6 +65,6 @@ TECHNIQUE = Technique(
             _fetches,
         ),
     ),
-    valid=valid,
+    valid=host,
     apply=apply,
 )
