@@ -185,6 +185,12 @@ DEFAULTS = (
         lambda c: "fp16" if c.text("dtype") == "fp16" and c.framework.startswith(_WITH_DROPOUT) else "fp32",
     ),
     Default(
+        "(loss)",
+        "what the stack says; else eager cross-entropy, unless a fused one is named",
+        "Megatron-LM's --cross-entropy-loss-fusion and PyTorch's fused losses are asked for",
+        lambda c: "eager",
+    ),
+    Default(
         "(dropout)",
         "active in gelu models under Megatron-LM, Megatron-DeepSpeed and DeepSpeed",
         "their arguments' default of 0.1; off elsewhere",

@@ -79,8 +79,9 @@ def run_of(row: Row) -> Run:
     model, cluster = model_of(cells, flags), cluster_of(cells)
     stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
     fixed = _fixed(cells, flags, model, cluster)
-    if "gradient_dtype" not in {**stack.knobs, **fixed}:
-        fixed["gradient_dtype"] = cells.default("(gradients)")
+    for knob, default in (("gradient_dtype", "(gradients)"), ("loss_kernel", "(loss)")):
+        if knob not in {**stack.knobs, **fixed}:
+            fixed[knob] = cells.default(default)
     seq_len, batch = cells.whole("seq_len"), cells.whole("global_batch")
     if flags.says(_PACKED):
         packed = fixed["micro_batch_size"]

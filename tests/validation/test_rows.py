@@ -187,11 +187,19 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"other_flags": "attention-backend=unfused; cp comm a2a", "cp": "2"}, {"attention_kernel": "eager", "context": "a2a"}),
         ({"other_flags": "Float8 + Async TP"}, {"tensor_overlap": "chunked"}),
         ({"other_flags": "optimizer=muon"}, {"optimizer": "muon"}),
+        ({}, {"loss_kernel": "eager"}),
+        ({"other_flags": "fused cross entropy (cef)"}, {"loss_kernel": "fused"}),
     ],
 )  # fmt: skip
 def test_knobs(row, cells, knobs):
     fixed = run_of(row(**cells)).problem.fixed
     assert {name: fixed[name] for name in knobs} == knobs
+
+
+def test_a_stack_that_names_its_kernels_is_not_overruled(row):
+    problem = run_of(row(framework_version="26.02")).problem
+    assert problem.stack.name == "megatron-bridge"
+    assert not {"loss_kernel", "gradient_dtype"} & set(problem.fixed)
 
 
 def test_packed_samples_are_one_sequence(row):
