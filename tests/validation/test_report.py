@@ -155,7 +155,7 @@ def test_silence_about_recompute_means_what_fits(table):
         "tp": "1",
         "pp": "1",
         "n_devices": "8",
-        "micro_batch": "8",
+        "micro_batch": "4",
         "zero_stage": "3",
         "score_for": "oom",
     }
