@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.plan import Plan
-from planner.report.ranking import does_not_fit, unusual_knobs
+from planner.report.plan_table import unusual_knobs
+from planner.report.ranking import does_not_fit
 from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, words
 from planner.units import format_seconds
 

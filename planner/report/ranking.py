@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.plan import Plan, SearchReport
+from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
-from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, percent, words
+from planner.report.terminal import Screen, gib, percent, words
 from planner.report.totals import run_totals
 from planner.specs.parameters import parameter_count
 from planner.units import format_count, format_seconds
@@ -16,18 +17,9 @@ if TYPE_CHECKING:
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 
-__all__ = ["does_not_fit", "show_plan", "show_ranking", "unusual_knobs", "why_not"]
+__all__ = ["does_not_fit", "show_plan", "show_ranking"]
 
 _DEGREES = ("tp", "pp", "cp", "ep", "etp", "dp")
-_COLUMNS = {"virtual_stages": "vpp", "micro_batch_size": "mb", "zero_stage": "zero", "recompute": "recompute"}
-# What a reader takes for granted where nothing else is said.
-_USUAL = {
-    "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": False,
-    "context": "p2p", "expert": "folded", "tensor_overlap": "none", "pipeline": "stages", "optimizer": "adamw",
-    "zero_group": "full", "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
-    "parameter_offload": "none", "schedule": "1f1b", "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
-}  # fmt: skip
-_OBJECTIVES = {"usd": "$/step", "energy": "MJ/step", "gpu_hours": "dev·h/step"}
 
 
 def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -> None:
@@ -36,7 +28,7 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     result, problem = fleet.result, problems[0]
     best, report = result.best, result.search
     several = len(fleet.attempts) > 1 and problem.deadline_s is None
-    where = f"{len(fleet.attempts)} clusters" if several else _machine(best)
+    where = f"{len(fleet.attempts)} clusters" if several else _machine(best, problem)
     screen.line(
         f"{_job(problem)} · {where} · {report.candidates:,} candidates · {report.wall_s:.1f} s", "bold"
     )
@@ -44,14 +36,14 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
         show_sizes(screen, fleet, problem.deadline_s, problem.workload.tokens)
     elif several:
         show_clusters(screen, fleet)
-    _show_ranked(screen, result.plans, problem.objective)
+    show_plans(screen, result.plans, problem.objective)
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
-    screen.section("Next", _next(saved, len(result.plans)))
+    screen.section("Next", _next(saved, [row.number for row in rows(result.plans, problem.objective)]))
 
 
 def _point(plan: Mapping[str, Any]) -> str:
@@ -66,8 +58,8 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     screen = Screen()
     if not plan.estimate.fits:
         screen.line(does_not_fit(plan), "bold red")
-    screen.line(f"{_job(problem)} · {_machine(plan)}", "bold")
-    _show_ranked(screen, [plan], problem.objective)
+    screen.line(f"{_job(problem)} · {_machine(plan, problem)}", "bold")
+    show_plans(screen, [plan], problem.objective)
     parts = sorted(plan.estimate.breakdown_s.items(), key=lambda part: -part[1])
     step_s = plan.estimate.step_time_s
     screen.section("Of the step", [" · ".join(f"{words(name)} {percent(s, step_s)}" for name, s in parts)])
@@ -75,7 +67,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     screen.section("Read from the script", notes)
     if best is not None:
         screen.section("The best plan for this job", [_gain(plan, best)])
-        _show_ranked(screen, [best, plan], problem.objective)
+        show_plans(screen, [best, plan], problem.objective, joined=False)
     screen.section("Rests on", plan.assumptions)
 
 
@@ -89,30 +81,6 @@ def does_not_fit(plan: Plan) -> str:
     return (
         f"DOES NOT FIT: it needs {gib(estimate.host_bytes)} GiB of host memory per device, more than there is"
     )
-
-
-def why_not(plan: Plan, best: Plan) -> str:
-    """The largest part of the step in which a plan loses to the best one.
-
-    On another cluster seconds do not compare, and the cluster is the reason.
-    """
-    if plan is best:
-        return "-"
-    if plan.cluster != best.cluster:
-        return "another cluster"
-    mine, other = plan.estimate.breakdown_s, best.estimate.breakdown_s
-    worse = {name: mine.get(name, 0.0) - other.get(name, 0.0) for name in {**mine, **other}}
-    name = max(sorted(worse), key=lambda term: worse[term])
-    return f"{words(name)} +{format_seconds(worse[name])}" if worse[name] > 0 else "-"
-
-
-def unusual_knobs(knobs: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
-    """The knobs that are not what one takes for granted, in words."""
-    return [
-        knob_text(name, value)
-        for name, value in knobs.items()
-        if name not in without and value != _USUAL.get(name)
-    ]
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
@@ -134,53 +102,8 @@ def _job(problem: Problem) -> str:
     )
 
 
-def _machine(plan: Plan) -> str:
-    return f"{plan.devices:,} devices ({plan.cluster})"
-
-
-def _show_ranked(screen: Screen, plans: Sequence[Plan], objective: str) -> None:
-    """The table; what all plans share is said once, above it."""
-    several = len(plans) > 1
-    differ, common = knobs_that_differ(plans)
-    degrees = [
-        name for name in _DEGREES if name in ("tp", "pp", "dp") or any(p.mesh[name] > 1 for p in plans)
-    ]
-    own = [name for name in _COLUMNS if name in differ or not several]
-    rest = [name for name in differ if name not in own]
-    clusters = len({plan.cluster for plan in plans}) > 1
-    extra = _OBJECTIVES.get(objective)
-    shared = unusual_knobs(common, own)
-    screen.section("Every plan" if several else "Plan", [" · ".join(shared)] if shared else [])
-    headings = [
-        *(["#"] if several else []), *(["cluster"] if clusters else []), *degrees, *(_COLUMNS[name] for name in own),
-        "step s", "tok/s/dev", "MFU", "peak GiB", *([extra] if extra else []),
-    ]  # fmt: skip
-    rows, tails = [], []
-    for rank, plan in enumerate(plans, 1):
-        e = plan.estimate
-        rows.append([
-            *([str(rank)] if several else []), *([plan.cluster] if clusters else []),
-            *(str(plan.mesh[name]) for name in degrees), *(str(plan.knobs.get(name, "-")) for name in own),
-            f"{e.step_time_s:.3f}", f"{e.tokens_per_s_per_device:,.0f}", f"{100 * e.mfu:.1f}%",
-            f"{gib(e.memory_bytes['peak'])}/{gib(e.memory_budget_bytes)}",
-            *([_objective_text(plan, objective)] if extra else []),
-        ])  # fmt: skip
-        chosen = ", ".join(unusual_knobs({name: plan.knobs[name] for name in rest if name in plan.knobs}))
-        lost = why_not(plan, plans[0])
-        tails.append("; ".join(text for text in (lost, chosen) if text not in ("", "-")) or lost)
-    screen.line()
-    screen.grid(
-        headings, rows, ("cluster", "recompute"), "why not #1; other choices", tails if several else ()
-    )
-
-
-def _objective_text(plan: Plan, objective: str) -> str:
-    e = plan.estimate
-    if objective == "usd":
-        return f"{e.usd_per_step:.3f}"
-    if objective == "energy":
-        return f"{e.joules_per_step / 1e6:.3f}"
-    return f"{e.step_time_s * plan.devices / 3600:.2f}"
+def _machine(plan: Plan, problem: Problem) -> str:
+    return f"{plan.devices:,} × {problem.cluster.device.name}"
 
 
 def _totals(plan: Plan) -> list[str]:
@@ -227,8 +150,9 @@ def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
     return "; ".join(told) + (f"; {left} more reasons" if left > 0 else "")
 
 
-def _next(saved: str | None, plans: int) -> list[str]:
+def _next(saved: str | None, numbers: Sequence[int]) -> list[str]:
+    """Commands to go on with; ``numbers`` are those of the table's rows."""
     if saved is None:
         return ["repeat with -o plans.json, then: planner explain plans.json:1"]
-    compare = [f"planner compare {saved}:1 {saved}:2"] if plans > 1 else []
+    compare = [f"planner compare {saved}:1 {saved}:{numbers[1]}"] if len(numbers) > 1 else []
     return [f"planner explain {saved}:1", *compare, f"planner export {saved}:1 --to megatron"]

@@ -49,7 +49,7 @@ class Screen:
 
     def grid(
         self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Iterable[str] = (), tail: str = "",
-        tails: Sequence[str] = (), bold: Iterable[int] = (),
+        tails: Sequence[str] = (), bold: Iterable[int] = (), below: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """A table: numbers to the right, the ``left`` columns to the left.
 
@@ -60,13 +60,15 @@ class Screen:
             tail: heading of a last column of free text.
             tails: its cells; they go below their rows where the terminal is too narrow.
             bold: indices of rows that stand out.
+            below: text that goes below each row in any case; empty where there is none.
         """
         widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
         lefts = set(left)
-        longest = max((len(text) for text in tails), default=0)
+        longest = max((len(text) for text in (tail, *tails) if tails), default=0)
         gap = next((g for g in _GAPS if self.width - sum(widths) - len(g) * len(widths) >= longest), _GAPS[0])
         beside = self.width - sum(widths) - len(gap) * len(widths)
-        below = beside < min(longest, _NARROWEST_TAIL)
+        too_narrow = beside < min(longest, _NARROWEST_TAIL)
+        indent = " " * (widths[0] + len(gap))
 
         def joined(cells: Sequence[str]) -> str:
             return gap.join(
@@ -75,19 +77,20 @@ class Screen:
             )
 
         strong = set(bold)
-        self._print(joined(headings) + (gap + tail if tails and not below else ""), "dim")
+        self._print(joined(headings) + (gap + tail if tails and not too_narrow else ""), "dim")
         for index, row in enumerate(rows):
             text = tails[index] if tails else ""
             line = joined(row)
-            if text and not below:
+            if text and not too_narrow:
                 parts = textwrap.wrap(text, max(beside, 1)) or [""]
                 line += ("\n" + " " * len(line)).join(gap + part for part in parts)
             self._print(line, "bold" if index in strong else "")
-            if below and text not in ("", "-"):
-                indent = " " * (widths[0] + len(gap))
-                self._print(
-                    textwrap.fill(text, self.width, initial_indent=indent, subsequent_indent=indent), "dim"
-                )
+            for more in (text if too_narrow and text != "-" else "", below[index] if below else ""):
+                if more:
+                    filled = textwrap.fill(
+                        more, self.width, initial_indent=indent, subsequent_indent=indent + "  "
+                    )
+                    self._print(filled, "dim")
 
     def _print(self, text: str, style: str = "") -> None:
         for part in text.split("\n"):
