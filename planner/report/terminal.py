@@ -65,9 +65,12 @@ class Screen:
         widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
         lefts = set(left)
         longest = max((len(text) for text in (tail, *tails) if tails), default=0)
-        gap = next((g for g in _GAPS if self.width - sum(widths) - len(g) * len(widths) >= longest), _GAPS[0])
-        beside = self.width - sum(widths) - len(gap) * len(widths)
+        cells = sum(widths)
+        gap = next((g for g in _GAPS if self.width - cells - len(g) * len(widths) >= longest), _GAPS[0])
+        beside = self.width - cells - len(gap) * len(widths)
         too_narrow = beside < min(longest, _NARROWEST_TAIL)
+        if too_narrow:
+            gap = next((g for g in _GAPS if cells + len(g) * (len(widths) - 1) <= self.width), _GAPS[-1])
         indent = " " * (widths[0] + len(gap))
 
         def joined(cells: Sequence[str]) -> str:
