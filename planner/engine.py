@@ -103,7 +103,9 @@ class Pricer:
             for kind, price in by_kind:
                 batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
                 if batch:
-                    known.update(zip(batch, price(list(batch.values()), axes), strict=True))
+                    seconds = zip(batch.values(), price(list(batch.values()), axes), strict=True)
+                    slowed = (alone if (x := self._slowdown(item)) == 1.0 else alone * x for item, alone in seconds)
+                    known.update(zip(batch, slowed, strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
 
     def key(self, item: Item) -> Any:
@@ -130,6 +132,17 @@ class Pricer:
             ]
             found = self._levels[id(group)] = (group, levels)
         return found[1]
+
+    def _slowdown(self, item: Item) -> float:
+        """What the stack makes of an item's seconds alone."""
+        stack = self.stack
+        if isinstance(item, Matmul):
+            return float(stack.grouped_matmul_slowdown if item.grouped else stack.matmul_slowdown)
+        if isinstance(item, AttentionCore):
+            return float(stack.attention_slowdown)
+        if isinstance(item, Stream):
+            return float(stack.stream_slowdown)
+        return float(stack.collective_slowdown) if isinstance(item, Collective) else 1.0
 
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 

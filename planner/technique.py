@@ -44,6 +44,7 @@ SLOTS = (
     "precision",
     "attention_kernel",
     "loss_kernel",
+    "gradient_accumulation",
     "tensor",
     "sequence_parallel",
     "context",
@@ -69,7 +70,7 @@ ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
 
 def off(slot: str) -> str:
     """What a slot's knob says when no technique fills it."""
-    return {"sequence_parallel": "false", "zero_group": "full"}.get(slot, "none")
+    return {"sequence_parallel": "false", "zero_group": "full", "gradient_accumulation": "fused"}.get(slot, "none")
 
 
 @dataclass(frozen=True, slots=True)

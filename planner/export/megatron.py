@@ -205,8 +205,9 @@ def _states(target: Target) -> Flags:
             "--use-megatron-fsdp": [],
             "--data-parallel-sharding-strategy": ["optim_grads" if stage == "2" else "optim_grads_params"],
             "--ckpt-format": ["fsdp_dtensor"],
-            "--no-gradient-accumulation-fusion": [],
         }
+    if stage in ("2", "3") or knobs["gradient_accumulation"] == "separate":
+        flags["--no-gradient-accumulation-fusion"] = []
     if knobs["zero_group"] == "node" and stage != "0":
         copies = int(distributed_optimizer_instances(target.context())[0].flat[0])
         if copies > 1:

@@ -147,7 +147,6 @@ _IMPLIED = (
     "--moe-grouped-gemm",
     "--moe-token-dispatcher-type",
     "--ckpt-format",
-    "--no-gradient-accumulation-fusion",
     "--optimizer-offload-fraction",
     "--use-precision-aware-optimizer",
     "--moe-router-pre-softmax",
@@ -216,8 +215,15 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "attention_kernel": flags.choice("--attention-backend", "auto", _BACKENDS),
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),
+        **_accumulation(flags),
         **_recompute(flags, chunks),
     }
+
+
+def _accumulation(flags: Flags) -> dict[str, str]:
+    """Whether weight gradients are added by a kernel of their own; Megatron-FSDP, which shards them, cannot do otherwise."""
+    separate = flags.present("--no-gradient-accumulation-fusion") and not flags.present("--use-megatron-fsdp")
+    return {"gradient_accumulation": "separate" if separate else "fused"}
 
 
 _BACKENDS = {"auto": "flash", "flash": "flash", "fused": "flash", "unfused": "eager", "local": "eager"}

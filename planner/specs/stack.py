@@ -77,7 +77,13 @@ class Stack:
     """The constants of one training stack, each with its kind and source.
 
     Attributes:
-        overlap_slowdown: κ, how much compute and communication stretch while they share the device (≥ 1).
+        matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
+            was measured on the best library's kernels alone.
+        grouped_matmul_slowdown: the same of grouped (per expert) products.
+        attention_slowdown: the same of fused attention kernels.
+        stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
+        collective_slowdown: the same of collectives, relative to the links' profile.
+        overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
@@ -87,6 +93,11 @@ class Stack:
     """
 
     name: str
+    matmul_slowdown: Sourced
+    grouped_matmul_slowdown: Sourced
+    attention_slowdown: Sourced
+    stream_slowdown: Sourced
+    collective_slowdown: Sourced
     overlap_slowdown: Sourced
     framework_bytes: Sourced
     communicator_bytes: Sourced
