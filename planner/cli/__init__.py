@@ -1,7 +1,7 @@
 """The command line: results on stdout, progress and errors on stderr, and an exit code that says what happened.
 
-0 done; 2 wrong input; 3 nothing fits; 4 a solver failed; 5 a launcher cannot express the plan; 70 a bug of ours;
-130 interrupted.
+0 done; 1 a recorded bound of ``validate`` is exceeded; 2 wrong input; 3 nothing fits; 4 a solver failed; 5 a launcher cannot
+express the plan; 70 a bug of ours; 130 interrupted.
 """
 
 from __future__ import annotations

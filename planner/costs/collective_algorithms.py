@@ -47,9 +47,8 @@ class Transport:
         exchange_own_share: time of a rank's own part in it, in parts that it sends.
         multicast_s: of an all-reduce that the switch adds up (NVLS).
         multicast_fraction: its bandwidth; 0: the switch adds nothing up.
-        direct_s: of a kernel that reads its peers' memory itself (the custom all-reduce of serving frameworks).
-        direct_hop_s: one round of it: all peers have written, all have seen it.
-        direct_fraction: its bandwidth.
+        direct_hop_s: one round of a kernel that reads its peers' memory itself (the custom all-reduce of serving frameworks).
+        direct_fraction: its bandwidth; 0: there is no such kernel for the link.
         scale_out: whether the link joins nodes: trees branch there, and are chains inside a node.
     """
 
@@ -65,9 +64,8 @@ class Transport:
     exchange_own_share: Real = 0.0
     multicast_s: Real = 0.0
     multicast_fraction: Real = 0.0
-    direct_s: Real = 0.0
     direct_hop_s: Real = 0.0
-    direct_fraction: Real = 1.0
+    direct_fraction: Real = 0.0
     scale_out: bool = False
 
 
@@ -156,7 +154,11 @@ def _path(levels: Sequence[Level]) -> _Path:
     for level in levels:
         alpha_s = level.latency_s
         transport = level.transport or Transport(
-            bulk_hop_s=alpha_s, exchange_s=alpha_s, bulk_exchange_s=alpha_s, direct_hop_s=alpha_s
+            bulk_hop_s=alpha_s,
+            exchange_s=alpha_s,
+            bulk_exchange_s=alpha_s,
+            direct_hop_s=alpha_s,
+            direct_fraction=1.0,
         )
         members = np.multiply(level.members, 1.0)
         crossings.append(_Crossing(below, members, level.bytes_per_s, alpha_s, transport))
@@ -287,14 +289,15 @@ def _direct(passes: float, whole: bool = False) -> Algorithm:
         group = path.group
         s_per_byte: Real = 0.0
         latency_s: Real = 0.0
-        start_s: Real = 0.0
         for below, members, bytes_per_s, _, transport in path.crossings:
+            if transport.direct_fraction == 0.0:
+                latency_s = np.where(members > below, np.inf, latency_s)[()]
+                continue
             crossed = members > below
             leaves = group - below if whole else 1.0 - below / group
             s_per_byte = np.maximum(s_per_byte, crossed * leaves / (bytes_per_s * transport.direct_fraction))
             latency_s = latency_s + crossed * transport.direct_hop_s
-            start_s = np.maximum(start_s, crossed * transport.direct_s)
-        return (MessageCost(passes * s_per_byte, start_s + passes * latency_s),)
+        return (MessageCost(passes * s_per_byte, passes * latency_s),)
 
     return direct
 

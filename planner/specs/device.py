@@ -68,7 +68,6 @@ class Transport:
     exchange_own_share: Sourced
     multicast_s: Sourced | None = None
     multicast_fraction: Sourced | None = None
-    direct_s: Sourced | None = None
     direct_hop_s: Sourced | None = None
     direct_fraction: Sourced | None = None
 
@@ -121,6 +120,7 @@ class Device:
     notes: str = ""
     generation: str = ""  # the family whose defaults the profile shares
     within_node: ScaleUp | None = None  # joins the scale-up domains of one node (bridged pairs over PCIe)
+    bridge: ScaleUp | None = None  # an option that joins pairs; within_node then joins the pairs
     nic_transport: Transport | None = None
 
     def supports(self, dtype: str) -> bool:

@@ -69,7 +69,7 @@ def merged_profile(path: Path) -> dict[str, Any]:
         SpecError: the file is unreadable, or names no known generation or link.
     """
     merged = _over_generation(read_file(path), path)
-    for key in ("scale_up", "within_node"):
+    for key in ("scale_up", "within_node", "bridge"):
         if isinstance(merged.get(key), dict):
             merged[key] = with_link(merged[key], f"{path}: {key}")
     if "nic_link" in merged:
@@ -115,6 +115,7 @@ def _device(reader: Reader) -> Device:
         if field.type == Sourced.__name__
     }
     within_node: Reader | None = reader.table("within_node", None)
+    bridge: Reader | None = reader.table("bridge", None)
     nic: Reader | None = reader.table("nic_transport", None)
     reader.ignore("nic_link")
     device = Device(
@@ -129,6 +130,7 @@ def _device(reader: Reader) -> Device:
         notes=reader.text("notes", ""),
         generation=reader.text("generation", ""),
         within_node=None if within_node is None else _scale_up(within_node),
+        bridge=None if bridge is None else _scale_up(bridge),
         nic_transport=None if nic is None else read_transport(nic),
         **numbers,
     )

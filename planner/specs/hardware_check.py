@@ -39,7 +39,7 @@ def check_hardware(names: Sequence[str] | None = None) -> list[Problem]:
         return [problem for name in names for problem in _check_profile(name, sources)]
     problems = [problem for name in list_devices() for problem in _check_profile(name, sources)]
     problems += [problem for name in list_clusters() for problem in _check_cluster(name, sources)]
-    for folder in ("generations", "stacks"):
+    for folder in ("generations", "links", "stacks"):
         for path in sorted((hardware_folder() / folder).glob("*.toml")):
             problems += _source_problems(read_file(path), sources, str(path))
     return [*problems, *_alias_problems(), *_source_entry_problems(sources)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-PUBLISHED = sorted((Path(__file__).parents[1] / "data" / "published_runs").glob("*.csv"))
+PUBLISHED = sorted((Path(__file__).parents[2] / "examples" / "published_runs").glob("*.csv"))
 RATE = "tokens_per_s_per_device"
 
 

@@ -118,7 +118,10 @@ def test_all_problems_of_a_device_file_at_once(tmp_path):
         tmp_path,
         kind=('value = 700.0, kind = "datasheet"', 'value = 700.0, kind = "guess"'),
         negative=("value = 3.35e12", "value = -3.35e12"),
-        fraction=("value = 0.745", "value = 74.5"),
+        fraction=(
+            "domain = 8",
+            'efficiency = { value = 74.5, kind = "assumed", source = "mine" }\ndomain = 8',
+        ),
         topology=('topology = "switch"', 'topology = "swich"'),
         dtype=("bf16 =", "bf61 ="),
         missing=("multiprocessors", "multi_processors"),
@@ -135,6 +138,17 @@ def test_all_problems_of_a_device_file_at_once(tmp_path):
         "multiprocessors",
         "multi_processors",
     }
+
+
+def test_link_that_nobody_knows(tmp_path):
+    with pytest.raises(SpecError, match="Did you mean nvlink-4"):
+        load_device(own_device(tmp_path, a=('link = "nvlink-4"', 'link = "nvlnk-4"')))
+
+
+def test_link_of_its_own_needs_no_more_than_rate_latency_and_efficiency(tmp_path):
+    plain = own_device(tmp_path, a=('link = "nvlink-4"', "latency_s = 1e-6\nefficiency = 0.8"))
+    assert load_device(plain).scale_up.transport is None
+    assert load_device("h100").scale_up.transport.launch_s.kind == "fitted"
 
 
 def test_reasons_for_oddities_are_text(tmp_path):
@@ -158,12 +172,13 @@ def test_check_reports_what_is_implausible_in_an_own_file(tmp_path):
 
 # -- specs -----------------------------------------------------------------------------------------
 
-# Rates in GB/s per device and direction from the data sheets named in the profiles.
-NV4, NV3, NV5, PCIE5, NDR = (
+# Rates in GB/s per device and direction from the data sheets named in the profiles; across the host, as measured there.
+NV4, NV3, NV5, PCIE5, HOST, NDR = (
     ("nvlink", 450.0),
     ("nvlink", 300.0),
     ("nvlink", 900.0),
     ("pcie", 63.0),
+    ("pcie-host", 13.5),
     ("nic", 50.0),
 )
 
@@ -181,9 +196,9 @@ NV4, NV3, NV5, PCIE5, NDR = (
         ("gb200-nvl72:18x4", [(*NV5, 72)]),
         ("gb200-nvl72:36x4", [(*NV5, 72), (*NDR, 144)]),
         ("gb200-nvl72:20x4", [(*NV5, 40), (*NDR, 80)]),  # two racks of ten trays
-        ("h100-nvl:4x8", [("nvlink", 300.0, 2), (*PCIE5, 8), (*NDR, 32)]),
-        ("h100-nvl:1x3", [(*PCIE5, 3)]),
-        ("h100-pcie:2x8", [(*PCIE5, 8), (*NDR, 16)]),
+        ("h100-nvl:4x8", [("nvlink", 300.0, 2), (*HOST, 8), (*NDR, 32)]),
+        ("h100-nvl:1x3", [(*HOST, 3)]),
+        ("h100-pcie:2x8", [(*PCIE5, 2), (*HOST, 8), (*NDR, 16)]),
         (
             "mi250x:2x8",
             [("xgmi-module", 200.0, 2), ("xgmi", 100.0, 8), ("nic", 12.5, 16)],
@@ -289,7 +304,9 @@ def test_cluster_file_with_network_host_and_price(tmp_path):
         ("leaf", 32, 12.5e9),
         ("spine", 128, 12.5e9),
     ]
-    assert cluster.tiers[2].effective_bytes_per_s == pytest.approx(12.5e9 * 0.8 / 2)
+    assert cluster.tiers[2].effective_bytes_per_s == pytest.approx(
+        12.5e9 * 0.92 / 2
+    )  # InfiniBand's efficiency
     assert (cluster.host_memory_bytes, cluster.host_link_bytes_per_s) == (1.25e11, 40e9)
     assert cluster.device.usd_per_hour.value == 2.5
     assert cluster.name == "mine"

@@ -7,7 +7,7 @@ import pytest
 
 from planner.validation.table import Row
 
-PUBLISHED = Path(__file__).parents[1] / "data" / "published_runs"
+PUBLISHED = Path(__file__).parents[2] / "examples" / "published_runs"
 
 # Llama-3.1 8B on two DGX H100, as torchtitan's tables would print it.
 COMPLETE = {
