@@ -61,7 +61,7 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
             Share(i, block, phase, price, price * f) for (i, price), f in zip(priced, factors, strict=True)
         ]
         dispatch_s = sum(i.launches for i, price in priced if isinstance(i, Kernel) and price > 0) * float(
-            pricer.device.dispatch_s
+            pricer.stack.dispatch_s
         )
         if dispatch_s > total_s:
             shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))

@@ -76,8 +76,8 @@ class Pricer:
 
     def __init__(self, cluster: Cluster, stack: Stack) -> None:
         self.cluster = cluster
-        self.stack = stack
         self.device = cluster.device
+        self.stack = stack.on_generation(self.device.generation)
         self.kernels = Kernels(self.device)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
@@ -298,7 +298,7 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.device.dispatch_s))}
+    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

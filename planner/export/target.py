@@ -16,7 +16,7 @@ from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context, Launcher
+from planner.technique import SLOTS, Context, Launcher, off
 from planner.units import format_bytes
 
 __all__ = ["Target", "summary"]
@@ -44,7 +44,9 @@ class Target:
         Raises:
             SpecError: the plan names a model or a cluster that cannot be found.
         """
-        knobs = {name: str(value).lower() for name, value in plan.knobs.items()}
+        # A plan from before a slot existed does without it.
+        stated = {name: str(value).lower() for name, value in plan.knobs.items()}
+        knobs = {slot: off(slot) for slot in SLOTS} | stated
         return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)
 
     @property

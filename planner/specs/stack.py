@@ -13,12 +13,15 @@ says which published runs it describes, by framework, version and date; :func:`s
 
     [knobs]
     attention_kernel = { value = "eager", kind = "datasheet", source = "megatron-deepspeed" }
+
+    [on.hopper]                      # constants that differ on one generation of accelerators
+    matmul_slowdown = { value = 1.1, kind = "assumed", source = "planner-defaults" }
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,7 @@ class Stack:
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
         collective_slowdown: the same of collectives, relative to the links' profile.
+        dispatch_s: host time to issue one kernel.
         overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
@@ -90,6 +94,7 @@ class Stack:
         gradient_bucket_bytes: bytes that one gradient reduction carries.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
+        on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Stack:
     attention_slowdown: Sourced
     stream_slowdown: Sourced
     collective_slowdown: Sourced
+    dispatch_s: Sourced
     overlap_slowdown: Sourced
     framework_bytes: Sourced
     communicator_bytes: Sourced
@@ -106,6 +112,11 @@ class Stack:
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[Serves, ...] = ()
+    on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
+
+    def on_generation(self, generation: str) -> Stack:
+        """The stack with the constants that it has on one generation of accelerators."""
+        return replace(self, **self.on.get(generation, {}))
 
 
 def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
@@ -118,16 +129,14 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
     if path.suffix != ".toml":
         path = _folder() / f"{path.name}.toml"
     reader = Reader(_merged(path, ()), str(path))
-    values = {
-        field.name: read_sourced(reader, field.name)
-        for field in fields(Stack)
-        if field.type == Sourced.__name__
-    }
+    constants = [field.name for field in fields(Stack) if field.type == Sourced.__name__]
+    values = {name: read_sourced(reader, name) for name in constants}
     stack = Stack(
         name=reader.text("name"),
         notes=reader.text("notes", ""),
         knobs=_knobs(reader.table("knobs", None)),
         serves=tuple(_serves(row) for row in reader.tables("serves", [])),
+        on=_on_generations(reader.table("on", None), constants),
         **values,
     )
     reader.finish()
@@ -177,8 +186,9 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
     merged = {**under, **table}
-    if isinstance(table.get("knobs"), dict):
-        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    for name in ("knobs", "on"):
+        if isinstance(table.get(name), dict):
+            merged[name] = {**under.get(name, {}), **table[name]}
     return merged
 
 
@@ -192,6 +202,17 @@ def _knobs(reader: Reader | None) -> dict[str, str]:
         found[name] = entry.text("value")
         entry.text("kind", choices=KINDS)
         entry.text("source")
+        entry.finish()
+    return found
+
+
+def _on_generations(reader: Reader | None, constants: list[str]) -> dict[str, dict[str, Sourced]]:
+    """Constants by generation of accelerators."""
+    found: dict[str, dict[str, Sourced]] = {}
+    for generation in () if reader is None else reader.keys():
+        assert reader is not None
+        entry: Reader = reader.table(generation)
+        found[generation] = {name: read_sourced(entry, name) for name in constants if name in entry.keys()}
         entry.finish()
     return found
 
