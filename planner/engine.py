@@ -104,7 +104,9 @@ class Pricer:
                 batch = {key: item for key, item in missing.items() if isinstance(item, kind)}
                 if batch:
                     seconds = zip(batch.values(), price(list(batch.values()), axes), strict=True)
-                    slowed = (alone if (x := self._slowdown(item)) == 1.0 else alone * x for item, alone in seconds)
+                    slowed = (
+                        alone if (x := self._slowdown(item)) == 1.0 else alone * x for item, alone in seconds
+                    )
                     known.update(zip(batch, slowed, strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
 

@@ -70,7 +70,9 @@ ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
 
 def off(slot: str) -> str:
     """What a slot's knob says when no technique fills it."""
-    return {"sequence_parallel": "false", "zero_group": "full", "gradient_accumulation": "fused"}.get(slot, "none")
+    return {"sequence_parallel": "false", "zero_group": "full", "gradient_accumulation": "fused"}.get(
+        slot, "none"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
     }
 
 
-def _accumulation(flags: Flags) -> dict[str, str]:
+def _accumulation(flags: FlagReader) -> dict[str, str]:
     """Whether weight gradients are added by a kernel of their own; Megatron-FSDP, which shards them, cannot do otherwise."""
     separate = flags.present("--no-gradient-accumulation-fusion") and not flags.present("--use-megatron-fsdp")
     return {"gradient_accumulation": "separate" if separate else "fused"}

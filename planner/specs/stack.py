@@ -116,7 +116,8 @@ class Stack:
 
     def on_generation(self, generation: str) -> Stack:
         """The stack with the constants that it has on one generation of accelerators."""
-        return replace(self, **self.on.get(generation, {}))
+        constants: Mapping[str, Any] = self.on.get(generation, {})
+        return replace(self, **constants)
 
 
 def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
@@ -186,9 +187,18 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
     merged = {**under, **table}
-    for name in ("knobs", "on"):
-        if isinstance(table.get(name), dict):
-            merged[name] = {**under.get(name, {}), **table[name]}
+    if isinstance(table.get("knobs"), dict):
+        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    # What a stack says of all generations goes before what the one under it says of one.
+    by_generation = {
+        generation: {name: value for name, value in constants.items() if name not in table}
+        for generation, constants in under.get("on", {}).items()
+    }
+    if isinstance(table.get("on"), dict):
+        for generation, constants in table["on"].items():
+            by_generation[generation] = {**by_generation.get(generation, {}), **constants}
+    if by_generation:
+        merged["on"] = by_generation
     return merged
 
 
@@ -212,7 +222,8 @@ def _on_generations(reader: Reader | None, constants: list[str]) -> dict[str, di
     for generation in () if reader is None else reader.keys():
         assert reader is not None
         entry: Reader = reader.table(generation)
-        found[generation] = {name: read_sourced(entry, name) for name in constants if name in entry.keys()}
+        present = set(entry.keys())
+        found[generation] = {name: read_sourced(entry, name) for name in constants if name in present}
         entry.finish()
     return found
 

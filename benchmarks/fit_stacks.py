@@ -1,0 +1,307 @@
+"""Fits the software stacks' time constants to published training runs, and says how far they carry to runs left out.
+
+A constant is one number of one stack (on one generation of accelerators, where it says so); a run takes it from the narrowest
+stack that has it. The step time is the planner's own estimate. It is fitted in logarithms by a robust Gauss-Newton: the share
+of a constant in the step is how much of the step is made of what it slows. Every source weighs the same, however many rows it
+has, and a weak prior pulls every constant towards "as the best library's kernels alone".
+
+    python benchmarks/fit_stacks.py TRAINING.csv…              # three tables: fitted on all, one model, one source left out
+    python benchmarks/fit_stacks.py TRAINING.csv… --write      # and writes the constants into the stacks' files
+
+Rows whose source contradicts itself (the validation's list) are left out of the fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from planner.attribution import Spend
+from planner.errors import PlannerError
+from planner.ledger import AttentionCore, Collective, Matmul, Stream
+from planner.solve.train import examine
+from planner.specs.library import hardware_folder
+from planner.specs.stack import Stack
+from planner.validation.exclusions import read_exclusions
+from planner.validation.measured import asks_for, tokens_per_s_per_device
+from planner.validation.plans import Run, run_of
+from planner.validation.table import Table, Unsupported, read_table
+
+Key = tuple[str, str, str]  # stack, generation ("": any), constant
+
+CONSTANTS: tuple[Key, ...] = (
+    ("default", "", "matmul_slowdown"),
+    ("default", "blackwell", "matmul_slowdown"),
+    ("default", "", "grouped_matmul_slowdown"),
+    ("default", "", "attention_slowdown"),
+    ("default", "", "stream_slowdown"),
+    ("default", "", "collective_slowdown"),
+    ("megatron-eager", "", "matmul_slowdown"),
+    ("megatron-deepspeed", "", "matmul_slowdown"),
+    ("megatron-deepspeed", "", "stream_slowdown"),
+    ("megatron-deepspeed", "", "collective_slowdown"),
+    ("internlm", "", "matmul_slowdown"),
+    ("pytorch-fsdp", "", "matmul_slowdown"),
+    ("pytorch-fsdp", "", "stream_slowdown"),
+    ("pytorch-fsdp", "", "attention_slowdown"),
+    ("pytorch-fsdp", "hopper", "attention_slowdown"),
+    ("pytorch-fsdp", "", "overlap_slowdown"),
+)
+_CHAINS = {"megatron-bridge": ("default",), "megatron-eager": ("default",), "megatron-deepspeed": ("megatron-eager", "default"),
+           "internlm": ("default",), "pytorch-fsdp": ("default",), "default": ()}  # fmt: skip
+_SPREAD = 0.35  # of the prior, in logarithms
+_SOFT = 0.08  # relative error from which a row weighs less
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured run."""
+
+    run: Run
+    source: str
+    model: str
+    measured: float  # tokens/s per device
+
+    def constants(self) -> dict[str, Key]:
+        """Which fitted constant each constant of this run's stack is."""
+        generation = self.run.problem.cluster.device.generation
+        stack = self.run.problem.stack.name
+        found: dict[str, Key] = {}
+        for name in (stack, *_CHAINS[stack]):
+            for where in (generation, ""):
+                for key in CONSTANTS:
+                    if key[:2] == (name, where):
+                        found.setdefault(key[2], key)
+        return found
+
+    def with_stack(self, values: dict[Key, float]) -> Run:
+        """The run with constants set."""
+        mine = self.constants()
+        problem = self.run.problem
+        stack = problem.stack.on_generation(problem.cluster.device.generation)
+        set_ = {
+            name: replace(getattr(stack, name), value=values[key])
+            for name, key in mine.items()
+            if key in values
+        }
+        return replace(self.run, problem=replace(problem, stack=replace(stack, on={}, **set_)))
+
+
+def main() -> None:
+    """Fits, prints, and writes when asked."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the constants into the stacks' files")
+    parser.add_argument("--json", type=Path, help="write the three results as JSON")
+    options = parser.parse_args()
+    rows = read_rows(options.files)
+    values = {key: _value_of(rows, key) for key in CONSTANTS}
+    for _ in range(_ROUNDS):
+        values = step(rows, values, *evaluate(rows, values))
+    errors, shares = evaluate(rows, values)
+    spread = _standard_errors(rows, values, shares)
+    print(
+        f"{len(CONSTANTS)} constants, {len(rows)} rows: {len(rows) / len(CONSTANTS):.0f} rows per constant\n"
+    )
+    for key in CONSTANTS:
+        used = sum(key in row.constants().values() for row in rows)
+        print(f"  {' '.join(filter(None, key)):45} {values[key]:.3f}  ± {spread[key]:.1%}  ({used} rows)")
+    results = {
+        "all": errors,
+        "model left out": _left_out(rows, values, errors, shares, lambda row: row.model),
+        "source left out": _left_out(rows, values, errors, shares, lambda row: row.source),
+    }
+    _print(rows, results)
+    if options.json:
+        table = {
+            name: dict(zip((r.run.row.row_id for r in rows), map(float, e), strict=True))
+            for name, e in results.items()
+        }
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    if options.write:
+        write(values, spread, rows)
+
+
+def read_rows(files: Sequence[Path]) -> list[Row]:
+    """Every row that is fit for time and can be priced."""
+    excluded, rows = read_exclusions(), []
+    for path in files:
+        table: Table = read_table(path)
+        for row in table.rows:
+            try:
+                if "tokens_per_s_per_device" not in asks_for(row):
+                    continue
+                if row.row_id in excluded and excluded[row.row_id].reason("tokens_per_s_per_device"):
+                    continue
+                run = run_of(row)
+                problem = run.problem
+                measured = tokens_per_s_per_device(
+                    row, problem.model, problem.workload, problem.cluster.devices, problem.cluster.device,
+                    str(problem.fixed["precision"]).replace("mx", "").replace("nv", ""),
+                )  # fmt: skip
+                estimated = examine(problem)
+            except (Unsupported, PlannerError):
+                continue
+            if estimated.plan.estimate.fits:
+                rows.append(Row(run, row.file, row.text("model"), measured))
+    return rows
+
+
+def evaluate(rows: Sequence[Row], values: dict[Key, float]) -> tuple[np.ndarray, np.ndarray]:
+    """log(predicted/measured seconds) of every row, and how it moves with the logarithm of every constant."""
+    errors, shares = np.zeros(len(rows)), np.zeros((len(rows), len(CONSTANTS)))
+    for index, row in enumerate(rows):
+        assembly = examine(row.with_stack(values).problem)
+        estimate = assembly.plan.estimate
+        errors[index] = log(row.measured / estimate.tokens_per_s_per_device)
+        kinds: dict[str, float] = defaultdict(float)
+        busy = 0.0
+        for spend in assembly.spends:
+            kind = _kind(spend)
+            busy += spend.seconds
+            if kind is not None:
+                kinds[kind] += spend.seconds
+            if kind == "collective_slowdown":
+                kinds["overlap_slowdown"] += spend.alone_s - spend.seconds
+        mine = row.constants()
+        for name, key in mine.items():
+            shares[index, CONSTANTS.index(key)] = kinds[name] / busy
+    return errors, shares
+
+
+def _kind(spend: Spend) -> str | None:
+    item = spend.share.item
+    if isinstance(item, Matmul):
+        return "grouped_matmul_slowdown" if item.grouped else "matmul_slowdown"
+    if isinstance(item, AttentionCore):
+        return "attention_slowdown"
+    if isinstance(item, Stream):
+        return "stream_slowdown"
+    return "collective_slowdown" if isinstance(item, Collective) else None
+
+
+def step(
+    rows: Sequence[Row],
+    values: dict[Key, float],
+    errors: np.ndarray,
+    shares: np.ndarray,
+    used: np.ndarray | None = None,
+) -> dict[Key, float]:
+    """Constants that fit the used rows best, by the errors and shares at ``values``."""
+    used = np.ones(len(rows), dtype=bool) if used is None else used
+    sources = np.array([row.source for row in rows])
+    count = {source: int(np.sum(used & (sources == source))) for source in set(sources)}
+    weight = np.array([1.0 / np.sqrt(max(count[s], 8)) for s in sources]) * np.sqrt(8.0) * used
+    start = np.array([log(values[key]) for key in CONSTANTS])
+    prior = np.array([log(_PRIORS.get(key, 1.0)) for key in CONSTANTS])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        left = (errors + shares @ (x - start)) / _SOFT
+        robust = np.sign(left) * np.sqrt(2.0 * (np.sqrt(1.0 + left**2) - 1.0))
+        return np.concatenate([weight * robust, 0.5 * (x - prior) / _SPREAD])
+
+    low, high = np.full(len(start), log(0.8)), np.full(len(start), log(4.0))
+    found = least_squares(residuals, np.clip(start, low + 1e-6, high - 1e-6), bounds=(low, high))
+    return {key: exp(x) for key, x in zip(CONSTANTS, found.x, strict=True)}
+
+
+_PRIORS: dict[Key, float] = {}
+
+
+def _left_out(
+    rows: Sequence[Row],
+    values: dict[Key, float],
+    errors: np.ndarray,
+    shares: np.ndarray,
+    group: Callable[[Row], str],
+) -> np.ndarray:
+    """Errors of every row with constants fitted on the rows of the other groups alone."""
+    groups = np.array([group(row) for row in rows])
+    result = np.zeros(len(rows))
+    for name in sorted(set(groups)):
+        out = groups == name
+        fold = step(rows, values, errors, shares, ~out)
+        left = [row for row, is_out in zip(rows, out, strict=True) if is_out]
+        result[out] = evaluate(left, fold)[0]
+    return result
+
+
+def _standard_errors(rows: Sequence[Row], values: dict[Key, float], shares: np.ndarray) -> dict[Key, float]:
+    """Spread of each constant over 40 bootstraps of the models."""
+    draw = np.random.default_rng(0)
+    errors, _ = evaluate(rows, values)
+    models = np.array([row.model for row in rows])
+    names = sorted(set(models))
+    drawn = []
+    for _ in range(40):
+        kept = np.isin(models, draw.choice(names, len(names)))
+        drawn.append([log(v) for v in step(rows, values, errors, shares, kept).values()])
+    return {key: float(s) for key, s in zip(CONSTANTS, np.std(drawn, axis=0), strict=True)}
+
+
+def _print(rows: Sequence[Row], results: dict[str, np.ndarray]) -> None:
+    sources = np.array([row.source for row in rows])
+    print(f"\n{'source':42} {'rows':>5}" + "".join(f"{name:>24}" for name in results))
+    medians: dict[str, list[float]] = defaultdict(list)
+    tails: dict[str, list[float]] = defaultdict(list)
+    for source in sorted(set(sources)):
+        line = f"{source:42} {np.sum(sources == source):5}"
+        for name, errors in results.items():
+            ape = np.abs(np.exp(-errors[sources == source]) - 1.0)  # of tokens per second
+            medians[name].append(float(np.median(ape)))
+            tails[name].append(float(np.percentile(ape, 90)))
+            line += f"{medians[name][-1]:14.1%} /{tails[name][-1]:7.1%}"
+        print(line)
+    line = f"{'mean over sources':42} {len(rows):5}"
+    print(line + "".join(f"{np.mean(medians[n]):14.1%} /{np.mean(tails[n]):7.1%}" for n in results))
+
+
+def _value_of(rows: Sequence[Row], key: Key) -> float:
+    """What the shipped files say of a constant."""
+    for row in rows:
+        if row.constants().get(key[2]) == key:
+            stack: Stack = row.run.problem.stack.on_generation(row.run.problem.cluster.device.generation)
+            return float(getattr(stack, key[2]))
+    sys.exit(f"no row tells anything of {' '.join(key)}")
+
+
+def write(values: dict[Key, float], spread: dict[Key, float], rows: Sequence[Row]) -> None:
+    """Sets the constants in the stacks' files; comments and everything else stay."""
+    for stack, generation, constant in CONSTANTS:
+        key = (stack, generation, constant)
+        path = hardware_folder() / "stacks" / f"{stack}.toml"
+        used = sorted({row.source.removesuffix(".csv") for row in rows if key in row.constants().values()})
+        entry = (
+            f'{constant} = {{ value = {values[key]:.3g}, kind = "fitted", source = "published-training-runs" }}'
+            f"  # ±{spread[key]:.0%}; {', '.join(used)}"
+        )
+        text = path.read_text()
+        head, table, tail = text.partition(f"[on.{generation}]\n") if generation else (text, "", "")
+        if generation and not table:
+            head, table = text.rstrip() + "\n\n", f"[on.{generation}]\n"
+        part = tail if generation else head
+        line = re.compile(rf"^{constant} = .*$", re.MULTILINE)
+        top = part.split("\n[", 1)
+        if line.search(top[0]):
+            top[0] = line.sub(entry, top[0])
+        elif generation:
+            top[0] = entry + "\n" + top[0]
+        else:
+            top[0] = top[0].rstrip() + "\n" + entry + "\n"
+        part = "\n[".join(top)
+        path.write_text(head + table + part if generation else part)
+
+
+if __name__ == "__main__":
+    main()
