@@ -39,7 +39,7 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
             for leaf in content["bytes"]["host"]
         ]
         screen.section("In host memory, per device", held)
-    binds = [f"{entry['what']} {100 * entry['share']:.1f} %: {entry['text']}" for entry in content["binds"]]
+    binds = [f"{entry['what']}: {percent(entry['share'], 1.0)} {entry['text']}" for entry in content["binds"]]
     screen.section("What binds", binds)
     screen.section("What a little more would buy (tokens/s)", _gains(content["sensitivities"], estimate.fits))
     screen.section("Sources", _sources(content))
