@@ -49,7 +49,7 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
     second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
-    screen.section("Next", _next(saved, result.plans, second))
+    screen.section("Next", _next(saved, result.plans, second), wrapped=False)
 
 
 def _point(plan: Mapping[str, Any]) -> str:

@@ -73,7 +73,8 @@ def search(
     )
     plans = tuple(_assembled(problem, uniform, ranked, stopped))
     wall_s = perf_counter() - start
-    report = SearchReport(counts.candidates, counts.scored, counts.repriced, excluded, rejected, wall_s)
+    repriced = uniform.ranking.repriced  # the counts have it at the end only
+    report = SearchReport(counts.candidates, counts.scored, repriced, excluded, rejected, wall_s)
     result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
