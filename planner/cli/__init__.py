@@ -14,8 +14,6 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-_HELP = "See --help."
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
@@ -79,10 +77,16 @@ def _run(arguments: Sequence[str]) -> int:
         raise BrokenPipeError from None
     except Exception as error:
         if isinstance(error, usage_error):
-            message = error.format_message()  # type: ignore[attr-defined]
-            report_error(SpecError(Problem("arguments", message, try_=_HELP)), as_json)
+            message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            report_error(SpecError(Problem("arguments", message, try_=_help(error))), as_json)
             return SpecError.exit_code
         if os.environ.get("PLANNER_TRACEBACK"):
             raise
         report_bug(error, as_json)
         return BUG
+
+
+def _help(error: Exception) -> str:
+    """Which help to look at: that of the command that was misused."""
+    context = getattr(error, "ctx", None)
+    return f"See {'planner' if context is None else context.command_path} --help."

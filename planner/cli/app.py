@@ -24,10 +24,12 @@ from planner.cli import (
 __all__ = ["command"]
 
 _PLAIN: dict[str, Any] = {
-    "no_args_is_help": True,
+    "invoke_without_command": True,
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
+    "context_settings": {"max_content_width": 110},
 }
+_WRONG_INPUT = 2
 
 
 def command() -> Callable[..., Any]:
@@ -41,7 +43,8 @@ def command() -> Callable[..., Any]:
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
     for name, verbs in (("hardware", hardware), ("models", models)):
-        group = typer.Typer(help=verbs.__doc__, **_PLAIN)
+        group = typer.Typer(help=verbs.HELP, **_PLAIN)
+        group.callback()(_group)
         for verb, run in verbs.VERBS.items():
             group.command(verb)(run)
         app.add_typer(group, name=name)
@@ -64,8 +67,16 @@ def _version(wanted: bool) -> None:
 
 
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    _group(context)
+
+
+def _group(context: typer.Context) -> None:
+    """Without a command there is nothing to do but to say which there are."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(_WRONG_INPUT)

@@ -18,7 +18,10 @@ def compare(
     b: Annotated[str, typer.Argument(help=PLAN_HELP)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
-    """Compare two plans term by term: choices, seconds and bytes, as their files say."""
+    """Compare two plans term by term.
+
+    Choices, seconds and bytes, as their files say.
+    """
     from planner.cli.output import print_json
     from planner.errors import SpecError
 

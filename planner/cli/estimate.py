@@ -36,10 +36,10 @@ def estimate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
-    """Price the one plan that --fix names; degrees that are left out are 1, and dp is what remains.
+    """Price the one plan that --fix names.
 
-    A plan that does not fit in memory is priced all the same, with ``fits`` false. With --from-megatron, the best plan for
-    the same job is searched too, and what it would gain is said.
+    Degrees that are left out are 1, and dp is what remains. A plan that does not fit in memory is priced all the same, and
+    says so. With --from-megatron, the plan is the script's, and the best plan for the same job is searched too.
     """
     from planner import estimate as price
     from planner.cli.output import OutputFile, json_text, print_json

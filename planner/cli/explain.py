@@ -23,9 +23,10 @@ def explain(
     everything: Annotated[bool, typer.Option("--all", help="List small items too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
-    """Show where every second and byte of a plan goes, down to technique and source.
+    """Show where every second and byte of a plan goes.
 
-    A plan from a file is priced again with this version; what has changed since is said.
+    By item, technique and source; then what binds, and what a little more of it would buy. A plan from a file is priced
+    again with this version, and what has changed since is said.
     """
     from planner import examine
     from planner.cli.output import print_json

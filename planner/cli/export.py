@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,20 +26,27 @@ def export(
         ),
     ] = None,
     script: Annotated[
-        str | None, typer.Option("--script", help="The training script to launch.", show_default=False)
+        str | None,
+        typer.Option("--script", metavar="FILE", help="The training script to launch.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Write a plan as a launcher's own arguments and scripts.
 
-    What the launcher cannot express is an error, never left out.
+    What the launcher cannot express is an error, never left out; train --for LAUNCHER finds plans that it can.
     """
     from planner.cli.output import print_json
+    from planner.errors import ExportError
     from planner.export import export as write
+    from planner.export.launchers import LAUNCHERS
 
     chosen = read_plan(plan)
     options = {} if script is None else {"script": script}
-    files = write(chosen, to, **options)
+    try:
+        files = write(chosen, to, **options)
+    except ExportError as error:
+        hint = f"train --for {to} finds plans that it can run." if to in LAUNCHERS else ""
+        raise ExportError([*error.problems[:-1], replace(error.problems[-1], try_=hint)]) from None
     written = [] if out is None else _written(Path(out).expanduser(), files)
     if as_json:
         print_json({"plan": chosen.id, "to": to, "files": dict(files), "written": written})

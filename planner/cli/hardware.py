@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.device import Device
 
+HELP = "List, show and check devices and clusters."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -35,7 +36,10 @@ def show(
     ],
     as_json: _Json = False,
 ) -> None:
-    """Show a device with the source of every number, or a cluster with its tiers."""
+    """Show a device or a cluster.
+
+    Every number of a device comes with its kind and source; a cluster with its network tiers.
+    """
     from planner.cli.output import print_json
     from planner.specs.cluster import Cluster
 
@@ -60,7 +64,10 @@ def check(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Check that hardware profiles are physically plausible and that every number has a source."""
+    """Check that profiles are plausible.
+
+    Numbers have to agree with each other and with physics, and each needs a source.
+    """
     from planner.cli.output import print_json
     from planner.errors import SpecError
     from planner.specs.hardware import check_hardware
@@ -81,14 +88,21 @@ VERBS = {"list": list_hardware, "show": show, "check": check}
 
 def _load(name: str) -> Device | Cluster:
     """A device where the name is one, else a cluster."""
-    from planner.specs.device_file import find_device
-    from planner.specs.hardware import load_cluster, load_device
+    from planner.errors import Problem, SpecError, did_you_mean
+    from planner.specs.device_file import aliases, find_device
+    from planner.specs.hardware import list_clusters, list_devices, load_cluster, load_device
     from planner.specs.load import read_file
 
     if find_device(name) is not None:
         return load_device(name)
-    if name.endswith(".toml") and not {"group", "tier"} & read_file(name).keys():
-        return load_device(name)
+    if name.endswith(".toml"):
+        is_cluster = {"group", "tier"} & read_file(name).keys()
+        return load_cluster(name) if is_cluster else load_device(name)
+    known = list_clusters()
+    if not set(":+/") & set(name) and name.lower() not in known:
+        names = [*aliases("devices"), *list_devices(), *known]
+        hint = did_you_mean(name.lower(), names) or "planner hardware list shows them all."
+        raise SpecError(Problem("NAME", f"unknown device or cluster {name[:40]!r}", "a shipped name", hint))
     return load_cluster(name)
 
 

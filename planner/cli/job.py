@@ -44,6 +44,7 @@ __all__ = ["JobOptions", "with_job"]
 T = TypeVar("T")
 
 
+_SPEC_FLAGS = {name: f"--{name}" for name in ("model", "cluster", "stack")}
 _WORKLOAD_FLAGS = {
     "global_batch_size": "--global-batch",
     "seq_len": "--seq-len",
@@ -115,7 +116,9 @@ class JobOptions:
         str | None,
         _option("--precision", text="Formats to choose from, e.g. bf16,fp8 [bf16].", metavar="LIST"),
     ] = None
-    optimizer: Annotated[str | None, _option("--optimizer", text="Optimizer [adamw].", metavar="NAME")] = None
+    optimizer: Annotated[
+        str | None, _option("--optimizer", text="Optimizer, e.g. muon [adamw].", metavar="NAME")
+    ] = None
     reserve: Annotated[
         str | None, _option("--reserve", text="Device memory to leave free: 5% or 4GiB [0].", metavar="SIZE")
     ] = None
@@ -126,13 +129,18 @@ class JobOptions:
         ),
     ] = "step_time"
     tokens: Annotated[
-        str | None, _option("--tokens", text="Length of the run, e.g. 15T: adds its totals.", metavar="N")
+        str | None,
+        _option(
+            "--tokens", text="Length of the run, e.g. 15T: adds days, device hours and dollars.", metavar="N"
+        ),
     ] = None
     usd_per_hour: Annotated[
-        str | None, _option("--usd-per-hour", text="Price per device and hour.", metavar="USD")
+        str | None,
+        _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
     ] = None
     launcher: Annotated[
-        str | None, _option("--for", text="Only plans that this launcher can run.", metavar="LAUNCHER")
+        str | None,
+        _option("--for", text="Only plans that it can run: megatron, fsdp or deepspeed.", metavar="LAUNCHER"),
     ] = None
     document_len: Annotated[
         str | None,
@@ -141,7 +149,8 @@ class JobOptions:
         ),
     ] = None
     encoder_seq_len: Annotated[
-        str | None, _option("--encoder-seq-len", text="Tokens per sequence of the encoder.", metavar="N")
+        str | None,
+        _option("--encoder-seq-len", text="Tokens per sequence of the encoder [as --seq-len].", metavar="N"),
     ] = None
     expert_load_factor: Annotated[
         str | None,
@@ -151,7 +160,9 @@ class JobOptions:
         str | None,
         _option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
     ] = None
-    stack: Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")] = "default"
+    stack: Annotated[
+        str, _option("--stack", text="Software stack: shipped, or .toml [default].", metavar="NAME")
+    ] = "default"
 
     @property
     def given(self) -> bool:
@@ -173,9 +184,11 @@ class JobOptions:
         """
         faults = list(extra)
         model = (
-            base.model if base is not None and self.model is None else attempt(faults, read_model, self.model)
+            base.model
+            if base is not None and self.model is None
+            else attempt(faults, read_model, self.model, flags=_SPEC_FLAGS)
         )
-        stack = attempt(faults, read_stack, self.stack)
+        stack = attempt(faults, read_stack, self.stack, flags=_SPEC_FLAGS)
         clusters = self._clusters(faults)
         workload = self._workload(faults, base.workload if base is not None else {})
         fixed = attempt(faults, parse_fixed, self.fix or [])
@@ -203,8 +216,8 @@ class JobOptions:
 
     def _clusters(self, faults: list[Fault]) -> list[Cluster]:
         if not self.cluster:
-            faults.append(Fault("--cluster", "is missing", "such as h100-sxm:8x8"))
-        loaded = [attempt(faults, read_cluster, text) for text in self.cluster or []]
+            faults.append(Fault("--cluster", "is missing", "a cluster, such as h100-sxm:8x8"))
+        loaded = [attempt(faults, read_cluster, text, flags=_SPEC_FLAGS) for text in self.cluster or []]
         return [cluster for cluster in loaded if cluster is not None]
 
     def _workload(self, faults: list[Fault], base: Mapping[str, Any]) -> TrainWorkload | None:
@@ -222,12 +235,12 @@ class JobOptions:
             "precisions": None if self.precision is None else read_list(self.precision),
         }
         given = {**base, **{name: value for name, value in values.items() if value is not None}}
-        for name, flag, text in (
-            ("global_batch_size", "--global-batch", self.global_batch),
-            ("seq_len", "--seq-len", self.seq_len),
+        for name, flag, text, what in (
+            ("global_batch_size", "--global-batch", self.global_batch, "sequences per optimizer step"),
+            ("seq_len", "--seq-len", self.seq_len, "tokens per sequence"),
         ):
             if text is None and name not in base:
-                faults.append(Fault(flag, "is missing", "a whole number", "See --help."))
+                faults.append(Fault(flag, "is missing", f"a whole number, {what}"))
             given.setdefault(
                 name, 1
             )  # stands in for what is missing or unreadable, so that the rest is checked too
@@ -239,7 +252,7 @@ class JobOptions:
 def with_job(command: Callable[..., T]) -> Callable[..., T]:
     """Gives a command the options of a job; it receives them as its argument ``job``."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "job"]
-    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *_shared_parameters()]
+    parameters = [*_shared_parameters(), *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
 
     def run(**values: Any) -> T:
         job = JobOptions(**{field.name: values.pop(field.name) for field in fields(JobOptions)})

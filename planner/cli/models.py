@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from planner.specs.model import Model
 
+HELP = "List, show and import models."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -31,7 +32,10 @@ def show(
     name: Annotated[str, typer.Argument(help="A shipped model, a hub id, a .toml file, or a config.json.")],
     as_json: _Json = False,
 ) -> None:
-    """Show what a model is made of, and its exact parameter count."""
+    """Show what a model is made of.
+
+    Its layers and their sizes, and the exact number of parameters, active ones too.
+    """
     from planner.specs.models import load_model
 
     _print(load_model(name), as_json)
@@ -49,7 +53,10 @@ def read(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Read a Hugging Face config: print the model that it describes, and write it as a model file."""
+    """Read a Hugging Face config.
+
+    Prints the model that it describes, and writes it as a model file, to be changed at will.
+    """
     from planner.cli.output import OutputFile
     from planner.errors import Problem, SpecError
     from planner.specs.model_writer import model_toml

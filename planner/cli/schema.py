@@ -10,7 +10,10 @@ import typer
 def schema(
     as_json: Annotated[bool, typer.Option("--json", help="The schema is JSON already.")] = False,
 ) -> None:
-    """Print the JSON schema of what train, estimate and export write."""
+    """Print the JSON schema of plans.
+
+    It describes what train and estimate write.
+    """
     from importlib.resources import files
 
     from planner.cli.output import print_json

@@ -9,11 +9,20 @@ import typer
 
 def techniques(
     job: Annotated[
-        str | None, typer.Option("--job", help="training or serving; both if left out.", show_default=False)
+        str | None,
+        typer.Option(
+            "--job", metavar="JOB", help="training or serving; both if left out.", show_default=False
+        ),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also say why the others are not modelled.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
-    """List every technique: what is modelled, with its slot and choices, and what is only declared."""
+    """List the techniques, and the choices of --fix that they serve.
+
+    Those that are known and not modelled are named as well.
+    """
     from planner.cli.output import print_json
     from planner.errors import Problem, SpecError, did_you_mean
     from planner.technique import catalogue
@@ -27,4 +36,4 @@ def techniques(
     else:
         from planner.report.catalogue import show_techniques
 
-        show_techniques(found)
+        show_techniques(found, everything)

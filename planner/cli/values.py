@@ -102,7 +102,7 @@ def read_model(text: str | None) -> Model:
     from planner.specs.models import load_model
 
     if text is None:
-        raise SpecError(Fault("--model", "is missing", "such as llama3.1-70b"))
+        raise SpecError(Fault("--model", "is missing", "a model, such as llama3.1-70b"))
     model = load_model(text)
     return replace(model, name=_as_given(text, model.name))
 

@@ -56,6 +56,7 @@ from planner.costs.compute import (
 )
 from planner.costs.economics import device_hours, rental_usd, tokens_run_s, usd_per_token
 from planner.costs.energy import average_power_w, emitted_kg, energy_j
+from planner.costs.expert_exchange import expert_exchange_s
 from planner.costs.flop import (
     dense_training_flop,
     gpt_iteration_flop,
@@ -188,6 +189,7 @@ __all__ = [
     "end_activation_bytes",
     "energy_j",
     "expert_capacity",
+    "expert_exchange_s",
     "expert_flop",
     "expert_parameters",
     "expert_traffic_ratio",

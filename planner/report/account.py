@@ -67,20 +67,17 @@ def byte_tree(assembly: Assembly) -> dict[str, Any]:
 
 
 def binding(assembly: Assembly) -> list[dict[str, Any]]:
-    """What holds the plan back, as (what, share of the step or of memory, in words)."""
+    """What holds the plan back: ``what``, its ``share``, and ``text`` that says of what it is a share."""
     estimate = assembly.plan.estimate
     step_s, parts = estimate.step_time_s, estimate.breakdown_s
     peak, budget = estimate.memory_bytes["peak"], estimate.memory_budget_bytes
     full = peak / budget
-    found = [{"what": "memory", "share": full, "text": _memory_text(full)}]
+    verdict = "does not fit" if full > 1.0 else "binds" if full > 0.95 else "to spare"
+    text = f"of the memory that a plan may use, at the peak: {verdict}"
+    found = [{"what": "memory", "share": full, "text": text}]
     compute_s = sum(parts.get(name, 0.0) for name in ("matmul", "attention", "recompute"))
-    found.append(
-        {
-            "what": "compute",
-            "share": compute_s / step_s,
-            "text": "matrix products, attention and their recomputation",
-        }
-    )
+    text = "of the step in matrix products, attention and their recomputation"
+    found.append({"what": "compute", "share": compute_s / step_s, "text": text})
     exposed = [
         leaf
         for group in second_tree(assembly)["children"]
@@ -90,20 +87,12 @@ def binding(assembly: Assembly) -> list[dict[str, Any]]:
     if exposed:
         worst = max(exposed, key=lambda leaf: leaf["seconds"])
         total_s = sum(leaf["seconds"] for leaf in exposed)
-        text = (
-            f"exposed communication; most of it {worst['what']} ({worst['phase']}), "
-            f"{worst['seconds'] / step_s:.1%} of the step"
-        )
+        text = f"of the step in exposed communication, most of it {worst['what']} ({worst['phase']})"
         found.append({"what": "communication", "share": total_s / step_s, "text": text})
     bubble_s = parts.get("pipeline_bubble", 0.0)
     if bubble_s > 0.0:
-        found.append(
-            {
-                "what": "pipeline",
-                "share": bubble_s / step_s,
-                "text": "waiting for other stages (bubble and hops)",
-            }
-        )
+        text = "of the step waiting for other stages (bubble and hops)"
+        found.append({"what": "pipeline", "share": bubble_s / step_s, "text": text})
     return found
 
 
@@ -145,16 +134,6 @@ def _bubble(assembly: Assembly, bubble_s: float) -> dict[str, Any]:
 
 def _named(held: Holding) -> str:
     return held.pool if held.item is None else held.item.what
-
-
-def _memory_text(full: float) -> str:
-    if full > 1.0:
-        return "the peak is above what a plan may use"
-    return (
-        "the peak, of what a plan may use; memory binds"
-        if full > 0.95
-        else "the peak, of what a plan may use"
-    )
 
 
 def _sorted_groups(leaves: dict[str, list[dict[str, Any]]], unit: str) -> list[dict[str, Any]]:

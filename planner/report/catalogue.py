@@ -20,29 +20,28 @@ __all__ = ["show_cluster", "show_device", "show_hardware", "show_model", "show_m
 _MOST_RUNS = 8
 
 
-def show_techniques(techniques: Sequence[Technique]) -> None:
-    """Prints the catalogue: modelled techniques by slot, then what is declared and why it is not modelled."""
+def show_techniques(techniques: Sequence[Technique], everything: bool) -> None:
+    """Prints the catalogue: modelled techniques by slot, then what is declared; with ``everything``, why it is not modelled."""
     screen = Screen()
     order = {slot: index for index, slot in enumerate(SLOTS)}
     modelled = [t for t in techniques if t.status == "modelled"]
     modelled.sort(key=lambda t: (order.get(t.slot or "", len(order)), t.key))
     if modelled:
-        rows = [(t.key, t.slot or t.kind, t.source, str(len(t.figures))) for t in modelled]
         screen.line(f"{len(modelled)} modelled", "bold")
-        choices = [" ".join(t.choices) for t in modelled]
+        rows = [(t.slot or t.kind, t.key, str(len(t.figures))) for t in modelled]
+        tails = [" · ".join(part for part in (" ".join(t.choices), t.source) if part) for t in modelled]
         screen.grid(
-            ("key", "slot", "source", "figures"),
-            rows,
-            ("key", "slot", "source"),
-            "values of --fix SLOT=",
-            choices,
+            ("slot", "key", "figures"), rows, ("slot", "key"), "choices of --fix SLOT=… · source", tails
         )
     declared = [t for t in techniques if t.status != "modelled"]
-    if declared:
+    if declared and everything:
         screen.line()
         screen.line(f"{len(declared)} declared and not modelled", "bold")
         why = [f"{t.summary} ({t.source})" for t in declared]
         screen.grid(("key", "kind"), [(t.key, t.kind) for t in declared], ("key", "kind"), "why not", why)
+    elif declared:
+        keys = ", ".join(t.key for t in declared)
+        screen.section(f"{len(declared)} declared and not modelled (--all says why)", [keys])
 
 
 def show_hardware(devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:
@@ -70,9 +69,9 @@ def show_device(device: Device, numbers: Mapping[str, Mapping[str, Any]]) -> Non
     screen.line(
         f"{device.name} ({device.vendor}, {device.year}), sold in nodes of {device.devices_per_node}", "bold"
     )
-    rows = [(name, f"{number['value']:.6g}", number["kind"]) for name, number in numbers.items()]
+    rows = [(name, _readable(name, number["value"]), number["kind"]) for name, number in numbers.items()]
     sources = [str(number["source"]) for number in numbers.values()]
-    screen.grid(("SI units", "value", "kind"), rows, ("SI units", "kind"), "source", sources)
+    screen.grid(("key", "value", "kind"), rows, ("key", "kind"), "source", sources)
     screen.section("Notes", [device.notes] if device.notes else [])
 
 
@@ -80,7 +79,8 @@ def show_cluster(cluster: Cluster) -> None:
     """Prints a cluster's tiers and hosts."""
     screen = Screen()
     made_of = ", ".join(
-        f"{g.nodes:,} nodes of {g.devices_per_node} × {g.device.name}" for g in cluster.groups
+        f"{g.nodes:,} node{'s' * (g.nodes > 1)} of {g.devices_per_node} × {g.device.name}"
+        for g in cluster.groups
     )
     screen.line(f"{cluster.name}: {cluster.devices:,} devices ({made_of})", "bold")
     rows = [
@@ -112,7 +112,7 @@ def show_models(models: Sequence[Model]) -> None:
     rows = [
         (
             m.name, format_count(parameter_count(m)), format_count(active_parameter_count(m)),
-            str(m.n_layers + sum(n for _, n in m.encoder_layers)), str(m.hidden), f"{m.vocab:,}", f"{m.max_seq_len:,}", m.arch,
+            str(m.n_layers + sum(n for _, n in m.encoder_layers)), f"{m.hidden:,}", f"{m.vocab:,}", f"{m.max_seq_len:,}", m.arch,
         )
         for m in models
     ]  # fmt: skip
@@ -141,6 +141,33 @@ def show_model(model: Model) -> None:
         + ([model.exception] if model.exception else []),
     )
     screen.section("Source", [model.source] if model.source else [])
+
+
+_UNITS = {"flop_per_s": "FLOP/s", "bytes_per_s": "B/s", "_bytes": "B", "_s": "s", "_w": "W"}
+_PREFIXES = (
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+)
+
+
+def _readable(key: str, value: float) -> str:
+    """A number with a prefix and the unit that its key ends in; plain where it has none.
+
+    >>> _readable("peak_flop_per_s.bf16", 9.894e14), _readable("launch_s", 2.8e-6), _readable("multiprocessors", 132.0)
+    ('989.4 TFLOP/s', '2.8 µs', '132')
+    """
+    named = (suffix for part in reversed(key.split(".")) for suffix in _UNITS if part.endswith(suffix))
+    suffix = next(named, None)
+    if suffix is None or not value:
+        return f"{value:.6g}"
+    scale, prefix = next(((s, p) for s, p in _PREFIXES if value >= s), (1e-9, "n"))
+    return f"{value / scale:.4g} {prefix}{_UNITS[suffix]}"
 
 
 def _device_row(device: Device) -> tuple[str, ...]:

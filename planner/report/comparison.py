@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.plan import Plan
-from planner.report.terminal import Screen, gib, percent, words
+from planner.report.terminal import Screen, gib, words
+from planner.units import GIB
 
 __all__ = ["comparison", "show_comparison"]
 
@@ -37,6 +38,7 @@ def show_comparison(content: Mapping[str, Any]) -> None:
             + ("" if one["fits"] else ", DOES NOT FIT"),
             "bold",
         )
+    screen.line(_verdict(content))
     for heading, part in (("Jobs differ", content["job"]), ("Choices", content["choices"])):
         told = [
             f"{words(name)}: {_said(values['a'])} → {_said(values['b'])}" for name, values in part.items()
@@ -44,25 +46,52 @@ def show_comparison(content: Mapping[str, Any]) -> None:
         screen.section(heading, told)
     if not content["job"] and not content["choices"]:
         screen.section("Choices", ["the same"])
-    step = content["step_time_s"]
-    screen.line()
+    step, peak = content["step_time_s"], content["bytes"]["peak"]
+    pools = {name: held for name, held in content["bytes"].items() if name != "peak"}
+    _terms(screen, "seconds", content["seconds"], ("step", step), 1.0, 4)
+    _terms(screen, "GiB", pools, ("peak", peak), GIB, 1)
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _verdict(content: Mapping[str, Any]) -> str:
+    """Which is faster and which is smaller, in a sentence; across jobs, only what can be compared."""
+    a, b, peak = content["a"], content["b"], content["bytes"]["peak"]["delta"]
+    gain = b["tokens_per_s_per_device"] / a["tokens_per_s_per_device"] - 1.0
+    if abs(gain) < 5e-4:
+        speed = "b is as fast as a per device"
+    else:
+        speed = f"b does {abs(gain):.1%} {'more' if gain > 0.0 else 'fewer'} tokens per second and device"
+    if abs(peak) < 0.05 * GIB:
+        return f"{speed}, with the same peak memory."
+    return f"{speed}, and peaks {gib(abs(peak))} GiB {'higher' if peak > 0.0 else 'lower'}."
+
+
+def _terms(
+    screen: Screen, unit: str, terms: Mapping[str, Mapping[str, float]], total: tuple[str, Mapping[str, float]],
+    scale: float, digits: int,
+) -> None:  # fmt: skip
+    """Terms that differ and their total as a table, and the others in a line."""
+
+    def number(value: float, sign: str = "") -> str:
+        return f"{value / scale:{sign}.{digits}f}"
+
+    same = {name: v for name, v in terms.items() if abs(v["delta"]) / scale < 0.5 * 10**-digits}
+    shown = [*((n, v) for n, v in terms.items() if n not in same), total]
+    whole = total[1]["a"]
     rows = [
-        (words(name), *(f"{v[k]:.4f}" for k in ("a", "b")), f"{v['delta']:+.4f}")
-        for name, v in content["seconds"].items()
-    ]
-    rows.append(("step", f"{step['a']:.4f}", f"{step['b']:.4f}", f"{step['delta']:+.4f}"))
-    tails = [percent(v["delta"], step["a"]) for v in content["seconds"].values()] + [
-        percent(step["delta"], step["a"])
-    ]
-    screen.grid(("seconds", "a", "b", "b - a"), rows, ("seconds",), "of a", tails, (len(rows) - 1,))
+        (
+            words(name), number(v["a"]), number(v["b"]), number(v["delta"], "+"),
+            f"{100.0 * v['delta'] / whole:+.1f} %",
+        )
+        for name, v in shown
+    ]  # fmt: skip
     screen.line()
-    held = content["bytes"]
-    ordered = [*(name for name in held if name != "peak"), "peak"]
-    rows = [
-        (words(name), gib(held[name]["a"]), gib(held[name]["b"]), f"{held[name]['delta'] / 2**30:+.1f}")
-        for name in ordered
-    ]
-    screen.grid(("GiB", "a", "b", "b - a"), rows, ("GiB",), bold=(len(rows) - 1,))
+    screen.grid((unit, "a", "b", "b - a", f"of a's {total[0]}"), rows, (unit,), bold=(len(rows) - 1,))
+    if same:
+        told = [f"{words(name)} {number(values['a'])}" for name, values in same.items()]
+        screen.line(f"the same: {', '.join(told)}", "dim")
 
 
 def _summary(plan: Plan) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
             for leaf in content["bytes"]["host"]
         ]
         screen.section("In host memory, per device", held)
-    binds = [f"{entry['what']} {100 * entry['share']:.1f} %: {entry['text']}" for entry in content["binds"]]
+    binds = [f"{entry['what']}: {percent(entry['share'], 1.0)} {entry['text']}" for entry in content["binds"]]
     screen.section("What binds", binds)
     screen.section("What a little more would buy (tokens/s)", _gains(content["sensitivities"], estimate.fits))
     screen.section("Sources", _sources(content))
@@ -61,6 +61,8 @@ def _tree(screen: Screen, heading: str, tree: Mapping[str, Any], unit: str, ever
     for group in tree["children"]:
         items = _leaves(group["items"], unit, everything)
         shown = [leaf for leaf in items if everything or abs(leaf[unit]) >= _SMALL * whole]
+        if len(shown) == len(items) - 1:  # one item is no longer than a line that says that there is one
+            shown = items
         alone = len(items) == 1 and not everything
         bold.append(len(rows))
         hidden_s = sum(leaf["hidden_s"] for leaf in items)
@@ -68,7 +70,7 @@ def _tree(screen: Screen, heading: str, tree: Mapping[str, Any], unit: str, ever
         for leaf in () if alone else shown:
             add(leaf[unit], leaf["hidden_s"], f"  {leaf['what']}", leaf["technique"])
         rest = items[len(shown) :]
-        if rest and not alone:
+        if rest and shown and not alone:
             add(
                 sum(leaf[unit] for leaf in rest),
                 sum(leaf["hidden_s"] for leaf in rest),

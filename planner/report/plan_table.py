@@ -53,13 +53,15 @@ def rows(plans: Sequence[Plan], objective: str = "step_time") -> list[Row]:
     return found
 
 
-def show_plans(screen: Screen, plans: Sequence[Plan], objective: str, *, joined: bool = True) -> None:
-    """Prints the table; with ``joined``, near-twins share a row."""
+def show_plans(
+    screen: Screen, plans: Sequence[Plan], objective: str, *, joined: bool = True, where: str = ""
+) -> None:
+    """Prints the table; with ``joined``, near-twins share a row. ``where`` is said of every plan."""
     several = len(plans) > 1
     differ, common = knobs_that_differ(plans)
     own = [name for name in _COLUMNS if name in differ or not several]
     rest = [name for name in differ if name not in own]
-    shared = unusual_knobs(common, own)
+    shared = [*([where] if where else []), *unusual_knobs(common, own)]
     screen.section("Every plan" if several else "Plan", [" · ".join(shared)] if shared else [])
     shown = rows(plans, objective) if joined else [Row(n, plan) for n, plan in enumerate(plans, 1)]
     cells = [_cells(row, plans, own, objective) for row in shown]

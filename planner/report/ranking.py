@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from planner.errors import PlannerError
+from planner.export import EXPORTERS, export
+from planner.export.launchers import LAUNCHERS
 from planner.plan import Plan, SearchReport
 from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
@@ -32,18 +35,21 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen.line(
         f"{_job(problem)} · {where} · {report.candidates:,} candidates · {report.wall_s:.1f} s", "bold"
     )
-    if problem.deadline_s is not None and problem.workload.tokens is not None:
-        show_sizes(screen, fleet, problem.deadline_s, problem.workload.tokens)
+    workload = problem.workload
+    if problem.deadline_s is not None and workload.tokens is not None:
+        show_sizes(screen, fleet, problem.deadline_s, workload.tokens, workload.tokens_per_step)
     elif several:
-        show_clusters(screen, fleet)
-    show_plans(screen, result.plans, problem.objective)
+        show_clusters(screen, fleet, workload.tokens_per_step)
+    one_of = f"on {best.cluster}" if several and len({plan.cluster for plan in result.plans}) == 1 else ""
+    show_plans(screen, result.plans, problem.objective, where=one_of)
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
-    screen.section("Next", _next(saved, [row.number for row in rows(result.plans, problem.objective)]))
+    second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
+    screen.section("Next", _next(saved, result.plans, second), wrapped=False)
 
 
 def _point(plan: Mapping[str, Any]) -> str:
@@ -63,6 +69,10 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     parts = sorted(plan.estimate.breakdown_s.items(), key=lambda part: -part[1])
     step_s = plan.estimate.step_time_s
     screen.section("Of the step", [" · ".join(f"{words(name)} {percent(s, step_s)}" for name, s in parts)])
+    peak = plan.estimate.memory_bytes["peak"]
+    held = sorted(plan.estimate.memory_bytes.items(), key=lambda pool: -pool[1])
+    pools = [f"{words(name)} {gib(n_bytes)}" for name, n_bytes in held if name != "peak"]
+    screen.section(f"Of the peak of {gib(peak)} GiB", [" · ".join(pools)])
     screen.section("The run (no failures, no checkpoints)", _totals(plan))
     screen.section("Read from the script", notes)
     if best is not None:
@@ -150,9 +160,26 @@ def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
     return "; ".join(told) + (f"; {left} more reasons" if left > 0 else "")
 
 
-def _next(saved: str | None, numbers: Sequence[int]) -> list[str]:
-    """Commands to go on with; ``numbers`` are those of the table's rows."""
+def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[str]:
+    """Commands to go on with; ``second`` is the number of the next plan that is a choice of its own."""
     if saved is None:
         return ["repeat with -o plans.json, then: planner explain plans.json:1"]
-    compare = [f"planner compare {saved}:1 {saved}:{numbers[1]}"] if len(numbers) > 1 else []
-    return [f"planner explain {saved}:1", *compare, f"planner export {saved}:1 --to megatron"]
+    told = [f"planner explain {saved}:1"]
+    if second is not None:
+        told.append(f"planner compare {saved}:1 {saved}:{second}")
+    for to in sorted(EXPORTERS):
+        runnable = next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None)
+        if runnable is not None:
+            told.append(f"planner export {saved}:{runnable} --to {to}")
+        elif to in LAUNCHERS:
+            told.append(f"--for {to} finds plans that {to} can run; none of these is one")
+    return told
+
+
+def _runs(plan: Plan, to: str) -> bool:
+    """Whether a launcher can express the plan."""
+    try:
+        export(plan, to)
+    except PlannerError:
+        return False
+    return True

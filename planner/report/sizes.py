@@ -17,14 +17,14 @@ __all__ = ["show_clusters", "show_sizes"]
 _MOST_ROWS = 6  # sizes with a plan of their own, nearest to the deadline first
 
 
-def show_clusters(screen: Screen, fleet: Fleet) -> None:
+def show_clusters(screen: Screen, fleet: Fleet, tokens_per_step: int) -> None:
     """Prints every cluster's best plan, or why it has none."""
     outcomes = ["" if attempt.outcome == "searched" else attempt.outcome for attempt in fleet.attempts]
     screen.line()
-    _grid(screen, fleet.attempts, "best step s", outcomes)
+    _grid(screen, fleet.attempts, outcomes, tokens_per_step)
 
 
-def show_sizes(screen: Screen, fleet: Fleet, deadline_s: float, tokens: float) -> None:
+def show_sizes(screen: Screen, fleet: Fleet, deadline_s: float, tokens: float, tokens_per_step: int) -> None:
     """Prints the answer to a deadline: the size that meets it, those that nearly do, and what excludes the others."""
     best = fleet.result.best
     screen.line(
@@ -36,27 +36,28 @@ def show_sizes(screen: Screen, fleet: Fleet, deadline_s: float, tokens: float) -
     nearest = sorted(searched, key=lambda attempt: attempt.run_s or 0.0)[:_MOST_ROWS]
     shown = [attempt for attempt in searched if attempt in nearest]
     screen.line()
-    _grid(screen, shown, "step s", [attempt.outcome for attempt in shown])
+    _grid(screen, shown, [attempt.outcome for attempt in shown], tokens_per_step)
     others = [attempt for attempt in fleet.attempts if attempt not in shown]
     screen.section("Smaller sizes that cannot be in time", list(_counted(others)))
 
 
-def _grid(screen: Screen, attempts: Sequence[Attempt], step: str, outcomes: Sequence[str]) -> None:
-    rows = [
-        (
-            attempt.cluster,
-            f"{attempt.devices:,}",
-            "-" if attempt.step_time_s is None else f"{attempt.step_time_s:.3f}",
-            *([_run(attempt)] if any(a.run_s is not None for a in attempts) else []),
-        )
-        for attempt in attempts
-    ]
-    headings = ("cluster", "devices", step, "run")[: len(rows[0])]
-    screen.grid(headings, rows, ("cluster",), "", outcomes if any(outcomes) else ())
+def _grid(screen: Screen, attempts: Sequence[Attempt], outcomes: Sequence[str], tokens_per_step: int) -> None:
+    """One line per attempt; columns that none of them has a value for are left out."""
+    usd = [None if a.usd_per_step is None else 1e6 * a.usd_per_step / tokens_per_step for a in attempts]
+    columns = {
+        "cluster": [attempt.cluster for attempt in attempts],
+        "devices": [f"{attempt.devices:,}" for attempt in attempts],
+        "best step s": [_number(attempt.step_time_s, 3) for attempt in attempts],
+        "run": ["-" if a.run_s is None else format_seconds(a.run_s) for a in attempts],
+        "$/Mtoken": [_number(price, 3) for price in usd],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    rows = list(zip(*shown.values(), strict=True))
+    screen.grid(list(shown), rows, ("cluster",), "", outcomes if any(outcomes) else ())
 
 
-def _run(attempt: Attempt) -> str:
-    return "-" if attempt.run_s is None else format_seconds(attempt.run_s)
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _counted(attempts: Iterable[Attempt]) -> Iterable[str]:

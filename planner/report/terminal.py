@@ -38,14 +38,15 @@ class Screen:
         for part in textwrap.wrap(text, self.width) or [""]:
             self._console.print(Text(part, style=style), soft_wrap=True)
 
-    def section(self, heading: str, paragraphs: Iterable[str]) -> None:
-        """A heading, and indented paragraphs; nothing where there are none."""
+    def section(self, heading: str, paragraphs: Iterable[str], *, wrapped: bool = True) -> None:
+        """A heading, and indented paragraphs; nothing where there are none. What is to be copied is not ``wrapped``."""
         texts = list(paragraphs)
         if texts:
             self.line()
             self.line(heading, "bold")
         for text in texts:
-            self._print(textwrap.fill(text, self.width, initial_indent="  ", subsequent_indent="    "))
+            filled = textwrap.fill(text, self.width, initial_indent="  ", subsequent_indent="    ")
+            self._print(filled if wrapped else f"  {text}")
 
     def grid(
         self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Iterable[str] = (), tail: str = "",

@@ -21,7 +21,7 @@ import numpy as np
 from planner.errors import Infeasible, Interrupted, SpecError
 from planner.errors import Problem as Fault
 from planner.plan import SearchResult
-from planner.solve.fleet import Attempt, Fleet, OnProgress, merged, nothing, run_s
+from planner.solve.fleet import Attempt, Fleet, OnProgress, merged, nothing, planned, run_s
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.space import Space
 from planner.solve.train import search
@@ -163,12 +163,10 @@ class _Machine:
             least_s = _NEAR * self.deadline_s
             outcome = f"excluded: no plan takes less than {format_seconds(least_s)}"
             return Attempt(spec, devices, None, None, outcome, "step time", least_s), None
-        step_s = found.best.estimate.step_time_s
-        run = run_s(problem, step_s)
-        late = run / self.deadline_s - 1.0
+        late = run_s(problem, found.best.estimate.step_time_s) / self.deadline_s - 1.0
         if late > 0.0:
-            return Attempt(spec, devices, step_s, run, f"too slow by {100.0 * late:.1f} %"), None
-        return Attempt(spec, devices, step_s, run, "meets the deadline"), problem
+            return planned(problem, found.best, f"too slow by {100.0 * late:.1f} %"), None
+        return planned(problem, found.best, "meets the deadline"), problem
 
 
 def _machine(problem: Problem) -> _Machine:

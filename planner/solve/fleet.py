@@ -41,6 +41,7 @@ class Attempt:
             valid and fits), ``no mesh`` (nor, perhaps, such a cluster); empty where its best plan is known.
         run_at_least_s: what was proved of the run, where a bound excluded the cluster.
         smaller_too: how many smaller sizes the same proof excludes.
+        usd_per_step, joules_per_step: of its best plan, over all devices; None without a plan or a price.
     """
 
     cluster: str
@@ -51,6 +52,8 @@ class Attempt:
     excluded_by: str = ""
     run_at_least_s: float | None = None
     smaller_too: int = 0
+    usd_per_step: float | None = None
+    joules_per_step: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The attempt as JSON fields."""
@@ -93,9 +96,7 @@ def search_clusters(
     for problem in problems:
         try:
             found.append(search(problem, top, on_progress))
-            step_s = found[-1].best.estimate.step_time_s
-            run = None if problem.workload.tokens is None else run_s(problem, step_s)
-            attempts.append(Attempt(problem.cluster.name, problem.cluster.devices, step_s, run, "searched"))
+            attempts.append(planned(problem, found[-1].best, "searched"))
         except Infeasible as error:
             faults += error.problems
             attempts.append(nothing(problem, error))
@@ -107,6 +108,16 @@ def search_clusters(
     if not found:
         raise Infeasible(faults)
     return Fleet(merged(found, objective, top), tuple(attempts))
+
+
+def planned(problem: Problem, plan: Plan, outcome: str) -> Attempt:
+    """A cluster and its best plan."""
+    estimate = plan.estimate
+    run = None if problem.workload.tokens is None else run_s(problem, estimate.step_time_s)
+    return Attempt(
+        plan.cluster, plan.devices, estimate.step_time_s, run, outcome,
+        usd_per_step=estimate.usd_per_step, joules_per_step=estimate.joules_per_step,
+    )  # fmt: skip
 
 
 def nothing(problem: Problem, error: Infeasible) -> Attempt:

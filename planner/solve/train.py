@@ -73,7 +73,8 @@ def search(
     )
     plans = tuple(_assembled(problem, uniform, ranked, stopped))
     wall_s = perf_counter() - start
-    report = SearchReport(counts.candidates, counts.scored, counts.repriced, excluded, rejected, wall_s)
+    repriced = uniform.ranking.repriced  # the counts have it at the end only
+    report = SearchReport(counts.candidates, counts.scored, repriced, excluded, rejected, wall_s)
     result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
@@ -224,15 +225,14 @@ def _before_any(counts: SearchCounts, nearest: Shortfall | None) -> str:
 def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[str, int]) -> Infeasible:
     """What binds, by how much, and the nearest change that would fit."""
     if nearest is None:
-        reasons = "; ".join(
-            f"{reason} ({count:,})" for reason, count in sorted(rejected.items(), key=lambda r: -r[1])[:4]
-        )
+        ranked = sorted(rejected.items(), key=lambda reason: -reason[1])
+        counted = [f"{reason} ({count:,})" for reason, count in ranked[:4]]
         return Infeasible(
             Fault(
                 "search",
-                f"every candidate breaks a rule: {reasons}",
+                f"every candidate breaks a rule: {'; '.join(counted) if len(ranked) > 1 else ranked[0][0]}",
                 "at least one valid plan",
-                "Loosen --fix or --forbid.",
+                "Change the job (--global-batch, --precision, …), or loosen --fix and --forbid.",
             )
         )
     short = nearest.needed_bytes - nearest.budget_bytes

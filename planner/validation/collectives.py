@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +20,15 @@ import numpy as np
 from planner.costs.arrays import Real
 from planner.costs.collective_algorithms import Collective
 from planner.costs.collectives import Level, collective_costs, custom_all_reduce_s, fastest_s
-from planner.engine import Pricer
 from planner.errors import PlannerError
 from planner.kernels import Kernels
-from planner.ledger import Group
-from planner.specs.cluster import Cluster
-from planner.specs.cluster_file import build_cluster
 from planner.specs.device import Device
-from planner.specs.device_file import find_device, load_device
-from planner.specs.library import canonical
-from planner.specs.stack import load_stack
-from planner.specs.tiers import Network
-from planner.units import GB
+from planner.validation.call_machine import Machine, levels_of
+from planner.validation.expert_exchange import is_exchange, score_exchanges
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Unsupported, read_table
 
-__all__ = [
-    "SMALL_BYTES",
-    "Call",
-    "Machine",
-    "bus_bytes_per_s",
-    "call_s",
-    "calls",
-    "cluster_of",
-    "device_name",
-    "levels_of",
-    "score_collectives",
-]
+__all__ = ["SMALL_BYTES", "Call", "bus_bytes_per_s", "call_s", "calls", "score_collectives"]
 
 SMALL_BYTES = 64 * 1024
 _KINDS: dict[str, Collective] = {
@@ -61,30 +42,9 @@ _KINDS: dict[str, Collective] = {
     "send_recv": "point_to_point",
 }
 _BUS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # times (n - 1) / n
-# Between nodes, where a row does not say what joins them: data-centre Ethernet. Fitted to the multi-node rows of vidur's a100_dgx
-# tables (microsoft/vidur@7d47513), all-reduce and send: one device reaches 6.9 GB/s, a node of four or eight about three times
-# that. A part whose usual node has less keeps its own.
-_ETHERNET_BYTES_PER_S, _ETHERNET_PER_NODE, _ETHERNET_LATENCY_S = 6.9 * GB, 3, 17e-6
 # Host time of a call that is not captured in a graph, in dispatches of one kernel: fitted to the eager rows of
 # ai-dynamo/aiconfigurator@095f58a custom_allreduce, whose frameworks issue several kernels and checks per call.
 _EAGER_DISPATCHES = 5.5
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a call ran on.
-
-    Attributes:
-        device: the accelerator as the row names it.
-        nodes: how many nodes take part.
-        devices_per_node: devices of each that take part.
-        inside: the link inside the node as printed; empty where it is not.
-    """
-
-    device: str
-    nodes: int
-    devices_per_node: int
-    inside: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +81,20 @@ class Call:
 
 
 def score_collectives(path: str | Path) -> list[ScoredRow]:
-    """Scores every row of a table of collectives.
+    """Scores every row of a table of collectives, or of dispatch and combine kernels.
 
     Args:
         path: a CSV file.
 
     Returns:
-        One scored row per row, its metric ``collective_large`` or ``collective_small``, seconds.
+        Scored rows, seconds. The metric is ``collective_large`` or ``collective_small``, or ``expert_all_to_all`` for kernels of
+        their own between experts, of which a row may hold two.
 
     Raises:
         SpecError: the file cannot be read.
     """
+    if is_exchange(read_table(path).columns):
+        return score_exchanges(path)
     found, refused = calls(path)
     scored = list(refused)
     batches: dict[tuple[Collective, Machine, str, bool], list[Call]] = defaultdict(list)
@@ -202,59 +165,6 @@ def bus_bytes_per_s(kind: Collective, n_bytes: Real, seconds: Real, ranks: Real)
     140000000000.0
     """
     return n_bytes / seconds * (_BUS[kind] * (ranks - 1.0) / ranks if kind in _BUS else 1.0)
-
-
-@lru_cache(maxsize=256)
-def levels_of(machine: Machine) -> tuple[list[Level], Device]:
-    """The way of a group of all the machine's devices through its network, and the devices' profile.
-
-    Raises:
-        Unsupported: no profile of the device.
-        SpecError: the nodes make no cluster.
-    """
-    cluster = cluster_of(machine)
-    ranks = np.array(machine.nodes * machine.devices_per_node)
-    pricer = Pricer(cluster, load_stack("default"))
-    return pricer.levels(Group("call", ranks, np.array(1))), cluster.device
-
-
-def cluster_of(machine: Machine) -> Cluster:
-    """The cluster that the machine's devices make.
-
-    Raises:
-        Unsupported: no profile of the device.
-        SpecError: the nodes make no cluster.
-    """
-    name = device_name(machine)
-    device = load_device(name)
-    if "pairwise" in machine.inside.lower():
-        if device.bridge is None:
-            raise Unsupported(f"no NVLink bridge is known of {device.name}")
-        device = replace(device, scale_up=device.bridge)
-    usual = device.nic_bytes_per_s.value * device.nic_efficiency.value
-    share = min(
-        _ETHERNET_BYTES_PER_S, _ETHERNET_BYTES_PER_S * _ETHERNET_PER_NODE / machine.devices_per_node, usual
-    )
-    network = Network(machine.devices_per_node, share, _ETHERNET_LATENCY_S, 1.0)
-    return build_cluster(device, machine.nodes, machine.devices_per_node, network)
-
-
-def device_name(machine: Machine) -> str:
-    """Name of the shipped profile; of a part that is sold as a card and as a module, the card where the row says so.
-
-    Raises:
-        Unsupported: there is none.
-    """
-    names = [machine.device]
-    if "pcie" in machine.inside.lower():
-        names.insert(0, f"{machine.device}-pcie")
-    for name in names:
-        # Product names go on behind the part's: a form factor, a memory size, an edition.
-        words = canonical(name).split("-")
-        for end in range(len(words), 0, -1):
-            if (found := find_device("-".join(words[:end]))) is not None:
-                return found
-    raise Unsupported(f"no profile of accelerator {machine.device!r}")
 
 
 # -- forms of tables -----------------------------------------------------------------------------------------------

@@ -261,6 +261,25 @@ def test_usage_errors(planner, arguments):
     assert found.err.startswith("error: arguments:")
 
 
+@pytest.mark.parametrize("group", [(), ("hardware",), ("models",)])
+def test_no_command_is_answered_with_those_there_are(planner, group):
+    found = planner(*group)
+    assert (found.code, found.err) == (2, "")
+    assert found.out.startswith(" ".join(["Usage: planner", *group, ""]))
+    assert "Commands:" in found.out
+
+
+def test_usage_error_leads_to_the_help_of_its_command(planner):
+    assert planner("compare", "a").err.endswith("See planner compare --help.\n")
+    assert planner("nope").err.endswith("See planner --help.\n")
+
+
+def test_unknown_hardware_is_told_what_is_like_it(planner):
+    found = planner("hardware", "show", "h10", "--json")
+    assert_refused(found)
+    assert "h100" in found.faults[0]["try"]
+
+
 def test_job_that_nothing_can_hold(planner):
     """405e9 parameters with their gradients and optimizer states do not go into one device of 80 GB and its host's memory."""
     job = ("--model", "llama3.1-405b", "--cluster", "h100:1x1", "--global-batch", "1", "--seq-len", "8192")

@@ -245,3 +245,42 @@ def test_launch_script_is_priced_and_held_against_the_best(planner, tmp_path):
     wrong = planner("estimate", "--from-megatron", script, "--cluster", "h100:4x8", "--json")
     assert wrong.code == 2
     assert wrong.faults[0]["where"] == "--cluster"
+
+
+def test_comparison_begins_with_its_verdict(planner, plans):
+    """Tokens per second of b over those of a, and the difference of the peaks."""
+    a, b = (planner("explain", f"{plans}:{n}", "--json").json["plan"]["estimate"] for n in (1, 3))
+    out = " ".join(planner("compare", f"{plans}:1", f"{plans}:3").out.split())
+    share = 1 - b["tokens_per_s_per_device"] / a["tokens_per_s_per_device"]
+    assert share > 0
+    assert f"b does {share:.1%} fewer tokens per second and device" in out or share < 5e-4
+    assert (
+        "b is as fast as a per device, with the same peak memory."
+        in planner("compare", f"{plans}:1", f"{plans}:1").out
+    )
+
+
+def test_commands_that_train_suggests_work(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    job = ("--model", "llama3.2-1b", "--cluster", "a100:1x4", "--global-batch", "16", "--seq-len", "2048")
+    out = planner("train", *job, "--for", "megatron", "--top", "3", "-o", path).out
+    commands = [
+        line.split()[1:]
+        for line in out.partition("Next")[2].splitlines()
+        if line.strip().startswith("planner")
+    ]
+    assert {command[0] for command in commands} >= {"explain", "export"}
+    assert ["export", f"{path}:1", "--to", "megatron"] in commands
+    for command in commands:
+        assert planner(*command).code == 0
+
+
+def test_plan_that_a_launcher_cannot_run_is_not_suggested_to_it(planner, tmp_path):
+    """Megatron-LM's schedules are 1F1B and its interleaved form (megatron/core/pipeline_parallel/schedules.py)."""
+    path = tmp_path / "plans.json"
+    out = planner("train", *SMALL, "--fix", "schedule=gpipe", "--top", "1", "-o", path).out
+    assert "--to megatron" not in out
+    assert "--for megatron finds plans" in out
+    found = planner("export", f"{path}:1", "--to", "megatron")
+    assert found.code == 5
+    assert "train --for megatron finds plans that it can run" in found.err

@@ -5,6 +5,7 @@ import pytest
 
 from planner.costs import (
     Level,
+    Transport,
     all_gather_bytes,
     all_gather_s,
     all_reduce_bytes,
@@ -14,6 +15,7 @@ from planner.costs import (
     broadcast_bytes,
     broadcast_s,
     collective_costs,
+    custom_all_reduce_s,
     fastest_s,
     group_members,
     point_to_point_s,
@@ -146,3 +148,99 @@ def test_costs_computed_once_price_a_stack_of_messages():
     messages = np.array([[1e3, 1e5], [1e7, 1e9]])
     costs = collective_costs("all_reduce", CLUSTER)
     np.testing.assert_array_equal(fastest_s(messages, costs), all_reduce_s(messages, CLUSTER))
+
+
+# -- links that a library drives ---------------------------------------------------------------------------------
+
+LIBRARY = Transport(
+    launch_s=5e-6, small_fraction=0.5, bulk_hop_s=10e-6, own_share=0.8, exchange_s=6e-6, peer_s=0.5e-6,
+    peer_bytes_per_s=10e9, bulk_exchange_s=12e-6, exchange_fraction=0.8, exchange_own_share=0.2,
+    multicast_s=50e-6, multicast_fraction=0.75, direct_hop_s=3e-6, direct_fraction=0.7,
+)  # fmt: skip
+SWITCHED = Level(8, 400e9, 1e-6, LIBRARY)
+RAIL = Transport(launch_s=8e-6, small_fraction=0.9, bulk_hop_s=14e-6, exchange_s=10e-6, scale_out=True)
+NODES = (SWITCHED, Level(32, 50e9, 5e-6, RAIL))  # four nodes of eight
+
+
+def test_small_messages_cost_a_launch_and_hops():
+    # 5 µs + 7 hops of 1 µs + 8 B · (7 + 0.8)/8 / 200e9
+    assert all_gather_s(8.0, [SWITCHED]) == pytest.approx(12e-6, rel=1e-3)
+    assert all_reduce_s(8.0, [SWITCHED]) == pytest.approx(19e-6, rel=1e-3)  # two passes
+
+
+def test_hops_of_the_bulk_protocol_overlap_with_the_bytes():
+    n = 1e9
+    moving_s = n * (7 + 0.8) / 8 / 400e9
+    assert all_gather_s(n, [SWITCHED]) == pytest.approx(5e-6 + np.hypot(70e-6, moving_s))
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_large_gathers_reach_the_fraction_of_the_link_that_is_theirs(group):
+    n = 1e13
+    rate = n * (group - 1) / group / all_gather_s(n, [Level(group, 400e9, 1e-6, LIBRARY)])
+    # of (G−1) + own_share parts a rank sends G−1
+    assert rate == pytest.approx(400e9 * (group - 1) / (group - 1 + 0.8), rel=1e-4)
+
+
+def test_a_switch_that_adds_up_wins_where_it_moves_less():
+    # (1 + 1/8)/(0.75·400e9) per byte beats the ring's (14 + 0.8)/8/400e9, and only more than two ranks use it
+    n = 1e10
+    assert all_reduce_s(n, [SWITCHED]) == pytest.approx(55e-6 + n * 1.125 / 300e9)
+    pair = Level(2, 400e9, 1e-6, LIBRARY)
+    assert all_reduce_s(n, [pair]) == all_reduce_s(n, [pair], "ring") < all_reduce_s(n, [pair], "multicast")
+
+
+def test_a_tree_is_a_chain_in_the_node_and_branches_between_nodes():
+    # NCCL tuning.cc: 2 · (ranks/nodes − 1) hops inside, 2 · log2(nodes) between
+    assert all_reduce_s(1.0, NODES, "tree") == pytest.approx(8e-6 + 2 * (7 * 1e-6 + 2 * 5e-6), rel=1e-3)
+
+
+def test_sums_in_switches_are_joined_by_trees_between_nodes():
+    n = 1e10
+    between = 2 * n / (8 * 50e9)  # up and down, through eight interfaces
+    assert all_reduce_s(n, NODES, "multicast") == pytest.approx(58e-6 + 4 * 14e-6 + between)
+
+
+def test_a_library_has_no_hierarchy_of_gathers():
+    assert all_gather_s(1e3, NODES) > all_gather_s(1e3, NODES, "hierarchical")
+    plain = tuple(Level(level.members, level.bytes_per_s, level.latency_s) for level in NODES)
+    assert all_gather_s(1e3, plain) == all_gather_s(1e3, plain, "hierarchical")
+
+
+def test_exchange_is_bound_by_the_peer_then_by_the_link():
+    # eight peers' parts of 1/8: 6 µs + 7 · 0.5 µs + n/8/10e9 while that is less than the bulk protocol's start
+    assert all_to_all_s(8e3, [SWITCHED]) == pytest.approx(9.5e-6 + 1e3 / 10e9)
+    assert all_to_all_s(1e9, [SWITCHED]) == pytest.approx(15.5e-6 + 1e9 * 7.2 / 8 / 320e9)
+
+
+def test_a_send_goes_over_the_innermost_tier_that_holds_the_group():
+    assert point_to_point_s(1e9, NODES) == pytest.approx(1e9 / 50e9)
+    inside = (SWITCHED, Level(8, 50e9, 5e-6, RAIL))
+    assert point_to_point_s(1e9, inside) == pytest.approx(12e-6 + 1e9 / 400e9)
+    assert point_to_point_s(100.0, inside) == pytest.approx(6e-6, rel=2e-2)
+
+
+def test_custom_all_reduce_is_one_shot_then_two_then_the_library():
+    one, two = 3e-6 + 7 * 4096 / 280e9, 6e-6 + 1.75 * 2**20 / 280e9
+    assert custom_all_reduce_s(4096, [SWITCHED]) == pytest.approx(one)
+    assert custom_all_reduce_s(2**20, [SWITCHED]) == pytest.approx(two)
+    assert custom_all_reduce_s(2.0**24, [SWITCHED]) == all_reduce_s(2.0**24, [SWITCHED])
+
+
+def test_links_without_direct_kernels_fall_back_on_the_library():
+    assert custom_all_reduce_s(4096, NODES) == all_reduce_s(4096, NODES)
+
+
+@pytest.mark.parametrize("time_s", [all_reduce_s, all_gather_s, all_to_all_s, broadcast_s, point_to_point_s])
+def test_library_costs_grow_with_size_and_vanish_for_one_rank(time_s):
+    sizes = np.logspace(0, 11, 60)
+    assert (np.diff(time_s(sizes, NODES)) > 0).all()
+    alone = (Level(1, 400e9, 1e-6, LIBRARY), Level(1, 50e9, 5e-6, RAIL))
+    np.testing.assert_array_equal(time_s(sizes, alone), np.zeros(60))
+
+
+def test_groups_side_by_side_have_a_share_of_the_interfaces_each():
+    # One member per node of a group with stride 8: each of the eight groups leaves by its own interface, at its own rate.
+    spread = (Level(1, 400e9, 1e-6, LIBRARY), Level(4, 50e9, 5e-6, RAIL))
+    n = 1e11
+    assert all_gather_s(n, spread) == pytest.approx(n * (3 + 0.8) / 4 / 50e9, rel=1e-3)
