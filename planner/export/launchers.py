@@ -46,6 +46,7 @@ _MEGATRON: Mapping[str, str] = {
 _FSDP: Mapping[str, str] = {
     **_COMMON,
     "precision": "bf16 fp16 fp32 tf32 fp8 mxfp8",
+    "elementwise_kernel": "fused eager",
     "loss_kernel": "fused eager linear_fused",
     "gradient_accumulation": "fused separate",
     "context": "p2p all_gather",
@@ -62,6 +63,7 @@ _FSDP: Mapping[str, str] = {
 _DEEPSPEED: Mapping[str, str] = {
     **_COMMON,
     "precision": "bf16 fp16 fp32",
+    "elementwise_kernel": "fused eager",
     "loss_kernel": "fused eager linear_fused",
     "gradient_accumulation": "fused separate",
     "sequence_parallel": "false",
