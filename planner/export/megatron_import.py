@@ -154,6 +154,7 @@ _IMPLIED = (
     "--cross-entropy-fusion-impl",
     "--megatron-fsdp-grad-comm-dtype",
     "--accumulate-allreduce-grads-in-fp32",
+    "--microbatch-group-size-per-virtual-pipeline-stage",
 )
 """Flags that the planner takes for granted, or that others imply."""
 

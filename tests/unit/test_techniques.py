@@ -492,7 +492,7 @@ WHOLE_VOCABULARY = "fused linear cross-entropy needs the whole vocabulary on a r
         ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, WHOLE_VOCABULARY),
         ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
         ("pipeline", "scatter_gather", "gpt2", {"pp": 2}, "scattered stage messages need tp > 1 without sequence parallelism"),
-        ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 1}, "micro-batches not divisible by pp (interleaved)"),
+        ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 32}, "fewer micro-batches than pp (interleaved)"),
     ],
 )  # fmt: skip
 def test_broken_rules_are_named(slot, value, model, degrees, reason):
