@@ -25,7 +25,7 @@ from planner.solve.space import Choice
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context
+from planner.technique import SLOTS, Context, details
 
 __all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
 
@@ -302,6 +302,7 @@ def _plan_knobs(
         values[slot] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
     values["pipeline_layout"] = layout.split
     values["gradient_dtype"] = knobs.get("gradient_dtype", "fp32")
+    values |= {name: knobs[name] for name in details() if name in knobs}
     if recompute_layers is not None:
         values["recompute_layers"] = recompute_layers
     return values

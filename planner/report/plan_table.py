@@ -13,6 +13,7 @@ from typing import Any
 from planner.plan import Plan
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, words
 from planner.solve.fleet import objective_value
+from planner.technique import SLOTS, off
 from planner.units import format_seconds
 
 __all__ = ["Row", "rows", "show_plans", "unusual_knobs", "why_not"]
@@ -23,11 +24,10 @@ _OTHER_PEAK = 0.05  # a twin whose peak memory differs by more than this is show
 _DEGREES = ("tp", "pp", "cp", "ep", "etp", "dp")
 _COLUMNS = {"virtual_stages": "vpp", "micro_batch_size": "mb", "zero_stage": "zero", "recompute": "recompute"}
 # What a reader takes for granted where nothing else is said.
-_USUAL = {
+_USUAL = {slot: off(slot) for slot in SLOTS} | {
     "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": False,
-    "context": "p2p", "expert": "folded", "tensor_overlap": "none", "pipeline": "stages", "optimizer": "adamw",
-    "zero_group": "full", "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
-    "parameter_offload": "none", "schedule": "1f1b", "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
+    "context": "p2p", "expert": "folded", "pipeline": "stages", "optimizer": "adamw", "schedule": "1f1b",
+    "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
 }  # fmt: skip
 _OBJECTIVES = {"usd": "$/step", "energy": "MJ/step", "gpu_hours": "dev·h/step"}
 

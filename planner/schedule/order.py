@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from planner.errors import InvalidPlan, Problem, did_you_mean
 
-__all__ = ["ORDERS", "DeviceOps", "Generator", "Ints", "Op", "Order", "Shape", "make_order", "micro_batch_group"]
+__all__ = [
+    "ORDERS",
+    "DeviceOps",
+    "Generator",
+    "Ints",
+    "Op",
+    "Order",
+    "Shape",
+    "make_order",
+    "micro_batch_group",
+]
 
 Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 DeviceOps: TypeAlias = tuple[Ints, Ints, Ints]

@@ -53,7 +53,11 @@ def test_interleaved_ragged_group():
     ("p", "m", "group"),
     [
         (4, 8, 4),  # Megatron-LM's default, pp
-        (4, 5, 5),  # its test gpt3_mcore_te_tp1_pp4_vp1_resume_torch_dist_tunable_overlap: 5 micro-batches in groups of 5
+        (
+            4,
+            5,
+            5,
+        ),  # its test gpt3_mcore_te_tp1_pp4_vp1_resume_torch_dist_tunable_overlap: 5 micro-batches in groups of 5
         (4, 7, 7),  # 4, 5 and 6 would leave a rest of 3, 2 and 1, which its schedule refuses
         (4, 11, 6),  # 4 leaves 3, 5 leaves 1, 6 leaves 5
     ],

@@ -174,6 +174,13 @@ RECIPES = {
     },
     "experts": {"degrees": {"tp": 2, "dp": 4, "ep": 4, "etp": 2}, "sequence_parallel": "true", "recompute": "mlp"},
     "checkpoints": {"degrees": {"tp": 2}, "recompute": "partitioned", "zero_stage": "0"},
+    "per op": {
+        "degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "tensor_overlap": "chunked", "recompute": "per_op",
+        "zero_stage": "fsdp",
+    },
+    "per op fp8": {"degrees": {"tp": 2}, "precision": "fp8", "recompute": "per_op"},
+    "some layers swapped": {"degrees": {"pp": 2}, "activation_offload": "cpu", "activation_offload_layers": 3},
+    "groups of two": {"degrees": {"dp": 8}, "zero_stage": "3", "zero_group": "ranks", "zero_group_ranks": 2},
     "mla": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "recompute": "norm+mla_up", "zero_stage": "2"},
 }  # fmt: skip
 
@@ -274,6 +281,59 @@ def test_recomputation_repeats_collectives_of_activations_and_no_gather_of_weigh
     again = {(i.what, i.block) for i in collectives(ledger, phase="recompute")}
     assert again == {key for key in forward if "parameters" not in key[0]}
     assert any("pass_kv" in what for what, _ in again)
+
+
+def test_products_whose_output_is_kept_run_once_under_per_operator_checkpointing():
+    ledger, _ = run(
+        "llama3-8b", degrees={"tp": 2}, sequence_parallel="true", attention_kernel="flash", recompute="per_op"
+    )
+    again = {i.what: float(np.ravel(ledger.axes[i.n])[0]) for i in ledger.of(Matmul, phase="recompute")}
+    # Of wq wk wv wo w1 w3 w2 every second one, on 2 ranks: keys of 8 heads of 128, the output, one of two projections of 14336.
+    assert again == {"attention.qkv": 8 * 128 / 2, "attention.output": 4096, "mlp.fc1": 14336 / 2}
+    # Gathers before the products run again; what is reduce-scattered is on the save list.
+    kinds = [i.kind for i in collectives(ledger, phase="recompute")]
+    assert kinds == ["all_gather", "all_gather"]
+    assert not [i for i in ledger.items if i.phase == "recompute" and "core_attn" in i.tags]
+    kept = {i.what for i in figures.saved(ledger)}
+    attention = {f"attention.{name}" for name in ("q", "v", "core_output", "log_sum_exp")}
+    assert kept == attention | {"norm1.input", "norm2.input", "mlp.act_input"}
+
+
+def test_some_layers_swap_their_share():
+    def moved(**choices):
+        ledger, _ = run("llama3.1-70b", degrees={"pp": 2}, activation_offload="cpu", **choices)
+        layer = [i for i in ledger.items if i.block not in ("embedding", "head")]
+        residents = [i for i in layer if isinstance(i, Resident) and i.lifetime == "micro_batch"]
+        parts = [[i for i in residents if i.tier == tier] for tier in ("host", "device")]
+        return [figures.total_bytes(ledger, part) for part in parts]
+
+    whole, nothing = moved()
+    assert nothing == 0
+    host, device = moved(activation_offload_layers=10)  # of the 40 layers of each stage
+    assert host == pytest.approx(whole / 4)
+    assert device == pytest.approx(whole * 3 / 4)
+    assert moved(activation_offload_layers=50) == pytest.approx([whole, 0.0])
+
+
+def test_modules_join_as_megatron_names_them():
+    def saved(**choices):
+        return figures.saved_bytes(run("deepseek-v2-lite", degrees={"ep": 4, "dp": 4}, **choices)[0])
+
+    pairs = [("layernorm+moe_act", "norm+act"), ("layernorm+mla_up_proj", "norm+mla_up"), ("mlp+moe", "mlp")]
+    for modules, choice in pairs:
+        named = saved(recompute="modules", recompute_modules=modules)
+        assert named == saved(recompute=choice) < saved()
+    both = saved(recompute="modules", recompute_modules="layernorm+moe")
+    assert both < saved(recompute="modules", recompute_modules="moe")
+
+
+def test_states_are_sharded_over_as_many_ranks_as_asked():
+    def held(**choices):
+        ledger, _ = run("llama3-8b", degrees={"dp": 32}, zero_stage="3", **choices)
+        return figures.held_bytes(ledger)
+
+    assert held(zero_group="ranks", zero_group_ranks=4) == pytest.approx(8 * held())
+    assert held(zero_group="ranks", zero_group_ranks=8) == pytest.approx(held(zero_group="node"))
 
 
 def test_update_is_sharded_by_every_stage_but_the_first():
@@ -492,6 +552,8 @@ WHOLE_VOCABULARY = "fused linear cross-entropy needs the whole vocabulary on a r
         ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, WHOLE_VOCABULARY),
         ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
         ("pipeline", "scatter_gather", "gpt2", {"pp": 2}, "scattered stage messages need tp > 1 without sequence parallelism"),
+        ("zero_group", "ranks", "gpt2", {"dp": 32}, "zero_group=ranks needs zero_group_ranks"),
+        ("recompute", "modules", "gpt2", {}, "recompute=modules needs recompute_modules"),
         ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 32}, "fewer micro-batches than pp (interleaved)"),
     ],
 )  # fmt: skip

@@ -59,6 +59,8 @@ TECHNIQUE = Technique(
                 "norm+act",
                 "norm+mla_up",
                 "mlp",
+                "modules",
+                "per_op",
                 "full",
                 "partitioned",
                 "block",
