@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 SLOTS = (
+    "adaptation",  # what of the model is trained
     "precision",
     "attention_kernel",
     "elementwise_kernel",

@@ -179,6 +179,8 @@ RECIPES = {
         "zero_stage": "fsdp",
     },
     "per op fp8": {"degrees": {"tp": 2}, "precision": "fp8", "recompute": "per_op"},
+    "adapters": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "adaptation": "lora", "zero_stage": "1"},
+    "adapters fsdp": {"degrees": {"dp": 4}, "adaptation": "lora", "zero_stage": "fsdp", "precision": "fp8", "recompute": "full"},
     "some layers swapped": {"degrees": {"pp": 2}, "activation_offload": "cpu", "activation_offload_layers": 3},
     "groups of two": {"degrees": {"dp": 8}, "zero_stage": "3", "zero_group": "ranks", "zero_group_ranks": 2},
     "mla": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "recompute": "norm+mla_up", "zero_stage": "2"},
@@ -313,6 +315,27 @@ def test_some_layers_swap_their_share():
     assert host == pytest.approx(whole / 4)
     assert device == pytest.approx(whole * 3 / 4)
     assert moved(activation_offload_layers=50) == pytest.approx([whole, 0.0])
+
+
+def test_adapters_alone_are_trained():
+    # Megatron-Bridge's default on Llama-2 7B: rank 32 on four products of width 4096 and 11008, gate and up as one.
+    ledger, _ = run("llama2-7b", adaptation="lora", degrees={"dp": 2}, zero_stage="1")
+    ends = [(4096, 3 * 4096), (4096, 4096), (4096, 2 * 11008), (11008, 4096)]
+    trained = 32 * sum(into + out for into, out in ends)
+    layer = [i for i in ledger.of(Resident) if i.block == "dense"]
+    sizes = {
+        pool: sum(float(np.ravel(ledger.axes[i.size])[0]) for i in layer if i.pool == pool)
+        for pool in ("gradients", "parameters")
+    }
+    assert sizes["gradients"] == trained
+    assert sizes["parameters"] == trained + 4096 * 3 * 4096 + 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    # 12 bytes of fp32 weights and moments per trained parameter, over two ranks.
+    states = figures.total_bytes(ledger, [i for i in layer if i.pool == "optimizer"])
+    assert states == pytest.approx(12 * trained / 2)
+    weight_gradients = {i.what.rpartition(".")[2] for i in ledger.of(Matmul, phase="weight")}
+    assert weight_gradients == {"adapter_down", "adapter_up"}
+    gathered = [i for i in collectives(ledger, phase="step") if i.kind == "all_gather" and i.block == "dense"]
+    assert sum(float(np.ravel(ledger.axes[i.size])[0]) for i in gathered) == trained
 
 
 def test_modules_join_as_megatron_names_them():
