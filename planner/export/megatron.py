@@ -295,7 +295,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
         "# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
-    if target.model.mtp_layers:
+    if target.model.mtp_layers and not target.model.mtp_modules:
         head.append(
             f"# Left out, as in the plan: {target.model.mtp_layers} multi-token-prediction module(s) of the model."
         )

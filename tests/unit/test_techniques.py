@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +358,22 @@ def test_states_are_sharded_over_as_many_ranks_as_asked():
 
     assert held(zero_group="ranks", zero_group_ranks=4) == pytest.approx(8 * held())
     assert held(zero_group="ranks", zero_group_ranks=8) == pytest.approx(held(zero_group="node"))
+
+
+def test_a_multi_token_prediction_module_is_as_large_as_released():
+    # DeepSeek-V3's README_WEIGHTS: 11.5B of a module's parameters are its own (its layer has 11.51e9, the projection 0.10e9);
+    # embedding and head are shared.
+    model = load_model("deepseek-v3")
+    ctx = {"batch": np.ones(1), "seq": 64.0}
+    sizes = []
+    for modules in (0, 1, 2):
+        ledger = baseline(replace(model, mtp_modules=modules), **ctx)
+        own = [i for i in ledger.of(Resident, pool="parameters") if i.block == "head"]
+        sizes.append(sum(float(np.ravel(ledger.axes[i.size])[0]) for i in own))
+        # One loss for every token that is predicted.
+        assert len(ledger.of(Matmul, what="head.logits", phase="forward")) == 1 + modules
+    assert sizes[1] - sizes[0] == pytest.approx(11.5e9, rel=1e-2)
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
 
 
 def test_update_is_sharded_by_every_stage_but_the_first():
