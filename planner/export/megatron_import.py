@@ -214,6 +214,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "gradient_dtype": _gradient(flags),
         "optimizer": _optimizer(flags),
         "attention_kernel": flags.choice("--attention-backend", "auto", _BACKENDS),
+        "adaptation": "none",
         "elementwise_kernel": "fused",  # its norms, rotations and activations are single kernels
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),
