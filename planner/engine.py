@@ -53,6 +53,7 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
+    "dispatches",
     "tabulate",
 ]
 
@@ -291,8 +292,8 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        if isinstance(item, Kernel):
-            launches = launches + item.launches * (price > 0)  # a kernel without work is not launched
+        if isinstance(item, Kernel) and not item.captured:
+            launches = launches + dispatches(item, ledger.axes) * (price > 0)  # without work it is not launched
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -301,6 +302,14 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
     return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+
+
+def dispatches(item: Kernel, axes: Axes) -> Array | float:
+    """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
+    if isinstance(item, Matmul) and item.grouped:
+        each: Array = axes[item.groups] * item.launches
+        return each
+    return item.launches
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
