@@ -119,13 +119,23 @@ class Branches:
             return self._less[recompute, swap]
         less = self._less[recompute, swap] = []
         for r, choice in enumerate(self.recomputes):
-            if not (r == recompute or choice.technique is None):
-                continue
             for s, other in enumerate(self.swaps):
                 subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
-                if subset and (r, s) != (recompute, swap):
+                # As much recompute, unless it is of as many layers as it takes: a further swap may do with fewer.
+                same = r == recompute and not self.by_layers(choice)
+                fewer = same or (choice.technique is None and not self.moves_activations(s))
+                if subset and fewer and (r, s) != (recompute, swap):
                     less.append((r, s))
         return less
+
+    def moves_activations(self, swap: int) -> bool:
+        """Whether a swap moves activations: recompute leaves it less to move, and so may save time."""
+        return any(self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS)
+
+    def idle(self, recompute: int, swap: int) -> bool:
+        """Whether a branch is its state and nothing more."""
+        choices = (self.recomputes[recompute], *self.swaps[swap].values())
+        return all(choice.technique is None for choice in choices)
 
 
 class Faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -87,6 +87,12 @@ class Pending:
     fits: NDArray[np.bool_]
     overfull: NDArray[np.bool_]
 
+    @property
+    def floor_s(self) -> Array:
+        """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
+        plain_s: Array = self.bounds_s[0, 0]
+        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shortfall:
@@ -162,7 +168,7 @@ class Expansion:
         its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
-        if branches.recomputes[0].technique is not None:
+        if branches.recomputes[0].technique is not None or branches.moves_activations(0):
             return np.arange(len(rows))
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
@@ -234,12 +240,23 @@ class Expansion:
         return full
 
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a layout, a recompute choice and a swap."""
+        """Prices jobs that share a layout, a recompute choice and a swap: which fit, their bounds, and all of them."""
+        by_layers = self.branches.by_layers(self.branches.recomputes[jobs.recompute])
+        many = int(jobs.width.max()) if by_layers and self.branches.moves_activations(jobs.swap) else 1
+        if many == 1:
+            return self._priced(jobs)
+        # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
+        fit, bound_s, batch = self._priced(jobs.with_every_count(many))
+        some_fit: NDArray[np.bool_] = np.any(fit.reshape(-1, many), axis=1)
+        return some_fit, bound_s.reshape(-1, many).min(axis=1), batch
+
+    def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         choice = self.branches.recomputes[jobs.recompute]
         table = self.columns(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
         micro_batches = self.micro_batches[jobs.rows]
-        by_layers = self.branches.by_layers(choice)
-        layers: Array | None = self._fewest_layers(jobs, table, micro_batches) if by_layers else None
+        layers = jobs.layers
+        if layers is None and self.branches.by_layers(choice):
+            layers = self._fewest_layers(jobs, table, micro_batches)
         bound_s = step_bound(table, jobs.layout, micro_batches, layers)
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
@@ -338,7 +355,7 @@ class Expansion:
     def columns(self, states: Index, recompute: int, swap: int, rows: Index) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change."""
         columns = self._of_states[states, rows]
-        if self.branches.recomputes[recompute].technique is not None or swap:
+        if not self.branches.idle(recompute, swap):
             prefixes = self.prefix_of[rows]
             pairs = prefixes * len(self.branches.states) + states
             for pair in np.unique(pairs):
@@ -408,3 +425,13 @@ class Jobs:
     states: Index
     rows: Index
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
+    layers: Array | None = None  # layers recomputed by each job; None: as few as fit
+
+    def with_every_count(self, most: int) -> Jobs:
+        """Every job with 1 … ``most`` recomputed layers, job after job."""
+        index = np.arange(len(self.rows)).repeat(most)
+        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
+        one_each = np.ones(len(index), dtype=np.int64)
+        return replace(
+            self, states=self.states[index], rows=self.rows[index], width=one_each, layers=layers
+        )
