@@ -293,7 +293,9 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
         if isinstance(item, Kernel) and not item.captured:
-            launches = launches + dispatches(item, ledger.axes) * (price > 0)  # without work it is not launched
+            launches = launches + dispatches(item, ledger.axes) * (
+                price > 0
+            )  # without work it is not launched
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():

@@ -53,6 +53,11 @@ class Branches:
             (swap for swap in swaps if self._possible(swap)),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
+        some = [i for i, c in enumerate(self.recomputes) if c.technique is not None and not self.by_layers(c)]
+        none = [i for i, c in enumerate(self.recomputes) if c.technique is None]
+        layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
+        self.waves = [wave for wave in (none, some, layers) if wave]
+        """Recompute choices that are tried together: none does less than another of its wave."""
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:

@@ -91,7 +91,9 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
 
 def _cuda_graph(flags: Flags) -> dict[str, str]:
     """What is captured in CUDA graphs."""
-    how, scope = (flags.values.get(name, "none").replace("_", "-") for name in ("cuda-graph-impl", "cuda-graph-scope"))
+    how, scope = (
+        flags.values.get(name, "none").replace("_", "-") for name in ("cuda-graph-impl", "cuda-graph-scope")
+    )
     if how == "none":
         return {}
     if how == "full-iteration" or "full-iteration" in scope:

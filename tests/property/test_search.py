@@ -59,7 +59,9 @@ def random_problem(seed: int) -> Problem:
         )
     )
     # Recompute and what moves activations pull at each other: both open, often.
-    free = draw.choice([draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2])), ["recompute", "activation_offload"]])
+    free = draw.choice(
+        [draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2])), ["recompute", "activation_offload"]]
+    )
     fixed = {slot: draw.choice(values) for slot, values in OPEN.items() if slot not in free}
     if draw.random() < 0.8:
         fixed["micro_batch_size"] = draw.choice([1, 2])
