@@ -34,6 +34,7 @@ LAYERS = (
     "export",
     "report",
     "validation",
+    "calibration",
     "cli",
     "__main__",
 )
