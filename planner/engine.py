@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
     Level,
@@ -157,7 +158,10 @@ class Pricer:
             _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
         )
         launches = np.array([[item.launches] for item in items])
-        seconds: Array = self.kernels.matmul_s(m, n, k, groups, rate, width, out) * launches
+        # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
+        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in items])
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
+        seconds: Array = self.kernels.matmul_s(m, n, k, groups, aligned, width, out) * launches
         return seconds
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
