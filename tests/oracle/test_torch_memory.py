@@ -6,7 +6,7 @@ steps, what every operator keeps for the backward, and what is alive when most i
 difference is either one of ``KNOWN`` or a failure.
 """
 
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.ledger import Resident
+from planner.ledger import Resident, Stream
 from planner.specs.model import Attention, Block, Mlp, Model
 from planner.techniques import figures
 
@@ -130,50 +130,23 @@ def positions_are_integers(case):
     return Counter({("saved", "indices"): 8 * SEQ // case["tp"]})
 
 
-def eager_norms_keep_more(case):
-    """An fp32 copy of the input instead of the input, and the normalised input before the gain, of input's precision.
-
-    In fp32 nothing is copied. Where a block is recomputed, its input stays beside the copy.
-    """
-    if case["kernels"] != "eager":
+def input_stays_beside_its_copy(case):
+    """A recomputed block keeps its input, from which eager RMSNorm makes an fp32 copy; the ledger has the copy in its place."""
+    if case["kernels"] != "eager" or case["recompute"] != "full" or case["precision"] == "fp32":
         return Counter()
-    dims, width = MODELS[case["model"]], BYTES[case["precision"]]
-    hidden = residual_tokens(case) * dims["hidden"]
-    qk = (
-        TOKENS * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"] // case["tp"] if dims["qk_norm"] else 0
-    )
-    norms = 1 if case["recompute"] == "full" else 2 * dims["layers"] + 1
-    layers = 0 if case["recompute"] == "full" else dims["layers"]
-    input_stays = width * hidden if case["recompute"] == "full" and width == 2 else 0
-    return Counter(
-        {
-            ("saved", "residual"): norms * (4 - width) * hidden,
-            ("saved", "qkv"): layers * (4 - width) * qk,
-            ("saved", "norm"): norms * width * hidden + layers * width * qk,
-            ("layer", "work"): 4 * (2 * hidden + qk) + input_stays,
-        }
-    )
+    hidden = residual_tokens(case) * MODELS[case["model"]]["hidden"]
+    return Counter({("layer", "work"): BYTES[case["precision"]] * hidden})
 
 
-def eager_swiglu_keeps_more(case):
-    """The activated gate, which the product with the other half needs."""
-    if case["kernels"] != "eager":
-        return Counter()
-    dims = MODELS[case["model"]]
-    activated = TOKENS * dims["ffn"] // case["tp"] * BYTES[case["precision"]]
-    kept = 0 if case["recompute"] == "full" else dims["layers"]
-    return Counter({("saved", "act"): kept * activated, ("layer", "work"): activated})
+def sharded_loss_has_more_copies(case):
+    """Over a sharded vocabulary, probabilities are a fourth fp32 copy of the logits; a token has 33 bytes of indices and masks.
 
-
-def loss_has_more_copies(case):
-    """Log-probabilities, their gradient and the logits' gradient: three fp32 tensors, of which the ledger has two.
-
-    Over a sharded vocabulary, the probabilities are a fourth, and each token has 33 bytes of indices and masks (three int64, two
-    fp32, one bool).
+    Three int64, two fp32, one bool (torch/distributed/tensor/parallel/loss.py).
     """
-    copies, integers = (2, 33) if case["tp"] > 1 else (1, 0)
+    if case["tp"] == 1:
+        return Counter()
     logits = 4 * TOKENS * MODELS[case["model"]]["vocab"] // case["tp"]
-    return Counter({("head", "work"): copies * logits + integers * TOKENS})
+    return Counter({("head", "work"): logits + 33 * TOKENS})
 
 
 def head_is_sharded_again_before_the_loss(case):
@@ -218,10 +191,9 @@ KNOWN = (
     gradient_of_the_embedding_is_whole,
     norms_keep_statistics,
     positions_are_integers,
-    eager_norms_keep_more,
-    eager_swiglu_keeps_more,
+    input_stays_beside_its_copy,
     gradients_inside_a_layer,
-    loss_has_more_copies,
+    sharded_loss_has_more_copies,
     head_is_sharded_again_before_the_loss,
 )
 
@@ -270,6 +242,24 @@ def test_every_byte(trackers, name, part):
         expected.update(difference(case))
     found = theirs(case, trackers[name])
     assert of(part, found) == of(part, expected)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("operator", "name", "what"),
+    [
+        ("LayerNorm", "gpt", "norm1"),
+        ("GELU", "gpt", "mlp.act"),
+        ("RMSNorm", "llama eager", "norm1"),
+        ("rotation", "llama eager", "attention.rope"),
+        ("SwiGLU", "llama eager", "mlp.act"),
+        ("loss", "llama eager", "head.cross_entropy"),
+    ],
+)
+def test_traffic_of_an_operator(trackers, operator, name, what, phase):
+    """Bytes moved per element of 16 bits, and kernels."""
+    (ours,) = ledger_of(CASES[name]).of(Stream, what=what, phase=phase)
+    assert [ours.bytes_per_element, ours.launches] == trackers["traffic"][operator][phase]
 
 
 def of(part, amounts):
@@ -379,12 +369,25 @@ def place(module, operator, dtype, n_bytes):
 # -- the ledger's side -----------------------------------------------------------------------------------------------------
 
 OURS = {
-    "residual": ("norm1.input", "norm2.input", "final_norm.input"),
-    "norm": ("attention.qkv_input", "mlp.fc1_input", "head.input", "distant_input"),
-    "qkv": ("attention.q", "attention.k", "attention.v", "attention.qk_norm_input"),
+    "residual": (
+        "norm1.input",
+        "norm2.input",
+        "final_norm.input",
+        "norm1.input_copy",
+        "norm2.input_copy",
+        "final_norm.input_copy",
+    ),
+    "norm": ("attention.qkv_input", "mlp.fc1_input", "head.input", "distant_input", "normalised"),
+    "qkv": (
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.qk_norm_input",
+        "attention.qk_norm.input_copy",
+    ),
     "core": ("attention.core_output", "attention.log_sum_exp"),
     "act_input": ("mlp.act_input",),
-    "act": ("mlp.fc2_input",),
+    "act": ("mlp.fc2_input", "mlp.act.activated_gate"),
     "dropout": ("dropout_mask",),
     "logits": ("head.logits",),
 }
@@ -425,7 +428,7 @@ def ledger_of(case):
         gradient_dtype="fp32" if mixed else case["precision"],
         sequence_parallel="gathered" if case["sequence_parallel"] else "false",
         zero_stage={"reshard": "fsdp", "kept": "2", "": "0"}[case["fsdp"]],
-        recompute=case["recompute"],
+        recompute=case["recompute"], elementwise_kernel=case["kernels"], loss_kernel="log_softmax",
     )  # fmt: skip
     return ledger
 

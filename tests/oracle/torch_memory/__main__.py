@@ -3,7 +3,7 @@
 Input: ``{"models": {name: dims}, "batch": of one data-parallel rank, "seq": ..., "cases": {name: case}}``, a case being
 ``{"model", "kernels", "dp", "tp", "sequence_parallel", "fsdp", "recompute", "precision"}``. Output, per case, lists of tensors
 (:func:`account.as_list`): alive after the ``forward``, when most is while the ``head`` and the ``layer`` in the middle are at
-work in the backward, and after the ``step``.
+work in the backward, and after the ``step``; and as ``traffic`` what :func:`traffic.traffic` counts.
 """
 
 import json
@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .account import Makers, as_list, tracker_of
 from .decoder import Decoder
 from .sharding import shard
+from .traffic import traffic
 
 
 def measure(case, models, batch, seq):
@@ -75,4 +76,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     job = json.load(sys.stdin)
     cases = job.pop("cases")
-    json.dump({name: measure(case, **job) for name, case in cases.items()}, sys.stdout)
+    with FakeTensorMode():
+        moved = traffic(rows=1024, width=256, vocab=512)
+    json.dump({"traffic": moved} | {name: measure(case, **job) for name, case in cases.items()}, sys.stdout)
