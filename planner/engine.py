@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
     Level,
@@ -53,6 +54,7 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
+    "dispatches",
     "tabulate",
 ]
 
@@ -156,7 +158,10 @@ class Pricer:
             _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
         )
         launches = np.array([[item.launches] for item in items])
-        seconds: Array = self.kernels.matmul_s(m, n, k, groups, rate, width, out) * launches
+        # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
+        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in items])
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
+        seconds: Array = self.kernels.matmul_s(m, n, k, groups, aligned, width, out) * launches
         return seconds
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
@@ -291,8 +296,10 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        if isinstance(item, Kernel):
-            launches = launches + item.launches * (price > 0)  # a kernel without work is not launched
+        if isinstance(item, Kernel) and not item.captured:
+            launches = launches + dispatches(item, ledger.axes) * (
+                price > 0
+            )  # without work it is not launched
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -301,6 +308,14 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
     return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+
+
+def dispatches(item: Kernel, axes: Axes) -> Array | float:
+    """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
+    if isinstance(item, Matmul) and item.grouped:
+        each: Array = axes[item.groups] * item.launches
+        return each
+    return item.launches
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

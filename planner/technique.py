@@ -43,6 +43,7 @@ __all__ = [
 SLOTS = (
     "precision",
     "attention_kernel",
+    "elementwise_kernel",
     "loss_kernel",
     "gradient_accumulation",
     "tensor",
@@ -51,6 +52,7 @@ SLOTS = (
     "expert",
     "tensor_overlap",
     "pipeline",
+    "cuda_graph",
     "optimizer",
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
@@ -70,9 +72,15 @@ ADDITIVE_SLOTS = SLOTS[SLOTS.index("zero_stage") :]
 
 def off(slot: str) -> str:
     """What a slot's knob says when no technique fills it."""
-    return {"sequence_parallel": "false", "zero_group": "full", "gradient_accumulation": "fused"}.get(
-        slot, "none"
-    )
+    return _OFF.get(slot, "none")
+
+
+_OFF = {
+    "elementwise_kernel": "fused",
+    "gradient_accumulation": "fused",
+    "sequence_parallel": "false",
+    "zero_group": "full",
+}
 
 
 @dataclass(frozen=True, slots=True)

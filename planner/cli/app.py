@@ -9,6 +9,7 @@ import typer
 
 from planner import __version__
 from planner.cli import (
+    calibrate,
     compare,
     estimate,
     explain,
@@ -42,7 +43,7 @@ def command() -> Callable[..., Any]:
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
-    for name, verbs in (("hardware", hardware), ("models", models)):
+    for name, verbs in (("hardware", hardware), ("models", models), ("calibrate", calibrate)):
         group = typer.Typer(help=verbs.HELP, **_PLAIN)
         group.callback()(_group)
         for verb, run in verbs.VERBS.items():

@@ -46,7 +46,8 @@ _MEGATRON: Mapping[str, str] = {
 _FSDP: Mapping[str, str] = {
     **_COMMON,
     "precision": "bf16 fp16 fp32 tf32 fp8 mxfp8",
-    "loss_kernel": "fused eager linear_fused",
+    "elementwise_kernel": "fused eager",
+    "loss_kernel": "fused eager log_softmax linear_fused",
     "gradient_accumulation": "fused separate",
     "context": "p2p all_gather",
     "optimizer": "adamw adam8bit sgd sgd_momentum adafactor muon",
@@ -62,7 +63,8 @@ _FSDP: Mapping[str, str] = {
 _DEEPSPEED: Mapping[str, str] = {
     **_COMMON,
     "precision": "bf16 fp16 fp32",
-    "loss_kernel": "fused eager linear_fused",
+    "elementwise_kernel": "fused eager",
+    "loss_kernel": "fused eager log_softmax linear_fused",
     "gradient_accumulation": "fused separate",
     "sequence_parallel": "false",
     "context": "p2p a2a",

@@ -213,6 +213,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "gradient_dtype": _gradient(flags),
         "optimizer": _optimizer(flags),
         "attention_kernel": flags.choice("--attention-backend", "auto", _BACKENDS),
+        "elementwise_kernel": "fused",  # its norms, rotations and activations are single kernels
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),
         **_accumulation(flags),

@@ -58,6 +58,7 @@ def attention(graph: Graph, spec: Attention, region: str, keeps_input: bool) -> 
         _projections(graph, spec, shape)
     if spec.qk_norm:
         _qk_norm(graph, spec, shape)
+        graph.save(f"{region}.qk_norm_input", shape.rotated, *made_in)
     if keeps_input:
         graph.save(f"{region}.qkv_input", graph.residual, "norm", "linear_input")
     if spec.index_heads:

@@ -48,6 +48,7 @@ def block(graph: Graph, spec: Block) -> None:
             graph.add(branch.add)
     for index in range(2 * len(branches), spec.norms):
         graph.norm(f"norm_extra{index}", spec.norm, "residual")
+    graph.gradient("residual", graph.residual)
     if spec.extra_parameters:
         graph.weight(f"{spec.extra_parameters}")
 

@@ -16,6 +16,13 @@ __all__ = ["mlp", "moe"]
 
 def mlp(graph: Graph, spec: Mlp, region: str, axis: str, keeps_input: bool) -> None:
     """Emits a dense network; its width is the axis ``axis``, its items' names begin with ``region``."""
+    wide = _network(graph, spec, region, axis, keeps_input)
+    # Most is held behind the activation's backward: the gradient of its output has taken the output's place.
+    graph.gradient(f"{region}.act_input", wide)
+
+
+def _network(graph: Graph, spec: Mlp, region: str, axis: str, keeps_input: bool) -> str:
+    """Its items but for gradients of activations; returns the size of the activation's input."""
     ffn = graph.axis(axis, spec.ffn)
     wide = f"2*{ffn}" if spec.gated else ffn
     graph.matmul(f"{region}.fc1", graph.rows, wide, "hidden", {region, "column"})
@@ -27,6 +34,7 @@ def mlp(graph: Graph, spec: Mlp, region: str, axis: str, keeps_input: bool) -> N
     graph.save(f"{region}.act_input", f"{wide}*{graph.rows}", region)
     _activation(graph, region, f"{graph.rows}*{ffn}", gated=spec.gated)
     graph.matmul(f"{region}.fc2", graph.rows, "hidden", ffn, {region, "row"})
+    return f"{wide}*{graph.rows}"
 
 
 def moe(graph: Graph, spec: Moe, keeps_input: bool) -> None:
@@ -55,6 +63,11 @@ def moe(graph: Graph, spec: Moe, keeps_input: bool) -> None:
     graph.save("moe.act_input", times(routed, wide), "moe")
     _activation(graph, "moe", times(routed, ffn), gated=spec.gated)
     graph.matmul("moe.fc2", per_expert, width, ffn, {"moe", "expert"}, experts, grouped=True)
+    if spec.gated and spec.expert_ffn >= (spec.latent or graph.model.hidden):
+        graph.gradient("moe.act_input", times(routed, wide))
+    else:  # most is held before, behind the second product's backward
+        graph.gradient("moe.fc2_output", times(routed, width))
+        graph.gradient("moe.fc2_input", times(routed, ffn))
     _exchange(graph, "moe.unpermute", f"{tokens}*{top_k}*{width}", "combine")
     graph.weight(f"{wide}*{experts}*{width}", f"{experts}*{ffn}*{width}", mesh="expert")
     if spec.bias:
@@ -65,7 +78,7 @@ def moe(graph: Graph, spec: Moe, keeps_input: bool) -> None:
         graph.weight(f"2*hidden*{width}")
     if spec.shared_ffn:
         shared = Mlp(spec.shared_ffn, spec.gated, spec.bias)
-        mlp(graph, shared, "shared_expert", "shared_ffn", keeps_input=False)
+        _network(graph, shared, "shared_expert", "shared_ffn", keeps_input=False)
         if spec.shared_gate:
             _shared_gate(graph)
 

@@ -125,6 +125,11 @@ class Graph:
         """A tensor that lives only while the block is at work."""
         self._hold(what, size, 4.0, pool, "block", set(tags))
 
+    def gradient(self, what: str, size: str) -> None:
+        """The gradient of an activation, where it adds to what the block holds while its backward is at work."""
+        if self.training:
+            self.transient(f"{what}.gradient", size, "workspace", "activation", "gradient")
+
     def cache(self, what: str, size: str) -> None:
         """What inference keeps of the tokens it has seen."""
         if not self.training:

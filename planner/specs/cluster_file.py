@@ -12,6 +12,7 @@ from planner.specs.cluster import Cluster, NodeGroup, Tier
 from planner.specs.device import Device
 from planner.specs.device_file import TOPOLOGIES, aliases, find_device, list_devices, load_device
 from planner.specs.library import canonical, hardware_folder, resolve
+from planner.specs.links import read_transport
 from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 from planner.specs.tiers import Network, build_tiers, check_nesting
@@ -242,6 +243,7 @@ def _explicit_tier(reader: Reader) -> Tier:
         efficiency=1.0 if efficiency is None else efficiency.value,
         oversubscription=1.0 if oversubscription is None else oversubscription.value,
         source=rate.source,
+        transport=read_transport(reader),
     )
     if tier.oversubscription < 1:
         reader.problem("oversubscription", f"{tier.oversubscription:g}", _FULL_BISECTION)

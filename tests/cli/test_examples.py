@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMISES = {
     "search_plans.py": r"(?m)^\d\.\d{3} s .* \(exact\)$[\s\S]*candidates, .* priced by the schedule engine\n +[\d,]+  \S",
     "compare_clusters.py": r"a100-sxm-80gb:16x8: [\d.]+ days, [\d,]+ USD[\s\S]*h100-sxm:8x8: [\d.]+ days, [\d,]+ USD",
-    "custom_cluster.py": r"20\.00 GB/s .* s with [\s\S]*1\.25 GB/s .* s with ",
+    "custom_cluster.py": r"23\.00 GB/s .* s with [\s\S]*1\.44 GB/s .* s with ",
     "huggingface_config.py": r"16 layers of width 2048\n[\d.]+ s per step, [\d.]+% MFU\n +[\d.]+ GB  peak",
 }
 

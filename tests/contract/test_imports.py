@@ -35,6 +35,7 @@ LAYERS = (
     "export",
     "report",
     "validation",
+    "calibration",
     "cli",
     "__main__",
 )

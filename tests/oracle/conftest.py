@@ -1,2 +1,2 @@
-# The package sets the number of devices before it imports jax, in a process of its own.
-collect_ignore = ["xla"]
+# Packages that set their library up before they import it, each in a process of its own.
+collect_ignore = ["torch_memory", "xla"]

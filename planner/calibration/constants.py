@@ -1,0 +1,68 @@
+"""Constants of a device, a link or a stack by their path (``efficiency.matmul``): what they are, and the same with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from planner.calibration.fit import Constant
+from planner.specs.device import Sourced
+
+__all__ = ["changed", "constant_at", "constants_of"]
+
+SpecT = TypeVar("SpecT")
+
+
+def constant_at(spec: Any, path: str) -> float | None:
+    """The number at a path; None where the spec has nothing there.
+
+    >>> from planner.specs.device_file import load_device
+    >>> constant_at(load_device("h100-sxm"), "scale_up.bytes_per_s")
+    450000000000.0
+    """
+    for name in path.split("."):
+        spec = spec.get(name) if isinstance(spec, Mapping) else getattr(spec, name, None)
+        if spec is None:
+            return None
+    return float(spec)
+
+
+def changed(spec: SpecT, values: Mapping[str, float]) -> SpecT:
+    """The spec with other numbers at some paths; kinds and sources stay.
+
+    >>> from planner.specs.device_file import load_device
+    >>> constant_at(changed(load_device("h100-sxm"), {"efficiency.matmul": 0.5}), "efficiency.matmul")
+    0.5
+    """
+    inner: dict[str, dict[str, float]] = {}
+    new: dict[str, Any] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            new[name] = _renumbered(_get(spec, name), value)
+    for name, part in inner.items():
+        new[name] = changed(_get(spec, name), part)
+    if isinstance(spec, Mapping):
+        return {**spec, **new}  # type: ignore[return-value]
+    return replace(spec, **new)  # type: ignore[type-var]
+
+
+def constants_of(spec: Any, bounds: Sequence[tuple[str, float, float]]) -> list[Constant]:
+    """Constants to fit: those of ``bounds`` (path, least, most) that the spec has, their priors inside the bounds."""
+    found = []
+    for path, low, high in bounds:
+        value = constant_at(spec, path)
+        if value is not None:
+            found.append(Constant(path, min(max(value, low), high), low, high))
+    return found
+
+
+def _get(spec: Any, name: str) -> Any:
+    return spec[name] if isinstance(spec, Mapping) else getattr(spec, name)
+
+
+def _renumbered(old: Any, value: float) -> Any:
+    return replace(old, value=value) if isinstance(old, Sourced) else value

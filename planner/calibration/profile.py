@@ -1,0 +1,146 @@
+"""Writes what was calibrated as profiles that the loaders read back: a device over its base, a cluster by tiers, a stack.
+
+Every fitted number carries its origin in its source: by what, when, from how many rows of which files, its 95 % interval and the
+error on rows that were left out.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import date
+from typing import Any
+
+from planner.calibration.fit import Fit
+from planner.specs.cluster import Cluster, Tier
+from planner.specs.device import Sourced, Transport
+from planner.specs.device_file import find_device
+from planner.specs.library import hardware_folder
+from planner.specs.load import read_file
+
+__all__ = ["Provenance", "cluster_toml", "device_toml", "stack_toml"]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What constants were fitted on.
+
+    Attributes:
+        files: names of the measurements' files.
+        day: of the fit.
+        conditions: what the measurements were taken with (device, library versions), where known.
+    """
+
+    files: tuple[str, ...]
+    day: date
+    conditions: str = ""
+
+    def source(self, found: Fit, name: str) -> str:
+        """The origin of one constant, in a line."""
+        one = next(c for c in found.fitted if c.name == name)
+        error = found.left_out or found.within
+        how = "left out" if found.left_out else "in sample"
+        conditions = f" ({self.conditions})" if self.conditions else ""
+        return (
+            f"planner calibrate, {self.day.isoformat()}: {one.rows} of {found.rows} rows of {', '.join(self.files)}{conditions}; "
+            f"95 % {one.low:.3g} to {one.high:.3g}; error {how} {error.median:.1%} median, {error.p90:.1%} 90th percentile"
+        )
+
+
+def device_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenance) -> str:
+    """The base's own file with the fitted constants in place of its numbers, under another name."""
+    shipped = hardware_folder() / "devices" / f"{find_device(base)}.toml"
+    table = read_file(base if base.endswith(".toml") else shipped)
+    table["name"] = name
+    for found in fits:
+        for constant in found.fitted:
+            *path, last = constant.name.replace(".transport.", ".").split(".")
+            inner = table
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
+    return _toml(table)
+
+
+def cluster_toml(cluster: Cluster, name: str, found: Fit, provenance: Provenance) -> str:
+    """The cluster with its tiers written out, the fitted constants with their origin and the others with theirs."""
+    fitted = {c.name: _sourced(c.value, provenance.source(found, c.name)) for c in found.fitted}
+    groups = [
+        {"device": group.device.name, "nodes": group.nodes, "devices_per_node": group.devices_per_node}
+        for group in cluster.groups
+    ]
+    tiers = [_tier(tier, fitted) for tier in cluster.tiers]
+    notes = {"notes": cluster.notes} if cluster.notes else {}
+    return _toml({"name": name, **notes, "group": groups, "tier": tiers})
+
+
+def stack_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenance) -> str:
+    """A stack that extends the base (or, where that is a file of the user's, repeats it) with the fitted constants."""
+    table: dict[str, Any] = read_file(base) if base.endswith(".toml") else {"name": name, "extends": base}
+    table["name"] = name
+    for found in fits:
+        for constant in found.fitted:
+            table[constant.name] = _sourced(constant.value, provenance.source(found, constant.name))
+    return _toml(table)
+
+
+def _tier(tier: Tier, fitted: Mapping[str, Any]) -> dict[str, Any]:
+    def number(key: str, value: float) -> dict[str, Any]:
+        return fitted.get(f"{tier.name}.{key}") or {
+            "value": value,
+            "kind": "assumed",
+            "source": tier.source or "base",
+        }
+
+    written: dict[str, Any] = {"name": tier.name, "size": tier.size, "topology": tier.topology}
+    written["bytes_per_s"] = number("bytes_per_s", tier.bytes_per_s)
+    written["latency_s"] = number("latency_s", tier.latency_s)
+    written["efficiency"] = number("efficiency", tier.efficiency)
+    if tier.oversubscription != 1.0:
+        written["oversubscription"] = number("oversubscription", tier.oversubscription)
+    for field in fields(Transport) if tier.transport is not None else ():
+        constant: Sourced | None = getattr(tier.transport, field.name)
+        if constant is not None:
+            kept = {"value": constant.value, "kind": constant.kind, "source": constant.source}
+            written[field.name] = fitted.get(f"{tier.name}.transport.{field.name}") or kept
+    return written
+
+
+def _sourced(value: float, source: str) -> dict[str, Any]:
+    return {"value": float(f"{value:.4g}"), "kind": "fitted", "source": source}
+
+
+# -- TOML --------------------------------------------------------------------------------------------------------------------
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    """Plain keys and numbers with their origin first, then tables, then lists of tables; the text reads back as the table."""
+    text = _keys(table)
+    for key, value in table.items():
+        if _is_section(value):
+            text += f"\n[{key}]\n{_keys(value)}"
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            text += "".join(f"\n[[{key}]]\n{_keys(row)}" for row in value)
+    assert tomllib.loads(text) == table, "what is written is what is read"
+    return text
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, dict) and "value" not in value
+
+
+def _keys(table: Mapping[str, Any]) -> str:
+    plain = (
+        (key, value)
+        for key, value in table.items()
+        if not _is_section(value) and not (isinstance(value, list) and value and isinstance(value[0], dict))
+    )
+    return "".join(f"{key} = {_value(value)}\n" for key, value in plain)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(part)}" for key, part in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)

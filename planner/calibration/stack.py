@@ -1,0 +1,225 @@
+"""Calibrates a software stack: what overlap costs, and the memory beside the model's, from training runs that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner import estimate
+from planner.calibration.constants import changed, constants_of
+from planner.calibration.fit import Constant, Fit, errors_of, fit
+from planner.errors import PlannerError, Problem, SpecError
+from planner.plan import Estimate
+from planner.specs.problem import Problem as Job
+from planner.specs.stack import Stack
+from planner.validation.measured import peak_memory_bytes, tokens_per_s_per_device
+from planner.validation.plans import run_of
+from planner.validation.table import Row, Unsupported, read_table
+from planner.validation.training import MEMORY_KINDS
+
+__all__ = ["MEMORY_CONSTANTS", "TIME_CONSTANTS", "MeasuredRun", "fit_memory", "fit_time", "read_runs"]
+
+Array: TypeAlias = NDArray[np.float64]
+
+TIME_CONSTANTS = (
+    ("matmul_slowdown", 0.2, 10.0),
+    ("stream_slowdown", 0.2, 10.0),
+    ("collective_slowdown", 0.1, 10.0),
+    ("attention_slowdown", 0.2, 10.0),
+    ("overlap_slowdown", 1.0, 3.0),
+    ("grouped_matmul_slowdown", 0.2, 10.0),
+    ("dispatch_s", 1e-8, 1e-3),
+)
+MEMORY_CONSTANTS = (
+    ("framework_bytes", 1e6, 2e10),
+    ("fragmentation", 1e-3, 1.0),
+    ("communicator_bytes", 1e5, 4e9),
+)
+"""Constants of a stack that runs determine, the most telling first. The bucket size is a setting: look it up."""
+
+
+_ROUNDS, _SETTLED = (
+    4,
+    0.005,
+)  # linearisations at most; relative move of all constants below which there is no other
+_STEP = 1.05  # by which a constant is moved to see its slope
+_LEAST = 0.05  # of a prediction that the linear form keeps
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRun:
+    """A training run: the job with the plan that was run, and what was measured of it (None: nothing)."""
+
+    row_id: str
+    model: str
+    job: Job
+    step_time_s: float | None
+    peak_bytes: float | None
+    memory_kind: str
+
+    def estimate(self, stack: Stack) -> Estimate:
+        """The planner's estimate of the run under a stack."""
+        return estimate(replace(self.job, stack=stack)).estimate
+
+    def held_bytes(self, predicted: Estimate) -> float:
+        """Predicted peak of what the measurement counts: all of the process, or what the allocator knows of."""
+        pools = predicted.memory_bytes
+        return pools["peak"] - sum(pools.get(pool, 0.0) for pool in MEMORY_KINDS[self.memory_kind])
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs that can be priced, and why the other rows cannot, by row."""
+
+    runs: tuple[MeasuredRun, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_runs(paths: Sequence[str | Path], device: str | None = None) -> Runs:
+    """The runs in training CSV files.
+
+    Args:
+        paths: the files.
+        device: profile (name or file) that takes the place of the rows' accelerator; None leaves it.
+
+    Raises:
+        SpecError: a file cannot be read, is no training table, or no row of all can be priced.
+    """
+    found: list[MeasuredRun] = []
+    left_out: dict[str, str] = {}
+    for path in paths:
+        table = read_table(path)
+        if table.kind != "training":
+            expected = "a training table: n_layers, hidden, n_heads, seq_len, … as `planner validate` reads"
+            raise SpecError(Problem(str(path), f"holds {table.kind} rows", expected))
+        for row in table.rows:
+            if device is not None:
+                row = replace(row, cells={**row.cells, "accelerator": device})
+            try:
+                found.append(_run(row))
+            except Unsupported as error:
+                left_out[row.row_id] = str(error)
+            except PlannerError as error:
+                left_out[row.row_id] = "; ".join(problem.found for problem in error.problems)
+    if not found:
+        reasons = "; ".join(dict.fromkeys(left_out.values())) or "no rows"
+        where = ", ".join(str(path) for path in paths)
+        raise SpecError(
+            Problem(where, f"no run can be priced: {reasons[:300]}", "runs that the planner can describe")
+        )
+    return Runs(tuple(found), left_out)
+
+
+def fit_time(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tuple[Stack, Fit]:
+    """The stack with the constants that step times determine, and the fit; runs of one model are left out together.
+
+    Raises:
+        SpecError: no run has a step time.
+    """
+    timed = [run for run in runs if run.step_time_s is not None]
+
+    def seconds(candidate: Stack) -> Array:
+        return np.array([run.estimate(candidate).step_time_s for run in timed])
+
+    return _fit(
+        stack, timed, [run.step_time_s for run in timed], seconds, TIME_CONSTANTS, folds, "a step time"
+    )
+
+
+def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tuple[Stack, Fit]:
+    """The stack with the constants that peak memory determines, and the fit; runs of one model are left out together.
+
+    Raises:
+        SpecError: no run has a peak memory.
+    """
+    measured = [run for run in runs if run.peak_bytes is not None]
+
+    def held(candidate: Stack) -> Array:
+        return np.array([run.held_bytes(run.estimate(candidate)) for run in measured])
+
+    peaks = [run.peak_bytes for run in measured]
+    return _fit(stack, measured, peaks, held, MEMORY_CONSTANTS, folds, "a peak memory")
+
+
+def _fit(
+    stack: Stack,
+    runs: Sequence[MeasuredRun],
+    measured: Sequence[float | None],
+    predict: Callable[[Stack], Array],
+    bounds: Sequence[tuple[str, float, float]],
+    folds: int,
+    what: str,
+) -> tuple[Stack, Fit]:
+    if not runs:
+        raise SpecError(Problem("measurements", f"no run has {what}", f"rows with {what}"))
+    constants = constants_of(stack, bounds)
+    groups = [run.model for run in runs]
+    priors = {constant.name: constant.prior for constant in constants}
+    values = priors
+    for _ in range(_ROUNDS):
+        near = _linear(lambda new: predict(changed(stack, new)), constants, values)
+        found = fit(near, measured, constants, groups, folds=folds)
+        moved = max((abs(found.values[name] / old - 1.0) for name, old in values.items()), default=0.0)
+        values = found.values
+        if moved < _SETTLED:
+            break
+    fitted = changed(stack, {constant.name: constant.value for constant in found.fitted})
+    truth = np.asarray(measured, dtype=np.float64)
+    predicted = predict(fitted)
+    before = errors_of(predict(changed(stack, priors)), truth)
+    return fitted, replace(found, before=before, within=errors_of(predicted, truth), predicted=predicted)
+
+
+def _linear(
+    predict: Callable[[Mapping[str, float]], Array], constants: Sequence[Constant], at: Mapping[str, float]
+) -> Callable[[Mapping[str, float]], Array]:
+    """Predictions near some values as a sum over the constants: exact where times and bytes add up, as most of a ledger does.
+
+    An estimate takes milliseconds, and a fit with its left-out parts asks for hundreds per run.
+    """
+    base = predict(at)
+    slopes = {}
+    for constant in constants:
+        name, here = constant.name, at[constant.name]
+        there = here * _STEP if here * _STEP <= constant.high else here / _STEP
+        slopes[name] = (predict({**at, name: there}) - base) / (there - here)
+
+    def near(values: Mapping[str, float]) -> Array:
+        total: Array = base + sum(slope * (values[name] - at[name]) for name, slope in slopes.items())
+        return np.maximum(total, _LEAST * base)
+
+    return near
+
+
+def _run(row: Row) -> MeasuredRun:
+    run = run_of(row)
+    job, kind = run.problem, row.text("peak_memory_kind")
+    if kind not in MEMORY_KINDS:
+        raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
+    return MeasuredRun(
+        row.row_id, f"{row.text('model')} {row.text('n_layers')} x {row.text('hidden')}", job, _step_time_s(row, job),
+        _peak_bytes(row), kind,
+    )  # fmt: skip
+
+
+def _step_time_s(row: Row, job: Job) -> float | None:
+    device, devices = job.cluster.device, job.cluster.devices
+    try:
+        rate = tokens_per_s_per_device(
+            row, job.model, job.workload, devices, device, str(job.fixed["precision"])
+        )
+    except Unsupported:
+        return None
+    return job.workload.tokens_per_step / (rate * devices)
+
+
+def _peak_bytes(row: Row) -> float | None:
+    try:
+        return peak_memory_bytes(row)
+    except Unsupported:
+        return None

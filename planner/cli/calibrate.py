@@ -1,0 +1,313 @@
+"""``planner calibrate``: constants of a device, a fabric or a software stack from a user's own measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.values import whole_number
+
+if TYPE_CHECKING:
+    from planner.calibration.fit import Fit
+    from planner.calibration.measurements import Measurement
+    from planner.calibration.profile import Provenance
+
+_Files = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE…",
+        help="Measurements: CSV, nccl-tests output, profiler table or trace.",
+        show_default=False,
+    ),
+]
+_Out = Annotated[
+    str, typer.Option("-o", "--out", metavar="FILE.toml", help="The profile to write.", show_default=False)
+]
+_Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Its name [the file's].", show_default=False)
+]
+_Folds = Annotated[
+    str, typer.Option("--folds", metavar="K", help="Parts for the left-out error [5].", show_default=False)
+]
+_Conditions = Annotated[
+    str,
+    typer.Option(
+        "--conditions",
+        metavar="TEXT",
+        help="What it was measured with; goes into the profile.",
+        show_default=False,
+    ),
+]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="Of a profiler's table, which does not say.", show_default=False
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+def device(
+    files: _Files,
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base", metavar="DEVICE", help="A device or file: all that is not fitted.", show_default=False
+        ),
+    ],
+    out: _Out,
+    name: _Name = None,
+    folds: _Folds = "5",
+    conditions: _Conditions = "",
+    dtype: _Dtype = None,
+    as_json: _Json = False,
+) -> None:
+    """Fit kernel efficiencies, launch time and the links inside a node; writes a device profile.
+
+    Kernels determine the efficiencies, collectives of one node the link. A constant that too few rows depend on keeps the value
+    of --base, and the report says so.
+    """
+    from planner.calibration.device import fit_kernels, fit_links
+    from planner.calibration.measurements import Message
+    from planner.calibration.profile import device_toml
+    from planner.cli.output import OutputFile
+    from planner.specs.device_file import load_device
+
+    parts = _folds(folds)
+    start = load_device(base)
+    with OutputFile(_toml(out)) as file:
+        measurements = _read(files, dtype)
+        fits = {}
+        kernels = [m for m in measurements if not isinstance(m.work, Message)]
+        messages = [m for m in measurements if isinstance(m.work, Message)]
+        if kernels:
+            fits["kernels"] = fit_kernels(start, kernels, folds=parts)[1]
+        if messages:
+            fits["links"] = fit_links(start, messages, folds=parts)[1]
+        text = device_toml(base, name or _stem(out), list(fits.values()), _provenance(files, conditions))
+        file.write(text)
+    load_device(out)
+    _report(fits, out, as_json)
+
+
+def fabric(
+    files: _Files,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            "--cluster", metavar="CLUSTER", help="A cluster: all that is not fitted.", show_default=False
+        ),
+    ],
+    out: _Out,
+    name: _Name = None,
+    folds: _Folds = "5",
+    conditions: _Conditions = "",
+    as_json: _Json = False,
+) -> None:
+    """Fit latency and bandwidth of a cluster's tiers to collectives inside and between nodes; writes a cluster profile."""
+    from planner.calibration.fabric import fit_fabric
+    from planner.calibration.profile import cluster_toml
+    from planner.cli.output import OutputFile
+    from planner.specs.hardware import load_cluster
+
+    parts = _folds(folds)
+    start = load_cluster(cluster)
+    with OutputFile(_toml(out)) as file:
+        fitted, found, unplaced = fit_fabric(start, _read(files, None), folds=parts)
+        file.write(cluster_toml(fitted, name or _stem(out), found, _provenance(files, conditions)))
+    load_cluster(out)
+    notes = [f"{unplaced} messages do not fit into {start.name} and were left out"] if unplaced else []
+    _report({"tiers": found}, out, as_json, notes)
+
+
+def stack(
+    files: Annotated[
+        list[str], typer.Argument(metavar="RUNS.csv…", help="Training runs.", show_default=False)
+    ],
+    out: _Out,
+    base: Annotated[
+        str, typer.Option("--base", metavar="STACK", help="A stack or file: all that is not fitted.")
+    ] = "default",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="DEVICE", help="Instead of the rows' accelerator.", show_default=False
+        ),
+    ] = None,
+    name: _Name = None,
+    folds: _Folds = "5",
+    conditions: _Conditions = "",
+    as_json: _Json = False,
+) -> None:
+    """Fit what overlap costs and what memory the framework takes to measured training runs; writes a stack.
+
+    Rows of one model are left out together.
+    """
+    from planner.calibration.profile import stack_toml
+    from planner.calibration.stack import fit_memory, fit_time, read_runs
+    from planner.cli.output import OutputFile
+    from planner.specs.stack import load_stack
+
+    parts = _folds(folds)
+    start = load_stack(base)
+    with OutputFile(_toml(out)) as file:
+        read = read_runs(files, device)
+        fits = {}
+        if any(run.step_time_s is not None for run in read.runs):
+            fits["time"] = fit_time(start, read.runs, folds=parts)[1]
+        if any(run.peak_bytes is not None for run in read.runs):
+            fits["memory"] = fit_memory(start, read.runs, folds=parts)[1]
+        file.write(stack_toml(base, name or _stem(out), list(fits.values()), _provenance(files, conditions)))
+    load_stack(out)
+    _report(fits, out, as_json, [f"{row}: {reason}" for row, reason in read.left_out.items()])
+
+
+def measure(
+    out: Annotated[
+        str,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the CSV files.", show_default=False),
+    ],
+    what: Annotated[
+        str,
+        typer.Option(
+            "--what",
+            metavar="LIST",
+            help="Of gemm, attention, stream, collectives; all if left out.",
+            show_default=False,
+        ),
+    ] = "",
+    on: Annotated[str, typer.Option("--on", metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16 or fp16.")] = "fp32",
+    processes: Annotated[str, typer.Option("--processes", metavar="N", help="Of collectives.")] = "2",
+    threads: Annotated[str, typer.Option("--threads", metavar="N", help="Of a process on a CPU.")] = "1",
+    quick: Annotated[bool, typer.Option("--quick", help="A coarse grid: a minute.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run microbenchmarks with PyTorch and write them as operators CSV files.
+
+    Products, attention forward and backward, copies and sums; collectives over gloo (cpu) or NCCL (cuda). Needs the extra
+    ``measure`` (torch). Each number is the median of repeats that were not disturbed by other processes.
+    """
+    from planner.calibration.measure import FAMILIES, Setting, measure_families, table_text
+    from planner.cli.output import OutputFile, print_json
+
+    chosen = _families(what, FAMILIES)
+    setting = Setting(
+        on=on,
+        dtype=dtype,
+        processes=whole_number("--processes", processes),
+        threads=whole_number("--threads", threads),
+        quick=quick,
+    )
+    setting.check()
+    folder = _folder(out)
+    with ExitStack() as stack:
+        paths = {family: str(folder / f"{family}.csv") for family in chosen}
+        opened = {family: stack.enter_context(OutputFile(path)) for family, path in paths.items()}
+        tables = measure_families(chosen, setting)
+        for family, rows in tables.items():
+            opened[family].write(table_text(rows))
+    if as_json:
+        print_json(
+            {"files": {family: {"path": paths[family], "rows": len(rows)} for family, rows in tables.items()}}
+        )
+    else:
+        for family, rows in tables.items():
+            print(f"{paths[family]}: {len(rows)} rows")
+
+
+HELP = "Fit a device, a fabric or a software stack to your own measurements, and take such measurements."
+VERBS = {"device": device, "fabric": fabric, "stack": stack, "measure": measure}
+
+
+# -- what the verbs share ------------------------------------------------------------------------------------------------------
+
+
+def _read(files: Sequence[str], dtype: str | None) -> list[Measurement]:
+    from planner.calibration.measurements import dtype_named, read_measurements
+    from planner.errors import Problem, SpecError
+
+    if dtype is not None and dtype_named(dtype) is None:
+        raise SpecError(Problem("--dtype", repr(dtype[:40]), "fp32, tf32, bf16, fp16, fp8 or int8"))
+    named = None if dtype is None else dtype_named(dtype)
+    return [measurement for path in files for measurement in read_measurements(path, named)]
+
+
+def _folds(text: str) -> int:
+    from planner.errors import Problem, SpecError
+
+    parts = whole_number("--folds", text)
+    if not 2 <= parts <= 100:
+        raise SpecError(Problem("--folds", text, "2 to 100 parts"))
+    return parts
+
+
+def _families(text: str, known: Sequence[str]) -> list[str]:
+    from planner.errors import Problem, SpecError, did_you_mean
+
+    chosen = [word.strip() for word in text.split(",") if word.strip()] or list(known)
+    wrong = [word for word in chosen if word not in known]
+    if wrong:
+        raise SpecError(
+            [Problem("--what", repr(w), f"of {', '.join(known)}", did_you_mean(w, known)) for w in wrong]
+        )
+    return list(dict.fromkeys(chosen))
+
+
+def _toml(path: str) -> str:
+    """The path of a profile, which loaders know by its ending."""
+    from planner.errors import Problem, SpecError
+
+    if not path.endswith(".toml"):
+        raise SpecError(Problem(f"-o {path!r}", "is no .toml file", "a name that ends in .toml"))
+    return path
+
+
+def _folder(path: str) -> Any:
+    from pathlib import Path
+
+    from planner.errors import Problem, SpecError
+
+    folder = Path(path)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SpecError(
+            Problem(f"-o {path!r}", f"is no folder to write ({error.strerror})", "a folder")
+        ) from None
+    return folder
+
+
+def _stem(path: str) -> str:
+    from pathlib import Path
+
+    return Path(path).stem
+
+
+def _provenance(files: Sequence[str], conditions: str) -> Provenance:
+    from datetime import UTC, datetime
+    from pathlib import Path
+
+    from planner.calibration.profile import Provenance
+
+    today = datetime.now(UTC).date()
+    return Provenance(tuple(dict.fromkeys(Path(path).name for path in files)), today, conditions)
+
+
+def _report(fits: dict[str, Fit], out: str, as_json: bool, notes: Sequence[str] = ()) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        from planner.cli.output import print_json
+
+        shown = {
+            name: {k: v for k, v in asdict(f).items() if "predicted" not in k} for name, f in fits.items()
+        }
+        print_json({"profile": out, "fits": shown, "notes": list(notes)})
+        return
+    from planner.calibration.screen import show_fits
+
+    show_fits(fits, out, notes)

@@ -1,0 +1,1 @@
+"""Which kernels run norms, rotary embeddings and activation functions."""

@@ -1,0 +1,192 @@
+"""Devices, fabrics and stacks: planted constants come back from synthetic measurements, and the profiles read back."""
+
+from dataclasses import replace
+from datetime import date
+
+import numpy as np
+import pytest
+
+from planner.calibration.constants import changed, constant_at
+from planner.calibration.device import fit_kernels, fit_links
+from planner.calibration.fabric import fit_fabric
+from planner.calibration.measurements import Attention, Measurement, Message, Product, Stream
+from planner.calibration.predict import kernels_s, messages_s
+from planner.calibration.profile import Provenance, cluster_toml, device_toml, stack_toml
+from planner.calibration.stack import fit_memory, fit_time, read_runs
+from planner.errors import SpecError
+from planner.specs.hardware import load_cluster, load_device
+from planner.specs.stack import load_stack
+
+ORIGIN = Provenance(("synthetic.csv",), date(2026, 11, 21), "a test")
+NOISE = 0.03
+
+
+def measured(works, predict, spec, seed=0):
+    """The works with the seconds that a spec predicts for them, 3 % noise."""
+    blank = [Measurement("synthetic", work, 1.0) for work in works]
+    noise = np.exp(NOISE * np.random.default_rng(seed).standard_normal(len(works)))
+    seconds = predict(blank)(spec) * noise
+    return [replace(row, seconds=float(s)) for row, s in zip(blank, seconds, strict=True)]
+
+
+def kernels():
+    sizes = (256, 1024, 4096, 8192)
+    products = [Product(m, n, k, 1.0, "bf16") for m in (16, 128, 1024, 8192) for n in sizes for k in sizes]
+    lengths = (512, 1024, 2048, 4096, 8192)
+    attention = [
+        Attention(batch, 32, 8, q, q, 128, 0.0, True, backward, "bf16")
+        for batch in (1, 2, 4, 8, 16) for q in lengths for backward in (False, True)
+    ]  # fmt: skip
+    return products + attention + [Stream(2.0**power) for power in np.arange(14.0, 32.0, 0.5)]
+
+
+def test_a_device_gets_its_planted_constants_back(tmp_path):
+    base = load_device("h100-sxm")
+    planted = {
+        "efficiency.matmul": 0.55,
+        "efficiency.memory": 0.66,
+        "launch_s": 6e-6,
+        "efficiency.attention": 0.43,
+    }
+    truth = changed(base, planted)
+    fitted, found = fit_kernels(base, measured(kernels(), kernels_s, truth))
+    for path, value in planted.items():
+        assert constant_at(fitted, path) == pytest.approx(value, rel=0.06), path
+    assert found.left_out.median < 2.0 * NOISE
+    assert found.before.median > 2.0 * found.left_out.median
+    path = tmp_path / "mine.toml"
+    path.write_text(device_toml("h100-sxm", "mine", [found], ORIGIN))
+    loaded = load_device(path)
+    assert loaded.name == "mine"
+    assert loaded.efficiency.matmul.kind == "fitted"
+    assert "synthetic.csv (a test)" in loaded.efficiency.matmul.source
+    for constant in found.fitted:  # four digits are written
+        assert constant_at(loaded, constant.name) == pytest.approx(constant.value, rel=1e-3)
+    assert loaded.scale_up == base.scale_up
+    assert loaded.peak_flop_per_s == base.peak_flop_per_s
+
+
+def test_constants_without_rows_keep_the_bases_values():
+    base = load_device("h100-sxm")
+    products = [work for work in kernels() if isinstance(work, Product)]
+    fitted, found = fit_kernels(base, measured(products, kernels_s, base))
+    assert fitted.efficiency.attention == base.efficiency.attention
+    reasons = {c.name: c.reason for c in found.kept}
+    assert reasons["efficiency.attention"] == "no row depends on it"
+    assert len(found.fitted) <= len(products) // 20
+
+
+def test_links_inside_a_node(tmp_path):
+    base = load_device("h100-sxm")
+    truth = changed(base, {"scale_up.efficiency": 0.6, "scale_up.latency_s": 2e-6})
+    works = [
+        Message(kind, ranks, ranks, 2.0**power)
+        for kind in ("all_gather", "reduce_scatter", "all_to_all") for ranks in (2, 4, 8) for power in range(9, 30, 2)
+    ]  # fmt: skip
+
+    def predict(rows):
+        seconds = messages_s(rows)
+        return lambda device: seconds(load_node(device))
+
+    fitted, found = fit_links(base, measured(works, predict, truth))
+    assert constant_at(fitted, "scale_up.efficiency") == pytest.approx(0.6, rel=0.1)
+    assert found.left_out.median < 2.0 * NOISE
+    path = tmp_path / "linked.toml"
+    path.write_text(device_toml("h100-sxm", "linked", [found], ORIGIN))
+    assert load_device(path).scale_up.efficiency.value == pytest.approx(
+        fitted.scale_up.efficiency.value, rel=1e-3
+    )
+
+
+def load_node(device):
+    from planner.specs.cluster_file import build_cluster
+
+    return build_cluster(device, 1, 8)
+
+
+def test_a_fabric_between_nodes(tmp_path):
+    cluster = load_cluster("v100-sxm2-16gb:4x8")
+    tiers = {tier.name: tier for tier in cluster.tiers}
+    slow = changed(tiers, {"nic.efficiency": 0.5, "nic.latency_s": 3e-5})
+    truth = replace(cluster, tiers=tuple(slow.values()))
+    works = [
+        Message(kind, ranks, per_node, 2.0**power)
+        for kind in ("all_reduce", "all_gather") for ranks, per_node in ((16, 8), (32, 8), (4, 1)) for power in range(10, 30, 2)
+    ]  # fmt: skip
+    works.append(Message("all_reduce", 64, 8, 1e6))  # more nodes than there are
+    fitted, found, unplaced = fit_fabric(
+        cluster, [*measured(works[:-1], messages_s, truth), Measurement("", works[-1], 1.0)]
+    )
+    assert unplaced == 1
+    nic = fitted.tiers[-1]
+    assert nic.effective_bytes_per_s == pytest.approx(truth.tiers[-1].effective_bytes_per_s, rel=0.05)
+    path = tmp_path / "fabric.toml"
+    path.write_text(cluster_toml(fitted, "fabric", found, ORIGIN))
+    loaded = load_cluster(path)
+    assert [tier.name for tier in loaded.tiers] == [tier.name for tier in cluster.tiers]
+    assert loaded.tiers[-1].effective_bytes_per_s == pytest.approx(nic.effective_bytes_per_s, rel=1e-3)
+    for tier, kept in zip(loaded.tiers, fitted.tiers, strict=True):
+        assert (tier.transport is None) == (kept.transport is None)
+
+
+def test_a_fabric_whose_ranks_fit_nowhere_is_an_error():
+    with pytest.raises(SpecError, match="none of which fits"):
+        fit_fabric(load_cluster("h100-sxm:1x8"), [Measurement("", Message("all_reduce", 64, 8, 1e6), 1.0)])
+
+
+HEADER = "row_id,model,n_layers,hidden,n_heads,vocab,seq_len,mlp,accelerator,n_devices,tp,pp,zero_stage,micro_batch,global_batch,"
+HEADER += (
+    "recompute,dtype,step_time_s,peak_memory_gb,peak_memory_unit,peak_memory_kind,oom,framework,score_for\n"
+)
+
+
+def training_table(tmp_path, stack):
+    """Runs of four models on eight devices, with the times and peaks that a stack predicts."""
+    shapes = [(layers, hidden, mb, seq) for layers, hidden in ((12, 1024), (16, 1536), (24, 2048), (8, 4096))
+              for mb in (1, 2, 4) for seq in (2048,)]  # fmt: skip
+    shapes = [(*shape, recompute) for shape in shapes for recompute in ("none", "full")]
+    blank = [
+        f"r{i},m{layers}x{hidden},{layers},{hidden},{hidden // 64},32000,{seq},gelu,A100-SXM-80GB,8,1,1,0,{mb},{mb * 8},"
+        f"{recompute},bf16,{{}},{{}},GB,smi,false,PyTorch DDP,time+memory\n"
+        for i, (layers, hidden, mb, seq, recompute) in enumerate(shapes)
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text(HEADER + "".join(row.format(1.0, 1.0) for row in blank))
+    rows = []
+    for text, run in zip(blank, read_runs([path]).runs, strict=True):
+        predicted = run.estimate(stack)
+        rows.append(text.format(predicted.step_time_s, run.held_bytes(predicted) / 1e9))
+    path.write_text(HEADER + "".join(rows))
+    return path
+
+
+def test_a_stack_gets_its_planted_constants_back(tmp_path):
+    base = load_stack()
+    planted = {"matmul_slowdown": 1.6, "framework_bytes": 3.4e9}
+    path = training_table(tmp_path, changed(base, planted))
+    runs = read_runs([path]).runs
+    timed, times = fit_time(base, runs, folds=4)
+    assert constant_at(timed, "matmul_slowdown") == pytest.approx(1.6, rel=0.03)
+    assert times.groups == 4  # runs of one model are left out together
+    assert times.left_out.p90 < 0.03
+    held, peaks = fit_memory(base, runs, folds=4)
+    assert constant_at(held, "framework_bytes") == pytest.approx(3.4e9, rel=0.03)
+    out = tmp_path / "mine.toml"
+    out.write_text(stack_toml("default", "mine", [times, peaks], ORIGIN))
+    loaded = load_stack(out)
+    assert loaded.matmul_slowdown.value == pytest.approx(1.6, rel=0.03)
+    assert loaded.framework_bytes.kind == "fitted"
+    assert loaded.gradient_bucket_bytes == base.gradient_bucket_bytes
+
+
+def test_rows_that_cannot_be_priced_are_named_and_a_table_of_none_is_an_error(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        HEADER
+        + "r1,m,,1024,16,32000,512,gelu,A100-SXM-80GB,8,1,1,0,1,8,none,bf16,1.0,1.0,GB,smi,false,PyTorch DDP,time\n"
+    )
+    with pytest.raises(SpecError, match="mandatory cells are empty: n_layers"):
+        read_runs([path])
+    path.write_text("m,n,k,dtype,latency_ms,accelerator\n1,1,1,bf16,1,H100\n")
+    with pytest.raises(SpecError, match="kernels rows"):
+        read_runs([path])
