@@ -34,6 +34,9 @@ def valid(ctx: Context) -> Iterable[Check]:
         plain = not any(spec is not None and (spec.latent or spec.index_heads) for spec in attention)
         dense = block.moe is None and block.ssm is None
         yield Check("operator-level recomputation is for plain attention and dense networks", plain and dense)
+        biased = any(spec is not None and (spec.qkv_bias or spec.out_bias) for spec in attention)
+        biased |= block.mlp is not None and block.mlp.bias
+        yield Check("operator-level recomputation counts products without biases", not biased)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
