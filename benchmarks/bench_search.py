@@ -103,7 +103,15 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                         if len(on):
                             one_each = np.ones(len(on), dtype=np.int64)
                             work.evaluate(
-                                Jobs(schedule, layout, recompute, swap, states[on], at[on], one_each)
+                                Jobs(
+                                    schedule,
+                                    layout,
+                                    np.full(len(on), recompute),
+                                    swap,
+                                    states[on],
+                                    at[on],
+                                    one_each,
+                                )
                             )
                             priced += len(on)
     return priced, priced / (time.process_time() - start)

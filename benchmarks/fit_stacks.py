@@ -48,6 +48,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "collective_slowdown"),
     ("megatron-eager", "", "matmul_slowdown"),
     ("megatron-deepspeed", "", "matmul_slowdown"),
+    ("megatron-deepspeed", "volta", "matmul_slowdown"),
     ("megatron-deepspeed", "", "stream_slowdown"),
     ("megatron-deepspeed", "", "collective_slowdown"),
     ("internlm", "", "matmul_slowdown"),
@@ -116,7 +117,7 @@ def main() -> None:
     )
     for key in CONSTANTS:
         used = sum(key in row.constants().values() for row in rows)
-        print(f"  {' '.join(filter(None, key)):45} {values[key]:.3f}  ± {spread[key]:.1%}  ({used} rows)")
+        print(f"  {' '.join(filter(None, key)):45} {values[key]:.3g}  ± {spread[key]:.1%}  ({used} rows)")
     results = {
         "all": errors,
         "model left out": _left_out(rows, values, errors, shares, lambda row: row.model),
@@ -166,10 +167,11 @@ def evaluate(rows: Sequence[Row], values: dict[Key, float]) -> tuple[np.ndarray,
         estimate = assembly.plan.estimate
         errors[index] = log(row.measured / estimate.tokens_per_s_per_device)
         kinds: dict[str, float] = defaultdict(float)
-        busy = 0.0
+        paced = {(s.share.block, s.share.phase) for s in assembly.spends if s.share.item is None}
+        busy = sum(spend.seconds for spend in assembly.spends)
         for spend in assembly.spends:
-            kind = _kind(spend)
-            busy += spend.seconds
+            # Where the host sets the pace, its time is all that counts.
+            kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else _kind(spend)
             if kind is not None:
                 kinds[kind] += spend.seconds
             if kind == "collective_slowdown":
@@ -204,19 +206,30 @@ def step(
     count = {source: int(np.sum(used & (sources == source))) for source in set(sources)}
     weight = np.array([1.0 / np.sqrt(max(count[s], 8)) for s in sources]) * np.sqrt(8.0) * used
     start = np.array([log(values[key]) for key in CONSTANTS])
-    prior = np.array([log(_PRIORS.get(key, 1.0)) for key in CONSTANTS])
+    above = np.array([_above(key) for key in CONSTANTS])
 
     def residuals(x: np.ndarray) -> np.ndarray:
         left = (errors + shares @ (x - start)) / _SOFT
         robust = np.sign(left) * np.sqrt(2.0 * (np.sqrt(1.0 + left**2) - 1.0))
-        return np.concatenate([weight * robust, 0.5 * (x - prior) / _SPREAD])
+        # What a constant is drawn to: the one that it stands in for, or that of the best library's kernels alone.
+        drawn = x - np.where(above >= 0, x[above], 0.0)
+        return np.concatenate([weight * robust, 0.5 * drawn / _SPREAD])
 
-    low, high = np.full(len(start), log(0.8)), np.full(len(start), log(4.0))
+    low, high = np.full(len(start), 0.0), np.full(len(start), log(4.0))
     found = least_squares(residuals, np.clip(start, low + 1e-6, high - 1e-6), bounds=(low, high))
     return {key: exp(x) for key, x in zip(CONSTANTS, found.x, strict=True)}
 
 
-_PRIORS: dict[Key, float] = {}
+def _above(key: Key) -> int:
+    """Index of the constant that would hold if this one were not there; -1: none is fitted."""
+    stack, generation, name = key
+    wider = [(stack, "", name)] if generation else []
+    wider += [
+        (other, where, name)
+        for other in _CHAINS[stack]
+        for where in ((generation, "") if generation else ("",))
+    ]
+    return next((CONSTANTS.index(other) for other in wider if other in CONSTANTS), -1)
 
 
 def _left_out(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.costs.overlap import pipelined_s, uniform_bucket_exposure_s
-from planner.engine import PHASES, BlockTable, Pricer
+from planner.engine import PHASES, BlockTable, Pricer, dispatches
 from planner.ledger import Array, AttentionCore, Collective, Item, Kernel, Ledger, Resident, Stream, Transfer
 from planner.pipeline import BOUNDARY, Layout, phase_seconds, recomputed_fraction
 
@@ -60,9 +60,9 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         shares += [
             Share(i, block, phase, price, price * f) for (i, price), f in zip(priced, factors, strict=True)
         ]
-        dispatch_s = sum(i.launches for i, price in priced if isinstance(i, Kernel) and price > 0) * float(
-            pricer.stack.dispatch_s
-        )
+        issued = (i for i, price in priced if isinstance(i, Kernel) and price > 0 and not i.captured)
+        launches = sum(float(np.ravel(dispatches(item, ledger.axes))[0]) for item in issued)
+        dispatch_s = launches * float(pricer.stack.dispatch_s)
         if dispatch_s > total_s:
             shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))
     return shares

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
     Level,
@@ -53,6 +54,7 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
+    "dispatches",
     "tabulate",
 ]
 
@@ -156,7 +158,10 @@ class Pricer:
             _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
         )
         launches = np.array([[item.launches] for item in items])
-        seconds: Array = self.kernels.matmul_s(m, n, k, groups, rate, width, out) * launches
+        # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
+        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in items])
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
+        seconds: Array = self.kernels.matmul_s(m, n, k, groups, aligned, width, out) * launches
         return seconds
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
@@ -166,15 +171,13 @@ class Pricer:
             for name in ("bytes_per_element", "launches", "flop_per_element")
         )
         flop = size * flop_per_element if flop_per_element.any() else 0.0
-        seconds: Array = self.kernels.stream_s(size * bytes_per_element, launches, flop)
-        return seconds
+        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
-        names = ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")
         for item in items:
             yield self.kernels.attention_s(
-                *(axes[getattr(item, name)] for name in names),
-                self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
+                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
+                axes[item.v_dim], self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
                 visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
             )  # fmt: skip
 
@@ -291,8 +294,10 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        if isinstance(item, Kernel):
-            launches = launches + item.launches * (price > 0)  # a kernel without work is not launched
+        if isinstance(item, Kernel) and not item.captured:
+            launches = launches + dispatches(item, ledger.axes) * (
+                price > 0
+            )  # without work it is not launched
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -301,6 +306,14 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
     return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+
+
+def dispatches(item: Kernel, axes: Axes) -> Array | float:
+    """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
+    if isinstance(item, Matmul) and item.grouped:
+        each: Array = axes[item.groups] * item.launches
+        return each
+    return item.launches
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

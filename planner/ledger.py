@@ -81,10 +81,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel(Item):
-    """Device work; ``launches`` kernels per instance."""
+    """Device work; ``launches`` kernels per instance, which the host issues unless they are ``captured`` in a graph."""
 
     dtype: str = "fp32"
     launches: float = 1.0
+    captured: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

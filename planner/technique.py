@@ -56,6 +56,7 @@ SLOTS = (
     "expert",
     "tensor_overlap",
     "pipeline",
+    "cuda_graph",
     "optimizer",
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks

@@ -7,6 +7,7 @@ multiply–add; collective bytes are bytes sent per rank; bandwidth is per direc
 
 from __future__ import annotations
 
+from planner.costs.alignment import HARDLY_ALIGNED, PARTLY_ALIGNED, alignment_efficiency
 from planner.costs.attention import (
     all_gather_attention_elements,
     contiguous_imbalance,
@@ -143,11 +144,14 @@ from planner.costs.tensor_parallel import (
 __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
+    "HARDLY_ALIGNED",
     "KNOWN_OPTIMIZERS",
+    "PARTLY_ALIGNED",
     "Level",
     "MessageCost",
     "Transport",
     "activation_bytes",
+    "alignment_efficiency",
     "all_gather_attention_elements",
     "all_gather_bytes",
     "all_gather_s",

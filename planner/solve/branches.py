@@ -53,6 +53,11 @@ class Branches:
             (swap for swap in swaps if self._possible(swap)),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
+        some = [i for i, c in enumerate(self.recomputes) if c.technique is not None and not self.by_layers(c)]
+        none = [i for i, c in enumerate(self.recomputes) if c.technique is None]
+        layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
+        self.waves = [wave for wave in (none, some, layers) if wave]
+        """Recompute choices that are tried together: none does less than another of its wave."""
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
@@ -119,13 +124,23 @@ class Branches:
             return self._less[recompute, swap]
         less = self._less[recompute, swap] = []
         for r, choice in enumerate(self.recomputes):
-            if not (r == recompute or choice.technique is None):
-                continue
             for s, other in enumerate(self.swaps):
                 subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
-                if subset and (r, s) != (recompute, swap):
+                # As much recompute, unless it is of as many layers as it takes: a further swap may do with fewer.
+                same = r == recompute and not self.by_layers(choice)
+                fewer = same or (choice.technique is None and not self.moves_activations(s))
+                if subset and fewer and (r, s) != (recompute, swap):
                     less.append((r, s))
         return less
+
+    def moves_activations(self, swap: int) -> bool:
+        """Whether a swap moves activations: recompute leaves it less to move, and so may save time."""
+        return any(self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS)
+
+    def idle(self, recompute: int, swap: int) -> bool:
+        """Whether a branch is its state and nothing more."""
+        choices = (self.recomputes[recompute], *self.swaps[swap].values())
+        return all(choice.technique is None for choice in choices)
 
 
 class Faults:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +69,7 @@ class Batch:
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
             self.expansion.row(jobs, index), jobs.layout,
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.states[one], jobs.recompute, jobs.swap, jobs.rows[one]),
+            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
         )  # fmt: skip
 
 
@@ -86,6 +86,12 @@ class Pending:
     bounds_s: Array
     fits: NDArray[np.bool_]
     overfull: NDArray[np.bool_]
+
+    @property
+    def floor_s(self) -> Array:
+        """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
+        plain_s: Array = self.bounds_s[0, 0]
+        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +154,8 @@ class Expansion:
     def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(self.states[:, rows])
-        jobs = Jobs(schedule, layout, 0, 0, states, rows[at], self._width(0, layout, rows[at]))
+        plain = np.zeros(len(at), dtype=np.intp)
+        jobs = Jobs(schedule, layout, plain, 0, states, rows[at], self._width(0, layout, rows[at]))
         fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -162,7 +169,7 @@ class Expansion:
         its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
-        if branches.recomputes[0].technique is not None:
+        if branches.recomputes[0].technique is not None or branches.moves_activations(0):
             return np.arange(len(rows))
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
@@ -180,34 +187,42 @@ class Expansion:
         A branch is excluded where another of its pair that does less has a bound that is not under the bar (more work only
         adds time), or fits (more work has nothing to offer).
         """
-        branches, layout, fits = self.branches, pending.jobs.layout, pending.fits
-        states, rows = pending.jobs.states[chosen], pending.jobs.rows[chosen]
-        overfull = pending.overfull[chosen]
         found: list[Batch] = []
-        for swap in swaps:
-            for recompute in range(len(branches.recomputes)):
-                width = self._width(recompute, layout, rows)
-                if (swap, recompute) == (0, 0) or not width.any():
-                    continue
-                less = branches.no_more(recompute, swap)
-                none = np.zeros((1, len(chosen)))
-                dominated = np.any([*(fits[s, r, chosen] for r, s in less), *(none > 0)], axis=0)
-                late = np.max([*(pending.bounds_s[s, r, chosen] for r, s in less), *none], axis=0) >= bar
-                self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
-                self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
-                self.counts.rejected["device memory"] += int(width[overfull & ~late & ~dominated].sum())
-                at = np.flatnonzero((width > 0) & ~(dominated | late | overfull))
-                if not len(at):
-                    continue
-                jobs = Jobs(pending.jobs.schedule, layout, recompute, swap, states[at], rows[at], width[at])
-                fit, bound_s, batch = self.evaluate(jobs)
-                fits[swap, recompute, chosen[at]], pending.bounds_s[swap, recompute, chosen[at]] = (
-                    fit,
-                    bound_s,
-                )
-                if len(batch.fitting):
-                    found.append(batch)
+        for swap, together in product(swaps, self.branches.waves):
+            left = [self._undecided(pending, chosen, recompute, swap, bar) for recompute in together]
+            at, width = np.concatenate([at for at, _ in left]), np.concatenate([width for _, width in left])
+            if not len(at):
+                continue
+            recomputes = np.repeat(np.array(together), [len(at) for at, _ in left])
+            pairs = chosen[at]
+            jobs = replace(
+                pending.jobs, recomputes=recomputes, swap=swap, states=pending.jobs.states[pairs],
+                rows=pending.jobs.rows[pairs], width=width,
+            )  # fmt: skip
+            fit, bound_s, batch = self.evaluate(jobs)
+            pending.fits[swap, recomputes, pairs], pending.bounds_s[swap, recomputes, pairs] = fit, bound_s
+            if len(batch.fitting):
+                found.append(batch)
         return found
+
+    def _undecided(
+        self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
+    ) -> tuple[Index, NDArray[np.int64]]:
+        """Chosen pairs whose branch has to be priced, and the candidates behind each; those of the others are counted."""
+        fits, bounds_s = pending.fits[:, :, chosen], pending.bounds_s[:, :, chosen]
+        width = self._width(recompute, pending.jobs.layout, pending.jobs.rows[chosen])
+        if (swap, recompute) == (0, 0) or not width.any():
+            return np.zeros(0, dtype=np.intp), width[:0]
+        dominated, late = np.zeros((2, len(chosen)), dtype=bool)
+        for r, s in self.branches.no_more(recompute, swap):
+            dominated |= fits[s, r]
+            late |= bounds_s[s, r] >= bar
+        full = pending.overfull[chosen]
+        self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
+        self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
+        self.counts.rejected["device memory"] += int(width[full & ~late & ~dominated].sum())
+        at = np.flatnonzero((width > 0) & ~(dominated | late | full))
+        return at, width[at]
 
     def _width(self, recompute: int, layout: Layout, rows: Index) -> NDArray[np.int64]:
         """Candidates behind one recompute choice on each row."""
@@ -218,7 +233,7 @@ class Expansion:
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
         stack = self.problem.stack
-        table = self.columns(jobs.states, 0, 0, jobs.rows)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
         fixed = table["gradients_bytes"]
         if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
             fixed = fixed + table["optimizer_bytes"]
@@ -234,12 +249,25 @@ class Expansion:
         return full
 
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a layout, a recompute choice and a swap."""
-        choice = self.branches.recomputes[jobs.recompute]
-        table = self.columns(jobs.states, jobs.recompute, jobs.swap, jobs.rows)
+        """Prices jobs that share a layout and a swap: which fit, their bounds, and all of them.
+
+        Recompute by layers is priced apart from other choices.
+        """
+        by_layers = self._by_layers(jobs)
+        many = int(jobs.width.max()) if by_layers and self.branches.moves_activations(jobs.swap) else 1
+        if many == 1:
+            return self._priced(jobs)
+        # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
+        fit, bound_s, batch = self._priced(jobs.with_every_count(many))
+        some_fit: NDArray[np.bool_] = np.any(fit.reshape(-1, many), axis=1)
+        return some_fit, bound_s.reshape(-1, many).min(axis=1), batch
+
+    def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
         micro_batches = self.micro_batches[jobs.rows]
-        by_layers = self.branches.by_layers(choice)
-        layers: Array | None = self._fewest_layers(jobs, table, micro_batches) if by_layers else None
+        layers = jobs.layers
+        if layers is None and self._by_layers(jobs):
+            layers = self._fewest_layers(jobs, table, micro_batches)
         bound_s = step_bound(table, jobs.layout, micro_batches, layers)
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
@@ -253,22 +281,26 @@ class Expansion:
             )
         return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
 
+    def _by_layers(self, jobs: Jobs) -> bool:
+        """Whether the jobs recompute some of a device's layers."""
+        return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
+
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs that the launcher can run; the others are counted under its reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
         if self.problem.launcher is None:
             return ok
-        pairs = np.stack([jobs.states, self.prefix_of[jobs.rows]])
-        for state, prefix in np.unique(pairs, axis=1).T.tolist():
-            at = np.flatnonzero((pairs[0] == state) & (pairs[1] == prefix))
-            faults = self._launcher_faults(jobs, state, prefix)
+        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows]])
+        for state, recompute, prefix in np.unique(branches, axis=1).T.tolist():
+            at = np.flatnonzero((branches == [[state], [recompute], [prefix]]).all(axis=0))
+            faults = self._launcher_faults(jobs, state, recompute, prefix)
             first = faults.first[jobs.rows[at] - self.starts[prefix]]
             ok[at] = first < 0
             for index, reason in enumerate(faults.reasons):
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: Jobs, state: int, prefix: int) -> Faults:
+    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int) -> Faults:
         """Every row's first broken rule of the launcher, for one prefix and the choices that the jobs share."""
         launcher, layout = self.problem.launcher, jobs.layout
         assert launcher is not None
@@ -276,13 +308,13 @@ class Expansion:
             jobs.schedule.value,
             layout.virtual_stages,
             layout.split,
-            jobs.recompute,
+            recompute,
             jobs.swap,
             state,
             prefix,
         )
         if key not in self._launched:
-            branch = self.branches.recipe(state, jobs.recompute, jobs.swap)
+            branch = self.branches.recipe(state, recompute, jobs.swap)
             knobs = self.branches.space.knobs(
                 {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
             )
@@ -335,15 +367,15 @@ class Expansion:
             layers,
         )
 
-    def columns(self, states: Index, recompute: int, swap: int, rows: Index) -> BlockTable:
+    def columns(self, states: Index, recomputes: Index, swap: int, rows: Index) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change."""
         columns = self._of_states[states, rows]
-        if self.branches.recomputes[recompute].technique is not None or swap:
-            prefixes = self.prefix_of[rows]
-            pairs = prefixes * len(self.branches.states) + states
-            for pair in np.unique(pairs):
-                prefix, state = divmod(int(pair), len(self.branches.states))
-                at = np.flatnonzero(pairs == pair)
+        if not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
+            shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
+            branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
+            for branch in np.unique(branches).tolist():
+                prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
+                at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
                 columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
@@ -389,7 +421,7 @@ class Expansion:
     def recipe(self, jobs: Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""
         prefix = int(np.searchsorted(self.starts, jobs.rows[index], side="right")) - 1
-        branch = self.branches.recipe(int(jobs.states[index]), jobs.recompute, jobs.swap)
+        branch = self.branches.recipe(int(jobs.states[index]), int(jobs.recomputes[index]), jobs.swap)
         return {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
 
     def row(self, jobs: Jobs, index: int) -> dict[str, float]:
@@ -399,12 +431,23 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Jobs:
-    """Candidates that share everything but state and row; ``states`` is sorted."""
+    """Candidates that share a layout and a swap; arrays over jobs."""
 
     schedule: Choice
     layout: Layout
-    recompute: int
+    recomputes: Index
     swap: int
     states: Index
     rows: Index
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
+    layers: Array | None = None  # layers recomputed by each job; None: as few as fit
+
+    def with_every_count(self, most: int) -> Jobs:
+        """Every job with 1 … ``most`` recomputed layers, job after job."""
+        index = np.arange(len(self.rows)).repeat(most)
+        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
+        one_each = np.ones(len(index), dtype=np.int64)
+        return replace(
+            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
+            layers=layers,
+        )  # fmt: skip

@@ -403,7 +403,7 @@ class UniformSearch:
         if not self._pending:
             return
         left = [pending.expansion.open_pairs(pending, self.ranking.bar) for pending in self._pending]
-        bounds = np.concatenate([p.bounds_s[0, 0, at] for p, at in zip(self._pending, left, strict=True)])
+        bounds = np.concatenate([p.floor_s[at] for p, at in zip(self._pending, left, strict=True)])
         order = np.argsort(bounds, kind="stable")
         number = np.repeat(np.arange(len(left)), [len(at) for at in left])[order]
         index = np.concatenate(left)[order]

@@ -88,9 +88,23 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
         knobs["loss_kernel"] = "fused"
     if tp > 1 and flags.says(r"\basync ?tp\b|tp-comm-overlap=true"):
         knobs["tensor_overlap"] = "chunked"
+    knobs |= _cuda_graph(flags)
     if cp > 1 and flags.says(r"cp comm a2a|cp-comm-type=a2a\b"):
         knobs["context"] = "a2a"
     return knobs
+
+
+def _cuda_graph(flags: Flags) -> dict[str, str]:
+    """What is captured in CUDA graphs."""
+    how, scope = (
+        flags.values.get(name, "none").replace("_", "-") for name in ("cuda-graph-impl", "cuda-graph-scope")
+    )
+    if how == "none":
+        return {}
+    if how == "full-iteration" or "full-iteration" in scope:
+        return {"cuda_graph": "full"}
+    modules = [name for name in ("attn", "router", "mlp") if name in scope]
+    return {"cuda_graph": "+".join(modules)} if modules else {}
 
 
 def _known(table: Mapping[str, str], value: str, what: str) -> str:

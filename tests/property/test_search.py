@@ -31,8 +31,8 @@ OPEN = {  # slots that a random problem may leave open; the others are fixed at 
     "zero_stage": ["0", "1", "2", "3"],
     "zero_group": ["full"],
     "recompute": ["none"],
-    "optimizer_offload": ["none"],
-    "activation_offload": ["none"],
+    "optimizer_offload": ["none", "none", "none", "cpu"],
+    "activation_offload": ["none", "none", "none", "cpu"],
     "parameter_offload": ["none"],
     "schedule": ["1f1b", "gpipe"],
 }
@@ -50,7 +50,7 @@ def random_problem(seed: int) -> Problem:
     )
     model = Model(
         name=f"random-{seed}", family="random", arch="decoder", hidden=heads * 64, vocab=draw.choice([1000, 32000]),
-        max_seq_len=4096, blocks={"decoder": block}, layers=(("decoder", draw.choice([2, 3, 4])),),
+        max_seq_len=4096, blocks={"decoder": block}, layers=(("decoder", draw.choice([2, 3, 4, 6])),),
         tied_embeddings=draw.random() < 0.3, dropout=draw.random() < 0.3,
     )  # fmt: skip
     cluster = load_cluster(
@@ -58,7 +58,10 @@ def random_problem(seed: int) -> Problem:
             ["h100-sxm:1x2", "h100-sxm:1x2", "rtx-4090:1x2", "a100-sxm-80gb:1x4", "a100-sxm-80gb:2x2"]
         )
     )
-    free = draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2]))
+    # Recompute and what moves activations pull at each other: both open, often.
+    free = draw.choice(
+        [draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2])), ["recompute", "activation_offload"]]
+    )
     fixed = {slot: draw.choice(values) for slot, values in OPEN.items() if slot not in free}
     if draw.random() < 0.8:
         fixed["micro_batch_size"] = draw.choice([1, 2])

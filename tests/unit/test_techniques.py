@@ -286,22 +286,6 @@ def test_recomputation_repeats_collectives_of_activations_and_no_gather_of_weigh
     assert any("pass_kv" in what for what, _ in again)
 
 
-def test_products_whose_output_is_kept_run_once_under_per_operator_checkpointing():
-    ledger, _ = run(
-        "llama3-8b", degrees={"tp": 2}, sequence_parallel="true", attention_kernel="flash", recompute="per_op"
-    )
-    again = {i.what: float(np.ravel(ledger.axes[i.n])[0]) for i in ledger.of(Matmul, phase="recompute")}
-    # Of wq wk wv wo w1 w3 w2 every second one, on 2 ranks: keys of 8 heads of 128, the output, one of two projections of 14336.
-    assert again == {"attention.qkv": 8 * 128 / 2, "attention.output": 4096, "mlp.fc1": 14336 / 2}
-    # Gathers before the products run again; what is reduce-scattered is on the save list.
-    kinds = [i.kind for i in collectives(ledger, phase="recompute")]
-    assert kinds == ["all_gather", "all_gather"]
-    assert not [i for i in ledger.items if i.phase == "recompute" and "core_attn" in i.tags]
-    kept = {i.what for i in figures.saved(ledger)}
-    attention = {f"attention.{name}" for name in ("q", "v", "core_output", "log_sum_exp")}
-    assert kept == attention | {"norm1.input", "norm2.input", "mlp.act_input"}
-
-
 def test_some_layers_swap_their_share():
     def moved(**choices):
         ledger, _ = run("llama3.1-70b", degrees={"pp": 2}, activation_offload="cpu", **choices)

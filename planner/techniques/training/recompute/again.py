@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from planner.ledger import Collective, Item, Ledger, Resident
 
-__all__ = ["OUTSIDE", "drop_saved", "recompute"]
+__all__ = ["recompute"]
 
-OUTSIDE = ("embedding", "head", "boundary")  # not part of any layer
+_OUTSIDE = ("embedding", "head", "boundary")  # not part of any layer
 
 
 def recompute(
@@ -28,19 +28,11 @@ def recompute(
 
     def again(item: Item) -> bool:
         weights = isinstance(item, Collective) and "data_parallel" in item.tags
-        return item.phase == "forward" and item.block not in OUTSIDE and not weights and inside(item)
-
-    return drop_saved(ledger.copy_to_phase(again, "recompute", by), inside, keeps, by)
-
-
-def drop_saved(
-    ledger: Ledger, inside: Callable[[Item], bool], keeps: Callable[[Resident], bool], by: str
-) -> Ledger:
-    """Saved tensors of what is ``inside`` stay only while their block is at work, but for those that ``keeps`` selects."""
+        return item.phase == "forward" and item.block not in _OUTSIDE and not weights and inside(item)
 
     def transient(item: Resident) -> Item | None:
-        if "saved" not in item.tags or item.block in OUTSIDE or not inside(item) or keeps(item):
+        if "saved" not in item.tags or item.block in _OUTSIDE or not inside(item) or keeps(item):
             return None
         return replace(item, lifetime="recomputed", by=by)
 
-    return ledger.edit(Resident, transient)
+    return ledger.copy_to_phase(again, "recompute", by).edit(Resident, transient)
