@@ -220,6 +220,7 @@ COMPACT = (
     "saved_bytes",
     "recomputed_bytes",
     "block_bytes",
+    "step_bytes",
     "host_bytes",
     "host_saved_bytes",
     "always_bytes",

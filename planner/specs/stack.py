@@ -30,7 +30,7 @@ from planner.errors import Problem, SpecError
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
-from planner.specs.sourced import read_sourced
+from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
 
@@ -92,6 +92,12 @@ class Stack:
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
+        cached_fraction: what the allocator keeps of freed blocks, as a fraction of activations and workspace, where there is
+            room: a process shows it and does not need it. None, as below: nothing.
+        bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
+            the gradients' and the weights' own buffers.
+        update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
+        stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
@@ -109,6 +115,10 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    cached_fraction: Sourced | None = None
+    bucket_copies: Sourced | None = None
+    update_bytes_per_parameter: Sourced | None = None
+    stage_tensors: Sourced | None = None
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[Serves, ...] = ()
@@ -131,7 +141,9 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
         path = _folder() / f"{path.name}.toml"
     reader = Reader(_merged(path, ()), str(path))
     constants = [field.name for field in fields(Stack) if field.type == Sourced.__name__]
-    values = {name: read_sourced(reader, name) for name in constants}
+    values: dict[str, Any] = {name: read_sourced(reader, name) for name in constants}
+    optional = [field.name for field in fields(Stack) if field.type == f"{Sourced.__name__} | None"]
+    values |= {name: read_optional(reader, name) for name in optional}
     stack = Stack(
         name=reader.text("name"),
         notes=reader.text("notes", ""),

@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Kernel, Ledger, Matmul, Resident, Stream, times
+from planner.ledger import Collective, Item, Ledger, Matmul, Resident, Stream, times
+from planner.specs.parameters import parameter_count
 from planner.technique import Context
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "synchronise",
     "whole",
     "whole_update",
+    "with_buckets",
     "with_degrees",
 ]
 
@@ -73,15 +77,29 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
 def whole_update(ledger: Ledger) -> Ledger:
     """Every rank updates all of its weights."""
 
-    def unshard(item: Kernel) -> Item | None:
+    def unshard(item: Item) -> Item | None:
         suffix = f"/zero_{mesh_of(item)}"
         if "update" not in item.tags:
             return None
-        if isinstance(item, Stream):
+        if isinstance(item, Stream | Resident):
             return replace(item, size=item.size.replace(suffix, ""))
         return replace(item, groups=item.groups.replace(suffix, "")) if isinstance(item, Matmul) else None
 
-    return ledger.edit(Kernel, unshard)
+    return ledger.edit(Item, unshard)
+
+
+def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Adds the copies of a bucket that the software holds beside the gradients, dealt to a device's blocks by their gradients."""
+    copies, bucket = ctx.stack.bucket_copies, ctx.stack.gradient_bucket_bytes.value
+    if copies is None:
+        return ledger
+    held = parameter_count(ctx.model) / (ctx.mesh.tp * ctx.mesh.pp) * dtype_bytes(ctx.gradient_dtype)
+    several = ctx.mesh.dp * ctx.mesh.cp > 1
+    buffers = [
+        replace(item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by)
+        for item in ledger.of(Resident, pool="gradients", lifetime="always")
+    ]
+    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket / held, 1.0)).add(buffers)
 
 
 def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[Resident]:
