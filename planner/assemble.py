@@ -26,6 +26,7 @@ from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
 from planner.technique import SLOTS, Context
+from planner.uncertainty.judgement import judgement
 
 __all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
 
@@ -158,6 +159,7 @@ def assemble(
         {"peak": peak, **fullest},
         host_bytes,
     )
+    estimate = replace(estimate, **judgement(problem, step_s, peak, spends))
     plan = Plan(
         model=problem.model.name,
         cluster=problem.cluster.name,

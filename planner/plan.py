@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2s
 from pathlib import Path
@@ -50,6 +50,11 @@ class Estimate:
         memory_budget_bytes: what the peak is held against.
         host_bytes: host memory per device.
         usd_per_step, joules_per_step: over all devices; None without a price.
+        interval: what holds 80 % of measurements of such plans, ``step_time_s`` and ``peak``: lowest and highest; None in plans
+            that were written without one.
+        oom_probability: how likely the measured peak is above the budget; None as above.
+        provenance: the weakest kind of constant behind ``step_time_s`` and ``peak``, and the names of those that are
+            ``assumed``; None as above.
     """
 
     step_time_s: float
@@ -63,6 +68,9 @@ class Estimate:
     host_bytes: float
     joules_per_step: float
     usd_per_step: float | None = None
+    interval: Mapping[str, Sequence[float]] | None = None
+    oom_probability: float | None = None
+    provenance: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,9 @@ class Plan:
         for name, value in {**numbers, **self.estimate.breakdown_s, **self.estimate.memory_bytes}.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}")
+        for name, (low, high) in (self.estimate.interval or {}).items():
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"interval of {name} is {low!r} to {high!r}")
         if self.estimate.step_time_s <= 0.0 or "peak" not in self.estimate.memory_bytes or self.devices < 1:
             raise ValueError("the estimate lacks a step time or a peak")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from planner.validation.report import Report
+    from planner.validation.spreads import Coverage
 
 
 def validate(
@@ -27,6 +31,24 @@ def validate(
             show_default=False,
         ),
     ] = None,
+    residuals: Annotated[
+        str | None,
+        typer.Option(
+            "--residuals",
+            metavar="FOLDER",
+            help="Write there what the shipped intervals are made of, and verify it on runs left out.",
+            show_default=False,
+        ),
+    ] = None,
+    refitted: Annotated[
+        str | None,
+        typer.Option(
+            "--refitted",
+            metavar="FILE.json",
+            help="Errors with constants fitted without a run's model or source, for --residuals.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Predict what published runs measured, and print how far off the predictions are.
@@ -43,12 +65,24 @@ def validate(
         raise SpecError(
             Problem("--by", repr(by[:40]), f"one of {', '.join(GROUPS)}", did_you_mean(by, GROUPS))
         )
+    if refitted is not None and residuals is None:
+        raise SpecError(Problem("--refitted", "without --residuals", "both"))
     report = score(files, operators=operators, bounds=bounds)
+    verified = {} if residuals is None else _written(residuals, report, refitted)
     if as_json:
-        print_json(report.as_dict(by))
+        left_out = {metric: [c.as_dict() for c in found] for metric, found in verified.items()}
+        print_json(report.as_dict(by) | ({"left_out": left_out} if verified else {}))
     else:
-        from planner.validation.screen import show_report
+        from planner.validation.screen import show_left_out, show_report
 
         show_report(report, by)
+        if verified:
+            show_left_out(verified)
     if report.exceeded():
         raise typer.Exit(1)
+
+
+def _written(folder: str, report: Report, refitted: str | None) -> dict[str, list[Coverage]]:
+    from planner.validation.residual_files import read_left_out, write_residuals
+
+    return write_residuals(folder, report, read_left_out(refitted))

@@ -15,9 +15,9 @@ from planner.validation.cells import DEFAULTS
 from planner.validation.exclusions import read_exclusions
 from planner.validation.outcomes import outcomes
 from planner.validation.ranking import Comparison, ranking_summary, sweeps
-from planner.validation.scores import ScoredRow, coverage, grouped, summarise
+from planner.validation.scores import ScoredRow, coverage, grouped, interval_statistics, summarise
 from planner.validation.table import read_table
-from planner.validation.training import score_training
+from planner.validation.training import Priced, score_training
 
 __all__ = ["GROUPS", "Report", "validate"]
 
@@ -35,6 +35,7 @@ class Report:
         defaults: by column, how many rows took its documented default.
         passed_over: files of another kind, with the kind that their header tells.
         bounds: recorded bounds; those of other files do not count.
+        priced: training runs that could be priced.
     """
 
     rows: list[ScoredRow] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Report:
     defaults: Counter[str] = field(default_factory=Counter)
     passed_over: dict[str, str] = field(default_factory=dict)
     bounds: tuple[Bound, ...] = ()
+    priced: list[Priced] = field(default_factory=list)
 
     def exceeded(self) -> list[tuple[Bound, float]]:
         """Recorded bounds that these scores exceed, with what was found."""
@@ -76,6 +78,7 @@ class Report:
             "summary": self.summary(by),
             "with_excluded": self.summary(with_excluded=True) if self._excludes() else None,
             "coverage": coverage(self.rows),
+            "intervals": interval_statistics(self.rows),
             "defaults": [
                 {"column": d.column, "meaning": d.meaning, "why": d.why, "rows": self.defaults[d.column]}
                 for d in DEFAULTS
@@ -118,6 +121,7 @@ def validate(
             scores = score_training(table, excluded)
             report.rows += scores.rows
             report.runs += scores.runs
+            report.priced += scores.priced
             report.defaults.update(scores.defaults)
     if len(report.passed_over) == len(tables):
         expected = "a table of kernels or collectives" if operators else "a table of training runs"

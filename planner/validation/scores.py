@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["STATUSES", "ErrorSummary", "ScoredRow", "coverage", "error_statistics", "grouped", "summarise"]
+__all__ = [
+    "STATUSES",
+    "ErrorSummary",
+    "ScoredRow",
+    "coverage",
+    "error_statistics",
+    "grouped",
+    "interval_statistics",
+    "summarise",
+]
 
 WITHOUT_ERRORS = ("oom", "ranking")
 STATUSES = ("scored", "skipped", "unsupported", "excluded")
@@ -32,6 +41,7 @@ class ScoredRow:
         measured: in the metric's SI unit; None where the row does not tell.
         predicted: in the same unit; None where there is none. An excluded row may have both.
         groups: what rows may be grouped by: family, accelerator, source, model and others.
+        interval: what was expected to hold the measured value in 80 % of rows; None where no residuals are known.
     """
 
     row_id: str
@@ -42,6 +52,7 @@ class ScoredRow:
     measured: float | None = None
     predicted: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status
@@ -68,6 +79,7 @@ class ScoredRow:
             "measured": self.measured,
             "predicted": self.predicted,
             "error": self.error,
+            "interval": None if self.interval is None else list(self.interval),
         }
 
 
@@ -176,3 +188,27 @@ def coverage(rows: Iterable[ScoredRow]) -> dict[str, float]:
             asked[row.metric] += 1
             scored[row.metric] += row.status == "scored"
     return {metric: scored[metric] / number for metric, number in asked.items()}
+
+
+def interval_statistics(rows: Iterable[ScoredRow]) -> dict[str, dict[str, float]]:
+    """How intervals did, by metric: rows that have one, the share of them that ``held``, and the median width.
+
+    Widths are relative to the prediction.
+
+    >>> row = ScoredRow("a", "f.csv", "gemm", "scored", measured=2.0, predicted=2.5, interval=(2.25, 3.0))
+    >>> interval_statistics([row])
+    {'gemm': {'n': 1, 'held': 0.0, 'median_width': 0.3}}
+    """
+    found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    for row, _ in _judged(rows):
+        if row.interval is not None and row.measured and row.predicted:
+            low, high = row.interval
+            found[row.metric].append((low <= row.measured <= high, (high - low) / row.predicted))
+    return {
+        metric: {
+            "n": len(cases),
+            "held": float(np.mean([held for held, _ in cases])),
+            "median_width": float(np.median([width for _, width in cases])),
+        }
+        for metric, cases in found.items()
+    }

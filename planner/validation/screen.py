@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.report.terminal import Screen, words
 from planner.validation.cells import DEFAULTS
 from planner.validation.report import Report
-from planner.validation.scores import coverage
+from planner.validation.scores import coverage, interval_statistics
+from planner.validation.spreads import Coverage
 
-__all__ = ["show_report"]
+__all__ = ["show_left_out", "show_report"]
 
 _STATISTICS = {"median_ape": "median", "mape": "mean", "p90_ape": "90th", "bias": "bias"}
 _OTHER_SCORES = ("oom", "ranking")
@@ -32,6 +33,13 @@ def show_report(report: Report, by: str) -> None:
         "Coverage",
         [f"{words(metric)}: {part:.1%} of the rows that ask for it" for metric, part in asked.items()],
     )
+    screen.section(
+        "Intervals that should hold 80 % of measurements",
+        [
+            f"{words(metric)}: hold {found['held']:.1%} of {found['n']:,}; median width {found['median_width']:.1%}"
+            for metric, found in interval_statistics(report.rows).items()
+        ],
+    )
     _show_unscored(screen, report)
     _show_excluded(screen, report, summary)
     taken = [
@@ -42,6 +50,23 @@ def show_report(report: Report, by: str) -> None:
     screen.section("Empty cells taken as", taken)
     screen.section("Passed over", [f"{path}: {kind}" for path, kind in report.passed_over.items()])
     screen.section("Bounds exceeded", [f"{bound}: {found:.1%}" for bound, found in report.exceeded()])
+
+
+def show_left_out(coverages: Mapping[str, Sequence[Coverage]]) -> None:
+    """Prints how intervals do on runs that were left out of the fit."""
+    screen = Screen()
+    screen.line()
+    screen.line("80 % intervals, fitted without what is left out", "bold")
+    rows = [
+        (
+            words(metric), c.left_out, f"{c.rows:,}", f"{c.held:.1%}", f"{c.median_width:.1%}", f"{c.median_error:.1%}",
+            f"{c.widths_per_error:.1f}",
+        )
+        for metric, found in coverages.items()
+        for c in found
+    ]  # fmt: skip
+    headings = ("quantity", "left out", "rows", "held", "median width", "median error", "width/error")
+    screen.grid(headings, rows, ("quantity", "left out"))
 
 
 def _show_errors(screen: Screen, metric: str, found: Mapping[str, Any], by: str) -> None:

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from planner.assemble import Assembly
 from planner.errors import PlannerError
 from planner.plan import Estimate
-from planner.solve.train import estimate
+from planner.solve.train import examine
+from planner.uncertainty.residuals import PROCESS, Residuals, load_residuals
 from planner.validation.cells import WHERE_SILENT
 from planner.validation.exclusions import Exclusion
 from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
@@ -17,7 +19,7 @@ from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["MEMORY_KINDS", "TrainingScores", "score_training"]
+__all__ = ["MEMORY_KINDS", "Priced", "TrainingScores", "counted", "score_training"]
 
 _OUTSIDE_ALLOCATOR = ("framework", "communicators")
 MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +38,23 @@ _SWEEP = (
 _GROUPS = ("family", "accelerator", "model", "framework", "peak_memory_kind")
 
 
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A run that could be priced.
+
+    Attributes:
+        run: what it was.
+        assembly: its plan, with every item.
+        scores: how it scored, by metric.
+        sweep: what runs that it may be ranked with have in common; None where there are none.
+    """
+
+    run: Run
+    assembly: Assembly
+    scores: Mapping[str, ScoredRow]
+    sweep: tuple[str, ...] | None = None
+
+
 @dataclass(slots=True)
 class TrainingScores:
     """What the rows of one file came to.
@@ -44,11 +63,13 @@ class TrainingScores:
         rows: one entry per row and metric that it asks for; one ``skipped`` entry for a row that asks for none.
         runs: runs that may be ranked.
         defaults: by column, how many rows took its default.
+        priced: every run that could be priced.
     """
 
     rows: list[ScoredRow] = field(default_factory=list)
     runs: list[Comparison] = field(default_factory=list)
     defaults: Counter[str] = field(default_factory=Counter)
+    priced: list[Priced] = field(default_factory=list)
 
 
 def score_training(table: Table, excluded: Mapping[str, Exclusion] | None = None) -> TrainingScores:
@@ -89,23 +110,30 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
         ]
         return
     scores.defaults.update(run.defaults)
-    for metric in metrics:
-        scored = _held(run, predicted, metric, groups, exclusion.reason(metric))
-        scores.rows.append(scored)
-        if metric == "ranking" and row.text("sweep_id"):
-            key = (row.file, *(row.text(column) for column in _SWEEP))
-            scores.runs.append(Comparison(scored, key, run.plan_key))
+    estimate = predicted.plan.estimate
+    held = {metric: _held(run, estimate, metric, groups, exclusion.reason(metric)) for metric in metrics}
+    scores.rows += held.values()
+    sweep = None
+    if "ranking" in held and row.text("sweep_id"):
+        sweep = (row.file, *(row.text(column) for column in _SWEEP))
+        scores.runs.append(Comparison(held["ranking"], sweep, run.plan_key))
+    scores.priced.append(Priced(run, predicted, held, sweep))
 
 
-def _predicted(run: Run) -> Estimate:
-    """The estimate of the run's plan. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits."""
-    first = estimate(run.problem).estimate
-    if first.fits or "recompute" not in run.defaults:
+def counted(kind: str) -> str:
+    """Whose memory a measured peak of a kind counts: the allocator's, or the whole process's."""
+    return "allocator" if MEMORY_KINDS[kind] else PROCESS
+
+
+def _predicted(run: Run) -> Assembly:
+    """The run's plan, priced. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits."""
+    first = examine(run.problem)
+    if first.plan.estimate.fits or "recompute" not in run.defaults:
         return first
     for choice in WHERE_SILENT[1:]:
         fixed = {**run.problem.fixed, "recompute": choice}
-        other = estimate(replace(run.problem, fixed=fixed)).estimate
-        if other.fits:
+        other = examine(replace(run.problem, fixed=fixed))
+        if other.plan.estimate.fits:
             return other
     return first
 
@@ -120,7 +148,23 @@ def _held(
     except Unsupported as error:
         return ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
     status = "excluded" if contradiction else "scored"
-    return ScoredRow(row.row_id, row.file, metric, status, contradiction, measured, value, groups)
+    interval = _interval(run, metric, value)
+    return ScoredRow(row.row_id, row.file, metric, status, contradiction, measured, value, groups, interval)
+
+
+def _interval(run: Run, metric: str, predicted: float) -> tuple[float, float] | None:
+    """What should hold 80 % of measurements of this metric."""
+    residuals: Residuals | None = load_residuals()
+    stack = run.problem.stack.name
+    if residuals is None or predicted <= 0.0:
+        return None
+    if metric == "tokens_per_s_per_device":  # the longest step is the lowest rate
+        spread = residuals.step_time.of(stack, run.problem.cluster.device.generation)
+        high, low = (predicted * predicted / rate for rate in spread.interval(predicted))
+        return low, high
+    if metric == "peak_memory":
+        return residuals.peak.of(stack, counted(run.row.text("peak_memory_kind"))).interval(predicted)
+    return None
 
 
 def _rate(run: Run, predicted: Estimate) -> tuple[float, float]:

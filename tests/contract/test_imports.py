@@ -26,6 +26,7 @@ LAYERS = (
     "pipeline",
     "attribution",
     "plan",
+    "uncertainty",
     "solve.space",
     "assemble",
     "holdings",

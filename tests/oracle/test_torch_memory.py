@@ -76,6 +76,10 @@ CASES = {
     "fsdp4 tp2": case("llama", dp=4, tp=2, fsdp="reshard"),
     "fsdp8 tp4 sp": case("llama", dp=8, tp=4, sp=True, fsdp="reshard"),
     "fsdp4 tp8 sp kept": case("gpt dropout", dp=4, tp=8, sp=True, fsdp="kept"),
+    "per op": case("llama", recompute="per_op"),
+    "fsdp8 per op eager": case("llama", kernels="eager", dp=8, fsdp="reshard", recompute="per_op"),
+    "tp4 per op": case("llama", tp=4, recompute="per_op"),
+    "tp4 sp per op": case("llama", tp=4, sp=True, recompute="per_op"),
     "recompute": case("llama", recompute="full"),
     "recompute eager": case("llama", kernels="eager", recompute="full"),
     "fsdp8 recompute": case("gpt dropout", dp=8, fsdp="reshard", recompute="full"),
@@ -119,7 +123,7 @@ def norms_keep_statistics(case):
     if dims["qk_norm"]:
         layer += TOKENS * (dims["heads"] + dims["kv_heads"]) // case["tp"] * per_row
     final = residual_tokens(case) * per_row
-    kept = 0 if case["recompute"] == "full" else dims["layers"]
+    kept = 0 if case["recompute"] != "none" else dims["layers"]
     return Counter({("saved", "statistics"): kept * layer + final, ("layer", "work"): layer})
 
 
@@ -132,10 +136,18 @@ def positions_are_integers(case):
 
 def input_stays_beside_its_copy(case):
     """A recomputed block keeps its input, from which eager RMSNorm makes an fp32 copy; the ledger has the copy in its place."""
-    if case["kernels"] != "eager" or case["recompute"] != "full" or case["precision"] == "fp32":
+    if case["kernels"] != "eager" or case["recompute"] == "none" or case["precision"] == "fp32":
         return Counter()
     hidden = residual_tokens(case) * MODELS[case["model"]]["hidden"]
     return Counter({("layer", "work"): BYTES[case["precision"]] * hidden})
+
+
+def kept_result_is_used_up(case):
+    """Where operators are recomputed one by one, attention's scattered output is freed as soon as the residual has it again."""
+    if case["recompute"] != "per_op" or not case["sequence_parallel"]:
+        return Counter()
+    hidden = residual_tokens(case) * MODELS[case["model"]]["hidden"]
+    return Counter({("layer", "work"): -BYTES[case["precision"]] * hidden})
 
 
 def sharded_loss_has_more_copies(case):
@@ -173,7 +185,7 @@ def gradients_inside_a_layer(case):
         "activation": (2 if dims["llama"] else 1) * ffn * TOKENS,
         "second product": ffn * TOKENS + (hidden * TOKENS if gathered else dropped),
         "gate and up": 2 * (hidden - ffn) * TOKENS if dims["llama"] else 0,
-        "gather": 2 * hidden * TOKENS + dropped if gathered and case["recompute"] != "full" else 0,
+        "gather": 2 * hidden * TOKENS + dropped if gathered and case["recompute"] == "none" else 0,
     }
     most = max(moments, key=moments.get)
     begun = case["fsdp"] and most != "gather"
@@ -192,6 +204,7 @@ KNOWN = (
     norms_keep_statistics,
     positions_are_integers,
     input_stays_beside_its_copy,
+    kept_result_is_used_up,
     gradients_inside_a_layer,
     sharded_loss_has_more_copies,
     head_is_sharded_again_before_the_loss,
@@ -349,6 +362,8 @@ def place(module, operator, dtype, n_bytes):
         return "norm"
     if operator == "cat":  # gathered along the sequence
         return "norm"
+    if last == "fc2" or (operator == "reduce_scatter_tensor" and ".layers" in module):
+        return "result"
     if last in ("q", "k", "v"):
         return "qkv"
     if last == "attention":
@@ -386,7 +401,8 @@ OURS = {
         "attention.qk_norm.input_copy",
     ),
     "core": ("attention.core_output", "attention.log_sum_exp"),
-    "act_input": ("mlp.act_input",),
+    "act_input": ("mlp.act_input", "mlp.act_input.gate", "mlp.act_input.up"),
+    "result": (".result",),
     "act": ("mlp.fc2_input", "mlp.act.activated_gate"),
     "dropout": ("dropout_mask",),
     "logits": ("head.logits",),

@@ -1,5 +1,7 @@
 """How a decoder is sharded: tensor parallelism, recomputation, FSDP2, in the order in which torchtitan applies them."""
 
+from collections import Counter
+
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -13,6 +15,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # FSDP2 joins its mesh to that of tensor parallelism, and looks its rank up in a tensor, which must therefore be real.
 DeviceMesh._concatenate = staticmethod(unset_fake_temporarily()(DeviceMesh._concatenate))
@@ -24,9 +27,12 @@ def shard(decoder, case, mesh):
     """The decoder, sharded as the case says."""
     if case["tp"] > 1:
         _tensor_parallel(decoder, mesh["tp"], case["sequence_parallel"])
-    if case["recompute"] == "full":
+    if case["recompute"] != "none":
+        policy = {"context_fn": every_second_product} if case["recompute"] == "per_op" else {}
         for name, layer in decoder.layers.named_children():
-            decoder.layers.register_module(name, checkpoint_wrapper(layer, preserve_rng_state=False))
+            decoder.layers.register_module(
+                name, checkpoint_wrapper(layer, preserve_rng_state=False, **policy)
+            )
     if case["fsdp"]:
         keywords = {"mesh": mesh["dp"], "reshard_after_forward": case["fsdp"] == "reshard"}
         if case["precision"] == "bf16":
@@ -35,6 +41,25 @@ def shard(decoder, case, mesh):
         for unit in (embeddings, *decoder.layers, decoder.head, decoder):
             fully_shard(unit, **keywords)
     return decoder
+
+
+def every_second_product():
+    """torchtitan's policy of 2024 and 2025: keep attention, reduce-scatters and every second product."""
+    products = Counter()
+
+    def policy(ctx, operator, *_, **__):
+        products[ctx.is_recompute] += operator is PRODUCT
+        kept = operator in KEPT or (operator is PRODUCT and products[ctx.is_recompute] % 2)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+PRODUCT = torch.ops.aten.mm.default
+KEPT = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+)
 
 
 def _tensor_parallel(decoder, mesh, sequence_parallel):

@@ -61,6 +61,7 @@ TECHNIQUE = Technique(
                 "mlp",
                 "full",
                 "partitioned",
+                "per_op",
                 "block",
             ),
             "none",

@@ -1,0 +1,123 @@
+"""Published runs and how far off their predictions are: the table that residuals are fitted to, and that a job is compared with.
+
+``published_runs.csv`` is written by ``planner validate --residuals``, never by hand: one line per run whose time or memory was
+scored, with its configuration, what was measured, and the errors.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from planner.specs.model import Model
+from planner.specs.parameters import active_parameter_count
+
+__all__ = [
+    "FILE",
+    "PublishedRun",
+    "active_parameters",
+    "load_published_runs",
+    "read_published_runs",
+    "write_published_runs",
+]
+
+FILE = Path(__file__).with_name("published_runs.csv")
+_DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRun:
+    """One run.
+
+    Attributes:
+        row_id, source: name of the row, and file that it is from.
+        model: its name as printed.
+        stack: software stack that describes its framework.
+        accelerator, generation: device profile, and its family.
+        devices, seq_len, global_batch_size: of the job; ``tokens_per_step`` follows.
+        active_parameters: parameters that a token meets.
+        experts: whether it is a mixture of experts.
+        precision: format of matrix products.
+        tp, cp, pp, ep: degrees of parallelism.
+        tokens_per_s_per_device: measured; None where the run is not scored for time.
+        error: of the predicted rate, ``predicted / measured - 1``, with constants fitted to all runs.
+        error_without_model, error_without_source: the same with constants fitted without this model's, or this source's, runs.
+        peak_bytes: measured peak memory; None where the run is not scored for memory.
+        peak_counts: ``allocator`` or ``process``, whose memory it is.
+        peak_error: of the predicted peak.
+    """
+
+    row_id: str
+    source: str
+    model: str
+    stack: str
+    accelerator: str
+    generation: str
+    devices: int
+    active_parameters: float
+    experts: bool
+    seq_len: int
+    global_batch_size: int
+    precision: str
+    tp: int
+    cp: int
+    pp: int
+    ep: int
+    tokens_per_s_per_device: float | None = None
+    error: float | None = None
+    error_without_model: float | None = None
+    error_without_source: float | None = None
+    peak_bytes: float | None = None
+    peak_counts: str = ""
+    peak_error: float | None = None
+
+
+@cache
+def load_published_runs() -> tuple[PublishedRun, ...]:
+    """The shipped table; empty where there is none (it is being made)."""
+    return read_published_runs(FILE) if FILE.is_file() else ()
+
+
+def read_published_runs(path: Path) -> tuple[PublishedRun, ...]:
+    """The runs of a table that :func:`write_published_runs` wrote."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        return tuple(
+            PublishedRun(**{name: read(row[name]) for name, read in _READERS.items()}) for row in rows
+        )
+
+
+def write_published_runs(path: Path, runs: Iterable[PublishedRun]) -> None:
+    """Writes runs as CSV, numbers with four significant digits."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(_KINDS)
+        writer.writerows([_text(getattr(run, name)) for name in _KINDS] for run in runs)
+
+
+def active_parameters(model: Model) -> float:
+    """Parameters that a token meets: what runs of dense models and of mixtures are compared by."""
+    return float(active_parameter_count(model))
+
+
+_KINDS = {field.name: str(field.type) for field in fields(PublishedRun)}
+_READ: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: text == "true",
+    "float | None": lambda text: float(text) if text else None,
+}
+_READERS = {name: _READ[kind] for name, kind in _KINDS.items()}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.{_DIGITS}g}" if isinstance(value, float) else str(value)
