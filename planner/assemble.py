@@ -25,8 +25,9 @@ from planner.solve.space import Choice
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context
+from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
+from planner.uncertainty.provenance import weakest_text
 
 __all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
 
@@ -159,7 +160,8 @@ def assemble(
         {"peak": peak, **fullest},
         host_bytes,
     )
-    estimate = replace(estimate, **judgement(problem, step_s, peak, spends))
+    judged = judgement(problem, step_s, peak, spends)
+    estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
         cluster=problem.cluster.name,
@@ -169,7 +171,7 @@ def assemble(
         stages=tuple(int(n) for n in layout.counts[:, :-3].sum(axis=1)),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
-        assumptions=assumptions(problem),
+        assumptions=(*assumptions(problem), weakest_text(judged["provenance"])),
         stack=problem.stack.name,
     )
     return Assembly(
@@ -192,7 +194,6 @@ def assumptions(problem: Problem) -> tuple[str, ...]:
         f"memory {float(eff.memory):.0%} ({eff.memory.kind})",
         f"software: stack {problem.stack.name!r}, {problem.stack.framework_bytes.value / 2**30:.1f} GiB framework memory, "
         f"{problem.stack.fragmentation.value:.0%} fragmentation ({problem.stack.framework_bytes.kind})",
-        "untuned: no constant of this prediction has been fitted to measured training runs",
     )
 
 
@@ -304,6 +305,7 @@ def _plan_knobs(
         values[slot] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
     values["pipeline_layout"] = layout.split
     values["gradient_dtype"] = knobs.get("gradient_dtype", "fp32")
+    values |= {name: knobs[name] for name in details() if name in knobs}
     if recompute_layers is not None:
         values["recompute_layers"] = recompute_layers
     return values

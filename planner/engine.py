@@ -173,15 +173,13 @@ class Pricer:
             for name in ("bytes_per_element", "launches", "flop_per_element")
         )
         flop = size * flop_per_element if flop_per_element.any() else 0.0
-        seconds: Array = self.kernels.stream_s(size * bytes_per_element, launches, flop)
-        return seconds
+        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
-        names = ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")
         for item in items:
             yield self.kernels.attention_s(
-                *(axes[getattr(item, name)] for name in names),
-                self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
+                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
+                axes[item.v_dim], self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
                 visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.assemble import Assembly
 from planner.ledger import Array, Resident
-from planner.pipeline import recomputed_fraction, saturation
+from planner.pipeline import recomputed_fraction, saturated
 from planner.schedule.live import live_vectors
 
 __all__ = ["Holding", "holdings"]
@@ -60,7 +60,7 @@ def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]
     """Blocks of each kind whose activations are alive when most bytes are, on the device and on its host."""
     table, layout = assembly.table, assembly.layout
     index = int(layout.run_first[run])
-    depth = int(min(assembly.micro_batches, saturation(assembly.order, layout.pp, layout.virtual_stages)))
+    depth = int(saturated(assembly.order, layout.pp, layout.virtual_stages, assembly.micro_batches))
     chunks = layout.chunks[:, index]
     blocks = live_vectors(assembly.order, layout.pp, depth, layout.virtual_stages, index, chunks)
     on_device = (table["saved_bytes"] + kept * table["recomputed_bytes"])[:, 0]

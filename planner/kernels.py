@@ -85,15 +85,17 @@ class Kernels:
         out_bytes_per_element: Real,
         weight_bytes_per_element: Real | None = None,
         working_set_bytes: Real | None = None,
+        tile: float | None = None,
     ) -> Real:
         """Seconds of ``groups`` products of (m, k) by (k, n) in one kernel, at a rate of :meth:`product_flop_per_s`.
 
         ``working_set_bytes`` is what a kernel timed alone reads before it comes back to the same operands; left out: its own.
+        ``tile`` is the edge of a library's output tiles; left out: the device's.
         """
         n_bytes = matmul_bytes(
             m, n, k, groups, bytes_per_element, out_bytes_per_element, weight_bytes_per_element
         )
-        waves = matmul_waves(m, n, groups, tile=self._tile, multiprocessors=self._roofline["multiprocessors"])
+        waves = self.waves(m, n, groups, tile)
         return self.product_s(waves, k, n_bytes, flop_per_s, working_set_bytes)
 
     def product_s(
@@ -105,9 +107,14 @@ class Kernels:
             boost=float(self.device.efficiency.matmul_burst) - 1.0 if self.alone else 0.0, **self._roofline,
         )  # fmt: skip
 
-    def waves(self, m: Real, n: Real, groups: Real = 1.0) -> Real:
-        """Waves of tiles of ``groups`` products with an (m, n) result each; they add up over experts with unlike loads."""
-        return matmul_waves(m, n, groups, tile=self._tile, multiprocessors=self._roofline["multiprocessors"])
+    def waves(self, m: Real, n: Real, groups: Real = 1.0, tile: float | None = None) -> Real:
+        """Work of ``groups`` products with an (m, n) result each, in waves of the device's tiles; it adds up over experts.
+
+        Edges are rounded up to half of ``tile`` (left out: the device's).
+        """
+        edge = tile or self._tile
+        waves = matmul_waves(m, n, groups, tile=edge, multiprocessors=self._roofline["multiprocessors"])
+        return waves if edge == self._tile else waves * (edge / self._tile) ** 2
 
     def stream_s(self, bytes_: Real, launches: Real = 1.0, flop: Real = 0.0) -> Real:
         """Seconds of ``launches`` memory-bound kernels that move ``bytes_`` together, and do ``flop`` vector operations."""
@@ -131,19 +138,26 @@ class Kernels:
         passes: float = 1.0,
         bytes_per_element: Real = 2.0,
         kv_bytes_per_element: Real | None = None,
+        split_s: float | None = None,
+        tile_share: float = 1.0,
+        working_set_bytes: Real | None = None,
     ) -> Real:
         """Seconds of one fused attention kernel at a rate of :meth:`attention_flop_per_s`.
 
         ``passes`` is 1 forward and 2.5 backward, whose tensors are twice as many. ``keys`` are those that any query sees: where
-        a window hides the first of them from all, they do not count.
+        a window hides the first of them from all, they do not count. ``split_s`` replaces the device's (infinite: the walk over
+        keys is never split), ``tile_share`` scales what a tile costs, and ``working_set_bytes`` is as in :meth:`matmul_s`.
         """
         n_bytes = attention_bytes(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, bytes_per_element,
             passes=max(1.0, passes - 0.5), kv_bytes_per_element=kv_bytes_per_element,
         )  # fmt: skip
+        constants = {**self._attention, "tile_s": tile_share * self._attention["tile_s"]}
+        if split_s is not None:
+            constants["split_s"] = split_s
         return attention_s(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, visible=visible, passes=passes,
-            peak_flop_per_s=flop_per_s, bytes_=self._moved(n_bytes), launch_s=self.launch_s, **self._attention,
+            peak_flop_per_s=flop_per_s, bytes_=self._moved(n_bytes, working_set_bytes), launch_s=self.launch_s, **constants,
         )  # fmt: skip
 
     def _moved(self, bytes_: Real, working_set_bytes: Real | None = None) -> Real:

@@ -31,6 +31,7 @@ __all__ = [
     "memory",
     "memory_parts",
     "phase_seconds",
+    "saturated",
     "step_bound",
     "tail_seconds",
     "tight_bound",
@@ -296,7 +297,7 @@ def _dynamic(
 
 def _peak(saved: Array, layout: Layout, schedule: str, micro_batches: Array) -> Array:
     """Largest sum of live activations on the first device of each run: (runs, rows)."""
-    depth = np.minimum(micro_batches, saturation(schedule, layout.pp, layout.virtual_stages))
+    depth = saturated(schedule, layout.pp, layout.virtual_stages, micro_batches)
     if layout.virtual_stages == 1:
         in_flight = depth if schedule == "gpipe" else np.minimum(depth, layout.pp - layout.run_first[:, None])
         one_each: Array = in_flight * (layout.first_counts @ saved)
@@ -320,6 +321,12 @@ def _live_layers(layout: Layout, schedule: str, m: int) -> tuple[Array, NDArray[
     return np.concatenate(combinations), starts
 
 
-def saturation(schedule: str, pp: int, virtual_stages: int) -> int | float:
-    """Micro-batches beyond which a schedule's live activations no longer grow."""
-    return np.inf if schedule == "gpipe" else pp if virtual_stages == 1 else 2 * pp
+def saturated(schedule: str, pp: int, virtual_stages: int, micro_batches: Array | int) -> Array:
+    """As few micro-batches as have the live activations of that many, which stop growing with their number.
+
+    Interleaved groups longer than ``pp``, and their shorter last one, are taken as they are.
+    """
+    if schedule == "gpipe":
+        return np.asarray(micro_batches)
+    most = pp if virtual_stages == 1 else np.where(np.mod(micro_batches, pp) == 0, 2 * pp, np.inf)
+    return np.minimum(micro_batches, most)

@@ -32,15 +32,19 @@ __all__ = [
     "SLOTS",
     "Check",
     "Context",
+    "Detail",
     "Figure",
     "Knob",
     "Launcher",
     "Technique",
+    "details",
     "discover",
     "off",
+    "whole_number",
 ]
 
 SLOTS = (
+    "adaptation",  # what of the model is trained
     "precision",
     "attention_kernel",
     "elementwise_kernel",
@@ -99,6 +103,29 @@ class Knob:
     meaning: str
     values: tuple[Any, ...] = ()
     default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detail(Knob):
+    """A knob that says more about a slot's choice: how many layers, which modules. It is open unless a plan names it.
+
+    ``read`` makes a value of what the user wrote, or raises ValueError; ``expected`` says what it takes.
+    """
+
+    read: Callable[[str], Any] = str
+    expected: str = ""
+
+
+def whole_number(text: str) -> int:
+    """The number from 1 that a text says.
+
+    Raises:
+        ValueError: it says none.
+    """
+    number = int(text)
+    if not 1 <= number <= 10**7:
+        raise ValueError(text)
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +285,13 @@ def catalogue() -> Mapping[str, Technique]:
                 declared = Technique(key=key, slot=None, job=job, status="declared", summary=summary, **entry)
                 found.setdefault(key, declared)
     return found
+
+
+@cache
+def details() -> Mapping[str, Detail]:
+    """Details by name, of all modelled techniques."""
+    knobs = (knob for technique in discover().values() for knob in technique.knobs)
+    return {knob.name: knob for knob in knobs if isinstance(knob, Detail)}
 
 
 @cache

@@ -44,13 +44,14 @@ def estimate(
     from planner import estimate as price
     from planner.cli.output import OutputFile, json_text, print_json
     from planner.plan import SCHEMA_VERSION
-    from planner.report.totals import run_totals
+    from planner.report.totals import confidence_fields, run_totals
 
     problem, notes = _named(job, script)
     with OutputFile(out) if out is not None else nullcontext() as file:
         plan = price(problem)
         best = _best(problem) if script is not None else None
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "plans": [plan.as_dict()]}
+        content |= confidence_fields([plan], problem)
         totals = run_totals(plan)
         if totals is not None:
             content["run"] = totals

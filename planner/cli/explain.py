@@ -20,21 +20,46 @@ def explain(
     plan: Annotated[
         str | None, typer.Argument(help=f"{PLAN_HELP} Or name the plan with --fix.", show_default=False)
     ] = None,
+    measured: Annotated[
+        str | None,
+        typer.Option(
+            "--measured",
+            metavar="TIME",
+            help="A step took this long, e.g. 23.4s: what could make up the difference.",
+            show_default=False,
+        ),
+    ] = None,
+    measured_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--measured-memory",
+            metavar="SIZE",
+            help="A process peaked at this, e.g. 71GiB: what could make up the difference.",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List small items too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Show where every second and byte of a plan goes.
 
     By item, technique and source; then what binds, and what a little more of it would buy. A plan from a file is priced
-    again with this version, and what has changed since is said.
+    again with this version, and what has changed since is said. With --measured, the terms that could explain a slower (or
+    larger) run come first, in order of likelihood, with what to look at.
     """
     from planner import examine
     from planner.cli.output import print_json
     from planner.report.account import binding, byte_tree, second_tree
     from planner.report.sensitivity import sensitivities
 
+    measured_s, measured_bytes = _measured(measured, measured_memory)
     written, problem = _subject(job, plan)
     assembly = examine(problem)
+    difference = None
+    if measured_s is not None or measured_bytes is not None:
+        from planner.report.discrepancy import discrepancy
+
+        difference = discrepancy(problem, assembly, measured_s, measured_bytes)
     content = {
         "schema_version": assembly.plan.schema_version,
         "plan": assembly.plan.as_dict(),
@@ -42,6 +67,7 @@ def explain(
         "bytes": byte_tree(assembly),
         "binds": binding(assembly),
         "sensitivities": sensitivities(problem, assembly.plan),
+        "discrepancy": difference,
         "changed": None if written is None else _changed(written, assembly.plan),
     }
     if as_json:
@@ -50,6 +76,28 @@ def explain(
         from planner.report.explanation import show_explanation
 
         show_explanation(assembly.plan, content, everything)
+
+
+def _measured(time: str | None, memory: str | None) -> tuple[float | None, float | None]:
+    """Seconds and bytes that were measured; None where an option was left out.
+
+    Raises:
+        SpecError: they are no quantities above zero.
+    """
+    from planner.cli.values import optional_quantity, raise_if_any
+    from planner.errors import Problem as Fault
+    from planner.units import parse_bytes, parse_seconds
+
+    faults: list[Fault] = []
+    found = (
+        optional_quantity(faults, "--measured", time, parse_seconds),
+        optional_quantity(faults, "--measured-memory", memory, parse_bytes),
+    )
+    for flag, text, value in zip(("--measured", "--measured-memory"), (time, memory), found, strict=True):
+        if value is not None and not value > 0.0:
+            faults.append(Fault(flag, repr(text), "more than 0"))
+    raise_if_any(faults)
+    return found
 
 
 def _subject(job: JobOptions, reference: str | None) -> tuple[Plan | None, Problem]:

@@ -2,8 +2,8 @@
 
 The kernel deals tiles of queries to the multiprocessors, and each tile walks over the keys that its queries
 see. So its time has four parts (:func:`attention_s`): arithmetic and traffic of all tiles together, start and end of
-every tile, and the walk of the longest tile, which nobody shortens while others idle. Where one tile holds all
-queries of a head (decode), the walk itself is split.
+every tile, and the walk of the longest tile, which nobody shortens while others idle. Only with one query per
+sequence (decode) is the walk itself split.
 
 Sources: T. Dao et al., "FlashAttention", arXiv:2205.14135; T. Dao, "FlashAttention-2", arXiv:2307.08691
 (queries as the parallel dimension); T. Dao et al., "Flash-Decoding", 2023 (split keys); J. Shah et al.,
@@ -134,10 +134,11 @@ def attention_s(
     ``g = heads/kv_heads``. Blocks on the mask's edge are computed whole, so that of a matrix of which a
     fraction v is visible ``v + (1 − v)·min(1, T/queries)`` is paid. Then the time is::
 
-        launch + roofline_s(scores·s, bytes/(memory·bandwidth)) + n·tile_s/S + walk
-        walk = straggler·T·longest·s·S, where one tile holds all queries: at most split_s·√longest
+        launch + roofline_s(√((scores·s)² + walk²), bytes/(memory·bandwidth)) + n·tile_s/S
+        walk = straggler·T·longest·s·S, with one query: at most split_s·√longest
 
-    with ``longest = min(keys, 2·v·keys + T)`` keys of the last tile (all of them under a causal mask, about
+    The longest walk matters while there are few tiles, and vanishes among many, which are dealt longest first;
+    ``longest = min(keys, 2·v·keys + T)`` keys of the last tile (all of them under a causal mask, about
     the window under a short one). Arithmetic, tiles and walk are ``passes`` times as long. No batch, no queries
     or no keys take no time.
 
@@ -166,8 +167,9 @@ def attention_s(
     compute_s = sharers * tiles * keys * paid * (tile * per_score_s)
     longest = np.minimum(keys, 2.0 * visible * keys + tile)
     walk_s = longest * (straggler * tile * multiprocessors * per_score_s)
-    walk_s = np.where(tiles > 1.0, walk_s, np.minimum(walk_s, split_s * np.sqrt(longest)))
+    walk_s = np.where(queries > 1.0, walk_s, np.minimum(walk_s, split_s * np.sqrt(longest)))
     memory_s = bytes_ * (1.0 / (memory * memory_bytes_per_s))
     tiles_s = sharers * tiles * (passes * tile_s / multiprocessors)
-    busy_s = launch_s + roofline_s(compute_s, memory_s, overlap_loss) + tiles_s + walk_s
+    arithmetic_s = np.sqrt(compute_s * compute_s + walk_s * walk_s)
+    busy_s = launch_s + roofline_s(arithmetic_s, memory_s, overlap_loss) + tiles_s
     return busy_s * np.greater(compute_s, 0)

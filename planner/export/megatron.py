@@ -16,6 +16,7 @@ from planner.export.launchers import distributed_optimizer_instances, launcher
 from planner.export.megatron_model import model_flags
 from planner.export.target import Target, summary
 from planner.plan import Plan
+from planner.schedule.order import micro_batch_group
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 
@@ -159,12 +160,17 @@ def _pipeline(plan: Plan) -> Flags:
     if plan.mesh["pp"] == 1:
         return {}
     chunks, stages = int(plan.knobs["virtual_stages"]), plan.stages
+    groups: Flags = {}
+    if chunks > 1 and plan.micro_batches % plan.mesh["pp"]:
+        group = micro_batch_group(plan.mesh["pp"], plan.micro_batches)
+        groups["--microbatch-group-size-per-virtual-pipeline-stage"] = [group]
     for named in LAYOUT_FLAGS.values():
         first, last = (f"--account-for-{end}-in-pipeline-split" in named for end in ("embedding", "loss"))
         if len({stages[0] + first, *stages[1:-1], stages[-1] + last}) == 1:
             flags: Flags = {flag: [] for flag in named}
-            return flags | ({"--num-virtual-stages-per-pipeline-rank": [chunks]} if chunks > 1 else {})
-    return {"--pipeline-model-parallel-layout": [layout_text(stages)]}
+            flags |= {"--num-virtual-stages-per-pipeline-rank": [chunks]} if chunks > 1 else {}
+            return flags | groups
+    return {"--pipeline-model-parallel-layout": [layout_text(stages)]} | groups
 
 
 def _batch(target: Target) -> Flags:
@@ -289,7 +295,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
         "# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
-    if target.model.mtp_layers:
+    if target.model.mtp_layers and not target.model.mtp_modules:
         head.append(
             f"# Left out, as in the plan: {target.model.mtp_layers} multi-token-prediction module(s) of the model."
         )

@@ -154,6 +154,7 @@ _IMPLIED = (
     "--cross-entropy-fusion-impl",
     "--megatron-fsdp-grad-comm-dtype",
     "--accumulate-allreduce-grads-in-fp32",
+    "--microbatch-group-size-per-virtual-pipeline-stage",
 )
 """Flags that the planner takes for granted, or that others imply."""
 
@@ -213,6 +214,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "gradient_dtype": _gradient(flags),
         "optimizer": _optimizer(flags),
         "attention_kernel": flags.choice("--attention-backend", "auto", _BACKENDS),
+        "adaptation": "none",
         "elementwise_kernel": "fused",  # its norms, rotations and activations are single kernels
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),

@@ -72,6 +72,8 @@ def model_flags(model: Model, seq_len: int) -> Flags:
             flags["--add-qkv-bias"] = []
     if not model.tied_embeddings:
         flags["--untie-embeddings-and-output-weights"] = []
+    if model.mtp_modules:
+        flags["--mtp-num-layers"] = [model.mtp_modules]
     dropout = _DROPOUT if model.dropout else 0.0
     flags |= {"--attention-dropout": [dropout], "--hidden-dropout": [dropout]}
     return flags | (_expert_flags(moe, order) if moe else {})
@@ -110,7 +112,7 @@ def model_from_flags(flags: FlagReader, name: str) -> Model:
     return Model(
         name=name, family="megatron", arch="decoder", hidden=hidden, vocab=_vocabulary(flags), max_seq_len=positions,
         blocks=plan.blocks, layers=plan.layers, tied_embeddings=not flags.present("--untie-embeddings-and-output-weights"),
-        learned_positions=positions if learned else 0, final_norm=norm,
+        learned_positions=positions if learned else 0, final_norm=norm, mtp_modules=flags.integer("--mtp-num-layers", 0),
         dropout=max(flags.number("--hidden-dropout", _DROPOUT), flags.number("--attention-dropout", _DROPOUT)) > 0,
         source=f"Megatron-LM flags of {flags.where}",
     )  # fmt: skip

@@ -1,11 +1,15 @@
-"""What stands before and behind the layers: lookups, final norms, projection to the vocabulary, cross-entropy."""
+"""What stands before and behind the layers: lookups, final norms, projection to the vocabulary, cross-entropy.
+
+Source of multi-token prediction: DeepSeek-V3 (arXiv:2412.19437) §2.2; Megatron-Core ``transformer/multi_token_prediction.py``.
+"""
 
 from __future__ import annotations
 
+from planner.operators.block import block
 from planner.operators.graph import Graph
-from planner.specs.model import Model
+from planner.specs.model import Block, Model
 
-__all__ = ["embedding", "head"]
+__all__ = ["ahead_block", "embedding", "head"]
 
 
 def embedding(graph: Graph, model: Model) -> None:
@@ -42,12 +46,42 @@ def head(graph: Graph, model: Model) -> None:
         graph.weight("vocab")
     if not model.vocab:
         return
-    graph.matmul("head.logits", "batch*logit_seq", "vocab", "hidden", {"head", "column"}, out_bytes=4.0)
-    graph.save("head.input", graph.residual, "norm")
     if model.tied_embeddings:
         graph.weight("tied_copy*vocab*hidden", mesh="tied")
     else:
         graph.weight("vocab*hidden")
+    _predict(graph)
+    if graph.training:
+        for _ in range(model.mtp_modules):
+            _ahead(graph, model)
+
+
+def ahead_block(model: Model) -> Block:
+    """The layer inside a multi-token-prediction module: one more of the last kind."""
+    return model.blocks[model.layers[-1][0]]
+
+
+def _ahead(graph: Graph, model: Model) -> None:
+    """One multi-token-prediction module, behind the last layer: predicts one more token ahead.
+
+    It norms the hidden state and the next token's embedding, projects both together to one width, and runs one layer and the
+    shared head. Its projection is whole on every tensor rank, and its layer is not recomputed.
+    """
+    graph.stream("mtp.embedding", graph.residual, 2.0, 2.0, tags={"embedding"})
+    for what in ("mtp.hidden_norm", "mtp.embedding_norm"):
+        graph.norm(what, model.final_norm, "mtp")
+    graph.save("mtp.projection_input", f"2*{graph.residual}", "norm", "linear_input")
+    graph.matmul("mtp.projection", graph.tokens, "hidden", "2*hidden", {"mtp", "replicated"})
+    graph.weight("2*hidden*hidden")
+    block(graph, ahead_block(model))
+    graph.norm("mtp.final_norm", model.final_norm, "residual")
+    _predict(graph)
+
+
+def _predict(graph: Graph) -> None:
+    """Logits and their cross-entropy."""
+    graph.matmul("head.logits", "batch*logit_seq", "vocab", "hidden", {"head", "column"}, out_bytes=4.0)
+    graph.save("head.input", graph.residual, "norm")
     if not graph.training:
         return
     # Eager cross-entropy keeps the logits and a separate gradient in fp32 (softmax, then its backward).

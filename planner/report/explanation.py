@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.plan import Plan
+from planner.report.discrepancy import show_discrepancy
 from planner.report.plan_table import unusual_knobs
 from planner.report.ranking import does_not_fit
 from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, words
@@ -31,6 +32,8 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
         screen.line(does_not_fit(plan), "bold red")
     if content["changed"]:
         screen.section("Changed since the plan was written", _changes(content["changed"]))
+    if content["discrepancy"] is not None:
+        show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)
     _tree(screen, "Bytes at the peak, on the fullest device", content["bytes"], "bytes", everything)
     if content["bytes"]["host"]:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.plan import Plan
+from planner.report.confidence import TIE, chance_text, interval_text, out_of_memory_matters
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, words
 from planner.solve.fleet import objective_value
+from planner.technique import SLOTS, off
+from planner.uncertainty.ties import ties_with_first
 from planner.units import format_seconds
 
 __all__ = ["Row", "rows", "show_plans", "unusual_knobs", "why_not"]
@@ -23,11 +26,10 @@ _OTHER_PEAK = 0.05  # a twin whose peak memory differs by more than this is show
 _DEGREES = ("tp", "pp", "cp", "ep", "etp", "dp")
 _COLUMNS = {"virtual_stages": "vpp", "micro_batch_size": "mb", "zero_stage": "zero", "recompute": "recompute"}
 # What a reader takes for granted where nothing else is said.
-_USUAL = {
+_USUAL = {slot: off(slot) for slot in SLOTS} | {
     "precision": "bf16", "attention_kernel": "flash", "loss_kernel": "fused", "tensor": "1d", "sequence_parallel": False,
-    "context": "p2p", "expert": "folded", "tensor_overlap": "none", "pipeline": "stages", "optimizer": "adamw",
-    "zero_group": "full", "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
-    "parameter_offload": "none", "schedule": "1f1b", "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
+    "context": "p2p", "expert": "folded", "pipeline": "stages", "optimizer": "adamw", "schedule": "1f1b",
+    "pipeline_layout": "even", "gradient_dtype": "fp32", "virtual_stages": 1,
 }  # fmt: skip
 _OBJECTIVES = {"usd": "$/step", "energy": "MJ/step", "gpu_hours": "dev·h/step"}
 
@@ -61,10 +63,14 @@ def show_plans(
     differ, common = knobs_that_differ(plans)
     own = [name for name in _COLUMNS if name in differ or not several]
     rest = [name for name in differ if name not in own]
-    shared = [*([where] if where else []), *unusual_knobs(common, own)]
+    interval = _shared_interval(plans) if several else ""
+    shared = [text for text in (where, interval and f"step s {interval}") if text] + unusual_knobs(
+        common, own
+    )
     screen.section("Every plan" if several else "Plan", [" · ".join(shared)] if shared else [])
     shown = rows(plans, objective) if joined else [Row(n, plan) for n, plan in enumerate(plans, 1)]
-    cells = [_cells(row, plans, own, objective) for row in shown]
+    ties = set(ties_with_first(plans))
+    cells = [_cells(row, plans, own, objective, row.plan.id in ties) for row in shown]
     tails, below = [], []
     for row in shown:
         chosen = ", ".join(
@@ -120,7 +126,13 @@ def _behind(plan: Plan, best: Plan, objective: str) -> float:
     return objective_value(plan, objective) / objective_value(best, objective) - 1.0
 
 
-def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str) -> dict[str, str]:
+def _shared_interval(plans: Sequence[Plan]) -> str:
+    """The interval of all steps, where it is the same for all."""
+    intervals = {interval_text(plan.estimate) for plan in plans}
+    return intervals.pop() if len(intervals) == 1 else ""
+
+
+def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str, tie: bool) -> dict[str, str]:
     """Heading → cell of one row; the headings are the same for all rows of a table."""
     plan, several = row.plan, len(plans) > 1
     e = plan.estimate
@@ -131,9 +143,11 @@ def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str) 
         if name in ("tp", "pp", "dp") or any(p.mesh[name] > 1 for p in plans):
             cells[name] = str(plan.mesh[name])
     cells |= {_COLUMNS[name]: str(plan.knobs.get(name, "-")) for name in own}
-    cells["step s"] = f"{e.step_time_s:.3f}"
+    told_above = several and _shared_interval(plans)
+    cells["step s"] = f"{e.step_time_s:.3f} {'' if told_above else interval_text(e)}".rstrip()
     if several:
-        cells["vs #1"] = "" if plan is plans[0] else f"{100 * _behind(plan, plans[0], objective):+.1f}%"
+        behind = f"{100 * _behind(plan, plans[0], objective):+.1f}%"
+        cells["vs #1"] = "" if plan is plans[0] else f"{TIE if tie else ''}{behind}"
     cells |= {"tok/s/dev": f"{e.tokens_per_s_per_device:,.0f}", "MFU": f"{100 * e.mfu:.1f}%"}
     budgets = {p.estimate.memory_budget_bytes for p in plans}
     peak, budget = gib(e.memory_bytes["peak"]), gib(e.memory_budget_bytes)
@@ -141,6 +155,8 @@ def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str) 
         cells[f"GiB of {budget}"] = peak
     else:
         cells["peak GiB"] = f"{peak}/{budget}"
+    if out_of_memory_matters(plans):
+        cells["OOM"] = chance_text(e.oom_probability)
     if objective in _OBJECTIVES:
         cells[_OBJECTIVES[objective]] = _objective_text(plan, objective)
     return cells

@@ -9,6 +9,7 @@ from planner.errors import PlannerError
 from planner.export import EXPORTERS, export
 from planner.export.launchers import LAUNCHERS
 from planner.plan import Plan, SearchReport
+from planner.report.confidence import confidence
 from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
 from planner.report.terminal import Screen, gib, percent, words
@@ -46,6 +47,7 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
+    screen.section("How far off", confidence(result.plans, _problem_of(best, problems)))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *result.notes])
     second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
@@ -78,6 +80,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     if best is not None:
         screen.section("The best plan for this job", [_gain(plan, best)])
         show_plans(screen, [best, plan], problem.objective, joined=False)
+    screen.section("How far off", confidence([plan], problem))
     screen.section("Rests on", plan.assumptions)
 
 
@@ -94,6 +97,11 @@ def does_not_fit(plan: Plan) -> str:
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _problem_of(plan: Plan, problems: Sequence[Problem]) -> Problem:
+    """The problem whose cluster a plan is for; the first one where a deadline's search chose the size."""
+    return next((problem for problem in problems if problem.cluster.name == plan.cluster), problems[0])
 
 
 def _gain(plan: Plan, best: Plan) -> str:

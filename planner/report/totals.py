@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.costs.economics import device_hours, tokens_run_s
+from planner.uncertainty.nearest import nearby
+from planner.uncertainty.ties import ties_with_first
 
 if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 
-__all__ = ["document", "run_totals"]
+__all__ = ["confidence_fields", "document", "run_totals"]
 
 
 def run_totals(plan: Plan) -> dict[str, Any] | None:
@@ -39,12 +41,23 @@ def run_totals(plan: Plan) -> dict[str, Any] | None:
     }
 
 
+def confidence_fields(plans: Sequence[Plan], problem: Problem) -> dict[str, Any]:
+    """What a document of plans says beside them.
+
+    ``ties``: ids of plans that are no worse than the first one as far as can be told. ``nearest``: published runs near the job
+    and how far off their predictions are; None without any.
+    """
+    near = nearby(problem)
+    return {"ties": list(ties_with_first(plans)), "nearest": None if near is None else near.as_dict()}
+
+
 def document(fleet: Fleet, problems: Sequence[Problem]) -> dict[str, Any]:
     """The JSON object of ``planner train``: plans and search, run totals of the best plan, and what else was asked."""
     found = fleet.result.as_dict()
     totals = run_totals(fleet.result.best)
     if totals is not None:
         found["run"] = totals
+    found |= confidence_fields(fleet.result.plans, problems[0])
     if len(fleet.attempts) > 1 or problems[0].deadline_s is not None:
         found["clusters"] = [attempt.as_dict() for attempt in fleet.attempts]
     if problems[0].deadline_s is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.schedule.order import ORDERS, Op, Shape
+from planner.schedule.order import ORDERS, Op, Shape, micro_batch_group
 
 __all__ = ["live_vectors"]
 
@@ -26,7 +26,7 @@ def live_vectors(
     array([[12.]])
     """
     generator = ORDERS[schedule]
-    kind, stage, _ = generator.device_ops(Shape(p, m, v, p), device)
+    kind, stage, _ = generator.device_ops(Shape(p, m, v, micro_batch_group(p, m)), device)
     blocks = chunks[stage // p]
     started = (kind == Op.F)[:, None] * blocks
     ended = (kind == (Op.W if generator.splits_backward else Op.B))[:, None] * blocks

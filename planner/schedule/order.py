@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from planner.errors import InvalidPlan, Problem, did_you_mean
 
-__all__ = ["ORDERS", "DeviceOps", "Generator", "Ints", "Op", "Order", "Shape", "make_order"]
+__all__ = [
+    "ORDERS",
+    "DeviceOps",
+    "Generator",
+    "Ints",
+    "Op",
+    "Order",
+    "Shape",
+    "make_order",
+    "micro_batch_group",
+]
 
 Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 DeviceOps: TypeAlias = tuple[Ints, Ints, Ints]
@@ -89,8 +99,8 @@ class Generator:
 def make_order(schedule: str, p: int, m: int, v: int = 1, group: int | None = None) -> Order:
     """The order of ``schedule`` for ``p`` devices, ``m`` micro-batches and ``v`` chunks per device.
 
-    ``group`` is Megatron's micro-batch group size per virtual stage, ``p`` by default. Virtual stage ``c·p +
-    r`` is chunk ``c`` of device ``r``.
+    ``group`` is Megatron's micro-batch group size per virtual stage, :func:`micro_batch_group` by default.
+    Virtual stage ``c·p + r`` is chunk ``c`` of device ``r``.
 
     Raises:
         InvalidPlan: the schedule is unknown, or it does not exist for these sizes.
@@ -102,7 +112,7 @@ def make_order(schedule: str, p: int, m: int, v: int = 1, group: int | None = No
     if schedule not in ORDERS:
         hint = did_you_mean(schedule, ORDERS)
         raise InvalidPlan(Problem("schedule", schedule, f"one of {', '.join(sorted(ORDERS))}", hint))
-    generator, shape = ORDERS[schedule], Shape(p, m, v, p if group is None else group)
+    generator, shape = ORDERS[schedule], Shape(p, m, v, micro_batch_group(p, m) if group is None else group)
     sizes = {"pp": p, "micro_batches": m, "virtual_stages": v}
     problems = [Problem(name, str(size), "at least 1") for name, size in sizes.items() if size < 1]
     problems = problems or generator.problems(shape)
@@ -121,6 +131,18 @@ def make_order(schedule: str, p: int, m: int, v: int = 1, group: int | None = No
         period_ops=generator.period_ops(shape),
         splits_backward=generator.splits_backward,
     )
+
+
+def micro_batch_group(p: int, m: int) -> int:
+    """How many micro-batches a chunk runs in a row where nobody says: ``p``, or else as few as Megatron-LM accepts.
+
+    The last group has to be whole, or no shorter than ``p`` (``megatron/core/pipeline_parallel/schedules.py``); with fewer
+    than ``p`` micro-batches nothing is accepted.
+
+    >>> micro_batch_group(4, 8), micro_batch_group(4, 5), micro_batch_group(6, 16), micro_batch_group(6, 1000)
+    (4, 5, 8, 7)
+    """
+    return next((n for n in range(max(p, 1), m + 1) if m % n == 0 or m % n >= p), p)
 
 
 def _gpipe(shape: Shape, device: int) -> DeviceOps:

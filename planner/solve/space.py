@@ -23,7 +23,7 @@ from planner.mesh import Mesh
 from planner.pipeline import LAYOUT_NAMES
 from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
-from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, discover, off
+from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 
 __all__ = ["DEGREES", "Choice", "Rows", "Space"]
 
@@ -78,7 +78,7 @@ class Space:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.fixed = self._checked(problem.fixed)
-        self.values = {name: self.fixed[name] for name in _VALUE_KNOBS if name in self.fixed}
+        self.values = {name: self.fixed[name] for name in (*_VALUE_KNOBS, *details()) if name in self.fixed}
         self._unmatched = set(problem.forbidden)
         self.choices = {slot: self._slot(slot) for slot in SLOTS}
         self.rows = self._rows()
@@ -230,7 +230,7 @@ class Space:
     # -- the user's choices --------------------------------------------------------------------------------------------
 
     def _checked(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
-        known = (*DEGREES, *_LAYOUT_KNOBS, *_VALUE_KNOBS, *SLOTS)
+        known = (*DEGREES, *_LAYOUT_KNOBS, *_VALUE_KNOBS, *details(), *SLOTS)
         faults: list[Fault] = []
         checked: dict[str, Any] = {}
         for name, value in fixed.items():
@@ -251,6 +251,11 @@ class Space:
                 if not 1 <= number <= 10**7:
                     faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
                 checked[name] = number
+            elif name in details():
+                try:
+                    checked[name] = details()[name].read(str(value).lower())
+                except ValueError:
+                    faults.append(Fault(f"--fix {name}", repr(value), details()[name].expected))
             else:
                 checked[name] = str(value).lower()
                 if name == "pipeline_layout" and checked[name] not in LAYOUT_NAMES:

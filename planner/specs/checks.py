@@ -25,6 +25,8 @@ def violations(model: Model) -> list[Violation]:
             found.update(dict.fromkeys(_ssm(block.ssm)))
         if not any((block.attention, block.ssm, block.mlp, block.moe)):
             found["layers", "has a layer with nothing in it", "an attention, ssm, mlp or moe table"] = None
+    if model.mtp_modules and not (model.head and model.vocab):
+        found["mtp_modules", f"{model.mtp_modules}", "0 where nothing predicts tokens"] = None
     if not model.layers:
         found["layers", "is empty", "at least one layer"] = None
     if model.head and model.vocab == 0:

@@ -158,6 +158,7 @@ class Model:
     head: bool = True  # an output projection to the vocabulary (tied or not)
     head_bias: bool = False
     mtp_layers: int = 0  # multi-token-prediction modules beyond the counted layers
+    mtp_modules: int = 0  # how many of them are trained with it; parameter counts leave them out all the same
     dropout: bool = False  # hidden and attention dropout are active in training
     published_parameters: float | None = None
     published_active_parameters: float | None = None

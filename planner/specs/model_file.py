@@ -100,6 +100,7 @@ def _sizes(reader: Reader) -> dict[str, Any]:
         "head": reader.boolean("head", not vision),
         "head_bias": reader.boolean("head_bias", False),
         "mtp_layers": reader.integer("mtp_layers", 0, minimum=0, maximum=_MAX_LAYERS),
+        "mtp_modules": reader.integer("mtp_modules", 0, minimum=0, maximum=_MAX_LAYERS),
         "dropout": reader.boolean("dropout", False),
     }
 

@@ -67,7 +67,7 @@ def _table(model: Model, source: str) -> dict[str, Any]:
         table["encoder_layers"] = len(encoder)
     if not model.encoder_tokens:
         table["encoder_tokens"] = False
-    for name in ("tied_embeddings", "head_bias", "dropout", "learned_positions", "mtp_layers"):
+    for name in ("tied_embeddings", "head_bias", "dropout", "learned_positions", "mtp_layers", "mtp_modules"):
         if getattr(model, name):
             table[name] = getattr(model, name)
     if model.head != (model.arch != "vision"):

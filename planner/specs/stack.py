@@ -32,7 +32,7 @@ from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_sourced
 
-__all__ = ["Serves", "Stack", "load_stack", "stack_for"]
+__all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
 
 DEFAULT = "default"
 
@@ -165,11 +165,15 @@ def stack_for(framework: str, framework_version: str = "", measured_date: str = 
     return load_stack(max(fitting)[1] if fitting else DEFAULT)
 
 
+def list_stacks() -> list[str]:
+    """Names of the shipped stacks, sorted; no file is read."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
 @cache
 def _rules() -> tuple[tuple[str, Serves], ...]:
     """Every rule of the shipped stacks, with its stack."""
-    names = sorted(path.stem for path in _folder().glob("*.toml"))
-    return tuple((name, rule) for name in names for rule in load_stack(name).serves)
+    return tuple((name, rule) for name in list_stacks() for rule in load_stack(name).serves)
 
 
 def _folder() -> Path:
@@ -182,7 +186,7 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     base = table.pop("extends", None)
     if base is None:
         return table
-    known = sorted(file.stem for file in _folder().glob("*.toml"))
+    known = list_stacks()
     if base not in known or base in seen:
         found = f"{base!r}" + (" extends this one in turn" if base in seen else "")
         raise SpecError(Problem(f"{path}: extends", found, f"one of {', '.join(known)}"))

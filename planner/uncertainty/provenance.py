@@ -16,7 +16,7 @@ from planner.specs.cluster import Cluster
 from planner.specs.device import Device, ScaleUp, Sourced
 from planner.specs.stack import Stack
 
-__all__ = ["STRENGTH", "provenance"]
+__all__ = ["STRENGTH", "provenance", "weakest_text"]
 
 STRENGTH = ("assumed", "fitted", "measured", "datasheet")
 """Kinds of numbers, the weakest first."""
@@ -45,6 +45,20 @@ def provenance(cluster: Cluster, stack: Stack, spends: Iterable[Spend]) -> dict[
     peak: dict[str, Sourced] = {f"stack.{name}": getattr(stack, name) for name in _PEAK}
     assumed = sorted(name for name, number in {**time, **peak}.items() if number.kind == "assumed")
     return {"step_time_s": _weakest(time.values()), "peak": _weakest(peak.values()), "assumed": assumed}
+
+
+def weakest_text(found: Mapping[str, Any]) -> str:
+    """What :func:`provenance` found, in a line: the weakest kinds, and how many constants of which part are assumed.
+
+    >>> weakest_text({"step_time_s": "assumed", "peak": "fitted", "assumed": ["launch_s", "stack.dispatch_s", "stack.x"]})
+    'weakest: assumed behind the step time, fitted behind the peak; assumed are 3 constants (launch_s, 2 of stack)'
+    """
+    parts: dict[str, list[str]] = {}
+    for name in found["assumed"]:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    told = [names[0] if len(names) == 1 else f"{len(names)} of {part}" for part, names in parts.items()]
+    assumed = f"; assumed are {len(found['assumed'])} constants ({', '.join(told)})" if told else ""
+    return f"weakest: {found['step_time_s']} behind the step time, {found['peak']} behind the peak{assumed}"
 
 
 # -- details ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def model_of(cells: Cells, flags: Flags) -> Model:
     Raises:
         Unsupported: the columns describe no model that there can be.
     """
-    model = _model(cells, flags)
+    model = replace(_model(cells, flags), mtp_modules=flags.whole("mtp-num-layers") or 0)
     wrong = [f"{path}: {found}" for path, found, _ in violations(model)]
     if wrong:
         raise Unsupported(f"no such model can be: {'; '.join(wrong)}")

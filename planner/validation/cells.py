@@ -191,6 +191,12 @@ DEFAULTS = (
         lambda c: "eager",
     ),
     Default(
+        "(adapters)",
+        "on linear_qkv under Megatron-Core, on every linear layer elsewhere",
+        "LoRA in NeMo and in Megatron-Bridge's performance recipes; NeMo Automodel's match_all_linear",
+        lambda c: "linear_qkv" if c.framework.startswith("megatron-core") else "",
+    ),
+    Default(
         "(dropout)",
         "active in gelu models under Megatron-LM, Megatron-DeepSpeed and DeepSpeed",
         "their arguments' default of 0.1; off elsewhere",

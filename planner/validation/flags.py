@@ -15,11 +15,13 @@ _ATTENTION = {
     "unfused": "eager", "local": "eager", "torch": "eager", "eager": "eager",
 }  # fmt: skip
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "muon": "muon", "dist_muon": "muon", "sgd": "sgd"}
+_ADAPTERS = {
+    "lora-rank": "adapter_rank",
+    "lora-dim": "adapter_rank",
+    "lora-target-modules": "adapter_targets",
+}
 # What no technique describes: the word, and how it is called.
-_UNSUPPORTED = (
-    (r"(?<![\w-])(q?lora|dora)(?![\w-])", "low-rank adaptation (LoRA): only adapters are trained"),
-    (r"\bmtp-num-layers=[1-9]", "multi-token-prediction layers"),
-)
+_UNSUPPORTED = ((r"(?<![\w-])(qlora|dora)(?![\w-])", "adapters other than plain low-rank ones"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
         if flags.says(pattern):
             raise Unsupported(f"{what}: not modelled")
     knobs = {}
+    if flags.says(r"(?<![\w-])lora(?![\w-])"):
+        knobs["adaptation"] = "lora"
+        knobs |= {knob: flags.values[flag] for flag, knob in _ADAPTERS.items() if flag in flags.values}
     attention = flags.values.get("attention-backend") or flags.values.get("attn-impl")
     if attention is None and flags.values.get("transformer-impl") == "local":
         attention = "local"

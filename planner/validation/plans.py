@@ -15,6 +15,7 @@ from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.stack import Stack, stack_for
 from planner.specs.workload import TrainWorkload
+from planner.techniques.training.recompute.selective_recompute import read_modules
 from planner.validation.architecture import model_of
 from planner.validation.cells import Cells
 from planner.validation.flags import Flags, kernel_knobs, read_flags
@@ -33,7 +34,8 @@ _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()}
     frozenset({"moe"}): "mlp",
     frozenset({"mlp"}): "mlp",
 }
-_OFFLOADS = {
+_PER_OPERATOR = "per_op_sac"
+_OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "optimizer": {"optimizer_offload": "cpu"},
     "optimizer:1": {"optimizer_offload": "cpu"},
@@ -126,7 +128,10 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
     fixed |= _states(cells, cluster, replicas * cp, tp * cp)
     fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
     fixed |= _offload(cells.text("offload"))
-    return fixed | kernel_knobs(flags, tp=tp, cp=cp)
+    fixed |= kernel_knobs(flags, tp=tp, cp=cp)
+    if "adaptation" in fixed and (targets := cells.default("(adapters)")):
+        fixed.setdefault("adapter_targets", targets)
+    return fixed
 
 
 def _precision(dtype: str) -> str:
@@ -136,7 +141,7 @@ def _precision(dtype: str) -> str:
     return _PRECISIONS[dtype]
 
 
-def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[str, str]:
+def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[str, Any]:
     """What is sharded over the data-parallel ranks, and over how many of them.
 
     Args:
@@ -150,7 +155,10 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
     printed = cells.row.text("sharding_as_printed").lower()
     fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
-    choice = {"zero_stage": "fsdp" if stage == 3 and fsdp else str(stage), "zero_group": "full"}
+    choice: dict[str, Any] = {
+        "zero_stage": "fsdp" if stage == 3 and fsdp else str(stage),
+        "zero_group": "full",
+    }
     group = cells.text("shard_group")
     if not group or stage == 0:
         return choice
@@ -163,9 +171,9 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         return {"zero_stage": "0", "zero_group": "full"}
     if size == inside:
         return choice | {"zero_group": "node"}
-    raise Unsupported(
-        f"states sharded over {group} of {replicas} replicas, {inside} of which share a fast domain: not modelled"
-    )
+    if size == 0 or replicas % size:
+        raise Unsupported(f"shard_group {group!r} does not divide {replicas} replicas")
+    return choice | {"zero_group": "ranks", "zero_group_ranks": size}
 
 
 def _recompute(text: str, model: Model, pp: int, chunks: int) -> dict[str, Any]:
@@ -176,13 +184,21 @@ def _recompute(text: str, model: Model, pp: int, chunks: int) -> dict[str, Any]:
         return {"recompute": "block", "recompute_layers": int(detail) * chunks}
     if detail == "every_other_layer":
         return {"recompute": "block", "recompute_layers": max(-(-model.n_layers // pp) // 2, 1)}
+    if detail == _PER_OPERATOR:
+        return {"recompute": "per_op"}
     choice = _MODULES.get(frozenset(detail.split("+"))) if kind == "selective" else None
-    if choice is None:
-        raise Unsupported(f"recompute {text!r}: not modelled")
-    return {"recompute": choice}
+    if choice is not None:
+        return {"recompute": choice}
+    try:
+        return {"recompute": "modules", "recompute_modules": read_modules(detail)}
+    except ValueError:
+        raise Unsupported(f"recompute {text!r}: not modelled") from None
 
 
-def _offload(text: str) -> Mapping[str, str]:
+def _offload(text: str) -> Mapping[str, Any]:
+    kind, _, layers = text.partition(":")
+    if kind == "activations" and layers.isdecimal() and len(layers) < 6 and int(layers) > 0:
+        return {"activation_offload": "cpu", "activation_offload_layers": int(layers)}
     if text not in _OFFLOADS:
         raise Unsupported(f"offload {text!r}: not modelled")
     return _OFFLOADS[text]

@@ -284,3 +284,46 @@ def test_plan_that_a_launcher_cannot_run_is_not_suggested_to_it(planner, tmp_pat
     found = planner("export", f"{path}:1", "--to", "megatron")
     assert found.code == 5
     assert "train --for megatron finds plans that it can run" in found.err
+
+
+def test_explain_says_what_could_make_a_run_slower(planner, plans):
+    step_s = json.loads(plans.read_text())["plans"][0]["estimate"]["step_time_s"]
+    found = planner("explain", f"{plans}:1", "--measured", f"{2.0 * step_s}s", "--measured-memory", "20GiB")
+    assert (found.code, found.err) == (0, "")
+    text = " ".join(found.out.split())
+    for words in (
+        "Why ",
+        "(+100.0 %)",
+        "the likeliest first",
+        "Look at:",
+        "Why 20.0 GiB",
+        "under other software",
+    ):
+        assert words in text
+    difference = planner("explain", f"{plans}:1", "--measured", f"{2.0 * step_s}s", "--json").json[
+        "discrepancy"
+    ]
+    assert difference["peak"] is None
+    assert difference["step_time"]["measured"] == pytest.approx(2.0 * step_s)
+    assert planner("explain", f"{plans}:1", "--json").json["discrepancy"] is None
+
+
+def test_a_run_within_the_interval_needs_no_explanation(planner, plans):
+    low, high = json.loads(plans.read_text())["plans"][0]["estimate"]["interval"]["step_time_s"]
+    found = planner("explain", f"{plans}:1", "--measured", f"{0.5 * (low + high)}s")
+    assert "Nothing needs to be wrong" in found.out
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (("--measured", "soon"), "--measured"),
+        (("--measured", "0s"), "--measured"),
+        (("--measured-memory", "much"), "--measured-memory"),
+        (("--measured-memory", "-1GiB"), "--measured-memory"),
+    ],
+)
+def test_wrong_measurements_are_refused(planner, plans, options, where):
+    found = planner("explain", f"{plans}:1", *options, "--json")
+    assert found.code == 2
+    assert [fault["where"] for fault in found.faults] == [where]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.pipeline import saturation
+from planner.pipeline import saturated
 from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes
 from planner.schedule.order import make_order
@@ -16,6 +16,8 @@ SHAPES = [
     ("1f1b", 8, 3, 1),
     ("interleaved", 4, 8, 2),
     ("interleaved", 8, 16, 3),
+    ("interleaved", 4, 11, 2),  # groups of 6 and 5
+    ("interleaved", 3, 23, 2),  # groups of 4 and 3
 ]
 
 
@@ -37,7 +39,7 @@ def test_peak_is_the_timelines_peak(schedule: str, p: int, m: int, v: int) -> No
 )
 def test_more_micro_batches_than_saturation_hold_no_more(schedule: str, p: int, v: int) -> None:
     """Beyond the saturation count, the live combinations are the same for any number of micro-batches."""
-    enough = int(saturation(schedule, p, v))
+    enough = int(saturated(schedule, p, v, 100 * p))
     for device in range(p):
         at = live_vectors(schedule, p, enough, v, device, np.eye(v))
         for more in (2 * enough, 5 * enough):

@@ -176,6 +176,14 @@ def test_stages_that_make_room_for_the_ends():
     assert "--pipeline-model-parallel-layout" not in flags
 
 
+def test_groups_of_micro_batches_that_pp_does_not_divide():
+    # 5 micro-batches on 4 stages: Megatron-LM takes groups of 4 to 5 that leave no rest of 1 to 3, which is 5 alone.
+    flag = "--microbatch-group-size-per-virtual-pipeline-stage"
+    shape = {"tp": 2, "pp": 4, "virtual_stages": 4}
+    assert flags_of(plan_of("llama3-8b", batch=40, **shape))[flag] == ["5"]
+    assert flag not in flags_of(plan_of("llama3-8b", batch=64, **shape))
+
+
 def test_other_uneven_stages_are_written_out():
     # 80 layers on six stages: 13 or 14, the longer ones in the middle.
     flags = flags_of(plan_of("qwen2.5-72b", "h100-sxm:6x8", tp=4, pp=6, pipeline_layout="balanced"))

@@ -20,9 +20,9 @@ def best() -> Plan:
 
 def variant(plan: Plan, slower: float, *, peak: float = 1.0, mesh=None, cluster=None, **knobs) -> Plan:
     memory = {name: peak * held for name, held in plan.estimate.memory_bytes.items()}
-    estimate = replace(
-        plan.estimate, step_time_s=plan.estimate.step_time_s * (1 + slower), memory_bytes=memory
-    )
+    step_s = plan.estimate.step_time_s * (1 + slower)
+    interval = {name: [end * (1 + slower) for end in ends] for name, ends in plan.estimate.interval.items()}
+    estimate = replace(plan.estimate, step_time_s=step_s, memory_bytes=memory, interval=interval)
     return replace(
         plan, estimate=estimate, knobs={**plan.knobs, **knobs}, mesh={**plan.mesh, **(mesh or {})},
         cluster=cluster or plan.cluster,

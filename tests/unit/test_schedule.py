@@ -49,6 +49,25 @@ def test_interleaved_ragged_group():
     assert " ".join(forwards) == "F0 F1 F2 F0' F1' F2' F3 F4 F3' F4'"
 
 
+@pytest.mark.parametrize(
+    ("p", "m", "group"),
+    [
+        (4, 8, 4),  # Megatron-LM's default, pp
+        (
+            4,
+            5,
+            5,
+        ),  # its test gpt3_mcore_te_tp1_pp4_vp1_resume_torch_dist_tunable_overlap: 5 micro-batches in groups of 5
+        (4, 7, 7),  # 4, 5 and 6 would leave a rest of 3, 2 and 1, which its schedule refuses
+        (4, 11, 6),  # 4 leaves 3, 5 leaves 1, 6 leaves 5
+    ],
+)
+def test_groups_are_as_short_as_megatron_accepts(p, m, group):
+    order = make_order("interleaved", p, m, 2)
+    assert order.shape.group == group
+    assert simulate(order, [1.0] * 2 * p, [2.0] * 2 * p).makespan_s >= 2 * m * 3.0
+
+
 def test_zb_h1_order():
     # arXiv:2401.10241, Figure 2: the last of three devices waits for 2 backwards before its first W.
     order = make_order("zb-h1", 3, 4)
@@ -69,7 +88,7 @@ def test_orders_are_cached():
         (("interleaved", 4, 8, 1), "virtual_stages"),
         (("interleaved", 4, 3, 2), "micro_batch_group"),
         (("interleaved", 4, 8, 2, 3), "micro_batch_group"),
-        (("interleaved", 4, 9, 2), "micro_batches"),
+        (("interleaved", 4, 9, 2, 4), "micro_batches"),
     ],
 )
 def test_orders_that_do_not_exist(arguments, where):

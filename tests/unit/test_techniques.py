@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,15 @@ RECIPES = {
     },
     "experts": {"degrees": {"tp": 2, "dp": 4, "ep": 4, "etp": 2}, "sequence_parallel": "true", "recompute": "mlp"},
     "checkpoints": {"degrees": {"tp": 2}, "recompute": "partitioned", "zero_stage": "0"},
+    "per op": {
+        "degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "tensor_overlap": "chunked", "recompute": "per_op",
+        "zero_stage": "fsdp",
+    },
+    "per op fp8": {"degrees": {"tp": 2}, "precision": "fp8", "recompute": "per_op"},
+    "adapters": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "adaptation": "lora", "zero_stage": "1"},
+    "adapters fsdp": {"degrees": {"dp": 4}, "adaptation": "lora", "zero_stage": "fsdp", "precision": "fp8", "recompute": "full"},
+    "some layers swapped": {"degrees": {"pp": 2}, "activation_offload": "cpu", "activation_offload_layers": 3},
+    "groups of two": {"degrees": {"dp": 8}, "zero_stage": "3", "zero_group": "ranks", "zero_group_ranks": 2},
     "mla": {"degrees": {"tp": 2, "dp": 2}, "sequence_parallel": "true", "recompute": "norm+mla_up", "zero_stage": "2"},
 }  # fmt: skip
 
@@ -274,6 +284,80 @@ def test_recomputation_repeats_collectives_of_activations_and_no_gather_of_weigh
     again = {(i.what, i.block) for i in collectives(ledger, phase="recompute")}
     assert again == {key for key in forward if "parameters" not in key[0]}
     assert any("pass_kv" in what for what, _ in again)
+
+
+def test_some_layers_swap_their_share():
+    def moved(**choices):
+        ledger, _ = run("llama3.1-70b", degrees={"pp": 2}, activation_offload="cpu", **choices)
+        layer = [i for i in ledger.items if i.block not in ("embedding", "head")]
+        residents = [i for i in layer if isinstance(i, Resident) and i.lifetime == "micro_batch"]
+        parts = [[i for i in residents if i.tier == tier] for tier in ("host", "device")]
+        return [figures.total_bytes(ledger, part) for part in parts]
+
+    whole, nothing = moved()
+    assert nothing == 0
+    host, device = moved(activation_offload_layers=10)  # of the 40 layers of each stage
+    assert host == pytest.approx(whole / 4)
+    assert device == pytest.approx(whole * 3 / 4)
+    assert moved(activation_offload_layers=50) == pytest.approx([whole, 0.0])
+
+
+def test_adapters_alone_are_trained():
+    # Megatron-Bridge's default on Llama-2 7B: rank 32 on four products of width 4096 and 11008, gate and up as one.
+    ledger, _ = run("llama2-7b", adaptation="lora", degrees={"dp": 2}, zero_stage="1")
+    ends = [(4096, 3 * 4096), (4096, 4096), (4096, 2 * 11008), (11008, 4096)]
+    trained = 32 * sum(into + out for into, out in ends)
+    layer = [i for i in ledger.of(Resident) if i.block == "dense"]
+    sizes = {
+        pool: sum(float(np.ravel(ledger.axes[i.size])[0]) for i in layer if i.pool == pool)
+        for pool in ("gradients", "parameters")
+    }
+    assert sizes["gradients"] == trained
+    assert sizes["parameters"] == trained + 4096 * 3 * 4096 + 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    # 12 bytes of fp32 weights and moments per trained parameter, over two ranks.
+    states = figures.total_bytes(ledger, [i for i in layer if i.pool == "optimizer"])
+    assert states == pytest.approx(12 * trained / 2)
+    weight_gradients = {i.what.rpartition(".")[2] for i in ledger.of(Matmul, phase="weight")}
+    assert weight_gradients == {"adapter_down", "adapter_up"}
+    gathered = [i for i in collectives(ledger, phase="step") if i.kind == "all_gather" and i.block == "dense"]
+    assert sum(float(np.ravel(ledger.axes[i.size])[0]) for i in gathered) == trained
+
+
+def test_modules_join_as_megatron_names_them():
+    def saved(**choices):
+        return figures.saved_bytes(run("deepseek-v2-lite", degrees={"ep": 4, "dp": 4}, **choices)[0])
+
+    pairs = [("layernorm+moe_act", "norm+act"), ("layernorm+mla_up_proj", "norm+mla_up"), ("mlp+moe", "mlp")]
+    for modules, choice in pairs:
+        named = saved(recompute="modules", recompute_modules=modules)
+        assert named == saved(recompute=choice) < saved()
+    both = saved(recompute="modules", recompute_modules="layernorm+moe")
+    assert both < saved(recompute="modules", recompute_modules="moe")
+
+
+def test_states_are_sharded_over_as_many_ranks_as_asked():
+    def held(**choices):
+        ledger, _ = run("llama3-8b", degrees={"dp": 32}, zero_stage="3", **choices)
+        return figures.held_bytes(ledger)
+
+    assert held(zero_group="ranks", zero_group_ranks=4) == pytest.approx(8 * held())
+    assert held(zero_group="ranks", zero_group_ranks=8) == pytest.approx(held(zero_group="node"))
+
+
+def test_a_multi_token_prediction_module_is_as_large_as_released():
+    # DeepSeek-V3's README_WEIGHTS: 11.5B of a module's parameters are its own (its layer has 11.51e9, the projection 0.10e9);
+    # embedding and head are shared.
+    model = load_model("deepseek-v3")
+    ctx = {"batch": np.ones(1), "seq": 64.0}
+    sizes = []
+    for modules in (0, 1, 2):
+        ledger = baseline(replace(model, mtp_modules=modules), **ctx)
+        own = [i for i in ledger.of(Resident, pool="parameters") if i.block == "head"]
+        sizes.append(sum(float(np.ravel(ledger.axes[i.size])[0]) for i in own))
+        # One loss for every token that is predicted.
+        assert len(ledger.of(Matmul, what="head.logits", phase="forward")) == 1 + modules
+    assert sizes[1] - sizes[0] == pytest.approx(11.5e9, rel=1e-2)
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
 
 
 def test_update_is_sharded_by_every_stage_but_the_first():
@@ -492,7 +576,9 @@ WHOLE_VOCABULARY = "fused linear cross-entropy needs the whole vocabulary on a r
         ("loss_kernel", "linear_fused", "llama3-8b", {"tp": 2}, WHOLE_VOCABULARY),
         ("pipeline", "stages", "gpt2", {"pp": 16}, "more pipeline stages than layers"),
         ("pipeline", "scatter_gather", "gpt2", {"pp": 2}, "scattered stage messages need tp > 1 without sequence parallelism"),
-        ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 1}, "micro-batches not divisible by pp (interleaved)"),
+        ("zero_group", "ranks", "gpt2", {"dp": 32}, "zero_group=ranks needs zero_group_ranks"),
+        ("recompute", "modules", "gpt2", {}, "recompute=modules needs recompute_modules"),
+        ("schedule", "interleaved", "gpt2", {"pp": 3, "dp": 32}, "fewer micro-batches than pp (interleaved)"),
     ],
 )  # fmt: skip
 def test_broken_rules_are_named(slot, value, model, degrees, reason):

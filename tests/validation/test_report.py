@@ -103,7 +103,7 @@ def test_every_row_has_a_status_and_a_reason_where_it_is_not_scored(table):
     path = table(
         COMPLETE,
         {**COMPLETE, "row_id": "a-2", "score_for": "none"},
-        {**COMPLETE, "row_id": "a-3", "other_flags": "LoRA"},
+        {**COMPLETE, "row_id": "a-3", "other_flags": "QLoRA"},
         {**COMPLETE, "row_id": "a-4", "step_time_s": "nan"},
         {**COMPLETE, "row_id": "a-5", "seq_len": ""},
         {**COMPLETE, "row_id": "a-6", "score_for": "time+beauty"},

@@ -174,6 +174,9 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"shard_group": "1"}, {"zero_stage": "0", "zero_group": "full"}),
         ({"recompute": "selective:layernorm+moe_act"}, {"recompute": "norm+act"}),
         ({"recompute": "block:3", "vpp": "2"}, {"recompute": "block", "recompute_layers": 6, "schedule": "interleaved"}),
+        ({"pp": "1", "shard_group": "2"}, {"zero_group": "ranks", "zero_group_ranks": 2}),
+        ({"recompute": "selective:per_op_sac"}, {"recompute": "per_op"}),
+        ({"recompute": "selective:moe+layernorm"}, {"recompute": "modules", "recompute_modules": "layernorm+moe"}),
         ({"recompute": "selective:every_other_layer"}, {"recompute": "block", "recompute_layers": 8}),
         ({"vpp": "", "schedule": "interleaved_1f1b"}, {"virtual_stages": 2, "schedule": "interleaved"}),
         ({"sequence_parallel": "false"}, {"sequence_parallel": "false"}),
@@ -184,6 +187,9 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
         ({"other_flags": "FSDP mixed_precision=PURE"}, {"gradient_dtype": "bf16"}),
         ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),
+        ({"offload": "activations:20"}, {"activation_offload": "cpu", "activation_offload_layers": 20}),
+        ({"other_flags": "lora"}, {"adaptation": "lora", "adapter_targets": "linear_qkv"}),
+        ({"other_flags": "LoRA; lora_rank=8", "framework": "PyTorch FSDP2"}, {"adaptation": "lora", "adapter_rank": "8"}),
         ({"other_flags": "attention-backend=unfused; cp comm a2a", "cp": "2"}, {"attention_kernel": "eager", "context": "a2a"}),
         ({"other_flags": "Float8 + Async TP"}, {"tensor_overlap": "chunked"}),
         ({"other_flags": "optimizer=muon"}, {"optimizer": "muon"}),
@@ -253,12 +259,11 @@ def test_defaults_that_were_taken_are_told(row):
         ({"n_kv_heads": "5", "model": "x"}, "does not divide heads"),
         ({"dtype": "int3"}, "dtype 'int3'"),
         ({"recompute": "selective:nothing"}, "recompute"),
-        ({"offload": "activations:20"}, "offload"),
-        ({"other_flags": "LoRA"}, "LoRA"),
-        ({"other_flags": "mtp-num-layers=2"}, "multi-token"),
+        ({"offload": "activations:all"}, "offload"),
+        ({"other_flags": "QLoRA"}, "adapters"),
         ({"mlp": "maxout"}, "maxout"),
         ({"zero_stage": "4"}, "zero_stage"),
-        ({"pp": "1", "shard_group": "2"}, "states sharded over 2 of 8"),
+        ({"pp": "1", "shard_group": "3"}, "shard_group '3' does not divide 8"),
         ({"sequence_parallel": "yes"}, "sequence_parallel"),
     ],
 )  # fmt: skip
@@ -268,7 +273,12 @@ def test_rows_that_cannot_be_priced_say_why(row, cells, reason):
 
 
 def test_low_rank_latents_are_no_low_rank_adaptation(row):
-    run_of(row(other_flags="q-lora-rank=256; kv-lora-rank=128"))
+    assert "adaptation" not in run_of(row(other_flags="q-lora-rank=256; kv-lora-rank=128")).problem.fixed
+
+
+def test_modules_that_predict_more_tokens_are_trained_where_a_row_says_so(row):
+    assert run_of(row(other_flags="mtp-num-layers=2")).problem.model.mtp_modules == 2
+    assert run_of(row()).problem.model.mtp_modules == 0
 
 
 # -- what was measured -------------------------------------------------------------------------------------------------

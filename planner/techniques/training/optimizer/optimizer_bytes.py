@@ -38,6 +38,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     ledger = with_degrees(ledger, ctx)
     added: list[Item] = []
     for weights in ledger.of(Resident, pool="parameters"):
+        if "frozen" in weights.tags:
+            continue
         what = weights.what.removesuffix("parameters")
         tags = (weights.tags - {"parameters"}) | {"optimizer"}
         kind = "adamw" if name == "muon" and weights.block in _VECTORS else name

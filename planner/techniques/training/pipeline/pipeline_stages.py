@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from planner.ledger import Collective, Group, Item, Ledger
+from planner.ledger import Collective, Group, Item, Ledger, Resident
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -42,7 +42,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         )
         for what, phase in (("boundary.activation", "forward"), ("boundary.gradient", "backward"))
     ]  # fmt: skip
-    if ctx.model.tied_embeddings and ctx.model.head:
+    if ctx.model.tied_embeddings and ctx.model.head and ledger.of(Resident, block="head", pool="gradients"):
         stride = ctx.mesh.group("pp").stride * np.maximum(pp - 1, 1)
         added.append(
             Collective(

@@ -10,7 +10,7 @@ from planner.technique import Context
 
 __all__ = ["WIDE", "switch_dtypes"]
 
-WIDE = frozenset({"core_attn", "head", "router"})
+WIDE = frozenset({"core_attn", "head", "router", "adapter"})
 """Products that are never quantised."""
 
 
@@ -33,7 +33,7 @@ def switch_dtypes(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         if "activation" in item.tags:
             return replace(item, bytes_per_element=item.bytes_per_element * ratio)
         if item.pool == "parameters":
-            if formats.master:
+            if formats.master and "frozen" not in item.tags:
                 tags = (item.tags - {"parameters"}) | {"optimizer"}
                 what = item.what.replace("parameters", "master_weights")
                 masters.append(replace(item, what=what, pool="optimizer", tags=tags, by=by))

@@ -59,6 +59,7 @@ TECHNIQUE = Technique(
                 "norm+act",
                 "norm+mla_up",
                 "mlp",
+                "modules",
                 "full",
                 "partitioned",
                 "per_op",

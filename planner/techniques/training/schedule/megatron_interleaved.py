@@ -1,10 +1,12 @@
 """Interleaved 1F1B: every device holds several smaller virtual stages.
 
-What it does: device r holds chunks r, r+p, …; micro-batches visit every device v times.
+What it does: device r holds chunks r, r+p, …; micro-batches visit every device v times. A chunk runs pp micro-batches before
+    the device turns to its next chunk; where these do not divide the micro-batches, as few more as leave no rest below pp.
 Saves: the bubble, divided by v.
 Costs: messages × v; activations of p·v+p−1−2r chunks on device r instead of (p−r)·v.
-Assumes: micro-batches divisible by pp; messages between stages are latency on the edge, not work on the device.
-Source: Narayanan et al. 2021 (arXiv:2104.04473) §2.2.2; activations: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2.3.
+Assumes: at least pp micro-batches; messages between stages are latency on the edge, not work on the device.
+Source: Narayanan et al. 2021 (arXiv:2104.04473) §2.2.2; activations: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2.3; groups:
+    Megatron-Core ``--microbatch-group-size-per-virtual-pipeline-stage``.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from planner.techniques import figures
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """Whole groups of pp micro-batches."""
-    yield Check("micro-batches not divisible by pp (interleaved)", ctx.micro_batches % ctx.mesh.pp == 0)
+    """A group of at least pp micro-batches."""
+    yield Check("fewer micro-batches than pp (interleaved)", ctx.micro_batches >= ctx.mesh.pp)
 
 
 TECHNIQUE = Technique(

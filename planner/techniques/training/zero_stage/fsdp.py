@@ -24,7 +24,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     if not ctx.format.master:
         return ledger
     return ledger.drop(
-        lambda i: isinstance(i, Resident) and i.pool == "parameters" and i.lifetime == "always"
+        lambda i: (
+            isinstance(i, Resident)
+            and i.pool == "parameters"
+            and i.lifetime == "always"
+            and "frozen" not in i.tags
+        )
     )
 
 

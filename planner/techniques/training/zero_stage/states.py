@@ -106,9 +106,10 @@ def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any)
 
 
 def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list[Collective]:
-    """All-gathers of the weights in use of every block; once per step unless ``fields`` says otherwise."""
+    """All-gathers of the weights in use of every block; once per step, of those that change, unless ``fields`` says otherwise."""
     when = {"phase": "step", "track": "weights", **fields}
-    return _collectives(ledger, ctx, "parameters", "all_gather", ctx.format.activation, by, when)
+    found = _collectives(ledger, ctx, "parameters", "all_gather", ctx.format.activation, by, when)
+    return [item for item in found if when["phase"] != "step" or "frozen" not in item.tags]
 
 
 def _collectives(
@@ -117,7 +118,7 @@ def _collectives(
     bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
     return [
         Collective(
-            what=f"{mesh}_{pool}.{kind}", block=item.block, tags=frozenset({pool, mesh, "data_parallel"}), by=by,
+            what=f"{mesh}_{pool}.{kind}", block=item.block, tags=item.tags | {pool, mesh, "data_parallel"}, by=by,
             kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
             messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
         )

@@ -1,0 +1,104 @@
+"""How far off a prediction may be, in words: intervals, ties, memory, and what was measured near the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from planner.plan import Estimate, Plan
+from planner.uncertainty.nearest import nearby
+from planner.uncertainty.residuals import PROCESS, Spread, Spreads, load_residuals
+from planner.uncertainty.ties import ties_with_first
+
+if TYPE_CHECKING:
+    from planner.specs.problem import Problem
+
+__all__ = ["TIE", "chance_text", "confidence", "interval_text", "out_of_memory_matters"]
+
+TIE = "~"
+"""Stands before the distance of a plan whose place behind the first one is noise."""
+
+_NOTABLE_CHANCE = 0.01
+_EVEN = 0.02  # sides of an interval that differ by less are printed as one
+
+
+def interval_text(estimate: Estimate, quantity: str = "step_time_s") -> str:
+    """The interval of a quantity relative to its prediction; empty where the plan has none.
+
+    >>> from dataclasses import replace
+    >>> one = Estimate(10.0, 1.0, 0.5, 0.5, {"peak": 1.0}, {}, True, 1.0, 0.0, 1.0, interval={"step_time_s": (9.2, 10.9)})
+    >>> interval_text(one), interval_text(replace(one, interval={"step_time_s": (9.5, 12.0)}))
+    ('±9%', '-5/+20%')
+    """
+    if estimate.interval is None:
+        return ""
+    predicted = estimate.step_time_s if quantity == "step_time_s" else estimate.memory_bytes[quantity]
+    low, high = (end / predicted - 1.0 for end in estimate.interval[quantity])
+    if low < 0.0 < high and abs(low + high) < _EVEN:
+        return f"±{max(-low, high):.0%}"
+    return f"{100.0 * low:+.0f}/{100.0 * high:+.0f}%"
+
+
+def chance_text(probability: float | None) -> str:
+    """A probability in percent, nothing claimed below one of a hundred.
+
+    >>> chance_text(0.123), chance_text(1e-9), chance_text(0.9999)
+    ('12%', '<1%', '>99%')
+    """
+    if probability is None:
+        return "-"
+    if probability < _NOTABLE_CHANCE:
+        return "<1%"
+    return ">99%" if probability > 1.0 - _NOTABLE_CHANCE else f"{probability:.0%}"
+
+
+def out_of_memory_matters(plans: Sequence[Plan]) -> bool:
+    """Whether any plan may well run out of memory."""
+    return any((plan.estimate.oom_probability or 0.0) >= _NOTABLE_CHANCE for plan in plans)
+
+
+def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
+    """What is known of the error of these plans, as paragraphs: the first one's intervals, ties, and runs near the job."""
+    residuals = load_residuals()
+    first = plans[0]
+    if residuals is None or first.estimate.interval is None:
+        return []
+    generation = problem.cluster.device.generation
+    time = _basis(
+        residuals.step_time, (problem.stack.name, generation), f"{problem.stack.name} on {generation}"
+    )
+    peak = _basis(residuals.peak, (problem.stack.name, PROCESS), f"{problem.stack.name} by nvidia-smi")
+    told = [
+        f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction ({time})",
+        f"peak memory: 80 % within {interval_text(first.estimate, 'peak')} ({peak})",
+    ]
+    ties = set(ties_with_first(plans))
+    numbers = [str(number) for number, plan in enumerate(plans, 1) if plan.id in ties]
+    if numbers:
+        some = f"plan{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+        told.append(
+            f"{TIE} ties with plan 1: {some}; of published pairs as close, more than one of five came out the other way"
+        )
+    near = nearby(problem)
+    if near is None:
+        told.append("near this job: no published run")
+    else:
+        worst = near.runs[0]
+        told.append(
+            f"near this job: {_runs(len(near.runs))} ({near.alike}), each predicted without its model's runs: median error "
+            f"{near.median_error:.1%}, worst {near.worst_error:.1%} ({worst.model} on {worst.devices} × {worst.accelerator})"
+        )
+    return told
+
+
+def _basis(spreads: Spreads, group: tuple[str, str], said: str) -> str:
+    """Which runs an interval comes from."""
+    known: Mapping[tuple[str, str], Spread] = spreads.groups
+    spread = spreads.of(*group)
+    if group in known:
+        return f"{_runs(spread.rows)} of {spread.models} model{'s' * (spread.models > 1)}, {said}, and all others"
+    return f"{_runs(spread.rows)}, none of them {said}"
+
+
+def _runs(count: int) -> str:
+    return f"{count} published run{'s' * (count > 1)}"

@@ -1,0 +1,112 @@
+"""Published runs that are near a job: how many there are, and how far off their predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from planner.uncertainty.published import PublishedRun, active_parameters, load_published_runs
+
+if TYPE_CHECKING:
+    from planner.specs.problem import Problem
+
+__all__ = ["Nearby", "nearby"]
+
+_SIZES = ("active_parameters", "devices", "seq_len")
+# What near means: the nearest of these that any run fulfils. Equal columns, and the factor that sizes may differ by.
+_STEPS = (
+    (("stack", "accelerator"), 4.0),
+    (("stack", "generation"), 4.0),
+    (("generation",), 4.0),
+    (("generation",), 16.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearby:
+    """Runs near a job.
+
+    Attributes:
+        runs: the runs, the worst predicted one first.
+        alike: in words, what makes them near.
+    """
+
+    runs: tuple[PublishedRun, ...]
+    alike: str
+
+    @property
+    def median_error(self) -> float:
+        """Of the absolute errors of their rates, predicted with constants that were fitted without their model's runs."""
+        errors = [_error(run) for run in self.runs]
+        middle = len(errors) // 2
+        return errors[middle] if len(errors) % 2 else 0.5 * (errors[middle - 1] + errors[middle])
+
+    @property
+    def worst_error(self) -> float:
+        """The same, of the worst of them."""
+        return _error(self.runs[0])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The runs as JSON fields; errors are fractions."""
+        return {
+            "runs": len(self.runs),
+            "alike": self.alike,
+            "median_error": self.median_error,
+            "worst_error": self.worst_error,
+            "worst_run": self.runs[0].row_id,
+            "sources": sorted({run.source for run in self.runs}),
+        }
+
+
+def nearby(problem: Problem) -> Nearby | None:
+    """Published runs with a measured time that are near a job; None where there are none.
+
+    They train the same kind of model (dense, or a mixture of experts), on the same accelerator with the same software stack;
+    where there are none, on the same generation of accelerators, and then with any stack. Parameters that a token meets, devices
+    and sequence length differ by a factor of four at most, or of sixteen where there are none within four.
+    """
+    device = problem.cluster.device
+    job = {
+        "stack": problem.stack.name,
+        "accelerator": device.name,
+        "generation": device.generation,
+        "experts": str(any(block.moe for block in problem.model.blocks.values())).lower(),
+    }
+    sizes = {
+        "active_parameters": active_parameters(problem.model),
+        "devices": float(problem.cluster.devices),
+        "seq_len": float(problem.workload.seq_len),
+    }
+    alike = ("generation", "experts")
+    runs = load_published_runs(
+        lambda cells: bool(cells["error_without_model"]) and all(cells[name] == job[name] for name in alike)
+    )
+    for names, factor in _STEPS:
+        found = [run for run in runs if _near(run, names, job, sizes, factor)]
+        if found:
+            kind = "mixtures of experts" if job["experts"] == "true" else "dense models"
+            software = f" with {job['stack']}" if "stack" in names else ""
+            where = job[names[-1]]
+            text = (
+                f"{kind} on {where}{software}, parameters, devices and length within a factor of {factor:g}"
+            )
+            return Nearby(tuple(sorted(found, key=_error, reverse=True)), text)
+    return None
+
+
+def _near(
+    run: PublishedRun,
+    names: tuple[str, ...],
+    job: Mapping[str, str],
+    sizes: Mapping[str, float],
+    factor: float,
+) -> bool:
+    return all(getattr(run, name) == job[name] for name in names) and all(
+        1.0 / factor <= getattr(run, name) / sizes[name] <= factor for name in _SIZES
+    )
+
+
+def _error(run: PublishedRun) -> float:
+    assert run.error_without_model is not None
+    return abs(run.error_without_model)
