@@ -277,7 +277,8 @@ def memory_parts(
     parts["fragmentation"] = stack.fragmentation.value * (live + at_work)
     passes, step = live + at_work + parts["fragmentation"], layout.first_counts @ table["step_bytes"]
     parts["update"] = np.maximum(step - passes, 0.0)
-    parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head)
+    freed = np.stack([np.max(table["freed_bytes"][there], axis=0) for there in layout.first_counts > 0])
+    parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head) + freed
     if stack.cached_fraction is not None:
         parts["cached"] = parts["cached"] + stack.cached_fraction.value * (live + at_work)
     parts["host"] = host

@@ -158,15 +158,6 @@ def sharded_loss_has_indices_and_masks(case):
     return Counter({("head", "work"): 33 * TOKENS}) if case["tp"] > 1 else Counter()
 
 
-def head_is_sharded_again_before_the_loss(case):
-    """While the loss is computed, the head's weights are not whole; in the ledger, all that a block needs is there at once."""
-    if not case["fsdp"]:
-        return Counter()
-    dims = MODELS[case["model"]]
-    head = dims["hidden"] * (1 if dims["llama"] else 2) + dims["hidden"] * dims["vocab"] // case["tp"]
-    return Counter({("head", "gathered"): -(8 if case["fsdp"] == "reshard" else 4) * head})
-
-
 def gradients_inside_a_layer(case):
     """The ledger counts the gradient of the activation's input, which has most in one device's fused products (``fused``).
 
@@ -204,7 +195,6 @@ KNOWN = (
     kept_result_is_used_up,
     gradients_inside_a_layer,
     sharded_loss_has_indices_and_masks,
-    head_is_sharded_again_before_the_loss,
 )
 
 

@@ -7,14 +7,14 @@ faster), and undone where states are whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Ledger, Matmul, Resident, Stream, times
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
 from planner.specs.parameters import parameter_count
 from planner.technique import Context
 
@@ -29,6 +29,7 @@ __all__ = [
     "whole_update",
     "with_buckets",
     "with_degrees",
+    "with_whole",
 ]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
@@ -68,10 +69,10 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         *gather_weights(ledger, ctx, by, phase="forward", track="gather"),
         *gather_weights(ledger, ctx, by, phase="backward", track="gather"),
         *synchronise(ledger, ctx, "reduce_scatter", by, phase="backward", track="gather"),
-        *whole(ledger, "parameters", by, copies=2.0),
-        *whole(ledger, "gradients", by),
     ]
-    return shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
+    buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
+    sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
+    return with_whole(sharded, buffers)
 
 
 def whole_update(ledger: Ledger) -> Ledger:
@@ -115,6 +116,22 @@ def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[R
                 bytes_per_element=size,
                 by=by,
             )
+
+
+def with_whole(ledger: Ledger, buffers: Sequence[Resident]) -> Ledger:
+    """Adds :func:`whole` buffers. The head's are not there while its loss holds the logits: of both, the larger counts."""
+
+    def n_bytes(items: Iterable[Resident]) -> Array:
+        return np.asarray(sum(ledger.axes[item.size] * item.bytes_per_element for item in items))
+
+    logits = [item for item in ledger.of(Resident, block="head", pool="logits") if item.lifetime == "block"]
+    head = [item for item in buffers if item.block == "head"]
+    if not (logits and head):
+        return ledger.add(buffers)
+    beside = np.maximum(1.0 - n_bytes(logits) / np.maximum(n_bytes(head), 1.0), 0.0)
+    others = [item for item in buffers if item.block != "head"]
+    resized = [replace(item, size=times(item.size, "beside_logits")) for item in head]
+    return ledger.set_axes(beside_logits=beside).add([*others, *resized])
 
 
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
