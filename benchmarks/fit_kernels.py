@@ -227,9 +227,6 @@ def fit_all(data: Sequence[Batch]) -> Fit:
 SOURCES = {"attention_backward": "published-attention"}  # of what nothing else tells
 PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "data" / "published_attention.csv"
 WEIGHTS = {PUBLISHED.name: 5.0}  # few rows, of the shapes that training has
-LEFT_OUT = {
-    "llmservingsim_v0_attention.csv": "most of its decode rows imply more than the memory's bandwidth, up to 6.6 times",
-}
 
 
 def possible(batch: Batch) -> Batch | None:
@@ -243,7 +240,7 @@ def load(folder: Path) -> list[Batch]:
     found: list[Batch] = []
     for path in (*sorted(folder.glob("*.csv")), PUBLISHED):
         table = read_table(path)
-        if table.kind == "kernels" and table.file not in LEFT_OUT:
+        if table.kind == "kernels":
             found += [kept for batch in batches(table)[0] if (kept := possible(batch)) is not None]
     return found
 

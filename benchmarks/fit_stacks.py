@@ -46,6 +46,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "attention_slowdown"),
     ("default", "", "stream_slowdown"),
     ("default", "", "collective_slowdown"),
+    ("default", "", "exchange_slowdown"),
     ("megatron-eager", "", "matmul_slowdown"),
     ("megatron-deepspeed", "", "matmul_slowdown"),
     ("megatron-deepspeed", "volta", "matmul_slowdown"),
@@ -54,6 +55,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("internlm", "", "matmul_slowdown"),
     ("pytorch-fsdp", "", "matmul_slowdown"),
     ("pytorch-fsdp", "", "stream_slowdown"),
+    ("pytorch-fsdp", "", "collective_slowdown"),
     ("pytorch-fsdp", "", "attention_slowdown"),
     ("pytorch-fsdp", "hopper", "attention_slowdown"),
     ("pytorch-fsdp", "", "overlap_slowdown"),
@@ -174,7 +176,7 @@ def evaluate(rows: Sequence[Row], values: dict[Key, float]) -> tuple[np.ndarray,
             kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else _kind(spend)
             if kind is not None:
                 kinds[kind] += spend.seconds
-            if kind == "collective_slowdown":
+            if isinstance(spend.share.item, Collective):
                 kinds["overlap_slowdown"] += spend.alone_s - spend.seconds
         mine = row.constants()
         for name, key in mine.items():
@@ -190,7 +192,9 @@ def _kind(spend: Spend) -> str | None:
         return "attention_slowdown"
     if isinstance(item, Stream):
         return "stream_slowdown"
-    return "collective_slowdown" if isinstance(item, Collective) else None
+    if isinstance(item, Collective):
+        return "exchange_slowdown" if item.kind == "all_to_all" else "collective_slowdown"
+    return None
 
 
 def step(
@@ -215,7 +219,8 @@ def step(
         drawn = x - np.where(above >= 0, x[above], 0.0)
         return np.concatenate([weight * robust, 0.5 * drawn / _SPREAD])
 
-    low, high = np.full(len(start), 0.0), np.full(len(start), log(4.0))
+    low = np.array([log(0.4) if key[2] == "exchange_slowdown" else 0.0 for key in CONSTANTS])
+    high = np.full(len(start), log(4.0))
     found = least_squares(residuals, np.clip(start, low + 1e-6, high - 1e-6), bounds=(low, high))
     return {key: exp(x) for key, x in zip(CONSTANTS, found.x, strict=True)}
 

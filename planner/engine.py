@@ -146,7 +146,9 @@ class Pricer:
             return float(stack.attention_slowdown)
         if isinstance(item, Stream):
             return float(stack.stream_slowdown)
-        return float(stack.collective_slowdown) if isinstance(item, Collective) else 1.0
+        if isinstance(item, Collective):
+            return float(stack.exchange_slowdown if item.kind == "all_to_all" else stack.collective_slowdown)
+        return 1.0
 
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 

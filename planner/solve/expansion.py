@@ -22,9 +22,12 @@ from planner.specs.problem import Problem
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
 
-__all__ = ["Batch", "Expansion", "Jobs", "Pending", "Scored", "Shortfall"]
+__all__ = ["Batch", "Expansion", "Jobs", "Pending", "Scored", "Shortfall", "narrow"]
 
 Index = NDArray[np.intp]
+
+_TOGETHER = 16384  # candidates priced at once
+_MANY = 4096  # rows from which tables of a part of them pay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +154,15 @@ class Expansion:
         self._of_states = self._all_states()
         self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
 
+    def narrow(self, rows: Index) -> Expansion:
+        """The expansion of some of the rows alone; ``rows`` is sorted."""
+        tables, parts = [], []
+        for prefix in np.unique(self.prefix_of[rows]).tolist():
+            mine = rows[self.prefix_of[rows] == prefix]
+            tables.append(self.tables[prefix].take(mine - self.starts[prefix]))
+            parts.append(Rows({name: column[mine] for name, column in self.values.items()}))
+        return Expansion(self.problem, self.branches, tables, parts, self.counts)
+
     def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(self.states[:, rows])
@@ -199,10 +211,14 @@ class Expansion:
                 pending.jobs, recomputes=recomputes, swap=swap, states=pending.jobs.states[pairs],
                 rows=pending.jobs.rows[pairs], width=width,
             )  # fmt: skip
-            fit, bound_s, batch = self.evaluate(jobs)
-            pending.fits[swap, recomputes, pairs], pending.bounds_s[swap, recomputes, pairs] = fit, bound_s
-            if len(batch.fitting):
-                found.append(batch)
+            most = max(1, _TOGETHER // int(width.max()))
+            for begin in range(0, len(at), most):
+                some = np.arange(begin, min(begin + most, len(at)))
+                fit, bound_s, batch = self.evaluate(jobs.take(some))
+                where = (swap, recomputes[some], pairs[some])
+                pending.fits[where], pending.bounds_s[where] = fit, bound_s
+                if len(batch.fitting):
+                    found.append(batch)
         return found
 
     def _undecided(
@@ -442,6 +458,13 @@ class Jobs:
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
     layers: Array | None = None  # layers recomputed by each job; None: as few as fit
 
+    def take(self, index: Index) -> Jobs:
+        """Some of the jobs."""
+        return replace(
+            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index],
+            width=self.width[index], layers=None if self.layers is None else self.layers[index],
+        )  # fmt: skip
+
     def with_every_count(self, most: int) -> Jobs:
         """Every job with 1 … ``most`` recomputed layers, job after job."""
         index = np.arange(len(self.rows)).repeat(most)
@@ -451,3 +474,21 @@ class Jobs:
             self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
             layers=layers,
         )  # fmt: skip
+
+
+def narrow(pairs: Sequence[tuple[Pending, Index, Array]]) -> list[tuple[Pending, Index]]:
+    """The same pairs; where an expansion has many more rows than they need, with one of those rows alone."""
+    found: list[tuple[Pending, Index]] = []
+    for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
+        mine = [(pending, at) for pending, at, _ in pairs if pending.expansion is work]
+        rows = np.unique(np.concatenate([pending.jobs.rows[at] for pending, at in mine]))
+        if len(work.prefix_of) < max(_MANY, 2 * len(rows)):
+            found += mine
+            continue
+        few = work.narrow(rows)
+        for pending, at in mine:
+            jobs = pending.jobs.take(at)
+            jobs = replace(jobs, rows=np.searchsorted(rows, jobs.rows))
+            bounds_s, fits = pending.bounds_s[:, :, at], pending.fits[:, :, at]
+            found.append((Pending(few, jobs, bounds_s, fits, pending.overfull[at]), np.arange(len(at))))
+    return found

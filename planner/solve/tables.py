@@ -41,6 +41,12 @@ class BranchTables:
         self._divided: dict[tuple[int, int, int], list[_Change]] = {}
         self._change({})
 
+    def take(self, index: Index) -> BranchTables:
+        """The tables on some of the rows."""
+        ctx = self.ctx.take(index)
+        ledger = self._ledgers[()].take(index, ctx.mesh.counterpart)
+        return BranchTables(self.space, self.branches, self.pricer, self.kinds, self.recipe, ctx, ledger)
+
     def __len__(self) -> int:
         return len(self.ctx.micro_batch_size)
 

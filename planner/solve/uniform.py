@@ -28,7 +28,7 @@ from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
 from planner.solve.branches import Branches, Faults
-from planner.solve.expansion import Expansion, Pending, Scored, Shortfall
+from planner.solve.expansion import Expansion, Pending, Scored, Shortfall, narrow
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space
 from planner.solve.tables import BranchTables
@@ -403,24 +403,34 @@ class UniformSearch:
         if not self._pending:
             return
         left = [pending.expansion.open_pairs(pending, self.ranking.bar) for pending in self._pending]
-        bounds = np.concatenate([p.floor_s[at] for p, at in zip(self._pending, left, strict=True)])
-        order = np.argsort(bounds, kind="stable")
-        number = np.repeat(np.arange(len(left)), [len(at) for at in left])[order]
-        index = np.concatenate(left)[order]
+        pairs = [(p, at, p.floor_s[at]) for p, at in zip(self._pending, left, strict=True) if len(at)]
         swaps = range(len(self.branches.swaps))
-        for tried in (swaps[:1], swaps[1:]):
-            start, size = 0, _PENDING_WAVE
-            while start < len(order) and tried:
-                late = bounds[order[start]] >= self.ranking.bar
-                some = slice(start, None if late else start + size)
-                for which in np.unique(number[some]):
-                    pending = self._pending[which]
-                    chosen = np.sort(index[some][number[some] == which])
-                    for batch in pending.expansion.rest(pending, chosen, tried, self.ranking.bar):
-                        self.ranking.add(batch)
-                    self._note_nearest(pending.expansion)
-                self.ranking.settle()
-                start, size = len(order) if late else start + size, 4 * size
+        cut = np.sort(np.concatenate([floor_s for *_, floor_s in pairs] or [np.zeros(0)]))
+        begin, size = -np.inf, _PENDING_WAVE
+        while size <= 4 * len(cut) and not self.ranking.best:  # any plan is better than none
+            end = float(cut[size]) if size < len(cut) else np.inf
+            self._try(narrow(_between(pairs, begin, end)), swaps)
+            begin, size = end, 4 * size
+        # Pairs that are late by now are only counted; the others get tables of their own, of no more rows than they need.
+        late = _between(pairs, max(begin, self.ranking.bar), np.inf)
+        self._try([(pending, at) for pending, at, _ in late], swaps)
+        rest = [(p, at, p.floor_s[at]) for p, at in narrow(_between(pairs, begin, self.ranking.bar))]
+        bounds = np.sort(np.concatenate([floor_s for *_, floor_s in rest] or [np.zeros(0)]))
+        for tried in filter(len, (swaps[:1], swaps[1:])):
+            begin, size = -np.inf, _PENDING_WAVE
+            while begin < np.inf:
+                end = float(bounds[size]) if size < len(bounds) and begin < self.ranking.bar else np.inf
+                self._try([(pending, at) for pending, at, _ in _between(rest, begin, end)], tried)
+                begin, size = end, 5 * size
+
+    def _try(self, pairs: Sequence[tuple[Pending, Index]], swaps: Sequence[int]) -> None:
+        """Tries other branches of some pairs, all at one bar."""
+        bar = self.ranking.bar
+        for pending, at in pairs:
+            for batch in pending.expansion.rest(pending, at, swaps, bar):
+                self.ranking.add(batch)
+            self._note_nearest(pending.expansion)
+        self.ranking.settle()
 
     def _note_nearest(self, work: Expansion) -> None:
         """Remembers the candidate that misses its memory by the least."""
@@ -431,3 +441,15 @@ class UniformSearch:
         if count:
             self.counts.candidates += count
             self.counts.rejected[reason] += count
+
+
+def _between(
+    pairs: Sequence[tuple[Pending, Index, Array]], low: float, high: float
+) -> list[tuple[Pending, Index, Array]]:
+    """Pairs whose bound lies in [low, high)."""
+    found = []
+    for pending, at, floor_s in pairs:
+        inside = (floor_s >= low) & (floor_s < high)
+        if inside.any():
+            found.append((pending, at[inside], floor_s[inside]))
+    return found

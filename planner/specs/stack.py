@@ -86,6 +86,7 @@ class Stack:
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
         collective_slowdown: the same of collectives, relative to the links' profile.
+        exchange_slowdown: the same of all-to-alls, which libraries of their own may do faster than the link's usual one.
         dispatch_s: host time to issue one kernel.
         overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
         framework_bytes: context, libraries and workspaces of an idle process.
@@ -103,6 +104,7 @@ class Stack:
     attention_slowdown: Sourced
     stream_slowdown: Sourced
     collective_slowdown: Sourced
+    exchange_slowdown: Sourced
     dispatch_s: Sourced
     overlap_slowdown: Sourced
     framework_bytes: Sourced

@@ -205,7 +205,7 @@ def _attention(row: Row) -> Call:
     )
     metric = "attention_decode" if decode else "attention_prefill"
     causal = row.truth("causal") is not False
-    fixed = (dtype, stored, decode, causal, row.number("passes") or 1.0, False)
+    fixed = (dtype, stored, decode, causal, row.number("passes") or 1.0, False, False)
     return _call(row, metric, dtype, Attention, fixed, numbers)
 
 
@@ -219,7 +219,7 @@ def _latent_attention(row: Row) -> Call:
     numbers = (_needed(row, "batch_size"), heads, kv_heads, queries, keys, qk_dim, v_dim, np.inf)
     metric = "attention_decode" if decode else "attention_prefill"
     return _call(
-        row, metric, f"latent-{dtype}", Attention, (dtype, stored, decode, True, 1.0, False), numbers
+        row, metric, f"latent-{dtype}", Attention, (dtype, stored, decode, True, 1.0, False, decode), numbers
     )
 
 
@@ -257,7 +257,9 @@ def _batched(row: Row) -> Call:
     queries = _needed(row, "prefill_chunk_size") if prefill else 1.0
     numbers = (_needed(row, "batch_size"), heads, kv_heads, queries, past + queries, width, width, np.inf)
     metric = "attention_prefill" if prefill else "attention_decode"
-    return _call(row, metric, "bf16", Attention, ("bf16", "bf16", not prefill, True, 1.0, True), numbers)
+    return _call(
+        row, metric, "bf16", Attention, ("bf16", "bf16", not prefill, True, 1.0, True, False), numbers
+    )
 
 
 def _layer(row: Row) -> Call:
@@ -379,8 +381,8 @@ def _mixed_work(fixed: tuple[Any, ...], columns: Sequence[Any]) -> Work:
     chunk = (chunks, heads, kv_heads, queries, keys, width, width, endless)
     decode = (decodes, heads, kv_heads, one, decode_keys, width, width, endless)
     return Mixed(
-        Attention(dtype, dtype, False, True, 1.0, True, *chunk),
-        Attention(dtype, dtype, True, True, 1.0, True, *decode),
+        Attention(dtype, dtype, False, True, 1.0, True, False, *chunk),
+        Attention(dtype, dtype, True, True, 1.0, True, False, *decode),
     )
 
 

@@ -17,7 +17,7 @@ from planner.costs.precision import dtype_bytes
 from planner.kernels import Kernels
 from planner.specs.kernel_library import KernelLibrary
 
-__all__ = ["Attention", "Experts", "Mixed", "Product", "Stream", "Work", "power_law_loads"]
+__all__ = ["Array", "Attention", "Experts", "Mixed", "Product", "Stream", "Work", "power_law_loads"]
 
 Array: TypeAlias = NDArray[Any]
 _WIDE_HEAD = 128.0  # accumulators of wider heads spill where a library's kernels are not made for them
@@ -90,7 +90,8 @@ class Attention:
     """``queries`` new tokens per sequence over ``keys`` in all (the new ones included), with a cache in ``stored`` dtype.
 
     ``decode``: whether it is the generation phase's kernel; ``passes``: 1 forward, 2.5 backward; ``cold``: whether others ran
-    since the cache was last read, so that nothing of it is left on the chip.
+    since the cache was last read, so that nothing of it is left on the chip; ``latent``: values are the first ``v_dim`` elements
+    of the keys, and read with them.
     """
 
     dtype: str
@@ -99,6 +100,7 @@ class Attention:
     causal: bool
     passes: float
     cold: bool
+    latent: bool
     batch: Array
     heads: Array
     kv_heads: Array
@@ -115,9 +117,8 @@ class Attention:
     def read_bytes(self) -> Array:
         """Keys and values that any query sees."""
         seen = np.minimum(self.keys, self.window + self.queries - 1.0)
-        return np.asarray(
-            dtype_bytes(self.stored) * self.batch * self.kv_heads * seen * (self.qk_dim + self.v_dim)
-        )
+        width = self.qk_dim + (0.0 if self.latent else self.v_dim)
+        return np.asarray(dtype_bytes(self.stored) * self.batch * self.kv_heads * seen * width)
 
     def seconds(self, kernels: Kernels, library: KernelLibrary) -> Array:
         """The attention kernel and the small ones before it."""
@@ -143,11 +144,12 @@ class Attention:
             / width ** library["wide_head"]
         )
         sharing = self.heads if shared else self.kv_heads
+        read = self.qk_dim / (self.qk_dim + self.v_dim) if self.latent else 1.0
         seconds = kernels.attention_s(
             self.batch, self.heads, sharing, self.queries, keys, self.qk_dim, self.v_dim, rate,
             visible=causal_fraction(self.queries, keys, window) if self.causal else 1.0, passes=self.passes,
             bytes_per_element=dtype_bytes(self.dtype),
-            kv_bytes_per_element=dtype_bytes(self.stored) * self.kv_heads / sharing,
+            kv_bytes_per_element=dtype_bytes(self.stored) * read * self.kv_heads / sharing,
             split_s=np.inf if shared else library["split_s"] or None,
             tile_share=library["decode_tile" if self.decode else "prefill_tile"],
             working_set_bytes=np.inf if self.cold else None,

@@ -10,6 +10,7 @@ import numpy as np
 from planner.kernels import Kernels
 from planner.specs.device import Device
 from planner.validation.kernel_tables import Batch, batches
+from planner.validation.kernel_work import Array
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, read_table
 
@@ -47,7 +48,7 @@ def score_kernels(path: str | Path) -> list[ScoredRow]:
     return sorted(scored, key=lambda score: lines[score.row_id])
 
 
-def price(batch: Batch, device: Device | None = None) -> np.ndarray:
+def price(batch: Batch, device: Device | None = None) -> Array:
     """Predicted seconds of a batch's rows, on its own device or another profile of it."""
     return np.asarray(batch.work.seconds(Kernels(device or batch.device, alone=True), batch.library))
 
@@ -56,13 +57,19 @@ def contradictions(batch: Batch) -> list[str]:
     """Why a row cannot be a measurement of what it says, empty where it can.
 
     A kernel that reads more than twice what the second-level cache holds reads it from memory, and no faster than the data sheet
-    says.
+    says. Where most of a kernel's rows that large do, what was timed is not the kernel, and none of its rows counts.
     """
     device, n_bytes = batch.device, batch.work.read_bytes()
     rate = n_bytes / batch.measured_s / float(device.memory_bytes_per_s)
-    impossible = (n_bytes > 2.0 * float(device.l2_bytes)) & (rate > 1.0)
+    large = n_bytes > 2.0 * float(device.l2_bytes)
+    impossible = large & (rate > 1.0)
+    others = (
+        f"{impossible.sum()} of this kernel's {large.sum()} large calls read faster than the memory can deliver"
+        if impossible.sum() > 0.5 * large.sum()
+        else ""
+    )
     return [
-        f"reads {each:.2g} times what the memory can deliver" if bad else ""
+        f"reads {each:.2g} times what the memory can deliver" if bad else others
         for each, bad in zip(rate, impossible, strict=True)
     ]
 

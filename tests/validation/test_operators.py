@@ -88,6 +88,28 @@ def test_a_read_faster_than_the_memory_is_no_measurement(tmp_path):
     assert fast.predicted == slow.predicted
 
 
+def test_a_kernel_of_which_most_reads_are_impossible_was_not_timed(tmp_path):
+    # As above; the third call is small enough for the second-level cache, and would count beside credible ones.
+    large = "a,H100-SXM5-80GB,x,1,fa3,decode,8,1,65535,65536,64,8,128,0,bfloat16,bfloat16,"
+    small = "a,H100-SXM5-80GB,x,1,fa3,decode,8,1,63,64,64,8,128,0,bfloat16,bfloat16,0.01\n"
+    rows = score(tmp_path, ATTENTION + f"{large}0.3\n{large}0.4\n{small}")
+    assert [row.status for row in rows] == ["excluded"] * 3
+    assert "2 of this kernel's 2 large calls" in rows[2].reason
+    assert [row.status for row in score(tmp_path, ATTENTION + f"{large}0.3\n{large}0.8\n{small}")][
+        2
+    ] == "scored"
+
+
+def test_latent_attention_reads_its_values_with_its_keys():
+    # DeepSeek-V3: 512 + 64 elements of a token, of which the first 512 are its value
+    one, width = np.array([1.0]), np.array([576.0])
+    shape = (64.0 * one, 128.0 * one, one, one, 8192.0 * one, width, 512.0 * one, np.inf * one)
+    latent = Attention("bf16", "bf16", True, True, 1.0, True, True, *shape)
+    assert latent.read_bytes() == 64 * 8192 * 576 * 2
+    kernels, library = Kernels(load_device("a100")), library_for("attention", "", "bf16", "ampere")
+    assert latent.seconds(kernels, library) < replace(latent, latent=False).seconds(kernels, library)
+
+
 def test_the_whole_units_of_time_are_known(tmp_path):
     header = "source,accelerator,dtype,m,n,k,{}\n"
     measured = [
@@ -164,7 +186,7 @@ def test_more_of_anything_is_never_faster():
     for decode in (True, False):
         queries = ones if decode else sizes
         shape = (8 * ones, 32 * ones, 8 * ones, queries, sizes, 128 * ones, 128 * ones, np.inf * ones)
-        seconds = Attention("bf16", "bf16", decode, True, 1.0, True, *shape).seconds(kernels, rule)
+        seconds = Attention("bf16", "bf16", decode, True, 1.0, True, False, *shape).seconds(kernels, rule)
         assert (np.diff(seconds) >= 0).all()
 
 
