@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from planner.specs.load import Reader, read_file
 
@@ -43,8 +44,7 @@ _LOW, _HIGH = PROBABILITIES.index(0.1), PROBABILITIES.index(0.9)
 _LEAST = 1e-4  # between neighbouring quantiles; a spread of zero would claim more than any measurement can
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(NamedTuple):
     """How measurements spread around predictions.
 
     Attributes:
@@ -83,20 +83,18 @@ class Spread:
         return low_score + (residual - low) / max(high - low, _LEAST) * (high_score - low_score)
 
 
-@dataclass(frozen=True, slots=True)
-class Spreads:
+class Spreads(NamedTuple):
     """Spreads of one quantity by group, and of everything together, for a group that was never measured."""
 
     pooled: Spread
-    groups: Mapping[tuple[str, ...], Spread] = field(default_factory=dict)
+    groups: Mapping[tuple[str, ...], Spread] = MappingProxyType({})
 
     def of(self, *group: str) -> Spread:
         """The group's own spread; the pooled one, which is wider, where there is none."""
         return self.groups.get(group, self.pooled)
 
 
-@dataclass(frozen=True, slots=True)
-class Residuals:
+class Residuals(NamedTuple):
     """What the shipped intervals rest on.
 
     Attributes:
@@ -110,7 +108,7 @@ class Residuals:
     peak: Spreads
     pair_distances: tuple[float, ...] = ()
     pair_noises: tuple[float, ...] = ()
-    terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    terms: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 def regime(experts: bool, mesh: Mapping[str, int]) -> str:
