@@ -1,5 +1,5 @@
 """Fits the constants of devices, fabrics and software stacks to a user's own measurements, and takes such measurements."""
 
-from planner.calibration.fit import Constant, Errors, Fit, Fitted, Kept, fit
+from planner.calibration.robust_fit import Constant, Errors, Fit, Fitted, Kept, fit
 
 __all__ = ["Constant", "Errors", "Fit", "Fitted", "Kept", "fit"]

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from planner.calibration.measure import DTYPES, Setting, processor_name, torch_module
-from planner.calibration.stopwatch import Timing, busy_s, keep_freed_memory, repeated
+from planner.calibration.stopwatch import Timing, keep_freed_memory, repeated
 from planner.costs.precision import dtype_bytes
 from planner.errors import Problem, SpecError
 
 __all__ = ["measure_collectives"]
 
-_SIZES_BYTES = tuple(2**power for power in range(10, 29))
-_SHORTEST_S = 0.05  # of one repeat: the processors' busy time is counted in hundredths of a second
-_DISTURBED = 0.1  # share of the processors' time that others took
+_SIZES_BYTES = tuple(
+    4 * round(2 ** (third / 3) / 4) for third in range(30, 85)
+)  # 1 KiB to 256 MiB, three an octave
+_SHORTEST_S = 0.02  # of one repeat
+_REPEATS = 9
 _LONGEST_S = 1.0
 
 
@@ -68,7 +70,7 @@ def _worker(rank: int, setting: Setting, store: str, results: str) -> None:
     backend = "nccl" if setting.on == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=setting.processes)
     rows: list[dict[str, Any]] = []
-    sizes = _SIZES_BYTES if not setting.quick else _SIZES_BYTES[::3]
+    sizes = _SIZES_BYTES if not setting.quick else _SIZES_BYTES[::6]
     for name in _CALLS:
         for size in sizes:
             timing = _timed(name, size, setting)
@@ -88,7 +90,7 @@ def _row(name: str, size: int, setting: Setting, timing: Timing) -> dict[str, An
         "collective": name, "dtype": DTYPES[setting.dtype], "n_nodes": 1, "n_devices": setting.processes,
         "n_elements": int(size / dtype_bytes(setting.dtype)), "size_bytes": size,
         "latency_ms": f"{timing.seconds * 1e3:.6g}", "latency_min_ms": f"{spread['least_s'] * 1e3:.6g}",
-        "latency_max_ms": f"{spread['most_s'] * 1e3:.6g}", "repeats": timing.repeats, "quiet": str(timing.quiet).lower(),
+        "latency_max_ms": f"{spread['most_s'] * 1e3:.6g}", "repeats": timing.repeats,
     }  # fmt: skip
 
 
@@ -105,31 +107,25 @@ def _timed(name: str, size: int, setting: Setting) -> Timing | None:
         call()
     except (RuntimeError, ValueError, NotImplementedError):
         return None
-    once_s = _together(lambda: call(), 1, setting)[0]
+    once_s = _together(call, 1, setting)
     inner = max(int(_SHORTEST_S / max(once_s, 1e-9)), 1)
-    return repeated(lambda: _together(call, inner, setting))
+    # Ranks wait for each other, so that a disturbed repeat does not show in what one of them used: the median must do.
+    return repeated(lambda: (_together(call, inner, setting), True), enough=_REPEATS)
 
 
-def _together(call: Callable[[], object], inner: int, setting: Setting) -> tuple[float, bool]:
-    """Seconds per call of the slowest rank, and whether the processors were busy with these processes alone."""
+def _together(call: Callable[[], object], inner: int, setting: Setting) -> float:
+    """Seconds per call of the slowest rank."""
     torch = torch_module()
     dist = torch.distributed
     dist.barrier()
-    busy, wall, cpu = busy_s(), time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
     for _ in range(inner):
         call()
     if setting.on == "cuda":
         torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    slowest = torch.tensor([wall], dtype=torch.float64, device=setting.on)
-    own = torch.tensor([cpu], dtype=torch.float64, device=setting.on)
+    slowest = torch.tensor([time.perf_counter() - wall], dtype=torch.float64, device=setting.on)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    others = busy_s() - busy
-    dist.all_reduce(own)
-    quiet = setting.on == "cuda" or others - float(own) <= _DISTURBED * float(slowest) * setting.processes
-    verdict = torch.tensor([float(quiet)], device=setting.on)
-    dist.broadcast(verdict, src=0)
-    return float(slowest) / inner, bool(float(verdict))
+    return float(slowest) / inner
 
 
 def _pair(dist: Any, full: Any, part: Any) -> Callable[[], object]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from planner.calibration.fit import Constant
+from planner.calibration.robust_fit import Constant
 from planner.specs.device import Sourced
 
 __all__ = ["changed", "constant_at", "constants_of"]

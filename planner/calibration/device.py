@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.calibration.constants import changed, constants_of
-from planner.calibration.fit import Fit, fit
 from planner.calibration.measurements import Measurement, Message
 from planner.calibration.predict import kernels_s, messages_s
+from planner.calibration.robust_fit import Fit, fit
 from planner.errors import Problem, SpecError
 from planner.specs.cluster_file import build_cluster
 from planner.specs.device import Device, Transport

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from planner.calibration.constants import changed, constants_of
 from planner.calibration.device import family_weights, transport_constants
-from planner.calibration.fit import Fit, fit
 from planner.calibration.measurements import Measurement, Message
 from planner.calibration.predict import messages_s
+from planner.calibration.robust_fit import Fit, fit
 from planner.errors import Problem, SpecError
 from planner.specs.cluster import Cluster, Tier
 

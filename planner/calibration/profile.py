@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from datetime import date
 from typing import Any
 
-from planner.calibration.fit import Fit
+from planner.calibration.robust_fit import Fit
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.device import Sourced, Transport
 from planner.specs.device_file import find_device

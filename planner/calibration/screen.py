@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from planner.calibration.fit import Errors, Fit
+from planner.calibration.robust_fit import Errors, Fit
 from planner.report.terminal import Screen
 
 __all__ = ["show_fits"]

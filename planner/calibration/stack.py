@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from planner import estimate
 from planner.calibration.constants import changed, constants_of
-from planner.calibration.fit import Constant, Fit, errors_of, fit
+from planner.calibration.robust_fit import Constant, Fit, errors_of, fit
 from planner.errors import PlannerError, Problem, SpecError
 from planner.plan import Estimate
 from planner.specs.problem import Problem as Job
@@ -43,6 +43,10 @@ MEMORY_CONSTANTS = (
 """Constants of a stack that runs determine, the most telling first. The bucket size is a setting: look it up."""
 
 
+_DEFAULTS = {
+    "(loss)": "loss_kernel",
+    "(gradients)": "gradient_dtype",
+}  # of the validation, and the knobs that they set
 _ROUNDS, _SETTLED = (
     4,
     0.005,
@@ -53,7 +57,10 @@ _LEAST = 0.05  # of a prediction that the linear form keeps
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """A training run: the job with the plan that was run, and what was measured of it (None: nothing)."""
+    """A training run: the job with the plan that was run, and what was measured of it (None: nothing).
+
+    ``unsaid`` are knobs that the row leaves open: they have the default of its framework.
+    """
 
     row_id: str
     model: str
@@ -61,10 +68,12 @@ class MeasuredRun:
     step_time_s: float | None
     peak_bytes: float | None
     memory_kind: str
+    unsaid: frozenset[str] = frozenset()
 
     def estimate(self, stack: Stack) -> Estimate:
-        """The planner's estimate of the run under a stack."""
-        return estimate(replace(self.job, stack=stack)).estimate
+        """The planner's estimate of the run under a stack, whose choices stand where the row says nothing."""
+        fixed = {k: v for k, v in self.job.fixed.items() if not (k in self.unsaid and k in stack.knobs)}
+        return estimate(replace(self.job, stack=stack, fixed=fixed)).estimate
 
     def held_bytes(self, predicted: Estimate) -> float:
         """Predicted peak of what the measurement counts: all of the process, or what the allocator knows of."""
@@ -203,7 +212,7 @@ def _run(row: Row) -> MeasuredRun:
         raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
     return MeasuredRun(
         row.row_id, f"{row.text('model')} {row.text('n_layers')} x {row.text('hidden')}", job, _step_time_s(row, job),
-        _peak_bytes(row), kind,
+        _peak_bytes(row), kind, frozenset(knob for name, knob in _DEFAULTS.items() if name in run.defaults),
     )  # fmt: skip
 
 

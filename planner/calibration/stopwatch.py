@@ -1,6 +1,7 @@
-"""Times work on a device: medians of repeats that no other process disturbed.
+"""Times work on a device so that other processes do not show.
 
-On a CPU that others use as well, a repeat counts if the machine was busy with hardly anything else meanwhile; repeats go on
+One thread on a CPU is timed by the processor time that it used, which stands still while others have its core. Several
+threads are timed by the clock; then a repeat counts if they hardly had to wait for a core, and repeats go on
 until enough count or patience ends, with a pause after every disturbed one. On other devices the stream is synchronised around
 each repeat.
 """
@@ -8,19 +9,19 @@ each repeat.
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-__all__ = ["Timing", "busy_s", "keep_freed_memory", "repeated", "timed"]
+__all__ = ["Timing", "keep_freed_memory", "repeated", "timed", "waited_s"]
 
 _SHORTEST_S = 5e-3  # of one repeat: many clock ticks
 _ENOUGH, _PATIENCE = 5, 25  # repeats that count, repeats at most
 _WAIT_S = 0.3  # before the next repeat, after a disturbed one: others have their turn, and may be done
-_DISTURBED = 0.05  # share of a repeat in which the process did not have its cores
+_DISTURBED = 0.05  # share of a repeat that threads waited for a core
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -53,13 +54,15 @@ def timed(
     inner = max(int(_SHORTEST_S / max(time.perf_counter() - start, 1e-9)), 1)
 
     def repeat() -> tuple[float, bool]:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu, waited = time.perf_counter(), time.process_time(), waited_s()
         for _ in range(inner):
             call()
         if synchronise is not None:
             synchronise()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return wall / inner, synchronise is not None or cpu / threads >= (1.0 - _DISTURBED) * wall
+        if synchronise is None and threads == 1:
+            return cpu / inner, True
+        return wall / inner, synchronise is not None or waited_s() - waited <= _DISTURBED * wall
 
     return repeated(repeat)
 
@@ -90,14 +93,13 @@ def repeated(
     return Timing(median(kept), min(kept), max(kept), len(kept), bool(quiet))
 
 
-def busy_s() -> float:
-    """Seconds that all processes together have used this machine's processors, since it started; 0 where Linux does not tell."""
-    try:
-        first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _wait, irq, softirq, *_ = (int(text) for text in first.split()[1:])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+def waited_s() -> float:
+    """Seconds that threads of this process were ready to run and had no core, since they began; 0 where Linux does not tell."""
+    total_ns = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # it may end while we look
+            total_ns += int(thread.read_text(encoding="ascii").split()[1])
+    return total_ns * 1e-9
 
 
 def keep_freed_memory() -> bool:

@@ -11,9 +11,9 @@ import typer
 from planner.cli.values import whole_number
 
 if TYPE_CHECKING:
-    from planner.calibration.fit import Fit
     from planner.calibration.measurements import Measurement
     from planner.calibration.profile import Provenance
+    from planner.calibration.robust_fit import Fit
 
 _Files = Annotated[
     list[str],
@@ -47,6 +47,15 @@ _Dtype = Annotated[
         "--dtype", metavar="DTYPE", help="Of a profiler's table, which does not say.", show_default=False
     ),
 ]
+_Only = Annotated[
+    str,
+    typer.Option(
+        "--only",
+        metavar="LIST",
+        help="Families to fit to, such as product,all_reduce [all].",
+        show_default=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -63,6 +72,7 @@ def device(
     folds: _Folds = "5",
     conditions: _Conditions = "",
     dtype: _Dtype = None,
+    only: _Only = "",
     as_json: _Json = False,
 ) -> None:
     """Fit kernel efficiencies, launch time and the links inside a node; writes a device profile.
@@ -79,7 +89,7 @@ def device(
     parts = _folds(folds)
     start = load_device(base)
     with OutputFile(_toml(out)) as file:
-        measurements = _read(files, dtype)
+        measurements = _read(files, dtype, only)
         fits = {}
         kernels = [m for m in measurements if not isinstance(m.work, Message)]
         messages = [m for m in measurements if isinstance(m.work, Message)]
@@ -105,6 +115,7 @@ def fabric(
     name: _Name = None,
     folds: _Folds = "5",
     conditions: _Conditions = "",
+    only: _Only = "",
     as_json: _Json = False,
 ) -> None:
     """Fit latency and bandwidth of a cluster's tiers to collectives inside and between nodes; writes a cluster profile."""
@@ -116,7 +127,7 @@ def fabric(
     parts = _folds(folds)
     start = load_cluster(cluster)
     with OutputFile(_toml(out)) as file:
-        fitted, found, unplaced = fit_fabric(start, _read(files, None), folds=parts)
+        fitted, found, unplaced = fit_fabric(start, _read(files, None, only), folds=parts)
         file.write(cluster_toml(fitted, name or _stem(out), found, _provenance(files, conditions)))
     load_cluster(out)
     notes = [f"{unplaced} messages do not fit into {start.name} and were left out"] if unplaced else []
@@ -194,7 +205,7 @@ def measure(
     from planner.calibration.measure import FAMILIES, Setting, measure_families, table_text
     from planner.cli.output import OutputFile, print_json
 
-    chosen = _families(what, FAMILIES)
+    chosen = _chosen("--what", what, FAMILIES)
     setting = Setting(
         on=on,
         dtype=dtype,
@@ -226,14 +237,17 @@ VERBS = {"device": device, "fabric": fabric, "stack": stack, "measure": measure}
 # -- what the verbs share ------------------------------------------------------------------------------------------------------
 
 
-def _read(files: Sequence[str], dtype: str | None) -> list[Measurement]:
+def _read(files: Sequence[str], dtype: str | None, only: str) -> list[Measurement]:
     from planner.calibration.measurements import dtype_named, read_measurements
     from planner.errors import Problem, SpecError
 
     if dtype is not None and dtype_named(dtype) is None:
         raise SpecError(Problem("--dtype", repr(dtype[:40]), "fp32, tf32, bf16, fp16, fp8 or int8"))
     named = None if dtype is None else dtype_named(dtype)
-    return [measurement for path in files for measurement in read_measurements(path, named)]
+    found = [measurement for path in files for measurement in read_measurements(path, named)]
+    families = list(dict.fromkeys(measurement.family for measurement in found))
+    chosen = _chosen("--only", only, families)
+    return [measurement for measurement in found if measurement.family in chosen]
 
 
 def _folds(text: str) -> int:
@@ -245,14 +259,15 @@ def _folds(text: str) -> int:
     return parts
 
 
-def _families(text: str, known: Sequence[str]) -> list[str]:
+def _chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """The words of a list, all of them known; all known ones where the list is empty."""
     from planner.errors import Problem, SpecError, did_you_mean
 
     chosen = [word.strip() for word in text.split(",") if word.strip()] or list(known)
     wrong = [word for word in chosen if word not in known]
     if wrong:
         raise SpecError(
-            [Problem("--what", repr(w), f"of {', '.join(known)}", did_you_mean(w, known)) for w in wrong]
+            [Problem(flag, repr(w[:40]), f"of {', '.join(known)}", did_you_mean(w, known)) for w in wrong]
         )
     return list(dict.fromkeys(chosen))
 

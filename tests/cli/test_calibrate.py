@@ -92,6 +92,10 @@ def test_a_fabric_from_output_of_nccl_tests(planner, tmp_path):
         (("fabric", "streams", "--cluster", "h100-sxm:2x8", "-o", "x.toml"), "0 collectives"),
         (("stack", "streams", "-o", "x.toml"), "a training table"),
         (("stack", "none.csv", "-o", "x.toml", "--base", "nonesuch"), "no such file"),
+        (
+            ("device", "streams", "--base", "h100-sxm", "-o", "x.toml", "--only", "streams"),
+            "expected of stream",
+        ),
         (("measure", "-o", "folder", "--what", "gem"), "gemm"),
         (("measure", "-o", "folder", "--on", "tpu"), "cpu"),
         (("measure", "-o", "folder", "--processes", "1"), "2 to 1024"),

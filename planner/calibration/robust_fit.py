@@ -33,7 +33,7 @@ Predict: TypeAlias = Callable[[Mapping[str, float]], Any]
 
 _SCALE = 0.1  # log error from which a row counts linearly: what careful kernel models miss by (10 %)
 _DEPENDS = 0.01  # a row depends on a constant that moves its prediction by this fraction ...
-_NUDGE = 1.25  # ... when the constant moves by this factor
+_NUDGE = 4.0  # ... when the constant moves by this factor: priors may be far off
 _STEP = 1e-4  # relative step of numerical derivatives
 _WIDEST = 4.0  # high / low of an interval beyond which the rows do not determine a constant
 
