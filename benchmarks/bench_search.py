@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-from planner.solve.expansion import Expansion, Jobs
+from planner.solve.candidates import Jobs
+from planner.solve.expansion import Expansion
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch

@@ -48,6 +48,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "collective_slowdown"),
     ("default", "", "exchange_slowdown"),
     ("megatron-eager", "", "matmul_slowdown"),
+    ("megatron-eager", "", "collective_slowdown"),
     ("megatron-deepspeed", "", "matmul_slowdown"),
     ("megatron-deepspeed", "volta", "matmul_slowdown"),
     ("megatron-deepspeed", "", "stream_slowdown"),

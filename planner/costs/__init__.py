@@ -7,7 +7,7 @@ multiply–add; collective bytes are bytes sent per rank; bandwidth is per direc
 
 from __future__ import annotations
 
-from planner.costs.alignment import HARDLY_ALIGNED, PARTLY_ALIGNED, alignment_efficiency
+from planner.costs.alignment import alignment_efficiency
 from planner.costs.attention import (
     all_gather_attention_elements,
     contiguous_imbalance,
@@ -144,9 +144,7 @@ from planner.costs.tensor_parallel import (
 __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
-    "HARDLY_ALIGNED",
     "KNOWN_OPTIMIZERS",
-    "PARTLY_ALIGNED",
     "Level",
     "MessageCost",
     "Transport",

@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["HARDLY_ALIGNED", "PARTLY_ALIGNED", "alignment_efficiency"]
+__all__ = ["alignment_efficiency"]
 
 
 PARTLY_ALIGNED, HARDLY_ALIGNED = 0.7, 0.3

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from planner.engine import BlockTable
 from planner.ledger import Array
 from planner.pipeline import Layout, memory, step_bound
 from planner.solve.branches import Branches, Faults
+from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
@@ -22,100 +23,11 @@ from planner.specs.problem import Problem
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
 
-__all__ = ["Batch", "Expansion", "Jobs", "Pending", "Scored", "Shortfall", "narrow"]
+__all__ = ["Expansion"]
 
 Index = NDArray[np.intp]
 
 _TOGETHER = 16384  # candidates priced at once
-_MANY = 4096  # rows from which tables of a part of them pay
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """One candidate that fits, with the lower bound of its step time and its column of the block table."""
-
-    bound_s: float
-    peak_bytes: float
-    recipe: Mapping[str, Choice]
-    row: Mapping[str, float]
-    layout: Layout
-    recompute_layers: int | None
-    table: BlockTable
-
-    @property
-    def schedule(self) -> str:
-        """Name of the order generator."""
-        technique = self.recipe["schedule"].technique
-        assert technique is not None
-        return technique.order
-
-    def micro_batches(self, global_batch_size: int) -> int:
-        """Micro-batches per step."""
-        return round(global_batch_size / (self.row["dp"] * self.row["micro_batch_size"]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
-
-    expansion: Expansion
-    jobs: Jobs
-    fitting: Index
-    bound_s: Array
-    peak_bytes: Array
-    recompute_layers: Array | None
-
-    def scored(self, index: int) -> Scored:
-        """One of them on its own."""
-        jobs, one = self.jobs, slice(index, index + 1)
-        return Scored(
-            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
-            self.expansion.row(jobs, index), jobs.layout,
-            None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pending:
-    """(state, row) pairs of one layout that were scored plain.
-
-    ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
-    found to fit. ``overfull``: no branch of the pair can.
-    """
-
-    expansion: Expansion
-    jobs: Jobs
-    bounds_s: Array
-    fits: NDArray[np.bool_]
-    overfull: NDArray[np.bool_]
-
-    @property
-    def floor_s(self) -> Array:
-        """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
-        plain_s: Array = self.bounds_s[0, 0]
-        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shortfall:
-    """The candidate that came closest to fitting: which memory binds, and by how much.
-
-    ``at_least``: what is needed is only what no recompute or offload could move.
-    """
-
-    binding: str
-    needed_bytes: float
-    budget_bytes: float
-    at_least: bool
-    recipe: Mapping[str, Choice]
-    row: Mapping[str, float]
-    layout: Layout
-
-    @property
-    def excess(self) -> float:
-        """What it needs, relative to the budget."""
-        return self.needed_bytes / self.budget_bytes
 
 
 class Expansion:
@@ -443,52 +355,3 @@ class Expansion:
     def row(self, jobs: Jobs, index: int) -> dict[str, float]:
         """Degrees of one job."""
         return {name: float(column[jobs.rows[index]]) for name, column in self.values.items()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Jobs:
-    """Candidates that share a layout and a swap; arrays over jobs."""
-
-    schedule: Choice
-    layout: Layout
-    recomputes: Index
-    swap: int
-    states: Index
-    rows: Index
-    width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
-    layers: Array | None = None  # layers recomputed by each job; None: as few as fit
-
-    def take(self, index: Index) -> Jobs:
-        """Some of the jobs."""
-        return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index],
-            width=self.width[index], layers=None if self.layers is None else self.layers[index],
-        )  # fmt: skip
-
-    def with_every_count(self, most: int) -> Jobs:
-        """Every job with 1 … ``most`` recomputed layers, job after job."""
-        index = np.arange(len(self.rows)).repeat(most)
-        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
-        one_each = np.ones(len(index), dtype=np.int64)
-        return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
-            layers=layers,
-        )  # fmt: skip
-
-
-def narrow(pairs: Sequence[tuple[Pending, Index, Array]]) -> list[tuple[Pending, Index]]:
-    """The same pairs; where an expansion has many more rows than they need, with one of those rows alone."""
-    found: list[tuple[Pending, Index]] = []
-    for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
-        mine = [(pending, at) for pending, at, _ in pairs if pending.expansion is work]
-        rows = np.unique(np.concatenate([pending.jobs.rows[at] for pending, at in mine]))
-        if len(work.prefix_of) < max(_MANY, 2 * len(rows)):
-            found += mine
-            continue
-        few = work.narrow(rows)
-        for pending, at in mine:
-            jobs = pending.jobs.take(at)
-            jobs = replace(jobs, rows=np.searchsorted(rows, jobs.rows))
-            bounds_s, fits = pending.bounds_s[:, :, at], pending.fits[:, :, at]
-            found.append((Pending(few, jobs, bounds_s, fits, pending.overfull[at]), np.arange(len(at))))
-    return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.engine import BlockTable
 from planner.pipeline import tight_bound
-from planner.solve.expansion import Batch, Scored
+from planner.solve.candidates import Batch, Scored
 
 __all__ = ["Ranking"]
 

@@ -15,7 +15,7 @@ from planner.errors import Problem as Fault
 from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.branches import Faults
-from planner.solve.expansion import Scored, Shortfall
+from planner.solve.candidates import Scored, Shortfall
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice
 from planner.solve.uniform import SearchCounts, UniformSearch

@@ -28,7 +28,9 @@ from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
 from planner.solve.branches import Branches, Faults
-from planner.solve.expansion import Expansion, Pending, Scored, Shortfall, narrow
+from planner.solve.candidates import Pending, Scored, Shortfall
+from planner.solve.expansion import Expansion
+from planner.solve.leftovers import try_leftovers
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space
 from planner.solve.tables import BranchTables
@@ -37,7 +39,6 @@ from planner.technique import SLOTS, Context
 
 __all__ = ["SearchCounts", "UniformSearch"]
 
-_PENDING_WAVE = 64  # (state, row) pairs first tried with recompute or swaps before the bar is set anew
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _CUTS = (1024, 4096)  # and again, within a wave
@@ -142,7 +143,8 @@ class UniformSearch:
         cut = float(bounds[min(_FIRST, len(bounds) - 1)])
         self._wave(lambda deal: (deal.prefix == first) & (likely[id(deal)] <= cut))
         self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
-        self._finish()
+        for work in try_leftovers(self._pending, self.ranking):
+            self._note_nearest(work)
         self._deals, self._prefixes, self._pending = [], [], []
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
@@ -398,40 +400,6 @@ class UniformSearch:
                 self.ranking.add(batch)
                 self._pending.append(pending)
 
-    def _finish(self) -> None:
-        """Tries recompute and swaps where plain branches do not fit, best bounds first, in waves that lower the bar."""
-        if not self._pending:
-            return
-        left = [pending.expansion.open_pairs(pending, self.ranking.bar) for pending in self._pending]
-        pairs = [(p, at, p.floor_s[at]) for p, at in zip(self._pending, left, strict=True) if len(at)]
-        swaps = range(len(self.branches.swaps))
-        cut = np.sort(np.concatenate([floor_s for *_, floor_s in pairs] or [np.zeros(0)]))
-        begin, size = -np.inf, _PENDING_WAVE
-        while size <= 4 * len(cut) and not self.ranking.best:  # any plan is better than none
-            end = float(cut[size]) if size < len(cut) else np.inf
-            self._try(narrow(_between(pairs, begin, end)), swaps)
-            begin, size = end, 4 * size
-        # Pairs that are late by now are only counted; the others get tables of their own, of no more rows than they need.
-        late = _between(pairs, max(begin, self.ranking.bar), np.inf)
-        self._try([(pending, at) for pending, at, _ in late], swaps)
-        rest = [(p, at, p.floor_s[at]) for p, at in narrow(_between(pairs, begin, self.ranking.bar))]
-        bounds = np.sort(np.concatenate([floor_s for *_, floor_s in rest] or [np.zeros(0)]))
-        for tried in filter(len, (swaps[:1], swaps[1:])):
-            begin, size = -np.inf, _PENDING_WAVE
-            while begin < np.inf:
-                end = float(bounds[size]) if size < len(bounds) and begin < self.ranking.bar else np.inf
-                self._try([(pending, at) for pending, at, _ in _between(rest, begin, end)], tried)
-                begin, size = end, 5 * size
-
-    def _try(self, pairs: Sequence[tuple[Pending, Index]], swaps: Sequence[int]) -> None:
-        """Tries other branches of some pairs, all at one bar."""
-        bar = self.ranking.bar
-        for pending, at in pairs:
-            for batch in pending.expansion.rest(pending, at, swaps, bar):
-                self.ranking.add(batch)
-            self._note_nearest(pending.expansion)
-        self.ranking.settle()
-
     def _note_nearest(self, work: Expansion) -> None:
         """Remembers the candidate that misses its memory by the least."""
         if work.nearest is not None and (self.nearest is None or work.nearest.excess < self.nearest.excess):
@@ -441,15 +409,3 @@ class UniformSearch:
         if count:
             self.counts.candidates += count
             self.counts.rejected[reason] += count
-
-
-def _between(
-    pairs: Sequence[tuple[Pending, Index, Array]], low: float, high: float
-) -> list[tuple[Pending, Index, Array]]:
-    """Pairs whose bound lies in [low, high)."""
-    found = []
-    for pending, at, floor_s in pairs:
-        inside = (floor_s >= low) & (floor_s < high)
-        if inside.any():
-            found.append((pending, at[inside], floor_s[inside]))
-    return found

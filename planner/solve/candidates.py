@@ -1,0 +1,141 @@
+"""What the search hands around: candidates that are to be priced together, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.engine import BlockTable
+from planner.ledger import Array
+from planner.pipeline import Layout
+from planner.solve.space import Choice
+
+if TYPE_CHECKING:
+    from planner.solve.expansion import Expansion
+
+__all__ = ["Batch", "Jobs", "Pending", "Scored", "Shortfall"]
+
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """One candidate that fits, with the lower bound of its step time and its column of the block table."""
+
+    bound_s: float
+    peak_bytes: float
+    recipe: Mapping[str, Choice]
+    row: Mapping[str, float]
+    layout: Layout
+    recompute_layers: int | None
+    table: BlockTable
+
+    @property
+    def schedule(self) -> str:
+        """Name of the order generator."""
+        technique = self.recipe["schedule"].technique
+        assert technique is not None
+        return technique.order
+
+    def micro_batches(self, global_batch_size: int) -> int:
+        """Micro-batches per step."""
+        return round(global_batch_size / (self.row["dp"] * self.row["micro_batch_size"]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
+
+    expansion: Expansion
+    jobs: Jobs
+    fitting: Index
+    bound_s: Array
+    peak_bytes: Array
+    recompute_layers: Array | None
+
+    def scored(self, index: int) -> Scored:
+        """One of them on its own."""
+        jobs, one = self.jobs, slice(index, index + 1)
+        return Scored(
+            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
+            self.expansion.row(jobs, index), jobs.layout,
+            None if self.recompute_layers is None else int(self.recompute_layers[index]),
+            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """(state, row) pairs of one layout that were scored plain.
+
+    ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
+    found to fit. ``overfull``: no branch of the pair can.
+    """
+
+    expansion: Expansion
+    jobs: Jobs
+    bounds_s: Array
+    fits: NDArray[np.bool_]
+    overfull: NDArray[np.bool_]
+
+    @property
+    def floor_s(self) -> Array:
+        """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
+        plain_s: Array = self.bounds_s[0, 0]
+        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shortfall:
+    """The candidate that came closest to fitting: which memory binds, and by how much.
+
+    ``at_least``: what is needed is only what no recompute or offload could move.
+    """
+
+    binding: str
+    needed_bytes: float
+    budget_bytes: float
+    at_least: bool
+    recipe: Mapping[str, Choice]
+    row: Mapping[str, float]
+    layout: Layout
+
+    @property
+    def excess(self) -> float:
+        """What it needs, relative to the budget."""
+        return self.needed_bytes / self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Jobs:
+    """Candidates that share a layout and a swap; arrays over jobs."""
+
+    schedule: Choice
+    layout: Layout
+    recomputes: Index
+    swap: int
+    states: Index
+    rows: Index
+    width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
+    layers: Array | None = None  # layers recomputed by each job; None: as few as fit
+
+    def take(self, index: Index) -> Jobs:
+        """Some of the jobs."""
+        return replace(
+            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index],
+            width=self.width[index], layers=None if self.layers is None else self.layers[index],
+        )  # fmt: skip
+
+    def with_every_count(self, most: int) -> Jobs:
+        """Every job with 1 … ``most`` recomputed layers, job after job."""
+        index = np.arange(len(self.rows)).repeat(most)
+        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
+        one_each = np.ones(len(index), dtype=np.int64)
+        return replace(
+            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
+            layers=layers,
+        )  # fmt: skip
