@@ -268,7 +268,9 @@ def memory_parts(
     """
     live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
     ends = table.kinds.index(EMBEDDING)
-    layers, head = (_transients(table, layout, recompute_layers, part) for part in (slice(0, ends), slice(ends, None)))
+    layers, head = (
+        _transients(table, layout, recompute_layers, part) for part in (slice(0, ends), slice(ends, None))
+    )
     parts: dict[str, Array] = {pool: layout.first_counts @ table[f"{pool}_bytes"] for pool in POOLS}
     parts["activations"] = live
     parts["workspace"] = at_work
@@ -305,7 +307,9 @@ def _dynamic(
     return live, at_work, host
 
 
-def _transients(table: BlockTable, layout: Layout, recompute_layers: Array | float | None, part: slice) -> Array:
+def _transients(
+    table: BlockTable, layout: Layout, recompute_layers: Array | float | None, part: slice
+) -> Array:
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
     recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
     transient = table["block_bytes"] + recomputed

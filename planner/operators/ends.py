@@ -1,6 +1,7 @@
 """What stands before and behind the layers: lookups, final norms, projection to the vocabulary, cross-entropy.
 
-Sources: vocabulary-parallel cross-entropy, Megatron-Core ``tensor_parallel/cross_entropy.py``; multi-token prediction, DeepSeek-V3 (arXiv:2412.19437) §2.2; Megatron-Core ``transformer/multi_token_prediction.py``.
+Sources: vocabulary-parallel cross-entropy, Megatron-Core ``tensor_parallel/cross_entropy.py``; multi-token prediction,
+DeepSeek-V3 (arXiv:2412.19437) §2.2, Megatron-Core ``transformer/multi_token_prediction.py``.
 """
 
 from __future__ import annotations

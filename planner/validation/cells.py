@@ -186,8 +186,8 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else the weights' 16 bits under DeepSpeed, and under Megatron-LM with fp16 weights; fp32 elsewhere",
-        "ZeRO counts 2 bytes (arXiv:1910.02054); Megatron-LM accumulates gradients of bf16 weights in fp32, of fp16 ones if asked",
+        "what the stack says; else the weights' 16 bits under DeepSpeed, and under Megatron-LM with fp16 weights; else fp32",
+        "ZeRO counts 2 bytes (arXiv:1910.02054); Megatron-LM adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
         _gradients,
     ),
     Default(

@@ -1,7 +1,8 @@
 """Fused gradient accumulation with placeholders: autograd is handed an empty gradient of every weight's shape.
 
-What it does: the weight-gradient product accumulates in place, as in ``fused``; because autograd wants a gradient all the same, it
-    is given a tensor that nobody reads. Layers share one for each shape and keep it for good; the head allocates its own.
+What it does: the weight-gradient product accumulates in place, as in ``fused``; because autograd wants a gradient all the
+    same, it is given a tensor that nobody reads. Layers share one for each shape and keep it for good; the head allocates its
+    own.
 Saves: nothing beside ``fused``.
 Costs: one 16-bit copy of one layer's weights (one expert's, of a layer of experts), and of the head's while it is at work.
 Assumes: a device holds layers of every kind, or at least one; where two kinds share a shape, the first one counts it.
@@ -59,8 +60,14 @@ def _first(values: Array) -> float:
 
 def _kept(subject: Pass) -> float:
     """Bytes that a device keeps for the layers of Llama-3 70B."""
-    ledger, _ = figures.run("gradient_accumulation", subject, model="llama3-70b", gradient_accumulation="placeholders")
-    kept = [item for item in ledger.of(Resident, lifetime="always") if item.block == "dense" and item.pool == "buffers"]
+    ledger, _ = figures.run(
+        "gradient_accumulation", subject, model="llama3-70b", gradient_accumulation="placeholders"
+    )
+    kept = [
+        item
+        for item in ledger.of(Resident, lifetime="always")
+        if item.block == "dense" and item.pool == "buffers"
+    ]
     return 80 * figures.total_bytes(ledger, kept)
 
 

@@ -51,7 +51,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             if item.what == "head.logits":
                 yield replace(item, what="head.log_probabilities_gradient", by="log_softmax")
                 # Too small for the fp32 tensors behind it, an allocator keeps the memory of the 16-bit logits.
-                yield replace(item, what="head.narrow_logits", bytes_per_element=width, lifetime="freed", by="log_softmax")
+                yield replace(
+                    item,
+                    what="head.narrow_logits",
+                    bytes_per_element=width,
+                    lifetime="freed",
+                    by="log_softmax",
+                )
                 size = times(item.size, "sharded_vocabulary")
                 yield replace(item, what="head.probabilities", size=size, by="log_softmax")
 

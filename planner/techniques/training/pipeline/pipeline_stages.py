@@ -62,7 +62,10 @@ def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
     if count is None:
         return ledger
     inputs = [item for item in ledger.of(Resident, lifetime="micro_batch") if item.what == "norm1.input"]
-    held = [replace(i, what="stage.tensors", tags=i.tags - {"saved"}, size=times(i.size, "stage_tensors")) for i in inputs]
+    held = [
+        replace(i, what="stage.tensors", tags=i.tags - {"saved"}, size=times(i.size, "stage_tensors"))
+        for i in inputs
+    ]
     share = np.where(ctx.mesh.pp > 1, count.value * ctx.mesh.pp / layers, 0.0)
     return ledger.set_axes(stage_tensors=share).add(replace(item, by="pipeline_stages") for item in held)
 

@@ -15,7 +15,12 @@ from planner.ledger import Ledger
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.zero_stage.states import synchronise, whole_update, with_buckets, with_degrees
+from planner.techniques.training.zero_stage.states import (
+    synchronise,
+    whole_update,
+    with_buckets,
+    with_degrees,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:

@@ -97,7 +97,9 @@ def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     held = parameter_count(ctx.model) / (ctx.mesh.tp * ctx.mesh.pp) * dtype_bytes(ctx.gradient_dtype)
     several = ctx.mesh.dp * ctx.mesh.cp > 1
     buffers = [
-        replace(item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by)
+        replace(
+            item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by
+        )
         for item in ledger.of(Resident, pool="gradients", lifetime="always")
     ]
     return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket / held, 1.0)).add(buffers)

@@ -14,7 +14,13 @@ from __future__ import annotations
 from planner.ledger import Item, Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
-from planner.techniques.training.zero_stage.states import gather_weights, shard, synchronise, whole, with_whole
+from planner.techniques.training.zero_stage.states import (
+    gather_weights,
+    shard,
+    synchronise,
+    whole,
+    with_whole,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
