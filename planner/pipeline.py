@@ -281,8 +281,6 @@ def memory_parts(
     parts["update"] = np.maximum(step - passes, 0.0)
     freed = np.stack([np.max(table["freed_bytes"][there], axis=0) for there in layout.first_counts > 0])
     parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head) + freed
-    if stack.cached_fraction is not None:
-        parts["cached"] = parts["cached"] + stack.cached_fraction.value * (live + at_work)
     parts["host"] = host
     return parts
 

@@ -93,10 +93,8 @@ class Stack:
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
-        cached_fraction: what the allocator keeps of freed blocks, as a fraction of activations and workspace, where there is
-            room: a process shows it and does not need it. None, as below: nothing.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
-            the gradients' and the weights' own buffers.
+            the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
         stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
@@ -117,7 +115,6 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
-    cached_fraction: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
     stage_tensors: Sourced | None = None

@@ -68,7 +68,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _copies(subject: Pass) -> float:
     """fp32 copies of the logits that are there at once."""
     ledger, _ = figures.run("loss_kernel", subject, model="llama3-8b", seq=8192, loss_kernel="log_softmax")
-    held = figures.total_bytes(ledger, ledger.of(Resident, pool="logits"))
+    held = figures.total_bytes(ledger, ledger.of(Resident, pool="logits", lifetime="block"))
     return held / (4.0 * 8192 * 128256)
 
 
