@@ -160,13 +160,14 @@ def assemble(
         {"peak": peak, **fullest},
         host_bytes,
     )
-    judged = judgement(problem, step_s, peak, spends)
+    mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
+    judged = judgement(problem, mesh, step_s, peak, spends)
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
         cluster=problem.cluster.name,
         workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
-        mesh={name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")},
+        mesh=mesh,
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
         stages=tuple(int(n) for n in layout.counts[:, :-3].sum(axis=1)),
         estimate=estimate,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from planner.plan import Estimate, Plan
+from planner.uncertainty.judgement import time_group
 from planner.uncertainty.nearest import nearby
-from planner.uncertainty.residuals import PROCESS, Spread, Spreads, load_residuals
+from planner.uncertainty.residuals import PROCESS, Spreads, load_residuals
 from planner.uncertainty.ties import ties_with_first
 
 if TYPE_CHECKING:
@@ -63,11 +64,9 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     first = plans[0]
     if residuals is None or first.estimate.interval is None:
         return []
-    generation = problem.cluster.device.generation
-    time = _basis(
-        residuals.step_time, (problem.stack.name, generation), f"{problem.stack.name} on {generation}"
-    )
-    peak = _basis(residuals.peak, (problem.stack.name, PROCESS), f"{problem.stack.name} by nvidia-smi")
+    stack, generation, kind = time_group(problem, first.mesh)
+    time = _basis(residuals.step_time, (stack, generation, kind), f"{stack} on {generation}, {kind}")
+    peak = _basis(residuals.peak, (stack, PROCESS), f"{stack} by nvidia-smi")
     told = [
         f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction ({time})",
         f"peak memory: 80 % within {interval_text(first.estimate, 'peak')} ({peak})",
@@ -91,11 +90,10 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     return told
 
 
-def _basis(spreads: Spreads, group: tuple[str, str], said: str) -> str:
+def _basis(spreads: Spreads, group: tuple[str, ...], said: str) -> str:
     """Which runs an interval comes from."""
-    known: Mapping[tuple[str, str], Spread] = spreads.groups
     spread = spreads.of(*group)
-    if group in known:
+    if group in spreads.groups:
         return f"{_runs(spread.rows)} of {spread.models} model{'s' * (spread.models > 1)}, {said}, and all others"
     return f"{_runs(spread.rows)}, none of them {said}"
 

@@ -18,6 +18,7 @@ from planner.report.terminal import Screen, gib
 from planner.solve.train import estimate
 from planner.specs.problem import Problem
 from planner.specs.stack import list_stacks, load_stack
+from planner.uncertainty.judgement import time_group
 from planner.uncertainty.residuals import PROCESS, Residuals, Spread, load_residuals
 from planner.uncertainty.terms import OUTSIDE, PEAK_TERMS, TIME_TERMS, Term, peak_parts, time_parts
 from planner.units import format_seconds
@@ -46,11 +47,12 @@ def discrepancy(
         None where it cannot), ``why`` and ``check``. ``stacks``: step time of the plan under every other shipped stack.
     """
     residuals, now = load_residuals(), assembly.plan.estimate
-    device, stack = problem.cluster.device, problem.stack.on_generation(problem.cluster.device.generation)
+    stack = problem.stack.on_generation(problem.cluster.device.generation)
+    group = time_group(problem, assembly.plan.mesh)
     found: dict[str, Any] = {"step_time": None, "peak": None, "stacks": {}}
     if measured_s is not None:
         parts = time_parts(now.step_time_s, now.breakdown_s, assembly.spends, float(stack.dispatch_s))
-        spread = None if residuals is None else residuals.step_time.of(problem.stack.name, device.generation)
+        spread = None if residuals is None else residuals.step_time.of(*group)
         terms = _terms(TIME_TERMS, parts, measured_s - now.step_time_s, _deviations(residuals, "step_time"))
         found["step_time"] = {**_compared(now.step_time_s, measured_s, spread), "terms": terms}
         found["stacks"] = _other_stacks(problem, assembly)

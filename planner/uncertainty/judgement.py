@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.attribution import Spend
 from planner.specs.problem import Problem
 from planner.uncertainty.provenance import provenance
-from planner.uncertainty.residuals import PROCESS, load_residuals
+from planner.uncertainty.residuals import PROCESS, load_residuals, regime
 
-__all__ = ["judgement"]
+__all__ = ["judgement", "time_group"]
 
 
-def judgement(problem: Problem, step_time_s: float, peak_bytes: float, spends: Iterable[Spend]) -> dict[str, Any]:  # fmt: skip
+def time_group(problem: Problem, mesh: Mapping[str, int]) -> tuple[str, str, str]:
+    """What the spread of a plan's step time is looked up by: stack, generation and regime."""
+    experts = any(block.moe for block in problem.model.blocks.values())
+    return problem.stack.name, problem.cluster.device.generation, regime(experts, mesh)
+
+
+def judgement(
+    problem: Problem, mesh: Mapping[str, int], step_time_s: float, peak_bytes: float, spends: Iterable[Spend]
+) -> dict[str, Any]:
     """Fields of an estimate: ``interval``, ``oom_probability`` and ``provenance`` (see :class:`planner.plan.Estimate`).
 
     Args:
         problem: the job.
+        mesh: degrees of parallelism.
         step_time_s, peak_bytes: what is predicted.
         spends: of the step on the busiest device.
 
@@ -28,7 +37,7 @@ def judgement(problem: Problem, step_time_s: float, peak_bytes: float, spends: I
     residuals = load_residuals()
     if residuals is None:
         return found
-    time = residuals.step_time.of(problem.stack.name, problem.cluster.device.generation)
+    time = residuals.step_time.of(*time_group(problem, mesh))
     peak = residuals.peak.of(problem.stack.name, PROCESS)
     found["interval"] = {
         "step_time_s": list(time.interval(step_time_s)),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.uncertainty.published import PublishedRun, active_parameters, load_published_runs
 
@@ -23,8 +22,7 @@ _STEPS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Nearby:
+class Nearby(NamedTuple):
     """Runs near a job.
 
     Attributes:
@@ -71,21 +69,22 @@ def nearby(problem: Problem) -> Nearby | None:
         "stack": problem.stack.name,
         "accelerator": device.name,
         "generation": device.generation,
-        "experts": str(any(block.moe for block in problem.model.blocks.values())).lower(),
     }
     sizes = {
         "active_parameters": active_parameters(problem.model),
         "devices": float(problem.cluster.devices),
         "seq_len": float(problem.workload.seq_len),
     }
-    alike = ("generation", "experts")
-    runs = load_published_runs(
-        lambda cells: bool(cells["error_without_model"]) and all(cells[name] == job[name] for name in alike)
-    )
+    experts = any(block.moe for block in problem.model.blocks.values())
+    runs = [
+        run
+        for run in load_published_runs(device.generation)
+        if run.error_without_model is not None and run.experts == experts
+    ]
     for names, factor in _STEPS:
         found = [run for run in runs if _near(run, names, job, sizes, factor)]
         if found:
-            kind = "mixtures of experts" if job["experts"] == "true" else "dense models"
+            kind = "mixtures of experts" if experts else "dense models"
             software = f" with {job['stack']}" if "stack" in names else ""
             where = job[names[-1]]
             text = (

@@ -7,10 +7,10 @@ scored, with its configuration, what was measured, and the errors.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.specs.model import Model
 from planner.specs.parameters import active_parameter_count
@@ -28,8 +28,7 @@ FILE = Path(__file__).with_name("published_runs.csv")
 _DIGITS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedRun:
+class PublishedRun(NamedTuple):
     """One run.
 
     Attributes:
@@ -75,29 +74,22 @@ class PublishedRun:
     peak_error: float | None = None
 
 
-def load_published_runs(
-    wanted: Callable[[Mapping[str, str]], bool] = lambda cells: True,
-) -> tuple[PublishedRun, ...]:
-    """The shipped table; empty where there is none (it is being made).
-
-    Args:
-        wanted: by its cells, whether a run is; leaving out most of them saves most of the time that reading takes.
-    """
-    return read_published_runs(FILE, wanted) if FILE.is_file() else ()
+@cache
+def load_published_runs(generation: str = "") -> tuple[PublishedRun, ...]:
+    """The shipped runs on one generation of accelerators, or all; none where there is no table (it is being made)."""
+    return read_published_runs(FILE, generation) if FILE.is_file() else ()
 
 
-def read_published_runs(
-    path: Path, wanted: Callable[[Mapping[str, str]], bool] = lambda cells: True
-) -> tuple[PublishedRun, ...]:
-    """The runs of a table that :func:`write_published_runs` wrote."""
+def read_published_runs(path: Path, generation: str = "") -> tuple[PublishedRun, ...]:
+    """The runs of a table that :func:`write_published_runs` wrote, those on one generation of accelerators or all."""
     with path.open(encoding="utf-8", newline="") as stream:
-        lines = csv.reader(stream)
-        columns = next(lines)
-        rows = (dict(zip(columns, line, strict=True)) for line in lines)
+        columns = next(csv.reader(stream))
+        lines = [line for line in stream if f",{generation}," in line] if generation else stream
+        rows = (dict(zip(columns, cells, strict=True)) for cells in csv.reader(lines))
         return tuple(
             PublishedRun(**{name: read(row[name]) for name, read in _READERS.items()})
             for row in rows
-            if wanted(row)
+            if generation in ("", row["generation"])
         )
 
 
@@ -114,7 +106,7 @@ def active_parameters(model: Model) -> float:
     return float(active_parameter_count(model))
 
 
-_KINDS = {field.name: str(field.type) for field in fields(PublishedRun)}
+_KINDS = {name: kind.__forward_arg__ for name, kind in PublishedRun.__annotations__.items()}
 _READ: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": int,

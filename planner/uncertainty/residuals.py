@@ -1,23 +1,25 @@
 """What published runs measured, relative to what was predicted of them: the residuals behind every interval.
 
 ``residuals.json`` is written by ``planner validate --residuals``, never by hand. It holds quantiles of log(measured/predicted):
-of step times by software stack and generation of accelerators, of peak memory by stack and by whose memory was counted, and of
-everything together, for what was never measured.
+of step times by software stack, generation of accelerators and regime; of peak memory by stack and by whose memory was counted;
+and of everything together, for what was never measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from planner.specs.load import Reader, read_file
 
 __all__ = [
     "COVERAGE",
     "FILE",
+    "GROUPED_BY",
     "PROBABILITIES",
     "PROCESS",
     "Residuals",
@@ -25,6 +27,7 @@ __all__ = [
     "Spreads",
     "load_residuals",
     "read_residuals",
+    "regime",
 ]
 
 COVERAGE = 0.8
@@ -32,6 +35,8 @@ COVERAGE = 0.8
 PROBABILITIES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 PROCESS = "process"
 """Memory of a whole process, as ``nvidia-smi`` shows it and as the device runs out of it."""
+GROUPED_BY = {"step_time": ("stack", "generation", "regime"), "peak": ("stack", "counted")}
+"""What runs are grouped by, for each quantity."""
 FILE = Path(__file__).with_name("residuals.json")
 
 _SCORES = (-1.6449, -1.2816, -0.6745, 0.0, 0.6745, 1.2816, 1.6449)  # of a standard normal, at PROBABILITIES
@@ -39,8 +44,7 @@ _LOW, _HIGH = PROBABILITIES.index(0.1), PROBABILITIES.index(0.9)
 _LEAST = 1e-4  # between neighbouring quantiles; a spread of zero would claim more than any measurement can
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(NamedTuple):
     """How measurements spread around predictions.
 
     Attributes:
@@ -79,24 +83,22 @@ class Spread:
         return low_score + (residual - low) / max(high - low, _LEAST) * (high_score - low_score)
 
 
-@dataclass(frozen=True, slots=True)
-class Spreads:
+class Spreads(NamedTuple):
     """Spreads of one quantity by group, and of everything together, for a group that was never measured."""
 
     pooled: Spread
-    groups: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+    groups: Mapping[tuple[str, ...], Spread] = MappingProxyType({})
 
     def of(self, *group: str) -> Spread:
         """The group's own spread; the pooled one, which is wider, where there is none."""
-        return self.groups.get((group[0], group[1]), self.pooled)
+        return self.groups.get(group, self.pooled)
 
 
-@dataclass(frozen=True, slots=True)
-class Residuals:
+class Residuals(NamedTuple):
     """What the shipped intervals rest on.
 
     Attributes:
-        step_time: spreads of step times, by stack and generation of accelerators.
+        step_time: spreads of step times, by stack, generation of accelerators and :func:`regime`.
         peak: spreads of peak memory, by stack and what was counted (``allocator`` or :data:`PROCESS`).
         pair_distances, pair_noises: up to which ratio the order of two plans is a coin's toss, by how unlike they are.
         terms: by quantity, the deviation of each term's logarithm.
@@ -106,7 +108,17 @@ class Residuals:
     peak: Spreads
     pair_distances: tuple[float, ...] = ()
     pair_noises: tuple[float, ...] = ()
-    terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    terms: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+
+
+def regime(experts: bool, mesh: Mapping[str, int]) -> str:
+    """What kind of work a plan is, as far as errors differ by it: with experts or without, cut by more than data or not.
+
+    >>> regime(False, {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "dp": 64})
+    'dense, data-parallel'
+    """
+    cut = any(mesh[name] > 1 for name in ("tp", "cp", "pp", "ep"))
+    return f"{'experts' if experts else 'dense'}, {'model' if cut else 'data'}-parallel"
 
 
 @cache
@@ -126,10 +138,7 @@ def read_residuals(path: str | Path) -> Residuals:
         SpecError: the file is missing or wrong.
     """
     reader = Reader(read_file(path), str(path))
-    step_time, peak = (
-        _spreads(reader.table("step_time"), "generation"),
-        _spreads(reader.table("peak"), "counted"),
-    )
+    step_time, peak = (_spreads(reader.table(name), columns) for name, columns in GROUPED_BY.items())
     pairs: Reader = reader.table("pairs")
     found = Residuals(step_time, peak, pairs.numbers("distances"), pairs.numbers("noises"), _terms(reader))
     pairs.ignore("rows", "sweeps")
@@ -152,11 +161,11 @@ def _terms(reader: Reader) -> dict[str, dict[str, float]]:
     return found
 
 
-def _spreads(reader: Reader, second: str) -> Spreads:
+def _spreads(reader: Reader, columns: tuple[str, ...]) -> Spreads:
     pooled = _spread(reader.table("pooled"))
     groups = {}
     for row in reader.tables("group", []):
-        group = row.text("stack"), row.text(second)
+        group = tuple(row.text(column) for column in columns)
         groups[group] = _spread(row)
     reader.finish()
     return Spreads(pooled, groups)

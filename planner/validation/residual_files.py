@@ -13,7 +13,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.specs.load import read_file
 from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
-from planner.uncertainty.residuals import Residuals, Spread, Spreads
+from planner.uncertainty.residuals import GROUPED_BY, Residuals, Spread, Spreads, regime
 from planner.uncertainty.terms import peak_parts, time_parts
 from planner.validation.pairs import PairNoise, RankedRun, pair_noise_of
 from planner.validation.report import Report
@@ -122,7 +122,7 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
 def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     """log(measured/predicted) of step times; the error is of the rate, which is the other way round."""
     return [
-        Residual(run.source, run.model, (run.stack, run.generation), log1p(without_model), log1p(without_source))
+        Residual(run.source, run.model, _time_group(run), log1p(without_model), log1p(without_source))
         for run in runs
         if (without_model := run.error_without_model) is not None
         and (without_source := run.error_without_source) is not None
@@ -139,6 +139,11 @@ def peak_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _time_group(run: PublishedRun) -> tuple[str, str, str]:
+    mesh = {name: getattr(run, name) for name in ("tp", "cp", "pp", "ep")}
+    return run.stack, run.generation, regime(run.experts, mesh)
 
 
 def _scored(one: Priced, metric: str) -> tuple[float, float] | None:
@@ -215,8 +220,8 @@ _ABOUT = (
 def _document(residuals: Residuals, noise: PairNoise, origins: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {
         "about": _ABOUT,
-        "step_time": _spreads_json(residuals.step_time, "generation"),
-        "peak": _spreads_json(residuals.peak, "counted"),
+        "step_time": _spreads_json(residuals.step_time, GROUPED_BY["step_time"]),
+        "peak": _spreads_json(residuals.peak, GROUPED_BY["peak"]),
         "pairs": {
             "rows": noise.rows, "sweeps": noise.sweeps, "distances": _rounded(noise.distances), "noises": _rounded(noise.noises),
         },
@@ -227,10 +232,10 @@ def _document(residuals: Residuals, noise: PairNoise, origins: Mapping[str, Sequ
     }  # fmt: skip
 
 
-def _spreads_json(spreads: Spreads, second: str) -> dict[str, Any]:
+def _spreads_json(spreads: Spreads, columns: tuple[str, ...]) -> dict[str, Any]:
     groups = [
-        {"stack": stack, second: other, **_spread_json(spread)}
-        for (stack, other), spread in spreads.groups.items()
+        {**dict(zip(columns, group, strict=True)), **_spread_json(spread)}
+        for group, spread in spreads.groups.items()
     ]
     return {"pooled": _spread_json(spreads.pooled), "group": groups}
 

@@ -38,7 +38,7 @@ class Residual:
 
     source: str
     model: str
-    group: tuple[str, str]
+    group: tuple[str, ...]
     without_model: float
     without_source: float
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from planner.assemble import Assembly
 from planner.errors import PlannerError
-from planner.plan import Estimate
+from planner.plan import Estimate, Plan
 from planner.solve.train import examine
+from planner.uncertainty.judgement import time_group
 from planner.uncertainty.residuals import PROCESS, Residuals, load_residuals
 from planner.validation.cells import WHERE_SILENT
 from planner.validation.exclusions import Exclusion
@@ -110,8 +111,9 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
         ]
         return
     scores.defaults.update(run.defaults)
-    estimate = predicted.plan.estimate
-    held = {metric: _held(run, estimate, metric, groups, exclusion.reason(metric)) for metric in metrics}
+    held = {
+        metric: _held(run, predicted.plan, metric, groups, exclusion.reason(metric)) for metric in metrics
+    }
     scores.rows += held.values()
     sweep = None
     if "ranking" in held and row.text("sweep_id"):
@@ -138,32 +140,30 @@ def _predicted(run: Run) -> Assembly:
     return first
 
 
-def _held(
-    run: Run, predicted: Estimate, metric: str, groups: Mapping[str, str], contradiction: str
-) -> ScoredRow:
+def _held(run: Run, predicted: Plan, metric: str, groups: Mapping[str, str], contradiction: str) -> ScoredRow:
     """One metric of a run that could be priced."""
     row = run.row
     try:
-        measured, value = _METRICS[metric](run, predicted)
+        measured, value = _METRICS[metric](run, predicted.estimate)
     except Unsupported as error:
         return ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
     status = "excluded" if contradiction else "scored"
-    interval = _interval(run, metric, value)
+    interval = _interval(run, predicted, metric, value)
     return ScoredRow(row.row_id, row.file, metric, status, contradiction, measured, value, groups, interval)
 
 
-def _interval(run: Run, metric: str, predicted: float) -> tuple[float, float] | None:
+def _interval(run: Run, plan: Plan, metric: str, predicted: float) -> tuple[float, float] | None:
     """What should hold 80 % of measurements of this metric."""
     residuals: Residuals | None = load_residuals()
-    stack = run.problem.stack.name
     if residuals is None or predicted <= 0.0:
         return None
     if metric == "tokens_per_s_per_device":  # the longest step is the lowest rate
-        spread = residuals.step_time.of(stack, run.problem.cluster.device.generation)
+        spread = residuals.step_time.of(*time_group(run.problem, plan.mesh))
         high, low = (predicted * predicted / rate for rate in spread.interval(predicted))
         return low, high
     if metric == "peak_memory":
-        return residuals.peak.of(stack, counted(run.row.text("peak_memory_kind"))).interval(predicted)
+        whose = counted(run.row.text("peak_memory_kind"))
+        return residuals.peak.of(run.problem.stack.name, whose).interval(predicted)
     return None
 
 

@@ -89,7 +89,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
     told = " ".join(confidence([plan, slower(plan, 0.01)], job()))
     for words in (
         "80 % of measurements",
-        "pytorch-fsdp on ampere",
+        "pytorch-fsdp on ampere, dense, data-parallel",
         "~ ties with plan 1: plan 2",
         "near this job: ",
         "median",

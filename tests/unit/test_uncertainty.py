@@ -68,7 +68,7 @@ def test_shipped_pooled_interval_is_wider_than_most_groups():
 
 def test_every_estimate_has_its_interval(problem):
     estimate = planner.estimate(problem).estimate
-    spread = load_residuals().step_time.of("pytorch-fsdp", "hopper")
+    spread = load_residuals().step_time.of("pytorch-fsdp", "hopper", "dense, model-parallel")
     assert estimate.interval["step_time_s"] == pytest.approx(spread.interval(estimate.step_time_s))
     assert estimate.interval["peak"][0] < estimate.interval["peak"][1]
     assert 0.0 <= estimate.oom_probability <= 1.0

@@ -1,0 +1,346 @@
+"""Writes docs/accuracy.md: predictions held against published measurements, by source, family and accelerator.
+
+    python benchmarks/accuracy.py TRAINING.csv… --refitted FIT.json [--operators OPERATORS.csv…] -o docs/accuracy.md
+
+``--refitted`` is what ``fit_stacks.py --json`` writes: the errors of every row with constants fitted without its model, and
+without its source. Give the file that ``planner validate --residuals`` was given, so that page and intervals agree. The page's
+text is ``accuracy.md.in``; why single rows are far off stands in ``accuracy_notes.toml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+
+from planner.specs.stack import list_stacks, load_stack
+from planner.uncertainty.published import PublishedRun, read_published_runs, write_published_runs
+from planner.uncertainty.residuals import load_residuals
+from planner.uncertainty.terms import TIME_TERMS, time_parts
+from planner.validation.report import Report, validate
+from planner.validation.residual_files import (
+    peak_residuals,
+    published_runs,
+    read_left_out,
+    time_residuals,
+)
+from planner.validation.scores import coverage, error_statistics
+from planner.validation.spreads import left_out
+from planner.validation.training import Priced
+
+ROOT = Path(__file__).resolve().parents[1]
+Errors = Callable[[PublishedRun], float | None]
+THREE: Mapping[str, Errors] = {
+    "fitted on all": lambda run: run.error,
+    "model left out": lambda run: run.error_without_model,
+    "source left out": lambda run: run.error_without_source,
+}
+_SAID = {"oom": "out of memory"}
+_TELLING = (
+    "recompute",
+    "zero_stage",
+    "vpp",
+    "sequence_parallel",
+    "ffn_hidden",
+    "vocab",
+)  # defaults that move a prediction
+
+
+def main() -> None:
+    """Reads the tables, writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--operators", nargs="+", type=Path, default=[])
+    parser.add_argument("--refitted", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    options = parser.parse_args()
+    report = validate(options.files)
+    runs = rounded(published_runs(report.priced, read_left_out(options.refitted)))
+    kernels = validate(options.operators, operators=True) if options.operators else None
+    notes = tomllib.loads((ROOT / "benchmarks" / "accuracy_notes.toml").read_text(encoding="utf-8"))["note"]
+    parts = {
+        "counts": counts(runs),
+        "step_time": "\n".join(step_time_table(runs)),
+        "families": "\n".join(_grouped(report, "family")),
+        "accelerators": "\n".join(_grouped(report, "accelerator")),
+        "intervals": "\n".join(interval_table(runs)),
+        "pooled": _pooled(),
+        "memory": "\n".join(_memory(report)),
+        "outcomes": "\n".join(_outcomes(report)),
+        "kernels": "\n".join(_kernels(kernels)),
+        "runs": _output("sanity_korthikanti.py"),
+        "worst_times": "\n".join(_worst(report, notes, "tokens_per_s_per_device", 20)),
+        "worst_peaks": "\n".join(_worst(report, notes, "peak_memory", 10)),
+        "uncounted": "\n".join(_uncounted(report)),
+    }
+    text = (ROOT / "benchmarks" / "accuracy.md.in").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace(f"{{{name}}}", part.strip())
+    options.out.write_text(text, encoding="utf-8")
+
+
+def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
+    """The runs as the shipped table has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "runs.csv"
+        write_published_runs(path, runs)
+        return list(read_published_runs(path))
+
+
+def counts(runs: Sequence[PublishedRun]) -> str:
+    """How much there is to judge by, and how many constants were fitted to it."""
+    scored = [run for run in runs if run.error is not None]
+    models, sources = {(run.source, run.model) for run in scored}, {run.source for run in scored}
+    fitted = _fitted_constants()
+    text = (
+        f"{len(scored)} runs of {len(models)} models in {len(sources)} sources are scored for time. {fitted} constants of the "
+        f"software stacks are fitted to them: one per {len(scored) // max(fitted, 1)} runs. Kernels and links are fitted to "
+        "measurements of kernels and collectives alone."
+    )
+    return fill(text, 130)
+
+
+def step_time_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
+    """Errors by source, three ways, and their mean over sources."""
+    sources = sorted({run.source for run in runs if run.error is not None})
+    yield _row("source", "rows", *THREE, "bias")
+    yield _row(*["---", *["---:"] * (len(THREE) + 2)])
+    medians: dict[str, list[float]] = defaultdict(list)
+    tails: dict[str, list[float]] = defaultdict(list)
+    for source in sources:
+        mine = [run for run in runs if run.source == source and run.error is not None]
+        cells = []
+        for name, errors in THREE.items():
+            found = error_statistics([e for run in mine if (e := errors(run)) is not None])
+            medians[name].append(found["median_ape"])
+            tails[name].append(found["p90_ape"])
+            cells.append(f"{found['median_ape']:.1%} / {found['p90_ape']:.1%}")
+        bias = np.mean([run.error for run in mine])
+        yield _row(source.removesuffix(".csv"), str(len(mine)), *cells, f"{bias:+.1%}")
+    means = [f"**{np.mean(medians[name]):.1%} / {np.mean(tails[name]):.1%}**" for name in THREE]
+    yield _row(
+        f"**mean over {len(sources)} sources**", str(sum(run.error is not None for run in runs)), *means, ""
+    )
+
+
+def interval_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
+    """Coverage and width of intervals on runs left out."""
+    yield _row("quantity", "left out", "rows", "held", "median width", "median error", "width / error")
+    yield _row("---", "---", *["---:"] * 5)
+    for what, residuals in (("step time", time_residuals(runs)), ("peak memory", peak_residuals(runs))):
+        for by in ("model", "source"):
+            c = left_out(residuals, by)
+            numbers = (
+                f"{c.held:.1%}",
+                f"{c.median_width:.1%}",
+                f"{c.median_error:.1%}",
+                f"{c.widths_per_error:.1f}",
+            )
+            yield _row(what, by, str(c.rows), *numbers)
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _fitted_constants() -> int:
+    """Numbers of the shipped stacks that were fitted to training runs."""
+    numbers = set()
+    for name in list_stacks():
+        stack = load_stack(name)
+        every = {("", field): getattr(stack, field) for field in stack.__dataclass_fields__}
+        for generation, constants in stack.on.items():
+            every |= {(generation, field): value for field, value in constants.items()}
+        for (generation, field), value in every.items():
+            if getattr(value, "kind", "") == "fitted":
+                numbers.add(
+                    (generation, field, value.value)
+                )  # what a stack takes from the one under it counts once
+    return len(numbers)
+
+
+def _grouped(report: Report, by: str) -> Iterator[str]:
+    yield from _statistics(by, report.summary(by)["tokens_per_s_per_device"][f"by_{by}"])
+
+
+def _statistics(what: str, groups: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    yield _row(what, "rows", "median", "90th", "bias")
+    yield _row("---", *["---:"] * 4)
+    for name, found in groups.items():
+        errors = f"{found['median_ape']:.1%}", f"{found['p90_ape']:.1%}", f"{found['bias']:+.1%}"
+        yield _row(name, f"{found['n']:,}", *errors)
+
+
+def _pooled() -> str:
+    residuals = load_residuals()
+    if residuals is None:
+        return "there is none yet"
+    low, high = (100.0 * (end - 1.0) for end in residuals.step_time.pooled.interval(1.0))
+    return f"{low:+.0f} to {high:+.0f} % of the predicted step"
+
+
+def _memory(report: Report) -> Iterator[str]:
+    found = report.summary().get("peak_memory")
+    if found is None:
+        yield "No row was scored."
+        return
+    parts = {name.removesuffix(".csv"): values for name, values in found["by_source"].items()}
+    yield from _statistics(
+        "source", parts | {f"counted: {n}": values for n, values in found["by_kind"].items()}
+    )
+    mean = f"**{found['macro_median_ape']:.1%}**", f"**{found['macro_p90_ape']:.1%}**"
+    yield _row(f"**mean over {len(found['by_source'])} sources**", str(found["n"]), *mean, "")
+
+
+def _outcomes(report: Report) -> Iterator[str]:
+    summary = report.summary()
+    if (oom := summary.get("oom")) is not None:
+        yield f"Of the runs that ran out of memory, {oom['tp']} were predicted to and {oom['fn']} were not; of the others,"
+        yield f"{oom['tn']} were predicted to fit and {oom['fp']} were not: balanced accuracy {oom['balanced_accuracy']:.2f}.\n"
+    if (ranking := summary.get("ranking")) is not None:
+        yield "Sweeps of four plans or more for one job; regret is how much slower the plan is that would have been picked.\n"
+        yield _row("sweep", "plans", "Kendall τ-b", "top-1 regret")
+        yield _row("---", *["---:"] * 3)
+        for sweep in ranking["by_sweep"]:
+            found = f"{sweep['kendall_tau']:.2f}", f"{sweep['top1_regret']:.1%}"
+            yield _row(sweep["sweep_id"], str(sweep["plans"]), *found)
+        mean = f"**{ranking['kendall_tau_mean']:.2f}**", f"**{ranking['top1_regret_mean']:.1%}**"
+        yield _row(f"**mean of {ranking['sweeps']}**", "", *mean)
+
+
+def _kernels(report: Report | None) -> Iterator[str]:
+    if report is None:
+        yield "Not scored for this page."
+        return
+    summary = report.summary()
+    yield from _statistics("what", {metric.replace("_", " "): found for metric, found in summary.items()})
+    rest = [
+        f"{name.replace('_', ' ')} {part:.1%}" for name, part in coverage(report.rows).items() if part < 1.0
+    ]
+    yield (
+        f"\nRows that could be priced: all, except of {', '.join(rest)}."
+        if rest
+        else "\nEvery row could be priced."
+    )
+
+
+def _output(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return done.stdout
+
+
+def _worst(report: Report, notes: Sequence[Mapping[str, Any]], metric: str, count: int) -> Iterator[str]:
+    """The rows that are farthest off, each with what is known of the reason."""
+    by_row = {one.run.row.row_id: one for one in report.priced}
+    scored = [(row, row.error) for row in report.rows if row.metric == metric and row.status == "scored"]
+    errors: dict[str, list[float]] = defaultdict(list)
+    for row, error in scored:
+        errors[row.file].append(error or 0.0)
+    yield _row("row", "what", "error", "why")
+    yield _row("---", "---", "---:", "---")
+    for row, error in sorted(scored, key=lambda one: -abs(one[1] or 0.0))[:count]:
+        one, off = by_row[row.row_id], error or 0.0
+        why = _noted(one, notes) or "; ".join(
+            _shown(one, off, float(np.median(errors[row.file])), report.priced, metric)
+        )
+        yield _row(row.row_id, _what(one), f"{off:+.0%}", why or "not known")
+
+
+def _what(one: Priced) -> str:
+    plan, row = one.assembly.plan, one.run.row
+    degrees = " ".join(f"{name}{n}" for name, n in plan.mesh.items() if n > 1)
+    return f"{row.text('model')}, {plan.devices} × {row.text('accelerator')}, {degrees}, {plan.knobs['precision']}"
+
+
+def _noted(one: Priced, notes: Sequence[Mapping[str, Any]]) -> str:
+    """The note on a row; empty where there is none."""
+    experts = any(block.moe for block in one.run.problem.model.blocks.values())
+    for note in notes:
+        if re.fullmatch(note["rows"], one.run.row.row_id) and note.get("experts", experts) == experts:
+            return str(note["text"])
+    return ""
+
+
+def _shown(one: Priced, error: float, bias: float, priced: Sequence[Priced], metric: str) -> Iterator[str]:
+    """What the tables themselves say of a row's error."""
+    if bias * error > 0.0 and abs(bias) > 0.5 * abs(error):
+        yield f"half of its source is off by {bias:+.0%} or more"
+    repeats = _repeats(one, priced, metric)
+    if len(repeats) > 1 and max(repeats) / min(repeats) > 1.05:
+        apart = max(repeats) / min(repeats) - 1.0
+        yield f"the same plan was measured {len(repeats)} times, {apart:.0%} apart"
+    silent = [column for column in one.run.defaults if column in _TELLING]
+    if silent:
+        yield f"the row is silent about {', '.join(silent)}"
+    if metric != "peak_memory":
+        yield from _uncertain(one)
+
+
+def _repeats(one: Priced, priced: Sequence[Priced], metric: str) -> list[float]:
+    """Measurements of the same plan for the same job in the same file."""
+
+    def key(other: Priced) -> tuple[Any, ...]:
+        plan = other.assembly.plan
+        return (
+            other.run.row.file,
+            other.run.row.text("model"),
+            other.run.row.text("accelerator"),
+            other.run.plan_key,
+            plan.devices,
+        )
+
+    mine = key(one)
+    scores = (other.scores.get(metric) for other in priced if key(other) == mine)
+    return [score.measured for score in scores if score is not None and score.measured]
+
+
+def _uncertain(one: Priced) -> Iterator[str]:
+    """The term that makes the row's step most uncertain."""
+    residuals, estimate = load_residuals(), one.assembly.plan.estimate
+    if residuals is None:
+        return
+    dispatch_s = float(one.run.problem.stack.dispatch_s)
+    parts = time_parts(estimate.step_time_s, estimate.breakdown_s, one.assembly.spends, dispatch_s)
+    known = residuals.terms["step_time"]
+    variances = {name: (seconds * known.get(name, 0.0)) ** 2 for name, seconds in parts.items()}
+    name = max(variances, key=lambda term: variances[term])
+    what = next(term.what for term in TIME_TERMS if term.name == name)
+    yield f"{parts[name] / estimate.step_time_s:.0%} of the step is {what}, its most uncertain term"
+
+
+def _uncounted(report: Report) -> Iterator[str]:
+    asked = coverage(report.rows)
+    yield "Of the rows that ask for a metric, this share could be priced: " + ", ".join(
+        f"{_SAID.get(metric, metric.replace('_', ' '))} {part:.1%}" for metric, part in asked.items()
+    ) + ".\n"  # fmt: skip
+    reasons = Counter(
+        row.reason for row in report.rows if row.status == "unsupported" and row.metric != "ranking"
+    )
+    yield from (f"- {reason} ({count} entries)" for reason, count in reasons.most_common())
+    excluded = {row.row_id: row.reason for row in report.rows if row.status == "excluded"}
+    if excluded:
+        yield "\nRows that contradict themselves at their source, predicted and not counted:\n"
+        yield from (f"- `{row_id}`: {reason}" for row_id, reason in excluded.items())
+
+
+if __name__ == "__main__":
+    main()

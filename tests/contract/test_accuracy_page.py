@@ -1,0 +1,46 @@
+"""The page on accuracy says what the shipped table of published runs says; it is not edited by hand."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from planner.uncertainty.published import load_published_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+REGENERATE = "python benchmarks/accuracy.py TRAINING.csv… --refitted FIT.json --operators OPERATORS.csv… -o docs/accuracy.md"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("table", ["step_time_table", "interval_table"])
+def test_page_shows_what_the_shipped_runs_say(script, table):
+    assert "\n".join(getattr(script, table)(load_published_runs())) in PAGE, REGENERATE
+
+
+def test_page_counts_the_shipped_runs(script):
+    assert script.counts(load_published_runs()) in PAGE, REGENERATE
+
+
+def test_every_part_of_the_page_is_there():
+    assert not re.findall(r"^\{\w+\}$", PAGE, re.MULTILINE)
+
+
+def test_every_bad_row_has_an_explanation():
+    """Known or not: it is said."""
+    rows = [
+        line.split(" | ")
+        for line in PAGE.partition("## The worst rows")[2].splitlines()
+        if line.startswith("| ")
+    ]
+    told = [cells for cells in rows if not cells[0].startswith(("| row", "| ---", "| use"))]
+    assert len(told) >= 20
+    assert all(cells[-1].strip(" |") for cells in told)
