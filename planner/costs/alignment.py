@@ -32,4 +32,5 @@ def alignment_efficiency(
     n_bytes, k_bytes = (np.asarray(x * bytes_per_element).astype(np.int64) for x in (n, k))
     low = (n_bytes | k_bytes) & 127
     broken = low & 15 != 0
-    return (low == 0) + partly * ((low != 0) & ~broken) + hardly * broken
+    rate: Real = (low == 0) * 1.0 + partly * ((low != 0) & ~broken) + hardly * broken
+    return rate
