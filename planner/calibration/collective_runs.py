@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,11 +36,14 @@ def measure_collectives(setting: Setting) -> list[dict[str, Any]]:
     if setting.on == "cuda" and torch.cuda.device_count() < setting.processes:
         found = f"{torch.cuda.device_count()} CUDA devices"
         raise SpecError(Problem("--processes", found, f"one for each of {setting.processes} processes"))
+    sizes = _SIZES_BYTES[::6] if setting.quick else _SIZES_BYTES
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "rows.json"
         try:
             torch.multiprocessing.spawn(
-                _worker, args=(setting, f"file://{folder}/store", str(results)), nprocs=setting.processes
+                _worker,
+                args=(setting, sizes, f"file://{folder}/store", str(results)),
+                nprocs=setting.processes,
             )
         except Exception as error:  # what a failed process leaves is the library's own exception
             last = str(error).strip().splitlines()[-1]
@@ -58,7 +61,7 @@ def measure_collectives(setting: Setting) -> list[dict[str, Any]]:
     return [origin | row for row in rows]
 
 
-def _worker(rank: int, setting: Setting, store: str, results: str) -> None:
+def _worker(rank: int, setting: Setting, sizes: Sequence[int], store: str, results: str) -> None:
     """One process: times every collective at every size, in step with the others."""
     torch = torch_module()
     dist = torch.distributed
@@ -70,7 +73,6 @@ def _worker(rank: int, setting: Setting, store: str, results: str) -> None:
     backend = "nccl" if setting.on == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=setting.processes)
     rows: list[dict[str, Any]] = []
-    sizes = _SIZES_BYTES if not setting.quick else _SIZES_BYTES[::6]
     for name in _CALLS:
         for size in sizes:
             timing = _timed(name, size, setting)

@@ -12,6 +12,7 @@ from typing import Any
 
 from planner.calibration.measure import DTYPES, Setting, processor_name, torch_module
 from planner.calibration.stopwatch import Timing, keep_freed_memory, timed
+from planner.costs.attention_kernel import FLASH_BACKWARD_PASSES
 from planner.costs.precision import dtype_bytes
 
 __all__ = ["KERNELS", "measure_kernels"]
@@ -55,7 +56,7 @@ class _Bench:
         self.origin = {
             "source": f"planner calibrate measure {datetime.now(UTC).date().isoformat()}",
             "accelerator": processor_name(setting),
-            "framework": "torch",
+            "library": "torch",
             "version": torch.__version__,
         }
 
@@ -101,13 +102,18 @@ def _attention(bench: _Bench) -> Iterator[dict[str, Any]]:
         columns = {
             "batch_size": batch, "q_len": length, "kv_len_total": length, "num_heads": heads, "num_key_value_heads": heads,
             "head_dim": width, "window_size": 0, "attn_dtype": DTYPES[bench.setting.dtype],
+            "kv_cache_dtype": DTYPES[bench.setting.dtype],
         }  # fmt: skip
         q, k, v = (bench.tensor(batch, heads, length, width).requires_grad_() for _ in range(3))
         timing = bench.time(lambda q=q, k=k, v=v: attend(q, k, v, is_causal=True))  # type: ignore[misc]
-        yield bench.row("scaled_dot_product_attention", {"phase": "prefill", **columns}, timing)
+        yield bench.row("scaled_dot_product_attention", {"phase": "prefill", "passes": 1, **columns}, timing)
         with bench.torch.enable_grad():
             timing = bench.time(_backward(bench, attend(q, k, v, is_causal=True), (q, k, v)))
-        yield bench.row("scaled_dot_product_attention", {"phase": "backward", **columns}, timing)
+        yield bench.row(
+            "scaled_dot_product_attention",
+            {"phase": "prefill", "passes": FLASH_BACKWARD_PASSES, **columns},
+            timing,
+        )
 
 
 def _backward(bench: _Bench, out: Any, inputs: tuple[Any, ...]) -> Callable[[], object]:

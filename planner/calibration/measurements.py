@@ -7,13 +7,13 @@ Rows come from CSV files (this module), from the text that nccl-tests prints, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from planner.costs.precision import FORMAT_BITS
 from planner.errors import Problem, SpecError
+from planner.specs.device_file import DTYPES
 from planner.validation.table import Row, Table, Unsupported, read_table
 
 __all__ = [
@@ -112,12 +112,14 @@ class Measurement:
         work: what was measured.
         seconds: how long it took.
         alone: it was repeated by itself (a microbenchmark), not met in a training step.
+        accelerator: what the file calls the device; empty where it does not say.
     """
 
     where: str
     work: Work
     seconds: float
     alone: bool = True
+    accelerator: str = ""
 
     @property
     def family(self) -> str:
@@ -154,7 +156,7 @@ def dtype_named(text: str) -> str | None:
     """Our name of a dtype; None where it is none that kernels are priced in."""
     name = text.strip().lower()
     found = _DTYPES.get(name, name)
-    return found if found in FORMAT_BITS else None
+    return found if found in DTYPES else None
 
 
 def read_measurements(path: str | Path, dtype: str | None = None) -> list[Measurement]:
@@ -215,7 +217,7 @@ def _from_table(table: Table, where: str) -> list[Measurement]:
         try:
             work = reader(row)
             if work is not None:
-                rows.append(Measurement(place, work, _seconds(row)))
+                rows.append(Measurement(place, work, _seconds(row), accelerator=row.text("accelerator")))
         except Unsupported as error:
             problems.append(Problem(place, str(error), "a positive number"))
     if problems:
@@ -249,7 +251,7 @@ def _attention(row: Row) -> Work | None:
     return Attention(
         batch=_size(row, "batch_size"), heads=_size(row, "num_heads"), kv_heads=_size(row, "num_key_value_heads"),
         queries=_size(row, "q_len"), keys=keys, head_dim=_size(row, "head_dim"), window=row.number("window_size") or 0.0,
-        causal=True, backward=row.text("phase") == "backward", dtype=dtype,
+        causal=row.truth("causal") is not False, backward=(row.number("passes") or 1.0) > 1.0, dtype=dtype,
     )  # fmt: skip
 
 
@@ -296,11 +298,3 @@ def _seconds(row: Row) -> float:
         if column in row.cells:
             return _size(row, column) * unit_s
     raise Unsupported("no time is given")
-
-
-def summary(measurements: Iterable[Measurement]) -> Sequence[tuple[str, int]]:
-    """How many measurements there are of each family."""
-    counts: dict[str, int] = {}
-    for measurement in measurements:
-        counts[measurement.family] = counts.get(measurement.family, 0) + 1
-    return list(counts.items())

@@ -55,9 +55,18 @@ def read_profile(text: str, where: str, dtype: str | None = None) -> list[Measur
     Raises:
         SpecError: it is malformed, has no shapes, or does not say the dtype and none is given.
     """
-    if text.lstrip()[:1] in ("{", "["):
+    if text.lstrip()[:1] not in ("{", "["):
+        return _collected(_from_table(text, where, dtype), where)
+    try:
         return _collected(_from_trace(text, where, dtype), where)
-    return _collected(_from_table(text, where, dtype), where)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a field that is there, but holds something else
+        raise SpecError(
+            Problem(where, f"an event is malformed ({error})", "a trace that PyTorch wrote")
+        ) from None
 
 
 def _collected(calls: Iterator[tuple[Work, float]], where: str) -> list[Measurement]:
@@ -75,7 +84,7 @@ def _collected(calls: Iterator[tuple[Work, float]], where: str) -> list[Measurem
 def _from_trace(text: str, where: str, dtype: str | None) -> Iterator[tuple[Work, float]]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(Problem(where, f"is not valid JSON ({error})", "a Chrome trace")) from None
     events = content.get("traceEvents", []) if isinstance(content, dict) else content
     events = [

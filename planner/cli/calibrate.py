@@ -56,6 +56,15 @@ _Only = Annotated[
         show_default=False,
     ),
 ]
+_Accelerator = Annotated[
+    str | None,
+    typer.Option(
+        "--accelerator",
+        metavar="NAME",
+        help="Rows of this one, where a table has several.",
+        show_default=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -73,6 +82,7 @@ def device(
     conditions: _Conditions = "",
     dtype: _Dtype = None,
     only: _Only = "",
+    accelerator: _Accelerator = None,
     as_json: _Json = False,
 ) -> None:
     """Fit kernel efficiencies, launch time and the links inside a node; writes a device profile.
@@ -89,7 +99,7 @@ def device(
     parts = _folds(folds)
     start = load_device(base)
     with OutputFile(_toml(out)) as file:
-        measurements = _read(files, dtype, only)
+        measurements = _read(files, dtype, only, accelerator)
         fits = {}
         kernels = [m for m in measurements if not isinstance(m.work, Message)]
         messages = [m for m in measurements if isinstance(m.work, Message)]
@@ -116,6 +126,7 @@ def fabric(
     folds: _Folds = "5",
     conditions: _Conditions = "",
     only: _Only = "",
+    accelerator: _Accelerator = None,
     as_json: _Json = False,
 ) -> None:
     """Fit latency and bandwidth of a cluster's tiers to collectives inside and between nodes; writes a cluster profile."""
@@ -127,7 +138,7 @@ def fabric(
     parts = _folds(folds)
     start = load_cluster(cluster)
     with OutputFile(_toml(out)) as file:
-        fitted, found, unplaced = fit_fabric(start, _read(files, None, only), folds=parts)
+        fitted, found, unplaced = fit_fabric(start, _read(files, None, only, accelerator), folds=parts)
         file.write(cluster_toml(fitted, name or _stem(out), found, _provenance(files, conditions)))
     load_cluster(out)
     notes = [f"{unplaced} messages do not fit into {start.name} and were left out"] if unplaced else []
@@ -237,7 +248,7 @@ VERBS = {"device": device, "fabric": fabric, "stack": stack, "measure": measure}
 # -- what the verbs share ------------------------------------------------------------------------------------------------------
 
 
-def _read(files: Sequence[str], dtype: str | None, only: str) -> list[Measurement]:
+def _read(files: Sequence[str], dtype: str | None, only: str, accelerator: str | None) -> list[Measurement]:
     from planner.calibration.measurements import dtype_named, read_measurements
     from planner.errors import Problem, SpecError
 
@@ -245,9 +256,30 @@ def _read(files: Sequence[str], dtype: str | None, only: str) -> list[Measuremen
         raise SpecError(Problem("--dtype", repr(dtype[:40]), "fp32, tf32, bf16, fp16, fp8 or int8"))
     named = None if dtype is None else dtype_named(dtype)
     found = [measurement for path in files for measurement in read_measurements(path, named)]
+    found = _of_one(found, accelerator)
     families = list(dict.fromkeys(measurement.family for measurement in found))
     chosen = _chosen("--only", only, families)
     return [measurement for measurement in found if measurement.family in chosen]
+
+
+def _of_one(found: list[Measurement], accelerator: str | None) -> list[Measurement]:
+    """The measurements of one accelerator: the one that is named, or the only one that there is."""
+    from planner.errors import Problem, SpecError, did_you_mean
+
+    names = list(dict.fromkeys(m.accelerator for m in found if m.accelerator))
+    if accelerator is None:
+        if len(names) > 1:
+            hint = f"Name one with --accelerator, such as --accelerator {names[0]}."
+            raise SpecError(
+                Problem("measurements", f"of {', '.join(names)[:200]}", "of one accelerator", hint)
+            )
+        return found
+    if accelerator not in names:
+        expected = f"one of {', '.join(names)[:200]}" if names else "files that name their accelerator"
+        raise SpecError(
+            Problem("--accelerator", repr(accelerator[:40]), expected, did_you_mean(accelerator, names))
+        )
+    return [m for m in found if m.accelerator == accelerator]
 
 
 def _folds(text: str) -> int:

@@ -31,6 +31,6 @@ def alignment_efficiency(
     # The lowest set bit of either row length is all that counts.
     n_bytes, k_bytes = (np.asarray(x * bytes_per_element).astype(np.int64) for x in (n, k))
     low = (n_bytes | k_bytes) & 127
-    if not low.any():
-        return 1.0
-    return np.where(low == 0, 1.0, np.where(low & 15 == 0, partly, hardly))
+    broken = low & 15 != 0
+    rate: Real = (low == 0) * 1.0 + partly * ((low != 0) & ~broken) + hardly * broken
+    return rate

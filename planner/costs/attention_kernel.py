@@ -134,13 +134,13 @@ def attention_s(
     ``g = heads/kv_heads``. Blocks on the mask's edge are computed whole, so that of a matrix of which a
     fraction v is visible ``v + (1 − v)·min(1, T/queries)`` is paid. Then the time is::
 
-        launch + roofline_s(√((scores·s)² + walk²), bytes/(memory·bandwidth)) + n·tile_s/S
+        launch + roofline_s(scores·s + walk, bytes/(memory·bandwidth)) + n·tile_s/S
         walk = straggler·T·longest·s·S, with one query: at most split_s·√longest
 
-    The longest walk matters while there are few tiles, and vanishes among many, which are dealt longest first;
-    ``longest = min(keys, 2·v·keys + T)`` keys of the last tile (all of them under a causal mask, about
-    the window under a short one). Arithmetic, tiles and walk are ``passes`` times as long. No batch, no queries
-    or no keys take no time.
+    The bound of list scheduling: all multiprocessors are busy until the last tile starts, and it is among the longest. The walk
+    matters while there are few tiles, and vanishes among many; ``longest = min(keys, 2·v·keys + T)`` keys of the last tile (all
+    of them under a causal mask, about the window under a short one). Arithmetic, tiles and walk are ``passes`` times as long.
+    No batch, no queries or no keys take no time.
 
     Args:
         peak_flop_per_s: rate that the products of a long kernel sustain, forward or backward.
@@ -170,6 +170,5 @@ def attention_s(
     walk_s = np.where(queries > 1.0, walk_s, np.minimum(walk_s, split_s * np.sqrt(longest)))
     memory_s = bytes_ * (1.0 / (memory * memory_bytes_per_s))
     tiles_s = sharers * tiles * (passes * tile_s / multiprocessors)
-    arithmetic_s = np.sqrt(compute_s * compute_s + walk_s * walk_s)
-    busy_s = launch_s + roofline_s(arithmetic_s, memory_s, overlap_loss) + tiles_s
+    busy_s = launch_s + roofline_s(compute_s + walk_s, memory_s, overlap_loss) + tiles_s
     return busy_s * np.greater(compute_s, 0)

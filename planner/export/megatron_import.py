@@ -219,6 +219,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),
         **_accumulation(flags),
+        "cuda_graph": "none",
         **_recompute(flags, chunks),
     }
 

@@ -13,6 +13,7 @@ from planner.specs.device import Device, Efficiency, ScaleUp, Sourced
 from planner.specs.library import canonical, hardware_folder, resolve
 from planner.specs.links import link_table, read_transport, with_link
 from planner.specs.load import Reader, read_file
+from planner.specs.power_limit import with_power_limit
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["DTYPES", "TOPOLOGIES", "aliases", "find_device", "list_devices", "load_device", "merged_profile"]
@@ -37,10 +38,13 @@ def load_device(name_or_path: str | Path) -> Device:
     989400000000000.0
     """
     path = _profile_path(str(name_or_path))
-    reader = Reader(merged_profile(path), str(path))
+    table = read_file(path)
+    reader = Reader(_merged(table, path), str(path))
+    limit: Reader | None = reader.table("power_limit", None)
+    rule = None if limit is None else _power_limit(limit)
     device = _device(reader)
     reader.raise_if_any()
-    return device
+    return device if rule is None else with_power_limit(device, *rule, table.get("efficiency", {}))
 
 
 def find_device(name: str) -> str | None:
@@ -68,7 +72,11 @@ def merged_profile(path: Path) -> dict[str, Any]:
     Raises:
         SpecError: the file is unreadable, or names no known generation or link.
     """
-    merged = _over_generation(read_file(path), path)
+    return _merged(read_file(path), path)
+
+
+def _merged(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    merged = _over_generation(table, path)
     for key in ("scale_up", "within_node", "bridge"):
         if isinstance(merged.get(key), dict):
             merged[key] = with_link(merged[key], f"{path}: {key}")
@@ -90,8 +98,9 @@ def _over_generation(table: dict[str, Any], path: Path) -> dict[str, Any]:
         raise SpecError(Problem(f"{path}: generation", repr(generation), expected, hint))
     defaults = read_file(folder / f"{generation}.toml")
     merged = {**defaults, **table}
-    if isinstance(table.get("efficiency"), dict):
-        merged["efficiency"] = {**defaults["efficiency"], **table["efficiency"]}
+    for section in ("efficiency", "power_limit"):
+        if isinstance(table.get(section), dict):
+            merged[section] = {**defaults.get(section, {}), **table[section]}
     return merged
 
 
@@ -174,6 +183,16 @@ _ABOVE_ONE = {
     "matmul_tile": 4096, "matmul_burst": 10, "l2_speedup": 20, "softmax_flop": 200, "attention_tile": 4096,
     "attention_straggler": 10,
 }  # fmt: skip
+
+
+def _power_limit(reader: Reader) -> tuple[float, float]:
+    """Energy per operation of the measured part, and the exponent of its generation."""
+    rule = (
+        read_sourced(reader, "joules_per_flop", maximum=1e-9),
+        read_sourced(reader, "exponent", maximum=1.0),
+    )
+    reader.finish()
+    return float(rule[0]), float(rule[1])
 
 
 def _scale_up(reader: Reader) -> ScaleUp:

@@ -109,6 +109,18 @@ def test_wrong_input_is_one_message_and_no_file(planner, streams, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streams.csv"]
 
 
+def test_rows_of_several_accelerators_want_one_named(planner, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("accelerator,bytes_moved,latency_ms\n" + "A100,1e9,1\nH100,1e9,1\n" * 20)
+    fit = ("calibrate", "device", rows, "--base", "h100-sxm", "-o", tmp_path / "x.toml")
+    found = planner(*fit)
+    assert found.code == 2
+    assert "of A100, H100; expected of one accelerator" in found.err
+    assert planner(*fit, "--accelerator", "H200").code == 2
+    named = planner(*fit, "--accelerator", "A100", "--json")
+    assert named.json["fits"]["kernels"]["rows"] == 20
+
+
 def test_without_torch_there_is_one_message(planner, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # what Python leaves where an import is forbidden
     found = planner("calibrate", "measure", "-o", tmp_path / "rows")

@@ -18,8 +18,9 @@ def written(tmp_path, text, name="rows.csv"):
 
 
 def test_products_of_an_operators_table(tmp_path):
-    text = "source,accelerator,dtype,m,n,k,latency_ms\nx,H100,bfloat16,128,4096,8192,0.05\nx,H100,int4_wo,1,2,3,1\n"
-    (row,) = read_measurements(written(tmp_path, text))  # a format that is none of ours is passed over
+    text = "source,accelerator,dtype,m,n,k,latency_ms\nx,H100,bfloat16,128,4096,8192,0.05\n"
+    text += "x,H100,int4_wo,1,2,3,1\nx,H100,fp8_block,1,2,3,1\n"
+    (row,) = read_measurements(written(tmp_path, text))  # formats without a rate are passed over
     assert (row.work, row.seconds, row.alone) == (
         Product(128, 4096, 8192, 1, "bf16"),
         pytest.approx(5e-5),
@@ -29,8 +30,8 @@ def test_products_of_an_operators_table(tmp_path):
 
 def test_attention_of_an_operators_table(tmp_path):
     text = (
-        "phase,batch_size,q_len,kv_len_total,num_heads,num_key_value_heads,head_dim,window_size,attn_dtype,latency_ms\n"
-        "prefill,2,512,512,32,8,128,0,bfloat16,0.25\nbackward,2,512,512,32,8,128,0,bfloat16,0.75\n"
+        "passes,batch_size,q_len,kv_len_total,num_heads,num_key_value_heads,head_dim,window_size,attn_dtype,latency_ms\n"
+        "1,2,512,512,32,8,128,0,bfloat16,0.25\n2.5,2,512,512,32,8,128,0,bfloat16,0.75\n"
     )
     forward, backward = read_measurements(written(tmp_path, text))
     assert forward.work == Attention(2, 32, 8, 512, 512, 128, 0, True, False, "bf16")
@@ -129,6 +130,8 @@ def test_a_profilers_table():
         ("", "is empty"),
         ('{ "traceEvents": [', "is not valid JSON"),
         ('{"traceEvents": []}', "holds no kernel"),
+        ('{"traceEvents": [{"ph": "X", "cat": "kernel", "dur": "x", "args": {}}]}', "an event is malformed"),
+        ("[" * 100_000 + '"traceEvents"', "is not valid JSON"),
     ],
 )
 def test_wrong_files_are_one_error(tmp_path, text, words):
