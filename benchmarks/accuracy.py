@@ -45,6 +45,7 @@ THREE: Mapping[str, Errors] = {
     "model left out": lambda run: run.error_without_model,
     "source left out": lambda run: run.error_without_source,
 }
+_OF_MEMORY = ("framework_bytes", "communicator_bytes", "fragmentation", "bucket_copies")
 _SAID = {"oom": "out of memory"}
 _TELLING = (
     "recompute",
@@ -102,10 +103,12 @@ def counts(runs: Sequence[PublishedRun]) -> str:
     scored = [run for run in runs if run.error is not None]
     models, sources = {(run.source, run.model) for run in scored}, {run.source for run in scored}
     fitted = _fitted_constants()
+    of_memory = sum(field in _OF_MEMORY for _, field, _ in fitted)
+    of_time, peaks = len(fitted) - of_memory, sum(run.peak_bytes is not None for run in runs)
     text = (
-        f"{len(scored)} runs of {len(models)} models in {len(sources)} sources are scored for time. {fitted} constants of the "
-        f"software stacks are fitted to them: one per {len(scored) // max(fitted, 1)} runs. Kernels and links are fitted to "
-        "measurements of kernels and collectives alone."
+        f"{len(scored)} runs of {len(models)} models in {len(sources)} sources are scored for time. {of_time} constants of the "
+        f"software stacks are fitted to them: one per {len(scored) // max(of_time, 1)} runs; {of_memory} more to {peaks} peaks "
+        "of memory. Kernels and links are fitted to measurements of kernels and collectives alone."
     )
     return fill(text, 130)
 
@@ -156,7 +159,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _fitted_constants() -> int:
+def _fitted_constants() -> set[tuple[str, str, float]]:
     """Numbers of the shipped stacks that were fitted to training runs."""
     numbers = set()
     for name in list_stacks():
@@ -169,7 +172,7 @@ def _fitted_constants() -> int:
                 numbers.add(
                     (generation, field, value.value)
                 )  # what a stack takes from the one under it counts once
-    return len(numbers)
+    return numbers
 
 
 def _grouped(report: Report, by: str) -> Iterator[str]:
