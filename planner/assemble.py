@@ -140,13 +140,15 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    host_bytes = float(parts.pop("host").max())
+    host_bytes, cached = float(parts.pop("host").max()), parts.pop("cached")
     devices = [
         {pool: float(held[run, 0]) for pool, held in parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
     ]
     fullest = max(devices, key=lambda pools: sum(pools.values()))
     peak = sum(fullest.values())
+    kept = (sum(pools.values()) + float(beside) for pools, beside in zip(devices, cached[:, 0], strict=True))
+    budget = problem.memory_budget_bytes
     repeats = dict(zip(kinds, layout.device_counts.sum(axis=0).tolist(), strict=True))
     executed = _executed_flop(ledger, repeats, float(recomputed_fraction(layout, recompute_layers)))
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
@@ -159,6 +161,7 @@ def assemble(
         _breakdown(spends, step_s),
         {"peak": peak, **fullest},
         host_bytes,
+        max(min(max(kept), budget) - peak, 0.0),
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
     judged = judgement(problem, mesh, step_s, peak, spends)
@@ -242,7 +245,7 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], host_bytes: float,
+    memory_bytes: Mapping[str, float], host_bytes: float, cached_bytes: float,
 ) -> Estimate:  # fmt: skip
     workload, cluster, device = problem.workload, problem.cluster, problem.cluster.device
     devices = cluster.devices
@@ -267,6 +270,7 @@ def _estimate(
         fits=memory_bytes["peak"] <= budget and host_bytes <= cluster.host_memory_bytes,
         memory_budget_bytes=budget,
         host_bytes=host_bytes,
+        cached_bytes=cached_bytes,
         joules_per_step=step_s * devices * float(device.power_w),
         usd_per_step=None if price is None else step_s * devices * price / 3600.0,
     )

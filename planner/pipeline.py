@@ -245,7 +245,8 @@ def memory(
     live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
     held = layout.first_counts @ table["always_bytes"]
     idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-    peak = (held + (1.0 + stack.fragmentation.value) * (live + at_work)).max(axis=0) + idle
+    passes = (1.0 + stack.fragmentation.value) * (live + at_work)
+    peak = (held + np.maximum(passes, layout.first_counts @ table["step_bytes"])).max(axis=0) + idle
     return peak, host.max(axis=0)
 
 
@@ -261,15 +262,25 @@ def memory_parts(
     """The same by pool, on the first device of each run of equal devices: (runs, rows); ``host`` is host memory.
 
     ``activations`` is the schedule's exact peak of saved bytes; ``workspace`` the largest transient of a block, taken to
-    coincide with it.
+    coincide with it; ``update`` what the optimizer step needs beyond both. ``cached`` is no part of the peak: freed blocks that
+    an allocator keeps because later tensors are larger than each of them. Layers run before the head, whose logits are larger
+    than a layer's tensors; the update's flat buffers are larger than both.
     """
     live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
+    ends = table.kinds.index(EMBEDDING)
+    layers, head = (
+        _transients(table, layout, recompute_layers, part) for part in (slice(0, ends), slice(ends, None))
+    )
     parts: dict[str, Array] = {pool: layout.first_counts @ table[f"{pool}_bytes"] for pool in POOLS}
     parts["activations"] = live
     parts["workspace"] = at_work
     parts["framework"] = np.full_like(live, stack.framework_bytes.value)
     parts["communicators"] = np.broadcast_to(stack.communicator_bytes.value * communicators, live.shape)
     parts["fragmentation"] = stack.fragmentation.value * (live + at_work)
+    passes, step = live + at_work + parts["fragmentation"], layout.first_counts @ table["step_bytes"]
+    parts["update"] = np.maximum(step - passes, 0.0)
+    freed = np.stack([np.max(table["freed_bytes"][there], axis=0) for there in layout.first_counts > 0])
+    parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head) + freed
     parts["host"] = host
     return parts
 
@@ -286,13 +297,22 @@ def _dynamic(
     recomputed = table["recomputed_bytes"]
     saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
     live = _peak(saved, layout, schedule, micro_batches)
-    transient = table["block_bytes"] + np.greater(fraction, 0) * recomputed
-    at_work = np.stack([np.max(transient[present], axis=0) for present in layout.first_counts > 0])
+    at_work = _transients(table, layout, recompute_layers, slice(None))
     host = layout.first_counts @ table["host_bytes"]
     saved_on_host = table["host_saved_bytes"]
     if saved_on_host.any():
         host = host + _peak(saved_on_host, layout, schedule, micro_batches)
     return live, at_work, host
+
+
+def _transients(
+    table: BlockTable, layout: Layout, recompute_layers: Array | float | None, part: slice
+) -> Array:
+    """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
+    recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
+    transient = table["block_bytes"] + recomputed
+    present = (layout.first_counts > 0)[:, part]
+    return np.stack([np.max(transient[part][there], axis=0, initial=0.0) for there in present])
 
 
 def _peak(saved: Array, layout: Layout, schedule: str, micro_batches: Array) -> Array:

@@ -49,6 +49,7 @@ class Estimate:
         fits: whether device and host memory suffice.
         memory_budget_bytes: what the peak is held against.
         host_bytes: host memory per device.
+        cached_bytes: what the allocator keeps beyond the peak as long as there is room: a process shows it and does not need it.
         usd_per_step, joules_per_step: over all devices; None without a price.
         interval: what holds 80 % of measurements of such plans, ``step_time_s`` and ``peak``: lowest and highest; None in plans
             that were written without one.
@@ -68,6 +69,7 @@ class Estimate:
     host_bytes: float
     joules_per_step: float
     usd_per_step: float | None = None
+    cached_bytes: float = 0.0
     interval: Mapping[str, Sequence[float]] | None = None
     oom_probability: float | None = None
     provenance: Mapping[str, Any] | None = None

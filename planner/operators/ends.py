@@ -1,6 +1,7 @@
 """What stands before and behind the layers: lookups, final norms, projection to the vocabulary, cross-entropy.
 
-Source of multi-token prediction: DeepSeek-V3 (arXiv:2412.19437) §2.2; Megatron-Core ``transformer/multi_token_prediction.py``.
+Sources: vocabulary-parallel cross-entropy, Megatron-Core ``tensor_parallel/cross_entropy.py``; multi-token prediction,
+DeepSeek-V3 (arXiv:2412.19437) §2.2, Megatron-Core ``transformer/multi_token_prediction.py``.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def _predict(graph: Graph) -> None:
     graph.save("head.input", graph.residual, "norm")
     if not graph.training:
         return
-    # Eager cross-entropy keeps the logits and a separate gradient in fp32 (softmax, then its backward).
+    # Megatron's eager cross-entropy casts the logits to fp32 and turns them into the softmax, and that into their gradient, in
+    # place; beside it are the logits as the product left them, then their gradient for the product's backward.
     logits = "batch*seq*vocab"
     graph.stream("head.cross_entropy", logits, 3.0, 3.0, tags={"loss"}, launches=3.0, kind="fp32")
-    for what in ("head.logits", "head.logits_gradient"):
-        graph.transient(what, logits, "logits", "loss", "fp32")
+    graph.transient("head.logits", logits, "logits", "loss", "fp32")
+    graph.transient("head.logits_gradient", logits, "logits", "loss", "activation")

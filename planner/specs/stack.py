@@ -30,7 +30,7 @@ from planner.errors import Problem, SpecError
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
-from planner.specs.sourced import read_sourced
+from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
 
@@ -93,6 +93,10 @@ class Stack:
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
+        bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
+            the gradients' and the weights' own buffers. None means nothing of the sort below as well.
+        update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
+        stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
@@ -111,6 +115,9 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    bucket_copies: Sourced | None = None
+    update_bytes_per_parameter: Sourced | None = None
+    stage_tensors: Sourced | None = None
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[Serves, ...] = ()
@@ -133,7 +140,9 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
         path = _folder() / f"{path.name}.toml"
     reader = Reader(_merged(path, ()), str(path))
     constants = [field.name for field in fields(Stack) if field.type == Sourced.__name__]
-    values = {name: read_sourced(reader, name) for name in constants}
+    values: dict[str, Any] = {name: read_sourced(reader, name) for name in constants}
+    optional = [field.name for field in fields(Stack) if field.type == f"{Sourced.__name__} | None"]
+    values |= {name: read_optional(reader, name) for name in optional}
     stack = Stack(
         name=reader.text("name"),
         notes=reader.text("notes", ""),

@@ -23,6 +23,7 @@ STRENGTH = ("assumed", "fitted", "measured", "datasheet")
 
 Named = tuple[str, Sourced]
 _PEAK = ("framework_bytes", "communicator_bytes", "fragmentation", "gradient_bucket_bytes")
+_PEAK_OF_SOME = ("bucket_copies", "update_bytes_per_parameter", "stage_tensors")
 _MATMUL = ("matmul_tile", "overlap_loss", "split_s", "memory")
 _TILES = ("attention_straggler", "attention_tile", "attention_tile_s", "softmax_flop")
 _ATTENTION = (*_TILES, "overlap_loss", "split_s", "memory")
@@ -43,6 +44,9 @@ def provenance(cluster: Cluster, stack: Stack, spends: Iterable[Spend]) -> dict[
     stack = stack.on_generation(device.generation)
     time = dict(_time_constants(device, cluster, stack, spends))
     peak: dict[str, Sourced] = {f"stack.{name}": getattr(stack, name) for name in _PEAK}
+    peak |= {
+        f"stack.{name}": number for name in _PEAK_OF_SOME if (number := getattr(stack, name)) is not None
+    }
     assumed = sorted(name for name, number in {**time, **peak}.items() if number.kind == "assumed")
     return {"step_time_s": _weakest(time.values()), "peak": _weakest(peak.values()), "assumed": assumed}
 

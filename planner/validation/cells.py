@@ -120,6 +120,12 @@ def _expert_ranks(cells: Cells) -> int:
     return math.gcd(experts, cells.whole("n_devices") // cells.whole("pp"))
 
 
+def _gradients(cells: Cells) -> str:
+    dtype = cells.text("dtype")
+    narrow = ("fp16", "bf16") if "deepspeed" in cells.framework else ("fp16",)
+    return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
+
+
 def _virtual_stages(cells: Cells) -> int:
     stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
     if not cells.row.text("schedule").startswith("interleaved") or cells.whole("pp") == 1 or left:
@@ -180,9 +186,9 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else fp16 with fp16 weights under Megatron-LM and DeepSpeed, fp32 elsewhere",
-        "fp16 gradients are reduced as they are unless fp32 accumulation is asked for",
-        lambda c: "fp16" if c.text("dtype") == "fp16" and c.framework.startswith(_WITH_DROPOUT) else "fp32",
+        "what the stack says; else the weights' 16 bits under DeepSpeed, and under Megatron-LM with fp16 weights; else fp32",
+        "ZeRO counts 2 bytes (arXiv:1910.02054); Megatron-LM adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
+        _gradients,
     ),
     Default(
         "(loss)",
@@ -198,9 +204,9 @@ DEFAULTS = (
     ),
     Default(
         "(dropout)",
-        "active in gelu models under Megatron-LM, Megatron-DeepSpeed and DeepSpeed",
+        "active in gelu models under Megatron and DeepSpeed",
         "their arguments' default of 0.1; off elsewhere",
-        lambda c: not c.gated and c.framework.startswith(_WITH_DROPOUT),
+        lambda c: c.text("mlp") == "gelu" and c.framework.startswith((*_WITH_DROPOUT, "megatron-core")),
     ),
     Default(
         "(biases)",

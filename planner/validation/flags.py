@@ -86,6 +86,8 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
         )
     if flags.says(r"cross.entropy.*fus|fused cross.entropy"):
         knobs["loss_kernel"] = "fused"
+    if flags.values.get("no-gradient-accumulation-fusion", "").lower() == "true":
+        knobs["gradient_accumulation"] = "separate"
     if tp > 1 and flags.says(r"\basync ?tp\b|tp-comm-overlap=true"):
         knobs["tensor_overlap"] = "chunked"
     knobs |= _cuda_graph(flags)

@@ -183,7 +183,8 @@ def _memory(run: Run, predicted: Estimate) -> tuple[float, float]:
         raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
     pools = predicted.memory_bytes
     outside = sum(pools.get(pool, 0.0) for pool in MEMORY_KINDS[kind])
-    return peak_memory_bytes(run.row), pools["peak"] - outside
+    cached = 0.0 if kind == "allocated" else predicted.cached_bytes
+    return peak_memory_bytes(run.row), pools["peak"] - outside + cached
 
 
 def _outcome(run: Run, predicted: Estimate) -> tuple[float, float]:

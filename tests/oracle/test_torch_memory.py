@@ -150,24 +150,12 @@ def kept_result_is_used_up(case):
     return Counter({("layer", "work"): -BYTES[case["precision"]] * hidden})
 
 
-def sharded_loss_has_more_copies(case):
-    """Over a sharded vocabulary, probabilities are a fourth fp32 copy of the logits; a token has 33 bytes of indices and masks.
+def sharded_loss_has_indices_and_masks(case):
+    """Over a sharded vocabulary, a token has 33 bytes of them.
 
     Three int64, two fp32, one bool (torch/distributed/tensor/parallel/loss.py).
     """
-    if case["tp"] == 1:
-        return Counter()
-    logits = 4 * TOKENS * MODELS[case["model"]]["vocab"] // case["tp"]
-    return Counter({("head", "work"): logits + 33 * TOKENS})
-
-
-def head_is_sharded_again_before_the_loss(case):
-    """While the loss is computed, the head's weights are not whole; in the ledger, all that a block needs is there at once."""
-    if not case["fsdp"]:
-        return Counter()
-    dims = MODELS[case["model"]]
-    head = dims["hidden"] * (1 if dims["llama"] else 2) + dims["hidden"] * dims["vocab"] // case["tp"]
-    return Counter({("head", "gathered"): -(8 if case["fsdp"] == "reshard" else 4) * head})
+    return Counter({("head", "work"): 33 * TOKENS}) if case["tp"] > 1 else Counter()
 
 
 def gradients_inside_a_layer(case):
@@ -206,8 +194,7 @@ KNOWN = (
     input_stays_beside_its_copy,
     kept_result_is_used_up,
     gradients_inside_a_layer,
-    sharded_loss_has_more_copies,
-    head_is_sharded_again_before_the_loss,
+    sharded_loss_has_indices_and_masks,
 )
 
 

@@ -185,6 +185,9 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "fp8_rowwise"}, {"precision": "fp8"}),
         ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
+        ({"dtype": "bf16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp32"}),
+        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "bf16"}),
+        ({"other_flags": "no-gradient-accumulation-fusion=True"}, {"gradient_accumulation": "separate"}),
         ({"other_flags": "FSDP mixed_precision=PURE"}, {"gradient_dtype": "bf16"}),
         ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),
         ({"offload": "activations:20"}, {"activation_offload": "cpu", "activation_offload_layers": 20}),
@@ -232,8 +235,27 @@ def test_printed_networks(row, text, bytes_per_s):
 
 
 def test_the_stack_follows_framework_and_date(row):
-    old = run_of(row(framework="Megatron-LM", measured_date="2021")).problem
-    assert (old.stack.name, run_of(row()).problem.stack.name) == ("megatron-eager", "default")
+    cells = ({"framework": "Megatron-LM", "measured_date": "2021"}, {"measured_date": "2024"}, {})
+    stacks = [run_of(row(**changed)).problem.stack.name for changed in cells]
+    assert stacks == ["megatron-eager", "default", "megatron-core"]
+
+
+def test_gpts_under_megatron_drop_out_as_its_arguments_default_to(row):
+    # --attention-dropout and --hidden-dropout are 0.1 (megatron/training/arguments.py); recipes of Llama set them to 0.
+    gpt = {
+        "mlp": "gelu",
+        "hidden": "2048",
+        "ffn_hidden": "8192",
+        "n_heads": "16",
+        "n_kv_heads": "",
+        "head_dim": "",
+        "model": "G",
+    }
+    found = [
+        run_of(row(**cells)).problem.model.dropout
+        for cells in (gpt, gpt | {"framework": "PyTorch FSDP2"}, {})
+    ]
+    assert found == [True, False, False]
 
 
 def test_defaults_that_were_taken_are_told(row):

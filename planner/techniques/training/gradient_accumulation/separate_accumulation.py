@@ -59,7 +59,7 @@ TECHNIQUE = Technique(
         Knob(
             "gradient_accumulation",
             "whether the weight-gradient product accumulates in place",
-            ("fused", "separate"),
+            ("fused", "placeholders", "separate"),
             "fused",
         ),
     ),

@@ -2,7 +2,7 @@
 
 What it does: ``fused`` writes the gradient of the logits over the logits in one kernel; ``linear_fused`` also computes the
     projection in V/h chunks of tokens, so that the logits at hand are never larger than the hidden states.
-Saves: one of two fp32 copies of the logits (4sbV/t bytes), or both but for a chunk; 4 of 6 passes over them.
+Saves: the 16-bit copy beside the fp32 logits (2 of 6sbV/t bytes), or both but for a chunk; 4 of 6 passes over them.
 Costs: ``linear_fused`` computes the projection's backward in the forward, chunk by chunk (same FLOP).
 Assumes: logits and loss in fp32; efficiency of the chunked projection as of the whole.
 Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.3; Megatron-Core ``--cross-entropy-loss-fusion``; Hsu et al. 2024 (Liger
@@ -81,7 +81,7 @@ TECHNIQUES = (
         "eager_cross_entropy",
         "Eager cross-entropy",
         "eager",
-        "Logits and their gradient in fp32",
+        "Softmax in place of fp32 logits, beside them in 16 bits",
         kind="baseline",
         searched=False,
     ),

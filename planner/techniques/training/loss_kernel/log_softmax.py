@@ -4,10 +4,11 @@ What it does: the projection writes 16-bit logits; they are cast to fp32, log-so
     loss reads those of the targets. Backward, the loss writes a gradient of whole size, log-softmax turns it into that of the
     logits, which is cast back.
 Saves: nothing; it is what ``functional.cross_entropy(logits.float(), targets)`` does without a compiler.
-Costs: three fp32 copies of the logits at once, 12sbV/t bytes: log-probabilities, their gradient, the logits' gradient.
+Costs: three fp32 copies of the logits at once, 12sbV/t bytes: log-probabilities, their gradient, the logits' gradient; over a
+    sharded vocabulary probabilities as well, 16sbV/t.
 Assumes: 16-bit logits are freed before the backward; the loss reads of the log-probabilities only those of the targets.
 Source: PyTorch ``tools/autograd/derivatives.yaml`` (_log_softmax saves its result, nll_loss_backward writes a gradient of its
-    input's size).
+    input's size); sharded vocabulary: ``torch/distributed/tensor/parallel/loss.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Item, Ledger, Matmul, Resident, Stream
+from planner.ledger import Item, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -41,18 +42,33 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         moved = 4.0 * _FP32_PASSES[item.phase] + cast_bytes
         return replace(item, bytes_per_element=moved, launches=2.0 + bool(cast_bytes), by="log_softmax")
 
-    def gradients() -> Iterator[Item]:
-        for item in ledger.of(Resident):
-            if item.what == "head.logits_gradient":
-                yield replace(item, what="head.log_probabilities_gradient", by="log_softmax")
+    def wide(item: Resident) -> Item | None:
+        gradient = item.what == "head.logits_gradient"
+        return replace(item, bytes_per_element=4.0, by="log_softmax") if gradient else None
 
-    return ledger.edit(Matmul, product).edit(Stream, kernels).add(gradients())
+    def copies() -> Iterator[Item]:
+        for item in ledger.of(Resident):
+            if item.what == "head.logits":
+                yield replace(item, what="head.log_probabilities_gradient", by="log_softmax")
+                # Too small for the fp32 tensors behind it, an allocator keeps the memory of the 16-bit logits.
+                yield replace(
+                    item,
+                    what="head.narrow_logits",
+                    bytes_per_element=width,
+                    lifetime="freed",
+                    by="log_softmax",
+                )
+                size = times(item.size, "sharded_vocabulary")
+                yield replace(item, what="head.probabilities", size=size, by="log_softmax")
+
+    ledger = ledger.set_axes(sharded_vocabulary=(ctx.mesh.tp > 1).astype(float))
+    return ledger.edit(Matmul, product).edit(Stream, kernels).edit(Resident, wide).add(copies())
 
 
 def _copies(subject: Pass) -> float:
     """fp32 copies of the logits that are there at once."""
     ledger, _ = figures.run("loss_kernel", subject, model="llama3-8b", seq=8192, loss_kernel="log_softmax")
-    held = figures.total_bytes(ledger, ledger.of(Resident, pool="logits"))
+    held = figures.total_bytes(ledger, ledger.of(Resident, pool="logits", lifetime="block"))
     return held / (4.0 * 8192 * 128256)
 
 

@@ -49,6 +49,17 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 weights, what=f"{what}moments", pool="optimizer", tags=tags, bytes_per_element=moments
             )
             added.append(replace(states, by="optimizer_bytes"))
+        if beside := ctx.stack.update_bytes_per_parameter:
+            size = times(weights.size, f"/zero_{mesh_of(weights)}")
+            held = replace(
+                weights,
+                what=f"{what}update",
+                tags=tags | {"update"},
+                size=size,
+                pool="workspace",
+                lifetime="step",
+            )
+            added.append(replace(held, bytes_per_element=beside.value, by="optimizer_bytes"))
         # Where weights are their own masters, they are read as well as written.
         touched = optimizer_touched_bytes(moments + master, gradient, weight if master else 2 * weight)
         for kernel, n_bytes in (("update", touched + _NORMS.get(kind, 0.0)), ("gradient_norm", gradient)):

@@ -57,7 +57,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 **common,
             ),
         ]
-    replaced = set(map(id, updates))
+    replaced = {*map(id, updates), *map(id, ledger.of(Resident, lifetime="step"))}
     return ledger.drop(lambda item: id(item) in replaced).edit(Resident, offload).add(added)
 
 

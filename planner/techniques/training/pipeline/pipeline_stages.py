@@ -12,10 +12,11 @@ Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
-from planner.ledger import Collective, Group, Item, Ledger, Resident
+from planner.ledger import Collective, Group, Item, Ledger, Resident, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -52,7 +53,21 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             )
         )  # fmt: skip
         ledger = ledger.set_axes(tied_copy=(pp > 1).astype(float))
-    return ledger.add(added)
+    return _stage_tensors(ledger.add(added), ctx)
+
+
+def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
+    """Inputs and outputs that the software holds besides per micro-batch in flight, dealt to a stage's layers."""
+    count, layers = ctx.stack.stage_tensors, ctx.model.n_layers + sum(n for _, n in ctx.model.encoder_layers)
+    if count is None:
+        return ledger
+    inputs = [item for item in ledger.of(Resident, lifetime="micro_batch") if item.what == "norm1.input"]
+    held = [
+        replace(i, what="stage.tensors", tags=i.tags - {"saved"}, size=times(i.size, "stage_tensors"))
+        for i in inputs
+    ]
+    share = np.where(ctx.mesh.pp > 1, count.value * ctx.mesh.pp / layers, 0.0)
+    return ledger.set_axes(stage_tensors=share).add(replace(item, by="pipeline_stages") for item in held)
 
 
 def _message(subject: Pass) -> float:

@@ -15,12 +15,18 @@ from planner.ledger import Ledger
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.zero_stage.states import synchronise, whole_update, with_degrees
+from planner.techniques.training.zero_stage.states import (
+    synchronise,
+    whole_update,
+    with_buckets,
+    with_degrees,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Adds the bucketed all-reduce."""
-    return whole_update(with_degrees(ledger, ctx)).add(synchronise(ledger, ctx, "all_reduce", "dp_ddp"))
+    traffic = synchronise(ledger, ctx, "all_reduce", "dp_ddp")
+    return with_buckets(whole_update(with_degrees(ledger, ctx)), ctx, "dp_ddp").add(traffic)
 
 
 def _volume(subject: Pass) -> float:

@@ -7,12 +7,15 @@ faster), and undone where states are whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Kernel, Ledger, Matmul, Resident, Stream, times
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
+from planner.specs.parameters import parameter_count
 from planner.technique import Context
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "synchronise",
     "whole",
     "whole_update",
+    "with_buckets",
     "with_degrees",
+    "with_whole",
 ]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
@@ -64,24 +69,40 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         *gather_weights(ledger, ctx, by, phase="forward", track="gather"),
         *gather_weights(ledger, ctx, by, phase="backward", track="gather"),
         *synchronise(ledger, ctx, "reduce_scatter", by, phase="backward", track="gather"),
-        *whole(ledger, "parameters", by, copies=2.0),
-        *whole(ledger, "gradients", by),
     ]
-    return shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
+    buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
+    sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
+    return with_whole(sharded, buffers)
 
 
 def whole_update(ledger: Ledger) -> Ledger:
     """Every rank updates all of its weights."""
 
-    def unshard(item: Kernel) -> Item | None:
+    def unshard(item: Item) -> Item | None:
         suffix = f"/zero_{mesh_of(item)}"
         if "update" not in item.tags:
             return None
-        if isinstance(item, Stream):
+        if isinstance(item, Stream | Resident):
             return replace(item, size=item.size.replace(suffix, ""))
         return replace(item, groups=item.groups.replace(suffix, "")) if isinstance(item, Matmul) else None
 
-    return ledger.edit(Kernel, unshard)
+    return ledger.edit(Item, unshard)
+
+
+def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Adds the copies of a bucket that the software holds beside the gradients, dealt to a device's blocks by their gradients."""
+    copies, bucket = ctx.stack.bucket_copies, ctx.stack.gradient_bucket_bytes.value
+    if copies is None:
+        return ledger
+    held = parameter_count(ctx.model) / (ctx.mesh.tp * ctx.mesh.pp) * dtype_bytes(ctx.gradient_dtype)
+    several = ctx.mesh.dp * ctx.mesh.cp > 1
+    buffers = [
+        replace(
+            item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by
+        )
+        for item in ledger.of(Resident, pool="gradients", lifetime="always")
+    ]
+    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket / held, 1.0)).add(buffers)
 
 
 def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[Resident]:
@@ -97,6 +118,22 @@ def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[R
                 bytes_per_element=size,
                 by=by,
             )
+
+
+def with_whole(ledger: Ledger, buffers: Sequence[Resident]) -> Ledger:
+    """Adds :func:`whole` buffers. The head's are not there while its loss holds the logits: of both, the larger counts."""
+
+    def n_bytes(items: Iterable[Resident]) -> Array:
+        return np.asarray(sum(ledger.axes[item.size] * item.bytes_per_element for item in items))
+
+    logits = [item for item in ledger.of(Resident, block="head", pool="logits") if item.lifetime == "block"]
+    head = [item for item in buffers if item.block == "head"]
+    if not (logits and head):
+        return ledger.add(buffers)
+    beside = np.maximum(1.0 - n_bytes(logits) / np.maximum(n_bytes(head), 1.0), 0.0)
+    others = [item for item in buffers if item.block != "head"]
+    resized = [replace(item, size=times(item.size, "beside_logits")) for item in head]
+    return ledger.set_axes(beside_logits=beside).add([*others, *resized])
 
 
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:

@@ -14,7 +14,13 @@ from __future__ import annotations
 from planner.ledger import Item, Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
-from planner.techniques.training.zero_stage.states import gather_weights, shard, synchronise, whole
+from planner.techniques.training.zero_stage.states import (
+    gather_weights,
+    shard,
+    synchronise,
+    whole,
+    with_whole,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -22,9 +28,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     added: list[Item] = [
         *synchronise(ledger, ctx, "reduce_scatter", "zero2", phase="backward", track="reduce"),
         *gather_weights(ledger, ctx, "zero2"),
-        *whole(ledger, "gradients", "zero2"),
     ]
-    return shard(ledger, ctx, ("optimizer", "gradients"), "zero2").add(added)
+    buffers = [*whole(ledger, "gradients", "zero2")]
+    return with_whole(shard(ledger, ctx, ("optimizer", "gradients"), "zero2").add(added), buffers)
 
 
 TECHNIQUE = Technique(

@@ -1,0 +1,113 @@
+"""What training software holds besides states and activations: loss, update, buckets, pipeline tensors, allocator."""
+
+import pytest
+
+import planner
+from planner.ledger import Resident
+from planner.specs.parameters import parameter_count
+from planner.techniques import figures
+
+LLAMA = planner.load_model("llama3-8b")
+VOCABULARY, HIDDEN, LAYERS = 128256, 4096, 32  # Llama 3 8B, config.json
+TOKENS = 8192
+
+
+def estimate(stack, cluster="h100-sxm:1x8", seq_len=256, **fixed):
+    """Llama 3 8B with full recompute."""
+    fixed = {
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "micro_batch_size": 1,
+        "zero_stage": "1",
+        "recompute": "full",
+        **fixed,
+    }
+    workload = planner.TrainWorkload(global_batch_size=64, seq_len=seq_len)
+    return planner.estimate(
+        planner.Problem(
+            LLAMA, planner.load_cluster(cluster), workload, planner.load_stack(stack), fixed=fixed
+        )
+    ).estimate
+
+
+def logits_bytes(loss, **degrees):
+    """Bytes per logit that a rank holds, at most."""
+    subject = next(t.apply for t in figures_of("loss_kernel") if loss in t.choices)
+    ledger, _ = figures.run("loss_kernel", subject, model=LLAMA, seq=TOKENS, loss_kernel=loss, **degrees)
+    held = figures.total_bytes(ledger, ledger.of(Resident, pool="logits", lifetime="block"))
+    return held * degrees.get("tp", 1) / (TOKENS * VOCABULARY)
+
+
+def figures_of(slot):
+    from planner.technique import discover
+
+    return [technique for technique in discover().values() if technique.slot == slot]
+
+
+@pytest.mark.parametrize(
+    ("loss", "tp", "n_bytes"),
+    [
+        # Megatron-Core's tensor_parallel/cross_entropy.py: logits in bf16, and their cast to fp32, which becomes the softmax and
+        # the gradient in place.
+        ("eager", 1, 2 + 4),
+        ("eager", 2, 2 + 4),
+        # PyTorch: log-probabilities and two gradients in fp32; over a sharded vocabulary the softmax as well
+        # (torch/distributed/tensor/_ops/_math_ops.py).
+        ("log_softmax", 1, 3 * 4),
+        ("log_softmax", 2, 4 * 4),
+    ],
+)
+def test_bytes_per_logit(loss, tp, n_bytes):
+    assert logits_bytes(loss, tp=tp) == pytest.approx(n_bytes)
+
+
+def test_zero_1_of_deepspeed_holds_22_bytes_per_parameter_on_one_rank():
+    # Weights, gradients and their flat copy 2 bytes each, gradients in fp32 4, states 12 (deepspeed/runtime/bf16_optimizer.py).
+    found = estimate("megatron-deepspeed", "h100-sxm:1x1", gradient_dtype="bf16")
+    outside = found.memory_bytes["framework"]
+    assert (found.memory_bytes["peak"] - outside) / parameter_count(LLAMA) == pytest.approx(22.0)
+
+
+def test_an_update_needs_memory_only_beyond_what_the_passes_have_freed():
+    # 6 bytes of 8.03e9/8 parameters are 6.02e9; activations and workspace of 32 sequences of 8192 exceed them.
+    short, long = (estimate("megatron-deepspeed", seq_len=seq, gradient_dtype="bf16") for seq in (256, 8192))
+    held = ("activations", "workspace", "fragmentation", "update")
+    assert sum(short.memory_bytes.get(pool, 0.0) for pool in held) == pytest.approx(6 * 8.03e9 / 8, rel=1e-3)
+    assert "update" not in long.memory_bytes
+
+
+def test_buckets_are_no_larger_than_the_gradients_and_only_between_replicas():
+    # Llama 3 8B's 16-bit gradients are 16.1e9 bytes, a bucket 1e9 (deepspeed/runtime/bf16_optimizer.py and zero/config.py);
+    # over 32 stages a device has half a bucket of them on average.
+    stack = planner.load_stack("megatron-deepspeed")
+    copies = stack.bucket_copies.value
+
+    def buckets(**fixed):
+        return estimate(stack.name, gradient_dtype="bf16", **fixed).memory_bytes.get("buffers", 0.0)
+
+    assert buckets() == pytest.approx(copies * 1e9)
+    assert buckets(cluster="h100-sxm:1x1") == 0.0
+    least = copies * (parameter_count(LLAMA) - 2 * VOCABULARY * HIDDEN) * 2 / 32
+    assert buckets(cluster="h100-sxm:8x8", pp=32) >= least > 0.0
+
+
+def test_a_stage_that_frees_nothing_holds_its_output_per_micro_batch_in_flight():
+    # Before Megatron-Core's deallocate_pipeline_outputs: a tensor of 8192 x 4096 x 2 bytes for each of four micro-batches on
+    # the first of four stages, and none without stages.
+    def activations(pp, stack):
+        found = estimate(stack, seq_len=TOKENS, pp=pp, attention_kernel="flash", recompute="none")
+        return found.memory_bytes["activations"]
+
+    differences = [activations(pp, "megatron-eager") - activations(pp, "default") for pp in (1, 4)]
+    assert differences == pytest.approx([0.0, 4 * TOKENS * HIDDEN * 2])
+
+
+def test_what_an_allocator_keeps_is_bounded_by_the_device():
+    roomy = estimate("pytorch-fsdp", seq_len=TOKENS, zero_stage="fsdp", micro_batch_size=1)
+    tight = estimate("pytorch-fsdp", seq_len=TOKENS, zero_stage="fsdp", micro_batch_size=4)
+    # The logits' 16 bits, freed before tensors come that are larger than they.
+    assert roomy.cached_bytes >= TOKENS * VOCABULARY * 2
+    assert tight.cached_bytes == pytest.approx(
+        max(tight.memory_budget_bytes - tight.memory_bytes["peak"], 0.0)
+    )
