@@ -17,9 +17,11 @@ import argparse
 import json
 import re
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import exp, log
 from pathlib import Path
 
@@ -61,8 +63,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("pytorch-fsdp", "hopper", "attention_slowdown"),
     ("pytorch-fsdp", "", "overlap_slowdown"),
 )
-_CHAINS = {"megatron-bridge": ("default",), "megatron-eager": ("default",), "megatron-deepspeed": ("megatron-eager", "default"),
-           "internlm": ("default",), "pytorch-fsdp": ("default",), "default": ()}  # fmt: skip
 _SPREAD = 0.35  # of the prior, in logarithms
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 4
@@ -82,7 +82,7 @@ class Row:
         generation = self.run.problem.cluster.device.generation
         stack = self.run.problem.stack.name
         found: dict[str, Key] = {}
-        for name in (stack, *_CHAINS[stack]):
+        for name in (stack, *_chain(stack)):
             for where in (generation, ""):
                 for key in CONSTANTS:
                     if key[:2] == (name, where):
@@ -100,6 +100,13 @@ class Row:
             if key in values
         }
         return replace(self.run, problem=replace(problem, stack=replace(stack, on={}, **set_)))
+
+
+@cache
+def _chain(stack: str) -> tuple[str, ...]:
+    """The stacks that a stack extends, nearest first."""
+    under = tomllib.loads((hardware_folder() / "stacks" / f"{stack}.toml").read_text()).get("extends")
+    return () if under is None else (under, *_chain(under))
 
 
 def main() -> None:
@@ -232,7 +239,7 @@ def _above(key: Key) -> int:
     wider = [(stack, "", name)] if generation else []
     wider += [
         (other, where, name)
-        for other in _CHAINS[stack]
+        for other in _chain(stack)
         for where in ((generation, "") if generation else ("",))
     ]
     return next((CONSTANTS.index(other) for other in wider if other in CONSTANTS), -1)

@@ -73,11 +73,16 @@ def test_models_that_differ_widen_the_interval():
 
 
 def test_shipped_intervals_hold_on_models_left_out():
-    """80 % intervals hold 75 to 85 % of the runs of a model that neither constants nor intervals have seen."""
-    for residuals in (time_residuals(load_published_runs()), peak_residuals(load_published_runs())):
+    """80 % intervals hold 75 to 85 % of the runs of a model that neither constants nor intervals have seen.
+
+    Widths are held to four median errors for time. Peaks of half of the 88 runs are within 2 %, of a tenth more than 10 % off:
+    an interval for both is ten median errors wide, and few runs tell them apart.
+    """
+    runs = load_published_runs()
+    for residuals, widest in ((time_residuals(runs), 4.0), (peak_residuals(runs), 10.0)):
         found = left_out(residuals, "model")
         assert 0.75 <= found.held <= 0.85, REGENERATE
-        assert found.widths_per_error <= 4.0, REGENERATE
+        assert found.widths_per_error <= widest, REGENERATE
 
 
 def test_shipped_residuals_are_the_fit_of_the_shipped_runs():
