@@ -22,6 +22,7 @@ from planner.specs.formats import FORMATS, Format
 if TYPE_CHECKING:
     from planner.ledger import Array, Index, Ledger
     from planner.mesh import Mesh
+    from planner.schedule.order import Generator
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
     from planner.specs.stack import Stack
@@ -197,7 +198,7 @@ class Technique:
         default: whether its first choice is the slot's default.
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
-        order: for a schedule, the name of its order generator; for a collective, of its algorithm.
+        order: for a schedule, its order generator, or the name of one; for a collective, the name of its algorithm.
         searched: whether the search tries it without being asked.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
@@ -216,13 +217,18 @@ class Technique:
     figures: tuple[Figure, ...] = ()
     valid: Callable[[Context], Iterable[Check]] = _no_checks
     apply: Callable[[Ledger, Context], Ledger] = _identity
-    order: str = ""
+    order: Generator | str = ""
     searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
 
     @property
+    def edits(self) -> bool:
+        """Whether its pass does anything to a ledger."""
+        return self.apply is not _identity
+
+    @property
     def subject(self) -> Any:
-        """What its figures exercise: the pass, or the name of the order."""
+        """What its figures exercise: the pass, or the order."""
         return self.order or self.apply
 
     @property

@@ -192,6 +192,8 @@ def _messages(order: Order) -> tuple[Ints, Ints, Ints]:
     sender = np.where(source >= 0, order.device_of_stage[source], own)
     remote = sender != own
     sent = np.where(remote, position[kind, source, order.micro_batch], -1)
+    if order.leaves_after is not None:
+        sent = sent + np.where(remote, order.leaves_after[sender, sent], 0)
     hop = np.where(remote, np.where(kind == Op.F, source, stage), n_virtual)
     assert (order.device_of_stage[stage] == own).all(), "an operation runs where its stage lives"
     assert (sent[remote] >= 0).all(), "every message has a sender"

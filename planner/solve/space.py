@@ -21,11 +21,12 @@ from planner.errors import SpecError, did_you_mean
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.pipeline import LAYOUT_NAMES
+from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 
-__all__ = ["DEGREES", "Choice", "Rows", "Space"]
+__all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
 
 DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch_size")
 _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
@@ -38,6 +39,12 @@ class Choice:
 
     value: str
     technique: Technique | None
+
+
+def order_of(schedule: Choice) -> Generator:
+    """The order that a schedule's choice brings."""
+    assert schedule.technique is not None
+    return generator_of(schedule.technique.order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -65,6 +65,11 @@ class BranchTables:
         """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values
 
+    def under(self, schedule: Choice, state: int, recompute: int, swap: int, rows: Index) -> Array:
+        """The table of a branch under a schedule that edits the ledger, on some rows."""
+        recipe = {**self.branches.recipe(state, recompute, swap), "schedule": schedule}
+        return self._change(recipe).values[rows]
+
     def _parts(self, state: int, recompute: int, swap: int) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
         key = (state, recompute, swap)

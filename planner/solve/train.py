@@ -14,6 +14,7 @@ from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.schedule.order import Generator
 from planner.solve.branches import Faults
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.ranking import Ranking
@@ -200,7 +201,7 @@ def _layers(fixed: Mapping[str, Any], recipe: Mapping[str, Choice], layout: Layo
 
 def _reprice(batch: list[Scored], global_batch_size: int) -> list[float]:
     """Exact step times; candidates that share an order are priced together."""
-    groups: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    groups: dict[tuple[int, Generator, int], list[int]] = defaultdict(list)
     for index, scored in enumerate(batch):
         groups[id(scored.layout), scored.schedule, scored.micro_batches(global_batch_size)].append(index)
     times = np.empty(len(batch))
