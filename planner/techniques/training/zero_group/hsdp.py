@@ -138,6 +138,7 @@ TECHNIQUES = (
         slot="zero_group",
         choices=("ranks",),
         searched=False,  # any divisor of the replicas: the domain is where traffic changes
+        asked=True,
         source=_SOURCE,
         summary="States sharded over so many neighbouring ranks, replicated across",
         knobs=(

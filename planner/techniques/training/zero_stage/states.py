@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
 from planner.specs.parameters import parameter_count
-from planner.technique import Context
+from planner.technique import Check, Context
 
 __all__ = [
     "MESHES",
+    "accumulated",
     "gather_weights",
     "mesh_of",
     "shard",
@@ -34,6 +36,14 @@ __all__ = [
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
+
+
+def accumulated(ctx: Context) -> Iterable[Check]:
+    """Stages that shard what the step's end leaves need something to be left."""
+    yield Check(
+        "an update inside the backward leaves ZeRO stages 1 and 2 nothing to shard",
+        (ctx.mesh.dp * ctx.mesh.cp == 1) | (ctx.knobs.get("optimizer") not in FUSED_UPDATES),
+    )
 
 
 def with_degrees(ledger: Ledger, ctx: Context) -> Ledger:
@@ -155,10 +165,12 @@ def _collectives(
     bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
     return [
         Collective(
-            what=f"{mesh}_{pool}.{kind}", block=item.block, tags=item.tags | {pool, mesh, "data_parallel"}, by=by,
-            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
+            what=f"{mesh}_{pool}.{kind}", block=item.block, by=by, kind=kind,
+            tags=(item.tags - {"parameters"}) | {pool, mesh, "data_parallel"},
+             group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
             messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
         )
-        for item in ledger.of(Resident, pool=pool)
+        for item in ledger.of(Resident, pool="parameters")
+        if pool == "parameters" or "frozen" not in item.tags  # every trained weight has a gradient
         if (mesh := mesh_of(item)) is not None
     ]  # fmt: skip
