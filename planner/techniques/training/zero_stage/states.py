@@ -7,7 +7,7 @@ faster), and undone where states are whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "with_buckets",
     "with_degrees",
     "with_whole",
+    "within",
 ]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
@@ -144,6 +145,34 @@ def with_whole(ledger: Ledger, buffers: Sequence[Resident]) -> Ledger:
     others = [item for item in buffers if item.block != "head"]
     resized = [replace(item, size=times(item.size, "beside_logits")) for item in head]
     return ledger.set_axes(beside_logits=beside).add([*others, *resized])
+
+
+def within(
+    ledger: Ledger,
+    ctx: Context,
+    sizes: Mapping[str, Array],
+    name: str,
+    by: str,
+    where: Callable[[Collective], bool] = lambda item: True,
+) -> Ledger:
+    """Shrinks the groups of data-parallel collectives to so many neighbouring ranks of each.
+
+    Args:
+        ledger: the ledger.
+        ctx: its context.
+        sizes: ranks that remain, by the name of the whole group.
+        name: of the smaller groups.
+        by: key of the technique.
+        where: which collectives.
+    """
+
+    def shrink(item: Collective) -> Item | None:
+        of = item.group.name
+        if "data_parallel" not in item.tags or of not in sizes or not where(item):
+            return None
+        return replace(item, group=ctx.mesh.subgroup(of, f"{of}.{name}", sizes[of], inner=True), by=by)
+
+    return ledger.edit(Collective, shrink)
 
 
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
