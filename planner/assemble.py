@@ -195,6 +195,9 @@ def assemble(
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
         assumptions=(*assumptions(problem), weakest_text(judged["provenance"])),
         stack=problem.stack.name,
+        permissions=tuple(
+            sorted({need for c in recipe.values() if c.technique for need in c.technique.needs})
+        ),
     )
     return Assembly(
         plan, ledger, table, spends, layout, order, device, micro_batches, recompute_layers, devices

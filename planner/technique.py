@@ -61,6 +61,8 @@ SLOTS = (
     "optimizer",
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
+    "synchronisation",  # how often replicas agree, and who with whom
+    "compression",  # what travels between them in place of whole gradients and weights
     "recompute",
     "optimizer_offload",
     "activation_offload",
@@ -199,7 +201,11 @@ class Technique:
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
         order: for a schedule, its order generator, or the name of one; for a collective, the name of its algorithm.
-        searched: whether the search tries it without being asked.
+        searched: whether the search tries it without being asked; the others it tries where everything is to be explored.
+        asked: whether only a plan that names it has it: another job than training all weights in full, a detail to be given, or
+            software that does what the usual choice does and more.
+        needs: permissions without which no plan has it (:data:`planner.specs.problem.PERMISSIONS`).
+        moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
 
@@ -219,6 +225,9 @@ class Technique:
     apply: Callable[[Ledger, Context], Ledger] = _identity
     order: Generator | str = ""
     searched: bool = True
+    asked: bool = False
+    needs: tuple[str, ...] = ()
+    moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
 
     @property
@@ -247,6 +256,7 @@ class Technique:
             "status": self.status,
             "source": self.source,
             "summary": self.summary,
+            "needs": list(self.needs),
             "knobs": [knob.name for knob in self.knobs],
             "figures": [
                 {"what": f.what, "published": f.published, "tolerance": f.tolerance, "source": f.source}

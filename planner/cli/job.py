@@ -60,6 +60,8 @@ _PROBLEM_FLAGS = {
     "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour",
     "deadline_s": "--deadline",
+    "allowed": "--allow",
+    "explore": "--explore",
 }
 
 
@@ -110,6 +112,14 @@ class JobOptions:
         list[str] | None,
         _option(
             "--forbid", text="No plan may match this, e.g. '*_offload' or tp=16. Repeatable.", metavar="GLOB"
+        ),
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        _option(
+            "--allow",
+            text="Plans may do this, though it changes the result of training: staleness, lossy. Repeatable.",
+            metavar="PERMISSION",
         ),
     ] = None
     precision: Annotated[
@@ -170,7 +180,11 @@ class JobOptions:
         return any((self.model, self.cluster, self.global_batch, self.seq_len))
 
     def problems(
-        self, extra: Sequence[Fault] = (), deadline_s: float | None = None, base: Described | None = None
+        self,
+        extra: Sequence[Fault] = (),
+        deadline_s: float | None = None,
+        base: Described | None = None,
+        explore: str = "likely",
     ) -> list[Problem]:
         """One problem per cluster.
 
@@ -178,6 +192,7 @@ class JobOptions:
             extra: faults that the caller has found already, to be reported with the others.
             deadline_s: by when the run must be done.
             base: a job described elsewhere; what the options say goes before it.
+            explore: which choices to search (:data:`planner.specs.problem.EXPLORE`).
 
         Raises:
             SpecError: everything that is wrong with the options.
@@ -207,12 +222,17 @@ class JobOptions:
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, deadline_s=deadline_s, flags=_PROBLEM_FLAGS,
+                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=explore,
+                flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip
         raise_if_any(faults)
         return [problem for problem in found if problem is not None]
+
+    def _allowed(self) -> tuple[str, ...]:
+        """Permissions, each once, whether given one by one or joined by commas."""
+        return tuple(dict.fromkeys(name for text in self.allow or () for name in read_list(text)))
 
     def _clusters(self, faults: list[Fault]) -> list[Cluster]:
         if not self.cluster:

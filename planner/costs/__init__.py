@@ -99,6 +99,7 @@ from planner.costs.offload import (
     zero_offload_step_s,
 )
 from planner.costs.optimizer import (
+    FUSED_UPDATES,
     KNOWN_OPTIMIZERS,
     muon_flop,
     muon_overhead,
@@ -144,6 +145,7 @@ from planner.costs.tensor_parallel import (
 __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
+    "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
     "Level",
     "MessageCost",

@@ -53,6 +53,10 @@ class Branches:
             (swap for swap in swaps if self._possible(swap)),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
+        self.moved = {
+            pool for swap in self.swaps for c in swap.values() if c.technique for pool in c.technique.moves
+        }
+        """Pools that some swap takes off the device."""
         some = [i for i, c in enumerate(self.recomputes) if c.technique is not None and not self.by_layers(c)]
         none = [i for i, c in enumerate(self.recomputes) if c.technique is None]
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]

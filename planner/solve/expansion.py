@@ -159,13 +159,13 @@ class Expansion:
         return width
 
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
+        """Jobs that exceed the device by what no recompute or swap of the space moves: gradients, optimizer states, framework."""
         stack = self.problem.stack
         table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
-        fixed = table["gradients_bytes"]
-        if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
-            fixed = fixed + table["optimizer_bytes"]
-        held = jobs.layout.first_counts @ fixed
+        fixed = [
+            table[f"{pool}_bytes"] for pool in ("gradients", "optimizer") if pool not in self.branches.moved
+        ]
+        held = np.asarray(jobs.layout.first_counts @ sum(fixed, np.zeros_like(table["gradients_bytes"])))
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
         least = held.max(axis=0) + idle
         full: NDArray[np.bool_] = least > self.problem.memory_budget_bytes

@@ -23,7 +23,7 @@ from planner.mesh import Mesh
 from planner.pipeline import LAYOUT_NAMES
 from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
-from planner.specs.problem import Problem
+from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 
 __all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
@@ -133,7 +133,7 @@ class Space:
             found += [
                 Choice(value, technique)
                 for value in technique.choices
-                if technique.searched or slot in self.fixed
+                if slot in self.fixed or self._open(technique)
             ]
         if slot in self.fixed:
             wanted = str(self.fixed[slot]).lower()
@@ -147,7 +147,9 @@ class Space:
                         did_you_mean(wanted, known),
                     )
                 )
-            return [choice for choice in found if choice.value == wanted]
+            chosen = [choice for choice in found if choice.value == wanted]
+            self._raise_unless_allowed(slot, chosen[0])
+            return chosen
         if slot == "precision":
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
@@ -167,6 +169,22 @@ class Space:
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
+
+    def _open(self, technique: Technique) -> bool:
+        """Whether the search tries a technique that no fixed choice names."""
+        allowed = set(technique.needs) <= set(self.problem.allowed)
+        everything = self.problem.explore == "all" and not technique.asked
+        return allowed and (technique.searched or everything)
+
+    def _raise_unless_allowed(self, slot: str, choice: Choice) -> None:
+        """A fixed choice is no permission: whoever names it also says that its effect on training is wanted."""
+        needs = choice.technique.needs if choice.technique is not None else ()
+        missing = [name for name in needs if name not in self.problem.allowed]
+        if missing:
+            expected = "; ".join(f"permission for {name}: {PERMISSIONS[name]}" for name in missing)
+            options = " ".join(f"--allow {name}" for name in missing)
+            found = "needs a permission that is not given"
+            raise SpecError(Fault(f"--fix {slot}={choice.value}", found, expected, f"Add {options}."))
 
     def _forbidden(self, slot: str, choice: Choice) -> bool:
         names = [f"{slot}={choice.value}"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Pass",
+    "between_replicas",
     "bubble_s",
     "flop",
     "held_bytes",
@@ -31,6 +32,7 @@ __all__ = [
     "run",
     "saved",
     "saved_bytes",
+    "sent_bytes",
     "sent_elements",
     "span_bubble_s",
     "timeline",
@@ -163,6 +165,18 @@ def _product(ledger: Ledger, *sizes: str) -> float:
 def sent_elements(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
     """Elements that one rank sends in the selected collectives."""
     return sum(_sent(ledger, item) for item in ledger.of(Collective) if where(item))
+
+
+def sent_bytes(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
+    """Bytes that one rank sends in the selected collectives."""
+    from planner.costs.precision import dtype_bytes
+
+    return sum(dtype_bytes(item.dtype) * _sent(ledger, item) for item in ledger.of(Collective) if where(item))
+
+
+def between_replicas(item: Item) -> bool:
+    """Whether an item is traffic of data parallelism."""
+    return "data_parallel" in item.tags
 
 
 def _sent(ledger: Ledger, item: Collective) -> float:

@@ -174,6 +174,7 @@ TECHNIQUE = Technique(
     slot="adaptation",
     choices=(_BY,),
     searched=False,  # another job than training all weights: nothing to choose for speed
+    asked=True,
     source="arXiv:2106.09685",
     summary="Frozen weights, trained products of low rank beside them",
     knobs=(

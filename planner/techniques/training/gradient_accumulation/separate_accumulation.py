@@ -53,6 +53,7 @@ TECHNIQUE = Technique(
     slot="gradient_accumulation",
     choices=("separate",),
     searched=False,
+    asked=True,
     source="Megatron-LM --no-gradient-accumulation-fusion",
     summary="Weight gradients are added to the accumulated ones by a kernel of their own",
     knobs=(

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream, Transfer
 from planner.technique import Check, Context, Figure, Knob, Technique
@@ -28,6 +29,10 @@ def valid(ctx: Context) -> Iterable[Check]:
     yield Check(
         "the matrix products of Muon's update are not modelled on the host",
         ctx.knobs.get("optimizer") != "muon",
+    )
+    yield Check(
+        "an update inside the backward leaves no states to offload",
+        ctx.knobs.get("optimizer") not in FUSED_UPDATES,
     )
 
 
@@ -89,6 +94,7 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2101.06840",
     summary="Optimizer states and update on the host",
+    moves=("optimizer",),
     knobs=(Knob("optimizer_offload", "where optimizer states live", ("none", "cpu"), "none"),),
     figures=(
         Figure(
