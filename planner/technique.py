@@ -135,8 +135,9 @@ def whole_number(text: str) -> int:
 class Figure:
     """A published number, and how the technique's pass reproduces it.
 
-    ``compute(subject)`` exercises what the technique brings (:attr:`Technique.subject`) on the source's inputs and returns
-    the number; with :attr:`Technique.absence` in its place it must return another one. ``tolerance`` is relative.
+    ``compute(subject)`` exercises what the technique brings (:meth:`Technique.subject`) on the source's inputs and returns
+    the number; with :meth:`Technique.absence` in its place it must return another one. ``tolerance`` is relative. Of a technique
+    that brings an order and a pass, ``of_pass`` says which of them the figure is about.
     """
 
     what: str
@@ -144,6 +145,7 @@ class Figure:
     tolerance: float
     source: str
     compute: Callable[[Any], float]
+    of_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,15 +237,13 @@ class Technique:
         """Whether its pass does anything to a ledger."""
         return self.apply is not _identity
 
-    @property
-    def subject(self) -> Any:
-        """What its figures exercise: the pass, or the order."""
-        return self.order or self.apply
+    def subject(self, figure: Figure) -> Any:
+        """What a figure exercises: the pass, or the order."""
+        return self.apply if figure.of_pass or not self.order else self.order
 
-    @property
-    def absence(self) -> Any:
+    def absence(self, figure: Figure) -> Any:
         """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return "" if self.order else _identity
+        return _identity if figure.of_pass or not self.order else ""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""

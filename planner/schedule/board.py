@@ -1,8 +1,8 @@
 """Orders that are played out rather than written down: devices choose what to run next, as time goes on.
 
-Some schedules are rules about time ("a backward as soon as there is one, a weight gradient where nothing else is ready"). A
-:class:`Board` keeps the time of every device and pass under nominal durations; :func:`play` lets the devices move, earliest first,
-and what each has run is its list. Only the order counts: real durations are the engine's.
+Some schedules are rules about time ("a backward as soon as there is one, a weight gradient where nothing else is ready").
+A :class:`Board` keeps the time of every device and pass under nominal durations; :func:`play` lets the devices move,
+earliest first, and what each has run is its list. Only the order counts: real durations are the engine's.
 """
 
 from __future__ import annotations

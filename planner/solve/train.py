@@ -162,6 +162,7 @@ def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     tensor-parallel communication, 1F1B (interleaved when ``virtual_stages`` > 1), micro-batches of one sequence.
     """
     tp, v = _whole(fixed, "tp"), _whole(fixed, "virtual_stages")
+    chunks = {} if "schedule" in fixed else {"virtual_stages": v}
     chosen: dict[str, Any] = {
         slot: off(slot)
         for slot in SLOTS
@@ -169,7 +170,7 @@ def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     }
     chosen.update(
         {
-            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, "virtual_stages": v,
+            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, **chunks,
             "zero_stage": 1, "context": "p2p", "sequence_parallel": "true" if tp > 1 else "false",
             "schedule": "interleaved" if v > 1 else "1f1b",
         }

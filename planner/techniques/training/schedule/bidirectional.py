@@ -1,8 +1,8 @@
 """What pipelines in both directions share: two copies of every stage, whose gradients are added up.
 
-Device r holds stage r of the pipeline that runs down and stage p−1−r of the one that runs up. Each copy updates itself, after its
-gradients (summed over the data-parallel ranks already) have been summed with the other copy's. Source: Li, Hoefler 2021 (Chimera,
-arXiv:2107.06925) §3.1, §3.3.
+Device r holds stage r of the pipeline that runs down and stage p−1−r of the one that runs up. Each copy updates itself,
+after its gradients (summed over the data-parallel ranks already) have been summed with the other copy's. Source: Li,
+Hoefler 2021 (Chimera, arXiv:2107.06925) §3.1, §3.3.
 """
 
 from __future__ import annotations

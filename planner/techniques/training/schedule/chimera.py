@@ -1,13 +1,15 @@
 """Chimera: two pipelines through the same devices, one down and one up, each with half of the micro-batches.
 
-What it does: device r holds stages r and p−1−r, of two copies of the model. p micro-batches make a unit, in which forwards and
-    backwards of both directions never meet on a device; more micro-batches are more units, merged where one ends and the next
-    begins. Where backwards take twice the time of forwards, gaps stay between units: ``chimera_doubling`` runs two micro-batches
-    wherever ``chimera`` runs one, so that they close.
-Saves: the bubble: p−2 slots of a forward where both take as long, 2(p−2) forwards of the first unit where backwards take twice as
-    long; 1F1B idles for p−1 forwards and backwards. Activations are even: p/2+1 to p micro-batches.
-Costs: weights, gradients and states twice; an all-reduce of gradients between the copies; with doubling, activations twice.
-Assumes: every copy updates itself; an even number of devices and micro-batches; messages between stages are latency on the edge.
+What it does: device r holds stages r and p−1−r, of two copies of the model. p micro-batches make a unit, in which
+    forwards and backwards of both directions never meet on a device; more micro-batches are more units, merged where one
+    ends and the next begins. Where backwards take twice the time of forwards, gaps stay between units:
+    ``chimera_doubling`` runs two micro-batches wherever ``chimera`` runs one, so that they close.
+Saves: the bubble: p−2 slots of a forward where both take as long, 2(p−2) forwards of the first unit where backwards take
+    twice as long; 1F1B idles for p−1 forwards and backwards. Activations are even: p/2+1 to p micro-batches.
+Costs: weights, gradients and states twice; an all-reduce of gradients between the copies; with doubling, activations
+    twice.
+Assumes: every copy updates itself; an even number of devices and micro-batches; messages between stages are latency on
+    the edge.
 Source: Li, Hoefler 2021 (arXiv:2107.06925) §3.1–3.5, Table 2.
 """
 
@@ -26,7 +28,7 @@ from planner.techniques.training.schedule.bidirectional import (
     sum_copies,
 )
 from planner.techniques.training.schedule.rules import accepts
-from planner.techniques.training.schedule.units import Timed, merged
+from planner.techniques.training.schedule.units import merged
 
 
 def _device_ops(shape: Shape, device: int, together: int) -> DeviceOps:
@@ -71,7 +73,8 @@ TECHNIQUES = (
                 1e-9,
                 "Li, Hoefler 2021 (arXiv:2107.06925), Table 2",
                 lambda order: (
-                    figures.bubble_s(order, 8, 16, 2, 1.0, 1.0) / figures.makespan_s(order, 8, 16, 2, 1.0, 1.0)
+                    figures.bubble_s(order, 8, 16, 2, 1.0, 1.0)
+                    / figures.makespan_s(order, 8, 16, 2, 1.0, 1.0)
                 ),
             ),
             Figure(

@@ -1,13 +1,13 @@
 """DualPipe and DualPipeV: forwards of one direction run beside backwards of the other, weight gradients fill what is left.
 
-What it does: as in Chimera, two pipelines run in opposite directions (DualPipe), or one in a V through two chunks per device
-    (DualPipeV, for half as many devices and one copy of the weights). Eight phases per device: forwards of the near direction; of both;
-    backward, weight gradient and forward of the far one; pairs of a forward and a backward in turn; the mirror image of the first
-    three, with weight gradients put off; weight gradients.
+What it does: as in Chimera, two pipelines run in opposite directions (DualPipe), or one in a V through two chunks per
+    device (DualPipeV, for half as many devices and one copy of the weights). Eight phases per device: forwards of the
+    near direction; of both; backward, weight gradient and forward of the far one; pairs of a forward and a backward in
+    turn; the mirror image of the first three, with weight gradients put off; weight gradients.
 Saves: time: idle (p/2−1)(F&B + B − 3W) with the full backward B, where 1F1B idles (p−1)(F+B).
 Costs: weights, gradients and states twice (DualPipe); p+1 micro-batches of activations.
-Assumes: a pair takes the time of its forward and backward: what its communication overlaps beyond that is left to the operators.
-    Backwards that do not put their weight gradient off pass their input gradient on before it.
+Assumes: a pair takes the time of its forward and backward: what its communication overlaps beyond that is left to the
+    operators. Backwards that do not put their weight gradient off pass their input gradient on before it.
 Source: DeepSeek-AI 2024 (arXiv:2412.19437) §3.2.1; github.com/deepseek-ai/DualPipe, dualpipe.py, dualpipev.py, README.
 """
 
@@ -70,7 +70,7 @@ class _List:
 
 
 def _eight_phases(todo: _List, near: int, depth: int, each: int) -> Ints:
-    """The list of the device ``near`` to the end (from 0) of ``depth`` devices up to the turn; ``each`` micro-batches per phase."""
+    """The list of device ``near`` of ``depth``, from an end of the pipeline to its turn; ``each`` micro-batches a phase."""
     inner = depth - near - 1
     for _ in range(2 * inner):
         todo.forward(0)
@@ -82,7 +82,9 @@ def _eight_phases(todo: _List, near: int, depth: int, each: int) -> Ints:
         todo.weight()
         todo.forward(1)
     for i in range(each - 2 * depth + near + 1):
-        if i == 0 and inner == 0:  # the turn: its first two do not run as one, so that the forward goes on at once
+        if (
+            i == 0 and inner == 0
+        ):  # the turn: its first two do not run as one, so that the forward goes on at once
             todo.forward(0)
             todo.backward(1)
         else:
@@ -111,7 +113,9 @@ def _both_ways(shape: Shape, device: int) -> Ints:
     p, mirrored = shape.p, shape.p - 1 - device
     down, up = (device, range(0, shape.m, 2)), (p + mirrored, range(1, shape.m, 2))
     near, far = (down, up) if device < mirrored else (up, down)
-    return _eight_phases(_List((near[0], far[0]), (near[1], far[1])), min(device, mirrored), p // 2, shape.m // 2)
+    return _eight_phases(
+        _List((near[0], far[0]), (near[1], far[1])), min(device, mirrored), p // 2, shape.m // 2
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
-"""Work-conserving orders: a device that is free runs what is ready, backwards first, with at most so many micro-batches in flight.
+"""Work-conserving orders: a device that is free runs what is ready, backwards first, within what it may hold.
 
-Earlier micro-batches go before later ones, which drains what is in flight. Weight gradients, where the schedule
-splits them off, run where nothing else is ready, or where a forward waits for their memory.
+Earlier micro-batches go before later ones, which drains what is in flight. Weight gradients, where the schedule splits
+them off, run where nothing else is ready, or where a forward waits for their memory.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Device:
         return (int(op), stage, todo[at]) if at < len(todo) else None
 
     def _fits(self, live: int, op: Op, stage: int) -> bool:
-        """Whether there is room for a pass: a micro-batch enters a device only if it will fit in all chunks it has to pass there."""
+        """Whether there is room: a micro-batch enters a device only if all chunks that it has to pass there will fit."""
         lane = self.lanes[stage]
         if op == Op.B or stage != lane[0]:
             return True

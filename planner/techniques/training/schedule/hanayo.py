@@ -1,7 +1,8 @@
 """Hanayo: stages are dealt to devices in waves, forth and back, so that a micro-batch turns round without leaving the device.
 
-What it does: w waves cut the model into 2wp stages; device r holds, of each wave, stages r and 2p−1−r. p micro-batches make a unit,
-    in which a device runs what is ready, backwards first; more micro-batches are more units, merged where one ends and the next begins.
+What it does: w waves cut the model into 2wp stages; device r holds, of each wave, stages r and 2p−1−r. p micro-batches
+    make a unit, in which a device runs what is ready, backwards first; more micro-batches are more units, merged where
+    one ends and the next begins.
 Saves: the bubble of a unit, about w-fold, with one copy of the weights; p micro-batches of activations.
 Costs: 2w messages per micro-batch and direction, where 1F1B sends one; every unit idles as the first one does.
 Assumes: backwards take twice the time of forwards where both are ready; messages between stages are latency on the edge.

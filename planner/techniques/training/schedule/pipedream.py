@@ -1,43 +1,48 @@
-"""PipeDream: 1F1B without a flush; every micro-batch is a step of its own, on the weights that its forward saw.
+"""PipeDream: 1F1B without a flush; every micro-batch is an update of its own, on the weights that its forward saw.
 
-What it does: stage i runs min(p−i, m) micro-batches ahead and updates after each backward; a stash keeps the weights that each
-    micro-batch in flight has been forwarded with, for its backward.
-Saves: the bubble: a step takes as long as its slowest stage.
-Costs: p−i versions of the weights on stage i; gradients are p−1−i updates late (another algorithm: --allow staleness).
-Assumes: gradients of a step are summed over the data-parallel ranks once, after its micro-batches, and nothing hides it; the global
-    norm of gradients is not clipped across stages.
-Source: Narayanan et al. 2019 (PipeDream, SOSP, doi:10.1145/3341301.3359646) §3.2–3.3; memory as in arXiv:2006.09503, Figure 1.
+What it does: stage i runs p−i micro-batches ahead and updates its weights after each backward; a stash keeps the weights
+    that every micro-batch in flight was forwarded with, for its backward.
+Saves: the bubble: a micro-batch takes as long as its slowest stage.
+Costs: p−i versions of the weights on stage i; an update and a gradient reduction per micro-batch, beside its backward;
+    gradients are p−1−i updates late (another algorithm: --allow staleness).
+Assumes: the batch of an update is a micro-batch of every data-parallel rank, and the job's global batch so many updates;
+    the norm of gradients is not clipped across stages.
+Source: Narayanan et al. 2019 (PipeDream, SOSP, doi:10.1145/3341301.3359646) §3.2, §3.3; Narayanan et al. 2021
+    (arXiv:2006.09503) §2.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from planner.ledger import Item, Ledger, Resident
-from planner.schedule.order import ORDERS, Generator
+from planner.schedule.order import ORDERS
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
-from planner.techniques.training.schedule.rules import needs_whole_weights
+from planner.techniques.figures import Pass
 
 ORDER = replace(ORDERS["1f1b"], name="pipedream", barrier=False, flushes=False, bound_s=None)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """A version of the weights for each micro-batch in flight, where there was one for all."""
+    """A version of the weights for each micro-batch in flight, and an update with each backward."""
 
-    def stash(item: Resident) -> Item | None:
-        if item.pool != "parameters" or item.lifetime != "always" or item.tier != "device":
-            return None
-        return replace(item, what=f"{item.what}.stash", lifetime="micro_batch", tags=item.tags - {"saved"}, by="pipedream")
+    def stash(item: Item) -> Item | None:
+        if isinstance(item, Resident):
+            if (item.pool, item.lifetime, item.tier) != ("parameters", "always", "device"):
+                return None
+            return replace(item, what=f"{item.what}.stash", lifetime="micro_batch", by="pipedream")
+        return replace(item, phase="backward", by="pipedream") if item.phase == "step" else None
 
-    return ledger.edit(Resident, stash)
+    return ledger.edit(Item, stash)
 
 
-def _versions(order: Generator | str) -> float:
-    """Weight versions on the first of 8 stages."""
-    return figures.in_flight(order, 8, 32) if getattr(order, "flushes", True) is False else 1.0
+def _versions(subject: Pass) -> float:
+    """Weights of GPT-2 XL that a stage holds per micro-batch in flight, in copies."""
+    ledger, _ = figures.run("schedule", subject, model="gpt2-xl", schedule="pipedream", pp=8)
+    stashed = ledger.of(Resident, pool="parameters", lifetime="micro_batch")
+    whole = figures.parameters(ledger) * 2.0
+    return figures.total_bytes(ledger, stashed) / whole * figures.in_flight("1f1b", 8, 32)
 
 
 TECHNIQUE = Technique(
@@ -52,11 +57,11 @@ TECHNIQUE = Technique(
             "weight versions on the first of d = 8 stages: d",
             8.0,
             1e-9,
-            "Narayanan et al. 2021 (arXiv:2006.09503), section 2: PipeDream stashes up to d versions",
+            "Narayanan et al. 2021 (arXiv:2006.09503), section 2: PipeDream maintains up to d weight versions",
             _versions,
+            of_pass=True,
         ),
     ),
-    valid=needs_whole_weights,
     apply=apply,
     order=ORDER,
     searched=False,

@@ -1,8 +1,8 @@
 """What schedules that split the backward share: the operands of a weight gradient wait for it.
 
-Between the backward of a micro-batch and its weight gradient a device holds, for every product with weights, the product's input
-and the gradient of its output; all else that the forward saved is free. Source: Qi et al. 2024 (arXiv:2401.10241) Table 2: 32sbh
-of a GPT layer, 16 bit: 14sbh of inputs and 18sbh of gradients of outputs.
+Between the backward of a micro-batch and its weight gradient a device holds, for every product with weights, the
+product's input and the gradient of its output; all else that the forward saved is free. Source: Qi et al. 2024
+(arXiv:2401.10241) Table 2: 32sbh of a GPT layer, 16 bit: 14sbh of inputs and 18sbh of gradients of outputs.
 """
 
 from __future__ import annotations

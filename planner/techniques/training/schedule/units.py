@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.schedule.order import DeviceOps, Op
+from planner.schedule.order import DeviceOps
 
 __all__ = ["Timed", "merged"]
 
@@ -19,8 +19,9 @@ Timed: TypeAlias = tuple[float, int, int, int]
 
 
 def merged(unit: Sequence[Timed], size: int, interval: float, m: int) -> DeviceOps:
-    """A device's list over all units of ``size`` micro-batches that ``m`` make, the last one cut short; of passes that start at
-    the same time, backwards go first.
+    """A device's list over all units of ``size`` micro-batches that ``m`` make, the last one cut short.
+
+    Of passes that start at the same time, backwards go first.
 
     >>> [x.tolist() for x in merged([(0, 0, 0, 0), (2, 1, 0, 0)], 1, 2, 2)]
     [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
@@ -33,6 +34,3 @@ def merged(unit: Sequence[Timed], size: int, interval: float, m: int) -> DeviceO
     )
     _, op, stage, micro_batch = np.array(timed).T
     return np.abs(op).astype(np.int64), stage.astype(np.int64), micro_batch.astype(np.int64)
-
-
-assert Op.F == 0 < Op.B, "backwards sort before forwards by their negative"

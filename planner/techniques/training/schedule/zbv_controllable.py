@@ -1,10 +1,11 @@
 """ZB-V, V-Half, V-Min: two chunks per device in a V, and memory chosen by how far apart a micro-batch's passes are.
 
-What it does: device r holds stages r and 2p−1−r, so that the last stage lies where the first does. All micro-batches run the same
-    building block, six slots apart; its steps from device to device decide how long activations live.
-Saves: memory, evenly on all devices: the activations of 1F1B's first device (ZB-V), half of them (V-Half), a third (V-Min).
-Costs: messages twice; the operands of weight gradients wait between B and W; where forward, input and weight gradient take unlike
-    time, slots no longer meet and idle time appears (most of all in V-Min).
+What it does: device r holds stages r and 2p−1−r, so that the last stage lies where the first does. All micro-batches run
+    the same building block, six slots apart; its steps from device to device decide how long activations live.
+Saves: memory, evenly on all devices: the activations of 1F1B's first device (ZB-V), half of them (V-Half), a third
+    (V-Min).
+Costs: messages twice; the operands of weight gradients wait between B and W; where forward, input and weight gradient
+    take unlike time, slots no longer meet and idle time appears (most of all in V-Min).
 Assumes: V-Half and V-Min steps end with a barrier, ZB-V steps do not, as their authors run them; recompute runs in B.
 Source: Qi et al. 2024 (arXiv:2405.15362) §3; github.com/sail-sg/zero-bubble-pipeline-parallelism, README.
 """
@@ -46,7 +47,9 @@ def building_block(p: int, steps: tuple[int, int, int, int]) -> Ints:
     taken = sweeps
     for backward in sweeps[2:]:
         after = [backward + 1 + wait for wait in range(_SLOTS)]
-        slot = np.stack(after)[np.argmax([~np.any((taken - s) % _SLOTS == 0, axis=0) for s in after], axis=0), device]
+        slot = np.stack(after)[
+            np.argmax([~np.any((taken - s) % _SLOTS == 0, axis=0) for s in after], axis=0), device
+        ]
         weights.append(slot)
         taken = np.concatenate([taken, slot[None]])
     return np.concatenate([sweeps, np.stack(weights)])
@@ -112,7 +115,7 @@ class _Device:
         self.seen = self.at = self.forwards = 0
 
     def next(self, board: Board, device: int, held: int) -> tuple[float, Pass] | None:
-        """The next pass and when it starts: a weight gradient or a forward of the first chunk where the next in order has to wait.
+        """The next pass and its start: a weight gradient or a forward of the first chunk where the next in order has to wait.
 
         What starts first on any device runs first, so that a pass whose input has no time yet waits for at least one slot.
         """
@@ -188,7 +191,10 @@ TECHNIQUES = (
                 1.0,
                 1e-9,
                 _README,
-                lambda order: 1.0 - figures.span_bubble_s(order, 8, 32, 2) / figures.bubble_s("1f1b", 8, 32, 1, 1.0, 2.0),
+                lambda order: (
+                    1.0
+                    - figures.span_bubble_s(order, 8, 32, 2) / figures.bubble_s("1f1b", 8, 32, 1, 1.0, 2.0)
+                ),
             ),
             Figure(
                 "chunks held, 8 devices: all stages of a micro-batch, as the first device of 1F1B",

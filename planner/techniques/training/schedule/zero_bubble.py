@@ -1,12 +1,14 @@
 """Zero Bubble H1 and H2: the backward is split, and weight gradients fill what was the bubble.
 
-What it does: B computes the input gradient alone, so that the stage before can go on; W, which nobody waits for, runs later. H1 keeps
-    1F1B's warm-up and runs W once i further backwards are done on stage i; H2 warms up with 2(p−i)−1 forwards and delays W by 2i.
+What it does: B computes the input gradient alone, so that the stage before can go on; W, which nobody waits for, runs
+    later. H1 keeps 1F1B's warm-up and runs W once i further backwards are done on stage i; H2 warms up with 2(p−i)−1
+    forwards and delays W by 2i.
 Saves: time: idle (p−1)(F+B−W) within a device's own span (H1), (p−1)(F+B−2W) (H2), where 1F1B idles (p−1)(F+B+W).
-Costs: memory: the operands of weight gradients wait between B and W; H2 holds 2p−1 micro-batches. H2's figure is of a device's own
-    span: the next step has to start before the last device has ended this one, so norms of gradients are checked after the update.
-Assumes: H1 steps end with a barrier, H2 steps do not (``--enable-optimizer-post-validation``, as their authors run them); recompute
-    runs in B; messages between stages are latency on the edge, not work on the device.
+Costs: memory: the operands of weight gradients wait between B and W; H2 holds 2p−1 micro-batches. H2's figure is of a
+    device's own span: the next step has to start before the last device has ended this one, so norms of gradients are
+    checked after the update.
+Assumes: H1 steps end with a barrier, H2 steps do not (``--enable-optimizer-post-validation``, as their authors run them);
+    recompute runs in B; messages between stages are latency on the edge, not work on the device.
 Source: Qi et al. 2024 (arXiv:2401.10241) §2, §4, Tables 1 and 2.
 """
 
