@@ -100,8 +100,9 @@ def exact_step_s(
         simulate(repeated(generator, p, micro_batches, v, steps), *stages_s, hop_s=hop_s) for steps in (2, 3)
     )
     # A slow device may still be catching up in the third step: no period is shorter than its work.
-    period_s = np.maximum(three.makespan_s - two.makespan_s, (three.busy_s - two.busy_s).max(axis=0))
-    return period_s + tail_s.max(axis=0)
+    busy_s = (three.busy_s - two.busy_s).max(axis=0)
+    period_s: Array = np.maximum(three.makespan_s - two.makespan_s, busy_s) + tail_s.max(axis=0)
+    return period_s
 
 
 def assemble(

@@ -299,20 +299,15 @@ class Expansion:
         """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
         columns = self._of_states[states, rows]
         assert schedule.technique is not None
-        adds = schedule.technique.edits
-        if adds or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
+        editor = schedule if schedule.technique.edits else None
+        if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
             for branch in np.unique(branches).tolist():
                 prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                 at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
-                table = self.tables[prefix]
-                columns[at] = (
-                    table.under(schedule, state, recompute, swap, local)
-                    if adds
-                    else table.of_branch(state, recompute, swap, local)
-                )
+                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:

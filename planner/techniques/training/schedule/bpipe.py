@@ -37,13 +37,20 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Sends out what a block saves while the next one runs, and fetches it while the one after it goes back."""
     pp = ctx.mesh.pp
     stride = ctx.mesh.group("pp").stride * np.maximum(pp - 1, 1)
-    return ledger.add(_traffic(ledger, Group("pairs", np.where(pp > 2, 2.0, 1.0), stride)))
+    parked = [
+        i for i in ledger.of(Resident, lifetime="micro_batch", tier="device") if i.pool == "activations"
+    ]
+    known = {id(item) for item in parked}
+
+    def mark(item: Resident) -> Item | None:
+        return replace(item, tags=item.tags | {"parked"}) if id(item) in known else None
+
+    pair = Group("pairs", np.where(pp > 2, 2.0, 1.0), stride)
+    return ledger.edit(Resident, mark).add(_traffic(parked, pair))
 
 
-def _traffic(ledger: Ledger, pair: Group) -> Iterable[Item]:
-    for saved in ledger.of(Resident, lifetime="micro_batch", tier="device"):
-        if saved.pool != "activations":
-            continue
+def _traffic(parked: Iterable[Resident], pair: Group) -> Iterable[Item]:
+    for saved in parked:
         for what, phase in (("evict", "forward"), ("load", "backward")):
             yield Collective(
                 what=f"{saved.what}.{what}", block=saved.block, phase=phase, tags=saved.tags | {"balance"}, by="bpipe",
@@ -71,6 +78,7 @@ TECHNIQUE = Technique(
     apply=apply,
     order=ORDER,
     searched=False,
+    moves=("activations",),
     active=lambda ctx: ctx.mesh.pp > 2,
 )
 
