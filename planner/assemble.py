@@ -29,7 +29,7 @@ from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
+__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop", "stage_seconds"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,20 +77,12 @@ def exact_step_s(
         recompute_layers: per candidate, or None.
     """
     table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
-    forward, backward, again = phase_seconds(table)
     fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
-    backward = backward + again * fraction
-    counts = layout.device_counts
-    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
-    if layout.pp == 1:
-        step_s: Array = micro_batches * (counts @ (forward + backward))[0] + tail_s[0]
-        return step_s
     generator = generator_of(schedule)
-    stages_s = [layout.counts @ forward, layout.counts @ backward]
-    if generator.splits_backward:
-        weight_s = layout.counts @ table["weight_s"]
-        stages_s = [stages_s[0], stages_s[1] - weight_s, weight_s]
-    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
+    stages_s, hop_s, tail_s = stage_seconds(table, layout, generator, fraction)
+    if layout.pp == 1:
+        step_s: Array = micro_batches * np.sum(stages_s, axis=(0, 1)) / layout.copies + tail_s[0]
+        return step_s
     p, v = layout.pp, layout.virtual_stages
     if generator.barrier:
         return simulate(
@@ -103,6 +95,25 @@ def exact_step_s(
     busy_s = (three.busy_s - two.busy_s).max(axis=0)
     period_s: Array = np.maximum(three.makespan_s - two.makespan_s, busy_s) + tail_s.max(axis=0)
     return period_s
+
+
+def stage_seconds(
+    table: BlockTable, layout: Layout, generator: Generator, recomputed: Array | float
+) -> tuple[list[Array], Array, Array]:
+    """Seconds of a micro-batch in every virtual stage by operation (F, B and, where they are split, W), of a hop, and of each
+    device's tail: [(stages, rows)], (rows,), (devices, rows).
+
+    ``recomputed`` is the fraction of the layers that is recomputed, which belongs to the backward.
+    """
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * recomputed
+    counts = layout.device_counts
+    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
+    stages_s = [layout.counts @ forward, layout.counts @ backward]
+    if generator.splits_backward:
+        weight_s = layout.counts @ table["weight_s"]
+        stages_s = [stages_s[0], stages_s[1] - weight_s, weight_s]
+    return stages_s, table["forward_s"][table.kinds.index(BOUNDARY)], tail_s
 
 
 def assemble(

@@ -34,6 +34,7 @@ __all__ = [
     "saturated",
     "step_bound",
     "tail_seconds",
+    "tail_traffic",
     "tight_bound",
 ]
 
@@ -245,10 +246,21 @@ def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s:
         forward_s, backward_s: (devices, rows), one micro-batch through all of a device's chunks.
     """
     total: Array = counts @ table["main_step_s"]
+    for _, exposed_s in tail_traffic(table, counts, forward_s, backward_s).values():
+        total = total + exposed_s
+    return total
+
+
+def tail_traffic(
+    table: BlockTable, counts: Array, forward_s: Array, backward_s: Array
+) -> dict[str, tuple[Array, Array]]:
+    """Seconds of gradient and weight traffic per step, and what of them nothing hides: (devices, rows) each; as above."""
+    found: dict[str, tuple[Array, Array]] = {}
     for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
         messages = np.maximum(counts @ table[f"{track}_messages"], 1.0)
-        total = total + uniform_bucket_exposure_s(counts @ table[f"{track}_step_s"], beside_s, messages)
-    return total
+        whole_s = counts @ table[f"{track}_step_s"]
+        found[track] = whole_s, np.asarray(uniform_bucket_exposure_s(whole_s, beside_s, messages))
+    return found
 
 
 def memory(

@@ -18,6 +18,7 @@ from planner.cli import (
     models,
     schema,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -40,6 +41,7 @@ def command() -> Callable[..., Any]:
     app.command("train")(train.train)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

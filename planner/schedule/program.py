@@ -20,7 +20,7 @@ import numpy as np
 
 from planner.schedule.order import Ints, Op, Order
 
-__all__ = ["Program", "Segment", "compile_order", "operation_counts"]
+__all__ = ["Program", "Segment", "compile_order", "messages", "operation_counts"]
 
 # A fold of fewer periods saves nothing over running them.
 MIN_REPEATS = 3
@@ -132,7 +132,7 @@ class _Graph:
 
     @classmethod
     def of(cls, order: Order) -> _Graph:
-        sender, sent, hop = _messages(order)
+        sender, sent, hop = messages(order)
         p, n = order.kind.shape
         period = order.period_ops
         zone_end = np.tile(np.arange(n), (p, 1))
@@ -178,8 +178,9 @@ class _Graph:
         return device, where
 
 
-def _messages(order: Order) -> tuple[Ints, Ints, Ints]:
-    """Sender's device and position, and hop row, of each operation's input from another device."""
+def messages(order: Order) -> tuple[Ints, Ints, Ints]:
+    """Sender's device and position (the device itself and −1 where there is none), and row of the hop table, of each operation's
+    input from another device: (p, n) each."""
     p, n = order.kind.shape
     n_virtual, stage, kind = order.n_virtual, order.stage.astype(np.int64), order.kind
     position = np.full((3, n_virtual, order.shape.m), -1, dtype=np.int64)

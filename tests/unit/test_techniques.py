@@ -114,7 +114,8 @@ def test_record_says_enough(technique):
     assert technique.slot is None or technique.slot in SLOTS
     assert bool(technique.choices) == (technique.slot is not None)
     if technique.kind == "baseline":
-        assert not technique.edits and not technique.order
+        assert not technique.edits
+        assert not technique.order
     else:
         assert technique.figures
         assert technique.edits or technique.order
@@ -148,7 +149,8 @@ def test_declared_entries_have_reasons_and_never_shadow_a_model():
         assert len(entry.summary) > 10
         if entry.status == "declared":
             assert not entry.figures
-            assert not entry.edits and not entry.order
+            assert not entry.edits
+            assert not entry.order
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------
