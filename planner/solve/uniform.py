@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
+from planner.engine import COMPACT, BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, Layouts, layouts, step_bound
@@ -193,7 +193,7 @@ class UniformSearch:
             ledger = self.ledger(recipe, whole, made)
             rows, ctx = rows.take(open_), whole.take(open_)
             ledger = ledger.take(open_, ctx.mesh.counterpart)
-            table = tabulate(ledger, self.pricer, self.kinds, len(rows))
+            table = tabulate(ledger, self.pricer, self.kinds, len(rows), COMPACT)
             deals = list(self._deal(rows, ctx, table))
             if not deals:
                 return
@@ -273,7 +273,7 @@ class UniformSearch:
         likely = self._likely(ctx, table)
         for pp in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == pp)
-            part = BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
+            part = BlockTable.compact(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
             masks: dict[str, NDArray[np.bool_]] = {}
             for schedule, layout in self.layouts_of(int(pp)):
                 if schedule.value not in masks:
