@@ -135,15 +135,14 @@ class Expansion:
         self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
     ) -> tuple[Index, NDArray[np.int64]]:
         """Chosen pairs whose branch has to be priced, and the candidates behind each; those of the others are counted."""
-        fits, bounds_s = pending.fits[:, :, chosen], pending.bounds_s[:, :, chosen]
         jobs = pending.jobs.take(chosen)
         width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
         for r, s in self.branches.no_more(recompute, swap):
-            dominated |= fits[s, r]
-            late |= bounds_s[s, r] >= bar
+            dominated |= pending.fits[s, r, chosen]
+            late |= pending.bounds_s[s, r, chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())

@@ -161,16 +161,25 @@ class UniformSearch:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
         if not self._deals:
             return
-        # First the rows of the most promising prefix that are likely to fit: they set the bar for everything else.
-        likely = {id(deal): np.where(deal.likely, deal.bound_s, np.inf) for deal in self._deals}
+        # First the rows of the most promising prefix that are likely to fit: they set the bar for everything else,
+        # with whatever recompute and swaps it takes.
+        any_likely = any(deal.likely.any() for deal in self._deals)
+        likely = {id(d): np.where(d.likely | (not any_likely), d.bound_s, np.inf) for d in self._deals}
         first = min(self._deals, key=lambda deal: float(likely[id(deal)].min())).prefix
         bounds = np.sort(np.concatenate([likely[id(deal)] for deal in self._deals if deal.prefix == first]))
-        cut = float(bounds[min(_FIRST, len(bounds) - 1)])
+        cut = float(bounds[min(_FIRST, int(np.isfinite(bounds).sum()) - 1)])
         self._wave(lambda deal: (deal.prefix == first) & (likely[id(deal)] <= cut))
+        if not self.ranking.best:
+            self._leftovers()
         self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
+        self._leftovers()
+        self._deals, self._prefixes = [], []
+
+    def _leftovers(self) -> None:
+        """Tries what is left of the rows that were priced plain, and forgets them."""
         for work in try_leftovers(self._pending, self.ranking):
             self._note_nearest(work)
-        self._deals, self._prefixes, self._pending = [], [], []
+        self._pending = []
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
