@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,11 @@ from planner.specs.stack import Stack
 
 __all__ = [
     "LAYOUT_NAMES",
+    "Dealt",
     "Layout",
+    "Layouts",
     "Split",
+    "held_bytes",
     "layouts",
     "memory",
     "memory_parts",
@@ -85,6 +89,65 @@ class Layout:
     ramp_hops: NDArray[np.int64]
     layers: int
     copies: int = 1
+
+    def take(self, index: NDArray[np.intp]) -> Layout:
+        """The layout of some of the rows: itself."""
+        return self
+
+
+class Layouts:
+    """Layouts side by side, from which rows pick theirs."""
+
+    def __init__(self, each: Sequence[Layout]) -> None:
+        self.each = tuple(each)
+        self.runs = max(len(layout.run_first) for layout in each)
+        self._arrays: dict[str, Array] = {}
+
+    def deal(self, of: NDArray[np.intp]) -> Layout | Dealt:
+        """Rows with the layouts at ``of``."""
+        return self.each[int(of[0])] if len(of) and np.all(of == of[0]) else Dealt(self, of)
+
+    def stacked(self, name: str) -> Array:
+        """An attribute of all layouts, along the last axis; the last run several times where others have more runs."""
+        if name not in self._arrays:
+            values = [getattr(layout, name) for layout in self.each]
+            if name == "device_counts":
+                values = [counts[:1] for counts in values]
+            elif np.ndim(values[0]):
+                values = [v[np.minimum(np.arange(self.runs), len(v) - 1)] for v in values]
+            self._arrays[name] = np.ascontiguousarray(np.stack(values, axis=-1), dtype=np.float64)
+        return self._arrays[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dealt:
+    """Rows that have each a layout of their own (its place in ``among`` is ``of``), in the terms of :class:`Layout`.
+
+    What a layout has per run and kind is (runs, kinds, rows) here; ``device_counts`` are of the first device alone.
+    """
+
+    among: Layouts
+    of: NDArray[np.intp]
+
+    def take(self, index: NDArray[np.intp]) -> Layout | Dealt:
+        """Some of the rows."""
+        return self.among.deal(self.of[index])
+
+    def __getattr__(self, name: str) -> Array:
+        if name not in Layout.__slots__:
+            raise AttributeError(name)
+        return self.among.stacked(name).take(self.of, axis=-1)
+
+
+def _over(counts: Array, values: Array) -> Array:
+    """Sums over kinds: counts (runs, kinds), or (runs, kinds, rows), times values (kinds, rows); (runs, rows)."""
+    total: Array = counts @ values if counts.ndim == 2 else np.einsum("rka,ka->ra", counts, values)
+    return total
+
+
+def _per_row(values: NDArray[Any]) -> Array:
+    """What a layout (runs) or every row (runs, rows) has per run, to go with (runs, rows)."""
+    return values[:, None] if values.ndim == 1 else values
 
 
 @lru_cache(maxsize=4096)
@@ -151,7 +214,7 @@ def _cumulative(order: tuple[str, ...], kinds: tuple[str, ...]) -> Array:
 
 def step_bound(
     table: BlockTable,
-    layout: Layout,
+    layout: Layout | Dealt,
     micro_batches: Array,
     recompute_layers: Array | float | None = None,
     schedule: Generator | str = "1f1b",
@@ -166,7 +229,7 @@ def step_bound(
 
     Args:
         table: block totals, (kinds, rows).
-        layout: blocks per virtual stage.
+        layout: blocks per virtual stage, of all rows or of each.
         micro_batches: m, per row.
         recompute_layers: of each device's layers, how many are recomputed (None: all that the ledger recomputes).
         schedule: which kind of order follows.
@@ -174,25 +237,24 @@ def step_bound(
     generator = generator_of(schedule)
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)
-    forward_work_s, backward_work_s = layout.last_counts @ forward, layout.last_counts @ backward
+    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
+    forward_work_s, backward_work_s = (_over(layout.last_counts, each) for each in (forward, backward))
     tail_s = tail_seconds(table, layout.last_counts, forward_work_s, backward_work_s)
-    share = micro_batches if layout.copies == 1 else micro_batches / layout.copies
+    share = micro_batches if np.all(np.equal(layout.copies, 1)) else micro_batches / layout.copies
     work_s = share * (forward_work_s + backward_work_s)
     if not generator.barrier:
         alone_s: Array = np.max(work_s + tail_s, axis=0)
         return alone_s
-    if len(layout.run_first) > 1 and layout.run_last[0] == 0:
+    if len(layout.run_first) > 1 and np.all(layout.run_last[0] == 0):
         first_tail_s = tail_s[0]
     else:
         counts = layout.device_counts[:1]
-        first_tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
-    hops_s = layout.ramp_hops[:, None] * table["forward_s"][table.kinds.index(BOUNDARY)]
-    before_s = layout.ramp @ forward + hops_s
+        first_tail_s = tail_seconds(table, counts, _over(counts, forward), _over(counts, backward))[0]
+    hops_s = _per_row(layout.ramp_hops) * hop_s
+    before_s, after_s = _over(layout.ramp, forward) + hops_s, _over(layout.ramp, backward) + hops_s
     if generator.splits_backward:
-        backward = backward - table["weight_s"]
-        after_s = layout.ramp @ backward + hops_s - share * (layout.last_counts @ table["weight_s"])
-    else:
-        after_s = layout.ramp @ backward + hops_s
+        weight = table["weight_s"]
+        after_s = after_s - _over(layout.ramp, weight) - share * _over(layout.last_counts, weight)
     bound_s: Array = np.max(before_s + work_s + np.maximum(tail_s, after_s + first_tail_s), axis=0)
     return bound_s
 
@@ -222,7 +284,7 @@ def tight_bound(
     return bound_s
 
 
-def recomputed_fraction(layout: Layout, recompute_layers: Array | float | None) -> Array | float:
+def recomputed_fraction(layout: Layout | Dealt, recompute_layers: Array | float | None) -> Array | float:
     """Share of a device's layers that is recomputed."""
     return 1.0 if recompute_layers is None else np.minimum(np.divide(recompute_layers, layout.layers), 1.0)
 
@@ -242,10 +304,10 @@ def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s:
 
     Args:
         table: block totals.
-        counts: (devices, kinds).
+        counts: (devices, kinds), or (devices, kinds, rows).
         forward_s, backward_s: (devices, rows), one micro-batch through all of a device's chunks.
     """
-    total: Array = counts @ table["main_step_s"]
+    total: Array = _over(counts, table["main_step_s"])
     for _, exposed_s in tail_traffic(table, counts, forward_s, backward_s).values():
         total = total + exposed_s
     return total
@@ -257,15 +319,20 @@ def tail_traffic(
     """Seconds of gradient and weight traffic per step, and what of them nothing hides: (devices, rows) each; as above."""
     found: dict[str, tuple[Array, Array]] = {}
     for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
-        messages = np.maximum(counts @ table[f"{track}_messages"], 1.0)
-        whole_s = counts @ table[f"{track}_step_s"]
+        messages = np.maximum(_over(counts, table[f"{track}_messages"]), 1.0)
+        whole_s = _over(counts, table[f"{track}_step_s"])
         found[track] = whole_s, np.asarray(uniform_bucket_exposure_s(whole_s, beside_s, messages))
     return found
 
 
+def held_bytes(layout: Layout | Dealt, each: Array) -> Array:
+    """Sums over the blocks of the first device of each run: (runs, rows) of (kinds, rows)."""
+    return _over(layout.first_counts, each)
+
+
 def memory(
     table: BlockTable,
-    layout: Layout,
+    layout: Layout | Dealt,
     schedule: Generator | str,
     micro_batches: Array,
     stack: Stack,
@@ -274,10 +341,10 @@ def memory(
 ) -> tuple[Array, Array]:
     """Peak device bytes and host bytes, the largest over devices, per row."""
     live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
-    held = layout.first_counts @ table["always_bytes"]
+    held = held_bytes(layout, table["always_bytes"])
     idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
     passes = (1.0 + stack.fragmentation.value) * (live + at_work)
-    peak = (held + np.maximum(passes, layout.first_counts @ table["step_bytes"])).max(axis=0) + idle
+    peak = (held + np.maximum(passes, held_bytes(layout, table["step_bytes"]))).max(axis=0) + idle
     return peak, host.max(axis=0)
 
 
@@ -318,7 +385,7 @@ def memory_parts(
 
 def _dynamic(
     table: BlockTable,
-    layout: Layout,
+    layout: Layout | Dealt,
     schedule: Generator | str,
     micro_batches: Array,
     recompute_layers: Array | float | None,
@@ -330,7 +397,7 @@ def _dynamic(
     saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
     live = _peak(saved, table["weight_input_bytes"], layout, generator, micro_batches)
     at_work = _transients(table, layout, recompute_layers, slice(None))
-    host = layout.first_counts @ table["host_bytes"]
+    host = held_bytes(layout, table["host_bytes"])
     saved_on_host = table["host_saved_bytes"]
     if saved_on_host.any():
         host = host + _peak(saved_on_host, np.zeros_like(saved_on_host), layout, generator, micro_batches)
@@ -338,24 +405,34 @@ def _dynamic(
 
 
 def _transients(
-    table: BlockTable, layout: Layout, recompute_layers: Array | float | None, part: slice
+    table: BlockTable, layout: Layout | Dealt, recompute_layers: Array | float | None, part: slice
 ) -> Array:
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
     recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
-    transient = table["block_bytes"] + recomputed
-    present = (layout.first_counts > 0)[:, part]
-    return np.stack([np.max(transient[part][there], axis=0, initial=0.0) for there in present])
+    transient = (table["block_bytes"] + recomputed)[part]
+    present = layout.first_counts[:, part] > 0
+    if present.ndim == 2:
+        return np.stack([np.max(transient[there], axis=0, initial=0.0) for there in present])
+    largest: Array = np.max(present * transient, axis=1, initial=0.0)
+    return largest
 
 
 def _peak(
-    saved: Array, weight_input: Array, layout: Layout, generator: Generator, micro_batches: Array
+    saved: Array, weight_input: Array, layout: Layout | Dealt, generator: Generator, micro_batches: Array
 ) -> Array:
     """Largest sum of live activations, and of what weight gradients wait for, on the first device of each run: (runs, rows)."""
+    if generator.in_flight is not None and np.all(layout.virtual_stages == 1):
+        depth = saturated(generator, layout.pp, 1, micro_batches)
+        one_each: Array = generator.in_flight(layout.pp, depth, _per_row(layout.run_first))
+        return one_each * held_bytes(layout, saved)
+    if isinstance(layout, Dealt):
+        live = np.zeros((layout.among.runs, saved.shape[1]))
+        for which in np.unique(layout.of).tolist():
+            at, own = np.flatnonzero(layout.of == which), layout.among.each[which]
+            part = _peak(saved[:, at], weight_input[:, at], own, generator, micro_batches[at])
+            live[: len(own.run_first), at] = part
+        return live
     depth = saturated(generator, layout.pp, layout.virtual_stages, micro_batches)
-    if layout.virtual_stages == 1 and generator.in_flight is not None:
-        in_flight = generator.in_flight(layout.pp, depth, layout.run_first[:, None])
-        one_each: Array = in_flight * (layout.first_counts @ saved)
-        return one_each
     held = np.concatenate([saved, weight_input]) if generator.splits_backward else saved
     live = np.empty((len(layout.run_first), saved.shape[1]))
     for m in np.unique(depth):
@@ -376,6 +453,8 @@ def _live_layers(layout: Layout, generator: Generator, m: int) -> tuple[Array, N
     return np.concatenate(combinations), starts
 
 
-def saturated(schedule: Generator | str, pp: int, virtual_stages: int, micro_batches: Array | int) -> Array:
+def saturated(
+    schedule: Generator | str, pp: Array | int, virtual_stages: int, micro_batches: Array | int
+) -> Array:
     """As few micro-batches as have the live activations of that many, where these stop growing with their number."""
     return np.asarray(generator_of(schedule).saturates(pp, virtual_stages, micro_batches))

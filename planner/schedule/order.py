@@ -187,7 +187,7 @@ class Generator:
     flushes: bool = True
     alike_in_order: bool = False
     in_flight: Callable[[Any, Any, Any], Any] | None = None
-    saturates: Callable[[int, int, Any], Any] = lambda p, v, m: m
+    saturates: Callable[[Any, Any, Any], Any] = lambda p, v, m: m
     bound_s: Callable[..., Any] | None = None
 
     def broken(self, shape: Shape) -> list[Problem]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT_ROWS, Pricer, tabulate
+from planner.engine import COMPACT, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -70,7 +70,9 @@ class BranchTables:
         """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values
 
-    def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None) -> list[_Change]:
+    def _parts(
+        self, state: int, recompute: int, swap: int, schedule: Choice | None = None
+    ) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
         key = (state, recompute, swap, "" if schedule is None else schedule.value)
         if key not in self._divided:
@@ -97,8 +99,8 @@ class BranchTables:
         )
         if key not in self._changes:
             ledger = self._ledger(recipe)
-            table = tabulate(ledger, self.pricer, self.kinds, len(self))
-            values = np.ascontiguousarray(table.values[COMPACT_ROWS].transpose(2, 0, 1))
+            table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
+            values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
             base = self._changes[()] if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
