@@ -14,6 +14,7 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
@@ -42,6 +43,7 @@ def command() -> Callable[..., Any]:
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
     app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

@@ -70,9 +70,7 @@ class BranchTables:
         """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values
 
-    def _parts(
-        self, state: int, recompute: int, swap: int, schedule: Choice | None = None
-    ) -> list[_Change]:
+    def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None = None) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
         key = (state, recompute, swap, "" if schedule is None else schedule.value)
         if key not in self._divided:
