@@ -29,7 +29,7 @@ def box(ranks: Array) -> tuple[Array, Array]:
     [[1.0, 2.0, 2.0, 3.0], [2.0, 2.0, 4.0, 4.0]]
     """
     depth, side = np.zeros_like(ranks), np.zeros_like(ranks)
-    for r in range(1, round(float(np.max(ranks)) ** (1 / 3)) + 1):
+    for r in range(1, round(float(np.max(ranks, initial=1.0)) ** (1 / 3)) + 1):
         q = edge(ranks / r, 2)
         deeper = (q >= r) & (q * q * r == ranks)
         depth, side = np.where(deeper, r, depth), np.where(deeper, q, side)
