@@ -95,4 +95,5 @@ TECHNIQUE = Technique(
     ),
     valid=valid,
     apply=apply,
+    active=lambda ctx: (ctx.mesh.ep > 1) & (popular(ctx) > 0),
 )

@@ -19,6 +19,7 @@ from planner.technique import Check, Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.expert import moe_folding
+from planner.techniques.training.expert.load import popular
 
 _KEY = "janus"
 _AT_ONCE = 2.0  # experts on the device: the one at work, and the next
@@ -97,4 +98,5 @@ TECHNIQUE = Technique(
     ),
     valid=valid,
     apply=apply,
+    active=lambda ctx: (ctx.mesh.ep > 1) & (popular(ctx) > 0),
 )

@@ -16,7 +16,18 @@ from planner.technique import Check, Context, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 
-__all__ = ["Operands", "checks", "edge", "lay", "matrices", "operands", "travel", "volume", "with_depth"]
+__all__ = [
+    "Operands",
+    "checks",
+    "dense",
+    "edge",
+    "lay",
+    "matrices",
+    "operands",
+    "travel",
+    "volume",
+    "with_depth",
+]
 
 _WIDTHS = ("hidden", "heads", "kv_heads", "ffn", "vocab")
 
@@ -51,7 +62,7 @@ def checks(ctx: Context, rows: Array, columns: Array, what: str) -> Iterable[Che
         f"micro-batch not divisible into the rows of a {what}",
         ctx.micro_batch_size % np.maximum(rows, 1.0) == 0,
     )
-    yield Check(f"a {what} is laid out for dense layers alone", _dense(ctx))
+    yield Check(f"a {what} is laid out for dense layers alone", dense(ctx))
     for block in ctx.model.blocks.values():
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
@@ -71,7 +82,8 @@ def checks(ctx: Context, rows: Array, columns: Array, what: str) -> Iterable[Che
     yield Check(f"a {what} is not combined with context parallelism", ctx.mesh.cp == 1)
 
 
-def _dense(ctx: Context) -> bool:
+def dense(ctx: Context) -> bool:
+    """Whether every layer is attention with keys and values, and one network."""
     blocks = ctx.model.blocks.values()
     return all(b.moe is None and b.ssm is None and not (b.attention and b.attention.latent) for b in blocks)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from planner.ledger import Array, Ledger
 from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import checks, edge, volume, with_depth
+from planner.techniques.training.tensor.grid import checks, dense, edge, volume, with_depth
 
 _KEY = "optimus_2d"
 
@@ -56,5 +56,5 @@ TECHNIQUE = Technique(
     ),
     valid=valid,
     apply=apply,
-    active=lambda ctx: ctx.mesh.tp > 1,
+    active=lambda ctx: (_side(ctx) > 1) & dense(ctx),
 )

@@ -17,7 +17,7 @@ import numpy as np
 
 from planner.ledger import Array, Collective, Ledger, Resident
 from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import checks, edge, volume, with_depth
+from planner.techniques.training.tensor.grid import checks, dense, edge, volume, with_depth
 
 _KEY = "tesseract_25d"
 
@@ -75,5 +75,5 @@ TECHNIQUE = Technique(
     ),
     valid=valid,
     apply=apply,
-    active=lambda ctx: box(ctx.mesh.tp)[0] > 1,
+    active=lambda ctx: (box(ctx.mesh.tp)[0] > 1) & dense(ctx),
 )

@@ -19,7 +19,16 @@ import numpy as np
 
 from planner.ledger import Array, Group, Item, Ledger, Matmul, Resident, times
 from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import checks, edge, lay, matrices, operands, travel, volume
+from planner.techniques.training.tensor.grid import (
+    checks,
+    dense,
+    edge,
+    lay,
+    matrices,
+    operands,
+    travel,
+    volume,
+)
 
 _KEY = "tp_3d"
 
@@ -85,5 +94,5 @@ TECHNIQUE = Technique(
     ),
     valid=valid,
     apply=apply,
-    active=lambda ctx: ctx.mesh.tp > 1,
+    active=lambda ctx: (_side(ctx) > 1) & dense(ctx),
 )
