@@ -207,6 +207,7 @@ class Technique:
         asked: whether only a plan that names it has it: another job than training all weights in full, a detail to be given, or
             software that does what the usual choice does and more.
         needs: permissions without which no plan has it (:data:`planner.specs.problem.PERMISSIONS`).
+        by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
@@ -229,6 +230,7 @@ class Technique:
     searched: bool = True
     asked: bool = False
     needs: tuple[str, ...] = ()
+    by_row: bool = False
     moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
 

@@ -51,6 +51,7 @@ _WORKLOAD_FLAGS = {
     "encoder_seq_len": "--encoder-seq-len",
     "document_len": "--document-len",
     "expert_load_factor": "--expert-load-factor",
+    "expert_zipf": "--expert-zipf",
     "capacity_factor": "--capacity-factor",
     "tokens": "--tokens",
     "precisions": "--precision",
@@ -166,6 +167,14 @@ class JobOptions:
         str | None,
         _option("--expert-load-factor", text="Busiest expert rank relative to the mean [1].", metavar="X"),
     ] = None
+    expert_zipf: Annotated[
+        str | None,
+        _option(
+            "--expert-zipf",
+            text="Popularity of the j-th expert falls off as j^-X [0: all alike].",
+            metavar="X",
+        ),
+    ] = None
     capacity_factor: Annotated[
         str | None,
         _option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
@@ -249,6 +258,7 @@ class JobOptions:
             "encoder_seq_len": optional_whole(faults, "--encoder-seq-len", self.encoder_seq_len),
             "document_len": optional_whole(faults, "--document-len", self.document_len),
             "expert_load_factor": optional_number(faults, "--expert-load-factor", self.expert_load_factor),
+            "expert_zipf": optional_number(faults, "--expert-zipf", self.expert_zipf),
             "capacity_factor": optional_number(faults, "--capacity-factor", self.capacity_factor),
             "tokens": optional_quantity(faults, "--tokens", self.tokens, parse_count),
             "optimizer": self.optimizer,

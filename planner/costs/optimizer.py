@@ -4,7 +4,7 @@ Bytes are per parameter and come on top of the 16-bit weight and its gradient. T
 algorithms, kind "datasheet": Adam arXiv:1412.6980; Adafactor arXiv:1804.04235; 8-bit Adam arXiv:2110.02861
 (blocks of 2048, one FP32 scale each); Lion arXiv:2302.06675; LAMB arXiv:1904.00962; Muon, K. Jordan et al.,
 2024, https://kellerjordan.github.io/posts/muon/; FP8 AdamW arXiv:2310.18313; LOMO arXiv:2306.09782; AdaLomo
-arXiv:2310.10195; INT8 Lion arXiv:2310.07147
+arXiv:2310.10195; INT8 Lion arXiv:2310.07147; MeZO arXiv:2305.17333
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ KNOWN_OPTIMIZERS: Mapping[str, float] = MappingProxyType(
         "lion_int8": 1.0,
         "lomo": 0.0,
         "adalomo": 0.0,
+        "mezo": 0.0,
     }
 )
 """State values per parameter besides the master weight; Muon's is for matrices, vectors use AdamW."""
 
-FUSED_UPDATES = frozenset({"lomo", "adalomo"})
-"""Optimizers whose update is part of the backward: no gradient outlives it."""
+FUSED_UPDATES = frozenset({"lomo", "adalomo", "mezo"})
+"""Optimizers that leave no gradients behind: their update is part of the backward, or they have none."""
 
 _MOMENT_BYTES = {
     "adam8bit": 1.0 + 4.0 / 2048.0,
     "adamw_fp8": (1.0 + 2.0) / 2.0,  # first moment FP8, second FP16
     "lion_int8": 1.0,
 }
-_MASTER_BYTES = {"adamw_fp8": 2.0, "lion_int8": 0.0, "lomo": 0.0, "adalomo": 0.0}
+_MASTER_BYTES = {"adamw_fp8": 2.0, "lion_int8": 0.0, "lomo": 0.0, "adalomo": 0.0, "mezo": 0.0}
 _FP32_BYTES = 4.0
 
 

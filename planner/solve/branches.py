@@ -67,11 +67,14 @@ class Branches:
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
-        """Whether a swap's rules hold; they are about the machine and the job, not about rows."""
+        """Whether a swap's rules about the machine and the job hold; those about rows are for later."""
         ctx = self.space.rows.take(np.arange(1)).context(
             self.space.problem, self.space.knobs({**self._job(), **swap})
         )
-        checks = [check for c in swap.values() if c.technique is not None for check in c.technique.valid(ctx)]
+        techniques = [
+            c.technique for c in swap.values() if c.technique is not None and not c.technique.by_row
+        ]
+        checks = [check for technique in techniques for check in technique.valid(ctx)]
         return all(np.all(check.ok) for check in checks)
 
     def _job(self) -> dict[str, Choice]:
@@ -145,6 +148,10 @@ class Branches:
         return self._schedule_moves or any(
             self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
         )
+
+    def ruled(self, swap: int) -> bool:
+        """Whether some of a swap's rules are about rows, or about choices before it."""
+        return any(c.technique is not None and c.technique.by_row for c in self.swaps[swap].values())
 
     def idle(self, recompute: int, swap: int) -> bool:
         """Whether a branch is its state and nothing more."""

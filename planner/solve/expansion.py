@@ -211,26 +211,25 @@ class Expansion:
         return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
 
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that the launcher can run; the others are counted under its reason."""
+        """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
-        if self.problem.launcher is None:
+        if self.problem.launcher is None and not self.branches.ruled(jobs.swap):
             return ok
         layouts = jobs.layout.of if isinstance(jobs.layout, Dealt) else np.zeros(len(ok), dtype=np.intp)
         branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows], layouts])
         for shared in np.unique(branches, axis=1).T:
             at = np.flatnonzero((branches == shared[:, None]).all(axis=0))
             state, recompute, prefix, _ = shared.tolist()
-            faults = self._launcher_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
+            faults = self._late_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
             first = faults.first[jobs.rows[at] - self.starts[prefix]]
             ok[at] = first < 0
             for index, reason in enumerate(faults.reasons):
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
-        """Every row's first broken rule of the launcher, for one prefix, one layout and the choices that the jobs share."""
+    def _late_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
+        """Every row's first broken rule of swaps and launcher, for one prefix, one layout and the choices that the jobs share."""
         launcher = self.problem.launcher
-        assert launcher is not None
         key = (
             jobs.schedule.value,
             layout.virtual_stages,
@@ -251,8 +250,12 @@ class Expansion:
                 self.problem, knobs
             )
             faults = self._launched[key] = Faults(rows.stop - rows.start)
-            for check in launcher.valid(ctx):
-                faults.check(f"{launcher.name}: {check.reason}", check.ok)
+            for choice in self.branches.swaps[jobs.swap].values() if self.branches.ruled(jobs.swap) else ():
+                for check in choice.technique.valid(ctx) if choice.technique is not None else ():
+                    faults.check(check.reason, check.ok)
+            if launcher is not None:
+                for check in launcher.valid(ctx):
+                    faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
     def _count(

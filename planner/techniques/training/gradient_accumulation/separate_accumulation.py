@@ -60,7 +60,7 @@ TECHNIQUE = Technique(
         Knob(
             "gradient_accumulation",
             "whether the weight-gradient product accumulates in place",
-            ("fused", "placeholders", "separate"),
+            ("fused", "in_place", "placeholders", "separate"),
             "fused",
         ),
     ),

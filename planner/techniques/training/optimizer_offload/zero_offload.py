@@ -22,6 +22,8 @@ from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.swap import host
 
+BOTH_WAYS = "down_and_up"
+
 
 def valid(ctx: Context) -> Iterable[Check]:
     """There must be a host to offload to, and an update that it can run."""
@@ -31,7 +33,7 @@ def valid(ctx: Context) -> Iterable[Check]:
         ctx.knobs.get("optimizer") != "muon",
     )
     yield Check(
-        "an update inside the backward leaves no states to offload",
+        "an update without gradients that last leaves no states to offload",
         ctx.knobs.get("optimizer") not in FUSED_UPDATES,
     )
 
@@ -54,7 +56,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             "block": item.block, "phase": "step", "tags": item.tags | {"offload"}, "by": "zero_offload", "size": item.size,
         }  # fmt: skip
         added += [
-            Transfer(what=f"{item.what}.down_and_up", bytes_per_element=moved, tier="host_link", **common),
+            Transfer(what=f"{item.what}.{BOTH_WAYS}", bytes_per_element=moved, tier="host_link", **common),
             Transfer(
                 what=f"{item.what}.on_host",
                 bytes_per_element=item.bytes_per_element,
@@ -95,7 +97,14 @@ TECHNIQUE = Technique(
     source="arXiv:2101.06840",
     summary="Optimizer states and update on the host",
     moves=("optimizer",),
-    knobs=(Knob("optimizer_offload", "where optimizer states live", ("none", "cpu"), "none"),),
+    knobs=(
+        Knob(
+            "optimizer_offload",
+            "where optimizer states live and are updated",
+            ("none", "cpu", "cpu+gradients", "interleaved"),
+            "none",
+        ),
+    ),
     figures=(
         Figure(
             "bytes over the host link per parameter and step: 4M",

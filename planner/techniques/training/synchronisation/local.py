@@ -73,22 +73,24 @@ def local(
     workers = _workers(ctx)
     sizes = {of: np.maximum(np.floor(ctx.mesh.group(of).size / workers), 1.0) for of in set(MESHES.values())}
     steps = float(ctx.knobs.get(_STEPS, _DEFAULT_STEPS))
-    ledger = within(ledger, ctx, sizes, "worker", by).set_axes(inner_steps=steps)
+    ledger = within(ledger, ctx, sizes, "worker", by).set_axes(
+        inner_steps=steps, outer=apart(ctx).astype(float)
+    )
     axes = {f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}
     added: list[Item] = []
     for weights in _weights(ledger):
         what, tags = weights.what.removesuffix("parameters"), (weights.tags - {"parameters"}) | {"optimizer"}
-        added.append(
+        copy = times(weights.size, "outer")  # one worker alone agrees with itself
+        added += [
             replace(
-                weights, what=f"{what}outer_states", pool="optimizer", tags=tags, by=by, bytes_per_element=copies * _OUTER_BYTES
-            )
-        )  # fmt: skip
-        added.append(
+                weights, what=f"{what}outer_states", pool="optimizer", tags=tags, by=by, size=copy,
+                bytes_per_element=copies * _OUTER_BYTES,
+            ),
             Stream(
                 what=f"{what}outer_update", block=weights.block, phase="step", tags=tags, by=by,
-                size=times(weights.size, "/inner_steps"), bytes_per_element=_UPDATE_BYTES,
-            )
-        )  # fmt: skip
+                size=times(copy, "/inner_steps"), bytes_per_element=_UPDATE_BYTES,
+            ),
+        ]  # fmt: skip
         added += exchange(weights, workers)
     return ledger.set_axes(**axes).add(added)
 

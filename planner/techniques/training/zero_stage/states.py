@@ -42,7 +42,7 @@ MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 def accumulated(ctx: Context) -> Iterable[Check]:
     """Stages that shard what the step's end leaves need something to be left."""
     yield Check(
-        "an update inside the backward leaves ZeRO stages 1 and 2 nothing to shard",
+        "an update without gradients that last leaves ZeRO stages 1 and 2 nothing to shard",
         (ctx.mesh.dp * ctx.mesh.cp == 1) | (ctx.knobs.get("optimizer") not in FUSED_UPDATES),
     )
 
