@@ -136,7 +136,9 @@ def test_a_slots_knob_names_its_choices():
         for knob in technique.knobs:
             if knob.name in SLOTS:
                 known = {c for t in MODELLED if t.slot == knob.name for c in t.choices}
-                assert set(knob.values) in (known, known | {off(knob.name)}), knob.name
+                assert set(knob.values) <= known | {off(knob.name)}, (
+                    knob.name
+                )  # others come with their own files
 
 
 def test_declared_entries_have_reasons_and_never_shadow_a_model():
