@@ -11,8 +11,9 @@ from planner.engine import FIELDS, BlockTable
 from planner.pipeline import layouts
 from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight
-from planner.schedule.order import Op, make_order, repeated
+from planner.schedule.order import Op, Shape, make_order, repeated
 from planner.techniques import figures
+from planner.techniques.training.schedule import zbv_controllable
 from planner.techniques.training.schedule.bpipe import ORDER as BPIPE
 from planner.techniques.training.schedule.breadth_first import ORDER as BREADTH_FIRST
 from planner.techniques.training.schedule.chimera import CONCATENATED, DOUBLED
@@ -92,8 +93,8 @@ def test_building_blocks_never_collide(p, steps):
         assert sorted(block[:, device] % 6) == [0, 1, 2, 3, 4, 5]
         forward, forward_up, back, home, w_up, w_down = block[:, device]
         assert forward < forward_up < back < home
-        assert (w_up > back)
-        assert (w_down > home)
+        assert w_up > back
+        assert w_down > home
 
 
 @pytest.mark.parametrize("p", [2, 4, 8, 16])
@@ -170,3 +171,15 @@ def test_weight_gradients_wait_with_32sbh():
         if item.block not in ("embedding", "head")
     ]
     assert figures.total_bytes(ledger, waiting) == pytest.approx(32 * 2048 * 12288)
+
+
+@pytest.mark.parametrize("order", [ZBV, V_HALF, V_MIN])
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_long_steps_are_short_ones_stretched(order, p):
+    """Beyond six micro-batches per device, lists are stretched instead of played: to the same operations."""
+    played = zbv_controllable._played(p, 9 * p, order.device_ops.__self__)
+    for device in range(p):
+        for stretched, own in zip(
+            order.device_ops(Shape(p, 9 * p, 2, p), device), played.device_ops(device), strict=True
+        ):
+            assert np.array_equal(stretched, own)
