@@ -63,14 +63,17 @@ def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]
 
     Where the schedule splits the backward, blocks that wait for their weight gradient follow.
     """
-    table, layout = assembly.table, assembly.layout
+    table, layout, order = assembly.table, assembly.layout, assembly.order
     index = int(layout.run_first[run])
-    depth = int(saturated(assembly.order, layout.pp, layout.virtual_stages, assembly.micro_batches))
+    depth = int(saturated(order, layout.pp, layout.virtual_stages, assembly.micro_batches))
+    if layout.virtual_stages == 1 and order.in_flight is not None:
+        blocks = float(order.in_flight(layout.pp, depth, index)) * layout.first_counts[run]
+        return blocks, blocks
     chunks = layout.chunks[:, index]
-    blocks = live_vectors(assembly.order, layout.pp, depth, layout.virtual_stages, index, chunks)
+    blocks = live_vectors(order, layout.pp, depth, layout.virtual_stages, index, chunks)
     on_device = (table["saved_bytes"] + kept * table["recomputed_bytes"])[:, 0]
     on_host = table["host_saved_bytes"][:, 0]
-    if assembly.order.splits_backward:
+    if order.splits_backward:
         on_device = np.concatenate([on_device, table["weight_input_bytes"][:, 0]])
         on_host = np.concatenate([on_host, np.zeros_like(on_host)])
     return blocks[np.argmax(blocks @ on_device)], blocks[np.argmax(blocks @ on_host)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack, search
+from planner.holdings import holdings
 from planner.report.account import second_tree
 from planner.solve.replay import replay
 from planner.solve.train import examine
+from planner.technique import discover
 
 # Eight stages in one node, micro-batches of one sequence; what is left to choose is the schedule and how layers are dealt.
 ELSE = {
@@ -64,3 +67,24 @@ def test_the_search_chooses_it_where_it_wins(case):
         leaf for group in second_tree(examine(replay(found.best)))["children"] for leaf in group["items"]
     ]
     assert sum(leaf["seconds"] for leaf in bubbles) == pytest.approx(found.best.estimate.step_time_s)
+
+
+@pytest.mark.parametrize(
+    "schedule", sorted({choice for t in discover().values() if t.slot == "schedule" for choice in t.choices})
+)
+def test_seconds_and_bytes_add_up_under_every_schedule(schedule):
+    fixed = {"schedule": schedule, "pp": 4, "tp": 2, "recompute": "block", "recompute_layers": 2}
+    problem = Problem(
+        load_model("llama3-8b"), load_cluster("a100-sxm-80gb:2x8"), TrainWorkload(64, 2048), load_stack(), fixed=fixed,
+        allowed=("staleness",),
+    )  # fmt: skip
+    assembly = examine(problem)
+    estimate = assembly.plan.estimate
+    assert sum(estimate.breakdown_s.values()) == pytest.approx(estimate.step_time_s)
+    assert estimate.breakdown_s.get("pipeline_bubble", 0.0) >= -1e-9
+    held = defaultdict(float)
+    for holding in holdings(assembly):
+        held[holding.pool] += holding.n_bytes
+    for pool, n_bytes in estimate.memory_bytes.items():
+        if pool != "peak":
+            assert held[pool] == pytest.approx(n_bytes)
