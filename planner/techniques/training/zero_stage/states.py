@@ -20,6 +20,7 @@ from planner.technique import Context
 
 __all__ = [
     "MESHES",
+    "accumulated",
     "gather_weights",
     "mesh_of",
     "shard",
@@ -73,6 +74,21 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
     sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
     return with_whole(sharded, buffers)
+
+
+def accumulated(ledger: Ledger, ctx: Context) -> Ledger:
+    """Weight-gradient products add to the gradients in place: behind their arithmetic they read and write them.
+
+    Where a kernel of its own accumulates, the product writes its own output, and that kernel says what it moves.
+    """
+    if ctx.knobs["gradient_accumulation"] == "separate":
+        return ledger
+    moved = 2.0 * dtype_bytes(ctx.gradient_dtype)
+
+    def accumulate(item: Matmul) -> Item | None:
+        return replace(item, out_bytes=moved) if item.phase == "weight" else None
+
+    return ledger.edit(Matmul, accumulate)
 
 
 def whole_update(ledger: Ledger) -> Ledger:

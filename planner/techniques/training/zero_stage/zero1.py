@@ -12,13 +12,20 @@ from __future__ import annotations
 from planner.ledger import Ledger
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
-from planner.techniques.training.zero_stage.states import gather_weights, shard, synchronise, with_buckets
+from planner.techniques.training.zero_stage.states import (
+    accumulated,
+    gather_weights,
+    shard,
+    synchronise,
+    with_buckets,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
     traffic = [*synchronise(ledger, ctx, "reduce_scatter", "zero1"), *gather_weights(ledger, ctx, "zero1")]
-    return with_buckets(shard(ledger, ctx, ("optimizer",), "zero1"), ctx, "zero1").add(traffic)
+    sharded = shard(accumulated(ledger, ctx), ctx, ("optimizer",), "zero1")
+    return with_buckets(sharded, ctx, "zero1").add(traffic)
 
 
 TECHNIQUE = Technique(
