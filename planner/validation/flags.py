@@ -101,7 +101,9 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
 
 
 def _cuda_graph(flags: Flags) -> dict[str, str]:
-    """What is captured in CUDA graphs."""
+    """What is captured in CUDA graphs, or waited for."""
+    if flags.says(r"cuda-launch-blocking=1"):
+        return {"cuda_graph": "blocking"}
     how, scope = (
         flags.values.get(name, "none").replace("_", "-") for name in ("cuda-graph-impl", "cuda-graph-scope")
     )

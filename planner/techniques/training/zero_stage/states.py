@@ -168,7 +168,9 @@ def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list
 def _collectives(
     ledger: Ledger, ctx: Context, pool: str, kind: str, dtype: str, by: str, when: dict[str, Any]
 ) -> list[Collective]:
-    bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
+    of_gradients, of_weights = ctx.stack.gradient_bucket_bytes, ctx.stack.weight_bucket_bytes
+    held = of_gradients if pool == "gradients" or of_weights is None else of_weights
+    bucket = held.value / dtype_bytes(dtype)
     return [
         Collective(
             what=f"{mesh}_{pool}.{kind}", block=item.block, tags=item.tags | {pool, mesh, "data_parallel"}, by=by,
