@@ -91,7 +91,9 @@ class Row:
         found: dict[str, Key | None] = {}
         for name in (stack, *_chain(stack)):
             for where in (generation, ""):
-                found |= {key[2]: key for key in CONSTANTS if key[:2] == (name, where) and key[2] not in found}
+                found |= {
+                    key[2]: key for key in CONSTANTS if key[:2] == (name, where) and key[2] not in found
+                }
                 found |= {constant: None for constant in _stated(name, where) if constant not in found}
         return {constant: key for constant, key in found.items() if key is not None}
 
@@ -192,7 +194,9 @@ def evaluate(rows: Sequence[Row], values: dict[Key, float]) -> tuple[np.ndarray,
         errors[index], kinds = _evaluate(row, values)
         for name, key in row.constants().items():
             column = CONSTANTS.index(key)
-            if name in _HIDDEN and kinds[name]:  # what is partly hidden has no share of its own: move it, and see
+            if (
+                name in _HIDDEN and kinds[name]
+            ):  # what is partly hidden has no share of its own: move it, and see
                 moved = {**values, key: values[key] * exp(_NUDGE)}
                 shares[index, column] = (_evaluate(row, moved)[0] - errors[index]) / _NUDGE
             else:
@@ -232,9 +236,7 @@ def _kind(spend: Spend) -> str | None:
     return None
 
 
-def _fitted(
-    rows: Sequence[Row], values: dict[Key, float]
-) -> tuple[dict[Key, float], np.ndarray, np.ndarray]:
+def _fitted(rows: Sequence[Row], values: dict[Key, float]) -> tuple[dict[Key, float], np.ndarray, np.ndarray]:
     """Constants that fit all rows, with errors and shares there: steps that do not help are halved."""
     errors, shares = evaluate(rows, values)
     for _ in range(_ROUNDS):
@@ -270,7 +272,9 @@ def _residuals(errors: np.ndarray, x: np.ndarray, weights: np.ndarray) -> np.nda
     robust = np.sign(left) * np.sqrt(2.0 * (np.sqrt(1.0 + left**2) - 1.0))
     # What a constant is drawn to: the one that it stands in for, or that of the best library's kernels alone.
     origin = np.log([PRIORS.get(key[2], 1.0) for key in CONSTANTS])
-    drawn = x - np.array([x[above] if (above := _above(key)) >= 0 else origin[i] for i, key in enumerate(CONSTANTS)])
+    drawn = x - np.array(
+        [x[above] if (above := _above(key)) >= 0 else origin[i] for i, key in enumerate(CONSTANTS)]
+    )
     return np.concatenate([weights * robust, 0.5 * drawn / _SPREAD])
 
 

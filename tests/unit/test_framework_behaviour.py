@@ -1,4 +1,4 @@
-"""What a framework does beside the plan: accumulate in place, wait for launches, leave traffic exposed, stop a recomputation early.
+"""What a framework does beside the plan: accumulate in place, wait for launches, leave traffic exposed, stop recomputing early.
 
 Expected values are arithmetic, in the comments.
 """
@@ -19,11 +19,13 @@ JOB = planner.TrainWorkload(8, 1024)
 
 
 def assembly(model="gpt2-xl", cluster="a100-sxm-80gb:1x8", stack="default", job=JOB, constants=None, **fixed):
-    known = {
-        name: Sourced(value, "assumed", "planner-defaults") for name, value in (constants or {}).items()
-    }
+    known = {name: Sourced(value, "assumed", "planner-defaults") for name, value in (constants or {}).items()}
     problem = planner.Problem(
-        planner.load_model(model), planner.load_cluster(cluster), job, replace(load_stack(stack), **known), fixed
+        planner.load_model(model),
+        planner.load_cluster(cluster),
+        job,
+        replace(load_stack(stack), **known),
+        fixed,
     )
     return examine(problem)
 
@@ -57,7 +59,9 @@ def test_a_host_that_waits_pays_for_every_kernel_and_collective():
     # 8 micro-batches or fewer, each with all of these waits of 4 x 5 microseconds.
     expected_s = waiting.micro_batches * waits * 20e-6
     added_s = waiting.plan.estimate.step_time_s - queued.plan.estimate.step_time_s
-    assert added_s == pytest.approx(expected_s, rel=0.05)  # a group of one, and items without work, are not waited for
+    assert added_s == pytest.approx(
+        expected_s, rel=0.05
+    )  # a group of one, and items without work, are not waited for
 
 
 def test_traffic_in_one_bucket_hides_behind_nothing():
@@ -80,5 +84,7 @@ def test_traffic_in_one_bucket_hides_behind_nothing():
 def test_recomputation_stops_early_under_pytorch_only_where_the_network_ends_the_block():
     # One product of 4h² of a block's 12h² (and the addition behind it) is not run again; Gemma 2 has norms behind its network.
     for model, left_out in (("gpt2-xl", True), ("gemma2-9b", False)):
-        again = assembly(model, recompute="full", checkpoint_end="early_stop").ledger.of(Kernel, phase="recompute")
+        again = assembly(model, recompute="full", checkpoint_end="early_stop").ledger.of(
+            Kernel, phase="recompute"
+        )
         assert ("mlp.fc2" not in {item.what for item in again}) is left_out

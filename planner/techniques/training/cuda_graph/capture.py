@@ -53,7 +53,10 @@ TECHNIQUE = Technique(
     summary="Kernels recorded once and replayed without the host",
     knobs=(
         Knob(
-            "cuda_graph", "which modules are captured, or whether every launch is waited for", ("none", *_CHOICES, "blocking"), "none"
+            "cuda_graph",
+            "which modules are captured, or whether every launch is waited for",
+            ("none", *_CHOICES, "blocking"),
+            "none",
         ),
     ),
     figures=(

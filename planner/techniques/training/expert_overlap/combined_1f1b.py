@@ -33,7 +33,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _serial(subject: Pass) -> float:
     """All-to-alls of a layer, forward and backward, that stand in its serial order."""
     ledger, _ = figures.run("expert_overlap", subject, model="deepseek-v3", dp=64, ep=64, seq=4096)
-    exchanges = [item for item in ledger.of(Collective, kind="all_to_all") if item.block != "head"]
+    exchanges = [item for item in ledger.of(Collective) if item.kind == "all_to_all"]
     return 1.0 + sum(item.track == "main" for item in exchanges) / len(exchanges)
 
 
