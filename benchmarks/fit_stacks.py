@@ -375,6 +375,10 @@ def write(values: dict[Key, float], spread: dict[Key, float], rows: Sequence[Row
         key = (stack, generation, constant)
         path = hardware_folder() / "stacks" / f"{stack}.toml"
         used = sorted({row.source.removesuffix(".csv") for row in rows if key in row.constants().values()})
+        used = used or [
+            f"what {other} is drawn to"
+            for other, *_ in (k for k in CONSTANTS if _above(k) == CONSTANTS.index(key))
+        ]
         entry = (
             f'{constant} = {{ value = {values[key]:.3g}, kind = "fitted", source = "published-training-runs" }}'
             f"  # ±{spread[key]:.0%}; {', '.join(used)}"
