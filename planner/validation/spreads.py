@@ -5,8 +5,8 @@ of one model are alike, so ``n`` of them weigh as ``√n``. What quantiles of th
 leaving out one model at a time: their distances from the median are stretched by one factor, such that the 80 % interval holds
 80 % of what was left out (conformal prediction by normalised residuals: Lei et al. 2018, arXiv:1604.04173, section 5.2). The
 factor is a group's own where it has rows and models enough (Mondrian conformal prediction: Vovk et al. 2005, "Algorithmic
-Learning in a Random World", section 4.5), else that of groups of its kind, the last part of its name; so that software whose errors
-jump from model to model does not widen the intervals of software whose errors do not. A group that was never measured takes the
+Learning in a Random World", section 4.5), else that of groups of its kind, the last part of its name: software whose errors jump
+from model to model does not widen the intervals of software whose errors do not. A group that was never measured takes the
 quantiles of all rows, stretched by what it took to hold the runs of sources that alone know their group.
 """
 
