@@ -16,7 +16,7 @@ from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.zero_stage.states import (
-    accumulated,
+    accumulated_in_place,
     synchronise,
     whole_update,
     with_buckets,
@@ -27,7 +27,7 @@ from planner.techniques.training.zero_stage.states import (
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Adds the bucketed all-reduce."""
     traffic = synchronise(ledger, ctx, "all_reduce", "dp_ddp")
-    whole = whole_update(with_degrees(accumulated(ledger, ctx), ctx))
+    whole = whole_update(with_degrees(accumulated_in_place(ledger, ctx), ctx))
     return with_buckets(whole, ctx, "dp_ddp").add(traffic)
 
 
