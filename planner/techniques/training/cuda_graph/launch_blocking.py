@@ -43,6 +43,7 @@ TECHNIQUE = Technique(
     slot="cuda_graph",
     choices=("blocking",),
     searched=False,
+    asked=True,  # a tool for finding errors
     source="CUDA_LAUNCH_BLOCKING",
     summary="The host waits for every kernel before it issues the next",
     figures=(

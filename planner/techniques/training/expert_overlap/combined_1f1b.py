@@ -2,7 +2,7 @@
 
 What it does: dispatch and combine leave the layer's serial order; they run beside the computation of the other micro-batch.
 Saves: the all-to-alls, as far as computation is as long as they are.
-Costs: compute and communication share the device while they overlap.
+Costs: compute and communication share the device while they overlap. What two micro-batches hold at once is not counted.
 Assumes: enough micro-batches that the first and the last, which have no partner, do not matter; each direction's exchanges
     hide behind as much computation as that direction has.
 Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv:2412.19437) §3.2.1; Megatron-Core ``--overlap-moe-expert-parallel-comm``
@@ -43,6 +43,7 @@ TECHNIQUE = Technique(
     slot="expert_overlap",
     choices=("combined_1f1b",),
     searched=False,
+    asked=True,  # the second micro-batch's memory is not counted here, so that it would always win
     source="arXiv:2412.19437",
     summary="All-to-alls of one micro-batch run beside the computation of another",
     knobs=(
