@@ -300,6 +300,7 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
     windows: dict[str, dict[str, Any]] = defaultdict(dict)
     launches: Array | float = 0.0
+    waits: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
@@ -307,6 +308,8 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             launches = launches + dispatches(item, ledger.axes) * (
                 price > 0
             )  # without work it is not launched
+        if item.waited:
+            waits = waits + dispatches(item, ledger.axes) * (price > 0)
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -314,15 +317,17 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+    dispatch_s = float(pricer.stack.dispatch_s)
+    paced_s = np.maximum(device_s, launches * dispatch_s)
+    return {f"{items[0].phase}_s": paced_s + waits * (float(pricer.stack.waited_dispatches) * dispatch_s)}
 
 
-def dispatches(item: Kernel, axes: Axes) -> Array | float:
+def dispatches(item: Item, axes: Axes) -> Array | float:
     """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
     if isinstance(item, Matmul) and item.grouped:
         each: Array = axes[item.groups] * item.launches
         return each
-    return item.launches
+    return item.launches if isinstance(item, Kernel) else 1.0
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

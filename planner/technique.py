@@ -55,10 +55,12 @@ SLOTS = (
     "sequence_parallel",
     "context",
     "expert",
+    "expert_overlap",
     "tensor_overlap",
     "pipeline",
     "cuda_graph",
     "optimizer",
+    "checkpoint_end",  # where a recomputation stops
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
     "synchronisation",  # how often replicas agree, and who with whom
@@ -83,6 +85,7 @@ def off(slot: str) -> str:
 
 
 _OFF = {
+    "checkpoint_end": "whole",
     "elementwise_kernel": "fused",
     "gradient_accumulation": "fused",
     "sequence_parallel": "false",

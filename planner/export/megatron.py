@@ -265,6 +265,8 @@ def _kernels(target: Target) -> Flags:
         flags |= {"--cross-entropy-loss-fusion": [], "--cross-entropy-fusion-impl": ["native"]}
     if target.knobs["tensor_overlap"] == "chunked" and target.plan.mesh["tp"] > 1:
         flags["--tp-comm-overlap"] = []
+    if target.knobs["expert_overlap"] == "combined_1f1b":
+        flags["--overlap-moe-expert-parallel-comm"] = []
     return flags
 
 
