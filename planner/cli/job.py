@@ -193,7 +193,7 @@ class JobOptions:
         extra: Sequence[Fault] = (),
         deadline_s: float | None = None,
         base: Described | None = None,
-        explore: str = "likely",
+        explore: Sequence[str] = (),
     ) -> list[Problem]:
         """One problem per cluster.
 
@@ -201,7 +201,7 @@ class JobOptions:
             extra: faults that the caller has found already, to be reported with the others.
             deadline_s: by when the run must be done.
             base: a job described elsewhere; what the options say goes before it.
-            explore: which choices to search (:data:`planner.specs.problem.EXPLORE`).
+            explore: choices to search that are left aside otherwise (:class:`planner.specs.problem.Problem`).
 
         Raises:
             SpecError: everything that is wrong with the options.
@@ -217,9 +217,9 @@ class JobOptions:
         workload = self._workload(faults, base.workload if base is not None else {})
         fixed = attempt(faults, parse_fixed, self.fix or [])
         faults += [
-            Fault("--forbid", "is empty", "a glob over knobs and their values")
-            for glob in self.forbid or []
-            if not glob
+            Fault(option, "is empty", "a glob over knobs and their values")
+            for option, globs in (("--forbid", self.forbid or []), ("--explore", explore))
+            if "" in globs
         ]
         launcher = attempt(faults, read_launcher, self.launcher)
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
@@ -231,7 +231,7 @@ class JobOptions:
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=explore,
+                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
                 flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)

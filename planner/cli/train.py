@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,14 +31,13 @@ def train(
         ),
     ] = None,
     explore: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--explore",
-            metavar="WHAT",
-            help="all: also every choice that hardly ever wins [likely].",
-            show_default=False,
+            metavar="GLOB",
+            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
         ),
-    ] = "likely",
+    ] = None,
     pareto: Annotated[
         bool,
         typer.Option("--pareto", help="Also the best plan under each of several smaller memory budgets."),
@@ -58,7 +58,7 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    problems, wanted = _problems(job, top, deadline, explore)
+    problems, wanted = _problems(job, top, deadline, explore or ())
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
@@ -83,7 +83,9 @@ def train(
         raise Stopped("these are the best plans so far", printed=True)
 
 
-def _problems(job: JobOptions, top: str, deadline: str | None, explore: str) -> tuple[list[Problem], int]:
+def _problems(
+    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str]
+) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
     from planner.errors import SpecError

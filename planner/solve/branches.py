@@ -62,6 +62,8 @@ class Branches:
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
         self.waves = [wave for wave in (none, some, layers) if wave]
         """Recompute choices that are tried together: none does less than another of its wave."""
+        schedules = (choice.technique for choice in choices["schedule"])
+        self._schedule_moves = any("activations" in t.moves for t in schedules if t is not None)
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
@@ -142,8 +144,10 @@ class Branches:
         return less
 
     def moves_activations(self, swap: int) -> bool:
-        """Whether a swap moves activations: recompute leaves it less to move, and so may save time."""
-        return any(self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS)
+        """Whether a swap (or a schedule) moves activations: recompute leaves it less to move, and so may save time."""
+        return self._schedule_moves or any(
+            self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
+        )
 
     def ruled(self, swap: int) -> bool:
         """Whether some of a swap's rules are about rows, or about choices before it."""

@@ -16,7 +16,7 @@ from planner.ledger import Array
 from planner.pipeline import Dealt, Layout, held_bytes, memory, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
-from planner.solve.space import Choice, Rows
+from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 
@@ -159,7 +159,7 @@ class Expansion:
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap of the space moves: gradients, optimizer states, framework."""
         stack = self.problem.stack
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         fixed = [
             table[f"{pool}_bytes"] for pool in ("gradients", "optimizer") if pool not in self.branches.moved
         ]
@@ -188,12 +188,12 @@ class Expansion:
         return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
 
     def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         micro_batches = self.micro_batches[jobs.rows]
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, table, micro_batches)
-        bound_s = step_bound(table, jobs.layout, micro_batches, layers)
+        bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
         on_device, on_host = peak <= budget, host <= host_budget
@@ -288,29 +288,31 @@ class Expansion:
     def _memory(
         self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
     ) -> tuple[Array, Array]:
-        technique = jobs.schedule.technique
-        assert technique is not None
         return memory(
             table,
             jobs.layout,
-            technique.order,
+            order_of(jobs.schedule),
             micro_batches,
             self.problem.stack,
             self.communicators[jobs.rows],
             layers,
         )
 
-    def columns(self, states: Index, recomputes: Index, swap: int, rows: Index) -> BlockTable:
-        """The jobs' columns: those of their states, plus what recompute and swaps change."""
+    def columns(
+        self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
+    ) -> BlockTable:
+        """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
         columns = self._of_states[states, rows]
-        if not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
+        assert schedule.technique is not None
+        editor = schedule if schedule.technique.edits else None
+        if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
             for branch in np.unique(branches).tolist():
                 prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                 at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
-                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local)
+                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:

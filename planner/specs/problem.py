@@ -17,9 +17,8 @@ from planner.specs.workload import TrainWorkload
 if TYPE_CHECKING:
     from planner.technique import Launcher
 
-__all__ = ["EXPLORE", "OBJECTIVES", "PERMISSIONS", "Problem"]
+__all__ = ["OBJECTIVES", "PERMISSIONS", "Problem"]
 
-EXPLORE = ("likely", "all")
 PERMISSIONS = {
     "staleness": "replicas that disagree for a while, or updates from gradients of earlier weights",
     "lossy": "gradients, weights or activations that arrive with fewer digits than they were computed with",
@@ -42,7 +41,8 @@ class Problem:
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
         allowed: keys of :data:`PERMISSIONS`: what plans may do that changes the result of training.
-        explore: ``likely`` leaves aside choices that hardly ever win; ``all`` searches them too.
+        explore: globs over ``slot=choice`` and over techniques: choices to search that hardly ever win and are left aside
+            otherwise; ``all`` is every one of them.
         deadline_s: the run (``workload.tokens``) must end in this time.
 
     Raises:
@@ -61,7 +61,7 @@ class Problem:
     usd_per_device_hour: float | None = None
     deadline_s: float | None = None
     allowed: tuple[str, ...] = ()
-    explore: str = "likely"
+    explore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -76,12 +76,10 @@ class Problem:
             yield Fault(
                 "objective", repr(self.objective), expected, did_you_mean(str(self.objective), OBJECTIVES)
             )
-        for name, known, found in (
-            *(("allowed", tuple(PERMISSIONS), name) for name in self.allowed),
-            ("explore", EXPLORE, self.explore),
-        ):
-            if found not in known:
-                yield Fault(name, repr(found), f"one of {', '.join(known)}", did_you_mean(str(found), known))
+        for name in self.allowed:
+            if name not in PERMISSIONS:
+                expected = f"one of {', '.join(PERMISSIONS)}"
+                yield Fault("allowed", repr(name), expected, did_you_mean(name, tuple(PERMISSIONS)))
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")

@@ -75,7 +75,7 @@ def bench(experts: int, faster: float = 1.0) -> UniformSearch:
     cluster = replace(cluster, tiers=tiers, host_link_bytes_per_s=cluster.host_link_bytes_per_s * faster)
     workload = TrainWorkload(BATCH, SEQ, expert_zipf=0.5 if experts else 0.0)
     problem = Problem(
-        model(experts), cluster, workload, load_stack(), allowed=tuple(PERMISSIONS), explore="all"
+        model(experts), cluster, workload, load_stack(), allowed=tuple(PERMISSIONS), explore=("all",)
     )
     return UniformSearch(problem, 1, lambda batch: [])
 

@@ -48,7 +48,7 @@ def test_everything_finds_at_least_what_is_likely():
         load_model("gpt2"), load_cluster("a100-sxm-80gb:1x2"), TrainWorkload(8, 1024), load_stack(),
         fixed={"context": "p2p", "loss_kernel": "fused"},
     )  # fmt: skip
-    likely, everything = search(small, top=1), search(replace(small, explore="all"), top=1)
+    likely, everything = search(small, top=1), search(replace(small, explore=("all",)), top=1)
     assert everything.search.candidates > likely.search.candidates
     assert everything.best.estimate.step_time_s <= likely.best.estimate.step_time_s
     assert everything.best.permissions == ()
@@ -57,14 +57,14 @@ def test_everything_finds_at_least_what_is_likely():
 def test_what_is_left_aside_can_still_be_forbidden():
     small = Problem(
         load_model("gpt2"), load_cluster("a100-sxm-80gb:1x2"), TrainWorkload(8, 1024), load_stack(),
-        fixed={"context": "p2p"}, forbidden=("patrickstar",), explore="all",
+        fixed={"context": "p2p"}, forbidden=("patrickstar",), explore=("all",),
     )  # fmt: skip
     assert search(small, top=1).best.knobs["gradient_accumulation"] == "fused"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "hint"),
-    [("--allow", "stalenes", "staleness"), ("--explore", "everything", "likely, all")],
+    [("--allow", "stalenes", "staleness"), ("--explore", "schedule=zb_h3", "schedule=zb_h1")],
 )
 def test_unknown_words_are_refused(option, value, hint, capsys):
     job = ["--model", "gpt2", "--cluster", "a100-sxm-80gb:1x1", "--global-batch", "8", "--seq-len", "1024"]

@@ -36,7 +36,7 @@ class Case:
     job: dict[str, Any] = field(default_factory=dict)
     host_gb: float = 0.0
     allowed: tuple[str, ...] = ()
-    explore: str = "likely"
+    explore: tuple[str, ...] = ()
     instead: dict[str, Any] | None = None  # the job without it: nothing fits
 
     def problem(self) -> Problem:
@@ -69,13 +69,13 @@ CASES = [
     # 13B on one V100: Ren et al. 2021 (arXiv:2101.06840), abstract.
     Case("optimizer_offload=cpu+gradients", "zero_offload_gradients", "gpt3-13b", "v100-sxm2-32gb:1x1", 64, 1024,
          {"gradient_dtype": "fp16", "gradient_accumulation": "fused", "loss_kernel": "fused"}, {"precisions": ("fp16",)},
-         host_gb=1500, explore="all"),
+         host_gb=1500, explore=("all",)),
     # States that only fit the host, and a host slower than the link: Maurya et al. 2024 (arXiv:2410.21316).
     Case("optimizer_offload=interleaved", "deep_optimizer_states", "gpt3-6.7b", "a100-sxm-80gb:1x1", 64, 1024,
-         {**PLAIN, "context": "p2p"}, host_gb=300, explore="all"),
+         {**PLAIN, "context": "p2p"}, host_gb=300, explore=("all",)),
     # One micro-batch per step, and a gradient too many: Fang et al. 2021 (arXiv:2108.05818).
     Case("gradient_accumulation=in_place", "mixed_precision", "gpt3-2.7b", "a100-sxm-40gb:1x1", 8, 1024,
-         {"gradient_dtype": "bf16", "loss_kernel": "fused", "context": "p2p"}, explore="all"),
+         {"gradient_dtype": "bf16", "loss_kernel": "fused", "context": "p2p"}, explore=("all",)),
     # Agreement every hundreds of steps over 100 Gb/s: Sun et al. 2024 (arXiv:2401.16265).
     Case("synchronisation=co2", "co2", "gpt3-2.7b", SLOW, 64, 2048, {**PLAIN, "zero_stage": 1}, allowed=("staleness",)),
     *(
@@ -88,22 +88,22 @@ CASES = [
     Case("compression=low_rank", "powersgd", "gpt3-1.3b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 0}, allowed=("lossy",)),
     # A model whose gathers in the backward cross nodes, without room for a copy per node: arXiv:2306.10209, section 3.2.
     Case("zero_group=secondary", "hpz", "gpt3-2.7b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 3, "micro_batch_size": 1,
-         "zero_group": "secondary"}, explore="all"),
+         "zero_group": "secondary"}, explore=("all",)),
     # 64 tensor ranks and 96 heads: a cube is what divides them best (Bian et al. 2021, arXiv:2105.14450, on 64 devices).
     Case("tensor=3d", "tp_3d", "gpt3-175b", "gb200-nvl72:16x4", 64, 2048,
          {"tp": 64, "sequence_parallel": "false", "context": "p2p", "pipeline": "stages", "loss_kernel": "fused",
-          "gradient_accumulation": "fused", "tensor_overlap": "none"}, explore="all"),
+          "gradient_accumulation": "fused", "tensor_overlap": "none"}, explore=("all",)),
     # All-reduces on PCIe without sequence parallelism: Wang et al. 2024 (arXiv:2409.15241).
     Case("tensor_overlap=domino", "domino", "llama2-13b", "a6000:1x8", 16, 2048,
          {"tp": 8, "tensor": "1d", "sequence_parallel": "false", "loss_kernel": "fused", "gradient_accumulation": "fused"},
-         explore="all"),
+         explore=("all",)),
     # Long causal sequences over more ranks than divide the 25 heads: Li et al. 2024 (arXiv:2310.03294); where attention hides
     # more, balance counts, and queries are as wide as keys: Wang et al. 2024 (arXiv:2412.20501).
     *(
         Case(f"context={choice}", by, "gpt2-xl", cluster, 8, seq,
              {"cp": 8, "tp": 1, "pp": 1, "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
               "parameter_offload": "none", "loss_kernel": "fused", "gradient_accumulation": "fused",
-              "sequence_parallel": "false"}, explore="all")
+              "sequence_parallel": "false"}, explore=("all",))
         for choice, by, cluster, seq in (
             ("helped", "dist_flash_attn", "a6000:1x8", 8192), ("tokens", "token_ring", "a100-sxm-80gb:8x1", 65536),
         )
@@ -111,13 +111,13 @@ CASES = [
     # The same where everything is recomputed, attention included or not: arXiv:2310.03294, section 3.3.
     Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 32768,
          {"tp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "parameter_offload": "none",
-          "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore="all"),
+          "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore=("all",)),
     # Experts as unlike as 1/j on ranks that share them: Liu et al. 2023 (SIGCOMM) where they are small, He et al. 2022 (PPoPP)
     # where they are large.
     *(
         Case(f"expert={choice}", by, model, "h100-sxm:1x8", batch, seq,
              {"ep": 8, "tp": 1, "cp": 1, "pp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "tensor": "1d",
-              "sequence_parallel": "false"}, {"expert_zipf": 1.0}, explore="all")
+              "sequence_parallel": "false"}, {"expert_zipf": 1.0}, explore=("all",))
         for choice, by, model, batch, seq in (
             ("fetched", "janus", "deepseek-moe-16b", 64, 4096), ("shadow1", "fastermoe", "mixtral-8x7b", 8, 512),
         )
