@@ -47,7 +47,11 @@ GROUPS = (
     "compression",
 )
 """Slots whose choices are about ranks that work together: on one device they change nothing."""
-DETAILS = {"recompute_modules": "core_attn", "zero_group_ranks": 2}  # what two choices need to be told
+DETAILS = {
+    "recompute_modules": "core_attn",
+    "zero_group_ranks": 2,
+    "resident_layers": 1,
+}  # what two choices need to be told
 LAUNCHES_S = 5e-6  # of an update on the device, which one on the host does without
 SENDING = (*GROUPS, "zero_stage", "optimizer_offload", "activation_offload", "parameter_offload")
 TIMES = ("forward_s", "backward_s", "weight_s", "recompute_s", "main_step_s")
