@@ -51,6 +51,7 @@ DETAILS = {
     "recompute_modules": "core_attn",
     "zero_group_ranks": 2,
     "resident_layers": 1,
+    "target_percent": 50.0,
 }  # what two choices need to be told
 LAUNCHES_S = 5e-6  # of an update on the device, which one on the host does without
 SENDING = (*GROUPS, "zero_stage", "optimizer_offload", "activation_offload", "parameter_offload")
