@@ -184,7 +184,7 @@ class Pricer:
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
-            n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
+            n_bytes = axes[item.size] * dtype_bytes(item.dtype)
             where = (id(item.group), item.kind)
             if where not in self._costs:
                 self._costs[where] = collective_costs(item.kind, self.levels(item.group))  # type: ignore[arg-type]
@@ -379,7 +379,7 @@ def _key(item: Item) -> Any:
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew)
+        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)

@@ -143,7 +143,6 @@ class Collective(Item):
     size: str
     dtype: str = "fp32"
     messages: str = "1"
-    skew: float = 1.0  # max over ranks of the load, relative to the mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -266,7 +266,7 @@ def test_one_row_of_many_is_the_same_as_one_alone(slot):
 
 
 def item_key(item: Item):
-    return type(item).__name__, item.what, item.block, item.phase, item.window
+    return type(item).__name__, item.what, item.block, item.phase, item.window, getattr(item, "tier", "")
 
 
 # -- composition ---------------------------------------------------------------------------------------------------------
