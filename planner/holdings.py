@@ -40,20 +40,28 @@ def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
     counts = layout.first_counts[run]
     in_flight, in_flight_host = _in_flight(assembly, run, kept)
     working = _largest_transient(assembly, counts, kept)
-    for item in assembly.ledger.of(Resident):
-        kind = table.kinds.index(item.block)
-        n_bytes = float(np.ravel(assembly.ledger.axes[item.size])[0]) * item.bytes_per_element
+    for item, block, n_bytes in _residents(assembly):
+        kind = table.kinds.index(block)
         if item.tier != "device":
             times = counts[kind] if item.lifetime == "always" else in_flight_host[kind]
-            yield Holding("host", item.block, item, float(times) * n_bytes)
+            yield Holding("host", block, item, float(times) * n_bytes)
         elif item.lifetime == "always":
-            yield Holding(item.pool, item.block, item, float(counts[kind]) * n_bytes)
+            yield Holding(item.pool, block, item, float(counts[kind]) * n_bytes)
         elif item.lifetime == "micro_batch":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes)
         elif item.lifetime == "recomputed":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes * kept)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes * kept)
         if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
-            yield Holding("workspace", item.block, item, n_bytes)
+            yield Holding("workspace", block, item, n_bytes)
+
+
+def _residents(assembly: Assembly) -> Iterator[tuple[Resident, str, float]]:
+    """Residents of all parts of the plan, each with the plan's name of its block, and its bytes."""
+    for part in assembly.parts:
+        for item in part.ledger.of(Resident):
+            if item.block in part.names:
+                size = float(np.ravel(part.ledger.axes[item.size])[0])
+                yield item, part.names[item.block], size * item.bytes_per_element
 
 
 def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]:

@@ -27,6 +27,7 @@ __all__ = [
     "LAYOUT_NAMES",
     "Layout",
     "Split",
+    "layout_of",
     "layouts",
     "memory",
     "memory_parts",
@@ -121,12 +122,17 @@ def _layout(
     counts = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
     counts[0, kinds.index(EMBEDDING)] = 1
     counts[-1, kinds.index(HEAD)] = 1
+    return layout_of(counts, pp, virtual_stages, split)
+
+
+def layout_of(counts: Array, pp: int, virtual_stages: int, split: str) -> Layout:
+    """The layout of given blocks per virtual stage, (pp·virtual_stages, kinds); the last three kinds are no layers."""
     chunks = counts.reshape(virtual_stages, pp, -1)
     changes = np.flatnonzero(np.any(chunks[:, 1:] != chunks[:, :-1], axis=(0, 2)))
     first, last = np.concatenate([[0], changes + 1]), np.concatenate([changes, [pp - 1]])
     device_counts = chunks.sum(axis=0)
     before = np.cumsum(chunks[0], axis=0) - chunks[0]
-    layers = int(device_counts[first][:, : len(kinds) - 3].sum(axis=1).max())
+    layers = int(device_counts[first][:, :-3].sum(axis=1).max())
     return Layout(
         pp, virtual_stages, split, counts, chunks, device_counts, first, last, device_counts[first], device_counts[last],
         before[last], layers,

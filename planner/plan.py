@@ -88,6 +88,9 @@ class Plan:
         optimality: what the search proved.
         assumptions: what the numbers rest on.
         stack: name (or path) of the software stack.
+        layerwise: where layers differ in their choices: ``strategies``, each its additive choices by slot; ``stages``, per
+            virtual stage the runs ``[strategy, layers]`` in the order of its layers; ``embedding`` and ``head``, their
+            strategies. ``knobs`` then has the choices of the first strategy. None where all layers are treated alike.
     """
 
     model: str
@@ -101,11 +104,14 @@ class Plan:
     assumptions: tuple[str, ...] = ()
     stack: str = "default"
     schema_version: str = SCHEMA_VERSION
+    layerwise: Mapping[str, Any] | None = None
 
     @property
     def id(self) -> str:
         """Stable name of the choice (not of its estimate): the same problem and knobs give the same id."""
         choice = [self.model, self.cluster, dict(self.workload), dict(self.mesh), dict(self.knobs)]
+        if self.layerwise is not None:
+            choice.append(dict(self.layerwise))
         return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
 
     @property
@@ -138,6 +144,13 @@ class Plan:
         for name, (low, high) in (self.estimate.interval or {}).items():
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"interval of {name} is {low!r} to {high!r}")
+        if self.layerwise is not None:
+            strategies, stages = self.layerwise["strategies"], self.layerwise["stages"]
+            used = {s for runs in stages for s, _ in runs} | {self.layerwise[end] for end in ("embedding", "head")}
+            if not used <= set(range(len(strategies))):
+                raise ValueError(f"strategies {sorted(used)} of {len(strategies)}")
+            if tuple(sum(layers for _, layers in runs) for runs in stages) != self.stages:
+                raise ValueError("the layers of layerwise.stages are not those of stages")
         if self.estimate.step_time_s <= 0.0 or "peak" not in self.estimate.memory_bytes or self.devices < 1:
             raise ValueError("the estimate lacks a step time or a peak")
 
@@ -145,6 +158,8 @@ class Plan:
         """The plan as JSON fields."""
         fields = asdict(self)
         fields["stages"], fields["assumptions"] = list(self.stages), list(self.assumptions)
+        if self.layerwise is None:
+            del fields["layerwise"]  # plans that treat all layers alike are as they were before there were others
         return {"id": self.id, **fields}
 
     @staticmethod

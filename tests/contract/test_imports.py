@@ -28,6 +28,7 @@ LAYERS = (
     "plan",
     "uncertainty",
     "solve.space",
+    "assignment",
     "assemble",
     "holdings",
     "solve",
