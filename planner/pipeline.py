@@ -27,6 +27,7 @@ __all__ = [
     "LAYOUT_NAMES",
     "Layout",
     "Split",
+    "deal_layers",
     "layout_of",
     "layouts",
     "memory",
@@ -101,16 +102,16 @@ def layouts(
         sizes = [total // stages] * stages
         sizes[0] -= split.first_fewer
         sizes[-1] -= split.last_fewer
-        found.append(_layout(order, kinds, pp, virtual_stages, split.name, sizes))
+        found.append(deal_layers(order, kinds, pp, virtual_stages, split.name, sizes))
     if not found and n >= stages:
         small, longer = divmod(n, stages)
         start = (stages - longer) // 2
         sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
-        found.append(_layout(order, kinds, pp, virtual_stages, "balanced", sizes))
+        found.append(deal_layers(order, kinds, pp, virtual_stages, "balanced", sizes))
     return tuple(found)
 
 
-def _layout(
+def deal_layers(
     order: Sequence[str],
     kinds: tuple[str, ...],
     pp: int,

@@ -26,7 +26,7 @@ import numpy as np
 
 from planner.ledger import Array
 
-__all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "solve"]
+__all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
 
 Counts: TypeAlias = tuple[tuple[int, ...], ...]  # per group, layers under each of its strategies
 _Column: TypeAlias = tuple[list[float], list[float], list[float]]  # a strategy's reduced costs, costs and bytes
@@ -334,7 +334,7 @@ def _hull_price(
     steps: list[tuple[float, int, int, int]] = []
     used = 0.0
     for g, (size, c, h) in enumerate(zip(sizes, cost, held, strict=True)):
-        chain = _hull(c, h)
+        chain = hull(c, h)
         counts[g][chain[0]] = size
         used += size * float(h[chain[0]])
         for a, b in zip(chain, chain[1:], strict=False):
@@ -354,7 +354,7 @@ def _hull_price(
     return float(price), counts
 
 
-def _hull(cost: Array, held: Array) -> list[int]:
+def hull(cost: Array, held: Array) -> list[int]:
     """Strategies on the lower convex hull of (held, cost), from the cheapest to the smallest."""
     order = sorted(range(len(cost)), key=lambda s: (cost[s], held[s]))
     chain = [order[0]]

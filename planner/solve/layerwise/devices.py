@@ -1,0 +1,254 @@
+"""One device of a pipeline: its layers, its budgets, and the best strategies for them.
+
+A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. With traffic ``g`` beside
+``b`` seconds of work, at least ``max(g − b, 0)`` of it is exposed (:func:`planner.costs.overlap.uniform_bucket_exposure_s`, in many
+buckets), so that the time is the largest of four sums over layers. Its bytes are sums too, but for the largest transient of a
+block at work: strategies are limited to those with no larger a transient than each of those there are, in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.assignment import Runs
+from planner.ledger import Array
+from planner.pipeline import saturated
+from planner.schedule.live import live_vectors
+from planner.solve.layerwise.counts import CountProblem, Counts, Group, bound, hull
+from planner.solve.layerwise.solvers import Solver
+from planner.solve.layerwise.stages import Line
+from planner.solve.layerwise.strategies import Mesh
+from planner.specs.problem import Problem
+
+__all__ = ["Device", "DeviceCosts", "Solved"]
+
+_Groups: TypeAlias = list[tuple[int, tuple[int, ...], int]]  # kind, chunks that are in flight alike, layers
+_BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one device of a pipeline holds.
+
+    Attributes:
+        number: its place in the pipeline.
+        layers: of each kind, per chunk.
+        embedding, head: whether it holds them.
+    """
+
+    number: int
+    layers: tuple[tuple[int, ...], ...]
+    embedding: bool
+    head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The best strategies of a device: runs per chunk and kind, and those of the ends that it holds."""
+
+    seconds: float
+    runs: tuple[tuple[Runs, ...], ...]
+    embedding: int | None
+    head: int | None
+
+
+class DeviceCosts:
+    """Costs and budgets of the devices of one mesh under one schedule."""
+
+    def __init__(self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver) -> None:
+        self.mesh, self.schedule, self.virtual_stages, self.solver = mesh, schedule, virtual_stages, solver
+        stack = problem.stack
+        self.growth = 1.0 + stack.fragmentation.value
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
+        self.room = problem.memory_budget_bytes - idle
+        self.host_room = float(problem.cluster.host_memory_bytes)
+        self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
+        self.costs = _costs(mesh)
+        self.hosted = bool(mesh["host_bytes"].any() or mesh["host_saved_bytes"].any())
+        depth = saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches)
+        self.depth = int(depth)
+        self._solved: dict[tuple[object, ...], Solved | None] = {}
+        self.fronts = _front(self.costs, mesh, self.transient)
+
+    def flights(self, device: int) -> Array:
+        """Micro-batches in flight of each chunk at each of the device's fullest moments, (moments, chunks)."""
+        return _flights(self.schedule, self.mesh.pp, self.depth, self.virtual_stages, device)
+
+    def bound_s(self, device: Device, ramp_s: float = 0.0) -> float:
+        """No strategies make the device faster; infinite where none fit."""
+        return min((bound(problem) for _, problem in self._limited(device, ramp_s)), default=np.inf)
+
+    def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
+        """The best strategies that fit; None where none do."""
+        key = (self.flights(device.number).tobytes(), device.layers, device.embedding, device.head, ramp_s)
+        if key not in self._solved:
+            self._solved[key] = self._solve(device, ramp_s)
+        return self._solved[key]
+
+    def line(self, device: int, order: Sequence[int], ends: Sequence[int], work_only: bool = False) -> Line:
+        """A lower bound of a device's seconds by the layers it holds, for pipelines with one stage per device.
+
+        The dual of the linear relaxation at every price that some trade of memory for time would fetch.
+
+        Args:
+            order: kind of every layer.
+            ends: kinds of what the device holds besides: embedding, head.
+            work_only: the micro-batches' work without what follows the last.
+        """
+        weight = float(self.flights(device).max())
+        held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
+        costs = self.costs[4:] if work_only else self.costs[:4]
+        kinds = sorted({*order, *ends})
+        least = max((min(float(self.transient[s, k]) for s in self.fronts[k]) for k in kinds), default=0.0)
+        room = self.room - self.growth * least
+        prices = self._prices(costs, held, kinds)
+        offset, sums = [], []
+        for cost in costs:
+            for price in prices:
+                priced = np.min(cost + price * held, axis=0)
+                offset.append(sum(float(priced[k]) for k in ends) - price * room)
+                sums.append(np.concatenate([[0.0], np.cumsum(priced[list(order)])]))
+        return Line(np.array(offset), np.array(sums))
+
+    # -- details ---------------------------------------------------------------------------------------------------
+
+    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> list[float]:
+        found = {0.0}
+        for cost in costs:
+            for kind in kinds:
+                c, h = cost[:, kind], held[:, kind]
+                chain = hull(c, h)
+                found |= {
+                    float((c[b] - c[a]) / (h[a] - h[b])) for a, b in zip(chain, chain[1:], strict=False)
+                }
+        return sorted(found)
+
+    def _groups(self, device: Device) -> tuple[list[int], _Groups]:
+        """Kinds on the device, and (kind, chunks that have the same in flight, layers) of every group."""
+        flights = self.flights(device.number)
+        alike: dict[tuple[bytes, int], tuple[list[int], int]] = {}
+        for chunk, layers in enumerate(device.layers):
+            for kind, n in enumerate(layers):
+                if n:
+                    chunks, total = alike.get((flights[:, chunk].tobytes(), kind), ([], 0))
+                    alike[flights[:, chunk].tobytes(), kind] = ([*chunks, chunk], total + n)
+        groups = [(kind, tuple(chunks), n) for (_, kind), (chunks, n) in alike.items()]
+        embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
+        if device.embedding:
+            groups.append((embedding, (0,), 1))
+        if device.head:
+            groups.append((head, (self.virtual_stages - 1,), 1))
+        return sorted({kind for kind, _, _ in groups}), groups
+
+    def _limited(self, device: Device, ramp_s: float) -> Iterator[tuple[list[list[int]], CountProblem]]:
+        """The device's choice as problems of counts, one for each limit on the transient; strategies of every group."""
+        kinds, groups = self._groups(device)
+        limits = sorted({float(self.transient[s, k]) for k in kinds for s in self.fronts[k]}, reverse=True)
+        for limit in limits:
+            small = [[s for s in self.fronts[kind] if self.transient[s, kind] <= limit] for kind, _, _ in groups]
+            if not all(small):
+                return
+            yield small, self._problem(device, groups, small, limit, ramp_s)
+
+    def _problem(
+        self, device: Device, groups: _Groups, small: Sequence[Sequence[int]], limit: float, ramp_s: float
+    ) -> CountProblem:
+        mesh, flights = self.mesh, self.flights(device.number)
+        offset = np.array([0.0] * 4 + [ramp_s])
+        costs = [self.costs[:, some, kind] for (kind, _, _), some in zip(groups, small, strict=True)]
+        sums = _largest(offset, costs)
+        made = []
+        for (kind, chunks, n), some, cost in zip(groups, small, costs, strict=True):
+            weights = flights[:, chunks[0]][:, None]
+            always, saved, step, host, host_saved = (mesh[name][None, some, kind] for name in _BYTES)
+            rows = [always + self.growth * weights * saved, always + step]
+            rows += [host + weights * host_saved] if self.hosted else []
+            made.append(Group(n, cost[sums], np.concatenate(rows)))
+        moments = len(flights)
+        budget = [self.room - self.growth * limit] * moments + [self.room]
+        budget += [self.host_room] * moments if self.hosted else []
+        return CountProblem(tuple(made), np.array(budget), offset[sums])
+
+    def _solve(self, device: Device, ramp_s: float) -> Solved | None:
+        best: Solved | None = None
+        _, groups = self._groups(device)
+        for small, problem in self._limited(device, ramp_s):
+            if best is not None and bound(problem) >= best.seconds:
+                continue
+            found = self.solver(problem)
+            if found is not None and (best is None or found[0] < best.seconds):
+                best = self._named(device, groups, small, *found)
+        return best
+
+    def _named(
+        self, device: Device, groups: _Groups, small: Sequence[Sequence[int]], seconds: float, counts: Counts
+    ) -> Solved:
+        """Counts per group as runs per chunk and kind; the strategies that save least come first."""
+        saved = self.mesh["saved_bytes"]
+        runs: list[list[Runs]] = [[() for _ in layers] for layers in device.layers]
+        ends: dict[int, int] = {}
+        for (kind, chunks, _), some, taken in zip(groups, small, counts, strict=True):
+            left = sorted(
+                ([s, n] for s, n in zip(some, taken, strict=True) if n),
+                key=lambda run, kind=kind: (saved[run[0], kind], run[0]),
+            )
+            if kind >= len(device.layers[0]):
+                ends[kind] = left[0][0]
+                continue
+            for chunk in chunks:
+                room = device.layers[chunk][kind]
+                mine: list[tuple[int, int]] = []
+                while room:
+                    n = min(room, left[0][1])
+                    mine.append((left[0][0], n))
+                    left[0][1] -= n
+                    room -= n
+                    if not left[0][1]:
+                        left.pop(0)
+                runs[chunk][kind] = tuple(mine)
+        embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
+        return Solved(seconds, tuple(map(tuple, runs)), ends.get(embedding), ends.get(head))
+
+
+def _costs(mesh: Mesh) -> Array:
+    """Five sums, (5, strategies, kinds): a device's seconds with nothing, gradients, weights, both exposed; its work alone."""
+    work = mesh.micro_batches * mesh.micro_batch_s
+    beside = mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"]
+    gradients = mesh["gradients_step_s"] - beside
+    weights = mesh["weights_step_s"] - mesh["forward_s"]
+    serial = work + mesh["main_step_s"]
+    return np.stack([serial, serial + gradients, serial + weights, serial + gradients + weights, work])
+
+
+def _front(costs: Array, mesh: Mesh, transient: Array) -> list[list[int]]:
+    """Per kind, strategies that no other equals or beats in all of time and memory."""
+    columns = np.concatenate([costs, np.stack([*(mesh[name] for name in _BYTES), transient])])
+    fronts = []
+    for kind in range(len(mesh.kinds) - 1):
+        values = columns[:, :, kind].T
+        kept: list[int] = []
+        for s in np.lexsort(values.T[::-1]).tolist():
+            if not kept or not np.any(np.all(values[kept] <= values[s], axis=1)):
+                kept.append(s)
+        fronts.append(sorted(kept))
+    return fronts
+
+
+def _largest(offset: Array, costs: Sequence[Array]) -> list[int]:
+    """Sums that may be the largest: no other is as large for every strategy."""
+    rows = np.concatenate([offset[:, None], *costs], axis=1)
+    kept: list[int] = []
+    for i in np.lexsort(rows.T[::-1])[::-1].tolist():
+        if not any(np.all(rows[j] >= rows[i]) for j in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
+@lru_cache(maxsize=4096)
+def _flights(schedule: str, pp: int, depth: int, virtual_stages: int, device: int) -> Array:
+    return live_vectors(schedule, pp, depth, virtual_stages, device, np.eye(virtual_stages))
