@@ -80,8 +80,12 @@ class CountProblem:
         return bool(np.all(held <= self.budget + SLACK * np.abs(self.budget)))
 
 
-def solve(problem: CountProblem, under: float = np.inf) -> tuple[float, Counts] | None:
+def solve(
+    problem: CountProblem, under: float = np.inf, tolerance: float = 0.0
+) -> tuple[float, Counts] | None:
     """The best counts and their value; None where none fits (or none is below ``under``).
+
+    With a ``tolerance``, counts that no others undercut by more than this fraction.
 
     Raises:
         OutOfNodesError: several budgets that bind at once can take more nodes than are worth it.
@@ -98,7 +102,7 @@ def solve(problem: CountProblem, under: float = np.inf) -> tuple[float, Counts] 
         if not all(kept):
             continue
         limit = (under if best is None else best[0]) - paid
-        found = _Search(problem, kept).run(limit)
+        found = _Search(problem, kept, tolerance).run(limit)
         if found is not None:
             best = (found[0] + paid, found[1])
     return best
@@ -107,7 +111,7 @@ def solve(problem: CountProblem, under: float = np.inf) -> tuple[float, Counts] 
 def bound(problem: CountProblem) -> float:
     """What the linear relaxation proves: no counts that fit have a smaller value (infinite: none fits)."""
     kept = [_kept(group, None) for group in problem.groups]
-    return _Search(problem, kept).bound
+    return _Search(problem, kept, 0.0).bound
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
@@ -126,20 +130,17 @@ def _kept(group: Group, classes: frozenset[int] | None) -> list[int]:
     open_ = [s for s in range(group.cost.shape[1]) if classes is None or group.classes[s] in classes]
     columns = np.concatenate([group.cost, group.held])[:, open_].T
     order = np.lexsort(columns.T[::-1])
-    kept: list[int] = []
-    front = np.empty((0, columns.shape[1]))
-    for i in order.tolist():
-        if not np.any(np.all(front <= columns[i], axis=1)):
-            kept.append(i)
-            front = columns[kept]
-    return sorted(open_[i] for i in kept)
+    ranked = columns[order]
+    # In this order a strategy can only be beaten by one before it; of equals the first is kept.
+    beaten = np.tril((ranked[None] <= ranked[:, None]).all(axis=2), -1).any(axis=1)
+    return sorted(open_[i] for i in order[~beaten].tolist())
 
 
 class _Search:
     """Branch and bound over the counts of one problem, some strategies left out."""
 
-    def __init__(self, problem: CountProblem, kept: Sequence[Sequence[int]]) -> None:
-        self.problem, self.kept = problem, kept
+    def __init__(self, problem: CountProblem, kept: Sequence[Sequence[int]], tolerance: float) -> None:
+        self.problem, self.kept, self.tolerance = problem, kept, tolerance
         self.sizes = [group.size for group in problem.groups]
         self.cost = [group.cost[:, k] for group, k in zip(problem.groups, kept, strict=True)]
         self.held = [group.held[:, k] for group, k in zip(problem.groups, kept, strict=True)]
@@ -151,15 +152,18 @@ class _Search:
         """The best counts below a limit."""
         if self.bound >= limit:
             return None
-        self.best, self.limit, self.nodes = None, limit, 0
+        self.best: tuple[float, list[list[int]]] | None = None
+        self.nodes = 0
+        self._lower(limit)
         for counts in self.rounded:
             self._offer(counts)
         self._order()
         self._descend(0, 0, self.sizes[0] if self.sizes else 0, self.bounds, self.offsets, self.rooms, [])
-        found: tuple[float, list[list[int]]] | None = self.best
-        if found is None:
-            return None
-        return found[0], self._whole(found[1])
+        return None if self.best is None else (self.best[0], self._whole(self.best[1]))
+
+    def _lower(self, limit: float) -> None:
+        """Sets what counts have to be below, the tolerance taken off."""
+        self.limit = limit - self.tolerance * abs(limit) if limit < np.inf else limit
 
     def _whole(self, counts: Sequence[Sequence[int]]) -> Counts:
         """Counts over all strategies of every group, those that were left out included."""
@@ -179,6 +183,8 @@ class _Search:
         for f in range(len(self.problem.offset)):
             cost = [c[f] for c in self.cost]
             prices, counts = self._prices(cost)
+            if np.isinf(prices).any():
+                return [np.inf], [], []
             priced = [c + prices @ h for c, h in zip(cost, self.held, strict=True)]
             least = [float(p.min()) for p in priced]
             value = float(self.problem.offset[f]) - float(prices @ self.room)
@@ -199,6 +205,8 @@ class _Search:
                 base = [c + others @ h for c, h in zip(cost, self.held, strict=True)]
                 price, found = _hull_price(self.sizes, base, [h[d] for h in self.held], float(self.room[d]))
                 prices[d] = price
+                if price == np.inf:
+                    return prices, found
                 if d == 0 or price > 0.0:
                     counts = found
             if np.array_equal(prices, before):
@@ -238,7 +246,8 @@ class _Search:
         if g == len(self.sizes):
             value = max(costs)
             if value < self.limit:
-                self.limit, self.best = value, (value, self._unranked(taken))
+                self.best = (value, self._unranked(taken))
+                self._lower(value)
             return
         self.nodes += 1
         if self.nodes > _MOST_NODES:
@@ -316,9 +325,10 @@ class _Search:
         if np.any(held > self.room):
             return
         total = self.problem.offset + sum(c @ np.array(x) for c, x in zip(self.cost, counts, strict=True))
-        if float(total.max()) < self.limit:
-            self.limit = float(total.max())
-            self.best = (self.limit, [list(row) for row in counts])
+        value = float(total.max())
+        if value < self.limit:
+            self.best = (value, [list(row) for row in counts])
+            self._lower(value)
 
 
 def _hull_price(
@@ -327,8 +337,8 @@ def _hull_price(
     """The price of one budget in the linear relaxation, and its counts with the mixed layer on the side that holds less.
 
     Every layer starts at its cheapest strategy; layers then move along their group's lower hull towards less memory, the
-    smallest cost per byte first, until the budget is kept. The price is what the last byte cost; where even the smallest
-    strategies do not fit, it is as large as makes the bound infinite for practical purposes.
+    smallest cost per byte first, until the budget is kept. The price is what the last byte cost: infinite where even the
+    smallest strategies do not fit.
     """
     counts = [[0] * len(c) for c in cost]
     steps: list[tuple[float, int, int, int]] = []
@@ -349,9 +359,7 @@ def _hull_price(
         counts[g][a] -= moved
         counts[g][b] += moved
         used -= moved * saved
-    if used > room:
-        price = np.float64(1e6) * max(price, 1.0)
-    return float(price), counts
+    return (price if used <= room else np.inf), counts
 
 
 def hull(cost: Array, held: Array) -> list[int]:

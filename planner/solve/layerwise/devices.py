@@ -8,10 +8,9 @@ block at work: strategies are limited to those with no larger a transient than e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from planner.assignment import Runs
 from planner.ledger import Array
 from planner.pipeline import saturated
 from planner.schedule.live import live_vectors
-from planner.solve.layerwise.counts import CountProblem, Counts, Group, bound, hull
+from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, bound, hull
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
@@ -27,7 +26,7 @@ from planner.specs.problem import Problem
 
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
-_Groups: TypeAlias = list[tuple[int, tuple[int, ...], int]]  # kind, chunks that are in flight alike, layers
+_LIMITS = 6  # on the transient that are looked at first
 _BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
 
 
@@ -81,7 +80,10 @@ class DeviceCosts:
 
     def bound_s(self, device: Device, ramp_s: float = 0.0) -> float:
         """No strategies make the device faster; infinite where none fit."""
-        return min((bound(problem) for _, problem in self._limited(device, ramp_s)), default=np.inf)
+        groups = self._groups(device, [self._fullest(device.number)])
+        every = [self.fronts[group.kind] for group in groups]
+        least = max(float(self.transient[some, g.kind].min()) for g, some in zip(groups, every, strict=True))
+        return bound(self._problem(groups, every, least, ramp_s))
 
     def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
         """The best strategies that fit; None where none do."""
@@ -128,71 +130,130 @@ class DeviceCosts:
                 }
         return sorted(found)
 
-    def _groups(self, device: Device) -> tuple[list[int], _Groups]:
-        """Kinds on the device, and (kind, chunks that have the same in flight, layers) of every group."""
-        flights = self.flights(device.number)
-        alike: dict[tuple[bytes, int], tuple[list[int], int]] = {}
+    def _fullest(self, device: int) -> int:
+        """The moment that stands for all until another proves to be fuller."""
+        return int(np.argmax(self.flights(device).sum(axis=1)))
+
+    def _groups(self, device: Device, moments: Sequence[int]) -> list[_Group]:
+        """Layers of one kind in chunks that are in flight alike at some moments; what stands at the ends."""
+        flights = self.flights(device.number)[list(moments)]
+        alike: dict[tuple[bytes, int], _Group] = {}
         for chunk, layers in enumerate(device.layers):
             for kind, n in enumerate(layers):
                 if n:
-                    chunks, total = alike.get((flights[:, chunk].tobytes(), kind), ([], 0))
-                    alike[flights[:, chunk].tobytes(), kind] = ([*chunks, chunk], total + n)
-        groups = [(kind, tuple(chunks), n) for (_, kind), (chunks, n) in alike.items()]
+                    key = (flights[:, chunk].tobytes(), kind)
+                    group = alike.get(key, _Group(kind, (), 0, flights[:, chunk]))
+                    alike[key] = _Group(kind, (*group.chunks, chunk), group.size + n, group.flights)
+        groups = list(alike.values())
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         if device.embedding:
-            groups.append((embedding, (0,), 1))
+            groups.append(_Group(embedding, (0,), 1, flights[:, 0]))
         if device.head:
-            groups.append((head, (self.virtual_stages - 1,), 1))
-        return sorted({kind for kind, _, _ in groups}), groups
-
-    def _limited(self, device: Device, ramp_s: float) -> Iterator[tuple[list[list[int]], CountProblem]]:
-        """The device's choice as problems of counts, one for each limit on the transient; strategies of every group."""
-        kinds, groups = self._groups(device)
-        limits = sorted({float(self.transient[s, k]) for k in kinds for s in self.fronts[k]}, reverse=True)
-        for limit in limits:
-            small = [[s for s in self.fronts[kind] if self.transient[s, kind] <= limit] for kind, _, _ in groups]
-            if not all(small):
-                return
-            yield small, self._problem(device, groups, small, limit, ramp_s)
+            groups.append(_Group(head, (self.virtual_stages - 1,), 1, flights[:, -1]))
+        return groups
 
     def _problem(
-        self, device: Device, groups: _Groups, small: Sequence[Sequence[int]], limit: float, ramp_s: float
+        self, groups: Sequence[_Group], small: Sequence[Sequence[int]], limit: float, ramp_s: float
     ) -> CountProblem:
-        mesh, flights = self.mesh, self.flights(device.number)
+        """The choice among some strategies of every group, with transients up to a limit."""
+        mesh = self.mesh
         offset = np.array([0.0] * 4 + [ramp_s])
-        costs = [self.costs[:, some, kind] for (kind, _, _), some in zip(groups, small, strict=True)]
+        costs = [self.costs[:, some, group.kind] for group, some in zip(groups, small, strict=True)]
         sums = _largest(offset, costs)
         made = []
-        for (kind, chunks, n), some, cost in zip(groups, small, costs, strict=True):
-            weights = flights[:, chunks[0]][:, None]
-            always, saved, step, host, host_saved = (mesh[name][None, some, kind] for name in _BYTES)
+        for group, some, cost in zip(groups, small, costs, strict=True):
+            weights = group.flights[:, None]
+            always, saved, step, host, host_saved = (mesh[name][None, some, group.kind] for name in _BYTES)
             rows = [always + self.growth * weights * saved, always + step]
             rows += [host + weights * host_saved] if self.hosted else []
-            made.append(Group(n, cost[sums], np.concatenate(rows)))
-        moments = len(flights)
+            made.append(Group(group.size, cost[sums], np.concatenate(rows)))
+        moments = len(groups[0].flights)
         budget = [self.room - self.growth * limit] * moments + [self.room]
         budget += [self.host_room] * moments if self.hosted else []
         return CountProblem(tuple(made), np.array(budget), offset[sums])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
+        """Solves at the fullest moment; adds whatever moment the answer does not fit in, until it fits in all."""
         best: Solved | None = None
-        _, groups = self._groups(device)
-        for small, problem in self._limited(device, ramp_s):
-            if best is not None and bound(problem) >= best.seconds:
-                continue
-            found = self.solver(problem)
-            if found is not None and (best is None or found[0] < best.seconds):
-                best = self._named(device, groups, small, *found)
+        kinds = {group.kind for group in self._groups(device, [0])}
+        limits = sorted({float(self.transient[s, k]) for k in kinds for s in self.fronts[k]}, reverse=True)
+        # What a limit bounds from below falls and rises with it, or nearly so: look closely around the best of a few.
+        bounds: dict[int, float] = {}
+
+        def look(index: int) -> float:
+            if index not in bounds:
+                bounds[index] = self._limit_bound(device, limits[index], ramp_s)
+            return bounds[index]
+
+        step = max(1, len(limits) // _LIMITS)
+        at = min(range(0, len(limits), step), key=look)
+        while step > 1:
+            step = (step + 1) // 2
+            near = range(max(at - step, 0), min(at + step, len(limits) - 1) + 1, step)
+            at = min((at, *near), key=look)
+        for index in sorted(bounds, key=lambda index: (look(index), index)):
+            if look(index) >= (np.inf if best is None else best.seconds):
+                break
+            found = self._within(device, limits[index], ramp_s)
+            if found is not None and (best is None or found.seconds < best.seconds):
+                best = found
         return best
 
+    def _limit_bound(self, device: Device, limit: float, ramp_s: float) -> float:
+        groups = self._groups(device, [self._fullest(device.number)])
+        small = self._small(groups, limit)
+        return bound(self._problem(groups, small, limit, ramp_s)) if all(small) else np.inf
+
+    def _small(self, groups: Sequence[_Group], limit: float) -> list[list[int]]:
+        """Strategies of every group whose transients keep a limit."""
+        return [[s for s in self.fronts[g.kind] if self.transient[s, g.kind] <= limit] for g in groups]
+
+    def _within(self, device: Device, limit: float, ramp_s: float) -> Solved | None:
+        """The best strategies under a limit on the transient."""
+        moments = [self._fullest(device.number)]
+        while True:
+            groups = self._groups(device, moments)
+            small = self._small(groups, limit)
+            if not all(small):
+                return None
+            found = self.solver(self._problem(groups, small, limit, ramp_s))
+            if found is None:
+                return None
+            solved = self._named(device, groups, small, *found)
+            fuller = self._overfull(device, solved, limit)
+            if fuller is None:
+                return solved
+            moments.append(fuller)
+
+    def _overfull(self, device: Device, solved: Solved, limit: float) -> int | None:
+        """The moment at which the strategies exceed a budget by most, if they do at any."""
+        mesh, flights = self.mesh, self.flights(device.number)
+        embedding, head = len(mesh.kinds) - 3, len(mesh.kinds) - 2
+        taken = [
+            (chunk, kind, s, n)
+            for chunk, by_kind in enumerate(solved.runs)
+            for kind, runs in enumerate(by_kind)
+            for s, n in runs
+        ]
+        taken += [] if solved.embedding is None else [(0, embedding, solved.embedding, 1)]
+        taken += [] if solved.head is None else [(self.virtual_stages - 1, head, solved.head, 1)]
+        chunk, kind, s, n = (np.array(column) for column in zip(*taken, strict=True))
+        always, saved, _, host, host_saved = (mesh[name][s, kind] * n for name in _BYTES)
+        held = (always.sum() + self.growth * (flights[:, chunk] @ saved)) / (self.room - self.growth * limit)
+        if self.hosted:
+            held = np.maximum(held, (host.sum() + flights[:, chunk] @ host_saved) / max(self.host_room, 1.0))
+        worst = int(np.argmax(held))
+        return worst if held[worst] > 1.0 + SLACK * 10 else None
+
     def _named(
-        self, device: Device, groups: _Groups, small: Sequence[Sequence[int]], seconds: float, counts: Counts
-    ) -> Solved:
+        self, device: Device, groups: Sequence[_Group], small: Sequence[Sequence[int]], seconds: float, counts: Counts
+    ) -> Solved:  # fmt: skip
         """Counts per group as runs per chunk and kind; the strategies that save least come first."""
         saved = self.mesh["saved_bytes"]
         runs: list[list[Runs]] = [[() for _ in layers] for layers in device.layers]
         ends: dict[int, int] = {}
-        for (kind, chunks, _), some, taken in zip(groups, small, counts, strict=True):
+        for group, some, taken in zip(groups, small, counts, strict=True):
+            kind = group.kind
             left = sorted(
                 ([s, n] for s, n in zip(some, taken, strict=True) if n),
                 key=lambda run, kind=kind: (saved[run[0], kind], run[0]),
@@ -200,7 +261,7 @@ class DeviceCosts:
             if kind >= len(device.layers[0]):
                 ends[kind] = left[0][0]
                 continue
-            for chunk in chunks:
+            for chunk in group.chunks:
                 room = device.layers[chunk][kind]
                 mine: list[tuple[int, int]] = []
                 while room:
@@ -213,6 +274,16 @@ class DeviceCosts:
                 runs[chunk][kind] = tuple(mine)
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         return Solved(seconds, tuple(map(tuple, runs)), ends.get(embedding), ends.get(head))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Layers of one kind in some chunks, and their micro-batches in flight at some moments."""
+
+    kind: int
+    chunks: tuple[int, ...]
+    size: int
+    flights: Array
 
 
 def _costs(mesh: Mesh) -> Array:

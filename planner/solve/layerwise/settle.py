@@ -13,6 +13,7 @@ from planner.ledger import Array
 from planner.pipeline import BOUNDARY, Layout, deal_layers, layouts
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
+from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
@@ -108,7 +109,7 @@ class Settler:
 
         With ``X`` the most that a stage works on a micro-batch and ``S`` what all do, the path that begins with the first
         micro-batch down the pipeline, stays on the dearest stage and ends with the last one back up takes at least
-        ``2S + (m − p − 1)·X``, and any takes ``S·(1 + (m − 1)/p)`` where ``m > p`` (equal stages are best).
+        ``2S + (m − p − 1)·X``; besides see :func:`~planner.solve.layerwise.relaxation.path_factor`.
         """
         m, p = self.mesh.micro_batches, self.pp
         whole = self._lines(work_only=False)
@@ -122,11 +123,11 @@ class Settler:
         each = self.mesh.micro_batch_s.min(axis=0)
         through_s = float(each[self.stack].sum() + each[-3] + each[-2])
         hops_s = 2.0 * (p - 1) * self.hop_s
-        bound_s = max(least_s, through_s + hops_s)
+        factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
+        bound_s = max(least_s, through_s * factor + hops_s)
         if m > p:
             work = smallest_limit(line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s)
             dearest_s = 0.0 if work is None else work[0] / m
-            bound_s = max(bound_s, through_s * (1.0 + (m - 1.0) / p) + hops_s)
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s
 

@@ -23,12 +23,12 @@ Solver = Callable[[CountProblem], Answer]
 _MOST_COUNTS = 5_000_000  # that enumeration is willing to look at
 
 
-def automatic(problem: CountProblem) -> Answer:
+def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     """Branch and bound; the integer program where that grows too large."""
     try:
-        return solve(problem)
+        return solve(problem, tolerance=tolerance)
     except OutOfNodesError:
-        return by_highs(problem)
+        return by_highs(problem, tolerance)
 
 
 def by_brute_force(problem: CountProblem) -> Answer:
@@ -91,10 +91,10 @@ def by_dynamic_programming(problem: CountProblem) -> Answer:
     return best
 
 
-def by_highs(problem: CountProblem) -> Answer:
+def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     """The integer program, through ``scipy.optimize.milp`` (HiGHS).
 
-    HiGHS stops at a relative gap of 0 here (its default is 1e-4), and accepts violations of 1e-6 of a row, so that rows are
+    HiGHS stops at the tolerance as relative gap (its default is 1e-4), and accepts violations of 1e-6 of a row, so that rows are
     scaled to 1 and the answer is checked.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -108,7 +108,7 @@ def by_highs(problem: CountProblem) -> Answer:
         constraints=rows,
         integrality=integrality,
         bounds=Bounds(program.floor, program.ceiling),
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": tolerance},
     )
     if done.status == 2:
         return None

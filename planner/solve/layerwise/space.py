@@ -1,31 +1,30 @@
 """The layer-wise space: meshes, how their stages may be cut, and what no plan of each is faster than.
 
 A *deal* is a mesh (prefix and row), a schedule, and either one layout or, with one stage per device, any cuts. Interleaved
-schedules take the layouts of the uniform search and others whose virtual stages are equal but for one layer, with up to two layers
-fewer at either end.
+schedules take the layouts of the uniform search or, where it has none, virtual stages that are equal but for one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
+from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
 from planner.ledger import Array
-from planner.pipeline import Layout, deal_layers, layouts, step_bound
-from planner.solve.layerwise.relaxation import Relaxation, in_flight, with_swaps
+from planner.pipeline import Layout, deal_layers, layouts, step_bound, tight_bound
+from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor, with_swaps
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.space import Choice
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch
 
-__all__ = ["Deal", "LayerwiseSpace", "uneven_layouts"]
+__all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
 
 _SCHEDULES = ("1f1b", "gpipe", "interleaved")
-_FEWER = (0, 1, 2)  # layers that the first and the last virtual stage of an interleaved schedule may lack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,8 +40,7 @@ class Deal:
     @property
     def order(self) -> str:
         """Name of the schedule's order."""
-        assert self.schedule.technique is not None
-        return self.schedule.technique.order
+        return _order(self.schedule)
 
 
 class LayerwiseSpace:
@@ -126,64 +124,72 @@ class LayerwiseSpace:
             return
         ctx = strategies.tables.ctx
         totals = strategies.totals()
-        seconds, step, held, saved = with_swaps(
-            totals, self.uniform.branches, self.problem.cluster
+        relaxed = with_swaps(
+            totals, table, self.uniform.branches, self.problem.cluster, self.problem.stack.overlap_slowdown.value
         )
-        stack = self.problem.stack
-        groups = sum((strategies.rows.values[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep"))
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * groups
-        budget = self.problem.memory_budget_bytes - idle
         for degree in np.unique(ctx.mesh.pp):
-            pp, at = int(degree), np.flatnonzero((ctx.mesh.pp == degree) & (budget > 0.0))
-            if not len(at):
-                continue
-            relaxed = Relaxation(
-                seconds[:, at], step[:, at], held[:, at], saved[:, at], layers=self.layers,
-                micro_batches=ctx.micro_batches[at], pp=pp, budget=budget[at],
-                growth=1.0 + stack.fragmentation.value,
-            )  # fmt: skip
+            at = np.flatnonzero(ctx.mesh.pp == degree)
             some = BlockTable(table.kinds, np.ascontiguousarray(table.values[:, :, at]))
-            yield from self._of_degree(part, strategies, at, pp, relaxed, some, below_s)
+            parts = tuple(values[:, at] for values in relaxed)
+            yield from self._of_degree(part, strategies, at, int(degree), parts, some, below_s)
 
     def _of_degree(
-        self, part: int, strategies: Strategies, at: Array, pp: int, relaxed: Relaxation, table: BlockTable, below_s: float
+        self, part: int, strategies: Strategies, at: Array, pp: int, relaxed: tuple[Array, ...], table: BlockTable,
+        below_s: float,
     ) -> Iterator[Deal]:  # fmt: skip
-        micro_batches = strategies.tables.ctx.micro_batches[at]
-        known: dict[int, Array] = {}
+        """Deals of one pipeline degree: first without, then with limits of memory."""
+        seconds, step, held, saved = relaxed
+        stack, micro_batches = self.problem.stack, strategies.tables.ctx.micro_batches[at]
+        fastest_s = seconds.min(axis=0) @ self.layers
+        work_s = micro_batches * fastest_s + step.min(axis=0) @ self.layers
+        cuts: list[tuple[Choice, Layout | None, int, Array]] = []
+        runs: dict[str, Array] = {}
         for schedule, layout, v in self._cuts(pp):
-            runs = self._runs(schedule, strategies, at)
+            if schedule.value not in runs:
+                runs[schedule.value] = self._runs(schedule, strategies, at)
             if layout is None:
-                ramp = np.where(micro_batches > pp, (pp - 1.0) / pp, 0.0)
-                free = np.maximum(relaxed.free_s / pp, relaxed.seconds * (micro_batches / pp + ramp))
-                free = np.maximum(free, relaxed.seconds)
+                free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
             else:
-                free = step_bound(table, layout, micro_batches)
-            open_ = runs & (free < below_s)
-            self.excluded["work"] += int((runs & ~open_).sum())
-            if not open_.any():
-                continue
-            if v not in known:
-                flights = np.stack(
-                    [in_flight(pp, v, float(m)).ravel() for m in micro_batches], axis=1
-                )
-                most = (
-                    np.maximum(np.floor(below_s / (relaxed.seconds * micro_batches / self.layers.sum())), 1.0)
-                    if v == 1
-                    else np.full(len(at), float((len(self.order) + 4) // (pp * v) + 1))
-                )
-                known[v] = relaxed.work_s(flights, most) / pp
-            bound_s = np.maximum(free, known[v])
-            late = open_ & (bound_s >= below_s)
-            self.excluded["memory"] += int(late.sum())
-            for place in np.flatnonzero(open_ & ~late).tolist():
-                yield Deal(float(bound_s[place]), part, int(at[place]), schedule, layout)
+                free_s = step_bound(table, layout, micro_batches)
+                if np.any(free_s < below_s):
+                    paths_s = tight_bound(table, layout, _order(schedule), micro_batches)
+                    free_s = np.maximum(free_s, paths_s)
+            late = runs[schedule.value] & (free_s >= below_s)
+            self.excluded["work"] += int(late.sum())
+            open_s = np.where(runs[schedule.value] & ~late, free_s, np.inf)
+            if np.isfinite(open_s).any():
+                cuts.append((schedule, layout, v, open_s))
+        if not cuts:
+            return
+        rows = np.flatnonzero(np.min([open_s for *_, open_s in cuts], axis=0) < np.inf)
+        values = strategies.rows.values
+        groups = sum((values[name][at[rows]] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep"))
+        budget = self.problem.memory_budget_bytes - stack.framework_bytes.value
+        budget = np.maximum(budget - stack.communicator_bytes.value * groups, 1.0)
+        bounds = Relaxation(
+            seconds[:, rows], step[:, rows], held[:, rows], saved[:, rows], layers=self.layers,
+            micro_batches=micro_batches[rows], pp=pp, budget=budget, growth=1.0 + stack.fragmentation.value,
+        )  # fmt: skip
+        each_s = fastest_s[rows] * micro_batches[rows] / self.layers.sum()
+        table = BlockTable(table.kinds, np.ascontiguousarray(table.values[:, :, rows]))
+        for schedule, layout, v, open_s in cuts:
+            flights = in_flight(pp, v, micro_batches[rows])
+            if layout is None:
+                most = np.maximum(np.floor(below_s / each_s), 1.0)
+                limited_s = bounds.work_s(flights, most) / pp
+            else:
+                limited_s = bounds.dearest_s(layout, flights, table)
+            bound_s = np.maximum(open_s[rows], limited_s)
+            self.excluded["memory"] += int((np.isfinite(open_s[rows]) & (bound_s >= below_s)).sum())
+            for place in np.flatnonzero(bound_s < below_s).tolist():
+                yield Deal(float(bound_s[place]), part, int(at[rows[place]]), schedule, layout)
 
     def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
         """Schedules with their layouts; one stage per device is left open where cuts are."""
         space = self.uniform.space
         wanted = space.fixed.get("pipeline_layout")
         for schedule in space.choices["schedule"]:
-            order = schedule.technique.order if schedule.technique is not None else ""
+            order = _order(schedule)
             if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
                 continue
             interleaved = order == "interleaved"
@@ -194,10 +200,13 @@ class LayerwiseSpace:
                 if v == 1 and self.uneven and wanted is None:
                     yield schedule, None, v
                     continue
-                named = [x for x in layouts(self.order, self.kinds, pp, v) if wanted in (None, x.split)]
-                more = uneven_layouts(self.order, self.kinds, pp, v) if self.uneven and wanted is None else ()
-                for layout in (*named, *more):
-                    yield schedule, layout, v
+                named = layouts(self.order, self.kinds, pp, v)
+                if interleaved and all(layout.split == "balanced" for layout in named):
+                    other = uneven_layout(self.order, self.kinds, pp, v) if self.uneven else None
+                    named = () if other is None else (other,)
+                for layout in named:
+                    if wanted in (None, layout.split):
+                        yield schedule, layout, v
 
     def _runs(self, schedule: Choice, strategies: Strategies, at: Array) -> Array:
         """Rows on which the schedule keeps its rules."""
@@ -214,29 +223,17 @@ class LayerwiseSpace:
 
 
 @lru_cache(maxsize=1024)
-def uneven_layouts(
+def uneven_layout(
     order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int
-) -> tuple[Layout, ...]:
-    """Virtual stages that are equal but for one layer, and up to two fewer at either end; those of :func:`layouts` left out.
-
-    Longer stages stand in the middle of the pipeline's devices, chunk after chunk from the last one.
-    """
-    stages = pp * virtual_stages
-    known = {tuple(_sizes(layout)) for layout in layouts(order, kinds, pp, virtual_stages)}
-    found = []
-    for first in _FEWER:
-        for last in _FEWER:
-            small, longer = divmod(len(order) + first + last, stages)
-            sizes = [small] * stages
-            for stage in _middle_first(pp, virtual_stages)[:longer]:
-                sizes[stage] += 1
-            sizes[0] -= first
-            sizes[-1] -= last
-            if min(sizes) < 0 or min(sizes[1:-1], default=1) < 1 or tuple(sizes) in known:
-                continue
-            known.add(tuple(sizes))
-            found.append(deal_layers(order, kinds, pp, virtual_stages, "uneven", sizes))
-    return tuple(found)
+) -> Layout | None:
+    """Virtual stages that are equal but for one layer; the longer ones on devices in the middle, from the last chunk on."""
+    small, longer = divmod(len(order), pp * virtual_stages)
+    if not small:
+        return None
+    sizes = [small] * (pp * virtual_stages)
+    for stage in _middle_first(pp, virtual_stages)[:longer]:
+        sizes[stage] += 1
+    return deal_layers(order, kinds, pp, virtual_stages, UNEVEN, sizes)
 
 
 def _middle_first(pp: int, virtual_stages: int) -> list[int]:
@@ -245,6 +242,6 @@ def _middle_first(pp: int, virtual_stages: int) -> list[int]:
     return [chunk * pp + device for chunk in reversed(range(virtual_stages)) for device in devices]
 
 
-def _sizes(layout: Layout) -> Sequence[int]:
-    sizes: list[int] = layout.counts[:, :-3].sum(axis=1).astype(int).tolist()
-    return sizes
+def _order(schedule: Choice) -> str:
+    """Name of a schedule's order."""
+    return "" if schedule.technique is None else schedule.technique.order

@@ -20,7 +20,7 @@ __all__ = ["Line", "cut", "cuts_within", "line_cost", "smallest_limit"]
 
 Reach: TypeAlias = Callable[[int, int, float], int]  # (stage, first layer, limit) -> end of the furthest layers within it
 
-_PRECISION = 1e-9  # relative, of the bisection
+_PRECISION = 1e-7  # relative, of the bisection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +40,8 @@ class Line:
     def reach(self, a: int, limit: float) -> int:
         """The furthest end of layers that begin at ``a`` and cost no more than a limit; ``a`` − 1 where not even none do."""
         room = limit - self.offset + self.sums[:, a]
-        ends = [
-            int(np.searchsorted(line, most, side="right"))
-            for line, most in zip(self.sums, room, strict=True)
-        ]
-        return max(min(ends) - 1, a - 1)
+        within = (self.sums[:, a:] <= room[:, None]).all(axis=0)
+        return a + int(within.sum()) - 1
 
 
 def line_cost(lines: Sequence[Line]) -> Reach:

@@ -1,7 +1,7 @@
 """What every layer may choose: all additive strategies of a mesh, each priced by the engine's own block tables.
 
-A strategy is a choice in every additive slot but the schedule: what is sharded, what is recomputed, what is offloaded. What a block
-computes and how its work is cut (the slots before) is common to all layers.
+A strategy is a choice in every additive slot but the schedule: what is sharded, what is recomputed, what is offloaded. What a
+block computes and how its work is cut (the slots before) is common to all layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Totals:
     """Of one block under each strategy, (strategies, rows, kinds but the boundary) each.
 
     Attributes:
-        forward_s, backward_s: of one micro-batch, recomputation included; ``forward_s`` is infinite where a strategy is not active.
+        forward_s, backward_s, rest_s: forward, input gradients, and weight gradients with recomputation, of one micro-batch;
+            ``forward_s`` is infinite where a strategy is not active.
         step_s: serial work of the optimizer step.
         held_bytes: throughout; of which ``gradients_bytes`` and ``optimizer_bytes``.
         saved_bytes: per micro-batch in flight.
@@ -40,6 +41,7 @@ class Totals:
 
     forward_s: Array
     backward_s: Array
+    rest_s: Array
     step_s: Array
     held_bytes: Array
     gradients_bytes: Array
@@ -50,7 +52,7 @@ class Totals:
 _TOTALS = [
     [_FIELD[name] for name in names]
     for names in (
-        ("forward_s",), ("backward_s", "weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
+        ("forward_s",), ("backward_s",), ("weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
         ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",),
     )
 ]  # fmt: skip
