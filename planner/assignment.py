@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD
+from planner.errors import Problem, SpecError
 from planner.engine import BlockTable
 from planner.ledger import Array
 from planner.pipeline import BOUNDARY, Layout, layout_of
 from planner.solve.space import Choice
+from planner.technique import ADDITIVE_SLOTS, discover, off
 
-__all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label"]
+__all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
 
 Runs: TypeAlias = tuple[tuple[int, int], ...]  # (strategy, layers) of one virtual stage, in the order of its layers
 
@@ -72,6 +74,29 @@ class Assignment:
                 counts[stage, position[column]] += 1.0
         counts[0, -3] = counts[-1, -2] = 1.0
         return layout_of(counts, pp, virtual_stages, split)
+
+
+def read_assignment(data: Mapping[str, Any]) -> Assignment:
+    """The assignment that a plan's ``layerwise`` field describes.
+
+    Raises:
+        SpecError: no technique serves a choice.
+    """
+    strategies = [
+        {slot: _choice(slot, value) for slot, value in strategy.items()} for strategy in data["strategies"]
+    ]
+    stages = tuple(tuple((int(s), int(n)) for s, n in runs) for runs in data["stages"])
+    return Assignment(tuple(strategies), stages, int(data["embedding"]), int(data["head"]))
+
+
+def _choice(slot: str, value: Any) -> Choice:
+    text = str(value).lower()
+    if slot in ADDITIVE_SLOTS and text == off(slot):
+        return Choice(text, None)
+    for technique in discover().values():
+        if technique.slot == slot and slot in ADDITIVE_SLOTS and text in technique.choices:
+            return Choice(text, technique)
+    raise SpecError(Problem(f"plan: layerwise.strategies: {slot}", repr(value), "a choice of an additive slot"))
 
 
 def label(strategy: int) -> str:

@@ -235,12 +235,16 @@ class SearchReport:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself."""
+    """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself.
+
+    ``layerwise`` is the account of the search of plans whose layers differ, where there was one.
+    """
 
     plans: tuple[Plan, ...]
     search: SearchReport
     pareto: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = field(default=())
+    layerwise: Mapping[str, Any] | None = None
 
     @property
     def best(self) -> Plan:
@@ -249,13 +253,14 @@ class SearchResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as the JSON object that ``planner train --json`` prints."""
-        return {
+        found: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "plans": [plan.as_dict() for plan in self.plans],
             "pareto": [dict(point) for point in self.pareto],
             "search": asdict(self.search),
             "notes": list(self.notes),
         }
+        return found if self.layerwise is None else {**found, "layerwise": dict(self.layerwise)}
 
 
 def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:

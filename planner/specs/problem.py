@@ -35,6 +35,8 @@ class Problem:
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
         deadline_s: the run (``workload.tokens``) must end in this time.
+        layerwise: strategies of the layers of the plan that is named, as :class:`~planner.plan.Plan` has them; None where all
+            layers are treated alike, and for a search.
 
     Raises:
         SpecError: a limit is out of range, or two of them do not go together (all problems at once).
@@ -51,6 +53,7 @@ class Problem:
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
     deadline_s: float | None = None
+    layerwise: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         faults = list(self._faults())

@@ -8,23 +8,27 @@ states the gap to the smallest one that does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
-from planner.plan import Optimality, Plan, SearchResult
+from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
-from planner.solve.layerwise.solvers import SOLVERS
+from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
 __all__ = ["Certificate", "search_layerwise"]
+
+_TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
+_LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
 
 @dataclass(slots=True)
@@ -60,7 +64,7 @@ def search_layerwise(
     solver: str = "auto",
     uneven: bool = True,
     time_limit_s: float = np.inf,
-) -> tuple[SearchResult, Certificate]:
+) -> SearchResult:
     """The uniform search's plans, and before them the best layer-wise plan where it is faster.
 
     Args:
@@ -82,7 +86,7 @@ def search_layerwise(
         uniform = search(problem, top, on_progress)
     except Infeasible as error:
         refusal = error
-    best_s = np.inf if uniform is None else uniform.best.estimate.step_time_s
+    best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
     run = _Search(problem, best_s, solver, uneven, time_limit_s)
     try:
         run.go()
@@ -90,17 +94,19 @@ def search_layerwise(
         run.certificate.stopped = "interrupted"
     certificate = run.finished()
     plans = _plans(problem, run.best, certificate, uniform, top)
+    stopped = certificate.stopped == "interrupted"
     if not plans:
+        if stopped:
+            raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        if certificate.stopped == "interrupted":
-            raise Interrupted(None, "before any layer-wise plan was priced; no uniform plan fits")
         raise refusal
-    if uniform is None:
-        raise NotImplementedError
-    result = replace(uniform, plans=plans)
-    if certificate.stopped == "interrupted":
-        raise Interrupted((result, certificate))
-    return result, certificate
+    report = SearchReport(0, 0, 0, {}, {}, 0.0) if uniform is None else uniform.search
+    report = replace(report, wall_s=report.wall_s + certificate.wall_s)
+    front = () if uniform is None else uniform.pareto
+    result = SearchResult(plans, report, front, layerwise=asdict(certificate))
+    if stopped:
+        raise Interrupted(result)
+    return result
 
 
 class _Search:
@@ -110,7 +116,9 @@ class _Search:
         self.start, self.problem, self.best_s, self.time_limit_s = (
             perf_counter(), problem, best_s, time_limit_s,
         )  # fmt: skip
-        self.solver = SOLVERS[solver]
+        self.solver: Solver = SOLVERS[solver]
+        if solver == "auto":
+            self.solver = partial(automatic, tolerance=_TOLERANCE)
         self.uneven = uneven
         self.best: Candidate | None = None
         self.certificate = Certificate(solver)

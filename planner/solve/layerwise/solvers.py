@@ -21,6 +21,7 @@ Answer = tuple[float, Counts] | None
 Solver = Callable[[CountProblem], Answer]
 
 _MOST_COUNTS = 5_000_000  # that enumeration is willing to look at
+_MOST_STATES = 200_000  # that the dynamic program is willing to hold
 
 
 def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
@@ -58,6 +59,9 @@ def by_dynamic_programming(problem: CountProblem) -> Answer:
 
     A state is dominated by one with the same classes and no more of any cost or byte. Strategies of a group are added in turn,
     so that counts, and not sequences, are enumerated.
+
+    Raises:
+        SolverError: more than two hundred thousand states are open at once.
     """
     functions = len(problem.offset)
     room = problem.budget + SLACK * np.abs(problem.budget)
@@ -80,6 +84,12 @@ def by_dynamic_programming(problem: CountProblem) -> Answer:
                             if np.all(total[functions:] <= room):
                                 into.append((total, (*taken, n)))
             partial = {left: _undominated(reached) for left, reached in following.items()}
+            many = sum(len(vectors) for reached in partial.values() for vectors in reached.values())
+            if many > _MOST_STATES:
+                found = f"{many:,} states"
+                raise SolverError(
+                    Problem("--solver dp", found, f"at most {_MOST_STATES:,}", "Use --solver auto.")
+                )
         states = partial.get(0, {})
     best: Answer = None
     for vectors in states.values():

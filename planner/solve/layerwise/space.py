@@ -61,6 +61,7 @@ class LayerwiseSpace:
         self.meshes = 0
         self.parts: list[Strategies] = []
         self._tables: list[BlockTable] = []
+        self._meshes: dict[tuple[int, int, bool], Mesh] = {}
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
@@ -72,6 +73,12 @@ class LayerwiseSpace:
 
     def mesh(self, deal: Deal, swaps: bool) -> Mesh:
         """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
+        key = (deal.part, deal.row, swaps)
+        if key not in self._meshes:
+            self._meshes[key] = self._mesh(deal, swaps)
+        return self._meshes[key]
+
+    def _mesh(self, deal: Deal, swaps: bool) -> Mesh:
         part = self.parts[deal.part]
         if not swaps:
             return part.meshes([deal.row])[0]
