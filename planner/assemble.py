@@ -231,9 +231,7 @@ def _priced(
     ledgers = []
     for strategy in assignment.strategies:
         values = {slot: choice.value for slot, choice in strategy.items()}
-        ledgers.append(
-            _ledger(problem, {**recipe, **strategy}, replace(ctx, knobs={**ctx.knobs, **values}))
-        )
+        ledgers.append(_ledger(problem, {**recipe, **strategy}, replace(ctx, knobs={**ctx.knobs, **values})))
     columns, names = assignment.columns(order), assignment.names(order)
     parts = [
         Part(ledger, {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number})
@@ -352,11 +350,7 @@ def _executed_flop(part: Part, repeats: Mapping[str, float], recomputed: float) 
         if core.block in part.names:
             pairs = axes[core.batch] * axes[core.heads] * axes[core.q] * axes[core.kv] * axes[core.visible]
             one = float(np.ravel(2.0 * pairs * (axes[core.qk_dim] + axes[core.v_dim]))[0]) * core.passes
-            flop += (
-                one
-                * repeats[part.names[core.block]]
-                * (recomputed if core.phase == "recompute" else 1.0)
-            )
+            flop += one * repeats[part.names[core.block]] * (recomputed if core.phase == "recompute" else 1.0)
     return flop
 
 

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD
-from planner.errors import Problem, SpecError
 from planner.engine import BlockTable
+from planner.errors import Problem, SpecError
 from planner.ledger import Array
 from planner.pipeline import BOUNDARY, Layout, layout_of
 from planner.solve.space import Choice
@@ -23,7 +23,9 @@ from planner.technique import ADDITIVE_SLOTS, discover, off
 
 __all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
 
-Runs: TypeAlias = tuple[tuple[int, int], ...]  # (strategy, layers) of one virtual stage, in the order of its layers
+Runs: TypeAlias = tuple[
+    tuple[int, int], ...
+]  # (strategy, layers) of one virtual stage, in the order of its layers
 
 UNEVEN = "uneven"
 """Name of a layout whose stages are none of the named ones."""
@@ -96,7 +98,9 @@ def _choice(slot: str, value: Any) -> Choice:
     for technique in discover().values():
         if technique.slot == slot and slot in ADDITIVE_SLOTS and text in technique.choices:
             return Choice(text, technique)
-    raise SpecError(Problem(f"plan: layerwise.strategies: {slot}", repr(value), "a choice of an additive slot"))
+    raise SpecError(
+        Problem(f"plan: layerwise.strategies: {slot}", repr(value), "a choice of an additive slot")
+    )
 
 
 def label(strategy: int) -> str:

@@ -119,6 +119,7 @@ def deal_layers(
     split: str,
     sizes: Sequence[int],
 ) -> Layout:
+    """The layout of some numbers of layers per virtual stage, which add up to all layers."""
     ends = np.cumsum(sizes)
     counts = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
     counts[0, kinds.index(EMBEDDING)] = 1

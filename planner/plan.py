@@ -146,7 +146,9 @@ class Plan:
                 raise ValueError(f"interval of {name} is {low!r} to {high!r}")
         if self.layerwise is not None:
             strategies, stages = self.layerwise["strategies"], self.layerwise["stages"]
-            used = {s for runs in stages for s, _ in runs} | {self.layerwise[end] for end in ("embedding", "head")}
+            used = {s for runs in stages for s, _ in runs} | {
+                self.layerwise[end] for end in ("embedding", "head")
+            }
             if not used <= set(range(len(strategies))):
                 raise ValueError(f"strategies {sorted(used)} of {len(strategies)}")
             if tuple(sum(layers for _, layers in runs) for runs in stages) != self.stages:
@@ -159,7 +161,9 @@ class Plan:
         fields = asdict(self)
         fields["stages"], fields["assumptions"] = list(self.stages), list(self.assumptions)
         if self.layerwise is None:
-            del fields["layerwise"]  # plans that treat all layers alike are as they were before there were others
+            del fields[
+                "layerwise"
+            ]  # plans that treat all layers alike are as they were before there were others
         return {"id": self.id, **fields}
 
     @staticmethod

@@ -38,25 +38,34 @@ def train(
     ] = False,
     layerwise: Annotated[
         bool,
-        typer.Option("--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."),
+        typer.Option(
+            "--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."
+        ),
     ] = False,
     stages: Annotated[
         str,
         typer.Option(
-            "--stages", metavar="HOW", help="With --layerwise: stages of any size, or only even [uneven].",
+            "--stages",
+            metavar="HOW",
+            help="With --layerwise: stages of any size, or only even [uneven].",
             show_default=False,
         ),
     ] = "uneven",
     solver: Annotated[
         str,
         typer.Option(
-            "--solver", metavar="NAME", help="With --layerwise: auto, dp, ilp or brute [auto].", show_default=False
+            "--solver",
+            metavar="NAME",
+            help="With --layerwise: auto, dp, ilp or brute [auto].",
+            show_default=False,
         ),
     ] = "auto",
     time_limit: Annotated[
         str | None,
         typer.Option(
-            "--time-limit", metavar="TIME", help="With --layerwise: the best so far after this, with its gap, e.g. 0.5s.",
+            "--time-limit",
+            metavar="TIME",
+            help="With --layerwise: the best so far after this, with its gap, e.g. 0.5s.",
             show_default=False,
         ),
     ] = None,
@@ -103,9 +112,7 @@ def train(
         raise Stopped("these are the best plans so far", printed=True)
 
 
-def _problems(
-    job: JobOptions, top: str, deadline: str | None, layerwise: bool
-) -> tuple[list[Problem], int]:
+def _problems(job: JobOptions, top: str, deadline: str | None, layerwise: bool) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
     from planner.errors import SpecError
@@ -121,7 +128,9 @@ def _problems(
         if not 1 <= wanted <= _MOST_PLANS:
             faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
     if deadline is not None and layerwise:
-        faults.append(Fault("--deadline", "with --layerwise", "one of them", "Find the size first, then its plan."))
+        faults.append(
+            Fault("--deadline", "with --layerwise", "one of them", "Find the size first, then its plan.")
+        )
     elif deadline is not None:
         try:
             deadline_s = parse_seconds(deadline)
@@ -158,7 +167,10 @@ def _layerwise(stages: str, solver: str, time_limit: str | None) -> Callable[...
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
-    for flag, value, known in (("--stages", stages, ("uneven", "even")), ("--solver", solver, tuple(SOLVERS))):
+    for flag, value, known in (
+        ("--stages", stages, ("uneven", "even")),
+        ("--solver", solver, tuple(SOLVERS)),
+    ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
     limit_s = optional_quantity(faults, "--time-limit", time_limit, parse_seconds)
@@ -173,7 +185,9 @@ def _search(
     if problems[0].deadline_s is None:
         from planner.solve.fleet import search_clusters
 
-        return search_clusters(problems, top, progress, **({} if searcher is None else {"searcher": searcher}))
+        return search_clusters(
+            problems, top, progress, **({} if searcher is None else {"searcher": searcher})
+        )
     from planner.solve.deadline import fewest_devices
 
     return fewest_devices(problems, top, progress)

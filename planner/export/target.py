@@ -78,20 +78,22 @@ class Target:
         layout = self.knobs.get("pipeline_layout", "even")
         if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
             problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
-        if self.plan.layerwise is not None and len(self.plan.layerwise["strategies"]) > 1:
-            problems += self._differing(where)
+        problems += self.differing(where)
         reasons = [check.reason for check in launcher.valid(self.context()) if not np.all(check.ok)]
         return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
 
-    def _differing(self, where: str) -> Iterator[Problem]:
+    def differing(self, where: str) -> Iterator[Problem]:
         """Choices that differ between layers; only how many of each stage's first layers are recomputed in full may."""
-        assert self.plan.layerwise is not None
+        if self.plan.layerwise is None:
+            return
         strategies = self.plan.layerwise["strategies"]
         for slot in strategies[0]:
             values = list(dict.fromkeys(str(strategy[slot]) for strategy in strategies))
             alike = len(values) == 1 or (slot == "recompute" and recomputed_layers(self.plan) is not None)
             if not alike:
-                yield Problem(where, f"cannot express {slot} that differs between layers ({', '.join(values)})")
+                yield Problem(
+                    where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
+                )
 
     def nodes(self) -> tuple[int, int]:
         """Nodes, and devices per node.
@@ -126,7 +128,11 @@ def recomputed_layers(plan: Plan) -> int | None:
         return None  # a recomputed layer behind one that is not
     counts = [sum(n for full, n in runs if full) for runs in again]
     most = max(counts, default=0)
-    return most if all(n in (most, sum(k for _, k in runs)) for n, runs in zip(counts, again, strict=True)) else None
+    return (
+        most
+        if all(n in (most, sum(k for _, k in runs)) for n, runs in zip(counts, again, strict=True))
+        else None
+    )
 
 
 def summary(plan: Plan) -> list[str]:

@@ -30,7 +30,7 @@ def layerwise_proof(result: SearchResult) -> list[str]:
         return []
     excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
     told = (
-        f"Layer by layer: {account['meshes']:,} meshes, {account['settled']:,} settled exactly and priced by the schedule engine; "
+        f"Layer by layer: {account['meshes']:,} meshes, {account['settled']:,} settled and priced by the schedule engine; "
         f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
         f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
     )
@@ -46,10 +46,14 @@ def _strategies(layerwise: Mapping[str, Any]) -> list[str]:
             counts[s] = counts.get(s, 0) + n
     lines = []
     for s, choices in enumerate(layerwise["strategies"]):
-        chosen = [knob_text(slot, value) for slot, value in choices.items() if str(value).lower() != off(slot)]
+        chosen = [
+            knob_text(slot, value) for slot, value in choices.items() if str(value).lower() != off(slot)
+        ]
         where = [f"{counts[s]} layers"] if s in counts else []
         where += [end for end in ("embedding", "head") if layerwise[end] == s]
-        lines.append(f"{label(s)}  {', '.join(where)}: {' · '.join(chosen) or 'nothing sharded, recomputed or offloaded'}")
+        lines.append(
+            f"{label(s)}  {', '.join(where)}: {' · '.join(chosen) or 'nothing sharded, recomputed or offloaded'}"
+        )
     return lines
 
 

@@ -8,17 +8,17 @@ strategy, not which. With ``x`` layers of group ``g`` under strategy ``s``:
 
 Several costs whose largest counts are a convex objective (traffic that work hides, or does not). Memory is never rounded.
 
-:func:`solve` is a branch and bound by reduced costs. Prices ``λ ≥ 0`` of the budgets give a lower bound
-``L = Σ n_g·min_s(cost + λ·held) − λ·budget`` (weak duality), and a layer that does not take its group's cheapest strategy adds at
-least its reduced cost to ``L``. So all that can beat an incumbent ``U`` has ``Σ x·reduced < U − L``, which leaves few counts to try.
-The prices are those of the linear relaxation, found on the lower convex hull of (held, cost), and exact for one budget.
+:func:`solve` is a branch and bound by reduced costs. Prices ``λ ≥ 0`` of the budgets give a lower bound ``L = Σ n_g·min_s(cost
++ λ·held) − λ·budget`` (weak duality), and a layer that does not take its group's cheapest strategy adds at least its reduced
+cost to ``L``. So all that can beat an incumbent ``U`` has ``Σ x·reduced < U − L``, which leaves few counts to try. The prices
+are those of the linear relaxation, found on the lower convex hull of (held, cost), and exact for one budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import ceil, floor
 from typing import TypeAlias
 
@@ -29,7 +29,9 @@ from planner.ledger import Array
 __all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
 
 Counts: TypeAlias = tuple[tuple[int, ...], ...]  # per group, layers under each of its strategies
-_Column: TypeAlias = tuple[list[float], list[float], list[float]]  # a strategy's reduced costs, costs and bytes
+_Column: TypeAlias = tuple[
+    list[float], list[float], list[float]
+]  # a strategy's reduced costs, costs and bytes
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
@@ -218,7 +220,7 @@ class _Search:
     def _order(self) -> None:
         """Strategies of each group with the largest reduced cost first: the cheapest takes whatever layers are left."""
         lead = int(np.argmax(self.bounds))
-        self.ranks = [sorted(range(len(r)), key=lambda s, r=r: (-r[s], s)) for r in self.reduced[lead]]
+        self.ranks = [np.argsort(-np.array(r), kind="stable").tolist() for r in self.reduced[lead]]
         self.columns: list[list[_Column]] = [
             [
                 ([r[g][s] for r in self.reduced], self.cost[g][:, s].tolist(), self.held[g][:, s].tolist())
@@ -260,7 +262,9 @@ class _Search:
                 now, total, room = (
                     [v + n * x + (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)]
                     if k < 2
-                    else [v - n * x - (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)]
+                    else [
+                        v - n * x - (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)
+                    ]
                     for k, values in enumerate((bounds, costs, rooms))
                 )
                 fits = all(r >= x for r, x in zip(room, self.after[g + 1], strict=True))
@@ -347,7 +351,7 @@ def _hull_price(
         chain = hull(c, h)
         counts[g][chain[0]] = size
         used += size * float(h[chain[0]])
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             steps.append((float(c[b] - c[a]) / float(h[a] - h[b]), g, a, b))
     price = 0.0
     for slope, g, a, b in sorted(steps):

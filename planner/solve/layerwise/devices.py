@@ -1,13 +1,15 @@
 """One device of a pipeline: its layers, its budgets, and the best strategies for them.
 
-A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. With traffic ``g`` beside
-``b`` seconds of work, at least ``max(g − b, 0)`` of it is exposed (:func:`planner.costs.overlap.uniform_bucket_exposure_s`, in many
-buckets), so that the time is the largest of four sums over layers. Its bytes are sums too, but for the largest transient of a
-block at work: strategies are limited to those with no larger a transient than each of those there are, in turn.
+A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. With traffic ``g``
+beside ``b`` seconds of work, at least ``max(g − b, 0)`` of it is exposed
+(:func:`planner.costs.overlap.uniform_bucket_exposure_s`, in many buckets), so that the time is the largest of four sums over
+layers. Its bytes are sums too, but for the largest transient of a block at work: strategies are limited to those with no larger
+a transient than each of those there are, in turn.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +61,9 @@ class Solved:
 class DeviceCosts:
     """Costs and budgets of the devices of one mesh under one schedule."""
 
-    def __init__(self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver) -> None:
+    def __init__(
+        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver
+    ) -> None:
         self.mesh, self.schedule, self.virtual_stages, self.solver = mesh, schedule, virtual_stages, solver
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
@@ -125,9 +129,7 @@ class DeviceCosts:
             for kind in kinds:
                 c, h = cost[:, kind], held[:, kind]
                 chain = hull(c, h)
-                found |= {
-                    float((c[b] - c[a]) / (h[a] - h[b])) for a, b in zip(chain, chain[1:], strict=False)
-                }
+                found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
         return sorted(found)
 
     def _fullest(self, device: int) -> int:
@@ -254,10 +256,8 @@ class DeviceCosts:
         ends: dict[int, int] = {}
         for group, some, taken in zip(groups, small, counts, strict=True):
             kind = group.kind
-            left = sorted(
-                ([s, n] for s, n in zip(some, taken, strict=True) if n),
-                key=lambda run, kind=kind: (saved[run[0], kind], run[0]),
-            )
+            used = [(float(saved[s, kind]), s, n) for s, n in zip(some, taken, strict=True) if n]
+            left = [[s, n] for _, s, n in sorted(used)]
             if kind >= len(device.layers[0]):
                 ends[kind] = left[0][0]
                 continue

@@ -13,8 +13,6 @@ its way over the host link, beside all other work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 from planner.costs.overlap import pipelined_s
@@ -45,17 +43,19 @@ def in_flight(pp: int, virtual_stages: int, micro_batches: Array) -> Array:
         flights = np.full((virtual_stages, pp), float(pp))
         flights[0] = np.maximum(extra, pp)
         flights[-1] = np.minimum(extra, pp)
-    return np.minimum(flights.reshape(-1, 1), micro_batches)
+    held: Array = np.minimum(flights.reshape(-1, 1), micro_batches)
+    return held
 
 
 def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
     """How many times the work of one micro-batch through all stages a step takes at least, whatever the cuts.
 
-    With ``S`` that work and ``T_j`` a stage's part of it, the paths of 1F1B through stage ``j`` (:mod:`planner.costs.pipeline_bounds`)
-    take ``S + Σ_{l>j} T_l + (m − p + j)·T_j`` for ``j > p − m``, and all schedules wait at stage ``j`` for ``m − 1`` forwards or
-    backwards, the longer of which is half of ``T_j`` or more: ``S + (m − 1)·T_j/2``. Equal stages minimise the largest of them for
-    ``m > p``. Otherwise the first kind, at ``j = p − m + 1``, bounds ``Σ_{l≥j} T_l`` by what the step takes beyond ``S``, and
-    the second the other stages. GPipe waits for ``m − 1`` forwards and as many backwards of its dearest stages.
+    With ``S`` that work and ``T_j`` a stage's part of it, the paths of 1F1B through stage ``j``
+    (:mod:`planner.costs.pipeline_bounds`) take ``S + Σ_{l>j} T_l + (m − p + j)·T_j`` for ``j > p − m``, and all schedules wait
+    at stage ``j`` for ``m − 1`` forwards or backwards, the longer of which is half of ``T_j`` or more: ``S + (m − 1)·T_j/2``.
+    Equal stages minimise the largest of them for ``m > p``. Otherwise the first kind, at ``j = p − m + 1``, bounds ``Σ_{l≥j}
+    T_l`` by what the step takes beyond ``S``, and the second the other stages. GPipe waits for ``m − 1`` forwards and as many
+    backwards of its dearest stages.
 
     >>> path_factor("1f1b", 4, np.array([1.0, 8.0])).tolist()  # one micro-batch; (8 + 4 − 1)/4
     [1.0, 2.75]
@@ -64,8 +64,8 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
     even = 1.0 + (m - 1.0) / pp
     if schedule != "1f1b":
         return even
-    waits = np.maximum(m - 1.0, 1e-300)
-    few = 1.0 + 1.0 / (1.0 + 2.0 * (pp - m + 1.0) / waits)
+    waits, others = np.maximum(m - 1.0, 1.0), np.maximum(pp - m + 1.0, 0.0)
+    few = 1.0 + 1.0 / (1.0 + 2.0 * others / waits)
     return np.where(m > pp, even, np.where(m > 1.0, few, 1.0))
 
 
@@ -74,9 +74,9 @@ def with_swaps(
 ) -> tuple[Array, Array, Array, Array]:
     """(seconds per micro-batch, serial seconds per step, held bytes, saved bytes) of all strategies, swaps under-estimated.
 
-    Weights come up over the host link in the forward and in the backward pass, saved activations go down in the one and come up in
-    the other, beside a block's own work of that phase. The host reads the optimizer's states at least once, and a quarter of their
-    bytes (16-bit gradients down, weights up, of at most 16 bytes per parameter) passes the link.
+    Weights come up over the host link in the forward and in the backward pass, saved activations go down in the one and come up
+    in the other, beside a block's own work of that phase. The host reads the optimizer's states at least once, and a quarter of
+    their bytes (16-bit gradients down, weights up, of at most 16 bytes per parameter) passes the link.
 
     Args:
         totals: strategies without swaps.
@@ -85,9 +85,7 @@ def with_swaps(
     """
     link, host = max(cluster.host_link_bytes_per_s, 1.0), max(cluster.host_memory_bytes_per_s, 1.0)
     beside = totals.held_bytes - totals.gradients_bytes - totals.optimizer_bytes
-    own, forward, backward = (
-        alone[name][:-1].T for name in ("parameters_bytes", "forward_s", "backward_s")
-    )
+    own, forward, backward = (alone[name][:-1].T for name in ("parameters_bytes", "forward_s", "backward_s"))
     weights = np.minimum(beside, own)
     found: list[tuple[Array, Array, Array, Array]] = []
     for swap in choices.swaps:
@@ -134,7 +132,9 @@ class Relaxation:
         self.prices = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ layers / pp / budget)
         self.least = np.stack(
             [
-                np.stack([(cost + price[:, None] * (held + growth * w * saved)).min(axis=0) for w in self.weights])
+                np.stack(
+                    [(cost + price[:, None] * (held + growth * w * saved)).min(axis=0) for w in self.weights]
+                )
                 for price in self.prices
             ]
         )
@@ -152,7 +152,9 @@ class Relaxation:
         total = -self.pp * self.prices * self.budget
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
-            here[-1] += self.layers[kind] - here.sum(axis=0)  # nothing is left out where stages could not hold all
+            here[-1] += self.layers[kind] - here.sum(
+                axis=0
+            )  # nothing is left out where stages could not hold all
             for number in range(len(self.weights)):
                 together = np.where(sample == number, here, 0.0).sum(axis=0)
                 total = total + together * self.least[:, number, :, kind]

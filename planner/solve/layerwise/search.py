@@ -1,7 +1,7 @@
 """The best layer-wise plan: bounds first, then exact strategies per stage, then the schedule engine, until nothing can be better.
 
-The uniform search comes first; its best plan is in the layer-wise space too, so that the answer is never worse. What is left of the
-space is looked at in the order of its bounds; the answer is exact when no bound below its step time remains, and otherwise
+The uniform search comes first; its best plan is in the layer-wise space too, so that the answer is never worse. What is left of
+the space is looked at in the order of its bounds; the answer is exact when no bound below its step time remains, and otherwise
 states the gap to the smallest one that does.
 """
 
@@ -21,6 +21,7 @@ from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
+from planner.solve.layerwise.strategies import Mesh
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -157,22 +158,28 @@ class _Search:
 
     def _settle(self, deal: Deal) -> float:
         """Looks for a better plan in a deal; what it cannot be faster than."""
-        swaps = False
-        while True:
-            mesh = self.space.mesh(deal, swaps)
-            costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver)
-            settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
-            bound_s = max(settler.bound_s(self.best_s), deal.bound_s)
-            if bound_s < self.best_s:
-                self.certificate.settled += 1
-                for found in settler.candidates(self.best_s):
-                    if found.step_s < self.best_s:
-                        self.best, self.best_s = found, found.step_s
-            if swaps or len(self.uniform.branches.swaps) == 1:
-                break
-            swaps = True
+        swaps = [False, True] if len(self.uniform.branches.swaps) > 1 else [False]
+        for with_swaps in swaps:
+            mesh = self.space.mesh(deal, with_swaps)
+            if self.problem.launcher is None:
+                bound_s = self._with(deal, mesh)
+            else:  # no launcher takes choices that differ between layers
+                bound_s = min((self._with(deal, alone) for alone in mesh.alone()), default=np.inf)
+        bound_s = max(bound_s, deal.bound_s)
         if bound_s >= self.best_s:
             self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
+        return bound_s
+
+    def _with(self, deal: Deal, mesh: Mesh) -> float:
+        """Looks for a better plan among a mesh's strategies; what none is faster than."""
+        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver)
+        settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
+        bound_s = settler.bound_s(self.best_s)
+        if bound_s < self.best_s:
+            self.certificate.settled += 1
+            for found in settler.candidates(self.best_s):
+                if found.step_s < self.best_s:
+                    self.best, self.best_s = found, found.step_s
         return bound_s
 
 
@@ -203,7 +210,7 @@ def _assembled(problem: Problem, best: Candidate) -> Plan:
     """The candidate as a plan, priced anew from ledgers of its own."""
     uniform = UniformSearch(problem, 1, lambda batch: [])
     recipe = {
-        **{slot: choice for slot, choice in best.mesh.recipe.items()},
+        **dict(best.mesh.recipe.items()),
         **best.assignment.strategies[0],
         "schedule": best.deal.schedule,
     }

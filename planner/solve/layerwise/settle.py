@@ -51,7 +51,7 @@ class Settler:
         self.choices = choices
         self.pp = mesh.pp
         self.stack = [kinds.index(kind) for kind in order]
-        self.hop_s = float(mesh["forward_s"][0, kinds.index(BOUNDARY)])
+        self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
         self._limit: tuple[float, float] | None = None
 
     def bound_s(self, below_s: float) -> float:
@@ -93,7 +93,9 @@ class Settler:
         ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])])
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
         bounds = [
-            ahead[d] + d * self.hop_s + self.costs.bound_s(self._device(layout, d), behind[d] + d * self.hop_s)
+            ahead[d]
+            + d * self.hop_s
+            + self.costs.bound_s(self._device(layout, d), behind[d] + d * self.hop_s)
             for d in range(self.pp)
         ]
         return float(max(bounds))
@@ -125,8 +127,12 @@ class Settler:
         hops_s = 2.0 * (p - 1) * self.hop_s
         factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
         bound_s = max(least_s, through_s * factor + hops_s)
+        # Every p-th micro-batch waits for a round trip: the last stage's cycle with the first (costs.pipeline_bounds).
+        bound_s = max(bound_s, (through_s + hops_s) * float(np.ceil((m - 1.0) / p)))
         if m > p:
-            work = smallest_limit(line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s)
+            work = smallest_limit(
+                line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s
+            )
             dearest_s = 0.0 if work is None else work[0] / m
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s
@@ -212,9 +218,7 @@ class Settler:
         assignment = self.mesh.assignment(stages, embedding, head, self.choices)
         wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
         table = self.mesh.table(self._columns(assignment))
-        step_s = float(
-            exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0]
-        )
+        step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
         return Candidate(step_s, self.mesh, self.deal, assignment, wide)
 
     def _columns(self, assignment: Assignment) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ They answer what :func:`planner.solve.layerwise.counts.solve` answers, to 1e-9; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -15,13 +15,20 @@ from planner.errors import Problem, SolverError
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, OutOfNodesError, solve
 
-__all__ = ["SOLVERS", "Solver", "automatic", "by_brute_force", "by_dynamic_programming", "by_highs", "by_pulp"]
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "automatic",
+    "by_brute_force",
+    "by_dynamic_programming",
+    "by_highs",
+]
 
 Answer = tuple[float, Counts] | None
 Solver = Callable[[CountProblem], Answer]
 
 _MOST_COUNTS = 5_000_000  # that enumeration is willing to look at
-_MOST_STATES = 200_000  # that the dynamic program is willing to hold
+_MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
 def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
@@ -61,7 +68,7 @@ def by_dynamic_programming(problem: CountProblem) -> Answer:
     so that counts, and not sequences, are enumerated.
 
     Raises:
-        SolverError: more than two hundred thousand states are open at once.
+        SolverError: more than twenty thousand states are open at once.
     """
     functions = len(problem.offset)
     room = problem.budget + SLACK * np.abs(problem.budget)
@@ -83,13 +90,13 @@ def by_dynamic_programming(problem: CountProblem) -> Answer:
                             total = vector + n * columns[s]
                             if np.all(total[functions:] <= room):
                                 into.append((total, (*taken, n)))
-            partial = {left: _undominated(reached) for left, reached in following.items()}
-            many = sum(len(vectors) for reached in partial.values() for vectors in reached.values())
+            many = sum(len(vectors) for reached in following.values() for vectors in reached.values())
             if many > _MOST_STATES:
                 found = f"{many:,} states"
                 raise SolverError(
                     Problem("--solver dp", found, f"at most {_MOST_STATES:,}", "Use --solver auto.")
                 )
+            partial = {left: _undominated(reached) for left, reached in following.items()}
         states = partial.get(0, {})
     best: Answer = None
     for vectors in states.values():
@@ -107,7 +114,7 @@ def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     HiGHS stops at the tolerance as relative gap (its default is 1e-4), and accepts violations of 1e-6 of a row, so that rows are
     scaled to 1 and the answer is checked.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
 
     program = _Program.of(problem)
     rows = [LinearConstraint(program.matrix, program.low, program.high)] if len(program.matrix) else []
@@ -123,38 +130,10 @@ def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     if done.status == 2:
         return None
     if done.x is None:
-        raise SolverError(Problem("--solver ilp", f"HiGHS: {done.message}", "a solution", "Use --solver auto."))
-    return _checked(problem, program, done.x)
-
-
-def by_pulp(problem: CountProblem) -> Answer:
-    """The same integer program through PuLP and the solver that comes with it."""
-    import pulp
-
-    program = _Program.of(problem)
-    model = pulp.LpProblem("counts", pulp.LpMinimize)
-    x = [
-        pulp.LpVariable(
-            f"x{i}",
-            lowBound=None if np.isinf(low) else low,
-            upBound=None if np.isinf(high) else high,
-            cat="Continuous" if i == len(program.objective) - 1 else "Integer",
+        raise SolverError(
+            Problem("--solver ilp", f"HiGHS: {done.message}", "a solution", "Use --solver auto.")
         )
-        for i, (low, high) in enumerate(zip(program.floor, program.ceiling, strict=True))
-    ]
-    model += pulp.lpSum(c * v for c, v in zip(program.objective, x, strict=True))
-    for row, low, high in zip(program.matrix, program.low, program.high, strict=True):
-        total = pulp.lpSum(c * v for c, v in zip(row, x, strict=True) if c)
-        if low == high:
-            model += total == low
-        else:
-            model += total <= high
-    status = model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0.0))
-    if pulp.LpStatus[status] == "Infeasible":
-        return None
-    if pulp.LpStatus[status] != "Optimal":
-        raise SolverError(Problem("--solver ilp", f"PuLP: {pulp.LpStatus[status]}", "a solution"))
-    return _checked(problem, program, np.array([v.value() for v in x]))
+    return _checked(problem, program, done.x)
 
 
 SOLVERS: Mapping[str, Solver] = {
@@ -178,7 +157,7 @@ def _all_counts(groups: tuple[Group, ...]) -> Iterator[Counts]:
     strategies = groups[0].cost.shape[1]
     for bars in combinations(range(groups[0].size + strategies - 1), strategies - 1):
         ends = (-1, *bars, groups[0].size + strategies - 1)
-        mine = tuple(b - a - 1 for a, b in zip(ends, ends[1:], strict=False))
+        mine = tuple(b - a - 1 for a, b in pairwise(ends))
         for rest in _all_counts(groups[1:]):
             yield (mine, *rest)
 
@@ -208,7 +187,9 @@ def _split(groups: tuple[Group, ...], taken: tuple[int, ...]) -> Counts:
 class _Program:
     """``min z + switch·(Σ used − 1)`` with a column per (group, strategy), per class, and z; rows scaled to about 1."""
 
-    def __init__(self, matrix: Array, low: Array, high: Array, ceiling: Array, classes: int, switch: float) -> None:
+    def __init__(
+        self, matrix: Array, low: Array, high: Array, ceiling: Array, classes: int, switch: float
+    ) -> None:
         self.matrix, self.low, self.high, self.ceiling = matrix, low, high, ceiling
         width = matrix.shape[1]
         self.objective = np.zeros(width)

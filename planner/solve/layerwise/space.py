@@ -132,7 +132,11 @@ class LayerwiseSpace:
         ctx = strategies.tables.ctx
         totals = strategies.totals()
         relaxed = with_swaps(
-            totals, table, self.uniform.branches, self.problem.cluster, self.problem.stack.overlap_slowdown.value
+            totals,
+            table,
+            self.uniform.branches,
+            self.problem.cluster,
+            self.problem.stack.overlap_slowdown.value,
         )
         for degree in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == degree)
@@ -171,8 +175,8 @@ class LayerwiseSpace:
         rows = np.flatnonzero(np.min([open_s for *_, open_s in cuts], axis=0) < np.inf)
         values = strategies.rows.values
         groups = sum((values[name][at[rows]] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep"))
-        budget = self.problem.memory_budget_bytes - stack.framework_bytes.value
-        budget = np.maximum(budget - stack.communicator_bytes.value * groups, 1.0)
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * groups
+        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
         bounds = Relaxation(
             seconds[:, rows], step[:, rows], held[:, rows], saved[:, rows], layers=self.layers,
             micro_batches=micro_batches[rows], pp=pp, budget=budget, growth=1.0 + stack.fragmentation.value,

@@ -1,9 +1,9 @@
 """Stages of a pipeline: the smallest largest cost of contiguous parts of a chain of layers, exactly.
 
-A stage may cost anything that does not shrink when a layer joins it, and each stage has a cost of its own (what it has in flight,
-what stands before or behind its layers, which devices it runs on). For a limit ``z``, it is best that every stage in turn takes as
-many layers as ``z`` allows: whatever another partition reaches within ``z``, this one reaches too, and a later start makes no
-stage dearer. So a bisection over ``z`` finds the smallest one.
+A stage may cost anything that does not shrink when a layer joins it, and each stage has a cost of its own (what it has in
+flight, what stands before or behind its layers, which devices it runs on). For a limit ``z``, it is best that every stage in
+turn takes as many layers as ``z`` allows: whatever another partition reaches within ``z``, this one reaches too, and a later
+start makes no stage dearer. So a bisection over ``z`` finds the smallest one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from planner.ledger import Array
 
 __all__ = ["Line", "cut", "cuts_within", "line_cost", "smallest_limit"]
 
-Reach: TypeAlias = Callable[[int, int, float], int]  # (stage, first layer, limit) -> end of the furthest layers within it
+Reach: TypeAlias = Callable[
+    [int, int, float], int
+]  # (stage, first layer, limit) -> end of the furthest layers within it
 
 _PRECISION = 1e-7  # relative, of the bisection
 
@@ -51,7 +53,8 @@ def line_cost(lines: Sequence[Line]) -> Reach:
 
 def cuts_within(reach: Reach, stages: int, layers: int, limit: float) -> list[int] | None:
     """Ends of the stages if every one takes as many layers as a limit allows; None where layers are left over."""
-    ends, at = [], 0
+    ends: list[int] = []
+    at = 0
     for stage in range(stages):
         at = min(reach(stage, at, limit), layers)
         if at < (ends[-1] if ends else 0):
@@ -60,7 +63,9 @@ def cuts_within(reach: Reach, stages: int, layers: int, limit: float) -> list[in
     return ends if at == layers else None
 
 
-def smallest_limit(reach: Reach, stages: int, layers: int, low: float, high: float) -> tuple[float, float] | None:
+def smallest_limit(
+    reach: Reach, stages: int, layers: int, low: float, high: float
+) -> tuple[float, float] | None:
     """(below, limit): no partition keeps ``below``, one keeps ``limit``, and they are as close as numbers get.
 
     None where none keeps ``high``.

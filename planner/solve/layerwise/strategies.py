@@ -7,7 +7,7 @@ block computes and how its work is cut (the slots before) is common to all layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -94,6 +94,12 @@ class Mesh:
         total: Array = self.values[:, _TIMES].sum(axis=1)
         return total
 
+    def alone(self) -> list[Mesh]:
+        """The same mesh with one of the strategies each, the fastest first."""
+        total_s = self.micro_batch_s[:, :-3].sum(axis=1)
+        order = np.argsort(total_s, kind="stable").tolist()
+        return [replace(self, branches=[self.branches[s]], values=self.values[s : s + 1]) for s in order]
+
     def assignment(self, stages: Sequence[Runs], embedding: int, head: int, choices: Branches) -> Assignment:
         """Strategies by number as strategies by choice; those in use only, the most frequent one first."""
         layers: dict[int, int] = {}
@@ -139,6 +145,13 @@ class Strategies:
                     found += [((state, r, swap), on) for swap in swaps]
         self.branches = [branch for branch, _ in found]
         self.active = np.array([on for _, on in found]).reshape(len(found), len(rows))
+        launcher = choices.space.problem.launcher
+        if launcher is not None:
+            for s, branch in enumerate(self.branches):
+                recipe = {**tables.recipe, **choices.recipe(*branch)}
+                ctx = rows.context(choices.space.problem, choices.space.knobs(recipe))
+                for check in launcher.valid(ctx):
+                    self.active[s] &= check.ok
 
     def __len__(self) -> int:
         return len(self.rows)
