@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
+from planner.pipeline import Layouts
 from planner.solve.candidates import Jobs
 from planner.solve.expansion import Expansion
 from planner.solve.space import Choice, Rows
@@ -67,9 +68,10 @@ def pricing_rate() -> float:
     prefix = {slot: choice for slot, choice in recipe.items() if slot in next(iter(search.space.prefixes()))}
     rows = valid_rows(search, prefix)
     work = expansion(search, prefix, rows.take(np.flatnonzero(rows.values["pp"] == 16)))
-    schedule, layout = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
+    schedule, chosen = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
     some = np.arange(int(work.starts[-1]))
     many = np.repeat(some, 4000 // len(some) + 1)
+    layout = Layouts([chosen]).deal(np.zeros(len(many), dtype=np.intp))
     work.plain(schedule, layout, many)
     before, start = search.counts.scored + search.counts.rejected["device memory"], time.process_time()
     for _ in range(20):
@@ -106,7 +108,7 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                             work.evaluate(
                                 Jobs(
                                     schedule,
-                                    layout,
+                                    Layouts([layout]).deal(np.zeros(len(on), dtype=np.intp)),
                                     np.full(len(on), recompute),
                                     swap,
                                     states[on],

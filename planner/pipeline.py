@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,12 @@ from planner.specs.stack import Stack
 
 __all__ = [
     "LAYOUT_NAMES",
+    "Dealt",
     "Layout",
+    "Layouts",
     "Split",
     "deal_layers",
+    "held_bytes",
     "layout_of",
     "layouts",
     "memory",
@@ -82,6 +86,65 @@ class Layout:
     last_counts: Array
     ramp: Array
     layers: int
+
+    def take(self, index: NDArray[np.intp]) -> Layout:
+        """The layout of some of the rows: itself."""
+        return self
+
+
+class Layouts:
+    """Layouts side by side, from which rows pick theirs."""
+
+    def __init__(self, each: Sequence[Layout]) -> None:
+        self.each = tuple(each)
+        self.runs = max(len(layout.run_first) for layout in each)
+        self._arrays: dict[str, Array] = {}
+
+    def deal(self, of: NDArray[np.intp]) -> Layout | Dealt:
+        """Rows with the layouts at ``of``."""
+        return self.each[int(of[0])] if len(of) and np.all(of == of[0]) else Dealt(self, of)
+
+    def stacked(self, name: str) -> Array:
+        """An attribute of all layouts, along the last axis; the last run several times where others have more runs."""
+        if name not in self._arrays:
+            values = [getattr(layout, name) for layout in self.each]
+            if name == "device_counts":
+                values = [counts[:1] for counts in values]
+            elif np.ndim(values[0]):
+                values = [v[np.minimum(np.arange(self.runs), len(v) - 1)] for v in values]
+            self._arrays[name] = np.ascontiguousarray(np.stack(values, axis=-1), dtype=np.float64)
+        return self._arrays[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dealt:
+    """Rows that have each a layout of their own (its place in ``among`` is ``of``), in the terms of :class:`Layout`.
+
+    What a layout has per run and kind is (runs, kinds, rows) here; ``device_counts`` are of the first device alone.
+    """
+
+    among: Layouts
+    of: NDArray[np.intp]
+
+    def take(self, index: NDArray[np.intp]) -> Layout | Dealt:
+        """Some of the rows."""
+        return self.among.deal(self.of[index])
+
+    def __getattr__(self, name: str) -> Array:
+        if name not in Layout.__slots__:
+            raise AttributeError(name)
+        return self.among.stacked(name).take(self.of, axis=-1)
+
+
+def _over(counts: Array, values: Array) -> Array:
+    """Sums over kinds: counts (runs, kinds), or (runs, kinds, rows), times values (kinds, rows); (runs, rows)."""
+    total: Array = counts @ values if counts.ndim == 2 else np.einsum("rka,ka->ra", counts, values)
+    return total
+
+
+def _per_row(values: NDArray[Any]) -> Array:
+    """What a layout (runs) or every row (runs, rows) has per run, to go with (runs, rows)."""
+    return values[:, None] if values.ndim == 1 else values
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +212,10 @@ def _cumulative(order: tuple[str, ...], kinds: tuple[str, ...]) -> Array:
 
 
 def step_bound(
-    table: BlockTable, layout: Layout, micro_batches: Array, recompute_layers: Array | float | None = None
+    table: BlockTable,
+    layout: Layout | Dealt,
+    micro_batches: Array,
+    recompute_layers: Array | float | None = None,
 ) -> Array:
     """A lower bound on the step time of candidates that share a layout, per row; never above the schedule engine's.
 
@@ -160,23 +226,22 @@ def step_bound(
 
     Args:
         table: block totals, (kinds, rows).
-        layout: blocks per virtual stage.
+        layout: blocks per virtual stage, of all rows or of each.
         micro_batches: m, per row.
         recompute_layers: of each device's layers, how many are recomputed (None: all that the ledger recomputes).
     """
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)
-    ramp = layout.ramp
     hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
-    forward_work_s, backward_work_s = layout.last_counts @ forward, layout.last_counts @ backward
+    forward_work_s, backward_work_s = (_over(layout.last_counts, each) for each in (forward, backward))
     tail_s = tail_seconds(table, layout.last_counts, forward_work_s, backward_work_s)
-    if len(layout.run_first) > 1 and layout.run_last[0] == 0:
+    if len(layout.run_first) > 1 and np.all(layout.run_last[0] == 0):
         first_tail_s = tail_s[0]
     else:
         counts = layout.device_counts[:1]
-        first_tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
-    hops_s = layout.run_last[:, None] * hop_s
-    before_s, after_s = ramp @ forward + hops_s, ramp @ backward + hops_s
+        first_tail_s = tail_seconds(table, counts, _over(counts, forward), _over(counts, backward))[0]
+    hops_s = _per_row(layout.run_last) * hop_s
+    before_s, after_s = _over(layout.ramp, forward) + hops_s, _over(layout.ramp, backward) + hops_s
     work_s = micro_batches * (forward_work_s + backward_work_s)
     bound_s: Array = np.max(before_s + work_s + np.maximum(tail_s, after_s + first_tail_s), axis=0)
     return bound_s
@@ -210,7 +275,7 @@ def tight_bound(
 _CYCLE_BOUNDS = {"1f1b": bound_1f1b_s, "interleaved": bound_interleaved_s}
 
 
-def recomputed_fraction(layout: Layout, recompute_layers: Array | float | None) -> Array | float:
+def recomputed_fraction(layout: Layout | Dealt, recompute_layers: Array | float | None) -> Array | float:
     """Share of a device's layers that is recomputed."""
     return 1.0 if recompute_layers is None else np.minimum(np.divide(recompute_layers, layout.layers), 1.0)
 
@@ -230,19 +295,24 @@ def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s:
 
     Args:
         table: block totals.
-        counts: (devices, kinds).
+        counts: (devices, kinds), or (devices, kinds, rows).
         forward_s, backward_s: (devices, rows), one micro-batch through all of a device's chunks.
     """
-    total: Array = counts @ table["main_step_s"]
+    total: Array = _over(counts, table["main_step_s"])
     for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
-        messages = np.maximum(counts @ table[f"{track}_messages"], 1.0)
-        total = total + uniform_bucket_exposure_s(counts @ table[f"{track}_step_s"], beside_s, messages)
+        messages = np.maximum(_over(counts, table[f"{track}_messages"]), 1.0)
+        total = total + uniform_bucket_exposure_s(_over(counts, table[f"{track}_step_s"]), beside_s, messages)
     return total
+
+
+def held_bytes(layout: Layout | Dealt, each: Array) -> Array:
+    """Sums over the blocks of the first device of each run: (runs, rows) of (kinds, rows)."""
+    return _over(layout.first_counts, each)
 
 
 def memory(
     table: BlockTable,
-    layout: Layout,
+    layout: Layout | Dealt,
     schedule: str,
     micro_batches: Array,
     stack: Stack,
@@ -251,10 +321,10 @@ def memory(
 ) -> tuple[Array, Array]:
     """Peak device bytes and host bytes, the largest over devices, per row."""
     live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
-    held = layout.first_counts @ table["always_bytes"]
+    held = held_bytes(layout, table["always_bytes"])
     idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
     passes = (1.0 + stack.fragmentation.value) * (live + at_work)
-    peak = (held + np.maximum(passes, layout.first_counts @ table["step_bytes"])).max(axis=0) + idle
+    peak = (held + np.maximum(passes, held_bytes(layout, table["step_bytes"]))).max(axis=0) + idle
     return peak, host.max(axis=0)
 
 
@@ -295,7 +365,7 @@ def memory_parts(
 
 def _dynamic(
     table: BlockTable,
-    layout: Layout,
+    layout: Layout | Dealt,
     schedule: str,
     micro_batches: Array,
     recompute_layers: Array | float | None,
@@ -306,7 +376,7 @@ def _dynamic(
     saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
     live = _peak(saved, layout, schedule, micro_batches)
     at_work = _transients(table, layout, recompute_layers, slice(None))
-    host = layout.first_counts @ table["host_bytes"]
+    host = held_bytes(layout, table["host_bytes"])
     saved_on_host = table["host_saved_bytes"]
     if saved_on_host.any():
         host = host + _peak(saved_on_host, layout, schedule, micro_batches)
@@ -314,28 +384,44 @@ def _dynamic(
 
 
 def _transients(
-    table: BlockTable, layout: Layout, recompute_layers: Array | float | None, part: slice
+    table: BlockTable, layout: Layout | Dealt, recompute_layers: Array | float | None, part: slice
 ) -> Array:
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
     recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
-    transient = table["block_bytes"] + recomputed
-    present = (layout.first_counts > 0)[:, part]
-    return np.stack([np.max(transient[part][there], axis=0, initial=0.0) for there in present])
+    transient = (table["block_bytes"] + recomputed)[part]
+    present = layout.first_counts[:, part] > 0
+    if present.ndim == 2:
+        return np.stack([np.max(transient[there], axis=0, initial=0.0) for there in present])
+    largest: Array = np.max(present * transient, axis=1, initial=0.0)
+    return largest
 
 
-def _peak(saved: Array, layout: Layout, schedule: str, micro_batches: Array) -> Array:
+def _peak(saved: Array, layout: Layout | Dealt, schedule: str, micro_batches: Array) -> Array:
     """Largest sum of live activations on the first device of each run: (runs, rows)."""
+    if np.all(layout.virtual_stages == 1):
+        depth = saturated(schedule, layout.pp, 1, micro_batches)
+        return _in_flight(layout, schedule, depth) * held_bytes(layout, saved)
+    if isinstance(layout, Dealt):
+        live = np.zeros((layout.among.runs, saved.shape[1]))
+        for which in np.unique(layout.of).tolist():
+            at, own = np.flatnonzero(layout.of == which), layout.among.each[which]
+            live[: len(own.run_first), at] = _peak(saved[:, at], own, schedule, micro_batches[at])
+        return live
     depth = saturated(schedule, layout.pp, layout.virtual_stages, micro_batches)
-    if layout.virtual_stages == 1:
-        in_flight = depth if schedule == "gpipe" else np.minimum(depth, layout.pp - layout.run_first[:, None])
-        one_each: Array = in_flight * (layout.first_counts @ saved)
-        return one_each
     live = np.empty((len(layout.run_first), saved.shape[1]))
     for m in np.unique(depth):
         at = np.flatnonzero(depth == m)
         layers, starts = _live_layers(layout, schedule, int(m))
         live[:, at] = np.maximum.reduceat(layers @ saved[:, at], starts, axis=0)
     return live
+
+
+def _in_flight(layout: Layout | Dealt, schedule: str, depth: Array) -> Array:
+    """Micro-batches in flight on the first device of each run, one chunk per device: (runs, rows)."""
+    if schedule == "gpipe":
+        return depth
+    held: Array = np.minimum(depth, layout.pp - _per_row(layout.run_first))
+    return held
 
 
 @lru_cache(maxsize=16384)
@@ -349,7 +435,7 @@ def _live_layers(layout: Layout, schedule: str, m: int) -> tuple[Array, NDArray[
     return np.concatenate(combinations), starts
 
 
-def saturated(schedule: str, pp: int, virtual_stages: int, micro_batches: Array | int) -> Array:
+def saturated(schedule: str, pp: Array | int, virtual_stages: int, micro_batches: Array | int) -> Array:
     """As few micro-batches as have the live activations of that many, which stop growing with their number.
 
     Interleaved groups longer than ``pp``, and their shorter last one, are taken as they are.

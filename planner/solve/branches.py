@@ -94,15 +94,16 @@ class Branches:
 
     def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
         """Candidates per row, over layouts whose devices hold at most that many layers each."""
-        widths = np.array([sum(self.width(choice, n) for n in layers) for choice in self.recomputes])
+        held = np.array(layers)
+        widths = np.array([self.widths(choice, held).sum() for choice in self.recomputes])
         total: NDArray[np.int64] = activity.counts * (widths @ activity.recomputes) * len(self.swaps)
         return total
 
-    def width(self, recompute: Choice, layers: int) -> int:
+    def widths(self, recompute: Choice, layers: NDArray[Any] | int) -> NDArray[np.int64]:
         """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""
-        if recompute.value != _BY_LAYERS or "recompute_layers" in self.space.fixed:
-            return 1
-        return max(layers - 1, 0)
+        if not self.by_layers(recompute) or "recompute_layers" in self.space.fixed:
+            return np.ones(np.shape(layers), dtype=np.int64)
+        return np.asarray(np.maximum(layers - 1, 0), dtype=np.int64)
 
     def by_layers(self, recompute: Choice) -> bool:
         """Whether the choice recomputes some of a device's layers."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from planner.engine import BlockTable
 from planner.ledger import Array
-from planner.pipeline import Layout
+from planner.pipeline import Dealt, Layout
 from planner.solve.space import Choice
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Batch:
         jobs, one = self.jobs, slice(index, index + 1)
         return Scored(
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
-            self.expansion.row(jobs, index), jobs.layout,
+            self.expansion.row(jobs, index), jobs.layout_of(index),
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
             self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
         )  # fmt: skip
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pending:
-    """(state, row) pairs of one layout that were scored plain.
+    """(state, row) pairs of one schedule that were scored plain.
 
     ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
     found to fit. ``overfull``: no branch of the pair can.
@@ -112,10 +112,10 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Jobs:
-    """Candidates that share a layout and a swap; arrays over jobs."""
+    """Candidates that share a schedule and a swap; arrays over jobs."""
 
     schedule: Choice
-    layout: Layout
+    layout: Layout | Dealt
     recomputes: Index
     swap: int
     states: Index
@@ -123,19 +123,21 @@ class Jobs:
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
     layers: Array | None = None  # layers recomputed by each job; None: as few as fit
 
+    def layout_of(self, index: int) -> Layout:
+        """The layout of one job."""
+        layout = self.layout
+        return layout if isinstance(layout, Layout) else layout.among.each[int(layout.of[index])]
+
     def take(self, index: Index) -> Jobs:
         """Some of the jobs."""
         return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index],
-            width=self.width[index], layers=None if self.layers is None else self.layers[index],
+            self, layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
+            rows=self.rows[index], width=self.width[index], layers=None if self.layers is None else self.layers[index],
         )  # fmt: skip
 
-    def with_every_count(self, most: int) -> Jobs:
-        """Every job with 1 … ``most`` recomputed layers, job after job."""
-        index = np.arange(len(self.rows)).repeat(most)
-        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
-        one_each = np.ones(len(index), dtype=np.int64)
-        return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
-            layers=layers,
-        )  # fmt: skip
+    def with_every_count(self) -> Jobs:
+        """Every job with 1, 2, … recomputed layers, one for each candidate behind it, job after job."""
+        each = self.take(np.repeat(np.arange(len(self.rows)), self.width))
+        first = np.repeat(np.cumsum(self.width) - self.width, self.width)
+        layers = np.arange(len(first)) - first + 1.0
+        return replace(each, width=np.ones(len(first), dtype=np.int64), layers=layers)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from planner.engine import BlockTable
 from planner.ledger import Array
-from planner.pipeline import Layout, memory, step_bound
+from planner.pipeline import Dealt, Layout, held_bytes, memory, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
 from planner.solve.space import Choice, Rows
@@ -75,11 +75,12 @@ class Expansion:
             parts.append(Rows({name: column[mine] for name, column in self.values.items()}))
         return Expansion(self.problem, self.branches, tables, parts, self.counts)
 
-    def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
+    def plain(self, schedule: Choice, layout: Layout | Dealt, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
-        states, at = np.nonzero(self.states[:, rows])
+        states, at = np.nonzero(self.states[:, rows] & (self._width(0, layout, rows) > 0))
+        layout, rows = layout.take(at), rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
-        jobs = Jobs(schedule, layout, plain, 0, states, rows[at], self._width(0, layout, rows[at]))
+        jobs = Jobs(schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
         fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -119,10 +120,7 @@ class Expansion:
                 continue
             recomputes = np.repeat(np.array(together), [len(at) for at, _ in left])
             pairs = chosen[at]
-            jobs = replace(
-                pending.jobs, recomputes=recomputes, swap=swap, states=pending.jobs.states[pairs],
-                rows=pending.jobs.rows[pairs], width=width,
-            )  # fmt: skip
+            jobs = replace(pending.jobs.take(pairs), recomputes=recomputes, swap=swap, width=width)
             most = max(1, _TOGETHER // int(width.max()))
             for begin in range(0, len(at), most):
                 some = np.arange(begin, min(begin + most, len(at)))
@@ -137,14 +135,14 @@ class Expansion:
         self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
     ) -> tuple[Index, NDArray[np.int64]]:
         """Chosen pairs whose branch has to be priced, and the candidates behind each; those of the others are counted."""
-        fits, bounds_s = pending.fits[:, :, chosen], pending.bounds_s[:, :, chosen]
-        width = self._width(recompute, pending.jobs.layout, pending.jobs.rows[chosen])
+        jobs = pending.jobs.take(chosen)
+        width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
         for r, s in self.branches.no_more(recompute, swap):
-            dominated |= fits[s, r]
-            late |= bounds_s[s, r] >= bar
+            dominated |= pending.fits[s, r, chosen]
+            late |= pending.bounds_s[s, r, chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
@@ -152,10 +150,10 @@ class Expansion:
         at = np.flatnonzero((width > 0) & ~(dominated | late | full))
         return at, width[at]
 
-    def _width(self, recompute: int, layout: Layout, rows: Index) -> NDArray[np.int64]:
+    def _width(self, recompute: int, layout: Layout | Dealt, rows: Index) -> NDArray[np.int64]:
         """Candidates behind one recompute choice on each row."""
-        each = self.branches.width(self.branches.recomputes[recompute], layout.layers)
-        width: NDArray[np.int64] = self.recomputes[recompute, rows] * np.int64(each)
+        each = self.branches.widths(self.branches.recomputes[recompute], layout.layers)
+        width: NDArray[np.int64] = self.recomputes[recompute, rows] * each
         return width
 
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
@@ -165,7 +163,7 @@ class Expansion:
         fixed = table["gradients_bytes"]
         if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
             fixed = fixed + table["optimizer_bytes"]
-        held = jobs.layout.first_counts @ fixed
+        held = held_bytes(jobs.layout, fixed)
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
         least = held.max(axis=0) + idle
         full: NDArray[np.bool_] = least > self.problem.memory_budget_bytes
@@ -177,18 +175,17 @@ class Expansion:
         return full
 
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a layout and a swap: which fit, their bounds, and all of them.
+        """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
 
         Recompute by layers is priced apart from other choices.
         """
-        by_layers = self._by_layers(jobs)
-        many = int(jobs.width.max()) if by_layers and self.branches.moves_activations(jobs.swap) else 1
-        if many == 1:
+        counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
+        if not (counted and self.branches.moves_activations(jobs.swap)):
             return self._priced(jobs)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
-        fit, bound_s, batch = self._priced(jobs.with_every_count(many))
-        some_fit: NDArray[np.bool_] = np.any(fit.reshape(-1, many), axis=1)
-        return some_fit, bound_s.reshape(-1, many).min(axis=1), batch
+        fit, bound_s, batch = self._priced(jobs.with_every_count())
+        first = np.cumsum(jobs.width) - jobs.width
+        return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
 
     def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
@@ -218,19 +215,21 @@ class Expansion:
         ok = np.ones(len(jobs.rows), dtype=bool)
         if self.problem.launcher is None:
             return ok
-        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows]])
-        for state, recompute, prefix in np.unique(branches, axis=1).T.tolist():
-            at = np.flatnonzero((branches == [[state], [recompute], [prefix]]).all(axis=0))
-            faults = self._launcher_faults(jobs, state, recompute, prefix)
+        layouts = jobs.layout.of if isinstance(jobs.layout, Dealt) else np.zeros(len(ok), dtype=np.intp)
+        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows], layouts])
+        for shared in np.unique(branches, axis=1).T:
+            at = np.flatnonzero((branches == shared[:, None]).all(axis=0))
+            state, recompute, prefix, _ = shared.tolist()
+            faults = self._launcher_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
             first = faults.first[jobs.rows[at] - self.starts[prefix]]
             ok[at] = first < 0
             for index, reason in enumerate(faults.reasons):
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int) -> Faults:
-        """Every row's first broken rule of the launcher, for one prefix and the choices that the jobs share."""
-        launcher, layout = self.problem.launcher, jobs.layout
+    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
+        """Every row's first broken rule of the launcher, for one prefix, one layout and the choices that the jobs share."""
+        launcher = self.problem.launcher
         assert launcher is not None
         key = (
             jobs.schedule.value,
@@ -271,8 +270,11 @@ class Expansion:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
-            return np.full(len(jobs.rows), float(min(fixed, jobs.layout.layers)))
-        low, high = np.ones(len(jobs.rows)), np.full(len(jobs.rows), float(max(jobs.layout.layers - 1, 1)))
+            return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
+        low, high = (
+            np.ones(len(jobs.rows)),
+            np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0)),
+        )
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
             peak, _ = self._memory(jobs, table, micro_batches, middle)
@@ -344,7 +346,7 @@ class Expansion:
     ) -> None:
         if self.nearest is None or needed / budget < self.nearest.excess:
             row, recipe = self.row(jobs, index), self.recipe(jobs, index)
-            self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout)
+            self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout_of(index))
 
     def recipe(self, jobs: Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT_ROWS, Pricer, tabulate
+from planner.engine import COMPACT, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -98,8 +98,8 @@ class BranchTables:
         )
         if key not in self._changes:
             ledger = self._ledger(recipe)
-            table = tabulate(ledger, self.pricer, self.kinds, len(self))
-            values = np.ascontiguousarray(table.values[COMPACT_ROWS].transpose(2, 0, 1))
+            table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
+            values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
             base = self._changes[()] if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
