@@ -178,6 +178,8 @@ class DeviceCosts:
         """Solves at the fullest moment; adds whatever moment the answer does not fit in, until it fits in all."""
         best: Solved | None = None
         kinds = {group.kind for group in self._groups(device, [0])}
+        if not kinds:
+            return None  # no device is left without work
         limits = sorted({float(self.transient[s, k]) for k in kinds for s in self.fronts[k]}, reverse=True)
         # What a limit bounds from below falls and rises with it, or nearly so: look closely around the best of a few.
         bounds: dict[int, float] = {}

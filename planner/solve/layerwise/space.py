@@ -162,9 +162,11 @@ class LayerwiseSpace:
                 free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
             else:
                 free_s = step_bound(table, layout, micro_batches)
-                if np.any(free_s < below_s):
-                    paths_s = tight_bound(table, layout, _order(schedule), micro_batches)
-                    free_s = np.maximum(free_s, paths_s)
+                some = np.flatnonzero(runs[schedule.value] & (free_s < below_s))
+                if len(some):
+                    part_of = BlockTable(table.kinds, table.values[:, :, some], table.fields)
+                    paths_s = tight_bound(part_of, layout, _order(schedule), micro_batches[some])
+                    free_s[some] = np.maximum(free_s[some], paths_s)
             late = runs[schedule.value] & (free_s >= below_s)
             self.excluded["work"] += int(late.sum())
             open_s = np.where(runs[schedule.value] & ~late, free_s, np.inf)
