@@ -81,7 +81,9 @@ def counts() -> None:
     problem = CountProblem((group,), np.array([80 * 999.5 * MB]), np.zeros(1))
     seconds, chain = galvatron(cost, held, np.zeros((2, 2)), 80, 80 * 999.5 * MB, MB) or (np.inf, [])
     print("  where rounding loses: 80 layers of 999.5 MB (1 s) or 500 MB (2 s) in 79,960 MB:")
-    print(f"    chain {seconds:g} s with {chain.count(0)} and {chain.count(1)} layers, counts {solve(problem)}")
+    print(
+        f"    chain {seconds:g} s with {chain.count(0)} and {chain.count(1)} layers, counts {solve(problem)}"
+    )
     large = Group(8, cost[None], held[None])
     single = CountProblem((large,), np.array([10.0]), np.zeros(1))
     solve_s, _ = cpu_s(lambda: [solve(single) for _ in range(100)])
@@ -113,8 +115,9 @@ def stages() -> None:
         )
 
 
-def job(model: str, cluster: str, batch: int, seq: int) -> Problem:
-    return Problem(load_model(model), load_cluster(cluster), TrainWorkload(batch, seq), load_stack())
+def job(model: str, cluster: str, batch: int, seq: int, forbidden: tuple[str, ...] = ()) -> Problem:
+    workload = TrainWorkload(batch, seq)
+    return Problem(load_model(model), load_cluster(cluster), workload, load_stack(), forbidden=forbidden)
 
 
 def one_search() -> None:
@@ -146,16 +149,14 @@ def gained(uniform: Plan, layerwise: Plan) -> str:
     return "; ".join(filter(None, parts))
 
 
-def value(limit_s: float) -> None:
+def value(limit_s: float, forbidden: tuple[str, ...]) -> None:
     """Ten public model × cluster pairs: the best uniform plan against the best layer-wise one."""
-    print(
-        "value: | model | cluster | batch × tokens | uniform s | layer-wise s | gain | gap left | what differs |"
-    )
+    print(f"value, {'without offload' if forbidden else 'with offload'}:")
+    print("| model | cluster | batch × tokens | uniform s | layer-wise s | gain | gap left | what differs |")
     for model, cluster, batch, seq in PAIRS:
-        problem = job(model, cluster, batch, seq)
-        alike = search(problem, 1).best
-        result = search_layerwise(problem, 1, time_limit_s=limit_s)
-        best = result.best
+        problem = job(model, cluster, batch, seq, forbidden)
+        best = search_layerwise(problem, 2, time_limit_s=limit_s).best
+        alike = best if best.layerwise is None else search(problem, 1).best
         gain = 100.0 * (alike.estimate.step_time_s / best.estimate.step_time_s - 1.0)
         print(
             f"| {model} | {cluster} | {batch} × {seq:,} | {alike.estimate.step_time_s:.3f} | {best.estimate.step_time_s:.3f} | "
@@ -169,11 +170,11 @@ def main() -> None:
     parser.add_argument("--part", choices=("counts", "stages", "search", "value"))
     parser.add_argument("--time-limit", type=float, default=20.0)
     given = parser.parse_args()
-    parts: dict[str, Callable[[], None]] = {
+    parts: dict[str, Callable[[], object]] = {
         "counts": counts,
         "stages": stages,
         "search": one_search,
-        "value": lambda: value(given.time_limit),
+        "value": lambda: [value(given.time_limit, forbidden) for forbidden in (("*_offload",), ())],
     }
     for name, part in parts.items():
         if given.part in (None, name):
