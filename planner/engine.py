@@ -206,6 +206,7 @@ FIELDS = (
     *(f"{phase}_s" for phase in PHASES),
     "saved_bytes",
     "recomputed_bytes",
+    "weight_input_bytes",
     "block_bytes",
     "step_bytes",
     "freed_bytes",
@@ -220,6 +221,7 @@ COMPACT = (
     *(f"{phase}_s" for phase in PHASES),
     "saved_bytes",
     "recomputed_bytes",
+    "weight_input_bytes",
     "block_bytes",
     "step_bytes",
     "host_bytes",
@@ -239,7 +241,8 @@ class BlockTable:
     """Totals of one instance of every block kind, per row: ``values`` (fields, kinds, rows), by the names of ``FIELDS``.
 
     ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
-    the same where the block is not recomputed, a transient where it is. ``block_bytes``: the transient while the block is at
+    the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
+    backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
     ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
     optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;

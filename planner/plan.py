@@ -91,6 +91,7 @@ class Plan:
         layerwise: where layers differ in their choices: ``strategies``, each its additive choices by slot; ``stages``, per
             virtual stage the runs ``[strategy, layers]`` in the order of its layers; ``embedding`` and ``head``, their
             strategies. ``knobs`` then has the choices of the first strategy. None where all layers are treated alike.
+        permissions: what the plan does that changes the result of training (:data:`planner.specs.problem.PERMISSIONS`).
     """
 
     model: str
@@ -103,6 +104,7 @@ class Plan:
     optimality: Optimality
     assumptions: tuple[str, ...] = ()
     stack: str = "default"
+    permissions: tuple[str, ...] = ()
     schema_version: str = SCHEMA_VERSION
     layerwise: Mapping[str, Any] | None = None
 
@@ -159,11 +161,10 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
         fields = asdict(self)
-        fields["stages"], fields["assumptions"] = list(self.stages), list(self.assumptions)
-        if self.layerwise is None:
-            del fields[
-                "layerwise"
-            ]  # plans that treat all layers alike are as they were before there were others
+        for name in ("stages", "assumptions", "permissions"):
+            fields[name] = list(fields[name])
+        if self.layerwise is None:  # plans that treat all layers alike have no such field
+            del fields["layerwise"]
         return {"id": self.id, **fields}
 
     @staticmethod
@@ -183,10 +184,8 @@ class Plan:
             estimate = Estimate(**_known(data["estimate"], Estimate))
             optimality = Optimality(**_known(data["optimality"], Optimality))
             fields = {**_known(data, Plan), "estimate": estimate, "optimality": optimality}
-            fields["stages"], fields["assumptions"] = (
-                tuple(data["stages"]),
-                tuple(data.get("assumptions", ())),
-            )
+            fields["stages"] = tuple(data["stages"])
+            fields |= {name: tuple(data.get(name, ())) for name in ("assumptions", "permissions")}
             plan = Plan(**fields)
             plan.check()
         except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:

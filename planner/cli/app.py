@@ -14,10 +14,12 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -40,6 +42,8 @@ def command() -> Callable[..., Any]:
     app.command("train")(train.train)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,14 @@ def train(
         str | None,
         typer.Option(
             "--deadline", metavar="TIME", help="Fewest devices that finish --tokens in time, e.g. 30d."
+        ),
+    ] = None,
+    explore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--explore",
+            metavar="GLOB",
+            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
         ),
     ] = None,
     pareto: Annotated[
@@ -87,7 +96,7 @@ def train(
     from planner.solve.fleet import Fleet
 
     searcher = _layerwise(stages, solver, time_limit) if layerwise else None
-    problems, wanted = _problems(job, top, deadline, layerwise)
+    problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
@@ -112,7 +121,9 @@ def train(
         raise Stopped("these are the best plans so far", printed=True)
 
 
-def _problems(job: JobOptions, top: str, deadline: str | None, layerwise: bool) -> tuple[list[Problem], int]:
+def _problems(
+    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str], layerwise: bool
+) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
     from planner.errors import SpecError
@@ -136,7 +147,7 @@ def _problems(job: JobOptions, top: str, deadline: str | None, layerwise: bool) 
             deadline_s = parse_seconds(deadline)
         except ValueError:
             faults.append(Fault("--deadline", repr(deadline[:40]), "a duration such as 30d or 12h"))
-    return job.problems(faults, deadline_s), wanted
+    return job.problems(faults, deadline_s, explore=explore), wanted
 
 
 def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable
 from planner.ledger import Array
 from planner.pipeline import Dealt, Layout
-from planner.solve.space import Choice
+from planner.schedule.order import Generator
+from planner.solve.space import Choice, order_of
 
 if TYPE_CHECKING:
     from planner.solve.expansion import Expansion
@@ -35,11 +36,9 @@ class Scored:
     table: BlockTable
 
     @property
-    def schedule(self) -> str:
-        """Name of the order generator."""
-        technique = self.recipe["schedule"].technique
-        assert technique is not None
-        return technique.order
+    def schedule(self) -> Generator:
+        """The order generator."""
+        return order_of(self.recipe["schedule"])
 
     def micro_batches(self, global_batch_size: int) -> int:
         """Micro-batches per step."""
@@ -64,7 +63,7 @@ class Batch:
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
             self.expansion.row(jobs, index), jobs.layout_of(index),
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
+            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one], jobs.schedule),
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from planner.ledger import Array
 from planner.pipeline import Dealt, Layout, held_bytes, memory, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
-from planner.solve.space import Choice, Rows
+from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 
@@ -157,13 +157,13 @@ class Expansion:
         return width
 
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
+        """Jobs that exceed the device by what no recompute or swap of the space moves: gradients, optimizer states, framework."""
         stack = self.problem.stack
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
-        fixed = table["gradients_bytes"]
-        if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
-            fixed = fixed + table["optimizer_bytes"]
-        held = held_bytes(jobs.layout, fixed)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        fixed = [
+            table[f"{pool}_bytes"] for pool in ("gradients", "optimizer") if pool not in self.branches.moved
+        ]
+        held = held_bytes(jobs.layout, sum(fixed, np.zeros_like(table["gradients_bytes"])))
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
         least = held.max(axis=0) + idle
         full: NDArray[np.bool_] = least > self.problem.memory_budget_bytes
@@ -188,12 +188,12 @@ class Expansion:
         return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
 
     def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         micro_batches = self.micro_batches[jobs.rows]
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, table, micro_batches)
-        bound_s = step_bound(table, jobs.layout, micro_batches, layers)
+        bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
         on_device, on_host = peak <= budget, host <= host_budget
@@ -211,26 +211,25 @@ class Expansion:
         return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
 
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that the launcher can run; the others are counted under its reason."""
+        """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
-        if self.problem.launcher is None:
+        if self.problem.launcher is None and not self.branches.ruled(jobs.swap):
             return ok
         layouts = jobs.layout.of if isinstance(jobs.layout, Dealt) else np.zeros(len(ok), dtype=np.intp)
         branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows], layouts])
         for shared in np.unique(branches, axis=1).T:
             at = np.flatnonzero((branches == shared[:, None]).all(axis=0))
             state, recompute, prefix, _ = shared.tolist()
-            faults = self._launcher_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
+            faults = self._late_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
             first = faults.first[jobs.rows[at] - self.starts[prefix]]
             ok[at] = first < 0
             for index, reason in enumerate(faults.reasons):
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
-        """Every row's first broken rule of the launcher, for one prefix, one layout and the choices that the jobs share."""
+    def _late_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
+        """Every row's first broken rule of swaps and launcher, for one prefix, one layout and the choices that the jobs share."""
         launcher = self.problem.launcher
-        assert launcher is not None
         key = (
             jobs.schedule.value,
             layout.virtual_stages,
@@ -251,8 +250,12 @@ class Expansion:
                 self.problem, knobs
             )
             faults = self._launched[key] = Faults(rows.stop - rows.start)
-            for check in launcher.valid(ctx):
-                faults.check(f"{launcher.name}: {check.reason}", check.ok)
+            for choice in self.branches.swaps[jobs.swap].values() if self.branches.ruled(jobs.swap) else ():
+                for check in choice.technique.valid(ctx) if choice.technique is not None else ():
+                    faults.check(check.reason, check.ok)
+            if launcher is not None:
+                for check in launcher.valid(ctx):
+                    faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
     def _count(
@@ -285,29 +288,31 @@ class Expansion:
     def _memory(
         self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
     ) -> tuple[Array, Array]:
-        technique = jobs.schedule.technique
-        assert technique is not None
         return memory(
             table,
             jobs.layout,
-            technique.order,
+            order_of(jobs.schedule),
             micro_batches,
             self.problem.stack,
             self.communicators[jobs.rows],
             layers,
         )
 
-    def columns(self, states: Index, recomputes: Index, swap: int, rows: Index) -> BlockTable:
-        """The jobs' columns: those of their states, plus what recompute and swaps change."""
+    def columns(
+        self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
+    ) -> BlockTable:
+        """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
         columns = self._of_states[states, rows]
-        if not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
+        assert schedule.technique is not None
+        editor = schedule if schedule.technique.edits else None
+        if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
             for branch in np.unique(branches).tolist():
                 prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                 at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
-                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local)
+                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:

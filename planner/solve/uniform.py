@@ -32,7 +32,7 @@ from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.ranking import Ranking
-from planner.solve.space import Choice, Rows, Space
+from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
@@ -264,13 +264,11 @@ class UniformSearch:
     def _find_layouts(self, pp: int) -> Iterator[tuple[Choice, Layout]]:
         fixed = self.space.fixed
         for schedule in self.space.choices["schedule"]:
-            assert schedule.technique is not None
-            interleaved = schedule.technique.order == "interleaved"
-            most = (len(self.order) + 2) // pp if interleaved and pp > 1 else 1
-            for v in range(2 if interleaved else 1, most + 1):
+            order = order_of(schedule)
+            for v in order.chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
-                for layout in layouts(self.order, self.kinds, pp, v):
+                for layout in layouts(self.order, self.kinds, pp, v, order.placement, order.alike_in_order):
                     launcher, split = self.problem.launcher, layout.split
                     runs = launcher is None or split in launcher.layouts
                     wanted = fixed.get("pipeline_layout", split) == split and (v == 1 or split != "balanced")
@@ -292,7 +290,7 @@ class UniformSearch:
                 keep = np.flatnonzero(masks[schedule.value])
                 if not len(keep):
                     continue
-                bound_s = step_bound(part, layout, micro_batches[at])[keep]
+                bound_s = step_bound(part, layout, micro_batches[at], schedule=order_of(schedule))[keep]
                 variants = self.branches.variants(activity, [layout.layers])[at[keep]]
                 self.counts.candidates += int(variants.sum())
                 late = bound_s >= self.ranking.bar

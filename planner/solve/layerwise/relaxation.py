@@ -74,9 +74,10 @@ def with_swaps(
 ) -> tuple[Array, Array, Array, Array]:
     """(seconds per micro-batch, serial seconds per step, held bytes, saved bytes) of all strategies, swaps under-estimated.
 
-    Weights come up over the host link in the forward and in the backward pass, saved activations go down in the one and come up
-    in the other, beside a block's own work of that phase. The host reads the optimizer's states at least once, and a quarter of
-    their bytes (16-bit gradients down, weights up, of at most 16 bytes per parameter) passes the link.
+    A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
+    forward and in the backward pass, saved activations go down in the one and come up in the other, beside a block's own work
+    of that phase. The host reads the optimizer's states at least once, and a quarter of their bytes (16-bit gradients down,
+    weights up, of at most 16 bytes per parameter) passes the link.
 
     Args:
         totals: strategies without swaps.
@@ -89,15 +90,18 @@ def with_swaps(
     weights = np.minimum(beside, own)
     found: list[tuple[Array, Array, Array, Array]] = []
     for swap in choices.swaps:
-        on = {slot: choice.technique is not None for slot, choice in swap.items()}
+        on = {slot: choice.value == "cpu" for slot, choice in swap.items()}
+        pools = {pool for choice in swap.values() if choice.technique for pool in choice.technique.moves}
         step, held, saved, moved = totals.step_s, totals.held_bytes, totals.saved_bytes, np.zeros(1)
-        if on.get("optimizer_offload"):
+        if "optimizer" in pools:
             held = held - totals.optimizer_bytes
-            step = totals.optimizer_bytes * (1.0 / host + 0.25 / link)
-        if on.get("parameter_offload"):
-            held, moved = held - weights, moved + weights
-        if on.get("activation_offload"):
-            moved, saved = moved + saved, np.zeros_like(saved)
+            step = totals.optimizer_bytes * (1.0 / host + 0.25 / link) * on["optimizer_offload"]
+        if "gradients" in pools:
+            held = held - totals.gradients_bytes
+        if swap["parameter_offload"].technique is not None:
+            held, moved = held - weights, moved + weights * on["parameter_offload"]
+        if swap["activation_offload"].technique is not None:
+            moved, saved = moved + saved * on["activation_offload"], np.zeros_like(saved)
         seconds = totals.forward_s + totals.backward_s
         if moved.any():
             seconds = np.maximum(totals.forward_s, pipelined_s([forward, moved / link], np.inf, contention))

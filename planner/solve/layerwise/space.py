@@ -18,7 +18,7 @@ from planner.ledger import Array
 from planner.pipeline import Layout, deal_layers, layouts, step_bound, tight_bound
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor, with_swaps
 from planner.solve.layerwise.strategies import Mesh, Strategies
-from planner.solve.space import Choice
+from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch
 
@@ -206,8 +206,7 @@ class LayerwiseSpace:
             if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
                 continue
             interleaved = order == "interleaved"
-            most = (len(self.order) + 2) // pp if interleaved and pp > 1 else 1
-            for v in range(2 if interleaved else 1, most + 1):
+            for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not space.allows("virtual_stages", np.array([float(v)]))[0]:
                     continue
                 if v == 1 and self.uneven and wanted is None:
@@ -257,4 +256,4 @@ def _middle_first(pp: int, virtual_stages: int) -> list[int]:
 
 def _order(schedule: Choice) -> str:
     """Name of a schedule's order."""
-    return "" if schedule.technique is None else schedule.technique.order
+    return order_of(schedule).name

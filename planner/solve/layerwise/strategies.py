@@ -146,12 +146,14 @@ class Strategies:
         self.branches = [branch for branch, _ in found]
         self.active = np.array([on for _, on in found]).reshape(len(found), len(rows))
         launcher = choices.space.problem.launcher
-        if launcher is not None:
-            for s, branch in enumerate(self.branches):
+        for s, branch in enumerate(self.branches):
+            if launcher is not None or choices.ruled(branch[2]):
                 recipe = {**tables.recipe, **choices.recipe(*branch)}
                 ctx = rows.context(choices.space.problem, choices.space.knobs(recipe))
-                for check in launcher.valid(ctx):
-                    self.active[s] &= check.ok
+                rules = [c.technique.valid for c in choices.swaps[branch[2]].values() if c.technique]
+                for valid in (*rules, *([launcher.valid] if launcher is not None else [])):
+                    for check in valid(ctx):
+                        self.active[s] &= check.ok
 
     def __len__(self) -> int:
         return len(self.rows)
