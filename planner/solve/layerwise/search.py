@@ -130,16 +130,26 @@ class _Search:
         """Settles deals in the order of their bounds until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        self._left = self.space.deals(self.best_s)[::-1]
+        for part, least_s in enumerate(self.space.least_s):
+            if self._late():
+                self._open.append(least_s)
+            else:
+                self._left += self.space.deals_of(part, self.best_s)
+        self._left.sort(key=Deal.rank, reverse=True)
         while self._left and self._left[-1].bound_s < self.best_s:
-            if perf_counter() - self.start > self.time_limit_s:
-                self.certificate.stopped = "time"
+            if self._late():
                 return
             deal = self._left[-1]
             bound_s = self._settle(deal)
             self._left.pop()
             if bound_s < self.best_s:
                 self._open.append(bound_s)
+
+    def _late(self) -> bool:
+        """Whether the time is over, which the certificate then says."""
+        if perf_counter() - self.start > self.time_limit_s:
+            self.certificate.stopped = "time"
+        return bool(self.certificate.stopped)
 
     def finished(self) -> Certificate:
         """The account of the search, when it has ended for whatever reason."""

@@ -37,6 +37,10 @@ class Deal:
     schedule: Choice
     layout: Layout | None
 
+    def rank(self) -> tuple[float, int, int]:
+        """What deals are sorted by."""
+        return self.bound_s, self.part, self.row
+
     @property
     def order(self) -> str:
         """Name of the schedule's order."""
@@ -60,16 +64,19 @@ class LayerwiseSpace:
         self.excluded = {"work": 0, "memory": 0}
         self.meshes = 0
         self.parts: list[Strategies] = []
+        self.least_s: list[float] = []
         self._tables: list[BlockTable] = []
         self._meshes: dict[tuple[int, int, bool], Mesh] = {}
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
         """Deals whose bound is below a limit, smallest bounds first."""
-        found: list[Deal] = []
-        for part, (strategies, table) in enumerate(zip(self.parts, self._tables, strict=True)):
-            found += self._deals(part, strategies, table, below_s)
-        return sorted(found, key=lambda deal: (deal.bound_s, deal.part, deal.row))
+        found = [deal for part in range(len(self.parts)) for deal in self.deals_of(part, below_s)]
+        return sorted(found, key=Deal.rank)
+
+    def deals_of(self, part: int, below_s: float) -> Iterator[Deal]:
+        """The same of one prefix; none of its deals is faster than ``least_s[part]``."""
+        return self._deals(part, self.parts[part], self._tables[part], below_s)
 
     def mesh(self, deal: Deal, swaps: bool) -> Mesh:
         """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
@@ -121,6 +128,7 @@ class LayerwiseSpace:
                     space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
                 )
                 rows = space.rows.take(open_[keep])
+                self.least_s.append(float(work_s[keep].min()))
                 self.parts.append(Strategies(tables, rows, uniform.branches, [0]))
                 self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
 
