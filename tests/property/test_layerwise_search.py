@@ -10,7 +10,7 @@ import pytest
 
 import planner
 from planner.assemble import exact_step_s
-from planner.errors import ExportError, SpecError
+from planner.errors import ExportError, Interrupted, SpecError
 from planner.export import export
 from planner.pipeline import layouts, memory
 from planner.plan import Plan
@@ -173,6 +173,23 @@ def test_a_time_limit_gives_the_best_so_far_with_its_gap():
     assert result.layerwise["stopped"] == "time"
     assert result.best.optimality.status == "gap"
     assert 0.0 < result.best.optimality.gap < 1.0
+
+
+@pytest.mark.parametrize("where", ["_narrow", "deals_of", "mesh"])
+def test_ctrl_c_gives_the_best_so_far_and_a_bound_that_holds(monkeypatch, where):
+    done = search_layerwise(TIGHT[0], 1)
+
+    def stop(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerwiseSpace, where, stop)
+    with pytest.raises(Interrupted) as stopped:
+        search_layerwise(TIGHT[0], 1)
+    result = stopped.value.best
+    assert result.layerwise["stopped"] == "interrupted"
+    assert result.layerwise["bound_s"] <= done.best.estimate.step_time_s
+    assert result.best.estimate.step_time_s >= done.best.estimate.step_time_s
+    assert result.best.optimality.status == "gap"
 
 
 def test_even_stages_take_the_named_layouts():

@@ -124,17 +124,19 @@ class _Search:
         self.best: Candidate | None = None
         self.certificate = Certificate(solver)
         self._left: list[Deal] = []
+        self._unbounded: dict[int, float] = {}
         self._open: list[float] = []
 
     def go(self) -> None:
         """Settles deals in the order of their bounds until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        for part, least_s in enumerate(self.space.least_s):
+        self._unbounded = dict(self.space.least_s)
+        for pp in self.space.least_s:
             if self._late():
-                self._open.append(least_s)
-            else:
-                self._left += self.space.deals_of(part, self.best_s)
+                return
+            self._left += list(self.space.deals_of(pp, self.best_s))
+            del self._unbounded[pp]
         self._left.sort(key=Deal.rank, reverse=True)
         while self._left and self._left[-1].bound_s < self.best_s:
             if self._late():
@@ -154,7 +156,7 @@ class _Search:
     def finished(self) -> Certificate:
         """The account of the search, when it has ended for whatever reason."""
         certificate = self.certificate
-        bounds = [deal.bound_s for deal in self._left] + self._open
+        bounds = [deal.bound_s for deal in self._left] + self._open + [*self._unbounded.values()]
         below = [bound_s for bound_s in bounds if bound_s < self.best_s]
         certificate.open = len(below)
         certificate.bound_s = min(below, default=self.best_s)

@@ -57,26 +57,52 @@ class LayerwiseSpace:
     """
 
     def __init__(self, uniform: UniformSearch, below_s: float, uneven: bool) -> None:
-        self.uniform, self.uneven = uniform, uneven
+        self.uniform = uniform
         self.problem, self.order, self.kinds = uniform.problem, uniform.order, uniform.kinds
         self.layers = np.array([float(self.order.count(kind)) for kind in self.kinds[:-1]])
         self.layers[-2:] = 1.0
         self.excluded = {"work": 0, "memory": 0}
         self.meshes = 0
         self.parts: list[Strategies] = []
-        self.least_s: list[float] = []
+        self.least_s: dict[int, float] = {}
+        """By pipeline degree, what none of its deals is faster than."""
         self._tables: list[BlockTable] = []
+        self._relaxed: list[tuple[Array, ...]] = []
         self._meshes: dict[tuple[int, int, bool], Mesh] = {}
+        launcher = self.problem.launcher
+        self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
         """Deals whose bound is below a limit, smallest bounds first."""
-        found = [deal for part in range(len(self.parts)) for deal in self.deals_of(part, below_s)]
+        found = [deal for pp in self.least_s for deal in self.deals_of(pp, below_s)]
         return sorted(found, key=Deal.rank)
 
-    def deals_of(self, part: int, below_s: float) -> Iterator[Deal]:
-        """The same of one prefix; none of its deals is faster than ``least_s[part]``."""
-        return self._deals(part, self.parts[part], self._tables[part], below_s)
+    def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
+        """The same of one pipeline degree, in no order: first without, then with limits of memory."""
+        rows = self._rows_of(pp)
+        cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
+        if not cuts:
+            return
+        rows, index = rows.take(np.flatnonzero(np.min([free_s for *_, free_s in cuts], axis=0) < np.inf))
+        stack = self.problem.stack
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
+        bounds = Relaxation(
+            *rows.relaxed, layers=self.layers, micro_batches=rows.micro_batches, pp=pp,
+            budget=np.maximum(self.problem.memory_budget_bytes - idle, 1.0), growth=1.0 + stack.fragmentation.value,
+        )  # fmt: skip
+        each_s = rows.fastest_s(self.layers) * rows.micro_batches / self.layers.sum()
+        for schedule, layout, v, free_s in cuts:
+            flights = in_flight(pp, v, rows.micro_batches)
+            if layout is None:
+                limited_s = bounds.work_s(flights, np.maximum(np.floor(below_s / each_s), 1.0)) / pp
+            else:
+                limited_s = bounds.dearest_s(layout, flights, rows.table)
+            bound_s = np.maximum(free_s[index], limited_s)
+            self.excluded["memory"] += int((np.isfinite(free_s[index]) & (bound_s >= below_s)).sum())
+            for place in np.flatnonzero(bound_s < below_s).tolist():
+                where = int(rows.part[place]), int(rows.row[place])
+                yield Deal(float(bound_s[place]), *where, schedule, layout)
 
     def mesh(self, deal: Deal, swaps: bool) -> Mesh:
         """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
@@ -128,82 +154,74 @@ class LayerwiseSpace:
                     space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
                 )
                 rows = space.rows.take(open_[keep])
-                self.least_s.append(float(work_s[keep].min()))
+                for pp in np.unique(ctx.mesh.pp).tolist():
+                    least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
+                    self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
                 self.parts.append(Strategies(tables, rows, uniform.branches, [0]))
                 self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
 
-    def _deals(self, part: int, strategies: Strategies, table: BlockTable, below_s: float) -> Iterator[Deal]:
-        if not strategies.branches:
-            return
-        ctx = strategies.tables.ctx
-        totals = strategies.totals()
-        relaxed = with_swaps(
-            totals,
-            table,
-            self.uniform.branches,
-            self.problem.cluster,
-            self.problem.stack.overlap_slowdown.value,
+    def _rows_of(self, pp: int) -> _Rows:
+        """All rows of a pipeline degree, whatever their prefix."""
+        while len(self._relaxed) < len(self.parts):
+            part = len(self._relaxed)
+            slowdown = self.problem.stack.overlap_slowdown.value
+            totals, table = self.parts[part].totals(), self._tables[part]
+            self._relaxed.append(
+                with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
+            )
+        places = [np.flatnonzero(part.tables.ctx.mesh.pp == pp) for part in self.parts]
+        most = max(values[0].shape[0] for values in self._relaxed)
+        # Prefixes with fewer strategies have some that take for ever.
+        relaxed = tuple(
+            np.concatenate(
+                [
+                    np.pad(
+                        values[k][:, at], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill
+                    )
+                    for values, at in zip(self._relaxed, places, strict=True)
+                ],
+                axis=1,
+            )
+            for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0))
         )
-        for degree in np.unique(ctx.mesh.pp):
-            at = np.flatnonzero(ctx.mesh.pp == degree)
-            some = BlockTable(table.kinds, np.ascontiguousarray(table.values[:, :, at]))
-            parts = tuple(values[:, at] for values in relaxed)
-            yield from self._of_degree(part, strategies, at, int(degree), parts, some, below_s)
+        values = [part.rows.take(at).values for part, at in zip(self.parts, places, strict=True)]
+        groups = [sum((v[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")) for v in values]
+        return _Rows(
+            pp,
+            np.repeat(np.arange(len(places)), [len(at) for at in places]),
+            np.concatenate(places),
+            np.concatenate([part.tables.ctx.micro_batches[at] for part, at in zip(self.parts, places, strict=True)]),
+            np.concatenate(groups),
+            BlockTable(
+                self.kinds,
+                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2),
+            ),
+            relaxed,
+        )  # fmt: skip
 
-    def _of_degree(
-        self, part: int, strategies: Strategies, at: Array, pp: int, relaxed: tuple[Array, ...], table: BlockTable,
-        below_s: float,
-    ) -> Iterator[Deal]:  # fmt: skip
-        """Deals of one pipeline degree: first without, then with limits of memory."""
-        seconds, step, held, saved = relaxed
-        stack, micro_batches = self.problem.stack, strategies.tables.ctx.micro_batches[at]
-        fastest_s = seconds.min(axis=0) @ self.layers
-        work_s = micro_batches * fastest_s + step.min(axis=0) @ self.layers
-        cuts: list[tuple[Choice, Layout | None, int, Array]] = []
+    def _free(self, rows: _Rows, below_s: float) -> Iterator[tuple[Choice, Layout | None, int, Array]]:
+        """Every schedule and layout with its bounds without limits of memory; infinite where they exclude a row, or rules do."""
+        pp, micro_batches = rows.pp, rows.micro_batches
+        fastest_s = rows.fastest_s(self.layers)
+        work_s = micro_batches * fastest_s + rows.relaxed[1].min(axis=0) @ self.layers
         runs: dict[str, Array] = {}
         for schedule, layout, v in self._cuts(pp):
             if schedule.value not in runs:
-                runs[schedule.value] = self._runs(schedule, strategies, at)
+                runs[schedule.value] = self._runs(schedule, rows)
             if layout is None:
                 free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
             else:
-                free_s = step_bound(table, layout, micro_batches)
+                free_s = step_bound(rows.table, layout, micro_batches)
                 some = np.flatnonzero(runs[schedule.value] & (free_s < below_s))
                 if len(some):
-                    part_of = BlockTable(table.kinds, table.values[:, :, some], table.fields)
-                    paths_s = tight_bound(part_of, layout, _order(schedule), micro_batches[some])
+                    table = BlockTable(self.kinds, rows.table.values[:, :, some])
+                    paths_s = tight_bound(table, layout, _order(schedule), micro_batches[some])
                     free_s[some] = np.maximum(free_s[some], paths_s)
             late = runs[schedule.value] & (free_s >= below_s)
             self.excluded["work"] += int(late.sum())
-            open_s = np.where(runs[schedule.value] & ~late, free_s, np.inf)
-            if np.isfinite(open_s).any():
-                cuts.append((schedule, layout, v, open_s))
-        if not cuts:
-            return
-        rows = np.flatnonzero(np.min([open_s for *_, open_s in cuts], axis=0) < np.inf)
-        values = strategies.rows.values
-        groups = sum((values[name][at[rows]] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep"))
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * groups
-        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
-        bounds = Relaxation(
-            seconds[:, rows], step[:, rows], held[:, rows], saved[:, rows], layers=self.layers,
-            micro_batches=micro_batches[rows], pp=pp, budget=budget, growth=1.0 + stack.fragmentation.value,
-        )  # fmt: skip
-        each_s = fastest_s[rows] * micro_batches[rows] / self.layers.sum()
-        table = BlockTable(table.kinds, np.ascontiguousarray(table.values[:, :, rows]))
-        for schedule, layout, v, open_s in cuts:
-            flights = in_flight(pp, v, micro_batches[rows])
-            if layout is None:
-                most = np.maximum(np.floor(below_s / each_s), 1.0)
-                limited_s = bounds.work_s(flights, most) / pp
-            else:
-                limited_s = bounds.dearest_s(layout, flights, table)
-            bound_s = np.maximum(open_s[rows], limited_s)
-            self.excluded["memory"] += int((np.isfinite(open_s[rows]) & (bound_s >= below_s)).sum())
-            for place in np.flatnonzero(bound_s < below_s).tolist():
-                yield Deal(float(bound_s[place]), part, int(at[rows[place]]), schedule, layout)
+            yield schedule, layout, v, np.where(runs[schedule.value] & ~late, free_s, np.inf)
 
     def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
         """Schedules with their layouts; one stage per device is left open where cuts are."""
@@ -217,29 +235,67 @@ class LayerwiseSpace:
             for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not space.allows("virtual_stages", np.array([float(v)]))[0]:
                     continue
-                if v == 1 and self.uneven and wanted is None:
+                if v == 1 and not self._named_only and wanted is None:
                     yield schedule, None, v
                     continue
                 named = layouts(self.order, self.kinds, pp, v)
                 if interleaved and all(layout.split == "balanced" for layout in named):
-                    other = uneven_layout(self.order, self.kinds, pp, v) if self.uneven else None
+                    other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
                     named = () if other is None else (other,)
+                launcher = self.problem.launcher
                 for layout in named:
-                    if wanted in (None, layout.split):
+                    runs = launcher is None or layout.split == UNEVEN or layout.split in launcher.layouts
+                    if runs and wanted in (None, layout.split):
                         yield schedule, layout, v
 
-    def _runs(self, schedule: Choice, strategies: Strategies, at: Array) -> Array:
+    def _runs(self, schedule: Choice, rows: _Rows) -> Array:
         """Rows on which the schedule keeps its rules."""
         technique = schedule.technique
         assert technique is not None
-        ctx = strategies.tables.ctx
-        ctx = replace(ctx, knobs={**ctx.knobs, "schedule": schedule.value}).take(at)
-        ok = np.ones(len(at), dtype=bool)
-        if technique.active is not None and "schedule" not in self.uniform.space.fixed:
-            ok &= technique.active(ctx)
-        for check in technique.valid(ctx):
-            ok &= check.ok
+        ok = np.ones(len(rows.row), dtype=bool)
+        for part in np.unique(rows.part).tolist():
+            mine = rows.part == part
+            ctx = self.parts[part].tables.ctx
+            ctx = replace(ctx, knobs={**ctx.knobs, "schedule": schedule.value}).take(rows.row[mine])
+            if technique.active is not None and "schedule" not in self.uniform.space.fixed:
+                ok[mine] &= technique.active(ctx)
+            for check in technique.valid(ctx):
+                ok[mine] &= check.ok
         return ok
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of one pipeline degree, of all prefixes.
+
+    Attributes:
+        part, row: whose row it is, and which.
+        communicators: groups with more than one rank.
+        table: of the prefixes.
+        relaxed: of :func:`with_swaps`, (strategies, rows, kinds) each.
+    """
+
+    pp: int
+    part: Array
+    row: Array
+    micro_batches: Array
+    communicators: Array
+    table: BlockTable
+    relaxed: tuple[Array, ...]
+
+    def fastest_s(self, layers: Array) -> Array:
+        """One micro-batch through all layers, each under its fastest strategy."""
+        fastest: Array = self.relaxed[0].min(axis=0) @ layers
+        return fastest
+
+    def take(self, index: Array) -> tuple[_Rows, Array]:
+        """Some of the rows, and their places among all."""
+        table = BlockTable(self.table.kinds, np.ascontiguousarray(self.table.values[:, :, index]))
+        relaxed = tuple(values[:, index] for values in self.relaxed)
+        part, row, micro_batches, communicators = (
+            x[index] for x in (self.part, self.row, self.micro_batches, self.communicators)
+        )
+        return _Rows(self.pp, part, row, micro_batches, communicators, table, relaxed), index
 
 
 @lru_cache(maxsize=1024)
