@@ -40,22 +40,21 @@ def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
     counts = layout.first_counts[run]
     in_flight, in_flight_host = _in_flight(assembly, run, kept)
     working = _largest_transient(assembly, counts, kept)
-    for item in assembly.ledger.of(Resident):
-        kind = table.kinds.index(item.block)
-        n_bytes = float(np.ravel(assembly.ledger.axes[item.size])[0]) * item.bytes_per_element
+    for item, block, n_bytes in assembly.residents():
+        kind = table.kinds.index(block)
         if item.tier != "device":
             times = counts[kind] if item.lifetime == "always" else in_flight_host[kind]
-            yield Holding("host", item.block, item, float(times) * n_bytes)
+            yield Holding("host", block, item, float(times) * n_bytes)
         elif item.lifetime == "always":
-            yield Holding(item.pool, item.block, item, float(counts[kind]) * n_bytes)
+            yield Holding(item.pool, block, item, float(counts[kind]) * n_bytes)
         elif item.lifetime == "micro_batch":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes)
         elif item.lifetime == "recomputed":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes * kept)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes * kept)
         elif item.lifetime == "weight_input" and len(in_flight) > len(counts):
-            yield Holding("activations", item.block, item, float(in_flight[len(counts) + kind]) * n_bytes)
+            yield Holding("activations", block, item, float(in_flight[len(counts) + kind]) * n_bytes)
         if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
-            yield Holding("workspace", item.block, item, n_bytes)
+            yield Holding("workspace", block, item, n_bytes)
 
 
 def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]:

@@ -30,6 +30,7 @@ LAYERS = (
     "plan",
     "uncertainty",
     "solve.space",
+    "assignment",
     "assemble",
     "holdings",
     "solve",
