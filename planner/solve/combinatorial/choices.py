@@ -154,6 +154,8 @@ def _by_elimination(
     inside, proved = _widening(few, relaxed, rate, inside, clock)
     if proved:
         return _answer(graph, kept, inside, few.seconds(inside), f"{_ELIMINATION} with fronts", clock, notes)
+    if clock.over:
+        return _answer(graph, kept, inside, bound, f"{_ELIMINATION}, Lagrangian bound", clock, notes)
     return _pruned_program(graph, few, kept, inside, relaxed, rate, bound, clock, backend, notes)
 
 
@@ -170,7 +172,9 @@ def _widening(
     while not clock.over:
         limit = min(relaxed.value + width, graph.seconds(known) + lift)
         try:
-            found = within_budget(relaxed, rate, limit, graph.time_s, graph.memory_bytes, graph.edges, graph.budget_bytes)
+            found = within_budget(
+                relaxed, rate, limit, graph.time_s, graph.memory_bytes, graph.edges, graph.budget_bytes, clock
+            )
         except TooMany:
             break
         if found is not None and graph.seconds(found) < graph.seconds(known):

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.solve.combinatorial.certificate import Clock
 from planner.solve.combinatorial.elimination import Elimination, Scope, spread
 
 __all__ = ["TooMany", "within_budget"]
@@ -24,12 +25,12 @@ __all__ = ["TooMany", "within_budget"]
 Floats: TypeAlias = NDArray[np.float64]
 Index: TypeAlias = NDArray[np.intp]
 
-_MOST_LABELS = 4_000_000
+_MOST_LABELS = 1_000_000
 _SLACK = 1e-9  # relative: sums in another order differ by rounding
 
 
 class TooMany(Exception):
-    """There are more labels than fit in memory."""
+    """There are more labels than memory or time allow."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +49,7 @@ class _Message:
 
 def within_budget(
     relaxed: Elimination, s_per_byte: float, limit: float, time_s: Sequence[Floats], memory_bytes: Sequence[Floats],
-    edges: Mapping[tuple[int, int], Floats], budget_bytes: float,
+    edges: Mapping[tuple[int, int], Floats], budget_bytes: float, clock: Clock,
 ) -> list[int] | None:  # fmt: skip
     """The fastest assignment within the budget that is faster than what ``limit`` stands for; None: there is none.
 
@@ -60,9 +61,10 @@ def within_budget(
         memory_bytes: per variable, of each of its choices.
         edges: seconds of every pair of choices of two variables.
         budget_bytes: of all variables together.
+        clock: whose limit ends the attempt.
 
     Raises:
-        TooMany: too many labels are left.
+        TooMany: too many labels are left, or too little time.
     """
     sizes = [len(cost) for cost in time_s]
     beliefs = relaxed.beliefs()
@@ -84,7 +86,7 @@ def within_budget(
             key = _key([chosen[v] for v in scope], scope, sizes)
             first, last = (np.searchsorted(message.key, key, side=side) for side in ("left", "right"))
             count = last - first
-            if count.sum() > _MOST_LABELS:
+            if count.sum() > _MOST_LABELS or clock.over:
                 raise TooMany
             left = np.repeat(np.arange(len(key)), count)
             right = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
