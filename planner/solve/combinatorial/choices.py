@@ -124,7 +124,12 @@ def cheapest_alone(graph: ChoiceGraph) -> tuple[int, ...]:
 
 
 def _by_elimination(
-    graph: ChoiceGraph, few: ChoiceGraph, kept: list[NDArray[np.intp]], clock: Clock, backend: str, notes: dict[str, int]
+    graph: ChoiceGraph,
+    few: ChoiceGraph,
+    kept: list[NDArray[np.intp]],
+    clock: Clock,
+    backend: str,
+    notes: dict[str, int],
 ) -> Assignment:
     """Elimination at the best price of memory; then the integer program, if a gap is left."""
     free = _priced(few, 0.0)
@@ -194,7 +199,9 @@ def _pruned_program(
     """The integer program without the choices that no answer as good as the known one can use."""
     limit = graph.budget_bytes * rate + few.seconds(inside)
     within = [np.flatnonzero(m <= limit + _SLACK * abs(limit)) for m in relaxed.marginals()]
-    notes = notes | {"choices above the bound": sum(len(c) - len(w) for c, w in zip(few.time_s, within, strict=True))}
+    notes = notes | {
+        "choices above the bound": sum(len(c) - len(w) for c, w in zip(few.time_s, within, strict=True))
+    }
     rest = [at[choices] for at, choices in zip(kept, within, strict=True)]
     known = [int(np.searchsorted(w, x)) for w, x in zip(within, inside, strict=True)]
     return _by_program(graph, _restricted(few, within), rest, known, bound, clock, backend, notes)
@@ -227,10 +234,14 @@ def _undominated(graph: ChoiceGraph) -> tuple[list[NDArray[np.intp]], int]:
         worst = cost[None, :] - cost[:, None]
         for table in tables:
             worst = worst + (table[None, :, :] - table[:, None, :]).max(axis=2)
-        beats = (worst <= 0.0).T & (held[:, None] <= held[None, :])  # [b, a]: b is never slower nor larger than a
+        beats = (worst <= 0.0).T & (
+            held[:, None] <= held[None, :]
+        )  # [b, a]: b is never slower nor larger than a
         np.fill_diagonal(beats, False)
         equal = beats & beats.T
-        loses = (beats & ~(equal & (np.arange(len(cost))[:, None] > np.arange(len(cost))[None, :]))).any(axis=0)
+        loses = (beats & ~(equal & (np.arange(len(cost))[:, None] > np.arange(len(cost))[None, :]))).any(
+            axis=0
+        )
         kept.append(np.flatnonzero(~loses))
         dropped += int(loses.sum())
     return kept, dropped
@@ -275,7 +286,9 @@ def _by_program(
             best = choice
     if best is None:
         limit = "in time" if found.status == "unknown" else f"({found.status})"
-        raise SolverError(Problem("solver", f"{found.solver} found no assignment {limit}", try_="Allow more time."))
+        raise SolverError(
+            Problem("solver", f"{found.solver} found no assignment {limit}", try_="Allow more time.")
+        )
     return _answer(graph, kept, best, max(bound, found.bound), found.solver, clock, notes)
 
 
@@ -286,4 +299,6 @@ def _answer(
     """An assignment of the whole graph, evaluated in it."""
     whole = tuple(int(at[x]) for at, x in zip(kept, choice, strict=True))
     value = graph.seconds(whole)
-    return Assignment(whole, value, graph.held_bytes(whole), certify(value, min(bound, value), solver, clock, notes))
+    return Assignment(
+        whole, value, graph.held_bytes(whole), certify(value, min(bound, value), solver, clock, notes)
+    )

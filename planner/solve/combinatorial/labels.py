@@ -89,7 +89,9 @@ def within_budget(
             if count.sum() > _MOST_LABELS or clock.over:
                 raise TooMany
             left = np.repeat(np.arange(len(key)), count)
-            right = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+            right = (
+                np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+            )
             least = relaxed.buckets[child].message[tuple(chosen[v] for v in scope)]
             rest = (rest - least)[left]
             seconds, held = seconds[left] + message.time_s[right], held[left] + message.memory_bytes[right]
@@ -102,7 +104,9 @@ def within_budget(
         key = _key([chosen[v] for v in bucket.scope], bucket.scope, sizes)
         if not bucket.scope:
             key = np.zeros(len(seconds), dtype=np.intp)
-        message = _Message(key[keep], seconds[keep], held[keep], chosen[bucket.variable][keep], tuple(r[keep] for r in rows))
+        message = _Message(
+            key[keep], seconds[keep], held[keep], chosen[bucket.variable][keep], tuple(r[keep] for r in rows)
+        )
         messages.append(_front(message))
         if not len(messages[-1].key):
             return None
@@ -139,7 +143,11 @@ def _front(labels: _Message) -> _Message:
     keep = new | (lifted < before)
     at = at[keep]
     return _Message(
-        labels.key[at], labels.time_s[at], labels.memory_bytes[at], labels.choice[at], tuple(r[at] for r in labels.rows)
+        labels.key[at],
+        labels.time_s[at],
+        labels.memory_bytes[at],
+        labels.choice[at],
+        tuple(r[at] for r in labels.rows),
     )
 
 

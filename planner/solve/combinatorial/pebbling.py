@@ -67,7 +67,11 @@ def shortest_path(
         if popped % _CHECKED_EVERY == 0 and clock.over:
             return Path(None, bound if greed == 1.0 else 0.0, False, popped)
         for node in range(last + 1, stage + 1):
-            if graph.reads_mask[node] & ~live or (live >> node & 1) or (node < stage and graph.latest[node] < stage):
+            if (
+                graph.reads_mask[node] & ~live
+                or (live >> node & 1)
+                or (node < stage and graph.latest[node] < stage)
+            ):
                 continue
             cost = spent + (time_s[node] if node < stage else 0.0)
             for held in graph.with_node(node, live, budget, node in in_place):
@@ -108,7 +112,9 @@ def _traced(
 class _Graph:
     """Bit masks of a graph; node i is bit i."""
 
-    def __init__(self, time_s: Sequence[float], size: Sequence[float], reads: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, time_s: Sequence[float], size: Sequence[float], reads: Sequence[tuple[int, ...]]
+    ) -> None:
         self.n, self.time_s, self.size = len(reads), time_s, size
         self.reads_mask = [sum(1 << i for i in sources) for sources in reads]
         self.latest = list(range(self.n))
@@ -117,7 +123,10 @@ class _Graph:
                 self.latest[i] = max(self.latest[i], self.latest[j])
         stages = range(self.n + 1)
         self.useful = [sum(1 << i for i in range(self.n) if self.latest[i] >= t) for t in stages]
-        wanted = [sum(1 << i for i in range(min(t, self.n)) if any(i in reads[j] for j in range(t, self.n))) for t in stages]
+        wanted = [
+            sum(1 << i for i in range(min(t, self.n)) if any(i in reads[j] for j in range(t, self.n)))
+            for t in stages
+        ]
         self._wanted = wanted
         self._missing: dict[tuple[int, int], float] = {}
 
@@ -164,7 +173,9 @@ class _Graph:
                 return
             item = free[position]
             if self.size[item] > 0.0:
-                yield from choose(position + 1, need - self.size[item], gone | 1 << item, min(least, self.size[item]))
+                yield from choose(
+                    position + 1, need - self.size[item], gone | 1 << item, min(least, self.size[item])
+                )
             yield from choose(position + 1, need, gone, least)
 
         if more <= slack:

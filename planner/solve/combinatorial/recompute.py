@@ -141,7 +141,9 @@ def _by_search(graph: ComputeGraph, budget_bytes: float, kept_limit_bytes: float
     if found.stages is None and not found.complete:
         found = shortest_path(*problem, Clock(_GREEDY_S), greed=_GREED)
         if found.stages is None and found.bound_s < np.inf:
-            raise SolverError(Problem("solver", "no schedule was found in time", try_="Allow more time or memory."))
+            raise SolverError(
+                Problem("solver", "no schedule was found in time", try_="Allow more time or memory.")
+            )
     if found.stages is None:
         raise _infeasible(graph, keep_all(graph), budget_bytes, kept_limit_bytes)
     n = len(graph)
@@ -178,7 +180,9 @@ def _by_program(
         if answer.status == "infeasible":
             raise _infeasible(graph, keep_all(graph), budget_bytes, kept_limit_bytes)
         if not answer.found:
-            raise SolverError(Problem("solver", f"{answer.solver} found no schedule in time", try_="Allow more time."))
+            raise SolverError(
+                Problem("solver", f"{answer.solver} found no schedule in time", try_="Allow more time.")
+            )
         found = _evaluated(graph, *model.schedule(answer.values))
         if _within(found, budget_bytes, kept_limit_bytes):
             notes = {"variables": model.program.n_variables, "rows": model.program.n_rows}
@@ -188,7 +192,9 @@ def _by_program(
     raise SolverError(Problem("solver", "a schedule outside its memory, twice"))
 
 
-def front(graph: ComputeGraph, *, points: int = 8, solver: str = "search", time_limit_s: float | None = None) -> list[Schedule]:
+def front(
+    graph: ComputeGraph, *, points: int = 8, solver: str = "search", time_limit_s: float | None = None
+) -> list[Schedule]:
     """Schedules of least time under falling limits of what is kept at the boundary, each exact unless time ran out.
 
     Limits fall from everything to nothing in equal steps; schedules that another one beats in both time and memory are left out.
@@ -200,7 +206,9 @@ def front(graph: ComputeGraph, *, points: int = 8, solver: str = "search", time_
         limit = min(found[0].kept_bytes - step * len(found), found[-1].kept_bytes * (1.0 - _NARROWING))
         try:
             found.append(
-                cheapest_schedule(graph, kept_limit_bytes=max(limit, 0.0), solver=solver, time_limit_s=clock.left_s)
+                cheapest_schedule(
+                    graph, kept_limit_bytes=max(limit, 0.0), solver=solver, time_limit_s=clock.left_s
+                )
             )
         except (Infeasible, SolverError):
             break
@@ -225,8 +233,15 @@ class _Model:
         self.size = [size / self.unit for size in graph.memory_bytes]
         useful = _useful(graph)
         add = self.program.variables
-        self.computed = {(t, i): int(add([graph.time_s[i]], integer=True)[0]) for t in range(n) for i in range(t + 1) if useful[t][i]}
-        self.kept = {(t, i): int(add([0.0], integer=True)[0]) for t in range(n) for i in range(t) if useful[t][i]}
+        self.computed = {
+            (t, i): int(add([graph.time_s[i]], integer=True)[0])
+            for t in range(n)
+            for i in range(t + 1)
+            if useful[t][i]
+        }
+        self.kept = {
+            (t, i): int(add([0.0], integer=True)[0]) for t in range(n) for i in range(t) if useful[t][i]
+        }
         self._flow()
         self._limit_kept(kept_limit_bytes)
         if np.isfinite(budget_bytes):
@@ -248,7 +263,9 @@ class _Model:
             if t == i:
                 row([column], 1.0, low=1.0, high=1.0)
             for source in self.graph.reads[i]:
-                there = [c for c in (self.computed.get((t, source)), self.kept.get((t, source))) if c is not None]
+                there = [
+                    c for c in (self.computed.get((t, source)), self.kept.get((t, source))) if c is not None
+                ]
                 row([column, *there], [1.0] + [-1.0] * len(there), high=0.0)
         for (t, i), column in self.kept.items():
             before = [c for c in (self.computed.get((t - 1, i)), self.kept.get((t - 1, i))) if c is not None]
@@ -281,9 +298,16 @@ class _Model:
                         row([free, hazard], 1.0, high=1.0)
                     released.append((free, self.size[i]))
                 # held = before + computed; the budget holds before anything is released, unless it is overwritten.
-                row([held, column, *(c for c, _ in terms)], [1.0, -self.size[k], *(-s for _, s in terms)], low=0.0, high=0.0)
+                row(
+                    [held, column, *(c for c, _ in terms)],
+                    [1.0, -self.size[k], *(-s for _, s in terms)],
+                    low=0.0,
+                    high=0.0,
+                )
                 inputs = released if k in self.graph.in_place else []
-                overwritten = [(c, s) for (c, s), i in zip(inputs, {*self.graph.reads[k], k}, strict=False) if i != k]
+                overwritten = [
+                    (c, s) for (c, s), i in zip(inputs, {*self.graph.reads[k], k}, strict=False) if i != k
+                ]
                 row([held, *(c for c, _ in overwritten)], [1.0, *(-s for _, s in overwritten)], high=budget)
                 terms = [(held, 1.0), *((c, -s) for c, s in released)]
             if terms and (t, t) not in self.computed:
@@ -323,7 +347,9 @@ def _evaluated(graph: ComputeGraph, computed: Flags, kept: Flags) -> Schedule:
     again = {name: int(count) - 1 for name, count in zip(graph.names, counts, strict=True) if count > 1}
     time_s = float(np.dot(counts, graph.time_s))
     kept_bytes = float(size[kept[graph.boundary]].sum()) if graph.boundary else 0.0
-    return Schedule(computed, kept, time_s, time_s - graph.once_s, peak + graph.constant_bytes, kept_bytes, again)
+    return Schedule(
+        computed, kept, time_s, time_s - graph.once_s, peak + graph.constant_bytes, kept_bytes, again
+    )
 
 
 def _within(schedule: Schedule, budget_bytes: float, kept_limit_bytes: float) -> bool:
@@ -331,12 +357,18 @@ def _within(schedule: Schedule, budget_bytes: float, kept_limit_bytes: float) ->
     return schedule.peak_bytes <= slack * budget_bytes and schedule.kept_bytes <= slack * kept_limit_bytes
 
 
-def _infeasible(graph: ComputeGraph, plain: Schedule, budget_bytes: float, kept_limit_bytes: float) -> Infeasible:
+def _infeasible(
+    graph: ComputeGraph, plain: Schedule, budget_bytes: float, kept_limit_bytes: float
+) -> Infeasible:
     single = max(
         graph.memory_bytes[k] + sum(graph.memory_bytes[i] for i in graph.reads[k] if k not in graph.in_place)
         for k in range(len(graph))
     )
-    limit = f"{format_bytes(budget_bytes)}" if np.isfinite(budget_bytes) else f"{format_bytes(kept_limit_bytes)} kept"
+    limit = (
+        f"{format_bytes(budget_bytes)}"
+        if np.isfinite(budget_bytes)
+        else f"{format_bytes(kept_limit_bytes)} kept"
+    )
     return Infeasible(
         Problem(
             "memory", f"no schedule stays within {limit}",

@@ -59,7 +59,13 @@ def read_graph(path: str) -> OperatorGraph:
     axes = Axes({name: float(size) for name, size in sizes.items()})
     states = float(optimizer_state_bytes("adamw", master_bytes=master))
     return OperatorGraph(
-        tuple(operators), axes, dims, frozenset(), dtype_bytes(formats.activation), dtype_bytes(formats.gradient), states
+        tuple(operators),
+        axes,
+        dims,
+        frozenset(),
+        dtype_bytes(formats.activation),
+        dtype_bytes(formats.gradient),
+        states,
     )
 
 
@@ -80,7 +86,11 @@ def _operator(
     text = sums if sums is not None else tensor
     strange = sorted(set(text) - set(sizes) - set(",->"))
     if strange:
-        entry.problem("einsum" if sums is not None else "elementwise", f"no size of {', '.join(strange)}", "letters of sizes")
+        entry.problem(
+            "einsum" if sums is not None else "elementwise",
+            f"no size of {', '.join(strange)}",
+            "letters of sizes",
+        )
         return None
     if sums is None:
         inputs, output = [tensor] * len(names), tensor
@@ -93,14 +103,18 @@ def _operator(
     numbers = {operator.name: index for index, operator in enumerate(before)}
     unknown = [n for n in names if n not in numbers and n not in (_INPUT, _WEIGHT)]
     if unknown:
-        entry.problem("reads", f"{unknown[0]!r} is no operator before {name!r}", "earlier operators, input or weight")
+        entry.problem(
+            "reads", f"{unknown[0]!r} is no operator before {name!r}", "earlier operators, input or weight"
+        )
         return None
     if sums is None and _WEIGHT in names:
         entry.problem("reads", "a weight of an element-wise kernel", "earlier operators, or input")
         return None
     width = dtype_bytes(formats.activation)
     read = tuple(
-        Read(numbers[n], _product(letters), width) for n, letters in zip(names, inputs, strict=True) if n in numbers
+        Read(numbers[n], _product(letters), width)
+        for n, letters in zip(names, inputs, strict=True)
+        if n in numbers
     )
     if sums is None:
         kernels = _streams(name, _product(tensor), passes, width)
@@ -110,7 +124,9 @@ def _operator(
     if found is None:
         return None
     weight = _product(inputs[names.index(_WEIGHT)]) if _WEIGHT in names else ""
-    held = tuple(_kept(name, letters, width) for n, letters in zip(names, inputs, strict=True) if n != _WEIGHT)
+    held = tuple(
+        _kept(name, letters, width) for n, letters in zip(names, inputs, strict=True) if n != _WEIGHT
+    )
     return Operator(name, found, read, _product(output), width, weight, held, whole)
 
 
@@ -128,10 +144,15 @@ def _matmuls(
     """The product and its backward products; None where the sum is no product of matrices, with the problem noted."""
     a, b, c = (set(letters) for letters in (*inputs, output))
     if a - b - c or b - a - c or c - a - b or any(len(set(x)) != len(x) for x in (*inputs, output)):
-        entry.problem("einsum", repr(entry.data["einsum"]), "every letter in two of the three tensors, or in all")
+        entry.problem(
+            "einsum", repr(entry.data["einsum"]), "every letter in two of the three tensors, or in all"
+        )
         return None
     groups, m, n, k = a & b & c, a & c - b, b & c - a, a & b - c
-    sides = {side: _product("".join(sorted(letters))) for side, letters in zip("mnkg", (m, n, k, groups), strict=True)}
+    sides = {
+        side: _product("".join(sorted(letters)))
+        for side, letters in zip("mnkg", (m, n, k, groups), strict=True)
+    }
     first, second = names[0] == _WEIGHT, names[1] == _WEIGHT
     products: list[tuple[Phase, str]] = [("forward", "mnk")]
     products.append(("weight" if first else "backward", "mkn"))

@@ -55,13 +55,21 @@ class _Wire:
         for count in range(1, len(degrees) + 1):
             for axes in combinations(range(len(degrees)), count):
                 size = float(np.prod([degrees[axis] for axis in axes]))
-                groups[axes] = Group("+".join(map(str, axes)), np.array([size]), np.array([float(strides[axes[-1]])]))
+                groups[axes] = Group(
+                    "+".join(map(str, axes)), np.array([size]), np.array([float(strides[axes[-1]])])
+                )
         return _Wire(pricer, degrees, groups)
 
     def seconds(self, kind: str, axes: tuple[int, ...], n_bytes: Floats) -> Floats:
         """Seconds of collectives of these sizes."""
         item = Collective(
-            what="resharding", block="", kind=kind, group=self.groups[axes], size="bytes", dtype=_BYTE, by="solver"
+            what="resharding",
+            block="",
+            kind=kind,
+            group=self.groups[axes],
+            size="bytes",
+            dtype=_BYTE,
+            by="solver",
         )
         (found,) = self.pricer.prices([item], Axes({"bytes": np.atleast_1d(n_bytes)}))
         return np.broadcast_to(found, np.shape(n_bytes))
@@ -77,7 +85,9 @@ class Layouts:
         micro_batches: per optimizer step, over which the sum of weight gradients is spread.
     """
 
-    def __init__(self, graph: OperatorGraph, pricer: Pricer, degrees: Sequence[int], micro_batches: int = 1) -> None:
+    def __init__(
+        self, graph: OperatorGraph, pricer: Pricer, degrees: Sequence[int], micro_batches: int = 1
+    ) -> None:
         self.graph, self.degrees, self.micro_batches = graph, tuple(degrees), micro_batches
         self._pricer = pricer
         self._wire = _Wire.of(pricer, self.degrees)
@@ -115,17 +125,27 @@ class Layouts:
 
     def edge(self, source: Operator, target: Operator, read: Read) -> Floats:
         """Seconds that a tensor takes from one operator to another and its gradient back, per pair of strategies."""
-        key = (source.output, tuple(map(id, source.kernels)), tuple(map(id, target.kernels)), read.size, read.bytes_per_element)
+        key = (
+            source.output,
+            tuple(map(id, source.kernels)),
+            tuple(map(id, target.kernels)),
+            read.size,
+            read.bytes_per_element,
+        )
         if key not in self._edges:
             graph = self.graph
             made, used = self.nodes(source)[0], self.nodes(target)[0]
             dims = graph.dimensions_of(read.size, source.output)
             n_bytes = float(np.ravel(graph.axes[read.size])[0]) * read.bytes_per_element
             out = [tuple(d if d in dims or d == WHOLE else PARTIAL for d in s) for s in made]
-            wanted = [tuple(d if d in dims else WHOLE for d in s) for s in made]  # of the gradient of what was made
+            wanted = [
+                tuple(d if d in dims else WHOLE for d in s) for s in made
+            ]  # of the gradient of what was made
             into = [tuple(d if d in dims else WHOLE for d in s) for s in used]
             given = [tuple(d if d in dims or d == WHOLE else PARTIAL for d in s) for s in used]
-            self._edges[key] = self._resharding(out, into, n_bytes) + self._resharding(given, wanted, n_bytes).T
+            self._edges[key] = (
+                self._resharding(out, into, n_bytes) + self._resharding(given, wanted, n_bytes).T
+            )
         return self._edges[key]
 
     # -- details -----------------------------------------------------------------------------------------------------
@@ -147,7 +167,8 @@ class Layouts:
     def _sharded(self, strategies: Sequence[Strategy]) -> Axes:
         """The axes, one row per strategy."""
         factors = {
-            name: 1.0 / self._ranks(strategies, dimension) for name, dimension in self.graph.dimensions.items()
+            name: 1.0 / self._ranks(strategies, dimension)
+            for name, dimension in self.graph.dimensions.items()
         }
         return self.graph.axes.scaled(factors)
 
@@ -200,4 +221,6 @@ def _sizes(item: Item) -> list[str]:
     """Expressions of a kernel that name what it can split."""
     if isinstance(item, Matmul):
         return [item.m, item.n, item.k, item.groups]
-    return [getattr(item, name) for name in ("size", "batch", "heads", "kv_heads", "q") if hasattr(item, name)]
+    return [
+        getattr(item, name) for name in ("size", "batch", "heads", "kv_heads", "q") if hasattr(item, name)
+    ]

@@ -36,7 +36,9 @@ DIMENSIONS: Mapping[str, str] = {
 """Roles of axes that can be split, by the dimension that they belong to. Keys' tokens are not among them: a rank that has some of
 the queries needs all of the keys."""
 
-_KERNEL_SLOTS = SLOTS[: SLOTS.index("gradient_accumulation")]  # what decides formats and kernels, before anything is sharded
+_KERNEL_SLOTS = SLOTS[
+    : SLOTS.index("gradient_accumulation")
+]  # what decides formats and kernels, before anything is sharded
 _AXIS = re.compile(r"[A-Za-z_]\w*(?:@[\w.]+)?")
 
 
@@ -97,7 +99,9 @@ class OperatorGraph:
 
     def dimensions_of(self, *sizes: str) -> set[str]:
         """Dimensions that can be split among the axes of some sizes."""
-        return {self.dimensions[r] for size in sizes for r in map(role, names_in(size)) if r in self.dimensions}
+        return {
+            self.dimensions[r] for size in sizes for r in map(role, names_in(size)) if r in self.dimensions
+        }
 
 
 def names_in(size: str) -> list[str]:
@@ -129,7 +133,11 @@ def model_graph(
     """
     order = block_order(model)
     if layers is not None and not 1 <= layers <= len(order):
-        raise SpecError(Problem("--layers", str(layers), f"a whole number from 1 to {len(order)}, the layers of {model.name}"))
+        raise SpecError(
+            Problem(
+                "--layers", str(layers), f"a whole number from 1 to {len(order)}, the layers of {model.name}"
+            )
+        )
     ledger, ctx = _ledger(replace(model, mtp_modules=0), cluster, stack, workload, knobs or {})
     wanted = order[:layers]
     operators: list[Operator] = []
@@ -156,13 +164,22 @@ def _ledger(
     chosen = {slot: knobs.get(slot, _default(slot)) for slot in _KERNEL_SLOTS}
     one = np.ones(1)
     mesh = Mesh(one, one, one, one, one, one)
-    ctx = Context(model, cluster, workload, stack, mesh, one * workload.global_batch_size, {**chosen, **knobs})
-    ledger = baseline(model, batch=float(workload.global_batch_size), seq=float(workload.seq_len), document_len=workload.document_len)
+    ctx = Context(
+        model, cluster, workload, stack, mesh, one * workload.global_batch_size, {**chosen, **knobs}
+    )
+    ledger = baseline(
+        model,
+        batch=float(workload.global_batch_size),
+        seq=float(workload.seq_len),
+        document_len=workload.document_len,
+    )
     for slot in _KERNEL_SLOTS:
         for technique in _serving(slot, chosen[slot]):
             faults = [check.reason for check in technique.valid(ctx) if not np.all(check.ok)]
             if faults:
-                raise SpecError(Problem(slot, f"{chosen[slot]!r}: {faults[0]}", "a choice that the job allows"))
+                raise SpecError(
+                    Problem(slot, f"{chosen[slot]!r}: {faults[0]}", "a choice that the job allows")
+                )
             ledger = technique.apply(ledger, ctx)
     return ledger, ctx
 
@@ -182,7 +199,11 @@ def _layer(
     """The operators of one layer, numbered from ``first``; its input is made by operator ``before``."""
     kernels: dict[str, list[Item]] = {}
     for item in ledger.items:
-        if item.block == block and isinstance(item, Kernel) and item.phase in ("forward", "backward", "weight"):
+        if (
+            item.block == block
+            and isinstance(item, Kernel)
+            and item.phase in ("forward", "backward", "weight")
+        ):
             kernels.setdefault(item.what, []).append(item)
     _check_known(kernels, block)
     sources = {name: reads(name, kernels) for name in kernels}
@@ -231,7 +252,9 @@ def _in_order(sources: Mapping[str, Sequence[str]]) -> list[str]:
     """Names so that each stands behind what it reads, otherwise in the order in which they were emitted."""
     done: dict[str, None] = {}
     while len(done) < len(sources):
-        ready = next(n for n, needs in sources.items() if n not in done and all(s in done or s == INPUT for s in needs))
+        ready = next(
+            n for n, needs in sources.items() if n not in done and all(s in done or s == INPUT for s in needs)
+        )
         done[ready] = None
     return list(done)
 
@@ -243,7 +266,9 @@ def _output(item: Item, name: str, layer: Collection[str]) -> str:
     if isinstance(item, AttentionCore):
         return f"{item.batch}*{item.q}*{item.heads}*{item.v_dim}"
     assert isinstance(item, Stream)
-    return re.sub(r"\*top_k@[\w.]+", "", item.size) if name == "moe.unpermute" else item.size  # it sums over the experts
+    return (
+        re.sub(r"\*top_k@[\w.]+", "", item.size) if name == "moe.unpermute" else item.size
+    )  # it sums over the experts
 
 
 def _read_size(

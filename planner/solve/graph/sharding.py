@@ -52,9 +52,15 @@ class ShardingProblem:
         """
         mesh = "x".join(map(str, degrees))
         if not 1 <= len(degrees) <= _MOST_AXES or min(degrees) < 1:
-            raise SpecError(Problem("--mesh", mesh, f"one to {_MOST_AXES} axes of at least one rank, such as 4x8"))
+            raise SpecError(
+                Problem("--mesh", mesh, f"one to {_MOST_AXES} axes of at least one rank, such as 4x8")
+            )
         if int(np.prod(degrees)) != cluster.devices:
-            raise SpecError(Problem("--mesh", mesh, f"axes whose product is the {cluster.devices} devices of {cluster.name}"))
+            raise SpecError(
+                Problem(
+                    "--mesh", mesh, f"axes whose product is the {cluster.devices} devices of {cluster.name}"
+                )
+            )
         layouts = Layouts(graph, Pricer(cluster, stack), degrees, micro_batches)
         nodes = [layouts.nodes(operator) for operator in graph.operators]
         edges: dict[tuple[int, int], Any] = {}
@@ -81,16 +87,31 @@ class ShardingProblem:
                 "memory_bytes": float(held[x]),
             }
             for operator, strategies, seconds, held, x in zip(
-                self.graph.operators, self.strategies, choices.time_s, choices.memory_bytes, found.choice, strict=True
+                self.graph.operators,
+                self.strategies,
+                choices.time_s,
+                choices.memory_bytes,
+                found.choice,
+                strict=True,
             )
         )
         reshardings = tuple(
-            {"from": choices.names[i], "to": choices.names[j], "time_s": float(table[found.choice[i], found.choice[j]])}
+            {
+                "from": choices.names[i],
+                "to": choices.names[j],
+                "time_s": float(table[found.choice[i], found.choice[j]]),
+            }
             for (i, j), table in sorted(choices.edges.items())
             if table[found.choice[i], found.choice[j]] > 0.0
         )
         return Sharding(
-            self.degrees, operators, reshardings, found.time_s, found.memory_bytes, choices.budget_bytes, found.certificate
+            self.degrees,
+            operators,
+            reshardings,
+            found.time_s,
+            found.memory_bytes,
+            choices.budget_bytes,
+            found.certificate,
         )
 
 
