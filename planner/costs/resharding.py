@@ -38,13 +38,16 @@ def reshard_bytes(source: str, target: str, n_bytes: Real, group: Real) -> Real:
     ``split → whole (G−1)/G·n``, ``partial → split (G−1)/G·n``, ``partial → whole 2(G−1)/G·n``, ``split → another split
     (G−1)/G²·n``; a whole tensor is everything else already.
 
-    >>> [float(reshard_bytes(*pair, 16.0, 4)) for pair in (("rows", ""), ("+", "rows"), ("+", ""), ("rows", "columns"), ("", "rows"))]
+    >>> changes = [("rows", ""), ("+", "rows"), ("+", ""), ("rows", "columns"), ("", "rows")]
+    >>> [float(reshard_bytes(*change, 16.0, 4)) for change in changes]
     [12.0, 12.0, 24.0, 3.0, 0.0]
     """
     kind = _collective(source, target)
     if kind is None:
         return 0.0 * n_bytes * group
-    passes = {"all_reduce": 2.0, "all_to_all": 1.0 / np.asarray(group, dtype=np.float64)}.get(kind, 1.0)
+    passes: Real = (
+        2.0 if kind == "all_reduce" else 1.0 / np.asarray(group, dtype=float) if kind == "all_to_all" else 1.0
+    )
     return passes * n_bytes * (group - 1) / group
 
 
@@ -93,7 +96,7 @@ def _waits(axis: int, now: Sequence[str], target: Layout, open_axes: Sequence[in
 
 def _collective(source: str, target: str) -> str | None:
     """What a change along one axis needs; None where every rank has its part of the target already."""
-    if source == target or target == PARTIAL or source == WHOLE:
+    if target in (source, PARTIAL) or source == WHOLE:
         return None
     if source == PARTIAL:
         return "all_reduce" if target == WHOLE else "reduce_scatter"

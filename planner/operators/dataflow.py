@@ -1,7 +1,7 @@
 """Which operator of a layer reads which: the edges between the kernels that the other modules of this package emit.
 
-The names are those of the kernels. What stands here is the order of computation inside a layer, which a ledger does not need: it
-adds up. Graph solvers do.
+The names are those of the kernels. What stands here is the order of computation inside a layer, which a ledger does not
+need: it adds up. Graph solvers do.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """One choice per node of a graph, at the least time within a memory budget: Alpa's intra-operator problem.
 
-``min Σ time[i][x_i] + Σ edge[i, j][x_i, x_j]  subject to  Σ memory[i][x_i] <= budget``. Solved in this order, each step exact:
+``min Σ time[i][x_i] + Σ edge[i, j][x_i, x_j]  subject to  Σ memory[i][x_i] <= budget``. Solved in this order, each step
+exact:
 
 1. choices that another one beats whatever their neighbours choose are dropped (Goldstein's dead-end elimination);
-2. all variables are eliminated with memory priced at λ seconds per byte; λ = 0 answers where memory does not bind, and the best λ
-   gives the Lagrangian bound and an answer within the budget;
+2. all variables are eliminated with memory priced at λ seconds per byte; λ = 0 answers where memory does not bind, and
+   the best λ gives the Lagrangian bound and an answer within the budget;
 3. where a gap is left between the two, variables are eliminated once more, with fronts of time and memory for entries;
 4. should those be too many, the integer program gets the choices whose min-marginal at λ is not above that answer.
 
-Elimination needs tables over a node and its neighbours at the time; where the graph is so dense that one of them would be too large,
-the integer program follows on the first step. Graphs of transformers leave tables of three nodes.
+Elimination needs tables over a node and its neighbours at the time; where the graph is so dense that one of them would be
+too large, the integer program follows on the first step. Graphs of transformers leave tables of three nodes.
 
-Sources: L. Zheng et al. 2022 (Alpa, arXiv:2201.12023) §4.2 for the program and its one-hot edges; R. F. Goldstein, Biophysical
-Journal 66, 1994; A. M. Geoffrion, Mathematical Programming Study 2, 1974, for the Lagrangian bound.
+Sources: L. Zheng et al. 2022 (Alpa, arXiv:2201.12023) §4.2 for the program and its one-hot edges; R. F. Goldstein,
+Biophysical Journal 66, 1994; A. M. Geoffrion, Mathematical Programming Study 2, 1974, for the Lagrangian bound.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _by_elimination(
     if few.held_bytes(free.choice) <= graph.budget_bytes:
         return _answer(graph, kept, free.choice, free.value, _ELIMINATION, clock, notes)
     # The end with the least memory, the fastest of its kind: within the budget, as has been checked.
-    small = eliminate([held.astype(float) for held in few.memory_bytes], {}).choice
+    small: Sequence[int] = eliminate([held.astype(float) for held in few.memory_bytes], {}).choice
     inside, outside = small, free.choice
     relaxed = free
     bound, rate = free.value, 0.0

@@ -1,8 +1,8 @@
 """Exact minimisation of a sum of tables over discrete variables, one variable after the other.
 
-A variable that shares tables with few others is minimised out: its tables become one table over its neighbours. Chains, trees and
-series-parallel graphs go this way with tables of two or three variables. Variables go in the order of the table that they leave,
-smallest first. The bucket elimination of R. Dechter, Artificial Intelligence 113, 1999.
+A variable that shares tables with few others is minimised out: its tables become one table over its neighbours. Chains,
+trees and series-parallel graphs go this way with tables of two or three variables. Variables go in the order of the table
+that they leave, smallest first. The bucket elimination of R. Dechter, Artificial Intelligence 113, 1999.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Elimination:
         self.value = sum(float(bucket.message) for bucket in buckets if not bucket.scope)
         chosen: dict[int, int] = {}
         for bucket in reversed(buckets):
-            column = bucket.table[(slice(None), *(chosen[other] for other in bucket.scope))]
+            column = np.moveaxis(bucket.table, 0, -1)[tuple(chosen[other] for other in bucket.scope)]
             chosen[bucket.variable] = int(np.argmin(column))
         self.choice = [chosen[variable] for variable in range(len(buckets))]
 

@@ -1,13 +1,13 @@
 """Which device holds which expert: balanced loads within a layer, and tokens that stay where they are between layers.
 
-- :func:`balance` deals one layer's experts to devices so that the busiest device has the least load (SmartMoE's placement): an
-  integer program, behind a longest-first start that is improved by exchanges.
-- :func:`align` places the experts of all layers so that most tokens find their next expert on the device where they are (ExFlow):
-  the best path through all balanced placements of every layer where these can be listed, else every layer in turn as an assignment
-  problem between its neighbours, with a bound.
+- :func:`balance` deals one layer's experts to devices so that the busiest device has the least load (SmartMoE's
+  placement): an integer program, behind a longest-first start that is improved by exchanges.
+- :func:`align` places the experts of all layers so that most tokens find their next expert on the device where they are
+  (ExFlow): the best path through all balanced placements of every layer where these can be listed, else every layer in
+  turn as an assignment problem between its neighbours, with a bound.
 
-Sources: M. Zhai et al. 2023 (SmartMoE, USENIX ATC 2023) §5; J. Yao et al. 2024 (ExFlow, arXiv:2401.08383) §IV. Bounds of machine
-loads: R. L. Graham, SIAM Journal on Applied Mathematics 17(2), 1969.
+Sources: M. Zhai et al. 2023 (SmartMoE, USENIX ATC 2023) §5; J. Yao et al. 2024 (ExFlow, arXiv:2401.08383) §IV. Bounds of
+machine loads: R. L. Graham, SIAM Journal on Applied Mathematics 17(2), 1969.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Elimination under a budget: tables whose entries are fronts of (time, memory) instead of one number.
 
-Where the budget binds, the best price of memory leaves a gap between its bound and the best answer within the budget. Eliminating
-variables once more closes it: every entry keeps all partial answers that no other one beats in both time and memory, and of those
-only the ones that may still be part of an answer as good as the best known one, as the beliefs at that price tell. Few remain: the
-layers of a model are alike, so that most partial answers of several layers cost and hold the same as some other one.
+Where the budget binds, the best price of memory leaves a gap between its bound and the best answer within the budget.
+Eliminating variables once more closes it: every entry keeps all partial answers that no other one beats in both time and
+memory, and of those only the ones that may still be part of an answer as good as the best known one, as the beliefs at
+that price tell. Few remain: the layers of a model are alike, so that most partial answers of several layers cost and hold
+the same as some other one.
 
 Labels are rows of flat arrays, joined like tables of a database, so that nothing is looped over but the variables.
 """

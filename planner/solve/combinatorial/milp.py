@@ -1,12 +1,12 @@
-"""One adapter for mixed-integer programs: a sparse :class:`Program` in, a :class:`MilpSolution` out, whichever backend solves it.
+"""One adapter for mixed-integer programs: a sparse program in, a solution out, whichever backend solves it.
 
-Backends: ``scipy`` (HiGHS inside :func:`scipy.optimize.milp`) and ``pulp`` (HiGHS through highspy where it is installed, else the
-CBC that PuLP brings). Both are imported when first used.
+Backends: ``scipy`` (HiGHS inside :func:`scipy.optimize.milp`) and ``pulp`` (HiGHS through highspy where it is installed,
+else the CBC that PuLP brings). Both are imported when first used.
 
-Solvers call answers feasible and optimal up to absolute tolerances (HiGHS: 1e-6), which mean nothing for costs in seconds and
-sizes in bytes. So costs and rows are scaled before a solve, integers are rounded after it, and the objective and the rows of
-whole numbers are evaluated again with the caller's own numbers. An answer that lives on the tolerance of such a row is not
-accepted: the program is solved once more with the row narrowed, and the bound remains that of the first solve.
+Solvers call answers feasible and optimal up to absolute tolerances (HiGHS: 1e-6), which mean nothing for costs in seconds
+and sizes in bytes. So costs and rows are scaled before a solve, integers are rounded after it, and the objective and the
+rows of whole numbers are evaluated again with the caller's own numbers. An answer that lives on the tolerance of such a
+row is not accepted: the program is solved once more with the row narrowed, and the bound remains that of the first solve.
 """
 
 from __future__ import annotations

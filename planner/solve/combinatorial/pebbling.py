@@ -1,11 +1,11 @@
-"""Shortest schedules of a graph in little memory, by best-first search over what is held: the exact answer without a program.
+"""Shortest schedules of a graph in little memory, by best-first search over what is held: exact, without a program.
 
-A state is the stage, the node computed last in it, and the set of results that are held. Computing a node costs its seconds;
-dropping a result costs nothing, so nothing is dropped before there is no room, and then no more than there must be. What is left
-costs at least all results that are missing and still read, with everything missing that they are computed from: a bound that finds
-the way through a transformer block in a fraction of the states. The rules are those of the integer program in
-:mod:`planner.solve.combinatorial.recompute`, and so are the answers. Search: P. Hart, N. Nilsson, B. Raphael, IEEE Transactions on
-Systems Science and Cybernetics 4(2), 1968.
+A state is the stage, the node computed last in it, and the set of results that are held. Computing a node costs its
+seconds; dropping a result costs nothing, so nothing is dropped before there is no room, and then no more than there must
+be. What is left costs at least all results that are missing and still read, with everything missing that they are
+computed from: a bound that finds the way through a transformer block in a fraction of the states. The rules are those of
+the integer program in :mod:`planner.solve.combinatorial.recompute`, and so are the answers. Search: P. Hart, N. Nilsson,
+B. Raphael, IEEE Transactions on Systems Science and Cybernetics 4(2), 1968.
 """
 
 from __future__ import annotations

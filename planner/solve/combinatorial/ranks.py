@@ -1,12 +1,13 @@
-"""Which rank runs on which node, where bandwidths between nodes differ: groups of ranks that talk, priced by their slowest pair.
+"""Which rank runs on which node, where bandwidths between nodes differ.
 
-A phase is a set of groups that talk at the same time, and ends with the slowest; a step is a sum of phases. A ``ring`` passes its
-bytes from each member to the next and round, all at once (an all-reduce of n members passes 2(n − 1)/n of its tensor), so its slowest
-link decides; a ``chain`` passes them from the first to the last, link after link (the hops of a pipeline). Groups of two are single
-pairs: a quadratic assignment problem is a sum of phases of one pair each.
+Ranks talk in groups. A phase is a set of groups that talk at the same time, and ends with the slowest; a step is a sum of
+phases. A ``ring`` passes its bytes from each member to the next and round, all at once (an all-reduce of n members passes
+2(n − 1)/n of its tensor), so its slowest link decides; a ``chain`` passes them from the first to the last, link after link
+(the hops of a pipeline). Groups of two are single pairs: a quadratic assignment problem is a sum of phases of one pair each.
 
-Small problems are solved by depth-first branch and bound: ranks are placed in order, and every group's unplaced links are taken at the
-best rate that is left. Larger ones by exchanges of two ranks from deterministic starts, with the bound at the root.
+Small problems are solved by depth-first branch and bound: ranks are placed in order, and every group's unplaced links are
+taken at the best rate that is left. Larger ones by exchanges of two ranks from deterministic starts, with the bound at
+the root.
 
 Source: J. Yim et al. 2024 (Pipette, arXiv:2405.18093) §V, which anneals instead.
 """
@@ -228,7 +229,7 @@ class _Search:
 
 
 def _every_node_bound(problem: RankProblem, ranks: int) -> float:
-    """Where every node has a rank: in a phase in which every rank has a link of a ring, the worst node's best link is one of them."""
+    """Where every node has a rank and every rank a link of a ring: the worst node's best link is one of them."""
     rates = np.where(np.eye(len(problem.bytes_per_s), dtype=bool), 0.0, problem.bytes_per_s)
     if ranks < len(rates):
         return 0.0

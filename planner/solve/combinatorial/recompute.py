@@ -1,12 +1,14 @@
-"""Which tensors of a graph to keep and which to compute again: Checkmate's problem, by search or by its mixed-integer program.
+"""Which tensors of a graph to keep and which to compute again: Checkmate's problem, by search or by its program.
 
-Nodes are computed for the first time in their order; stage t begins with some tensors kept (S), computes some nodes again, each at
-most once, and ends with node t (R). Memory grows by what is computed and shrinks by what nobody reads any more before it is kept
-for the next stage. Freed memory is a product of such conditions, linear with one variable per reader; as less memory is never worse,
-its upper limits suffice, and every condition is a row of its own, which is tighter than the paper's sum over all of them. The same
-schedules are found by :mod:`planner.solve.combinatorial.pebbling`, which is what answers unless the program is asked for.
+Nodes are computed for the first time in their order; stage t begins with some tensors kept (S), computes some nodes
+again, each at most once, and ends with node t (R). Memory grows by what is computed and shrinks by what nobody reads any
+more before it is kept for the next stage. Freed memory is a product of such conditions, linear with one variable per
+reader; as less memory is never worse, its upper limits suffice, and every condition is a row of its own, which is tighter
+than the paper's sum over all of them. The same schedules are found by :mod:`planner.solve.combinatorial.pebbling`, which
+is what answers unless the program is asked for.
 
-Source: P. Jain et al. 2020 (Checkmate, arXiv:1910.02653) §4: equations 1 to 8, and §4.8 for stages that end with one node each.
+Source: P. Jain et al. 2020 (Checkmate, arXiv:1910.02653) §4: equations 1 to 8, and §4.8 for stages that end with one node
+each.
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ def _needed(graph: ComputeGraph, computed: Flags, kept: Flags) -> Flags:
     needed = np.zeros_like(kept)
     wanted: set[int] = set()  # results that the stages from here on read before they compute them
     for t in reversed(range(len(graph))):
-        read = {i for k in np.flatnonzero(computed[t]) for i in graph.reads[k]}
+        read = {i for k in np.flatnonzero(computed[t]).tolist() for i in graph.reads[k]}
         wanted = (wanted | read) - set(np.flatnonzero(computed[t]).tolist())
         needed[t, list(wanted)] = True
     assert not (needed & ~kept).any(), "a schedule reads what it does not hold"

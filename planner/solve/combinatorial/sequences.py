@@ -1,10 +1,10 @@
-"""Which group of devices works on which sequences: group sizes and an assignment over a histogram of lengths, at the least makespan.
+"""Which group of devices works on which sequences: an assignment over a histogram of lengths.
 
-- :func:`assign_sequences`: devices form groups of given degrees that work side by side; every sequence goes to one group, whose
-  seconds and bytes for it are in a table (FlexSP; ByteScale's groups are one such assignment). Groups of one degree are alike and
-  ordered by load; where one group size is used throughout, longest-first deals give the first answer.
-- :func:`micro_batches`: sequences in the order of their length are cut into micro-batches, each padded to its longest, so that
-  ``Σ t + (p − 1)·max t`` of the pipeline is least (DynaPipe): exact for every limit on the longest, over all limits.
+- :func:`assign_sequences`: devices form groups of given degrees that work side by side; every sequence goes to one group,
+  whose seconds and bytes for it are in a table (FlexSP; ByteScale's groups are one such assignment). Groups of one degree
+  are alike and ordered by load; where one group size is used throughout, longest-first deals give the first answer.
+- :func:`micro_batches`: sequences in the order of their length are cut into micro-batches, each padded to its longest, so
+  that ``Σ t + (p − 1)·max t`` of the pipeline is least (DynaPipe): exact for every limit on the longest, over all limits.
 
 Sources: Y. Wang et al. 2025 (FlexSP, arXiv:2412.01523) §4.1; C. Jiang et al. 2024 (DynaPipe, arXiv:2311.10418) §4.
 """
@@ -40,6 +40,8 @@ class SequenceProblem:
         devices: in all groups together.
         budget_bytes: for sequences, on each device.
         group_s: what a group takes besides its sequences, per degree.
+        packed: a group's sequences run as one micro-batch and are held together (FlexSP's packing); False: one after the
+            other, so that the largest decides.
     """
 
     lengths: tuple[int, ...]
@@ -50,6 +52,7 @@ class SequenceProblem:
     devices: int
     budget_bytes: float = np.inf
     group_s: tuple[float, ...] = ()
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +102,7 @@ def assign_sequences(
         np.column_stack([dealt, used, np.repeat(longest, len(slots))]),
         np.column_stack([seconds, extra, np.full(len(slots), -1.0)]), high=0.0,
     )  # fmt: skip
-    if np.isfinite(problem.budget_bytes):
+    if problem.packed and np.isfinite(problem.budget_bytes):
         held = np.where(possible, memory, 0.0) / problem.budget_bytes
         program.constrain(
             np.column_stack([dealt, used]), np.column_stack([held, np.full(len(slots), -1.0)]), high=0.0
@@ -147,7 +150,7 @@ def longest_first(problem: SequenceProblem, degree: int) -> Groups | None:
     table = np.zeros((groups, len(problem.counts)), dtype=np.intp)
     for bucket in np.argsort(-problem.time_s[:, d], kind="stable"):
         for _ in range(problem.counts[bucket]):
-            fits = held + problem.memory_bytes[bucket, d] <= problem.budget_bytes
+            fits = problem.packed * held + problem.memory_bytes[bucket, d] <= problem.budget_bytes
             if not fits.any() or not np.isfinite(problem.time_s[bucket, d]):
                 return None
             group = int(np.argmin(np.where(fits, load, np.inf)))

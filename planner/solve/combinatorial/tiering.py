@@ -1,10 +1,10 @@
 """Where tensors rest between the kernels that use them: device memory, or a tier behind a link.
 
-Kernels run in a fixed order and need what they use in the first tier. Between two uses a tensor rests in one tier; to rest further
-out costs the way there and back, the way there nothing where the tier still has a copy. What persists from step to step rests
-between its last use and its first one as well. Every tier has its capacity while every kernel runs. One binary variable per rest
-and tier; the moves either stop the kernels (``serial``), or run beside them without end (``overlapped``: the step is as long as the
-kernels or the busiest link).
+Kernels run in a fixed order and need what they use in the first tier. Between two uses a tensor rests in one tier; to
+rest further out costs the way there and back, the way there nothing where the tier still has a copy. What persists from
+step to step rests between its last use and its first one as well. Every tier has its capacity while every kernel runs.
+One binary variable per rest and tier; the moves either stop the kernels (``serial``), or run beside them without end
+(``overlapped``: the step is as long as the kernels or the busiest link).
 
 Source: M. Hildebrand et al. 2020 (AutoTM, ASPLOS 2020, doi:10.1145/3373376.3378465) §3, its synchronous formulation.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -183,7 +184,7 @@ def _gaps(problem: TieringProblem) -> list[_Gap]:
     found = []
     for number, tensor in enumerate(problem.tensors):
         uses = [k for k, kernel in enumerate(problem.kernels) if number in kernel.uses]
-        pairs = list(zip(uses, uses[1:], strict=False))
+        pairs = list(pairwise(uses))
         if tensor.persists:
             pairs.append((uses[-1], uses[0]) if uses else (0, 0))
         for after, before in pairs:

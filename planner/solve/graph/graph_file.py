@@ -8,9 +8,9 @@
        {"name": "act", "elementwise": "bsf", "reads": ["fc1"], "passes": 2},
        {"name": "fc2", "einsum": "bsf,fh->bsh", "reads": ["act", "weight"]}]}
 
-Every letter is a dimension that can be split. An element-wise kernel moves ``passes`` tensors forward and one more backward, and
-keeps what it reads unless ``kept`` is false; ``whole`` lists dimensions that it cannot split. What tools such as
-``jax.make_jaxpr`` print as ``dot_general`` is the Einstein sum of its dimension numbers.
+Every letter is a dimension that can be split. An element-wise kernel moves ``passes`` tensors forward and one more
+backward, and keeps what it reads unless ``kept`` is false; ``whole`` lists dimensions that it cannot split. What tools
+such as ``jax.make_jaxpr`` print as ``dot_general`` is the Einstein sum of its dimension numbers.
 """
 
 from __future__ import annotations

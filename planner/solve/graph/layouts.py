@@ -1,14 +1,15 @@
 """Shardings of operators on a device mesh, and what each takes, holds and sends, by the engine's prices.
 
-A strategy says along every mesh axis which dimension an operator splits, or none (all ranks of the axis do the same). From it follow
-the layouts of all tensors: a tensor that has the dimension is split along it, one that has not is whole going in, and going out
-partial (the dimension was summed over). Gradients mirror that: where a whole input met split work, its gradient is partial.
+A strategy says along every mesh axis which dimension an operator splits, or none (all ranks of the axis do the same).
+From it follow the layouts of all tensors: a tensor that has the dimension is split along it, one that has not is whole
+going in, and going out partial (the dimension was summed over). Gradients mirror that: where a whole input met split
+work, its gradient is partial.
 
-- An operator takes the seconds of its forward, backward and weight-gradient kernels on sharded axes, and the reduce-scatter of its
-  weight's gradient with the all-gather of the updated weight, per micro-batch (an all-reduce whose halves the update parts, as in
-  ZeRO stage 1).
-- It holds its weights, gradients and what it keeps for the backward, and its share of the optimizer's states, which are cut over
-  the ranks that sum one gradient.
+- An operator takes the seconds of its forward, backward and weight-gradient kernels on sharded axes, and the
+  reduce-scatter of its weight's gradient with the all-gather of the updated weight, per micro-batch (an all-reduce whose
+  halves the update parts, as in ZeRO stage 1).
+- It holds its weights, gradients and what it keeps for the backward, and its share of the optimizer's states, which are
+  cut over the ranks that sum one gradient.
 - An edge takes the collectives that turn one layout into the other, forward, and those of the gradient, backward.
 
 The optimizer's update is left out: every strategy cuts it over all ranks that could share it. Nothing overlaps.
@@ -162,7 +163,8 @@ class Layouts:
     def _ranks(self, strategies: Sequence[Strategy], dimension: str) -> Floats:
         """Ranks that a dimension is split over, per strategy."""
         split = np.array([[d == dimension for d in s] for s in strategies])
-        return np.where(split, np.array(self.degrees, dtype=float), 1.0).prod(axis=1)
+        ranks: Floats = np.where(split, np.array(self.degrees, dtype=float), 1.0).prod(axis=1)
+        return ranks
 
     def _sharded(self, strategies: Sequence[Strategy]) -> Axes:
         """The axes, one row per strategy."""
@@ -214,7 +216,8 @@ class Layouts:
             np.add.at(found, (rows, columns), self._wire.seconds(kind, (axis,), fractions * n_bytes))
         at_rows = [firsts[layout] for layout in sources]
         at_columns = [seconds_first[layout] for layout in targets]
-        return found[np.ix_(at_rows, at_columns)]
+        resharded: Floats = found[np.ix_(at_rows, at_columns)]
+        return resharded
 
 
 def _sizes(item: Item) -> list[str]:

@@ -1,8 +1,8 @@
 """Operators as a graph: kernels with the tensors that they read, keep and hold, of a model's layers or of a file.
 
-A model's graph is its ledger after the passes that choose formats and kernels, cut into operators; which reads which is in
-:mod:`planner.operators.dataflow`. Sizes stay expressions over axes, so that an operator is priced under any sharding by scaling
-the axes, in the one engine.
+A model's graph is its ledger after the passes that choose formats and kernels, cut into operators; which reads which is
+in :mod:`planner.operators.dataflow`. Sizes stay expressions over axes, so that an operator is priced under any sharding
+by scaling the axes, in the one engine.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.costs.optimizer import optimizer_state_bytes
 from planner.costs.precision import dtype_bytes
 from planner.errors import Problem, SpecError
 from planner.ledger import AttentionCore, Axes, Item, Kernel, Ledger, Matmul, Resident, Stream, role, times
 from planner.mesh import Mesh
 from planner.operators.dataflow import INPUT, knows, reads
+from planner.solve.passes import run_passes
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.stack import Stack
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context, Technique, discover, off
+from planner.technique import Context
 
 __all__ = ["DIMENSIONS", "Operator", "OperatorGraph", "Read", "model_graph", "names_in"]
 
@@ -36,9 +36,7 @@ DIMENSIONS: Mapping[str, str] = {
 """Roles of axes that can be split, by the dimension that they belong to. Keys' tokens are not among them: a rank that has some of
 the queries needs all of the keys."""
 
-_KERNEL_SLOTS = SLOTS[
-    : SLOTS.index("gradient_accumulation")
-]  # what decides formats and kernels, before anything is sharded
+_FIRST_SHARDING = "gradient_accumulation"  # the slots before this one decide formats and kernels
 _AXIS = re.compile(r"[A-Za-z_]\w*(?:@[\w.]+)?")
 
 
@@ -138,7 +136,13 @@ def model_graph(
                 "--layers", str(layers), f"a whole number from 1 to {len(order)}, the layers of {model.name}"
             )
         )
-    ledger, ctx = _ledger(replace(model, mtp_modules=0), cluster, stack, workload, knobs or {})
+    one = np.ones(1)
+    mesh, batch = Mesh(one, one, one, one, one, one), one * workload.global_batch_size
+    ledger, ctx, allowed, reason = run_passes(
+        replace(model, mtp_modules=0), cluster, stack, workload, mesh, batch, _FIRST_SHARDING, knobs or {}
+    )
+    if not allowed.all():
+        raise SpecError(Problem("--fix", reason, "choices that the job allows"))
     wanted = order[:layers]
     operators: list[Operator] = []
     before: int | None = None
@@ -154,43 +158,7 @@ def model_graph(
     )  # fmt: skip
 
 
-# -- a model's ledger ------------------------------------------------------------------------------------------------------
-
-
-def _ledger(
-    model: Model, cluster: Cluster, stack: Stack, workload: TrainWorkload, knobs: Mapping[str, str]
-) -> tuple[Ledger, Context]:
-    """The baseline after the passes that choose formats and kernels, on one device."""
-    chosen = {slot: knobs.get(slot, _default(slot)) for slot in _KERNEL_SLOTS}
-    one = np.ones(1)
-    mesh = Mesh(one, one, one, one, one, one)
-    ctx = Context(
-        model, cluster, workload, stack, mesh, one * workload.global_batch_size, {**chosen, **knobs}
-    )
-    ledger = baseline(
-        model,
-        batch=float(workload.global_batch_size),
-        seq=float(workload.seq_len),
-        document_len=workload.document_len,
-    )
-    for slot in _KERNEL_SLOTS:
-        for technique in _serving(slot, chosen[slot]):
-            faults = [check.reason for check in technique.valid(ctx) if not np.all(check.ok)]
-            if faults:
-                raise SpecError(
-                    Problem(slot, f"{chosen[slot]!r}: {faults[0]}", "a choice that the job allows")
-                )
-            ledger = technique.apply(ledger, ctx)
-    return ledger, ctx
-
-
-def _serving(slot: str, value: str) -> list[Technique]:
-    return [t for t in discover().values() if t.slot == slot and value in t.choices]
-
-
-def _default(slot: str) -> str:
-    chosen = [t.choices[0] for t in discover().values() if t.slot == slot and t.default]
-    return chosen[0] if chosen else off(slot)
+# -- layers --------------------------------------------------------------------------------------------------
 
 
 def _layer(

@@ -1,9 +1,10 @@
 """A layer's forward and backward as a graph of kernels, and its front of recomputation time against kept memory.
 
-The operators of one layer become nodes in the order in which they run; behind them stands the boundary, where the rest of the model
-runs, then one backward node per operator, in reverse. A backward node reads the gradient of what its operator made, and, where the
-ledger keeps anything for it, what the operator read (a fused attention also what it made). Every front point could stand beside the
-named recompute choices of a layer: seconds more, bytes kept per micro-batch in flight, bytes at the peak while the layer is at work.
+The operators of one layer become nodes in the order in which they run; behind them stands the boundary, where the rest of
+the model runs, then one backward node per operator, in reverse. A backward node reads the gradient of what its operator
+made, and, where the ledger keeps anything for it, what the operator read (a fused attention also what it made). Every
+front point could stand beside the named recompute choices of a layer: seconds more, bytes kept per micro-batch in flight,
+bytes at the peak while the layer is at work.
 """
 
 from __future__ import annotations
