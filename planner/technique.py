@@ -200,6 +200,7 @@ class Technique:
         order: for a schedule, the name of its order generator; for a collective, of its algorithm.
         searched: whether the search tries it without being asked.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
+        solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
     """
 
     key: str
@@ -219,16 +220,18 @@ class Technique:
     order: str = ""
     searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    solve: Callable[..., Any] | None = None
+    naive: Callable[..., Any] | None = None
 
     @property
     def subject(self) -> Any:
-        """What its figures exercise: the pass, or the name of the order."""
-        return self.order or self.apply
+        """What its figures exercise: the solver, the name of the order, or the pass."""
+        return self.solve or self.order or self.apply
 
     @property
     def absence(self) -> Any:
-        """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return "" if self.order else _identity
+        """What takes the subject's place where the technique is missing: no plan, no order, or a pass that does nothing."""
+        return self.naive if self.solve else "" if self.order else _identity
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""

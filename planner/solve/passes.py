@@ -42,7 +42,14 @@ def run_passes(
     slots = SLOTS[: SLOTS.index(before)]
     strange = [name for name in knobs if name not in slots]
     if strange:
-        raise SpecError(Problem(f"--fix {strange[0]}", "does not apply here", f"one of {', '.join(slots)}", did_you_mean(strange[0], slots)))
+        raise SpecError(
+            Problem(
+                f"--fix {strange[0]}",
+                "does not apply here",
+                f"one of {', '.join(slots)}",
+                did_you_mean(strange[0], slots),
+            )
+        )
     chosen = {slot: knobs.get(slot, _default(slot)) for slot in slots}
     ctx = Context(model, cluster, workload, stack, mesh, batch, chosen)
     ledger = baseline(model, batch=batch, seq=float(workload.seq_len), document_len=workload.document_len)
@@ -60,7 +67,9 @@ def _serving(slot: str, value: str) -> list[Technique]:
     found = [t for t in discover().values() if t.slot == slot and value in t.choices]
     if not found and value != off(slot):
         known = [off(slot), *(c for t in discover().values() if t.slot == slot for c in t.choices)]
-        raise SpecError(Problem(f"--fix {slot}", repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+        raise SpecError(
+            Problem(f"--fix {slot}", repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Optimisation problems from JSON files: graphs to recompute, tensors to place, sequences, experts and ranks.
 
-Every reader collects all that is wrong with a file and raises it at once. Names in lists refer to entries that stand before them, or
-in another list of the same file; sizes may be text such as ``"80 GiB"``.
+Every reader collects all that is wrong with a file and raises it at once. Names in lists refer to entries that stand
+before them, or in another list of the same file; sizes may be text such as ``"80 GiB"``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from planner.solve.combinatorial.sequences import SequenceProblem
 from planner.solve.combinatorial.tiering import MOVES, Kernel, Tensor, Tier, TieringProblem
 from planner.specs.load import Reader, read_file
 
-__all__ = ["ExpertProblem", "read_compute_graph", "read_experts", "read_ranks", "read_sequences", "read_tiers"]
+__all__ = [
+    "ExpertProblem",
+    "read_compute_graph",
+    "read_experts",
+    "read_ranks",
+    "read_sequences",
+    "read_tiers",
+]
 
 _MOST = 100_000
 
@@ -71,11 +78,17 @@ def read_tiers(path: str) -> TieringProblem:
     tiers = []
     levels = _some(reader, "tiers")
     for number, entry in enumerate(levels):
-        rates = [entry.number(f"{way}_bytes_per_s", positive=True) if number else np.inf for way in ("read", "write")]
+        rates = [
+            entry.number(f"{way}_bytes_per_s", positive=True) if number else np.inf
+            for way in ("read", "write")
+        ]
         tiers.append(Tier(entry.text("name"), entry.size("capacity_bytes"), *rates))
     entries = _some(reader, "tensors")
     tensors = [
-        Tensor(e.text("name"), e.size("size_bytes"), e.boolean("persists", False), e.boolean("constant", False)) for e in entries
+        Tensor(
+            e.text("name"), e.size("size_bytes"), e.boolean("persists", False), e.boolean("constant", False)
+        )
+        for e in entries
     ]
     names = [tensor.name for tensor in tensors]
     for number, entry in enumerate(entries):
@@ -104,7 +117,9 @@ def read_sequences(path: str) -> SequenceProblem:
     if not degrees or min(degrees) < 1 or len(set(degrees)) < len(degrees) or max(degrees) > devices:
         reader.problem("degrees", repr(list(degrees)), f"different whole numbers from 1 to {devices}")
     budget = reader.size("budget_bytes", np.inf) if reader.has("budget_bytes") else np.inf
-    extra = reader.numbers("group_s", [0.0] * len(degrees)) if reader.has("group_s") else (0.0,) * len(degrees)
+    extra = (
+        reader.numbers("group_s", [0.0] * len(degrees)) if reader.has("group_s") else (0.0,) * len(degrees)
+    )
     entries = _some(reader, "buckets")
     lengths = [entry.integer("length") for entry in entries]
     counts = [entry.integer("count", maximum=_MOST) for entry in entries]
@@ -136,7 +151,9 @@ class ExpertProblem:
         transitions: per pair of layers, tokens from every expert to every expert of the next layer.
     """
 
-    def __init__(self, devices: int, slots: int | None, loads: Sequence[float], transitions: Sequence[Any]) -> None:
+    def __init__(
+        self, devices: int, slots: int | None, loads: Sequence[float], transitions: Sequence[Any]
+    ) -> None:
         self.devices, self.slots, self.loads, self.transitions = devices, slots, loads, transitions
 
 
@@ -158,8 +175,15 @@ def read_experts(path: str) -> ExpertProblem:
     if reader.has("transitions"):
         given = reader.data["transitions"]
         reader.ignore("transitions")
-        tables = [_matrix(reader, f"transitions[{i}]", table) for i, table in enumerate(given if isinstance(given, list) else [])]
-        if not tables or len({table.shape for table in tables}) > 1 or tables[0].shape[0] != tables[0].shape[1]:
+        tables = [
+            _matrix(reader, f"transitions[{i}]", table)
+            for i, table in enumerate(given if isinstance(given, list) else [])
+        ]
+        if (
+            not tables
+            or len({table.shape for table in tables}) > 1
+            or tables[0].shape[0] != tables[0].shape[1]
+        ):
             reader.problem("transitions", "tables of different or uneven shapes", "square tables of one size")
     _finish(reader, [])
     return ExpertProblem(devices, slots, loads, tables)
@@ -189,9 +213,9 @@ def read_ranks(path: str) -> RankProblem:
     if reader.has("pipeline"):
         table = reader.table("pipeline")
         entries.append(table)
-        counts = [table.integer(key, maximum=_MOST) for key in ("stages", "replicas")]
-        sizes = [table.size(key) for key in ("activation_bytes", "gradient_bytes")]
-        phases = pipeline_phases(*counts, *sizes, table.integer("micro_batches", 1))
+        stages, replicas = (table.integer(key, maximum=1000) for key in ("stages", "replicas"))
+        activation, gradient = (table.size(f"{what}_bytes") for what in ("activation", "gradient"))
+        phases = pipeline_phases(stages, replicas, activation, gradient, table.integer("micro_batches", 1))
     elif reader.has("phases"):
         given = reader.data["phases"]
         reader.ignore("phases")

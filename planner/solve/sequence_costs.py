@@ -1,7 +1,8 @@
 """What sequences of a histogram take and hold on groups of each degree, by the engine: the table that assigns them.
 
-A group of d ranks shares one sequence by context parallelism; the model's states are sharded over all devices (ZeRO stage 3), and
-their gathers, which every assignment needs alike, are left out. What a rank keeps of a sequence is held until its backward.
+A group of d ranks shares one sequence by context parallelism; the model's states are sharded over all devices (ZeRO stage
+3), and their gathers, which every assignment needs alike, are left out. What a rank keeps of a sequence is held until its
+backward.
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ def sequence_problem(
     for length in histogram:
         mesh = Mesh(one, cp, one, one, one, one)
         job = replace(workload, seq_len=length)
-        ledger, ctx, allowed, reason = run_passes(model, cluster, stack, job, mesh, one, _FIRST_OUTSIDE_A_GROUP, knobs)
+        ledger, ctx, allowed, reason = run_passes(
+            model, cluster, stack, job, mesh, one, _FIRST_OUTSIDE_A_GROUP, knobs
+        )
         if not allowed.any():
-            raise SpecError(Problem(f"sequences of {length:,} tokens", reason, "lengths that some degree divides"))
+            raise SpecError(
+                Problem(f"sequences of {length:,} tokens", reason, "lengths that some degree divides")
+            )
         table = tabulate(ledger, pricer, kinds, len(degrees))
         forward, backward, _ = phase_seconds(table)
         seconds.append(np.where(allowed, each @ (forward + backward), np.inf))
@@ -76,7 +81,14 @@ def sequence_problem(
     room = float(cluster.device.memory_bytes) - float(stack.framework_bytes) - sharded
     if budget_bytes is None and room <= 0.0:
         limit = format_bytes(float(cluster.device.memory_bytes))
-        raise Infeasible(Problem("memory", f"states take {format_bytes(sharded)} per device", f"less than {limit}", "Use more devices."))
+        raise Infeasible(
+            Problem(
+                "memory",
+                f"states take {format_bytes(sharded)} per device",
+                f"less than {limit}",
+                "Use more devices.",
+            )
+        )
     return SequenceProblem(
         tuple(histogram), tuple(histogram.values()), tuple(degrees), np.array(seconds), np.array(held), cluster.devices,
         room if budget_bytes is None else budget_bytes,

@@ -24,7 +24,7 @@ from planner.errors import Problem, SpecError
 from planner.solve.combinatorial.certificate import Certificate, Clock, certify
 from planner.solve.combinatorial.milp import Program, solve
 
-__all__ = ["Alignment", "Balance", "align", "balance", "in_order", "longest_first"]
+__all__ = ["Alignment", "Balance", "align", "balance", "in_order", "longest_first", "moved"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Index: TypeAlias = NDArray[np.intp]
@@ -145,28 +145,33 @@ def align(transitions: Sequence[Floats], devices: int, *, time_limit_s: float | 
             break
     if count <= _MOST_PLACEMENTS:
         device = _best_path(transitions, experts, devices)
-        moved = total - _stayed(transitions, device)
+        away = moved(transitions, device)
         return Alignment(
             _plain(device),
-            moved,
+            away,
             total,
-            certify(moved, moved, "best path over placements", clock, {"placements": count}),
+            certify(away, away, "best path over placements", clock, {"placements": count}),
         )
     stay_most = sum(_most_stay(table, each) for table in transitions)
     device = _in_turn(transitions, in_order(len(transitions) + 1, experts, devices), devices, clock)
-    moved = total - _stayed(transitions, device)
-    bound = min(max(total - stay_most, 0.0), moved)
+    away = moved(transitions, device)
+    bound = min(max(total - stay_most, 0.0), away)
     return Alignment(
         _plain(device),
-        moved,
+        away,
         total,
-        certify(moved, bound, "assignments in turn, row and column bound", clock),
+        certify(away, bound, "assignments in turn, row and column bound", clock),
     )
 
 
 def in_order(layers: int, experts: int, devices: int) -> Index:
     """Every layer's experts in the order of their numbers: what a launcher does that knows no affinity."""
     return np.tile(np.repeat(np.arange(devices), experts // devices), (layers, 1))
+
+
+def moved(transitions: Sequence[Floats], device: Index) -> float:
+    """Tokens that change devices between layers under a placement: (layers, experts)."""
+    return float(sum(table.sum() for table in transitions)) - _stayed(transitions, device)
 
 
 # -- loads -----------------------------------------------------------------------------------------------------------------

@@ -349,9 +349,8 @@ def _evaluated(graph: ComputeGraph, computed: Flags, kept: Flags) -> Schedule:
     again = {name: int(count) - 1 for name, count in zip(graph.names, counts, strict=True) if count > 1}
     time_s = float(np.dot(counts, graph.time_s))
     kept_bytes = float(size[kept[graph.boundary]].sum()) if graph.boundary else 0.0
-    return Schedule(
-        computed, kept, time_s, time_s - graph.once_s, peak + graph.constant_bytes, kept_bytes, again
-    )
+    recompute_s = float(np.dot(counts - 1, graph.time_s))
+    return Schedule(computed, kept, time_s, recompute_s, peak + graph.constant_bytes, kept_bytes, again)
 
 
 def _within(schedule: Schedule, budget_bytes: float, kept_limit_bytes: float) -> bool:

@@ -138,16 +138,27 @@ class Layouts:
             made, used = self.nodes(source)[0], self.nodes(target)[0]
             dims = graph.dimensions_of(read.size, source.output)
             n_bytes = float(np.ravel(graph.axes[read.size])[0]) * read.bytes_per_element
-            out = [tuple(d if d in dims or d == WHOLE else PARTIAL for d in s) for s in made]
-            wanted = [
-                tuple(d if d in dims else WHOLE for d in s) for s in made
-            ]  # of the gradient of what was made
-            into = [tuple(d if d in dims else WHOLE for d in s) for s in used]
-            given = [tuple(d if d in dims or d == WHOLE else PARTIAL for d in s) for s in used]
+            out, into = [_made(s, dims) for s in made], [_used(s, dims) for s in used]
+            # Gradients mirror that: of what was used come parts of what was made.
+            given, wanted = [_made(s, dims) for s in used], [_used(s, dims) for s in made]
             self._edges[key] = (
                 self._resharding(out, into, n_bytes) + self._resharding(given, wanted, n_bytes).T
             )
         return self._edges[key]
+
+    def sent_bytes(
+        self, source: Operator, target: Operator, read: Read, made: Strategy, used: Strategy
+    ) -> float:
+        """Bytes that a rank sends to hand a tensor from one operator to another, and its gradient back."""
+        dims = self.graph.dimensions_of(read.size, source.output)
+        n_bytes = float(np.ravel(self.graph.axes[read.size])[0]) * read.bytes_per_element
+        total = 0.0
+        for there, wanted in ((_made(made, dims), _used(used, dims)), (_made(used, dims), _used(made, dims))):
+            for step in resharding_steps(there, wanted, self.degrees):
+                ranks = self.degrees[step.axis]
+                passes = 2.0 if step.collective == "all_reduce" else 1.0
+                total += passes * step.fraction * n_bytes * (ranks - 1) / ranks
+        return total
 
     # -- details -----------------------------------------------------------------------------------------------------
 
@@ -218,6 +229,16 @@ class Layouts:
         at_columns = [seconds_first[layout] for layout in targets]
         resharded: Floats = found[np.ix_(at_rows, at_columns)]
         return resharded
+
+
+def _made(strategy: Strategy, dimensions: set[str]) -> Layout:
+    """The layout of a tensor that comes out of an operator: partial where a dimension is split that it has not."""
+    return tuple(d if d in dimensions or d == WHOLE else PARTIAL for d in strategy)
+
+
+def _used(strategy: Strategy, dimensions: set[str]) -> Layout:
+    """The layout of a tensor that goes into an operator: whole where a dimension is split that it has not."""
+    return tuple(d if d in dimensions else WHOLE for d in strategy)
 
 
 def _sizes(item: Item) -> list[str]:

@@ -30,6 +30,7 @@ class ShardingProblem:
     degrees: tuple[int, ...]
     strategies: tuple[Sequence[Strategy], ...]
     choices: ChoiceGraph
+    layouts: Layouts
 
     @staticmethod
     def priced(
@@ -74,7 +75,19 @@ class ShardingProblem:
             [operator.name for operator in graph.operators], [seconds for _, seconds, _ in nodes],
             [held for *_, held in nodes], edges, budget_bytes,
         )  # fmt: skip
-        return ShardingProblem(graph, tuple(degrees), tuple(strategies for strategies, *_ in nodes), choices)
+        strategies = tuple(strategies for strategies, *_ in nodes)
+        return ShardingProblem(graph, tuple(degrees), strategies, choices, layouts)
+
+    def sent_bytes(self, choice: Sequence[int]) -> dict[tuple[int, int], float]:
+        """Bytes that a rank sends between every two operators, forward and back."""
+        sent: dict[tuple[int, int], float] = {}
+        for number, operator in enumerate(self.graph.operators):
+            for read in operator.reads:
+                made, used = (self.strategies[i][choice[i]] for i in (read.source, number))
+                source = self.graph.operators[read.source]
+                n_bytes = self.layouts.sent_bytes(source, operator, read, made, used)
+                sent[read.source, number] = sent.get((read.source, number), 0.0) + n_bytes
+        return sent
 
     def solution(self, found: Assignment) -> Sharding:
         """An assignment in words."""
@@ -95,14 +108,16 @@ class ShardingProblem:
                 strict=True,
             )
         )
+        sent = self.sent_bytes(found.choice)
         reshardings = tuple(
             {
                 "from": choices.names[i],
                 "to": choices.names[j],
                 "time_s": float(table[found.choice[i], found.choice[j]]),
+                "sent_bytes": sent[i, j],
             }
             for (i, j), table in sorted(choices.edges.items())
-            if table[found.choice[i], found.choice[j]] > 0.0
+            if sent[i, j] > 0.0
         )
         return Sharding(
             self.degrees,
