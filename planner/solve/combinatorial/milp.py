@@ -11,6 +11,7 @@ row is not accepted: the program is solved once more with the row narrowed, and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -238,7 +239,13 @@ def _scipy(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolu
 
 
 def _pulp(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolution:
-    """HiGHS through PuLP where highspy is installed, else CBC."""
+    """HiGHS through PuLP where highspy is installed, else CBC; what PuLP 3 says of version 4 is answered by the pin below it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _by_pulp(program, time_limit_s, gap)
+
+
+def _by_pulp(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolution:
     import pulp  # type: ignore[import-untyped]
 
     problem = pulp.LpProblem("program", pulp.LpMinimize)

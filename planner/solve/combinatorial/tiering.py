@@ -112,6 +112,8 @@ def place(problem: TieringProblem, *, backend: str = "scipy", time_limit_s: floa
     clock = Clock(time_limit_s)
     gaps = _gaps(problem)
     pinned = _pinned(problem)
+    if max(pinned, default=0.0) > problem.tiers[0].capacity_bytes:
+        raise _too_large(problem)
     program = Program()
     serial = problem.moves == "serial"
     out, back = _ways(problem, gaps)
