@@ -112,7 +112,7 @@ def recompute(
     forward to backward.
     """
     from planner.report.optimum import show_schedules
-    from planner.solve.combinatorial.recompute import cheapest_schedule, front
+    from planner.solve.combinatorial.recompute import SOLVERS, cheapest_schedule, front
     from planner.solve.graph.operators import model_graph
     from planner.solve.graph.recompute import layer_graph, point
     from planner.solve.problem_files import read_compute_graph
@@ -122,6 +122,7 @@ def recompute(
     )
     number = job.whole("--layer", layer, least=0)
     wanted = job.whole("--points", points)
+    job.check("--solver", solver, SOLVERS)
     job.raise_if_any()
     if file is not None:
         graph = read_compute_graph(file)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import Problem, SpecError
+from planner.errors import Problem, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
@@ -43,8 +43,7 @@ class SolveJob:
             self.faults.append(Problem("--seq-len", "is missing", "a whole number, tokens per sequence"))
         if file is not None and model is not None:
             self.faults.append(Problem("--model", f"{model!r} beside the file {file!r}", "one of them"))
-        if backend not in BACKENDS:
-            self.faults.append(Problem("--backend", repr(backend[:40]), f"one of {', '.join(BACKENDS)}"))
+        self.check("--backend", backend, BACKENDS)
         self._batch = self.whole("--batch", batch)
         self._seq_len = 1 if seq_len is None else self.whole("--seq-len", seq_len)
         self.knobs: dict[str, str] = self.attempt(parse_fixed, fix or []) or {}
@@ -63,6 +62,12 @@ class SolveJob:
         if number < least:
             self.faults.append(Problem(flag, repr(text[:40]), f"a whole number from {least}"))
         return max(number, least)
+
+    def check(self, flag: str, text: str, known: Sequence[str]) -> None:
+        """Notes a fault where an option is none of these."""
+        if text not in known:
+            hint = did_you_mean(text, known)
+            self.faults.append(Problem(flag, repr(text[:40]), f"one of {', '.join(known)}", hint))
 
     def raise_if_any(self) -> None:
         """Raises all noted faults."""

@@ -120,12 +120,12 @@ def cheapest_schedule(
         Infeasible: no schedule keeps the limits.
         SolverError: the solver fails, or finds nothing in time.
     """
+    if solver not in SOLVERS:
+        raise SolverError(Problem("solver", repr(solver), f"one of {', '.join(SOLVERS)}"))
     clock = Clock(time_limit_s)
     plain = keep_all(graph)
     if _within(plain, budget_bytes, kept_limit_bytes):
         return replace(plain, certificate=certify(plain.time_s, graph.once_s, "every node once", clock))
-    if solver not in SOLVERS:
-        raise SolverError(Problem("solver", repr(solver), f"one of {', '.join(SOLVERS)}"))
     if solver == "ilp":
         return _by_program(graph, budget_bytes, kept_limit_bytes, backend, clock)
     return _by_search(graph, budget_bytes, kept_limit_bytes, clock)

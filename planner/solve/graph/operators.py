@@ -247,6 +247,8 @@ def _read_size(
         return values
     if source == "attention.kv_up":
         return keys
+    if isinstance(item, Matmul) and item.grouped:  # what was tokens is rows of experts from here on
+        return times(times(item.k, item.m), item.groups)
     if name in ("attention.rope", "attention.qk_norm") and len(sources) == 1:
         assert isinstance(item, Stream)
         return item.size
