@@ -128,7 +128,7 @@ from planner.costs.pipeline import (
 )
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_interleaved_s
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
-from planner.costs.resharding import PARTIAL, WHOLE, Layout, Step, reshard_bytes, resharding_steps
+from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -146,8 +146,6 @@ __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "KNOWN_OPTIMIZERS",
-    "PARTIAL",
-    "WHOLE",
     "Layout",
     "Level",
     "MessageCost",

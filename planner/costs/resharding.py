@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["PARTIAL", "WHOLE", "Layout", "Step", "reshard_bytes", "resharding_steps"]
+__all__ = ["Layout", "Step", "reshard_bytes", "resharding_steps"]
 
 WHOLE, PARTIAL = "", "+"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from planner import TrainWorkload, load_cluster, load_model, load_stack
-from planner.costs import PARTIAL, WHOLE, all_gather_bytes, all_reduce_bytes, reshard_bytes, resharding_steps
+from planner.costs import all_gather_bytes, all_reduce_bytes, reshard_bytes, resharding_steps
+from planner.costs.resharding import PARTIAL, WHOLE
 from planner.errors import Infeasible, SolverError, SpecError
 from planner.solve.combinatorial.certificate import Clock, certify
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
