@@ -14,11 +14,13 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
     solve,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -41,6 +43,8 @@ def command() -> Callable[..., Any]:
     app.command("train")(train.train)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
