@@ -2,10 +2,11 @@
 
 A state is the stage, the node computed last in it, and the set of results that are held. Computing a node costs its
 seconds; dropping a result costs nothing, so nothing is dropped before there is no room, and then no more than there must
-be. What is left costs at least all results that are missing and still read, with everything missing that they are
-computed from: a bound that finds the way through a transformer block in a fraction of the states. The rules are those of
-the integer program in :mod:`planner.solve.combinatorial.recompute`, and so are the answers. Search: P. Hart, N. Nilsson,
-B. Raphael, IEEE Transactions on Systems Science and Cybernetics 4(2), 1968.
+be. Two things bound what is left: results that are missing and still read are computed again, with everything missing
+that they are computed from; and where more is read behind a stage than fits beside what it computes, some of that is
+missing then (the cheapest per byte: a knapsack). The rules are those of the integer program in
+:mod:`planner.solve.combinatorial.recompute`, and so are the answers. Search: P. Hart, N. Nilsson, B. Raphael, IEEE
+Transactions on Systems Science and Cybernetics 4(2), 1968.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from planner.solve.combinatorial.certificate import Clock
 __all__ = ["Path", "shortest_path"]
 
 _CHECKED_EVERY = 256  # states between two looks at the clock
+_SLACK = 1e-9  # relative: sizes that differ by less are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def shortest_path(
         clock: ends the search.
         greed: weight of what is left; above 1 finds some schedule sooner, and no bound.
     """
-    graph = _Graph(time_s, size, reads)
+    graph = _Graph(time_s, size, reads, in_place, boundary, budget, kept_limit)
     n = graph.n
     start = (0, -1, 0)
     best: dict[tuple[int, int, int], float] = {start: 0.0}
@@ -85,8 +87,9 @@ def shortest_path(
                     if cost < best.get(new, float("inf")):
                         best[new], origin[new] = cost, (state, node)
                         count += 1
-                        left = graph.missing_s(next_stage, end)
-                        heappush(heap, (cost + greed * left, -next_stage, count, cost, new))
+                        left = graph.left_s(next_stage, end)
+                        if left < float("inf"):
+                            heappush(heap, (cost + greed * left, -next_stage, count, cost, new))
     return Path(None, float("inf"), greed == 1.0, popped)
 
 
@@ -113,41 +116,85 @@ class _Graph:
     """Bit masks of a graph; node i is bit i."""
 
     def __init__(
-        self, time_s: Sequence[float], size: Sequence[float], reads: Sequence[tuple[int, ...]]
-    ) -> None:
-        self.n, self.time_s, self.size = len(reads), time_s, size
+        self, time_s: Sequence[float], size: Sequence[float], reads: Sequence[tuple[int, ...]], in_place: frozenset[int],
+        boundary: int, budget: float, kept_limit: float,
+    ) -> None:  # fmt: skip
+        n = self.n = len(reads)
+        self.time_s, self.size = time_s, size
+        self._totals: dict[int, float] = {}
+        self._largest_first = sorted(range(n), key=lambda i: (-size[i], i))
         self.reads_mask = [sum(1 << i for i in sources) for sources in reads]
-        self.latest = list(range(self.n))
-        for j in reversed(range(self.n)):
+        self.latest = list(range(n))
+        for j in reversed(range(n)):
             for i in reads[j]:
                 self.latest[i] = max(self.latest[i], self.latest[j])
-        stages = range(self.n + 1)
-        self.useful = [sum(1 << i for i in range(self.n) if self.latest[i] >= t) for t in stages]
-        wanted = [
-            sum(1 << i for i in range(min(t, self.n)) if any(i in reads[j] for j in range(t, self.n)))
-            for t in stages
+        stages = range(n + 1)
+        self.useful = [sum(1 << i for i in range(n) if self.latest[i] >= t) for t in stages]
+        # Per stage, what is computed before it and read in it or behind it.
+        self._wanted = [
+            sum(1 << i for i in range(t) if any(i in reads[j] for j in range(t, n))) for t in stages
         ]
-        self._wanted = wanted
-        self._missing: dict[tuple[int, int], float] = {}
+        self._known: dict[tuple[int, int], float] = {}
+        self._crowded: list[tuple[int, int, float, list[int]]] = []
+        for s in range(n):
+            read_later = self._wanted[s + 1] & ~(1 << s)
+            beside = 0.0 if s in in_place else self.total(self.reads_mask[s] & ~read_later)
+            self._crowd(s, read_later, budget - self.size[s] - beside)
+        if boundary:
+            self._crowd(boundary, self._wanted[boundary], kept_limit)
+
+    def _crowd(self, stage: int, wanted: int, room: float) -> None:
+        """Notes a stage in which less may be held than is read behind it: the cheapest to compute again, per byte, first."""
+        excess = self.total(wanted) - room
+        if excess > _SLACK * max(room, 0.0):
+            nodes = [i for i in _bits(wanted) if self.size[i] > 0.0]
+            nodes.sort(key=lambda i: (self.time_s[i] / self.size[i], i))
+            self._crowded.append((stage, wanted, excess, nodes))
 
     def total(self, live: int) -> float:
         """Bytes of a set."""
-        return sum(self.size[i] for i in _bits(live))
-
-    def missing_s(self, stage: int, live: int) -> float:
-        """Seconds to compute what is missing and still read, with all that is missing before it."""
-        key = (stage, live)
-        found = self._missing.get(key)
+        found = self._totals.get(live)
         if found is None:
-            todo, seen, found = self._wanted[stage] & ~live, 0, 0.0
-            while todo:
-                low = todo & -todo
-                node = low.bit_length() - 1
-                seen |= low
-                found += self.time_s[node]
-                todo = (todo | self.reads_mask[node] & ~live) & ~seen
-            self._missing[key] = found
+            found = self._totals[live] = sum(self.size[i] for i in _bits(live))
         return found
+
+    def left_s(self, stage: int, live: int) -> float:
+        """Seconds that recomputation takes at least from here on: of what is missing, and of what has yet to go."""
+        key = (stage, live)
+        found = self._known.get(key)
+        if found is None:
+            to_go_s = max(
+                (self._to_go_s(stage, live, *c[1:]) for c in self._crowded if c[0] >= stage), default=0.0
+            )
+            found = self._known[key] = self._missing_s(stage, live) + to_go_s
+        return found
+
+    def _missing_s(self, stage: int, live: int) -> float:
+        """What is missing and still read, with all that is missing before it: each is computed once more."""
+        todo, seen, total = self._wanted[stage] & ~live, 0, 0.0
+        while todo:
+            low = todo & -todo
+            node = low.bit_length() - 1
+            seen |= low
+            total += self.time_s[node]
+            todo = (todo | self.reads_mask[node] & ~live) & ~seen
+        return total
+
+    def _to_go_s(self, stage: int, live: int, wanted: int, excess: float, nodes: Sequence[int]) -> float:
+        """What is held now, or computed before a crowded stage, must in part be gone in it, and be computed again behind it.
+
+        The cheapest per byte go, the last of them in part: the bound of a knapsack. What is missing now may be missing then.
+        """
+        missing = wanted & ~live & ((1 << stage) - 1)
+        excess -= self.total(missing)
+        total = 0.0
+        for node in nodes:
+            if excess <= 0.0:
+                return total
+            if not missing >> node & 1:
+                part = min(excess / self.size[node], 1.0)
+                total, excess = total + part * self.time_s[node], excess - part * self.size[node]
+        return total if excess <= _SLACK * self.total(wanted) else float("inf")
 
     def with_node(self, node: int, live: int, budget: float, in_place: bool) -> Iterator[int]:
         """The sets after a node is computed: everything, or the least that has to go."""
@@ -158,8 +205,9 @@ class _Graph:
 
     def evictions(self, live: int, pinned: int, more: float) -> Iterator[int]:
         """What is left of a set when at least ``more`` has gone, and nothing that could have stayed; ``pinned`` stays."""
-        slack = 1e-9 * max(self.total(live), 1e-300)
-        free = sorted(_bits(live & ~pinned), key=lambda i: (-self.size[i], i))
+        slack = _SLACK * max(self.total(live), 1e-300)
+        loose = live & ~pinned
+        free = [i for i in self._largest_first if loose >> i & 1]
         rest = [0.0] * (len(free) + 1)
         for position in reversed(range(len(free))):
             rest[position] = rest[position + 1] + self.size[free[position]]
