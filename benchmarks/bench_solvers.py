@@ -1,7 +1,8 @@
 """Speed of the solvers of ``planner solve``, with and without what makes them fast, and the gaps that they leave.
 
-Seconds are of the processor, on one core: the machine may be shared. Deadlines are of the clock. Run with ``python benchmarks/bench_solvers.py``; it takes a few minutes, most of them in integer programs without elimination. The
-last results are in ``bench_solvers.md``.
+Seconds are of the processor, on one core: the machine may be shared. Deadlines are of the clock. Run with ``python
+benchmarks/bench_solvers.py``; it takes a few minutes, most of them in integer programs without elimination. The last
+results are in ``bench_solvers.md``.
 """
 
 from __future__ import annotations

@@ -179,11 +179,11 @@ def test_schedules_agree_with_enumeration():
 
 def test_search_and_program_agree_on_what_is_kept():
     rng = np.random.default_rng(4)
-    for _ in range(40):
+    for _ in range(60):
         graph = training_graph(rng, int(rng.integers(3, 6)))
         plain = keep_all(graph)
         limits = {
-            "budget_bytes": plain.peak_bytes * 1.05,
+            "budget_bytes": plain.peak_bytes * rng.uniform(0.8, 1.05),
             "kept_limit_bytes": plain.kept_bytes * rng.random(),
         }
         answers = []

@@ -141,7 +141,7 @@ class _Graph:
             beside = 0.0 if s in in_place else self.total(self.reads_mask[s] & ~read_later)
             self._crowd(s, read_later, budget - self.size[s] - beside)
         if boundary:
-            self._crowd(boundary, self._wanted[boundary], kept_limit)
+            self._crowd(boundary - 1, self._wanted[boundary], kept_limit)  # behind the stage before it
 
     def _crowd(self, stage: int, wanted: int, room: float) -> None:
         """Notes a stage in which less may be held than is read behind it: the cheapest to compute again, per byte, first."""
