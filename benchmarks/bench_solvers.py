@@ -101,7 +101,7 @@ def schedules() -> None:
                     )
                 )
                 told = "does not fit" if isinstance(found, PlannerError) else proof(found.certificate)
-                if not isinstance(found, PlannerError):
+                if not isinstance(found, PlannerError) and solver == "search":
                     more = f"{100 * found.recompute_s / graph.once_s:.1f} %"
                 row += f" {told + f' {cpu_s:.2f} s':>{16 if solver == 'search' else 20}}"
             print(f"{name:22} {len(graph):5} {100 * share:4.0f} % {more:>9}{row}")
