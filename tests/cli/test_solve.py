@@ -161,6 +161,7 @@ WRONG = {
     "deadline": ("sharding", *JOB, "--mesh", "4", "--deadline", "soon"),
     "memory": ("sharding", *JOB, "--mesh", "4", "--memory", "much"),
     "knob": ("sharding", *JOB, "--mesh", "4", "--fix", "tp=2"),
+    "other training": ("sharding", *JOB, "--mesh", "4", "--fix", "adaptation=lora"),
     "choice": ("sharding", *JOB, "--mesh", "4", "--fix", "attention_kernel=fast"),
     "data flow": ("sharding", "--model", "mamba-130m", *JOB[2:], "--mesh", "4"),
     "layer": ("recompute", *JOB, "--layer", "12"),

@@ -138,6 +138,18 @@ def test_operators_stand_behind_what_they_read():
             assert number == 0 or operator.reads
 
 
+EAGER = {"elementwise_kernel": "eager", "attention_kernel": "eager", "loss_kernel": "log_softmax"}
+
+
+@pytest.mark.parametrize("knobs", [{"precision": "fp8"}, EAGER], ids=["fp8", "eager"])
+@pytest.mark.parametrize("model", ["llama3-8b", "qwen2-57b-a14b", "gpt2"])
+def test_other_kernels_are_the_same_operators(model, knobs):
+    plain, other = graph_of(model, seq=1024), graph_of(model, seq=1024, **knobs)
+    cores = ("core", "scores", "softmax", "context")
+    names, same = ({o.name for o in g.operators if not o.name.endswith(cores)} for g in (plain, other))
+    assert names == same
+
+
 def test_unknown_data_flow_is_an_error():
     with pytest.raises(SpecError, match="ssm"):
         graph_of("mamba-130m")

@@ -136,6 +136,8 @@ def model_graph(
                 "--layers", str(layers), f"a whole number from 1 to {len(order)}, the layers of {model.name}"
             )
         )
+    if "adaptation" in (knobs or {}):
+        raise SpecError(Problem("--fix adaptation", "does not apply here", "a model that is trained in full"))
     one = np.ones(1)
     mesh, batch = Mesh(one, one, one, one, one, one), one * workload.global_batch_size
     ledger, ctx, allowed, reason = run_passes(
@@ -172,12 +174,15 @@ def _layer(
             and isinstance(item, Kernel)
             and item.phase in ("forward", "backward", "weight")
         ):
-            kernels.setdefault(item.what, []).append(item)
+            kernels.setdefault(_operator_of(item.what), []).append(item)
     _check_known(kernels, block)
     sources = {name: reads(name, kernels) for name in kernels}
     ordered = _in_order(sources)
     number = {name: first + index for index, name in enumerate(ordered)}
-    forward = {name: next(i for i in items if i.phase == "forward") for name, items in kernels.items()}
+    forward = {
+        name: next(i for i in items if i.phase == "forward" and i.what == name)
+        for name, items in kernels.items()
+    }
     sizes = {name: _output(forward[name], name, kernels) for name in kernels}
     held = _held(ledger, block, kernels)
     width = dtype_bytes(ctx.format.activation)
@@ -202,6 +207,12 @@ def _layer(
             )
         )  # fmt: skip
     return found
+
+
+def _operator_of(kernel: str) -> str:
+    """The operator that a kernel belongs to: its own, or the one whose operands it casts (``mlp.fc1.quantise``)."""
+    operator = kernel.rpartition(".")[0]
+    return operator if not knows(kernel) and knows(operator) else kernel
 
 
 def _check_known(kernels: Collection[str], block: str) -> None:
@@ -269,7 +280,7 @@ def _weight(name: str, kernels: Sequence[Item]) -> str:
     """Elements of the matrix that an operator multiplies with, or looks up in."""
     if name == "embedding":
         return "vocab*hidden"
-    forward = next(i for i in kernels if i.phase == "forward")
+    forward = next(i for i in kernels if i.phase == "forward" and i.what == name)
     if isinstance(forward, Matmul) and any(i.phase == "weight" for i in kernels):
         size = times(forward.n, forward.k) if forward.n != "1" else forward.k
         return times(size, forward.groups) if forward.groups != "1" else size
@@ -297,7 +308,6 @@ _KEPT_FOR = {
     "attention.probabilities_dropped": "attention.context", "attention.qkv_input": "attention.qkv|attention.q|attention.q_down",
     "attention.q_latent": "attention.q_up", "attention.kv_latent": "attention.kv_up", "moe.input": "moe.router",
     "moe.combined": "moe.latent_up", "shared_expert.output": "shared_expert.scale", "head.input": "head.logits",
-    "head.logits": "head.cross_entropy",
 }  # fmt: skip
 
 
@@ -308,8 +318,19 @@ def _held(ledger: Ledger, block: str, layer: Collection[str]) -> dict[str, list[
         if item.lifetime != "micro_batch" and item.pool != "logits":
             continue
         stem = re.sub(r"[._](input|mask|dropout_mask)$", "", item.what)
-        names = _KEPT_FOR.get(item.what, f"{stem}|{stem}.add|{stem}.act")
-        owner = next((name for name in names.split("|") if name in layer), None)
-        assert owner is not None, f"{item.what} of {block} belongs to no operator"
-        found.setdefault(owner, []).append(replace(item))
+        names = (
+            "head.cross_entropy"
+            if item.pool == "logits"
+            else _KEPT_FOR.get(item.what, f"{stem}|{stem}.add|{stem}.act")
+        )
+        beginning = max((name for name in layer if item.what.startswith(f"{name}.")), key=len, default=None)
+        owner = next((name for name in names.split("|") if name in layer), beginning)
+        if owner is None:
+            what = f"the operator that needs {item.what} is not known"
+            raise SpecError(
+                Problem(
+                    f"block {block!r}", what, "other choices of kernels", "Give the graph as a JSON file."
+                )
+            )
+        found.setdefault(owner, []).append(item)
     return found
