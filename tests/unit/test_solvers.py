@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from planner import TrainWorkload, load_cluster, load_model, load_stack
+from planner.baseline import EMBEDDING, HEAD
 from planner.costs import all_gather_bytes, all_reduce_bytes, reshard_bytes, resharding_steps
 from planner.costs.resharding import PARTIAL, WHOLE
+from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible, SolverError, SpecError
+from planner.mesh import Mesh
 from planner.solve.combinatorial.certificate import Clock, certify
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
@@ -18,6 +21,7 @@ from planner.solve.graph.graph_file import read_graph
 from planner.solve.graph.operators import model_graph
 from planner.solve.graph.recompute import layer_graph
 from planner.solve.graph.sharding import ShardingProblem, shard
+from planner.solve.passes import run_passes
 from planner.solve.sequence_costs import sequence_problem
 
 STACK = load_stack()
@@ -153,6 +157,47 @@ def test_other_kernels_are_the_same_operators(model, knobs):
 def test_unknown_data_flow_is_an_error():
     with pytest.raises(SpecError, match="ssm"):
         graph_of("mamba-130m")
+
+
+def block_s(model, cluster, workload, tp, before):
+    """What the engine makes of every block's forward and backward."""
+    one = np.ones(1)
+    mesh = Mesh(tp * one, one, one, one, one, one)
+    ledger, *_ = run_passes(
+        model, cluster, STACK, workload, mesh, workload.global_batch_size * one, before, {}
+    )
+    table = tabulate(ledger, Pricer(cluster, STACK), (model.layers[0][0], EMBEDDING, HEAD), 1)
+    return (table["forward_s"] + table["backward_s"] + table["weight_s"])[:, 0]
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "mixtral-8x7b", "gpt2-xl"])
+def test_on_one_device_the_graph_takes_what_the_engine_says(name):
+    cluster, model, workload = load_cluster("h100-sxm:1x1"), load_model(name), TrainWorkload(8, 1024)
+    graph = model_graph(model, cluster, STACK, workload, layers=1)
+    found = shard(graph, cluster, STACK, (1,), budget_bytes=1e15)
+    blocks = block_s(model, cluster, workload, 1, "gradient_accumulation")
+    assert found.time_s == pytest.approx(blocks.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b", "llama3-70b"])
+def test_megatrons_plan_takes_what_the_engine_says_of_tensor_parallelism(name):
+    cluster, model, workload = load_cluster("a100-sxm-80gb:1x8"), load_model(name), TrainWorkload(1, 2048)
+    graph = model_graph(model, cluster, STACK, workload, layers=1)
+    problem = ShardingProblem.priced(graph, cluster, STACK, (8,), budget_bytes=1e15)
+    split = dict.fromkeys(("qkv", "rope", "core", "output"), "heads") | dict.fromkeys(
+        ("fc1", "act", "fc2"), "ffn"
+    )
+    choices, names = problem.choices, problem.choices.names
+    x = [
+        s.index((split.get(n.rpartition(".")[2], ""),))
+        for n, s in zip(names, problem.strategies, strict=True)
+    ]
+    inside = [i for i, name in enumerate(names) if name.startswith("layer0")]
+    nodes = sum(choices.time_s[i][x[i]] for i in inside)
+    edges = sum(table[x[i], x[j]] for (i, j), table in choices.edges.items() if j in inside)
+    assert nodes + edges == pytest.approx(
+        block_s(model, cluster, workload, 8, "sequence_parallel")[0], rel=1e-9
+    )
 
 
 def test_mixture_sends_tokens_to_their_experts():
