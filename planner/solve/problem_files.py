@@ -7,6 +7,7 @@ before them, or in another list of the same file; sizes may be text such as ``"8
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,7 @@ def read_sequences(path: str) -> SequenceProblem:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertProblem:
     """Loads of one layer's experts, or transitions between the experts of neighbouring layers.
 
@@ -151,10 +153,10 @@ class ExpertProblem:
         transitions: per pair of layers, tokens from every expert to every expert of the next layer.
     """
 
-    def __init__(
-        self, devices: int, slots: int | None, loads: Sequence[float], transitions: Sequence[Any]
-    ) -> None:
-        self.devices, self.slots, self.loads, self.transitions = devices, slots, loads, transitions
+    devices: int
+    slots: int | None
+    loads: tuple[float, ...]
+    transitions: tuple[Any, ...]
 
 
 def read_experts(path: str) -> ExpertProblem:
@@ -186,7 +188,7 @@ def read_experts(path: str) -> ExpertProblem:
         ):
             reader.problem("transitions", "tables of different or uneven shapes", "square tables of one size")
     _finish(reader, [])
-    return ExpertProblem(devices, slots, loads, tables)
+    return ExpertProblem(devices, slots, tuple(loads), tuple(tables))
 
 
 def read_ranks(path: str) -> RankProblem:
