@@ -59,13 +59,14 @@ _Lengths = Annotated[
     str | None,
     _option("--lengths", text="Sequences of one step, LENGTH:COUNT,… e.g. 4096:128,65536:4.", metavar="LIST"),
 ]
+_Layers = Annotated[str | None, _option("--layers", text="The model's first N layers [all].", metavar="N")]
 _StackName = Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")]
 
 
 def sharding(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, mesh: Annotated[
         str | None, _option("--mesh", text="Axes of the device mesh, innermost last, e.g. 4x8.", metavar="AxB")
-    ] = None, layers: Annotated[str | None, _option("--layers", text="The model's first N layers [all].", metavar="N")] = None,
+    ] = None, layers: _Layers = None,
     batch: _Batch = "1", seq_len: _SeqLen = None, micro_batches: Annotated[
         str, _option("--micro-batches", text="Per optimizer step, which share the sum of gradients [1].", metavar="N")
     ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", elimination: Annotated[
@@ -143,14 +144,35 @@ def recompute(
 
 
 def tiers(
-    file: _File, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: _Json = False
-) -> None:
-    """Where tensors rest between the kernels that use them: device memory, host memory, CXL, NVMe."""
-    from planner.report.optimum import show_placement
-    from planner.solve.combinatorial.tiering import place
-    from planner.solve.problem_files import read_tiers
+    file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, layers: _Layers = None, batch: _Batch = "1",
+    seq_len: _SeqLen = None, memory: _Memory = None, moves: Annotated[
+        str, _option("--moves", text="serial (kernels wait) or overlapped [serial].", metavar="NAME")
+    ] = "serial", fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy", deadline: _Deadline = "60s",
+    as_json: _Json = False,
+) -> None:  # fmt: skip
+    """Where tensors rest between the kernels that use them: device memory, host memory, CXL, NVMe.
 
-    found = place(read_tiers(file), backend=backend, time_limit_s=read_deadline(deadline))
+    Of a model, every device of the cluster holds an equal share of the states; of a file, what it says.
+    """
+    from planner.report.optimum import show_placement
+    from planner.solve.combinatorial.tiering import MOVES, place
+    from planner.solve.problem_files import read_tiers
+    from planner.solve.tier_costs import tier_problem
+
+    job = SolveJob(
+        file, model, cluster, batch, seq_len, fix, stack, memory, deadline, backend, priced=file is None
+    )
+    count = None if layers is None else job.whole("--layers", layers)
+    job.check("--moves", moves, MOVES)
+    job.raise_if_any()
+    if file is not None:
+        problem = read_tiers(file)
+    else:
+        problem = tier_problem(
+            job.model, job.cluster, job.stack, job.workload(), layers=count, knobs=job.knobs, moves=moves,
+            device_bytes=job.memory_bytes,
+        )  # fmt: skip
+    found = place(problem, backend=backend, time_limit_s=job.deadline_s)
     content = {
         "time_s": found.time_s, "kernels_s": found.kernels_s, "peak_bytes": found.peak_bytes,
         "rests": [asdict(rest) for rest in found.rests], "certificate": found.certificate.as_dict(),

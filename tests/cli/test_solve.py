@@ -149,6 +149,13 @@ def test_sequences_of_a_model_are_grouped_and_cut(planner):
     assert "padding" in planner("solve", "micro-batches", *job, "--lengths", "256:6", "--stages", "2").out
 
 
+def test_tensors_of_a_model_are_placed(planner):
+    found = planner("solve", "tiers", *JOB, "--layers", "2", "--memory", "400MiB", "--json").json
+    assert found["certificate"]["status"] == "exact"
+    assert found["rests"]
+    assert found["peak_bytes"]["device"] <= 400 * 2**20
+
+
 WRONG = {
     "no model": ("sharding", "--cluster", "a100:1x4", "--mesh", "4"),
     "no mesh": ("sharding", *JOB),

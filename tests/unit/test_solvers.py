@@ -17,12 +17,14 @@ from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
 from planner.solve.combinatorial.recompute import ComputeGraph, cheapest_schedule, front, keep_all
 from planner.solve.combinatorial.sequences import assign_sequences, longest_first
+from planner.solve.combinatorial.tiering import place
 from planner.solve.graph.graph_file import read_graph
 from planner.solve.graph.operators import model_graph
 from planner.solve.graph.recompute import layer_graph
 from planner.solve.graph.sharding import ShardingProblem, shard
 from planner.solve.passes import run_passes
 from planner.solve.sequence_costs import sequence_problem
+from planner.solve.tier_costs import tier_problem
 
 STACK = load_stack()
 MLP = {
@@ -338,6 +340,34 @@ def test_attention_is_recomputed_first_where_its_scores_are_kept():
     found = cheapest_schedule(graph, kept_limit_bytes=plain.kept_bytes - 2 * scores)
     assert "attention.softmax" in found.again
     assert not {"attention.qkv", "mlp.fc1", "mlp.fc2"} & set(found.again)
+
+
+# -- tiers -----------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_a_step_are_those_of_zero():
+    """Rajbhandari et al. 2020 (arXiv:1910.02054), section 3.1: 2 + 12 bytes a parameter, and gradients, here of 4 bytes."""
+    cluster, model = load_cluster("a100-sxm-80gb:1x8"), load_model("llama2-7b")
+    problem = tier_problem(model, cluster, STACK, TrainWorkload(1, 1024), layers=2)
+    weights = 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32000 * 4096  # without the gains of norms
+    sizes = {
+        part: sum(t.size_bytes for t in problem.tensors if t.name.startswith(part))
+        for part in ("weights", "gradients", "states")
+    }
+    assert sizes == {"weights": weights * 2 / 8, "gradients": weights * 4 / 8, "states": weights * 12 / 8}
+    assert [tier.name for tier in problem.tiers][:2] == ["device", "host"]
+
+
+def test_with_room_for_all_nothing_moves_and_with_less_something_does():
+    cluster, model = load_cluster("a100-sxm-80gb:1x1"), load_model("llama2-7b")
+    roomy = tier_problem(model, cluster, STACK, TrainWorkload(1, 1024), layers=4)
+    assert not place(roomy).rests
+    tight = tier_problem(model, cluster, STACK, TrainWorkload(1, 1024), layers=4, device_bytes=16e9)
+    found = place(tight)
+    assert found.certificate.status == "exact"
+    assert found.rests
+    assert found.time_s > found.kernels_s
+    assert found.peak_bytes["device"] <= 16e9
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ row is not accepted: the program is solved once more with the row narrowed, and 
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -220,10 +223,11 @@ def _scipy(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolu
     options: dict[str, float] = {"mip_rel_gap": gap}
     if time_limit_s is not None:
         options["time_limit"] = max(time_limit_s, 1e-3)
-    found = milp(
-        program.cost, integrality=program.integer.astype(int), bounds=Bounds(0.0, program.upper),
-        constraints=[LinearConstraint(matrix, program.low, program.high)] if shape[0] else [], options=options,
-    )  # fmt: skip
+    with _silence():
+        found = milp(
+            program.cost, integrality=program.integer.astype(int), bounds=Bounds(0.0, program.upper),
+            constraints=[LinearConstraint(matrix, program.low, program.high)] if shape[0] else [], options=options,
+        )  # fmt: skip
     bound = -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
     if found.status == 0 and not program.integer.any():
         bound = float(found.fun)
@@ -236,6 +240,20 @@ def _scipy(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolu
         return MilpSolution("unknown", np.zeros(0), np.inf, bound, solver, 0.0)
     values = np.where(program.integer, np.rint(found.x), found.x)
     return MilpSolution("feasible" if found.status else "optimal", values, np.inf, bound, solver, 0.0)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what HiGHS writes to the process's output, whatever it is told, from what the program prints."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _pulp(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolution:
@@ -273,7 +291,8 @@ def _by_pulp(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSo
     chosen = highs if highs.available() else pulp.PULP_CBC_CMD(msg=False, gapRel=gap, timeLimit=time_limit_s)
     solver = "HiGHS (PuLP)" if chosen is highs else "CBC (PuLP)"
     try:
-        status = problem.solve(chosen)
+        with _silence():
+            status = problem.solve(chosen)
     except pulp.PulpSolverError as error:
         raise SolverError(Problem("solver", f"{solver} failed: {error}")) from None
     if status == pulp.LpStatusInfeasible:

@@ -185,6 +185,8 @@ def _gaps(problem: TieringProblem) -> list[_Gap]:
     n = len(problem.kernels)
     found = []
     for number, tensor in enumerate(problem.tensors):
+        if not tensor.size_bytes:
+            continue
         uses = [k for k, kernel in enumerate(problem.kernels) if number in kernel.uses]
         pairs = list(pairwise(uses))
         if tensor.persists:
