@@ -213,6 +213,7 @@ class Technique:
         by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
+        solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
     """
 
     key: str
@@ -236,6 +237,8 @@ class Technique:
     by_row: bool = False
     moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    solve: Callable[..., Any] | None = None
+    naive: Callable[..., Any] | None = None
 
     @property
     def edits(self) -> bool:
@@ -243,12 +246,12 @@ class Technique:
         return self.apply is not _identity
 
     def subject(self, figure: Figure) -> Any:
-        """What a figure exercises: the pass, or the order."""
-        return self.apply if figure.of_pass or not self.order else self.order
+        """What a figure exercises: the solver, the pass, or the order."""
+        return self.solve or (self.apply if figure.of_pass or not self.order else self.order)
 
     def absence(self, figure: Figure) -> Any:
-        """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return _identity if figure.of_pass or not self.order else ""
+        """What takes the subject's place where the technique is missing: no plan, a pass that does nothing, or no order."""
+        return self.naive if self.solve else _identity if figure.of_pass or not self.order else ""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""

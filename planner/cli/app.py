@@ -18,6 +18,7 @@ from planner.cli import (
     hardware,
     models,
     schema,
+    solve,
     techniques,
     trace,
     train,
@@ -47,7 +48,12 @@ def command() -> Callable[..., Any]:
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
-    for name, verbs in (("hardware", hardware), ("models", models), ("calibrate", calibrate)):
+    for name, verbs in (
+        ("solve", solve),
+        ("hardware", hardware),
+        ("models", models),
+        ("calibrate", calibrate),
+    ):
         group = typer.Typer(help=verbs.HELP, **_PLAIN)
         group.callback()(_group)
         for verb, run in verbs.VERBS.items():

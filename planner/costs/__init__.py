@@ -131,6 +131,7 @@ from planner.costs.pipeline import (
 )
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_interleaved_s
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
+from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -149,8 +150,10 @@ __all__ = [
     "FORMAT_BITS",
     "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
+    "Layout",
     "Level",
     "MessageCost",
+    "Step",
     "Transport",
     "activation_bytes",
     "alignment_efficiency",
@@ -239,6 +242,8 @@ __all__ = [
     "reduce_scatter_bytes",
     "reduce_scatter_s",
     "rental_usd",
+    "reshard_bytes",
+    "resharding_steps",
     "ring_attention_elements",
     "ring_attention_s",
     "ring_overlap_tokens",
