@@ -143,8 +143,8 @@ def draw(
         raise SpecError(faults)
     random = np.random.default_rng(seed)
     gaps_s = np.zeros(count) if rate_per_s is None else _gamma(random, 1.0 / rate_per_s, arrival_cv2, count)
-    prompt = _whole(_gamma(random, lengths.prompt_tokens, lengths.prompt_cv2, count))
-    output = _whole(_gamma(random, lengths.output_tokens, lengths.output_cv2, count))
+    prompt = _tokens(random, lengths.prompt_tokens, lengths.prompt_cv2, count)
+    output = _tokens(random, lengths.output_tokens, lengths.output_cv2, count)
     return Requests(np.cumsum(gaps_s), prompt, output).cached(float(lengths.prefix_hit))
 
 
@@ -152,9 +152,11 @@ def _gamma(random: np.random.Generator, mean: float, cv2: float, count: int) -> 
     return np.full(count, float(mean)) if cv2 == 0.0 else random.gamma(1.0 / cv2, mean * cv2, count)
 
 
-def _whole(tokens: Reals) -> Integers:
-    """Rounded so that the mean stays: short ones become 1, which lengthens the mean of a wide law a little."""
-    return np.maximum(np.rint(tokens), 1.0).astype(np.int64)
+def _tokens(random: np.random.Generator, mean: float, cv2: float, count: int) -> Integers:
+    """One token and a gamma law of the others, rounded up or down at random so that the mean is as asked."""
+    more = mean - 1.0
+    drawn = np.zeros(count) if more <= 0.0 else _gamma(random, more, cv2 * (mean / more) ** 2, count)
+    return 1 + np.floor(drawn + random.random(count)).astype(np.int64)
 
 
 def read_trace(path: str | Path) -> Requests:

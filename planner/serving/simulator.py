@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import Infeasible, Problem
-from planner.serving.iteration import IterationTime
+from planner.serving.iteration_time import IterationTime
 from planner.serving.requests import Requests
 from planner.serving.scheduler import KvPool, Scheduler
 
@@ -255,7 +255,8 @@ class _Engine:
         return chunks
 
     def _missing(self, request: int) -> int:
-        return self.prompt[request] + self.made[request] - self.computed[request]
+        missing: int = self.prompt[request] + self.made[request] - self.computed[request]
+        return missing
 
     def _admit(self, request: int) -> bool:
         """Takes a slot and blocks if there are any; an urgent request takes them from less urgent ones."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from planner.errors import Infeasible, SpecError
-from planner.serving.iteration import Affine, Sampled
+from planner.serving.iteration_time import Affine, Sampled
 from planner.serving.requests import Lengths, Requests, draw
 from planner.serving.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
 from planner.serving.simulator import simulate

@@ -42,7 +42,7 @@ class Affine:
 
     ``base_s`` is what every iteration pays: weights read, launches, latencies.
 
-    >>> Affine(12e-3, 60e-6, 0.0, 90e-6)(10, 10_000, 500, 0).round(4)
+    >>> round(float(Affine(12e-3, 60e-6, 0.0, 90e-6)(10, 10_000, 500, 0)), 4)
     0.0576
     """
 
