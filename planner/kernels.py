@@ -21,7 +21,10 @@ from planner.costs.compute import (
 from planner.costs.precision import FORMAT_BITS
 from planner.specs.device import Device, Sourced
 
-__all__ = ["Kernels"]
+__all__ = ["WIDE_HEAD", "Kernels"]
+
+WIDE_HEAD = 128.0
+"""Width beyond which accumulators of a head spill where a library's kernels are not made for it."""
 
 
 class Kernels:
