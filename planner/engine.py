@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,9 @@ class Pricer:
         self.cluster = cluster
         self.device = cluster.device
         self.stack = stack.on_generation(self.device.generation)
-        self.kernels = Kernels(self.device)
+        software = self.stack.serving
+        self.kernels = Kernels(self.device, start_share=1.0 if software is None else float(software.start_share))
+        self._call_share = 1.0 if software is None else float(software.call_share)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
         self._costs: dict[tuple[int, str, str], tuple[MessageCost, ...]] = {}
@@ -182,15 +185,17 @@ class Pricer:
         launches = _column([item.launches for item in plain])
         # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
         padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in plain])
-        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
+        element = _column([dtype_bytes(item.dtype) for item in plain])  # scales of blocks lie apart
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, element))
         libraries = [library for _, library in items]
         if any(libraries):
             aligned = aligned * _column([1.0 if x is None else x["rate"] for x in libraries])
             own = [0.0 if x is None else x["weight_bytes"] for x in libraries]
             stored = np.where(_column(own) > 0.0, _column(own), stored)
-        seconds: Array = (
-            self.kernels.matmul_s(m, n, k, groups, aligned, width, out, stored, tile=tile) * launches
-        )
+        price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored)
+        seconds: Array = price() * launches
+        if tile is not None:  # a library with wide tiles has narrow ones as well, for few rows
+            seconds = np.where(m > _FEW_ROWS, price(tile=tile) * launches, seconds)
         if any(libraries):
             seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
         return seconds
@@ -203,7 +208,7 @@ class Pricer:
         quantised = _column(
             [0.0 if x is None or i.grouped else x["quantise_bytes"] for i, x in zip(items, libraries, strict=True)]
         )
-        return np.asarray(call + self.kernels.stream_s(inputs * quantised, 0.0))
+        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
         size = _stack([item.size for item in items], axes)
@@ -245,7 +250,7 @@ class Pricer:
             "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
         }
         width = np.maximum(np.maximum(qk_dim, v_dim) / WIDE_HEAD, 1.0)
-        return rate * library["rate"] / width ** library["wide_head"], beside_s, extra
+        return rate * library["rate"] / width ** library["wide_head"], beside_s * self._call_share, extra
 
     def _library(self, operation: str, label: str) -> KernelLibrary | None:
         """The library whose kernel the stack runs; None: it names none, and the device's own constants hold."""
@@ -467,3 +472,4 @@ def _key(item: Item) -> Any:
 
 
 _ZERO = np.zeros(1)
+_FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows

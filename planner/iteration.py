@@ -58,10 +58,11 @@ class Iterations:
     """
 
     def __init__(self, ctx: ServingContext, pricer: Pricer | None = None) -> None:
-        assert ctx.stack.serving is not None
         self.ctx = ctx
-        self.software = ctx.stack.serving
         self.pricer = pricer or Pricer(ctx.cluster, ctx.stack)
+        software = self.pricer.stack.serving
+        assert software is not None
+        self.software = software
         self.kinds = (*dict.fromkeys(name for name, _ in ctx.model.layers), EMBEDDING, HEAD, BOUNDARY)
         ledger = iteration_ledger(ctx.model)
         for technique in serving_choices(ctx.knobs):

@@ -79,7 +79,9 @@ def normal_quantile(quantile: float) -> float:
     return NormalDist().inv_cdf(quantile)
 
 
-def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array) -> Steady:
+def steady(
+    iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array
+) -> Steady:
     """The steady state of every row with so many requests in flight per replica.
 
     Args:
@@ -121,24 +123,39 @@ def _chunk(traffic: Traffic, budget: Array, decodes: Array) -> Array:
     return np.asarray(np.clip(np.minimum(budget - decodes, together), 1.0, None))
 
 
+def _wait_s(iterations: Iterations, traffic: Traffic, batch: Array, load: Array, busy_s: Array, extra_s: Array) -> Array:
+    """What a prompt waits for others.
+
+    Independent arrivals queue for prompts' turns (M/D/1, at most all others). Clients that replace every answer at once keep
+    requests together that began together: a fixed share of the others' prompts comes first.
+    """
+    others = np.maximum(batch / iterations.ctx.mesh.dp - 1.0, 0.0)
+    if traffic.concurrency is not None:
+        return np.asarray(float(iterations.software.wave_share) * others * extra_s)
+    return np.asarray(np.minimum(load * busy_s / (2.0 * (1.0 - load)), others * busy_s))
+
+
 def _means(
     iterations: Iterations, traffic: Traffic, batch: Array, chunk: Array, decodes: Array, decode_s: Array, mixed_s: Array
 ) -> Steady:
     prompt, steps = traffic.computed_isl, traffic.osl - 1.0
     passes = prompt / chunk  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
-    mean_s = (1.0 - mixed) * decode_s + mixed * mixed_s
+    apart = 1.0 if traffic.concurrency is None else 1.0 - min(float(iterations.software.wave_share), 1.0)
+    # A prompt that runs among prompts delays nobody who generates.
+    token_s = decode_s + apart * mixed * (mixed_s - decode_s)
+    mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s
     # Between two answers there are (O - 1)/d iterations, or as many as a prompt takes.
     between_s = np.maximum(steps / np.maximum(decodes, 1e-9) * mean_s, busy_s) if steps > 0.0 else busy_s
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
-    others_s = np.maximum(batch - 1.0, 0.0) * busy_s
-    wait_s = 0.5 * mean_s + np.minimum(load * busy_s / (2.0 * (1.0 - load)), others_s)
+    extra_s = passes * iterations.ctx.mesh.dp * (mixed_s - decode_s)
+    wait_s = 0.5 * token_s + _wait_s(iterations, traffic, batch, load, busy_s, extra_s)
     prefill_s = np.maximum(passes, 1.0) * mixed_s
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
-        requests_per_s=rate, decodes=decodes, tpot_s=mean_s, tpot_deviation_s=spread, prefill_s=prefill_s,
+        requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,
         ttft_s=prefill_s + wait_s + float(iterations.software.admission_s), wait_s=wait_s, prefill_load=load,
         mixed_s=mixed_s, decode_s=decode_s,
     )  # fmt: skip

@@ -135,7 +135,8 @@ class Stack:
     def on_generation(self, generation: str) -> Stack:
         """The stack with the constants that it has on one generation of accelerators."""
         constants: Mapping[str, Any] = self.on.get(generation, {})
-        return replace(self, **constants)
+        serving = None if self.serving is None else self.serving.on_generation(generation)
+        return replace(self, serving=serving, **constants)
 
 
 def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
