@@ -263,11 +263,11 @@ class Pricer:
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
             each = n_bytes / messages
-            seconds = fastest_s(each, self._costs_of(item.group, item.kind))
+            library = self._costs_of(item.group, item.kind)
+            seconds = fastest_s(each, library)
             if item.custom:
                 own = (c for name in CUSTOM_ALL_REDUCE for c in self._costs_of(item.group, item.kind, name))
-                small = np.minimum(fastest_s(each, tuple(own)), seconds)
-                seconds = np.where(each <= CUSTOM_ALL_REDUCE_BYTES, small, seconds)
+                seconds = np.where(each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds)
             yield seconds * messages
 
     def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:

@@ -7,10 +7,9 @@ beat the best so far even at the upper end of its bracket is excluded by that bo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from planner.technique import ServingContext
 __all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
 
 _GRID = 10  # points of the bracketing grid
-_MEAN = 0.0
 
 
 @dataclass(slots=True)
@@ -324,13 +322,3 @@ def _memory(c: Candidates, index: int, in_flight: float) -> dict[str, float]:
     cache = float(held.cache_bytes[index]) * min(1.0, in_flight / max(c.most[index], 1.0))
     parts = {"weights": weights, "kv_cache": cache, "activations": activations, "reserved": held.reserved_bytes}
     return {"peak": sum(parts.values()), **parts}
-
-
-def whole(value: float) -> int:
-    """The next whole number, up to rounding errors."""
-    return math.ceil(value - 1e-9)
-
-
-def with_traffic(problem: ServeProblem, **changes: Any) -> ServeProblem:
-    """The problem with other traffic."""
-    return replace(problem, traffic=replace(problem.traffic, **changes))
