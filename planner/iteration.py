@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from planner.composition import Composition, composition_axes, iteration_ledger
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.ledger import Array, Kernel, Ledger, Resident
+from planner.engine import Pricer, tabulate
+from planner.ledger import Array, Ledger, Resident
 from planner.technique import SERVING_SLOTS, ServingContext, Technique, discover
 
 __all__ = ["Footprint", "Iterations", "serving_choices"]
@@ -127,12 +127,13 @@ class Iterations:
 
     def _layers(self, values: Array) -> Array:
         """A field of all layers together, as if every stage had as many as the one with most."""
-        counts, pp = self._counts(), self.ctx.mesh.pp
+        counts, pp = self.repeats(), self.ctx.mesh.pp
         total = float(sum(counts.values()))
         paced = np.ceil(total / pp) * pp / total
         return np.asarray(sum(values[self.kinds.index(name)] * count for name, count in counts.items()) * paced)
 
-    def _counts(self) -> dict[str, int]:
+    def repeats(self) -> dict[str, int]:
+        """Layers of every kind."""
         counts: dict[str, int] = {}
         for name, repeat in self.ctx.model.layers:
             counts[name] = counts.get(name, 0) + repeat
@@ -144,7 +145,7 @@ class Iterations:
         one = Composition(*(np.ones(1) for _ in range(4)))
         axes = ledger.set_axes(**composition_axes(model, mesh, one)).set_axes(kv_seq=1.0).axes
         rows = len(mesh.tp)
-        counts: Mapping[str, Any] = self._counts()
+        counts: Mapping[str, Any] = self.repeats()
         stage = np.ceil(sum(counts.values()) / mesh.pp) / sum(counts.values())
         weights, ends, token, sequence = (np.zeros(rows) for _ in range(4))
         window: dict[int, Array] = {}
@@ -169,15 +170,6 @@ class Iterations:
         both = sum(axes[i.size] * i.bytes_per_element for i in ledger.of(Resident, pool="parameters") if i.block in (EMBEDDING, HEAD))
         most = np.where(mesh.pp > 1, ends, both)
         return Footprint(weights + most, token, window, sequence, mesh.dp * np.ones(rows))
-
-    def launches(self) -> float:
-        """Kernels of one iteration."""
-        counts = self._counts()
-        return sum(item.launches * counts.get(item.block, 1) for item in self._eager.of(Kernel))
-
-    def table(self, batch: Composition) -> BlockTable:
-        """What one block of every kind costs."""
-        return tabulate(self.sized(batch), self.pricer, self.kinds, len(batch.decodes))
 
 
 def serving_choices(knobs: Mapping[str, Any]) -> list[Technique]:

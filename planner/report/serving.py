@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["pool_text", "show_serve_plan", "show_serving"]
+__all__ = [
+    "pool_text",
+    "serving_comparison",
+    "show_account",
+    "show_serve_plan",
+    "show_serving",
+    "show_serving_comparison",
+]
 
 
 def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) -> None:
@@ -60,6 +67,54 @@ def show_serve_plan(plan: ServePlan) -> None:
     screen.section("Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())])
     screen.section("An iteration", [f"{n}: {v * 1e3:.3f} ms" for n, v in e.breakdown_s.items()])
     screen.section("Rests on", plan.assumptions)
+
+
+def show_account(pools: Sequence[Mapping[str, Any]], everything: bool) -> None:
+    """Prints the items of every pool's iterations; small ones together unless ``everything`` is asked for."""
+    screen = Screen()
+    for pool in pools:
+        for iteration in pool["iterations"]:
+            screen.line()
+            screen.line(f"{pool['role']}, {iteration['name']}: {iteration['seconds'] * 1e3:.2f} ms", "bold")
+            items = [i for i in iteration["items"] if everything or i["seconds"] > _SMALL * iteration["seconds"]]
+            rows = [
+                (f"{i['seconds'] * 1e3:.3f}", f"{i['seconds'] / iteration['seconds']:.1%}", i["what"], i["block"], i["by"])
+                for i in items
+            ]
+            screen.grid(("ms", "share", "item", "block", "by"), rows, ("item", "block", "by"))
+
+
+def serving_comparison(one: ServePlan, other: ServePlan) -> dict[str, Any]:
+    """Two plans, quantity by quantity: choices that differ, and numbers with their ratio."""
+    quantities: dict[str, tuple[float, float]] = {}
+    for name in ("output_tokens_per_s_per_device", "goodput_requests_per_s", "max_concurrency", "joules_per_output_token"):
+        quantities[name] = (float(getattr(one.estimate, name)), float(getattr(other.estimate, name)))
+    for name in ("ttft_s", "tpot_s", "e2e_s", "memory_bytes"):
+        left, right = getattr(one.estimate, name), getattr(other.estimate, name)
+        quantities |= {f"{name}.{key}": (left[key], right[key]) for key in left if key in right}
+    return {
+        "a": {"id": one.id, "pools": [pool_text(pool) for pool in one.pools], "devices": one.devices},
+        "b": {"id": other.id, "pools": [pool_text(pool) for pool in other.pools], "devices": other.devices},
+        "quantities": {
+            name: {"a": a, "b": b, "ratio": b / a if a else None} for name, (a, b) in quantities.items()
+        },
+    }
+
+
+def show_serving_comparison(content: Mapping[str, Any]) -> None:
+    """Prints a comparison."""
+    screen = Screen()
+    for side in ("a", "b"):
+        screen.line(f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}")
+    screen.line()
+    rows = [
+        (name, f"{v['a']:.4g}", f"{v['b']:.4g}", "" if v["ratio"] is None else f"{v['ratio']:.2f}")
+        for name, v in content["quantities"].items()
+    ]
+    screen.grid(("quantity", "a", "b", "b/a"), rows, ("quantity",))
+
+
+_SMALL = 0.005
 
 
 def pool_text(pool: Pool) -> str:

@@ -98,18 +98,20 @@ class Split:
         return float(wait_s + self.prefill_s + self.transfer_s + self.admission_s)
 
 
-def search_disaggregated(problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account) -> list[Split]:
-    """The best numbers of replicas of every pair of kinds, best pairs first."""
+def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account) -> list[Split]:
+    """The best numbers of replicas for every pair of replica sizes."""
     if problem.traffic.osl < 2 or problem.cluster.devices < 2:
         return []
     scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
-    prefills = [p for r in space.recipes() if (p := _prefill(problem, space, r, pricer, scratch)) is not None]
-    decodes = [d for r in space.recipes() if (d := _decode(problem, space, r, pricer, scratch)) is not None]
+    left, right = ServeSpace(problem, "prefill"), ServeSpace(problem, "decode")
+    prefills = [p for r in left.recipes() if (p := _prefill(problem, left, r, pricer, scratch)) is not None]
+    decodes = [d for r in right.recipes() if (d := _decode(problem, right, r, pricer, scratch)) is not None]
+    asked = left.fixed.get("replicas"), right.fixed.get("replicas")
     found: list[Split] = []
     for p in prefills:
         for d in decodes:
             if p.kind.recipe["cache"] == d.kind.recipe["cache"]:
-                found += _pairs(problem, p, d, pricer, account)
+                found += _pairs(problem, p, d, asked, pricer, account)
     return found
 
 
@@ -123,7 +125,10 @@ def _prefill(
     iterations = iterations_of(problem, recipe, mesh, pricer)
     prompts = np.maximum(np.floor(kind.chunks / traffic.computed_isl), 1.0) * mesh.dp
     zero = np.zeros_like(prompts)
-    batch_s = iterations(zero, zero, prompts * traffic.computed_isl, np.full_like(zero, traffic.prompt_context))
+    # Short prompts share an iteration, long ones are cut into several.
+    tokens = prompts * traffic.computed_isl
+    each = np.minimum(tokens, kind.chunks * mesh.dp)
+    batch_s = tokens / each * iterations(zero, zero, each, np.full_like(zero, traffic.prompt_context))
     footprint = iterations.footprint()
     return _Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
 
@@ -160,7 +165,9 @@ def _decode(
     return _Decode(kind, low, tpot_s, np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0), binding)
 
 
-def _pairs(problem: ServeProblem, p: _Prefill, d: _Decode, pricer: Pricer, account: Account) -> list[Split]:
+def _pairs(
+    problem: ServeProblem, p: _Prefill, d: _Decode, asked: tuple[int | None, int | None], pricer: Pricer, account: Account
+) -> list[Split]:
     """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
     traffic, devices = problem.traffic, problem.cluster.devices
     tier = problem.cluster.tiers[-1]
@@ -192,6 +199,7 @@ def _pairs(problem: ServeProblem, p: _Prefill, d: _Decode, pricer: Pricer, accou
         return []
     i, j = np.nonzero(able_room)
     x, y = _numbers(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
+    x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
     answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
     wanted = traffic.rate_per_s
     if traffic.concurrency is not None:

@@ -45,7 +45,7 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
     if "aggregated" in modes:
         found += _distinct(search_aggregated(problem, space, pricer, top, account))
     if "disaggregated" in modes:
-        found += search_disaggregated(problem, space, pricer, account)
+        found += search_disaggregated(problem, pricer, account)
     if not found:
         raise Infeasible(_reasons(problem, account))
     found.sort(key=lambda f: (-_value(problem, f), _tpot_s(f), f.devices))

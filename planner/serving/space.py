@@ -17,10 +17,11 @@ from planner.mesh import Mesh
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import SERVING_SLOTS, discover
 
-__all__ = ["CHUNKS", "DEGREES", "SERVE_NUMBERS", "ServeSpace", "mesh_of"]
+__all__ = ["CHUNKS", "DEGREES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of"]
 
 DEGREES = ("tp", "pp", "dp", "ep", "etp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas")
+ROLES = ("aggregated", "prefill", "decode")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of an iteration that engines are started with (``max_num_batched_tokens``, ``chunked_prefill_size``, ``max_num_tokens``)."""
 
@@ -28,12 +29,16 @@ CHUNKS = (1024, 2048, 4096, 8192, 16384)
 class ServeSpace:
     """The candidates of one pool.
 
+    Args:
+        problem: the problem; what is fixed for ``prefill.tp`` holds in the pool of that role alone, and before ``tp``.
+        role: ``aggregated``, ``prefill`` or ``decode``.
+
     Raises:
         SpecError: a fixed knob or value is unknown, or a forbidden glob matches nothing.
     """
 
-    def __init__(self, problem: ServeProblem) -> None:
-        self.problem = problem
+    def __init__(self, problem: ServeProblem, role: str = "aggregated") -> None:
+        self.problem, self.role = problem, role
         self._unmatched = set(problem.forbidden)
         self.fixed = self._checked(problem.fixed)
         self.choices = {slot: self._slot(slot) for slot in SERVING_SLOTS}
@@ -116,8 +121,13 @@ class ServeSpace:
         known = (*SERVE_NUMBERS, *SERVING_SLOTS, "mode")
         faults: list[Fault] = []
         checked: dict[str, Any] = {}
-        for name, value in fixed.items():
-            if name not in known:
+        # What is said of one pool comes last, and wins.
+        for full, value in sorted(fixed.items(), key=lambda item: "." in item[0]):
+            role, dot, name = full.rpartition(".")
+            if dot and role in ROLES and role != self.role:
+                continue
+            if (dot and role not in ROLES) or name not in known:
+                name = full
                 hint = did_you_mean(name, known)
                 faults.append(Fault(f"--fix {name}", "unknown knob", f"one of {', '.join(known)}", hint))
             elif name in SERVE_NUMBERS:
