@@ -108,9 +108,8 @@ class ServeSpace:
         return np.array(rows, dtype=np.float64)
 
     def _numbers(self, name: str, values: Any) -> list[int]:
-        if name in self.fixed:
-            return [self.fixed[name]]
-        return [value for value in values if not self._forbidden(f"{name}={value}")]
+        kept = [value for value in values if not self._forbidden(f"{name}={value}")]
+        return [self.fixed[name]] if name in self.fixed else kept
 
     def _forbidden(self, text: str) -> bool:
         hits = [glob for glob in self.problem.forbidden if fnmatchcase(text, glob)]
