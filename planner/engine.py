@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import numpy as np
 from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
+    CUSTOM_ALL_REDUCE,
+    CUSTOM_ALL_REDUCE_BYTES,
     Level,
     MessageCost,
     Transport,
@@ -27,7 +30,7 @@ from planner.costs.collectives import (
 )
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
-from planner.kernels import Kernels
+from planner.kernels import WIDE_HEAD, Kernels
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -43,6 +46,8 @@ from planner.ledger import (
     Transfer,
 )
 from planner.specs.cluster import Cluster, Tier
+from planner.specs.formats import KERNEL_FORMATS
+from planner.specs.kernel_library import KernelLibrary, library_for
 from planner.specs.stack import Stack
 
 __all__ = [
@@ -80,10 +85,12 @@ class Pricer:
         self.cluster = cluster
         self.device = cluster.device
         self.stack = stack.on_generation(self.device.generation)
-        self.kernels = Kernels(self.device)
+        software = self.stack.serving
+        self.kernels = Kernels(self.device, start_share=1.0 if software is None else float(software.start_share))
+        self._call_share = 1.0 if software is None else float(software.call_share)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
-        self._costs: dict[tuple[int, str], tuple[MessageCost, ...]] = {}
+        self._costs: dict[tuple[int, str, str], tuple[MessageCost, ...]] = {}
         self._keys: dict[int, tuple[Any, Item]] = {}
 
     def prices(self, items: Sequence[Item], axes: Axes) -> list[Array]:
@@ -153,18 +160,55 @@ class Pricer:
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 
     def _matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
-        width = np.array([[dtype_bytes(item.dtype)] for item in items])
-        out = np.array([[dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes] for i in items])
-        rate = np.array([[self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped)] for i in items])
+        found: dict[int, Array] = {}
+        by_tile: dict[float, list[tuple[Matmul, KernelLibrary | None]]] = {}
+        for item in items:
+            library = self._library("moe" if item.grouped else "gemm", item.format)
+            by_tile.setdefault(0.0 if library is None else library["tile"], []).append((item, library))
+        for tile, group in by_tile.items():
+            found |= zip((id(i) for i, _ in group), self._products(group, axes, tile or None), strict=True)
+        return [found[id(item)] for item in items]
+
+    def _products(
+        self, items: list[tuple[Matmul, KernelLibrary | None]], axes: Axes, tile: float | None
+    ) -> Iterable[Array]:
+        """Products whose kernels have tiles of one size."""
+        formats = [KERNEL_FORMATS.get(item.format) for item, _ in items]
+        plain = [item for item, _ in items]
+        width = _column([dtype_bytes(f.inputs if f else i.dtype) for i, f in zip(plain, formats, strict=True)])
+        stored = _column([dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)])
+        out = _column([dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes for i in plain])
+        rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped) for i in plain])
         m, n, k, groups = (
-            _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
+            _stack([getattr(item, name) for item in plain], axes) for name in ("m", "n", "k", "groups")
         )
-        launches = np.array([[item.launches] for item in items])
+        launches = _column([item.launches for item in plain])
         # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
-        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in items])
-        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
-        seconds: Array = self.kernels.matmul_s(m, n, k, groups, aligned, width, out) * launches
+        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in plain])
+        element = _column([dtype_bytes(item.dtype) for item in plain])  # scales of blocks lie apart
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, element))
+        libraries = [library for _, library in items]
+        if any(libraries):
+            aligned = aligned * _column([1.0 if x is None else x["rate"] for x in libraries])
+            own = [0.0 if x is None else x["weight_bytes"] for x in libraries]
+            stored = np.where(_column(own) > 0.0, _column(own), stored)
+        price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored)
+        seconds: Array = price() * launches
+        if tile is not None:  # a library with wide tiles has narrow ones as well, for few rows
+            seconds = np.where(m > _FEW_ROWS, price(tile=tile) * launches, seconds)
+        if any(libraries):
+            seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
         return seconds
+
+    def _beside_products(self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array) -> Array:
+        """Seconds of a library's small kernels beside its products; the two products of experts are one call."""
+        call = _column(
+            [0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0) for i, x in zip(items, libraries, strict=True)]
+        )
+        quantised = _column(
+            [0.0 if x is None or i.grouped else x["quantise_bytes"] for i, x in zip(items, libraries, strict=True)]
+        )
+        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
 
     def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
         size = _stack([item.size for item in items], axes)
@@ -177,21 +221,60 @@ class Pricer:
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         for item in items:
-            yield self.kernels.attention_s(
-                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
-                axes[item.v_dim], self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
-                visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
+            rate = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
+            sizes = [axes[getattr(item, name)] for name in ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")]
+            extra: dict[str, Any] = {}
+            beside_s = 0.0
+            if item.stored:
+                rate, beside_s, extra = self._cached_attention(item, rate, *sizes[-2:])
+            seconds = self.kernels.attention_s(
+                *sizes, rate, visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
+                **extra,
             )  # fmt: skip
+            yield seconds + beside_s * np.greater(seconds, 0.0) if beside_s else seconds
+
+    def _cached_attention(
+        self, item: AttentionCore, rate: Real, qk_dim: Array, v_dim: Array
+    ) -> tuple[Real, float, dict[str, Any]]:
+        """Rate, seconds of small kernels and further arguments of an attention over a cache, by its library."""
+        label = f"latent-{item.dtype}" if item.latent else item.dtype
+        library = self._library("attention", label)
+        shared = qk_dim / (qk_dim + v_dim) if item.latent else 1.0
+        extra: dict[str, Any] = {"kv_bytes_per_element": dtype_bytes(item.stored) * shared}
+        if library is None:
+            return rate, 0.0, extra
+        narrow = dtype_bytes(item.stored) < dtype_bytes(item.dtype)
+        beside_s = library["decode_call_s" if item.decode else "call_s"] + (library["cast_s"] if narrow else 0.0)
+        extra |= {
+            "split_s": library["split_s"] or None,
+            "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
+        }
+        width = np.maximum(np.maximum(qk_dim, v_dim) / WIDE_HEAD, 1.0)
+        return rate * library["rate"] / width ** library["wide_head"], beside_s * self._call_share, extra
+
+    def _library(self, operation: str, label: str) -> KernelLibrary | None:
+        """The library whose kernel the stack runs; None: it names none, and the device's own constants hold."""
+        kernel = self.stack.kernel(operation, label, self.device.generation) if label else None
+        return None if kernel is None else library_for(operation, kernel, label, self.device.generation)
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
             n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
-            where = (id(item.group), item.kind)
-            if where not in self._costs:
-                self._costs[where] = collective_costs(item.kind, self.levels(item.group))  # type: ignore[arg-type]
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
-            yield fastest_s(n_bytes / messages, self._costs[where]) * messages
+            each = n_bytes / messages
+            library = self._costs_of(item.group, item.kind)
+            seconds = fastest_s(each, library)
+            if item.custom:
+                own = (c for name in CUSTOM_ALL_REDUCE for c in self._costs_of(item.group, item.kind, name))
+                seconds = np.where(each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds)
+            yield seconds * messages
+
+    def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:
+        where = (id(group), kind, algorithm)
+        if where not in self._costs:
+            self._costs[where] = collective_costs(kind, self.levels(group), algorithm)  # type: ignore[arg-type]
+        return self._costs[where]
 
     def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
         rate = {
@@ -313,8 +396,11 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
 
 
 def dispatches(item: Kernel, axes: Axes) -> Array | float:
-    """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
-    if isinstance(item, Matmul) and item.grouped:
+    """Kernels that the host issues for an item.
+
+    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
+    """
+    if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
         return each
     return item.launches
@@ -346,6 +432,11 @@ def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: P
     return totals
 
 
+def _column(values: Sequence[float]) -> Array:
+    """One value per item, to broadcast over rows."""
+    return np.array(values)[:, None]
+
+
 def _stack(expressions: list[str], axes: Axes) -> Array:
     """Expressions over axes as one array (items, rows)."""
     return np.stack(np.broadcast_arrays(*(np.atleast_1d(axes[e]) for e in expressions)))
@@ -365,19 +456,20 @@ def _key(item: Item) -> Any:
     """What a price depends on: all its expressions in one text, then the rest; None for residents."""
     if isinstance(item, Matmul):
         sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
-        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches)
+        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew)
+        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew, item.custom)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)
         )
-        return (sizes, item.passes, item.dtype)
+        return (sizes, item.passes, item.dtype, item.stored, item.latent, item.decode)
     if isinstance(item, Transfer):
         return (item.size, item.bytes_per_element, item.tier)
     return None
 
 
 _ZERO = np.zeros(1)
+_FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
     from planner.specs.stack import Stack
+    from planner.specs.traffic import Traffic
     from planner.specs.workload import TrainWorkload
 
 __all__ = [
     "ADDITIVE_SLOTS",
+    "SERVING_SLOTS",
     "SLOTS",
     "Check",
     "Context",
@@ -36,6 +38,7 @@ __all__ = [
     "Figure",
     "Knob",
     "Launcher",
+    "ServingContext",
     "Technique",
     "details",
     "discover",
@@ -67,6 +70,19 @@ SLOTS = (
     "schedule",
 )
 """Slots of a training recipe, in the order in which their passes run. A slot's name is also the knob that chooses in it."""
+
+SERVING_SLOTS = (
+    "weights",  # number formats of linear layers
+    "cache",  # number format of what is kept of the tokens seen
+    "attention",  # kernels of attention and of recurrent mixers
+    "latent",  # how latent attention generates
+    "fusion",
+    "shards",  # tensor parallelism
+    "experts",
+    "stages",  # pipeline parallelism
+    "graphs",
+)
+"""Slots of a serving recipe, in the order in which their passes run."""
 
 _JOBS: tuple[Literal["training", "serving"], ...] = ("training", "serving")
 
@@ -175,11 +191,31 @@ class Context:
         return self.workload.global_batch_size / (self.mesh.dp * self.micro_batch_size)
 
 
-def _no_checks(ctx: Context) -> Iterable[Check]:
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingContext:
+    """What a pass over an iteration of a serving replica may look at: the problem, the replica's mesh per row, its knobs.
+
+    ``mesh.dp`` counts the replica's attention-parallel ranks, which batch requests of their own and share the experts.
+    """
+
+    model: Model
+    cluster: Cluster
+    traffic: Traffic
+    stack: Stack
+    mesh: Mesh
+    knobs: Mapping[str, Any]
+
+    @property
+    def format(self) -> Format:
+        """Formats of activations and of products that are never quantised."""
+        return FORMATS[self.knobs.get("activations", "bf16")]
+
+
+def _no_checks(ctx: Any) -> Iterable[Check]:
     return ()
 
 
-def _identity(ledger: Ledger, ctx: Context) -> Ledger:
+def _identity(ledger: Ledger, ctx: Any) -> Ledger:
     return ledger
 
 
@@ -189,7 +225,7 @@ class Technique:
 
     Attributes:
         key: the catalogue's key.
-        slot: one of :data:`SLOTS`; None for presets, solvers and objectives.
+        slot: one of :data:`SLOTS` or :data:`SERVING_SLOTS`, as its job says; None for presets, solvers and objectives.
         kind: technique, baseline (the ledger as it is, named so that it can be chosen), preset (a published combination),
             solver or objective.
         status: ``modelled``, or ``declared`` with the reason in ``summary`` (never counted as covered).
@@ -214,8 +250,8 @@ class Technique:
     status: Literal["modelled", "declared"] = "modelled"
     knobs: tuple[Knob, ...] = ()
     figures: tuple[Figure, ...] = ()
-    valid: Callable[[Context], Iterable[Check]] = _no_checks
-    apply: Callable[[Ledger, Context], Ledger] = _identity
+    valid: Callable[[Any], Iterable[Check]] = _no_checks
+    apply: Callable[[Ledger, Any], Ledger] = _identity
     order: str = ""
     searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None

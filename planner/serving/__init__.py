@@ -1,1 +1,1 @@
-"""Serving pools under load: bound, fixed point, birth–death chain and discrete-event simulation of one iteration time."""
+"""Serving pools: what they hold, the plans for them, and how they fare under load, from a bound to a simulation."""
