@@ -18,6 +18,7 @@ from planner.cli import (
     models,
     schema,
     serve,
+    simulate,
     techniques,
     train,
     validate,
@@ -40,6 +41,7 @@ def command() -> Callable[..., Any]:
     app.callback()(_program)
     app.command("train")(train.train)
     app.command("serve")(serve.serve)
+    app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
     app.command("compare")(compare.compare)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from planner.serving.simulator import Run
 
-__all__ = ["Latency", "Summary", "summarize"]
+__all__ = ["Latency", "Summary", "settling", "summarize"]
 
 Reals = npt.NDArray[np.float64]
 
@@ -87,6 +87,12 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """As JSON fields."""
         return asdict(self)
+
+
+def settling(run: Run) -> float:
+    """The fraction of a synthetic run to leave out at each end: what arrives within two answers of it, a tenth to two fifths."""
+    response_s = float(np.mean(run.finish_s - run.requests.arrival_s))
+    return float(np.clip(2.0 * response_s / max(run.span_s, 1e-30), 0.1, 0.4))
 
 
 def summarize(run: Run, settling: float = 0.0) -> Summary:
