@@ -16,13 +16,13 @@ from time import perf_counter
 
 import numpy as np
 
-from planner.serving.chain import percentiles
-from planner.serving.fixed_point import steady_load
-from planner.serving.iteration_time import Affine
-from planner.serving.requests import Lengths, draw
-from planner.serving.results import summarize
-from planner.serving.scheduler import Scheduler, scheduler
-from planner.serving.simulator import simulate
+from planner.load.chain import percentiles
+from planner.load.fixed_point import steady_load
+from planner.load.iteration_time import Affine
+from planner.load.requests import Lengths, draw
+from planner.load.results import summarize
+from planner.load.scheduler import Scheduler, scheduler
+from planner.load.simulator import simulate
 
 SETTLING = 0.1
 FIRST_REQUESTS = 40_000

@@ -12,9 +12,9 @@ from planner.errors import Problem as Fault
 from planner.errors import SpecError
 
 if TYPE_CHECKING:
+    from planner.load.requests import Lengths, Requests
     from planner.serving.deployment import Deployment
     from planner.serving.plan import ServePlan
-    from planner.serving.requests import Lengths, Requests
 
 __all__ = ["simulate"]
 
@@ -144,8 +144,8 @@ def simulate(
 
 def _deployment(reference: str, policy: str | None) -> tuple[ServePlan | None, Deployment]:
     from planner.cli.serve_plan import read_serving_plan
+    from planner.load.scheduler import scheduler
     from planner.serving.deployment import deployment_of, read_pool
-    from planner.serving.scheduler import scheduler
 
     faults: list[Fault] = []
     if policy is not None:
@@ -168,7 +168,7 @@ def _requests(
     seed: int,
 ) -> Requests:
     """From the trace, or drawn with what is given, and for the rest with the plan's traffic."""
-    from planner.serving.requests import Lengths, draw, read_trace
+    from planner.load.requests import Lengths, draw, read_trace
 
     traffic = {} if plan is None else plan.traffic
 
@@ -219,8 +219,8 @@ def _simulated(
     deployment: Deployment, asked: Requests, clients: int | None, *, whole: bool, enabled: bool
 ) -> dict[str, Any]:
     from planner.cli.progress import Progress
+    from planner.load.results import settling, summarize
     from planner.serving.deployment import run
-    from planner.serving.results import settling, summarize
 
     with Progress(enabled) as progress:
         done = run(deployment, asked, concurrency=clients, on_progress=progress)

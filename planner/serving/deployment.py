@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planner.errors import Problem, SpecError
-from planner.serving.iteration_time import Affine, Array, IterationTime, Sampled
-from planner.serving.requests import Requests
-from planner.serving.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
-from planner.serving.simulator import Run, simulate
+from planner.load.iteration_time import Affine, Array, IterationTime, Sampled
+from planner.load.requests import Requests
+from planner.load.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
+from planner.load.simulator import Run, simulate
 
 if TYPE_CHECKING:
     from planner.iteration import Iterations
@@ -64,7 +64,7 @@ def run(
     concurrency: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Serves the requests, as :func:`planner.serving.simulator.simulate` does for one engine.
+    """Serves the requests, as :func:`planner.load.simulator.simulate` does for one engine.
 
     Raises:
         SpecError: a closed loop over two stages.

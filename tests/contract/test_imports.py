@@ -17,6 +17,7 @@ LAYERS = (
     "kernels",
     "ledger",
     "mesh",
+    "load",
     "technique",
     "operators",
     "baseline",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from planner.errors import Infeasible, SpecError
-from planner.serving.iteration_time import Affine, Sampled
-from planner.serving.requests import Lengths, Requests, draw
-from planner.serving.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
-from planner.serving.simulator import simulate
+from planner.load.iteration_time import Affine, Sampled
+from planner.load.requests import Lengths, Requests, draw
+from planner.load.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
+from planner.load.simulator import simulate
 
 
 class Job:

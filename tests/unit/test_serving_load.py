@@ -12,14 +12,14 @@ import pytest
 
 from planner.costs.queueing import batch_response_s, erlang_c, mg1_wait_s, mmc_wait_s, processor_sharing_s
 from planner.errors import Infeasible, SpecError
-from planner.serving.chain import percentiles
-from planner.serving.fixed_point import highest_load, steady_load
-from planner.serving.iteration_time import Affine
-from planner.serving.length_law import LengthLaw
-from planner.serving.requests import Lengths, draw, read_trace
-from planner.serving.results import Latency, summarize
-from planner.serving.scheduler import Scheduler, scheduler
-from planner.serving.simulator import simulate
+from planner.load.chain import percentiles
+from planner.load.fixed_point import highest_load, steady_load
+from planner.load.iteration_time import Affine
+from planner.load.length_law import LengthLaw
+from planner.load.requests import Lengths, draw, read_trace
+from planner.load.results import Latency, summarize
+from planner.load.scheduler import Scheduler, scheduler
+from planner.load.simulator import simulate
 
 UNLIMITED = 10**9
 

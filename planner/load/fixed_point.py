@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from planner.costs.queueing import ggc_wait_s
-from planner.serving.iteration_time import Array, Price
-from planner.serving.requests import Lengths
-from planner.serving.scheduler import Scheduler
+from planner.load.iteration_time import Array, Price
+from planner.load.requests import Lengths
+from planner.load.scheduler import Scheduler
 
 __all__ = ["Balance", "Load", "highest_load", "steady_load"]
 
@@ -253,8 +253,8 @@ def steady_load(
         rate_per_s: a number or (rows,).
         max_requests, token_budget: instead of the policy's; numbers or (rows,).
 
-    >>> from planner.serving.iteration_time import Affine
-    >>> from planner.serving.scheduler import scheduler
+    >>> from planner.load.iteration_time import Affine
+    >>> from planner.load.scheduler import scheduler
     >>> pool = Affine(12e-3, 60e-6, 0.0, 90e-6)  # simulated: 20.7 ms
     >>> load = steady_load(pool, scheduler("sarathi", 4096, 8192), Lengths(1000, 200), 4.0)
     >>> load.tpot_s.round(4).tolist()
@@ -278,8 +278,8 @@ def highest_load(
 
     Arguments are those of :func:`steady_load`.
 
-    >>> from planner.serving.iteration_time import Affine
-    >>> from planner.serving.scheduler import scheduler
+    >>> from planner.load.iteration_time import Affine
+    >>> from planner.load.scheduler import scheduler
     >>> pool = Affine(12e-3, 60e-6, 0.0, 90e-6)
     >>> load = highest_load(pool, scheduler("sarathi", 4096, 8192), Lengths(1000, 200), tpot_s=0.0207)
     >>> load.rate_per_s.round(1).tolist()

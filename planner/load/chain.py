@@ -1,6 +1,6 @@
 """Percentiles of latency under Poisson arrivals, from two Markov chains on one iteration time.
 
-*Fast* (:mod:`planner.serving.prefill_queue`): how many prompt tokens wait, beside a given number ``n`` of decodes. It gives the
+*Fast* (:mod:`planner.load.prefill_queue`): how many prompt tokens wait, beside a given number ``n`` of decodes. It gives the
 time to the first token, and how long a request decodes at this ``n``.
 
 *Slow*: how many requests decode, a birth–death chain with departures at ``n`` over that time, up to the slots. On the clock
@@ -24,12 +24,12 @@ import numpy as np
 
 from planner.costs.queueing import ggc_wait_s, mmc_wait_s
 from planner.errors import Infeasible, Problem, SpecError
-from planner.serving.fixed_point import Balance
-from planner.serving.iteration_time import Array, Price
-from planner.serving.length_law import LengthLaw
-from planner.serving.prefill_queue import FirstToken, PrefillQueue
-from planner.serving.requests import Lengths
-from planner.serving.scheduler import Scheduler
+from planner.load.fixed_point import Balance
+from planner.load.iteration_time import Array, Price
+from planner.load.length_law import LengthLaw
+from planner.load.prefill_queue import FirstToken, PrefillQueue
+from planner.load.requests import Lengths
+from planner.load.scheduler import Scheduler
 
 __all__ = ["Percentiles", "percentiles"]
 
@@ -66,8 +66,8 @@ def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: fl
         SpecError: a static batch, which has no such chain.
         Infeasible: the rate is beyond what the pool can serve.
 
-    >>> from planner.serving.iteration_time import Affine
-    >>> from planner.serving.scheduler import scheduler
+    >>> from planner.load.iteration_time import Affine
+    >>> from planner.load.scheduler import scheduler
     >>> load = percentiles(Affine(20e-3, 0.2e-3), scheduler("sarathi", 4096, 4096), Lengths(1, 101), 20.0)
     >>> round(load.decodes, 1)  # (a + b)λD/(1 − bλD) = 40.4/0.6
     67.3

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import Infeasible, Problem
-from planner.serving.iteration_time import IterationTime
-from planner.serving.requests import Requests
-from planner.serving.scheduler import KvPool, Scheduler
+from planner.load.iteration_time import IterationTime
+from planner.load.requests import Requests
+from planner.load.scheduler import KvPool, Scheduler
 
 __all__ = ["Run", "simulate"]
 

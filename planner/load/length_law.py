@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.serving.iteration_time import Array
+from planner.load.iteration_time import Array
 
 __all__ = ["LengthLaw"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.serving.simulator import Run
+from planner.load.simulator import Run
 
 __all__ = ["Latency", "Summary", "settling", "summarize"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.serving.fixed_point import Balance
-from planner.serving.iteration_time import Array
-from planner.serving.length_law import LengthLaw
+from planner.load.fixed_point import Balance
+from planner.load.iteration_time import Array
+from planner.load.length_law import LengthLaw
 
 __all__ = ["FirstToken", "PrefillQueue"]
 
