@@ -106,8 +106,12 @@ def simulate(
         optional_whole(faults, flag, text)
         for flag, text in (("--requests", requests), ("--concurrency", concurrency), ("--seed", seed))
     )
-    if clients is not None and clients < 1:
-        faults.append(Fault("--concurrency", str(clients), "a whole number from 1"))
+    least = (("--requests", count, 1), ("--concurrency", clients, 1), ("--seed", start, 0))
+    faults += [
+        Fault(flag, str(number), f"a whole number from {low}")
+        for flag, number, low in least
+        if number is not None and number < low
+    ]
     given = [
         flag for flag, text in (("--trace", trace), ("--rate", rate), ("--concurrency", concurrency)) if text
     ]
@@ -125,7 +129,7 @@ def simulate(
             raise SpecError(
                 Fault("--rate", "is missing", "requests per second, a --concurrency or a --trace")
             )
-    asked = _requests(chosen, trace, numbers, clients, count or 20_000, start or 0)
+    asked = _requests(chosen, trace, numbers, clients, 20_000 if count is None else count, start or 0)
     summary = _simulated(deployment, asked, clients, whole=trace is not None, enabled=not as_json)
     content = {
         "schema_version": SCHEMA_VERSION,
