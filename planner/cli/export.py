@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def export(
     plan: Annotated[str, typer.Argument(help=PLAN_HELP)],
-    to: Annotated[str, typer.Option("--to", metavar="LAUNCHER", help="megatron, torchrun, vllm, sglang or trtllm.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="LAUNCHER", help="megatron, torchrun, vllm, sglang or trtllm.")
+    ],
     out: Annotated[
         str | None,
         typer.Option(

@@ -32,9 +32,14 @@ def queue_load(room_s: Real, service_s: Real, quantile: float | None = None, mos
     """
     room = np.asarray(room_s, dtype=np.float64)
     if quantile is None:
-        loads = np.where(np.isinf(room), most, 2.0 * room / (service_s + 2.0 * np.where(np.isinf(room), 0.0, room)))
+        loads = np.where(
+            np.isinf(room), most, 2.0 * room / (service_s + 2.0 * np.where(np.isinf(room), 0.0, room))
+        )
         return np.where(room >= 0.0, np.minimum(loads, most), 0.0)[()]
-    low, high = np.zeros(np.broadcast_shapes(room.shape, np.shape(service_s))), np.full_like(room + 0.0 * np.asarray(service_s), most)
+    low, high = (
+        np.zeros(np.broadcast_shapes(room.shape, np.shape(service_s))),
+        np.full_like(room + 0.0 * np.asarray(service_s), most),
+    )
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
         tail_s = service_s / (2.0 * (1.0 - middle)) * np.log(np.maximum(middle / (1.0 - quantile), 1.0))

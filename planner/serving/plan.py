@@ -129,13 +129,17 @@ class ServePlan:
         major = str(data.get("schema_version", "")).partition(".")[0]
         if major != SCHEMA_VERSION.partition(".")[0]:
             found = repr(data.get("schema_version"))
-            raise SpecError(Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}"))
+            raise SpecError(
+                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
+            )
         try:
             pools = tuple(Pool(**_known(pool, Pool)) for pool in data["pools"])
             estimate = ServeEstimate(**_known(data["estimate"], ServeEstimate))
             optimality = Optimality(**_known(data["optimality"], Optimality))
             more = {"pools": pools, "estimate": estimate, "optimality": optimality}
-            plan = ServePlan(**{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))})
+            plan = ServePlan(
+                **{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))}
+            )
             _check(plan)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found = f"is no serving plan ({type(error).__name__}: {error})"

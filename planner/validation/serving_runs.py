@@ -58,7 +58,16 @@ class ServedRun:
     def group(self) -> tuple[object, ...]:
         """What runs that are priced together share."""
         stack = self.stack.name
-        return (self.model.name, self.cluster.name, stack, self.weights, self.cache, self.isl, self.osl, self.driver)
+        return (
+            self.model.name,
+            self.cluster.name,
+            stack,
+            self.weights,
+            self.cache,
+            self.isl,
+            self.osl,
+            self.driver,
+        )
 
 
 def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
@@ -167,7 +176,9 @@ def _model(row: Row) -> Model:
     if found.arch != "decoder":
         raise Unsupported(f"{name} is of kind {found.arch}: it does not generate")
     if hidden and found.hidden != hidden:
-        return _gpt(name, hidden, layers or found.n_layers, heads or 1, row.whole("vocab_size") or found.vocab)
+        return _gpt(
+            name, hidden, layers or found.n_layers, heads or 1, row.whole("vocab_size") or found.vocab
+        )
     return found
 
 

@@ -31,14 +31,18 @@ def valid(ctx: ServingContext) -> Iterable[Check]:
     for block in ctx.model.blocks.values():
         if block.attention is not None:
             yield Check("attention heads not divisible by tp", block.attention.heads % tp == 0)
-            yield Check("KV heads neither a multiple nor a divisor of tp", _shares(block.attention.kv_heads, tp))
+            yield Check(
+                "KV heads neither a multiple nor a divisor of tp", _shares(block.attention.kv_heads, tp)
+            )
         if block.mlp:
             yield Check("feed-forward width not divisible by tp", block.mlp.ffn % tp == 0)
         if block.moe and block.moe.shared_ffn:
             yield Check("shared expert width not divisible by tp", block.moe.shared_ffn % tp == 0)
         if block.ssm:
             yield Check("state-space width not divisible by tp", block.ssm.inner % tp == 0)
-            yield Check("state-space heads not divisible by tp", (block.ssm.heads or block.ssm.inner) % tp == 0)
+            yield Check(
+                "state-space heads not divisible by tp", (block.ssm.heads or block.ssm.inner) % tp == 0
+            )
 
 
 def _shares(count: int, tp: Array) -> NDArray[np.bool_]:
