@@ -48,7 +48,9 @@ Case = tuple[ServedRun, str, float]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--write", action="store_true")
     arguments.add_argument("--stack")
     arguments.add_argument("--every", type=int, default=1, help="take every n-th row")
@@ -82,7 +84,7 @@ def _fit(stack: Stack, generation: str, cases: list[Case]) -> dict[str, float]:
         now = _predicted(stack, generation, dict(zip(names, np.exp(theta), strict=True)), cases)
         alive = np.isfinite(now)
         slopes = np.zeros((len(cases), len(names)))
-        for index, name in enumerate(names):
+        for index in range(len(names)):
             moved = theta.copy()
             moved[index] += _STEP
             there = _predicted(stack, generation, dict(zip(names, np.exp(moved), strict=True)), cases)
@@ -158,9 +160,8 @@ def _report(label: str, cases: list[Case], errors: Any) -> None:
         if chosen.any():
             off = np.abs(np.expm1(errors[chosen]))
             bias = np.median(np.expm1(errors[chosen]))
-            print(
-                f"{label}: {metric} n={chosen.sum()} median {np.median(off):.1%} 90th {np.percentile(off, 90):.1%} bias {bias:+.1%}"
-            )
+            middle, high = np.median(off), np.percentile(off, 90)
+            print(f"{label}: {metric} n={chosen.sum()} median {middle:.1%} 90th {high:.1%} bias {bias:+.1%}")
 
 
 def write(name: str, generation: str, constants: dict[str, float]) -> None:

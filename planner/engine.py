@@ -235,18 +235,17 @@ class Pricer:
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         for item in items:
-            rate = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
-            sizes = [
-                axes[getattr(item, name)]
-                for name in ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")
-            ]
+            rate: Real = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
             extra: dict[str, Any] = {}
             beside_s = 0.0
             if item.stored:
-                rate, beside_s, extra = self._cached_attention(item, rate, *sizes[-2:])
+                rate, beside_s, extra = self._cached_attention(
+                    item, rate, axes[item.qk_dim], axes[item.v_dim]
+                )
             seconds = self.kernels.attention_s(
-                *sizes, rate, visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
-                **extra,
+                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
+                axes[item.v_dim], rate, visible=axes[item.visible], passes=item.passes,
+                bytes_per_element=dtype_bytes(item.dtype), **extra,
             )  # fmt: skip
             yield seconds + beside_s * np.greater(seconds, 0.0) if beside_s else seconds
 

@@ -1,7 +1,7 @@
-"""Seconds of a serving replica's iteration, and bytes of its devices: the ledger of :mod:`planner.composition` through the engine.
+"""Seconds of a serving replica's iteration, and bytes of its devices: :mod:`planner.composition`'s ledger through the engine.
 
-One :class:`Iterations` holds one recipe on any number of meshes (rows). Asked for a batch per row, or with one mesh for any number
-of batches, it re-sizes the ledger's axes and prices them together; nothing is interpolated and nothing loops over rows.
+One :class:`Iterations` holds one recipe on any number of meshes (rows). Asked for a batch per row, or with one mesh for any
+number of batches, it re-sizes the ledger's axes and prices them together; nothing is interpolated and nothing loops over rows.
 """
 
 from __future__ import annotations

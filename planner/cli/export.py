@@ -40,11 +40,10 @@ def export(
 
     What the launcher cannot express is an error, never left out; train --for LAUNCHER finds plans that it can.
     """
+    from planner.cli.serve_plan import read_serving_plan
     from planner.errors import ExportError
     from planner.export import export as write
     from planner.export.launchers import LAUNCHERS
-
-    from planner.cli.serve_plan import read_serving_plan
 
     served = read_serving_plan(plan)
     if served is not None:

@@ -80,7 +80,8 @@ def iteration_activation_bytes(
     503.31648
     """
     layers = tokens * bytes_per_element * (2.0 * hidden + widest)
-    return np.maximum(layers, 4.0 * sampled * vocab)[()]
+    most: Real = np.maximum(layers, 4.0 * sampled * vocab)[()]
+    return most
 
 
 def _erf(x: Real) -> Real:
@@ -88,4 +89,5 @@ def _erf(x: Real) -> Real:
     z = np.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * z)
     series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    return np.sign(x) * (1.0 - series * np.exp(-z * z))
+    value: Real = np.sign(x) * (1.0 - series * np.exp(-z * z))
+    return value

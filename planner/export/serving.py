@@ -1,7 +1,8 @@
 """A serving plan as launch lines of its engine, one per pool.
 
-Flags: vLLM ``vllm serve --help`` (0.11 and later), SGLang ``sglang/srt/server_args.py`` (0.5), TensorRT-LLM ``trtllm-serve --help``
-and its YAML of extra options (1.0). What an engine takes from the checkpoint itself (the format of the weights) has no flag.
+Flags: vLLM ``vllm serve --help`` (0.11 and later), SGLang ``sglang/srt/server_args.py`` (0.5), TensorRT-LLM ``trtllm-serve
+--help`` and its YAML of extra options (1.0). What an engine takes from the checkpoint itself (the format of the weights) has no
+flag.
 """
 
 from __future__ import annotations

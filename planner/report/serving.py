@@ -68,7 +68,7 @@ def show_serve_plan(plan: ServePlan) -> None:
     )
     screen.section("Pools", [pool_text(pool) for pool in plan.pools])
     times = [
-        f"{name}: mean {values['mean'] * 1e3:.1f} ms, p50 {values['p50'] * 1e3:.1f}, p90 {values['p90'] * 1e3:.1f}, p99 {values['p99'] * 1e3:.1f}"
+        f"{name}: " + ", ".join(f"{which} {value * 1e3:.1f} ms" for which, value in values.items())
         for name, values in (
             ("time to first token", e.ttft_s),
             ("time between tokens", e.tpot_s),
@@ -84,8 +84,8 @@ def show_serve_plan(plan: ServePlan) -> None:
     screen.section(
         "Load",
         [
-            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device{price} · "
-            f"bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
+            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device"
+            f"{price} · bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
         ],
     )
     screen.section(

@@ -1,10 +1,10 @@
 """Prompts and generation in one pool: the steady state of continuous batching at a number of requests in flight.
 
 Every iteration generates one token for each running sequence and takes along as many prompt tokens as its budget leaves. With
-``n`` requests in flight, ``d`` of them generate and the others wait for or run their prompts. A prompt of ``P`` tokens takes ``P/c``
-iterations that carry ``c`` prompt tokens; an answer of ``O`` tokens takes ``O − 1`` iterations behind it. Of the ``(O − 1)/d``
-iterations between two answers, ``P/c`` are therefore mixed ones: a fraction ``φ = P·d/(c·(O − 1))``, up to 1. All means follow from
-the times of a mixed and of a generating iteration, and from Little's law for prompts.
+``n`` requests in flight, ``d`` of them generate and the others wait for or run their prompts. A prompt of ``P`` tokens takes
+``P/c`` iterations that carry ``c`` prompt tokens; an answer of ``O`` tokens takes ``O − 1`` iterations behind it. Of the
+``(O − 1)/d`` iterations between two answers, ``P/c`` are therefore mixed ones: a fraction ``φ = P·d/(c·(O − 1))``, up to 1. All
+means follow from the times of a mixed and of a generating iteration, and from Little's law for prompts.
 """
 
 from __future__ import annotations

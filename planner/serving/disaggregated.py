@@ -1,9 +1,9 @@
 """Prompts and generation in pools of their own, and how many replicas of each carry most together.
 
-A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest sets
-the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel from one
-to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the given devices
-follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
+A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest
+sets the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel
+from one to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the
+given devices follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
 
 Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Patel et al. 2024 (Splitwise, ISCA), section 4.2
 (transfer per layer).

@@ -57,7 +57,8 @@ class ServeEstimate:
         joules_per_output_token: all devices at their power limit.
         memory_bytes: ``peak`` and its parts on the fullest device.
         memory_budget_bytes: what the peak is held against.
-        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate``, ``concurrency``.
+        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
+            ``concurrency``.
         breakdown_s: seconds of a mean iteration by what they are spent on.
     """
 
@@ -183,9 +184,9 @@ def _check(plan: ServePlan) -> None:
         if not isinstance(pool.knobs, dict):
             raise TypeError("knobs are no mapping")
     for values in (plan.estimate.ttft_s, plan.estimate.tpot_s, plan.estimate.memory_bytes):
-        for name, value in values.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}")
+        for name, number in values.items():
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{name} is {number!r}")
 
 
 def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:

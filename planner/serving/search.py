@@ -1,8 +1,8 @@
 """The exact search of one pool: the highest load that every candidate carries within its promises, and the best of them.
 
 A candidate is a recipe on a mesh with an iteration budget. Its load is the number of requests in flight: throughput and latencies
-grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever cannot
-beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
+grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever
+cannot beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ DEGREES = ("tp", "pp", "dp", "ep", "etp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas")
 ROLES = ("aggregated", "prefill", "decode")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
-"""Tokens of an iteration that engines are started with (``max_num_batched_tokens``, ``chunked_prefill_size``, ``max_num_tokens``)."""
+"""Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
 
 
 class ServeSpace:

@@ -89,7 +89,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     return ServedRun(
-        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver, load
+        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
+        load,
     )  # fmt: skip
 
 

@@ -178,3 +178,11 @@ def test_launch_lines(planner, plans, engine, line, tmp_path):
         assert f"# {pool['replicas']} replica(s)" in script
     assert planner("export", plans, "--to", engine, "-o", tmp_path / engine).code == 0
     assert planner("export", plans, "--to", "megatron").code == 2
+
+
+def test_plans_keep_their_schema(planner, plans):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = planner("schema", "--serving").json
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(plans.read_text()), schema)
+    jsonschema.validate(json.loads(plans.read_text())["plans"][0], schema)

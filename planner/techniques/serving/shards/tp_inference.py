@@ -11,6 +11,7 @@ Source: Shoeybi et al. 2019 (arXiv:1909.08053); vLLM ``vocab_parallel_embedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +62,10 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
 
 
 def _collectives(ledger: Ledger, ctx: ServingContext) -> Iterator[Collective]:
-    def collective(what: str, block: str, kind: str, size: str) -> Collective:
+    def collective(what: str, block: str, kind: Any, size: str) -> Collective:
         return Collective(
             what=what, block=block, tags=frozenset({"tp"}), by="tp_inference", source="arXiv:1909.08053",
-            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=kind == "all_reduce",  # type: ignore[arg-type]
+            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=kind == "all_reduce",
         )  # fmt: skip
 
     seen: set[tuple[str, str]] = set()
