@@ -2,10 +2,10 @@
 
     python benchmarks/fit_serving.py [--write] [--stack NAME] FILE.csv…
 
-Constants are multiplied by factors whose logarithms are found by Gauss-Newton steps on the logarithms of measured over predicted
-values: times between tokens, times to the first token (at a third of the weight), latencies and rates. Large residuals count with a
-weight that falls (soft L1), constants that the rows do not tell stay where they were (a prior of a factor of 1.5). One fit per stack
-and generation of accelerators; ``--write`` puts the results behind the line ``# -- fitted`` of the stack's file.
+Logarithms of the constants are found by Gauss-Newton steps on the logarithms of measured over predicted
+values: times between tokens, times to the first token (at a third of the weight), latencies and rates. Large residuals count with
+a weight that falls (soft L1), constants that the rows do not tell stay at their priors. One fit per stack and generation of
+accelerators; ``--write`` puts the results behind the line ``# -- fitted`` of the stack's file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from planner.validation.serving import contradicted, predict, served_runs
 from planner.validation.serving_runs import ServedRun
 from planner.validation.table import read_table
 
-STACK = ("matmul_slowdown", "grouped_matmul_slowdown", "attention_slowdown", "stream_slowdown", "collective_slowdown")
+STACK = (
+    "matmul_slowdown",
+    "grouped_matmul_slowdown",
+    "attention_slowdown",
+    "stream_slowdown",
+    "collective_slowdown",
+)
 SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "wave_share", "admission_s")
 # Where the search begins and what it is drawn to; standard deviations of the logarithm.
 PRIORS = {
@@ -36,33 +42,33 @@ PRIORS = {
 }  # fmt: skip
 WEIGHTS = {"tpot": 1.0, "ttft": 0.35, "latency": 1.0, "output_tokens_per_s": 1.0}
 MARK = "# -- fitted by benchmarks/fit_serving.py"
-_ROUNDS, _STEP, _SCALE = 4, 0.06, 0.1
+_ROUNDS, _STEP, _SCALE, _FEWEST = 3, 0.06, 0.1, 20
 _PRIOR = 0.2  # typical residual: what a standard deviation of a constant weighs against a row's
 Case = tuple[ServedRun, str, float]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--write", action="store_true")
     arguments.add_argument("--stack")
+    arguments.add_argument("--every", type=int, default=1, help="take every n-th row")
     arguments.add_argument("files", nargs="+", metavar="FILE.csv")
     options = arguments.parse_args()
     cases: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for path in options.files:
         runs = served_runs(read_table(path))
         apart = contradicted(runs)
-        for run, measured in runs:
-            if run.row.row_id in apart:
-                continue
-            key = run.stack.name, run.cluster.device.generation
-            cases[key] += [(run, m, value) for m, value in measured.items() if m in WEIGHTS]
-    found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for run, measured in runs[:: options.every]:
+            if run.row.row_id not in apart:
+                key = run.stack.name, run.cluster.device.generation
+                cases[key] += [(run, m, value) for m, value in measured.items() if m in WEIGHTS]
     for (name, generation), rows in sorted(cases.items()):
-        if (options.stack is None or name == options.stack) and len(rows) >= 20:
-            found[name][generation] = _fit(load_stack(name), generation, rows)
-    if options.write:
-        for name, generations in found.items():
-            _write(name, generations)
+        if (options.stack is None or name == options.stack) and len(rows) >= _FEWEST:
+            constants = _fit(load_stack(name), generation, rows)
+            if options.write:
+                write(name, generation, constants)
 
 
 def _fit(stack: Stack, generation: str, cases: list[Case]) -> dict[str, float]:
@@ -78,7 +84,7 @@ def _fit(stack: Stack, generation: str, cases: list[Case]) -> dict[str, float]:
         now = _predicted(stack, generation, dict(zip(names, np.exp(theta), strict=True)), cases)
         alive = np.isfinite(now)
         slopes = np.zeros((len(cases), len(names)))
-        for index, name in enumerate(names):
+        for index in range(len(names)):
             moved = theta.copy()
             moved[index] += _STEP
             there = _predicted(stack, generation, dict(zip(names, np.exp(moved), strict=True)), cases)
@@ -124,16 +130,23 @@ def _predicted(stack: Stack, generation: str, constants: dict[str, float], cases
     values = []
     for run, metric, _ in cases:
         result = found[id(run)]
-        values.append(np.nan if isinstance(result, str) or metric not in result else np.log(max(result[metric], 1e-12)))
+        values.append(
+            np.nan if isinstance(result, str) or metric not in result else np.log(max(result[metric], 1e-12))
+        )
     return np.array(values)
 
 
 def _with(stack: Stack, generation: str, constants: dict[str, float]) -> Stack:
     """The stack with constants on a generation."""
-    number = {name: Sourced(float(value), "fitted", "published-serving-runs") for name, value in constants.items()}
+    number = {
+        name: Sourced(float(value), "fitted", "published-serving-runs") for name, value in constants.items()
+    }
     assert stack.serving is not None
     on = {**stack.on, generation: {**stack.on.get(generation, {}), **{n: number[n] for n in STACK}}}
-    served = {**stack.serving.on, generation: {**stack.serving.on.get(generation, {}), **{n: number[n] for n in SERVING}}}
+    served = {
+        **stack.serving.on,
+        generation: {**stack.serving.on.get(generation, {}), **{n: number[n] for n in SERVING}},
+    }
     return replace(stack, on=on, serving=replace(stack.serving, on=served))
 
 
@@ -147,20 +160,23 @@ def _report(label: str, cases: list[Case], errors: Any) -> None:
         if chosen.any():
             off = np.abs(np.expm1(errors[chosen]))
             bias = np.median(np.expm1(errors[chosen]))
-            print(
-                f"{label}: {metric} n={chosen.sum()} median {np.median(off):.1%} 90th {np.percentile(off, 90):.1%} bias {bias:+.1%}"
-            )
+            middle, high = np.median(off), np.percentile(off, 90)
+            print(f"{label}: {metric} n={chosen.sum()} median {middle:.1%} 90th {high:.1%} bias {bias:+.1%}")
 
 
-def _write(name: str, generations: dict[str, dict[str, float]]) -> None:
+def write(name: str, generation: str, constants: dict[str, float]) -> None:
+    """Puts a generation's constants behind the mark of the stack's file, in the place of older ones."""
     path = Path(hardware_folder()) / "stacks" / f"{name}.toml"
-    text = path.read_text(encoding="utf-8").partition(MARK)[0].rstrip() + f"\n\n{MARK}\n"
-    for generation, constants in generations.items():
-        for table, names in ((f"on.{generation}", STACK), (f"serving.on.{generation}", SERVING)):
-            text += f"\n[{table}]\n"
-            for constant in names:
-                text += f'{constant} = {{ value = {constants[constant]:.3g}, kind = "fitted", source = "published-serving-runs" }}\n'
-    path.write_text(text, encoding="utf-8")
+    above, _, below = path.read_text(encoding="utf-8").partition(MARK)
+    tables = {f"on.{generation}": STACK, f"serving.on.{generation}": SERVING}
+    kept = [part for part in below.strip().split("\n\n") if part and part.partition("]")[0][1:] not in tables]
+    for table, names in tables.items():
+        lines = [
+            f'{constant} = {{ value = {constants[constant]:.3g}, kind = "fitted", source = "published-serving-runs" }}'
+            for constant in names
+        ]
+        kept.append("\n".join([f"[{table}]", *lines]))
+    path.write_text(above.rstrip() + f"\n\n{MARK}\n\n" + "\n\n".join(sorted(kept)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

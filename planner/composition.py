@@ -1,8 +1,8 @@
 """What one iteration of a serving replica holds, and the ledger that describes it.
 
-An iteration passes some sequences that generate one token each and some tokens of prompts through the model together. Its ledger is
-that of one sequence of all these tokens, whose attention is split by the serving passes into generation and prompts; what depends
-on the batch are sizes of axes, so that one ledger prices any number of compositions.
+An iteration passes some sequences that generate one token each and some tokens of prompts through the model together. Its ledger
+is that of one sequence of all these tokens, whose attention is split by the serving passes into generation and prompts; what
+depends on the batch are sizes of axes, so that one ledger prices any number of compositions.
 """
 
 from __future__ import annotations

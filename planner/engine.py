@@ -86,7 +86,9 @@ class Pricer:
         self.device = cluster.device
         self.stack = stack.on_generation(self.device.generation)
         software = self.stack.serving
-        self.kernels = Kernels(self.device, start_share=1.0 if software is None else float(software.start_share))
+        self.kernels = Kernels(
+            self.device, start_share=1.0 if software is None else float(software.start_share)
+        )
         self._call_share = 1.0 if software is None else float(software.call_share)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
@@ -175,8 +177,12 @@ class Pricer:
         """Products whose kernels have tiles of one size."""
         formats = [KERNEL_FORMATS.get(item.format) for item, _ in items]
         plain = [item for item, _ in items]
-        width = _column([dtype_bytes(f.inputs if f else i.dtype) for i, f in zip(plain, formats, strict=True)])
-        stored = _column([dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)])
+        width = _column(
+            [dtype_bytes(f.inputs if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
+        )
+        stored = _column(
+            [dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
+        )
         out = _column([dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes for i in plain])
         rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped) for i in plain])
         m, n, k, groups = (
@@ -200,13 +206,21 @@ class Pricer:
             seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
         return seconds
 
-    def _beside_products(self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array) -> Array:
+    def _beside_products(
+        self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array
+    ) -> Array:
         """Seconds of a library's small kernels beside its products; the two products of experts are one call."""
         call = _column(
-            [0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0) for i, x in zip(items, libraries, strict=True)]
+            [
+                0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0)
+                for i, x in zip(items, libraries, strict=True)
+            ]
         )
         quantised = _column(
-            [0.0 if x is None or i.grouped else x["quantise_bytes"] for i, x in zip(items, libraries, strict=True)]
+            [
+                0.0 if x is None or i.grouped else x["quantise_bytes"]
+                for i, x in zip(items, libraries, strict=True)
+            ]
         )
         return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
 
@@ -221,15 +235,17 @@ class Pricer:
 
     def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         for item in items:
-            rate = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
-            sizes = [axes[getattr(item, name)] for name in ("batch", "heads", "kv_heads", "q", "kv", "qk_dim", "v_dim")]
+            rate: Real = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
             extra: dict[str, Any] = {}
             beside_s = 0.0
             if item.stored:
-                rate, beside_s, extra = self._cached_attention(item, rate, *sizes[-2:])
+                rate, beside_s, extra = self._cached_attention(
+                    item, rate, axes[item.qk_dim], axes[item.v_dim]
+                )
             seconds = self.kernels.attention_s(
-                *sizes, rate, visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
-                **extra,
+                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
+                axes[item.v_dim], rate, visible=axes[item.visible], passes=item.passes,
+                bytes_per_element=dtype_bytes(item.dtype), **extra,
             )  # fmt: skip
             yield seconds + beside_s * np.greater(seconds, 0.0) if beside_s else seconds
 
@@ -244,7 +260,9 @@ class Pricer:
         if library is None:
             return rate, 0.0, extra
         narrow = dtype_bytes(item.stored) < dtype_bytes(item.dtype)
-        beside_s = library["decode_call_s" if item.decode else "call_s"] + (library["cast_s"] if narrow else 0.0)
+        beside_s = library["decode_call_s" if item.decode else "call_s"] + (
+            library["cast_s"] if narrow else 0.0
+        )
         extra |= {
             "split_s": library["split_s"] or None,
             "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
@@ -267,7 +285,9 @@ class Pricer:
             seconds = fastest_s(each, library)
             if item.custom:
                 own = (c for name in CUSTOM_ALL_REDUCE for c in self._costs_of(item.group, item.kind, name))
-                seconds = np.where(each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds)
+                seconds = np.where(
+                    each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds
+                )
             yield seconds * messages
 
     def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:

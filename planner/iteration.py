@@ -1,7 +1,7 @@
-"""Seconds of a serving replica's iteration, and bytes of its devices: the ledger of :mod:`planner.composition` through the engine.
+"""Seconds of a serving replica's iteration, and bytes of its devices: :mod:`planner.composition`'s ledger through the engine.
 
-One :class:`Iterations` holds one recipe on any number of meshes (rows). Asked for a batch per row, or with one mesh for any number
-of batches, it re-sizes the ledger's axes and prices them together; nothing is interpolated and nothing loops over rows.
+One :class:`Iterations` holds one recipe on any number of meshes (rows). Asked for a batch per row, or with one mesh for any
+number of batches, it re-sizes the ledger's axes and prices them together; nothing is interpolated and nothing loops over rows.
 """
 
 from __future__ import annotations
@@ -85,11 +85,19 @@ class Iterations:
         """
         batch = Composition(
             *np.broadcast_arrays(
-                *(np.asarray(x, dtype=np.float64) for x in (decodes, context_tokens, prefill_tokens, prefill_context))
+                *(
+                    np.asarray(x, dtype=np.float64)
+                    for x in (decodes, context_tokens, prefill_tokens, prefill_context)
+                )
             )
         )
         shape = batch.decodes.shape
-        flat = Composition(*(x.reshape(-1) for x in (batch.decodes, batch.context_tokens, batch.prefill_tokens, batch.prefill_context)))
+        flat = Composition(
+            *(
+                x.reshape(-1)
+                for x in (batch.decodes, batch.context_tokens, batch.prefill_tokens, batch.prefill_context)
+            )
+        )
         return self.seconds(flat).reshape(shape)
 
     def seconds(self, batch: Composition) -> Array:
@@ -97,7 +105,11 @@ class Iterations:
         rows = len(batch.decodes)
         graph = float(self.software.graph_sequences)
         captured = (batch.prefill_tokens <= 0.0) & (batch.decodes / self.ctx.mesh.dp <= graph)
-        eager = None if captured.all() and self._captured is not None else self._passed_s(self._eager, batch, rows)
+        eager = (
+            None
+            if captured.all() and self._captured is not None
+            else self._passed_s(self._eager, batch, rows)
+        )
         if self._captured is None:
             assert eager is not None
             device_s = eager
@@ -130,7 +142,9 @@ class Iterations:
         counts, pp = self.repeats(), self.ctx.mesh.pp
         total = float(sum(counts.values()))
         paced = np.ceil(total / pp) * pp / total
-        return np.asarray(sum(values[self.kinds.index(name)] * count for name, count in counts.items()) * paced)
+        return np.asarray(
+            sum(values[self.kinds.index(name)] * count for name, count in counts.items()) * paced
+        )
 
     def repeats(self) -> dict[str, int]:
         """Layers of every kind."""
@@ -167,7 +181,11 @@ class Iterations:
                     window[spec.window] = window.get(spec.window, np.zeros(rows)) + held
                 else:
                     token = token + held
-        both = sum(axes[i.size] * i.bytes_per_element for i in ledger.of(Resident, pool="parameters") if i.block in (EMBEDDING, HEAD))
+        both = sum(
+            axes[i.size] * i.bytes_per_element
+            for i in ledger.of(Resident, pool="parameters")
+            if i.block in (EMBEDDING, HEAD)
+        )
         most = np.where(mesh.pp > 1, ends, both)
         return Footprint(weights + most, token, window, sequence, mesh.dp * np.ones(rows))
 

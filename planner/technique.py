@@ -219,6 +219,10 @@ def _identity(ledger: Ledger, ctx: Any) -> Ledger:
     return ledger
 
 
+def _nothing(*arguments: Any, **named: Any) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Technique:
     """One entry of the catalogue.
@@ -234,6 +238,7 @@ class Technique:
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
         order: for a schedule, the name of its order generator; for a collective, of its algorithm.
+        compose: for what is neither a pass nor an order, such as a queue in front of a pool, the formula that it brings.
         searched: whether the search tries it without being asked.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
@@ -253,18 +258,19 @@ class Technique:
     valid: Callable[[Any], Iterable[Check]] = _no_checks
     apply: Callable[[Ledger, Any], Ledger] = _identity
     order: str = ""
+    compose: Callable[..., Any] | None = None
     searched: bool = True
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
 
     @property
     def subject(self) -> Any:
-        """What its figures exercise: the pass, or the name of the order."""
-        return self.order or self.apply
+        """What its figures exercise: the pass, the name of the order, or the formula."""
+        return self.order or self.compose or self.apply
 
     @property
     def absence(self) -> Any:
-        """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return "" if self.order else _identity
+        """What takes the subject's place where the technique is missing: a pass that does nothing, no order, or nothing."""
+        return "" if self.order else _identity if self.compose is None else _nothing
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""

@@ -22,7 +22,9 @@ def estimate(
     job: JobOptions,
     plan_file: Annotated[
         str | None,
-        typer.Argument(metavar="[PLAN]", help=f"A serving plan to price again: {PLAN_HELP}", show_default=False),
+        typer.Argument(
+            metavar="[PLAN]", help=f"A serving plan to price again: {PLAN_HELP}", show_default=False
+        ),
     ] = None,
     script: Annotated[
         str | None,
@@ -84,7 +86,9 @@ def _again(reference: str, as_json: bool) -> None:
 
     served = read_serving_plan(reference)
     if served is None:
-        raise SpecError(Problem("PLAN", "is a plan that trains", "a serving plan", "explain prices training plans again."))
+        raise SpecError(
+            Problem("PLAN", "is a plan that trains", "a serving plan", "explain prices training plans again.")
+        )
     estimate_serving(served, as_json)
 
 

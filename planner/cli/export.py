@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def export(
     plan: Annotated[str, typer.Argument(help=PLAN_HELP)],
-    to: Annotated[str, typer.Option("--to", metavar="LAUNCHER", help="megatron, torchrun, vllm, sglang or trtllm.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="LAUNCHER", help="megatron, torchrun, vllm, sglang or trtllm.")
+    ],
     out: Annotated[
         str | None,
         typer.Option(
@@ -38,11 +40,10 @@ def export(
 
     What the launcher cannot express is an error, never left out; train --for LAUNCHER finds plans that it can.
     """
+    from planner.cli.serve_plan import read_serving_plan
     from planner.errors import ExportError
     from planner.export import export as write
     from planner.export.launchers import LAUNCHERS
-
-    from planner.cli.serve_plan import read_serving_plan
 
     served = read_serving_plan(plan)
     if served is not None:

@@ -44,37 +44,55 @@ def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
 
 
 def serve(
-    model: Annotated[str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")] = None,
+    model: Annotated[
+        str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
+    ] = None,
     cluster: Annotated[
         str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required.")
     ] = None,
     isl: Annotated[str | None, _option("--isl", text="Prompt tokens, mean. Required.", metavar="N")] = None,
     osl: Annotated[str | None, _option("--osl", text="Answer tokens, mean. Required.", metavar="N")] = None,
-    ttft_ms: Annotated[str | None, _option("--ttft-ms", text="Limit of the time to the first token.", metavar="MS")] = None,
-    tpot_ms: Annotated[str | None, _option("--tpot-ms", text="Limit of the time between tokens.", metavar="MS")] = None,
-    e2e_ms: Annotated[str | None, _option("--e2e-ms", text="Limit of the time of a whole answer.", metavar="MS")] = None,
+    ttft_ms: Annotated[
+        str | None, _option("--ttft-ms", text="Limit of the time to the first token.", metavar="MS")
+    ] = None,
+    tpot_ms: Annotated[
+        str | None, _option("--tpot-ms", text="Limit of the time between tokens.", metavar="MS")
+    ] = None,
+    e2e_ms: Annotated[
+        str | None, _option("--e2e-ms", text="Limit of the time of a whole answer.", metavar="MS")
+    ] = None,
     percentile: Annotated[
-        str | None, _option("--percentile", text="Of requests that keep the limits, e.g. 99 [the mean].", metavar="P")
+        str | None,
+        _option("--percentile", text="Of requests that keep the limits, e.g. 99 [the mean].", metavar="P"),
     ] = None,
     rate: Annotated[
-        str | None, _option("--rate", text="Requests per second: how few devices? [highest load]", metavar="R")
+        str | None,
+        _option("--rate", text="Requests per second: how few devices? [highest load]", metavar="R"),
     ] = None,
     concurrency: Annotated[
         str | None, _option("--concurrency", text="Requests in flight that clients keep up.", metavar="C")
     ] = None,
     prefix_hit: Annotated[
-        str | None, _option("--prefix-hit", text="Fraction of prompt tokens that are cached [0].", metavar="X")
+        str | None,
+        _option("--prefix-hit", text="Fraction of prompt tokens that are cached [0].", metavar="X"),
     ] = None,
     length_scv: Annotated[
         str | None, _option("--length-scv", text="Squared variation of answers' lengths [0].", metavar="X")
     ] = None,
     precision: Annotated[
         str | None,
-        _option("--precision", text="Weights: bf16, fp8, fp8_block, nvfp4, int4_wo … [as published]", metavar="LIST"),
+        _option(
+            "--precision",
+            text="Weights: bf16, fp8, fp8_block, nvfp4, int4_wo … [as published]",
+            metavar="LIST",
+        ),
     ] = None,
-    cache: Annotated[str | None, _option("--cache", text="Format of keys and values: bf16, fp8 [bf16].", metavar="LIST")] = None,
+    cache: Annotated[
+        str | None, _option("--cache", text="Format of keys and values: bf16, fp8 [bf16].", metavar="LIST")
+    ] = None,
     allow: Annotated[
-        list[str] | None, _option("--allow", text="'lossy': also narrower weights and caches.", metavar="WHAT")
+        list[str] | None,
+        _option("--allow", text="'lossy': also narrower weights and caches.", metavar="WHAT"),
     ] = None,
     engine: Annotated[
         str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
@@ -83,16 +101,21 @@ def serve(
         str | None, _option("--mode", text="aggregated or disaggregated [both].", metavar="MODE")
     ] = None,
     fix: Annotated[
-        list[str] | None, _option("--fix", text="Every plan must have this, e.g. tp=8. Repeatable.", metavar="KNOB=VALUE")
+        list[str] | None,
+        _option("--fix", text="Every plan must have this, e.g. tp=8. Repeatable.", metavar="KNOB=VALUE"),
     ] = None,
     forbid: Annotated[
-        list[str] | None, _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB")
+        list[str] | None,
+        _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
     ] = None,
     usd_per_hour: Annotated[
-        str | None, _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD")
+        str | None,
+        _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
     ] = None,
     top: Annotated[str, _option("--top", text="Plans to list [10].", metavar="K")] = "10",
-    out: Annotated[str | None, _option("-o", "--out", text="Write the plans as JSON to a file.", metavar="FILE")] = None,
+    out: Annotated[
+        str | None, _option("-o", "--out", text="Write the plans as JSON to a file.", metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Find the deployments that answer most within their promises, or take fewest devices for a rate.
@@ -102,8 +125,23 @@ def serve(
     from planner.cli.output import OutputFile, json_text, print_json
 
     faults: list[Fault] = []
-    traffic = _traffic(faults, isl, osl, ttft_ms, tpot_ms, e2e_ms, percentile, rate, concurrency, prefix_hit, length_scv)
-    problem = _problem(faults, model, cluster, traffic, engine, precision, cache, allow or [], mode, fix, forbid, usd_per_hour)
+    traffic = _traffic(
+        faults, isl, osl, ttft_ms, tpot_ms, e2e_ms, percentile, rate, concurrency, prefix_hit, length_scv
+    )
+    problem = _problem(
+        faults,
+        model,
+        cluster,
+        traffic,
+        engine,
+        precision,
+        cache,
+        allow or [],
+        mode,
+        fix,
+        forbid,
+        usd_per_hour,
+    )
     wanted = attempt(faults, whole_number, "--top", top)
     if wanted is not None and not 1 <= wanted <= _MOST_PLANS:
         faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
@@ -137,10 +175,16 @@ def _traffic(
         if text is None:
             faults.append(Fault(flag, "is missing", "tokens, such as 4000"))
         values[flag[2:]] = optional_whole(faults, flag, text)
-    for name, flag, text in (("ttft_s", "--ttft-ms", ttft), ("tpot_s", "--tpot-ms", tpot), ("e2e_s", "--e2e-ms", e2e)):
+    for name, flag, text in (
+        ("ttft_s", "--ttft-ms", ttft),
+        ("tpot_s", "--tpot-ms", tpot),
+        ("e2e_s", "--e2e-ms", e2e),
+    ):
         number = optional_number(faults, flag, text)
         values[name] = None if number is None else number * 1e-3
-    values["percentile"] = optional_number(faults, "--percentile", percentile and percentile.lower().removeprefix("p"))
+    values["percentile"] = optional_number(
+        faults, "--percentile", percentile and percentile.lower().removeprefix("p")
+    )
     values["rate_per_s"] = optional_number(faults, "--rate", rate)
     values["concurrency"] = optional_whole(faults, "--concurrency", concurrency)
     values["prefix_hit"] = optional_number(faults, "--prefix-hit", prefix_hit) or 0.0
@@ -175,7 +219,13 @@ def _problem(
         return None
     lossy = "lossy" in allow
     formats = _formats(spec, model or "", precision, machines.device.peak_flop_per_s if lossy else ())
-    caches = read_list(cache) if cache else ("bf16", "fp8") if lossy and machines.device.supports("fp8") else ("bf16",)
+    caches = (
+        read_list(cache)
+        if cache
+        else ("bf16", "fp8")
+        if lossy and machines.device.supports("fp8")
+        else ("bf16",)
+    )
     return attempt(
         faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
         usd_per_device_hour=usd, flags=_FLAGS,

@@ -38,7 +38,12 @@ def mean_held_tokens(isl: Real, osl: Real, length_scv: Real = 0.0, block_tokens:
 
 
 def overflow_probability(
-    sequences: Real, isl: Real, osl: Real, capacity_tokens: Real, length_scv: Real = 0.0, block_tokens: Real = 1.0
+    sequences: Real,
+    isl: Real,
+    osl: Real,
+    capacity_tokens: Real,
+    length_scv: Real = 0.0,
+    block_tokens: Real = 1.0,
 ) -> Real:
     """Probability that sequences at random moments of their lives ask for more tokens than there are: a normal tail.
 
@@ -55,7 +60,12 @@ def overflow_probability(
 
 
 def iteration_activation_bytes(
-    tokens: Real, hidden: Real, widest: Real, sampled: Real = 0.0, vocab: Real = 0.0, bytes_per_element: Real = 2.0
+    tokens: Real,
+    hidden: Real,
+    widest: Real,
+    sampled: Real = 0.0,
+    vocab: Real = 0.0,
+    bytes_per_element: Real = 2.0,
 ) -> Real:
     """Live activations of one iteration: ``T·β·(2h + w)``, or fp32 logits of the sequences that sample, ``4·n·V``.
 
@@ -70,7 +80,8 @@ def iteration_activation_bytes(
     503.31648
     """
     layers = tokens * bytes_per_element * (2.0 * hidden + widest)
-    return np.maximum(layers, 4.0 * sampled * vocab)[()]
+    most: Real = np.maximum(layers, 4.0 * sampled * vocab)[()]
+    return most
 
 
 def _erf(x: Real) -> Real:
@@ -78,4 +89,5 @@ def _erf(x: Real) -> Real:
     z = np.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * z)
     series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    return np.sign(x) * (1.0 - series * np.exp(-z * z))
+    value: Real = np.sign(x) * (1.0 - series * np.exp(-z * z))
+    return value

@@ -18,8 +18,8 @@ _BISECTIONS = 50
 def queue_load(room_s: Real, service_s: Real, quantile: float | None = None, most: float = 1.0) -> Real:
     """Largest load ``ρ`` of an M/D/1 queue whose wait stays within ``room_s``: its mean, or a quantile of it.
 
-    The mean wait is ``W = ρ·D/(2(1 − ρ))``, so ``ρ = 2w/(D + 2w)``. The wait's tail is taken as exponential with the mean of those
-    who wait, ``P(wait > x) = ρ·exp(−ρx/W)``, exact for M/M/1 and in heavy traffic; its quantile is found by bisection.
+    The mean wait is ``W = ρ·D/(2(1 − ρ))``, so ``ρ = 2w/(D + 2w)``. The wait's tail is taken as exponential with the mean of
+    those who wait, ``P(wait > x) = ρ·exp(−ρx/W)``, exact for M/M/1 and in heavy traffic; its quantile is found by bisection.
 
     Args:
         room_s: what a request may wait; below 0: no load keeps it.
@@ -32,9 +32,14 @@ def queue_load(room_s: Real, service_s: Real, quantile: float | None = None, mos
     """
     room = np.asarray(room_s, dtype=np.float64)
     if quantile is None:
-        loads = np.where(np.isinf(room), most, 2.0 * room / (service_s + 2.0 * np.where(np.isinf(room), 0.0, room)))
+        loads = np.where(
+            np.isinf(room), most, 2.0 * room / (service_s + 2.0 * np.where(np.isinf(room), 0.0, room))
+        )
         return np.where(room >= 0.0, np.minimum(loads, most), 0.0)[()]
-    low, high = np.zeros(np.broadcast_shapes(room.shape, np.shape(service_s))), np.full_like(room + 0.0 * np.asarray(service_s), most)
+    low, high = (
+        np.zeros(np.broadcast_shapes(room.shape, np.shape(service_s))),
+        np.full_like(room + 0.0 * np.asarray(service_s), most),
+    )
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
         tail_s = service_s / (2.0 * (1.0 - middle)) * np.log(np.maximum(middle / (1.0 - quantile), 1.0))

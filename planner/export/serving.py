@@ -1,7 +1,8 @@
 """A serving plan as launch lines of its engine, one per pool.
 
-Flags: vLLM ``vllm serve --help`` (0.11 and later), SGLang ``sglang/srt/server_args.py`` (0.5), TensorRT-LLM ``trtllm-serve --help``
-and its YAML of extra options (1.0). What an engine takes from the checkpoint itself (the format of the weights) has no flag.
+Flags: vLLM ``vllm serve --help`` (0.11 and later), SGLang ``sglang/srt/server_args.py`` (0.5), TensorRT-LLM ``trtllm-serve
+--help`` and its YAML of extra options (1.0). What an engine takes from the checkpoint itself (the format of the weights) has no
+flag.
 """
 
 from __future__ import annotations
@@ -52,12 +53,19 @@ def _vllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict
     mesh, knobs = pool.mesh, pool.knobs
     if mesh["ep"] not in (1, mesh["tp"] * mesh["dp"]):
         raise _refuse("vllm", pool, f"ep={mesh['ep']}", "1, or all of a replica's ranks")
-    line = [f"vllm serve {checkpoint}", f"--tensor-parallel-size {mesh['tp']}", f"--pipeline-parallel-size {mesh['pp']}"]
+    line = [
+        f"vllm serve {checkpoint}",
+        f"--tensor-parallel-size {mesh['tp']}",
+        f"--pipeline-parallel-size {mesh['pp']}",
+    ]
     if mesh["dp"] > 1:
         line.append(f"--data-parallel-size {mesh['dp']}")
     if mesh["ep"] > 1:
         line.append("--enable-expert-parallel")
-    line += [f"--kv-cache-dtype {'fp8' if knobs['cache'] == 'fp8' else 'auto'}", f"--max-model-len {_length(plan)}"]
+    line += [
+        f"--kv-cache-dtype {'fp8' if knobs['cache'] == 'fp8' else 'auto'}",
+        f"--max-model-len {_length(plan)}",
+    ]
     if "max_sequences" in knobs:
         line.append(f"--max-num-seqs {-(-int(knobs['max_sequences']) // mesh['dp'])}")
     if "chunk_tokens" in knobs:
@@ -71,14 +79,20 @@ def _vllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict
 def _sglang(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
     mesh, knobs = pool.mesh, pool.knobs
     # SGLang counts tensor ranks over all attention ranks.
-    line = [f"python -m sglang.launch_server --model-path {checkpoint}", f"--tp-size {mesh['tp'] * mesh['dp']}"]
+    line = [
+        f"python -m sglang.launch_server --model-path {checkpoint}",
+        f"--tp-size {mesh['tp'] * mesh['dp']}",
+    ]
     if mesh["pp"] > 1:
         line.append(f"--pp-size {mesh['pp']}")
     if mesh["dp"] > 1:
         line += [f"--dp-size {mesh['dp']}", "--enable-dp-attention"]
     if mesh["ep"] > 1:
         line.append(f"--ep-size {mesh['ep']}")
-    line += [f"--kv-cache-dtype {'fp8_e4m3' if knobs['cache'] == 'fp8' else 'auto'}", f"--context-length {_length(plan)}"]
+    line += [
+        f"--kv-cache-dtype {'fp8_e4m3' if knobs['cache'] == 'fp8' else 'auto'}",
+        f"--context-length {_length(plan)}",
+    ]
     if "max_sequences" in knobs:
         line.append(f"--max-running-requests {knobs['max_sequences']}")
     if "chunk_tokens" in knobs:
@@ -91,7 +105,9 @@ def _sglang(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], di
 def _trtllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
     mesh, knobs = pool.mesh, pool.knobs
     if mesh["dp"] > 1 and mesh["tp"] > 1:
-        raise _refuse("trtllm", pool, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each")
+        raise _refuse(
+            "trtllm", pool, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each"
+        )
     ranks = mesh["tp"] * mesh["dp"]
     line = [f"trtllm-serve {checkpoint}", f"--tp_size {ranks}", f"--pp_size {mesh['pp']}"]
     if mesh["ep"] > 1:

@@ -37,34 +37,60 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
     )
     screen.line()
     rows = [_row(index, plan) for index, plan in enumerate(result.plans, 1)]
-    headings = ("#", "id", "tok/s/device", "requests/s", "TTFT ms", "p99", "TPOT ms", "p99", "$/Mtok", "bound by", "pools")
+    headings = (
+        "#",
+        "id",
+        "tok/s/device",
+        "requests/s",
+        "TTFT ms",
+        "p99",
+        "TPOT ms",
+        "p99",
+        "$/Mtok",
+        "bound by",
+        "pools",
+    )
     screen.grid(headings, rows, ("id", "bound by"), tail="pools")
     screen.section("Speed per user against speed per device", [_point(point) for point in result.pareto])
     screen.section("Rests on", result.best.assumptions)
     screen.section("How sure", _proof(result))
-    following = [f"planner explain {saved}", f"planner export {saved} --to {_launcher(result.best)}"] if saved else []
+    following = (
+        [f"planner explain {saved}", f"planner export {saved} --to {_launcher(result.best)}"] if saved else []
+    )
     screen.section("Next", following, wrapped=False)
 
 
 def show_serve_plan(plan: ServePlan) -> None:
     """Prints one plan."""
     screen, e = Screen(), plan.estimate
-    screen.line(f"{plan.model} · {plan.cluster} · {plan.stack} · {plan.mode} · {plan.devices} devices", "bold")
+    screen.line(
+        f"{plan.model} · {plan.cluster} · {plan.stack} · {plan.mode} · {plan.devices} devices", "bold"
+    )
     screen.section("Pools", [pool_text(pool) for pool in plan.pools])
     times = [
-        f"{name}: mean {values['mean'] * 1e3:.1f} ms, p50 {values['p50'] * 1e3:.1f}, p90 {values['p90'] * 1e3:.1f}, p99 {values['p99'] * 1e3:.1f}"
-        for name, values in (("time to first token", e.ttft_s), ("time between tokens", e.tpot_s), ("answer", e.e2e_s))
+        f"{name}: " + ", ".join(f"{which} {value * 1e3:.1f} ms" for which, value in values.items())
+        for name, values in (
+            ("time to first token", e.ttft_s),
+            ("time between tokens", e.tpot_s),
+            ("answer", e.e2e_s),
+        )
     ]
     screen.section("Latency", times)
-    price = "" if e.usd_per_million_output_tokens is None else f" · ${e.usd_per_million_output_tokens:.2f} per million tokens"
+    price = (
+        ""
+        if e.usd_per_million_output_tokens is None
+        else f" · ${e.usd_per_million_output_tokens:.2f} per million tokens"
+    )
     screen.section(
         "Load",
         [
-            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device{price} · "
-            f"bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
+            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device"
+            f"{price} · bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
         ],
     )
-    screen.section("Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())])
+    screen.section(
+        "Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())]
+    )
     screen.section("An iteration", [f"{n}: {v * 1e3:.3f} ms" for n, v in e.breakdown_s.items()])
     screen.section("Rests on", plan.assumptions)
 
@@ -76,9 +102,17 @@ def show_account(pools: Sequence[Mapping[str, Any]], everything: bool) -> None:
         for iteration in pool["iterations"]:
             screen.line()
             screen.line(f"{pool['role']}, {iteration['name']}: {iteration['seconds'] * 1e3:.2f} ms", "bold")
-            items = [i for i in iteration["items"] if everything or i["seconds"] > _SMALL * iteration["seconds"]]
+            items = [
+                i for i in iteration["items"] if everything or i["seconds"] > _SMALL * iteration["seconds"]
+            ]
             rows = [
-                (f"{i['seconds'] * 1e3:.3f}", f"{i['seconds'] / iteration['seconds']:.1%}", i["what"], i["block"], i["by"])
+                (
+                    f"{i['seconds'] * 1e3:.3f}",
+                    f"{i['seconds'] / iteration['seconds']:.1%}",
+                    i["what"],
+                    i["block"],
+                    i["by"],
+                )
                 for i in items
             ]
             screen.grid(("ms", "share", "item", "block", "by"), rows, ("item", "block", "by"))
@@ -87,7 +121,12 @@ def show_account(pools: Sequence[Mapping[str, Any]], everything: bool) -> None:
 def serving_comparison(one: ServePlan, other: ServePlan) -> dict[str, Any]:
     """Two plans, quantity by quantity: choices that differ, and numbers with their ratio."""
     quantities: dict[str, tuple[float, float]] = {}
-    for name in ("output_tokens_per_s_per_device", "goodput_requests_per_s", "max_concurrency", "joules_per_output_token"):
+    for name in (
+        "output_tokens_per_s_per_device",
+        "goodput_requests_per_s",
+        "max_concurrency",
+        "joules_per_output_token",
+    ):
         quantities[name] = (float(getattr(one.estimate, name)), float(getattr(other.estimate, name)))
     for name in ("ttft_s", "tpot_s", "e2e_s", "memory_bytes"):
         left, right = getattr(one.estimate, name), getattr(other.estimate, name)
@@ -105,7 +144,9 @@ def show_serving_comparison(content: Mapping[str, Any]) -> None:
     """Prints a comparison."""
     screen = Screen()
     for side in ("a", "b"):
-        screen.line(f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}")
+        screen.line(
+            f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}"
+        )
     screen.line()
     rows = [
         (name, f"{v['a']:.4g}", f"{v['b']:.4g}", "" if v["ratio"] is None else f"{v['ratio']:.2f}")
@@ -123,7 +164,9 @@ def pool_text(pool: Pool) -> str:
     >>> pool_text(Pool("aggregated", 4, {"tp": 2, "pp": 1, "dp": 1, "ep": 1, "etp": 2}, {"weights": "fp8"}, 30))
     '4 x tp 2, 30 in flight, fp8'
     """
-    degrees = [f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1] or ["1 device"]
+    degrees = [f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1] or [
+        "1 device"
+    ]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
@@ -142,7 +185,8 @@ def _row(index: int, plan: ServePlan) -> list[str]:
 
 def _point(point: Mapping[str, Any]) -> str:
     pools = " + ".join(
-        f"{p['replicas']} x " + (" ".join(f"{n} {v}" for n, v in p["mesh"].items() if v > 1 and n != "etp") or "1 device")
+        f"{p['replicas']} x "
+        + (" ".join(f"{n} {v}" for n, v in p["mesh"].items() if v > 1 and n != "etp") or "1 device")
         for p in point["pools"]
     )
     return (
@@ -153,7 +197,11 @@ def _point(point: Mapping[str, Any]) -> str:
 
 def _proof(result: ServeResult) -> list[str]:
     report = result.search
-    gone = [f"{count:,} {reason}" for reason, count in {**report.excluded_by_bound, **report.rejected}.items() if count]
+    gone = [
+        f"{count:,} {reason}"
+        for reason, count in {**report.excluded_by_bound, **report.rejected}.items()
+        if count
+    ]
     text = f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"
     return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
 

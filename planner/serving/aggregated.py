@@ -1,10 +1,10 @@
 """Prompts and generation in one pool: the steady state of continuous batching at a number of requests in flight.
 
 Every iteration generates one token for each running sequence and takes along as many prompt tokens as its budget leaves. With
-``n`` requests in flight, ``d`` of them generate and the others wait for or run their prompts. A prompt of ``P`` tokens takes ``P/c``
-iterations that carry ``c`` prompt tokens; an answer of ``O`` tokens takes ``O − 1`` iterations behind it. Of the ``(O − 1)/d``
-iterations between two answers, ``P/c`` are therefore mixed ones: a fraction ``φ = P·d/(c·(O − 1))``, up to 1. All means follow from
-the times of a mixed and of a generating iteration, and from Little's law for prompts.
+``n`` requests in flight, ``d`` of them generate and the others wait for or run their prompts. A prompt of ``P`` tokens takes
+``P/c`` iterations that carry ``c`` prompt tokens; an answer of ``O`` tokens takes ``O − 1`` iterations behind it. Of the
+``(O − 1)/d`` iterations between two answers, ``P/c`` are therefore mixed ones: a fraction ``φ = P·d/(c·(O − 1))``, up to 1. All
+means follow from the times of a mixed and of a generating iteration, and from Little's law for prompts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Steady:
 
     def tpot_at(self, quantile: float) -> Array:
         """A quantile, over requests, of the mean time between tokens: normal."""
-        return np.asarray(np.maximum(self.tpot_s + normal_quantile(quantile) * self.tpot_deviation_s, self.decode_s))
+        return np.asarray(
+            np.maximum(self.tpot_s + normal_quantile(quantile) * self.tpot_deviation_s, self.decode_s)
+        )
 
     def take(self, index: Array) -> Steady:
         """Some rows."""
@@ -79,9 +81,7 @@ def normal_quantile(quantile: float) -> float:
     return NormalDist().inv_cdf(quantile)
 
 
-def steady(
-    iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array
-) -> Steady:
+def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array) -> Steady:
     """The steady state of every row with so many requests in flight per replica.
 
     Args:
@@ -123,7 +123,9 @@ def _chunk(traffic: Traffic, budget: Array, decodes: Array) -> Array:
     return np.asarray(np.clip(np.minimum(budget - decodes, together), 1.0, None))
 
 
-def _wait_s(iterations: Iterations, traffic: Traffic, batch: Array, load: Array, busy_s: Array, extra_s: Array) -> Array:
+def _wait_s(
+    iterations: Iterations, traffic: Traffic, batch: Array, load: Array, busy_s: Array, extra_s: Array
+) -> Array:
     """What a prompt waits for others.
 
     Independent arrivals queue for prompts' turns (M/D/1, at most all others). Clients that replace every answer at once keep
@@ -136,7 +138,13 @@ def _wait_s(iterations: Iterations, traffic: Traffic, batch: Array, load: Array,
 
 
 def _means(
-    iterations: Iterations, traffic: Traffic, batch: Array, chunk: Array, decodes: Array, decode_s: Array, mixed_s: Array
+    iterations: Iterations,
+    traffic: Traffic,
+    batch: Array,
+    chunk: Array,
+    decodes: Array,
+    decode_s: Array,
+    mixed_s: Array,
 ) -> Steady:
     prompt, steps = traffic.computed_isl, traffic.osl - 1.0
     passes = prompt / chunk  # mixed iterations per prompt
@@ -170,5 +178,7 @@ def _settled(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     for _ in range(_ROUNDS):
         chunk = _chunk(traffic, budget, decodes)
         found = _means(iterations, traffic, batch, chunk, decodes, state.decode_s, state.mixed_s)
-        decodes = 0.5 * decodes + 0.5 * _generating(traffic, batch, batch - found.requests_per_s * found.ttft_s)
+        decodes = 0.5 * decodes + 0.5 * _generating(
+            traffic, batch, batch - found.requests_per_s * found.ttft_s
+        )
     return np.asarray(decodes)

@@ -33,7 +33,11 @@ class Capacity:
 
 
 def capacity(
-    iterations: Iterations, isl: float, osl: float, chunk_tokens: Array | float, max_sequences: float | None = None
+    iterations: Iterations,
+    isl: float,
+    osl: float,
+    chunk_tokens: Array | float,
+    max_sequences: float | None = None,
 ) -> Capacity:
     """The capacity of a recipe's meshes for requests of ``isl`` prompt and ``osl`` answer tokens.
 
@@ -91,5 +95,7 @@ def _activation_bytes(iterations: Iterations, chunk_tokens: Array | float) -> Ar
         widest = np.maximum(widest, np.max(widths, axis=0))
     cap = float(iterations.software.max_sequences)
     return np.asarray(
-        iteration_activation_bytes(chunk_tokens, model.hidden, widest, np.minimum(cap, 256.0), model.vocab / mesh.tp)
+        iteration_activation_bytes(
+            chunk_tokens, model.hidden, widest, np.minimum(cap, 256.0), model.vocab / mesh.tp
+        )
     )

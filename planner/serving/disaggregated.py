@@ -1,9 +1,9 @@
 """Prompts and generation in pools of their own, and how many replicas of each carry most together.
 
-A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest sets
-the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel from one
-to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the given devices
-follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
+A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest
+sets the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel
+from one to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the
+given devices follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
 
 Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Patel et al. 2024 (Splitwise, ISCA), section 4.2
 (transfer per layer).
@@ -94,7 +94,11 @@ class Split:
         """Mean (None) or quantile of the time to the first token."""
         wait_s = self.wait_s
         if quantile is not None:
-            wait_s = self.wait_s / self.load * np.log(self.load / (1.0 - quantile)) if self.load > 1.0 - quantile else 0.0
+            wait_s = (
+                self.wait_s / self.load * np.log(self.load / (1.0 - quantile))
+                if self.load > 1.0 - quantile
+                else 0.0
+            )
         return float(wait_s + self.prefill_s + self.transfer_s + self.admission_s)
 
 
@@ -166,7 +170,12 @@ def _decode(
 
 
 def _pairs(
-    problem: ServeProblem, p: _Prefill, d: _Decode, asked: tuple[int | None, int | None], pricer: Pricer, account: Account
+    problem: ServeProblem,
+    p: _Prefill,
+    d: _Decode,
+    asked: tuple[int | None, int | None],
+    pricer: Pricer,
+    account: Account,
 ) -> list[Split]:
     """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
     traffic, devices = problem.traffic, problem.cluster.devices
@@ -181,7 +190,13 @@ def _pairs(
     admission = float(pricer.stack.serving.admission_s)
     room = np.inf if traffic.ttft_s is None else traffic.ttft_s - p.batch_s[:, None] - transfer - admission
     if traffic.e2e_s is not None:
-        rest = traffic.e2e_s - (traffic.osl - 1.0) * d.tpot_s[None, :] - p.batch_s[:, None] - transfer - admission
+        rest = (
+            traffic.e2e_s
+            - (traffic.osl - 1.0) * d.tpot_s[None, :]
+            - p.batch_s[:, None]
+            - transfer
+            - admission
+        )
         room = np.minimum(room, rest)
     quantile = None if traffic.percentile is None else traffic.percentile / 100.0
     load = np.asarray(queue_load(room, (p.pace_s * p.prompts)[:, None], quantile, _MOST_LOAD))
@@ -192,7 +207,10 @@ def _pairs(
     account.rejected["ttft limit"] += int(late.sum())
     account.rejected["tpot limit"] += int(slow.sum())
     able = ~late & ~slow
-    sizes = np.broadcast_to(p.kind.size[:, None], able.shape), np.broadcast_to(d.kind.size[None, :], able.shape)
+    sizes = (
+        np.broadcast_to(p.kind.size[:, None], able.shape),
+        np.broadcast_to(d.kind.size[None, :], able.shape),
+    )
     able_room = able & (sizes[0] + sizes[1] <= devices)
     account.rejected["more devices than there are"] += int((able & ~able_room).sum())
     if not able_room.any():
@@ -216,14 +234,28 @@ def _pairs(
     value = answered if wanted is None else answered / used
     best: dict[tuple[int, int], int] = {}
     for index in np.argsort(-value, kind="stable"):
-        best.setdefault((int(p.kind.rows[i[index], :3].prod()), int(d.kind.rows[j[index], :3].prod())), int(index))
+        best.setdefault(
+            (int(p.kind.rows[i[index], :3].prod()), int(d.kind.rows[j[index], :3].prod())), int(index)
+        )
     return [
-        _split(problem, p, d, int(i[k]), int(j[k]), (int(x[k]), int(y[k])), float(answered[k]), float(transfer[i[k], j[k]]), admission)
+        _split(
+            problem,
+            p,
+            d,
+            int(i[k]),
+            int(j[k]),
+            (int(x[k]), int(y[k])),
+            float(answered[k]),
+            float(transfer[i[k], j[k]]),
+            admission,
+        )
         for k in best.values()
     ]
 
 
-def _numbers(problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array) -> tuple[Array, Array]:
+def _numbers(
+    problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
     """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
 
     With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and

@@ -57,7 +57,8 @@ class ServeEstimate:
         joules_per_output_token: all devices at their power limit.
         memory_bytes: ``peak`` and its parts on the fullest device.
         memory_budget_bytes: what the peak is held against.
-        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate``, ``concurrency``.
+        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
+            ``concurrency``.
         breakdown_s: seconds of a mean iteration by what they are spent on.
     """
 
@@ -129,13 +130,17 @@ class ServePlan:
         major = str(data.get("schema_version", "")).partition(".")[0]
         if major != SCHEMA_VERSION.partition(".")[0]:
             found = repr(data.get("schema_version"))
-            raise SpecError(Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}"))
+            raise SpecError(
+                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
+            )
         try:
             pools = tuple(Pool(**_known(pool, Pool)) for pool in data["pools"])
             estimate = ServeEstimate(**_known(data["estimate"], ServeEstimate))
             optimality = Optimality(**_known(data["optimality"], Optimality))
             more = {"pools": pools, "estimate": estimate, "optimality": optimality}
-            plan = ServePlan(**{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))})
+            plan = ServePlan(
+                **{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))}
+            )
             _check(plan)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found = f"is no serving plan ({type(error).__name__}: {error})"
@@ -179,9 +184,9 @@ def _check(plan: ServePlan) -> None:
         if not isinstance(pool.knobs, dict):
             raise TypeError("knobs are no mapping")
     for values in (plan.estimate.ttft_s, plan.estimate.tpot_s, plan.estimate.memory_bytes):
-        for name, value in values.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}")
+        for name, number in values.items():
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{name} is {number!r}")
 
 
 def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:

@@ -37,10 +37,16 @@ def problem_of(plan: ServePlan) -> ServeProblem:
         prefix = "" if pool.role == "aggregated" else f"{pool.role}."
         fixed |= {f"{prefix}{name}": value for name, value in pool.mesh.items()}
         fixed[f"{prefix}replicas"] = pool.replicas
-        fixed |= {f"{prefix}{name}": pool.knobs[name] for name in (*SERVING_SLOTS, "chunk_tokens") if name in pool.knobs}
+        fixed |= {
+            f"{prefix}{name}": pool.knobs[name]
+            for name in (*SERVING_SLOTS, "chunk_tokens")
+            if name in pool.knobs
+        }
     known = Traffic.__dataclass_fields__
     traffic = Traffic(**{name: value for name, value in plan.traffic.items() if name in known})
-    return ServeProblem(load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed)
+    return ServeProblem(
+        load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed
+    )
 
 
 def reprice(plan: ServePlan) -> ServePlan:
@@ -64,7 +70,10 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
         iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)
         found.append(
-            {"role": pool.role, "iterations": [_iteration(name, batch, iterations) for name, batch in batches.items()]}
+            {
+                "role": pool.role,
+                "iterations": [_iteration(name, batch, iterations) for name, batch in batches.items()],
+            }
         )
     return found
 

@@ -1,8 +1,8 @@
 """The exact search of one pool: the highest load that every candidate carries within its promises, and the best of them.
 
 A candidate is a recipe on a mesh with an iteration budget. Its load is the number of requests in flight: throughput and latencies
-grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever cannot
-beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
+grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever
+cannot beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
 """
 
 from __future__ import annotations
@@ -84,17 +84,21 @@ class Found:
         return int(self.replicas * self.row[0] * self.row[1] * self.row[2])
 
 
-def iterations_of(
-    problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer
-) -> Iterations:
+def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
     """The iterations of a recipe on meshes."""
     ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
     return Iterations(ctx, pricer)
 
 
-def search_aggregated(problem: ServeProblem, space: ServeSpace, pricer: Pricer, top: int, account: Account) -> list[Found]:
+def search_aggregated(
+    problem: ServeProblem, space: ServeSpace, pricer: Pricer, top: int, account: Account
+) -> list[Found]:
     """The best candidates of one pool, best first."""
-    pools = [c for recipe in space.recipes() if (c := candidates(problem, space, recipe, pricer, account)) is not None]
+    pools = [
+        c
+        for recipe in space.recipes()
+        if (c := candidates(problem, space, recipe, pricer, account)) is not None
+    ]
     brackets = [(c, _bracket(problem, c, pricer, account)) for c in pools]
     lower = np.concatenate([b.low_value for _, b in brackets]) if brackets else np.zeros(0)
     if not np.any(lower > 0.0):
@@ -106,18 +110,26 @@ def search_aggregated(problem: ServeProblem, space: ServeSpace, pricer: Pricer, 
         account.excluded["throughput"] += int(((b.low > 0) & ~alive).sum())
         if alive.any():
             found += _refine(problem, c, b, np.flatnonzero(alive), pricer, account)
-    return sorted(found, key=lambda f: (-f.tokens_per_s / _cost(problem, f), float(f.state.tpot_s[0]), f.devices))
+    return sorted(
+        found, key=lambda f: (-f.tokens_per_s / _cost(problem, f), float(f.state.tpot_s[0]), f.devices)
+    )
 
 
 def candidates(
-    problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account,
+    problem: ServeProblem,
+    space: ServeSpace,
+    recipe: Mapping[str, str],
+    pricer: Pricer,
+    account: Account,
     traffic_osl: float | None = None,
 ) -> Candidates | None:
     """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
     meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
     chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
     account.candidates += len(meshes)
-    ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe)
+    ctx = ServingContext(
+        problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
+    )
     alive = np.ones(len(meshes), dtype=bool)
     for technique in serving_choices(recipe):
         for check in technique.valid(ctx):
@@ -139,7 +151,11 @@ def candidates(
     for index in np.flatnonzero(~fits)[:2000]:
         needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
         budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
-        account.miss("memory", needed / budget, f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices")
+        account.miss(
+            "memory",
+            needed / budget,
+            f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices",
+        )
     if not fits.any():
         return None
     index = np.flatnonzero(fits)
@@ -244,7 +260,12 @@ def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Acco
 
 def _named(c: Candidates, index: int) -> str:
     tp, pp, dp, ep, _ = (int(x) for x in c.rows[index])
-    shape = f"tp={tp}" + (f" pp={pp}" if pp > 1 else "") + (f" dp={dp}" if dp > 1 else "") + (f" ep={ep}" if ep > 1 else "")
+    shape = (
+        f"tp={tp}"
+        + (f" pp={pp}" if pp > 1 else "")
+        + (f" dp={dp}" if dp > 1 else "")
+        + (f" ep={ep}" if ep > 1 else "")
+    )
     return f"{shape}, {c.recipe['weights']}"
 
 
@@ -281,7 +302,9 @@ def _refine(
     if traffic.rate_per_s is not None:
         low, replicas, binding = _at_rate(problem, iterations, low, chunks, binding)
     state = steady(iterations, traffic, low, chunks)
-    rate = state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
+    rate = (
+        state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
+    )
     account.repriced += len(index)
     usable = replicas * size <= problem.cluster.devices
     short = int((~usable).sum())
@@ -320,5 +343,10 @@ def _memory(c: Candidates, index: int, in_flight: float) -> dict[str, float]:
     held = c.capacity
     weights, activations = float(held.weights_bytes[index]), float(held.activation_bytes[index])
     cache = float(held.cache_bytes[index]) * min(1.0, in_flight / max(c.most[index], 1.0))
-    parts = {"weights": weights, "kv_cache": cache, "activations": activations, "reserved": held.reserved_bytes}
+    parts = {
+        "weights": weights,
+        "kv_cache": cache,
+        "activations": activations,
+        "reserved": held.reserved_bytes,
+    }
     return {"peak": sum(parts.values()), **parts}

@@ -51,7 +51,11 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
     found.sort(key=lambda f: (-_value(problem, f), _tpot_s(f), f.devices))
     best = _value(problem, found[0])
     plans = tuple(
-        _plan(problem, f, Optimality("exact" if not i else "gap", 1.0 - _value(problem, f) / best, None, _SOLVER))
+        _plan(
+            problem,
+            f,
+            Optimality("exact" if not i else "gap", 1.0 - _value(problem, f) / best, None, _SOLVER),
+        )
         for i, f in enumerate(found[:top])
     )
     report = SearchReport(
@@ -144,7 +148,9 @@ def _told(
         e2e_s={name: ttft[name] + (osl - 1) * tpot[name] for name in ttft},
         max_concurrency=most,
         goodput_requests_per_s=rate,
-        usd_per_million_output_tokens=None if price is None else price / 3600.0 * f.devices / tokens_per_s * 1e6,
+        usd_per_million_output_tokens=None
+        if price is None
+        else price / 3600.0 * f.devices / tokens_per_s * 1e6,
         joules_per_output_token=float(device.power_w) * f.devices / tokens_per_s,
         memory_bytes=f.memory,
         memory_budget_bytes=float(software.memory_fraction) * float(device.memory_bytes),
@@ -159,7 +165,9 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
     return (
         f"engine: stack {problem.stack.name!r}, {float(software.iteration_s) * 1e3:.2f} ms of host time per iteration "
         f"({software.iteration_s.kind}), {float(software.memory_fraction):.0%} of memory ({software.memory_fraction.kind})",
-        "experts: routing uniform and independent" if any(b.moe for b in problem.model.blocks.values()) else "lengths as given",
+        "experts: routing uniform and independent"
+        if any(b.moe for b in problem.model.blocks.values())
+        else "lengths as given",
     )
 
 
@@ -216,5 +224,9 @@ def _reasons(problem: ServeProblem, account: Account) -> list[Fault]:
             )  # fmt: skip
     if not faults:
         reasons = ", ".join(f"{count} {reason}" for reason, count in account.rejected.most_common(3))
-        faults.append(Fault("serve", f"no candidate is left ({reasons})", "one that is valid", "Loosen --fix or --forbid."))
+        faults.append(
+            Fault(
+                "serve", f"no candidate is left ({reasons})", "one that is valid", "Loosen --fix or --forbid."
+            )
+        )
     return faults

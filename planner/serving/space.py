@@ -23,7 +23,7 @@ DEGREES = ("tp", "pp", "dp", "ep", "etp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas")
 ROLES = ("aggregated", "prefill", "decode")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
-"""Tokens of an iteration that engines are started with (``max_num_batched_tokens``, ``chunked_prefill_size``, ``max_num_tokens``)."""
+"""Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
 
 
 class ServeSpace:
@@ -48,7 +48,12 @@ class ServeSpace:
             known = [f"{slot}={value}" for slot, values in self.choices.items() for value in values]
             raise SpecError(
                 [
-                    Fault(f"--forbid {glob}", "matches no knob or choice", "", did_you_mean(glob, [*known, *DEGREES]))
+                    Fault(
+                        f"--forbid {glob}",
+                        "matches no knob or choice",
+                        "",
+                        did_you_mean(glob, [*known, *DEGREES]),
+                    )
                     for glob in sorted(self._unmatched)
                 ]
             )
@@ -71,8 +76,12 @@ class ServeSpace:
             wanted = (str(self.fixed[slot]).lower(),)
         for value in wanted:
             if value not in known:
-                where = f"--fix {slot}" if slot in self.fixed else "--precision" if slot == "weights" else slot
-                raise SpecError(Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+                where = (
+                    f"--fix {slot}" if slot in self.fixed else "--precision" if slot == "weights" else slot
+                )
+                raise SpecError(
+                    Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
+                )
         kept = [value for value in wanted if not self._forbidden(f"{slot}={value}")]
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
@@ -96,14 +105,25 @@ class ServeSpace:
             if tp * pp * dp > devices:
                 continue
             ranks = tp * dp
-            eps = self._numbers("ep", [e for e in powers if ranks % e == 0 and all(x % e == 0 for x in experts)] if experts else [1])
-            etps = self._numbers("etp", sorted({ranks // e for e in eps if ranks % e == 0}) if experts else [ranks])
+            eps = self._numbers(
+                "ep",
+                [e for e in powers if ranks % e == 0 and all(x % e == 0 for x in experts)]
+                if experts
+                else [1],
+            )
+            etps = self._numbers(
+                "etp", sorted({ranks // e for e in eps if ranks % e == 0}) if experts else [ranks]
+            )
             found = [(tp, pp, dp, ep, etp) for ep in eps for etp in etps if not experts or ep * etp == ranks]
             rows += found
         if not rows:
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
             raise SpecError(
-                Fault("--fix", f"no replica on {devices} devices has {wanted or 'these degrees'}", "other degrees")
+                Fault(
+                    "--fix",
+                    f"no replica on {devices} devices has {wanted or 'these degrees'}",
+                    "other degrees",
+                )
             )
         return np.array(rows, dtype=np.float64)
 

@@ -122,8 +122,8 @@ def _from_file(path: Path) -> Model:
 
 
 _PRECISIONS = {
-    "fp8": "fp8", "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "awq": "int4_wo", "gptq": "int4_wo", "int4": "int4_wo",
-    "4bit": "int4_wo", "int8": "int8_wo",
+    "fp8": "fp8", "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "awq": "int4_wo", "gptq": "int4_wo",
+    "int4": "int4_wo", "4bit": "int4_wo", "int8": "int8_wo",
 }  # fmt: skip
 
 

@@ -58,7 +58,9 @@ class ServeProblem:
         if self.stack.serving is None:
             yield Fault("stack", f"{self.stack.name!r} trains", "the stack of a serving engine, such as vllm")
         if self.model.arch != "decoder":
-            yield Fault("model", f"{self.model.name} is of kind {self.model.arch}", "a decoder, which generates")
+            yield Fault(
+                "model", f"{self.model.name} is of kind {self.model.arch}", "a decoder, which generates"
+            )
         if self.objective not in SERVING_OBJECTIVES:
             hint = did_you_mean(self.objective, SERVING_OBJECTIVES)
             yield Fault("objective", repr(self.objective), f"one of {', '.join(SERVING_OBJECTIVES)}", hint)

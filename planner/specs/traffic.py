@@ -58,12 +58,16 @@ class Traffic:
 
     def __post_init__(self) -> None:
         faults = [
-            Problem(name, repr(value), f"a {'whole number' if whole else 'number'} from {least:,} to {most:,}")
+            Problem(
+                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:,} to {most:,}"
+            )
             for name, (least, most, whole) in _LIMITS.items()
             if (value := getattr(self, name)) is not None and not _inside(value, least, most, whole)
         ]
         if self.rate_per_s is not None and self.concurrency is not None:
-            faults.append(Problem("rate_per_s", "is given beside a concurrency", "one of them", "Leave one out."))
+            faults.append(
+                Problem("rate_per_s", "is given beside a concurrency", "one of them", "Leave one out.")
+            )
         if faults:
             raise SpecError(faults)
 

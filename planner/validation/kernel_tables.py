@@ -30,7 +30,6 @@ _COLLECTION_COPIES = 6.0
 takes as many as fill the cache, five at most)."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One row: what was run (``kind`` with its fixed and its per-row arguments) and how long it took.

@@ -45,13 +45,16 @@ def score_serving(table: Table) -> ServingScores:
         groups = _groups(row)
         asked = _measured(row)
         if not asked:
-            scores.rows.append(ScoredRow(row.row_id, row.file, "", "skipped", "nothing is measured", groups=groups))
+            scores.rows.append(
+                ScoredRow(row.row_id, row.file, "", "skipped", "nothing is measured", groups=groups)
+            )
             continue
         try:
             runs.append((served_run(row, scores.defaults), asked))
         except Unsupported as error:
             scores.rows += [
-                ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups) for metric in asked
+                ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
+                for metric in asked
             ]
     apart = contradicted(runs)
     for (run, asked), found in zip(runs, predict([run for run, _ in runs]), strict=True):
@@ -117,21 +120,32 @@ _APART = 1.25
 
 
 def _scored(
-    run: ServedRun, asked: Mapping[str, float], found: Mapping[str, float] | str, contradicted: bool, scores: ServingScores
+    run: ServedRun,
+    asked: Mapping[str, float],
+    found: Mapping[str, float] | str,
+    contradicted: bool,
+    scores: ServingScores,
 ) -> list[ScoredRow]:
     row, entries = run.row, []
     for metric, measured in asked.items():
         groups = _groups(row)
         if isinstance(found, str) or metric not in found:
-            reason = found if isinstance(found, str) else f"no {metric} of a run that was driven by {run.driver}"
+            reason = (
+                found if isinstance(found, str) else f"no {metric} of a run that was driven by {run.driver}"
+            )
             entries.append(ScoredRow(row.row_id, row.file, metric, "unsupported", reason, groups=groups))
             continue
         status, reason = "scored", ""
         if row.text("quality") == "C":
             status, reason = "excluded", "quality C at its source"
         elif contradicted and metric in ("tpot", "ttft"):
-            status, reason = "excluded", "repeats of the stated configuration differ: something unstated tells them apart"
-        entries.append(ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups))
+            status, reason = (
+                "excluded",
+                "repeats of the stated configuration differ: something unstated tells them apart",
+            )
+        entries.append(
+            ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups)
+        )
         if metric == "output_tokens_per_s" and run.driver == "offline":
             scores.runs.append(_comparison(run, entries[-1]))
     return entries
@@ -142,7 +156,10 @@ def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
     tp, pp, dp, _ = run.degrees
     devices = tp * pp * dp
     each = replace(
-        entry, metric="ranking", measured=(entry.measured or 0.0) / devices, predicted=(entry.predicted or 0.0) / devices
+        entry,
+        metric="ranking",
+        measured=(entry.measured or 0.0) / devices,
+        predicted=(entry.predicted or 0.0) / devices,
     )
     cells = tuple(run.row.text(column) for column in _SWEEP)
     return Comparison(each, (run.row.file, " ".join(filter(None, cells)), *cells), run.degrees)
@@ -151,7 +168,9 @@ def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
 # -- prediction ----------------------------------------------------------------------------------------------------------
 
 
-def predict(runs: Sequence[ServedRun], stacks: Mapping[str, Stack] | None = None) -> list[dict[str, float] | str]:
+def predict(
+    runs: Sequence[ServedRun], stacks: Mapping[str, Stack] | None = None
+) -> list[dict[str, float] | str]:
     """Metrics of every run in SI units, or why there are none.
 
     Args:

@@ -58,7 +58,16 @@ class ServedRun:
     def group(self) -> tuple[object, ...]:
         """What runs that are priced together share."""
         stack = self.stack.name
-        return (self.model.name, self.cluster.name, stack, self.weights, self.cache, self.isl, self.osl, self.driver)
+        return (
+            self.model.name,
+            self.cluster.name,
+            stack,
+            self.weights,
+            self.cache,
+            self.isl,
+            self.osl,
+            self.driver,
+        )
 
 
 def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
@@ -80,7 +89,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     return ServedRun(
-        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver, load
+        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
+        load,
     )  # fmt: skip
 
 
@@ -167,7 +177,9 @@ def _model(row: Row) -> Model:
     if found.arch != "decoder":
         raise Unsupported(f"{name} is of kind {found.arch}: it does not generate")
     if hidden and found.hidden != hidden:
-        return _gpt(name, hidden, layers or found.n_layers, heads or 1, row.whole("vocab_size") or found.vocab)
+        return _gpt(
+            name, hidden, layers or found.n_layers, heads or 1, row.whole("vocab_size") or found.vocab
+        )
     return found
 
 

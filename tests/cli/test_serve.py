@@ -46,7 +46,11 @@ def test_same_input_same_plans(planner):
 
 def test_a_hub_name_says_the_precision(planner):
     base = ("serve", "--cluster", "h200-sxm:1x2", "--isl", 1000, "--osl", 100, "--top", 1, "--json")
-    for model, weights in (("Qwen/Qwen3-32B-FP8", "fp8"), ("qwen3-32b", "bf16"), ("minimax-m2.5", "fp8_block")):
+    for model, weights in (
+        ("Qwen/Qwen3-32B-FP8", "fp8"),
+        ("qwen3-32b", "bf16"),
+        ("minimax-m2.5", "fp8_block"),
+    ):
         cluster = ("--cluster", "h200-sxm:1x4") if "minimax" in model else ()
         plan = planner(*base, "--model", model, *cluster).json["plans"][0]
         assert plan["pools"][0]["knobs"]["weights"] == weights
@@ -101,7 +105,9 @@ def test_everything_that_is_missing_is_said_at_once(planner):
 
 
 def test_a_model_that_does_not_fit(planner):
-    result = planner("serve", "--model", "llama3.1-405b", "--cluster", "h100-sxm:1x2", "--isl", 10, "--osl", 10, "--json")
+    result = planner(
+        "serve", "--model", "llama3.1-405b", "--cluster", "h100-sxm:1x2", "--isl", 10, "--osl", 10, "--json"
+    )
     assert result.code == 3
     assert result.faults[0]["where"] == "device memory"
 
@@ -136,14 +142,30 @@ def test_explain_accounts_for_an_iteration(planner, plans):
 
 def test_a_plan_that_trains_is_no_plan_that_serves(planner, plans, tmp_path):
     other = tmp_path / "train.json"
-    planner("train", "--model", "gpt2", "--cluster", "a100:1x1", "--global-batch", 8, "--seq-len", 1024, "-o", other)
+    planner(
+        "train",
+        "--model",
+        "gpt2",
+        "--cluster",
+        "a100:1x1",
+        "--global-batch",
+        8,
+        "--seq-len",
+        1024,
+        "-o",
+        other,
+    )
     assert planner("compare", plans, other, "--json").code == 2
     assert planner("estimate", other, "--json").code == 2
 
 
 @pytest.mark.parametrize(
     ("engine", "line"),
-    [("vllm", "vllm serve llama3.1-8b"), ("sglang", "python -m sglang.launch_server"), ("trtllm", "trtllm-serve llama3.1-8b")],
+    [
+        ("vllm", "vllm serve llama3.1-8b"),
+        ("sglang", "python -m sglang.launch_server"),
+        ("trtllm", "trtllm-serve llama3.1-8b"),
+    ],
 )
 def test_launch_lines(planner, plans, engine, line, tmp_path):
     result = planner("export", plans, "--to", engine, "--json")
@@ -156,3 +178,11 @@ def test_launch_lines(planner, plans, engine, line, tmp_path):
         assert f"# {pool['replicas']} replica(s)" in script
     assert planner("export", plans, "--to", engine, "-o", tmp_path / engine).code == 0
     assert planner("export", plans, "--to", "megatron").code == 2
+
+
+def test_plans_keep_their_schema(planner, plans):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = planner("schema", "--serving").json
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(plans.read_text()), schema)
+    jsonschema.validate(json.loads(plans.read_text())["plans"][0], schema)

@@ -27,7 +27,9 @@ def problem(model="llama3.1-8b", cluster="h100-sxm:1x4", traffic=None, **more):
 def test_throughput_and_latencies_grow_with_the_load():
     p = problem()
     rows = np.tile(ServeSpace(p).meshes[:1], (40, 1))
-    iterations = iterations_of(p, next(iter(ServeSpace(p).recipes())), mesh_of(rows), Pricer(p.cluster, p.stack))
+    iterations = iterations_of(
+        p, next(iter(ServeSpace(p).recipes())), mesh_of(rows), Pricer(p.cluster, p.stack)
+    )
     state = steady(iterations, p.traffic, np.arange(1.0, 161.0, 4.0), np.full(40, 8192.0))
     # A kernel's tiles are steps: where one begins, the rate may fall by a fraction of a per cent.
     assert np.all(np.diff(state.requests_per_s) > -0.005 * state.requests_per_s[1:])
@@ -39,13 +41,17 @@ def test_throughput_and_latencies_grow_with_the_load():
 def test_little_s_law_holds():
     p = problem()
     row = ServeSpace(p).meshes[:1]
-    iterations = iterations_of(p, next(iter(ServeSpace(p).recipes())), mesh_of(row), Pricer(p.cluster, p.stack))
+    iterations = iterations_of(
+        p, next(iter(ServeSpace(p).recipes())), mesh_of(row), Pricer(p.cluster, p.stack)
+    )
     state = steady(iterations, p.traffic, np.array([64.0]), np.array([8192.0]))
     in_flight = state.requests_per_s * (state.ttft_s + (p.traffic.osl - 1) * state.tpot_s)
     assert float(in_flight[0]) == pytest.approx(64.0, rel=0.03)
 
 
-@pytest.mark.parametrize("traffic", [Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02), Traffic(500, 500, tpot_s=0.012, percentile=90.0)])
+@pytest.mark.parametrize(
+    "traffic", [Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02), Traffic(500, 500, tpot_s=0.012, percentile=90.0)]
+)
 def test_the_search_is_as_good_as_trying_every_load(traffic):
     p = problem(traffic=traffic, modes=("aggregated",))
     space = ServeSpace(p)
@@ -86,7 +92,9 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
 @pytest.mark.parametrize("model", ["llama3.1-8b", "qwen3-30b-a3b"])
 def test_every_candidate_is_accounted_for(model, traffic):
     report = serve(problem(model, traffic=traffic)).search
-    assert report.candidates == report.scored + sum(report.excluded_by_bound.values()) + sum(report.rejected.values())
+    assert report.candidates == report.scored + sum(report.excluded_by_bound.values()) + sum(
+        report.rejected.values()
+    )
 
 
 def test_limits_are_kept_and_plans_are_ranked():

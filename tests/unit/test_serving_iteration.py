@@ -22,7 +22,12 @@ def iterations(model, cluster="h100-sxm:1x8", stack="vllm", *, tp=1, pp=1, dp=1,
     tp_, cp_, dp_, pp_, ep_ = np.broadcast_arrays(*degrees)
     mesh = Mesh(tp_, cp_, dp_, pp_, ep_, tp_ * dp_ / ep_)
     ctx = ServingContext(
-        load_model(model), load_cluster(cluster), Traffic(1000, 100), load_stack(stack), mesh, DEFAULTS | knobs
+        load_model(model),
+        load_cluster(cluster),
+        Traffic(1000, 100),
+        load_stack(stack),
+        mesh,
+        DEFAULTS | knobs,
     )
     return Iterations(ctx)
 
@@ -32,9 +37,14 @@ def iterations(model, cluster="h100-sxm:1x8", stack="vllm", *, tp=1, pp=1, dp=1,
 
 def keys(model, block, *, decodes=0.0, context=0.0, prefill=0.0, prefill_context=1.0):
     one = Mesh(*(np.ones(1) for _ in range(6)))
-    batch = Composition(*(np.array([float(x)]) for x in (decodes, decodes * context, prefill, prefill_context)))
+    batch = Composition(
+        *(np.array([float(x)]) for x in (decodes, decodes * context, prefill, prefill_context))
+    )
     axes = composition_axes(load_model(model), one, batch)
-    return {name: float(np.ravel(axes[f"{name}@{block}"])[0]) for name in ("decode_keys", "prefill_keys", "prefill_visible")}
+    return {
+        name: float(np.ravel(axes[f"{name}@{block}"])[0])
+        for name in ("decode_keys", "prefill_keys", "prefill_visible")
+    }
 
 
 @pytest.mark.parametrize(("cached", "chunk"), [(0, 1), (0, 100), (0, 700), (300, 100), (100, 50), (1000, 64)])
@@ -84,7 +94,9 @@ def test_meshes_are_rows_too():
     batch = Composition(*(np.full(2, x) for x in (32.0, 32000.0, 0.0, 0.0)))
     for index, tp in enumerate((2, 8)):
         alone = iterations("llama3.1-70b", tp=tp, weights="fp8")
-        assert float(alone(32.0, 32000.0, 0.0, 0.0)[()]) == pytest.approx(both.seconds(batch)[index], rel=1e-12)
+        assert float(alone(32.0, 32000.0, 0.0, 0.0)[()]) == pytest.approx(
+            both.seconds(batch)[index], rel=1e-12
+        )
 
 
 def test_a_generating_batch_cannot_be_faster_than_its_bytes():
@@ -93,7 +105,9 @@ def test_a_generating_batch_cannot_be_faster_than_its_bytes():
     footprint = tau.footprint()
     embedding = 2 * 128256 * 4096  # looked up, not read
     for n, context in ((1, 100), (32, 4000), (256, 2000)):
-        n_bytes = float(footprint.weights_bytes[0]) - embedding + n * context * float(footprint.token_bytes[0])
+        n_bytes = (
+            float(footprint.weights_bytes[0]) - embedding + n * context * float(footprint.token_bytes[0])
+        )
         assert float(tau(n, n * context, 0.0, 0.0)) > n_bytes / 3.35e12
 
 
@@ -161,4 +175,6 @@ def test_capacity_is_what_is_left():
     taken = held.weights_bytes[0] + held.activation_bytes[0] + held.reserved_bytes + held.cache_bytes[0]
     assert taken == pytest.approx(budget)
     # 1,100 tokens are 69 blocks of 16: 1,104 tokens of 131,072 bytes.
-    assert held.sequences[0] == min(np.floor(held.cache_bytes[0] / (1104 * 131072)), float(software.max_sequences))
+    assert held.sequences[0] == min(
+        np.floor(held.cache_bytes[0] / (1104 * 131072)), float(software.max_sequences)
+    )

@@ -111,7 +111,9 @@ def test_record_says_enough(technique):
     assert technique.name
     assert technique.source
     assert technique.summary
-    assert technique.slot is None or technique.slot in (SLOTS if technique.job == "training" else SERVING_SLOTS)
+    assert technique.slot is None or technique.slot in (
+        SLOTS if technique.job == "training" else SERVING_SLOTS
+    )
     assert bool(technique.choices) == (technique.slot is not None)
     if technique.kind == "baseline":
         assert technique.subject is technique.absence

@@ -51,12 +51,16 @@ def run(
     degrees: dict[str, Any] = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
     defaults = {t.slot: t for t in discover().values() if t.job == "serving" and t.default}
     knobs = {name: t.choices[0] for name, t in defaults.items() if name is not None} | choices
-    ctx = ServingContext(spec, load_cluster(cluster), Traffic(1, 1), load_stack("vllm"), Mesh(**degrees), knobs)
+    ctx = ServingContext(
+        spec, load_cluster(cluster), Traffic(1, 1), load_stack("vllm"), Mesh(**degrees), knobs
+    )
     ledger = iteration_ledger(spec)
     for name in SERVING_SLOTS:
         apply = subject if name == slot else defaults[name].apply
         ledger = apply(ledger, ctx)
-    batch = Composition(*(np.array([x]) for x in (decodes, decodes * context, prefill, (prefill + 1.0) / 2.0)))
+    batch = Composition(
+        *(np.array([x]) for x in (decodes, decodes * context, prefill, (prefill + 1.0) / 2.0))
+    )
     return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch))
 
 
@@ -84,7 +88,8 @@ def cache_bytes_per_token(ledger: Ledger) -> float:
     """Bytes that one token leaves in all layers' caches."""
     found = (i for i in ledger.of(Resident, pool="kv_cache") if i.what != "ssm.state")
     return sum(
-        _value(ledger, i.size) / _value(ledger, "kv_seq") * i.bytes_per_element * repeats(ledger, i.block) for i in found
+        _value(ledger, i.size) / _value(ledger, "kv_seq") * i.bytes_per_element * repeats(ledger, i.block)
+        for i in found
     )
 
 

@@ -45,7 +45,12 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         )  # fmt: skip
         added.append(
             AttentionCore(
-                what="attention.decode", batch="decodes", q="1", kv=f"decode_keys@{block}", decode=True, **common
+                what="attention.decode",
+                batch="decodes",
+                q="1",
+                kv=f"decode_keys@{block}",
+                decode=True,
+                **common,
             )
         )
     added += [

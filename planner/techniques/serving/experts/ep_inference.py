@@ -45,7 +45,9 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         if not item.grouped:
             return None
         b = item.block
-        return replace(item, groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by="ep_inference")
+        return replace(
+            item, groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by="ep_inference"
+        )
 
     replica = Group("replica", mesh.tp * mesh.dp, np.ones(1))
     together, apart = (mesh.dp == 1).astype(float), (mesh.dp > 1).astype(float)

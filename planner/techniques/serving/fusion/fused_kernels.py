@@ -26,7 +26,11 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     def fused(item: Stream) -> Item | None:
         if item.what in _ROUTED:
             return replace(item, launches=0.0, by="fused_kernels")
-        if "norm" in item.tags and item.what.startswith(("norm", "final_norm")) and not item.what.endswith("_post"):
+        if (
+            "norm" in item.tags
+            and item.what.startswith(("norm", "final_norm"))
+            and not item.what.endswith("_post")
+        ):
             return replace(item, bytes_per_element=2.0 * item.bytes_per_element, by="fused_kernels")
         return None
 

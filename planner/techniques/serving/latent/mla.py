@@ -56,7 +56,12 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         if not item.decode or item.block not in latent:
             return None
         return replace(
-            item, kv_heads="1", qk_dim=f"latent_key@{item.block}", v_dim=f"kv_rank@{item.block}", latent=True, by="mla"
+            item,
+            kv_heads="1",
+            qk_dim=f"latent_key@{item.block}",
+            v_dim=f"kv_rank@{item.block}",
+            latent=True,
+            by="mla",
         )
 
     return ledger.set_axes(**sizes).edit(Matmul, product).edit(AttentionCore, core).add(added)

@@ -11,6 +11,7 @@ Source: Shoeybi et al. 2019 (arXiv:1909.08053); vLLM ``vocab_parallel_embedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +32,18 @@ def valid(ctx: ServingContext) -> Iterable[Check]:
     for block in ctx.model.blocks.values():
         if block.attention is not None:
             yield Check("attention heads not divisible by tp", block.attention.heads % tp == 0)
-            yield Check("KV heads neither a multiple nor a divisor of tp", _shares(block.attention.kv_heads, tp))
+            yield Check(
+                "KV heads neither a multiple nor a divisor of tp", _shares(block.attention.kv_heads, tp)
+            )
         if block.mlp:
             yield Check("feed-forward width not divisible by tp", block.mlp.ffn % tp == 0)
         if block.moe and block.moe.shared_ffn:
             yield Check("shared expert width not divisible by tp", block.moe.shared_ffn % tp == 0)
         if block.ssm:
             yield Check("state-space width not divisible by tp", block.ssm.inner % tp == 0)
-            yield Check("state-space heads not divisible by tp", (block.ssm.heads or block.ssm.inner) % tp == 0)
+            yield Check(
+                "state-space heads not divisible by tp", (block.ssm.heads or block.ssm.inner) % tp == 0
+            )
 
 
 def _shares(count: int, tp: Array) -> NDArray[np.bool_]:
@@ -57,10 +62,10 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
 
 
 def _collectives(ledger: Ledger, ctx: ServingContext) -> Iterator[Collective]:
-    def collective(what: str, block: str, kind: str, size: str) -> Collective:
+    def collective(what: str, block: str, kind: Any, size: str) -> Collective:
         return Collective(
             what=what, block=block, tags=frozenset({"tp"}), by="tp_inference", source="arXiv:1909.08053",
-            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=kind == "all_reduce",  # type: ignore[arg-type]
+            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=kind == "all_reduce",
         )  # fmt: skip
 
     seen: set[tuple[str, str]] = set()

@@ -37,15 +37,25 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
             label = wide if item.tags & WIDE else experts if item.grouped else linear
             form = KERNEL_FORMATS[label]
             out = dtype_bytes(activation) if item.out_bytes is None else item.out_bytes
-            return replace(item, dtype=form.dtype, format=label, out_bytes=out, by=item.by if label == wide else by)
+            return replace(
+                item, dtype=form.dtype, format=label, out_bytes=out, by=item.by if label == wide else by
+            )
         if isinstance(item, Stream) and "activation" in item.tags:
-            return replace(item, bytes_per_element=item.bytes_per_element * dtype_bytes(activation) / dtype_bytes("fp32"))
+            return replace(
+                item, bytes_per_element=item.bytes_per_element * dtype_bytes(activation) / dtype_bytes("fp32")
+            )
         return None
 
     def resident(item: Resident) -> Item | None:
         if item.pool != "parameters":
             return None
-        label = wide if item.block in ENDS or "tied" in item.tags else experts if "expert" in item.tags else linear
+        label = (
+            wide
+            if item.block in ENDS or "tied" in item.tags
+            else experts
+            if "expert" in item.tags
+            else linear
+        )
         return replace(item, bytes_per_element=dtype_bytes(KERNEL_FORMATS[label].weights))
 
     return ledger.edit(Kernel, kernel).edit(Resident, resident)

@@ -26,7 +26,9 @@ def _bits(subject: Pass) -> float:
     """Bits per weight of a layer of Llama-2 70B in groups of 128."""
     ledger = runs.run("weights", subject, model="llama2-70b", weights="int4_wo")
     wide = runs.run("weights", runs.sixteen, model="llama2-70b")
-    return 16.0 * runs.parameter_bytes(ledger, layers_only=True) / runs.parameter_bytes(wide, layers_only=True)
+    return (
+        16.0 * runs.parameter_bytes(ledger, layers_only=True) / runs.parameter_bytes(wide, layers_only=True)
+    )
 
 
 TECHNIQUE = Technique(
