@@ -24,7 +24,7 @@ import numpy as np
 
 from planner.costs.queueing import ggc_wait_s, mmc_wait_s
 from planner.errors import Infeasible, Problem, SpecError
-from planner.load.fixed_point import Balance
+from planner.load.balance import Balance
 from planner.load.iteration_time import Array, Price
 from planner.load.length_law import LengthLaw
 from planner.load.prefill_queue import FirstToken, PrefillQueue

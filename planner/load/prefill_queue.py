@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.load.fixed_point import Balance
+from planner.load.balance import Balance
 from planner.load.iteration_time import Array
 from planner.load.length_law import LengthLaw
 
