@@ -14,12 +14,14 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
     serve,
     simulate,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -44,6 +46,8 @@ def command() -> Callable[..., Any]:
     app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

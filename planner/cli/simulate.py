@@ -226,7 +226,7 @@ def _simulated(
     from planner.load.results import settling, summarize
     from planner.serving.deployment import run
 
-    with Progress(enabled) as progress:
+    with Progress(enabled, "simulating") as progress:
         done = run(deployment, asked, concurrency=clients, on_progress=progress)
     return summarize(done, 0.0 if whole else settling(done)).as_dict()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,4 +54,9 @@ def show_simulation(content: Mapping[str, Any]) -> None:
 
 
 def _with_error(latency: Mapping[str, float], column: str) -> str:
-    return f"{1e3 * latency[column]:.4g} ±{1e3 * latency[f'{column}_error']:.2g}"
+    value, error = 1e3 * latency[column], 1e3 * latency[f"{column}_error"]
+    if not math.isfinite(error):
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0.0 else 3
+    decimals = min(decimals, max(0, 3 - math.floor(math.log10(max(value, 1e-9)))))
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
