@@ -60,7 +60,16 @@ class ServedRun:
     def group(self) -> tuple[object, ...]:
         """What runs that are priced together share."""
         formats = self.weights, self.cache
-        return (self.model.name, self.cluster.name, self.stack.name, *formats, self.isl, self.osl, self.driver, self.cap)
+        return (
+            self.model.name,
+            self.cluster.name,
+            self.stack.name,
+            *formats,
+            self.isl,
+            self.osl,
+            self.driver,
+            self.cap,
+        )
 
 
 def served_run(row: Row, defaults: Counter[str]) -> ServedRun:

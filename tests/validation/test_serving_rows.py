@@ -89,13 +89,23 @@ def test_what_cannot_be_priced_says_why(cells, said):
 def test_the_engine_s_version_chooses_the_stack():
     stacks = {
         (engine, version): served_run(row(engine=engine, engine_version=version), Counter()).stack.name
-        for engine, version in (("vllm", "0.18.0"), ("TensorRT-LLM", "0.17"), ("TensorRT-LLM", "1.0"), ("sglang", ""))
+        for engine, version in (
+            ("vllm", "0.18.0"),
+            ("TensorRT-LLM", "0.17"),
+            ("TensorRT-LLM", "1.0"),
+            ("sglang", ""),
+        )
     }
     assert list(stacks.values()) == ["vllm", "trtllm-engine", "trtllm", "sglang"]
 
 
 def test_rows_of_quality_c_and_contradicted_ones_do_not_count():
-    rows = [row(), row(row_id="a-2", quality="C"), row(row_id="b", tp="1"), row(row_id="c", tp="1", tpot_ms="12")]
+    rows = [
+        row(),
+        row(row_id="a-2", quality="C"),
+        row(row_id="b", tp="1"),
+        row(row_id="c", tp="1", tpot_ms="12"),
+    ]
     scores = score_serving(table(*rows))
     status = {(entry.row_id, entry.metric): entry.status for entry in scores.rows}
     assert status["a-1", "tpot"] == "scored"
