@@ -25,18 +25,20 @@ WORDS = {
 }  # fmt: skip
 HEAD = """# Accuracy of serving
 
-Predictions of `planner validate`, held against published runs: errors are fractions of the measured value, medians and 90th percentiles. This page is written by
-`benchmarks/accuracy_serving.py`; constants of the stacks are fitted by `benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation
-of accelerators. The tables are published by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise,
+Predictions of `planner validate`, held against published runs: errors are fractions of the measured value, medians and 90th
+percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants of the stacks are fitted by
+`benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. The tables are
+published by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise,
 llama.cpp users, APEX and LLMServingSim; half of their rows were seen.
 """
 TAIL = """
 ## What the model leaves out
 
-- **Speculation.** Whether draft tokens were used is mostly not stated. Configurations whose repeats differ by more than 25 % in the time between tokens are
-  predicted and not counted; the rest are taken as run without.
-- **How a benchmark starts.** A burst of prompts at the start, the length of the run and the order of prompts move the time to the first token by more than any
-  kernel: it is predicted for clients that replace every answer at once, by one share of others' prompts per engine.
+- **Speculation.** Whether draft tokens were used is mostly not stated. Configurations whose repeats differ by more than 25 % in
+  the time between tokens are predicted and not counted; the rest are taken as run without.
+- **How a benchmark starts.** A burst of prompts at the start, the length of the run and the order of prompts move the time to the
+  first token by more than any kernel: it is predicted for clients that replace every answer at once, by one share of others'
+  prompts per engine.
 - **Skewed experts.** Routing is uniform; the busiest rank follows from chance alone.
 - **Mixed lengths.** Prompts and answers have their mean lengths, but for the variation of answers that `--length-scv` states.
 - **Preemption.** A request is admitted when its final length fits.
@@ -81,8 +83,9 @@ def page(report: Report, left_out: dict[str, Any]) -> Iterator[str]:
     if "ranking" in summary:
         ranking = summary["ranking"]
         yield (
-            f"\nOrder of layouts in {ranking['sweeps']} sweeps of TensorRT-LLM's throughput tables, by rate per device: mean Kendall τ-b "
-            f"{ranking['kendall_tau_mean']:.2f}, the layout that is predicted best is {ranking['top1_regret_mean']:.1%} slower than the best one.\n"
+            f"\nOrder of layouts in {ranking['sweeps']} sweeps of TensorRT-LLM's throughput tables, by rate per device: mean "
+            f"Kendall τ-b {ranking['kendall_tau_mean']:.2f}; the layout that is predicted best is "
+            f"{ranking['top1_regret_mean']:.1%} slower than the best one.\n"
         )
     yield "## Rows that do not count\n"
     asked = coverage(report.rows)

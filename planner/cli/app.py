@@ -14,11 +14,13 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
     serve,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -42,6 +44,8 @@ def command() -> Callable[..., Any]:
     app.command("serve")(serve.serve)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

@@ -134,7 +134,7 @@ def test_recorded_bounds_hold_and_are_not_idle():
 
 
 def test_batches_take_their_prompts_and_their_steps():
-    """FasterTransformer's GPT-20B on one A100: 225 ms for 20 tokens in and 8 out, twice 40 GB of weights read 8 times at 2 TB/s."""
+    """FasterTransformer's GPT-20B on one A100: 225 ms for 20 tokens in and 8 out; 40 GB of weights are read 8 times at 2 TB/s."""
     cells = {
         "engine": "FasterTransformer", "engine_version": "", "model": "GPT-20B", "num_layers": "44", "hidden_size": "6144",
         "num_heads": "48", "vocab_size": "51200", "accelerator": "A100-SXM-80GB", "n_devices": "1", "tp": "1",
