@@ -11,6 +11,7 @@ accelerators; ``--write`` puts the results behind the line ``# -- fitted`` of th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -53,6 +54,9 @@ def main() -> None:
     )
     arguments.add_argument("--write", action="store_true")
     arguments.add_argument("--stack")
+    arguments.add_argument(
+        "--errors", metavar="FILE.json", help="add errors of models left out, for accuracy_serving.py"
+    )
     arguments.add_argument("--every", type=int, default=1, help="take every n-th row")
     arguments.add_argument("files", nargs="+", metavar="FILE.csv")
     options = arguments.parse_args()
@@ -66,12 +70,16 @@ def main() -> None:
                 cases[key] += [(run, m, value) for m, value in measured.items() if m in WEIGHTS]
     for (name, generation), rows in sorted(cases.items()):
         if (options.stack is None or name == options.stack) and len(rows) >= _FEWEST:
-            constants = _fit(load_stack(name), generation, rows)
+            constants, left_out = _fit(load_stack(name), generation, rows)
+            if options.errors:
+                _add(Path(options.errors), name, generation, left_out)
             if options.write:
                 write(name, generation, constants)
 
 
-def _fit(stack: Stack, generation: str, cases: list[Case]) -> dict[str, float]:
+def _fit(
+    stack: Stack, generation: str, cases: list[Case]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Constants of one stack on one generation, printed with in-sample errors and those of models left out."""
     names = [*STACK, *SERVING]
     prior = np.log([PRIORS[name][0] for name in names])
@@ -101,12 +109,11 @@ def _fit(stack: Stack, generation: str, cases: list[Case]) -> dict[str, float]:
         step = _solve(slopes, gap, weight * others, theta - prior, deviation)
         linear = now + slopes @ step
         left_out = np.where(others, left_out, linear - measured)
-    if len(families) > 1:
-        _report("  models left out", cases, left_out)
+    told = _report("  models left out", cases, left_out) if len(families) > 1 else {}
     constants = dict(zip(names, np.exp(theta), strict=True))
     print("  " + ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
     sys.stdout.flush()
-    return constants
+    return constants, told
 
 
 def _solve(slopes: Any, gap: Any, weight: Any, beyond: Any, deviation: Any) -> Any:
@@ -154,7 +161,14 @@ def _family(run: ServedRun) -> tuple[int, int]:
     return run.model.hidden, run.model.n_layers
 
 
-def _report(label: str, cases: list[Case], errors: Any) -> None:
+def _add(path: Path, name: str, generation: str, left_out: dict[str, dict[str, float]]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known[f"{name} on {generation}"] = left_out
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def _report(label: str, cases: list[Case], errors: Any) -> dict[str, dict[str, float]]:
+    told = {}
     for metric in WEIGHTS:
         chosen = np.array([m == metric for _, m, _ in cases]) & np.isfinite(errors)
         if chosen.any():
@@ -162,6 +176,8 @@ def _report(label: str, cases: list[Case], errors: Any) -> None:
             bias = np.median(np.expm1(errors[chosen]))
             middle, high = np.median(off), np.percentile(off, 90)
             print(f"{label}: {metric} n={chosen.sum()} median {middle:.1%} 90th {high:.1%} bias {bias:+.1%}")
+            told[metric] = {"n": int(chosen.sum()), "median": float(middle), "p90": float(high)}
+    return told
 
 
 def write(name: str, generation: str, constants: dict[str, float]) -> None:

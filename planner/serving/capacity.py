@@ -53,6 +53,7 @@ def capacity(
     activation = _activation_bytes(iterations, chunk_tokens)
     reserved = float(software.reserved_bytes)
     left = memory - reserved - footprint.weights_bytes - activation
+    left = np.where(left > 0.0, left * float(software.free_fraction), left)
     block = float(software.block_tokens)
     length = isl + float(software.headroom) * osl
     each = footprint.cache_bytes(length, block)

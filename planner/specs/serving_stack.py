@@ -60,6 +60,7 @@ class ServingSoftware:
             answers that began together end together.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
+        free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
         reserved_bytes: what a process holds besides: context, libraries, captured graphs.
         block_tokens: tokens of one block of the cache.
         max_sequences: sequences in one batch, by default.
@@ -75,6 +76,7 @@ class ServingSoftware:
     wave_share: Sourced
     admission_s: Sourced
     memory_fraction: Sourced
+    free_fraction: Sourced
     reserved_bytes: Sourced
     block_tokens: Sourced
     max_sequences: Sourced

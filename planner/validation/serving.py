@@ -206,8 +206,9 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     if broken is not None:
         return [broken] * len(runs)
     iterations = Iterations(ctx)
-    columns = _DRIVERS[first.driver](iterations, traffic, load)
-    return [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
+    columns = _DRIVERS[first.driver](iterations, traffic, load, first.cap)
+    found = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
+    return [{name: value for name, value in one.items() if np.isfinite(value)} for one in found]
 
 
 def _broken(ctx: ServingContext) -> str | None:
@@ -218,7 +219,8 @@ def _broken(ctx: ServingContext) -> str | None:
     return None
 
 
-def _closed(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, Array]:
+def _closed(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+    """Clients that replace every answer at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     state = steady(iterations, traffic, load, chunk)
     rate = state.requests_per_s
@@ -228,7 +230,7 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, 
     }  # fmt: skip
 
 
-def _offline(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, Array]:
+def _offline(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
     """All requests are there: the caches, or the engine's cap, say how many run at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     held = capacity(iterations, traffic.isl, traffic.osl, chunk)
@@ -237,21 +239,32 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str,
     return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
 
 
-def _rate(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, Array]:
-    """Arrivals: the requests in flight that answer as many per second, by bisection."""
+def _rate(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+    """Arrivals: the requests in flight that answer as many per second, by bisection.
+
+    Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first token is foretold.
+    """
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk).sequences, 1.0)
+    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, cap).sequences, 1.0)
     low, high = np.zeros_like(load), most
-    for _ in range(24):
+    for _ in range(_BISECTIONS):
         middle = np.maximum((low + high) / 2.0, 1e-3)
         enough = steady(iterations, traffic, middle, chunk).requests_per_s >= load
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     state = steady(iterations, traffic, high, chunk)
+    kept_up = state.requests_per_s >= load * (1.0 - _CLOSE)
     rate = np.minimum(state.requests_per_s, load)
-    return {"tpot": state.tpot_s, "ttft": state.ttft_s, "output_tokens_per_s": rate * traffic.osl}
+    return {
+        "tpot": state.tpot_s,
+        "ttft": np.where(kept_up & (state.prefill_load < _MOST_LOAD), state.ttft_s, np.nan),
+        "output_tokens_per_s": rate * traffic.osl,
+    }
 
 
-def _static(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, Array]:
+_BISECTIONS, _CLOSE, _MOST_LOAD = 20, 0.02, 0.9
+
+
+def _static(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
     """One batch: all prompts, then a token for every sequence until the longest answer is done."""
     zero = np.zeros_like(load)
     batch = np.maximum(load / iterations.ctx.mesh.pp, np.minimum(load, 1.0))
@@ -266,7 +279,7 @@ def _static(iterations: Iterations, traffic: Traffic, load: Array) -> dict[str, 
     }  # fmt: skip
 
 
-_DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array], dict[str, Array]]] = {
+_DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array, float | None], dict[str, Array]]] = {
     "concurrency": _closed,
     "offline": _offline,
     "static": _static,

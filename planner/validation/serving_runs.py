@@ -40,6 +40,7 @@ class ServedRun:
         degrees: tp, pp, dp, ep of one replica.
         isl, osl: lengths.
         driver: one of :data:`DRIVERS`; ``load`` its number: requests in flight, sequences of the batch, or requests per second.
+        cap: sequences that the engine was allowed, where arrivals drove the run; None: its default.
     """
 
     row: Row
@@ -53,20 +54,21 @@ class ServedRun:
     osl: int
     driver: str
     load: float
+    cap: float | None = None
 
     @property
     def group(self) -> tuple[object, ...]:
         """What runs that are priced together share."""
-        stack = self.stack.name
+        formats = self.weights, self.cache
         return (
             self.model.name,
             self.cluster.name,
-            stack,
-            self.weights,
-            self.cache,
+            self.stack.name,
+            *formats,
             self.isl,
             self.osl,
             self.driver,
+            self.cap,
         )
 
 
@@ -90,7 +92,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         raise Unsupported("no tokens")
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
-        load,
+        load, row.number("concurrency") if driver == "rate" else None,
     )  # fmt: skip
 
 
