@@ -98,7 +98,7 @@ class Sampled:
             max_prefill_tokens: prompt tokens of an iteration, at most.
             context_tokens: a typical context; the slopes are taken between a quarter of it and twice as much.
         """
-        n, m = np.meshgrid(_nodes(max_decodes), _nodes(max_prefill_tokens), indexing="ij")
+        n, m = np.meshgrid(_nodes(max_decodes, 48), _nodes(max_prefill_tokens, 144), indexing="ij")
         short, long = context_tokens / 4.0, context_tokens * 2.0
         contexts = np.array([[short, short], [long, short], [short, long]]).reshape(3, 2, 1, 1)
         occupied = n + m > 0  # an empty iteration is never run, and a price need not know it
@@ -156,9 +156,9 @@ def chunk_context_tokens(chunk_tokens: Any, cached_tokens: Any) -> Any:
     return chunk_tokens * (cached_tokens + (chunk_tokens + 1) / 2)
 
 
-def _nodes(most: int) -> Array:
-    """0, 1, 2 … and then by a sixth or so, up to ``most``."""
-    growing = np.unique(np.round(np.geomspace(1.0, max(most, 2), 48)))
+def _nodes(most: int, count: int) -> Array:
+    """0, 1, 2 … and then in equal ratios, up to ``most``; tiles of matrix products make fine steps over prompt tokens."""
+    growing = np.unique(np.round(np.geomspace(1.0, max(most, 2), count)))
     return np.concatenate([[0.0], growing])
 
 
