@@ -245,3 +245,19 @@ def test_broken_lines_are_named_all_at_once(tmp_path):
     path.write_text("arrival_s,prompt_tokens,output_tokens\n")
     with pytest.raises(SpecError, match="holds no request"):
         read_trace(path)
+
+
+@pytest.mark.parametrize(("rate", "published_ms"), [(2.0, 15.3), (4.0, 20.7), (6.0, 32.1)])
+def test_fixed_point_of_an_affine_pool(rate, published_ms):
+    """12 ms, 60 µs a decode, 90 µs a prompt token, 1,000 in and 200 out: mean iterations of a simulation written apart."""
+    load = steady_load(POOL, scheduler("sarathi", 4096, 8192), Lengths(1000, 200), rate)
+    assert 1e3 * load.tpot_s[0] == pytest.approx(published_ms, rel=0.05)
+
+
+def test_chain_of_an_affine_pool():
+    """20 ms + 0.2 ms a decode, 100 decodes, 20 requests/s: (a + b)λD/(1 − bλD) = 67.33 at a time, whatever the lengths."""
+    for output_cv2 in (0.0, 1.0):
+        load = percentiles(
+            Affine(20e-3, 0.2e-3), scheduler("sarathi", 4096, 8192), Lengths(1, 101, 0.0, output_cv2), 20.0
+        )
+        assert load.decodes == pytest.approx(67.33, rel=0.01)
