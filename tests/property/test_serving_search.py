@@ -31,8 +31,8 @@ def test_throughput_and_latencies_grow_with_the_load():
         p, next(iter(ServeSpace(p).recipes())), mesh_of(rows), Pricer(p.cluster, p.stack)
     )
     state = steady(iterations, p.traffic, np.arange(1.0, 161.0, 4.0), np.full(40, 8192.0))
-    # A kernel's tiles are steps: where one begins, the rate may fall by a fraction of a per cent.
-    assert np.all(np.diff(state.requests_per_s) > -0.005 * state.requests_per_s[1:])
+    # A kernel's tiles are steps: where one begins, the rate may fall by less than a per cent.
+    assert np.all(np.diff(state.requests_per_s) > -0.01 * state.requests_per_s[1:])
     assert np.all(np.diff(state.tpot_s) > 0)
     assert np.all(np.diff(state.ttft_s) > 0)
     assert np.all(state.ttft_at(0.99) >= state.ttft_at(0.9))
@@ -84,7 +84,7 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
     "traffic",
     [
         Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02),
-        Traffic(2000, 200, ttft_s=0.1, tpot_s=0.006),
+        Traffic(2000, 200, ttft_s=0.2, tpot_s=0.01),
         Traffic(2000, 200, tpot_s=0.02, rate_per_s=5.0),
         Traffic(2000, 200, concurrency=64),
     ],
