@@ -179,7 +179,7 @@ class Balance:
         queue_s = 0.5 * crowd * full_s * p / many * (1.0 + cv2) / (1.0 - crowd)
         own_s = np.where(p > room, np.maximum(p / room, 1.0) * full_s, one_s)
         wait_s = rest_s + np.where(room < _MANY * p, queue_s, 0.0)
-        return wait_s + own_s, load * (one_s - theta_s) / (1.0 - load)
+        return wait_s + own_s, load * np.maximum(one_s - theta_s, 0.0) / (1.0 - load)
 
     def _prefill_first_latencies_s(
         self, x: Array, n: Array, theta_s: Array, busy: Array

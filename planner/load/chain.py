@@ -38,6 +38,7 @@ _MOST_STATES = 4096
 _LONGEST_CLUSTER = 400
 _WAITS = -np.log1p(-(np.arange(64) + 0.5) / 64)
 """Exponential waits of mean 1 with equal chances."""
+_NEGLIGIBLE = 1e-6
 _BINS_PER_E = 400
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -98,20 +99,23 @@ def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: fl
     shares = _shares(decodes, chance, levels)
     seconds = [queue.seconds for queue in fast]
     chances = [queue.chances * share for queue, share in zip(fast, shares, strict=True)]
-    waits = float(chance[-1])
-    if waits > 1e-6:
+    if chance[-1] > _NEGLIGIBLE:
         alone_s, weight = PrefillQueue(balance, rate_per_s, slots, prompts).alone()
-        wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, float(lengths.output_cv2))
+        wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, outputs.cv2)
         seconds.append((alone_s[:, None] + wait_s * _WAITS).ravel())
-        chances.append(np.repeat(weight * waits / len(_WAITS), len(_WAITS)))
+        chances.append(np.repeat(weight * chance[-1] / len(_WAITS), len(_WAITS)))
     mean = float(chance @ decodes)
-    tpot_s = {"mean": mean / (rate_per_s * float(balance.decodes))}
-    drift_s2 = _drift_s2(decodes[1:], chance[1:], stay_s / float(balance.decodes))
+    tpot_s = mean / (rate_per_s * float(balance.decodes))
+    # Prefills within a stay: a compound Poisson number of busy periods of M/G/1, λθE[S²]/(1 − ρ)² per iteration.
     prompt_s2 = (load / rate_per_s) ** 2 * (1.0 + prompts.cv2)
-    stalls_s2 = rate_per_s * tpot_s["mean"] * prompt_s2 / (1.0 - load) ** 2
+    stalls_s2 = rate_per_s * tpot_s * prompt_s2 / (1.0 - load) ** 2
+    drift_s2 = _drift_s2(decodes[1:], chance[1:], stay_s / float(balance.decodes))
     floor_s = float(balance.decode_s(np.array(1.0)))
-    tpot_s |= _tpot_quantiles(tpot_s["mean"], floor_s, outputs, drift_s2, stalls_s2)
-    return Percentiles(_summary(np.concatenate(seconds), np.concatenate(chances)), tpot_s, mean, waits)
+    tpot = {"mean": tpot_s} | _tpot_quantiles(tpot_s, floor_s, outputs, drift_s2, stalls_s2)
+    if float(lengths.decodes) <= 0.0:
+        tpot = dict.fromkeys(tpot, 0.0)  # nothing comes after the first token
+    ttft = _summary(np.concatenate(seconds), np.concatenate(chances))
+    return Percentiles(ttft, tpot, mean, float(chance[-1]))
 
 
 def _check_rate(rate_per_s: float, most_per_s: float) -> None:
@@ -277,7 +281,7 @@ def _tpot_quantiles(
 
     - ``n`` drifts while a request stays, and forgets at the rate at which requests leave: ``2(r − 1 + e^{−r})/r²`` of its
       variance remains for an output ``r`` times as long as the mean;
-    - prefills are a compound Poisson number of busy periods of M/G/1: ``λθE[S²]/((1 − ρ)²d)``.
+    - prefills add ``stalls_s2/d``.
     """
     tokens, weight = outputs.nodes()
     tokens = np.maximum(tokens, 1.0)

@@ -60,7 +60,9 @@ class PrefillQueue:
         cycle_s = after_s = 0.0
         if self.decodes:
             advances = chain.iterations if self.balance.rules.mixed else (np.arange(_CELLS) == 0.0) * 1.0
-            per_start = chain.chance @ advances
+            per_start = max(
+                float(chain.chance @ advances), 1e-9
+            )  # decodes hardly ever run where prompts always wait
             cycle_s = float(chain.chance @ chain.seconds / per_start)
             gain_s = chain.seconds - cycle_s * advances
             bias_s = np.linalg.solve(np.eye(_CELLS) - chain.moves + chain.chance, gain_s)

@@ -261,3 +261,27 @@ def test_chain_of_an_affine_pool():
             Affine(20e-3, 0.2e-3), scheduler("sarathi", 4096, 8192), Lengths(1, 101, 0.0, output_cv2), 20.0
         )
         assert load.decodes == pytest.approx(67.33, rel=0.01)
+
+
+@pytest.mark.parametrize("policy", ["vllm", "sarathi", "orca"])
+@pytest.mark.parametrize("slots", [1, 512])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        Lengths(500, 1),
+        Lengths(1, 2),
+        Lengths(8000, 5, 4.0, 4.0),
+        Lengths(100, 2000),
+        Lengths(1000, 100, prefix_hit=0.999),
+    ],
+)
+def test_levels_are_finite_at_the_edges(policy, slots, lengths):
+    """No output but the first token, prompts beyond the budget, one slot, next to no load and 95 % of it."""
+    price, rules = Affine(12e-3, 60e-6, 1e-8, 90e-6, 1e-9), scheduler(policy, slots, 512)
+    most = steady_load(price, rules, lengths, 1e9).most_per_s[0]
+    for rate in (1e-3 * most, 0.95 * most):
+        point, chain = steady_load(price, rules, lengths, rate), percentiles(price, rules, lengths, rate)
+        found = [point.ttft_s[0], point.tpot_s[0], *chain.ttft_s.values(), *chain.tpot_s.values()]
+        assert np.all(np.isfinite(found))
+        assert min(found) >= 0.0
+        assert chain.ttft_s["p50"] <= chain.ttft_s["p90"] <= chain.ttft_s["p99"]
