@@ -88,6 +88,7 @@ class Pricer:
         self.kernels = Kernels(
             self.device, start_share=1.0 if software is None else float(software.start_share)
         )
+        self._libraries: dict[tuple[str, str], KernelLibrary | None] = {}
         self._call_share = 1.0 if software is None else float(software.call_share)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
@@ -271,8 +272,12 @@ class Pricer:
 
     def _library(self, operation: str, label: str) -> KernelLibrary | None:
         """The library whose kernel the stack runs; None: it names none, and the device's own constants hold."""
-        kernel = self.stack.kernel(operation, label, self.device.generation) if label else None
-        return None if kernel is None else library_for(operation, kernel, label, self.device.generation)
+        if (operation, label) not in self._libraries:
+            generation = self.device.generation
+            kernel = self.stack.kernel(operation, label, generation) if label else None
+            library = None if kernel is None else library_for(operation, kernel, label, generation)
+            self._libraries[operation, label] = library
+        return self._libraries[operation, label]
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:

@@ -104,19 +104,13 @@ class Iterations:
         """Seconds per row."""
         rows = len(batch.decodes)
         graph = float(self.software.graph_sequences)
-        captured = (batch.prefill_tokens <= 0.0) & (batch.decodes / self.ctx.mesh.dp <= graph)
-        eager = (
-            None
-            if captured.all() and self._captured is not None
-            else self._passed_s(self._eager, batch, rows)
-        )
-        if self._captured is None:
-            assert eager is not None
-            device_s = eager
+        small = (batch.prefill_tokens <= 0.0) & (batch.decodes / self.ctx.mesh.dp <= graph)
+        if self._captured is None or not small.any():
+            device_s = self._passed_s(self._eager, batch, rows)
         else:
             device_s = self._passed_s(self._captured, batch, rows)
-            if eager is not None:
-                device_s = np.where(captured, device_s, eager)
+            if not small.all():
+                device_s = np.where(small, device_s, self._passed_s(self._eager, batch, rows))
         sequences = batch.decodes + np.minimum(batch.prefill_tokens, 1.0)
         host_s = float(self.software.iteration_s) + float(self.software.sequence_s) * sequences
         return np.asarray(np.where(batch.decodes + batch.prefill_tokens > 0.0, device_s + host_s, 0.0))

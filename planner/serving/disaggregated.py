@@ -232,11 +232,10 @@ def _pairs(
     account.scored += len(i)
     used = x * p.kind.size[i] + y * d.kind.size[j]
     value = answered if wanted is None else answered / used
-    best: dict[tuple[int, int], int] = {}
-    for index in np.argsort(-value, kind="stable"):
-        best.setdefault(
-            (int(p.kind.rows[i[index], :3].prod()), int(d.kind.rows[j[index], :3].prod())), int(index)
-        )
+    # The best pair of every two sizes of replicas.
+    order = np.argsort(-value, kind="stable")
+    shape = p.kind.size[i[order]] * (devices + 1.0) + d.kind.size[j[order]]
+    best = order[np.sort(np.unique(shape, return_index=True)[1])]
     return [
         _split(
             problem,
@@ -249,7 +248,7 @@ def _pairs(
             float(transfer[i[k], j[k]]),
             admission,
         )
-        for k in best.values()
+        for k in best
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from planner.validation.table import Row, Table, Unsupported
 
 __all__ = ["ServingScores", "contradicted", "predict", "score_serving", "served_runs"]
 
+Runs: TypeAlias = Sequence[ServedRun]
 _GROUPS = ("accelerator", "model", "engine", "quality")
 _MILLI = 1e-3
 _SWEEP = ("engine", "engine_version", "model", "accelerator", "weight_dtype", "input_len", "output_len")
@@ -199,6 +201,8 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     defaults = {t.slot: t.choices[0] for t in discover().values() if t.job == "serving" and t.default}
     knobs = {slot: choice for slot, choice in defaults.items() if slot is not None}
     knobs |= {"weights": first.weights, "cache": first.cache}
+    if first.exchanged:
+        knobs["experts"] = "exchanged"
     if first.weights == "fp16":
         knobs["activations"] = "fp16"
     ctx = ServingContext(first.model, first.cluster, traffic, stack, mesh, knobs)
@@ -206,7 +210,7 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     if broken is not None:
         return [broken] * len(runs)
     iterations = Iterations(ctx)
-    columns = _DRIVERS[first.driver](iterations, traffic, load, first.cap)
+    columns = _DRIVERS[first.driver](iterations, traffic, load, runs)
     found = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
     return [{name: value for name, value in one.items() if np.isfinite(value)} for one in found]
 
@@ -219,7 +223,7 @@ def _broken(ctx: ServingContext) -> str | None:
     return None
 
 
-def _closed(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Clients that replace every answer at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     state = steady(iterations, traffic, load, chunk)
@@ -230,7 +234,44 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, cap: float | 
     }  # fmt: skip
 
 
-def _offline(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """Clients that replace every answer, of workers for prompts and of others for generation.
+
+    Generation holds as many requests as prompts come in for, at most all; the others wait for or run their prompts (Little's
+    law).
+    """
+    counts = np.array([run.workers or (1.0, 1.0) for run in runs])
+    layout = np.array([run.prefill or (1, 1, 1, 1, 1.0) for run in runs], dtype=np.float64)
+    tp, pp, dp, ep, prompts = layout.T
+    mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
+    knobs = {**iterations.ctx.knobs, "experts": "gathered"}  # workers for prompts may have another layout
+    prefill = Iterations(replace(iterations.ctx, mesh=mesh, knobs=knobs), iterations.pricer)
+    zero = np.zeros_like(load)
+    batch = prompts * dp
+    prompt_s = prefill(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
+    most = counts[:, 0] * pp * batch / prompt_s
+    context = traffic.isl + traffic.osl / 2.0
+
+    def step_s(n: Array) -> Array:
+        each = n / iterations.ctx.mesh.pp
+        return iterations(each, each * context, zero, zero)
+
+    low, high = zero, load / counts[:, 1]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        fed = middle / ((traffic.osl - 1.0) * step_s(middle)) * counts[:, 1] <= most
+        low, high = np.where(fed, middle, low), np.where(fed, high, middle)
+    tpot_s = step_s(high)
+    rate = high * counts[:, 1] / ((traffic.osl - 1.0) * tpot_s)
+    waiting = np.maximum(load - high * counts[:, 1], 0.0) / rate
+    return {
+        "tpot": tpot_s,
+        "ttft": np.maximum(waiting, prompt_s) + float(iterations.software.admission_s),
+        "output_tokens_per_s": rate * traffic.osl,
+    }
+
+
+def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """All requests are there: the caches, or the engine's cap, say how many run at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     held = capacity(iterations, traffic.isl, traffic.osl, chunk)
@@ -239,13 +280,13 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array, cap: float |
     return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
 
 
-def _rate(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Arrivals: the requests in flight that answer as many per second, by bisection.
 
     Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first token is foretold.
     """
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, cap).sequences, 1.0)
+    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, runs[0].cap).sequences, 1.0)
     low, high = np.zeros_like(load), most
     for _ in range(_BISECTIONS):
         middle = np.maximum((low + high) / 2.0, 1e-3)
@@ -264,7 +305,7 @@ def _rate(iterations: Iterations, traffic: Traffic, load: Array, cap: float | No
 _BISECTIONS, _CLOSE, _MOST_LOAD = 20, 0.02, 0.9
 
 
-def _static(iterations: Iterations, traffic: Traffic, load: Array, cap: float | None) -> dict[str, Array]:
+def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """One batch: all prompts, then a token for every sequence until the longest answer is done."""
     zero = np.zeros_like(load)
     batch = np.maximum(load / iterations.ctx.mesh.pp, np.minimum(load, 1.0))
@@ -279,9 +320,10 @@ def _static(iterations: Iterations, traffic: Traffic, load: Array, cap: float | 
     }  # fmt: skip
 
 
-_DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array, float | None], dict[str, Array]]] = {
+_DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array, Runs], dict[str, Array]]] = {
     "concurrency": _closed,
     "offline": _offline,
     "static": _static,
     "rate": _rate,
+    "pools": _pools,
 }

@@ -19,8 +19,9 @@ from planner.validation.table import Row, Unsupported
 
 __all__ = ["DRIVERS", "ServedRun", "served_run"]
 
-DRIVERS = ("concurrency", "offline", "static", "rate")
-"""How a run was driven: clients that replace every answer, all requests at once, one batch, or arrivals."""
+DRIVERS = ("concurrency", "offline", "static", "rate", "pools")
+"""How a run was driven: clients that replace every answer, all requests at once, one batch, arrivals, or clients of a deployment
+with pools of their own for prompts and generation."""
 
 _WEIGHTS = {
     "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "fp4": "nvfp4",
@@ -41,6 +42,8 @@ class ServedRun:
         isl, osl: lengths.
         driver: one of :data:`DRIVERS`; ``load`` its number: requests in flight, sequences of the batch, or requests per second.
         cap: sequences that the engine was allowed, where arrivals drove the run; None: its default.
+        workers: of the pools for prompts and generation, where they are two.
+        prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
     """
 
     row: Row
@@ -55,6 +58,14 @@ class ServedRun:
     driver: str
     load: float
     cap: float | None = None
+    workers: tuple[float, float] | None = None
+    prefill: tuple[int, int, int, int, float] | None = None
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether tokens travel to experts: attention ranks of their own, whole experts on every rank."""
+        tp, _, dp, ep = self.degrees
+        return dp > 1 and ep == tp * dp
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -69,6 +80,7 @@ class ServedRun:
             self.osl,
             self.driver,
             self.cap,
+            self.exchanged,
         )
 
 
@@ -90,19 +102,31 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     isl, osl = _length(row, "input_len"), _length(row, "output_len")
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
+    workers, prefill = _pools(row) if driver == "pools" else (None, None)
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
-        load, row.number("concurrency") if driver == "rate" else None,
+        load, row.number("concurrency") if driver == "rate" else None, workers, prefill,
     )  # fmt: skip
 
 
 def _degrees(row: Row) -> tuple[int, int, int, int]:
+    columns = ("tp", "pp", "dp", "ep")
     if row.text("prefill_tp_size"):
-        raise Unsupported("pools of their own for prompts and generation are not scored")
-    tp, pp, dp, ep = (row.whole(name) for name in ("tp", "pp", "dp", "ep"))
+        columns = ("decode_tp_size", "decode_pp_size", "decode_attention_dp_size", "decode_moe_ep_size")
+    tp, pp, dp, ep = (row.whole(name) for name in columns)
     if tp is None or tp < 1:
         raise Unsupported("the parallel layout is not stated")
     return tp, pp or 1, dp or 1, ep or 1
+
+
+def _pools(row: Row) -> tuple[tuple[float, float], tuple[int, int, int, int, float]]:
+    """Workers of both pools, and the layout and batch of those for prompts."""
+    workers = row.number("prefill_num_workers"), row.number("decode_num_workers")
+    if not (workers[0] and workers[1]):
+        raise Unsupported("how many workers a pool has is not stated")
+    columns = ("prefill_tp_size", "prefill_pp_size", "prefill_attention_dp_size", "prefill_moe_ep_size")
+    tp, pp, dp, ep = (row.whole(column) or 1 for column in columns)
+    return (workers[0], workers[1]), (tp, pp, dp, ep, row.number("prefill_batch_size") or 1.0)
 
 
 def _length(row: Row, column: str) -> int:
@@ -117,6 +141,10 @@ def _driver(row: Row) -> tuple[str, float]:
     """How the run was driven, and by how much."""
     features, rate = row.text("features").lower(), row.text("request_rate").lower()
     concurrency, batch = row.number("concurrency"), row.number("batch")
+    if row.text("prefill_tp_size"):
+        if not concurrency:
+            raise Unsupported("the load is not stated")
+        return "pools", concurrency
     if "static" in features or "llama-bench" in features:
         if not batch:
             raise Unsupported("no batch size is given")

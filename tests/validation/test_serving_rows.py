@@ -41,6 +41,16 @@ def test_the_header_tells_a_serving_table():
         ({"request_rate": "2.5"}, "rate", 2.5),
         ({"request_rate": "2", "per_replica_request_rate": "0.5"}, "rate", 0.5),
         ({"features": "static batch", "batch": "64"}, "static", 64.0),
+        (
+            {
+                "prefill_tp_size": "1",
+                "decode_tp_size": "4",
+                "prefill_num_workers": "1",
+                "decode_num_workers": "2",
+            },
+            "pools",
+            16.0,
+        ),
     ],
 )
 def test_how_a_run_was_driven(cells, driver, load):
@@ -74,7 +84,7 @@ def test_number_formats_as_the_checkpoint_has_them(cells, formats):
         ({"engine": "abacus"}, "no stack"),
         ({"weight_dtype": "fp3"}, "number format"),
         ({"concurrency": ""}, "load"),
-        ({"prefill_tp_size": "1"}, "pools of their own"),
+        ({"prefill_tp_size": "1", "decode_tp_size": "4"}, "how many workers"),
         ({"model": "bert-base"}, "does not generate"),
         ({"input_len": ""}, "input_len"),
     ],

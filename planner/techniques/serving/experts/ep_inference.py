@@ -12,46 +12,25 @@ Source: Rajbhandari et al. 2022 (DeepSpeed-MoE, arXiv:2201.05596) §5; SGLang da
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-
 import numpy as np
 
 from planner.ledger import Collective, Group, Item, Ledger, Matmul
-from planner.technique import Check, Figure, Knob, ServingContext, Technique
+from planner.technique import Figure, Knob, ServingContext, Technique
 from planner.techniques.serving import runs
+from planner.techniques.serving.experts.spread import mixtures, spread, whole_experts
 from planner.techniques.serving.runs import Pass
-
-
-def valid(ctx: ServingContext) -> Iterable[Check]:
-    """The experts' mesh holds the replica's ranks; whole experts and columns per rank."""
-    mesh = ctx.mesh
-    yield Check("etp·ep differs from tp·dp", mesh.etp * mesh.ep == mesh.tp * mesh.dp)
-    moes = [block.moe for block in ctx.model.blocks.values() if block.moe is not None]
-    for moe in moes:
-        yield Check("experts not divisible by ep", moe.experts % mesh.ep == 0)
-        yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
 
 
 def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     """Cuts experts, lets products read busy experts only, adds what carries tokens."""
     mesh = ctx.mesh
-    blocks = [name for name, block in ctx.model.blocks.items() if block.moe is not None]
+    blocks = mixtures(ctx)
     if not blocks:
         return ledger
-    ledger = ledger.shard(experts=mesh.ep, expert_ffn=mesh.etp).scale(expert_rows=mesh.dp)
-
-    def busy(item: Matmul) -> Item | None:
-        if not item.grouped:
-            return None
-        b = item.block
-        return replace(
-            item, groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by="ep_inference"
-        )
-
+    ledger = spread(ledger, ctx, "ep_inference")
     replica = Group("replica", mesh.tp * mesh.dp, np.ones(1))
     together, apart = (mesh.dp == 1).astype(float), (mesh.dp > 1).astype(float)
-    ledger = ledger.set_axes(summed_experts=together, gathered_experts=apart * mesh.dp).edit(Matmul, busy)
+    ledger = ledger.set_axes(summed_experts=together, gathered_experts=apart * mesh.dp)
     added: list[Item] = []
     for block in blocks:
         common = {
@@ -102,6 +81,6 @@ TECHNIQUE = Technique(
             _distinct,
         ),
     ),
-    valid=valid,
+    valid=whole_experts,
     apply=apply,
 )
