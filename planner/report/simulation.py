@@ -34,7 +34,10 @@ def show_simulation(content: Mapping[str, Any]) -> None:
             rows.append([f"{title}, ms", *(_with_error(run[name], column) for column in _COLUMNS)])
             if content["predicted"] is not None:
                 rows.append(
-                    ["  the plan says", *(f"{1e3 * content['predicted'][name][c]:.4g}" for c in _COLUMNS)]
+                    [
+                        f"  the plan, at {content['predicted']['requests_per_s']:.4g}/s",
+                        *(f"{1e3 * content['predicted'][name][c]:.4g}" for c in _COLUMNS),
+                    ]
                 )
     gaps = run["iteration_s"]
     if gaps:

@@ -80,7 +80,7 @@ def test_a_plan_is_simulated_at_its_own_traffic(planner, serving_plans):
     assert found["simulated"]["requests_per_s"] == pytest.approx(rate / 2, rel=0.15)
     shown = planner("simulate", serving_plans, "--rate", rate / 2, "--requests", 2000).out
     assert "time to first token" in shown
-    assert "the plan says" in shown
+    assert "the plan, at" in shown
 
 
 def test_two_stages_in_a_row():
