@@ -25,6 +25,8 @@ from planner.costs.attention_kernel import (
     causal_fraction,
 )
 from planner.costs.collectives import (
+    CUSTOM_ALL_REDUCE,
+    CUSTOM_ALL_REDUCE_BYTES,
     Level,
     MessageCost,
     Transport,
@@ -64,6 +66,12 @@ from planner.costs.flop import (
     gpt_parameters,
     model_flop_utilization,
     training_s,
+)
+from planner.costs.kv_cache import (
+    block_waste_tokens,
+    iteration_activation_bytes,
+    mean_held_tokens,
+    overflow_probability,
 )
 from planner.costs.memory import (
     activation_bytes,
@@ -131,6 +139,7 @@ from planner.costs.pipeline import (
 )
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_interleaved_s
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
+from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -145,6 +154,8 @@ from planner.costs.tensor_parallel import (
 )
 
 __all__ = [
+    "CUSTOM_ALL_REDUCE",
+    "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
@@ -167,6 +178,7 @@ __all__ = [
     "attention_s",
     "average_power_w",
     "block_bits",
+    "block_waste_tokens",
     "bound_1f1b_s",
     "bound_flush_s",
     "bound_interleaved_s",
@@ -215,6 +227,8 @@ __all__ = [
     "in_flight_zb_h2",
     "interleaved_memory_factor",
     "interleaved_update_stride",
+    "iteration_activation_bytes",
+    "kv_transfer_s",
     "latency_1f1b_s",
     "latency_alpa_s",
     "logits_bytes",
@@ -222,6 +236,7 @@ __all__ = [
     "matmul_flop",
     "matmul_s",
     "matmul_waves",
+    "mean_held_tokens",
     "megatron_state_bytes",
     "memory_bound_s",
     "model_flop_utilization",
@@ -231,10 +246,12 @@ __all__ = [
     "offload_required_bytes_per_s",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
+    "overflow_probability",
     "overlapped_s",
     "pipelined_s",
     "point_to_point_s",
     "product_s",
+    "queue_load",
     "random_load_factor",
     "reduce_scatter_bytes",
     "reduce_scatter_s",

@@ -23,6 +23,7 @@ LAYERS = (
     "operators",
     "baseline",
     "composition",
+    "kernel_prices",
     "engine",
     "schedule",
     "techniques",
