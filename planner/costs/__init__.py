@@ -25,6 +25,8 @@ from planner.costs.attention_kernel import (
     causal_fraction,
 )
 from planner.costs.collectives import (
+    CUSTOM_ALL_REDUCE,
+    CUSTOM_ALL_REDUCE_BYTES,
     Level,
     MessageCost,
     Transport,
@@ -64,6 +66,12 @@ from planner.costs.flop import (
     gpt_parameters,
     model_flop_utilization,
     training_s,
+)
+from planner.costs.kv_cache import (
+    block_waste_tokens,
+    iteration_activation_bytes,
+    mean_held_tokens,
+    overflow_probability,
 )
 from planner.costs.memory import (
     activation_bytes,
@@ -146,6 +154,7 @@ from planner.costs.queueing import (
     tandem_response_s,
     wait_quantile_s,
 )
+from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -160,6 +169,8 @@ from planner.costs.tensor_parallel import (
 )
 
 __all__ = [
+    "CUSTOM_ALL_REDUCE",
+    "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
@@ -183,6 +194,7 @@ __all__ = [
     "average_power_w",
     "batch_response_s",
     "block_bits",
+    "block_waste_tokens",
     "bound_1f1b_s",
     "bound_flush_s",
     "bound_interleaved_s",
@@ -235,7 +247,9 @@ __all__ = [
     "in_flight_zb_h2",
     "interleaved_memory_factor",
     "interleaved_update_stride",
+    "iteration_activation_bytes",
     "iteration_batching_s",
+    "kv_transfer_s",
     "latency_1f1b_s",
     "latency_alpa_s",
     "logits_bytes",
@@ -243,6 +257,7 @@ __all__ = [
     "matmul_flop",
     "matmul_s",
     "matmul_waves",
+    "mean_held_tokens",
     "megatron_state_bytes",
     "memory_bound_s",
     "mg1_wait_s",
@@ -254,12 +269,14 @@ __all__ = [
     "offload_required_bytes_per_s",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
+    "overflow_probability",
     "overlapped_s",
     "pipelined_s",
     "point_to_point_s",
     "priority_wait_s",
     "processor_sharing_s",
     "product_s",
+    "queue_load",
     "random_load_factor",
     "reduce_scatter_bytes",
     "reduce_scatter_s",

@@ -24,6 +24,7 @@ LAYERS = (
     "operators",
     "baseline",
     "composition",
+    "kernel_prices",
     "engine",
     "schedule",
     "techniques",
