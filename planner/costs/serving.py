@@ -16,7 +16,9 @@ _BISECTIONS = 50
 
 
 def queue_load(room_s: Real, service_s: Real, quantile: float | None = None, most: float = 1.0) -> Real:
-    """Largest load ``ρ``, the fraction of time at work, of an M/D/1 queue whose wait stays within ``room_s``: its mean, or a quantile of it.
+    """Largest load ``ρ``, the fraction of time at work, of an M/D/1 queue whose wait stays within ``room_s``.
+
+    The wait is its mean, or a quantile of it.
 
     The mean wait is ``W = ρ·D/(2(1 − ρ))``, so ``ρ = 2w/(D + 2w)``. The wait's tail is taken as exponential with the mean of
     those who wait, ``P(wait > x) = ρ·exp(−ρx/W)``, exact for M/M/1 and in heavy traffic; its quantile is found by bisection.

@@ -91,7 +91,6 @@ def show_serve_plan(plan: ServePlan) -> None:
     screen.section(
         "Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())]
     )
-    screen.section("An iteration", [f"{n}: {v * 1e3:.3f} ms" for n, v in e.breakdown_s.items()])
     screen.section("Rests on", plan.assumptions)
 
 

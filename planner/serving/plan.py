@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import blake2s
 from typing import Any
 
@@ -59,7 +59,6 @@ class ServeEstimate:
         memory_budget_bytes: what the peak is held against.
         binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
             ``concurrency``.
-        breakdown_s: seconds of a mean iteration by what they are spent on.
     """
 
     output_tokens_per_s_per_device: float
@@ -74,7 +73,6 @@ class ServeEstimate:
     memory_bytes: Mapping[str, float]
     memory_budget_bytes: float
     binding: str
-    breakdown_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

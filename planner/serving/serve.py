@@ -160,14 +160,14 @@ def _told(
 
 def assumptions(problem: ServeProblem) -> tuple[str, ...]:
     """What every number of this problem rests on."""
-    software = problem.stack.serving
+    software = problem.stack.on_generation(problem.cluster.device.generation).serving
     assert software is not None
     return (
         f"engine: stack {problem.stack.name!r}, {float(software.iteration_s) * 1e3:.2f} ms of host time per iteration "
         f"({software.iteration_s.kind}), {float(software.memory_fraction):.0%} of memory ({software.memory_fraction.kind})",
-        "experts: routing uniform and independent"
-        if any(b.moe for b in problem.model.blocks.values())
-        else "lengths as given",
+        "traffic: prompts and answers of mean lengths"
+        + (", clients that replace every answer" if problem.traffic.concurrency else ", independent arrivals")
+        + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
     )
 
 
