@@ -18,6 +18,8 @@ from planner.cli import (
     hardware,
     models,
     schema,
+    serve,
+    simulate,
     solve,
     techniques,
     trace,
@@ -41,6 +43,8 @@ def command() -> Callable[..., Any]:
     app = typer.Typer(name="planner", help=_HELP, **_PLAIN)
     app.callback()(_program)
     app.command("train")(train.train)
+    app.command("serve")(serve.serve)
+    app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
     app.command("trace")(trace.trace)
@@ -65,9 +69,10 @@ def command() -> Callable[..., Any]:
     return program.main  # type: ignore[no-any-return]
 
 
-_HELP = """Plans how to train a foundation model: which parallelism, on which machines, at what cost.
+_HELP = """Plans how to train and serve a foundation model: which parallelism, on which machines, at what cost.
 
 Start with: planner train --model llama3.1-70b --cluster h100-sxm:32x8 --global-batch 1024 --seq-len 8192
+        or: planner serve --model qwen3-32b --cluster h200-sxm:4x8 --isl 4000 --osl 500 --ttft-ms 1000 --tpot-ms 20
 """
 
 

@@ -10,6 +10,7 @@ import typer
 
 from planner.cli.explain import single
 from planner.cli.job import JobOptions, with_job
+from planner.cli.plan_file import PLAN_HELP
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 @with_job
 def estimate(
     job: JobOptions,
+    plan_file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PLAN]", help=f"A serving plan to price again: {PLAN_HELP}", show_default=False
+        ),
+    ] = None,
     script: Annotated[
         str | None,
         typer.Option(
@@ -46,6 +53,9 @@ def estimate(
     from planner.plan import SCHEMA_VERSION
     from planner.report.totals import confidence_fields, run_totals
 
+    if plan_file is not None:
+        _again(plan_file, as_json)
+        return
     problem, notes = _named(job, script)
     with OutputFile(out) if out is not None else nullcontext() as file:
         plan = price(problem)
@@ -67,6 +77,19 @@ def estimate(
         from planner.report.ranking import show_plan
 
         show_plan(plan, problem, notes, best)
+
+
+def _again(reference: str, as_json: bool) -> None:
+    """Prices a serving plan from a file."""
+    from planner.cli.serve_plan import estimate_serving, read_serving_plan
+    from planner.errors import Problem, SpecError
+
+    served = read_serving_plan(reference)
+    if served is None:
+        raise SpecError(
+            Problem("PLAN", "is a plan that trains", "a serving plan", "explain prices training plans again.")
+        )
+    estimate_serving(served, as_json)
 
 
 def _named(job: JobOptions, script: str | None) -> tuple[Problem, list[str]]:

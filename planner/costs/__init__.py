@@ -25,6 +25,8 @@ from planner.costs.attention_kernel import (
     causal_fraction,
 )
 from planner.costs.collectives import (
+    CUSTOM_ALL_REDUCE,
+    CUSTOM_ALL_REDUCE_BYTES,
     Level,
     MessageCost,
     Transport,
@@ -64,6 +66,12 @@ from planner.costs.flop import (
     gpt_parameters,
     model_flop_utilization,
     training_s,
+)
+from planner.costs.kv_cache import (
+    block_waste_tokens,
+    iteration_activation_bytes,
+    mean_held_tokens,
+    overflow_probability,
 )
 from planner.costs.memory import (
     activation_bytes,
@@ -131,6 +139,22 @@ from planner.costs.pipeline import (
 )
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_interleaved_s
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
+from planner.costs.queueing import (
+    batch_response_s,
+    erlang_b,
+    erlang_c,
+    gg1_wait_bound_s,
+    ggc_wait_s,
+    iteration_batching_s,
+    mg1_wait_s,
+    mmc_wait_s,
+    priority_wait_s,
+    processor_sharing_s,
+    static_batch_occupancy,
+    tandem_response_s,
+    wait_quantile_s,
+)
+from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
 from planner.costs.state_sharding import (
     cross_host_traffic,
@@ -146,6 +170,8 @@ from planner.costs.tensor_parallel import (
 )
 
 __all__ = [
+    "CUSTOM_ALL_REDUCE",
+    "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
@@ -169,7 +195,9 @@ __all__ = [
     "attention_flop",
     "attention_s",
     "average_power_w",
+    "batch_response_s",
     "block_bits",
+    "block_waste_tokens",
     "bound_1f1b_s",
     "bound_flush_s",
     "bound_interleaved_s",
@@ -197,6 +225,8 @@ __all__ = [
     "emitted_kg",
     "end_activation_bytes",
     "energy_j",
+    "erlang_b",
+    "erlang_c",
     "expert_capacity",
     "expert_exchange_s",
     "expert_flop",
@@ -206,6 +236,8 @@ __all__ = [
     "flash_activation_bytes",
     "fsdp_parameter_peak_bytes",
     "gathered_host_bytes_per_s",
+    "gg1_wait_bound_s",
+    "ggc_wait_s",
     "gpt_iteration_flop",
     "gpt_parameters",
     "group_members",
@@ -218,6 +250,9 @@ __all__ = [
     "in_flight_zb_h2",
     "interleaved_memory_factor",
     "interleaved_update_stride",
+    "iteration_activation_bytes",
+    "iteration_batching_s",
+    "kv_transfer_s",
     "latency_1f1b_s",
     "latency_alpa_s",
     "logits_bytes",
@@ -225,8 +260,11 @@ __all__ = [
     "matmul_flop",
     "matmul_s",
     "matmul_waves",
+    "mean_held_tokens",
     "megatron_state_bytes",
     "memory_bound_s",
+    "mg1_wait_s",
+    "mmc_wait_s",
     "model_flop_utilization",
     "muon_flop",
     "muon_overhead",
@@ -234,10 +272,14 @@ __all__ = [
     "offload_required_bytes_per_s",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
+    "overflow_probability",
     "overlapped_s",
     "pipelined_s",
     "point_to_point_s",
+    "priority_wait_s",
+    "processor_sharing_s",
     "product_s",
+    "queue_load",
     "random_load_factor",
     "reduce_scatter_bytes",
     "reduce_scatter_s",
@@ -253,6 +295,8 @@ __all__ = [
     "skewed_load_factor",
     "span_bubble_zb_h1_s",
     "span_bubble_zb_h2_s",
+    "static_batch_occupancy",
+    "tandem_response_s",
     "tensor_parallel_2d_elements",
     "tensor_parallel_3d_elements",
     "tensor_parallel_elements",
@@ -264,6 +308,7 @@ __all__ = [
     "uniform_bucket_exposure_s",
     "usd_per_token",
     "usp_elements",
+    "wait_quantile_s",
     "zero_offload_bytes",
     "zero_offload_step_s",
     "zero_plus_plus_traffic",

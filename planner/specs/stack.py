@@ -30,6 +30,7 @@ from planner.errors import Problem, SpecError
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
+from planner.specs.serving_stack import KernelRule, ServingSoftware, read_kernel_rules, read_serving
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
@@ -77,7 +78,7 @@ class Serves:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The constants of one training stack, each with its kind and source.
+    """The constants of one software stack, each with its kind and source.
 
     Attributes:
         matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
@@ -103,6 +104,8 @@ class Stack:
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
+        serving: what a serving engine adds; None: the stack trains.
+        kernels: libraries whose kernels a serving engine runs; without a rule, the device's own constants hold.
     """
 
     name: str
@@ -127,11 +130,18 @@ class Stack:
     knobs: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[Serves, ...] = ()
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
+    serving: ServingSoftware | None = None
+    kernels: tuple[KernelRule, ...] = ()
+
+    def kernel(self, operation: str, label: str, generation: str) -> str | None:
+        """What kernel libraries call the kernel of an operation in a number format; None: no rule is for it."""
+        return next((r.kernel for r in self.kernels if r.fits(operation, label, generation)), None)
 
     def on_generation(self, generation: str) -> Stack:
         """The stack with the constants that it has on one generation of accelerators."""
         constants: Mapping[str, Any] = self.on.get(generation, {})
-        return replace(self, **constants)
+        serving = None if self.serving is None else self.serving.on_generation(generation)
+        return replace(self, serving=serving, **constants)
 
 
 def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
@@ -154,6 +164,8 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
         knobs=_knobs(reader.table("knobs", None)),
         serves=tuple(_serves(row) for row in reader.tables("serves", [])),
         on=_on_generations(reader.table("on", None), constants),
+        serving=read_serving(reader.table("serving", None)),
+        kernels=read_kernel_rules(reader.tables("kernels", [])),
         **values,
     )
     reader.finish()
@@ -207,8 +219,9 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
     merged = {**under, **table}
-    if isinstance(table.get("knobs"), dict):
-        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    for part in ("knobs", "serving"):
+        if isinstance(table.get(part), dict):
+            merged[part] = {**under.get(part, {}), **table[part]}
     # What a stack says of all generations goes before what the one under it says of one.
     by_generation = {
         generation: {name: value for name, value in constants.items() if name not in table}

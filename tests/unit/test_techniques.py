@@ -16,7 +16,7 @@ from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context, catalogue, discover, off
+from planner.technique import SERVING_SLOTS, SLOTS, Context, catalogue, discover, off
 from planner.techniques import figures
 
 ROOT = Path(planner.techniques.__file__).parent
@@ -111,7 +111,9 @@ def test_record_says_enough(technique):
     assert technique.name
     assert technique.source
     assert technique.summary
-    assert technique.slot is None or technique.slot in SLOTS
+    assert technique.slot is None or technique.slot in (
+        SLOTS if technique.job == "training" else SERVING_SLOTS
+    )
     assert bool(technique.choices) == (technique.slot is not None)
     if technique.kind == "baseline":
         assert not technique.edits
@@ -209,6 +211,8 @@ def test_every_expression_names_axes_and_every_item_its_technique(model, name):
         "tier",
         "pool",
         "lifetime",
+        "format",
+        "stored",
     }
     for item in ledger.items:
         assert item.by == "model" or item.by in discover(), item
