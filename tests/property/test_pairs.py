@@ -168,7 +168,10 @@ def test_every_pair_prices_and_keeps_the_laws(slot: str) -> None:
         if pair.keys() & set(ADDITIVE_SLOTS):
             whole = sum(table[name] for name in TIMES)
             assert (whole >= sum(base[name] for name in TIMES) * (1 - 1e-9) - LAUNCHES_S).all(), named(pair)
-        assert (table["always_bytes"] + table["host_bytes"] > 0).any(), named(pair)
+        held = (
+            table["always_bytes"] + table["host_bytes"] + table["saved_bytes"]
+        )  # weights may be held by version
+        assert (held > 0).any(), named(pair)
 
 
 @pytest.mark.parametrize("slot", GROUPS)
