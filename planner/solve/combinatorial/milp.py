@@ -246,7 +246,12 @@ def _scipy(program: _Arrays, time_limit_s: float | None, gap: float) -> MilpSolu
 def _silence() -> Iterator[None]:
     """Keeps what HiGHS writes to the process's output, whatever it is told, from what the program prints."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no output to keep it from
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield
