@@ -71,7 +71,9 @@ def test_every_field_is_described(schema, problem):
     assert set(plan) | {"layerwise"} == set(defined["plan"]["properties"])  # which uniform plans have none of
     assert set(plan["estimate"]) == set(defined["estimate"]["properties"])
     assert set(plan["optimality"]) == set(defined["optimality"]["properties"])
-    assert set(planner.search(problem, top=1).as_dict()) | {"layerwise"} == set(defined["result"]["properties"])
+    assert set(planner.search(problem, top=1).as_dict()) | {"layerwise"} == set(
+        defined["result"]["properties"]
+    )
 
 
 def test_a_plan_of_the_first_version_loads(schema):

@@ -192,6 +192,11 @@ def test_ctrl_c_gives_the_best_so_far_and_a_bound_that_holds(monkeypatch, where)
     assert result.best.optimality.status == "gap"
 
 
+def test_recompute_by_layers_stays_with_the_uniform_search():
+    problem = small(pp="2", recompute="block", activation_offload="none", reserve=0.7)
+    assert search_layerwise(problem, 1).best.layerwise is None
+
+
 def test_even_stages_take_the_named_layouts():
     problem = TIGHT[1]
     plan = search_layerwise(problem, 1, uneven=False).best

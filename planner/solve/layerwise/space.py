@@ -154,10 +154,13 @@ class LayerwiseSpace:
                     space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
                 )
                 rows = space.rows.take(open_[keep])
+                strategies = Strategies(tables, rows, uniform.branches, [0])
+                if not strategies.branches:
+                    continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
                     self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
-                self.parts.append(Strategies(tables, rows, uniform.branches, [0]))
+                self.parts.append(strategies)
                 self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
