@@ -354,6 +354,8 @@ def _key(item: Item) -> Any:
     """What a price depends on: all its expressions in one text, then the rest; None for residents."""
     if isinstance(item, Matmul):
         sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
+        if isinstance(item.out_bytes, str):
+            sizes = f"{sizes}|{item.out_bytes}"
         return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)

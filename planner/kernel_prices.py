@@ -56,7 +56,7 @@ class KernelPrices:
         stored = _column(
             [dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
         )
-        out = _column([dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes for i in plain])
+        out = _written(plain, axes)
         rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped) for i in plain])
         m, n, k, groups = (
             _stack([getattr(item, name) for item in plain], axes) for name in ("m", "n", "k", "groups")
@@ -158,6 +158,13 @@ class KernelPrices:
 def _column(values: Sequence[float]) -> Array:
     """One value per item, to broadcast over rows."""
     return np.array(values)[:, None]
+
+
+def _written(items: Sequence[Matmul], axes: Axes) -> Array:
+    """Bytes per output element."""
+    widths = [dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes for i in items]
+    by_row = [axes[width] if isinstance(width, str) else np.array(width) for width in widths]
+    return np.stack(np.broadcast_arrays(*map(np.atleast_1d, by_row)))
 
 
 def _stack(expressions: list[str], axes: Axes) -> Array:

@@ -99,7 +99,9 @@ class Matmul(Kernel):
     k: str
     groups: str = "1"
     grouped: bool = False
-    out_bytes: float | None = None  # bytes per output element; None follows dtype
+    out_bytes: float | str | None = (
+        None  # bytes per output element, or what they are on each row; None follows dtype
+    )
     format: str = ""  # of inputs and weights where they are not of ``dtype``: a key of KERNEL_FORMATS
 
 

@@ -271,7 +271,7 @@ def _read_size(
 
 def _width(item: Item, activation_bytes: float) -> float:
     """Bytes per element of a kernel's output."""
-    if isinstance(item, Matmul) and item.out_bytes is not None:
+    if isinstance(item, Matmul) and isinstance(item.out_bytes, float):
         return item.out_bytes
     return activation_bytes
 

@@ -82,24 +82,36 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         *gather_weights(ledger, ctx, by, phase="backward", track="gather"),
         *synchronise(ledger, ctx, "reduce_scatter", by, phase="backward", track="gather"),
     ]
+    ledger = accumulated_in_place(ledger, ctx, reduced_at_once=True)
     buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
     sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
     return with_whole(sharded, buffers)
 
 
-def accumulated_in_place(ledger: Ledger, ctx: Context) -> Ledger:
+def accumulated_in_place(ledger: Ledger, ctx: Context, *, reduced_at_once: bool = False) -> Ledger:
     """Weight-gradient products add to the gradients in place: behind their arithmetic they read and write them.
 
     Where a kernel of its own accumulates, the product writes its own output, and that kernel says what it moves; where the update
-    takes each gradient at once, none accumulates.
+    takes each gradient at once, none accumulates. Gradients that are reduced at once (``reduced_at_once``) accumulate in place
+    only where there is no other replica to reduce with.
     """
     if ctx.knobs["gradient_accumulation"] == "separate" or ctx.knobs.get("optimizer") in FUSED_UPDATES:
         return ledger
     moved = 2.0 * dtype_bytes(ctx.gradient_dtype)
 
     def accumulate(item: Matmul) -> Item | None:
-        return replace(item, out_bytes=moved) if item.phase == "weight" else None
+        if item.phase != "weight":
+            return None
+        if not reduced_at_once:
+            return replace(item, out_bytes=moved)
+        mesh = mesh_of(item) or "dense"
+        own = dtype_bytes(item.dtype) if item.out_bytes is None else item.out_bytes
+        return replace(item, out_bytes=f"{own}*together_{mesh} + {moved}*alone_{mesh}")
 
+    if reduced_at_once:
+        for mesh, group in MESHES.items():
+            alone = (ctx.mesh.group(group).size == 1).astype(float)
+            ledger = ledger.set_axes(**{f"alone_{mesh}": alone, f"together_{mesh}": 1.0 - alone})
     return ledger.edit(Matmul, accumulate)
 
 

@@ -16,6 +16,7 @@ from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.training.zero_stage.states import (
     accumulated,
+    accumulated_in_place,
     gather_weights,
     shard,
     synchronise,
@@ -26,6 +27,7 @@ from planner.techniques.training.zero_stage.states import (
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards optimizer and gradients; reduces per block and micro-batch."""
+    ledger = accumulated_in_place(ledger, ctx, reduced_at_once=True)
     added: list[Item] = [
         *synchronise(ledger, ctx, "reduce_scatter", "zero2", phase="backward", track="reduce"),
         *gather_weights(ledger, ctx, "zero2"),
