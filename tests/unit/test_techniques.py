@@ -120,7 +120,7 @@ def test_record_says_enough(technique):
         assert not technique.order
     else:
         assert technique.figures
-        assert technique.edits or technique.order
+        assert technique.edits or technique.order or technique.compose
         assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
 
 
