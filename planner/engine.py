@@ -154,7 +154,7 @@ class Pricer:
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
-            n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
+            n_bytes = axes[item.size] * dtype_bytes(item.dtype)
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
             each = n_bytes / messages
@@ -281,6 +281,7 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
     windows: dict[str, dict[str, Any]] = defaultdict(dict)
     launches: Array | float = 0.0
+    waits: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
@@ -288,6 +289,8 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             launches = launches + dispatches(item, ledger.axes) * (
                 price > 0
             )  # without work it is not launched
+        if item.waited:
+            waits = waits + dispatches(item, ledger.axes) * (price > 0)
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -295,10 +298,12 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+    dispatch_s = float(pricer.stack.dispatch_s)
+    paced_s = np.maximum(device_s, launches * dispatch_s)
+    return {f"{items[0].phase}_s": paced_s + waits * (float(pricer.stack.waited_dispatches) * dispatch_s)}
 
 
-def dispatches(item: Kernel, axes: Axes) -> Array | float:
+def dispatches(item: Item, axes: Axes) -> Array | float:
     """Kernels that the host issues for an item.
 
     A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
@@ -306,7 +311,7 @@ def dispatches(item: Kernel, axes: Axes) -> Array | float:
     if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
         return each
-    return item.launches
+    return item.launches if isinstance(item, Kernel) else 1.0
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
@@ -353,7 +358,7 @@ def _key(item: Item) -> Any:
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew, item.custom)
+        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.custom)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)

@@ -43,6 +43,7 @@ class Kernels:
         self.device = device
         self.alone = alone
         self.launch_s = float(device.launch_s) * start_share
+        boost = float(eff.matmul_burst) - 1.0 if alone else 0.0
         self._memory: dict[str, Any] = {
             "memory_bytes_per_s": float(device.memory_bytes_per_s),
             "memory": float(eff.memory),
@@ -51,11 +52,13 @@ class Kernels:
             **self._memory, "overlap_loss": float(eff.overlap_loss), "split_s": float(eff.split_s) * start_share,
             "multiprocessors": float(device.multiprocessors),
         }  # fmt: skip
+        self._product: dict[str, Any] = {**self._roofline, "boost": boost}
         self._tile = float(eff.matmul_tile)
         self._attention: dict[str, Any] = {
             **self._roofline, "tile": float(eff.attention_tile), "straggler": float(eff.attention_straggler),
             "tile_s": float(eff.attention_tile_s), "softmax_flop": float(eff.softmax_flop),
             "vector_flop_per_s": float(device.vector_flop_per_s),
+            "boost": boost,
         }  # fmt: skip
 
     def peak_flop_per_s(self, dtype: str) -> tuple[float, str]:
@@ -109,7 +112,7 @@ class Kernels:
         """Seconds of a kernel of products that fills ``waves`` waves of tiles and moves ``bytes_``."""
         return product_s(
             waves, k, self._moved(bytes_, working_set_bytes), flop_per_s, tile=self._tile, launch_s=self.launch_s,
-            boost=float(self.device.efficiency.matmul_burst) - 1.0 if self.alone else 0.0, **self._roofline,
+            **self._product,
         )  # fmt: skip
 
     def waves(self, m: Real, n: Real, groups: Real = 1.0, tile: float | None = None) -> Real:

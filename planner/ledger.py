@@ -67,6 +67,7 @@ class Item:
         window: items of one window run side by side (one track per ``track``); the empty window is the block's own
             serial order, which everything on another track of the empty window runs beside.
         track: the stream inside the window.
+        waited: the host waits for each kernel or call before it issues the next.
     """
 
     what: str
@@ -77,6 +78,7 @@ class Item:
     source: str = ""
     window: str = ""
     track: str = "main"
+    waited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,6 @@ class Collective(Item):
     size: str
     dtype: str = "fp32"
     messages: str = "1"
-    skew: float = 1.0  # max over ranks of the load, relative to the mean
     custom: bool = False
 
 

@@ -58,10 +58,12 @@ SLOTS = (
     "sequence_parallel",
     "context",
     "expert",
+    "expert_overlap",
     "tensor_overlap",
     "pipeline",
     "cuda_graph",
     "optimizer",
+    "checkpoint_end",  # where a recomputation stops
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
     "synchronisation",  # how often replicas agree, and who with whom
@@ -99,6 +101,7 @@ def off(slot: str) -> str:
 
 
 _OFF = {
+    "checkpoint_end": "whole",
     "elementwise_kernel": "fused",
     "gradient_accumulation": "fused",
     "sequence_parallel": "false",
@@ -251,6 +254,7 @@ class Technique:
         by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
+        solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
     """
 
     key: str
@@ -275,6 +279,8 @@ class Technique:
     by_row: bool = False
     moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    solve: Callable[..., Any] | None = None
+    naive: Callable[..., Any] | None = None
 
     @property
     def edits(self) -> bool:
@@ -282,11 +288,15 @@ class Technique:
         return self.apply is not _identity
 
     def subject(self, figure: Figure) -> Any:
-        """What a figure exercises: the pass, the order, or the formula."""
+        """What a figure exercises: the solver, the pass, the order, or the formula."""
+        if self.solve:
+            return self.solve
         return self.apply if figure.of_pass else self.order or self.compose or self.apply
 
     def absence(self, figure: Figure) -> Any:
-        """What takes the subject's place where the technique is missing: a pass that does nothing, no order, or nothing."""
+        """What takes the subject's place where the technique is missing: no plan, an idle pass or order, or nothing."""
+        if self.solve:
+            return self.naive
         if figure.of_pass or not (self.order or self.compose):
             return _identity
         return "" if self.order else _nothing

@@ -19,6 +19,8 @@ from planner.cli import (
     models,
     schema,
     serve,
+    simulate,
+    solve,
     techniques,
     trace,
     train,
@@ -42,6 +44,7 @@ def command() -> Callable[..., Any]:
     app.callback()(_program)
     app.command("train")(train.train)
     app.command("serve")(serve.serve)
+    app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
     app.command("explain")(explain.explain)
     app.command("trace")(trace.trace)
@@ -49,7 +52,12 @@ def command() -> Callable[..., Any]:
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
-    for name, verbs in (("hardware", hardware), ("models", models), ("calibrate", calibrate)):
+    for name, verbs in (
+        ("solve", solve),
+        ("hardware", hardware),
+        ("models", models),
+        ("calibrate", calibrate),
+    ):
         group = typer.Typer(help=verbs.HELP, **_PLAIN)
         group.callback()(_group)
         for verb, run in verbs.VERBS.items():

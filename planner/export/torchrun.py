@@ -36,6 +36,9 @@ def export_torchrun(
         SpecError: the model or the cluster cannot be found.
     """
     target = Target.of(plan, model, cluster)
+    differing = [problem for problem in target.differing("--to torchrun") if "zero_" in problem.found]
+    if differing:  # the mesh says over which ranks states are sharded, once for all layers
+        raise ExportError(differing)
     nodes, per_node = target.nodes()
     return {
         "run.sh": _run(plan, nodes, per_node, script),

@@ -1,1 +1,1 @@
-"""Serving: pools of replicas, the traffic they carry within their promises, and the search for the best of them."""
+"""Serving pools: what they hold, the plans for them, and how they fare under load, from a bound to a simulation."""

@@ -89,11 +89,14 @@ class Stack:
         collective_slowdown: the same of collectives, relative to the links' profile.
         exchange_slowdown: the same of all-to-alls, which libraries of their own may do faster than the link's usual one.
         dispatch_s: host time to issue one kernel.
+        waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
+            the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.
         overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
+        weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
@@ -113,11 +116,13 @@ class Stack:
     collective_slowdown: Sourced
     exchange_slowdown: Sourced
     dispatch_s: Sourced
+    waited_dispatches: Sourced
     overlap_slowdown: Sourced
     framework_bytes: Sourced
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
     stage_tensors: Sourced | None = None

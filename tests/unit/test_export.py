@@ -329,7 +329,8 @@ def test_round_trip(case, file, tmp_path):
         name: choices[name] for name in run.fixed
     }
     assert {*plan.mesh, *plan.knobs} - {*run.fixed} <= {
-        "tensor", "expert", "pipeline", "activation_offload", "parameter_offload", *(["dp"] if file == "args.txt" else []),
+        "tensor", "expert", "pipeline", "synchronisation", "compression", "activation_offload", "parameter_offload",
+        *(["dp"] if file == "args.txt" else []),
     }  # fmt: skip
     assert run.devices == (plan.devices if file == "run.sh" else None)
     assert {name: plan.workload[name] for name in ("global_batch_size", "seq_len", "optimizer")} == {

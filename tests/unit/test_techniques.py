@@ -120,7 +120,9 @@ def test_record_says_enough(technique):
         assert not technique.order
     else:
         assert technique.figures
-        assert technique.edits or technique.order or technique.compose
+        assert (
+            technique.edits or technique.order or technique.compose or (technique.solve and technique.naive)
+        )
         assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
 
 
@@ -138,7 +140,9 @@ def test_a_slots_knob_names_its_choices():
         for knob in technique.knobs:
             if knob.name in SLOTS:
                 known = {c for t in MODELLED if t.slot == knob.name for c in t.choices}
-                assert set(knob.values) in (known, known | {off(knob.name)}), knob.name
+                assert set(knob.values) <= known | {off(knob.name)}, (
+                    knob.name
+                )  # others come with their own files
 
 
 def test_declared_entries_have_reasons_and_never_shadow_a_model():
@@ -268,7 +272,7 @@ def test_one_row_of_many_is_the_same_as_one_alone(slot):
 
 
 def item_key(item: Item):
-    return type(item).__name__, item.what, item.block, item.phase, item.window
+    return type(item).__name__, item.what, item.block, item.phase, item.window, getattr(item, "tier", "")
 
 
 # -- composition ---------------------------------------------------------------------------------------------------------
