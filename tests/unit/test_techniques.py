@@ -120,7 +120,9 @@ def test_record_says_enough(technique):
         assert not technique.order
     else:
         assert technique.figures
-        assert technique.edits or technique.order or (technique.solve and technique.naive)
+        assert (
+            technique.edits or technique.order or technique.compose or (technique.solve and technique.naive)
+        )
         assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
 
 
