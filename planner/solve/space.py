@@ -122,11 +122,13 @@ class Space:
         ]
         if not any(t.default for t in techniques):
             found.append(Choice(off(slot), None))
+        launcher = self.problem.launcher
+        native = launcher.native.get(slot, frozenset()) if launcher is not None else frozenset()
         for technique in sorted(techniques, key=lambda t: not t.default):
             found += [
                 Choice(value, technique)
                 for value in technique.choices
-                if technique.searched or slot in self.fixed
+                if technique.searched or slot in self.fixed or value in native
             ]
         if slot in self.fixed:
             wanted = str(self.fixed[slot]).lower()
@@ -145,7 +147,6 @@ class Space:
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
             found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
-        launcher = self.problem.launcher
         if launcher is not None:
             found = [choice for choice in found if launcher.allows(slot, choice.value)]
         kept = [choice for choice in found if not self._forbidden(slot, choice)]
