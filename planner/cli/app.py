@@ -10,6 +10,7 @@ import typer
 from planner import __version__
 from planner.cli import (
     calibrate,
+    check,
     compare,
     estimate,
     explain,
@@ -39,6 +40,7 @@ def command() -> Callable[..., Any]:
     app.callback()(_program)
     app.command("train")(train.train)
     app.command("estimate")(estimate.estimate)
+    app.command("check")(check.check)
     app.command("explain")(explain.explain)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)

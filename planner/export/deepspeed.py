@@ -60,7 +60,10 @@ def _valid(ctx: Context) -> Iterable[Check]:
     yield Check("tensor parallelism (AutoTP) and Ulysses exclude each other", (mesh.tp == 1) | (mesh.cp == 1))
     if has_experts(ctx.model):
         yield Check("expert groups inside data-parallel groups", mesh.dp % mesh.ep == 0)
-        yield Check("experts are cut as the dense layers, or not at all", mesh.etp == (mesh.tp if _one(mesh.ep) else 1))
+        yield Check(
+            "experts are cut as the dense layers, or not at all",
+            mesh.etp == (mesh.tp if _one(mesh.ep) else 1),
+        )
         yield Check("AutoEP beside AutoTP needs more than one expert rank", (mesh.tp == 1) | (mesh.ep > 1))
         if stage == "3":
             yield Check("expert parallelism without ZeRO-3", mesh.ep == 1)
@@ -144,7 +147,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
     return {
         "run.sh": "\n".join(lines) + "\n",
         "deepspeed.json": json.dumps(settings(target), indent=2) + "\n",
-        "model/config.json": json.dumps(dict(shape_of(target.model).config), indent=2) + "\n",
+        "config.json": json.dumps(dict(shape_of(target.model).config), indent=2) + "\n",
         "train.py": train_script("deepspeed", target),
     }
 
@@ -154,7 +157,9 @@ def _first(target: Target) -> list[str]:
     if kernels_of(target.knobs) == "liger":
         found.append("`pip show liger-kernel`: the plan counts on its fused loss.")
     if "cpu" in (target.knobs["optimizer_offload"], target.knobs["parameter_offload"]):
-        found.append("`ds_report`: cpu_adam must be built (or buildable) on the nodes, and pinned memory allowed (`ulimit -l`).")
+        found.append(
+            "`ds_report`: cpu_adam must be built (or buildable) on the nodes, and pinned memory allowed (`ulimit -l`)."
+        )
     return found
 
 
@@ -167,6 +172,10 @@ EXPORTER = Exporter(
     write=_write,
     script="train.py",
     framework="DeepSpeed",
-    log=Log(step=r"(?m)^step \d+: ([\d.]+) s", peak=r"(?m)^step \d+: .* peak ([\d.]+) GiB", peak_unit_bytes=2.0**30),
+    log=Log(
+        step=r"(?m)^step \d+: ([\d.]+) s",
+        peak=r"(?m)^step \d+: .* peak ([\d.]+) GiB",
+        peak_unit_bytes=2.0**30,
+    ),
     first=_first,
 )

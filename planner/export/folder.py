@@ -80,8 +80,10 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
     if "jobset.yaml" in found:
         starts.append("`kubectl create configmap plan-ID --from-file=. && kubectl apply -f jobset.yaml`")
     first = [*_first(target), *exporter.first(target)]
-    if NO_IMAGE == image and "jobset.yaml" in found:
-        first.append(f"`jobset.yaml` says `image: {NO_IMAGE}`: put in your container image (or export with `--image`).")
+    if image == NO_IMAGE and "jobset.yaml" in found:
+        first.append(
+            f"`jobset.yaml` says `image: {NO_IMAGE}`: put in your container image (or export with `--image`)."
+        )
     differs = exporter.differs(target)
     lines = [
         f"# {target.plan.model} on {target.cluster.name}, with {exporter.title} {exporter.versions[0]}",
@@ -117,7 +119,7 @@ _PURPOSE = {
     "measure.py": "predicted beside measured, from the log of a run",
     "plan.json": "the whole plan, as the planner reads it",
     "train.py": "a measuring run on random tokens; put your own training in its place",
-    "model/config.json": "the model's shape, as Transformers reads it",
+    "config.json": "the model's shape, as Transformers reads it",
 }
 
 
@@ -132,14 +134,19 @@ def _first(target: Target) -> list[str]:
     ]
     if len(cluster.tiers) > 1 or plan.devices > 1:
         tiers = "; ".join(
-            f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices" for tier in cluster.tiers
+            f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices"
+            for tier in cluster.tiers
         )
         found.append(
             f"Network, reached per device and direction: {tiers}. `all_reduce_perf -b 1G -e 1G` of nccl-tests should show a bus"
             " bandwidth near these; if not, `planner calibrate fabric` and plan again."
         )
     peak, budget = format_bytes(estimate.memory_bytes["peak"]), format_bytes(estimate.memory_budget_bytes)
-    risk = "" if estimate.oom_probability is None else f", {estimate.oom_probability:.0%} risk of running out of memory"
+    risk = (
+        ""
+        if estimate.oom_probability is None
+        else f", {estimate.oom_probability:.0%} risk of running out of memory"
+    )
     fits = "" if estimate.fits else " IT DOES NOT FIT."
     found.append(f"Memory: a peak of {peak} of {budget} per device is predicted{risk}.{fits}")
     return found

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from planner.export.rules import COMMON, make_launcher
 from planner.technique import Check, Context
 
-__all__ = ["CHOICES", "LAUNCHER", "offloads_together"]
+__all__ = ["CHOICES", "LAUNCHER"]
 
 CHOICES: Mapping[str, str] = {
     **COMMON,
@@ -21,7 +21,7 @@ CHOICES: Mapping[str, str] = {
     "context": "p2p all_gather",
     "optimizer": "adamw adam8bit sgd sgd_momentum adafactor muon",
     "zero_stage": "0 2 3 fsdp",
-    "zero_group": "full node",
+    "zero_group": "full node ranks",
     "recompute": "none selective mlp full block",
     "optimizer_offload": "none cpu",
     "activation_offload": "none cpu",

@@ -68,7 +68,9 @@ def _without_routing(block: Block) -> Block:
     """The block with explicit widths."""
     attention = block.attention
     if attention is not None and not attention.latent:
-        attention = replace(attention, v_head_dim=0 if attention.value_dim == attention.head_dim else attention.v_head_dim)
+        attention = replace(
+            attention, v_head_dim=0 if attention.value_dim == attention.head_dim else attention.v_head_dim
+        )
     return replace(block, attention=attention)
 
 

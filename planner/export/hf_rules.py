@@ -40,7 +40,10 @@ def hf_rules(ctx: Context) -> Iterable[Check]:
     yield Check(f"kernels come in sets: {sets}", pair in KERNELS)
     yield Check("Transformers' tensor parallelism runs no pipelines", mesh.pp == 1)
     if shape is not None and not shape.tensor_parallel:
-        yield Check(f"{shape.config['model_type']} has no plan for tensor parallelism (base_model_tp_plan)", mesh.tp == 1)
+        yield Check(
+            f"{shape.config['model_type']} has no plan for tensor parallelism (base_model_tp_plan)",
+            mesh.tp == 1,
+        )
     for block in ctx.model.blocks.values():
         if block.attention is not None:
             # Whole KV heads per rank: a weight that is cut inside a head cannot be viewed as heads again.

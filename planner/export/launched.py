@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.specs.model import Model
 
-__all__ = ["LaunchedRun", "degrees", "read_json", "read_text"]
+__all__ = ["LaunchedRun", "degrees", "ignored_note", "names_in", "read_json", "read_text"]
 
 _MAX_BYTES = 2**20
 
@@ -28,6 +28,8 @@ class LaunchedRun:
         notes: what was taken for granted, left out or ignored, one sentence each.
         wasteful: what costs time or memory for nothing, one sentence each.
         ignored: keys or flags that were not understood, or say nothing about time and memory.
+        missing: knobs and fields of the workload without which nothing can be priced → what the configuration says instead.
+        micro_batches: per pipeline and step, where the configuration names their number and not their size.
     """
 
     launcher: str
@@ -38,6 +40,8 @@ class LaunchedRun:
     notes: tuple[str, ...] = field(default=())
     wasteful: tuple[str, ...] = field(default=())
     ignored: tuple[str, ...] = field(default=())
+    missing: Mapping[str, str] = field(default_factory=dict)
+    micro_batches: int | None = None
 
 
 def read_text(path: str | Path, expected: str) -> str:
@@ -96,3 +100,17 @@ def degrees(fixed: dict[str, Any], devices: int | None, notes: list[str]) -> int
     else:
         fixed["dp"] = devices // used
     return devices
+
+
+def ignored_note(ignored: Collection[str]) -> list[str]:
+    """The sentence that lists what was not understood; none where there is nothing."""
+    return [f"Ignored: {', '.join(sorted(ignored))}."] if ignored else []
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Names between blanks.
+
+    >>> sorted(names_in("stage  overlap_comm"))
+    ['overlap_comm', 'stage']
+    """
+    return frozenset(text.split())

@@ -6,10 +6,10 @@ that ``planner validate`` and ``planner calibrate stack`` read. Needs Python alo
 
 import csv
 import datetime
-import json
 import re
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 SETTINGS: dict[str, Any] = {}
@@ -22,11 +22,13 @@ def numbers(pattern: str, text: str, unit: float) -> list[float]:
 
 def main(paths: list[str]) -> int:
     """Reads the logs, prints the comparison, writes the row."""
-    text = "".join(open(path, encoding="utf-8", errors="replace").read() for path in paths)
+    text = "".join(Path(path).read_text(encoding="utf-8", errors="replace") for path in paths)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     log = SETTINGS["log"]
     steps = numbers(log["step"], text, log["step_unit_s"])
-    steps = steps or [SETTINGS["tokens_per_device"] / rate for rate in numbers(log["tokens"], text, 1.0) if rate > 0]
+    steps = steps or [
+        SETTINGS["tokens_per_device"] / rate for rate in numbers(log["tokens"], text, 1.0) if rate > 0
+    ]
     if not steps:
         print("no step was timed in the log: did the run start, and does it log every step?", file=sys.stderr)
         return 1
@@ -41,16 +43,24 @@ def main(paths: list[str]) -> int:
     print(f"{'tokens/s/device':14} {per_device / predicted_s:11,.0f} {per_device / measured_s:12,.0f}")
     if peaks:
         predicted, peak = SETTINGS["peak_bytes"] / 2**30, max(peaks) / 2**30
-        print(f"{'peak, GiB':14} {predicted:12.1f} {peak:12.1f} {peak / predicted:20.3f}  ({log['peak_kind']})")
+        print(
+            f"{'peak, GiB':14} {predicted:12.1f} {peak:12.1f} {peak / predicted:20.3f}  ({log['peak_kind']})"
+        )
     interval = SETTINGS["step_interval_s"]
     if interval and not interval[0] <= measured_s <= interval[1]:
         low, high = (f"{value:.4g}" for value in interval)
-        print(f"outside the 80 % interval of {low} to {high} s: planner explain plan.json --measured {measured_s:.4g}s")
+        print(
+            f"outside the 80 % interval of {low} to {high} s: planner explain plan.json --measured {measured_s:.4g}s"
+        )
     row = {**SETTINGS["row"], "step_time_s": f"{measured_s:.6g}", "oom": "false"}
     row["tokens_per_s_per_device"] = f"{per_device / measured_s:.6g}"
     row["measured_date"] = datetime.date.today().isoformat()
     if peaks:
-        row |= {"peak_memory_gb": f"{max(peaks) / 1e9:.6g}", "peak_memory_unit": "GB", "peak_memory_kind": log["peak_kind"]}
+        row |= {
+            "peak_memory_gb": f"{max(peaks) / 1e9:.6g}",
+            "peak_memory_unit": "GB",
+            "peak_memory_kind": log["peak_kind"],
+        }
     with open("measured.csv", "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(row))
         writer.writeheader()

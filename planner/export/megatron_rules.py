@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from planner.export.megatron_model import inexpressible
-from planner.export.rules import ALL_LAYOUTS, COMMON, distributed_optimizer_instances, has_experts, make_launcher
+from planner.export.rules import (
+    ALL_LAYOUTS,
+    COMMON,
+    distributed_optimizer_instances,
+    has_experts,
+    make_launcher,
+)
 from planner.technique import Check, Context
 
 __all__ = ["CHOICES", "LAUNCHER"]
@@ -25,7 +31,7 @@ CHOICES: Mapping[str, str] = {
     "optimizer": "adamw sgd sgd_momentum lion muon",
     "zero_stage": "0 1 2 3",
     "zero_group": "full node",
-    "recompute": "none selective norm act norm+act norm+mla_up mlp full partitioned block",
+    "recompute": "none selective norm act norm+act norm+mla_up mlp modules full partitioned block",
     "optimizer_offload": "none cpu",
     "schedule": "1f1b interleaved",
 }
@@ -84,11 +90,12 @@ def _megatron_states(ctx: Context) -> Iterable[Check]:
 
 def _megatron_recompute(ctx: Context) -> Iterable[Check]:
     choice, blocks = ctx.knobs.get("recompute", "none"), list(ctx.model.blocks.values())
-    if choice in ("norm", "norm+act", "norm+mla_up"):
+    modules = str(ctx.knobs.get("recompute_modules", "")).split("+") if choice == "modules" else ()
+    if choice in ("norm", "norm+act", "norm+mla_up") or "layernorm" in modules:
         # Transformer Engine fuses a norm with the product behind it; only MLA's and the experts' norms stand alone.
         alone = all(b.attention and b.attention.latent for b in blocks) and any(b.moe for b in blocks)
         yield Check("norms fused with the product behind them cannot be recomputed", alone)
-    if choice in ("act", "norm+act"):
+    if choice in ("act", "norm+act") or "moe_act" in modules:
         experts = all(b.moe is not None and not b.moe.shared_ffn for b in blocks)
         yield Check("only the experts' activation function can be recomputed", experts)
     if choice == "block" and ctx.knobs.get("schedule") == "interleaved":

@@ -87,7 +87,9 @@ def _recompute(target: Target) -> str:
 
 
 def _offload(target: Target) -> str:
-    moved = {name for name in ("optimizer", "parameter", "activation") if target.knobs[f"{name}_offload"] == "cpu"}
+    moved = {
+        name for name in ("optimizer", "parameter", "activation") if target.knobs[f"{name}_offload"] == "cpu"
+    }
     if {"optimizer", "parameter"} <= moved:
         return "optimizer+params"
     return next((f"{name}s" if name == "activation" else name for name in sorted(moved)), "none")

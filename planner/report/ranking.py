@@ -76,7 +76,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     pools = [f"{words(name)} {gib(n_bytes)}" for name, n_bytes in held if name != "peak"]
     screen.section(f"Of the peak of {gib(peak)} GiB", [" · ".join(pools)])
     screen.section("The run (no failures, no checkpoints)", _totals(plan))
-    screen.section("Read from the script", notes)
+    screen.section("Read from the configuration", notes)
     if best is not None:
         screen.section("The best plan for this job", [_gain(plan, best)])
         show_plans(screen, [best, plan], problem.objective, joined=False)
