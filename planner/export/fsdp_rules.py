@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from planner.export.rules import COMMON, make_launcher
+from planner.export.sharding import replication_rule
 from planner.technique import Check, Context
 
 __all__ = ["CHOICES", "LAUNCHER"]
@@ -35,6 +36,7 @@ def _fsdp(ctx: Context) -> Iterable[Check]:
     mesh, knobs = ctx.mesh, ctx.knobs
     yield Check("no pipelines", mesh.pp == 1)
     yield Check("no expert parallelism", (mesh.ep == 1) & (mesh.etp == 1))
+    yield replication_rule(ctx)
     if "optimizer_offload" in knobs and "parameter_offload" in knobs:
         # CPUOffloadPolicy moves parameters, gradients and states together.
         same = knobs["optimizer_offload"] == knobs["parameter_offload"]

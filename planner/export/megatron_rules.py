@@ -76,6 +76,8 @@ def _megatron_states(ctx: Context) -> Iterable[Check]:
         yield Check("Megatron-FSDP takes Adam and SGD only", optimizer in ("adamw", "sgd", "sgd_momentum"))
         yield Check("Megatron-FSDP is documented with tp, cp and ep, not with pipelines", mesh.pp == 1)
         yield Check("Megatron-FSDP keeps its optimizer on the device", not offload)
+        fused = knobs["gradient_accumulation"] == "fused"
+        yield Check("Megatron-FSDP adds gradients up as it reduces them, without a kernel to choose", fused)
         queues = knobs["tensor_overlap"] == "none" or ctx.cluster.device.generation.startswith("blackwell")
         # Before Blackwell one wants a single hardware queue, the other several.
         yield Check("Megatron-FSDP beside tensor-parallel overlap", queues | (mesh.tp == 1))

@@ -209,7 +209,7 @@ def flags(target: Target) -> list[str]:
         f"--parallelism.expert-parallel-degree {plan.mesh['ep']}",
         *(_pipeline(target, micro_batch) if pipelined else ()),
         f"--compile.{'' if knobs['elementwise_kernel'] == 'fused' else 'no-'}enable",
-        "--compile.components model loss",
+        "--compile.components model,loss",
         f"--compile.{'' if knobs['tensor_overlap'] == 'chunked' else 'no-'}enable-async-tensor-parallel",
         f"--training.{'' if knobs['parameter_offload'] == 'cpu' else 'no-'}enable-cpu-offload",
     ]

@@ -203,7 +203,7 @@ class Space:
             meshes = [(tp, cp, pp, dp, ep, etp) for ep in eps for etp in etps if ranks % (ep * etp) == 0]
             grid = np.array([(*mesh, size) for mesh in meshes for size in sizes], dtype=np.float64)
             columns.append(grid.reshape(-1, len(DEGREES)))
-        if not columns:
+        if not any(len(grid) for grid in columns):
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
             raise SpecError(
                 Fault(
