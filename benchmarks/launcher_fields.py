@@ -46,21 +46,36 @@ class BridgeFields:
         for tree in trees:
             for path in tree.rglob("*.py"):
                 self._collect(path, tree)
-        self.version = next(folder.parent.parent.glob("megatron_bridge-*.dist-info")).name.split("-")[1].removesuffix(".dist")
+        self.version = (
+            next(folder.parent.parent.glob("megatron_bridge-*.dist-info"))
+            .name.split("-")[1]
+            .removesuffix(".dist")
+        )
 
     def _collect(self, path: Path, tree: Path) -> None:
-        module = ".".join((tree.name if tree.name == "megatron" else "megatron.bridge", *path.relative_to(tree).with_suffix("").parts))
+        module = ".".join(
+            (
+                tree.name if tree.name == "megatron" else "megatron.bridge",
+                *path.relative_to(tree).with_suffix("").parts,
+            )
+        )
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
             if isinstance(node, ast.ImportFrom):
                 names = [alias.asname or alias.name for alias in node.names]
             self.names.setdefault(module.removesuffix(".__init__"), set()).update(names)
             if isinstance(node, ast.ClassDef):
-                own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+                own = {
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                }
                 self.fields.setdefault(node.name, set()).update(own)
                 bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
                 # Megatron-Bridge's classes extend Megatron-Core's of the same name under another.
-                self.bases.setdefault(node.name, set()).update(base.removeprefix("MCore").removeprefix("MTrain") for base in bases)
+                self.bases.setdefault(node.name, set()).update(
+                    base.removeprefix("MCore").removeprefix("MTrain") for base in bases
+                )
 
     def _known(self, section: str) -> set[str]:
         found, open_ = set(), list(_CLASSES[section])

@@ -1,6 +1,6 @@
 """Plans to try launchers on: drawn from every choice that a launcher names, over models, machines, batches and lengths.
 
-A draw that breaks a rule of the planner or of the launcher is passed over; the seed is fixed, so that two runs try the same plans.
+A draw that breaks a rule of the planner or of the launcher is passed over; the seed is fixed: two runs try the same plans.
 """
 
 from __future__ import annotations
@@ -61,11 +61,15 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         fixed["etp"] = drawn.choice([1, fixed["tp"]])
     fixed["micro_batch_size"] = drawn.choice([1, 1, 2, 4])
     fixed["virtual_stages"] = drawn.choice([2, 4]) if fixed.get("schedule") == "interleaved" else 1
-    fixed["gradient_dtype"] = drawn.choice(["fp32", "fp32", fixed["precision"] if fixed["precision"] in ("bf16", "fp16") else "fp32"])
+    fixed["gradient_dtype"] = drawn.choice(
+        ["fp32", "fp32", fixed["precision"] if fixed["precision"] in ("bf16", "fp16") else "fp32"]
+    )
     if fixed.get("recompute") == "block":
         fixed["recompute_layers"] = drawn.choice([1, 2, 4])
     if fixed.get("recompute") == "modules":
-        fixed["recompute_modules"] = "+".join(drawn.sample(["core_attn", "mlp", "moe", "shared_experts", "moe_act"], 2))
+        fixed["recompute_modules"] = "+".join(
+            drawn.sample(["core_attn", "mlp", "moe", "shared_experts", "moe_act"], 2)
+        )
     if fixed.get("zero_group") == "ranks":
         fixed["zero_group_ranks"] = drawn.choice([2, 4, 8, 16])
     if fixed["pp"] == 1:
@@ -74,7 +78,10 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         fixed["context"] = "p2p"
     length = min(drawn.choice([2048, 4096, 8192, 16384]), model.max_seq_len)
     workload = planner.TrainWorkload(
-        drawn.choice([64, 128, 256, 768]), length, optimizer=fixed["optimizer"], precisions=(fixed["precision"],)
+        drawn.choice([64, 128, 256, 768]),
+        length,
+        optimizer=fixed["optimizer"],
+        precisions=(fixed["precision"],),
     )
     try:
         plan = planner.estimate(planner.Problem(model, cluster, workload, planner.load_stack(), fixed=fixed))

@@ -20,6 +20,7 @@ from typing import Any
 
 from planner.plan import Plan
 
+
 def knobs_of(plan: Plan) -> dict[str, str]:
     """The plan's choices as text."""
     return {name: str(value).lower() for name, value in plan.knobs.items()}
@@ -37,7 +38,11 @@ class Accelerate:
         from accelerate.parallelism_config import ParallelismConfig
 
         self.version = accelerate.__version__
-        self.parser, self.validate, self.mesh = launch_command_parser(), _validate_launch_command, ParallelismConfig
+        self.parser, self.validate, self.mesh = (
+            launch_command_parser(),
+            _validate_launch_command,
+            ParallelismConfig,
+        )
 
     def refusal(self, files: dict[str, str], plan: Plan) -> str:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -45,24 +50,34 @@ class Accelerate:
             path.write_text(files["accelerate.yaml"])
             try:
                 # The type of the devices is asked of the machine: say that there are some.
-                args, defaults, precision = self.validate(self.parser.parse_args(["--config_file", str(path), "train.py"]))
+                args, *_ = self.validate(self.parser.parse_args(["--config_file", str(path), "train.py"]))
             except (Exception, SystemExit) as error:
                 return f"{type(error).__name__}: {error}"
         sharded = knobs_of(plan)["zero_stage"] != "0"
-        taken: dict[str, Any] = {"processes": int(args.num_processes), "precision": args.mixed_precision, "fsdp": bool(args.use_fsdp)}
+        taken: dict[str, Any] = {
+            "processes": int(args.num_processes),
+            "precision": args.mixed_precision,
+            "fsdp": bool(args.use_fsdp),
+        }
         meant: dict[str, Any] = {
             "processes": plan.devices,
             "precision": _LAYER_DTYPES[plan.knobs["precision"]],
             "fsdp": sharded,
         }
         if sharded:
-            sizes = {name: int(getattr(args, f"parallelism_config_{name}_size")) for name in ("dp_replicate", "dp_shard", "tp", "cp")}
+            sizes = {
+                name: int(getattr(args, f"parallelism_config_{name}_size"))
+                for name in ("dp_replicate", "dp_shard", "tp", "cp")
+            }
             try:
                 mesh = self.mesh(**{f"{name}_size": size for name, size in sizes.items()})
             except (ValueError, TypeError) as error:
                 return f"{type(error).__name__}: {error}"
             taken |= {"world": mesh.total_size, "tp": sizes["tp"], "cp": sizes["cp"]}
-            taken |= {"reshard": str(args.fsdp_reshard_after_forward).lower(), "version": int(args.fsdp_version)}
+            taken |= {
+                "reshard": str(args.fsdp_reshard_after_forward).lower(),
+                "version": int(args.fsdp_version),
+            }
             meant |= {"world": plan.devices, "tp": plan.mesh["tp"], "cp": plan.mesh["cp"], "version": 2}
             meant |= {"reshard": str(knobs_of(plan)["zero_stage"] != "2").lower()}
         return "" if taken == meant else f"taken for {taken}, meant {meant}"
@@ -118,7 +133,11 @@ class Transformers:
 
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
-        self.version, self.arguments, self.mesh = transformers.__version__, transformers.TrainingArguments, ParallelismConfig
+        self.version, self.arguments, self.mesh = (
+            transformers.__version__,
+            transformers.TrainingArguments,
+            ParallelismConfig,
+        )
 
     def refusal(self, files: dict[str, str], plan: Plan) -> str:
         settings = json.loads(files["training_arguments.json"])
@@ -140,10 +159,18 @@ class Transformers:
         meant = [plan.knobs["micro_batch_size"], plan.micro_batches, sharded, plan.devices]
         if sharded:
             plugin = taken.fsdp_plugin_args
-            found += [plugin["reshard_after_forward"], plugin["activation_checkpointing"], plugin.get("cpu_offload", False)]
+            found += [
+                plugin["reshard_after_forward"],
+                plugin["activation_checkpointing"],
+                plugin.get("cpu_offload", False),
+            ]
             found += [mesh.tp_size, mesh.cp_size]
             knobs = knobs_of(plan)
-            meant += [knobs["zero_stage"] != "2", knobs["recompute"] == "full", knobs["parameter_offload"] == "cpu"]
+            meant += [
+                knobs["zero_stage"] != "2",
+                knobs["recompute"] == "full",
+                knobs["parameter_offload"] == "cpu",
+            ]
             meant += [plan.mesh["tp"], plan.mesh["cp"]]
         else:
             found.append(bool(taken.activation_checkpointing))
@@ -171,7 +198,9 @@ class Galvatron:
         utils = _load(self.folder / "utils" / "config_utils.py", "galvatron.utils.config_utils")
         for name in ("config2strategy", "read_json_config", "str2array"):
             setattr(sys.modules["galvatron.utils"], name, getattr(utils, name))
-        self.hybrid = _load(self.folder / "core" / "runtime" / "hybrid_parallel_config.py", "galvatron_hybrid_config")
+        self.hybrid = _load(
+            self.folder / "core" / "runtime" / "hybrid_parallel_config.py", "galvatron_hybrid_config"
+        )
 
     def refusal(self, files: dict[str, str], plan: Plan) -> str:
         config = json.loads(files["galvatron.json"])
@@ -183,7 +212,13 @@ class Galvatron:
                 return [layers]
 
         args = _Namespace(local_rank=1, galvatron_config_path=config, chunks=0, global_train_batch_size=0)
-        args.__dict__ |= {"pipeline_type": "", "default_dp_type": "", "embed_sdp": 0, "vocab_tp": 1, "distributed_checkpoint": False}
+        args.__dict__ |= {
+            "pipeline_type": "",
+            "default_dp_type": "",
+            "embed_sdp": 0,
+            "vocab_tp": 1,
+            "distributed_checkpoint": False,
+        }
         try:
             taken = self.hybrid.get_hybrid_parallel_configs_api(None, args, lambda *_: Info())
             self.hybrid.check_hp_config(taken, [layers])
@@ -225,7 +260,11 @@ class Torchtitan:
             return f"{type(error).__name__}: {error}"
         mesh, knobs, training = plan.mesh, knobs_of(plan), taken.training
         replicas = dims.dp_replicate * dims.dp_shard
-        pieces = training.local_batch_size // taken.parallelism.pipeline_parallel_microbatch_size if mesh["pp"] > 1 else 1
+        pieces = (
+            training.local_batch_size // taken.parallelism.pipeline_parallel_microbatch_size
+            if mesh["pp"] > 1
+            else 1
+        )
         runs = training.global_batch_size // (training.local_batch_size * replicas)
         found = (replicas, dims.cp, dims.tp, dims.pp, dims.ep, pieces * runs, stages, taken.compile.enable)
         meant = (

@@ -3,7 +3,8 @@
 Each launcher needs its own environment (Python 3.11, no accelerator); what is not installed is passed over, so the command is run
 once in each, and remembers what was found in ``benchmarks/launchers.json``:
 
-    python3.11 -m venv /tmp/hf && /tmp/hf/bin/pip install torch==2.13.0 accelerate==1.15.0 transformers==5.23.0 deepspeed==0.19.8 pyyaml
+    python3.11 -m venv /tmp/hf
+    /tmp/hf/bin/pip install torch==2.13.0 accelerate==1.15.0 transformers==5.23.0 deepspeed==0.19.8 pyyaml scipy
     /tmp/hf/bin/pip install --no-deps hetu-galvatron==2.4.0
     PYTHONPATH=. /tmp/hf/bin/python benchmarks/launchers.py accelerate deepspeed galvatron transformers torchrun
 
@@ -83,7 +84,12 @@ def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
     wrong = []
     for knob, value in run.fixed.items():
         said, was = str(value).lower(), meant.get(knob, "1")
-        if said == was or (name, knob) in _BY_SCRIPT or _idle(knob, plan) or _same_group(knob, run.fixed, plan):
+        if (
+            said == was
+            or (name, knob) in _BY_SCRIPT
+            or _idle(knob, plan)
+            or _same_group(knob, run.fixed, plan)
+        ):
             continue
         if name == "accelerate" and knob in ("elementwise_kernel", "loss_kernel") and _by_liger(plan):
             continue  # Liger's kernels are the script's choice
@@ -168,10 +174,10 @@ def page(results: dict[str, Any]) -> str:
 
 _PAGE = """# Launchers
 
-Written by `python benchmarks/launchers.py`, whose first lines say how; its results are in `benchmarks/launchers.json`. Every plan is
-drawn at random from the choices that the launcher has words for, over models, machines, batches and lengths, exported, given
-to the launcher's own parser or validator, and compared with what that understood: batch sizes, degrees, stages, what is sharded.
-Nothing ran on accelerators.
+Written by `python benchmarks/launchers.py`, whose first lines say how; its results are in `benchmarks/launchers.json`. Every plan
+is drawn at random from the choices that the launcher has words for, over models, machines, batches and lengths, exported, given
+to the launcher's own parser or validator, and compared with what that understood: batch sizes, degrees, stages, what is
+sharded. Nothing ran on accelerators.
 
 | `--to` | launcher | checked with | plans tried | accepted | read back equal |
 |---|---|---|---:|---:|---:|
@@ -180,10 +186,10 @@ Nothing ran on accelerators.
 - *Accepted*: the parser took the files, and what it made of them is the plan.
 - *Read back equal*: `planner estimate --from` names the same knobs, as far as the file carries them. A DeepSpeed or Accelerate
   file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
-- Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels of
-  megatron-bridge and megatron-core.
-- What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check` says
-  which layer of the launcher would have found out.
+- Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
+  of megatron-bridge and megatron-core.
+- What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
+  says which layer of the launcher would have found out.
 """
 
 
@@ -199,7 +205,11 @@ def main(names: list[str]) -> int:
             continue
         results[name] = found
         print(name, found, flush=True)
-        failures += 2 * found["tried"] - found["accepted"] - (found["tried"] if found["read_back"] is None else found["read_back"])
+        failures += (
+            2 * found["tried"]
+            - found["accepted"]
+            - (found["tried"] if found["read_back"] is None else found["read_back"])
+        )
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
     PAGE.write_text(page(results))
     return failures

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from planner.export.exporter import Exporter, Log, environment_of_torchrun
+from planner.export.exporter import STEP_LINES, Exporter, environment_of_torchrun
 from planner.export.hf_rules import KERNEL_CHOICES, hf_rules, kernels_of, shape_of
 from planner.export.hf_script import script_flags, train_script
 from planner.export.rules import COMMON, make_launcher
@@ -188,10 +188,6 @@ EXPORTER = Exporter(
     write=_write,
     script="train.py",
     framework="PyTorch FSDP2 (Accelerate)",
-    log=Log(
-        step=r"(?m)^step \d+: ([\d.]+) s",
-        peak=r"(?m)^step \d+: .* peak ([\d.]+) GiB",
-        peak_unit_bytes=2.0**30,
-    ),
+    log=STEP_LINES,
     first=_first,
 )

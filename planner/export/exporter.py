@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.export.target import Target
 
-__all__ = ["Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
+__all__ = ["STEP_LINES", "Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,14 @@ class Log:
     peak: str = ""
     peak_unit_bytes: float = 1.0
     peak_kind: str = "allocated"
+
+
+STEP_LINES = Log(
+    step=r"step \d+: ([\d.]+) s, peak",
+    peak=r"step \d+: [\d.]+ s, peak ([\d.]+) GiB",
+    peak_unit_bytes=2.0**30,
+)
+"""What the measuring scripts print: ``step 3: 1.2345 s, peak 12.345 GiB``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def _measure(target: Target, exporter: Exporter) -> str:
     }  # fmt: skip
     template = files("planner.export").joinpath("measure_template.py").read_text(encoding="utf-8")
     text = json.dumps(settings, indent=4).replace("\\", "\\\\")
-    return template.replace(_BLANK, f"{_BLANK[:-2]}json.loads(\n    '''{text}'''\n)")
+    return template.replace(_BLANK, "json.loads(\n    '''" + text + "'''\n)")
 
 
 def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image: str) -> str:
@@ -110,7 +110,7 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
     return "\n".join(lines) + "\n"
 
 
-_BLANK = "SETTINGS: dict[str, Any] = {}"
+_BLANK = 'json.loads("{}")'
 _PURPOSE = {
     "README.md": "this page",
     "run.sh": "launch; run it once per node",

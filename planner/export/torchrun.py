@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import ExportError, Problem
-from planner.export.exporter import Exporter, Log
+from planner.export.exporter import STEP_LINES, Exporter
 from planner.export.sharding import mesh_dimensions, replication_rule
 from planner.export.target import Target, summary
 from planner.plan import Plan
@@ -141,11 +141,7 @@ EXPORTER = Exporter(
     write=_write,
     script="train.py",
     framework="PyTorch FSDP2",
-    log=Log(
-        step=r"(?m)^step \d+: ([\d.]+) s",
-        peak=r"(?m)^step \d+: .* peak ([\d.]+) GiB",
-        peak_unit_bytes=2.0**30,
-    ),
+    log=STEP_LINES,
     first=lambda target: [
         "`TRAIN_SCRIPT` is yours: it builds `mesh.py`'s mesh, and prints `step N: SECONDS s, peak X GiB` for `measure.py`."
     ],

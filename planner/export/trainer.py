@@ -14,7 +14,7 @@ from typing import Any
 
 from planner.export.accelerate import CHOICES as ACCELERATE
 from planner.export.accelerate import COMM_STRATEGIES, fsdp_rules
-from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
+from planner.export.exporter import STEP_LINES, Exporter, environment_of_torchrun, torchrun_lines
 from planner.export.hf_rules import hf_rules, kernels_of, shape_of
 from planner.export.rules import make_launcher
 from planner.export.sharding import mesh_dimensions
@@ -70,6 +70,7 @@ def arguments(target: Target) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
+        "disable_tqdm": True,
     }
     if knobs["zero_stage"] == "0":
         found["activation_checkpointing"] = knobs["recompute"] == "full"
@@ -145,10 +146,6 @@ EXPORTER = Exporter(
     write=_write,
     script="train.py",
     framework="HF Trainer",
-    log=Log(
-        step=r"(?m)^step \d+: ([\d.]+) s",
-        peak=r"(?m)^step \d+: .* peak ([\d.]+) GiB",
-        peak_unit_bytes=2.0**30,
-    ),
+    log=STEP_LINES,
     first=_first,
 )
