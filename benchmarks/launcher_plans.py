@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 import planner
 from planner.errors import InvalidPlan, PlannerError
 from planner.export import find_exporter
 from planner.export.launchers import CHOICES, launcher
 from planner.export.target import Target
+from planner.mesh import Mesh
 from planner.plan import Plan
+from planner.technique import SLOTS, Context, off
 
 MODELS = (
     "llama2-7b", "llama2-70b", "llama3-8b", "llama3.1-70b", "llama3.1-8b", "mistral-7b-v0.1", "mistral-nemo-12b", "qwen2.5-14b",
@@ -83,11 +87,26 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         optimizer=fixed["optimizer"],
         precisions=(fixed["precision"],),
     )
+    if not _keeps_rules(name, model, cluster, workload, fixed):
+        return None
     try:
         plan = planner.estimate(planner.Problem(model, cluster, workload, planner.load_stack(), fixed=fixed))
         return None if Target.of(plan).refused(launcher(name)) else plan
     except (InvalidPlan, PlannerError):
         return None
+
+
+def _keeps_rules(name: str, model: Any, cluster: Any, workload: Any, fixed: dict[str, Any]) -> bool:
+    """Whether a draw keeps the launcher's rules; much faster than to price it first."""
+    replicas, left = divmod(cluster.devices, fixed["tp"] * fixed["cp"] * fixed["pp"])
+    if left or not replicas or workload.global_batch_size % (replicas * fixed["micro_batch_size"]):
+        return False
+    degrees = [fixed["tp"], fixed["cp"], replicas, fixed["pp"], fixed["ep"], fixed["etp"]]
+    mesh = Mesh(*(np.array([float(degree)]) for degree in degrees))
+    knobs = {slot: off(slot) for slot in SLOTS} | {knob: str(value) for knob, value in fixed.items()}
+    batch = np.array([float(fixed["micro_batch_size"])])
+    ctx = Context(model, cluster, workload, planner.load_stack(), mesh, batch, knobs)
+    return all(np.all(check.ok) for check in launcher(name).valid(ctx))
 
 
 @cache

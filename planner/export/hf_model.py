@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.errors import SpecError
+from planner.export.rules import per_model
 from planner.specs.huggingface import model_from_config
 from planner.specs.model import Block, Model, Moe
 
@@ -33,6 +34,7 @@ class HfModel:
     tensor_parallel: bool
 
 
+@per_model
 def hf_model(model: Model) -> HfModel | None:
     """The Transformers model of this shape; None where no family that is known here has it.
 

@@ -7,6 +7,8 @@ bounds the search, and its exporter holds every plan against the same rules, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,7 +17,17 @@ from planner.ledger import Array
 from planner.specs.model import Model
 from planner.technique import Check, Context, Launcher, off
 
-__all__ = ["ALL_LAYOUTS", "COMMON", "distributed_optimizer_instances", "has_experts", "make_launcher"]
+__all__ = [
+    "ALL_LAYOUTS",
+    "COMMON",
+    "distributed_optimizer_instances",
+    "has_experts",
+    "make_launcher",
+    "per_model",
+]
+
+T = TypeVar("T")
+_MOST_MODELS = 64
 
 ALL_LAYOUTS = frozenset({"even", "short_ends", "short_first", "short_last", "balanced"})
 
@@ -48,6 +60,20 @@ def make_launcher(
 
     own = {slot: frozenset(values.split()) for slot, values in (native or {}).items()}
     return Launcher(name, allows, valid, layouts, own)
+
+
+def per_model(find: Callable[[Model], T]) -> Callable[[Model], T]:
+    """Remembers what was found for the models at hand: rules ask once per recipe, and models cannot be hashed."""
+    known: dict[int, tuple[Model, T]] = {}
+
+    def remembered(model: Model) -> T:
+        if id(model) not in known:
+            if len(known) >= _MOST_MODELS:
+                known.clear()
+            known[id(model)] = model, find(model)  # the model is kept, so that its id stays its own
+        return known[id(model)][1]
+
+    return wraps(find)(remembered)
 
 
 def has_experts(model: Model) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
-from planner.export.rules import COMMON, has_experts, make_launcher
+from planner.export.rules import COMMON, has_experts, make_launcher, per_model
 from planner.export.sharding import mesh_dimensions, replication_rule
 from planner.export.target import Target, summary
 from planner.specs.model import Model
@@ -92,6 +92,7 @@ def _shipped(name: str) -> Model:
     return load_model(name)
 
 
+@per_model
 def recipe_of(model: Model) -> Recipe | None:
     """The recipe that trains a model of this shape; None where there is none."""
 

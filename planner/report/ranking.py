@@ -175,12 +175,20 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[
     told = [f"planner explain {saved}:1"]
     if second is not None:
         told.append(f"planner compare {saved}:1 {saved}:{second}")
-    for to in sorted(EXPORTERS):
-        runnable = next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None)
-        if runnable is not None:
-            told.append(f"planner export {saved}:{runnable} --to {to}")
-        elif to in LAUNCHERS:
-            told.append(f"--for {to} finds plans that {to} can run; none of these is one")
+    runnable = {to: next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None) for to in EXPORTERS}
+    by_plan: dict[int, list[str]] = {}
+    for to, number in runnable.items():
+        if number is not None:
+            by_plan.setdefault(number, []).append(to)
+    for number, names in sorted(by_plan.items()):
+        first = "megatron" if "megatron" in names else names[0]
+        others = [name for name in names if name != first]
+        told.append(
+            f"planner export {saved}:{number} --to {first}" + (f" (or {', '.join(others)})" if others else "")
+        )
+    none = [to for to, number in runnable.items() if number is None and to in LAUNCHERS]
+    if none:
+        told.append(f"--for LAUNCHER finds plans that it can run; none of these runs under {', '.join(none)}")
     return told
 
 

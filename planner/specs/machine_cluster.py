@@ -80,7 +80,8 @@ def cluster_toml(
     if topology is not None:
         said.append(_links(topology, device))
     own = _fast(device, domain)
-    if own.kind == "pcie" or domain >= min(per_node, own.domain) or per_node == 1:
+    bridged = own is not device.scale_up
+    if own.kind == "pcie" or per_node == 1 or (domain >= min(per_node, own.domain) and not bridged):
         lines += _network(device, per_node, nodes, topology, nic_gbit, said)
     else:
         lines += _tiers(device, per_node, nodes, domain, topology, nic_gbit, said)

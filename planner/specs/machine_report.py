@@ -132,7 +132,7 @@ def expand_nodes(text: str) -> list[str]:
             found += _expanded(part, text)
         if len(found) > _MOST_NODES:
             raise SpecError(Problem("--nodelist", repr(text[:40]), f"at most {_MOST_NODES:,} nodes"))
-    if not found or "[" in "".join(found) or "]" in "".join(found):
+    if text.count("[") != text.count("]") or not found or "[" in "".join(found) or "]" in "".join(found):
         raise SpecError(Problem("--nodelist", repr(text[:40]), "a list such as gpu[001-016,020]"))
     return found
 
