@@ -14,7 +14,8 @@ import numpy as np
 from planner.costs.pipeline import latency_alpa_s
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_interleaved_s
 from planner.schedule.engine import simulate
-from planner.schedule.order import make_order
+from planner.schedule.order import Generator, make_order
+from planner.techniques.training.schedule.zero_bubble import H1
 
 # (schedule, p, m, v, candidates, target in ms for a cold call)
 SIZES = [
@@ -23,7 +24,7 @@ SIZES = [
     ("interleaved", 64, 1536, 3, 1, 300.0),
     ("interleaved", 64, 1536, 3, 100, None),
     ("1f1b", 64, 4096, 1, 100, None),
-    ("zb-h1", 16, 128, 1, 100, None),
+    (H1, 16, 128, 1, 100, None),
 ]
 
 
@@ -46,7 +47,8 @@ def engine() -> None:
         make_order.cache_clear()
         cold = milliseconds(call)
         warm = min(milliseconds(call) for _ in range(5))
-        row = f"{schedule:12} {p:3} {m:5} {v:2} {candidates:4} {cold:8.1f} {warm:8.1f}"
+        name = schedule.name if isinstance(schedule, Generator) else schedule
+        row = f"{name:12} {p:3} {m:5} {v:2} {candidates:4} {cold:8.1f} {warm:8.1f}"
         print(row + ("" if target is None else f" {target:7.0f}"))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
+from planner.pipeline import Layouts
 from planner.solve.candidates import Jobs
 from planner.solve.expansion import Expansion
 from planner.solve.space import Choice, Rows
@@ -32,16 +33,20 @@ JOBS = {
     "llama3.1-405b on 16,384 H100": ("llama3.1-405b", "h100-sxm:2048x8", (2048,), (8192,), ()),
     "gpt3-175b on 1,024 A100, Calculon's choices": (
         "gpt3-175b", "a100-sxm-80gb:128x8", (1536,), (2048,),
-        ("attention_kernel=eager", "precision=fp16", "cp=1", "zero_group=full"),
+        (
+            "--fix", "attention_kernel=eager", "--fix", "precision=fp16", "--fix", "cp=1", "--fix", "zero_group=full",
+            "--explore", "sequence_parallel=gathered", "--explore", "pipeline=scatter_gather",
+        ),
     ),
 }  # fmt: skip
 
 
-def cold(model: str, cluster: str, batch: int, seq: int, fixed: tuple[str, ...]) -> tuple[float, float, dict]:
+def cold(
+    model: str, cluster: str, batch: int, seq: int, options: tuple[str, ...]
+) -> tuple[float, float, dict]:
     """Wall seconds, peak bytes and the JSON of one cold ``planner train``."""
     command = [sys.executable, "-m", "planner", "train", "--model", model, "--cluster", cluster]
-    command += ["--global-batch", str(batch), "--seq-len", str(seq), "--json"]
-    command += [part for choice in fixed for part in ("--fix", choice)]
+    command += ["--global-batch", str(batch), "--seq-len", str(seq), "--json", *options]
     with tempfile.TemporaryDirectory() as home:
         start = time.perf_counter()
         done = subprocess.run(
@@ -67,9 +72,10 @@ def pricing_rate() -> float:
     prefix = {slot: choice for slot, choice in recipe.items() if slot in next(iter(search.space.prefixes()))}
     rows = valid_rows(search, prefix)
     work = expansion(search, prefix, rows.take(np.flatnonzero(rows.values["pp"] == 16)))
-    schedule, layout = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
+    schedule, chosen = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
     some = np.arange(int(work.starts[-1]))
     many = np.repeat(some, 4000 // len(some) + 1)
+    layout = Layouts([chosen]).deal(np.zeros(len(many), dtype=np.intp))
     work.plain(schedule, layout, many)
     before, start = search.counts.scored + search.counts.rejected["device memory"], time.process_time()
     for _ in range(20):
@@ -106,7 +112,7 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                             work.evaluate(
                                 Jobs(
                                     schedule,
-                                    layout,
+                                    Layouts([layout]).deal(np.zeros(len(on), dtype=np.intp)),
                                     np.full(len(on), recompute),
                                     swap,
                                     states[on],
@@ -151,11 +157,11 @@ def main() -> None:
     )
     print("| job | wall s | search s | candidates | scored | candidates/s | scored/s | peak MB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for name, (model, cluster, batches, lengths, fixed) in JOBS.items():
+    for name, (model, cluster, batches, lengths, options) in JOBS.items():
         for run in range(1 if quick else 3):
             batch = batches[0] if run == 0 else draw.choice((1, 2, 3)) * batches[0]
             seq = lengths[0] if run == 0 else draw.choice((1, 2)) * lengths[0]
-            wall_s, peak, result = cold(model, cluster, batch, seq, fixed)
+            wall_s, peak, result = cold(model, cluster, batch, seq, options)
             search = result["search"]
             print(
                 f"| {name}, batch {batch}, sequence {seq} | {wall_s:.2f} | {search['wall_s']:.2f} | "

@@ -20,7 +20,7 @@ from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
-from planner.schedule.order import make_order
+from planner.schedule.order import Generator, generator_of, make_order, repeated
 from planner.solve.space import Choice
 from planner.specs.model import Model
 from planner.specs.problem import Problem
@@ -29,7 +29,7 @@ from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop"]
+__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop", "stage_seconds"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class Assembly:
         table: what one block of each kind costs and holds.
         spends: seconds of the step on the busiest device, item by item; the rest is its bubble.
         layout: blocks per virtual stage.
-        order: name of the schedule's order.
+        order: the schedule's order.
         device: the busiest device.
         micro_batches: per pipeline and step.
         recompute_layers: layers recomputed per device, where only some are.
@@ -54,7 +54,7 @@ class Assembly:
     table: BlockTable
     spends: Sequence[Spend]
     layout: Layout
-    order: str
+    order: Generator
     device: int
     micro_batches: int
     recompute_layers: int | None
@@ -64,29 +64,56 @@ class Assembly:
 def exact_step_s(
     tables: Sequence[BlockTable],
     layout: Layout,
-    schedule: str,
+    schedule: Generator | str,
     micro_batches: int,
     recompute_layers: Sequence[int | None],
 ) -> Array:
     """Step times of candidates that share layout, schedule and micro-batch count, by the schedule engine.
+
+    Without a barrier between steps, what one more step adds to two, and the longest tail after it.
 
     Args:
         tables: one-row block tables.
         recompute_layers: per candidate, or None.
     """
     table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
-    forward, backward, again = phase_seconds(table)
     fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
-    backward = backward + again * fraction
+    generator = generator_of(schedule)
+    stages_s, hop_s, tail_s = stage_seconds(table, layout, generator, fraction)
+    if layout.pp == 1:
+        step_s: Array = micro_batches * np.sum(stages_s, axis=(0, 1)) / layout.copies + tail_s[0]
+        return step_s
+    p, v = layout.pp, layout.virtual_stages
+    if generator.barrier:
+        return simulate(
+            make_order(generator, p, micro_batches, v), *stages_s, hop_s=hop_s, tail_s=tail_s
+        ).makespan_s
+    two, three = (
+        simulate(repeated(generator, p, micro_batches, v, steps), *stages_s, hop_s=hop_s) for steps in (2, 3)
+    )
+    # A slow device may still be catching up in the third step: no period is shorter than its work.
+    busy_s = (three.busy_s - two.busy_s).max(axis=0)
+    period_s: Array = np.maximum(three.makespan_s - two.makespan_s, busy_s) + tail_s.max(axis=0)
+    return period_s
+
+
+def stage_seconds(
+    table: BlockTable, layout: Layout, generator: Generator, recomputed: Array | float
+) -> tuple[list[Array], Array, Array]:
+    """Seconds of a micro-batch in every virtual stage by operation (F, B and, where they are split, W), of a hop, and of each
+    device's tail: [(stages, rows)], (rows,), (devices, rows).
+
+    ``recomputed`` is the fraction of the layers that is recomputed, which belongs to the backward.
+    """
+    forward, backward, again = phase_seconds(table)
+    backward = backward + again * recomputed
     counts = layout.device_counts
     tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
-    if layout.pp == 1:
-        step_s: Array = micro_batches * (counts @ (forward + backward))[0] + tail_s[0]
-        return step_s
-    hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
-    order = make_order(schedule, layout.pp, micro_batches, layout.virtual_stages)
-    line = simulate(order, layout.counts @ forward, layout.counts @ backward, hop_s=hop_s, tail_s=tail_s)
-    return line.makespan_s
+    stages_s = [layout.counts @ forward, layout.counts @ backward]
+    if generator.splits_backward:
+        weight_s = layout.counts @ table["weight_s"]
+        stages_s = [stages_s[0], stages_s[1] - weight_s, weight_s]
+    return stages_s, table["forward_s"][table.kinds.index(BOUNDARY)], tail_s
 
 
 def assemble(
@@ -123,18 +150,21 @@ def assemble(
             ledger = technique.apply(ledger, ctx)
     schedule = recipe["schedule"].technique
     assert schedule is not None
+    order = generator_of(schedule.order)
     micro_batches = round(float(ctx.micro_batches[0]))
     kinds = (*dict.fromkeys(block_order(problem.model)), EMBEDDING, HEAD, BOUNDARY)
     pricer = Pricer(problem.cluster, problem.stack)
     table = tabulate(ledger, pricer, kinds, 1)
-    step_s = float(exact_step_s([table], layout, schedule.order, micro_batches, [recompute_layers])[0])
-    device = _busiest(table, layout, recompute_layers, micro_batches)
-    spends = spend(attribute(ledger, pricer), table, layout, device, micro_batches, recompute_layers)
+    step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
+    device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
+    spends = spend(
+        attribute(ledger, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers
+    )
     communicators = sum(float(row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
     parts = memory_parts(
         table,
         layout,
-        schedule.order,
+        order,
         np.array([float(micro_batches)]),
         problem.stack,
         communicators,
@@ -149,7 +179,7 @@ def assemble(
     peak = sum(fullest.values())
     kept = (sum(pools.values()) + float(beside) for pools, beside in zip(devices, cached[:, 0], strict=True))
     budget = problem.memory_budget_bytes
-    repeats = dict(zip(kinds, layout.device_counts.sum(axis=0).tolist(), strict=True))
+    repeats = dict(zip(kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
     executed = _executed_flop(ledger, repeats, float(recomputed_fraction(layout, recompute_layers)))
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
@@ -177,9 +207,12 @@ def assemble(
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
         assumptions=(*assumptions(problem), weakest_text(judged["provenance"])),
         stack=problem.stack.name,
+        permissions=tuple(
+            sorted({need for c in recipe.values() if c.technique for need in c.technique.needs})
+        ),
     )
     return Assembly(
-        plan, ledger, table, spends, layout, schedule.order, device, micro_batches, recompute_layers, devices
+        plan, ledger, table, spends, layout, order, device, micro_batches, recompute_layers, devices
     )
 
 
@@ -223,7 +256,7 @@ def _context(problem: Problem, knobs: Mapping[str, Any], row: Mapping[str, float
     )
 
 
-def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, micro_batches: int) -> int:
+def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, micro_batches: float) -> int:
     """The device with most work and tail."""
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)

@@ -69,9 +69,11 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
 
 
 def spend(
-    shares: list[Share], table: BlockTable, layout: Layout, device: int, micro_batches: int, recompute_layers: int | None
+    shares: list[Share], table: BlockTable, layout: Layout, device: int, micro_batches: float, recompute_layers: int | None
 ) -> list[Spend]:  # fmt: skip
     """What one device spends its step on, item by item; what is left of the step is the pipeline's bubble.
+
+    ``micro_batches`` are those that pass each of its stages.
 
     Hops are left out: they delay the receiver and are part of its bubble. What gradient and weight traffic takes beyond
     the work that hides it is shared among its items in proportion to their length.

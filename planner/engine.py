@@ -47,7 +47,6 @@ from planner.specs.stack import Stack
 
 __all__ = [
     "COMPACT",
-    "COMPACT_ROWS",
     "FIELDS",
     "PHASES",
     "POOLS",
@@ -207,6 +206,7 @@ FIELDS = (
     *(f"{phase}_s" for phase in PHASES),
     "saved_bytes",
     "recomputed_bytes",
+    "weight_input_bytes",
     "block_bytes",
     "step_bytes",
     "freed_bytes",
@@ -217,11 +217,11 @@ FIELDS = (
     *(f"{track}_messages" for track in TRACKS),
     "always_bytes",
 )
-_ROW = {name: index for index, name in enumerate(FIELDS)}
 COMPACT = (
     *(f"{phase}_s" for phase in PHASES),
     "saved_bytes",
     "recomputed_bytes",
+    "weight_input_bytes",
     "block_bytes",
     "step_bytes",
     "host_bytes",
@@ -233,8 +233,7 @@ COMPACT = (
     *(f"{track}_messages" for track in TRACKS[1:]),
 )
 _ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT)}
-COMPACT_ROWS = [_ROW[name] for name in COMPACT]
-_ALWAYS = [_ROW[f"{pool}_bytes"] for pool in POOLS]
+_ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +241,8 @@ class BlockTable:
     """Totals of one instance of every block kind, per row: ``values`` (fields, kinds, rows), by the names of ``FIELDS``.
 
     ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
-    the same where the block is not recomputed, a transient where it is. ``block_bytes``: the transient while the block is at
+    the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
+    backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
     ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
     optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
@@ -263,7 +263,9 @@ class BlockTable:
         return BlockTable(kinds, values, COMPACT)
 
 
-def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) -> BlockTable:
+def tabulate(
+    ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int, fields: tuple[str, ...] = FIELDS
+) -> BlockTable:
     """Prices a ledger, resolves overlap window by window, and sums it per block kind.
 
     Ledgers that share items on the same axes share the sums of whatever did not change between them.
@@ -275,7 +277,8 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
             parts[where].append(item)
         else:
             parts[where] = [item]
-    values = np.zeros((len(FIELDS), len(kinds), rows))
+    table = BlockTable(kinds, np.zeros((len(fields), len(kinds), rows)), fields)
+    at = _ROWS[fields]
     position = {kind: index for index, kind in enumerate(kinds)}
     for (block, part), items in parts.items():
         key = (part, *map(id, items))
@@ -286,9 +289,11 @@ def tabulate(ledger: Ledger, pricer: Pricer, kinds: tuple[str, ...], rows: int) 
             sizes = "|".join(i.size if isinstance(i, Resident) else pricer.key(i)[0] for i in items)
             known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
         for name, total in known[1][0].items():
-            values[_ROW[name], position[block]] = total
-    values[_ROW["always_bytes"]] = values[_ALWAYS].sum(axis=0)
-    return BlockTable(kinds, values)
+            if name in at:
+                table.values[at[name], position[block]] = total
+            if name in _ALWAYS and "always_bytes" in at:
+                table["always_bytes"][position[block]] += total
+    return table
 
 
 def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

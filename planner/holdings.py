@@ -52,12 +52,17 @@ def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
             yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes)
         elif item.lifetime == "recomputed":
             yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes * kept)
+        elif item.lifetime == "weight_input" and len(in_flight) > len(counts):
+            yield Holding("activations", item.block, item, float(in_flight[len(counts) + kind]) * n_bytes)
         if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
             yield Holding("workspace", item.block, item, n_bytes)
 
 
 def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]:
-    """Blocks of each kind whose activations are alive when most bytes are, on the device and on its host."""
+    """Blocks of each kind whose activations are alive when most bytes are, on the device and on its host.
+
+    Where the schedule splits the backward, blocks that wait for their weight gradient follow.
+    """
     table, layout = assembly.table, assembly.layout
     index = int(layout.run_first[run])
     depth = int(saturated(assembly.order, layout.pp, layout.virtual_stages, assembly.micro_batches))
@@ -65,6 +70,9 @@ def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]
     blocks = live_vectors(assembly.order, layout.pp, depth, layout.virtual_stages, index, chunks)
     on_device = (table["saved_bytes"] + kept * table["recomputed_bytes"])[:, 0]
     on_host = table["host_saved_bytes"][:, 0]
+    if assembly.order.splits_backward:
+        on_device = np.concatenate([on_device, table["weight_input_bytes"][:, 0]])
+        on_host = np.concatenate([on_host, np.zeros_like(on_host)])
     return blocks[np.argmax(blocks @ on_device)], blocks[np.argmax(blocks @ on_host)]
 
 

@@ -88,6 +88,7 @@ class Plan:
         optimality: what the search proved.
         assumptions: what the numbers rest on.
         stack: name (or path) of the software stack.
+        permissions: what the plan does that changes the result of training (:data:`planner.specs.problem.PERMISSIONS`).
     """
 
     model: str
@@ -100,6 +101,7 @@ class Plan:
     optimality: Optimality
     assumptions: tuple[str, ...] = ()
     stack: str = "default"
+    permissions: tuple[str, ...] = ()
     schema_version: str = SCHEMA_VERSION
 
     @property
@@ -144,7 +146,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
         fields = asdict(self)
-        fields["stages"], fields["assumptions"] = list(self.stages), list(self.assumptions)
+        for name in ("stages", "assumptions", "permissions"):
+            fields[name] = list(fields[name])
         return {"id": self.id, **fields}
 
     @staticmethod
@@ -164,10 +167,8 @@ class Plan:
             estimate = Estimate(**_known(data["estimate"], Estimate))
             optimality = Optimality(**_known(data["optimality"], Optimality))
             fields = {**_known(data, Plan), "estimate": estimate, "optimality": optimality}
-            fields["stages"], fields["assumptions"] = (
-                tuple(data["stages"]),
-                tuple(data.get("assumptions", ())),
-            )
+            fields["stages"] = tuple(data["stages"])
+            fields |= {name: tuple(data.get(name, ())) for name in ("assumptions", "permissions")}
             plan = Plan(**fields)
             plan.check()
         except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:

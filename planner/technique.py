@@ -22,6 +22,7 @@ from planner.specs.formats import FORMATS, Format
 if TYPE_CHECKING:
     from planner.ledger import Array, Index, Ledger
     from planner.mesh import Mesh
+    from planner.schedule.order import Generator
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
     from planner.specs.stack import Stack
@@ -60,6 +61,8 @@ SLOTS = (
     "optimizer",
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
+    "synchronisation",  # how often replicas agree, and who with whom
+    "compression",  # what travels between them in place of whole gradients and weights
     "recompute",
     "optimizer_offload",
     "activation_offload",
@@ -132,8 +135,9 @@ def whole_number(text: str) -> int:
 class Figure:
     """A published number, and how the technique's pass reproduces it.
 
-    ``compute(subject)`` exercises what the technique brings (:attr:`Technique.subject`) on the source's inputs and returns
-    the number; with :attr:`Technique.absence` in its place it must return another one. ``tolerance`` is relative.
+    ``compute(subject)`` exercises what the technique brings (:meth:`Technique.subject`) on the source's inputs and returns
+    the number; with :meth:`Technique.absence` in its place it must return another one. ``tolerance`` is relative. Of a technique
+    that brings an order and a pass, ``of_pass`` says which of them the figure is about.
     """
 
     what: str
@@ -141,6 +145,7 @@ class Figure:
     tolerance: float
     source: str
     compute: Callable[[Any], float]
+    of_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,8 +202,13 @@ class Technique:
         default: whether its first choice is the slot's default.
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
-        order: for a schedule, the name of its order generator; for a collective, of its algorithm.
-        searched: whether the search tries it without being asked.
+        order: for a schedule, its order generator, or the name of one; for a collective, the name of its algorithm.
+        searched: whether the search tries it without being asked; the others it tries where everything is to be explored.
+        asked: whether only a plan that names it has it: another job than training all weights in full, a detail to be given, or
+            software that does what the usual choice does and more.
+        needs: permissions without which no plan has it (:data:`planner.specs.problem.PERMISSIONS`).
+        by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
+        moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
     """
 
@@ -216,19 +226,26 @@ class Technique:
     figures: tuple[Figure, ...] = ()
     valid: Callable[[Context], Iterable[Check]] = _no_checks
     apply: Callable[[Ledger, Context], Ledger] = _identity
-    order: str = ""
+    order: Generator | str = ""
     searched: bool = True
+    asked: bool = False
+    needs: tuple[str, ...] = ()
+    by_row: bool = False
+    moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
 
     @property
-    def subject(self) -> Any:
-        """What its figures exercise: the pass, or the name of the order."""
-        return self.order or self.apply
+    def edits(self) -> bool:
+        """Whether its pass does anything to a ledger."""
+        return self.apply is not _identity
 
-    @property
-    def absence(self) -> Any:
+    def subject(self, figure: Figure) -> Any:
+        """What a figure exercises: the pass, or the order."""
+        return self.apply if figure.of_pass or not self.order else self.order
+
+    def absence(self, figure: Figure) -> Any:
         """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return "" if self.order else _identity
+        return _identity if figure.of_pass or not self.order else ""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""
@@ -241,6 +258,7 @@ class Technique:
             "status": self.status,
             "source": self.source,
             "summary": self.summary,
+            "needs": list(self.needs),
             "knobs": [knob.name for knob in self.knobs],
             "figures": [
                 {"what": f.what, "published": f.published, "tolerance": f.tolerance, "source": f.source}

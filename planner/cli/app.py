@@ -15,10 +15,12 @@ from planner.cli import (
     estimate,
     explain,
     export,
+    goodput,
     hardware,
     models,
     schema,
     techniques,
+    trace,
     train,
     validate,
 )
@@ -42,6 +44,8 @@ def command() -> Callable[..., Any]:
     app.command("estimate")(estimate.estimate)
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
+    app.command("trace")(trace.trace)
+    app.command("goodput")(goodput.goodput)
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)

@@ -53,7 +53,7 @@ def explain(
     from planner.report.sensitivity import sensitivities
 
     measured_s, measured_bytes = _measured(measured, measured_memory)
-    written, problem = _subject(job, plan)
+    written, problem = subject(job, plan)
     assembly = examine(problem)
     difference = None
     if measured_s is not None or measured_bytes is not None:
@@ -100,7 +100,7 @@ def _measured(time: str | None, memory: str | None) -> tuple[float | None, float
     return found
 
 
-def _subject(job: JobOptions, reference: str | None) -> tuple[Plan | None, Problem]:
+def subject(job: JobOptions, reference: str | None) -> tuple[Plan | None, Problem]:
     """The plan as written (None where flags name it) and the problem that prices it."""
     from planner.errors import Problem as Fault
     from planner.errors import SpecError

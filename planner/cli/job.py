@@ -51,6 +51,7 @@ _WORKLOAD_FLAGS = {
     "encoder_seq_len": "--encoder-seq-len",
     "document_len": "--document-len",
     "expert_load_factor": "--expert-load-factor",
+    "expert_zipf": "--expert-zipf",
     "capacity_factor": "--capacity-factor",
     "tokens": "--tokens",
     "precisions": "--precision",
@@ -60,6 +61,8 @@ _PROBLEM_FLAGS = {
     "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour",
     "deadline_s": "--deadline",
+    "allowed": "--allow",
+    "explore": "--explore",
 }
 
 
@@ -112,6 +115,14 @@ class JobOptions:
             "--forbid", text="No plan may match this, e.g. '*_offload' or tp=16. Repeatable.", metavar="GLOB"
         ),
     ] = None
+    allow: Annotated[
+        list[str] | None,
+        _option(
+            "--allow",
+            text="Plans may do this, though it changes the result of training: staleness, lossy. Repeatable.",
+            metavar="PERMISSION",
+        ),
+    ] = None
     precision: Annotated[
         str | None,
         _option("--precision", text="Formats to choose from, e.g. bf16,fp8 [bf16].", metavar="LIST"),
@@ -156,6 +167,14 @@ class JobOptions:
         str | None,
         _option("--expert-load-factor", text="Busiest expert rank relative to the mean [1].", metavar="X"),
     ] = None
+    expert_zipf: Annotated[
+        str | None,
+        _option(
+            "--expert-zipf",
+            text="Popularity of the j-th expert falls off as j^-X [0: all alike].",
+            metavar="X",
+        ),
+    ] = None
     capacity_factor: Annotated[
         str | None,
         _option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
@@ -170,7 +189,11 @@ class JobOptions:
         return any((self.model, self.cluster, self.global_batch, self.seq_len))
 
     def problems(
-        self, extra: Sequence[Fault] = (), deadline_s: float | None = None, base: Described | None = None
+        self,
+        extra: Sequence[Fault] = (),
+        deadline_s: float | None = None,
+        base: Described | None = None,
+        explore: Sequence[str] = (),
     ) -> list[Problem]:
         """One problem per cluster.
 
@@ -178,6 +201,7 @@ class JobOptions:
             extra: faults that the caller has found already, to be reported with the others.
             deadline_s: by when the run must be done.
             base: a job described elsewhere; what the options say goes before it.
+            explore: choices to search that are left aside otherwise (:class:`planner.specs.problem.Problem`).
 
         Raises:
             SpecError: everything that is wrong with the options.
@@ -193,9 +217,9 @@ class JobOptions:
         workload = self._workload(faults, base.workload if base is not None else {})
         fixed = attempt(faults, parse_fixed, self.fix or [])
         faults += [
-            Fault("--forbid", "is empty", "a glob over knobs and their values")
-            for glob in self.forbid or []
-            if not glob
+            Fault(option, "is empty", "a glob over knobs and their values")
+            for option, globs in (("--forbid", self.forbid or []), ("--explore", explore))
+            if "" in globs
         ]
         launcher = attempt(faults, read_launcher, self.launcher)
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
@@ -207,12 +231,17 @@ class JobOptions:
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, deadline_s=deadline_s, flags=_PROBLEM_FLAGS,
+                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
+                flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip
         raise_if_any(faults)
         return [problem for problem in found if problem is not None]
+
+    def _allowed(self) -> tuple[str, ...]:
+        """Permissions, each once, whether given one by one or joined by commas."""
+        return tuple(dict.fromkeys(name for text in self.allow or () for name in read_list(text)))
 
     def _clusters(self, faults: list[Fault]) -> list[Cluster]:
         if not self.cluster:
@@ -229,6 +258,7 @@ class JobOptions:
             "encoder_seq_len": optional_whole(faults, "--encoder-seq-len", self.encoder_seq_len),
             "document_len": optional_whole(faults, "--document-len", self.document_len),
             "expert_load_factor": optional_number(faults, "--expert-load-factor", self.expert_load_factor),
+            "expert_zipf": optional_number(faults, "--expert-zipf", self.expert_zipf),
             "capacity_factor": optional_number(faults, "--capacity-factor", self.capacity_factor),
             "tokens": optional_quantity(faults, "--tokens", self.tokens, parse_count),
             "optimizer": self.optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,14 @@ def train(
             "--deadline", metavar="TIME", help="Fewest devices that finish --tokens in time, e.g. 30d."
         ),
     ] = None,
+    explore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--explore",
+            metavar="GLOB",
+            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
+        ),
+    ] = None,
     pareto: Annotated[
         bool,
         typer.Option("--pareto", help="Also the best plan under each of several smaller memory budgets."),
@@ -49,7 +58,7 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    problems, wanted = _problems(job, top, deadline)
+    problems, wanted = _problems(job, top, deadline, explore or ())
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
@@ -74,7 +83,9 @@ def train(
         raise Stopped("these are the best plans so far", printed=True)
 
 
-def _problems(job: JobOptions, top: str, deadline: str | None) -> tuple[list[Problem], int]:
+def _problems(
+    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str]
+) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
     from planner.errors import SpecError
@@ -94,7 +105,7 @@ def _problems(job: JobOptions, top: str, deadline: str | None) -> tuple[list[Pro
             deadline_s = parse_seconds(deadline)
         except ValueError:
             faults.append(Fault("--deadline", repr(deadline[:40]), "a duration such as 30d or 12h"))
-    return job.problems(faults, deadline_s), wanted
+    return job.problems(faults, deadline_s, explore=explore), wanted
 
 
 def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:

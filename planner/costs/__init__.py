@@ -87,6 +87,8 @@ from planner.costs.moe import (
     expert_traffic_ratio,
     random_load_factor,
     router_flop,
+    skewed_load_factor,
+    zipf_shares,
 )
 from planner.costs.offload import (
     arithmetic_intensity,
@@ -99,6 +101,7 @@ from planner.costs.offload import (
     zero_offload_step_s,
 )
 from planner.costs.optimizer import (
+    FUSED_UPDATES,
     KNOWN_OPTIMIZERS,
     muon_flop,
     muon_overhead,
@@ -144,6 +147,7 @@ from planner.costs.tensor_parallel import (
 __all__ = [
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
+    "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
     "Level",
     "MessageCost",
@@ -241,6 +245,7 @@ __all__ = [
     "roofline_s",
     "router_flop",
     "serial_finish_s",
+    "skewed_load_factor",
     "span_bubble_zb_h1_s",
     "span_bubble_zb_h2_s",
     "tensor_parallel_2d_elements",
@@ -259,4 +264,5 @@ __all__ = [
     "zero_plus_plus_traffic",
     "zero_state_bytes",
     "zero_traffic",
+    "zipf_shares",
 ]

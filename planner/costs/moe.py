@@ -10,6 +10,7 @@ into Bins", RANDOM 1998, Theorem 1 (maximum load of random routing); the rest is
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.costs.arrays import Real
 
@@ -23,6 +24,8 @@ __all__ = [
     "expert_traffic_ratio",
     "random_load_factor",
     "router_flop",
+    "skewed_load_factor",
+    "zipf_shares",
 ]
 
 
@@ -133,3 +136,38 @@ def expert_traffic_ratio(
     16.0
     """
     return 1.0 * topk * tokens / (4.0 * machines * hidden * experts_per_device)
+
+
+def zipf_shares(experts: int, exponent: float) -> NDArray[np.float64]:
+    """Shares of the tokens that experts get, most popular first, where the j-th gets ``j^-s`` of the first.
+
+    >>> zipf_shares(4, 1.0).round(2).tolist()
+    [0.48, 0.24, 0.16, 0.12]
+    """
+    weights = np.arange(1, experts + 1, dtype=np.float64) ** (-1.0 * exponent)
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
+
+
+def skewed_load_factor(shares: NDArray[np.float64], ranks: Real, replicated: int = 0) -> Real:
+    """Load of the busiest of ``e`` ranks relative to the mean, by the shares of experts (most popular first).
+
+    It holds the most popular expert, and average ones beside it. The first ``replicated`` experts are on every
+    rank, which works on its own tokens for them.
+
+    >>> float(skewed_load_factor(np.array([0.4, 0.2, 0.2, 0.2]), 2))  # 2 (0.4 + 0.2)
+    1.2
+    >>> float(skewed_load_factor(np.array([0.4, 0.2, 0.2, 0.2]), 2, replicated=1))  # of 3 alike, 1.5 on each
+    1.0
+    """
+    experts = len(shares)
+    own = shares[:replicated].sum() / ranks
+    rest = shares[replicated:]
+    if not len(rest):
+        return 1.0 + 0.0 * np.asarray(ranks)
+    others = (rest.sum() - rest[0]) / max(len(rest) - 1, 1)
+    beside = np.maximum((experts - replicated) / np.asarray(ranks, dtype=np.float64) - 1.0, 0.0)
+    busiest = own + rest[0] + beside * others
+    # Fewer experts than ranks left over: a rank holds one of them at most.
+    load: Real = np.maximum(busiest * ranks, 1.0)
+    return load

@@ -3,7 +3,8 @@
 Bytes are per parameter and come on top of the 16-bit weight and its gradient. They are definitions of the
 algorithms, kind "datasheet": Adam arXiv:1412.6980; Adafactor arXiv:1804.04235; 8-bit Adam arXiv:2110.02861
 (blocks of 2048, one FP32 scale each); Lion arXiv:2302.06675; LAMB arXiv:1904.00962; Muon, K. Jordan et al.,
-2024, https://kellerjordan.github.io/posts/muon/
+2024, https://kellerjordan.github.io/posts/muon/; FP8 AdamW arXiv:2310.18313; LOMO arXiv:2306.09782; AdaLomo
+arXiv:2310.10195; INT8 Lion arXiv:2310.07147; MeZO arXiv:2305.17333
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from planner.costs.arrays import Real
 
 __all__ = [
+    "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
     "muon_flop",
     "muon_overhead",
@@ -35,21 +37,34 @@ KNOWN_OPTIMIZERS: Mapping[str, float] = MappingProxyType(
         "muon": 1.0,
         # One row and one column of second moments per matrix, 4(r + c)/(rc) bytes: neglected.
         "adafactor": 0.0,
+        "adamw_fp8": 2.0,
+        "lion_int8": 1.0,
+        "lomo": 0.0,
+        "adalomo": 0.0,
+        "mezo": 0.0,
     }
 )
 """State values per parameter besides the master weight; Muon's is for matrices, vectors use AdamW."""
 
-_MOMENT_BYTES = {"adam8bit": 1.0 + 4.0 / 2048.0}
+FUSED_UPDATES = frozenset({"lomo", "adalomo", "mezo"})
+"""Optimizers that leave no gradients behind: their update is part of the backward, or they have none."""
+
+_MOMENT_BYTES = {
+    "adam8bit": 1.0 + 4.0 / 2048.0,
+    "adamw_fp8": (1.0 + 2.0) / 2.0,  # first moment FP8, second FP16
+    "lion_int8": 1.0,
+}
+_MASTER_BYTES = {"adamw_fp8": 2.0, "lion_int8": 0.0, "lomo": 0.0, "adalomo": 0.0, "mezo": 0.0}
 _FP32_BYTES = 4.0
 
 
 def optimizer_state_bytes(
-    optimizer: str, master_bytes: float = 4.0, moment_bytes: float | None = None
+    optimizer: str, master_bytes: float | None = None, moment_bytes: float | None = None
 ) -> float:
     """Bytes of optimizer state per parameter: master weight and moments.
 
     ``moment_bytes`` is the stored width of a moment (FP32, or 8 bits and its scale for ``adam8bit``, unless
-    given); ``master_bytes`` is 0 where the weights themselves are FP32, or where no master copy is kept.
+    given); ``master_bytes`` is FP32's unless given, FP16's for ``adamw_fp8``, and 0 where no master copy is kept.
 
     Raises:
         ValueError: no such optimizer.
@@ -60,6 +75,8 @@ def optimizer_state_bytes(
     if optimizer not in KNOWN_OPTIMIZERS:
         raise ValueError(f"{optimizer!r} is no optimizer; known: {', '.join(KNOWN_OPTIMIZERS)}")
     width = _MOMENT_BYTES.get(optimizer, _FP32_BYTES) if moment_bytes is None else moment_bytes
+    if master_bytes is None:
+        master_bytes = _MASTER_BYTES.get(optimizer, _FP32_BYTES)
     return master_bytes + KNOWN_OPTIMIZERS[optimizer] * width
 
 

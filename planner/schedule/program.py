@@ -20,7 +20,7 @@ import numpy as np
 
 from planner.schedule.order import Ints, Op, Order
 
-__all__ = ["Program", "Segment", "compile_order", "operation_counts"]
+__all__ = ["Program", "Segment", "compile_order", "messages", "operation_counts"]
 
 # A fold of fewer periods saves nothing over running them.
 MIN_REPEATS = 3
@@ -132,7 +132,7 @@ class _Graph:
 
     @classmethod
     def of(cls, order: Order) -> _Graph:
-        sender, sent, hop = _messages(order)
+        sender, sent, hop = messages(order)
         p, n = order.kind.shape
         period = order.period_ops
         zone_end = np.tile(np.arange(n), (p, 1))
@@ -178,8 +178,9 @@ class _Graph:
         return device, where
 
 
-def _messages(order: Order) -> tuple[Ints, Ints, Ints]:
-    """Sender's device and position, and hop row, of each operation's input from another device."""
+def messages(order: Order) -> tuple[Ints, Ints, Ints]:
+    """Sender's device and position (the device itself and −1 where there is none), and row of the hop table, of each operation's
+    input from another device: (p, n) each."""
     p, n = order.kind.shape
     n_virtual, stage, kind = order.n_virtual, order.stage.astype(np.int64), order.kind
     position = np.full((3, n_virtual, order.shape.m), -1, dtype=np.int64)
@@ -192,6 +193,8 @@ def _messages(order: Order) -> tuple[Ints, Ints, Ints]:
     sender = np.where(source >= 0, order.device_of_stage[source], own)
     remote = sender != own
     sent = np.where(remote, position[kind, source, order.micro_batch], -1)
+    if order.leaves_after is not None:
+        sent = sent + np.where(remote, order.leaves_after[sender, sent], 0)
     hop = np.where(remote, np.where(kind == Op.F, source, stage), n_virtual)
     assert (order.device_of_stage[stage] == own).all(), "an operation runs where its stage lives"
     assert (sent[remote] >= 0).all(), "every message has a sender"

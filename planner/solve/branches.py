@@ -53,19 +53,28 @@ class Branches:
             (swap for swap in swaps if self._possible(swap)),
             key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
         )
+        self.moved = {
+            pool for swap in self.swaps for c in swap.values() if c.technique for pool in c.technique.moves
+        }
+        """Pools that some swap takes off the device."""
         some = [i for i, c in enumerate(self.recomputes) if c.technique is not None and not self.by_layers(c)]
         none = [i for i, c in enumerate(self.recomputes) if c.technique is None]
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
         self.waves = [wave for wave in (none, some, layers) if wave]
         """Recompute choices that are tried together: none does less than another of its wave."""
+        schedules = (choice.technique for choice in choices["schedule"])
+        self._schedule_moves = any("activations" in t.moves for t in schedules if t is not None)
         self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
-        """Whether a swap's rules hold; they are about the machine and the job, not about rows."""
+        """Whether a swap's rules about the machine and the job hold; those about rows are for later."""
         ctx = self.space.rows.take(np.arange(1)).context(
             self.space.problem, self.space.knobs({**self._job(), **swap})
         )
-        checks = [check for c in swap.values() if c.technique is not None for check in c.technique.valid(ctx)]
+        techniques = [
+            c.technique for c in swap.values() if c.technique is not None and not c.technique.by_row
+        ]
+        checks = [check for technique in techniques for check in technique.valid(ctx)]
         return all(np.all(check.ok) for check in checks)
 
     def _job(self) -> dict[str, Choice]:
@@ -94,15 +103,16 @@ class Branches:
 
     def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
         """Candidates per row, over layouts whose devices hold at most that many layers each."""
-        widths = np.array([sum(self.width(choice, n) for n in layers) for choice in self.recomputes])
+        held = np.array(layers)
+        widths = np.array([self.widths(choice, held).sum() for choice in self.recomputes])
         total: NDArray[np.int64] = activity.counts * (widths @ activity.recomputes) * len(self.swaps)
         return total
 
-    def width(self, recompute: Choice, layers: int) -> int:
+    def widths(self, recompute: Choice, layers: NDArray[Any] | int) -> NDArray[np.int64]:
         """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""
-        if recompute.value != _BY_LAYERS or "recompute_layers" in self.space.fixed:
-            return 1
-        return max(layers - 1, 0)
+        if not self.by_layers(recompute) or "recompute_layers" in self.space.fixed:
+            return np.ones(np.shape(layers), dtype=np.int64)
+        return np.asarray(np.maximum(layers - 1, 0), dtype=np.int64)
 
     def by_layers(self, recompute: Choice) -> bool:
         """Whether the choice recomputes some of a device's layers."""
@@ -134,8 +144,14 @@ class Branches:
         return less
 
     def moves_activations(self, swap: int) -> bool:
-        """Whether a swap moves activations: recompute leaves it less to move, and so may save time."""
-        return any(self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS)
+        """Whether a swap (or a schedule) moves activations: recompute leaves it less to move, and so may save time."""
+        return self._schedule_moves or any(
+            self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
+        )
+
+    def ruled(self, swap: int) -> bool:
+        """Whether some of a swap's rules are about rows, or about choices before it."""
+        return any(c.technique is not None and c.technique.by_row for c in self.swaps[swap].values())
 
     def idle(self, recompute: int, swap: int) -> bool:
         """Whether a branch is its state and nothing more."""

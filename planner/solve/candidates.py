@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from planner.engine import BlockTable
 from planner.ledger import Array
-from planner.pipeline import Layout
-from planner.solve.space import Choice
+from planner.pipeline import Dealt, Layout
+from planner.schedule.order import Generator
+from planner.solve.space import Choice, order_of
 
 if TYPE_CHECKING:
     from planner.solve.expansion import Expansion
@@ -35,11 +36,9 @@ class Scored:
     table: BlockTable
 
     @property
-    def schedule(self) -> str:
-        """Name of the order generator."""
-        technique = self.recipe["schedule"].technique
-        assert technique is not None
-        return technique.order
+    def schedule(self) -> Generator:
+        """The order generator."""
+        return order_of(self.recipe["schedule"])
 
     def micro_batches(self, global_batch_size: int) -> int:
         """Micro-batches per step."""
@@ -62,15 +61,15 @@ class Batch:
         jobs, one = self.jobs, slice(index, index + 1)
         return Scored(
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
-            self.expansion.row(jobs, index), jobs.layout,
+            self.expansion.row(jobs, index), jobs.layout_of(index),
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one]),
+            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one], jobs.schedule),
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pending:
-    """(state, row) pairs of one layout that were scored plain.
+    """(state, row) pairs of one schedule that were scored plain.
 
     ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
     found to fit. ``overfull``: no branch of the pair can.
@@ -112,10 +111,10 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Jobs:
-    """Candidates that share a layout and a swap; arrays over jobs."""
+    """Candidates that share a schedule and a swap; arrays over jobs."""
 
     schedule: Choice
-    layout: Layout
+    layout: Layout | Dealt
     recomputes: Index
     swap: int
     states: Index
@@ -123,19 +122,21 @@ class Jobs:
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
     layers: Array | None = None  # layers recomputed by each job; None: as few as fit
 
+    def layout_of(self, index: int) -> Layout:
+        """The layout of one job."""
+        layout = self.layout
+        return layout if isinstance(layout, Layout) else layout.among.each[int(layout.of[index])]
+
     def take(self, index: Index) -> Jobs:
         """Some of the jobs."""
         return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index],
-            width=self.width[index], layers=None if self.layers is None else self.layers[index],
+            self, layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
+            rows=self.rows[index], width=self.width[index], layers=None if self.layers is None else self.layers[index],
         )  # fmt: skip
 
-    def with_every_count(self, most: int) -> Jobs:
-        """Every job with 1 … ``most`` recomputed layers, job after job."""
-        index = np.arange(len(self.rows)).repeat(most)
-        layers = np.tile(np.arange(1.0, most + 1.0), len(self.rows))
-        one_each = np.ones(len(index), dtype=np.int64)
-        return replace(
-            self, recomputes=self.recomputes[index], states=self.states[index], rows=self.rows[index], width=one_each,
-            layers=layers,
-        )  # fmt: skip
+    def with_every_count(self) -> Jobs:
+        """Every job with 1, 2, … recomputed layers, one for each candidate behind it, job after job."""
+        each = self.take(np.repeat(np.arange(len(self.rows)), self.width))
+        first = np.repeat(np.cumsum(self.width) - self.width, self.width)
+        layers = np.arange(len(first)) - first + 1.0
+        return replace(each, width=np.ones(len(first), dtype=np.int64), layers=layers)

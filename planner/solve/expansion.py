@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from planner.engine import BlockTable
 from planner.ledger import Array
-from planner.pipeline import Layout, memory, step_bound
+from planner.pipeline import Dealt, Layout, held_bytes, memory, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
-from planner.solve.space import Choice, Rows
+from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 
@@ -75,11 +75,12 @@ class Expansion:
             parts.append(Rows({name: column[mine] for name, column in self.values.items()}))
         return Expansion(self.problem, self.branches, tables, parts, self.counts)
 
-    def plain(self, schedule: Choice, layout: Layout, rows: Index) -> tuple[Batch, Pending]:
+    def plain(self, schedule: Choice, layout: Layout | Dealt, rows: Index) -> tuple[Batch, Pending]:
         """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
-        states, at = np.nonzero(self.states[:, rows])
+        states, at = np.nonzero(self.states[:, rows] & (self._width(0, layout, rows) > 0))
+        layout, rows = layout.take(at), rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
-        jobs = Jobs(schedule, layout, plain, 0, states, rows[at], self._width(0, layout, rows[at]))
+        jobs = Jobs(schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
         fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -119,10 +120,7 @@ class Expansion:
                 continue
             recomputes = np.repeat(np.array(together), [len(at) for at, _ in left])
             pairs = chosen[at]
-            jobs = replace(
-                pending.jobs, recomputes=recomputes, swap=swap, states=pending.jobs.states[pairs],
-                rows=pending.jobs.rows[pairs], width=width,
-            )  # fmt: skip
+            jobs = replace(pending.jobs.take(pairs), recomputes=recomputes, swap=swap, width=width)
             most = max(1, _TOGETHER // int(width.max()))
             for begin in range(0, len(at), most):
                 some = np.arange(begin, min(begin + most, len(at)))
@@ -137,14 +135,14 @@ class Expansion:
         self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
     ) -> tuple[Index, NDArray[np.int64]]:
         """Chosen pairs whose branch has to be priced, and the candidates behind each; those of the others are counted."""
-        fits, bounds_s = pending.fits[:, :, chosen], pending.bounds_s[:, :, chosen]
-        width = self._width(recompute, pending.jobs.layout, pending.jobs.rows[chosen])
+        jobs = pending.jobs.take(chosen)
+        width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
         for r, s in self.branches.no_more(recompute, swap):
-            dominated |= fits[s, r]
-            late |= bounds_s[s, r] >= bar
+            dominated |= pending.fits[s, r, chosen]
+            late |= pending.bounds_s[s, r, chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
@@ -152,20 +150,20 @@ class Expansion:
         at = np.flatnonzero((width > 0) & ~(dominated | late | full))
         return at, width[at]
 
-    def _width(self, recompute: int, layout: Layout, rows: Index) -> NDArray[np.int64]:
+    def _width(self, recompute: int, layout: Layout | Dealt, rows: Index) -> NDArray[np.int64]:
         """Candidates behind one recompute choice on each row."""
-        each = self.branches.width(self.branches.recomputes[recompute], layout.layers)
-        width: NDArray[np.int64] = self.recomputes[recompute, rows] * np.int64(each)
+        each = self.branches.widths(self.branches.recomputes[recompute], layout.layers)
+        width: NDArray[np.int64] = self.recomputes[recompute, rows] * each
         return width
 
     def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that exceed the device by what no recompute or swap can move: gradients, framework, optimizer states."""
+        """Jobs that exceed the device by what no recompute or swap of the space moves: gradients, optimizer states, framework."""
         stack = self.problem.stack
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
-        fixed = table["gradients_bytes"]
-        if not any(swap["optimizer_offload"].technique for swap in self.branches.swaps):
-            fixed = fixed + table["optimizer_bytes"]
-        held = jobs.layout.first_counts @ fixed
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        fixed = [
+            table[f"{pool}_bytes"] for pool in ("gradients", "optimizer") if pool not in self.branches.moved
+        ]
+        held = held_bytes(jobs.layout, sum(fixed, np.zeros_like(table["gradients_bytes"])))
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * self.communicators[jobs.rows]
         least = held.max(axis=0) + idle
         full: NDArray[np.bool_] = least > self.problem.memory_budget_bytes
@@ -177,26 +175,25 @@ class Expansion:
         return full
 
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a layout and a swap: which fit, their bounds, and all of them.
+        """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
 
         Recompute by layers is priced apart from other choices.
         """
-        by_layers = self._by_layers(jobs)
-        many = int(jobs.width.max()) if by_layers and self.branches.moves_activations(jobs.swap) else 1
-        if many == 1:
+        counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
+        if not (counted and self.branches.moves_activations(jobs.swap)):
             return self._priced(jobs)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
-        fit, bound_s, batch = self._priced(jobs.with_every_count(many))
-        some_fit: NDArray[np.bool_] = np.any(fit.reshape(-1, many), axis=1)
-        return some_fit, bound_s.reshape(-1, many).min(axis=1), batch
+        fit, bound_s, batch = self._priced(jobs.with_every_count())
+        first = np.cumsum(jobs.width) - jobs.width
+        return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
 
     def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         micro_batches = self.micro_batches[jobs.rows]
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, table, micro_batches)
-        bound_s = step_bound(table, jobs.layout, micro_batches, layers)
+        bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
         peak, host = self._memory(jobs, table, micro_batches, layers)
         budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
         on_device, on_host = peak <= budget, host <= host_budget
@@ -214,24 +211,25 @@ class Expansion:
         return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
 
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
-        """Jobs that the launcher can run; the others are counted under its reason."""
+        """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
-        if self.problem.launcher is None:
+        if self.problem.launcher is None and not self.branches.ruled(jobs.swap):
             return ok
-        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows]])
-        for state, recompute, prefix in np.unique(branches, axis=1).T.tolist():
-            at = np.flatnonzero((branches == [[state], [recompute], [prefix]]).all(axis=0))
-            faults = self._launcher_faults(jobs, state, recompute, prefix)
+        layouts = jobs.layout.of if isinstance(jobs.layout, Dealt) else np.zeros(len(ok), dtype=np.intp)
+        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows], layouts])
+        for shared in np.unique(branches, axis=1).T:
+            at = np.flatnonzero((branches == shared[:, None]).all(axis=0))
+            state, recompute, prefix, _ = shared.tolist()
+            faults = self._late_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
             first = faults.first[jobs.rows[at] - self.starts[prefix]]
             ok[at] = first < 0
             for index, reason in enumerate(faults.reasons):
                 self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
         return ok
 
-    def _launcher_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int) -> Faults:
-        """Every row's first broken rule of the launcher, for one prefix and the choices that the jobs share."""
-        launcher, layout = self.problem.launcher, jobs.layout
-        assert launcher is not None
+    def _late_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
+        """Every row's first broken rule of swaps and launcher, for one prefix, one layout and the choices that the jobs share."""
+        launcher = self.problem.launcher
         key = (
             jobs.schedule.value,
             layout.virtual_stages,
@@ -252,8 +250,12 @@ class Expansion:
                 self.problem, knobs
             )
             faults = self._launched[key] = Faults(rows.stop - rows.start)
-            for check in launcher.valid(ctx):
-                faults.check(f"{launcher.name}: {check.reason}", check.ok)
+            for choice in self.branches.swaps[jobs.swap].values() if self.branches.ruled(jobs.swap) else ():
+                for check in choice.technique.valid(ctx) if choice.technique is not None else ():
+                    faults.check(check.reason, check.ok)
+            if launcher is not None:
+                for check in launcher.valid(ctx):
+                    faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
     def _count(
@@ -271,8 +273,11 @@ class Expansion:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
-            return np.full(len(jobs.rows), float(min(fixed, jobs.layout.layers)))
-        low, high = np.ones(len(jobs.rows)), np.full(len(jobs.rows), float(max(jobs.layout.layers - 1, 1)))
+            return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
+        low, high = (
+            np.ones(len(jobs.rows)),
+            np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0)),
+        )
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
             peak, _ = self._memory(jobs, table, micro_batches, middle)
@@ -283,29 +288,31 @@ class Expansion:
     def _memory(
         self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
     ) -> tuple[Array, Array]:
-        technique = jobs.schedule.technique
-        assert technique is not None
         return memory(
             table,
             jobs.layout,
-            technique.order,
+            order_of(jobs.schedule),
             micro_batches,
             self.problem.stack,
             self.communicators[jobs.rows],
             layers,
         )
 
-    def columns(self, states: Index, recomputes: Index, swap: int, rows: Index) -> BlockTable:
-        """The jobs' columns: those of their states, plus what recompute and swaps change."""
+    def columns(
+        self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
+    ) -> BlockTable:
+        """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
         columns = self._of_states[states, rows]
-        if not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
+        assert schedule.technique is not None
+        editor = schedule if schedule.technique.edits else None
+        if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
             for branch in np.unique(branches).tolist():
                 prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                 at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
-                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local)
+                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
     def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
@@ -344,7 +351,7 @@ class Expansion:
     ) -> None:
         if self.nearest is None or needed / budget < self.nearest.excess:
             row, recipe = self.row(jobs, index), self.recipe(jobs, index)
-            self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout)
+            self.nearest = Shortfall(binding, needed, budget, at_least, recipe, row, jobs.layout_of(index))
 
     def recipe(self, jobs: Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""

@@ -21,7 +21,7 @@ _Pairs: TypeAlias = list[
     tuple[Pending, Index, Array]
 ]  # pending pairs, which of them, and what none of them is faster than
 
-_WAVE = 64  # (state, row) pairs first tried before the bar is set anew
+_WAVE = 64
 _MANY = 4096  # rows from which tables of a part of them pay
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from planner.engine import BlockTable
 from planner.pipeline import tight_bound
+from planner.schedule.order import Generator
 from planner.solve.candidates import Batch, Scored
 
 __all__ = ["Ranking"]
@@ -99,7 +100,7 @@ class Ranking:
 
     def _tightened(self, candidates: list[Scored]) -> list[Scored]:
         """The candidates with the tightest bound known for their schedule, sorted by it."""
-        deals: dict[tuple[int, str], list[Scored]] = defaultdict(list)
+        deals: dict[tuple[int, Generator], list[Scored]] = defaultdict(list)
         for scored in candidates:
             deals[id(scored.layout), scored.schedule].append(scored)
         tight: list[Scored] = []

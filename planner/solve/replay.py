@@ -47,6 +47,7 @@ def replay(plan: Plan) -> Problem:
         replace(load_stack(plan.stack), name=plan.stack),
         fixed=_choices(plan.mesh, plan.knobs),
         reserve=max(0.0, 1.0 - estimate.memory_budget_bytes / float(cluster.device.memory_bytes)),
+        allowed=plan.permissions,
         usd_per_device_hour=None if estimate.usd_per_step is None else estimate.usd_per_step / hours,
     )
 

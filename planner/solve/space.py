@@ -21,11 +21,12 @@ from planner.errors import SpecError, did_you_mean
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.pipeline import LAYOUT_NAMES
+from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
-from planner.specs.problem import Problem
+from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 
-__all__ = ["DEGREES", "Choice", "Rows", "Space"]
+__all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
 
 DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch_size")
 _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
@@ -38,6 +39,12 @@ class Choice:
 
     value: str
     technique: Technique | None
+
+
+def order_of(schedule: Choice) -> Generator:
+    """The order that a schedule's choice brings."""
+    assert schedule.technique is not None
+    return generator_of(schedule.technique.order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +86,8 @@ class Space:
         self.problem = problem
         self.fixed = self._checked(problem.fixed)
         self.values = {name: self.fixed[name] for name in (*_VALUE_KNOBS, *details()) if name in self.fixed}
-        self._unmatched = set(problem.forbidden)
+        self._unmatched = {("--forbid", glob) for glob in problem.forbidden}
+        self._unmatched |= {("--explore", glob) for glob in problem.explore if glob != "all"}
         self.choices = {slot: self._slot(slot) for slot in SLOTS}
         self.rows = self._rows()
         self._report_unmatched()
@@ -109,7 +117,7 @@ class Space:
             ok &= values == self.fixed[name]
         for glob in self.problem.forbidden:
             if glob.startswith(f"{name}="):
-                self._unmatched.discard(glob)
+                self._unmatched.discard(("--forbid", glob))
                 ok &= ~np.array([fnmatchcase(f"{name}={value:g}", glob) for value in values], dtype=bool)
         return ok
 
@@ -128,7 +136,7 @@ class Space:
             found += [
                 Choice(value, technique)
                 for value in technique.choices
-                if technique.searched or slot in self.fixed or value in native
+                if slot in self.fixed or value in native or self._open(slot, Choice(value, technique))
             ]
         if slot in self.fixed:
             wanted = str(self.fixed[slot]).lower()
@@ -142,14 +150,16 @@ class Space:
                         did_you_mean(wanted, known),
                     )
                 )
-            return [choice for choice in found if choice.value == wanted]
+            chosen = [choice for choice in found if choice.value == wanted]
+            self._raise_unless_allowed(slot, chosen[0])
+            return chosen
         if slot == "precision":
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
             found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
         if launcher is not None:
             found = [choice for choice in found if launcher.allows(slot, choice.value)]
-        kept = [choice for choice in found if not self._forbidden(slot, choice)]
+        kept = [c for c in found if not self._matches("--forbid", self.problem.forbidden, slot, c)]
         if not kept and launcher is not None and not found:
             raise SpecError(
                 Fault(
@@ -162,16 +172,33 @@ class Space:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
 
-    def _forbidden(self, slot: str, choice: Choice) -> bool:
+    def _open(self, slot: str, choice: Choice) -> bool:
+        """Whether the search tries a choice that is not fixed."""
+        technique = choice.technique
+        assert technique is not None
+        everything = "all" in self.problem.explore and not technique.asked
+        named = self._matches("--explore", self.problem.explore, slot, choice)
+        allowed = set(technique.needs) <= set(self.problem.allowed)
+        return allowed and (technique.searched or everything or named)
+
+    def _raise_unless_allowed(self, slot: str, choice: Choice) -> None:
+        """A fixed choice is no permission: whoever names it also says that its effect on training is wanted."""
+        needs = choice.technique.needs if choice.technique is not None else ()
+        missing = [name for name in needs if name not in self.problem.allowed]
+        if missing:
+            expected = "; ".join(f"permission for {name}: {PERMISSIONS[name]}" for name in missing)
+            options = " ".join(f"--allow {name}" for name in missing)
+            found = "needs a permission that is not given"
+            raise SpecError(Fault(f"--fix {slot}={choice.value}", found, expected, f"Add {options}."))
+
+    def _matches(self, option: str, globs: tuple[str, ...], slot: str, choice: Choice) -> bool:
+        """Whether any glob of an option means a choice."""
         names = [f"{slot}={choice.value}"]
         if choice.technique is not None:
             names += [choice.technique.key] + ([slot] if not choice.technique.default else [])
-        hit = False
-        for glob in self.problem.forbidden:
-            if any(fnmatchcase(name, glob) for name in names):
-                self._unmatched.discard(glob)
-                hit = True
-        return hit
+        hits = {(option, glob) for glob in globs if any(fnmatchcase(name, glob) for name in names)}
+        self._unmatched -= hits
+        return bool(hits)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -274,19 +301,18 @@ class Space:
         for name in DEGREES:
             self.allows(name, self.rows.values[name][:0])
         if self._unmatched:
-            tokens = [f"{slot}={c.value}" for slot in SLOTS for c in self.choices[slot]] + [
-                *SLOTS,
-                *discover(),
-            ]
+            techniques = {t.key: t for t in discover().values() if t.job == "training" and t.slot}
+            choices = [f"{t.slot}={value}" for t in techniques.values() for value in t.choices]
+            tokens = [*choices, *SLOTS, *techniques]
             raise SpecError(
                 [
                     Fault(
-                        f"--forbid {glob}",
+                        f"{option} {glob}",
                         "matches no knob, choice or technique",
                         "",
                         did_you_mean(glob, tokens),
                     )
-                    for glob in sorted(self._unmatched)
+                    for option, glob in sorted(self._unmatched)
                 ]
             )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT_ROWS, Pricer, tabulate
+from planner.engine import COMPACT, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -38,7 +38,7 @@ class BranchTables:
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
-        self._divided: dict[tuple[int, int, int], list[_Change]] = {}
+        self._divided: dict[tuple[int, int, int, str], list[_Change]] = {}
         self._change({})
 
     def take(self, index: Index) -> BranchTables:
@@ -54,10 +54,15 @@ class BranchTables:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
         return self._change(self.branches.states[state]).values
 
-    def of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> Array:
-        """The table of a branch on some rows: the prefix's, and what every part of the branch changes."""
+    def of_branch(
+        self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None
+    ) -> Array:
+        """The table of a branch on some rows: the prefix's, and what every part of the branch changes.
+
+        A schedule that edits the ledger sees the state's items, and makes one part with it.
+        """
         total: Array = self._changes[()].values[rows]
-        for part in self._parts(state, recompute, swap):
+        for part in self._parts(state, recompute, swap, schedule):
             total = total + part.delta[rows]
         return total
 
@@ -65,12 +70,13 @@ class BranchTables:
         """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values
 
-    def _parts(self, state: int, recompute: int, swap: int) -> list[_Change]:
+    def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None = None) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
-        key = (state, recompute, swap)
+        key = (state, recompute, swap, "" if schedule is None else schedule.value)
         if key not in self._divided:
             parts: list[dict[str, Choice]] = []
-            for part in self.branches.units(state, recompute, swap):
+            of_state, *units = self.branches.units(state, recompute, swap)
+            for part in (of_state if schedule is None else {**of_state, "schedule": schedule}, *units):
                 while clash := next((other for other in parts if self._clash(part, other)), None):
                     parts.remove(clash)
                     part = {**clash, **part}
@@ -91,8 +97,8 @@ class BranchTables:
         )
         if key not in self._changes:
             ledger = self._ledger(recipe)
-            table = tabulate(ledger, self.pricer, self.kinds, len(self))
-            values = np.ascontiguousarray(table.values[COMPACT_ROWS].transpose(2, 0, 1))
+            table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
+            values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
             base = self._changes[()] if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())

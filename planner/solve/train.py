@@ -14,6 +14,7 @@ from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.pipeline import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.schedule.order import Generator
 from planner.solve.branches import Faults
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.ranking import Ranking
@@ -161,6 +162,7 @@ def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     tensor-parallel communication, 1F1B (interleaved when ``virtual_stages`` > 1), micro-batches of one sequence.
     """
     tp, v = _whole(fixed, "tp"), _whole(fixed, "virtual_stages")
+    chunks = {} if "schedule" in fixed else {"virtual_stages": v}
     chosen: dict[str, Any] = {
         slot: off(slot)
         for slot in SLOTS
@@ -168,7 +170,7 @@ def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     }
     chosen.update(
         {
-            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, "virtual_stages": v,
+            "tp": tp, "cp": 1, "pp": 1, "ep": 1, "etp": 1, "micro_batch_size": 1, **chunks,
             "zero_stage": 1, "context": "p2p", "sequence_parallel": "true" if tp > 1 else "false",
             "schedule": "interleaved" if v > 1 else "1f1b",
         }
@@ -200,7 +202,7 @@ def _layers(fixed: Mapping[str, Any], recipe: Mapping[str, Choice], layout: Layo
 
 def _reprice(batch: list[Scored], global_batch_size: int) -> list[float]:
     """Exact step times; candidates that share an order are priced together."""
-    groups: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    groups: dict[tuple[int, Generator, int], list[int]] = defaultdict(list)
     for index, scored in enumerate(batch):
         groups[id(scored.layout), scored.schedule, scored.micro_batches(global_batch_size)].append(index)
     times = np.empty(len(batch))

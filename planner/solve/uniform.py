@@ -23,16 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
+from planner.engine import COMPACT, BlockTable, Pricer, tabulate
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
-from planner.pipeline import BOUNDARY, Layout, layouts, step_bound
+from planner.pipeline import BOUNDARY, Layout, Layouts, layouts, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.ranking import Ranking
-from planner.solve.space import Choice, Rows, Space
+from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
@@ -42,6 +42,7 @@ __all__ = ["SearchCounts", "UniformSearch"]
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _CUTS = (1024, 4096)  # and again, within a wave
+_TOGETHER = 16384  # rows and layouts whose plain branches are priced at once
 _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
 
 Index = NDArray[np.intp]
@@ -69,6 +70,30 @@ class _Deal:
     bound_s: Array
     variants: NDArray[np.int64]
     likely: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dealt:
+    """All layouts of one schedule end to end: rows of an expansion, and of each its layout, bound and candidates."""
+
+    schedule: Choice
+    layouts: Layouts
+    of: Index
+    rows: Index
+    bound_s: Array
+    variants: NDArray[np.int64]
+
+
+def _together(deals: Sequence[tuple[_Deal, Index, Index]]) -> _Dealt:
+    """Deals of one schedule, each with its rows' places in an expansion, and which of its own these are."""
+    layouts = list({id(deal.layout): deal.layout for deal, _, _ in deals}.values())
+    number = {id(layout): index for index, layout in enumerate(layouts)}
+    of = np.repeat([number[id(deal.layout)] for deal, _, _ in deals], [len(at) for _, _, at in deals])
+    return _Dealt(
+        deals[0][0].schedule, Layouts(layouts), of, np.concatenate([where for _, where, _ in deals]),
+        np.concatenate([deal.bound_s[at] for deal, _, at in deals]),
+        np.concatenate([deal.variants[at] for deal, _, at in deals]),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,16 +161,25 @@ class UniformSearch:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
         if not self._deals:
             return
-        # First the rows of the most promising prefix that are likely to fit: they set the bar for everything else.
-        likely = {id(deal): np.where(deal.likely, deal.bound_s, np.inf) for deal in self._deals}
+        # First the rows of the most promising prefix that are likely to fit: they set the bar for everything else,
+        # with whatever recompute and swaps it takes.
+        any_likely = any(deal.likely.any() for deal in self._deals)
+        likely = {id(d): np.where(d.likely | (not any_likely), d.bound_s, np.inf) for d in self._deals}
         first = min(self._deals, key=lambda deal: float(likely[id(deal)].min())).prefix
         bounds = np.sort(np.concatenate([likely[id(deal)] for deal in self._deals if deal.prefix == first]))
-        cut = float(bounds[min(_FIRST, len(bounds) - 1)])
+        cut = float(bounds[min(_FIRST, int(np.isfinite(bounds).sum()) - 1)])
         self._wave(lambda deal: (deal.prefix == first) & (likely[id(deal)] <= cut))
+        if not self.ranking.best:
+            self._leftovers()
         self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
+        self._leftovers()
+        self._deals, self._prefixes = [], []
+
+    def _leftovers(self) -> None:
+        """Tries what is left of the rows that were priced plain, and forgets them."""
         for work in try_leftovers(self._pending, self.ranking):
             self._note_nearest(work)
-        self._deals, self._prefixes, self._pending = [], [], []
+        self._pending = []
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
@@ -168,7 +202,7 @@ class UniformSearch:
             ledger = self.ledger(recipe, whole, made)
             rows, ctx = rows.take(open_), whole.take(open_)
             ledger = ledger.take(open_, ctx.mesh.counterpart)
-            table = tabulate(ledger, self.pricer, self.kinds, len(rows))
+            table = tabulate(ledger, self.pricer, self.kinds, len(rows), COMPACT)
             deals = list(self._deal(rows, ctx, table))
             if not deals:
                 return
@@ -228,13 +262,11 @@ class UniformSearch:
     def _find_layouts(self, pp: int) -> Iterator[tuple[Choice, Layout]]:
         fixed = self.space.fixed
         for schedule in self.space.choices["schedule"]:
-            assert schedule.technique is not None
-            interleaved = schedule.technique.order == "interleaved"
-            most = (len(self.order) + 2) // pp if interleaved and pp > 1 else 1
-            for v in range(2 if interleaved else 1, most + 1):
+            order = order_of(schedule)
+            for v in order.chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
-                for layout in layouts(self.order, self.kinds, pp, v):
+                for layout in layouts(self.order, self.kinds, pp, v, order.placement, order.alike_in_order):
                     launcher, split = self.problem.launcher, layout.split
                     runs = launcher is None or split in launcher.layouts
                     wanted = fixed.get("pipeline_layout", split) == split and (v == 1 or split != "balanced")
@@ -248,7 +280,7 @@ class UniformSearch:
         likely = self._likely(ctx, table)
         for pp in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == pp)
-            part = BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
+            part = BlockTable.compact(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
             masks: dict[str, NDArray[np.bool_]] = {}
             for schedule, layout in self.layouts_of(int(pp)):
                 if schedule.value not in masks:
@@ -256,7 +288,7 @@ class UniformSearch:
                 keep = np.flatnonzero(masks[schedule.value])
                 if not len(keep):
                     continue
-                bound_s = step_bound(part, layout, micro_batches[at])[keep]
+                bound_s = step_bound(part, layout, micro_batches[at], schedule=order_of(schedule))[keep]
                 variants = self.branches.variants(activity, [layout.layers])[at[keep]]
                 self.counts.candidates += int(variants.sum())
                 late = bound_s >= self.ranking.bar
@@ -358,47 +390,31 @@ class UniformSearch:
             rows.append(prefix.rows.take(used))
         work = Expansion(self.problem, self.branches, tables, rows, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
-        together: dict[tuple[int, int], list[tuple[_Deal, Index, Array]]] = defaultdict(list)
+        by_schedule: dict[int, list[tuple[_Deal, Index, Index]]] = defaultdict(list)
         for deal, kept in chosen:
             at = np.searchsorted(deal.rows, kept)
             where = place[deal.prefix] + np.searchsorted(open_[deal.prefix], kept)
-            together[id(deal.schedule), id(deal.layout)].append((deal, where, at))
-        merged = []
-        for deals in together.values():
-            where = np.concatenate([w for _, w, _ in deals])
-            order = np.argsort(where)
-            merged.append(
-                (
-                    deals[0][0],
-                    where[order],
-                    np.concatenate([deal.bound_s[at] for deal, _, at in deals])[order],
-                    np.concatenate([deal.variants[at] for deal, _, at in deals])[order],
-                )
-            )
-        bounds = np.sort(np.concatenate([bound_s for _, _, bound_s, _ in merged]))
+            by_schedule[id(deal.schedule)].append((deal, where, at))
+        dealt = [_together(deals) for deals in by_schedule.values()]
+        bounds = np.sort(np.concatenate([part.bound_s for part in dealt]))
         cuts = [-np.inf, *(float(bounds[cut]) for cut in _CUTS if cut < len(bounds)), np.inf]
         for low, high in pairwise(cuts):
-            self._plain(work, merged, low, high)
+            for part in dealt:
+                self._plain(work, part, low, high)
             self.ranking.settle()
         self._note_nearest(work)
 
-    def _plain(
-        self,
-        work: Expansion,
-        merged: Sequence[tuple[_Deal, Index, Array, NDArray[np.int64]]],
-        low: float,
-        high: float,
-    ) -> None:
+    def _plain(self, work: Expansion, part: _Dealt, low: float, high: float) -> None:
         """Scores the plain branches of rows whose bound lies in [low, high) and still under the bar."""
-        for deal, where, bound_s, variants in merged:
-            inside = (bound_s >= low) & (bound_s < high)
-            late = inside & (bound_s >= self.ranking.bar)
-            self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
-            at = where[inside & ~late]
-            if len(at):
-                batch, pending = work.plain(deal.schedule, deal.layout, at)
-                self.ranking.add(batch)
-                self._pending.append(pending)
+        inside = (part.bound_s >= low) & (part.bound_s < high)
+        late = inside & (part.bound_s >= self.ranking.bar)
+        self.counts.excluded_by_bound["step time"] += int(part.variants[late].sum())
+        at = np.flatnonzero(inside & ~late)
+        for begin in range(0, len(at), _TOGETHER):
+            some = at[begin : begin + _TOGETHER]
+            batch, pending = work.plain(part.schedule, part.layouts.deal(part.of[some]), part.rows[some])
+            self.ranking.add(batch)
+            self._pending.append(pending)
 
     def _note_nearest(self, work: Expansion) -> None:
         """Remembers the candidate that misses its memory by the least."""

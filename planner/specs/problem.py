@@ -17,7 +17,13 @@ from planner.specs.workload import TrainWorkload
 if TYPE_CHECKING:
     from planner.technique import Launcher
 
-__all__ = ["OBJECTIVES", "Problem"]
+__all__ = ["OBJECTIVES", "PERMISSIONS", "Problem"]
+
+PERMISSIONS = {
+    "staleness": "replicas that disagree for a while, or updates from gradients of earlier weights",
+    "lossy": "gradients, weights or activations that arrive with fewer digits than they were computed with",
+}
+"""What changes the result of training, and is therefore never chosen without being allowed."""
 
 OBJECTIVES = ("step_time", "usd", "energy", "gpu_hours")
 
@@ -34,6 +40,9 @@ class Problem:
         launcher: the launcher whose abilities bound the space; None for no such bound.
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
+        allowed: keys of :data:`PERMISSIONS`: what plans may do that changes the result of training.
+        explore: globs over ``slot=choice`` and over techniques: choices to search that hardly ever win and are left aside
+            otherwise; ``all`` is every one of them.
         deadline_s: the run (``workload.tokens``) must end in this time.
 
     Raises:
@@ -51,6 +60,8 @@ class Problem:
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
     deadline_s: float | None = None
+    allowed: tuple[str, ...] = ()
+    explore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -65,6 +76,10 @@ class Problem:
             yield Fault(
                 "objective", repr(self.objective), expected, did_you_mean(str(self.objective), OBJECTIVES)
             )
+        for name in self.allowed:
+            if name not in PERMISSIONS:
+                expected = f"one of {', '.join(PERMISSIONS)}"
+                yield Fault("allowed", repr(name), expected, did_you_mean(name, tuple(PERMISSIONS)))
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")

@@ -17,6 +17,7 @@ _LIMITS = {
     "encoder_seq_len": (1, 10**8, True),
     "document_len": (1, 10**8, True),
     "expert_load_factor": (1, 10**4, False),
+    "expert_zipf": (0, 10, False),
     "capacity_factor": (0.01, 10**4, False),
     "tokens": (1, 10**18, False),
 }
@@ -35,6 +36,7 @@ class TrainWorkload:
         document_len: mean length of the documents packed into a sequence when attention does not cross documents;
             None means that attention sees the whole sequence.
         expert_load_factor: busiest expert rank relative to the mean (1 = perfectly balanced routing).
+        expert_zipf: how unlike experts are: the j-th most popular gets j^-expert_zipf of the first one's tokens (0: all alike).
         capacity_factor: tokens per expert are capped at this multiple of the mean and padded up to it; None: neither.
         tokens: length of the whole run; None leaves run totals out.
 
@@ -49,6 +51,7 @@ class TrainWorkload:
     precisions: tuple[str, ...] = ("bf16",)
     document_len: int | None = None
     expert_load_factor: float = 1.0
+    expert_zipf: float = 0.0
     capacity_factor: float | None = None
     tokens: float | None = None
 

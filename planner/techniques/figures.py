@@ -14,21 +14,28 @@ import numpy as np
 from planner.ledger import AttentionCore, Collective, Item, Ledger, Matmul, Phase, Resident, Transfer
 
 if TYPE_CHECKING:
+    from planner.schedule.engine import Timeline
+    from planner.schedule.order import Generator, Op
     from planner.specs.model import Model
     from planner.technique import Context
 
 __all__ = [
     "Pass",
+    "between_replicas",
     "bubble_s",
     "flop",
     "held_bytes",
     "in_flight",
+    "in_flight_to_backward",
     "makespan_s",
     "parameters",
     "run",
     "saved",
     "saved_bytes",
+    "sent_bytes",
     "sent_elements",
+    "span_bubble_s",
+    "timeline",
     "total_bytes",
     "transferred_bytes",
     "zero_states_gb",
@@ -160,6 +167,18 @@ def sent_elements(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
     return sum(_sent(ledger, item) for item in ledger.of(Collective) if where(item))
 
 
+def sent_bytes(ledger: Ledger, where: Callable[[Collective], bool]) -> float:
+    """Bytes that one rank sends in the selected collectives."""
+    from planner.costs.precision import dtype_bytes
+
+    return sum(dtype_bytes(item.dtype) * _sent(ledger, item) for item in ledger.of(Collective) if where(item))
+
+
+def between_replicas(item: Item) -> bool:
+    """Whether an item is traffic of data parallelism."""
+    return "data_parallel" in item.tags
+
+
 def _sent(ledger: Ledger, item: Collective) -> float:
     group = float(np.ravel(item.group.size)[0])
     passes = {"all_reduce": 2.0 * (group - 1) / group, "point_to_point": float(group > 1)}
@@ -175,30 +194,70 @@ def transferred_bytes(ledger: Ledger, tier: str = "host_link") -> float:
 # -- schedules -----------------------------------------------------------------------------------------------------------
 
 
-def makespan_s(
-    order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0
-) -> float:
-    """A step of equal stages without messages; without an order, one micro-batch after the other."""
+def timeline(
+    order: Generator | str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0, weight_s: float = 0.0
+) -> Timeline:  # fmt: skip
+    """A step of equal stages without messages, of a device's seconds per micro-batch."""
     from planner.schedule.engine import simulate
-    from planner.schedule.order import make_order
+    from planner.schedule.order import generator_of, make_order
 
+    v = _chunks(order, v)
+    per_copy = v / generator_of(order).placement.copies
+    seconds = [[x / per_copy] * (p * v) for x in (forward_s, backward_s, weight_s)]
+    return simulate(make_order(order, p, m, v), *seconds)
+
+
+def _chunks(order: Generator | str, wanted: int) -> int:
+    """The chunk count that an order accepts: the wanted one, or its first."""
+    from planner.schedule.order import generator_of
+
+    known = generator_of(order).chunks(max(wanted, 2))
+    return wanted if wanted in known else known[0]
+
+
+def makespan_s(
+    order: Generator | str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0, weight_s: float = 0.0
+) -> float:  # fmt: skip
+    """The length of :func:`timeline`; without an order, one micro-batch after the other."""
     if not order:
-        return m * p * (forward_s + backward_s)
-    stages = p * v
-    line = simulate(make_order(order, p, m, v), [forward_s / v] * stages, [backward_s / v] * stages)
-    return float(line.makespan_s)
+        return m * p * (forward_s + backward_s + weight_s)
+    return float(timeline(order, p, m, v, forward_s, backward_s, weight_s).makespan_s)
 
 
 def bubble_s(
-    order: str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0
-) -> float:
+    order: Generator | str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 2.0, weight_s: float = 0.0
+) -> float:  # fmt: skip
     """Idle time of every device in :func:`makespan_s`."""
-    return makespan_s(order, p, m, v, forward_s, backward_s) - m * (forward_s + backward_s)
+    step_s = makespan_s(order, p, m, v, forward_s, backward_s, weight_s)
+    return step_s - m * (forward_s + backward_s + weight_s)
 
 
-def in_flight(order: str, p: int, m: int, v: int = 1, device: int = 0) -> float:
-    """Chunks whose activations a device holds at once, at most."""
+def span_bubble_s(
+    order: Generator | str, p: int, m: int, v: int = 1, forward_s: float = 1.0, backward_s: float = 1.0, weight_s: float = 1.0
+) -> float:  # fmt: skip
+    """Idle time between a device's own first and last operation, the largest over devices; without an order as above."""
+    if not order:
+        return bubble_s(order, p, m, v, forward_s, backward_s, weight_s)
+    return float(timeline(order, p, m, v, forward_s, backward_s, weight_s).span_bubble_s.max())
+
+
+def in_flight(order: Generator | str, p: int, m: int, v: int = 1, device: int | None = 0) -> float:
+    """Chunks whose activations a device (None: the fullest) holds at once, at most."""
+    return _most(order, p, m, v, device, None)
+
+
+def in_flight_to_backward(order: Generator | str, p: int, m: int, v: int = 1) -> float:
+    """The same of the fullest device, where what a weight gradient waits with is not counted."""
+    from planner.schedule.order import Op
+
+    return _most(order, p, m, v, None, Op.B)
+
+
+def _most(order: Generator | str, p: int, m: int, v: int, device: int | None, release: Op | None) -> float:
     from planner.schedule.memory import in_flight as count
     from planner.schedule.order import make_order
 
-    return float(count(make_order(order, p, m, v))[device]) if order else float(v)
+    if not order:
+        return float(v)
+    held = count(make_order(order, p, m, _chunks(order, v)), release)
+    return float(held.max() if device is None else held[device])

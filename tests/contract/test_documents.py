@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.technique import SLOTS, discover, off
+from planner.technique import SLOTS, Technique, discover, off
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -92,6 +92,14 @@ def test_read_me_names_every_part_of_the_package():
             assert f"{path.name}/" in tree, path.name
 
 
+def shown(technique: Technique, choice: str) -> str:
+    """A choice with what it takes to be tried: a permission, --explore all (brackets), or being fixed (square brackets)."""
+    if technique.asked:
+        return f"[`{choice}`]"
+    text = f"`{choice}`" if technique.searched else f"(`{choice}`)"
+    return f"{text} *{' '.join(technique.needs)}*" if technique.needs else text
+
+
 def knob_table() -> str:
     """The guide's table of slots and choices, from the techniques themselves."""
     rows = ["| knob | choices |", "|---|---|"]
@@ -103,7 +111,7 @@ def knob_table() -> str:
         ]
         fillers.sort(key=lambda technique: not technique.default)
         choices = [] if any(t.default for t in fillers) else [f"`{off(slot)}`"]
-        choices += [f"`{choice}`" if t.searched else f"(`{choice}`)" for t in fillers for choice in t.choices]
+        choices += [shown(t, choice) for t in fillers for choice in t.choices]
         rows.append(f"| `{slot}` | {' '.join(choices)} |")
     return "\n".join(rows)
 

@@ -17,9 +17,9 @@ def deviation(value, figure):
 
 @pytest.mark.parametrize(("technique", "figure"), FIGURES)
 def test_figure_is_reproduced(technique, figure):
-    assert deviation(figure.compute(technique.subject), figure) <= figure.tolerance
+    assert deviation(figure.compute(technique.subject(figure)), figure) <= figure.tolerance
 
 
 @pytest.mark.parametrize(("technique", "figure"), FIGURES)
 def test_figure_is_missed_without_the_technique(technique, figure):
-    assert deviation(figure.compute(technique.absence), figure) > 2 * figure.tolerance
+    assert deviation(figure.compute(technique.absence(figure)), figure) > 2 * figure.tolerance

@@ -15,8 +15,9 @@ from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight, peak_bytes
 from planner.schedule.order import Op, make_order
 from planner.schedule.program import compile_order
+from planner.techniques.training.schedule.zero_bubble import H1, H2
 
-ONE_CHUNK = ("gpipe", "1f1b", "zb-h1", "zb-h2")
+ONE_CHUNK = ("gpipe", "1f1b", H1, H2)
 SETTINGS = settings(max_examples=60, deadline=None)
 
 
@@ -126,8 +127,8 @@ def test_in_flight_closed_forms(order):
         "gpipe": np.full(p, pipeline.in_flight_gpipe(m)),
         "1f1b": pipeline.in_flight_1f1b(p, m, device),
         "interleaved": pipeline.in_flight_interleaved(p, m, v, device, group),
-        "zb-h1": pipeline.in_flight_zb_h1(p, m, device),
-        "zb-h2": pipeline.in_flight_zb_h2(p, m, device),
+        "zb_h1": pipeline.in_flight_zb_h1(p, m, device),
+        "zb_h2": pipeline.in_flight_zb_h2(p, m, device),
     }
     assert in_flight(order, Op.B).tolist() == expected[order.schedule].tolist()
 

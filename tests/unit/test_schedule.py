@@ -12,6 +12,7 @@ from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight, peak_bytes
 from planner.schedule.order import ORDERS, Op, make_order
 from planner.schedule.program import compile_order
+from planner.techniques.training.schedule.zero_bubble import H1, H2
 
 
 def names(order, device):
@@ -70,7 +71,7 @@ def test_groups_are_as_short_as_megatron_accepts(p, m, group):
 
 def test_zb_h1_order():
     # arXiv:2401.10241, Figure 2: the last of three devices waits for 2 backwards before its first W.
-    order = make_order("zb-h1", 3, 4)
+    order = make_order(H1, 3, 4)
     assert names(order, 0) == "F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3"
     assert names(order, 2) == "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3"
 
@@ -131,7 +132,7 @@ def test_interleaved_bubble_is_divided_by_v(p, m, v, bubble, peak):
 def test_zero_bubble_spans(p, m, seconds):
     # arXiv:2401.10241, Table 1: H1 (p − 1)(F + B − W), H2 (p − 1)(F + B − 2W), within a device's own span.
     f, b, w = seconds
-    for schedule, span in (("zb-h1", (p - 1) * (f + b - w)), ("zb-h2", (p - 1) * (f + b - 2 * w))):
+    for schedule, span in ((H1, (p - 1) * (f + b - w)), (H2, (p - 1) * (f + b - 2 * w))):
         order = make_order(schedule, p, m)
         line = simulate(order, np.full(p, f), np.full(p, b), np.full(p, w))
         assert line.span_bubble_s.max() == pytest.approx(span, abs=1e-9)
@@ -177,7 +178,7 @@ def test_weight_gradient_is_part_of_an_unsplit_backward():
 
 def test_split_backward_needs_weight_seconds():
     with pytest.raises(ValueError, match="weight_s"):
-        simulate(make_order("zb-h1", 2, 4), [1.0, 1.0], [1.0, 1.0])
+        simulate(make_order(H1, 2, 4), [1.0, 1.0], [1.0, 1.0])
 
 
 def test_steady_part_is_folded():
@@ -196,14 +197,14 @@ def test_peaks_per_stage():
     # between F and B.
     assert in_flight(make_order("gpipe", 4, 8)).tolist() == [8, 8, 8, 8]
     assert in_flight(make_order("1f1b", 4, 8)).tolist() == [4, 3, 2, 1]
-    assert in_flight(make_order("zb-h1", 4, 8), Op.B).tolist() == [4, 3, 2, 1]
-    assert in_flight(make_order("zb-h2", 4, 12), Op.B).tolist() == [7, 5, 3, 1]
+    assert in_flight(make_order(H1, 4, 8), Op.B).tolist() == [4, 3, 2, 1]
+    assert in_flight(make_order(H2, 4, 12), Op.B).tolist() == [7, 5, 3, 1]
 
 
 @pytest.mark.parametrize("device", range(4))
 def test_zb_h1_memory_of_a_device(device):
     # Table 1 of arXiv:2401.10241: worker i (from 1) holds (p − i + 1)·M_B + (i − 1)·M_W.
-    peak = peak_bytes(make_order("zb-h1", 4, 16), np.full(4, 100.0), weight_input_bytes=np.full(4, 10.0))
+    peak = peak_bytes(make_order(H1, 4, 16), np.full(4, 100.0), weight_input_bytes=np.full(4, 10.0))
     assert peak[device] == (4 - device) * 100.0 + device * 10.0
 
 
@@ -250,7 +251,7 @@ def test_alpa_latency_is_no_bound():
 
 
 def test_every_schedule_is_registered_with_a_period():
-    assert sorted(ORDERS) == ["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2"]
+    assert sorted(ORDERS) == ["1f1b", "gpipe", "interleaved"]
     for name in ORDERS:
         order = make_order(name, 4, 64, 2 if name == "interleaved" else 1)
         assert max(segment.repeats for segment in compile_order(order).segments) >= 3

@@ -114,10 +114,11 @@ def test_record_says_enough(technique):
     assert technique.slot is None or technique.slot in SLOTS
     assert bool(technique.choices) == (technique.slot is not None)
     if technique.kind == "baseline":
-        assert technique.subject is technique.absence
+        assert not technique.edits
+        assert not technique.order
     else:
         assert technique.figures
-        assert technique.subject is not technique.absence
+        assert technique.edits or technique.order
         assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
 
 
@@ -148,7 +149,8 @@ def test_declared_entries_have_reasons_and_never_shadow_a_model():
         assert len(entry.summary) > 10
         if entry.status == "declared":
             assert not entry.figures
-            assert entry.subject is entry.absence
+            assert not entry.edits
+            assert not entry.order
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from planner.ledger import Item, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Context, Detail, Figure, Knob, Technique, whole_number
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.adaptation.frozen import freeze, trained_weights
 
 _BY = "lora"
-_RANK, _TARGETS = "adapter_rank", "adapter_targets"
+RANK, _TARGETS = "adapter_rank", "adapter_targets"
 _DEFAULT_RANK = 32
 _OPERATORS = {
     "linear_qkv": ("qkv", "q", "kv", "q_up", "kv_up"),
@@ -62,7 +63,7 @@ def read_targets(text: str) -> str:
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Freezes every weight, and adds the adapters."""
-    rank = ctx.knobs.get(_RANK, _DEFAULT_RANK)
+    rank = ctx.knobs.get(RANK, _DEFAULT_RANK)
     targets = str(ctx.knobs.get(_TARGETS, "+".join(_OPERATORS))).split("+")
     adapted = [
         item
@@ -73,7 +74,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     axes = {_rank_axis(item): float(rank) for item in adapted}
     inputs = tuple(_INPUTS[target] for target in targets)
     added = [new for item in adapted for new in _adapter(item)]
-    return _frozen(ledger, inputs).set_axes(**axes).add(added)
+    return freeze(ledger, inputs).set_axes(**axes).add(added)
 
 
 def _ends(item: Item, names: tuple[str, ...]) -> bool:
@@ -82,25 +83,6 @@ def _ends(item: Item, names: tuple[str, ...]) -> bool:
 
 def _rank_axis(item: Item) -> str:
     return f"adapter_rank@{item.block}"
-
-
-def _frozen(ledger: Ledger, inputs: tuple[str, ...]) -> Ledger:
-    """The ledger without what trains its weights; the adapters' inputs are kept in 16 bits."""
-
-    def trains(item: Item) -> bool:
-        if isinstance(item, Resident):
-            unread = "linear_input" in item.tags and not item.what.endswith((*inputs, "core_output"))
-            return item.pool == "gradients" or unread
-        return item.phase == "weight" or (item.block == "embedding" and item.phase == "backward")
-
-    def freeze(item: Resident) -> Item | None:
-        if item.pool == "parameters":
-            return replace(item, tags=item.tags | {"frozen"})
-        if "linear_input" in item.tags:
-            return replace(item, tags=item.tags - {"linear_input"})
-        return None
-
-    return ledger.drop(trains).edit(Resident, freeze)
 
 
 def _adapter(item: Matmul) -> Iterator[Item]:
@@ -119,11 +101,7 @@ def _adapter(item: Matmul) -> Iterator[Item]:
         yield replace(half, phase="weight", m=half.k, k=half.m)
     mesh = "expert" if "expert" in item.tags else "dense"
     weights = " + ".join(times(times(half.n, half.k), item.groups) for half in (down, up))
-    for pool in ("parameters", "gradients"):
-        yield Resident(
-            what=f"{item.what}.adapter_{pool}", block=item.block, tags=frozenset({pool, mesh}), by=_BY, size=weights,
-            bytes_per_element=4.0, pool=pool, lifetime="always",
-        )  # fmt: skip
+    yield from trained_weights(f"{item.what}.adapter", item.block, weights, _BY, mesh)
     rows = times(item.m, item.groups)
     region = tags - {"gemm", "row", "column"}
     yield Resident(
@@ -174,14 +152,18 @@ TECHNIQUE = Technique(
     slot="adaptation",
     choices=(_BY,),
     searched=False,  # another job than training all weights: nothing to choose for speed
+    asked=True,
     source="arXiv:2106.09685",
     summary="Frozen weights, trained products of low rank beside them",
     knobs=(
         Knob(
-            "adaptation", "what is trained: everything, or adapters of frozen weights", ("none", _BY), "none"
+            "adaptation",
+            "what is trained: everything, or small additions to frozen weights",
+            ("none", _BY, "qlora", "adapters", "prefix", "alphatuning"),
+            "none",
         ),
         Detail(
-            _RANK,
+            RANK,
             f"rank of the adapters ({_DEFAULT_RANK} unless given)",
             read=whole_number,
             expected="a whole number from 1",

@@ -18,6 +18,7 @@ TECHNIQUE = Technique(
     kind="baseline",
     choices=("eager",),
     searched=False,
+    asked=True,
     source="arXiv:2205.05198",
     summary="Attention as separate kernels that materialise the score matrix",
 )

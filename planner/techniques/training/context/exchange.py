@@ -29,7 +29,15 @@ from planner.ledger import (
 )
 from planner.technique import Check, Context
 
-__all__ = ["divides", "gather_keys", "pass_keys", "sequence_checks", "shard_sequence", "swap_heads"]
+__all__ = [
+    "divides",
+    "gather_keys",
+    "pass_keys",
+    "pass_queries",
+    "sequence_checks",
+    "shard_sequence",
+    "swap_heads",
+]
 
 _TOKENS = ("seq", "encoder_seq")
 _BUFFERS = 4  # keys and values, and their gradients, in use and arriving
@@ -152,10 +160,27 @@ def _swapped(kernel: Kernel, inside: Mapping[str, Array]) -> Kernel:
     return replace(kernel, **swapped)
 
 
-def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str) -> Ledger:
+def pass_keys(
+    ledger: Ledger,
+    ctx: Context,
+    degree: Array,
+    group: Group,
+    by: str,
+    sent_share: str = "1",
+    work_share: str = "1",
+) -> Ledger:
     """Blocks of keys and values travel around the group beside attention on the block at hand.
 
     The first block is the rank's own and hides nothing; the others take the longer of a message and a block's attention.
+
+    Args:
+        ledger: the ledger.
+        ctx: its context.
+        degree: ranks on the ring.
+        group: these ranks.
+        by: key of the technique.
+        sent_share: axis that says which part of the distant blocks a rank receives.
+        work_share: axis by which the busiest rank's work on distant blocks differs from an even share.
     """
     ledger = ledger.set_axes(
         ring=degree, ring_steps=degree - 1.0, ring_buffers=np.where(degree > 1.0, _BUFFERS, 0.0)
@@ -167,7 +192,8 @@ def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str
         window = f"ring.{core.region}.{first.block}.{first.phase}"
         local = _after_swap(ledger, core.size("k", "v"))
         # The backward also hands the gradients of K and V on.
-        sent = times(local, "ring_steps" if first.phase == "forward" else "2*ring_steps")
+        steps = f"{'1' if first.phase == 'forward' else '2'}*ring_steps*{sent_share}"
+        sent = times(local, steps)
         added.append(
             core.collective("pass_kv", "point_to_point", sent, group, ctx, by, window=window, track="ring")
         )
@@ -177,12 +203,44 @@ def pass_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str
             if isinstance(kernel, AttentionCore):
                 changed[id(kernel)] = replace(kernel, kv=f"{kernel.kv}/ring")
                 distant = replace(
-                    kernel, what=f"{kernel.what}.distant", kv=times(f"{kernel.kv}/ring", "ring_steps")
+                    kernel,
+                    what=f"{kernel.what}.distant",
+                    kv=times(f"{kernel.kv}/ring", f"ring_steps*{work_share}"),
                 )
                 added.append(replace(distant, window=window))
             else:
                 changed[id(kernel)] = replace(kernel, window=window)
                 ledger = ledger.cut(window, degree)
+    return replace(ledger, items=(*(changed.get(id(item), item) for item in ledger.items), *added))
+
+
+def pass_queries(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: str) -> Ledger:
+    """Queries travel one way around the group and partial outputs the other, beside attention on the block at hand.
+
+    Keys and values stay. In the backward, queries and the output's gradients go one way, the queries' gradients the other.
+    """
+    ledger = ledger.set_axes(
+        ring=degree, ring_steps=degree - 1.0, ring_buffers=np.where(degree > 1.0, _BUFFERS, 0.0)
+    )
+    added: list[Item] = []
+    changed: dict[int, Item] = {}
+    for core in _cores(ledger):
+        first = core.kernels[0]
+        window = f"ring.{core.region}.{first.block}.{first.phase}"
+        queries, outputs = core.size("q"), core.size("core_output")
+        forth, back = (queries, outputs) if first.phase == "forward" else (f"{queries} + {outputs}", queries)
+        for what, size in (("pass_q", forth), ("return_output", back)):
+            sent = times(size, "ring_steps")
+            added.append(
+                core.collective(what, "point_to_point", sent, group, ctx, by, window=window, track=what)
+            )
+        if first.phase == "forward":
+            added.append(_buffer(first, times(queries, "ring_buffers"), ctx, by))
+        for kernel in core.kernels:
+            assert isinstance(kernel, AttentionCore), "queries travel past fused kernels alone"
+            changed[id(kernel)] = replace(kernel, kv=f"{kernel.kv}/ring")
+            distant = times(f"{kernel.kv}/ring", "ring_steps")
+            added.append(replace(kernel, what=f"{kernel.what}.distant", kv=distant, window=window))
     return replace(ledger, items=(*(changed.get(id(item), item) for item in ledger.items), *added))
 
 

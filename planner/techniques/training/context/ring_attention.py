@@ -71,7 +71,12 @@ TECHNIQUE = Technique(
     summary="The sequence split over ranks; keys and values travel beside attention, or are gathered before it",
     knobs=(
         Knob("cp", "context-parallel degree"),
-        Knob("context", "how queries meet distant keys", ("p2p", "all_gather", "a2a", "a2a+p2p"), "p2p"),
+        Knob(
+            "context",
+            "how queries meet distant keys",
+            ("p2p", "all_gather", "a2a", "a2a+p2p", "helped", "tokens"),
+            "p2p",
+        ),
     ),
     figures=(
         Figure(

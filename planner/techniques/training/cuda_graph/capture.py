@@ -49,6 +49,7 @@ TECHNIQUE = Technique(
     slot="cuda_graph",
     choices=_CHOICES,
     searched=False,
+    asked=True,  # what it costs is not counted here, so that it would always win
     source="Megatron-Core --cuda-graph-impl",
     summary="Kernels recorded once and replayed without the host",
     knobs=(Knob("cuda_graph", "which modules are captured", ("none", *_CHOICES), "none"),),

@@ -144,6 +144,7 @@ TECHNIQUE = Technique(
     slot="elementwise_kernel",
     choices=("eager",),
     searched=False,
+    asked=True,
     source="arXiv:2302.13971",
     summary="Norms, rotary embeddings and gated activations as one kernel per PyTorch operator",
     knobs=(

@@ -3,7 +3,8 @@
 What it does: every rank keeps experts/ep experts (1/etp of each); tokens travel to their experts and back by all-to-all.
 Saves: expert weights, divided by ep·etp.
 Costs: dispatch and combine, k·T·h elements each way, forward and backward; with etp > 1 an all-gather of the dispatched
-    tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean.
+    tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean,
+    times what experts of unlike popularity (``expert_zipf``) add.
 Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
     them up to it; all-to-alls are exposed.
 Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960).
@@ -18,6 +19,7 @@ from planner.ledger import Collective, Item, Ledger, Resident, Stream, times
 from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.expert.load import loads
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -36,19 +38,21 @@ def valid(ctx: Context) -> Iterable[Check]:
         )
 
 
-def busiest(load_factor: float, capacity_factor: float | None) -> float:
-    """Tokens of the busiest expert rank relative to the mean; with a capacity factor, every expert has that many."""
-    return load_factor if capacity_factor is None else capacity_factor
-
-
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards experts, multiplies the rows per expert, adds the exchanges."""
+    return folded(ledger, ctx, "moe_folding")
+
+
+def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger:
+    """Experts over ep and etp; the first ``replicated`` ones also on every rank, whose tokens for them stay there."""
     if not any(block.moe for block in ctx.model.blocks.values()):
         return ledger
-    ep, etp, workload = ctx.mesh.ep, ctx.mesh.etp, ctx.workload
-    load = busiest(workload.expert_load_factor, workload.capacity_factor)
+    ep, etp = ctx.mesh.ep, ctx.mesh.etp
+    rows, sent = loads(ctx, replicated)
     ledger = (
-        ledger.shard(experts=ep, expert_ffn=etp).scale(expert_rows=ep * etp * load).set_axes(etp_ranks=etp)
+        ledger.shard(experts=ep, expert_ffn=etp)
+        .scale(expert_rows=ep * etp * rows)
+        .set_axes(etp_ranks=etp, exchanged=sent)
     )
     added: list[Item] = []
     for item in ledger.of(Stream):
@@ -57,14 +61,14 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             continue
         # The backward of the dispatch is a combine and vice versa: same bytes.
         all_to_all = Collective(
-            what=exchange, block=item.block, phase=item.phase, tags=item.tags - {"activation"}, by="moe_folding",
-            source="arXiv:2006.16668", kind="all_to_all", group=ctx.mesh.group("ep"), size=item.size,
-            dtype=ctx.format.activation, skew=load,
+            what=exchange, block=item.block, phase=item.phase, tags=item.tags - {"activation"}, by=by,
+            source="arXiv:2006.16668", kind="all_to_all", group=ctx.mesh.group("ep"), size=times(item.size, "exchanged"),
+            dtype=ctx.format.activation,
         )  # fmt: skip
         outward = (exchange == "moe.dispatch") == (item.phase == "forward")
         cut = replace(
             all_to_all, what=f"{exchange}.expert_tensor", source="arXiv:2504.14960", group=ctx.mesh.group("etp"),
-            kind="all_gather" if outward else "reduce_scatter", size=times(item.size, "etp_ranks"),
+            kind="all_gather" if outward else "reduce_scatter", size=times(item.size, "exchanged*etp_ranks"),
         )  # fmt: skip
         added += [all_to_all, cut]
     return ledger.add(added)
@@ -92,7 +96,16 @@ TECHNIQUE = Technique(
     default=True,
     source="arXiv:2504.14960",
     summary="Experts spread over ep ranks and cut over etp",
-    knobs=(Knob("ep", "expert-parallel degree"), Knob("etp", "expert-tensor-parallel degree")),
+    knobs=(
+        Knob("ep", "expert-parallel degree"),
+        Knob("etp", "expert-tensor-parallel degree"),
+        Knob(
+            "expert",
+            "whether tokens travel to experts or experts to tokens",
+            ("folded", "shadow1", "shadow4", "fetched", "grouped"),
+            "folded",
+        ),
+    ),
     figures=(
         Figure(
             "parameters of the 600B model with one expert per layer on each of 2048 ranks",

@@ -77,6 +77,7 @@ TECHNIQUE = Technique(
     slot="gradient_accumulation",
     choices=("placeholders",),
     searched=False,  # what a framework does about its autograd
+    asked=True,
     source="https://github.com/NVIDIA/TransformerEngine transformer_engine/pytorch/module/base.py",
     summary="Weight gradients accumulate in place beside an empty gradient of every weight's shape",
     figures=(

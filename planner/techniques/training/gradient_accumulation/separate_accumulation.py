@@ -53,13 +53,14 @@ TECHNIQUE = Technique(
     slot="gradient_accumulation",
     choices=("separate",),
     searched=False,
+    asked=True,
     source="Megatron-LM --no-gradient-accumulation-fusion",
     summary="Weight gradients are added to the accumulated ones by a kernel of their own",
     knobs=(
         Knob(
             "gradient_accumulation",
             "whether the weight-gradient product accumulates in place",
-            ("fused", "placeholders", "separate"),
+            ("fused", "in_place", "placeholders", "separate"),
             "fused",
         ),
     ),

@@ -84,6 +84,7 @@ TECHNIQUES = (
         "Softmax in place of fp32 logits, beside them in 16 bits",
         kind="baseline",
         searched=False,
+        asked=True,
     ),
     _record(
         "fused_cross_entropy",

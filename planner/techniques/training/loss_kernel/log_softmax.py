@@ -78,6 +78,7 @@ TECHNIQUE = Technique(
     slot="loss_kernel",
     choices=("log_softmax",),
     searched=False,
+    asked=True,
     source="https://github.com/pytorch/pytorch tools/autograd/derivatives.yaml",
     summary="Log-softmax of fp32 logits: log-probabilities and two gradients of their size",
     figures=(

@@ -14,12 +14,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream, Transfer
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.swap import host
+
+BOTH_WAYS = "down_and_up"
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -28,6 +31,10 @@ def valid(ctx: Context) -> Iterable[Check]:
     yield Check(
         "the matrix products of Muon's update are not modelled on the host",
         ctx.knobs.get("optimizer") != "muon",
+    )
+    yield Check(
+        "an update without gradients that last leaves no states to offload",
+        ctx.knobs.get("optimizer") not in FUSED_UPDATES,
     )
 
 
@@ -49,7 +56,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             "block": item.block, "phase": "step", "tags": item.tags | {"offload"}, "by": "zero_offload", "size": item.size,
         }  # fmt: skip
         added += [
-            Transfer(what=f"{item.what}.down_and_up", bytes_per_element=moved, tier="host_link", **common),
+            Transfer(what=f"{item.what}.{BOTH_WAYS}", bytes_per_element=moved, tier="host_link", **common),
             Transfer(
                 what=f"{item.what}.on_host",
                 bytes_per_element=item.bytes_per_element,
@@ -89,7 +96,15 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2101.06840",
     summary="Optimizer states and update on the host",
-    knobs=(Knob("optimizer_offload", "where optimizer states live", ("none", "cpu"), "none"),),
+    moves=("optimizer",),
+    knobs=(
+        Knob(
+            "optimizer_offload",
+            "where optimizer states live and are updated",
+            ("none", "cpu", "cpu+gradients", "interleaved"),
+            "none",
+        ),
+    ),
     figures=(
         Figure(
             "bytes over the host link per parameter and step: 4M",

@@ -32,6 +32,8 @@ def switch_dtypes(ledger: Ledger, ctx: Context, by: str) -> Ledger:
             return replace(item, bytes_per_element=formats.linear_input_bytes)
         if "activation" in item.tags:
             return replace(item, bytes_per_element=item.bytes_per_element * ratio)
+        if item.pool == "parameters" and "narrow" in item.tags:
+            return None  # held in a format of its own
         if item.pool == "parameters":
             if formats.master and "frozen" not in item.tags:
                 tags = (item.tags - {"parameters"}) | {"optimizer"}

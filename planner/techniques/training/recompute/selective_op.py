@@ -160,6 +160,7 @@ TECHNIQUE = Technique(
     slot="recompute",
     choices=("per_op",),
     searched=False,
+    asked=True,
     source="https://github.com/pytorch/torchtitan torchtitan/distributed/activation_checkpoint.py",
     summary="Attention and every second product are kept, all other operators of a block run again",
     figures=(

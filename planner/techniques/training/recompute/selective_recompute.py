@@ -133,6 +133,7 @@ TECHNIQUES = (
         slot="recompute",
         choices=("modules",),
         searched=False,  # 127 sets of modules; the named choices are those that launchers' recipes use
+        asked=True,
         source="arXiv:2205.05198",
         summary="Any modules of Megatron's run forward again",
         knobs=(

@@ -177,7 +177,10 @@ TECHNIQUE = Technique(
     default=True,
     source="arXiv:1909.08053",
     summary="Column- and row-parallel linear layers",
-    knobs=(Knob("tp", "tensor-parallel degree"),),
+    knobs=(
+        Knob("tp", "tensor-parallel degree"),
+        Knob("tensor", "how products are cut over tensor ranks", ("1d", "2d", "2.5d", "3d"), "1d"),
+    ),
     figures=(
         Figure(
             "elements sent per layer of GPT-3 175B, t = 8: 8bsh(t − 1)/t",

@@ -65,7 +65,12 @@ TECHNIQUE = Technique(
     source="doi:10.1145/3567955.3567959",
     summary="Gathers and scatters pipelined with the product beside them",
     knobs=(
-        Knob("tensor_overlap", "how tensor-parallel communication is hidden", ("none", "chunked"), "none"),
+        Knob(
+            "tensor_overlap",
+            "how tensor-parallel communication is hidden",
+            ("none", "chunked", "domino"),
+            "none",
+        ),
     ),
     figures=(
         Figure(

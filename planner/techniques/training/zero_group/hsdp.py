@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.collectives import group_members
-from planner.ledger import Array, Collective, Item, Ledger, times
+from planner.ledger import Array, Collective, Ledger, times
 from planner.technique import Check, Context, Detail, Figure, Knob, Technique, whole_number
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.zero_stage.states import MESHES, mesh_of
+from planner.techniques.training.zero_stage.states import MESHES, mesh_of, within
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -38,24 +38,17 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shrinks the shard groups, adds the all-reduce between replicas."""
     sizes = {of: _inside(ctx, of) for of in set(MESHES.values())}
-    added: list[Item] = []
-
-    def shrink(item: Collective) -> Item | None:
-        of = item.group.name
-        if "data_parallel" not in item.tags or of not in sizes or item.kind == "all_reduce":
-            return None
-        if item.kind == "reduce_scatter":
-            added.append(
-                replace(
-                    item, what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", by="hsdp", phase="step",
-                    group=ctx.mesh.subgroup(of, f"{of}.replica", item.group.size / sizes[of], inner=False), track="gradients",
-                    size=times(item.size, f"/zero_{mesh_of(item)}"), messages="1",
-                )
-            )  # fmt: skip
-        return replace(item, group=ctx.mesh.subgroup(of, f"{of}.shard", sizes[of], inner=True), by="hsdp")
-
-    ledger = ledger.edit(Collective, shrink)
-    return ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}).add(added)
+    between = [
+        replace(
+            item, what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", by="hsdp", phase="step",
+            group=ctx.mesh.subgroup(of, f"{of}.replica", item.group.size / sizes[of], inner=False), track="gradients",
+            size=times(item.size, f"/zero_{mesh_of(item)}"), messages="1",
+        )
+        for item in ledger.of(Collective)
+        if item.kind == "reduce_scatter" and "data_parallel" in item.tags and (of := item.group.name) in sizes
+    ]  # fmt: skip
+    ledger = within(ledger, ctx, sizes, "shard", "hsdp", lambda item: item.kind != "all_reduce")
+    return ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}).add(between)
 
 
 def _inside(ctx: Context, of: str) -> Array:
@@ -138,6 +131,7 @@ TECHNIQUES = (
         slot="zero_group",
         choices=("ranks",),
         searched=False,  # any divisor of the replicas: the domain is where traffic changes
+        asked=True,
         source=_SOURCE,
         summary="States sharded over so many neighbouring ranks, replicated across",
         knobs=(

@@ -21,8 +21,8 @@ from planner.techniques.training.zero_stage.states import shard_everything
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards every state; the master weights serve as the sharded weights."""
     ledger = shard_everything(ledger, ctx, "fsdp")
-    if not ctx.format.master:
-        return ledger
+    if not any(item.what.endswith("master_weights") for item in ledger.of(Resident, pool="optimizer")):
+        return ledger  # nothing else holds the weights
     return ledger.drop(
         lambda i: (
             isinstance(i, Resident)

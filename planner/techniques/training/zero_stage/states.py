@@ -7,19 +7,21 @@ faster), and undone where states are whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
 from planner.specs.parameters import parameter_count
-from planner.technique import Context
+from planner.technique import Check, Context
 
 __all__ = [
     "MESHES",
+    "accumulated",
     "gather_weights",
     "mesh_of",
     "shard",
@@ -30,10 +32,19 @@ __all__ = [
     "with_buckets",
     "with_degrees",
     "with_whole",
+    "within",
 ]
 
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
+
+
+def accumulated(ctx: Context) -> Iterable[Check]:
+    """Stages that shard what the step's end leaves need something to be left."""
+    yield Check(
+        "an update without gradients that last leaves ZeRO stages 1 and 2 nothing to shard",
+        (ctx.mesh.dp * ctx.mesh.cp == 1) | (ctx.knobs.get("optimizer") not in FUSED_UPDATES),
+    )
 
 
 def with_degrees(ledger: Ledger, ctx: Context) -> Ledger:
@@ -136,6 +147,34 @@ def with_whole(ledger: Ledger, buffers: Sequence[Resident]) -> Ledger:
     return ledger.set_axes(beside_logits=beside).add([*others, *resized])
 
 
+def within(
+    ledger: Ledger,
+    ctx: Context,
+    sizes: Mapping[str, Array],
+    name: str,
+    by: str,
+    where: Callable[[Collective], bool] = lambda item: True,
+) -> Ledger:
+    """Shrinks the groups of data-parallel collectives to so many neighbouring ranks of each.
+
+    Args:
+        ledger: the ledger.
+        ctx: its context.
+        sizes: ranks that remain, by the name of the whole group.
+        name: of the smaller groups.
+        by: key of the technique.
+        where: which collectives.
+    """
+
+    def shrink(item: Collective) -> Item | None:
+        of = item.group.name
+        if "data_parallel" not in item.tags or of not in sizes or not where(item):
+            return None
+        return replace(item, group=ctx.mesh.subgroup(of, f"{of}.{name}", sizes[of], inner=True), by=by)
+
+    return ledger.edit(Collective, shrink)
+
+
 def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any) -> list[Collective]:
     """Gradient collectives of every block; in buckets once per step unless ``fields`` says otherwise."""
     when = {"phase": "step", "track": "gradients", **fields}
@@ -155,10 +194,12 @@ def _collectives(
     bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
     return [
         Collective(
-            what=f"{mesh}_{pool}.{kind}", block=item.block, tags=item.tags | {pool, mesh, "data_parallel"}, by=by,
-            kind=kind, group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
+            what=f"{mesh}_{pool}.{kind}", block=item.block, by=by, kind=kind,
+            tags=(item.tags - {"parameters"}) | {pool, mesh, "data_parallel"},
+             group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
             messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
         )
-        for item in ledger.of(Resident, pool=pool)
+        for item in ledger.of(Resident, pool="parameters")
+        if pool == "parameters" or "frozen" not in item.tags  # every trained weight has a gradient
         if (mesh := mesh_of(item)) is not None
     ]  # fmt: skip

@@ -12,7 +12,13 @@ from __future__ import annotations
 from planner.ledger import Ledger
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
-from planner.techniques.training.zero_stage.states import gather_weights, shard, synchronise, with_buckets
+from planner.techniques.training.zero_stage.states import (
+    accumulated,
+    gather_weights,
+    shard,
+    synchronise,
+    with_buckets,
+)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -41,6 +47,7 @@ TECHNIQUE = Technique(
             lambda subject: figures.zero_states_gb("1", subject),
         ),
     ),
+    valid=accumulated,
     apply=apply,
     active=lambda ctx: ctx.mesh.dp * ctx.mesh.cp > 1,
 )

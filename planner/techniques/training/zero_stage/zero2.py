@@ -15,6 +15,7 @@ from planner.ledger import Item, Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.training.zero_stage.states import (
+    accumulated,
     gather_weights,
     shard,
     synchronise,
@@ -49,6 +50,7 @@ TECHNIQUE = Technique(
             lambda subject: figures.zero_states_gb("2", subject),
         ),
     ),
+    valid=accumulated,
     apply=apply,
     active=lambda ctx: ctx.mesh.dp * ctx.mesh.cp > 1,
 )

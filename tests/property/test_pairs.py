@@ -1,0 +1,197 @@
+"""Any two choices together: they price without error and keep the laws, or a named rule refuses them.
+
+Every pair of choices of different slots is run over the same handful of meshes of eight devices, all other slots at their first
+choice. The laws are those that the search rests on; the pairs that no mesh allows are a closed list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from planner.baseline import EMBEDDING, HEAD, block_order
+from planner.engine import Pricer, tabulate
+from planner.pipeline import BOUNDARY
+from planner.solve.branches import Faults
+from planner.solve.space import DEGREES, Choice, Rows
+from planner.solve.uniform import UniformSearch
+from planner.specs.hardware import load_cluster
+from planner.specs.model import Attention, Block, Mlp, Model, Moe
+from planner.specs.problem import PERMISSIONS, Problem
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+from planner.technique import ADDITIVE_SLOTS, SLOTS, discover
+
+BATCH, SEQ = 32, 1024
+MESHES = [  # tp, cp, pp, dp, ep, etp, micro-batch
+    (1, 1, 1, 8, 1, 1, 4), (1, 1, 1, 8, 2, 1, 2), (8, 1, 1, 1, 1, 1, 32), (4, 1, 1, 2, 1, 1, 16), (2, 1, 1, 4, 2, 1, 8),
+    (1, 2, 1, 4, 1, 1, 8), (2, 2, 1, 2, 2, 2, 8), (1, 1, 2, 4, 1, 1, 4), (2, 1, 2, 2, 1, 1, 4), (2, 1, 4, 1, 1, 1, 2),
+]  # fmt: skip
+ALONE = (1, 1, 1, 1, 1, 1, 32)
+GROUPS = (
+    "tensor",
+    "sequence_parallel",
+    "context",
+    "expert",
+    "tensor_overlap",
+    "zero_group",
+    "synchronisation",
+    "compression",
+)
+"""Slots whose choices are about ranks that work together: on one device they change nothing."""
+MODULES = {"recompute_modules": "core_attn", "zero_group_ranks": 2}  # what two choices need to be told
+LAUNCHES_S = 5e-6  # of an update on the device, which one on the host does without
+TIMES = ("forward_s", "backward_s", "weight_s", "recompute_s", "main_step_s")
+
+
+def model(experts: int) -> Model:
+    block = Block(
+        attention=Attention(8, 8, 64),
+        mlp=None if experts else Mlp(2048, gated=False),
+        moe=Moe(experts, 2, 1024) if experts else None,
+    )
+    return Model(
+        name="pairs", family="pairs", arch="decoder", hidden=512, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
+        layers=(("decoder", 4),),
+    )  # fmt: skip
+
+
+@cache
+def bench(experts: int, faster: float = 1.0) -> UniformSearch:
+    """A search whose spaces and prices are used one recipe at a time."""
+    cluster = load_cluster("b200-sxm:2x4")
+    tiers = tuple(
+        replace(tier, bytes_per_s=tier.bytes_per_s * faster, transport=None) for tier in cluster.tiers
+    )
+    cluster = replace(cluster, tiers=tiers, host_link_bytes_per_s=cluster.host_link_bytes_per_s * faster)
+    workload = TrainWorkload(BATCH, SEQ, expert_zipf=0.5 if experts else 0.0)
+    problem = Problem(
+        model(experts), cluster, workload, load_stack(), allowed=tuple(PERMISSIONS), explore=("all",)
+    )
+    return UniformSearch(problem, 1, lambda batch: [])
+
+
+@cache
+def every_choice() -> dict[str, list[Choice]]:
+    """All modelled choices, those that only a plan that names them has included."""
+    found: dict[str, list[Choice]] = {}
+    space = bench(0).space
+    for slot in SLOTS:
+        techniques = [t for t in discover().values() if t.slot == slot and t.status == "modelled"]
+        plain = [choice for choice in space.choices[slot] if choice.technique is None]
+        served = [
+            Choice(value, t) for t in sorted(techniques, key=lambda t: not t.default) for value in t.choices
+        ]
+        found[slot] = plain + served
+    return found
+
+
+def rows_of(meshes: list[tuple[int, ...]]) -> Rows:
+    table = np.array(
+        [(tp, cp, pp, dp, ep, etp, size) for tp, cp, pp, dp, ep, etp, size in meshes], dtype=np.float64
+    )
+    return Rows({name: np.ascontiguousarray(table[:, i]) for i, name in enumerate(DEGREES)})
+
+
+class Run:
+    """One recipe on the meshes: rules, ledgers and tables."""
+
+    def __init__(
+        self, experts: int, chosen: dict[str, Choice], meshes: list[tuple[int, ...]], faster: float = 1.0
+    ) -> None:
+        self.search = bench(experts, faster)
+        first = {slot: choices[0] for slot, choices in every_choice().items()}
+        self.recipe = {**first, **chosen}
+        knobs = {slot: choice.value for slot, choice in self.recipe.items()} | MODULES
+        if chosen.get("gradient_accumulation", first["gradient_accumulation"]).value == "in_place":
+            knobs["gradient_dtype"] = FORMAT_OF.get(knobs["precision"], "bf16")
+        self.ctx = rows_of(meshes).context(self.search.problem, knobs)
+        self.faults = Faults(len(meshes))
+        for choice in self.recipe.values():
+            if choice.technique is not None:
+                for check in choice.technique.valid(self.ctx):
+                    assert check.reason
+                    self.faults.check(check.reason, check.ok)
+        self.valid = self.faults.first < 0
+        self.kinds = (*dict.fromkeys(block_order(self.search.problem.model)), EMBEDDING, HEAD, BOUNDARY)
+
+    def table(self, upto: str | None = None):
+        """Block totals on the valid rows; ``upto``: of the passes before a slot alone."""
+        rows = np.flatnonzero(self.valid)
+        ctx = self.ctx.take(rows)
+        slots = SLOTS if upto is None else SLOTS[: SLOTS.index(upto)]
+        ledger = self.search.ledger({slot: self.recipe[slot] for slot in slots}, ctx)
+        pricer = Pricer(self.search.problem.cluster, self.search.problem.stack)
+        return tabulate(ledger, pricer, self.kinds, len(rows))
+
+
+FORMAT_OF = {"fp16": "fp16"}
+OF_EXPERTS = {"expert"}
+
+
+def pairs():
+    for one, other in combinations(SLOTS, 2):
+        for a in every_choice()[one]:
+            for b in every_choice()[other]:
+                first = (every_choice()[one][0], every_choice()[other][0])
+                if a is not first[0] and b is not first[1]:
+                    yield {one: a, other: b}
+
+
+def named(pair: dict[str, Choice]) -> str:
+    return " ".join(f"{slot}={choice.value}" for slot, choice in pair.items())
+
+
+PAIRS = list(pairs())
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_pair_prices_and_keeps_the_laws(slot: str) -> None:
+    """Finite and never negative; never slower on faster links; never faster than the passes before the additive slots."""
+    for pair in PAIRS:
+        if next(iter(pair)) != slot:
+            continue
+        experts = 8 if OF_EXPERTS & pair.keys() else 0
+        run = Run(experts, pair, MESHES)
+        if not run.valid.any():
+            continue
+        table, base = run.table(), run.table("zero_stage")
+        faster = Run(experts, pair, MESHES, 2.0).table()
+        assert np.isfinite(table.values).all(), named(pair)
+        assert (table.values >= 0.0).all(), named(pair)
+        for name in TIMES:
+            assert (faster[name] <= table[name] * (1 + 1e-9)).all(), (named(pair), name)
+        if pair.keys() & set(ADDITIVE_SLOTS):
+            whole = sum(table[name] for name in TIMES)
+            assert (whole >= sum(base[name] for name in TIMES) * (1 - 1e-9) - LAUNCHES_S).all(), named(pair)
+        assert (table["always_bytes"] + table["host_bytes"] > 0).any(), named(pair)
+
+
+@pytest.mark.parametrize("slot", GROUPS)
+def test_on_one_device_ranks_that_work_together_change_nothing(slot: str) -> None:
+    for choice in every_choice()[slot][1:]:
+        for experts in (0, 8) if slot == "expert" else (0,):
+            run = Run(experts, {slot: choice}, [ALONE])
+            if run.valid.all():
+                np.testing.assert_allclose(
+                    run.table().values,
+                    Run(experts, {}, [ALONE]).table().values,
+                    rtol=1e-12,
+                    err_msg=choice.value,
+                )
+
+
+def test_pairs_that_no_mesh_allows_are_these() -> None:
+    found = {}
+    for pair in PAIRS:
+        run = Run(8 if OF_EXPERTS & pair.keys() else 0, pair, MESHES)
+        singly = [
+            Run(8 if OF_EXPERTS & pair.keys() else 0, {s: c}, MESHES).valid.any() for s, c in pair.items()
+        ]
+        if not run.valid.any() and all(singly):
+            found[named(pair)] = run.faults.reasons[-1]
+    print(found)

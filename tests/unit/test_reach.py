@@ -1,0 +1,149 @@
+"""Every technique that the default search leaves aside is chosen where it wins, and the account of the plan names it.
+
+Each problem is one that the technique's paper is about. ``explore`` opens choices that hardly ever win, ``allowed`` those that
+change the result of training; optimizers and adaptations are what the job asks for, and win where nothing else fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from planner import Problem, TrainWorkload, examine, load_cluster, load_model, load_stack, search
+from planner.errors import Infeasible
+from planner.report.account import byte_tree, second_tree
+from planner.solve.replay import replay
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and the choice that wins it.
+
+    ``by``: the technique that the plan's account of seconds or bytes must name; ``host_gb``: host memory of the one device.
+    """
+
+    choice: str
+    by: str
+    model: str
+    cluster: str
+    batch: int
+    seq: int
+    fixed: dict[str, Any] = field(default_factory=dict)
+    job: dict[str, Any] = field(default_factory=dict)
+    host_gb: float = 0.0
+    allowed: tuple[str, ...] = ()
+    explore: tuple[str, ...] = ()
+    instead: dict[str, Any] | None = None  # the job without it: nothing fits
+
+    def problem(self) -> Problem:
+        cluster = replace(load_cluster(self.cluster), name=self.cluster)
+        if self.host_gb:
+            cluster = replace(cluster, host_memory_bytes=self.host_gb * GB)
+        workload = TrainWorkload(self.batch, self.seq, **self.job)
+        return Problem(
+            load_model(self.model), cluster, workload, load_stack(), fixed=self.fixed, allowed=self.allowed, explore=self.explore
+        )  # fmt: skip
+
+
+SLOW = "examples/slow_network.toml"
+PLAIN = {"tp": 1, "pp": 1, "cp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused"}
+CASES = [
+    # 65B in 8 × 24 GB: Lv et al. 2024 (arXiv:2306.09782), abstract; AdamW does not fit.
+    Case("optimizer=lomo", "lomo", "llama-65b", "rtx-3090:1x8", 8, 512, {"gradient_dtype": "fp16", "cp": 1, "pp": 1},
+         {"optimizer": "lomo", "precisions": ("fp16",)}, instead={"optimizer": "adamw"}),
+    Case("optimizer=adalomo", "adalomo", "llama-65b", "rtx-3090:1x8", 8, 512, {"gradient_dtype": "fp16", "cp": 1, "pp": 1},
+         {"optimizer": "adalomo", "precisions": ("fp16",)}),
+    # 7B in one 48 GB card: Li et al. 2023 (arXiv:2310.07147), abstract.
+    Case("optimizer=lion_int8", "qft", "llama-7b", "a6000:1x1", 1, 512, {"optimizer_offload": "none"},
+         {"optimizer": "lion_int8"}, instead={"optimizer": "lion"}),
+    # 175B on one consumer card with 18 GB in use: Wang et al. 2025 (arXiv:2503.12668), abstract.
+    Case("optimizer=mezo", "zo2", "gpt3-175b", "rtx-4090:1x1", 1, 2048, {}, {"optimizer": "mezo"}, host_gb=1500,
+         instead={"optimizer": "adamw"}),
+    # 65B in one 48 GB card: Dettmers et al. 2023 (arXiv:2305.14314), abstract; LoRA alone does not fit.
+    Case("adaptation=qlora", "qlora", "llama-65b", "a6000:1x1", 1, 1024, {"adaptation": "qlora"}),
+    Case("adaptation=alphatuning", "alphatuning", "llama-65b", "a6000:1x1", 1, 1024, {"adaptation": "alphatuning"}),
+    # 13B on one V100: Ren et al. 2021 (arXiv:2101.06840), abstract.
+    Case("optimizer_offload=cpu+gradients", "zero_offload_gradients", "gpt3-13b", "v100-sxm2-32gb:1x1", 64, 1024,
+         {"gradient_dtype": "fp16", "gradient_accumulation": "fused", "loss_kernel": "fused"}, {"precisions": ("fp16",)},
+         host_gb=1500, explore=("all",)),
+    # States that only fit the host, and a host slower than the link: Maurya et al. 2024 (arXiv:2410.21316).
+    Case("optimizer_offload=interleaved", "deep_optimizer_states", "gpt3-6.7b", "a100-sxm-80gb:1x1", 64, 1024,
+         {**PLAIN, "context": "p2p"}, host_gb=300, explore=("all",)),
+    # One micro-batch per step, and a gradient too many: Fang et al. 2021 (arXiv:2108.05818).
+    Case("gradient_accumulation=in_place", "mixed_precision", "gpt3-2.7b", "a100-sxm-40gb:1x1", 8, 1024,
+         {"gradient_dtype": "bf16", "loss_kernel": "fused", "context": "p2p"}, explore=("all",)),
+    # Agreement every hundreds of steps over 100 Gb/s: Sun et al. 2024 (arXiv:2401.16265).
+    Case("synchronisation=co2", "co2", "gpt3-2.7b", SLOW, 64, 2048, {**PLAIN, "zero_stage": 1}, allowed=("staleness",)),
+    *(
+        Case(f"synchronisation={name}", name, "gpt3-2.7b", SLOW, 64, 2048,
+             {**PLAIN, "zero_stage": 1, "synchronisation": name}, allowed=("staleness",))
+        for name in ("diloco", "noloco")
+    ),
+    # Gradients over a slow network: Wang et al. 2023 (arXiv:2306.10209), Vogels et al. 2019 (arXiv:1905.13727).
+    Case("compression=qgz", "zeropp", "gpt3-2.7b", SLOW, 256, 2048, PLAIN, allowed=("lossy",)),
+    Case("compression=low_rank", "powersgd", "gpt3-1.3b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 0}, allowed=("lossy",)),
+    # A model whose gathers in the backward cross nodes, without room for a copy per node: arXiv:2306.10209, section 3.2.
+    Case("zero_group=secondary", "hpz", "gpt3-2.7b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 3, "micro_batch_size": 1,
+         "zero_group": "secondary"}, explore=("all",)),
+    # 64 tensor ranks and 96 heads: a cube is what divides them best (Bian et al. 2021, arXiv:2105.14450, on 64 devices).
+    Case("tensor=3d", "tp_3d", "gpt3-175b", "gb200-nvl72:16x4", 64, 2048,
+         {"tp": 64, "sequence_parallel": "false", "context": "p2p", "pipeline": "stages", "loss_kernel": "fused",
+          "gradient_accumulation": "fused", "tensor_overlap": "none"}, explore=("all",)),
+    # All-reduces on PCIe without sequence parallelism: Wang et al. 2024 (arXiv:2409.15241).
+    Case("tensor_overlap=domino", "domino", "llama2-13b", "a6000:1x8", 16, 2048,
+         {"tp": 8, "tensor": "1d", "sequence_parallel": "false", "loss_kernel": "fused", "gradient_accumulation": "fused"},
+         explore=("all",)),
+    # Long causal sequences over more ranks than divide the 25 heads: Li et al. 2024 (arXiv:2310.03294); where attention hides
+    # more, balance counts, and queries are as wide as keys: Wang et al. 2024 (arXiv:2412.20501).
+    *(
+        Case(f"context={choice}", by, "gpt2-xl", cluster, 8, seq,
+             {"cp": 8, "tp": 1, "pp": 1, "recompute": "none", "optimizer_offload": "none", "activation_offload": "none",
+              "parameter_offload": "none", "loss_kernel": "fused", "gradient_accumulation": "fused",
+              "sequence_parallel": "false"}, explore=("all",))
+        for choice, by, cluster, seq in (
+            ("helped", "dist_flash_attn", "a6000:1x8", 8192), ("tokens", "token_ring", "a100-sxm-80gb:8x1", 65536),
+        )
+    ),
+    # The same where everything is recomputed, attention included or not: arXiv:2310.03294, section 3.3.
+    Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 32768,
+         {"tp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "parameter_offload": "none",
+          "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore=("all",)),
+    # Experts as unlike as 1/j on ranks that share them: Liu et al. 2023 (SIGCOMM) where they are small, He et al. 2022 (PPoPP)
+    # where they are large.
+    *(
+        Case(f"expert={choice}", by, model, "h100-sxm:1x8", batch, seq,
+             {"ep": 8, "tp": 1, "cp": 1, "pp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "tensor": "1d",
+              "sequence_parallel": "false"}, {"expert_zipf": 1.0}, explore=("all",))
+        for choice, by, model, batch, seq in (
+            ("fetched", "janus", "deepseek-moe-16b", 64, 4096), ("shadow1", "fastermoe", "mixtral-8x7b", 8, 512),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.choice for case in CASES])
+def test_the_search_chooses_it_where_it_wins(case: Case) -> None:
+    problem = case.problem()
+    best = search(problem, top=1).best
+    slot, value = case.choice.split("=", 1)
+    assert str(best.knobs[slot]) == value
+    assembly = examine(replace(problem, fixed=replay(best).fixed, allowed=best.permissions))
+    assert assembly.plan.estimate.step_time_s == pytest.approx(best.estimate.step_time_s)
+    assert case.by in techniques(second_tree(assembly)) | techniques(byte_tree(assembly))
+    if case.instead is not None:
+        with pytest.raises(Infeasible):
+            search(replace(problem, workload=replace(problem.workload, **case.instead)), top=1)
+
+
+def techniques(tree: Any) -> set[str]:
+    """All techniques that an account names."""
+    if isinstance(tree, dict):
+        own = {tree["technique"]} if "technique" in tree else set()
+        return own.union(*(techniques(value) for value in tree.values()), set())
+    if isinstance(tree, list | tuple):
+        return set().union(*map(techniques, tree))
+    return set()
