@@ -82,11 +82,10 @@ def read_deepspeed(path: str | Path) -> LaunchedRun:
     fixed["context"] = "a2a" if fixed["cp"] > 1 else "p2p"
     fixed["ep"] = _expert_degree(reader)
     fixed["etp"] = fixed["tp"] if fixed["ep"] == 1 else 1
-    recompute = reader.table("activation_checkpointing", None)
-    if recompute is not None:
-        notes.append(
-            "activation_checkpointing says how layers are recomputed, not whether: say so with --fix recompute=full."
-        )
+    reader.table("activation_checkpointing", None)  # says how layers are recomputed, not whether
+    notes.append(
+        "Whether layers are recomputed and which kernels run is the script's: none and fused ones are taken (--fix)."
+    )
     if optimizer_missing:
         notes.append("No optimizer is named: adamw is taken.")
     workload: dict[str, Any] = {"optimizer": optimizer, "precisions": (precision,)}

@@ -172,7 +172,7 @@ def _valid(ctx: Context) -> Iterable[Check]:
         # DDP is composed with nothing else (dp_replicate is a dimension of FSDP's mesh otherwise).
         yield Check(
             "replicated states beside other parallelism need shards",
-            (mesh.tp * mesh.cp * mesh.pp == 1) | (mesh.dp == 1),
+            (mesh.tp * mesh.cp * mesh.pp == 1) | (mesh.dp * mesh.cp == 1),
         )
 
 
