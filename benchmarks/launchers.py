@@ -35,6 +35,7 @@ from typing import Any
 from benchmarks.launcher_plans import draw_plans
 from planner.export import EXPORTERS, export, find_exporter
 from planner.export.hf_rules import KERNELS
+from planner.export.megatron import RECOMPUTE
 from planner.export.readers import READERS, read_launched
 from planner.plan import Plan
 
@@ -46,6 +47,26 @@ FILES = {
     "accelerate": "accelerate.yaml", "deepspeed": "deepspeed.json", "galvatron": "galvatron.json", "megatron": "run.sh",
     "torchtitan": "run.sh",
 }  # fmt: skip
+
+
+# A slip in each launcher's file that its judge has to notice: the file, what is replaced, and by what.
+SLIPS = {
+    "accelerate": ("accelerate.yaml", "num_machines:", "num_machine:"),
+    "deepspeed": ("deepspeed.json", '"train_batch_size": ', '"train_batch_size": 1'),
+    "galvatron": ("galvatron.json", '"pp_deg": ', '"pp_deg": 3'),
+    "megatron": ("args.txt", "--micro-batch-size ", "--micro-batch-size 7"),
+    "megatron-bridge": ("recipe.py", "cfg.train.micro_batch_size", "cfg.train.microbatch_size"),
+    "torchrun": ("mesh.py", '"tp": ', '"tp": 3'),
+    "torchtitan": ("flags.txt", "--training.seq-len", "--training.sequence-length"),
+    "transformers": ("training_arguments.json", '"gradient_accumulation_steps"', '"accumulation_steps"'),
+}
+
+
+def notices_a_slip(name: str, judge: Any, files: dict[str, str], plan: Plan) -> bool:
+    """Whether the judge refuses the files with a slip in them."""
+    file, right, wrong = SLIPS[name]
+    assert right in files[file]
+    return bool(judge.refusal({**files, file: files[file].replace(right, wrong, 1)}, plan))
 
 
 def validator(name: str) -> Any:
@@ -95,6 +116,8 @@ def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
             continue  # Liger's kernels are the script's choice
         if name == "accelerate" and knob == "recompute" and was == "block":
             continue  # the YAML recomputes all layers or none; the script is told how many
+        if knob == "recompute" and was == "modules" and _same_modules(said, plan):
+            continue
         wrong.append(f"{knob}: wrote {was}, read {said}")
     if run.devices not in (None, plan.devices):
         wrong.append(f"devices: {run.devices} of {plan.devices}")
@@ -132,6 +155,11 @@ def _same_group(knob: str, read: Any, plan: Plan) -> bool:
     return knob != "zero_stage" and int(read_ranks) == ranks
 
 
+def _same_modules(read: str, plan: Plan) -> bool:
+    """Whether modules that were written out have a name of their own."""
+    return set(RECOMPUTE.get(read, ())) == set(str(plan.knobs["recompute_modules"]).split("+"))
+
+
 def _by_liger(plan: Plan) -> bool:
     return KERNELS.get((str(plan.knobs["elementwise_kernel"]), str(plan.knobs["loss_kernel"]))) == "liger"
 
@@ -139,11 +167,14 @@ def _by_liger(plan: Plan) -> bool:
 def try_launcher(name: str, count: int) -> dict[str, Any]:
     """Tries plans; prints those that fail."""
     judge = validator(name)
-    tried = accepted = equal = 0
+    tried = accepted = equal = blind = 0
     models = set()
     for plan in draw_plans(name, count):
         files = export(plan, name)
         tried += 1
+        if not notices_a_slip(name, judge, files, plan):
+            print(f"{name} {plan.id}: a slip goes unnoticed", flush=True)
+            blind += 1
         models.add(plan.model)
         refusal = judge.refusal(files, plan)
         accepted += not refusal
@@ -152,7 +183,7 @@ def try_launcher(name: str, count: int) -> dict[str, Any]:
         if refusal or back:
             print(f"{name} {plan.id} {plan.model} on {plan.cluster}: {refusal} {back}", flush=True)
     return {
-        "version": judge.version, "tried": tried, "accepted": accepted, "models": len(models),
+        "version": judge.version, "tried": tried, "accepted": accepted, "models": len(models), "slips_noticed": tried - blind,
         "read_back": equal if name in READERS else None, "date": date.today().isoformat(),
     }  # fmt: skip
 
@@ -169,7 +200,10 @@ def page(results: dict[str, Any]) -> str:
             f"| `{name}` | {how.title} {found['version']} | {how.checked} | {found['tried']} over {found['models']} models |"
             f" {found['accepted']} | {back} |"
         )
-    return _PAGE.format(rows="\n".join(rows))
+    noticed, tried = (
+        sum(found.get(key, 0) for found in results.values()) for key in ("slips_noticed", "tried")
+    )
+    return _PAGE.format(rows="\n".join(rows), slips=f"{noticed:,} of {tried:,}")
 
 
 _PAGE = """# Launchers
@@ -183,7 +217,8 @@ sharded. Nothing ran on accelerators.
 |---|---|---|---:|---:|---:|
 {rows}
 
-- *Accepted*: the parser took the files, and what it made of them is the plan.
+- *Accepted*: the parser took the files, and what it made of them is the plan. With a slip put into each of them, it refused them:
+  {slips}.
 - *Read back equal*: `planner estimate --from` names the same knobs, as far as the file carries them. A DeepSpeed or Accelerate
   file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
 - Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
@@ -195,7 +230,6 @@ sharded. Nothing ran on accelerators.
 
 def main(names: list[str]) -> int:
     """Tries the launchers that are named, or all; returns the number of failures."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failures = 0
     for name in names or list(EXPORTERS):
         try:
@@ -203,16 +237,22 @@ def main(names: list[str]) -> int:
         except ImportError as error:
             print(f"{name}: passed over, cannot be imported here ({error})")
             continue
-        results[name] = found
+        _keep(name, found)
         print(name, found, flush=True)
         failures += (
             2 * found["tried"]
             - found["accepted"]
             - (found["tried"] if found["read_back"] is None else found["read_back"])
         )
+    return failures
+
+
+def _keep(name: str, found: dict[str, Any]) -> None:
+    """Puts a launcher's result among the others, and writes the page."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = found
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
     PAGE.write_text(page(results))
-    return failures
 
 
 if __name__ == "__main__":

@@ -151,7 +151,11 @@ class JobOptions:
     ] = None
     launcher: Annotated[
         str | None,
-        _option("--for", text="Only plans that it can run: megatron, fsdp or deepspeed.", metavar="LAUNCHER"),
+        _option(
+            "--for",
+            text="Only plans that it can run, e.g. megatron, deepspeed or accelerate.",
+            metavar="LAUNCHER",
+        ),
     ] = None
     document_len: Annotated[
         str | None,

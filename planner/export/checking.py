@@ -21,13 +21,15 @@ from planner.specs.problem import Problem
 
 __all__ = ["Change", "Finding", "findings", "path_to"]
 
-_DEGREES = ("tp", "cp", "pp", "ep", "etp")
 _TOGETHER: Mapping[str, tuple[str, ...]] = {
-    "schedule": ("virtual_stages", "pipeline_layout"),
+    "tp": ("sequence_parallel", "tensor_overlap"),
+    "cp": ("context",),
+    "pp": ("schedule", "virtual_stages", "pipeline_layout"),
+    "ep": ("etp",),
     "recompute": ("recompute_layers", "recompute_modules"),
     "zero_group": ("zero_group_ranks",),
 }
-"""Knobs that mean nothing without another one change with it."""
+"""Knobs that mean little without another one: where both differ, they change together."""
 _WORTH_A_WORD = 0.10  # of the step; smaller parts are not worth a warning
 
 

@@ -73,7 +73,7 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
     changes = [
         ", ".join(f"{words(name)} {was} → {now}" for name, (was, now) in step.knobs.items()) for step in steps
     ]
-    screen.grid(("gain s", "then s", "fits"), rows, ("fits",), "change", changes)
+    screen.grid(("step by s", "then s", "fits"), rows, ("fits",), "change", changes)
     peak, budget = best.estimate.memory_bytes["peak"], best.estimate.memory_budget_bytes
     screen.line(f"It peaks at {gib(peak)} GiB of {gib(budget)} GiB.")
     screen.line()

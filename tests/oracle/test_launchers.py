@@ -27,7 +27,7 @@ def test_the_launcher_takes_what_was_exported(name, package, monkeypatch):
     pytest.importorskip(package, reason=f"{package} is not installed (extra launchers)")
     monkeypatch.syspath_prepend(str(ROOT))
     kept = {key: module for key, module in sys.modules.items() if key.partition(".")[0] == "galvatron"}
-    from benchmarks.launchers import draw_plans, export, read_back, validator
+    from benchmarks.launchers import draw_plans, export, notices_a_slip, read_back, validator
     from planner.export.readers import READERS
 
     judge = validator(name)
@@ -35,6 +35,7 @@ def test_the_launcher_takes_what_was_exported(name, package, monkeypatch):
         for plan in draw_plans(name, PLANS):
             files = export(plan, name)
             assert judge.refusal(files, plan) == ""
+            assert notices_a_slip(name, judge, files, plan)
             assert name not in READERS or read_back(name, files, plan) == ""
     finally:
         sys.modules.update(kept)
