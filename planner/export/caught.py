@@ -17,13 +17,13 @@ _NOBODY = "nobody: it would run, slower or otherwise than meant"
 
 CAUGHT: Mapping[str, Mapping[str, str]] = {
     "megatron": {
-        "global batch": "validate_args (global batch not divisible)",
+        "a global batch of": "validate_args",
+        "devices do not divide": "validate_args",
         "sequence length not divisible by 2·cp": "Transformer Engine, at the first step",
         "KV heads per rank not divisible by cp": "Transformer Engine, at the first step",
         "attention heads not divisible by tp": "TransformerConfig, while the model is built",
         "feed-forward width not divisible by tp": "the tensor-parallel layers, while the model is built",
         "fewer micro-batches than pp (interleaved)": f"schedules.py, at {_FIRST_STEP}; the arguments are accepted",
-        "interleaved": f"schedules.py, at {_FIRST_STEP}; the arguments are accepted",
         "experts not divisible by ep": "validate_args",
         "etp·ep does not divide": f"initialize_model_parallel, at {_START}",
         "windowed attention does not travel a ring": "Transformer Engine, at the first step",
@@ -36,6 +36,7 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "tensor-parallel overlap needs": "validate_args",
     },
     "deepspeed": {
+        "a global batch of": "DeepSpeedConfig, which holds train_batch_size against the ranks",
         "pipelines are written": "nobody: the section pipeline is read, and does nothing without PipelineModule",
         "tensor parallelism (AutoTP) and Ulysses": f"the engine, at {_START}",
         "parameter offload needs ZeRO-3": "DeepSpeedConfig (zero_optimization is validated)",
@@ -45,6 +46,8 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "no Transformers class": _NOBODY,
     },
     "accelerate": {
+        "a global batch of": "nobody: the last batches of the script are smaller",
+        "devices do not divide": "ParallelismConfig",
         "tensor and context parallelism beside replicas": "ParallelismConfig",
         "sequence length not divisible by 2·cp": "PyTorch's context parallelism, at the first step",
         "KV heads not divisible by tp": f"Transformers, while it cuts the weights, at {_START}",
@@ -52,6 +55,8 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "sharded states need more than one replica": "PyTorch's device mesh, when the model is prepared",
     },
     "torchtitan": {
+        "a global batch of": f"the trainer, at {_START}",
+        "devices do not divide": f"ParallelDims, at {_START}",
         "sequence length not divisible by tp": f"the trainer, at {_START}",
         "tied embeddings": "update_from_config, while the model is built",
         "overlapped tensor parallelism needs": f"{_PARSER} (CompileConfig)",
@@ -60,6 +65,7 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "KV heads not divisible by tp": "the attention's sharding, while the model is built",
     },
     "galvatron": {
+        "a global batch of": f"get_hybrid_parallel_configs_api, at {_START}",
         "one of tensor parallelism and Ulysses": _NOBODY,
         "fewer micro-batches (chunks) than stages": _NOBODY,
         "pipeline degrees": _PARSER,

@@ -65,6 +65,9 @@ def findings(problem: Problem, run: LaunchedRun) -> tuple[list[Finding], Plan | 
         problem: the problem whose only plan the configuration is.
         run: what was read from the configuration.
     """
+    undealt = _undealt(problem)
+    if undealt:
+        return [Finding("error", undealt, caught_by(run.launcher, undealt))], None
     try:
         plan = estimate(problem)
     except InvalidPlan as error:
@@ -113,6 +116,18 @@ def path_to(problem: Problem, plan: Plan, best: Plan) -> list[Change]:
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+def _undealt(problem: Problem) -> str:
+    """Why devices or sequences cannot be dealt; empty where they can."""
+    tp, cp, pp, size = (int(problem.fixed.get(name, 1)) for name in ("tp", "cp", "pp", "micro_batch_size"))
+    devices, batch = problem.cluster.devices, problem.workload.global_batch_size
+    replicas, left = divmod(devices, tp * cp * pp)
+    if left or not replicas:
+        return f"devices do not divide among tp · cp · pp = {tp * cp * pp}: there are {devices:,}"
+    if batch % (replicas * size):
+        return f"a global batch of {batch:,} is no whole number of micro-batches of {size} on {replicas:,} replicas"
+    return ""
 
 
 def _memory(plan: Plan) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -428,6 +429,20 @@ def test_check_names_the_layer_that_would_have_caught_it():
     assert any(f.level == "error" and "Megatron-FSDP's wrapper" in f.caught_by for f in found)
 
 
+@pytest.mark.parametrize(
+    ("choices", "why"),
+    [
+        ({"micro_batch_size": 5}, "a global batch of 768 is no whole number"),
+        ({"tp": 3}, "devices do not divide among"),
+    ],
+)
+def test_check_names_what_cannot_be_dealt(choices, why):
+    ((finding,), plan) = checked("megatron", **choices)
+    assert plan is None
+    assert finding.what.startswith(why)
+    assert finding.caught_by == "validate_args"
+
+
 def test_check_says_what_does_not_fit():
     found, _ = checked("megatron", model="llama3.1-405b", zero_stage=0)
     assert any("does not fit" in finding.what for finding in found)
@@ -447,3 +462,11 @@ def test_gains_add_up_to_the_best_plan():
 def test_every_layer_is_of_a_launcher_that_can_be_read():
     assert set(CAUGHT) <= set(LAUNCHERS)
     assert set(READERS) <= set(CAUGHT)
+
+
+def test_every_reason_that_is_caught_is_given_somewhere():
+    root = Path(planner.__file__).parent
+    texts = [path.read_text() for path in root.rglob("*.py") if path.name != "caught.py"]
+    for table in CAUGHT.values():
+        for start in table:
+            assert any(f'"{start}' in text for text in texts), start
