@@ -39,3 +39,26 @@ def test_the_launcher_takes_what_was_exported(name, package, monkeypatch):
             assert name not in READERS or read_back(name, files, plan) == ""
     finally:
         sys.modules.update(kept)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    ["llama3.1-8b", "qwen2.5-7b", "qwen3-14b", "qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3", "gpt2-xl"],
+)
+def test_transformers_builds_a_model_of_as_many_parameters(name):
+    """On the meta device: no weight is made."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra launchers)"
+    )
+    torch = pytest.importorskip("torch")
+    from planner.export.hf_model import hf_model
+    from planner.specs.models import load_model
+    from planner.specs.parameters import parameter_count
+
+    model = load_model(name)
+    config = transformers.AutoConfig.for_model(**hf_model(model).config)
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in built.parameters()) == parameter_count(model)
