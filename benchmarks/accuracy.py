@@ -164,6 +164,8 @@ def _fitted_constants() -> set[tuple[str, str, float]]:
     numbers = set()
     for name in list_stacks():
         stack = load_stack(name)
+        if stack.serving is not None:
+            continue
         every = {("", field): getattr(stack, field) for field in stack.__dataclass_fields__}
         for generation, constants in stack.on.items():
             every |= {(generation, field): value for field, value in constants.items()}

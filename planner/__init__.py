@@ -8,11 +8,15 @@ if TYPE_CHECKING:
     from planner import costs
     from planner.errors import ExportError, Infeasible, InvalidPlan, PlannerError, SolverError, SpecError
     from planner.plan import Plan, SearchResult
+    from planner.serving.plan import ServePlan, ServeResult
+    from planner.serving.serve import serve
     from planner.solve.train import estimate, examine, search
     from planner.specs.hardware import load_cluster, load_device
     from planner.specs.models import load_model
     from planner.specs.problem import Problem
+    from planner.specs.serve_problem import ServeProblem
     from planner.specs.stack import load_stack
+    from planner.specs.traffic import Traffic
     from planner.specs.workload import TrainWorkload
 
 __version__ = "0.1.0"
@@ -25,8 +29,12 @@ _HOMES = {
     "PlannerError": "planner.errors",
     "Problem": "planner.specs.problem",
     "SearchResult": "planner.plan",
+    "ServePlan": "planner.serving.plan",
+    "ServeProblem": "planner.specs.serve_problem",
+    "ServeResult": "planner.serving.plan",
     "SolverError": "planner.errors",
     "SpecError": "planner.errors",
+    "Traffic": "planner.specs.traffic",
     "TrainWorkload": "planner.specs.workload",
     "costs": "planner",
     "estimate": "planner.solve.train",
@@ -36,6 +44,7 @@ _HOMES = {
     "load_model": "planner.specs.models",
     "load_stack": "planner.specs.stack",
     "search": "planner.solve.train",
+    "serve": "planner.serving.serve",
 }
 
 __all__ = [
@@ -46,8 +55,12 @@ __all__ = [
     "PlannerError",
     "Problem",
     "SearchResult",
+    "ServePlan",
+    "ServeProblem",
+    "ServeResult",
     "SolverError",
     "SpecError",
+    "Traffic",
     "TrainWorkload",
     "costs",
     "estimate",
@@ -57,6 +70,7 @@ __all__ = [
     "load_model",
     "load_stack",
     "search",
+    "serve",
 ]
 
 

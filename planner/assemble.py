@@ -6,16 +6,17 @@ Everything that a plan reports comes from here, whether the search chose it or t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from planner.attribution import Spend, attribute, spend
+from planner.assignment import Assignment, joined
+from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
-from planner.ledger import Array, AttentionCore, Ledger, Matmul
+from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.mesh import Mesh
 from planner.pipeline import BOUNDARY, Layout, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.plan import Estimate, Optimality, Plan
@@ -29,16 +30,24 @@ from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "assemble", "exact_step_s", "model_flop", "stage_seconds"]
+__all__ = ["Assembly", "Part", "assemble", "exact_step_s", "model_flop", "stage_seconds"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The one-row ledger of one strategy, and the plan's names of those of its block kinds that the plan holds."""
+
+    ledger: Ledger
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembly:
-    """A plan with the one-row ledger behind it, for those who want to see every item.
+    """A plan with the one-row ledgers behind it, for those who want to see every item.
 
     Attributes:
         plan: the plan.
-        ledger: its items, one row.
+        parts: its items: one ledger where all layers are treated alike, otherwise one per strategy.
         table: what one block of each kind costs and holds.
         spends: seconds of the step on the busiest device, item by item; the rest is its bubble.
         layout: blocks per virtual stage.
@@ -50,7 +59,7 @@ class Assembly:
     """
 
     plan: Plan
-    ledger: Ledger
+    parts: Sequence[Part]
     table: BlockTable
     spends: Sequence[Spend]
     layout: Layout
@@ -59,6 +68,14 @@ class Assembly:
     micro_batches: int
     recompute_layers: int | None
     device_memory: Sequence[Mapping[str, float]]
+
+    def residents(self) -> Iterator[tuple[Resident, str, float]]:
+        """What the plan's blocks hold, each with the plan's name of its block, and its bytes per block."""
+        for part in self.parts:
+            for item in part.ledger.of(Resident):
+                if item.block in part.names:
+                    size = float(np.ravel(part.ledger.axes[item.size])[0])
+                    yield item, part.names[item.block], size * item.bytes_per_element
 
 
 def exact_step_s(
@@ -125,6 +142,7 @@ def assemble(
     recompute_layers: int | None,
     optimality: Optimality | None = None,
     useful_flop: float | None = None,
+    assignment: Assignment | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -137,31 +155,23 @@ def assemble(
         recompute_layers: layers recomputed per device under ``recompute=block``.
         optimality: what a search proved; None for a plan that the user named.
         useful_flop: :func:`model_flop` of the problem, where it is already known.
+        assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
     """
     ctx = _context(problem, knobs, row)
     workload = problem.workload
-    ledger = baseline(
-        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
-        document_len=workload.document_len,
-    )  # fmt: skip
-    for slot in SLOTS:
-        technique = recipe[slot].technique
-        if technique is not None:
-            ledger = technique.apply(ledger, ctx)
     schedule = recipe["schedule"].technique
     assert schedule is not None
     order = generator_of(schedule.order)
     micro_batches = round(float(ctx.micro_batches[0]))
-    kinds = (*dict.fromkeys(block_order(problem.model)), EMBEDDING, HEAD, BOUNDARY)
     pricer = Pricer(problem.cluster, problem.stack)
-    table = tabulate(ledger, pricer, kinds, 1)
+    parts, table = _priced(problem, recipe, ctx, pricer, assignment)
     step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(
-        attribute(ledger, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers
+        _shares(parts, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers
     )
     communicators = sum(float(row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
-    parts = memory_parts(
+    held_parts = memory_parts(
         table,
         layout,
         order,
@@ -170,17 +180,18 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    host_bytes, cached = float(parts.pop("host").max()), parts.pop("cached")
+    host_bytes, cached = float(held_parts.pop("host").max()), held_parts.pop("cached")
     devices = [
-        {pool: float(held[run, 0]) for pool, held in parts.items() if held[run, 0]}
+        {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
     ]
     fullest = max(devices, key=lambda pools: sum(pools.values()))
     peak = sum(fullest.values())
     kept = (sum(pools.values()) + float(beside) for pools, beside in zip(devices, cached[:, 0], strict=True))
     budget = problem.memory_budget_bytes
-    repeats = dict(zip(kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
-    executed = _executed_flop(ledger, repeats, float(recomputed_fraction(layout, recompute_layers)))
+    repeats = dict(zip(table.kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
+    fraction = float(recomputed_fraction(layout, recompute_layers))
+    executed = sum(_executed_flop(part, repeats, fraction) for part in parts)
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
         problem,
@@ -202,17 +213,16 @@ def assemble(
         workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
         mesh=mesh,
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
-        stages=tuple(int(n) for n in layout.counts[:, :-3].sum(axis=1)),
+        stages=tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1)),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
         assumptions=(*assumptions(problem), weakest_text(judged["provenance"])),
         stack=problem.stack.name,
-        permissions=tuple(
-            sorted({need for c in recipe.values() if c.technique for need in c.technique.needs})
-        ),
+        permissions=_permissions(recipe, assignment),
+        layerwise=None if assignment is None else _layerwise(assignment),
     )
     return Assembly(
-        plan, ledger, table, spends, layout, order, device, micro_batches, recompute_layers, devices
+        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices
     )
 
 
@@ -246,6 +256,72 @@ def model_flop(model: Model, workload: TrainWorkload) -> float:
 def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     axes = ledger.axes
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
+
+
+def _priced(
+    problem: Problem, recipe: Mapping[str, Choice], ctx: Context, pricer: Pricer, assignment: Assignment | None
+) -> tuple[list[Part], BlockTable]:  # fmt: skip
+    """The plan's ledgers, and the table of all of its blocks."""
+    order = block_order(problem.model)
+    kinds = (*dict.fromkeys(order), EMBEDDING, HEAD, BOUNDARY)
+    if assignment is None:
+        ledger = _ledger(problem, recipe, ctx)
+        return [Part(ledger, {kind: kind for kind in kinds})], tabulate(ledger, pricer, kinds, 1)
+    ledgers = []
+    for strategy in assignment.strategies:
+        values = {slot: choice.value for slot, choice in strategy.items()}
+        ledgers.append(_ledger(problem, {**recipe, **strategy}, replace(ctx, knobs={**ctx.knobs, **values})))
+    columns, names = assignment.columns(order), assignment.names(order)
+    parts = [
+        Part(ledger, {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number})
+        for number, ledger in enumerate(ledgers)
+    ]
+    return parts, joined([tabulate(ledger, pricer, kinds, 1) for ledger in ledgers], columns, names)
+
+
+def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Ledger:
+    """The one-row ledger of a recipe."""
+    workload = problem.workload
+    ledger = baseline(
+        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
+        document_len=workload.document_len,
+    )  # fmt: skip
+    for slot in SLOTS:
+        technique = recipe[slot].technique
+        if technique is not None:
+            ledger = technique.apply(ledger, ctx)
+    return ledger
+
+
+def _shares(parts: Sequence[Part], pricer: Pricer) -> list[Share]:
+    """Shares of all items that the plan holds, by the plan's names of their blocks."""
+    return [
+        replace(share, block=part.names[share.block])
+        for part in parts
+        for share in attribute(part.ledger, pricer)
+        if share.block in part.names
+    ]
+
+
+def _permissions(recipe: Mapping[str, Choice], assignment: Assignment | None) -> tuple[str, ...]:
+    """What the plan's techniques do that changes the result of training."""
+    choices = [*recipe.values()]
+    for strategy in () if assignment is None else assignment.strategies:
+        choices += strategy.values()
+    return tuple(sorted({need for c in choices if c.technique for need in c.technique.needs}))
+
+
+def _layerwise(assignment: Assignment) -> dict[str, Any]:
+    """The assignment as JSON values: each strategy's choices, then runs of layers per virtual stage."""
+    return {
+        "strategies": [
+            {slot: _json_value(choice.value) for slot, choice in strategy.items()}
+            for strategy in assignment.strategies
+        ],
+        "stages": [[list(run) for run in runs] for runs in assignment.stages],
+        "embedding": assignment.embedding,
+        "head": assignment.head,
+    }
 
 
 def _context(problem: Problem, knobs: Mapping[str, Any], row: Mapping[str, float]) -> Context:
@@ -309,20 +385,19 @@ def _estimate(
     )
 
 
-def _executed_flop(ledger: Ledger, repeats: Mapping[str, float], recomputed: float) -> float:
-    """FLOP of one micro-batch through all stages, on one rank of each."""
-    flop = 0.0
+def _executed_flop(part: Part, repeats: Mapping[str, float], recomputed: float) -> float:
+    """FLOP of one micro-batch through all stages, on one rank of each, in a part's blocks."""
+    ledger, flop = part.ledger, 0.0
     for item in ledger.of(Matmul):
-        flop += (
-            _matmul_flop(ledger, item)
-            * repeats[item.block]
-            * (recomputed if item.phase == "recompute" else 1.0)
-        )
+        if item.block in part.names:
+            times = repeats[part.names[item.block]] * (recomputed if item.phase == "recompute" else 1.0)
+            flop += _matmul_flop(ledger, item) * times
     axes = ledger.axes
     for core in ledger.of(AttentionCore):
-        pairs = axes[core.batch] * axes[core.heads] * axes[core.q] * axes[core.kv] * axes[core.visible]
-        one = float(np.ravel(2.0 * pairs * (axes[core.qk_dim] + axes[core.v_dim]))[0]) * core.passes
-        flop += one * repeats[core.block] * (recomputed if core.phase == "recompute" else 1.0)
+        if core.block in part.names:
+            pairs = axes[core.batch] * axes[core.heads] * axes[core.q] * axes[core.kv] * axes[core.visible]
+            one = float(np.ravel(2.0 * pairs * (axes[core.qk_dim] + axes[core.v_dim]))[0]) * core.passes
+            flop += one * repeats[part.names[core.block]] * (recomputed if core.phase == "recompute" else 1.0)
     return flop
 
 
@@ -339,11 +414,15 @@ def _plan_knobs(
         "virtual_stages": layout.virtual_stages,
     }
     for slot in SLOTS:
-        value: Any = recipe[slot].value
-        values[slot] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+        values[slot] = _json_value(recipe[slot].value)
     values["pipeline_layout"] = layout.split
     values["gradient_dtype"] = knobs.get("gradient_dtype", "fp32")
     values |= {name: knobs[name] for name in details() if name in knobs}
     if recompute_layers is not None:
         values["recompute_layers"] = recompute_layers
     return values
+
+
+def _json_value(value: str) -> Any:
+    """A choice as JSON has it: switches and numbers as such."""
+    return {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)

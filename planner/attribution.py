@@ -46,7 +46,8 @@ class Spend:
 
 
 def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
-    """Shares of all items of a one-row ledger but its residents; ``item`` None is host dispatch that outlasts the device."""
+    """Shares of all items of a one-row ledger but its residents; ``item`` None is host dispatch that outlasts the device, or that
+    it waits for."""
     phases: dict[tuple[str, str], list[tuple[Item, float]]] = defaultdict(list)
     for item, price in zip(ledger.items, pricer.prices(ledger.items, ledger.axes), strict=True):
         if not isinstance(item, Resident):
@@ -65,6 +66,10 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         dispatch_s = launches * float(pricer.stack.dispatch_s)
         if dispatch_s > total_s:
             shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))
+        waited = (i for i, price in priced if price > 0 and i.waited)
+        if waits := sum(float(np.ravel(dispatches(item, ledger.axes))[0]) for item in waited):
+            waited_s = waits * float(pricer.stack.waited_dispatches) * float(pricer.stack.dispatch_s)
+            shares.append(Share(None, block, phase, waited_s, waited_s))
     return shares
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import (
+    CUSTOM_ALL_REDUCE,
+    CUSTOM_ALL_REDUCE_BYTES,
     Level,
     MessageCost,
     Transport,
@@ -27,7 +28,7 @@ from planner.costs.collectives import (
 )
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
-from planner.kernels import Kernels
+from planner.kernel_prices import KernelPrices
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -79,10 +80,10 @@ class Pricer:
         self.cluster = cluster
         self.device = cluster.device
         self.stack = stack.on_generation(self.device.generation)
-        self.kernels = Kernels(self.device)
+        self._kernels = KernelPrices(self.device, self.stack)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
-        self._costs: dict[tuple[int, str], tuple[MessageCost, ...]] = {}
+        self._costs: dict[tuple[int, str, str], tuple[MessageCost, ...]] = {}
         self._keys: dict[int, tuple[Any, Item]] = {}
 
     def prices(self, items: Sequence[Item], axes: Axes) -> list[Array]:
@@ -95,9 +96,9 @@ class Pricer:
                 missing.setdefault(key, item)
         if missing:
             by_kind: tuple[tuple[type[Item], Any], ...] = (
-                (Matmul, self._matmuls),
-                (Stream, self._streams),
-                (AttentionCore, self._attention),
+                (Matmul, self._kernels.matmuls),
+                (Stream, self._kernels.streams),
+                (AttentionCore, self._kernels.attention),
                 (Collective, self._collectives),
                 (Transfer, self._transfers),
             )
@@ -151,46 +152,26 @@ class Pricer:
 
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 
-    def _matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
-        width = np.array([[dtype_bytes(item.dtype)] for item in items])
-        out = np.array([[dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes] for i in items])
-        rate = np.array([[self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped)] for i in items])
-        m, n, k, groups = (
-            _stack([getattr(item, name) for item in items], axes) for name in ("m", "n", "k", "groups")
-        )
-        launches = np.array([[item.launches] for item in items])
-        # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
-        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in items])
-        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, width))
-        seconds: Array = self.kernels.matmul_s(m, n, k, groups, aligned, width, out) * launches
-        return seconds
-
-    def _streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
-        size = _stack([item.size for item in items], axes)
-        bytes_per_element, launches, flop_per_element = (
-            np.array([[getattr(item, name)] for item in items])
-            for name in ("bytes_per_element", "launches", "flop_per_element")
-        )
-        flop = size * flop_per_element if flop_per_element.any() else 0.0
-        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
-
-    def _attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
-        for item in items:
-            yield self.kernels.attention_s(
-                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
-                axes[item.v_dim], self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0),
-                visible=axes[item.visible], passes=item.passes, bytes_per_element=dtype_bytes(item.dtype),
-            )  # fmt: skip
-
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
-            n_bytes = axes[item.size] * dtype_bytes(item.dtype) * item.skew
-            where = (id(item.group), item.kind)
-            if where not in self._costs:
-                self._costs[where] = collective_costs(item.kind, self.levels(item.group))  # type: ignore[arg-type]
+            n_bytes = axes[item.size] * dtype_bytes(item.dtype)
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
-            yield fastest_s(n_bytes / messages, self._costs[where]) * messages
+            each = n_bytes / messages
+            library = self._costs_of(item.group, item.kind)
+            seconds = fastest_s(each, library)
+            if item.custom:
+                own = (c for name in CUSTOM_ALL_REDUCE for c in self._costs_of(item.group, item.kind, name))
+                seconds = np.where(
+                    each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds
+                )
+            yield seconds * messages
+
+    def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:
+        where = (id(group), kind, algorithm)
+        if where not in self._costs:
+            self._costs[where] = collective_costs(kind, self.levels(group), algorithm)  # type: ignore[arg-type]
+        return self._costs[where]
 
     def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
         rate = {
@@ -300,6 +281,7 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
     """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
     windows: dict[str, dict[str, Any]] = defaultdict(dict)
     launches: Array | float = 0.0
+    waits: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         tracks = windows[item.window]
         tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
@@ -307,6 +289,8 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             launches = launches + dispatches(item, ledger.axes) * (
                 price > 0
             )  # without work it is not launched
+        if item.waited:
+            waits = waits + dispatches(item, ledger.axes) * (price > 0)
     slowdown = pricer.stack.overlap_slowdown.value
     serial = windows[""]
     for window, tracks in windows.items():
@@ -314,15 +298,20 @@ def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Price
             inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
             serial["main"] = serial["main"] + inside if "main" in serial else inside
     device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    return {f"{items[0].phase}_s": np.maximum(device_s, launches * float(pricer.stack.dispatch_s))}
+    dispatch_s = float(pricer.stack.dispatch_s)
+    paced_s = np.maximum(device_s, launches * dispatch_s)
+    return {f"{items[0].phase}_s": paced_s + waits * (float(pricer.stack.waited_dispatches) * dispatch_s)}
 
 
-def dispatches(item: Kernel, axes: Axes) -> Array | float:
-    """Kernels that the host issues for an item; a grouped product is one per expert, as Transformer Engine issues them."""
-    if isinstance(item, Matmul) and item.grouped:
+def dispatches(item: Item, axes: Axes) -> Array | float:
+    """Kernels that the host issues for an item.
+
+    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
+    """
+    if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
         return each
-    return item.launches
+    return item.launches if isinstance(item, Kernel) else 1.0
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
@@ -351,11 +340,6 @@ def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: P
     return totals
 
 
-def _stack(expressions: list[str], axes: Axes) -> Array:
-    """Expressions over axes as one array (items, rows)."""
-    return np.stack(np.broadcast_arrays(*(np.atleast_1d(axes[e]) for e in expressions)))
-
-
 def _transport(tier: Tier) -> Transport | None:
     """How the communication library drives a tier's link, in the terms of the cost formulas."""
     constants = tier.transport
@@ -370,16 +354,16 @@ def _key(item: Item) -> Any:
     """What a price depends on: all its expressions in one text, then the rest; None for residents."""
     if isinstance(item, Matmul):
         sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
-        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches)
+        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.skew)
+        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.custom)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)
         )
-        return (sizes, item.passes, item.dtype)
+        return (sizes, item.passes, item.dtype, item.stored, item.latent, item.decode)
     if isinstance(item, Transfer):
         return (item.size, item.bytes_per_element, item.tier)
     return None

@@ -40,22 +40,21 @@ def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
     counts = layout.first_counts[run]
     in_flight, in_flight_host = _in_flight(assembly, run, kept)
     working = _largest_transient(assembly, counts, kept)
-    for item in assembly.ledger.of(Resident):
-        kind = table.kinds.index(item.block)
-        n_bytes = float(np.ravel(assembly.ledger.axes[item.size])[0]) * item.bytes_per_element
+    for item, block, n_bytes in assembly.residents():
+        kind = table.kinds.index(block)
         if item.tier != "device":
             times = counts[kind] if item.lifetime == "always" else in_flight_host[kind]
-            yield Holding("host", item.block, item, float(times) * n_bytes)
+            yield Holding("host", block, item, float(times) * n_bytes)
         elif item.lifetime == "always":
-            yield Holding(item.pool, item.block, item, float(counts[kind]) * n_bytes)
+            yield Holding(item.pool, block, item, float(counts[kind]) * n_bytes)
         elif item.lifetime == "micro_batch":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes)
         elif item.lifetime == "recomputed":
-            yield Holding("activations", item.block, item, float(in_flight[kind]) * n_bytes * kept)
+            yield Holding("activations", block, item, float(in_flight[kind]) * n_bytes * kept)
         elif item.lifetime == "weight_input" and len(in_flight) > len(counts):
-            yield Holding("activations", item.block, item, float(in_flight[len(counts) + kind]) * n_bytes)
+            yield Holding("activations", block, item, float(in_flight[len(counts) + kind]) * n_bytes)
         if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
-            yield Holding("workspace", item.block, item, n_bytes)
+            yield Holding("workspace", block, item, n_bytes)
 
 
 def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]:
@@ -63,14 +62,17 @@ def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, Array]
 
     Where the schedule splits the backward, blocks that wait for their weight gradient follow.
     """
-    table, layout = assembly.table, assembly.layout
+    table, layout, order = assembly.table, assembly.layout, assembly.order
     index = int(layout.run_first[run])
-    depth = int(saturated(assembly.order, layout.pp, layout.virtual_stages, assembly.micro_batches))
+    depth = int(saturated(order, layout.pp, layout.virtual_stages, assembly.micro_batches))
+    if layout.virtual_stages == 1 and order.in_flight is not None:
+        blocks = float(order.in_flight(layout.pp, depth, index)) * layout.first_counts[run]
+        return blocks, blocks
     chunks = layout.chunks[:, index]
-    blocks = live_vectors(assembly.order, layout.pp, depth, layout.virtual_stages, index, chunks)
+    blocks = live_vectors(order, layout.pp, depth, layout.virtual_stages, index, chunks)
     on_device = (table["saved_bytes"] + kept * table["recomputed_bytes"])[:, 0]
     on_host = table["host_saved_bytes"][:, 0]
-    if assembly.order.splits_backward:
+    if order.splits_backward:
         on_device = np.concatenate([on_device, table["weight_input_bytes"][:, 0]])
         on_host = np.concatenate([on_host, np.zeros_like(on_host)])
     return blocks[np.argmax(blocks @ on_device)], blocks[np.argmax(blocks @ on_host)]

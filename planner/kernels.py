@@ -21,7 +21,10 @@ from planner.costs.compute import (
 from planner.costs.precision import FORMAT_BITS
 from planner.specs.device import Device, Sourced
 
-__all__ = ["Kernels"]
+__all__ = ["WIDE_HEAD", "Kernels"]
+
+WIDE_HEAD = 128.0
+"""Width beyond which accumulators of a head spill where a library's kernels are not made for it."""
 
 
 class Kernels:
@@ -31,26 +34,31 @@ class Kernels:
         device: whose constants apply.
         alone: the kernel is timed by itself, over and over: its operands may still be in the second-level cache, and a short
             one runs before the chip has throttled its clocks. False: it is one of many in a step, and finds neither.
+        start_share: of a kernel's fixed cost (its start and end, and splitting a contraction), what is not hidden behind the
+            kernels before and after it.
     """
 
-    def __init__(self, device: Device, *, alone: bool = False) -> None:
+    def __init__(self, device: Device, *, alone: bool = False, start_share: float = 1.0) -> None:
         eff = device.efficiency
         self.device = device
         self.alone = alone
-        self.launch_s = float(device.launch_s)
+        self.launch_s = float(device.launch_s) * start_share
+        boost = float(eff.matmul_burst) - 1.0 if alone else 0.0
         self._memory: dict[str, Any] = {
             "memory_bytes_per_s": float(device.memory_bytes_per_s),
             "memory": float(eff.memory),
         }
         self._roofline: dict[str, Any] = {
-            **self._memory, "overlap_loss": float(eff.overlap_loss), "split_s": float(eff.split_s),
+            **self._memory, "overlap_loss": float(eff.overlap_loss), "split_s": float(eff.split_s) * start_share,
             "multiprocessors": float(device.multiprocessors),
         }  # fmt: skip
+        self._product: dict[str, Any] = {**self._roofline, "boost": boost}
         self._tile = float(eff.matmul_tile)
         self._attention: dict[str, Any] = {
             **self._roofline, "tile": float(eff.attention_tile), "straggler": float(eff.attention_straggler),
             "tile_s": float(eff.attention_tile_s), "softmax_flop": float(eff.softmax_flop),
             "vector_flop_per_s": float(device.vector_flop_per_s),
+            "boost": boost,
         }  # fmt: skip
 
     def peak_flop_per_s(self, dtype: str) -> tuple[float, str]:
@@ -104,7 +112,7 @@ class Kernels:
         """Seconds of a kernel of products that fills ``waves`` waves of tiles and moves ``bytes_``."""
         return product_s(
             waves, k, self._moved(bytes_, working_set_bytes), flop_per_s, tile=self._tile, launch_s=self.launch_s,
-            boost=float(self.device.efficiency.matmul_burst) - 1.0 if self.alone else 0.0, **self._roofline,
+            **self._product,
         )  # fmt: skip
 
     def waves(self, m: Real, n: Real, groups: Real = 1.0, tile: float | None = None) -> Real:

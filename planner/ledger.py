@@ -67,6 +67,7 @@ class Item:
         window: items of one window run side by side (one track per ``track``); the empty window is the block's own
             serial order, which everything on another track of the empty window runs beside.
         track: the stream inside the window.
+        waited: the host waits for each kernel or call before it issues the next.
     """
 
     what: str
@@ -77,6 +78,7 @@ class Item:
     source: str = ""
     window: str = ""
     track: str = "main"
+    waited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Matmul(Kernel):
     groups: str = "1"
     grouped: bool = False
     out_bytes: float | None = None  # bytes per output element; None follows dtype
+    format: str = ""  # of inputs and weights where they are not of ``dtype``: a key of KERNEL_FORMATS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,9 @@ class AttentionCore(Kernel):
     """A fused attention kernel: softmax(QKᵀ)V without the score matrix in memory.
 
     FLOP = 2·batch·heads·q·kv·(qk_dim + v_dim)·``visible``·``passes``: ``visible`` is the fraction of the score matrix
-    that the mask leaves and the kernel does not skip, ``passes`` 1 forward and 2.5 backward (5 products for 2).
+    that the mask leaves and the kernel does not skip, ``passes`` 1 forward and 2.5 backward (5 products for 2). ``stored`` is the
+    dtype of the cache that it reads (empty: keys and values of ``dtype``); ``latent``: values are the first part of the keys, and
+    read with them; ``decode``: it is the generation phase's kernel.
     """
 
     batch: str
@@ -117,6 +122,9 @@ class AttentionCore(Kernel):
     v_dim: str
     visible: str = "1"
     passes: float = 1.0
+    stored: str = ""
+    latent: bool = False
+    decode: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +141,8 @@ class Collective(Item):
     """``kind`` over ``group`` on ``size`` elements of ``dtype``.
 
     ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
-    and point-to-point. ``messages`` is into how many calls it is cut.
+    and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
+    with the library's while the message is small.
     """
 
     kind: CollectiveKind
@@ -141,7 +150,7 @@ class Collective(Item):
     size: str
     dtype: str = "fp32"
     messages: str = "1"
-    skew: float = 1.0  # max over ranks of the load, relative to the mean
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

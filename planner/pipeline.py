@@ -30,7 +30,9 @@ __all__ = [
     "Layout",
     "Layouts",
     "Split",
+    "deal_layers",
     "held_bytes",
+    "layout_of",
     "layouts",
     "memory",
     "memory_parts",
@@ -169,23 +171,35 @@ def layouts(
         sizes = [total // stages] * stages
         sizes[0] -= split.first_fewer
         sizes[-1] -= split.last_fewer
-        found.append(_layout(order, kinds, pp, virtual_stages, split.name, sizes, placement, alike_in_order))
+        found.append(
+            deal_layers(order, kinds, pp, virtual_stages, split.name, sizes, placement, alike_in_order)
+        )
     if not found and n >= stages:
         small, longer = divmod(n, stages)
         start = (stages - longer) // 2
         sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
-        found.append(_layout(order, kinds, pp, virtual_stages, "balanced", sizes, placement, alike_in_order))
+        found.append(
+            deal_layers(order, kinds, pp, virtual_stages, "balanced", sizes, placement, alike_in_order)
+        )
     return tuple(found)
 
 
-def _layout(
+def deal_layers(
     order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, split: str, sizes: Sequence[int],
-    placement: Placement, alike_in_order: bool,
+    placement: Placement = LOOPED, alike_in_order: bool = True,
 ) -> Layout:  # fmt: skip
+    """The layout of some numbers of layers per stage of a pipeline, which add up to all layers."""
     ends = np.cumsum(sizes)
     pipeline = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
     pipeline[0, kinds.index(EMBEDDING)] = 1
     pipeline[-1, kinds.index(HEAD)] = 1
+    return layout_of(pipeline, pp, virtual_stages, split, placement, alike_in_order)
+
+
+def layout_of(
+    pipeline: Array, pp: int, virtual_stages: int, split: str, placement: Placement = LOOPED, alike_in_order: bool = True
+) -> Layout:  # fmt: skip
+    """The layout of given blocks per stage of a pipeline, (stages, kinds), of whose kinds the last three are no layers."""
     counts = np.tile(pipeline, (placement.copies, 1))
     chunks = placement.by_chunk(counts, pp)
     differ = (
@@ -198,7 +212,7 @@ def _layout(
     device_counts = chunks.sum(axis=0)
     depth = placement.depth(pp)[last]
     before = (np.cumsum(pipeline, axis=0) - pipeline)[depth]
-    layers = int(device_counts[first][:, : len(kinds) - 3].sum(axis=1).max())
+    layers = int(device_counts[first][:, :-3].sum(axis=1).max())
     return Layout(
         pp, virtual_stages, split, counts, chunks, device_counts, first, last, device_counts[first], device_counts[last],
         before, depth, layers, placement.copies,

@@ -88,6 +88,9 @@ class Plan:
         optimality: what the search proved.
         assumptions: what the numbers rest on.
         stack: name (or path) of the software stack.
+        layerwise: where layers differ in their choices: ``strategies``, each its additive choices by slot; ``stages``, per
+            virtual stage the runs ``[strategy, layers]`` in the order of its layers; ``embedding`` and ``head``, their
+            strategies. ``knobs`` then has the choices of the first strategy. None where all layers are treated alike.
         permissions: what the plan does that changes the result of training (:data:`planner.specs.problem.PERMISSIONS`).
     """
 
@@ -103,11 +106,14 @@ class Plan:
     stack: str = "default"
     permissions: tuple[str, ...] = ()
     schema_version: str = SCHEMA_VERSION
+    layerwise: Mapping[str, Any] | None = None
 
     @property
     def id(self) -> str:
         """Stable name of the choice (not of its estimate): the same problem and knobs give the same id."""
         choice = [self.model, self.cluster, dict(self.workload), dict(self.mesh), dict(self.knobs)]
+        if self.layerwise is not None:
+            choice.append(dict(self.layerwise))
         return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
 
     @property
@@ -140,6 +146,15 @@ class Plan:
         for name, (low, high) in (self.estimate.interval or {}).items():
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"interval of {name} is {low!r} to {high!r}")
+        if self.layerwise is not None:
+            strategies, stages = self.layerwise["strategies"], self.layerwise["stages"]
+            used = {s for runs in stages for s, _ in runs} | {
+                self.layerwise[end] for end in ("embedding", "head")
+            }
+            if not used <= set(range(len(strategies))):
+                raise ValueError(f"strategies {sorted(used)} of {len(strategies)}")
+            if tuple(sum(layers for _, layers in runs) for runs in stages) != self.stages:
+                raise ValueError("the layers of layerwise.stages are not those of stages")
         if self.estimate.step_time_s <= 0.0 or "peak" not in self.estimate.memory_bytes or self.devices < 1:
             raise ValueError("the estimate lacks a step time or a peak")
 
@@ -148,6 +163,8 @@ class Plan:
         fields = asdict(self)
         for name in ("stages", "assumptions", "permissions"):
             fields[name] = list(fields[name])
+        if self.layerwise is None:  # plans that treat all layers alike have no such field
+            del fields["layerwise"]
         return {"id": self.id, **fields}
 
     @staticmethod
@@ -221,12 +238,16 @@ class SearchReport:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself."""
+    """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself.
+
+    ``layerwise`` is the account of the search of plans whose layers differ, where there was one.
+    """
 
     plans: tuple[Plan, ...]
     search: SearchReport
     pareto: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = field(default=())
+    layerwise: Mapping[str, Any] | None = None
 
     @property
     def best(self) -> Plan:
@@ -235,13 +256,14 @@ class SearchResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as the JSON object that ``planner train --json`` prints."""
-        return {
+        found: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "plans": [plan.as_dict() for plan in self.plans],
             "pareto": [dict(point) for point in self.pareto],
             "search": asdict(self.search),
             "notes": list(self.notes),
         }
+        return found if self.layerwise is None else {**found, "layerwise": dict(self.layerwise)}
 
 
 def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
     from planner.specs.stack import Stack
+    from planner.specs.traffic import Traffic
     from planner.specs.workload import TrainWorkload
 
 __all__ = [
     "ADDITIVE_SLOTS",
+    "SERVING_SLOTS",
     "SLOTS",
     "Check",
     "Context",
@@ -37,6 +39,7 @@ __all__ = [
     "Figure",
     "Knob",
     "Launcher",
+    "ServingContext",
     "Technique",
     "details",
     "discover",
@@ -55,10 +58,12 @@ SLOTS = (
     "sequence_parallel",
     "context",
     "expert",
+    "expert_overlap",
     "tensor_overlap",
     "pipeline",
     "cuda_graph",
     "optimizer",
+    "checkpoint_end",  # where a recomputation stops
     "zero_stage",  # gradient synchronisation, and what is sharded over the data-parallel ranks
     "zero_group",  # over which of those ranks
     "synchronisation",  # how often replicas agree, and who with whom
@@ -70,6 +75,19 @@ SLOTS = (
     "schedule",
 )
 """Slots of a training recipe, in the order in which their passes run. A slot's name is also the knob that chooses in it."""
+
+SERVING_SLOTS = (
+    "weights",  # number formats of linear layers
+    "cache",  # number format of what is kept of the tokens seen
+    "attention",  # kernels of attention and of recurrent mixers
+    "latent",  # how latent attention generates
+    "fusion",
+    "shards",  # tensor parallelism
+    "experts",
+    "stages",  # pipeline parallelism
+    "graphs",
+)
+"""Slots of a serving recipe, in the order in which their passes run."""
 
 _JOBS: tuple[Literal["training", "serving"], ...] = ("training", "serving")
 
@@ -83,6 +101,7 @@ def off(slot: str) -> str:
 
 
 _OFF = {
+    "checkpoint_end": "whole",
     "elementwise_kernel": "fused",
     "gradient_accumulation": "fused",
     "sequence_parallel": "false",
@@ -180,12 +199,36 @@ class Context:
         return self.workload.global_batch_size / (self.mesh.dp * self.micro_batch_size)
 
 
-def _no_checks(ctx: Context) -> Iterable[Check]:
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingContext:
+    """What a pass over an iteration of a serving replica may look at: the problem, the replica's mesh per row, its knobs.
+
+    ``mesh.dp`` counts the replica's attention-parallel ranks, which batch requests of their own and share the experts.
+    """
+
+    model: Model
+    cluster: Cluster
+    traffic: Traffic
+    stack: Stack
+    mesh: Mesh
+    knobs: Mapping[str, Any]
+
+    @property
+    def format(self) -> Format:
+        """Formats of activations and of products that are never quantised."""
+        return FORMATS[self.knobs.get("activations", "bf16")]
+
+
+def _no_checks(ctx: Any) -> Iterable[Check]:
     return ()
 
 
-def _identity(ledger: Ledger, ctx: Context) -> Ledger:
+def _identity(ledger: Ledger, ctx: Any) -> Ledger:
     return ledger
+
+
+def _nothing(*arguments: Any, **named: Any) -> float:
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +237,7 @@ class Technique:
 
     Attributes:
         key: the catalogue's key.
-        slot: one of :data:`SLOTS`; None for presets, solvers and objectives.
+        slot: one of :data:`SLOTS` or :data:`SERVING_SLOTS`, as its job says; None for presets, solvers and objectives.
         kind: technique, baseline (the ledger as it is, named so that it can be chosen), preset (a published combination),
             solver or objective.
         status: ``modelled``, or ``declared`` with the reason in ``summary`` (never counted as covered).
@@ -203,6 +246,7 @@ class Technique:
         valid: composition rules; each becomes a rejection with its reason.
         apply: the pass.
         order: for a schedule, its order generator, or the name of one; for a collective, the name of its algorithm.
+        compose: for what is neither a pass nor an order, such as a queue in front of a pool, the formula that it brings.
         searched: whether the search tries it without being asked; the others it tries where everything is to be explored.
         asked: whether only a plan that names it has it: another job than training all weights in full, a detail to be given, or
             software that does what the usual choice does and more.
@@ -210,6 +254,7 @@ class Technique:
         by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
+        solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
     """
 
     key: str
@@ -224,15 +269,18 @@ class Technique:
     status: Literal["modelled", "declared"] = "modelled"
     knobs: tuple[Knob, ...] = ()
     figures: tuple[Figure, ...] = ()
-    valid: Callable[[Context], Iterable[Check]] = _no_checks
-    apply: Callable[[Ledger, Context], Ledger] = _identity
+    valid: Callable[[Any], Iterable[Check]] = _no_checks
+    apply: Callable[[Ledger, Any], Ledger] = _identity
     order: Generator | str = ""
+    compose: Callable[..., Any] | None = None
     searched: bool = True
     asked: bool = False
     needs: tuple[str, ...] = ()
     by_row: bool = False
     moves: tuple[str, ...] = ()
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    solve: Callable[..., Any] | None = None
+    naive: Callable[..., Any] | None = None
 
     @property
     def edits(self) -> bool:
@@ -240,12 +288,18 @@ class Technique:
         return self.apply is not _identity
 
     def subject(self, figure: Figure) -> Any:
-        """What a figure exercises: the pass, or the order."""
-        return self.apply if figure.of_pass or not self.order else self.order
+        """What a figure exercises: the solver, the pass, the order, or the formula."""
+        if self.solve:
+            return self.solve
+        return self.apply if figure.of_pass else self.order or self.compose or self.apply
 
     def absence(self, figure: Figure) -> Any:
-        """What takes the subject's place where the technique is missing: a pass that does nothing, or no order at all."""
-        return _identity if figure.of_pass or not self.order else ""
+        """What takes the subject's place where the technique is missing: no plan, a pass that does nothing, no order, or nothing."""
+        if self.solve:
+            return self.naive
+        if figure.of_pass or not (self.order or self.compose):
+            return _identity
+        return "" if self.order else _nothing
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as ``planner techniques --json`` prints it."""

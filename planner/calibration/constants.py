@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from planner.calibration.robust_fit import Constant
 from planner.specs.device import Sourced
+from planner.specs.stack import Stack
 
 __all__ = ["changed", "constant_at", "constants_of"]
 
@@ -29,7 +30,7 @@ def constant_at(spec: Any, path: str) -> float | None:
 
 
 def changed(spec: SpecT, values: Mapping[str, float]) -> SpecT:
-    """The spec with other numbers at some paths; kinds and sources stay.
+    """The spec with other numbers at some paths; kinds and sources stay. What a stack says of one generation alone gives way.
 
     >>> from planner.specs.device_file import load_device
     >>> constant_at(changed(load_device("h100-sxm"), {"efficiency.matmul": 0.5}), "efficiency.matmul")
@@ -45,6 +46,11 @@ def changed(spec: SpecT, values: Mapping[str, float]) -> SpecT:
             new[name] = _renumbered(_get(spec, name), value)
     for name, part in inner.items():
         new[name] = changed(_get(spec, name), part)
+    if isinstance(spec, Stack):
+        new["on"] = {
+            generation: {name: constant for name, constant in constants.items() if name not in values}
+            for generation, constants in spec.on.items()
+        }
     if isinstance(spec, Mapping):
         return {**spec, **new}  # type: ignore[return-value]
     return replace(spec, **new)  # type: ignore[type-var]

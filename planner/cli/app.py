@@ -19,6 +19,9 @@ from planner.cli import (
     hardware,
     models,
     schema,
+    serve,
+    simulate,
+    solve,
     techniques,
     trace,
     train,
@@ -41,6 +44,8 @@ def command() -> Callable[..., Any]:
     app = typer.Typer(name="planner", help=_HELP, **_PLAIN)
     app.callback()(_program)
     app.command("train")(train.train)
+    app.command("serve")(serve.serve)
+    app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
@@ -49,7 +54,12 @@ def command() -> Callable[..., Any]:
     app.command("compare")(compare.compare)
     app.command("export")(export.export)
     app.command("techniques")(techniques.techniques)
-    for name, verbs in (("hardware", hardware), ("models", models), ("calibrate", calibrate)):
+    for name, verbs in (
+        ("solve", solve),
+        ("hardware", hardware),
+        ("models", models),
+        ("calibrate", calibrate),
+    ):
         group = typer.Typer(help=verbs.HELP, **_PLAIN)
         group.callback()(_group)
         for verb, run in verbs.VERBS.items():
@@ -61,9 +71,10 @@ def command() -> Callable[..., Any]:
     return program.main  # type: ignore[no-any-return]
 
 
-_HELP = """Plans how to train a foundation model: which parallelism, on which machines, at what cost.
+_HELP = """Plans how to train and serve a foundation model: which parallelism, on which machines, at what cost.
 
 Start with: planner train --model llama3.1-70b --cluster h100-sxm:32x8 --global-batch 1024 --seq-len 8192
+        or: planner serve --model qwen3-32b --cluster h200-sxm:4x8 --isl 4000 --osl 500 --ttft-ms 1000 --tpot-ms 20
 """
 
 

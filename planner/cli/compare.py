@@ -25,6 +25,8 @@ def compare(
     from planner.cli.output import print_json
     from planner.errors import SpecError
 
+    if _serving(a, b, as_json):
+        return
     found: list[Plan] = []
     faults: list[Problem] = []
     for reference in (a, b):
@@ -44,3 +46,20 @@ def compare(
         from planner.report.comparison import show_comparison
 
         show_comparison(content)
+
+
+def _serving(a: str, b: str, as_json: bool) -> bool:
+    """Compares serving plans; whether both are."""
+    from planner.cli.serve_plan import compare_serving, read_serving_plan
+    from planner.errors import Problem, SpecError
+
+    try:
+        one, other = read_serving_plan(a), read_serving_plan(b)
+    except SpecError:
+        return False  # said by the reader of the other kind, for both files at once
+    if (one is None) != (other is None):
+        raise SpecError(Problem("PLAN", "one plan trains, the other serves", "two plans of one kind"))
+    if one is None or other is None:
+        return False
+    compare_serving(one, other, as_json)
+    return True

@@ -10,6 +10,7 @@ import typer
 from planner.cli.explain import single
 from planner.cli.job import JobOptions, with_job
 from planner.cli.launched import best_of_launcher, launched_problem
+from planner.cli.plan_file import PLAN_HELP
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 @with_job
 def estimate(
     job: JobOptions,
+    plan_file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PLAN]", help=f"A serving plan to price again: {PLAN_HELP}", show_default=False
+        ),
+    ] = None,
     source: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -56,6 +63,9 @@ def estimate(
     from planner.plan import SCHEMA_VERSION
     from planner.report.totals import confidence_fields, run_totals
 
+    if plan_file is not None:
+        _again(plan_file, as_json)
+        return
     given = ("megatron", script) if script is not None and source is None else source
     problem, notes = _named(job, given)
     with OutputFile(out) if out is not None else nullcontext() as file:
@@ -78,6 +88,19 @@ def estimate(
         from planner.report.ranking import show_plan
 
         show_plan(plan, problem, notes, best)
+
+
+def _again(reference: str, as_json: bool) -> None:
+    """Prices a serving plan from a file."""
+    from planner.cli.serve_plan import estimate_serving, read_serving_plan
+    from planner.errors import Problem, SpecError
+
+    served = read_serving_plan(reference)
+    if served is None:
+        raise SpecError(
+            Problem("PLAN", "is a plan that trains", "a serving plan", "explain prices training plans again.")
+        )
+    estimate_serving(served, as_json)
 
 
 def _named(job: JobOptions, source: tuple[str, str] | None) -> tuple[Problem, list[str]]:

@@ -52,6 +52,13 @@ def explain(
     from planner.report.account import binding, byte_tree, second_tree
     from planner.report.sensitivity import sensitivities
 
+    if plan is not None and not job.given:
+        from planner.cli.serve_plan import explain_serving, read_serving_plan
+
+        served = read_serving_plan(plan)
+        if served is not None:
+            explain_serving(served, everything, as_json)
+            return
     measured_s, measured_bytes = _measured(measured, measured_memory)
     written, problem = subject(job, plan)
     assembly = examine(problem)

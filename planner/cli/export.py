@@ -11,8 +11,12 @@ from planner.cli.plan_file import PLAN_HELP, read_plan
 if TYPE_CHECKING:
     from planner.errors import ExportError
     from planner.plan import Plan
+    from planner.serving.plan import ServePlan
 
-_TO = "accelerate, deepspeed, galvatron, megatron, megatron-bridge, torchrun, torchtitan or transformers."
+_TO = (
+    "accelerate, deepspeed, galvatron, megatron, megatron-bridge, torchrun, torchtitan or transformers; serving plans: vllm, "
+    "sglang or trtllm."
+)
 
 
 def export(
@@ -62,20 +66,37 @@ def export(
     (-o) is written whole or not at all: configuration, launch script, the plan, a script that holds the run against the
     prediction, and what to check first.
     """
-    from planner.cli.folder import write_folder
-    from planner.cli.output import print_json
+    from planner.cli.serve_plan import read_serving_plan
     from planner.errors import ExportError
     from planner.export import export_folder
 
+    served = read_serving_plan(plan)
+    if served is not None:
+        _export_serving(served, to, out, as_json)
+        return
     chosen = read_plan(plan)
     options: dict[str, Any] = {"script": script, "version": version, "around": around or [], "image": image}
     try:
         files = export_folder(chosen, to, **options)
     except ExportError as error:
         raise _with_closest(error, chosen, to) from None
+    _show(chosen.id, to, files, out, as_json)
+
+
+def _export_serving(plan: ServePlan, to: str, out: str | None, as_json: bool) -> None:
+    from planner.export.serving import export_serving
+
+    _show(plan.id, to, export_serving(plan, to), out, as_json)
+
+
+def _show(plan_id: str, to: str, files: dict[str, str], out: str | None, as_json: bool) -> None:
+    """Prints or writes the files."""
+    from planner.cli.folder import write_folder
+    from planner.cli.output import print_json
+
     written = [] if out is None else write_folder(out, files)
     if as_json:
-        print_json({"plan": chosen.id, "to": to, "files": files, "written": written})
+        print_json({"plan": plan_id, "to": to, "files": files, "written": written})
     elif out is not None:
         for path in written:
             print(path)

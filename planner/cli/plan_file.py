@@ -10,7 +10,7 @@ from planner.errors import Problem, SpecError
 if TYPE_CHECKING:
     from planner.plan import Plan
 
-__all__ = ["PLAN_HELP", "read_plan"]
+__all__ = ["PLAN_HELP", "read_plan", "split_reference"]
 
 PLAN_HELP = "FILE, FILE:NUMBER (from 1) or FILE:ID."
 
@@ -23,12 +23,21 @@ def read_plan(reference: str) -> Plan:
     """
     from planner.plan import Plan
 
+    return Plan.from_json(*split_reference(reference))
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """The file and the number or id that a reference names.
+
+    Raises:
+        SpecError: it is none.
+    """
     path, colon, which = reference.rpartition(":")
     if not colon or _exists(reference):
         path, which = reference, "1"
     if not path or not which:
         raise SpecError(Problem("PLAN", repr(reference), "FILE, FILE:NUMBER or FILE:ID"))
-    return Plan.from_json(path, which)
+    return path, which
 
 
 def _exists(path: str) -> bool:

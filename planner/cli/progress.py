@@ -18,8 +18,9 @@ _PATIENCE_S = 1.0
 class Progress:
     """Callable as ``on_progress(done, total)``; draws on stderr, and leaves nothing behind."""
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, doing: str = "searching") -> None:
         self._enabled = enabled and sys.stderr.isatty()
+        self._doing = doing
         self._start_s = perf_counter()
         self._bar: Bar | None = None
 
@@ -27,7 +28,7 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        """Shows how far the search is."""
+        """Shows how far the work is."""
         if not self._enabled or perf_counter() - self._start_s < _PATIENCE_S:
             return
         if self._bar is None:
@@ -36,7 +37,7 @@ class Progress:
 
             self._bar = Bar(console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._bar.add_task("searching", total=total)
+            self._bar.add_task(self._doing, total=total)
         self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
     def __exit__(

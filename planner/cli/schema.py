@@ -8,15 +8,17 @@ import typer
 
 
 def schema(
+    serving: Annotated[bool, typer.Option("--serving", help="Of the plans that serve writes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The schema is JSON already.")] = False,
 ) -> None:
     """Print the JSON schema of plans.
 
-    It describes what train and estimate write.
+    It describes what train and estimate write; with --serving, what serve does.
     """
     from importlib.resources import files
 
     from planner.cli.output import print_json
     from planner.specs.load import read_file
 
-    print_json(read_file(str(files("planner") / "plan_schema.json")))
+    folder = files("planner") / "serving" if serving else files("planner")
+    print_json(read_file(str(folder / "plan_schema.json")))

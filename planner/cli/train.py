@@ -12,6 +12,9 @@ from planner.cli.job import JobOptions, with_job
 from planner.cli.values import whole_number
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from planner.plan import SearchResult
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 
@@ -42,6 +45,39 @@ def train(
         bool,
         typer.Option("--pareto", help="Also the best plan under each of several smaller memory budgets."),
     ] = False,
+    layerwise: Annotated[
+        bool,
+        typer.Option(
+            "--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."
+        ),
+    ] = False,
+    stages: Annotated[
+        str,
+        typer.Option(
+            "--stages",
+            metavar="HOW",
+            help="With --layerwise: stages of any size, or only even [uneven].",
+            show_default=False,
+        ),
+    ] = "uneven",
+    solver: Annotated[
+        str,
+        typer.Option(
+            "--solver",
+            metavar="NAME",
+            help="With --layerwise: auto, dp, ilp or brute [auto].",
+            show_default=False,
+        ),
+    ] = "auto",
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--time-limit",
+            metavar="TIME",
+            help="With --layerwise: the best so far after this, with its gap, e.g. 0.5s.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plans as JSON to a file.")
     ] = None,
@@ -50,7 +86,8 @@ def train(
     """Find the best plans for a training job, with proof.
 
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
-    number of nodes up to the one given is searched or excluded by a bound, until one finishes in time.
+    number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
+    layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -58,12 +95,13 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    problems, wanted = _problems(job, top, deadline, explore or ())
+    searcher = _layerwise(stages, solver, time_limit) if layerwise else None
+    problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
             with Progress() as progress:
-                fleet = _search(problems, wanted, progress)
+                fleet = _search(problems, wanted, progress, searcher)
         except Interrupted as stop:
             if not isinstance(stop.best, Fleet):
                 raise Stopped(stop.note or "before any plan was priced") from None
@@ -84,7 +122,7 @@ def train(
 
 
 def _problems(
-    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str]
+    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str], layerwise: bool
 ) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
@@ -100,7 +138,11 @@ def _problems(
     else:
         if not 1 <= wanted <= _MOST_PLANS:
             faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
-    if deadline is not None:
+    if deadline is not None and layerwise:
+        faults.append(
+            Fault("--deadline", "with --layerwise", "one of them", "Find the size first, then its plan.")
+        )
+    elif deadline is not None:
         try:
             deadline_s = parse_seconds(deadline)
         except ValueError:
@@ -120,11 +162,43 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _search(problems: list[Problem], top: int, progress: Any) -> Fleet:
+def _layerwise(stages: str, solver: str, time_limit: str | None) -> Callable[..., SearchResult]:
+    """The layer-wise search with its options.
+
+    Raises:
+        SpecError: an option is none of those there are.
+    """
+    from functools import partial
+
+    from planner.cli.values import optional_quantity, raise_if_any
+    from planner.errors import Problem as Fault
+    from planner.errors import did_you_mean
+    from planner.solve.layerwise.search import search_layerwise
+    from planner.solve.layerwise.solvers import SOLVERS
+    from planner.units import parse_seconds
+
+    faults: list[Fault] = []
+    for flag, value, known in (
+        ("--stages", stages, ("uneven", "even")),
+        ("--solver", solver, tuple(SOLVERS)),
+    ):
+        if value not in known:
+            faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    limit_s = optional_quantity(faults, "--time-limit", time_limit, parse_seconds)
+    raise_if_any(faults)
+    chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
+    return partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)
+
+
+def _search(
+    problems: list[Problem], top: int, progress: Any, searcher: Callable[..., SearchResult] | None
+) -> Fleet:
     if problems[0].deadline_s is None:
         from planner.solve.fleet import search_clusters
 
-        return search_clusters(problems, top, progress)
+        return search_clusters(
+            problems, top, progress, **({} if searcher is None else {"searcher": searcher})
+        )
     from planner.solve.deadline import fewest_devices
 
     return fewest_devices(problems, top, progress)

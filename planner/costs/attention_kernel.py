@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.costs.arrays import Real
-from planner.costs.compute import roofline_s
+from planner.costs.compute import cool_compute_s, roofline_s
 
 __all__ = [
     "FLASH_BACKWARD_PASSES",
@@ -126,6 +126,7 @@ def attention_s(
     memory: Real = 1.0,
     overlap_loss: Real = 0.0,
     launch_s: Real = 0.0,
+    boost: Real = 0.0,
 ) -> Real:
     """Seconds of a fused attention kernel on ``multiprocessors`` (S) of them.
 
@@ -150,6 +151,7 @@ def attention_s(
             the device's rate says, because one tile does not fill it.
         tile_s: start and end of a tile on its multiprocessor.
         split_s: seconds per √key of a walk that idle multiprocessors share.
+        boost: see :func:`planner.costs.compute.cool_compute_s`; 0 in a training step.
 
     >>> ideal = dict(peak_flop_per_s=1e15, vector_flop_per_s=6e13, bytes_=0.0, memory_bytes_per_s=3e12,
     ...              multiprocessors=132, tile=64)
@@ -168,7 +170,10 @@ def attention_s(
     longest = np.minimum(keys, 2.0 * visible * keys + tile)
     walk_s = longest * (straggler * tile * multiprocessors * per_score_s)
     walk_s = np.where(queries > 1.0, walk_s, np.minimum(walk_s, split_s * np.sqrt(longest)))
+    arithmetic_s = compute_s + walk_s
+    if np.any(boost):
+        arithmetic_s = cool_compute_s(arithmetic_s, boost)
     memory_s = bytes_ * (1.0 / (memory * memory_bytes_per_s))
     tiles_s = sharers * tiles * (passes * tile_s / multiprocessors)
-    busy_s = launch_s + roofline_s(compute_s + walk_s, memory_s, overlap_loss) + tiles_s
+    busy_s = launch_s + roofline_s(arithmetic_s, memory_s, overlap_loss) + tiles_s
     return busy_s * np.greater(compute_s, 0)

@@ -21,6 +21,8 @@ from planner.costs.arrays import Real
 from planner.costs.collective_algorithms import Level, MessageCost, Transport, collective_costs
 
 __all__ = [
+    "CUSTOM_ALL_REDUCE",
+    "CUSTOM_ALL_REDUCE_BYTES",
     "Level",
     "MessageCost",
     "Transport",
@@ -80,20 +82,26 @@ def all_reduce_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto"
     return fastest_s(n_bytes, collective_costs("all_reduce", levels, algorithm))
 
 
-def custom_all_reduce_s(n_bytes: Real, levels: Sequence[Level], largest_bytes: float = 8 * 2**20) -> Real:
+CUSTOM_ALL_REDUCE = ("one_shot", "direct")
+"""Algorithms of the kernels that serving frameworks bring for small all-reduces."""
+
+CUSTOM_ALL_REDUCE_BYTES = 8 * 2**20
+"""Largest message of such a kernel: vLLM ``vllm/distributed/device_communicators/custom_all_reduce.py``, ``max_size``."""
+
+
+def custom_all_reduce_s(
+    n_bytes: Real, levels: Sequence[Level], largest_bytes: float = CUSTOM_ALL_REDUCE_BYTES
+) -> Real:
     """Seconds of an all-reduce where a serving framework brings kernels of its own for small messages.
 
     Up to ``largest_bytes`` the fastest of its ``one_shot`` and ``direct`` kernels and of the library's algorithms, beyond it the
-    library alone. 8 MiB is the default of vLLM (``vllm/distributed/device_communicators/custom_all_reduce.py``, ``max_size``).
+    library alone.
 
     >>> round(1e6 * float(custom_all_reduce_s(65536, [Level(8, 400e9, 1e-6)])), 2)  # one hop, 7 * 65536 / 400e9
     2.15
     """
     library = collective_costs("all_reduce", levels)
-    own = (
-        *collective_costs("all_reduce", levels, "one_shot"),
-        *collective_costs("all_reduce", levels, "direct"),
-    )
+    own = tuple(cost for name in CUSTOM_ALL_REDUCE for cost in collective_costs("all_reduce", levels, name))
     small = fastest_s(n_bytes, (*own, *library))
     return np.where(np.less_equal(n_bytes, largest_bytes), small, fastest_s(n_bytes, library))[()]
 

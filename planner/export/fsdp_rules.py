@@ -23,6 +23,7 @@ CHOICES: Mapping[str, str] = {
     "optimizer": "adamw adam8bit sgd sgd_momentum adafactor muon",
     "zero_stage": "0 2 3 fsdp",
     "zero_group": "full node ranks",
+    "checkpoint_end": "whole early_stop",
     "recompute": "none selective mlp full block",
     "optimizer_offload": "none cpu",
     "activation_offload": "none cpu",

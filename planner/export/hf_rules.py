@@ -27,6 +27,7 @@ KERNEL_CHOICES: Mapping[str, str] = {
     "loss_kernel": "fused log_softmax linear_fused",
     "gradient_accumulation": "fused separate",
     "sequence_parallel": "false",
+    "checkpoint_end": "whole early_stop",  # torch.utils.checkpoint stops early unless told not to
 }
 
 

@@ -13,7 +13,7 @@ from planner.export.exporter import Exporter, Log, environment_of_torchrun, torc
 from planner.export.flags import Flags, words
 from planner.export.megatron_model import model_flags
 from planner.export.rules import distributed_optimizer_instances
-from planner.export.target import Target, summary
+from planner.export.target import Target, recomputed_layers, summary
 from planner.plan import Plan
 from planner.schedule.order import micro_batch_group
 
@@ -206,6 +206,9 @@ def _states(target: Target) -> Flags:
 
 def _recompute(target: Target) -> Flags:
     choice = target.knobs["recompute"]
+    layers = recomputed_layers(target.plan)
+    if layers is not None:
+        choice = "block" if layers else "none"
     if choice == "none":
         return {}
     if choice in ("full", "partitioned"):
@@ -216,7 +219,8 @@ def _recompute(target: Target) -> Flags:
         }
         return flags | ({"--distribute-saved-activations": []} if choice == "partitioned" else {})
     if choice == "block":
-        layers = int(target.knobs["recompute_layers"]) // int(target.knobs["virtual_stages"])
+        if layers is None:
+            layers = int(target.knobs["recompute_layers"]) // int(target.knobs["virtual_stages"])
         return {
             "--recompute-granularity": ["full"],
             "--recompute-method": ["block"],
@@ -238,6 +242,8 @@ def _kernels(target: Target) -> Flags:
         flags |= {"--cross-entropy-loss-fusion": [], "--cross-entropy-fusion-impl": ["native"]}
     if target.knobs["tensor_overlap"] == "chunked" and target.plan.mesh["tp"] > 1:
         flags["--tp-comm-overlap"] = []
+    if target.knobs["expert_overlap"] == "combined_1f1b":
+        flags["--overlap-moe-expert-parallel-comm"] = []
     return flags
 
 

@@ -102,8 +102,10 @@ _OFF = ("--no-gradient-accumulation-fusion", "--sequence-parallel", "--use-distr
 _LISTS = ("--recompute-modules", "--hierarchical-context-parallel-sizes")
 _DTYPES = ("--megatron-fsdp-main-grads-dtype", "--megatron-fsdp-grad-comm-dtype")
 _TORCH: Mapping[str, str] = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+_EXPERT_OVERLAP = "--overlap-moe-expert-parallel-comm"
 _SAID_OTHERWISE = frozenset(
     {
+        _EXPERT_OVERLAP,
         "--bf16", "--fp16", "--fp8-format", "--fp8-recipe", "--fp4-format", "--fp4-recipe", "--grad-reduce-in-bf16",
         "--accumulate-allreduce-grads-in-fp32", "--attention-backend", "--tp-comm-overlap", "--no-gradient-accumulation-fusion",
     }
@@ -138,7 +140,8 @@ def assignments(target: Target) -> dict[str, str]:
     found["model.attention_backend"] = f"AttnBackend.{flags['--attention-backend'][0]}"
     found["mixed_precision"] = f"get_mixed_precision_config({_PRECISIONS[target.knobs['precision']]!r})"
     found["mixed_precision.grad_reduce_in_fp32"] = str(target.knobs["gradient_dtype"] == "fp32")
-    found["comm_overlap"] = f"CommOverlapConfig(tp_comm_overlap={'--tp-comm-overlap' in flags})"
+    experts = ", overlap_moe_expert_parallel_comm=True" if _EXPERT_OVERLAP in flags else ""
+    found["comm_overlap"] = f"CommOverlapConfig(tp_comm_overlap={'--tp-comm-overlap' in flags}{experts})"
     if target.plan.mesh["pp"] > 1:
         found["model.pipeline_dtype"] = _TORCH["fp16" if target.knobs["precision"] == "fp16" else "bf16"]
     return found

@@ -203,6 +203,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "pipeline_layout": layout,
         "sequence_parallel": "true" if flags.present("--sequence-parallel") and tp > 1 else "false",
         "context": _context(flags) if cp > 1 else "p2p",
+        "expert_overlap": "combined_1f1b" if flags.present("--overlap-moe-expert-parallel-comm") else "none",
         "tensor_overlap": "chunked" if flags.present("--tp-comm-overlap") and tp > 1 else "none",
         "precision": _precision(flags),
         "gradient_dtype": _gradient(flags),
@@ -214,6 +215,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         **_states(flags),
         **_accumulation(flags),
         "cuda_graph": "none",
+        "checkpoint_end": "whole",
         **_recompute(flags, chunks),
     }
 

@@ -27,6 +27,7 @@ CHOICES: Mapping[str, str] = {
     "loss_kernel": "fused eager",
     "gradient_accumulation": "fused separate",
     "context": "p2p all_gather a2a a2a+p2p",
+    "expert_overlap": "none combined_1f1b",
     "tensor_overlap": "none chunked",
     "optimizer": "adamw sgd sgd_momentum lion muon",
     "zero_stage": "0 1 2 3",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 
+from planner.assignment import UNEVEN
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
 from planner.plan import Plan
@@ -19,7 +21,7 @@ from planner.specs.workload import TrainWorkload
 from planner.technique import SLOTS, Context, Launcher, off
 from planner.units import format_bytes
 
-__all__ = ["Target", "summary"]
+__all__ = ["Target", "recomputed_layers", "summary"]
 
 _DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp")
 
@@ -78,10 +80,25 @@ class Target:
             for slot in SLOTS
             if slot in self.knobs and not launcher.allows(slot, self.knobs[slot])
         ]
-        if self.knobs.get("pipeline_layout", "even") not in launcher.layouts:
-            problems.append(Problem(where, f"cannot express pipeline_layout={self.knobs['pipeline_layout']}"))
+        layout = self.knobs.get("pipeline_layout", "even")
+        if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
+            problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
+        problems += self.differing(where)
         reasons = [check.reason for check in launcher.valid(self.context()) if not np.all(check.ok)]
         return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
+
+    def differing(self, where: str) -> Iterator[Problem]:
+        """Choices that differ between layers; only how many of each stage's first layers are recomputed in full may."""
+        if self.plan.layerwise is None:
+            return
+        strategies = self.plan.layerwise["strategies"]
+        for slot in strategies[0]:
+            values = list(dict.fromkeys(str(strategy[slot]) for strategy in strategies))
+            alike = len(values) == 1 or (slot == "recompute" and recomputed_layers(self.plan) is not None)
+            if not alike:
+                yield Problem(
+                    where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
+                )
 
     def nodes(self) -> tuple[int, int]:
         """Nodes, and devices per node.
@@ -99,6 +116,28 @@ class Target:
             found = f"{self.plan.devices} devices of nodes of {per_node}"
             raise ExportError(Problem(self.cluster.name, found, "whole nodes, as launchers start them"))
         return nodes, per_node
+
+
+def recomputed_layers(plan: Plan) -> int | None:
+    """How many layers of every virtual stage, its first ones (all, where it has fewer), a layer-wise plan recomputes in full.
+
+    None where stages differ in it, or layers in anything else.
+    """
+    if plan.layerwise is None:
+        return None
+    choices = [strategy["recompute"] for strategy in plan.layerwise["strategies"]]
+    if not {"none", "full"} >= set(choices):
+        return None
+    again = [[(choices[s] == "full", n) for s, n in runs] for runs in plan.layerwise["stages"]]
+    if any(not full and later for runs in again for (full, _), (later, _) in pairwise(runs)):
+        return None  # a recomputed layer behind one that is not
+    counts = [sum(n for full, n in runs if full) for runs in again]
+    most = max(counts, default=0)
+    return (
+        most
+        if all(n in (most, sum(k for _, k in runs)) for n, runs in zip(counts, again, strict=True))
+        else None
+    )
 
 
 def summary(plan: Plan) -> list[str]:

@@ -25,6 +25,9 @@ def _write(target: Target, script: str) -> dict[str, str]:
     Raises:
         ExportError: states are sharded over some ranks of a context-parallel group only.
     """
+    differing = [problem for problem in target.differing("--to torchrun") if "zero_" in problem.found]
+    if differing:  # the mesh says over which ranks states are sharded, once for all layers
+        raise ExportError(differing)
     nodes, per_node = target.nodes()
     if not replication_rule(target.context()).ok:
         found = "cannot express hybrid sharding inside a context-parallel group"

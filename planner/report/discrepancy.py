@@ -153,10 +153,11 @@ def _other_stacks(problem: Problem, assembly: Assembly) -> dict[str, float]:
     fixed = {name: str(value).lower() for name, value in {**plan.mesh, **plan.knobs}.items()}
     found = {}
     for name in list_stacks():
-        if name == problem.stack.name:
+        stack = load_stack(name)
+        if name == problem.stack.name or stack.serving is not None:
             continue
         try:
-            other = estimate(replace(problem, stack=load_stack(name), fixed=fixed))
+            other = estimate(replace(problem, stack=stack, fixed=fixed))
         except PlannerError:  # a stack that cannot run this plan says nothing
             continue
         found[name] = other.estimate.step_time_s

@@ -18,7 +18,6 @@ from planner.costs.reliability import (
     fleet_mtbf_s,
     young_interval_s,
 )
-from planner.ledger import Resident
 from planner.report.totals import run_totals
 from planner.specs.device import Sourced
 
@@ -111,11 +110,10 @@ def checkpoint_bytes(assembly: Assembly) -> float:
     layout, table, mesh = assembly.layout, assembly.table, assembly.plan.mesh
     replicas = float(mesh["dp"] * mesh["cp"])
     per_kind = [0.0] * len(table.kinds)
-    for item in assembly.ledger.of(Resident, lifetime="always"):
-        if item.pool in ("optimizer", "parameters"):
-            held = float(assembly.ledger.axes[item.size].flat[0]) * item.bytes_per_element
+    for item, block, held in assembly.residents():
+        if item.lifetime == "always" and item.pool in ("optimizer", "parameters"):
             whole = "/zero_" not in item.size
-            per_kind[table.kinds.index(item.block)] += held / replicas if whole else held
+            per_kind[table.kinds.index(block)] += held / replicas if whole else held
     return max(float(counts @ per_kind) for counts in layout.device_counts) / layout.copies
 
 

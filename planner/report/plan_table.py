@@ -116,7 +116,7 @@ def unusual_knobs(knobs: Mapping[str, Any], without: Sequence[str] = ()) -> list
 
 def _twins(one: Plan, other: Plan, objective: str) -> bool:
     """Whether the other plan, which is ranked later, is hardly a choice of its own."""
-    if one.cluster != other.cluster or one.mesh != other.mesh:
+    if one.cluster != other.cluster or one.mesh != other.mesh or one.layerwise != other.layerwise:
         return False
     return _behind(other, one, objective) <= _ALIKE and len(knobs_that_differ((one, other))[0]) <= _FEW
 

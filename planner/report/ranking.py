@@ -10,6 +10,7 @@ from planner.export import EXPORTERS, export
 from planner.export.launchers import LAUNCHERS
 from planner.plan import Plan, SearchReport
 from planner.report.confidence import confidence
+from planner.report.layers import layers, layerwise_proof
 from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
 from planner.report.terminal import Screen, gib, percent, words
@@ -43,13 +44,14 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
         show_clusters(screen, fleet, workload.tokens_per_step)
     one_of = f"on {best.cluster}" if several and len({plan.cluster for plan in result.plans}) == 1 else ""
     show_plans(screen, result.plans, problem.objective, where=one_of)
+    screen.section(*layers(result.plans), wrapped=False)
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
     screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
     screen.section("How far off", confidence(result.plans, _problem_of(best, problems)))
     screen.section("Rests on", best.assumptions)
-    screen.section("How sure", [*_proof(best, report), *result.notes])
+    screen.section("How sure", [*_proof(best, report), *layerwise_proof(result), *result.notes])
     second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
     screen.section("Next", _next(saved, result.plans, second), wrapped=False)
 
@@ -149,8 +151,10 @@ def _proof(best: Plan, report: SearchReport) -> list[str]:
         verdict = f"Plan 1 is within {100 * optimality.gap:.1f} % of the best possible under this model"
     else:
         verdict = "Plan 1 is the best that was found; nothing is proved"
-    found = [
-        f"{verdict} ({optimality.solver}).",
+    found = [f"{verdict} ({optimality.solver})."]
+    if not report.candidates:
+        return found
+    found += [
         f"{report.scored:,} of {report.candidates:,} candidates scored, "
         f"{report.repriced:,} of them priced by the schedule engine.",
     ]

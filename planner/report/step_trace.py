@@ -237,4 +237,4 @@ def _held(
         change = np.select([kind == Op.F, kind == Op.B], [saved[stage], after_b[stage]], -waiting[stage])
         rank = np.argsort(when, kind="stable")
         curves.append(list(zip(when[rank].tolist(), np.cumsum(change[rank]).tolist(), strict=True)))
-    return curves
+    return curves if any(held for curve in curves for _, held in curve) else []

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from html import escape
 
-from planner.report.step_trace import Slice, StepTrace
+from planner.report.step_trace import STREAMS, Slice, StepTrace
 from planner.units import format_bytes, format_seconds
 
 __all__ = ["timeline_svg"]
@@ -49,7 +49,7 @@ rect.op{stroke:#fff;stroke-width:.6}
 
 def timeline_svg(trace: StepTrace) -> str:
     """The picture as SVG text."""
-    row = _COMPUTE + _BESIDE + _HELD + _GAP
+    row = _COMPUTE + _BESIDE * len(_beside(trace)) + (_HELD if trace.held else 0.0) + _GAP
     height = _TOP + row * len(trace.devices) + 64.0
     scale = _PLOT / max(trace.end_s, trace.step_s)
     body = [
@@ -90,7 +90,7 @@ def _axis(trace: StepTrace, scale: float, bottom: float) -> Iterator[str]:
         label = format_seconds(number * tick_s) if number else "0"
         yield f'<text class="tick" x="{x:.1f}" y="{_TOP - 14:g}" text-anchor="middle">{label}</text>'
     if trace.held:
-        yield f'<text class="tick" x="{_LEFT + _PLOT + 10:g}" y="{_TOP - 14:g}">activations</text>'
+        yield f'<text class="tick" x="{_LEFT + _PLOT + 10:g}" y="{_TOP - 30:g}">activations</text>'
     x = _LEFT + trace.step_s * scale
     yield f'<line class="end" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8:g}" y2="{bottom:.1f}"/>'
 
@@ -99,7 +99,7 @@ def _row(trace: StepTrace, device: int, top: float, scale: float) -> Iterator[st
     """One rank: its name, bands and peak."""
     yield f'<text x="{_LEFT - 12:g}" y="{top + 17:.1f}" text-anchor="end">{escape(trace.devices[device])}</text>'
     yield f'<rect class="idle" x="{_LEFT:g}" y="{top:.1f}" width="{_PLOT:g}" height="{_COMPUTE:g}"/>'
-    chunks = max(trace.assembly.layout.virtual_stages, 1)
+    chunks, beside = max(trace.assembly.layout.virtual_stages, 1), _beside(trace)
     for s in trace.slices:
         if s.device != device or s.duration_s <= 0.0:
             continue
@@ -108,9 +108,16 @@ def _row(trace: StepTrace, device: int, top: float, scale: float) -> Iterator[st
             yield from _operation(s, x, top, width, chunks)
         else:
             colour = _COLOURS.get(s.kind, _COLOURS[s.stream])
-            yield _rect(x, top + _COMPUTE + 1.0, width, _BESIDE - 1.0, colour, s)
+            y = top + _COMPUTE + 1.0 + _BESIDE * beside.index(s.stream)
+            yield _rect(x, y, width, _BESIDE - 1.0, colour, s)
     if trace.held:
-        yield from _activations(trace, device, top + _COMPUTE + _BESIDE + 2.0, scale)
+        yield from _activations(trace, device, top + _COMPUTE + _BESIDE * len(beside) + 2.0, scale)
+
+
+def _beside(trace: StepTrace) -> list[str]:
+    """Streams beside compute on which anything happens."""
+    used = {s.stream for s in trace.slices}
+    return [stream for stream in STREAMS[1:] if stream in used]
 
 
 def _operation(s: Slice, x: float, top: float, width: float, chunks: int) -> Iterator[str]:

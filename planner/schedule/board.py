@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.schedule.order import LOOPED, DeviceOps, Ints, Op, Placement
 
-__all__ = ["Board", "Move", "Pass", "play"]
+__all__ = ["Board", "Move", "Pass", "play", "stretched"]
 
 Pass: TypeAlias = tuple[int, int, int]
 """A pass of one micro-batch through one virtual stage: (operation, stage, micro-batch)."""
@@ -120,3 +120,30 @@ def play(board: Board, choose: Callable[[Board, int], Move | None], *, frees: Op
             else:
                 moves[concerned] = move
     return board
+
+
+def stretched(ops: DeviceOps, period: int, more: int) -> DeviceOps | None:
+    """A device's list for ``more`` micro-batches: the ``period`` operations that its middle repeats, more often.
+
+    None where the middle does not repeat.
+
+    >>> f_and_b = np.array([0, 0, 1, 0, 1, 0, 1, 1]), np.zeros(8, int), np.array([0, 1, 0, 2, 1, 3, 2, 3])
+    >>> kind, _, micro_batch = stretched(f_and_b, 2, 1)
+    >>> kind.tolist(), micro_batch.tolist()
+    ([0, 0, 1, 0, 1, 0, 1, 0, 1, 1], [0, 1, 0, 2, 1, 3, 2, 4, 3, 4])
+    """
+    kind, stage, micro_batch = ops
+    middle = len(kind) // 2
+    now, before = np.s_[middle : middle + period], np.s_[middle - period : middle]
+    alike = np.array_equal(kind[now], kind[before]) and np.array_equal(stage[now], stage[before])
+    if not alike or np.any(micro_batch[now] - micro_batch[before] != 1):
+        return None
+    later = np.repeat(np.arange(1, more + 1), period)
+    tail = np.s_[middle:]
+    return (
+        np.concatenate([kind[:middle], np.tile(kind[before], more), kind[tail]]),
+        np.concatenate([stage[:middle], np.tile(stage[before], more), stage[tail]]),
+        np.concatenate(
+            [micro_batch[:middle], np.tile(micro_batch[before], more) + later, micro_batch[tail] + more]
+        ),
+    )

@@ -35,8 +35,12 @@ def live_vectors(
     if generator.splits_backward:
         waiting = done - (wrote - (kind == Op.W)[:, None] * blocks)
         alive = np.concatenate([alive, waiting - (kind == Op.B)[:, None] * blocks], axis=1)
-        alive = np.unique(alive, axis=0)
     else:
-        alive = np.unique(alive[kind == Op.F], axis=0)
-    at_least = np.all(alive[:, None, :] >= alive[None, :, :], axis=2)
-    return np.ascontiguousarray(alive[at_least.sum(axis=0) == 1])
+        alive = alive[kind == Op.F]
+    alive = np.unique(alive, axis=0)
+    alive = alive[np.argsort(-alive.sum(axis=1), kind="stable")]
+    maximal = []
+    while len(alive):  # nothing dominates the largest sum; what it dominates goes with it
+        maximal.append(alive[0])
+        alive = alive[np.any(alive > alive[0], axis=1)]
+    return np.stack(maximal)

@@ -264,7 +264,7 @@ def repeated(schedule: Generator | str, p: int, m: int, v: int, steps: int) -> O
     later = np.repeat(np.arange(steps), one.kind.shape[1]) * m
     return replace(
         one, shape=replace(one.shape, m=m * steps), kind=np.tile(one.kind, steps), stage=np.tile(one.stage, steps),
-        micro_batch=np.tile(one.micro_batch, steps) + later, period_ops=0,
+        micro_batch=np.tile(one.micro_batch, steps) + later,
         leaves_after=None if one.leaves_after is None else np.tile(one.leaves_after, steps),
     )  # fmt: skip
 

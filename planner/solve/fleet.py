@@ -80,9 +80,12 @@ def objective_value(plan: Plan, objective: str) -> float:
 
 
 def search_clusters(
-    problems: Sequence[Problem], top: int = 10, on_progress: OnProgress | None = None
+    problems: Sequence[Problem],
+    top: int = 10,
+    on_progress: OnProgress | None = None,
+    searcher: Callable[[Problem, int, OnProgress | None], SearchResult] = search,
 ) -> Fleet:
-    """Searches every cluster and ranks all plans by the objective.
+    """Searches every cluster and ranks all plans by the objective; ``searcher`` finds the plans of one.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -95,7 +98,7 @@ def search_clusters(
     objective = problems[0].objective
     for problem in problems:
         try:
-            found.append(search(problem, top, on_progress))
+            found.append(searcher(problem, top, on_progress))
             attempts.append(planned(problem, found[-1].best, "searched"))
         except Infeasible as error:
             faults += error.problems

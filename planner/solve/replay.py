@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -45,12 +44,17 @@ def replay(plan: Plan) -> Problem:
         replace(cluster, name=plan.cluster),
         workload,
         replace(load_stack(plan.stack), name=plan.stack),
-        fixed=_choices(plan.mesh, plan.knobs),
+        fixed=_choices(plan),
         reserve=max(0.0, 1.0 - estimate.memory_budget_bytes / float(cluster.device.memory_bytes)),
         allowed=plan.permissions,
         usd_per_device_hour=None if estimate.usd_per_step is None else estimate.usd_per_step / hours,
+        layerwise=plan.layerwise,
     )
 
 
-def _choices(mesh: Mapping[str, Any], knobs: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value).lower() for name, value in {**mesh, **knobs}.items()}
+def _choices(plan: Plan) -> dict[str, str]:
+    """The plan's knobs; the layout of one that says where every layer is follows from that."""
+    values = {**plan.mesh, **plan.knobs}
+    if plan.layerwise is not None:
+        del values["pipeline_layout"]
+    return {name: str(value).lower() for name, value in values.items()}

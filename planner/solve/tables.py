@@ -66,6 +66,13 @@ class BranchTables:
             total = total + part.delta[rows]
         return total
 
+    def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
+        """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
+        return [
+            self._changes[()].values,
+            *(part.delta for part in self._parts(state, recompute, swap)),
+        ]
+
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """The same on all rows, from a ledger of the branch's own."""
         return self._change(self.branches.recipe(state, recompute, swap)).values

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from planner.assemble import Assembly, assemble, exact_step_s, model_flop
+from planner.assignment import UNEVEN, read_assignment
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.pipeline import Layout
@@ -19,7 +20,7 @@ from planner.solve.branches import Faults
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice
-from planner.solve.uniform import SearchCounts, UniformSearch
+from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, off
 from planner.units import format_bytes
@@ -132,7 +133,7 @@ def estimate(problem: Problem) -> Plan:
 
 
 def examine(problem: Problem) -> Assembly:
-    """:func:`estimate`, with the ledger and the shares behind the plan."""
+    """:func:`estimate`, with the ledgers and the shares behind the plan."""
     uniform = UniformSearch(_named(problem), 1, lambda batch: [s.bound_s for s in batch])
     space = uniform.space
     recipe: dict[str, Choice] = {slot: space.choices[slot][0] for slot in SLOTS}
@@ -145,11 +146,18 @@ def examine(problem: Problem) -> Assembly:
             for check in choice.technique.valid(ctx):
                 faults.check(check.reason, check.ok)
     row = {name: float(values[0]) for name, values in rows.values.items()}
+    assignment = None if problem.layerwise is None else read_assignment(problem.layerwise)
+    if assignment is not None:  # which says where every layer is
+        faults.reasons = [reason for reason in faults.reasons if reason != NOT_DEALT]
     if faults.reasons:
         shown = ", ".join(f"{name}={value:g}" for name, value in row.items())
         raise InvalidPlan(
             [Fault(f"plan ({shown})", reason, "a plan that keeps this rule") for reason in faults.reasons]
         )
+    if assignment is not None:
+        virtual_stages = len(assignment.stages) // int(row["pp"])
+        layout = assignment.layout(uniform.order, int(row["pp"]), virtual_stages, UNEVEN)
+        return assemble(problem, recipe, knobs, row, layout, None, assignment=assignment)
     layout = uniform.layouts(recipe["schedule"], int(row["pp"]))[0]
     layers = _layers(space.fixed, recipe, layout)
     return assemble(problem, recipe, knobs, row, layout, layers)

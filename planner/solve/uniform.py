@@ -37,7 +37,9 @@ from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
-__all__ = ["SearchCounts", "UniformSearch"]
+__all__ = ["NOT_DEALT", "SearchCounts", "UniformSearch"]
+
+NOT_DEALT = "layers cannot be dealt to the stages"
 
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
@@ -227,7 +229,7 @@ class UniformSearch:
             for check in self.problem.launcher.valid(ctx):
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
         dealt = {pp: bool(self.layouts_of(int(pp))) for pp in np.unique(ctx.mesh.pp)}
-        faults.check("layers cannot be dealt to the stages", np.array([dealt[pp] for pp in ctx.mesh.pp]))
+        faults.check(NOT_DEALT, np.array([dealt[pp] for pp in ctx.mesh.pp]))
         assert np.all(ctx.mesh.devices == devices)
         return faults
 

@@ -33,7 +33,9 @@ class Efficiency:
     matmul: Sourced  # fraction of peak of a large 16-bit (or wider) matrix product
     matmul_8bit: Sourced  # the same, fp8 and int8
     matmul_4bit: Sourced  # the same, fp4
-    matmul_burst: Sourced  # rate of a short product on a chip not throttled yet, relative to the sustained
+    matmul_burst: (
+        Sourced  # rate of short products and attention on a chip not throttled yet, relative to the sustained
+    )
     matmul_tile: Sourced  # edge of the output tile of one block, elements
     grouped_matmul: Sourced  # fraction of the product's rate that a grouped (per expert) one keeps
     overlap_loss: Sourced  # fraction of the shorter of arithmetic and traffic that the longer does not hide

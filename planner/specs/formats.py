@@ -1,11 +1,11 @@
-"""Numeric formats of a training run: which dtype weights, activations, products, gradients and states have."""
+"""Numeric formats: of a training run (weights, activations, products, gradients, states), and of kernels of serving engines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "KERNEL_FORMATS", "Format", "KernelFormat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +45,37 @@ FORMATS: Mapping[str, Format] = {
     "fp8": Format("fp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0, block=16),
     "mxfp8": Format("mxfp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0 + 1.0 / 32, block=32),
     "nvfp4": Format("nvfp4", "fp4", "bf16", "fp32", master=True, linear_input_bytes=0.5 + 1.0 / 16, block=16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFormat:
+    """A number format as kernel libraries name it: what is multiplied, and how input and weights are stored."""
+
+    dtype: str
+    inputs: str
+    weights: str
+
+
+KERNEL_FORMATS: Mapping[str, KernelFormat] = {
+    "bfloat16": KernelFormat("bf16", "bf16", "bf16"),
+    "bf16": KernelFormat("bf16", "bf16", "bf16"),
+    "float16": KernelFormat("fp16", "fp16", "fp16"),
+    "fp16": KernelFormat("fp16", "fp16", "fp16"),
+    "half": KernelFormat("fp16", "fp16", "fp16"),
+    "float32": KernelFormat("fp32", "fp32", "fp32"),
+    "float": KernelFormat("fp32", "fp32", "fp32"),
+    "fp32": KernelFormat("fp32", "fp32", "fp32"),
+    "fp8": KernelFormat("fp8", "fp8", "fp8"),
+    "fp8_block": KernelFormat("fp8", "fp8_block", "fp8_block2d"),
+    "mxfp8": KernelFormat("fp8", "mxfp8", "mxfp8"),
+    "nvfp4": KernelFormat("fp4", "nvfp4", "nvfp4"),
+    "int8": KernelFormat("int8", "int8", "int8"),
+    "sq": KernelFormat("int8", "int8", "int8"),
+    "int8_wo": KernelFormat("bf16", "bf16", "int8"),
+    "int4_wo": KernelFormat("bf16", "bf16", "int4_g128"),
+    "w4a16_mxfp4": KernelFormat("bf16", "bf16", "mxfp4"),
+    "w4a8_mxfp4_mxfp8": KernelFormat("fp8", "mxfp8", "mxfp4"),
+    "w4a8_mxfp4_fp8": KernelFormat("fp8", "fp8", "mxfp4"),
+    "w4afp8": KernelFormat("fp8", "fp8", "int4_g128"),
 }

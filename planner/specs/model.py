@@ -159,6 +159,7 @@ class Model:
     head_bias: bool = False
     mtp_layers: int = 0  # multi-token-prediction modules beyond the counted layers
     mtp_modules: int = 0  # how many of them are trained with it; parameter counts leave them out all the same
+    checkpoint: str = "bf16"  # number format of linear layers as published: a key of formats.KERNEL_FORMATS
     dropout: bool = False  # hidden and attention dropout are active in training
     published_parameters: float | None = None
     published_active_parameters: float | None = None

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from planner.errors import Problem
 from planner.specs.checks import violations
+from planner.specs.formats import KERNEL_FORMATS
 from planner.specs.layers import arrange
 from planner.specs.load import REQUIRED, Reader
 from planner.specs.model import Attention, Block, Mlp, Model, Moe, Ssm
@@ -101,6 +102,7 @@ def _sizes(reader: Reader) -> dict[str, Any]:
         "head_bias": reader.boolean("head_bias", False),
         "mtp_layers": reader.integer("mtp_layers", 0, minimum=0, maximum=_MAX_LAYERS),
         "mtp_modules": reader.integer("mtp_modules", 0, minimum=0, maximum=_MAX_LAYERS),
+        "checkpoint": reader.text("checkpoint", "bf16", choices=KERNEL_FORMATS),
         "dropout": reader.boolean("dropout", False),
     }
 

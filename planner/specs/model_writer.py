@@ -70,6 +70,8 @@ def _table(model: Model, source: str) -> dict[str, Any]:
     for name in ("tied_embeddings", "head_bias", "dropout", "learned_positions", "mtp_layers", "mtp_modules"):
         if getattr(model, name):
             table[name] = getattr(model, name)
+    if model.checkpoint != "bf16":
+        table["checkpoint"] = model.checkpoint
     if model.head != (model.arch != "vision"):
         table["head"] = model.head
     if any(block.parallel for block in blocks):

@@ -12,7 +12,7 @@ from planner.specs.load import read_file
 from planner.specs.model import Model
 from planner.specs.model_file import model_from_table
 
-__all__ = ["list_models", "load_model"]
+__all__ = ["list_models", "load_model", "named_precision"]
 
 _ALIASES = "aliases"
 _SQUASH = re.compile(r"[^a-z0-9.]+")
@@ -119,3 +119,19 @@ def _from_file(path: Path) -> Model:
 
         return model_from_config(data, str(path))
     return model_from_table(data, path.stem, str(path))
+
+
+_PRECISIONS = {
+    "fp8": "fp8", "fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "awq": "int4_wo", "gptq": "int4_wo",
+    "int4": "int4_wo", "4bit": "int4_wo", "int8": "int8_wo",
+}  # fmt: skip
+
+
+def named_precision(name: str) -> str | None:
+    """The number format of weights that a hub's name ends in; None where it says none.
+
+    >>> named_precision("Qwen/Qwen3-32B-FP8"), named_precision("llama3.1-70b")
+    ('fp8', None)
+    """
+    words = canonical(name.rstrip("/").rsplit("/", 1)[-1]).split("-")[1:]
+    return next((_PRECISIONS[word] for word in words if word in _PRECISIONS), None)

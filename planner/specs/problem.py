@@ -44,6 +44,8 @@ class Problem:
         explore: globs over ``slot=choice`` and over techniques: choices to search that hardly ever win and are left aside
             otherwise; ``all`` is every one of them.
         deadline_s: the run (``workload.tokens``) must end in this time.
+        layerwise: strategies of the layers of the plan that is named, as :class:`~planner.plan.Plan` has them; None where all
+            layers are treated alike, and for a search.
 
     Raises:
         SpecError: a limit is out of range, or two of them do not go together (all problems at once).
@@ -62,6 +64,7 @@ class Problem:
     deadline_s: float | None = None
     allowed: tuple[str, ...] = ()
     explore: tuple[str, ...] = ()
+    layerwise: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         faults = list(self._faults())

@@ -30,6 +30,7 @@ from planner.errors import Problem, SpecError
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
+from planner.specs.serving_stack import KernelRule, ServingSoftware, read_kernel_rules, read_serving
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
@@ -77,7 +78,7 @@ class Serves:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The constants of one training stack, each with its kind and source.
+    """The constants of one software stack, each with its kind and source.
 
     Attributes:
         matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
@@ -88,11 +89,14 @@ class Stack:
         collective_slowdown: the same of collectives, relative to the links' profile.
         exchange_slowdown: the same of all-to-alls, which libraries of their own may do faster than the link's usual one.
         dispatch_s: host time to issue one kernel.
+        waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
+            the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.
         overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes that one gradient reduction carries.
+        weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
@@ -100,6 +104,8 @@ class Stack:
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
+        serving: what a serving engine adds; None: the stack trains.
+        kernels: libraries whose kernels a serving engine runs; without a rule, the device's own constants hold.
     """
 
     name: str
@@ -110,11 +116,13 @@ class Stack:
     collective_slowdown: Sourced
     exchange_slowdown: Sourced
     dispatch_s: Sourced
+    waited_dispatches: Sourced
     overlap_slowdown: Sourced
     framework_bytes: Sourced
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
     stage_tensors: Sourced | None = None
@@ -122,11 +130,18 @@ class Stack:
     knobs: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[Serves, ...] = ()
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
+    serving: ServingSoftware | None = None
+    kernels: tuple[KernelRule, ...] = ()
+
+    def kernel(self, operation: str, label: str, generation: str) -> str | None:
+        """What kernel libraries call the kernel of an operation in a number format; None: no rule is for it."""
+        return next((r.kernel for r in self.kernels if r.fits(operation, label, generation)), None)
 
     def on_generation(self, generation: str) -> Stack:
         """The stack with the constants that it has on one generation of accelerators."""
         constants: Mapping[str, Any] = self.on.get(generation, {})
-        return replace(self, **constants)
+        serving = None if self.serving is None else self.serving.on_generation(generation)
+        return replace(self, serving=serving, **constants)
 
 
 def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
@@ -149,6 +164,8 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
         knobs=_knobs(reader.table("knobs", None)),
         serves=tuple(_serves(row) for row in reader.tables("serves", [])),
         on=_on_generations(reader.table("on", None), constants),
+        serving=read_serving(reader.table("serving", None)),
+        kernels=read_kernel_rules(reader.tables("kernels", [])),
         **values,
     )
     reader.finish()
@@ -202,8 +219,9 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
     merged = {**under, **table}
-    if isinstance(table.get("knobs"), dict):
-        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    for part in ("knobs", "serving"):
+        if isinstance(table.get(part), dict):
+            merged[part] = {**under.get(part, {}), **table[part]}
     # What a stack says of all generations goes before what the one under it says of one.
     by_generation = {
         generation: {name: value for name, value in constants.items() if name not in table}

@@ -88,16 +88,22 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
         knobs["loss_kernel"] = "fused"
     if flags.values.get("no-gradient-accumulation-fusion", "").lower() == "true":
         knobs["gradient_accumulation"] = "separate"
+    if flags.values.get("torch.compile", "").lower() == "false":
+        knobs["elementwise_kernel"] = "eager"
     if tp > 1 and flags.says(r"\basync ?tp\b|tp-comm-overlap=true"):
         knobs["tensor_overlap"] = "chunked"
     knobs |= _cuda_graph(flags)
+    if flags.values.get("moe-a2a-overlap", "").lower() == "true":
+        knobs["expert_overlap"] = "combined_1f1b"
     if cp > 1 and flags.says(r"cp comm a2a|cp-comm-type=a2a\b"):
         knobs["context"] = "a2a"
     return knobs
 
 
 def _cuda_graph(flags: Flags) -> dict[str, str]:
-    """What is captured in CUDA graphs."""
+    """What is captured in CUDA graphs, or waited for."""
+    if flags.says(r"cuda-launch-blocking=1"):
+        return {"cuda_graph": "blocking"}
     how, scope = (
         flags.values.get(name, "none").replace("_", "-") for name in ("cuda-graph-impl", "cuda-graph-scope")
     )

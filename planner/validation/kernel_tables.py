@@ -16,6 +16,7 @@ import numpy as np
 from planner.errors import PlannerError
 from planner.specs.device import Device
 from planner.specs.device_file import find_device, load_device
+from planner.specs.formats import KERNEL_FORMATS, KernelFormat
 from planner.specs.kernel_library import KernelLibrary, library_for
 from planner.validation.kernel_work import Attention, Experts, Mixed, Product, Stream, Work, power_law_loads
 from planner.validation.layer_shapes import latent_shape, layer_work, model_heads
@@ -27,39 +28,6 @@ _SECONDS = {"latency_ms": 1e-3, "latency_us": 1e-6, "time_us": 1e-6, "latency_ns
 _COLLECTION_COPIES = 6.0
 """Copies of the weights that aiconfigurator's collectors use in turn (collector/sglang and vllm/collect_gemm.py; TensorRT-LLM's
 takes as many as fill the cache, five at most)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A number format of the tables: what is multiplied, and how input and weights are stored."""
-
-    dtype: str
-    inputs: str
-    weights: str
-
-
-_FORMATS: Mapping[str, Format] = {
-    "bfloat16": Format("bf16", "bf16", "bf16"),
-    "bf16": Format("bf16", "bf16", "bf16"),
-    "float16": Format("fp16", "fp16", "fp16"),
-    "fp16": Format("fp16", "fp16", "fp16"),
-    "half": Format("fp16", "fp16", "fp16"),
-    "float32": Format("fp32", "fp32", "fp32"),
-    "float": Format("fp32", "fp32", "fp32"),
-    "fp32": Format("fp32", "fp32", "fp32"),
-    "fp8": Format("fp8", "fp8", "fp8"),
-    "fp8_block": Format("fp8", "fp8_block", "fp8_block2d"),
-    "mxfp8": Format("fp8", "mxfp8", "mxfp8"),
-    "nvfp4": Format("fp4", "nvfp4", "nvfp4"),
-    "int8": Format("int8", "int8", "int8"),
-    "sq": Format("int8", "int8", "int8"),
-    "int8_wo": Format("bf16", "bf16", "int8"),
-    "int4_wo": Format("bf16", "bf16", "int4_g128"),
-    "w4a16_mxfp4": Format("bf16", "bf16", "mxfp4"),
-    "w4a8_mxfp4_mxfp8": Format("fp8", "mxfp8", "mxfp4"),
-    "w4a8_mxfp4_fp8": Format("fp8", "fp8", "mxfp4"),
-    "w4afp8": Format("fp8", "fp8", "int4_g128"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,10 +310,10 @@ def _needed(row: Row, column: str) -> float:
     return value
 
 
-def _format(label: str) -> Format:
-    if label not in _FORMATS:
+def _format(label: str) -> KernelFormat:
+    if label not in KERNEL_FORMATS:
         raise Unsupported(f"number format {label!r}: not modelled")
-    return _FORMATS[label]
+    return KERNEL_FORMATS[label]
 
 
 def _loads(distribution: str, tokens: float, top_k: float, experts: int, ranks: int) -> Any:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from planner.costs.attention_kernel import causal_fraction
 from planner.costs.precision import dtype_bytes
-from planner.kernels import Kernels
+from planner.kernels import WIDE_HEAD, Kernels
 from planner.specs.kernel_library import KernelLibrary
 
 __all__ = ["Array", "Attention", "Experts", "Mixed", "Product", "Stream", "Work", "power_law_loads"]
 
 Array: TypeAlias = NDArray[Any]
-_WIDE_HEAD = 128.0  # accumulators of wider heads spill where a library's kernels are not made for them
 
 
 class Work(Protocol):
@@ -137,7 +136,7 @@ class Attention:
         unskipped = bool(library["unskipped_window"]) and not self.decode
         window = np.full_like(self.window, np.inf) if unskipped else self.window
         keys = np.minimum(self.keys, window + self.queries - 1.0)
-        width = np.maximum(np.maximum(self.qk_dim, self.v_dim) / _WIDE_HEAD, 1.0)
+        width = np.maximum(np.maximum(self.qk_dim, self.v_dim) / WIDE_HEAD, 1.0)
         rate = (
             kernels.attention_flop_per_s(self.dtype, backward=self.passes != 1.0)
             * library["rate"]

@@ -45,7 +45,6 @@ _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "params": {"parameter_offload": "cpu"},
     "activations": {"activation_offload": "cpu"},
 }
-_PACKED = r"pack-sample-into-one=true"  # InternLM: the samples of a micro-batch are one long sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,6 @@ def run_of(row: Row) -> Run:
         if knob not in {**stack.knobs, **fixed}:
             fixed[knob] = cells.default(default)
     seq_len, batch = cells.whole("seq_len"), cells.whole("global_batch")
-    if flags.says(_PACKED):
-        packed = fixed["micro_batch_size"]
-        seq_len, batch, fixed["micro_batch_size"] = seq_len * packed, max(batch // packed, 1), 1
     workload = _workload(batch, seq_len, fixed.get("optimizer", "adamw"), fixed["precision"])
     return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used))
 

@@ -109,7 +109,7 @@ def validate(
         SpecError: a file cannot be read, or none of them is of the kind that is asked for.
     """
     tables = [(path, read_table(path)) for path in paths]
-    wanted = tuple(_OPERATORS) if operators else ("training",)
+    wanted = tuple(_OPERATORS) if operators else ("training", "serving")
     report = Report(bounds=read_bounds(bounds))
     excluded = read_exclusions()
     for path, table in tables:
@@ -117,6 +117,13 @@ def validate(
             report.passed_over[str(path)] = table.kind
         elif operators:
             report.rows += _scorer(table.kind)(path)
+        elif table.kind == "serving":
+            from planner.validation.serving import score_serving
+
+            served = score_serving(table)
+            report.rows += served.rows
+            report.runs += served.runs
+            report.defaults.update(served.defaults)
         else:
             scores = score_training(table, excluded)
             report.rows += scores.rows
@@ -124,7 +131,7 @@ def validate(
             report.priced += scores.priced
             report.defaults.update(scores.defaults)
     if len(report.passed_over) == len(tables):
-        expected = "a table of kernels or collectives" if operators else "a table of training runs"
+        expected = "a table of kernels or collectives" if operators else "a table of training or serving runs"
         hint = "Give --operators for kernels and collectives." if not operators else ""
         raise SpecError(
             [

@@ -1,11 +1,13 @@
 """Fits the spread of measurements around predictions, group by group, and verifies it on rows that the fit did not see.
 
-A group's quantiles are its own and those of all rows, weighted as ``models : 10``: few models say little of the next one. Rows
+A group's quantiles are its own and those of all rows, weighted as ``models : 5``: few models say little of the next one. Rows
 of one model are alike, so ``n`` of them weigh as ``√n``. What quantiles of the past promise for the next run is checked by
 leaving out one model at a time: their distances from the median are stretched by one factor, such that the 80 % interval holds
-80 % of what was left out (conformal prediction by normalised residuals: Lei et al. 2018, arXiv:1604.04173, section 5.2). A
-group that was never measured takes the quantiles of all rows, stretched by what it took to hold the runs of sources that alone
-know their group.
+80 % of what was left out (conformal prediction by normalised residuals: Lei et al. 2018, arXiv:1604.04173, section 5.2). The
+factor is a group's own where it has rows and models enough (Mondrian conformal prediction: Vovk et al. 2005, "Algorithmic
+Learning in a Random World", section 4.5), else that of groups of its kind, the last part of its name: software whose errors jump
+from model to model does not widen the intervals of software whose errors do not. A group that was never measured takes the
+quantiles of all rows, stretched by what it took to hold the runs of sources that alone know their group.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from planner.uncertainty.residuals import COVERAGE, PROBABILITIES, Spread, Sprea
 
 __all__ = ["Coverage", "Residual", "fit_spreads", "left_out"]
 
-_POOL_MODELS = 10.0  # models that a group needs to count as much as everything else
-_FEWEST = 20  # rows that a stretch factor is taken from
+_POOL_MODELS = 5.0  # models that a group needs to count as much as everything else
+_FEWEST, _FEWEST_MODELS = 20, 3  # rows, and models of a group, that a stretch factor is taken from
 _LOW, _MIDDLE, _HIGH = (PROBABILITIES.index(p) for p in (0.1, 0.5, 0.9))
 _NARROWEST = (
     1e-3  # least distance of an outer quantile from the median: measurements are printed with three digits
@@ -84,7 +86,7 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
     known, new = sample.stretches(everything)
     wide = sample.quantiles(everything, everything)
     groups = {
-        group: sample.spread(everything & (sample.groups == index), everything, wide, known)
+        group: sample.spread(everything & (sample.groups == index), everything, wide, known[index])
         for index, group in enumerate(sample.names)
     }
     pooled = _stretched(wide, new)
@@ -161,22 +163,37 @@ class _Sample:
         sources = tuple(sorted({r.source for r, inside in zip(self.residuals, mask, strict=True) if inside}))
         return Spread(tuple(float(q) for q in quantiles), int(mask.sum()), models, sources)
 
-    def stretches(self, kept: Array) -> tuple[float, float]:
-        """By how much quantiles have to be stretched: of groups that were measured, and of those that were not."""
+    def stretches(self, kept: Array) -> tuple[Array, float]:
+        """By how much quantiles have to be stretched: of every group where it was measured, and of those that were not."""
         scores, known = self._scores(kept, "model")
-        measured = _needed(scores[known]) if known.sum() >= _FEWEST else _needed(scores)
+        groups, models = self.groups[kept], self.models[kept]
+        pooled = _needed(scores[known] if known.sum() >= _FEWEST else scores)
+        measured = np.full(len(self.names), pooled)
+        own = [known & (groups == group) for group in range(len(self.names))]
+        telling = [
+            group
+            for group, mine in enumerate(own)
+            if mine.sum() >= _FEWEST and len(np.unique(models[mine])) >= _FEWEST_MODELS
+        ]
+        kinds = np.array([name[-1] for name in self.names])
+        for kind in np.unique(kinds):
+            alike = known & ~np.isin(groups, telling) & (kinds[groups] == kind)
+            if alike.sum() >= _FEWEST:
+                measured[kinds == kind] = _needed(scores[alike])
+        for group in telling:
+            measured[group] = _needed(scores[own[group]])
         scores, known = self._scores(kept, "source")
-        new = _needed(scores[~known]) if (~known).sum() >= _FEWEST else measured
+        new = _needed(scores[~known]) if (~known).sum() >= _FEWEST else pooled
         return measured, new
 
-    def intervals(self, rows: Array, kept: Array, known: float, new: float) -> tuple[Array, Array]:
+    def intervals(self, rows: Array, kept: Array, known: Array, new: float) -> tuple[Array, Array]:
         """Ends of the intervals of some rows, from the kept ones."""
         wide = self.quantiles(kept, kept)
         low, high = np.zeros(len(rows)), np.zeros(len(rows))
         for group in np.unique(self.groups[rows]):
             mine = self.groups[rows] == group
             quantiles, is_known = self._of_group(int(group), kept, wide)
-            quantiles = _stretched(quantiles, known if is_known else new)
+            quantiles = _stretched(quantiles, known[group] if is_known else new)
             low[mine], high[mine] = quantiles[_LOW], quantiles[_HIGH]
         return low, high
 

@@ -52,7 +52,6 @@ def test_an_exceeded_bound_fails(planner, tmp_path):
         (b"", "is empty"),
         (b"\n", "is empty"),
         (b"name,price\nx,1\n", "columns of no known kind"),
-        (b"engine,input_len\nx,1\n", "serving runs"),
         (b"a,b\n1,2,3\n", "3 cells"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b'a,b\n"x\n', "columns of no known kind"),

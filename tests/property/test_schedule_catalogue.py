@@ -19,7 +19,7 @@ from planner.pipeline import BOUNDARY, layouts, memory, saturated, step_bound
 from planner.schedule.engine import simulate
 from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes
-from planner.schedule.order import Op, generator_of, make_order
+from planner.schedule.order import Op, generator_of, make_order, repeated
 from planner.schedule.program import compile_order
 from planner.specs.stack import load_stack
 from planner.technique import discover
@@ -231,3 +231,18 @@ def test_peak_memory_is_the_timelines(drawn, seed):
     held = layout.device_counts @ blocks["always_bytes"]
     expected = (held + (1.0 + stack.fragmentation.value) * lives).max() + stack.framework_bytes.value
     assert float(peak[0]) == pytest.approx(expected)
+
+
+@SETTINGS
+@given(orders(), st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_steps_without_a_barrier_fold_too(drawn, seed, steps):
+    generator, order = drawn
+    if not generator.flushes:
+        return
+    p, m, v = order.shape.p, order.shape.m, order.shape.v
+    several = repeated(generator, p, m, v, steps)
+    seconds = np.random.default_rng(seed).exponential(1.0, (3, order.n_virtual))
+    folded = simulate(several, *seconds).makespan_s
+    assert float(folded) == pytest.approx(
+        float(simulate(replace(several, period_ops=0), *seconds).makespan_s), rel=1e-11
+    )

@@ -57,6 +57,11 @@ def test_rules_of_a_stack(rule, run, fits):
 def test_the_framework_and_its_date_choose_the_stack():
     assert stack_for("Megatron-LM", "", "2021").name == "megatron-eager"
     assert stack_for("Megatron-LM", "", "2023").name == "default"
+    assert stack_for("Megatron-Core", "24.07", "2024").name == "nemo-2024"
+    assert stack_for("Megatron-Core", "26.02", "2026").name == "megatron-bridge"
+    assert stack_for("Composer FSDP1", "torch 1.13", "2023").name == "composer-2023"
+    assert stack_for("Composer FSDP1", "torch 2.x", "2024").name == "composer"
+    assert stack_for("PyTorch FSDP2", "", "2025").name == "pytorch-fsdp"
     assert stack_for("something else").name == "default"
 
 

@@ -123,14 +123,10 @@ def test_every_row_has_a_status_and_a_reason_where_it_is_not_scored(table):
 
 def test_other_kinds_are_passed_over(table):
     training = table(COMPLETE)
-    serving = table({"engine": "x", "input_len": "1"}, name="serving.csv")
     kernels = table({"accelerator": "x", "latency_ms": "1"}, name="kernels.csv")
-    assert validate([training, serving, kernels]).passed_over == {
-        str(serving): "serving",
-        str(kernels): "kernels",
-    }
-    with pytest.raises(SpecError, match="holds serving runs"):
-        validate([serving])
+    assert validate([training, kernels]).passed_over == {str(kernels): "kernels"}
+    with pytest.raises(SpecError, match="holds kernels"):
+        validate([kernels])
 
 
 def test_wrong_bounds_are_refused(tmp_path):

@@ -196,6 +196,10 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"other_flags": "attention-backend=unfused; cp comm a2a", "cp": "2"}, {"attention_kernel": "eager", "context": "a2a"}),
         ({"other_flags": "Float8 + Async TP"}, {"tensor_overlap": "chunked"}),
         ({"other_flags": "optimizer=muon"}, {"optimizer": "muon"}),
+        ({"other_flags": "torch.compile=False", "framework": "PyTorch FSDP2"}, {"elementwise_kernel": "eager"}),
+        ({"other_flags": "CUDA_LAUNCH_BLOCKING=1 in later runs"}, {"cuda_graph": "blocking"}),
+        ({"other_flags": "cuda_graph_impl=full_iteration; moe_a2a_overlap=True"},
+         {"cuda_graph": "full", "expert_overlap": "combined_1f1b"}),
         ({}, {"loss_kernel": "eager"}),
         ({"other_flags": "fused cross entropy (cef)"}, {"loss_kernel": "fused"}),
     ],
@@ -211,10 +215,13 @@ def test_a_stack_that_names_its_kernels_is_not_overruled(row):
     assert not {"loss_kernel", "gradient_dtype"} & set(problem.fixed)
 
 
-def test_packed_samples_are_one_sequence(row):
-    problem = run_of(row(other_flags="pack_sample_into_one=True", micro_batch="4")).problem
-    assert (problem.workload.seq_len, problem.workload.global_batch_size) == (4 * 8192, 16)
-    assert problem.fixed["micro_batch_size"] == 1
+def test_packed_samples_attend_to_themselves_alone(row):
+    # InternLM's internlm/data/packed_dataset.py, PackedDatasetWithoutCuSeqlen: cu_seqlens are multiples of the sample length.
+    packed, apart = (
+        run_of(row(other_flags=f"pack_sample_into_one={said}", micro_batch="4")).problem
+        for said in ("True", "False")
+    )
+    assert (packed.workload, packed.fixed) == (apart.workload, apart.fixed)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def _build(fields: Fields, family: Family, model_type: str, name: str, extras: d
         layers=plan.layers,
         encoder_layers=plan.encoder_layers,
         mtp_layers=fields.size("mtp_layers", 0, minimum=0),
+        checkpoint=_checkpoint(fields.config.get("quantization_config")),
         dropout=any(_positive(fields.config.get(key)) for key in _DROPOUT),
         source=fields.where,
         extras=extras,
@@ -167,6 +168,16 @@ def _embedding_extras(parts: Parts, vocab: int) -> int:
             "word_embed_proj_dim", f"{projected}", f"hidden_size ({hidden}): no projected embeddings"
         )
     return int(total)
+
+
+def _checkpoint(quantisation: object) -> str:
+    """Number format of the published linear layers, as far as kernels are known for it."""
+    if not isinstance(quantisation, dict):
+        return "bf16"
+    method = quantisation.get("quant_method")
+    if method == "fp8":
+        return "fp8_block" if quantisation.get("weight_block_size") else "fp8"
+    return "w4a16_mxfp4" if method == "mxfp4" else "bf16"
 
 
 def _positive(value: object) -> bool:

@@ -159,7 +159,7 @@ TECHNIQUE = Technique(
         Knob(
             "adaptation",
             "what is trained: everything, or small additions to frozen weights",
-            ("none", _BY, "qlora", "adapters", "prefix", "alphatuning"),
+            ("none", _BY, "qlora", "adapters", "prefix", "ia3", "alphatuning"),
             "none",
         ),
         Detail(

@@ -52,7 +52,14 @@ TECHNIQUE = Technique(
     asked=True,  # what it costs is not counted here, so that it would always win
     source="Megatron-Core --cuda-graph-impl",
     summary="Kernels recorded once and replayed without the host",
-    knobs=(Knob("cuda_graph", "which modules are captured", ("none", *_CHOICES), "none"),),
+    knobs=(
+        Knob(
+            "cuda_graph",
+            "which modules are captured, or whether every launch is waited for",
+            ("none", *_CHOICES, "blocking"),
+            "none",
+        ),
+    ),
     figures=(
         Figure(
             "kernels that one launch replays under full-iteration capture, of all",

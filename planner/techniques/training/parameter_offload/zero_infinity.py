@@ -11,6 +11,7 @@ Source: Rajbhandari et al. 2021 (ZeRO-Infinity, arXiv:2104.07857) §4.1, §5.1, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from planner.ledger import Ledger, Resident, Transfer
@@ -25,6 +26,11 @@ _STORE = Trip("store", "step", track="main")
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Keeps weights on the host, where an update on the device has to bring them back to."""
+    return swap(ledger, trips_of(ledger), "zero_infinity")
+
+
+def trips_of(ledger: Ledger) -> Callable[[Resident], tuple[Trip, ...]]:
+    """Ways of a block's weights: up for forward and backward, and back unless the host updates them."""
     updated_on_host = {item.block for item in ledger.of(Resident, pool="optimizer", tier="host")}
 
     def trips(item: Resident) -> tuple[Trip, ...]:
@@ -32,7 +38,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             return ()
         return _FETCHES if item.block in updated_on_host else (*_FETCHES, _STORE)
 
-    return swap(ledger, trips, "zero_infinity")
+    return trips
 
 
 def _fetches(subject: Pass) -> float:
@@ -55,7 +61,7 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2104.07857",
     summary="Weights live in host memory and come up block by block",
-    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu"), "none"),),
+    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "window"), "none"),),
     figures=(
         Figure(
             "loads of the weights per micro-batch without recomputation: forward and backward",

@@ -22,7 +22,16 @@ def switch_dtypes(ledger: Ledger, ctx: Context, by: str) -> Ledger:
 
     def kernel(item: Kernel) -> Item | None:
         if isinstance(item, Matmul):
-            return replace(item, dtype=formats.core if item.tags & WIDE else formats.matmul)
+            dtype = formats.core if item.tags & WIDE else formats.matmul
+            # Narrow operands, but results as wide as activations are.
+            wide = (
+                dtype_bytes(formats.activation)
+                if dtype_bytes(dtype) < dtype_bytes(formats.activation)
+                else None
+            )
+            return replace(
+                item, dtype=dtype, out_bytes=item.out_bytes if item.out_bytes is not None else wide
+            )
         if isinstance(item, Stream) and "activation" in item.tags:
             return replace(item, bytes_per_element=item.bytes_per_element * ratio)
         return None

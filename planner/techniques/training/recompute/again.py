@@ -7,7 +7,10 @@ from dataclasses import replace
 
 from planner.ledger import Collective, Item, Ledger, Resident
 
-__all__ = ["recompute"]
+__all__ = ["UNREAD", "recompute"]
+
+UNREAD = "unread"
+"""Tag of what follows the last tensor that a block saves: a recomputation that stops there leaves it out."""
 
 _OUTSIDE = ("embedding", "head", "boundary")  # not part of any layer
 
@@ -28,7 +31,8 @@ def recompute(
 
     def again(item: Item) -> bool:
         weights = isinstance(item, Collective) and "data_parallel" in item.tags
-        return item.phase == "forward" and item.block not in _OUTSIDE and not weights and inside(item)
+        apart = item.block in _OUTSIDE or UNREAD in item.tags or weights
+        return item.phase == "forward" and not apart and inside(item)
 
     def transient(item: Resident) -> Item | None:
         if "saved" not in item.tags or item.block in _OUTSIDE or not inside(item) or keeps(item):

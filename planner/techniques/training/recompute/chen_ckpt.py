@@ -57,6 +57,7 @@ TECHNIQUE = Technique(
                 "norm",
                 "act",
                 "norm+act",
+                "but_attention",
                 "norm+mla_up",
                 "mlp",
                 "modules",

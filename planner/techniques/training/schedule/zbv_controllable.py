@@ -19,7 +19,7 @@ from itertools import product
 
 import numpy as np
 
-from planner.schedule.board import Board, Pass, play
+from planner.schedule.board import Board, Pass, play, stretched
 from planner.schedule.order import DeviceOps, Generator, Ints, Op, Placement, Shape
 from planner.technique import Figure, Technique
 from planner.techniques import figures
@@ -78,7 +78,21 @@ class _Block:
 
     def device_ops(self, shape: Shape, device: int) -> DeviceOps:
         """One device's list."""
-        return _played(shape.p, shape.m, self).device_ops(device)
+        return _lists(shape.p, shape.m, self)[device]
+
+
+@lru_cache(maxsize=64)
+def _lists(p: int, m: int, block: _Block) -> list[DeviceOps]:
+    """All devices' lists; those of a long step are those of a shorter one, stretched."""
+    enough = 6 * p
+    if m > enough:
+        short = _played(p, enough, block)
+        longer = [stretched(short.device_ops(device), _SLOTS, m - enough) for device in range(p)]
+        found = [ops for ops in longer if ops is not None]
+        if len(found) == p:
+            return found
+    board = _played(p, m, block)
+    return [board.device_ops(device) for device in range(p)]
 
 
 @lru_cache(maxsize=64)

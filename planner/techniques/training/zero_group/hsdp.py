@@ -110,7 +110,12 @@ TECHNIQUES = (
         source=_SOURCE,
         summary="States sharded inside a scale-up domain, replicated across",
         knobs=(
-            Knob("zero_group", "ranks that share one copy of the states", ("full", "node", "ranks"), "full"),
+            Knob(
+                "zero_group",
+                "ranks that share one copy of the states",
+                ("full", "node", "ranks", "secondary"),
+                "full",
+            ),
         ),
         figures=(
             Figure(

@@ -16,6 +16,7 @@ from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.zero_stage.states import (
+    accumulated_in_place,
     synchronise,
     whole_update,
     with_buckets,
@@ -26,7 +27,8 @@ from planner.techniques.training.zero_stage.states import (
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Adds the bucketed all-reduce."""
     traffic = synchronise(ledger, ctx, "all_reduce", "dp_ddp")
-    return with_buckets(whole_update(with_degrees(ledger, ctx)), ctx, "dp_ddp").add(traffic)
+    whole = whole_update(with_degrees(accumulated_in_place(ledger, ctx), ctx))
+    return with_buckets(whole, ctx, "dp_ddp").add(traffic)
 
 
 def _volume(subject: Pass) -> float:

@@ -22,6 +22,7 @@ from planner.technique import Check, Context
 __all__ = [
     "MESHES",
     "accumulated",
+    "accumulated_in_place",
     "gather_weights",
     "mesh_of",
     "shard",
@@ -84,6 +85,22 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
     sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
     return with_whole(sharded, buffers)
+
+
+def accumulated_in_place(ledger: Ledger, ctx: Context) -> Ledger:
+    """Weight-gradient products add to the gradients in place: behind their arithmetic they read and write them.
+
+    Where a kernel of its own accumulates, the product writes its own output, and that kernel says what it moves; where the update
+    takes each gradient at once, none accumulates.
+    """
+    if ctx.knobs["gradient_accumulation"] == "separate" or ctx.knobs.get("optimizer") in FUSED_UPDATES:
+        return ledger
+    moved = 2.0 * dtype_bytes(ctx.gradient_dtype)
+
+    def accumulate(item: Matmul) -> Item | None:
+        return replace(item, out_bytes=moved) if item.phase == "weight" else None
+
+    return ledger.edit(Matmul, accumulate)
 
 
 def whole_update(ledger: Ledger) -> Ledger:
@@ -191,7 +208,9 @@ def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list
 def _collectives(
     ledger: Ledger, ctx: Context, pool: str, kind: str, dtype: str, by: str, when: dict[str, Any]
 ) -> list[Collective]:
-    bucket = ctx.stack.gradient_bucket_bytes.value / dtype_bytes(dtype)
+    of_gradients, of_weights = ctx.stack.gradient_bucket_bytes, ctx.stack.weight_bucket_bytes
+    held = of_gradients if pool == "gradients" or of_weights is None else of_weights
+    bucket = held.value / dtype_bytes(dtype)
     return [
         Collective(
             what=f"{mesh}_{pool}.{kind}", block=item.block, by=by, kind=kind,

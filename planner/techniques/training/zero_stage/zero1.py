@@ -14,6 +14,7 @@ from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.training.zero_stage.states import (
     accumulated,
+    accumulated_in_place,
     gather_weights,
     shard,
     synchronise,
@@ -24,7 +25,8 @@ from planner.techniques.training.zero_stage.states import (
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
     traffic = [*synchronise(ledger, ctx, "reduce_scatter", "zero1"), *gather_weights(ledger, ctx, "zero1")]
-    return with_buckets(shard(ledger, ctx, ("optimizer",), "zero1"), ctx, "zero1").add(traffic)
+    sharded = shard(accumulated_in_place(ledger, ctx), ctx, ("optimizer",), "zero1")
+    return with_buckets(sharded, ctx, "zero1").add(traffic)
 
 
 TECHNIQUE = Technique(

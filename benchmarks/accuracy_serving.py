@@ -1,0 +1,128 @@
+"""Writes docs/accuracy_serving.md: predictions of serving held against published runs.
+
+    python benchmarks/accuracy_serving.py FILE.csv… [--left-out benchmarks/serving_left_out.json] -o docs/accuracy_serving.md
+
+``--left-out`` is what ``fit_serving.py --errors`` writes: errors of models with constants fitted to the other models' runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from planner.specs.models import load_model
+from planner.validation import validate
+from planner.validation.report import Report
+from planner.validation.scores import coverage, error_statistics
+
+WORDS = {
+    "tpot": "time between tokens", "ttft": "time to the first token", "output_tokens_per_s": "throughput",
+    "latency": "latency of a batch", "peak_memory": "peak memory",
+}  # fmt: skip
+HEAD = """# Accuracy of serving
+
+Predictions of `planner validate`, held against published runs: errors are fractions of the measured value, medians and 90th
+percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants of the stacks are fitted by
+`benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. The tables are
+published by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise,
+llama.cpp users, APEX and LLMServingSim; half of their rows were seen.
+"""
+TAIL = """
+## What the model leaves out
+
+- **Speculation.** Whether draft tokens were used is mostly not stated. Configurations whose repeats differ by more than 25 % in
+  the time between tokens are predicted and not counted; the rest are taken as run without.
+- **How a benchmark starts.** A burst of prompts at the start, the length of the run and the order of prompts move the time to the
+  first token by more than any kernel: it is predicted for clients that replace every answer at once, by one share of others'
+  prompts per engine.
+- **Skewed experts.** Routing is uniform; the busiest rank follows from chance alone.
+- **Mixed lengths.** Prompts and answers have their mean lengths, but for the variation of answers that `--length-scv` states.
+- **Preemption.** A request is admitted when its final length fits.
+"""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("files", nargs="+", metavar="FILE.csv")
+    arguments.add_argument("--left-out", metavar="FILE.json")
+    arguments.add_argument("-o", "--out", required=True)
+    options = arguments.parse_args()
+    report = validate(options.files)
+    left_out = json.loads(Path(options.left_out).read_text(encoding="utf-8")) if options.left_out else {}
+    Path(options.out).write_text("\n".join(page(report, left_out)) + "\n", encoding="utf-8")
+
+
+def page(report: Report, left_out: dict[str, Any]) -> Iterator[str]:
+    """The page, line by line."""
+    yield HEAD
+    summary = report.summary()
+    for metric, words in WORDS.items():
+        if metric in summary:
+            yield f"## {words.capitalize()}\n"
+            yield "| table | rows | median | 90th | bias |"
+            yield "|---|---:|---:|---:|---:|"
+            for name, values in summary[metric]["by_source"].items():
+                yield f"| {name} | {_cells(values)} |"
+            yield f"| all rows | {_cells(summary[metric])} |\n"
+    yield "## By kind of model and engine\n"
+    yield from _by_engine(report)
+    if left_out:
+        yield "\n## Models left out\n"
+        yield "Constants fitted to the other models' runs on the same stack and generation.\n"
+        yield "| stack and generation | what | rows | median | 90th |"
+        yield "|---|---|---:|---:|---:|"
+        for name, metrics in left_out.items():
+            for metric, v in metrics.items():
+                yield f"| {name} | {WORDS[metric]} | {v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} |"
+    if "ranking" in summary:
+        ranking = summary["ranking"]
+        yield (
+            f"\nOrder of layouts in {ranking['sweeps']} sweeps of TensorRT-LLM's throughput tables, by rate per device: mean "
+            f"Kendall τ-b {ranking['kendall_tau_mean']:.2f}; the layout that is predicted best is "
+            f"{ranking['top1_regret_mean']:.1%} slower than the best one.\n"
+        )
+    yield "## Rows that do not count\n"
+    asked = coverage(report.rows)
+    yield (
+        "Of the rows that ask for a metric, this share is priced: "
+        + ", ".join(
+            f"{WORDS.get(metric, metric)} {part:.1%}" for metric, part in asked.items() if metric in WORDS
+        )
+        + ".\n"
+    )
+    reasons = Counter(
+        (row.status, row.reason) for row in report.rows if row.status in ("unsupported", "excluded")
+    )
+    for (status, reason), count in reasons.most_common(12):
+        yield f"- {count:,} {status}: {reason}"
+    yield TAIL.rstrip()
+
+
+def _by_engine(report: Report) -> Iterator[str]:
+    errors: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in report.rows:
+        if row.status == "scored" and row.metric in ("tpot", "ttft") and row.error is not None:
+            errors[row.metric, _kind(row.groups["model"]), row.groups["engine"]].append(row.error)
+    yield "| what | models | engine | rows | median | 90th | bias |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for (metric, kind, engine), values in sorted(errors.items(), reverse=True):
+        if len(values) >= 20:
+            yield f"| {WORDS[metric]} | {kind} | {engine} | {_cells(error_statistics(values))} |"
+
+
+def _kind(model: str) -> str:
+    return "with experts" if any(block.moe for block in load_model(model).blocks.values()) else "dense"
+
+
+def _cells(values: Any) -> str:
+    return f"{values['n']:,} | {values['median_ape']:.1%} | {values['p90_ape']:.1%} | {values['bias']:+.1%}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How well do the fixed point and the chain agree with the simulator on random pools, and how fast is each of them?
+
+Settings are drawn at random: an affine iteration time from small to large models, prompts of 50 to 4,000 and outputs of
+20 to 1,000 tokens with squared coefficients of variation from 0 to 4, prefix hits, three iteration-level policies with
+their limits, and Poisson arrivals at 10 to 90 % of the bound. Simulated runs go on until the error of the 99th percentile
+(95 % confidence) is below 5 %, or the requests are used up; settings with a larger error are scored apart: there the
+simulator knows no better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from planner.load.chain import percentiles
+from planner.load.fixed_point import steady_load
+from planner.load.iteration_time import Affine
+from planner.load.requests import Lengths, draw
+from planner.load.results import summarize
+from planner.load.scheduler import Scheduler, scheduler
+from planner.load.simulator import simulate
+
+SETTLING = 0.1
+FIRST_REQUESTS = 40_000
+WANTED_ERROR = 0.05
+
+
+def random_setting(seed: int) -> tuple[Affine, Scheduler, Lengths, float]:
+    """A pool, its policy, its requests, and their rate."""
+    random = np.random.default_rng(seed)
+
+    def between(low: float, high: float) -> float:
+        return float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+    def variation() -> float:
+        return 0.0 if random.random() < 0.25 else float(random.uniform(0.0, 4.0))
+
+    price = Affine(
+        between(5e-3, 30e-3),
+        between(1e-5, 2e-4),
+        between(1e-9, 2e-7),
+        between(1e-5, 1.5e-4),
+        between(1e-11, 2e-9),
+    )
+    prompt, output = round(between(50, 4000)), round(between(20, 1000))
+    hit = 0.0 if random.random() < 0.6 else float(random.uniform(0.0, 0.8))
+    lengths = Lengths(prompt, output, variation(), variation(), prefix_hit=hit)
+    name = str(random.choice(["vllm", "sarathi", "orca"]))
+    budget = None if name == "orca" else round(between(512, 8192))
+    rules = scheduler(name, round(between(8, 512)), budget)
+    most_per_s = float(steady_load(price, rules, lengths, 1e9).most_per_s[0])
+    return price, rules, lengths, float(random.uniform(0.1, 0.9)) * most_per_s
+
+
+def measured(seed: int, most_requests: int) -> dict[str, float]:
+    """One setting, simulated."""
+    price, rules, lengths, rate = random_setting(seed)
+    count = min(FIRST_REQUESTS, most_requests)
+    while True:
+        start = perf_counter()
+        run = simulate(draw(lengths, count, rate_per_s=rate, seed=seed), price, rules)
+        seconds = perf_counter() - start
+        found = summarize(run, SETTLING)
+        assert found.ttft_s is not None
+        assert found.tpot_s is not None
+        error = found.ttft_s.p99_error / found.ttft_s.p99
+        if error < WANTED_ERROR or count >= most_requests:
+            break
+        count = min(most_requests, int(count * max(2.0, (error / WANTED_ERROR) ** 2)))
+    return {
+        "tpot_s": found.tpot_s.mean,
+        "tpot_p99_s": found.tpot_s.p99,
+        "ttft_s": found.ttft_s.mean,
+        "ttft_p50_s": found.ttft_s.p50,
+        "ttft_p99_s": found.ttft_s.p99,
+        "error": error,
+        "steps_per_s": found.request_iterations / seconds,
+    }
+
+
+def errors(seed: int, truth: dict[str, float]) -> dict[str, float]:
+    """Relative errors of both levels at a setting."""
+    price, rules, lengths, rate = random_setting(seed)
+    point = steady_load(price, rules, lengths, rate)
+    start = perf_counter()
+    chain = percentiles(price, rules, lengths, rate)
+    seconds = perf_counter() - start
+    return {
+        "fixed point, TPOT": point.tpot_s[0] / truth["tpot_s"] - 1.0,
+        "fixed point, mean TTFT": point.ttft_s[0] / truth["ttft_s"] - 1.0,
+        "chain, TPOT": chain.tpot_s["mean"] / truth["tpot_s"] - 1.0,
+        "chain, p99 TPOT": chain.tpot_s["p99"] / truth["tpot_p99_s"] - 1.0,
+        "chain, mean TTFT": chain.ttft_s["mean"] / truth["ttft_s"] - 1.0,
+        "chain, p50 TTFT": chain.ttft_s["p50"] / truth["ttft_p50_s"] - 1.0,
+        "chain, p99 TTFT": chain.ttft_s["p99"] / truth["ttft_p99_s"] - 1.0,
+        "seconds": seconds,
+    }
+
+
+def report(rows: list[dict[str, float]], title: str) -> None:
+    """Medians, 90th percentiles and shares within the limits."""
+    if not rows:
+        return
+    print(f"{title}: {len(rows)} settings, {1e3 * np.median([r['seconds'] for r in rows]):.0f} ms a chain")
+    for name in rows[0]:
+        if name == "seconds":
+            continue
+        size = np.abs([row[name] for row in rows])
+        limit = 0.05 if "TPOT" in name else 0.15
+        within = f"{np.mean(size <= limit):.0%} within {limit:.0%}"
+        print(f"  {name:24s} median {np.median(size):6.1%}  p90 {np.quantile(size, 0.9):6.1%}  {within}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=400_000, help="of a setting, at most")
+    parser.add_argument(
+        "--runs", type=Path, help="keep simulated runs in this JSON file, and take those in it as they are"
+    )
+    options = parser.parse_args()
+    runs: dict[str, dict[str, float]] = {}
+    if options.runs and options.runs.exists():
+        runs = json.loads(options.runs.read_text())
+    for seed in range(options.settings):
+        if str(seed) not in runs:
+            runs[str(seed)] = measured(seed, options.requests)
+            if options.runs:
+                options.runs.write_text(json.dumps(runs, indent=1))
+    truths = [runs[str(seed)] for seed in range(options.settings)]
+    rows = [errors(seed, truth) for seed, truth in enumerate(truths)]
+    known = [truth["error"] < WANTED_ERROR for truth in truths]
+    report([row for row, k in zip(rows, known, strict=True) if k], "p99 TTFT simulated within 5 %")
+    report([row for row, k in zip(rows, known, strict=True) if not k], "the others")
+    print(f"simulator: {np.median([t['steps_per_s'] for t in truths]):.3g} request-iterations/s (median)")
+
+
+if __name__ == "__main__":
+    main()

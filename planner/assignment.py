@@ -1,0 +1,121 @@
+"""Which layers take which strategy, and the block table that prices it.
+
+A block kind under a strategy is a block kind of its own: the table of a layer-wise plan has one column for each (kind,
+strategy) that is in use, and a stage is a vector of counts over those. Everything behind the table (stages, schedule, memory)
+then knows nothing of strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from planner.baseline import EMBEDDING, HEAD
+from planner.engine import BlockTable
+from planner.errors import Problem, SpecError
+from planner.ledger import Array
+from planner.pipeline import BOUNDARY, Layout, layout_of
+from planner.solve.space import Choice
+from planner.technique import ADDITIVE_SLOTS, discover, off
+
+__all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
+
+Runs: TypeAlias = tuple[
+    tuple[int, int], ...
+]  # (strategy, layers) of one virtual stage, in the order of its layers
+
+UNEVEN = "uneven"
+"""Name of a layout whose stages are none of the named ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """A strategy for every layer, and for what stands before and behind them.
+
+    Attributes:
+        strategies: additive choices by slot (all but the schedule); what is common to all layers is the plan's recipe.
+        stages: runs of layers under one strategy, per virtual stage.
+        embedding, head: their strategies.
+    """
+
+    strategies: tuple[Mapping[str, Choice], ...]
+    stages: tuple[Runs, ...]
+    embedding: int
+    head: int
+
+    def columns(self, order: Sequence[str]) -> list[tuple[str, int]]:
+        """(kind, strategy) of every column of the table, in order; ``order`` is the model's layers."""
+        layers = (pair for stage in self.of_layers(order) for pair in stage)
+        return [
+            *dict.fromkeys(layers), (EMBEDDING, self.embedding), (HEAD, self.head), (BOUNDARY, 0),
+        ]  # fmt: skip
+
+    def of_layers(self, order: Sequence[str]) -> list[list[tuple[str, int]]]:
+        """(kind, strategy) of every layer, per virtual stage."""
+        kinds = iter(order)
+        return [[(next(kinds), s) for s, n in runs for _ in range(n)] for runs in self.stages]
+
+    def names(self, order: Sequence[str]) -> list[str]:
+        """The columns' names: a kind, with its strategy where there are several."""
+        several = len(self.strategies) > 1
+        return [
+            f"{kind}·{label(s)}" if several and kind not in (EMBEDDING, HEAD, BOUNDARY) else kind
+            for kind, s in self.columns(order)
+        ]
+
+    def layout(self, order: Sequence[str], pp: int, virtual_stages: int, split: str) -> Layout:
+        """Counts per virtual stage over the columns."""
+        columns = self.columns(order)
+        position = {column: index for index, column in enumerate(columns)}
+        counts = np.zeros((len(self.stages), len(columns)))
+        for stage, layers in enumerate(self.of_layers(order)):
+            for column in layers:
+                counts[stage, position[column]] += 1.0
+        counts[0, -3] = counts[-1, -2] = 1.0
+        return layout_of(counts, pp, virtual_stages, split)
+
+
+def read_assignment(data: Mapping[str, Any]) -> Assignment:
+    """The assignment that a plan's ``layerwise`` field describes.
+
+    Raises:
+        SpecError: no technique serves a choice.
+    """
+    strategies = [
+        {slot: _choice(slot, value) for slot, value in strategy.items()} for strategy in data["strategies"]
+    ]
+    stages = tuple(tuple((int(s), int(n)) for s, n in runs) for runs in data["stages"])
+    return Assignment(tuple(strategies), stages, int(data["embedding"]), int(data["head"]))
+
+
+def _choice(slot: str, value: Any) -> Choice:
+    text = str(value).lower()
+    if slot in ADDITIVE_SLOTS and text == off(slot):
+        return Choice(text, None)
+    for technique in discover().values():
+        if technique.slot == slot and slot in ADDITIVE_SLOTS and text in technique.choices:
+            return Choice(text, technique)
+    raise SpecError(
+        Problem(f"plan: layerwise.strategies: {slot}", repr(value), "a choice of an additive slot")
+    )
+
+
+def label(strategy: int) -> str:
+    """A strategy's letter.
+
+    >>> label(0), label(25), label(26)
+    ('A', 'Z', 'A1')
+    """
+    turn, letter = divmod(strategy, 26)
+    return chr(ord("A") + letter) + (str(turn) if turn else "")
+
+
+def joined(
+    tables: Sequence[BlockTable], columns: Sequence[tuple[str, int]], names: Sequence[str]
+) -> BlockTable:
+    """One table of some kinds of several: column ``(kind, i)`` is the i-th table's, under a name of its own."""
+    values: list[Array] = [tables[i].values[:, [tables[i].kinds.index(kind)]] for kind, i in columns]
+    return BlockTable(tuple(names), np.concatenate(values, axis=1), tables[0].fields)

@@ -1,0 +1,245 @@
+"""``planner serve``: the best deployments of a model for some traffic and its promises."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.values import (
+    attempt,
+    optional_number,
+    optional_whole,
+    parse_fixed,
+    raise_if_any,
+    read_cluster,
+    read_list,
+    read_model,
+    read_stack,
+    whole_number,
+)
+from planner.errors import Problem as Fault
+
+if TYPE_CHECKING:
+    from planner.specs.model import Model
+    from planner.specs.serve_problem import ServeProblem
+    from planner.specs.traffic import Traffic
+
+__all__ = ["serve"]
+
+_MOST_PLANS = 1000
+_FLAGS = {
+    "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
+    "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
+    "length_scv": "--length-scv", "model": "--model", "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
+    "usd_per_device_hour": "--usd-per-hour",
+}  # fmt: skip
+_PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w4a16_mxfp4"}
+_NARROWER = ("fp8", "nvfp4")
+
+
+def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+def serve(
+    model: Annotated[
+        str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
+    ] = None,
+    cluster: Annotated[
+        str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required.")
+    ] = None,
+    isl: Annotated[str | None, _option("--isl", text="Prompt tokens, mean. Required.", metavar="N")] = None,
+    osl: Annotated[str | None, _option("--osl", text="Answer tokens, mean. Required.", metavar="N")] = None,
+    ttft_ms: Annotated[
+        str | None, _option("--ttft-ms", text="Limit of the time to the first token.", metavar="MS")
+    ] = None,
+    tpot_ms: Annotated[
+        str | None, _option("--tpot-ms", text="Limit of the time between tokens.", metavar="MS")
+    ] = None,
+    e2e_ms: Annotated[
+        str | None, _option("--e2e-ms", text="Limit of the time of a whole answer.", metavar="MS")
+    ] = None,
+    percentile: Annotated[
+        str | None,
+        _option("--percentile", text="Of requests that keep the limits, e.g. 99 [the mean].", metavar="P"),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        _option("--rate", text="Requests per second: how few devices? [highest load]", metavar="R"),
+    ] = None,
+    concurrency: Annotated[
+        str | None, _option("--concurrency", text="Requests in flight that clients keep up.", metavar="C")
+    ] = None,
+    prefix_hit: Annotated[
+        str | None,
+        _option("--prefix-hit", text="Fraction of prompt tokens that are cached [0].", metavar="X"),
+    ] = None,
+    length_scv: Annotated[
+        str | None, _option("--length-scv", text="Squared variation of answers' lengths [0].", metavar="X")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        _option(
+            "--precision",
+            text="Weights: bf16, fp8, fp8_block, nvfp4, int4_wo … [as published]",
+            metavar="LIST",
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None, _option("--cache", text="Format of keys and values: bf16, fp8 [bf16].", metavar="LIST")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        _option("--allow", text="'lossy': also narrower weights and caches.", metavar="WHAT"),
+    ] = None,
+    engine: Annotated[
+        str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
+    ] = "vllm",
+    mode: Annotated[
+        str | None, _option("--mode", text="aggregated or disaggregated [both].", metavar="MODE")
+    ] = None,
+    fix: Annotated[
+        list[str] | None,
+        _option("--fix", text="Every plan must have this, e.g. tp=8. Repeatable.", metavar="KNOB=VALUE"),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
+    ] = None,
+    usd_per_hour: Annotated[
+        str | None,
+        _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
+    ] = None,
+    top: Annotated[str, _option("--top", text="Plans to list [10].", metavar="K")] = "10",
+    out: Annotated[
+        str | None, _option("-o", "--out", text="Write the plans as JSON to a file.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Find the deployments that answer most within their promises, or take fewest devices for a rate.
+
+    Prompts and generation in one pool, or in pools of their own; every mesh, budget of an iteration and number of replicas.
+    """
+    from planner.cli.output import OutputFile, json_text, print_json
+
+    faults: list[Fault] = []
+    traffic = _traffic(
+        faults, isl, osl, ttft_ms, tpot_ms, e2e_ms, percentile, rate, concurrency, prefix_hit, length_scv
+    )
+    problem = _problem(
+        faults,
+        model,
+        cluster,
+        traffic,
+        engine,
+        precision,
+        cache,
+        allow or [],
+        mode,
+        fix,
+        forbid,
+        usd_per_hour,
+    )
+    wanted = attempt(faults, whole_number, "--top", top)
+    if wanted is not None and not 1 <= wanted <= _MOST_PLANS:
+        faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
+    raise_if_any(faults)
+    assert problem is not None
+    assert wanted is not None
+
+    from planner.serving.serve import serve as search
+
+    with OutputFile(out) if out is not None else nullcontext() as file:
+        result = search(problem, wanted)
+        content = result.as_dict()
+        if file is not None:
+            file.write(json_text(content) + "\n")
+    if as_json:
+        print_json(content)
+    else:
+        from planner.report.serving import show_serving
+
+        show_serving(result, problem, out)
+
+
+def _traffic(
+    faults: list[Fault], isl: str | None, osl: str | None, ttft: str | None, tpot: str | None, e2e: str | None,
+    percentile: str | None, rate: str | None, concurrency: str | None, prefix_hit: str | None, length_scv: str | None,
+) -> Traffic | None:  # fmt: skip
+    from planner.specs.traffic import Traffic
+
+    values: dict[str, Any] = {}
+    for flag, text in (("--isl", isl), ("--osl", osl)):
+        if text is None:
+            faults.append(Fault(flag, "is missing", "tokens, such as 4000"))
+        values[flag[2:]] = optional_whole(faults, flag, text)
+    for name, flag, text in (
+        ("ttft_s", "--ttft-ms", ttft),
+        ("tpot_s", "--tpot-ms", tpot),
+        ("e2e_s", "--e2e-ms", e2e),
+    ):
+        number = optional_number(faults, flag, text)
+        values[name] = None if number is None else number * 1e-3
+    values["percentile"] = optional_number(
+        faults, "--percentile", percentile and percentile.lower().removeprefix("p")
+    )
+    values["rate_per_s"] = optional_number(faults, "--rate", rate)
+    values["concurrency"] = optional_whole(faults, "--concurrency", concurrency)
+    values["prefix_hit"] = optional_number(faults, "--prefix-hit", prefix_hit) or 0.0
+    values["length_scv"] = optional_number(faults, "--length-scv", length_scv) or 0.0
+    if values["isl"] is None or values["osl"] is None:
+        return None
+    return attempt(faults, Traffic, flags=_FLAGS, **values)
+
+
+def _problem(
+    faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
+    cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
+) -> ServeProblem | None:  # fmt: skip
+    from planner.errors import did_you_mean
+    from planner.specs.serve_problem import ServeProblem
+
+    spec = attempt(faults, read_model, model, flags=_FLAGS)
+    machines = None
+    if cluster is None:
+        faults.append(Fault("--cluster", "is missing", "a cluster, such as h200-sxm:4x8"))
+    else:
+        machines = attempt(faults, read_cluster, cluster, flags=_FLAGS)
+    stack = attempt(faults, read_stack, engine, flags=_FLAGS)
+    fixed = attempt(faults, parse_fixed, fix or [])
+    usd = optional_number(faults, "--usd-per-hour", price)
+    faults += [Fault("--allow", repr(what), "lossy") for what in allow if what != "lossy"]
+    modes = ("aggregated", "disaggregated") if mode is None else (mode.lower(),)
+    if modes[0] not in ("aggregated", "disaggregated"):
+        known = ("aggregated", "disaggregated")
+        faults.append(Fault("--mode", repr(mode), " or ".join(known), did_you_mean(modes[0], known)))
+    if spec is None or machines is None or stack is None or traffic is None or fixed is None:
+        return None
+    lossy = "lossy" in allow
+    formats = _formats(spec, model or "", precision, machines.device.peak_flop_per_s if lossy else ())
+    caches = (
+        read_list(cache)
+        if cache
+        else ("bf16", "fp8")
+        if lossy and machines.device.supports("fp8")
+        else ("bf16",)
+    )
+    return attempt(
+        faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
+        usd_per_device_hour=usd, flags=_FLAGS,
+    )  # fmt: skip
+
+
+def _formats(spec: Model, given: str, precision: str | None, rates: Any) -> tuple[str, ...]:
+    """Formats of weights: as asked for, as the model's name says, or as published; with ``rates``, narrower ones as well."""
+    from planner.specs.models import named_precision
+
+    asked = read_list(precision) if precision else (named_precision(given) or spec.checkpoint,)
+    found = [_PRECISIONS.get(name, name) for name in asked]
+    # A model that is published in blocks of fp8 has no other fp8 form.
+    found = ["fp8_block" if name == "fp8" and spec.checkpoint == "fp8_block" else name for name in found]
+    if precision is None:
+        found += [name for name in _NARROWER if name.replace("nvfp4", "fp4") in rates and name not in found]
+    return tuple(dict.fromkeys(found))

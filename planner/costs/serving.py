@@ -1,0 +1,61 @@
+"""Closed forms of a split deployment: how full a prefill queue may be, and how long keys and values travel.
+
+Sources: Y. Zhong et al., "DistServe", OSDI 2024, section 3.1 (prefill as M/D/1); L. Kleinrock, Queueing Systems, vol. 1, 1975,
+section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.costs.arrays import Real
+
+__all__ = ["kv_transfer_s", "queue_load"]
+
+_BISECTIONS = 50
+
+
+def queue_load(room_s: Real, service_s: Real, quantile: float | None = None, most: float = 1.0) -> Real:
+    """Largest load ``ρ``, the fraction of time at work, of an M/D/1 queue whose wait stays within ``room_s``.
+
+    The wait is its mean, or a quantile of it.
+
+    The mean wait is ``W = ρ·D/(2(1 − ρ))``, so ``ρ = 2w/(D + 2w)``. The wait's tail is taken as exponential with the mean of
+    those who wait, ``P(wait > x) = ρ·exp(−ρx/W)``, exact for M/M/1 and in heavy traffic; its quantile is found by bisection.
+
+    Args:
+        room_s: what a request may wait; below 0: no load keeps it.
+        service_s: time of one service, ``D``.
+        quantile: of requests, 0 to 1; None: the mean.
+        most: cap on the load.
+
+    >>> round(float(queue_load(1.0, 2.0)), 6)  # W = 0.5 * 2 / (2 * 0.5) = 1
+    0.5
+    """
+    room = np.asarray(room_s, dtype=np.float64)
+    if quantile is None:
+        loads = np.where(
+            np.isinf(room), most, 2.0 * room / (service_s + 2.0 * np.where(np.isinf(room), 0.0, room))
+        )
+        return np.where(room >= 0.0, np.minimum(loads, most), 0.0)[()]
+    low, high = (
+        np.zeros(np.broadcast_shapes(room.shape, np.shape(service_s))),
+        np.full_like(room + 0.0 * np.asarray(service_s), most),
+    )
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        tail_s = service_s / (2.0 * (1.0 - middle)) * np.log(np.maximum(middle / (1.0 - quantile), 1.0))
+        low, high = np.where(tail_s <= room, middle, low), np.where(tail_s <= room, high, middle)
+    return np.where(room >= 0.0, low, 0.0)[()]
+
+
+def kv_transfer_s(n_bytes: Real, bytes_per_s: Real, prefill_s: Real, layers: Real) -> Real:
+    """Seconds that a cache's way to another pool adds to a prompt: the last layer, and whatever the prompt was too short to hide.
+
+    ``κ/(L·β) + max(0, (κ/β − T)·(L − 1)/L)`` with ``κ`` bytes, ``β`` bytes per second, ``T`` the prompt's time, ``L`` layers.
+
+    >>> float(kv_transfer_s(1e9, 50e9, 0.1, 40.0)) * 1e3  # 20 ms hide behind 100 ms but for a layer's share
+    0.5
+    """
+    whole_s = n_bytes / bytes_per_s
+    return whole_s / layers + np.maximum(0.0, (whole_s - prefill_s) * (layers - 1.0) / layers)

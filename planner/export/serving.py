@@ -1,0 +1,132 @@
+"""A serving plan as launch lines of its engine, one per pool.
+
+Flags: vLLM ``vllm serve --help`` (0.11 and later), SGLang ``sglang/srt/server_args.py`` (0.5), TensorRT-LLM ``trtllm-serve
+--help`` and its YAML of extra options (1.0). What an engine takes from the checkpoint itself (the format of the weights) has no
+flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from planner.errors import ExportError, Problem, SpecError, did_you_mean
+from planner.serving.plan import Pool, ServePlan
+
+__all__ = ["SERVING_EXPORTERS", "export_serving"]
+
+
+def export_serving(plan: ServePlan, to: str, checkpoint: str | None = None) -> dict[str, str]:
+    """Files (name → content) that launch a plan.
+
+    Args:
+        plan: the plan.
+        to: a key of :data:`SERVING_EXPORTERS`.
+        checkpoint: what to load; None: the plan's model name.
+
+    Raises:
+        ExportError: the engine cannot run the plan's layout.
+        SpecError: no such engine.
+    """
+    if to not in SERVING_EXPORTERS:
+        hint = did_you_mean(to, SERVING_EXPORTERS)
+        raise SpecError(Problem("--to", repr(to), f"one of {', '.join(sorted(SERVING_EXPORTERS))}", hint))
+    files: dict[str, str] = {}
+    for pool in plan.pools:
+        name = "" if pool.role == "aggregated" else f"-{pool.role}"
+        line, extra = SERVING_EXPORTERS[to](plan, pool, checkpoint or plan.model)
+        devices = pool.devices // pool.replicas
+        head = f"# {pool.replicas} replica(s) of {devices} device(s): start this once on each"
+        files[f"serve{name}.sh"] = f"#!/bin/sh\n{head}\n" + " \\\n  ".join(line) + "\n"
+        files |= {f"{part}{name}.yaml": text for part, text in extra.items()}
+    return files
+
+
+def _length(plan: ServePlan) -> int:
+    return int(plan.traffic["isl"]) + int(plan.traffic["osl"])
+
+
+def _refuse(to: str, pool: Pool, what: str, expected: str) -> ExportError:
+    return ExportError(Problem(f"--to {to}", f"{pool.role} pool: {what}", expected))
+
+
+def _vllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
+    mesh, knobs = pool.mesh, pool.knobs
+    if mesh["ep"] not in (1, mesh["tp"] * mesh["dp"]):
+        raise _refuse("vllm", pool, f"ep={mesh['ep']}", "1, or all of a replica's ranks")
+    line = [
+        f"vllm serve {checkpoint}",
+        f"--tensor-parallel-size {mesh['tp']}",
+        f"--pipeline-parallel-size {mesh['pp']}",
+    ]
+    if mesh["dp"] > 1:
+        line.append(f"--data-parallel-size {mesh['dp']}")
+    if mesh["ep"] > 1:
+        line.append("--enable-expert-parallel")
+    line += [
+        f"--kv-cache-dtype {'fp8' if knobs['cache'] == 'fp8' else 'auto'}",
+        f"--max-model-len {_length(plan)}",
+    ]
+    if "max_sequences" in knobs:
+        line.append(f"--max-num-seqs {-(-int(knobs['max_sequences']) // mesh['dp'])}")
+    if "chunk_tokens" in knobs:
+        line.append(f"--max-num-batched-tokens {knobs['chunk_tokens']}")
+    if pool.role != "aggregated":
+        role = "kv_producer" if pool.role == "prefill" else "kv_consumer"
+        line.append(f'--kv-transfer-config \'{{"kv_connector":"NixlConnector","kv_role":"{role}"}}\'')
+    return line, {}
+
+
+def _sglang(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
+    mesh, knobs = pool.mesh, pool.knobs
+    # SGLang counts tensor ranks over all attention ranks.
+    line = [
+        f"python -m sglang.launch_server --model-path {checkpoint}",
+        f"--tp-size {mesh['tp'] * mesh['dp']}",
+    ]
+    if mesh["pp"] > 1:
+        line.append(f"--pp-size {mesh['pp']}")
+    if mesh["dp"] > 1:
+        line += [f"--dp-size {mesh['dp']}", "--enable-dp-attention"]
+    if mesh["ep"] > 1:
+        line.append(f"--ep-size {mesh['ep']}")
+    line += [
+        f"--kv-cache-dtype {'fp8_e4m3' if knobs['cache'] == 'fp8' else 'auto'}",
+        f"--context-length {_length(plan)}",
+    ]
+    if "max_sequences" in knobs:
+        line.append(f"--max-running-requests {knobs['max_sequences']}")
+    if "chunk_tokens" in knobs:
+        line.append(f"--chunked-prefill-size {knobs['chunk_tokens']}")
+    if pool.role != "aggregated":
+        line.append(f"--disaggregation-mode {pool.role}")
+    return line, {}
+
+
+def _trtllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
+    mesh, knobs = pool.mesh, pool.knobs
+    if mesh["dp"] > 1 and mesh["tp"] > 1:
+        raise _refuse(
+            "trtllm", pool, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each"
+        )
+    ranks = mesh["tp"] * mesh["dp"]
+    line = [f"trtllm-serve {checkpoint}", f"--tp_size {ranks}", f"--pp_size {mesh['pp']}"]
+    if mesh["ep"] > 1:
+        line.append(f"--ep_size {mesh['ep']}")
+    line.append(f"--max_seq_len {_length(plan)}")
+    if "max_sequences" in knobs:
+        line.append(f"--max_batch_size {-(-int(knobs['max_sequences']) // mesh['dp'])}")
+    if "chunk_tokens" in knobs:
+        line.append(f"--max_num_tokens {knobs['chunk_tokens']}")
+    options = ["cuda_graph_config:", "  enable_padding: true"]
+    options += ["kv_cache_config:", f"  dtype: {'fp8' if knobs['cache'] == 'fp8' else 'auto'}"]
+    if mesh["dp"] > 1:
+        options.append("enable_attention_dp: true")
+    if pool.role != "aggregated":
+        options += ["cache_transceiver_config:", "  backend: DEFAULT"]
+    name = "extra" + ("" if pool.role == "aggregated" else f"-{pool.role}")
+    return [*line, f"--extra_llm_api_options {name}.yaml"], {"extra": "\n".join(options) + "\n"}
+
+
+Exporter = Callable[[ServePlan, Pool, str], tuple[list[str], dict[str, str]]]
+SERVING_EXPORTERS: Mapping[str, Exporter] = {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}
+"""Exporters by the name that ``--to`` takes."""

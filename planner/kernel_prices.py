@@ -1,0 +1,165 @@
+"""Kernels of a ledger on one device, with the libraries that a software stack runs: lists of items, priced over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from planner.costs.alignment import alignment_efficiency
+from planner.costs.arrays import Real
+from planner.costs.precision import dtype_bytes
+from planner.kernels import WIDE_HEAD, Kernels
+from planner.ledger import Array, AttentionCore, Axes, Matmul, Stream
+from planner.specs.device import Device
+from planner.specs.formats import KERNEL_FORMATS
+from planner.specs.kernel_library import KernelLibrary, library_for
+from planner.specs.stack import Stack
+
+__all__ = ["KernelPrices"]
+
+_FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows
+
+
+class KernelPrices:
+    """Prices kernels; a stack that serves says what of their starts and of libraries' small kernels its graphs hide."""
+
+    def __init__(self, device: Device, stack: Stack) -> None:
+        self.device, self.stack = device, stack
+        software = stack.serving
+        self.kernels = Kernels(device, start_share=1.0 if software is None else float(software.start_share))
+        self._libraries: dict[tuple[str, str], KernelLibrary | None] = {}
+        self._call_share = 1.0 if software is None else float(software.call_share)
+
+    def matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
+        """Seconds of products."""
+        found: dict[int, Array] = {}
+        by_tile: dict[float, list[tuple[Matmul, KernelLibrary | None]]] = {}
+        for item in items:
+            library = self._library("moe" if item.grouped else "gemm", item.format)
+            by_tile.setdefault(0.0 if library is None else library["tile"], []).append((item, library))
+        for tile, group in by_tile.items():
+            found |= zip((id(i) for i, _ in group), self._products(group, axes, tile or None), strict=True)
+        return [found[id(item)] for item in items]
+
+    def _products(
+        self, items: list[tuple[Matmul, KernelLibrary | None]], axes: Axes, tile: float | None
+    ) -> Iterable[Array]:
+        """Products whose kernels have tiles of one size."""
+        formats = [KERNEL_FORMATS.get(item.format) for item, _ in items]
+        plain = [item for item, _ in items]
+        width = _column(
+            [dtype_bytes(f.inputs if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
+        )
+        stored = _column(
+            [dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
+        )
+        out = _column([dtype_bytes(i.dtype) if i.out_bytes is None else i.out_bytes for i in plain])
+        rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped) for i in plain])
+        m, n, k, groups = (
+            _stack([getattr(item, name) for item in plain], axes) for name in ("m", "n", "k", "groups")
+        )
+        launches = _column([item.launches for item in plain])
+        # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
+        padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in plain])
+        element = _column([dtype_bytes(item.dtype) for item in plain])  # scales of blocks lie apart
+        aligned = rate * np.where(padded, 1.0, alignment_efficiency(n, k, element))
+        libraries = [library for _, library in items]
+        if any(libraries):
+            aligned = aligned * _column([1.0 if x is None else x["rate"] for x in libraries])
+            own = [0.0 if x is None else x["weight_bytes"] for x in libraries]
+            stored = np.where(_column(own) > 0.0, _column(own), stored)
+        price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored)
+        seconds: Array = price() * launches
+        if tile is not None:  # a library with wide tiles has narrow ones as well, for few rows
+            seconds = np.where(m > _FEW_ROWS, price(tile=tile) * launches, seconds)
+        if any(libraries):
+            seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
+        return seconds
+
+    def _beside_products(
+        self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array
+    ) -> Array:
+        """Seconds of a library's small kernels beside its products; the two products of experts are one call."""
+        call = _column(
+            [
+                0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0)
+                for i, x in zip(items, libraries, strict=True)
+            ]
+        )
+        quantised = _column(
+            [
+                0.0 if x is None or i.grouped else x["quantise_bytes"]
+                for i, x in zip(items, libraries, strict=True)
+            ]
+        )
+        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
+
+    def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
+        """Seconds of memory-bound kernels."""
+        size = _stack([item.size for item in items], axes)
+        bytes_per_element, launches, flop_per_element = (
+            np.array([[getattr(item, name)] for item in items])
+            for name in ("bytes_per_element", "launches", "flop_per_element")
+        )
+        flop = size * flop_per_element if flop_per_element.any() else 0.0
+        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
+
+    def attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
+        """Seconds of fused attention, one item at a time."""
+        for item in items:
+            rate: Real = self.kernels.attention_flop_per_s(item.dtype, backward=item.passes != 1.0)
+            extra: dict[str, Any] = {}
+            beside_s = 0.0
+            if item.stored:
+                rate, beside_s, extra = self._cached_attention(
+                    item, rate, axes[item.qk_dim], axes[item.v_dim]
+                )
+            seconds = self.kernels.attention_s(
+                axes[item.batch], axes[item.heads], axes[item.kv_heads], axes[item.q], axes[item.kv], axes[item.qk_dim],
+                axes[item.v_dim], rate, visible=axes[item.visible], passes=item.passes,
+                bytes_per_element=dtype_bytes(item.dtype), **extra,
+            )  # fmt: skip
+            yield seconds + beside_s * np.greater(seconds, 0.0) if beside_s else seconds
+
+    def _cached_attention(
+        self, item: AttentionCore, rate: Real, qk_dim: Array, v_dim: Array
+    ) -> tuple[Real, float, dict[str, Any]]:
+        """Rate, seconds of small kernels and further arguments of an attention over a cache, by its library."""
+        label = f"latent-{item.dtype}" if item.latent else item.dtype
+        library = self._library("attention", label)
+        shared = qk_dim / (qk_dim + v_dim) if item.latent else 1.0
+        extra: dict[str, Any] = {"kv_bytes_per_element": dtype_bytes(item.stored) * shared}
+        if library is None:
+            return rate, 0.0, extra
+        narrow = dtype_bytes(item.stored) < dtype_bytes(item.dtype)
+        beside_s = library["decode_call_s" if item.decode else "call_s"] + (
+            library["cast_s"] if narrow else 0.0
+        )
+        extra |= {
+            "split_s": library["split_s"] or None,
+            "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
+        }
+        width = np.maximum(np.maximum(qk_dim, v_dim) / WIDE_HEAD, 1.0)
+        return rate * library["rate"] / width ** library["wide_head"], beside_s * self._call_share, extra
+
+    def _library(self, operation: str, label: str) -> KernelLibrary | None:
+        """The library whose kernel the stack runs; None: it names none, and the device's own constants hold."""
+        if (operation, label) not in self._libraries:
+            generation = self.device.generation
+            kernel = self.stack.kernel(operation, label, generation) if label else None
+            library = None if kernel is None else library_for(operation, kernel, label, generation)
+            self._libraries[operation, label] = library
+        return self._libraries[operation, label]
+
+
+def _column(values: Sequence[float]) -> Array:
+    """One value per item, to broadcast over rows."""
+    return np.array(values)[:, None]
+
+
+def _stack(expressions: list[str], axes: Axes) -> Array:
+    """Expressions over axes as one array (items, rows)."""
+    return np.stack(np.broadcast_arrays(*(np.atleast_1d(axes[e]) for e in expressions)))

@@ -1,0 +1,72 @@
+"""A layer-wise plan on the screen: what each strategy is, and which layers of which stage take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from planner.assignment import label
+from planner.plan import Plan, SearchResult
+from planner.report.terminal import knob_text
+from planner.technique import off
+from planner.units import format_seconds
+
+__all__ = ["layers", "layerwise_proof"]
+
+
+def layers(plans: Sequence[Plan]) -> tuple[str, list[str]]:
+    """A heading and lines for the first layer-wise plan of a list; no lines where there is none."""
+    for number, plan in enumerate(plans, 1):
+        if plan.layerwise is not None:
+            which = f"plan {number}" if len(plans) > 1 else "the plan"
+            return f"Layers of {which}", [*_strategies(plan.layerwise), *_stages(plan)]
+    return "", []
+
+
+def layerwise_proof(result: SearchResult) -> list[str]:
+    """How the layer-wise space was exhausted, in words."""
+    account = result.layerwise
+    if account is None:
+        return []
+    excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
+    told = (
+        f"Layer by layer: {account['meshes']:,} meshes, {account['settled']:,} settled and priced by the schedule engine; "
+        f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
+        f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
+    )
+    ended = {"time": " Stopped by --time-limit.", "interrupted": " Interrupted."}
+    return [told + ended.get(account["stopped"], "")]
+
+
+def _strategies(layerwise: Mapping[str, Any]) -> list[str]:
+    """One line per strategy: its letter, how many layers take it, and what it chooses."""
+    counts: dict[int, int] = {}
+    for runs in layerwise["stages"]:
+        for s, n in runs:
+            counts[s] = counts.get(s, 0) + n
+    lines = []
+    for s, choices in enumerate(layerwise["strategies"]):
+        chosen = [
+            knob_text(slot, value) for slot, value in choices.items() if str(value).lower() != off(slot)
+        ]
+        where = [f"{counts[s]} layers"] if s in counts else []
+        where += [end for end in ("embedding", "head") if layerwise[end] == s]
+        lines.append(
+            f"{label(s)}  {', '.join(where)}: {' · '.join(chosen) or 'nothing sharded, recomputed or offloaded'}"
+        )
+    return lines
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Stages with their layers' strategies; equal neighbours share a line."""
+    assert plan.layerwise is not None
+    stages, single = plan.layerwise["stages"], plan.mesh["pp"] * plan.knobs["virtual_stages"] == 1
+    texts = [" ".join(f"{n}{label(s)}" for s, n in runs) or "none" for runs in stages]
+    lines, start = [], 0
+    for stage in range(1, len(texts) + 1):
+        if stage == len(texts) or texts[stage] != texts[start]:
+            which = f"{start}" if stage - start == 1 else f"{start}-{stage - 1}"
+            total = sum(n for _, n in stages[start])
+            lines.append(f"stage {which}: " * (not single) + f"{total} layers: {texts[start]}")
+            start = stage
+    return lines

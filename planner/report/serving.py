@@ -1,0 +1,209 @@
+"""The screen of ``planner serve``: plans, their front, what they rest on, and how the space was exhausted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from planner.report.terminal import Screen, gib
+from planner.serving.plan import Pool, ServePlan, ServeResult
+from planner.specs.serve_problem import ServeProblem
+
+__all__ = [
+    "pool_text",
+    "serving_comparison",
+    "show_account",
+    "show_serve_plan",
+    "show_serving",
+    "show_serving_comparison",
+]
+
+
+def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) -> None:
+    """Prints the result of a search; ``saved`` is the file that the plans were written to."""
+    screen, report = Screen(), result.search
+    traffic = problem.traffic
+    limits = [
+        f"{name} ≤ {value * 1e3:g} ms"
+        for name, value in (("TTFT", traffic.ttft_s), ("TPOT", traffic.tpot_s), ("E2E", traffic.e2e_s))
+        if value is not None
+    ]
+    where = "the mean" if traffic.percentile is None else f"p{traffic.percentile:g}"
+    screen.line(
+        f"{problem.model.name} · {problem.cluster.name} · {problem.stack.name} · {traffic.isl:,} in, {traffic.osl:,} out"
+        + (f" · {', '.join(limits)} at {where}" if limits else "")
+        + f" · {report.candidates:,} candidates · {report.wall_s:.1f} s",
+        "bold",
+    )
+    screen.line()
+    rows = [_row(index, plan) for index, plan in enumerate(result.plans, 1)]
+    headings = (
+        "#",
+        "id",
+        "tok/s/device",
+        "requests/s",
+        "TTFT ms",
+        "p99",
+        "TPOT ms",
+        "p99",
+        "$/Mtok",
+        "bound by",
+        "pools",
+    )
+    screen.grid(headings, rows, ("id", "bound by"), tail="pools")
+    screen.section("Speed per user against speed per device", [_point(point) for point in result.pareto])
+    screen.section("Rests on", result.best.assumptions)
+    screen.section("How sure", _proof(result))
+    following = (
+        [f"planner explain {saved}", f"planner export {saved} --to {_launcher(result.best)}"] if saved else []
+    )
+    screen.section("Next", following, wrapped=False)
+
+
+def show_serve_plan(plan: ServePlan) -> None:
+    """Prints one plan."""
+    screen, e = Screen(), plan.estimate
+    screen.line(
+        f"{plan.model} · {plan.cluster} · {plan.stack} · {plan.mode} · {plan.devices} devices", "bold"
+    )
+    screen.section("Pools", [pool_text(pool) for pool in plan.pools])
+    times = [
+        f"{name}: " + ", ".join(f"{which} {value * 1e3:.1f} ms" for which, value in values.items())
+        for name, values in (
+            ("time to first token", e.ttft_s),
+            ("time between tokens", e.tpot_s),
+            ("answer", e.e2e_s),
+        )
+    ]
+    screen.section("Latency", times)
+    price = (
+        ""
+        if e.usd_per_million_output_tokens is None
+        else f" · ${e.usd_per_million_output_tokens:.2f} per million tokens"
+    )
+    screen.section(
+        "Load",
+        [
+            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device"
+            f"{price} · bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
+        ],
+    )
+    screen.section(
+        "Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())]
+    )
+    screen.section("Rests on", plan.assumptions)
+
+
+def show_account(pools: Sequence[Mapping[str, Any]], everything: bool) -> None:
+    """Prints the items of every pool's iterations; small ones together unless ``everything`` is asked for."""
+    screen = Screen()
+    for pool in pools:
+        for iteration in pool["iterations"]:
+            screen.line()
+            screen.line(f"{pool['role']}, {iteration['name']}: {iteration['seconds'] * 1e3:.2f} ms", "bold")
+            items = [
+                i for i in iteration["items"] if everything or i["seconds"] > _SMALL * iteration["seconds"]
+            ]
+            rows = [
+                (
+                    f"{i['seconds'] * 1e3:.3f}",
+                    f"{i['seconds'] / iteration['seconds']:.1%}",
+                    i["what"],
+                    i["block"],
+                    i["by"],
+                )
+                for i in items
+            ]
+            screen.grid(("ms", "share", "item", "block", "by"), rows, ("item", "block", "by"))
+
+
+def serving_comparison(one: ServePlan, other: ServePlan) -> dict[str, Any]:
+    """Two plans, quantity by quantity: choices that differ, and numbers with their ratio."""
+    quantities: dict[str, tuple[float, float]] = {}
+    for name in (
+        "output_tokens_per_s_per_device",
+        "goodput_requests_per_s",
+        "max_concurrency",
+        "joules_per_output_token",
+    ):
+        quantities[name] = (float(getattr(one.estimate, name)), float(getattr(other.estimate, name)))
+    for name in ("ttft_s", "tpot_s", "e2e_s", "memory_bytes"):
+        left, right = getattr(one.estimate, name), getattr(other.estimate, name)
+        quantities |= {f"{name}.{key}": (left[key], right[key]) for key in left if key in right}
+    return {
+        "a": {"id": one.id, "pools": [pool_text(pool) for pool in one.pools], "devices": one.devices},
+        "b": {"id": other.id, "pools": [pool_text(pool) for pool in other.pools], "devices": other.devices},
+        "quantities": {
+            name: {"a": a, "b": b, "ratio": b / a if a else None} for name, (a, b) in quantities.items()
+        },
+    }
+
+
+def show_serving_comparison(content: Mapping[str, Any]) -> None:
+    """Prints a comparison."""
+    screen = Screen()
+    for side in ("a", "b"):
+        screen.line(
+            f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}"
+        )
+    screen.line()
+    rows = [
+        (name, f"{v['a']:.4g}", f"{v['b']:.4g}", "" if v["ratio"] is None else f"{v['ratio']:.2f}")
+        for name, v in content["quantities"].items()
+    ]
+    screen.grid(("quantity", "a", "b", "b/a"), rows, ("quantity",))
+
+
+_SMALL = 0.005
+
+
+def pool_text(pool: Pool) -> str:
+    """A pool in words.
+
+    >>> pool_text(Pool("aggregated", 4, {"tp": 2, "pp": 1, "dp": 1, "ep": 1, "etp": 2}, {"weights": "fp8"}, 30))
+    '4 x tp 2, 30 in flight, fp8'
+    """
+    degrees = [f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1] or [
+        "1 device"
+    ]
+    role = "" if pool.role == "aggregated" else f"{pool.role}: "
+    flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
+    chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
+    return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}"
+
+
+def _row(index: int, plan: ServePlan) -> list[str]:
+    e = plan.estimate
+    price = "" if e.usd_per_million_output_tokens is None else f"{e.usd_per_million_output_tokens:.2f}"
+    return [
+        str(index), plan.id, f"{e.output_tokens_per_s_per_device:.0f}", f"{e.goodput_requests_per_s:.2f}",
+        f"{e.ttft_s['mean'] * 1e3:.0f}", f"{e.ttft_s['p99'] * 1e3:.0f}", f"{e.tpot_s['mean'] * 1e3:.1f}",
+        f"{e.tpot_s['p99'] * 1e3:.1f}", price, e.binding, " | ".join(pool_text(pool) for pool in plan.pools),
+    ]  # fmt: skip
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    pools = " + ".join(
+        f"{p['replicas']} x "
+        + (" ".join(f"{n} {v}" for n, v in p["mesh"].items() if v > 1 and n != "etp") or "1 device")
+        for p in point["pools"]
+    )
+    return (
+        f"{point['output_tokens_per_s_per_user']:.1f} tok/s per user, {point['output_tokens_per_s_per_device']:.0f} per device: "
+        f"{pools}"
+    )
+
+
+def _proof(result: ServeResult) -> list[str]:
+    report = result.search
+    gone = [
+        f"{count:,} {reason}"
+        for reason, count in {**report.excluded_by_bound, **report.rejected}.items()
+        if count
+    ]
+    text = f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"
+    return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
+
+
+def _launcher(plan: ServePlan) -> str:
+    return next((name for name in ("sglang", "trtllm") if plan.stack.startswith(name)), "vllm")

@@ -1,0 +1,308 @@
+"""What is simulated: the engines of a plan or of a pool file, and requests on their way through them.
+
+An engine forms batches of its own. A replica of ``pp`` pipeline stages is as many engines, each with its share of the
+cache, since that many batches are in flight at once. Requests go to engines in turn. Pools of prompts and of generation are
+two stages: a request leaves the first with its first token, and enters the second when its cache has come over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.errors import Problem, SpecError
+from planner.load.iteration_time import Affine, Array, IterationTime, Sampled
+from planner.load.requests import Requests
+from planner.load.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
+from planner.load.simulator import Run, simulate
+
+if TYPE_CHECKING:
+    from planner.iteration import Iterations
+    from planner.serving.plan import Pool, ServePlan
+
+__all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
+
+_WATERMARK = 0.01
+"""Of the blocks, kept free at an admission: vLLM's ``CacheConfig.watermark``."""
+_ALL_TOKENS = 1024.0
+"""Prompt tokens that the capacity of a decode pool leaves activations for, as its search does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Equal engines that requests go to in turn."""
+
+    role: str
+    engines: int
+    iteration: IterationTime
+    rules: Scheduler
+    pool: KvPool
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One stage, or a prefill stage and a decode stage.
+
+    Attributes:
+        admission_s: added to every request by what is around the engines.
+        transfer_s: seconds from the first stage to the second by prompt length.
+    """
+
+    stages: tuple[Stage, ...]
+    admission_s: float = 0.0
+    transfer_s: Callable[[Array], Array] | None = None
+
+
+def run(
+    deployment: Deployment,
+    requests: Requests,
+    *,
+    concurrency: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Serves the requests, as :func:`planner.load.simulator.simulate` does for one engine.
+
+    Raises:
+        SpecError: a closed loop over two stages.
+        Infeasible: a request is larger than a cache.
+    """
+    first, *rest = deployment.stages
+    if not rest:
+        done = _stage_run(first, requests, concurrency, on_progress)
+        return _later(done, deployment.admission_s)
+    if concurrency is not None:
+        raise SpecError(
+            Problem(
+                "--concurrency",
+                "a closed loop through two pools",
+                "a rate or a trace",
+                "Give --rate instead.",
+            )
+        )
+    (second,) = rest
+    assert deployment.transfer_s is not None
+    one_token = replace(requests, output_tokens=np.ones_like(requests.output_tokens))
+    prompts = _stage_run(first, one_token, None, on_progress)
+    arrives_s = prompts.first_token_s + deployment.transfer_s(requests.prompt_tokens)
+    longer = np.flatnonzero(requests.output_tokens > 1)
+    order = longer[np.argsort(arrives_s[longer], kind="stable")]
+    answers = _stage_run(
+        second,
+        Requests(
+            arrives_s[order],
+            requests.prompt_tokens[order] + 1,
+            requests.output_tokens[order] - 1,
+            requests.prompt_tokens[order],  # the cache came over: the first token alone is computed
+            requests.priority[order],
+        ),
+        None,
+        on_progress,
+    )
+    finish_s, preemptions = arrives_s.copy(), prompts.preemptions.copy()
+    finish_s[order] = answers.finish_s
+    preemptions[order] += answers.preemptions
+    both = Run(
+        requests,
+        arrives_s,
+        finish_s,
+        preemptions,
+        prompts.iterations + answers.iterations,
+        prompts.request_iterations + answers.request_iterations,
+        float(np.max(finish_s) - requests.arrival_s[0]),
+        max(prompts.busy_s, answers.busy_s),
+        answers.decode_iteration_s,
+    )
+    return _later(both, deployment.admission_s)
+
+
+def _later(done: Run, seconds: float) -> Run:
+    return replace(done, first_token_s=done.first_token_s + seconds, finish_s=done.finish_s + seconds)
+
+
+def _stage_run(
+    stage: Stage,
+    requests: Requests,
+    concurrency: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Run:
+    """Every engine with its requests; ``busy_s`` is the mean engine's."""
+    engines = min(stage.engines, len(requests))
+    shares = [np.arange(i, len(requests), engines) for i in range(engines)]
+    finished, runs = 0, []
+    for index, share in enumerate(shares):
+        loop = None if concurrency is None else max((concurrency + engines - 1 - index) // engines, 1)
+        before = finished
+
+        def tell(done: int, _: int, before: int = before) -> None:
+            if on_progress is not None:
+                on_progress(before + done, len(requests))
+
+        part = Requests(
+            requests.arrival_s[share],
+            requests.prompt_tokens[share],
+            requests.output_tokens[share],
+            requests.cached_tokens[share],
+            requests.priority[share],
+        )
+        runs.append(
+            simulate(part, stage.iteration, stage.rules, stage.pool, concurrency=loop, on_progress=tell)
+        )
+        finished += len(share)
+    return _together(requests, shares, runs)
+
+
+def _together(requests: Requests, shares: list[Array], runs: list[Run]) -> Run:
+    """One run of them all, in order of arrival."""
+    place = np.concatenate(shares)
+    arrival_s = np.concatenate([part.requests.arrival_s for part in runs])
+    order = (
+        np.argsort(arrival_s, kind="stable") if np.any(np.diff(requests.arrival_s) < 0) else np.argsort(place)
+    )
+    place = place[order]
+    asked = Requests(
+        arrival_s[order],
+        requests.prompt_tokens[place],
+        requests.output_tokens[place],
+        requests.cached_tokens[place],
+        requests.priority[place],
+    )
+    first_s, finish_s, preemptions = (
+        np.concatenate([getattr(part, name) for part in runs])[order]
+        for name in ("first_token_s", "finish_s", "preemptions")
+    )
+    return Run(
+        asked,
+        first_s,
+        finish_s,
+        preemptions,
+        sum(part.iterations for part in runs),
+        sum(part.request_iterations for part in runs),
+        float(np.max(finish_s) - np.min(arrival_s)),
+        float(np.mean([part.busy_s for part in runs])),
+        np.concatenate([part.decode_iteration_s for part in runs], axis=1),
+    )
+
+
+# -- of a plan -----------------------------------------------------------------------------------------------------------------
+
+
+def deployment_of(plan: ServePlan, policy: str | None = None) -> Deployment:
+    """The engines of a serving plan; prompts are cut to its budget and run beside generation, unless ``policy`` says otherwise.
+
+    Raises:
+        SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
+    """
+    from planner.engine import Pricer
+    from planner.serving.replay import problem_of
+    from planner.serving.search import iterations_of
+    from planner.serving.space import DEGREES, mesh_of
+    from planner.technique import SERVING_SLOTS
+
+    problem = problem_of(plan)
+    pricer = Pricer(problem.cluster, problem.stack)
+    stages, all_iterations = [], []
+    for pool in plan.pools:
+        row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
+        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
+        iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
+        stages.append(
+            _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy)
+        )
+        all_iterations.append(iterations)
+    admission_s = float(all_iterations[0].software.admission_s)
+    if len(stages) == 1:
+        return Deployment(tuple(stages), admission_s)
+    return Deployment(tuple(stages), admission_s, _transfer(*all_iterations))
+
+
+def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: str | None) -> Stage:
+    from planner.serving.capacity import capacity
+
+    ranks, pp = pool.mesh["dp"], pool.mesh["pp"]
+    chunk = float(pool.knobs.get("chunk_tokens", _ALL_TOKENS))
+    budget = int(chunk) * ranks
+    held = capacity(iterations, isl, osl, chunk)
+    block = int(float(iterations.software.block_tokens))
+    blocks = int(held.tokens[0] / block / pp)
+    most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
+    rules = scheduler(policy or "sarathi", max(most // pp, 1), budget)
+
+    def price(decodes: Array, context: Array, prefill: Array, prefill_context: Array) -> Array:
+        return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))
+
+    table = Sampled.of(price, rules.max_requests, budget, isl + osl)
+    return Stage(pool.role, pool.replicas * pp, table, rules, KvPool(blocks, block, int(_WATERMARK * blocks)))
+
+
+def _transfer(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
+    """Seconds that a cache's way adds to a prompt of its own: every sender's link, or every receiver's if they are fewer."""
+    from planner.costs.serving import kv_transfer_s
+
+    senders, receivers = (float(i.ctx.mesh.tp[0] * i.ctx.mesh.pp[0]) for i in (prefill, decode))
+    bytes_per_s = prefill.ctx.cluster.tiers[-1].effective_bytes_per_s * min(senders, receivers)
+    layers = float(prefill.ctx.model.n_layers)
+
+    def seconds(prompt_tokens: Array) -> Array:
+        n_bytes = prefill.footprint().cache_bytes(prompt_tokens) * senders
+        alone_s = prefill(0.0, 0.0, prompt_tokens, (prompt_tokens + 1.0) / 2.0)
+        return np.asarray(kv_transfer_s(n_bytes, bytes_per_s, alone_s, layers))
+
+    return seconds
+
+
+# -- of a file -----------------------------------------------------------------------------------------------------------------
+
+
+def read_pool(path: str | Path, policy: str | None = None) -> Deployment:
+    """Engines whose iteration time is given: tables ``[iteration]``, ``[scheduler]`` and ``[cache]`` of a TOML or JSON file.
+
+    Raises:
+        SpecError: the file is wrong (all of its problems at once).
+    """
+    from planner.specs.load import Reader, read_file
+
+    reader = Reader(read_file(path), str(path))
+    times = reader.table("iteration")
+    base_s = times.number("base_s", positive=True)
+    names = ("per_decode_s", "per_context_token_s", "per_prefill_token_s", "per_prefill_context_token_s")
+    price = Affine(base_s, *(times.number(name, 0.0) for name in names))
+    times.finish()
+    engines = reader.integer("engines", 1, maximum=10**5)
+    rules = _read_rules(reader.table("scheduler", None), policy)
+    pool = _read_cache(reader.table("cache", None))
+    reader.finish()
+    reader.raise_if_any()
+    return Deployment((Stage("aggregated", engines, price, rules, pool),))
+
+
+def _read_rules(table: Any, policy: str | None) -> Scheduler:
+    if table is None:
+        return scheduler(policy or "sarathi")
+    name = table.text("policy", "sarathi", choices=SCHEDULERS)
+    plain = SCHEDULERS.get(policy or name, SCHEDULERS["sarathi"])
+    rules = replace(
+        plain,
+        max_requests=table.integer("max_requests", plain.max_requests),
+        token_budget=table.integer("token_budget", plain.token_budget, maximum=2**62),
+        order=table.text("order", plain.order, choices=("arrival", "priority")),
+        preemption=table.text("preemption", plain.preemption, choices=("recompute", "swap")),
+    )
+    table.finish()
+    return rules
+
+
+def _read_cache(table: Any) -> KvPool:
+    if table is None:
+        return KvPool()
+    pool = KvPool(
+        table.integer("blocks"),
+        table.integer("block_tokens", 16),
+        table.integer("watermark_blocks", 0, minimum=0),
+        table.number("swap_s_per_block", 0.0),
+    )
+    table.finish()
+    return pool

@@ -1,0 +1,307 @@
+"""Prompts and generation in pools of their own, and how many replicas of each carry most together.
+
+A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest
+sets the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel
+from one to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the
+given devices follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
+
+Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Patel et al. 2024 (Splitwise, ISCA), section 4.2
+(transfer per layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.costs.serving import kv_transfer_s, queue_load
+from planner.engine import Pricer
+from planner.ledger import Array
+from planner.serving.capacity import capacity
+from planner.serving.search import Account, Candidates, candidates, iterations_of
+from planner.serving.space import ServeSpace, mesh_of
+from planner.specs.serve_problem import ServeProblem
+
+__all__ = ["Split", "search_disaggregated"]
+
+_MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefill:
+    """Prefill replicas, one per row: time of a batch, pace, prompts per batch, and bytes of one prompt per device."""
+
+    kind: Candidates
+    batch_s: Array
+    pace_s: Array
+    prompts: Array
+    bytes_: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decode:
+    """Decode replicas at their largest load."""
+
+    kind: Candidates
+    in_flight: Array
+    tpot_s: Array
+    rate: Array
+    binding: NDArray[np.str_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """A pair of pools at the load that it carries.
+
+    Attributes:
+        recipes, rows, chunk: what each pool runs, prefill first; the budget of prefill iterations.
+        replicas: of each pool.
+        requests_per_s: answers of both pools together.
+        load: fraction of time that prefill replicas are at work.
+        wait_s, prefill_s, transfer_s: parts of the time to the first token.
+        tpot_s: time between tokens; ``in_flight`` sequences of a decode replica, ``most`` that its caches hold.
+        memory: bytes of the fullest decode device.
+        binding: what keeps the load from growing.
+    """
+
+    recipes: tuple[Mapping[str, str], Mapping[str, str]]
+    rows: tuple[NDArray[Any], NDArray[Any]]
+    chunk: float
+    replicas: tuple[int, int]
+    requests_per_s: float
+    load: float
+    wait_s: float
+    prefill_s: float
+    transfer_s: float
+    admission_s: float
+    tpot_s: float
+    in_flight: int
+    most: float
+    memory: Mapping[str, float]
+    binding: str
+
+    @property
+    def devices(self) -> int:
+        """Devices of both pools."""
+        return int(sum(n * row[0] * row[1] * row[2] for n, row in zip(self.replicas, self.rows, strict=True)))
+
+    def ttft_at(self, quantile: float | None) -> float:
+        """Mean (None) or quantile of the time to the first token."""
+        wait_s = self.wait_s
+        if quantile is not None:
+            wait_s = (
+                self.wait_s / self.load * np.log(self.load / (1.0 - quantile))
+                if self.load > 1.0 - quantile
+                else 0.0
+            )
+        return float(wait_s + self.prefill_s + self.transfer_s + self.admission_s)
+
+
+def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account) -> list[Split]:
+    """The best numbers of replicas for every pair of replica sizes."""
+    if problem.traffic.osl < 2 or problem.cluster.devices < 2:
+        return []
+    scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
+    left, right = ServeSpace(problem, "prefill"), ServeSpace(problem, "decode")
+    prefills = [p for r in left.recipes() if (p := _prefill(problem, left, r, pricer, scratch)) is not None]
+    decodes = [d for r in right.recipes() if (d := _decode(problem, right, r, pricer, scratch)) is not None]
+    asked = left.fixed.get("replicas"), right.fixed.get("replicas")
+    found: list[Split] = []
+    for p in prefills:
+        for d in decodes:
+            if p.kind.recipe["cache"] == d.kind.recipe["cache"]:
+                found += _pairs(problem, p, d, asked, pricer, account)
+    return found
+
+
+def _prefill(
+    problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
+) -> _Prefill | None:
+    kind = candidates(problem, space, recipe, pricer, account, traffic_osl=1.0)
+    if kind is None:
+        return None
+    traffic, mesh = problem.traffic, mesh_of(kind.rows)
+    iterations = iterations_of(problem, recipe, mesh, pricer)
+    prompts = np.maximum(np.floor(kind.chunks / traffic.computed_isl), 1.0) * mesh.dp
+    zero = np.zeros_like(prompts)
+    # Short prompts share an iteration, long ones are cut into several.
+    tokens = prompts * traffic.computed_isl
+    each = np.minimum(tokens, kind.chunks * mesh.dp)
+    batch_s = tokens / each * iterations(zero, zero, each, np.full_like(zero, traffic.prompt_context))
+    footprint = iterations.footprint()
+    return _Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
+
+
+def _decode(
+    problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
+) -> _Decode | None:
+    """Rows without a choice of budget, each at the most sequences that keep the limit between tokens."""
+    kind = candidates(problem, space, recipe, pricer, account)
+    if kind is None:
+        return None
+    once = kind.chunks == kind.chunks.min()
+    traffic, mesh = problem.traffic, mesh_of(kind.rows[once])
+    iterations = iterations_of(problem, recipe, mesh, pricer)
+    held = capacity(iterations, traffic.isl, traffic.osl, 1024.0, space.fixed.get("max_sequences"))
+    kind = Candidates(recipe, kind.rows[once], kind.chunks[once], held, held.sequences)
+    context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
+    zero = np.zeros_like(held.sequences)
+
+    def step_s(n: Array) -> Array:
+        each = np.maximum(n, 1.0) / mesh.pp
+        return iterations(each, each * context, zero, zero)
+
+    limit = np.inf if traffic.tpot_s is None else traffic.tpot_s
+    low, high = zero.copy(), held.sequences.copy()
+    binding = np.where(step_s(high) <= limit, "memory", "tpot")
+    low = np.where(binding == "memory", high, np.where(step_s(np.ones_like(low)) <= limit, 1.0, 0.0))
+    while np.any(high - low > 1.0):
+        middle = np.floor((low + high) / 2.0)
+        kept = step_s(middle) <= limit
+        moving = high - low > 1.0
+        low, high = np.where(moving & kept, middle, low), np.where(moving & ~kept, middle, high)
+    tpot_s = step_s(low)
+    return _Decode(kind, low, tpot_s, np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0), binding)
+
+
+def _pairs(
+    problem: ServeProblem,
+    p: _Prefill,
+    d: _Decode,
+    asked: tuple[int | None, int | None],
+    pricer: Pricer,
+    account: Account,
+) -> list[Split]:
+    """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
+    traffic, devices = problem.traffic, problem.cluster.devices
+    tier = problem.cluster.tiers[-1]
+    senders = (p.kind.rows[:, 0] * p.kind.rows[:, 1])[:, None]
+    receivers = (d.kind.rows[:, 0] * d.kind.rows[:, 1])[None, :]
+    rate = tier.effective_bytes_per_s * np.minimum(senders, receivers)
+    transfer = np.asarray(
+        kv_transfer_s(p.bytes_[:, None] * senders, rate, p.batch_s[:, None], float(problem.model.n_layers))
+    )
+    assert pricer.stack.serving is not None
+    admission = float(pricer.stack.serving.admission_s)
+    room = np.inf if traffic.ttft_s is None else traffic.ttft_s - p.batch_s[:, None] - transfer - admission
+    if traffic.e2e_s is not None:
+        rest = (
+            traffic.e2e_s
+            - (traffic.osl - 1.0) * d.tpot_s[None, :]
+            - p.batch_s[:, None]
+            - transfer
+            - admission
+        )
+        room = np.minimum(room, rest)
+    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
+    load = np.asarray(queue_load(room, (p.pace_s * p.prompts)[:, None], quantile, _MOST_LOAD))
+    prompt_rate = np.broadcast_to(load / p.pace_s[:, None], transfer.shape)
+    decode_rate = np.broadcast_to(d.rate[None, :], transfer.shape)
+    account.candidates += transfer.size
+    late, slow = load <= 0.0, (decode_rate <= 0.0) & (load > 0.0)
+    account.rejected["ttft limit"] += int(late.sum())
+    account.rejected["tpot limit"] += int(slow.sum())
+    able = ~late & ~slow
+    sizes = (
+        np.broadcast_to(p.kind.size[:, None], able.shape),
+        np.broadcast_to(d.kind.size[None, :], able.shape),
+    )
+    able_room = able & (sizes[0] + sizes[1] <= devices)
+    account.rejected["more devices than there are"] += int((able & ~able_room).sum())
+    if not able_room.any():
+        return []
+    i, j = np.nonzero(able_room)
+    x, y = _numbers(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
+    x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
+    answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
+    wanted = traffic.rate_per_s
+    if traffic.concurrency is not None:
+        # So many requests in flight, most of them in decode replicas.
+        cycle = p.batch_s[i] + transfer[i, j] + (traffic.osl - 1.0) * d.tpot_s[j]
+        answered = np.minimum(answered, traffic.concurrency / cycle)
+    if wanted is not None:
+        enough = (x > 0.0) & (answered >= wanted * (1.0 - 1e-9))
+        account.rejected["rate"] += int((~enough).sum())
+        i, j, x, y, answered = (v[enough] for v in (i, j, x, y, answered))
+        answered = np.full_like(answered, wanted)
+    account.scored += len(i)
+    used = x * p.kind.size[i] + y * d.kind.size[j]
+    value = answered if wanted is None else answered / used
+    # The best pair of every two sizes of replicas.
+    order = np.argsort(-value, kind="stable")
+    shape = p.kind.size[i[order]] * (devices + 1.0) + d.kind.size[j[order]]
+    best = order[np.sort(np.unique(shape, return_index=True)[1])]
+    return [
+        _split(
+            problem,
+            p,
+            d,
+            int(i[k]),
+            int(j[k]),
+            (int(x[k]), int(y[k])),
+            float(answered[k]),
+            float(transfer[i[k], j[k]]),
+            admission,
+        )
+        for k in best
+    ]
+
+
+def _numbers(
+    problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
+    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
+
+    With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
+    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
+    """
+    devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
+    if wanted is not None:
+        x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
+        return np.where(x * left + y * right <= devices, x, 0.0), y
+
+    def beside(y: Array) -> Array:
+        return np.floor((devices - y * right) / left)
+
+    low, high = np.ones_like(left), np.floor((devices - left) / right)
+    for _ in range(_BISECTIONS):
+        if not np.any(high - low > 1.0):
+            break
+        middle = np.floor((low + high) / 2.0)
+        slower = middle * answers <= beside(middle) * prompts
+        low, high = np.where(slower, middle, low), np.where(slower, high, middle)
+    first, second = (np.minimum(y * answers, beside(y) * prompts) for y in (low, high))
+    y = np.where(second > first, high, low)
+    needed = np.ceil(y * answers / prompts - 1e-9)
+    return np.minimum(beside(y), needed), y
+
+
+def _split(
+    problem: ServeProblem, p: _Prefill, d: _Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
+    transfer_s: float, admission_s: float,
+) -> Split:  # fmt: skip
+    """One pair at its load; sequences per decode replica follow from Little's law at the time that they take."""
+    traffic = problem.traffic
+    load = min(answered / replicas[0] * float(p.pace_s[i]), _MOST_LOAD)
+    service_s = float(p.pace_s[i] * p.prompts[i])
+    share = answered / replicas[1] / float(d.rate[j])
+    in_flight = max(1, round(float(d.in_flight[j]) * share))
+    held = d.kind.capacity
+    parts = {
+        "weights": float(held.weights_bytes[j]),
+        "kv_cache": float(held.cache_bytes[j]) * min(1.0, in_flight / max(float(d.kind.most[j]), 1.0)),
+        "activations": float(held.activation_bytes[j]),
+        "reserved": held.reserved_bytes,
+    }
+    slower = replicas[1] * float(d.rate[j]) <= replicas[0] * load / float(p.pace_s[i]) * (1.0 + 1e-9)
+    return Split(
+        (p.kind.recipe, d.kind.recipe), (p.kind.rows[i], d.kind.rows[j]), float(p.kind.chunks[i]), replicas, answered, load,
+        load * service_s / (2.0 * (1.0 - load)), float(p.batch_s[i]), transfer_s, admission_s, float(d.tpot_s[j]), in_flight,
+        float(d.kind.most[j]), {"peak": sum(parts.values()), **parts},
+        "rate" if traffic.rate_per_s is not None else str(d.binding[j]) if slower else "ttft",
+    )  # fmt: skip

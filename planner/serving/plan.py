@@ -1,0 +1,192 @@
+"""A serving plan: which pools to launch, what they are predicted to deliver, and how sure the search is.
+
+The JSON form shares the schema's version with training plans; within a major version fields are only added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2s
+from typing import Any
+
+from planner.errors import Problem as Fault
+from planner.errors import SpecError
+from planner.plan import SCHEMA_VERSION, Optimality, SearchReport
+
+__all__ = ["Pool", "ServeEstimate", "ServePlan", "ServeResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Replicas of one kind.
+
+    Attributes:
+        role: ``aggregated``, ``prefill`` or ``decode``.
+        replicas: how many.
+        mesh: ``tp pp dp ep etp`` of one replica; its devices are tp · pp · dp.
+        knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
+        in_flight: requests in one replica at the predicted load, waiting ones included.
+    """
+
+    role: str
+    replicas: int
+    mesh: Mapping[str, int]
+    knobs: Mapping[str, Any]
+    in_flight: int
+
+    @property
+    def devices(self) -> int:
+        """Devices of all replicas."""
+        return self.replicas * self.mesh["tp"] * self.mesh["pp"] * self.mesh["dp"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeEstimate:
+    """What a plan is predicted to deliver.
+
+    Attributes:
+        output_tokens_per_s_per_device: of the devices that the plan uses.
+        output_tokens_per_s_per_user: 1 over the mean time between tokens.
+        ttft_s, tpot_s, e2e_s: mean and quantiles over requests: time to the first token, time between tokens, whole answer.
+        max_concurrency: requests that all replicas' caches hold at once.
+        goodput_requests_per_s: requests answered within the limits.
+        usd_per_million_output_tokens: None without a price.
+        joules_per_output_token: all devices at their power limit.
+        memory_bytes: ``peak`` and its parts on the fullest device.
+        memory_budget_bytes: what the peak is held against.
+        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
+            ``concurrency``.
+    """
+
+    output_tokens_per_s_per_device: float
+    output_tokens_per_s_per_user: float
+    ttft_s: Mapping[str, float]
+    tpot_s: Mapping[str, float]
+    e2e_s: Mapping[str, float]
+    max_concurrency: int
+    goodput_requests_per_s: float
+    usd_per_million_output_tokens: float | None
+    joules_per_output_token: float
+    memory_bytes: Mapping[str, float]
+    memory_budget_bytes: float
+    binding: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """One deployment.
+
+    Attributes:
+        model, cluster, stack: names (or paths) as given; ``traffic`` the requests and promises.
+        mode: ``aggregated`` or ``disaggregated``.
+        pools: what to launch.
+        estimate: what it is predicted to deliver.
+        optimality: what the search proved.
+        assumptions: what the numbers rest on.
+    """
+
+    model: str
+    cluster: str
+    stack: str
+    traffic: Mapping[str, Any]
+    mode: str
+    pools: tuple[Pool, ...]
+    estimate: ServeEstimate
+    optimality: Optimality
+    assumptions: tuple[str, ...] = ()
+    kind: str = "serving"
+    schema_version: str = SCHEMA_VERSION
+
+    @property
+    def id(self) -> str:
+        """Stable name of the choice (not of its estimate)."""
+        pools = [{**asdict(pool), "in_flight": None} for pool in self.pools]
+        choice = [self.model, self.cluster, self.stack, dict(self.traffic), self.mode, pools]
+        return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
+
+    @property
+    def devices(self) -> int:
+        """Devices that the plan uses."""
+        return sum(pool.devices for pool in self.pools)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON fields."""
+        fields = asdict(self)
+        fields["pools"], fields["assumptions"] = [asdict(pool) for pool in self.pools], list(self.assumptions)
+        return {"id": self.id, "devices": self.devices, **fields}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "plan") -> ServePlan:
+        """A plan from its JSON fields; fields of later minor versions are ignored.
+
+        Raises:
+            SpecError: fields are missing or wrong, or the major version is another.
+        """
+        major = str(data.get("schema_version", "")).partition(".")[0]
+        if major != SCHEMA_VERSION.partition(".")[0]:
+            found = repr(data.get("schema_version"))
+            raise SpecError(
+                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
+            )
+        try:
+            pools = tuple(Pool(**_known(pool, Pool)) for pool in data["pools"])
+            estimate = ServeEstimate(**_known(data["estimate"], ServeEstimate))
+            optimality = Optimality(**_known(data["optimality"], Optimality))
+            more = {"pools": pools, "estimate": estimate, "optimality": optimality}
+            plan = ServePlan(
+                **{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))}
+            )
+            _check(plan)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = f"is no serving plan ({type(error).__name__}: {error})"
+            raise SpecError(Fault(where, found, "a plan as planner writes it")) from None
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class ServeResult:
+    """Ranked plans, the Pareto front of speed per user and per device, and the search's account of itself."""
+
+    plans: tuple[ServePlan, ...]
+    search: SearchReport
+    pareto: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> ServePlan:
+        """The first plan."""
+        return self.plans[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as the JSON object that ``planner serve --json`` prints."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "plans": [plan.as_dict() for plan in self.plans],
+            "pareto": [dict(point) for point in self.pareto],
+            "search": asdict(self.search),
+            "notes": list(self.notes),
+        }
+
+
+def _check(plan: ServePlan) -> None:
+    """Raises an error of Python's own where a field is not of its type, or a number is not possible."""
+    if not plan.pools or not isinstance(plan.traffic, dict):
+        raise ValueError("no pools or no traffic")
+    for pool in plan.pools:
+        for name, value in {**pool.mesh, "replicas": pool.replicas}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+        if not isinstance(pool.knobs, dict):
+            raise TypeError("knobs are no mapping")
+    for values in (plan.estimate.ttft_s, plan.estimate.tpot_s, plan.estimate.memory_bytes):
+        for name, number in values.items():
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{name} is {number!r}")
+
+
+def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: value for name, value in data.items() if name in names}

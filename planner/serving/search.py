@@ -1,0 +1,352 @@
+"""The exact search of one pool: the highest load that every candidate carries within its promises, and the best of them.
+
+A candidate is a recipe on a mesh with an iteration budget. Its load is the number of requests in flight: throughput and latencies
+grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever
+cannot beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.engine import Pricer
+from planner.iteration import Iterations, serving_choices
+from planner.ledger import Array
+from planner.mesh import Mesh
+from planner.serving.aggregated import Steady, steady
+from planner.serving.capacity import Capacity, capacity
+from planner.serving.space import ServeSpace, mesh_of
+from planner.specs.serve_problem import ServeProblem
+from planner.technique import ServingContext
+
+__all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
+
+_GRID = 10  # points of the bracketing grid
+
+
+@dataclass(slots=True)
+class Account:
+    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least."""
+
+    candidates: int = 0
+    scored: int = 0
+    repriced: int = 0
+    excluded: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    def miss(self, limit: str, ratio: float, text: str) -> None:
+        """Remembers the candidate that came closest to a limit: ``ratio`` is found over allowed."""
+        if limit not in self.nearest or ratio < self.nearest[limit][0]:
+            self.nearest[limit] = (ratio, text)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """Rows of one recipe: meshes and budgets that are valid and fit."""
+
+    recipe: Mapping[str, str]
+    rows: NDArray[Any]
+    chunks: Array
+    capacity: Capacity
+    most: Array  # requests in flight per replica
+
+    @property
+    def size(self) -> Array:
+        """Devices of a replica."""
+        return np.asarray(self.rows[:, 0] * self.rows[:, 1] * self.rows[:, 2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """One candidate at its load."""
+
+    recipe: Mapping[str, str]
+    row: NDArray[Any]
+    chunk: float
+    replicas: int
+    in_flight: int
+    most: float
+    state: Steady
+    memory: Mapping[str, float]
+    binding: str
+    tokens_per_s: float  # output of all replicas
+
+    @property
+    def devices(self) -> int:
+        """Devices of all replicas."""
+        return int(self.replicas * self.row[0] * self.row[1] * self.row[2])
+
+
+def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
+    """The iterations of a recipe on meshes."""
+    ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
+    return Iterations(ctx, pricer)
+
+
+def search_aggregated(
+    problem: ServeProblem, space: ServeSpace, pricer: Pricer, top: int, account: Account
+) -> list[Found]:
+    """The best candidates of one pool, best first."""
+    pools = [
+        c
+        for recipe in space.recipes()
+        if (c := candidates(problem, space, recipe, pricer, account)) is not None
+    ]
+    brackets = [(c, _bracket(problem, c, pricer, account)) for c in pools]
+    lower = np.concatenate([b.low_value for _, b in brackets]) if brackets else np.zeros(0)
+    if not np.any(lower > 0.0):
+        return []
+    bar = np.sort(lower[lower > 0.0])[::-1][: top * 3][-1]
+    found: list[Found] = []
+    for c, b in brackets:
+        alive = (b.low > 0) & (b.high_value >= bar)
+        account.excluded["throughput"] += int(((b.low > 0) & ~alive).sum())
+        if alive.any():
+            found += _refine(problem, c, b, np.flatnonzero(alive), pricer, account)
+    return sorted(
+        found, key=lambda f: (-f.tokens_per_s / _cost(problem, f), float(f.state.tpot_s[0]), f.devices)
+    )
+
+
+def candidates(
+    problem: ServeProblem,
+    space: ServeSpace,
+    recipe: Mapping[str, str],
+    pricer: Pricer,
+    account: Account,
+    traffic_osl: float | None = None,
+) -> Candidates | None:
+    """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
+    meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
+    chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
+    account.candidates += len(meshes)
+    ctx = ServingContext(
+        problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
+    )
+    alive = np.ones(len(meshes), dtype=bool)
+    for technique in serving_choices(recipe):
+        for check in technique.valid(ctx):
+            broken = alive & ~np.broadcast_to(check.ok, alive.shape)
+            if broken.any():
+                account.rejected[check.reason] += int(broken.sum())
+                alive &= ~broken
+    if not alive.any():
+        return None
+    meshes, chunks = meshes[alive], chunks[alive]
+    iterations = iterations_of(problem, recipe, mesh_of(meshes), pricer)
+    traffic = problem.traffic
+    held = capacity(
+        iterations, traffic.isl, traffic.osl if traffic_osl is None else traffic_osl, chunks,
+        space.fixed.get("max_sequences"),
+    )  # fmt: skip
+    fits = held.sequences >= 1.0
+    account.rejected["device memory"] += int((~fits).sum())
+    for index in np.flatnonzero(~fits)[:2000]:
+        needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
+        budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
+        account.miss(
+            "memory",
+            needed / budget,
+            f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices",
+        )
+    if not fits.any():
+        return None
+    index = np.flatnonzero(fits)
+    kept = Capacity(
+        held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
+        held.sequences[index], held.tokens[index],
+    )  # fmt: skip
+    return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
+
+
+def limits_kept(problem: ServeProblem, state: Steady) -> tuple[NDArray[np.bool_], NDArray[np.str_], Array]:
+    """Rows that keep every limit; the limit that is missed by most, and found over allowed of it."""
+    traffic = problem.traffic
+    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
+    ttft = state.ttft_s if quantile is None else state.ttft_at(quantile)
+    tpot = state.tpot_s if quantile is None else state.tpot_at(quantile)
+    ratios = np.zeros((3, len(ttft)))
+    if traffic.ttft_s is not None:
+        ratios[0] = ttft / traffic.ttft_s
+    if traffic.tpot_s is not None and traffic.osl > 1:
+        ratios[1] = tpot / traffic.tpot_s
+    if traffic.e2e_s is not None:
+        ratios[2] = (ttft + (traffic.osl - 1.0) * tpot) / traffic.e2e_s
+    worst = ratios.argmax(axis=0)
+    most = ratios.max(axis=0)
+    return most <= 1.0, np.array(["ttft", "tpot", "e2e"])[worst], most
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bracket:
+    """Per row: the largest load of the grid that keeps the limits (0: none), the smallest that does not, and both values."""
+
+    low: Array
+    high: Array
+    low_value: Array
+    high_value: Array
+
+
+def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
+    """Replicas that the machines hold, or that are asked for."""
+    room = np.floor(problem.cluster.devices / size)
+    return np.asarray(room if fixed is None else np.minimum(room, float(fixed)))
+
+
+def _value(problem: ServeProblem, rate: Array, replicas: Array, size: Array) -> Array:
+    """What the ranking maximises: output tokens per second of the machines, or of the devices that a given rate needs."""
+    tokens = rate * problem.traffic.osl
+    wanted = problem.traffic.rate_per_s
+    if wanted is None:
+        return np.asarray(tokens * replicas)
+    needed = np.ceil(wanted / np.maximum(rate, 1e-12) - 1e-9)
+    enough = needed <= replicas
+    return np.asarray(np.where(enough, wanted * problem.traffic.osl / (np.maximum(needed, 1.0) * size), 0.0))
+
+
+def _cost(problem: ServeProblem, found: Found) -> float:
+    return 1.0 if problem.traffic.rate_per_s is None else float(found.devices)
+
+
+def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Account) -> _Bracket:
+    """Limits of all rows on a geometric grid of loads, in one go."""
+    rows, traffic = len(c.chunks), problem.traffic
+    replicas = _replicas(problem, c.size, problem.fixed.get("replicas"))
+    if traffic.concurrency is not None:
+        grid = np.minimum(np.ceil(traffic.concurrency / replicas), c.most)[:, None]
+    else:
+        steps = np.linspace(0.0, 1.0, _GRID)[None, :]
+        grid = np.unique(np.round(np.maximum(c.most, 1.0)[:, None] ** steps), axis=1)
+    points = grid.shape[1]
+    iterations = iterations_of(problem, c.recipe, mesh_of(np.repeat(c.rows, points, axis=0)), pricer)
+    state = steady(iterations, traffic, grid.reshape(-1), np.repeat(c.chunks, points))
+    kept, worst, ratio = (x.reshape(rows, points) for x in limits_kept(problem, state))
+    rate = state.requests_per_s.reshape(rows, points)
+    value = _value(problem, rate, replicas[:, None], c.size[:, None])
+    last = np.where(kept, np.arange(points)[None, :], -1).max(axis=1)
+    if traffic.rate_per_s is not None:  # the value of a rate steps up where a replica becomes superfluous
+        kept_value = np.where(kept, value, 0.0).max(axis=1)
+        slow = (last >= 0) & (kept_value <= 0.0)
+        high = np.minimum(last + 1, points - 1)
+        short = slow & (value[np.arange(rows), high] <= 0.0)
+        account.rejected["rate"] += int(short.sum())
+        best = (rate * kept * replicas[:, None]).max(axis=1)
+        for index in np.flatnonzero(short)[:200]:
+            account.miss("rate", float(traffic.rate_per_s / max(best[index], 1e-12)), _named(c, int(index)))
+        last = np.where(short, -1, last)
+        refused = (last < 0) & ~short
+    else:
+        refused = last < 0
+    for index in np.flatnonzero(refused):
+        limit = str(worst[index, 0])
+        account.rejected[f"{limit} limit"] += 1
+        account.miss(limit, float(ratio[index, 0]), _named(c, int(index)))
+    first = np.clip(last, 0, None)
+    nxt = np.minimum(first + 1, points - 1)
+    at = np.arange(rows)
+    low = np.where(last >= 0, grid[at, first], 0.0)
+    low_value = np.where(last >= 0, value[at, first], 0.0)
+    if traffic.rate_per_s is not None:
+        low_value = np.where(last >= 0, np.maximum(low_value, 1e-300), 0.0)
+    return _Bracket(low, grid[at, nxt], low_value, np.where(last >= 0, value[at, nxt], 0.0))
+
+
+def _named(c: Candidates, index: int) -> str:
+    tp, pp, dp, ep, _ = (int(x) for x in c.rows[index])
+    shape = (
+        f"tp={tp}"
+        + (f" pp={pp}" if pp > 1 else "")
+        + (f" dp={dp}" if dp > 1 else "")
+        + (f" ep={ep}" if ep > 1 else "")
+    )
+    return f"{shape}, {c.recipe['weights']}"
+
+
+def _refine(
+    problem: ServeProblem, c: Candidates, b: _Bracket, index: NDArray[Any], pricer: Pricer, account: Account
+) -> list[Found]:
+    """Bisects the load of some rows to the request, and prices them there."""
+    rows, chunks, traffic = c.rows[index], c.chunks[index], problem.traffic
+    size = c.size[index]
+    replicas = _replicas(problem, size, problem.fixed.get("replicas"))
+    iterations = iterations_of(problem, c.recipe, mesh_of(rows), pricer)
+    low, high = b.low[index].copy(), b.high[index].copy()
+    binding = np.full(len(index), "memory", dtype=object)
+    account.scored += len(index)
+    if traffic.concurrency is not None:
+        binding[:] = "concurrency"
+    else:
+        top = high > low
+        while np.any(high - low > 1.0):
+            middle = np.floor((low + high) / 2.0)
+            kept, worst, _ = limits_kept(problem, steady(iterations, traffic, middle, chunks))
+            moving = high - low > 1.0
+            low = np.where(moving & kept, middle, low)
+            binding = np.where(moving & ~kept, worst, binding)
+            high = np.where(moving & ~kept, middle, high)
+        # The upper end was never tried where all of the grid kept the limits.
+        untried = top & (high > low)
+        if untried.any():
+            kept, worst, _ = limits_kept(problem, steady(iterations, traffic, high, chunks))
+            binding = np.where(untried & ~kept, worst, binding)
+            low = np.where(untried & kept, high, low)
+        cap = float(iterations.software.max_sequences) * iterations.ctx.mesh.pp * iterations.ctx.mesh.dp
+        binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
+    if traffic.rate_per_s is not None:
+        low, replicas, binding = _at_rate(problem, iterations, low, chunks, binding)
+    state = steady(iterations, traffic, low, chunks)
+    rate = (
+        state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
+    )
+    account.repriced += len(index)
+    usable = replicas * size <= problem.cluster.devices
+    short = int((~usable).sum())
+    account.scored -= short
+    account.rejected["rate"] += short
+    return [
+        Found(
+            c.recipe, rows[i], float(chunks[i]), int(replicas[i]), int(low[i]), float(c.most[index[i]]),
+            state.take(np.array([i])), _memory(c, int(index[i]), float(low[i])), str(binding[i]),
+            float(rate[i] * replicas[i] * traffic.osl),
+        )
+        for i in range(len(index))
+        if usable[i]
+    ]  # fmt: skip
+
+
+def _at_rate(
+    problem: ServeProblem, iterations: Iterations, most: Array, chunks: Array, binding: Array
+) -> tuple[Array, Array, Array]:
+    """Replicas that a given rate needs, and the requests in flight that it keeps in each of them."""
+    traffic = problem.traffic
+    assert traffic.rate_per_s is not None
+    best = steady(iterations, traffic, most, chunks).requests_per_s
+    replicas = np.ceil(traffic.rate_per_s / best - 1e-9)
+    each = traffic.rate_per_s / replicas
+    low, high = np.zeros_like(most), most.copy()
+    while np.any(high - low > 1.0):
+        middle = np.floor((low + high) / 2.0)
+        enough = steady(iterations, traffic, np.maximum(middle, 1.0), chunks).requests_per_s >= each
+        moving = high - low > 1.0
+        low, high = np.where(moving & ~enough, middle, low), np.where(moving & enough, middle, high)
+    return high, replicas, np.where(replicas > 1.0, binding, "rate")
+
+
+def _memory(c: Candidates, index: int, in_flight: float) -> dict[str, float]:
+    held = c.capacity
+    weights, activations = float(held.weights_bytes[index]), float(held.activation_bytes[index])
+    cache = float(held.cache_bytes[index]) * min(1.0, in_flight / max(c.most[index], 1.0))
+    parts = {
+        "weights": weights,
+        "kv_cache": cache,
+        "activations": activations,
+        "reserved": held.reserved_bytes,
+    }
+    return {"peak": sum(parts.values()), **parts}

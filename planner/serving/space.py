@@ -1,0 +1,173 @@
+"""The candidates of a serving problem: recipes (categories, in loops) times rows of meshes and iteration budgets (arrays)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.errors import Problem as Fault
+from planner.errors import SpecError, did_you_mean
+from planner.ledger import Array
+from planner.mesh import Mesh
+from planner.specs.serve_problem import ServeProblem
+from planner.technique import SERVING_SLOTS, discover
+
+__all__ = ["CHUNKS", "DEGREES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of"]
+
+DEGREES = ("tp", "pp", "dp", "ep", "etp")
+SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas")
+ROLES = ("aggregated", "prefill", "decode")
+CHUNKS = (1024, 2048, 4096, 8192, 16384)
+"""Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
+
+
+class ServeSpace:
+    """The candidates of one pool.
+
+    Args:
+        problem: the problem; what is fixed for ``prefill.tp`` holds in the pool of that role alone, and before ``tp``.
+        role: ``aggregated``, ``prefill`` or ``decode``.
+
+    Raises:
+        SpecError: a fixed knob or value is unknown, or a forbidden glob matches nothing.
+    """
+
+    def __init__(self, problem: ServeProblem, role: str = "aggregated") -> None:
+        self.problem, self.role = problem, role
+        self._unmatched = set(problem.forbidden)
+        self.fixed = self._checked(problem.fixed)
+        self.choices = {slot: self._slot(slot) for slot in SERVING_SLOTS}
+        self.meshes = self._meshes()
+        self.chunks = self._numbers("chunk_tokens", CHUNKS)
+        if self._unmatched:
+            known = [f"{slot}={value}" for slot, values in self.choices.items() for value in values]
+            raise SpecError(
+                [
+                    Fault(
+                        f"--forbid {glob}",
+                        "matches no knob or choice",
+                        "",
+                        did_you_mean(glob, [*known, *DEGREES]),
+                    )
+                    for glob in sorted(self._unmatched)
+                ]
+            )
+
+    def recipes(self) -> Iterator[dict[str, str]]:
+        """Every combination of choices."""
+        for values in product(*(self.choices[slot] for slot in SERVING_SLOTS)):
+            yield dict(zip(SERVING_SLOTS, values, strict=True))
+
+    def _slot(self, slot: str) -> list[str]:
+        techniques = [t for t in discover().values() if t.job == "serving" and t.slot == slot]
+        known = [choice for t in sorted(techniques, key=lambda t: not t.default) for choice in t.choices]
+        searched = {choice for t in techniques if t.searched or slot in self.fixed for choice in t.choices}
+        wanted: tuple[str, ...] = tuple(choice for choice in known if choice in searched)
+        if slot == "weights":
+            wanted = self.problem.precisions
+        if slot == "cache":
+            wanted = self.problem.caches
+        if slot in self.fixed:
+            wanted = (str(self.fixed[slot]).lower(),)
+        for value in wanted:
+            if value not in known:
+                where = (
+                    f"--fix {slot}" if slot in self.fixed else "--precision" if slot == "weights" else slot
+                )
+                raise SpecError(
+                    Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
+                )
+        kept = [value for value in wanted if not self._forbidden(f"{slot}={value}")]
+        if not kept:
+            raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
+        return kept
+
+    def _meshes(self) -> NDArray[Any]:
+        """Every mesh of a replica that the model admits, one row of :data:`DEGREES` each."""
+        model, cluster = self.problem.model, self.problem.cluster
+        devices = cluster.devices
+        blocks = list(model.blocks.values())
+        heads = [b.attention.heads for b in blocks if b.attention]
+        experts = [b.moe.experts for b in blocks if b.moe]
+        latent = any(b.attention.latent for b in blocks if b.attention)
+        powers = [2**i for i in range(devices.bit_length()) if 2**i <= devices]
+        tps = self._numbers("tp", [t for t in powers if all(h % t == 0 for h in heads)])
+        pps = self._numbers("pp", [p for p in powers if p <= model.n_layers])
+        # Without experts or a latent cache, attention ranks that share nothing are replicas.
+        dps = self._numbers("dp", powers if experts or latent else [1])
+        rows = []
+        for tp, pp, dp in product(tps, pps, dps):
+            if tp * pp * dp > devices:
+                continue
+            ranks = tp * dp
+            eps = self._numbers(
+                "ep",
+                [e for e in powers if ranks % e == 0 and all(x % e == 0 for x in experts)]
+                if experts
+                else [1],
+            )
+            etps = self._numbers(
+                "etp", sorted({ranks // e for e in eps if ranks % e == 0}) if experts else [ranks]
+            )
+            found = [(tp, pp, dp, ep, etp) for ep in eps for etp in etps if not experts or ep * etp == ranks]
+            rows += found
+        if not rows:
+            wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
+            raise SpecError(
+                Fault(
+                    "--fix",
+                    f"no replica on {devices} devices has {wanted or 'these degrees'}",
+                    "other degrees",
+                )
+            )
+        return np.array(rows, dtype=np.float64)
+
+    def _numbers(self, name: str, values: Any) -> list[int]:
+        kept = [value for value in values if not self._forbidden(f"{name}={value}")]
+        return [self.fixed[name]] if name in self.fixed else kept
+
+    def _forbidden(self, text: str) -> bool:
+        hits = [glob for glob in self.problem.forbidden if fnmatchcase(text, glob)]
+        self._unmatched.difference_update(hits)
+        return bool(hits)
+
+    def _checked(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        known = (*SERVE_NUMBERS, *SERVING_SLOTS, "mode")
+        faults: list[Fault] = []
+        checked: dict[str, Any] = {}
+        # What is said of one pool comes last, and wins.
+        for full, value in sorted(fixed.items(), key=lambda item: "." in item[0]):
+            role, dot, name = full.rpartition(".")
+            if dot and role in ROLES and role != self.role:
+                continue
+            if (dot and role not in ROLES) or name not in known:
+                name = full
+                hint = did_you_mean(name, known)
+                faults.append(Fault(f"--fix {name}", "unknown knob", f"one of {', '.join(known)}", hint))
+            elif name in SERVE_NUMBERS:
+                try:
+                    number = int(str(value))
+                except ValueError:
+                    number = 0
+                if not 1 <= number <= 10**7:
+                    faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
+                checked[name] = number
+            else:
+                checked[name] = str(value).lower()
+        if checked.get("mode", "aggregated") not in ("aggregated", "disaggregated"):
+            faults.append(Fault("--fix mode", repr(fixed["mode"]), "aggregated or disaggregated"))
+        if faults:
+            raise SpecError(faults)
+        return checked
+
+
+def mesh_of(rows: NDArray[Any]) -> Mesh:
+    """Rows of :data:`DEGREES` as a mesh."""
+    tp, pp, dp, ep, etp = (np.ascontiguousarray(rows[:, index]) for index in range(len(DEGREES)))
+    one: Array = np.ones_like(tp)
+    return Mesh(tp, one, dp, pp, ep, etp)

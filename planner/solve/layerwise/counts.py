@@ -1,0 +1,382 @@
+"""How many layers of each kind take each strategy: the inner problem of a stage, and its exact answer.
+
+Layers of one kind are exchangeable where a stage's time and bytes are sums, so the question is *how many* of them take each
+strategy, not which. With ``x`` layers of group ``g`` under strategy ``s``:
+
+    minimise   max_f (offset_f + Σ x_gs·cost_f,gs) + switch·(classes in use − 1)
+    subject to Σ_s x_gs = n_g,   Σ x_gs·held_d,gs ≤ budget_d,   x ≥ 0 and whole.
+
+Several costs whose largest counts are a convex objective (traffic that work hides, or does not). Memory is never rounded.
+
+:func:`solve` is a branch and bound by reduced costs. Prices ``λ ≥ 0`` of the budgets give a lower bound ``L = Σ n_g·min_s(cost
++ λ·held) − λ·budget`` (weak duality), and a layer that does not take its group's cheapest strategy adds at least its reduced
+cost to ``L``. So all that can beat an incumbent ``U`` has ``Σ x·reduced < U − L``, which leaves few counts to try. The prices
+are those of the linear relaxation, found on the lower convex hull of (held, cost), and exact for one budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import ceil, floor
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.ledger import Array
+
+__all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
+
+Counts: TypeAlias = tuple[tuple[int, ...], ...]  # per group, layers under each of its strategies
+_Column: TypeAlias = tuple[
+    list[float], list[float], list[float]
+]  # a strategy's reduced costs, costs and bytes
+
+_MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
+
+SLACK = 1e-12
+"""Relative excess of a budget that counts as rounding."""
+
+_ROUNDS = 4  # of coordinate ascent over the prices of several budgets
+
+
+class OutOfNodesError(Exception):
+    """The branch and bound has grown too large; another solver may do better."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """``size`` exchangeable layers; ``cost`` (functions, strategies) and ``held`` (budgets, strategies) of one of them.
+
+    ``classes``: strategies of different classes are unlike neighbours, between which a transition is paid.
+    """
+
+    size: int
+    cost: Array
+    held: Array
+    classes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CountProblem:
+    """Groups under common budgets; ``offset`` is what is paid in any case, ``switch`` what a change of class costs."""
+
+    groups: tuple[Group, ...]
+    budget: Array
+    offset: Array
+    switch: float = 0.0
+
+    def value(self, counts: Counts) -> float:
+        """The objective of some counts, whether they fit or not."""
+        total = self.offset.astype(float)
+        used: set[int] = set()
+        for group, taken in zip(self.groups, counts, strict=True):
+            total = total + group.cost @ np.asarray(taken, dtype=float)
+            used |= {group.classes[s] for s, n in enumerate(taken) if n and group.classes}
+        return float(total.max()) + self.switch * max(len(used) - 1, 0)
+
+    def fits(self, counts: Counts) -> bool:
+        """Whether the counts keep every budget."""
+        held = sum(g.held @ np.asarray(x, dtype=float) for g, x in zip(self.groups, counts, strict=True))
+        return bool(np.all(held <= self.budget + SLACK * np.abs(self.budget)))
+
+
+def solve(
+    problem: CountProblem, under: float = np.inf, tolerance: float = 0.0
+) -> tuple[float, Counts] | None:
+    """The best counts and their value; None where none fits (or none is below ``under``).
+
+    With a ``tolerance``, counts that no others undercut by more than this fraction.
+
+    Raises:
+        OutOfNodesError: several budgets that bind at once can take more nodes than are worth it.
+
+    >>> fast, small = [3.0, 4.0], [10.0, 4.0]  # seconds and bytes of two strategies
+    >>> layers = Group(5, np.array([fast]), np.array([small]))
+    >>> solve(CountProblem((layers,), np.array([36.0]), np.zeros(1)))  # two of the fast ones: 2·10 + 3·4 = 32
+    (18.0, ((2, 3),))
+    """
+    best: tuple[float, Counts] | None = None
+    for classes in _class_sets(problem):
+        paid = problem.switch * (len(classes) - 1) if classes else 0.0
+        kept = [_kept(group, classes) for group in problem.groups]
+        if not all(kept):
+            continue
+        limit = (under if best is None else best[0]) - paid
+        found = _Search(problem, kept, tolerance).run(limit)
+        if found is not None:
+            best = (found[0] + paid, found[1])
+    return best
+
+
+def bound(problem: CountProblem) -> float:
+    """What the linear relaxation proves: no counts that fit have a smaller value (infinite: none fits)."""
+    kept = [_kept(group, None) for group in problem.groups]
+    return _Search(problem, kept, 0.0).bound
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _class_sets(problem: CountProblem) -> list[frozenset[int] | None]:
+    """Which classes may be in use: all at no cost, or every subset, small ones first."""
+    present = sorted({c for group in problem.groups for c in group.classes})
+    if not problem.switch or len(present) < 2:
+        return [None]
+    return [frozenset(some) for n in range(1, len(present) + 1) for some in combinations(present, n)]
+
+
+def _kept(group: Group, classes: frozenset[int] | None) -> list[int]:
+    """Strategies of some classes that no other is at least as good as in everything."""
+    open_ = [s for s in range(group.cost.shape[1]) if classes is None or group.classes[s] in classes]
+    columns = np.concatenate([group.cost, group.held])[:, open_].T
+    order = np.lexsort(columns.T[::-1])
+    ranked = columns[order]
+    # In this order a strategy can only be beaten by one before it; of equals the first is kept.
+    beaten = np.tril((ranked[None] <= ranked[:, None]).all(axis=2), -1).any(axis=1)
+    return sorted(open_[i] for i in order[~beaten].tolist())
+
+
+class _Search:
+    """Branch and bound over the counts of one problem, some strategies left out."""
+
+    def __init__(self, problem: CountProblem, kept: Sequence[Sequence[int]], tolerance: float) -> None:
+        self.problem, self.kept, self.tolerance = problem, kept, tolerance
+        self.sizes = [group.size for group in problem.groups]
+        self.cost = [group.cost[:, k] for group, k in zip(problem.groups, kept, strict=True)]
+        self.held = [group.held[:, k] for group, k in zip(problem.groups, kept, strict=True)]
+        self.room = problem.budget + SLACK * np.abs(problem.budget)
+        self.bounds, self.reduced, self.rounded = self._relaxed()
+        self.bound = max(self.bounds)
+
+    def run(self, limit: float) -> tuple[float, Counts] | None:
+        """The best counts below a limit."""
+        if self.bound >= limit:
+            return None
+        self.best: tuple[float, list[list[int]]] | None = None
+        self.nodes = 0
+        self._lower(limit)
+        for counts in self.rounded:
+            self._offer(counts)
+        self._order()
+        self._descend(0, 0, self.sizes[0] if self.sizes else 0, self.bounds, self.offsets, self.rooms, [])
+        return None if self.best is None else (self.best[0], self._whole(self.best[1]))
+
+    def _lower(self, limit: float) -> None:
+        """Sets what counts have to be below, the tolerance taken off."""
+        self.limit = limit - self.tolerance * abs(limit) if limit < np.inf else limit
+
+    def _whole(self, counts: Sequence[Sequence[int]]) -> Counts:
+        """Counts over all strategies of every group, those that were left out included."""
+        whole = []
+        for group, kept, taken in zip(self.problem.groups, self.kept, counts, strict=True):
+            row = [0] * group.cost.shape[1]
+            for s, n in zip(kept, taken, strict=True):
+                row[s] = n
+            whole.append(tuple(row))
+        return tuple(whole)
+
+    # -- the relaxation ------------------------------------------------------------------------------------------------
+
+    def _relaxed(self) -> tuple[list[float], list[list[list[float]]], list[list[list[int]]]]:
+        """Per cost function: its bound, reduced costs (group, strategy), and the relaxation's counts rounded down."""
+        bounds, reduced, rounded = [], [], []
+        for f in range(len(self.problem.offset)):
+            cost = [c[f] for c in self.cost]
+            prices, counts = self._prices(cost)
+            if np.isinf(prices).any():
+                return [np.inf], [], []
+            priced = [c + prices @ h for c, h in zip(cost, self.held, strict=True)]
+            least = [float(p.min()) for p in priced]
+            value = float(self.problem.offset[f]) - float(prices @ self.room)
+            bounds.append(value + sum(n * x for n, x in zip(self.sizes, least, strict=True)))
+            reduced.append([(p - x).tolist() for p, x in zip(priced, least, strict=True)])
+            rounded.append(counts)
+        return bounds, reduced, rounded
+
+    def _prices(self, cost: list[Array]) -> tuple[Array, list[list[int]]]:
+        """Prices of the budgets that (nearly) maximise the bound, and counts that round the relaxation down."""
+        prices = np.zeros(len(self.room))
+        counts: list[list[int]] = []
+        for _ in range(_ROUNDS if len(self.room) > 1 else 1):
+            before = prices.copy()
+            for d in range(len(self.room)):
+                others = prices.copy()
+                others[d] = 0.0
+                base = [c + others @ h for c, h in zip(cost, self.held, strict=True)]
+                price, found = _hull_price(self.sizes, base, [h[d] for h in self.held], float(self.room[d]))
+                prices[d] = price
+                if price == np.inf:
+                    return prices, found
+                if d == 0 or price > 0.0:
+                    counts = found
+            if np.array_equal(prices, before):
+                break
+        return prices, counts
+
+    # -- the tree --------------------------------------------------------------------------------------------------------
+
+    def _order(self) -> None:
+        """Strategies of each group with the largest reduced cost first: the cheapest takes whatever layers are left."""
+        lead = int(np.argmax(self.bounds))
+        self.ranks = [np.argsort(-np.array(r), kind="stable").tolist() for r in self.reduced[lead]]
+        self.columns: list[list[_Column]] = [
+            [
+                ([r[g][s] for r in self.reduced], self.cost[g][:, s].tolist(), self.held[g][:, s].tolist())
+                for s in ranks
+            ]
+            for g, ranks in enumerate(self.ranks)
+        ]
+        # What the groups from here on hold at least, per budget.
+        least = [n * h.min(axis=1) for n, h in zip(self.sizes, self.held, strict=True)]
+        after = [np.zeros(len(self.room))]
+        for held in reversed(least):
+            after.append(after[-1] + held)
+        self.after = [x.tolist() for x in reversed(after)]
+        # And the strategies of a group from here on, per layer.
+        self.least_from = [
+            [np.min([c[2] for c in columns[i:]], axis=0).tolist() for i in range(len(columns))]
+            for columns in self.columns
+        ]
+        self.offsets, self.rooms = self.problem.offset.tolist(), self.room.tolist()
+
+    def _descend(
+        self, g: int, i: int, left: int, bounds: list[float], costs: list[float], rooms: list[float], taken: list[int]
+    ) -> None:  # fmt: skip
+        """Tries counts of the i-th strategy of group g, ``left`` of whose layers are open."""
+        if g == len(self.sizes):
+            value = max(costs)
+            if value < self.limit:
+                self.best = (value, self._unranked(taken))
+                self._lower(value)
+            return
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:
+            raise OutOfNodesError
+        columns = self.columns[g]
+        left_for = self.sizes[g + 1] if g + 1 < len(self.sizes) else 0
+        if i >= len(columns) - 2:
+            one, other = columns[i], columns[-1]
+            for n in self._shares(g, left, one, other, costs, rooms) if one is not other else (left,):
+                now, total, room = (
+                    [v + n * x + (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)]
+                    if k < 2
+                    else [
+                        v - n * x - (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)
+                    ]
+                    for k, values in enumerate((bounds, costs, rooms))
+                )
+                fits = all(r >= x for r, x in zip(room, self.after[g + 1], strict=True))
+                if fits and max(now) < self.limit:
+                    row = [n, left - n] if one is not other else [left]
+                    self._descend(g + 1, 0, left_for, now, total, room, taken + row)
+            return
+        extra, cost, held = columns[i]
+        later, rest = self.after[g + 1], self.least_from[g][i + 1]
+        for n in range(left + 1):
+            now = [b + n * x for b, x in zip(bounds, extra, strict=True)]
+            if max(now) >= self.limit:
+                break
+            room = [r - n * h for r, h in zip(rooms, held, strict=True)]
+            if all(r >= x + (left - n) * y for r, x, y in zip(room, later, rest, strict=True)):
+                total = [c + n * x for c, x in zip(costs, cost, strict=True)]
+                self._descend(g, i + 1, left - n, now, total, room, [*taken, n])
+
+    def _shares(
+        self, g: int, left: int, one: _Column, other: _Column, costs: list[float], rooms: list[float]
+    ) -> Sequence[int]:
+        """How many of ``left`` layers may take the first of a group's last two strategies; few candidates in the last group.
+
+        Each budget leaves an interval. In the last group the objective is the largest of linear functions of the number, so that
+        its minimum lies at an end of the interval or beside where two of them cross.
+        """
+        low, high = 0.0, float(left)
+        for room, later, x, y in zip(rooms, self.after[g + 1], one[2], other[2], strict=True):
+            spare, slope = room - later - left * y, x - y
+            if slope > 0.0:
+                high = min(high, spare / slope)
+            elif slope < 0.0:
+                low = max(low, spare / slope)
+            elif spare < 0.0:
+                return ()
+        first, last = ceil(low - 1e-9), floor(high + 1e-9)
+        if first > last:
+            return ()
+        if g + 1 < len(self.sizes):
+            return range(first, last + 1)
+        lines = [(c + left * y, x - y) for c, x, y in zip(costs, one[1], other[1], strict=True)]
+        found = {first, last}
+        for (a, s), (b, t) in combinations(lines, 2):
+            if s != t and first < (cross := (b - a) / (s - t)) < last:
+                found |= {floor(cross), ceil(cross)}
+        return sorted(found)
+
+    def _unranked(self, taken: list[int]) -> list[list[int]]:
+        """Counts in the order of the tree as counts per group and strategy."""
+        counts, start = [], 0
+        for ranks in self.ranks:
+            row = [0] * len(ranks)
+            for s, n in zip(ranks, taken[start : start + len(ranks)], strict=True):
+                row[s] = n
+            counts.append(row)
+            start += len(ranks)
+        return counts
+
+    def _offer(self, counts: list[list[int]]) -> None:
+        """Takes counts as the incumbent, if they fit and are better."""
+        held = sum(h @ np.array(x) for h, x in zip(self.held, counts, strict=True))
+        if np.any(held > self.room):
+            return
+        total = self.problem.offset + sum(c @ np.array(x) for c, x in zip(self.cost, counts, strict=True))
+        value = float(total.max())
+        if value < self.limit:
+            self.best = (value, [list(row) for row in counts])
+            self._lower(value)
+
+
+def _hull_price(
+    sizes: Sequence[int], cost: Sequence[Array], held: Sequence[Array], room: float
+) -> tuple[float, list[list[int]]]:
+    """The price of one budget in the linear relaxation, and its counts with the mixed layer on the side that holds less.
+
+    Every layer starts at its cheapest strategy; layers then move along their group's lower hull towards less memory, the
+    smallest cost per byte first, until the budget is kept. The price is what the last byte cost: infinite where even the
+    smallest strategies do not fit.
+    """
+    counts = [[0] * len(c) for c in cost]
+    steps: list[tuple[float, int, int, int]] = []
+    used = 0.0
+    for g, (size, c, h) in enumerate(zip(sizes, cost, held, strict=True)):
+        chain = hull(c, h)
+        counts[g][chain[0]] = size
+        used += size * float(h[chain[0]])
+        for a, b in pairwise(chain):
+            steps.append((float(c[b] - c[a]) / float(h[a] - h[b]), g, a, b))
+    price = 0.0
+    for slope, g, a, b in sorted(steps):
+        if used <= room:
+            break
+        price = slope
+        saved = float(held[g][a] - held[g][b])
+        moved = min(counts[g][a], int(np.ceil((used - room) / saved)))
+        counts[g][a] -= moved
+        counts[g][b] += moved
+        used -= moved * saved
+    return (price if used <= room else np.inf), counts
+
+
+def hull(cost: Array, held: Array) -> list[int]:
+    """Strategies on the lower convex hull of (held, cost), from the cheapest to the smallest."""
+    order = sorted(range(len(cost)), key=lambda s: (cost[s], held[s]))
+    chain = [order[0]]
+    for s in order[1:]:
+        if held[s] >= held[chain[-1]]:
+            continue
+        while len(chain) > 1:
+            a, b = chain[-2], chain[-1]
+            if (cost[b] - cost[a]) * (held[a] - held[s]) < (cost[s] - cost[a]) * (held[a] - held[b]):
+                break
+            chain.pop()
+        chain.append(s)
+    return chain

@@ -1,0 +1,233 @@
+"""The best layer-wise plan: bounds first, then exact strategies per stage, then the schedule engine, until nothing can be better.
+
+The uniform search comes first; its best plan is in the layer-wise space too, so that the answer is never worse. What is left of
+the space is looked at in the order of its bounds; the answer is exact when no bound below its step time remains, and otherwise
+states the gap to the smallest one that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+
+from planner.assemble import assemble, model_flop
+from planner.errors import Infeasible, Interrupted
+from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.solve.layerwise.devices import DeviceCosts
+from planner.solve.layerwise.settle import Candidate, Settler
+from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
+from planner.solve.layerwise.space import Deal, LayerwiseSpace
+from planner.solve.layerwise.strategies import Mesh
+from planner.solve.train import search
+from planner.solve.uniform import UniformSearch
+from planner.specs.problem import Problem
+
+__all__ = ["Certificate", "search_layerwise"]
+
+_TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
+_LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
+
+
+@dataclass(slots=True)
+class Certificate:
+    """How the layer-wise space was exhausted.
+
+    Attributes:
+        meshes: rows of all prefixes that keep the rules.
+        excluded: meshes or deals by what excluded them: ``work`` (all devices' work without any limit of memory), ``memory`` (the
+            same with their budgets), ``stages`` (the dearest stage of every partition), ``strategies`` (the exact choice).
+        settled: deals whose strategies were chosen exactly and priced by the schedule engine.
+        open: deals whose bound is below the best plan's step time at the end.
+        bound_s: no plan of the space is faster.
+        wall_s: of the layer-wise part alone.
+        stopped: why it ended before it was done: ``time``, ``interrupted``, or not at all.
+    """
+
+    solver: str
+    meshes: int = 0
+    excluded: dict[str, int] = field(default_factory=dict)
+    settled: int = 0
+    open: int = 0
+    bound_s: float = 0.0
+    wall_s: float = 0.0
+    stopped: str = ""
+
+
+def search_layerwise(
+    problem: Problem,
+    top: int = 10,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    solver: str = "auto",
+    uneven: bool = True,
+    time_limit_s: float = np.inf,
+) -> SearchResult:
+    """The uniform search's plans, and before them the best layer-wise plan where it is faster.
+
+    Args:
+        problem: what to plan.
+        top: plans to return.
+        on_progress: as for :func:`planner.solve.train.search`.
+        solver: of the strategies of a device: one of :data:`SOLVERS`.
+        uneven: whether stages may be of any size, or only as the named layouts have them.
+        time_limit_s: of the layer-wise part; the best plan so far then states its gap.
+
+    Raises:
+        SpecError: a fixed or forbidden choice is unknown.
+        Infeasible: nothing fits, layer-wise or not.
+        Interrupted: the user pressed Ctrl-C; carries the best plans so far.
+    """
+    uniform: SearchResult | None = None
+    refusal: Infeasible | None = None
+    try:
+        uniform = search(problem, top, on_progress)
+    except Infeasible as error:
+        refusal = error
+    best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
+    run = _Search(problem, best_s, solver, uneven, time_limit_s)
+    try:
+        run.go()
+    except KeyboardInterrupt:
+        run.certificate.stopped = "interrupted"
+    certificate = run.finished()
+    plans = _plans(problem, run.best, certificate, uniform, top)
+    stopped = certificate.stopped == "interrupted"
+    if not plans:
+        if stopped:
+            raise Interrupted(None, "before any plan was priced that fits")
+        assert refusal is not None
+        raise refusal
+    report = SearchReport(0, 0, 0, {}, {}, 0.0) if uniform is None else uniform.search
+    report = replace(report, wall_s=report.wall_s + certificate.wall_s)
+    front = () if uniform is None else uniform.pareto
+    result = SearchResult(plans, report, front, layerwise=asdict(certificate))
+    if stopped:
+        raise Interrupted(result)
+    return result
+
+
+class _Search:
+    def __init__(
+        self, problem: Problem, best_s: float, solver: str, uneven: bool, time_limit_s: float
+    ) -> None:
+        self.start, self.problem, self.best_s, self.time_limit_s = (
+            perf_counter(), problem, best_s, time_limit_s,
+        )  # fmt: skip
+        self.solver: Solver = SOLVERS[solver]
+        if solver == "auto":
+            self.solver = partial(automatic, tolerance=_TOLERANCE)
+        self.uneven = uneven
+        self.best: Candidate | None = None
+        self.certificate = Certificate(solver)
+        self._left: list[Deal] = []
+        self._unbounded: dict[int, float] = {}
+        self._open: list[float] = []
+
+    def go(self) -> None:
+        """Settles deals in the order of their bounds until none is below the best plan."""
+        self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
+        self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
+        self._unbounded = dict(self.space.least_s)
+        for pp in self.space.least_s:
+            if self._late():
+                return
+            self._left += list(self.space.deals_of(pp, self.best_s))
+            del self._unbounded[pp]
+        self._left.sort(key=Deal.rank, reverse=True)
+        while self._left and self._left[-1].bound_s < self.best_s:
+            if self._late():
+                return
+            deal = self._left[-1]
+            bound_s = self._settle(deal)
+            self._left.pop()
+            if bound_s < self.best_s:
+                self._open.append(bound_s)
+
+    def _late(self) -> bool:
+        """Whether the time is over, which the certificate then says."""
+        if perf_counter() - self.start > self.time_limit_s:
+            self.certificate.stopped = "time"
+        return bool(self.certificate.stopped)
+
+    def finished(self) -> Certificate:
+        """The account of the search, when it has ended for whatever reason."""
+        certificate = self.certificate
+        bounds = [deal.bound_s for deal in self._left] + self._open + [*self._unbounded.values()]
+        below = [bound_s for bound_s in bounds if bound_s < self.best_s]
+        certificate.open = len(below)
+        certificate.bound_s = min(below, default=self.best_s)
+        if hasattr(self, "space"):
+            certificate.meshes = self.space.meshes
+            certificate.excluded = {**self.space.excluded, **certificate.excluded}
+        elif certificate.stopped:
+            certificate.bound_s = 0.0
+        certificate.wall_s = perf_counter() - self.start
+        return certificate
+
+    def _settle(self, deal: Deal) -> float:
+        """Looks for a better plan in a deal; what it cannot be faster than."""
+        swaps = [False, True] if len(self.uniform.branches.swaps) > 1 else [False]
+        for with_swaps in swaps:
+            mesh = self.space.mesh(deal, with_swaps)
+            if self.problem.launcher is None:
+                bound_s = self._with(deal, mesh)
+            else:  # no launcher takes choices that differ between layers
+                bound_s = min((self._with(deal, alone) for alone in mesh.alone()), default=np.inf)
+        bound_s = max(bound_s, deal.bound_s)
+        if bound_s >= self.best_s:
+            self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
+        return bound_s
+
+    def _with(self, deal: Deal, mesh: Mesh) -> float:
+        """Looks for a better plan among a mesh's strategies; what none is faster than."""
+        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver)
+        settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
+        bound_s = settler.bound_s(self.best_s)
+        if bound_s < self.best_s:
+            self.certificate.settled += 1
+            for found in settler.candidates(self.best_s):
+                if found.step_s < self.best_s:
+                    self.best, self.best_s = found, found.step_s
+        return bound_s
+
+
+def _chunks(deal: Deal) -> int:
+    return 1 if deal.layout is None else deal.layout.virtual_stages
+
+
+def _plans(
+    problem: Problem, best: Candidate | None, certificate: Certificate, uniform: SearchResult | None, top: int
+) -> tuple[Plan, ...]:
+    """The layer-wise plan, if there is one, before the uniform ones; each with what is proved of it."""
+    plans: list[Plan] = []
+    if best is not None:
+        plans.append(_assembled(problem, best))
+    plans += [] if uniform is None else uniform.plans
+    return tuple(
+        replace(plan, optimality=_proved(plan.estimate.step_time_s, certificate)) for plan in plans[:top]
+    )
+
+
+def _proved(step_s: float, certificate: Certificate) -> Optimality:
+    solver = f"branch and bound over layer-wise plans ({certificate.solver})"
+    gap = max(0.0, (step_s - certificate.bound_s) / step_s)
+    return Optimality("gap" if gap else "exact", gap, certificate.bound_s, solver)
+
+
+def _assembled(problem: Problem, best: Candidate) -> Plan:
+    """The candidate as a plan, priced anew from ledgers of its own."""
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    recipe = {
+        **dict(best.mesh.recipe.items()),
+        **best.assignment.strategies[0],
+        "schedule": best.deal.schedule,
+    }
+    knobs = uniform.space.knobs(recipe)
+    flop = model_flop(problem.model, problem.workload)
+    return assemble(
+        problem, recipe, knobs, best.mesh.row, best.layout, None, None, flop, best.assignment
+    ).plan

@@ -1,0 +1,253 @@
+"""One deal: a tighter bound from its stages' budgets, then plans, priced by the schedule engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.assemble import exact_step_s
+from planner.assignment import UNEVEN, Assignment, Runs
+from planner.ledger import Array
+from planner.pipeline import BOUNDARY, Layout, deal_layers, layouts
+from planner.solve.branches import Branches
+from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
+from planner.solve.layerwise.relaxation import path_factor
+from planner.solve.layerwise.space import Deal
+from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
+from planner.solve.layerwise.strategies import Mesh
+
+__all__ = ["Candidate", "Settler"]
+
+_MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A plan with its step time by the schedule engine."""
+
+    step_s: float
+    mesh: Mesh
+    deal: Deal
+    assignment: Assignment
+    layout: Layout
+
+
+class Settler:
+    """Bounds and plans of one deal.
+
+    Args:
+        deal, mesh: the deal and its mesh with some of its strategies.
+        costs: of the mesh's devices under the deal's schedule.
+        order, kinds: the model's layers and block kinds.
+        choices: what strategies are called.
+    """
+
+    def __init__(
+        self, deal: Deal, mesh: Mesh, costs: DeviceCosts, order: tuple[str, ...], kinds: tuple[str, ...], choices: Branches
+    ) -> None:  # fmt: skip
+        self.deal, self.mesh, self.costs, self.order, self.kinds = deal, mesh, costs, order, kinds
+        self.choices = choices
+        self.pp = mesh.pp
+        self.stack = [kinds.index(kind) for kind in order]
+        self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
+        self._limit: tuple[float, float] | None = None
+
+    def bound_s(self, below_s: float) -> float:
+        """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
+        layout = self.deal.layout
+        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+
+    def candidates(self, below_s: float) -> Iterator[Candidate]:
+        """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before."""
+        layout = self.deal.layout
+        if layout is not None:
+            found = self._priced(layout)
+            if found is not None and found.step_s < below_s:
+                yield found
+            return
+        tried: set[tuple[int, ...]] = set()
+        best: Candidate | None = None
+        for sizes in self._partitions():
+            found = self._tried(sizes, tried)
+            if found is not None and found.step_s < min(below_s, best.step_s if best else np.inf):
+                best = found
+                yield found
+        while best is not None:
+            better = min(
+                (x for sizes in self._neighbours(best) if (x := self._tried(sizes, tried)) is not None),
+                key=lambda x: x.step_s,
+                default=None,
+            )
+            if better is None or better.step_s >= best.step_s:
+                return
+            best = better
+            yield best
+
+    # -- bounds --------------------------------------------------------------------------------------------------------
+
+    def _bound_of(self, layout: Layout) -> float:
+        """Every device works, and waits for the first micro-batch before and for the last one after."""
+        forward, backward = self._least(layout)
+        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])])
+        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
+        bounds = [
+            ahead[d]
+            + d * self.hop_s
+            + self.costs.bound_s(self._device(layout, d), behind[d] + d * self.hop_s)
+            for d in range(self.pp)
+        ]
+        return float(max(bounds))
+
+    def _least(self, layout: Layout) -> tuple[Array, Array]:
+        """Fastest forward and backward of every device's first chunk."""
+        forward = self.mesh["forward_s"].min(axis=0)
+        backward = (self.mesh.micro_batch_s - self.mesh["forward_s"]).min(axis=0)
+        return layout.chunks[0] @ forward, layout.chunks[0] @ backward
+
+    def _bound_of_cuts(self, below_s: float) -> float:
+        """Of every partition into stages: what its dearest stage costs, and the paths of 1F1B through all of them.
+
+        With ``X`` the most that a stage works on a micro-batch and ``S`` what all do, the path that begins with the first
+        micro-batch down the pipeline, stays on the dearest stage and ends with the last one back up takes at least
+        ``2S + (m − p − 1)·X``; besides see :func:`~planner.solve.layerwise.relaxation.path_factor`.
+        """
+        m, p = self.mesh.micro_batches, self.pp
+        whole = self._lines(work_only=False)
+        found = smallest_limit(line_cost(whole), p, len(self.stack), 0.0, 2.0 * below_s)
+        if found is None:
+            return np.inf
+        self._limit = found
+        least_s = found[0]
+        if p == 1 or self.deal.order != "1f1b":
+            return least_s
+        each = self.mesh.micro_batch_s.min(axis=0)
+        through_s = float(each[self.stack].sum() + each[-3] + each[-2])
+        hops_s = 2.0 * (p - 1) * self.hop_s
+        factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
+        bound_s = max(least_s, through_s * factor + hops_s)
+        # Every p-th micro-batch waits for a round trip: the last stage's cycle with the first (costs.pipeline_bounds).
+        bound_s = max(bound_s, (through_s + hops_s) * float(np.ceil((m - 1.0) / p)))
+        if m > p:
+            work = smallest_limit(
+                line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s
+            )
+            dearest_s = 0.0 if work is None else work[0] / m
+            bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
+        return bound_s
+
+    def _lines(self, *, work_only: bool) -> list[Line]:
+        ends = [len(self.kinds) - 3, len(self.kinds) - 2]
+        lines: list[Line] = []
+        same: dict[tuple[bytes, bool, bool], Line] = {}
+        for stage in range(self.pp):
+            first, last = stage == 0, stage == self.pp - 1
+            key = (self.costs.flights(stage).tobytes(), first, last)
+            if key not in same:
+                held = [end for end, here in zip(ends, (first, last), strict=True) if here]
+                same[key] = self.costs.line(stage, self.stack, held, work_only)
+            lines.append(same[key])
+        return lines
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    def _partitions(self) -> Iterator[tuple[int, ...]]:
+        """Partitions worth a price: packed from the left, from the right, between the two, and the named ones."""
+        p, layers = self.pp, len(self.stack)
+        if self._limit is not None:
+            lines = self._lines(work_only=False)
+            left = cut(line_cost(lines), p, layers, self._limit[1])
+            yield tuple(left)
+            right = self._from_the_right(lines, self._limit[1])
+            yield tuple(right)
+            ends = (np.cumsum(left) + np.cumsum(right)) // 2
+            yield tuple(np.diff([0, *ends]).tolist())
+        for layout in layouts(self.order, self.kinds, p, 1):
+            yield tuple(layout.counts[:, :-3].sum(axis=1).astype(int).tolist())
+
+    def _from_the_right(self, lines: Sequence[Line], limit: float) -> list[int]:
+        """Layers per stage if every stage from the last one takes as many as a limit allows."""
+        sizes, end = [0] * self.pp, len(self.stack)
+        for stage in range(self.pp - 1, -1, -1):
+            start = end
+            while start > 0 and (stage == 0 or lines[stage].cost(start - 1, end) <= limit):
+                start -= 1
+            sizes[stage], end = end - start, start
+        return sizes
+
+    def _neighbours(self, best: Candidate) -> Iterator[tuple[int, ...]]:
+        """Partitions with one layer moved from a heavy stage to a light one."""
+        counts = best.layout.counts
+        table = self.mesh.table(self._columns(best.assignment))
+        work = counts @ (table["forward_s"] + table["backward_s"] + table["weight_s"] + table["recompute_s"])
+        rank = np.argsort(work[:, 0], kind="stable").tolist()
+        sizes = counts[:, :-3].sum(axis=1).astype(int).tolist()
+        for heavy in rank[::-1][:_MOVES]:
+            for light in rank[:_MOVES]:
+                if heavy != light and sizes[heavy] > 0:
+                    moved = list(sizes)
+                    moved[heavy] -= 1
+                    moved[light] += 1
+                    yield tuple(moved)
+
+    def _tried(self, sizes: tuple[int, ...], tried: set[tuple[int, ...]]) -> Candidate | None:
+        if sizes in tried:
+            return None
+        tried.add(sizes)
+        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, UNEVEN, sizes))
+
+    def _priced(self, layout: Layout) -> Candidate | None:
+        """The best strategies of every device of a layout, priced together; None where a device has none."""
+        _, backward = self._least(layout)
+        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
+        devices = [self._device(layout, d) for d in range(self.pp)]
+        solved: list[Solved] = []
+        for number in range(self.pp - 1, -1, -1):  # the last ones hold least, the first ones fail first
+            found = self.costs.solve(devices[self.pp - 1 - number], float(behind[self.pp - 1 - number]))
+            if found is None:
+                return None
+            solved.append(found)
+        stages = [
+            _in_order(solved[stage % self.pp].runs[stage // self.pp], kinds)
+            for stage, kinds in enumerate(self._kinds_of(layout))
+        ]
+        embedding, head = solved[0].embedding, solved[-1].head
+        assert embedding is not None
+        assert head is not None
+        assignment = self.mesh.assignment(stages, embedding, head, self.choices)
+        wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
+        table = self.mesh.table(self._columns(assignment))
+        step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
+        return Candidate(step_s, self.mesh, self.deal, assignment, wide)
+
+    def _columns(self, assignment: Assignment) -> list[tuple[str, int]]:
+        """The assignment's columns, strategies by their number in the mesh."""
+        number = {
+            tuple((slot, c.value) for slot, c in self.choices.recipe(*branch).items()): index
+            for index, branch in enumerate(self.mesh.branches)
+        }
+        own = [number[tuple((slot, c.value) for slot, c in s.items())] for s in assignment.strategies]
+        return [(kind, own[s]) for kind, s in assignment.columns(self.order)]
+
+    def _device(self, layout: Layout, device: int) -> Device:
+        layers = layout.chunks[:, device, :-3].astype(int)
+        return Device(device, tuple(map(tuple, layers.tolist())), device == 0, device == self.pp - 1)
+
+    def _kinds_of(self, layout: Layout) -> list[list[int]]:
+        """Kinds of the layers of every virtual stage, in order."""
+        ends = np.cumsum(layout.counts[:, :-3].sum(axis=1).astype(int)).tolist()
+        return [self.stack[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _in_order(runs: Sequence[Runs], kinds: Sequence[int]) -> Runs:
+    """Runs per kind as runs along the layers of a stage."""
+    left = [[s for s, n in mine for _ in range(n)] for mine in runs]
+    taken: list[list[int]] = []
+    for kind in kinds:
+        s = left[kind].pop(0)
+        if taken and taken[-1][0] == s:
+            taken[-1][1] += 1
+        else:
+            taken.append([s, 1])
+    return tuple((s, n) for s, n in taken)

@@ -1,0 +1,256 @@
+"""The same inner problem by other means: dynamic programming, integer programming and enumeration.
+
+They answer what :func:`planner.solve.layerwise.counts.solve` answers, to 1e-9; tests hold them against each other, and
+``--solver`` chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from planner.errors import Problem, SolverError
+from planner.ledger import Array
+from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, OutOfNodesError, solve
+
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "automatic",
+    "by_brute_force",
+    "by_dynamic_programming",
+    "by_highs",
+]
+
+Answer = tuple[float, Counts] | None
+Solver = Callable[[CountProblem], Answer]
+
+_MOST_COUNTS = 5_000_000  # that enumeration is willing to look at
+_MOST_STATES = 20_000  # that the dynamic program is willing to hold
+
+
+def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
+    """Branch and bound; the integer program where that grows too large."""
+    try:
+        return solve(problem, tolerance=tolerance)
+    except OutOfNodesError:
+        return by_highs(problem, tolerance)
+
+
+def by_brute_force(problem: CountProblem) -> Answer:
+    """Every count of every group.
+
+    Raises:
+        SolverError: there are more than five million.
+    """
+    from math import comb, prod
+
+    many = prod(comb(g.size + g.cost.shape[1] - 1, g.size) for g in problem.groups)
+    if many > _MOST_COUNTS:
+        raise SolverError(
+            Problem("--solver brute", f"{many:,} counts", f"at most {_MOST_COUNTS:,}", "Use --solver auto.")
+        )
+    best: Answer = None
+    for counts in _all_counts(problem.groups):
+        if problem.fits(counts):
+            value = problem.value(counts)
+            if best is None or value < best[0]:
+                best = (value, counts)
+    return best
+
+
+def by_dynamic_programming(problem: CountProblem) -> Answer:
+    """Pareto-optimal (costs, bytes, classes in use) of more and more layers, with nothing rounded.
+
+    A state is dominated by one with the same classes and no more of any cost or byte. Strategies of a group are added in turn,
+    so that counts, and not sequences, are enumerated.
+
+    Raises:
+        SolverError: more than twenty thousand states are open at once.
+    """
+    functions = len(problem.offset)
+    room = problem.budget + SLACK * np.abs(problem.budget)
+    states: _States = {
+        frozenset(): [(np.concatenate([problem.offset, np.zeros(len(room))]), ())],
+    }
+    for group in problem.groups:
+        columns = np.concatenate([group.cost, group.held]).T
+        partial: dict[int, _States] = {group.size: states}
+        for s in range(len(columns)):
+            following: dict[int, _States] = {}
+            for left, reached in partial.items():
+                counts = range(left + 1) if s < len(columns) - 1 else range(left, left + 1)
+                for n in counts:
+                    for classes, vectors in reached.items():
+                        used = classes | {group.classes[s]} if n and group.classes else classes
+                        into = following.setdefault(left - n, {}).setdefault(used, [])
+                        for vector, taken in vectors:
+                            total = vector + n * columns[s]
+                            if np.all(total[functions:] <= room):
+                                into.append((total, (*taken, n)))
+            many = sum(len(vectors) for reached in following.values() for vectors in reached.values())
+            if many > _MOST_STATES:
+                found = f"{many:,} states"
+                raise SolverError(
+                    Problem("--solver dp", found, f"at most {_MOST_STATES:,}", "Use --solver auto.")
+                )
+            partial = {left: _undominated(reached) for left, reached in following.items()}
+        states = partial.get(0, {})
+    best: Answer = None
+    for vectors in states.values():
+        for _, taken in vectors:
+            counts_ = _split(problem.groups, taken)
+            value = problem.value(counts_)
+            if best is None or value < best[0]:
+                best = (value, counts_)
+    return best
+
+
+def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
+    """The integer program, through ``scipy.optimize.milp`` (HiGHS).
+
+    HiGHS stops at the tolerance as relative gap (its default is 1e-4), and accepts violations of 1e-6 of a row, so that rows are
+    scaled to 1 and the answer is checked.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+
+    program = _Program.of(problem)
+    rows = [LinearConstraint(program.matrix, program.low, program.high)] if len(program.matrix) else []
+    integrality = np.ones(len(program.objective))
+    integrality[-1] = 0
+    done = milp(
+        program.objective,
+        constraints=rows,
+        integrality=integrality,
+        bounds=Bounds(program.floor, program.ceiling),
+        options={"mip_rel_gap": tolerance},
+    )
+    if done.status == 2:
+        return None
+    if done.x is None:
+        raise SolverError(
+            Problem("--solver ilp", f"HiGHS: {done.message}", "a solution", "Use --solver auto.")
+        )
+    return _checked(problem, program, done.x)
+
+
+SOLVERS: Mapping[str, Solver] = {
+    "auto": automatic,
+    "dp": by_dynamic_programming,
+    "ilp": by_highs,
+    "brute": by_brute_force,
+}
+"""What ``--solver`` takes."""
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+_States = dict[frozenset[int], list[tuple[Array, tuple[int, ...]]]]
+
+
+def _all_counts(groups: tuple[Group, ...]) -> Iterator[Counts]:
+    if not groups:
+        yield ()
+        return
+    strategies = groups[0].cost.shape[1]
+    for bars in combinations(range(groups[0].size + strategies - 1), strategies - 1):
+        ends = (-1, *bars, groups[0].size + strategies - 1)
+        mine = tuple(b - a - 1 for a, b in pairwise(ends))
+        for rest in _all_counts(groups[1:]):
+            yield (mine, *rest)
+
+
+def _undominated(reached: _States) -> _States:
+    return {classes: _front(vectors) for classes, vectors in reached.items() if vectors}
+
+
+def _front(vectors: list[tuple[Array, tuple[int, ...]]]) -> list[tuple[Array, tuple[int, ...]]]:
+    values = np.array([vector for vector, _ in vectors])
+    kept: list[int] = []
+    for i in np.lexsort(values.T[::-1]).tolist():
+        if not kept or not np.any(np.all(values[kept] <= values[i], axis=1)):
+            kept.append(i)
+    return [vectors[i] for i in kept]
+
+
+def _split(groups: tuple[Group, ...], taken: tuple[int, ...]) -> Counts:
+    counts, start = [], 0
+    for group in groups:
+        width = group.cost.shape[1]
+        counts.append(taken[start : start + width])
+        start += width
+    return tuple(counts)
+
+
+class _Program:
+    """``min z + switch·(Σ used − 1)`` with a column per (group, strategy), per class, and z; rows scaled to about 1."""
+
+    def __init__(
+        self, matrix: Array, low: Array, high: Array, ceiling: Array, classes: int, switch: float
+    ) -> None:
+        self.matrix, self.low, self.high, self.ceiling = matrix, low, high, ceiling
+        width = matrix.shape[1]
+        self.objective = np.zeros(width)
+        self.objective[width - 1 - classes : width - 1] = switch
+        self.objective[-1] = 1.0
+        self.floor = np.zeros(width)
+        self.floor[-1] = -np.inf
+
+    @staticmethod
+    def of(problem: CountProblem) -> _Program:
+        """The integer program of a problem, costs in units of the largest one."""
+        groups = problem.groups
+        width = sum(g.cost.shape[1] for g in groups)
+        scale = _scale(problem)
+        names = sorted({c for g in groups for c in g.classes}) if problem.switch else []
+        cost = np.concatenate([g.cost for g in groups], axis=1) / scale
+        held = np.concatenate([g.held for g in groups], axis=1)
+        rows, low, high = [], [], []
+        for f, line in enumerate(cost):
+            rows.append([*line, *(0.0 for _ in names), -1.0])
+            low.append(-np.inf)
+            high.append(-float(problem.offset[f]) / scale)
+        for d, line in enumerate(held):
+            unit = max(float(np.abs(line).max()), abs(float(problem.budget[d])), 1e-300)
+            rows.append([*(line / unit), *(0.0 for _ in names), 0.0])
+            low.append(-np.inf)
+            high.append(float(problem.budget[d] + SLACK * abs(problem.budget[d])) / unit)
+        start, ceiling = 0, []
+        for group in groups:
+            strategies = group.cost.shape[1]
+            row = np.zeros(width + len(names) + 1)
+            row[start : start + strategies] = 1.0
+            rows.append(row.tolist())
+            low.append(float(group.size))
+            high.append(float(group.size))
+            ceiling += [float(group.size)] * strategies
+            for s in range(strategies) if names else ():
+                row = np.zeros(width + len(names) + 1)
+                row[start + s], row[width + names.index(group.classes[s])] = 1.0, -float(group.size)
+                rows.append(row.tolist())
+                low.append(-np.inf)
+                high.append(0.0)
+            start += strategies
+        ceilings = np.array([*ceiling, *(1.0 for _ in names), np.inf])
+        return _Program(
+            np.array(rows), np.array(low), np.array(high), ceilings, len(names), problem.switch / scale
+        )
+
+
+def _scale(problem: CountProblem) -> float:
+    largest = max(float(np.abs(g.cost).max()) for g in problem.groups)
+    return max(largest, 1e-300)
+
+
+def _checked(problem: CountProblem, program: _Program, x: Array) -> Answer:
+    """The solver's columns as counts.
+
+    Raises:
+        SolverError: rounded to whole layers, they exceed a budget.
+    """
+    counts = _split(problem.groups, tuple(round(float(v)) for v in x))
+    if not problem.fits(counts):
+        raise SolverError(Problem("--solver ilp", "the solver's answer exceeds a budget", "counts that fit"))
+    return problem.value(counts), counts

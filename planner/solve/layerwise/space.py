@@ -1,0 +1,326 @@
+"""The layer-wise space: meshes, how their stages may be cut, and what no plan of each is faster than.
+
+A *deal* is a mesh (prefix and row), a schedule, and either one layout or, with one stage per device, any cuts. Interleaved
+schedules take the layouts of the uniform search or, where it has none, virtual stages that are equal but for one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from planner.assignment import UNEVEN
+from planner.engine import BlockTable, tabulate
+from planner.ledger import Array
+from planner.pipeline import Layout, deal_layers, layouts, step_bound, tight_bound
+from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor, with_swaps
+from planner.solve.layerwise.strategies import Mesh, Strategies
+from planner.solve.space import Choice, order_of
+from planner.solve.tables import BranchTables
+from planner.solve.uniform import UniformSearch
+
+__all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
+
+_SCHEDULES = ("1f1b", "gpipe", "interleaved")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deal:
+    """One mesh under one schedule; ``layout`` None leaves the cuts open. No plan of it is faster than ``bound_s``."""
+
+    bound_s: float
+    part: int
+    row: int
+    schedule: Choice
+    layout: Layout | None
+
+    def rank(self) -> tuple[float, int, int]:
+        """What deals are sorted by."""
+        return self.bound_s, self.part, self.row
+
+    @property
+    def order(self) -> str:
+        """Name of the schedule's order."""
+        return _order(self.schedule)
+
+
+class LayerwiseSpace:
+    """All deals of a problem that bounds do not exclude at once.
+
+    Args:
+        uniform: the uniform search of the problem, which knows its prefixes and rules.
+        below_s: deals that cannot be faster are left out.
+        uneven: whether cuts are open.
+    """
+
+    def __init__(self, uniform: UniformSearch, below_s: float, uneven: bool) -> None:
+        self.uniform = uniform
+        self.problem, self.order, self.kinds = uniform.problem, uniform.order, uniform.kinds
+        self.layers = np.array([float(self.order.count(kind)) for kind in self.kinds[:-1]])
+        self.layers[-2:] = 1.0
+        self.excluded = {"work": 0, "memory": 0}
+        self.meshes = 0
+        self.parts: list[Strategies] = []
+        self.least_s: dict[int, float] = {}
+        """By pipeline degree, what none of its deals is faster than."""
+        self._tables: list[BlockTable] = []
+        self._relaxed: list[tuple[Array, ...]] = []
+        self._meshes: dict[tuple[int, int, bool], Mesh] = {}
+        launcher = self.problem.launcher
+        self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
+        self._narrow(below_s)
+
+    def deals(self, below_s: float) -> list[Deal]:
+        """Deals whose bound is below a limit, smallest bounds first."""
+        found = [deal for pp in self.least_s for deal in self.deals_of(pp, below_s)]
+        return sorted(found, key=Deal.rank)
+
+    def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
+        """The same of one pipeline degree, in no order: first without, then with limits of memory."""
+        rows = self._rows_of(pp)
+        cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
+        if not cuts:
+            return
+        rows, index = rows.take(np.flatnonzero(np.min([free_s for *_, free_s in cuts], axis=0) < np.inf))
+        stack = self.problem.stack
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
+        bounds = Relaxation(
+            *rows.relaxed, layers=self.layers, micro_batches=rows.micro_batches, pp=pp,
+            budget=np.maximum(self.problem.memory_budget_bytes - idle, 1.0), growth=1.0 + stack.fragmentation.value,
+        )  # fmt: skip
+        each_s = rows.fastest_s(self.layers) * rows.micro_batches / self.layers.sum()
+        for schedule, layout, v, free_s in cuts:
+            flights = in_flight(pp, v, rows.micro_batches)
+            if layout is None:
+                limited_s = bounds.work_s(flights, np.maximum(np.floor(below_s / each_s), 1.0)) / pp
+            else:
+                limited_s = bounds.dearest_s(layout, flights, rows.table)
+            bound_s = np.maximum(free_s[index], limited_s)
+            self.excluded["memory"] += int((np.isfinite(free_s[index]) & (bound_s >= below_s)).sum())
+            for place in np.flatnonzero(bound_s < below_s).tolist():
+                where = int(rows.part[place]), int(rows.row[place])
+                yield Deal(float(bound_s[place]), *where, schedule, layout)
+
+    def mesh(self, deal: Deal, swaps: bool) -> Mesh:
+        """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
+        key = (deal.part, deal.row, swaps)
+        if key not in self._meshes:
+            self._meshes[key] = self._mesh(deal, swaps)
+        return self._meshes[key]
+
+    def _mesh(self, deal: Deal, swaps: bool) -> Mesh:
+        part = self.parts[deal.part]
+        if not swaps:
+            return part.meshes([deal.row])[0]
+        tables = part.tables.take(np.array([deal.row]))
+        rows = part.rows.take(np.array([deal.row]))
+        every = range(len(self.uniform.branches.swaps))
+        return Strategies(tables, rows, self.uniform.branches, every).meshes([0])[0]
+
+    # -- meshes ------------------------------------------------------------------------------------------------------
+
+    def _narrow(self, below_s: float) -> None:
+        """Keeps the rows of every prefix on which the work alone leaves a chance."""
+        uniform, space = self.uniform, self.uniform.space
+        made: dict[tuple[str, ...], object] = {}
+        mesh = space.rows.context(self.problem, {}).mesh
+        for recipe in space.prefixes():
+            knobs = space.knobs(recipe)
+            whole = replace(space.rows.context(self.problem, knobs), mesh=mesh)
+            active = np.ones(len(space.rows), dtype=bool)
+            for slot, choice in recipe.items():
+                technique = choice.technique
+                if technique is not None and technique.active is not None and slot not in space.fixed:
+                    active &= technique.active(whole)
+            open_ = np.flatnonzero(active)
+            open_ = open_[uniform.faults(recipe, whole.take(open_)).first < 0]
+            if not len(open_):
+                continue
+            ctx = whole.take(open_)
+            ledger = uniform.ledger(recipe, whole, made).take(open_, ctx.mesh.counterpart)  # type: ignore[arg-type]
+            table = tabulate(ledger, uniform.pricer, self.kinds, len(open_))
+            each = table["forward_s"] + table["backward_s"] + table["weight_s"]
+            work_s = ctx.micro_batches * (self.layers @ each[:-1]) / ctx.mesh.pp
+            keep = np.flatnonzero(work_s < below_s)
+            self.meshes += len(open_)
+            self.excluded["work"] += len(open_) - len(keep)
+            if len(keep):
+                ctx = ctx.take(keep)
+                ledger = ledger.take(keep, ctx.mesh.counterpart)
+                tables = BranchTables(
+                    space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
+                )
+                rows = space.rows.take(open_[keep])
+                strategies = Strategies(tables, rows, uniform.branches, [0])
+                if not strategies.branches:
+                    continue  # recompute of some layers is all that is allowed: the uniform search has it
+                for pp in np.unique(ctx.mesh.pp).tolist():
+                    least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
+                    self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
+                self.parts.append(strategies)
+                self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
+
+    # -- deals ---------------------------------------------------------------------------------------------------------
+
+    def _rows_of(self, pp: int) -> _Rows:
+        """All rows of a pipeline degree, whatever their prefix."""
+        while len(self._relaxed) < len(self.parts):
+            part = len(self._relaxed)
+            slowdown = self.problem.stack.overlap_slowdown.value
+            totals, table = self.parts[part].totals(), self._tables[part]
+            self._relaxed.append(
+                with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
+            )
+        places = [np.flatnonzero(part.tables.ctx.mesh.pp == pp) for part in self.parts]
+        most = max(values[0].shape[0] for values in self._relaxed)
+        # Prefixes with fewer strategies have some that take for ever.
+        relaxed = tuple(
+            np.concatenate(
+                [
+                    np.pad(
+                        values[k][:, at], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill
+                    )
+                    for values, at in zip(self._relaxed, places, strict=True)
+                ],
+                axis=1,
+            )
+            for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0))
+        )
+        values = [part.rows.take(at).values for part, at in zip(self.parts, places, strict=True)]
+        groups = [sum((v[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")) for v in values]
+        return _Rows(
+            pp,
+            np.repeat(np.arange(len(places)), [len(at) for at in places]),
+            np.concatenate(places),
+            np.concatenate([part.tables.ctx.micro_batches[at] for part, at in zip(self.parts, places, strict=True)]),
+            np.concatenate(groups),
+            BlockTable(
+                self.kinds,
+                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2),
+            ),
+            relaxed,
+        )  # fmt: skip
+
+    def _free(self, rows: _Rows, below_s: float) -> Iterator[tuple[Choice, Layout | None, int, Array]]:
+        """Every schedule and layout with its bounds without limits of memory; infinite where they exclude a row, or rules do."""
+        pp, micro_batches = rows.pp, rows.micro_batches
+        fastest_s = rows.fastest_s(self.layers)
+        work_s = micro_batches * fastest_s + rows.relaxed[1].min(axis=0) @ self.layers
+        runs: dict[str, Array] = {}
+        for schedule, layout, v in self._cuts(pp):
+            if schedule.value not in runs:
+                runs[schedule.value] = self._runs(schedule, rows)
+            if layout is None:
+                free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
+            else:
+                free_s = step_bound(rows.table, layout, micro_batches)
+                some = np.flatnonzero(runs[schedule.value] & (free_s < below_s))
+                if len(some):
+                    table = BlockTable(self.kinds, rows.table.values[:, :, some])
+                    paths_s = tight_bound(table, layout, _order(schedule), micro_batches[some])
+                    free_s[some] = np.maximum(free_s[some], paths_s)
+            late = runs[schedule.value] & (free_s >= below_s)
+            self.excluded["work"] += int(late.sum())
+            yield schedule, layout, v, np.where(runs[schedule.value] & ~late, free_s, np.inf)
+
+    def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
+        """Schedules with their layouts; one stage per device is left open where cuts are."""
+        space = self.uniform.space
+        wanted = space.fixed.get("pipeline_layout")
+        for schedule in space.choices["schedule"]:
+            order = _order(schedule)
+            if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
+                continue
+            interleaved = order == "interleaved"
+            for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
+                if not space.allows("virtual_stages", np.array([float(v)]))[0]:
+                    continue
+                if v == 1 and not self._named_only and wanted is None:
+                    yield schedule, None, v
+                    continue
+                named = layouts(self.order, self.kinds, pp, v)
+                if interleaved and all(layout.split == "balanced" for layout in named):
+                    other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
+                    named = () if other is None else (other,)
+                launcher = self.problem.launcher
+                for layout in named:
+                    runs = launcher is None or layout.split == UNEVEN or layout.split in launcher.layouts
+                    if runs and wanted in (None, layout.split):
+                        yield schedule, layout, v
+
+    def _runs(self, schedule: Choice, rows: _Rows) -> Array:
+        """Rows on which the schedule keeps its rules."""
+        technique = schedule.technique
+        assert technique is not None
+        ok = np.ones(len(rows.row), dtype=bool)
+        for part in np.unique(rows.part).tolist():
+            mine = rows.part == part
+            ctx = self.parts[part].tables.ctx
+            ctx = replace(ctx, knobs={**ctx.knobs, "schedule": schedule.value}).take(rows.row[mine])
+            if technique.active is not None and "schedule" not in self.uniform.space.fixed:
+                ok[mine] &= technique.active(ctx)
+            for check in technique.valid(ctx):
+                ok[mine] &= check.ok
+        return ok
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of one pipeline degree, of all prefixes.
+
+    Attributes:
+        part, row: whose row it is, and which.
+        communicators: groups with more than one rank.
+        table: of the prefixes.
+        relaxed: of :func:`with_swaps`, (strategies, rows, kinds) each.
+    """
+
+    pp: int
+    part: Array
+    row: Array
+    micro_batches: Array
+    communicators: Array
+    table: BlockTable
+    relaxed: tuple[Array, ...]
+
+    def fastest_s(self, layers: Array) -> Array:
+        """One micro-batch through all layers, each under its fastest strategy."""
+        fastest: Array = self.relaxed[0].min(axis=0) @ layers
+        return fastest
+
+    def take(self, index: Array) -> tuple[_Rows, Array]:
+        """Some of the rows, and their places among all."""
+        table = BlockTable(self.table.kinds, np.ascontiguousarray(self.table.values[:, :, index]))
+        relaxed = tuple(values[:, index] for values in self.relaxed)
+        part, row, micro_batches, communicators = (
+            x[index] for x in (self.part, self.row, self.micro_batches, self.communicators)
+        )
+        return _Rows(self.pp, part, row, micro_batches, communicators, table, relaxed), index
+
+
+@lru_cache(maxsize=1024)
+def uneven_layout(
+    order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int
+) -> Layout | None:
+    """Virtual stages that are equal but for one layer; the longer ones on devices in the middle, from the last chunk on."""
+    small, longer = divmod(len(order), pp * virtual_stages)
+    if not small:
+        return None
+    sizes = [small] * (pp * virtual_stages)
+    for stage in _middle_first(pp, virtual_stages)[:longer]:
+        sizes[stage] += 1
+    return deal_layers(order, kinds, pp, virtual_stages, UNEVEN, sizes)
+
+
+def _middle_first(pp: int, virtual_stages: int) -> list[int]:
+    """Virtual stages by chunk from the last, and by their device's distance from the middle of the pipeline."""
+    devices = sorted(range(pp), key=lambda device: (abs(2 * device - (pp - 1)), device))
+    return [chunk * pp + device for chunk in reversed(range(virtual_stages)) for device in devices]
+
+
+def _order(schedule: Choice) -> str:
+    """Name of a schedule's order."""
+    return order_of(schedule).name

@@ -1,0 +1,194 @@
+"""What every layer may choose: all additive strategies of a mesh, each priced by the engine's own block tables.
+
+A strategy is a choice in every additive slot but the schedule: what is sharded, what is recomputed, what is offloaded. What a
+block computes and how its work is cut (the slots before) is common to all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.assignment import Assignment, Runs
+from planner.engine import COMPACT, BlockTable
+from planner.ledger import Array
+from planner.solve.branches import Branches
+from planner.solve.space import Choice, Rows
+from planner.solve.tables import BranchTables
+
+__all__ = ["Branch", "Mesh", "Strategies", "Totals"]
+
+Branch: TypeAlias = tuple[int, int, int]  # state, recompute and swap of :class:`Branches`
+
+_FIELD = {name: index for index, name in enumerate(COMPACT)}
+_TIMES = [_FIELD[name] for name in ("forward_s", "backward_s", "weight_s", "recompute_s")]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Totals:
+    """Of one block under each strategy, (strategies, rows, kinds but the boundary) each.
+
+    Attributes:
+        forward_s, backward_s, rest_s: forward, input gradients, and weight gradients with recomputation, of one micro-batch;
+            ``forward_s`` is infinite where a strategy is not active.
+        step_s: serial work of the optimizer step.
+        held_bytes: throughout; of which ``gradients_bytes`` and ``optimizer_bytes``.
+        saved_bytes: per micro-batch in flight.
+    """
+
+    forward_s: Array
+    backward_s: Array
+    rest_s: Array
+    step_s: Array
+    held_bytes: Array
+    gradients_bytes: Array
+    optimizer_bytes: Array
+    saved_bytes: Array
+
+
+_TOTALS = [
+    [_FIELD[name] for name in names]
+    for names in (
+        ("forward_s",), ("backward_s",), ("weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
+        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",),
+    )
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mesh:
+    """One row of a prefix with all of its strategies.
+
+    Attributes:
+        recipe, row: the prefix's choices; mesh degrees and micro-batch size.
+        branches: the strategies that are valid here.
+        values: (strategies, compact fields, kinds) of the engine's block tables.
+        micro_batches: per pipeline and step.
+        communicators: groups with more than one rank.
+    """
+
+    recipe: Mapping[str, Choice]
+    row: Mapping[str, float]
+    kinds: tuple[str, ...]
+    branches: Sequence[Branch]
+    values: Array
+    micro_batches: int
+    communicators: float
+
+    def __getitem__(self, name: str) -> Array:
+        """A field, (strategies, kinds)."""
+        field: Array = self.values[:, _FIELD[name]]
+        return field
+
+    @property
+    def pp(self) -> int:
+        """Pipeline degree."""
+        return round(self.row["pp"])
+
+    @property
+    def micro_batch_s(self) -> Array:
+        """Forward, backward and recomputation of one micro-batch in one block, (strategies, kinds)."""
+        total: Array = self.values[:, _TIMES].sum(axis=1)
+        return total
+
+    def alone(self) -> list[Mesh]:
+        """The same mesh with one of the strategies each, the fastest first."""
+        total_s = self.micro_batch_s[:, :-3].sum(axis=1)
+        order = np.argsort(total_s, kind="stable").tolist()
+        return [replace(self, branches=[self.branches[s]], values=self.values[s : s + 1]) for s in order]
+
+    def assignment(self, stages: Sequence[Runs], embedding: int, head: int, choices: Branches) -> Assignment:
+        """Strategies by number as strategies by choice; those in use only, the most frequent one first."""
+        layers: dict[int, int] = {}
+        for runs in stages:
+            for s, n in runs:
+                layers[s] = layers.get(s, 0) + n
+        for end in (embedding, head):
+            layers.setdefault(end, 0)
+        used = sorted(layers, key=lambda s: (-layers[s], s))
+        number = {s: index for index, s in enumerate(used)}
+        return Assignment(
+            tuple(choices.recipe(*self.branches[s]) for s in used),
+            tuple(tuple((number[s], n) for s, n in runs) for runs in stages),
+            number[embedding],
+            number[head],
+        )
+
+    def table(self, columns: Sequence[tuple[str, int]]) -> BlockTable:
+        """The one-row table of some (kind, strategy) columns, as :meth:`Assignment.columns` lists them."""
+        picked = [self.values[s, :, self.kinds.index(kind)] for kind, s in columns]
+        names = [f"{kind}/{s}" for kind, s in columns[:-3]] + [kind for kind, _ in columns[-3:]]
+        return BlockTable.compact(tuple(names), np.stack(picked, axis=1)[:, :, None])
+
+
+class Strategies:
+    """All strategies on some rows of one prefix.
+
+    Attributes:
+        branches: the strategies that are valid on any of the rows.
+        active: (strategies, rows) where each is valid and says something of its own.
+    """
+
+    def __init__(self, tables: BranchTables, rows: Rows, choices: Branches, swaps: Sequence[int]) -> None:
+        self.tables, self.rows, self.choices = tables, rows, choices
+        activity = choices.activity(rows, tables.ctx.knobs)
+        found: list[tuple[Branch, Array]] = []
+        for r, recompute in enumerate(choices.recomputes):
+            if choices.by_layers(recompute):
+                continue  # recomputing some layers is full recompute for these
+            for state in range(len(choices.states)):
+                on = activity.states[state] & activity.recomputes[r]
+                if on.any():
+                    found += [((state, r, swap), on) for swap in swaps]
+        self.branches = [branch for branch, _ in found]
+        self.active = np.array([on for _, on in found]).reshape(len(found), len(rows))
+        launcher = choices.space.problem.launcher
+        for s, branch in enumerate(self.branches):
+            if launcher is not None or choices.ruled(branch[2]):
+                recipe = {**tables.recipe, **choices.recipe(*branch)}
+                ctx = rows.context(choices.space.problem, choices.space.knobs(recipe))
+                rules = [c.technique.valid for c in choices.swaps[branch[2]].values() if c.technique]
+                for valid in (*rules, *([launcher.valid] if launcher is not None else [])):
+                    for check in valid(ctx):
+                        self.active[s] &= check.ok
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def totals(self) -> Totals:
+        """What bounds need of every strategy on every row."""
+        known: dict[int, Array] = {}
+
+        def reduced(values: Array) -> Array:
+            if id(values) not in known:
+                part = values[:, :, :-1]
+                summed = [part[:, fields].sum(axis=1) for fields in _TOTALS]
+                known[id(values)] = np.stack(summed)
+            return known[id(values)]
+
+        shape = (len(_TOTALS), len(self.branches), len(self), len(self.tables.kinds) - 1)
+        total = np.zeros(shape)
+        for s, branch in enumerate(self.branches):
+            for values in self.tables.changes(*branch):
+                total[:, s] += reduced(values)
+        total[0][~self.active] = np.inf
+        return Totals(*total)
+
+    def meshes(self, rows: Sequence[int]) -> list[Mesh]:
+        """Some of the rows, each with the strategies that are valid there."""
+        index = np.asarray(rows, dtype=np.intp)
+        values = np.stack([self.tables.of_branch(*branch, index) for branch in self.branches])
+        found = []
+        for place, row in enumerate(index.tolist()):
+            on = np.flatnonzero(self.active[:, row])
+            at = {name: float(column[row]) for name, column in self.rows.values.items()}
+            groups = sum(float(at[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+            micro_batches = round(float(self.tables.ctx.micro_batches[row]))
+            branches = [self.branches[i] for i in on]
+            found.append(
+                Mesh(self.tables.recipe, at, self.tables.kinds, branches, values[on, place], micro_batches, groups)
+            )  # fmt: skip
+        return found

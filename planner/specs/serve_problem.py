@@ -1,0 +1,77 @@
+"""A serving problem: which model, on which machines, for which traffic and promises, with which choices already made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.errors import Problem as Fault
+from planner.errors import SpecError, did_you_mean
+from planner.specs.cluster import Cluster
+from planner.specs.model import Model
+from planner.specs.stack import Stack
+from planner.specs.traffic import Traffic
+
+__all__ = ["SERVING_OBJECTIVES", "ServeProblem"]
+
+SERVING_OBJECTIVES = ("throughput", "usd", "energy")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeProblem:
+    """One serving problem.
+
+    Attributes:
+        model, cluster, traffic, stack: the specifications.
+        precisions: number formats of weights that the search may choose from.
+        caches: the same of the cache.
+        modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``.
+        fixed: knob → value that every plan must have.
+        forbidden: globs over ``knob=value``, none of which a plan may match.
+        objective: what the ranking maximises per device: tokens (``throughput``), or tokens per dollar or joule.
+        usd_per_device_hour: price; None takes the device profile's.
+
+    Raises:
+        SpecError: two of them do not go together (all problems at once).
+    """
+
+    model: Model
+    cluster: Cluster
+    traffic: Traffic
+    stack: Stack
+    precisions: tuple[str, ...] = ("bf16",)
+    caches: tuple[str, ...] = ("bf16",)
+    modes: tuple[str, ...] = ("aggregated", "disaggregated")
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    forbidden: tuple[str, ...] = ()
+    objective: str = "throughput"
+    usd_per_device_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = list(self._faults())
+        if faults:
+            raise SpecError(faults)
+
+    def _faults(self) -> Iterator[Fault]:
+        if self.stack.serving is None:
+            yield Fault("stack", f"{self.stack.name!r} trains", "the stack of a serving engine, such as vllm")
+        if self.model.arch != "decoder":
+            yield Fault(
+                "model", f"{self.model.name} is of kind {self.model.arch}", "a decoder, which generates"
+            )
+        if self.objective not in SERVING_OBJECTIVES:
+            hint = did_you_mean(self.objective, SERVING_OBJECTIVES)
+            yield Fault("objective", repr(self.objective), f"one of {', '.join(SERVING_OBJECTIVES)}", hint)
+        price = self.usd_per_device_hour
+        if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
+            yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Price of a device and hour, if it is known."""
+        if self.usd_per_device_hour is not None:
+            return self.usd_per_device_hour
+        price = self.cluster.device.usd_per_hour
+        return None if price is None else float(price)

@@ -1,0 +1,120 @@
+"""What published figures of serving techniques are computed with: an iteration's ledger around one pass, and sums over it.
+
+Everything heavy is imported when a figure is computed, so that finding the techniques stays cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.ledger import AttentionCore, Collective, Ledger, Resident
+from planner.technique import SERVING_SLOTS, ServingContext, discover
+
+if TYPE_CHECKING:
+    from planner.specs.model import Model
+
+__all__ = [
+    "Pass",
+    "cache_bytes_per_token",
+    "parameter_bytes",
+    "read_bytes",
+    "repeats",
+    "run",
+    "sent_elements",
+    "sixteen",
+]
+
+Pass = Callable[[Ledger, ServingContext], Ledger]
+_DEGREES = ("tp", "cp", "dp", "pp", "ep", "etp")
+_ENDS = ("embedding", "head", "boundary")
+
+
+def run(
+    slot: str, subject: Pass, *, model: str | Model, decodes: float = 1.0, context: float = 1024.0, prefill: float = 0.0,
+    cluster: str = "h100-sxm:1x8", **choices: Any,
+) -> Ledger:  # fmt: skip
+    """The ledger of one iteration with ``subject`` as the pass of ``slot``; all other slots have their defaults.
+
+    ``choices`` are degrees (1 unless given) and knobs.
+    """
+    from planner.composition import Composition, composition_axes, iteration_ledger
+    from planner.mesh import Mesh
+    from planner.specs.hardware import load_cluster
+    from planner.specs.models import load_model
+    from planner.specs.stack import load_stack
+    from planner.specs.traffic import Traffic
+
+    spec = load_model(model) if isinstance(model, str) else model
+    degrees: dict[str, Any] = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
+    defaults = {t.slot: t for t in discover().values() if t.job == "serving" and t.default}
+    knobs = {name: t.choices[0] for name, t in defaults.items() if name is not None} | choices
+    ctx = ServingContext(
+        spec, load_cluster(cluster), Traffic(1, 1), load_stack("vllm"), Mesh(**degrees), knobs
+    )
+    ledger = iteration_ledger(spec)
+    for name in SERVING_SLOTS:
+        apply = subject if name == slot else defaults[name].apply
+        ledger = apply(ledger, ctx)
+    batch = Composition(
+        *(np.array([x]) for x in (decodes, decodes * context, prefill, (prefill + 1.0) / 2.0))
+    )
+    return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch))
+
+
+def sixteen(ledger: Ledger, ctx: ServingContext) -> Ledger:
+    """The default pass of the slot ``weights``."""
+    found = next(t for t in discover().values() if t.slot == "weights" and t.default)
+    return found.apply(ledger, ctx)
+
+
+def repeats(ledger: Ledger, block: str) -> int:
+    """How often a block occurs, where every kind is named after itself."""
+    return int(ledger.axes[f"repeat@{block}"]) if f"repeat@{block}" in ledger.axes else 1
+
+
+def parameter_bytes(ledger: Ledger, *, layers_only: bool = False) -> float:
+    """Bytes of weights on a rank, every layer counted."""
+    return sum(
+        _value(ledger, item.size) * item.bytes_per_element * repeats(ledger, item.block)
+        for item in ledger.of(Resident, pool="parameters")
+        if not (layers_only and item.block in _ENDS)
+    )
+
+
+def cache_bytes_per_token(ledger: Ledger) -> float:
+    """Bytes that one token leaves in all layers' caches."""
+    found = (i for i in ledger.of(Resident, pool="kv_cache") if i.what != "ssm.state")
+    return sum(
+        _value(ledger, i.size) / _value(ledger, "kv_seq") * i.bytes_per_element * repeats(ledger, i.block)
+        for i in found
+    )
+
+
+def read_bytes(ledger: Ledger) -> float:
+    """Bytes of the cache that generation reads in all layers."""
+    from planner.costs.precision import dtype_bytes
+
+    total = 0.0
+    for item in ledger.of(AttentionCore, decode=True):
+        width = _value(ledger, item.qk_dim) + (0.0 if item.latent else _value(ledger, item.v_dim))
+        keys = _value(ledger, item.batch) * _value(ledger, item.kv_heads) * _value(ledger, item.kv)
+        total += keys * width * dtype_bytes(item.stored) * repeats(ledger, item.block)
+    return total
+
+
+def sent_elements(ledger: Ledger, group: str, *, layers_only: bool = False) -> float:
+    """Elements that one rank sends in the collectives of a group, of one block of each kind."""
+    total = 0.0
+    for item in ledger.of(Collective):
+        if item.group.name == group and not (layers_only and item.block in _ENDS):
+            size = float(np.ravel(item.group.size)[0])
+            factor = {"all_reduce": 2.0 * (size - 1) / size, "point_to_point": float(size > 1)}
+            total += _value(ledger, item.size) * factor.get(item.kind, (size - 1) / size)
+    return total
+
+
+def _value(ledger: Ledger, size: str) -> float:
+    return float(np.ravel(ledger.axes[size])[0])

@@ -1,0 +1,63 @@
+"""AutoTM: in which memory every tensor rests between the kernels that use it.
+
+What it does: chooses a tier for every rest of every tensor (device memory, host memory, CXL, NVMe), so that every tier's
+    capacity holds at every kernel and moves take least; ``planner solve tiers``.
+Saves: device memory, tensor by tensor, where the offload choices of a plan move whole classes of tensors.
+Costs: the moves: serial, or beside the kernels with the busiest link for a limit.
+Assumes: kernels need what they use in the first tier; a constant tensor keeps its copy outside.
+Source: Hildebrand et al. 2020 (AutoTM, doi:10.1145/3373376.3378465) §3; tiers of ZeRO-Infinity, Rajbhandari et al. 2021
+    (arXiv:2104.07857) §5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.technique import Figure, Technique
+
+_PAGES = (7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1)
+_FRAMES = 3.0
+
+
+def _place(problem: Any) -> float:
+    from planner.solve.combinatorial.tiering import place
+
+    return place(problem).time_s
+
+
+def _swap_all(problem: Any) -> float:
+    from planner.solve.combinatorial.tiering import swap_all
+
+    return swap_all(problem).time_s
+
+
+def _faults(subject: Any) -> float:
+    """Faults of a reference string: the first of each page, and one for every rest outside the fast memory."""
+    from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
+
+    pages = sorted(set(_PAGES))
+    kernels = tuple(Kernel(f"reference {i}", 0.0, (pages.index(page),)) for i, page in enumerate(_PAGES))
+    tensors = tuple(Tensor(f"page {page}", 1.0, constant=True) for page in pages)
+    tiers = (Tier("frames", _FRAMES), Tier("disk", float(len(pages)), 1.0, 1.0))
+    return len(pages) + float(subject(TieringProblem(kernels, tensors, tiers)))
+
+
+TECHNIQUE = Technique(
+    key="autotm",
+    name="AutoTM",
+    slot=None,
+    kind="solver",
+    source="doi:10.1145/3373376.3378465",
+    summary="The tier of every tensor between its uses",
+    figures=(
+        Figure(
+            "page faults of the optimal replacement, 20 references and 3 frames",
+            9.0,
+            1e-9,
+            "Silberschatz, Galvin, Gagne, Operating System Concepts, 9th edition, section 9.4.3",
+            _faults,
+        ),
+    ),
+    solve=_place,
+    naive=_swap_all,
+)

@@ -1,0 +1,329 @@
+"""Serving rows scored: runs alike but for their load and layout are priced together and held against what they measured."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.iteration import Iterations
+from planner.ledger import Array
+from planner.mesh import Mesh
+from planner.serving.aggregated import steady
+from planner.serving.capacity import capacity
+from planner.specs.stack import Stack
+from planner.specs.traffic import Traffic
+from planner.technique import ServingContext, discover
+from planner.validation.ranking import Comparison
+from planner.validation.scores import ScoredRow
+from planner.validation.serving_runs import ServedRun, served_run
+from planner.validation.table import Row, Table, Unsupported
+
+__all__ = ["ServingScores", "contradicted", "predict", "score_serving", "served_runs"]
+
+Runs: TypeAlias = Sequence[ServedRun]
+_GROUPS = ("accelerator", "model", "engine", "quality")
+_MILLI = 1e-3
+_SWEEP = ("engine", "engine_version", "model", "accelerator", "weight_dtype", "input_len", "output_len")
+
+
+@dataclass(slots=True)
+class ServingScores:
+    """What the rows of one file came to: entries per row and metric, runs that may be ranked, defaults taken."""
+
+    rows: list[ScoredRow] = field(default_factory=list)
+    runs: list[Comparison] = field(default_factory=list)
+    defaults: Counter[str] = field(default_factory=Counter)
+
+
+def score_serving(table: Table) -> ServingScores:
+    """Scores every row of a serving table; rows of quality C contradict themselves or lack their layout, and are not counted."""
+    scores = ServingScores()
+    runs: list[tuple[ServedRun, dict[str, float]]] = []
+    for row in table.rows:
+        groups = _groups(row)
+        asked = _measured(row)
+        if not asked:
+            scores.rows.append(
+                ScoredRow(row.row_id, row.file, "", "skipped", "nothing is measured", groups=groups)
+            )
+            continue
+        try:
+            runs.append((served_run(row, scores.defaults), asked))
+        except Unsupported as error:
+            scores.rows += [
+                ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
+                for metric in asked
+            ]
+    apart = contradicted(runs)
+    for (run, asked), found in zip(runs, predict([run for run, _ in runs]), strict=True):
+        scores.rows += _scored(run, asked, found, run.row.row_id in apart, scores)
+    return scores
+
+
+def served_runs(table: Table) -> list[tuple[ServedRun, dict[str, float]]]:
+    """Runs of a table that can be priced, with what they measured."""
+    found = []
+    for row in table.rows:
+        asked = _measured(row)
+        if asked and row.text("quality") != "C":
+            try:
+                found.append((served_run(row, Counter()), asked))
+            except Unsupported:
+                continue
+    return found
+
+
+def _groups(row: Row) -> dict[str, str]:
+    return {name: row.text(name) for name in _GROUPS} | {"source": row.file, "family": row.text("model")}
+
+
+def _measured(row: Row) -> dict[str, float]:
+    """What a row measured, by metric, in SI units."""
+    found: dict[str, float] = {}
+    columns = {
+        "tpot": ("tpot_ms", _MILLI), "ttft": ("ttft_ms", _MILLI), "latency": ("latency_ms", _MILLI),
+        "output_tokens_per_s": ("output_tokens_per_s", 1.0), "peak_memory": ("memory_gb_per_device", 1e9),
+    }  # fmt: skip
+    for metric, (column, unit) in columns.items():
+        try:
+            value = row.number(column)
+        except Unsupported:
+            continue
+        if value:
+            found[metric] = value * unit
+    devices = row.number("n_devices")
+    each = row.number("tokens_per_s_per_device") if row.text("tokens_per_s_per_device") else None
+    if "output_tokens_per_s" not in found and each and devices:
+        found["output_tokens_per_s"] = each * devices
+    return found
+
+
+def contradicted(runs: Sequence[tuple[ServedRun, Mapping[str, float]]]) -> set[str]:
+    """Rows whose stated configuration was measured several times with times between tokens more than 25 % apart.
+
+    Something that they do not state tells them apart: speculation, mostly. Models of one shape count as one.
+    """
+    same: dict[object, list[tuple[str, float]]] = defaultdict(list)
+    for run, measured in runs:
+        if "tpot" in measured:
+            shape = (run.model.hidden, run.model.n_layers, *run.group[1:], run.degrees, run.load)
+            same[shape].append((run.row.row_id, measured["tpot"]))
+    apart = [
+        values for values in same.values() if max(t for _, t in values) > _APART * min(t for _, t in values)
+    ]
+    return {row_id for values in apart for row_id, _ in values}
+
+
+_APART = 1.25
+
+
+def _scored(
+    run: ServedRun,
+    asked: Mapping[str, float],
+    found: Mapping[str, float] | str,
+    contradicted: bool,
+    scores: ServingScores,
+) -> list[ScoredRow]:
+    row, entries = run.row, []
+    for metric, measured in asked.items():
+        groups = _groups(row)
+        if isinstance(found, str) or metric not in found:
+            reason = (
+                found if isinstance(found, str) else f"no {metric} of a run that was driven by {run.driver}"
+            )
+            entries.append(ScoredRow(row.row_id, row.file, metric, "unsupported", reason, groups=groups))
+            continue
+        status, reason = "scored", ""
+        if row.text("quality") == "C":
+            status, reason = "excluded", "quality C at its source"
+        elif contradicted and metric in ("tpot", "ttft"):
+            status, reason = (
+                "excluded",
+                "repeats of the stated configuration differ: something unstated tells them apart",
+            )
+        entries.append(
+            ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups)
+        )
+        if metric == "output_tokens_per_s" and run.driver == "offline":
+            scores.runs.append(_comparison(run, entries[-1]))
+    return entries
+
+
+def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
+    """A run among those that differ in layout alone, by its rate per device."""
+    tp, pp, dp, _ = run.degrees
+    devices = tp * pp * dp
+    each = replace(
+        entry,
+        metric="ranking",
+        measured=(entry.measured or 0.0) / devices,
+        predicted=(entry.predicted or 0.0) / devices,
+    )
+    cells = tuple(run.row.text(column) for column in _SWEEP)
+    return Comparison(each, (run.row.file, " ".join(filter(None, cells)), *cells), run.degrees)
+
+
+# -- prediction ----------------------------------------------------------------------------------------------------------
+
+
+def predict(
+    runs: Sequence[ServedRun], stacks: Mapping[str, Stack] | None = None
+) -> list[dict[str, float] | str]:
+    """Metrics of every run in SI units, or why there are none.
+
+    Args:
+        runs: any runs.
+        stacks: constants that replace those of a run's stack, by its name.
+    """
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index, run in enumerate(runs):
+        groups[run.group].append(index)
+    found: list[dict[str, float] | str] = [""] * len(runs)
+    for indices in groups.values():
+        some = [runs[i] for i in indices]
+        stack = (stacks or {}).get(some[0].stack.name, some[0].stack)
+        for index, result in zip(indices, _group(some, stack), strict=True):
+            found[index] = result
+    return found
+
+
+def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | str]:
+    """Runs of one model, machine, engine, format, lengths and driver."""
+    first = runs[0]
+    tp, pp, dp, ep = (np.array([float(run.degrees[i]) for run in runs]) for i in range(4))
+    mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
+    load = np.array([run.load for run in runs])
+    traffic = Traffic(first.isl, first.osl, concurrency=1 if first.driver == "concurrency" else None)
+    defaults = {t.slot: t.choices[0] for t in discover().values() if t.job == "serving" and t.default}
+    knobs = {slot: choice for slot, choice in defaults.items() if slot is not None}
+    knobs |= {"weights": first.weights, "cache": first.cache}
+    if first.exchanged:
+        knobs["experts"] = "exchanged"
+    if first.weights == "fp16":
+        knobs["activations"] = "fp16"
+    ctx = ServingContext(first.model, first.cluster, traffic, stack, mesh, knobs)
+    broken = _broken(ctx)
+    if broken is not None:
+        return [broken] * len(runs)
+    iterations = Iterations(ctx)
+    columns = _DRIVERS[first.driver](iterations, traffic, load, runs)
+    found = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
+    return [{name: value for name, value in one.items() if np.isfinite(value)} for one in found]
+
+
+def _broken(ctx: ServingContext) -> str | None:
+    """The first rule that any of the rows breaks, none if all keep them."""
+    device = ctx.cluster.device
+    if ctx.knobs["weights"] in ("fp8", "fp8_block") and not device.supports("fp8"):
+        return f"{device.name} has no fp8 matrix rate"
+    return None
+
+
+def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """Clients that replace every answer at once."""
+    chunk = np.full_like(load, float(iterations.software.chunk_tokens))
+    state = steady(iterations, traffic, load, chunk)
+    rate = state.requests_per_s
+    return {
+        "tpot": state.tpot_s, "ttft": state.ttft_s, "latency": state.ttft_s + (traffic.osl - 1.0) * state.tpot_s,
+        "output_tokens_per_s": rate * traffic.osl,
+    }  # fmt: skip
+
+
+def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """Clients that replace every answer, of workers for prompts and of others for generation.
+
+    Generation holds as many requests as prompts come in for, at most all; the others wait for or run their prompts (Little's
+    law).
+    """
+    counts = np.array([run.workers or (1.0, 1.0) for run in runs])
+    layout = np.array([run.prefill or (1, 1, 1, 1, 1.0) for run in runs], dtype=np.float64)
+    tp, pp, dp, ep, prompts = layout.T
+    mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
+    knobs = {**iterations.ctx.knobs, "experts": "gathered"}  # workers for prompts may have another layout
+    prefill = Iterations(replace(iterations.ctx, mesh=mesh, knobs=knobs), iterations.pricer)
+    zero = np.zeros_like(load)
+    batch = prompts * dp
+    prompt_s = prefill(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
+    most = counts[:, 0] * pp * batch / prompt_s
+    context = traffic.isl + traffic.osl / 2.0
+
+    def step_s(n: Array) -> Array:
+        each = n / iterations.ctx.mesh.pp
+        return iterations(each, each * context, zero, zero)
+
+    low, high = zero, load / counts[:, 1]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        fed = middle / ((traffic.osl - 1.0) * step_s(middle)) * counts[:, 1] <= most
+        low, high = np.where(fed, middle, low), np.where(fed, high, middle)
+    tpot_s = step_s(high)
+    rate = high * counts[:, 1] / ((traffic.osl - 1.0) * tpot_s)
+    waiting = np.maximum(load - high * counts[:, 1], 0.0) / rate
+    return {
+        "tpot": tpot_s,
+        "ttft": np.maximum(waiting, prompt_s) + float(iterations.software.admission_s),
+        "output_tokens_per_s": rate * traffic.osl,
+    }
+
+
+def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """All requests are there: the caches, or the engine's cap, say how many run at once."""
+    chunk = np.full_like(load, float(iterations.software.chunk_tokens))
+    held = capacity(iterations, traffic.isl, traffic.osl, chunk)
+    most = np.maximum(held.sequences, 1.0)
+    state = steady(iterations, traffic, most, chunk)
+    return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
+
+
+def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """Arrivals: the requests in flight that answer as many per second, by bisection.
+
+    Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first token is foretold.
+    """
+    chunk = np.full_like(load, float(iterations.software.chunk_tokens))
+    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, runs[0].cap).sequences, 1.0)
+    low, high = np.zeros_like(load), most
+    for _ in range(_BISECTIONS):
+        middle = np.maximum((low + high) / 2.0, 1e-3)
+        enough = steady(iterations, traffic, middle, chunk).requests_per_s >= load
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    state = steady(iterations, traffic, high, chunk)
+    kept_up = state.requests_per_s >= load * (1.0 - _CLOSE)
+    rate = np.minimum(state.requests_per_s, load)
+    return {
+        "tpot": state.tpot_s,
+        "ttft": np.where(kept_up & (state.prefill_load < _MOST_LOAD), state.ttft_s, np.nan),
+        "output_tokens_per_s": rate * traffic.osl,
+    }
+
+
+_BISECTIONS, _CLOSE, _MOST_LOAD = 20, 0.02, 0.9
+
+
+def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
+    """One batch: all prompts, then a token for every sequence until the longest answer is done."""
+    zero = np.zeros_like(load)
+    batch = np.maximum(load / iterations.ctx.mesh.pp, np.minimum(load, 1.0))
+    prefill_s = iterations(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
+    step_s = iterations(batch, batch * (traffic.isl + traffic.osl / 2.0), zero, zero)
+    latency_s = prefill_s + (traffic.osl - 1.0) * step_s
+    footprint = iterations.footprint()
+    cache = footprint.cache_bytes(traffic.isl + traffic.osl) * load / iterations.ctx.mesh.dp
+    return {
+        "latency": latency_s, "tpot": step_s, "ttft": prefill_s, "output_tokens_per_s": load * traffic.osl / latency_s,
+        "peak_memory": footprint.weights_bytes + cache + float(iterations.pricer.stack.framework_bytes),
+    }  # fmt: skip
+
+
+_DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array, Runs], dict[str, Array]]] = {
+    "concurrency": _closed,
+    "offline": _offline,
+    "static": _static,
+    "rate": _rate,
+    "pools": _pools,
+}

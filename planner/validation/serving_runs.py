@@ -1,0 +1,236 @@
+"""A serving row as a run: what was served, where, by which engine, and how it was driven."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner.errors import PlannerError
+from planner.specs.cluster import Cluster
+from planner.specs.cluster_file import build_cluster
+from planner.specs.device_file import load_device
+from planner.specs.model import Attention, Block, Mlp, Model
+from planner.specs.models import load_model
+from planner.specs.stack import Stack, stack_for
+from planner.specs.tiers import Network
+from planner.validation.table import Row, Unsupported
+
+__all__ = ["DRIVERS", "ServedRun", "served_run"]
+
+DRIVERS = ("concurrency", "offline", "static", "rate", "pools")
+"""How a run was driven: clients that replace every answer, all requests at once, one batch, arrivals, or clients of a deployment
+with pools of their own for prompts and generation."""
+
+_WEIGHTS = {
+    "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "fp4": "nvfp4",
+    "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "int4_wo", "": "bf16",
+}  # fmt: skip
+_CACHES = {"fp8": "fp8", "": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRun:
+    """One row.
+
+    Attributes:
+        row: the row.
+        model, cluster, stack: what was served, on what, by what.
+        weights, cache: number formats.
+        degrees: tp, pp, dp, ep of one replica.
+        isl, osl: lengths.
+        driver: one of :data:`DRIVERS`; ``load`` its number: requests in flight, sequences of the batch, or requests per second.
+        cap: sequences that the engine was allowed, where arrivals drove the run; None: its default.
+        workers: of the pools for prompts and generation, where they are two.
+        prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
+    """
+
+    row: Row
+    model: Model
+    cluster: Cluster
+    stack: Stack
+    weights: str
+    cache: str
+    degrees: tuple[int, int, int, int]
+    isl: int
+    osl: int
+    driver: str
+    load: float
+    cap: float | None = None
+    workers: tuple[float, float] | None = None
+    prefill: tuple[int, int, int, int, float] | None = None
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether tokens travel to experts: attention ranks of their own, whole experts on every rank."""
+        tp, _, dp, ep = self.degrees
+        return dp > 1 and ep == tp * dp
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What runs that are priced together share."""
+        formats = self.weights, self.cache
+        return (
+            self.model.name,
+            self.cluster.name,
+            self.stack.name,
+            *formats,
+            self.isl,
+            self.osl,
+            self.driver,
+            self.cap,
+            self.exchanged,
+        )
+
+
+def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
+    """The run that a row describes; columns whose default was taken are counted.
+
+    Raises:
+        Unsupported: the row cannot be priced, and why.
+    """
+    degrees = _degrees(row)
+    tp, pp, dp, _ = degrees
+    model = _model(row)
+    cluster = _cluster(row.text("accelerator"), tp * pp * dp)
+    stack = stack_for(row.text("engine"), row.text("engine_version"), row.text("measured_date"))
+    if stack.serving is None:
+        raise Unsupported(f"no stack describes the engine {row.text('engine')!r}")
+    weights = _weights(row, model, defaults)
+    driver, load = _driver(row)
+    isl, osl = _length(row, "input_len"), _length(row, "output_len")
+    if isl == 0 and osl == 0:
+        raise Unsupported("no tokens")
+    workers, prefill = _pools(row) if driver == "pools" else (None, None)
+    return ServedRun(
+        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
+        load, row.number("concurrency") if driver == "rate" else None, workers, prefill,
+    )  # fmt: skip
+
+
+def _degrees(row: Row) -> tuple[int, int, int, int]:
+    columns = ("tp", "pp", "dp", "ep")
+    if row.text("prefill_tp_size"):
+        columns = ("decode_tp_size", "decode_pp_size", "decode_attention_dp_size", "decode_moe_ep_size")
+    tp, pp, dp, ep = (row.whole(name) for name in columns)
+    if tp is None or tp < 1:
+        raise Unsupported("the parallel layout is not stated")
+    return tp, pp or 1, dp or 1, ep or 1
+
+
+def _pools(row: Row) -> tuple[tuple[float, float], tuple[int, int, int, int, float]]:
+    """Workers of both pools, and the layout and batch of those for prompts."""
+    workers = row.number("prefill_num_workers"), row.number("decode_num_workers")
+    if not (workers[0] and workers[1]):
+        raise Unsupported("how many workers a pool has is not stated")
+    columns = ("prefill_tp_size", "prefill_pp_size", "prefill_attention_dp_size", "prefill_moe_ep_size")
+    tp, pp, dp, ep = (row.whole(column) or 1 for column in columns)
+    return (workers[0], workers[1]), (tp, pp, dp, ep, row.number("prefill_batch_size") or 1.0)
+
+
+def _length(row: Row, column: str) -> int:
+    value = row.number(column)
+    value = row.number(f"mean_{column}") if value is None else value
+    if value is None:
+        raise Unsupported(f"no {column} is given")
+    return round(value)
+
+
+def _driver(row: Row) -> tuple[str, float]:
+    """How the run was driven, and by how much."""
+    features, rate = row.text("features").lower(), row.text("request_rate").lower()
+    concurrency, batch = row.number("concurrency"), row.number("batch")
+    if row.text("prefill_tp_size"):
+        if not concurrency:
+            raise Unsupported("the load is not stated")
+        return "pools", concurrency
+    if "static" in features or "llama-bench" in features:
+        if not batch:
+            raise Unsupported("no batch size is given")
+        return "static", batch
+    if concurrency and not rate:
+        return "concurrency", concurrency
+    if rate == "inf":
+        return "offline", 0.0
+    if rate:
+        each = row.number("per_replica_request_rate") or row.number("request_rate")
+        if each:
+            return "rate", each
+    raise Unsupported("the load is not stated")
+
+
+def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:
+    label = (row.text("weight_dtype") or row.text("precision_label")).lower()
+    if not label:
+        defaults["weight_dtype"] += 1
+    if label not in _WEIGHTS:
+        raise Unsupported(f"number format {label!r}: not modelled")
+    found = _WEIGHTS[label]
+    if found == "fp8" and "fp8_block" in (row.text("moe_dtype").lower(), model.checkpoint):
+        return "fp8_block"
+    if found == "nvfp4" and model.checkpoint == "w4a16_mxfp4":
+        return model.checkpoint  # the published 4-bit checkpoint of such a model
+    return found
+
+
+def _cache(row: Row, stack: Stack, weights: str, defaults: Counter[str]) -> str:
+    """The cache's format; where it is not stated, that of the engine's usual checkpoints in the weights' format."""
+    label = row.text("kv_dtype").lower()
+    if label in ("fp8", "int8"):
+        return "fp8"
+    if not label:
+        defaults["kv_dtype"] += 1
+        if stack.knobs.get("cache") == "fp8" and weights in ("fp8", "nvfp4"):
+            return "fp8"
+    return "bf16"
+
+
+@lru_cache(maxsize=256)
+def _named_model(name: str) -> Model:
+    try:
+        return load_model(name)
+    except PlannerError:
+        raise Unsupported(f"no model {name!r}") from None
+
+
+def _model(row: Row) -> Model:
+    """A shipped model by its name, or GPT's layers where the columns give its shape."""
+    name = row.text("model")
+    hidden, layers, heads = (row.whole(c) for c in ("hidden_size", "num_layers", "num_heads"))
+    try:
+        found = _named_model(name)
+    except Unsupported:
+        if not (hidden and layers and heads and re.match(r"gpt", name, re.IGNORECASE)):
+            raise
+        return _gpt(name, hidden, layers, heads, row.whole("vocab_size") or 51200)
+    if found.arch != "decoder":
+        raise Unsupported(f"{name} is of kind {found.arch}: it does not generate")
+    if hidden and found.hidden != hidden:
+        return _gpt(
+            name, hidden, layers or found.n_layers, heads or 1, row.whole("vocab_size") or found.vocab
+        )
+    return found
+
+
+@lru_cache(maxsize=64)
+def _gpt(name: str, hidden: int, layers: int, heads: int, vocab: int) -> Model:
+    """GPT-3's layers: full attention, a network four times as wide (Brown et al. 2020, arXiv:2005.14165)."""
+    attention = Attention(heads, heads, hidden // heads, qkv_bias=True, out_bias=True)
+    block = Block(attention=attention, mlp=Mlp(4 * hidden, gated=False, bias=True), norm="layernorm")
+    return Model(
+        name=name, family="gpt", arch="decoder", hidden=hidden, vocab=vocab, max_seq_len=2048, blocks={"dense": block},
+        layers=(("dense", layers),), tied_embeddings=True, learned_positions=2048, final_norm="layernorm",
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _cluster(name: str, devices: int) -> Cluster:
+    """The accelerator's usual nodes, as many as the run needs."""
+    try:
+        device = load_device(name)
+    except PlannerError:
+        raise Unsupported(f"no profile of the accelerator {name!r}") from None
+    per_node = min(device.devices_per_node, devices)
+    nodes = -(-devices // per_node)
+    return build_cluster(device, nodes, per_node, Network())

@@ -1,0 +1,188 @@
+"""``planner serve`` and the verbs that read its plans: the contract of its JSON, exit codes, launch lines."""
+
+import json
+
+import pytest
+
+SERVE = ("serve", "--model", "llama3.1-8b", "--cluster", "h100-sxm:1x4", "--isl", 2000, "--osl", 200)
+LIMITS = ("--ttft-ms", 500, "--tpot-ms", 20)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    from planner.cli import main
+
+    path = tmp_path_factory.mktemp("serve") / "plans.json"
+    assert main([*map(str, (*SERVE, *LIMITS)), "-o", str(path), "--json"]) == 0
+    return path
+
+
+def test_json_has_the_promised_fields(planner):
+    found = planner(*SERVE, *LIMITS, "--percentile", 90, "--json").json
+    assert found["schema_version"].startswith("1.")
+    assert set(found["search"]) >= {"candidates", "scored", "excluded_by_bound", "rejected", "wall_s"}
+    for plan in found["plans"]:
+        assert plan["optimality"]["status"] in ("exact", "gap")
+        for pool in plan["pools"]:
+            assert set(pool) >= {"role", "replicas", "mesh", "knobs"}
+            assert pool["role"] in ("aggregated", "prefill", "decode")
+        estimate = plan["estimate"]
+        assert set(estimate) >= {
+            "output_tokens_per_s_per_device", "ttft_s", "tpot_s", "max_concurrency", "goodput_requests_per_s",
+            "usd_per_million_output_tokens", "memory_bytes", "binding",
+        }  # fmt: skip
+        for name in ("ttft_s", "tpot_s"):
+            assert set(estimate[name]) == {"mean", "p50", "p90", "p99"}
+        assert estimate["ttft_s"]["p90"] <= 0.5 + 1e-9
+        assert estimate["tpot_s"]["p90"] <= 0.02 + 1e-9
+        rate = estimate["goodput_requests_per_s"] * 200 / plan["devices"]
+        assert estimate["output_tokens_per_s_per_device"] == pytest.approx(rate)
+
+
+def test_same_input_same_plans(planner):
+    one, other = (planner(*SERVE, *LIMITS, "--json").json for _ in range(2))
+    assert one["plans"] == other["plans"]
+
+
+def test_a_hub_name_says_the_precision(planner):
+    base = ("serve", "--cluster", "h200-sxm:1x2", "--isl", 1000, "--osl", 100, "--top", 1, "--json")
+    for model, weights in (
+        ("Qwen/Qwen3-32B-FP8", "fp8"),
+        ("qwen3-32b", "bf16"),
+        ("minimax-m2.5", "fp8_block"),
+    ):
+        cluster = ("--cluster", "h200-sxm:1x4") if "minimax" in model else ()
+        plan = planner(*base, "--model", model, *cluster).json["plans"][0]
+        assert plan["pools"][0]["knobs"]["weights"] == weights
+
+
+def test_lossy_choices_only_when_allowed(planner):
+    formats = []
+    for more in ((), ("--allow", "lossy")):
+        found = planner(*SERVE, *LIMITS, *more, "--json").json["plans"]
+        formats.append({pool["knobs"]["weights"] for plan in found for pool in plan["pools"]})
+    assert formats[0] == {"bf16"}
+    assert "fp8" in formats[1]
+
+
+def test_rate_and_concurrency(planner):
+    rate = planner(*SERVE, *LIMITS, "--rate", 2, "--json").json["plans"][0]
+    assert rate["estimate"]["goodput_requests_per_s"] == pytest.approx(2.0)
+    assert rate["devices"] == 1
+    many = planner(*SERVE, "--concurrency", 64, "--mode", "aggregated", "--json").json["plans"][0]
+    assert many["pools"][0]["in_flight"] * many["pools"][0]["replicas"] >= 64
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--tpot-ms", 0.01), 3, "--tpot-ms"),
+        (("--ttft-ms", 0.01), 3, "--ttft-ms"),
+        (("--rate", 100000, "--tpot-ms", 20), 3, "--rate"),
+        (("--rate", 0), 2, "--rate"),
+        (("--rate", 2, "--concurrency", 3), 2, "--rate"),
+        (("--isl", -1), 2, "--isl"),
+        (("--precision", "fp3"), 2, "--precision"),
+        (("--fix", "tpp=2"), 2, "tpp"),
+        (("--engine", "nobody"), 2, "nobody"),
+        (("--engine", "megatron-core"), 2, "--engine"),
+        (("--prefix-hit", 1.5), 2, "--prefix-hit"),
+        (("--model", "bert-base"), 2, "--model"),
+        (("--mode", "split"), 2, "--mode"),
+        (("--allow", "everything"), 2, "--allow"),
+    ],
+)
+def test_bad_input_is_said(planner, more, code, said):
+    result = planner(*SERVE, *more, "--json")
+    assert result.code == code
+    assert any(said in fault["where"] or said in fault["found"] for fault in result.faults)
+    assert all(fault["found"] for fault in result.faults)
+
+
+def test_everything_that_is_missing_is_said_at_once(planner):
+    faults = planner("serve", "--json").faults
+    assert {fault["where"] for fault in faults} == {"--model", "--cluster", "--isl", "--osl"}
+
+
+def test_a_model_that_does_not_fit(planner):
+    result = planner(
+        "serve", "--model", "llama3.1-405b", "--cluster", "h100-sxm:1x2", "--isl", 10, "--osl", 10, "--json"
+    )
+    assert result.code == 3
+    assert result.faults[0]["where"] == "device memory"
+
+
+def test_screens_print(planner, plans):
+    for arguments in (
+        (*SERVE, *LIMITS), ("estimate", plans), ("explain", plans), ("explain", f"{plans}:2", "--all"),
+        ("compare", plans, f"{plans}:2"),
+    ):  # fmt: skip
+        result = planner(*arguments)
+        assert result.code == 0, result.err
+        assert len(result.out.splitlines()) > 5
+
+
+def test_a_written_plan_is_priced_alike(planner, plans):
+    written = json.loads(plans.read_text())["plans"]
+    for index, plan in enumerate(written[:4], 1):
+        now = planner("estimate", f"{plans}:{index}", "--json").json["plans"][0]
+        assert now["pools"] == plan["pools"]
+        for name in ("goodput_requests_per_s", "max_concurrency"):
+            assert now["estimate"][name] == pytest.approx(plan["estimate"][name])
+
+
+def test_explain_accounts_for_an_iteration(planner, plans):
+    found = planner("explain", plans, "--json").json
+    for pool in found["pools"]:
+        for iteration in pool["iterations"]:
+            total = sum(item["seconds"] for item in iteration["items"])
+            assert total == pytest.approx(iteration["seconds"], rel=0.02)
+            assert all(item["by"] for item in iteration["items"])
+
+
+def test_a_plan_that_trains_is_no_plan_that_serves(planner, plans, tmp_path):
+    other = tmp_path / "train.json"
+    planner(
+        "train",
+        "--model",
+        "gpt2",
+        "--cluster",
+        "a100:1x1",
+        "--global-batch",
+        8,
+        "--seq-len",
+        1024,
+        "-o",
+        other,
+    )
+    assert planner("compare", plans, other, "--json").code == 2
+    assert planner("estimate", other, "--json").code == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "line"),
+    [
+        ("vllm", "vllm serve llama3.1-8b"),
+        ("sglang", "python -m sglang.launch_server"),
+        ("trtllm", "trtllm-serve llama3.1-8b"),
+    ],
+)
+def test_launch_lines(planner, plans, engine, line, tmp_path):
+    result = planner("export", plans, "--to", engine, "--json")
+    assert result.code == 0
+    scripts = [text for name, text in result.json["files"].items() if name.endswith(".sh")]
+    pools = json.loads(plans.read_text())["plans"][0]["pools"]
+    assert len(scripts) == len(pools)
+    for script, pool in zip(scripts, pools, strict=True):
+        assert line in script
+        assert f"# {pool['replicas']} replica(s)" in script
+    assert planner("export", plans, "--to", engine, "-o", tmp_path / engine).code == 0
+    assert planner("export", plans, "--to", "megatron").code == 2
+
+
+def test_plans_keep_their_schema(planner, plans):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = planner("schema", "--serving").json
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(plans.read_text()), schema)
+    jsonschema.validate(json.loads(plans.read_text())["plans"][0], schema)

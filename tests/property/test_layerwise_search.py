@@ -1,0 +1,259 @@
+"""The layer-wise search: never worse than the uniform one, priced by the same engine, and its certificate holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+import planner
+from planner.assemble import exact_step_s
+from planner.errors import ExportError, Interrupted, SpecError
+from planner.export import export
+from planner.pipeline import layouts, memory
+from planner.plan import Plan
+from planner.solve.layerwise.devices import DeviceCosts
+from planner.solve.layerwise.relaxation import path_factor
+from planner.solve.layerwise.search import search_layerwise
+from planner.solve.layerwise.settle import Settler
+from planner.solve.layerwise.solvers import automatic
+from planner.solve.layerwise.space import LayerwiseSpace
+from planner.solve.replay import replay
+from planner.solve.uniform import UniformSearch
+from planner.specs.hardware import load_cluster
+from planner.specs.model import Attention, Block, Mlp, Model
+from planner.specs.problem import Problem
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+
+# What stays out of small spaces: choices that multiply meshes, not strategies.
+_CLOSED = {
+    "sequence_parallel": "false", "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "cp": "1", "tp": "1",
+    "parameter_offload": "none", "optimizer_offload": "none",
+}  # fmt: skip
+
+
+def small(layers: int = 6, cluster: str = "rtx-4090:1x4", reserve: float = 0.6, **fixed: str) -> Problem:
+    """A model of some gigabytes on four small devices, most of whose memory is taken."""
+    block = Block(attention=Attention(16, 16, 128), mlp=Mlp(8192, gated=True))
+    model = Model(
+        name="small", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
+        layers=(("decoder", layers),), tied_embeddings=False, dropout=False,
+    )  # fmt: skip
+    return Problem(
+        model, load_cluster(cluster), TrainWorkload(8, 4096), load_stack(), fixed={**_CLOSED, **fixed}, reserve=reserve
+    )  # fmt: skip
+
+
+TIGHT = [
+    small(pp="2", activation_offload="none", micro_batch_size="1", reserve=0.75),
+    small(layers=5, pp="2", activation_offload="none", zero_stage="1"),
+    small(layers=7, pp="4", reserve=0.5, micro_batch_size="1"),
+    small(layers=6, pp="1", reserve=0.5),
+]
+
+
+@pytest.mark.parametrize("problem", TIGHT)
+def test_a_layerwise_plan_is_never_worse_and_its_bound_holds(problem):
+    result = search_layerwise(problem, 3)
+    uniform = planner.search(problem, 3)
+    best = result.best
+    assert best.estimate.step_time_s <= uniform.best.estimate.step_time_s
+    assert best.optimality.bound_s <= best.estimate.step_time_s
+    assert best.estimate.fits
+    assert [plan.estimate.step_time_s for plan in result.plans] == sorted(
+        p.estimate.step_time_s for p in result.plans
+    )
+
+
+def test_layers_that_differ_are_found_where_memory_binds():
+    """Two stages of three layers, of which the first keeps twice the activations: some of its layers recompute, not all."""
+    best = search_layerwise(TIGHT[0], 1).best
+    assert best.layerwise is not None
+    assert len(best.layerwise["strategies"]) > 1
+    assert best.estimate.step_time_s < planner.search(TIGHT[0], 1).best.estimate.step_time_s
+
+
+@pytest.mark.parametrize("problem", TIGHT)
+def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
+    """Candidates are priced from columns that add up; the plan from a ledger per strategy. Both are the engine's."""
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    seen = 0
+    for deal in space.deals(1e9)[:40:5]:
+        mesh = space.mesh(deal, True)
+        chunks = 1 if deal.layout is None else deal.layout.virtual_stages
+        costs = DeviceCosts(problem, mesh, deal.order, chunks, automatic)
+        settler = Settler(deal, mesh, costs, space.order, space.kinds, uniform.branches)
+        bound_s = max(settler.bound_s(1e9), deal.bound_s)
+        for found in settler.candidates(1e9):
+            seen += 1
+            assert bound_s <= found.step_s * (1 + 1e-9)
+            plan = assembled(problem, uniform, found)
+            assert plan.estimate.step_time_s == pytest.approx(found.step_s, rel=1e-9)
+            assert plan.estimate.fits
+    assert seen
+
+
+def assembled(problem, uniform, found) -> Plan:
+    from planner.assemble import assemble
+
+    recipe = {**found.mesh.recipe, **found.assignment.strategies[0], "schedule": found.deal.schedule}
+    knobs = uniform.space.knobs(recipe)
+    return assemble(
+        problem, recipe, knobs, found.mesh.row, found.layout, None, assignment=found.assignment
+    ).plan
+
+
+def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
+    """Every strategy for every layer of every partition, each priced by the schedule engine."""
+    problem = small(
+        layers=3,
+        pp="2",
+        reserve=0.5,
+        activation_offload="none",
+        zero_stage="1",
+        micro_batch_size="1",
+        schedule="1f1b",
+    )
+    result = search_layerwise(problem, 1)
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    deal = next(deal for deal in space.deals(1e9) if deal.layout is None)
+    mesh = space.mesh(deal, False)
+    strategies = range(len(mesh.branches))
+    best_s = np.inf
+    for cut, taken in product(range(4), product(strategies, repeat=3)):
+        stages = [((s, 1),) for s in taken[:cut]], [((s, 1),) for s in taken[cut:]]
+        runs = [tuple(run for part in stage for run in part) for stage in stages]
+        for end in strategies:
+            assignment = mesh.assignment(runs, end, end, uniform.branches)
+            layout = assignment.layout(space.order, 2, 1, "uneven")
+            number = {branch: i for i, branch in enumerate(mesh.branches)}
+            own = [
+                next(i for b, i in number.items() if uniform.branches.recipe(*b) == s)
+                for s in assignment.strategies
+            ]
+            table = mesh.table([(kind, own[s]) for kind, s in assignment.columns(space.order)])
+            batches = np.array([float(mesh.micro_batches)])
+            peak, host = memory(table, layout, "1f1b", batches, problem.stack, mesh.communicators)
+            if peak[0] <= problem.memory_budget_bytes and host[0] <= problem.cluster.host_memory_bytes:
+                step_s = exact_step_s([table], layout, "1f1b", mesh.micro_batches, [None])[0]
+                best_s = min(best_s, float(step_s))
+    assert result.best.optimality.bound_s <= best_s * (1 + 1e-9)
+    assert result.best.estimate.step_time_s <= best_s * (1 + 2e-4)
+
+
+def test_equal_stages_are_the_least_that_paths_allow():
+    """Whatever the cuts of a chain, the engine takes no less than the factor says; random cuts of unequal layers."""
+    from planner.schedule.engine import simulate
+    from planner.schedule.order import make_order
+
+    draw = np.random.default_rng(4)
+    for _ in range(60):
+        p, m = int(draw.integers(2, 6)), int(draw.integers(1, 12))
+        schedule = "1f1b" if draw.random() < 0.7 else "gpipe"
+        forward, backward = draw.uniform(0.0, 1.0, (2, p))
+        line = simulate(make_order(schedule, p, m), forward, backward)
+        work_s = float((forward + backward).sum())
+        assert work_s * float(path_factor(schedule, p, np.array([float(m)]))[0]) <= float(line.makespan_s) * (
+            1 + 1e-9
+        )
+
+
+def test_the_same_input_gives_the_same_plan():
+    first, second = (search_layerwise(TIGHT[1], 1).best for _ in range(2))
+    assert first == second
+
+
+def test_a_time_limit_gives_the_best_so_far_with_its_gap():
+    result = search_layerwise(TIGHT[0], 1, time_limit_s=0.0)
+    assert result.layerwise["stopped"] == "time"
+    assert result.best.optimality.status == "gap"
+    assert 0.0 < result.best.optimality.gap < 1.0
+
+
+@pytest.mark.parametrize("where", ["_narrow", "deals_of", "mesh"])
+def test_ctrl_c_gives_the_best_so_far_and_a_bound_that_holds(monkeypatch, where):
+    done = search_layerwise(TIGHT[0], 1)
+
+    def stop(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerwiseSpace, where, stop)
+    with pytest.raises(Interrupted) as stopped:
+        search_layerwise(TIGHT[0], 1)
+    result = stopped.value.best
+    assert result.layerwise["stopped"] == "interrupted"
+    assert result.layerwise["bound_s"] <= done.best.estimate.step_time_s
+    assert result.best.estimate.step_time_s >= done.best.estimate.step_time_s
+    assert result.best.optimality.status == "gap"
+
+
+def test_recompute_by_layers_stays_with_the_uniform_search():
+    problem = small(pp="2", recompute="block", activation_offload="none", reserve=0.7)
+    assert search_layerwise(problem, 1).best.layerwise is None
+
+
+def test_even_stages_take_the_named_layouts():
+    problem = TIGHT[1]
+    plan = search_layerwise(problem, 1, uneven=False).best
+    orders = ("decoder",) * 5
+    kinds = ("decoder", "embedding", "head", "boundary")
+    named = {
+        tuple(layout.counts[:, 0].astype(int))
+        for layout in layouts(orders, kinds, 2, plan.knobs["virtual_stages"])
+    }
+    assert plan.stages in named
+
+
+def test_solvers_find_the_same_plan():
+    plans = [search_layerwise(TIGHT[1], 1, solver=solver).best for solver in ("auto", "ilp")]
+    assert plans[0].estimate.step_time_s == pytest.approx(plans[1].estimate.step_time_s, rel=2e-4)
+
+
+def test_a_stored_plan_is_priced_again_as_it_was(tmp_path):
+    problem = Problem(
+        planner.load_model("gpt2-xl"), load_cluster("rtx-4090:1x4"), TrainWorkload(16, 1024), load_stack(),
+        fixed={**_CLOSED, "pp": "2", "activation_offload": "none"}, reserve=0.45,
+    )  # fmt: skip
+    plan = search_layerwise(problem, 1).best
+    assert plan.layerwise is not None
+    loaded = Plan.from_dict(plan.as_dict())
+    assert loaded == replace(plan, layerwise=loaded.layerwise, workload=loaded.workload)
+    assert loaded.id == plan.id
+    again = planner.estimate(replay(loaded))
+    assert again.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-12)
+    assert again.estimate.memory_bytes["peak"] == pytest.approx(plan.estimate.memory_bytes["peak"], rel=1e-12)
+    with pytest.raises(ExportError, match="differs between layers"):
+        export(plan, "megatron")
+
+
+@pytest.mark.parametrize("wrong", [{"strategies": []}, {"stages": [[[0, 1]]]}, {"head": 9}])
+def test_a_layerwise_plan_that_does_not_add_up_is_refused(wrong):
+    data = search_layerwise(TIGHT[0], 1).best.as_dict()
+    with pytest.raises(SpecError):
+        Plan.from_dict({**data, "layerwise": {**data["layerwise"], **wrong}})
+
+
+def test_holdings_and_seconds_add_up_over_strategies():
+    from planner.report.account import byte_tree, second_tree
+    from planner.solve.train import examine
+
+    plan = search_layerwise(TIGHT[0], 1).best
+    problem = replace(
+        TIGHT[0],
+        fixed={k: str(v).lower() for k, v in {**plan.mesh, **plan.knobs}.items() if k != "pipeline_layout"},
+        layerwise=plan.layerwise,
+    )
+    assembly = examine(problem)
+    assert assembly.plan.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-12)
+    seconds, held = second_tree(assembly), byte_tree(assembly)
+    assert sum(part["seconds"] for part in seconds["children"]) == pytest.approx(
+        plan.estimate.step_time_s, rel=1e-9
+    )
+    assert sum(part["bytes"] for part in held["children"]) == pytest.approx(
+        plan.estimate.memory_bytes["peak"], rel=1e-9
+    )

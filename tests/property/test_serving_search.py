@@ -1,0 +1,159 @@
+"""Laws of serving: loads and latencies grow together, the search equals trying everything, its account adds up."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from planner.engine import Pricer
+from planner.errors import Infeasible, SpecError
+from planner.serving.aggregated import steady
+from planner.serving.capacity import capacity
+from planner.serving.search import iterations_of
+from planner.serving.serve import serve
+from planner.serving.space import ServeSpace, mesh_of
+from planner.specs.hardware import load_cluster
+from planner.specs.models import load_model
+from planner.specs.serve_problem import ServeProblem
+from planner.specs.stack import load_stack
+from planner.specs.traffic import Traffic
+
+
+def problem(model="llama3.1-8b", cluster="h100-sxm:1x4", traffic=None, **more):
+    traffic = traffic or Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02)
+    return ServeProblem(load_model(model), load_cluster(cluster), traffic, load_stack("vllm"), **more)
+
+
+def test_throughput_and_latencies_grow_with_the_load():
+    p = problem()
+    rows = np.tile(ServeSpace(p).meshes[:1], (40, 1))
+    iterations = iterations_of(
+        p, next(iter(ServeSpace(p).recipes())), mesh_of(rows), Pricer(p.cluster, p.stack)
+    )
+    state = steady(iterations, p.traffic, np.arange(1.0, 161.0, 4.0), np.full(40, 8192.0))
+    # A kernel's tiles are steps: where one begins, the rate may fall by less than a per cent.
+    assert np.all(np.diff(state.requests_per_s) > -0.01 * state.requests_per_s[1:])
+    assert np.all(np.diff(state.tpot_s) > 0)
+    assert np.all(np.diff(state.ttft_s) > 0)
+    assert np.all(state.ttft_at(0.99) >= state.ttft_at(0.9))
+
+
+def test_little_s_law_holds():
+    p = problem()
+    row = ServeSpace(p).meshes[:1]
+    iterations = iterations_of(
+        p, next(iter(ServeSpace(p).recipes())), mesh_of(row), Pricer(p.cluster, p.stack)
+    )
+    state = steady(iterations, p.traffic, np.array([64.0]), np.array([8192.0]))
+    in_flight = state.requests_per_s * (state.ttft_s + (p.traffic.osl - 1) * state.tpot_s)
+    assert float(in_flight[0]) == pytest.approx(64.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "traffic", [Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02), Traffic(500, 500, tpot_s=0.012, percentile=90.0)]
+)
+def test_the_search_is_as_good_as_trying_every_load(traffic):
+    p = problem(traffic=traffic, modes=("aggregated",))
+    space = ServeSpace(p)
+    best = 0.0
+    for recipe in space.recipes():
+        for mesh in space.meshes:
+            for chunk in space.chunks:
+                row = mesh[None, :]
+                pricer = Pricer(p.cluster, p.stack)
+                one = iterations_of(p, recipe, mesh_of(row), pricer)
+                most = int(capacity(one, traffic.isl, traffic.osl, float(chunk)).sequences[0])
+                if most < 1:
+                    continue
+                loads = np.arange(1.0, most + 1.0)
+                many = iterations_of(p, recipe, mesh_of(np.tile(row, (most, 1))), pricer)
+                state = steady(many, traffic, loads, np.full(most, float(chunk)))
+                q = None if traffic.percentile is None else traffic.percentile / 100.0
+                ttft = state.ttft_s if q is None else state.ttft_at(q)
+                tpot = state.tpot_s if q is None else state.tpot_at(q)
+                kept = (ttft <= (traffic.ttft_s or np.inf)) & (tpot <= (traffic.tpot_s or np.inf))
+                replicas = p.cluster.devices // int(mesh[0] * mesh[1] * mesh[2])
+                if kept.any():
+                    best = max(best, float((state.requests_per_s * replicas)[kept].max()))
+    found = serve(p).best
+    assert found.estimate.goodput_requests_per_s == pytest.approx(best, rel=1e-9)
+    assert found.optimality.status == "exact"
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02),
+        Traffic(2000, 200, ttft_s=0.2, tpot_s=0.01),
+        Traffic(2000, 200, tpot_s=0.02, rate_per_s=5.0),
+        Traffic(2000, 200, concurrency=64),
+    ],
+)
+@pytest.mark.parametrize("model", ["llama3.1-8b", "qwen3-30b-a3b"])
+def test_every_candidate_is_accounted_for(model, traffic):
+    report = serve(problem(model, traffic=traffic)).search
+    assert report.candidates == report.scored + sum(report.excluded_by_bound.values()) + sum(
+        report.rejected.values()
+    )
+
+
+def test_limits_are_kept_and_plans_are_ranked():
+    for mode in ("aggregated", "disaggregated"):
+        result = serve(problem(modes=(mode,)))
+        rates = [plan.estimate.goodput_requests_per_s for plan in result.plans]
+        assert rates == sorted(rates, reverse=True)
+        for plan in result.plans:
+            assert plan.mode == mode
+            assert plan.estimate.ttft_s["mean"] <= 0.5 + 1e-9
+            assert plan.estimate.tpot_s["mean"] <= 0.02 + 1e-9
+            assert plan.devices <= 4
+            assert plan.estimate.memory_bytes["peak"] <= plan.estimate.memory_budget_bytes * (1 + 1e-9)
+
+
+def test_a_rate_takes_no_more_devices_than_it_needs():
+    most = serve(problem()).best.estimate.goodput_requests_per_s
+    few = serve(problem(traffic=Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02, rate_per_s=most / 8))).best
+    many = serve(problem(traffic=Traffic(2000, 200, ttft_s=0.5, tpot_s=0.02, rate_per_s=most * 0.9))).best
+    assert few.devices < many.devices
+    assert few.estimate.goodput_requests_per_s == pytest.approx(most / 8)
+
+
+def test_tighter_limits_and_fewer_devices_never_answer_more():
+    loose, tight = (serve(problem(traffic=Traffic(2000, 200, ttft_s=0.5, tpot_s=t))) for t in (0.03, 0.01))
+    assert tight.best.estimate.goodput_requests_per_s <= loose.best.estimate.goodput_requests_per_s
+    small = serve(problem(cluster="h100-sxm:1x2", traffic=Traffic(2000, 200, ttft_s=0.5, tpot_s=0.03)))
+    assert small.best.estimate.goodput_requests_per_s <= loose.best.estimate.goodput_requests_per_s
+
+
+def test_cached_prefixes_help():
+    traffic = Traffic(8000, 200, ttft_s=1.0, tpot_s=0.03)
+    without, hit = (serve(problem(traffic=replace(traffic, prefix_hit=h))).best for h in (0.0, 0.6))
+    assert hit.estimate.goodput_requests_per_s > 1.2 * without.estimate.goodput_requests_per_s
+
+
+def test_what_cannot_be_kept_says_what_comes_nearest():
+    with pytest.raises(Infeasible) as info:
+        serve(problem(traffic=Traffic(2000, 200, tpot_s=1e-4)))
+    assert "--tpot-ms" in str(info.value)
+    assert "would fit" in str(info.value)
+    with pytest.raises(Infeasible, match="device memory"):
+        serve(problem("llama3.1-405b", "h100-sxm:1x4"))
+    with pytest.raises(Infeasible, match="devices would"):
+        serve(problem(traffic=Traffic(2000, 200, tpot_s=0.02, rate_per_s=1e5), modes=("aggregated",)))
+
+
+def test_unknown_choices_are_refused():
+    for fixed in ({"tpp": 2}, {"tp": "two"}, {"weights": "int3"}, {"mode": "both"}):
+        with pytest.raises(SpecError):
+            serve(problem(fixed=fixed))
+    with pytest.raises(SpecError, match="matches no knob"):
+        serve(problem(forbidden=("tq=*",)))
+
+
+def test_fixed_and_forbidden_choices_are_kept():
+    plans = serve(problem(fixed={"tp": 2, "chunk_tokens": 2048}, modes=("aggregated",))).plans
+    assert {(plan.pools[0].mesh["tp"], plan.pools[0].knobs["chunk_tokens"]) for plan in plans} == {(2, 2048)}
+    plans = serve(problem(forbidden=("pp=*",), fixed={"pp": 1})).plans
+    assert {pool.mesh["pp"] for plan in plans for pool in plan.pools} == {1}
+    split = serve(problem(fixed={"prefill.tp": 1, "decode.tp": 2}, modes=("disaggregated",))).best
+    assert [pool.mesh["tp"] for pool in split.pools] == [1, 2]

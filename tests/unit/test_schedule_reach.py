@@ -1,0 +1,90 @@
+"""Every kind of schedule is what the search chooses where its paper says that it should win, all of them open."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+
+from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack, search
+from planner.holdings import holdings
+from planner.report.account import second_tree
+from planner.solve.replay import replay
+from planner.solve.train import examine
+from planner.technique import discover
+
+# Eight stages in one node, micro-batches of one sequence; what is left to choose is the schedule and how layers are dealt.
+ELSE = {
+    "tp": 1, "cp": 1, "pp": 8, "micro_batch_size": 1, "zero_stage": 1, "recompute": "none", "optimizer_offload": "none",
+    "activation_offload": "none", "parameter_offload": "none", "attention_kernel": "flash", "elementwise_kernel": "fused",
+    "loss_kernel": "fused", "gradient_accumulation": "fused", "context": "p2p", "zero_group": "full",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and the schedule that wins it."""
+
+    schedule: str
+    model: str
+    cluster: str
+    batch: int
+    seq: int
+    allowed: tuple[str, ...] = ()
+
+
+CASES = [
+    # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
+    Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
+    # Twice as many, and room for twice the activations.
+    Case("chimera_doubling", "gpt3-1.3b", "a100-sxm-40gb:1x8", 16, 2048),
+    # Memory to spare for 2p − 1 micro-batches, none for a second copy: arXiv:2401.10241, section 4.
+    Case("zb_h2", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048),
+    # No room for more than 1F1B's activations: arXiv:2401.10241, section 6 and its V schedule.
+    Case("zbv", "llama-7b", "a100-sxm-40gb:1x8", 32, 4096),
+    # Room for about half of them: arXiv:2405.15362.
+    Case("v_half", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 4096),
+    # Many micro-batches, and two copies that fit: arXiv:2412.19437.
+    Case("dualpipe", "gpt3-13b", "a100-sxm-80gb:1x8", 64, 2048),
+    # Fewer micro-batches than stages, too few for chunks to pay their messages.
+    Case("zb_h1", "gpt2-xl", "a100-sxm-40gb:1x8", 2, 1024),
+    # No flush at all, where late gradients are allowed: arXiv:2006.09503.
+    Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.schedule)
+def test_the_search_chooses_it_where_it_wins(case):
+    problem = Problem(
+        load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
+        explore=("schedule=*",), allowed=case.allowed,
+    )  # fmt: skip
+    found = search(problem, top=2)
+    assert found.best.knobs["schedule"] == case.schedule
+    assert found.best.optimality.status == "exact"
+    bubbles = [
+        leaf for group in second_tree(examine(replay(found.best)))["children"] for leaf in group["items"]
+    ]
+    assert sum(leaf["seconds"] for leaf in bubbles) == pytest.approx(found.best.estimate.step_time_s)
+
+
+@pytest.mark.parametrize(
+    "schedule", sorted({choice for t in discover().values() if t.slot == "schedule" for choice in t.choices})
+)
+def test_seconds_and_bytes_add_up_under_every_schedule(schedule):
+    fixed = {"schedule": schedule, "pp": 4, "tp": 2, "recompute": "block", "recompute_layers": 2}
+    problem = Problem(
+        load_model("llama3-8b"), load_cluster("a100-sxm-80gb:2x8"), TrainWorkload(64, 2048), load_stack(), fixed=fixed,
+        allowed=("staleness",),
+    )  # fmt: skip
+    assembly = examine(problem)
+    estimate = assembly.plan.estimate
+    assert sum(estimate.breakdown_s.values()) == pytest.approx(estimate.step_time_s)
+    assert estimate.breakdown_s.get("pipeline_bubble", 0.0) >= -1e-9
+    held = defaultdict(float)
+    for holding in holdings(assembly):
+        held[holding.pool] += holding.n_bytes
+    for pool, n_bytes in estimate.memory_bytes.items():
+        if pool != "peak":
+            assert held[pool] == pytest.approx(n_bytes)

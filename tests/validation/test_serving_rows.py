@@ -1,0 +1,157 @@
+"""Serving rows: how a row is read, what it is priced as, and how far off published runs are."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from planner.validation import validate
+from planner.validation.serving import contradicted, predict, score_serving, served_runs
+from planner.validation.serving_runs import served_run
+from planner.validation.table import Row, Table, Unsupported, read_table, table_kind
+
+PUBLISHED = Path(__file__).parents[2] / "examples" / "published_serving"
+TABLES = sorted(PUBLISHED.glob("*.csv"))
+COMPLETE = {
+    "row_id": "a-1", "quality": "A", "engine": "vLLM", "engine_version": "0.11", "model": "meta-llama/Llama-3.1-8B",
+    "accelerator": "H100-SXM", "n_devices": "2", "tp": "2", "pp": "1", "dp": "1", "ep": "1", "weight_dtype": "fp8",
+    "kv_dtype": "", "input_len": "1000", "output_len": "100", "concurrency": "16", "features": "continuous batching",
+    "ttft_ms": "100", "tpot_ms": "8",
+}  # fmt: skip
+
+
+def row(**cells):
+    return Row("a.csv", 2, {**COMPLETE, **cells})
+
+
+def table(*rows):
+    return Table("a.csv", "serving", tuple(COMPLETE), tuple(rows))
+
+
+def test_the_header_tells_a_serving_table():
+    assert table_kind(tuple(COMPLETE)) == "serving"
+    assert {read_table(path).kind for path in TABLES} == {"serving"}
+
+
+@pytest.mark.parametrize(
+    ("cells", "driver", "load"),
+    [
+        ({}, "concurrency", 16.0),
+        ({"concurrency": "", "request_rate": "inf"}, "offline", 0.0),
+        ({"request_rate": "2.5"}, "rate", 2.5),
+        ({"request_rate": "2", "per_replica_request_rate": "0.5"}, "rate", 0.5),
+        ({"features": "static batch", "batch": "64"}, "static", 64.0),
+        (
+            {
+                "prefill_tp_size": "1",
+                "decode_tp_size": "4",
+                "prefill_num_workers": "1",
+                "decode_num_workers": "2",
+            },
+            "pools",
+            16.0,
+        ),
+    ],
+)
+def test_how_a_run_was_driven(cells, driver, load):
+    run = served_run(row(**cells), Counter())
+    assert (run.driver, run.load) == (driver, load)
+
+
+@pytest.mark.parametrize(
+    ("cells", "formats"),
+    [
+        ({}, ("fp8", "bf16")),
+        ({"engine": "TensorRT-LLM"}, ("fp8", "fp8")),
+        ({"engine": "TensorRT-LLM", "kv_dtype": "fp16"}, ("fp8", "bf16")),
+        ({"weight_dtype": "fp4"}, ("nvfp4", "bf16")),
+        ({"weight_dtype": "", "precision_label": ""}, ("bf16", "bf16")),
+        ({"model": "deepseek-ai/DeepSeek-R1", "tp": "8"}, ("fp8_block", "bf16")),
+        ({"model": "openai/gpt-oss-120b", "weight_dtype": "nvfp4"}, ("w4a16_mxfp4", "bf16")),
+    ],
+)
+def test_number_formats_as_the_checkpoint_has_them(cells, formats):
+    run = served_run(row(**cells), Counter())
+    assert (run.weights, run.cache) == formats
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ({"tp": ""}, "layout"),
+        ({"model": "nobody-1b"}, "no model"),
+        ({"accelerator": "abacus"}, "no profile"),
+        ({"engine": "abacus"}, "no stack"),
+        ({"weight_dtype": "fp3"}, "number format"),
+        ({"concurrency": ""}, "load"),
+        ({"prefill_tp_size": "1", "decode_tp_size": "4"}, "how many workers"),
+        ({"model": "bert-base"}, "does not generate"),
+        ({"input_len": ""}, "input_len"),
+    ],
+)
+def test_what_cannot_be_priced_says_why(cells, said):
+    with pytest.raises(Unsupported, match=said):
+        served_run(row(**cells), Counter())
+    scores = score_serving(table(row(**cells)))
+    assert {entry.status for entry in scores.rows} == {"unsupported"}
+
+
+def test_the_engine_s_version_chooses_the_stack():
+    stacks = {
+        (engine, version): served_run(row(engine=engine, engine_version=version), Counter()).stack.name
+        for engine, version in (
+            ("vllm", "0.18.0"),
+            ("TensorRT-LLM", "0.17"),
+            ("TensorRT-LLM", "1.0"),
+            ("sglang", ""),
+        )
+    }
+    assert list(stacks.values()) == ["vllm", "trtllm-engine", "trtllm", "sglang"]
+
+
+def test_rows_of_quality_c_and_contradicted_ones_do_not_count():
+    rows = [
+        row(),
+        row(row_id="a-2", quality="C"),
+        row(row_id="b", tp="1"),
+        row(row_id="c", tp="1", tpot_ms="12"),
+    ]
+    scores = score_serving(table(*rows))
+    status = {(entry.row_id, entry.metric): entry.status for entry in scores.rows}
+    assert status["a-1", "tpot"] == "scored"
+    assert status["a-2", "tpot"] == "excluded"
+    assert status["b", "tpot"] == status["c", "tpot"] == "excluded"  # one configuration, 8 and 12 ms
+    assert contradicted(served_runs(table(*rows))) == {"b", "c"}
+
+
+def test_rows_priced_together_are_priced_as_if_alone():
+    runs = [run for run, _ in served_runs(read_table(PUBLISHED / "trtllm_throughput.csv"))][:12]
+    together = predict(runs)
+    for run, found in zip(runs, together, strict=True):
+        (alone,) = predict([run])
+        assert found == pytest.approx(alone)
+
+
+def test_recorded_bounds_hold_and_are_not_idle():
+    report = validate(TABLES)
+    assert report.exceeded() == []
+    summary = report.summary()
+    named = [bound for bound in report.bounds if bound.file in {path.name for path in TABLES}]
+    assert {bound.file for bound in named} == {path.name for path in TABLES}
+    for bound in named:
+        assert summary[bound.metric]["by_source"][bound.file][bound.statistic] > bound.most / 3, bound
+    assert report.summary()["latency"]["n"] == 40
+
+
+def test_batches_take_their_prompts_and_their_steps():
+    """FasterTransformer's GPT-20B on one A100: 225 ms for 20 tokens in and 8 out; 40 GB of weights are read 8 times at 2 TB/s."""
+    cells = {
+        "engine": "FasterTransformer", "engine_version": "", "model": "GPT-20B", "num_layers": "44", "hidden_size": "6144",
+        "num_heads": "48", "vocab_size": "51200", "accelerator": "A100-SXM-80GB", "n_devices": "1", "tp": "1",
+        "weight_dtype": "fp16", "kv_dtype": "fp16", "input_len": "20", "output_len": "8", "batch": "1",
+        "features": "static batch", "concurrency": "", "latency_ms": "225", "ttft_ms": "", "tpot_ms": "",
+    }  # fmt: skip
+    (entry,) = score_serving(table(row(**cells))).rows
+    assert entry.metric == "latency"
+    assert entry.predicted > 8 * 40e9 / 2.039e12
+    assert abs(entry.error) < 0.15
