@@ -154,8 +154,8 @@ from planner.costs.queueing import (
     tandem_response_s,
     wait_quantile_s,
 )
-from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
+from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
