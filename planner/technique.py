@@ -294,7 +294,7 @@ class Technique:
         return self.apply if figure.of_pass else self.order or self.compose or self.apply
 
     def absence(self, figure: Figure) -> Any:
-        """What takes the subject's place where the technique is missing: no plan, a pass that does nothing, no order, or nothing."""
+        """What takes its place where the technique is missing: no plan, a pass or an order that does nothing, or nothing."""
         if self.solve:
             return self.naive
         if figure.of_pass or not (self.order or self.compose):
