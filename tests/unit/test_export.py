@@ -23,7 +23,7 @@ from planner.technique import off
 CASES = json.loads((Path(__file__).parents[1] / "data" / "megatron_plans.json").read_text())
 NOT_IN_FLAGS = {
     "name": "", "family": "", "source": "", "exception": "", "published_parameters": None, "published_digits": 0,
-    "published_active_parameters": None, "published_active_digits": 0, "extras": {}, "mtp_layers": 0,
+    "published_active_parameters": None, "published_active_digits": 0, "extras": {}, "mtp_layers": 0, "checkpoint": "bf16",
 }  # fmt: skip
 
 
