@@ -101,6 +101,14 @@ def _megatron_recompute(ctx: Context) -> Iterable[Check]:
     if choice in ("act", "norm+act") or "moe_act" in modules:
         experts = all(b.moe is not None and not b.moe.shared_ffn for b in blocks)
         yield Check("only the experts' activation function can be recomputed", experts)
+    if ctx.knobs.get("expert_overlap") == "combined_1f1b":
+        alone, whole = ctx.mesh.ep == 1, choice in ("full", "partitioned", "block", "mlp") or "moe" in modules
+        virtual = ctx.knobs.get("schedule", "interleaved") == "interleaved"
+        yield Check(
+            "overlapped expert exchange needs virtual stages in a pipeline",
+            alone | (ctx.mesh.pp == 1) | virtual,
+        )
+        yield Check("overlapped expert exchange beside recomputed experts", alone | (not whole))
     if choice == "block" and ctx.knobs.get("schedule") == "interleaved":
         layers, chunks = ctx.knobs.get("recompute_layers"), ctx.knobs.get("virtual_stages")
         whole = layers is not None and chunks is not None and int(layers) % int(chunks) == 0

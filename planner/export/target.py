@@ -52,6 +52,8 @@ class Target:
         # What acts on a degree of 1 does nothing, and needs no word of the launcher's.
         if plan.mesh["tp"] == 1:
             knobs |= {"sequence_parallel": off("sequence_parallel"), "tensor_overlap": off("tensor_overlap")}
+        if plan.mesh["ep"] == 1:
+            knobs["expert_overlap"] = off("expert_overlap")
         if plan.mesh["cp"] == 1:
             knobs["context"] = "p2p"
         return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)

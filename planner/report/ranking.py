@@ -187,9 +187,8 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[
     for number, names in sorted(by_plan.items()):
         first = "megatron" if "megatron" in names else names[0]
         others = [name for name in names if name != first]
-        told.append(
-            f"planner export {saved}:{number} --to {first}" + (f" (or {', '.join(others)})" if others else "")
-        )
+        told.append(f"planner export {saved}:{number} --to {first}")
+        told += [f"plan {number} runs under {', '.join(others)} too"] if others else []
     none = [to for to, number in runnable.items() if number is None and to in LAUNCHERS]
     if none:
         told.append(f"--for LAUNCHER finds plans that it can run; none of these runs under {', '.join(none)}")
