@@ -98,6 +98,15 @@ class Validator:
         return sum(layer.name == "decoder" for layer in layout.layout[rank][chunk])
 
 
+class MegatronFiles(Validator):
+    """The same judgement of exported files, by the interface of :mod:`benchmarks.launcher_validators`."""
+
+    version = "0.19.2"
+
+    def refusal(self, files: dict[str, str], plan: planner.Plan) -> str:  # type: ignore[override]
+        return super().refusal(shlex.split(files["args.txt"]), plan, files["run.sh"])
+
+
 def main() -> int:
     """Prints one line per plan."""
     from planner.export import export

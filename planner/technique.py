@@ -8,7 +8,7 @@ slot, and passes run in slot order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import walk_packages
@@ -330,12 +330,14 @@ class Launcher:
         allows: whether it can express a slot's value.
         valid: its own rules over rows, each with a reason.
         layouts: names of the pipeline layouts that it can express.
+        native: slot → values that it works with by itself: a search for it tries them without being asked.
     """
 
     name: str
     allows: Callable[[str, str], bool]
     valid: Callable[[Context], Iterable[Check]]
     layouts: frozenset[str]
+    native: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @cache

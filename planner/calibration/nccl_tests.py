@@ -1,7 +1,8 @@
 """The text that NVIDIA's nccl-tests print: size, time and bandwidth per line, ranks and hosts in the header.
 
-Out-of-place times are taken. The size is that of the larger buffer for all-gather and reduce-scatter, and of one rank's buffer
-for all-to-all (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
+Tables of all ages are read: with a column ``root`` or without, errors as a number (to 2021) or as ``#wrong``, header lines
+with or without ``#``. Out-of-place times are taken; a row with wrong results is refused. The size is that of the larger
+buffer for all-gather and reduce-scatter, and of one rank's buffer for all-to-all (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from planner.errors import Problem, SpecError
 
 __all__ = ["is_nccl_tests", "read_nccl_tests"]
 
-_RANK = re.compile(r"^#\s+Rank\s+(\d+)\s.*?\bon\s+(\S+)\s+device", re.MULTILINE)
+_RANK = re.compile(r"^#?\s*Rank\s+(\d+)\s.*?\bon\s+(\S+)\s+device", re.MULTILINE)
 _ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+([a-z0-9_]+)\s+(?:([a-z]+)\s+)?(?:(-?\d+)\s+)?(\d[\d.]*)\s+[\d.]+\s+[\d.]+"
+    r"^\s*(\d+)\s+(\d+)\s+([a-z0-9_]+)\s+(?:([a-z]+)\s+)?(?:(-?\d+)\s+)?(\d[\d.]*)\s+[\d.]+\s+[\d.]+(?:\s+(\S+))?"
 )
+_HEADING = re.compile(r"^#?\s*Using devices", re.MULTILINE)
 _PROGRAM = re.compile(r"([a-z_]+)_perf\b")
 
 
 def is_nccl_tests(text: str) -> bool:
     """Whether the text is such output."""
-    return "# Using devices" in text and "algbw" in text
+    return _HEADING.search(text) is not None and "algbw" in text
 
 
 def read_nccl_tests(text: str, where: str) -> list[Measurement]:
@@ -31,7 +33,7 @@ def read_nccl_tests(text: str, where: str) -> list[Measurement]:
     Raises:
         SpecError: a run does not name its collective or its ranks, or a time is not positive.
     """
-    runs = text.split("# Using devices")
+    runs = _HEADING.split(text)
     found: list[Measurement] = []
     line = runs[0].count("\n") + 1
     program = _program(runs[0], "")
@@ -51,6 +53,10 @@ def read_nccl_tests(text: str, where: str) -> list[Measurement]:
             if match is None or int(match[1]) == 0 or ranks < 2:
                 continue
             seconds = float(match[6]) * 1e-6
+            if "#wrong" in run and (match[7] or "0").isdigit() and int(match[7] or 0) > 0:
+                found_wrong = f"{match[7]} wrong results"
+                hint = "The link or the library is at fault: its times mean nothing."
+                raise SpecError(Problem(f"{where}:{line + number}", found_wrong, "0", hint))
             if seconds <= 0.0:
                 raise SpecError(Problem(f"{where}:{line + number}", f"time {match[6]} µs", "a positive time"))
             work = Message(COLLECTIVES[program], ranks, per_node, float(match[1]))

@@ -10,6 +10,7 @@ import typer
 from planner import __version__
 from planner.cli import (
     calibrate,
+    check,
     compare,
     estimate,
     explain,
@@ -46,6 +47,7 @@ def command() -> Callable[..., Any]:
     app.command("serve")(serve.serve)
     app.command("simulate")(simulate.simulate)
     app.command("estimate")(estimate.estimate)
+    app.command("check")(check.check)
     app.command("explain")(explain.explain)
     app.command("trace")(trace.trace)
     app.command("goodput")(goodput.goodput)

@@ -1,15 +1,15 @@
-"""``planner estimate``: what one plan, named with --fix or by a launch script, will cost."""
+"""``planner estimate``: what one plan, named with --fix or by a launcher's configuration, will cost."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.explain import single
 from planner.cli.job import JobOptions, with_job
+from planner.cli.launched import best_of_launcher, launched_problem
 from planner.cli.plan_file import PLAN_HELP
 
 if TYPE_CHECKING:
@@ -26,12 +26,21 @@ def estimate(
             metavar="[PLAN]", help=f"A serving plan to price again: {PLAN_HELP}", show_default=False
         ),
     ] = None,
+    source: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--from",
+            metavar="LAUNCHER FILE",
+            help="Price this configuration: megatron, deepspeed, accelerate, torchtitan or galvatron.",
+            show_default=False,
+        ),
+    ] = None,
     script: Annotated[
         str | None,
         typer.Option(
             "--from-megatron",
             metavar="RUN.sh",
-            help="Price this Megatron-LM launch; needs only --cluster.",
+            help="As --from megatron RUN.sh.",
             show_default=False,
         ),
     ] = None,
@@ -46,7 +55,8 @@ def estimate(
     """Price the one plan that --fix names.
 
     Degrees that are left out are 1, and dp is what remains. A plan that does not fit in memory is priced all the same, and
-    says so. With --from-megatron, the plan is the script's, and the best plan for the same job is searched too.
+    says so. With --from, the plan is a launcher's configuration, what was not understood in it is listed, and the best plan
+    for the same job is searched too; --model and the like say what the file does not.
     """
     from planner import estimate as price
     from planner.cli.output import OutputFile, json_text, print_json
@@ -56,16 +66,17 @@ def estimate(
     if plan_file is not None:
         _again(plan_file, as_json)
         return
-    problem, notes = _named(job, script)
+    given = ("megatron", script) if script is not None and source is None else source
+    problem, notes = _named(job, given)
     with OutputFile(out) if out is not None else nullcontext() as file:
         plan = price(problem)
-        best = _best(problem) if script is not None else None
+        best = best_of_launcher(problem, given[0]) if given is not None else None
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "plans": [plan.as_dict()]}
         content |= confidence_fields([plan], problem)
         totals = run_totals(plan)
         if totals is not None:
             content["run"] = totals
-        if script is not None:
+        if given is not None:
             content["notes"] = notes
         if best is not None:
             content["best"] = {"plan": best.as_dict(), "speedup": _speedup(plan, best)}
@@ -92,39 +103,12 @@ def _again(reference: str, as_json: bool) -> None:
     estimate_serving(served, as_json)
 
 
-def _named(job: JobOptions, script: str | None) -> tuple[Problem, list[str]]:
-    """The problem with its one plan, and what the script's reader noted."""
-    if script is None:
+def _named(job: JobOptions, source: tuple[str, str] | None) -> tuple[Problem, list[str]]:
+    """The problem with its one plan, and what the configuration's reader noted."""
+    if source is None:
         return single(job.problems()), []
-    from planner.errors import Problem as Fault
-    from planner.errors import SpecError
-    from planner.export.megatron_import import read_megatron
-
-    run = read_megatron(script)
-    problem = single(job.problems(base=run))
-    if run.devices not in (None, problem.cluster.devices):
-        found = f"{problem.cluster.devices:,} devices"
-        raise SpecError(Fault("--cluster", found, f"{run.devices:,}, as {script} starts"))
-    return problem, list(run.notes)
-
-
-def _best(problem: Problem) -> Plan | None:
-    """The best plan for the same job that the same launcher can run; None where none fits."""
-    from planner import search
-    from planner.cli.progress import Progress
-    from planner.errors import Infeasible
-    from planner.export.launchers import launcher
-
-    kept = {
-        name: value
-        for name, value in problem.fixed.items()
-        if name in ("precision", "optimizer", "gradient_dtype")
-    }
-    try:
-        with Progress() as progress:
-            return search(replace(problem, fixed=kept, launcher=launcher("megatron")), 1, progress).best
-    except Infeasible:
-        return None
+    problem, run = launched_problem(job, *source)
+    return problem, [*run.notes, *run.wasteful]
 
 
 def _speedup(plan: Plan, best: Plan) -> float:

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
+    from planner.errors import ExportError
+    from planner.plan import Plan
     from planner.serving.plan import ServePlan
+
+_TO = (
+    "accelerate, deepspeed, galvatron, megatron, megatron-bridge, torchrun, torchtitan or transformers; serving plans: vllm, "
+    "sglang or trtllm."
+)
 
 
 def export(
     plan: Annotated[str, typer.Argument(help=PLAN_HELP)],
-    to: Annotated[
-        str, typer.Option("--to", metavar="LAUNCHER", help="megatron, torchrun, vllm, sglang or trtllm.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="LAUNCHER", help=_TO)],
     out: Annotated[
         str | None,
         typer.Option(
             "-o",
             "--out",
             metavar="DIR",
-            help="Write the files to a folder instead of stdout.",
+            help="Write a runnable folder instead of printing the launcher's files.",
             show_default=False,
         ),
+    ] = None,
+    around: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="SYSTEM",
+            help="Batch system to start it under: slurm or kubernetes. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(
+            "--launcher-version",
+            metavar="V",
+            help="Version of the launcher to write for.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", metavar="NAME", help="Container image, for kubernetes.", show_default=False),
     ] = None,
     script: Annotated[
         str | None,
@@ -36,26 +60,26 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
-    """Write a plan as a launcher's own arguments and scripts.
+    """Write a plan as a launcher's own configuration and scripts.
 
-    What the launcher cannot express is an error, never left out; train --for LAUNCHER finds plans that it can.
+    What the launcher cannot express is an error, never left out, and the closest plan that it can run is named. A folder
+    (-o) is written whole or not at all: configuration, launch script, the plan, a script that holds the run against the
+    prediction, and what to check first.
     """
     from planner.cli.serve_plan import read_serving_plan
     from planner.errors import ExportError
-    from planner.export import export as write
-    from planner.export.launchers import LAUNCHERS
+    from planner.export import export_folder
 
     served = read_serving_plan(plan)
     if served is not None:
         _export_serving(served, to, out, as_json)
         return
     chosen = read_plan(plan)
-    options = {} if script is None else {"script": script}
+    options: dict[str, Any] = {"script": script, "version": version, "around": around or [], "image": image}
     try:
-        files = write(chosen, to, **options)
+        files = export_folder(chosen, to, **options)
     except ExportError as error:
-        hint = f"train --for {to} finds plans that it can run." if to in LAUNCHERS else ""
-        raise ExportError([*error.problems[:-1], replace(error.problems[-1], try_=hint)]) from None
+        raise _with_closest(error, chosen, to) from None
     _show(chosen.id, to, files, out, as_json)
 
 
@@ -67,32 +91,43 @@ def _export_serving(plan: ServePlan, to: str, out: str | None, as_json: bool) ->
 
 def _show(plan_id: str, to: str, files: dict[str, str], out: str | None, as_json: bool) -> None:
     """Prints or writes the files."""
+    from planner.cli.folder import write_folder
     from planner.cli.output import print_json
 
-    written = [] if out is None else _written(Path(out).expanduser(), files)
+    written = [] if out is None else write_folder(out, files)
     if as_json:
-        print_json({"plan": plan_id, "to": to, "files": dict(files), "written": written})
+        print_json({"plan": plan_id, "to": to, "files": files, "written": written})
     elif out is not None:
         for path in written:
             print(path)
     else:
-        for name, text in files.items():
-            print(f"# {name}\n{text}" if len(files) > 1 else text, end="" if text.endswith("\n") else "\n")
+        own = {name: text for name, text in files.items() if name not in ("README.md", "measure.py")}
+        for name, text in own.items():
+            print(f"# {name}\n{text}", end="" if text.endswith("\n") else "\n")
 
 
-def _written(folder: Path, files: dict[str, str]) -> list[str]:
-    """Writes the files, each whole or not at all; that all can be written is tried before the first is."""
-    from planner.cli.output import OutputFile
-    from planner.errors import Problem, SpecError
+def _with_closest(error: ExportError, plan: Plan, to: str) -> ExportError:
+    """The error, with the closest plan that the launcher can run."""
+    from dataclasses import replace
 
+    from planner.errors import ExportError as Refusal
+    from planner.errors import PlannerError
+    from planner.export import find_exporter
+    from planner.export.closest import closest_plan
+
+    name = find_exporter(to).launcher
+    if not name:
+        return error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise SpecError(
-            Problem(f"-o {folder}", f"is no folder ({error})", "a folder that can be made")
-        ) from None
-    with ExitStack() as stack:
-        opened = {name: stack.enter_context(OutputFile(str(folder / name))) for name in files}
-        for name, file in opened.items():
-            file.write(files[name])
-    return [str(folder / name) for name in files]
+        found = closest_plan(plan, name)
+    except PlannerError:
+        found = None
+    if found is None:
+        hint = f"No plan of this job can be run there: train --for {name} says why."
+    else:
+        changes = ", ".join(f"{knob} {was} → {now}" for knob, (was, now) in found.changes.items())
+        times = (
+            f"{found.plan.estimate.step_time_s:.4g} s per step instead of {plan.estimate.step_time_s:.4g} s"
+        )
+        hint = f"Closest plan that it can run: {changes}; {times}. train --for {name} searches them all."
+    return Refusal([*error.problems[:-1], replace(error.problems[-1], try_=hint)])

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.machine import detect, read
+
 if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.device import Device
 
-HELP = "List, show and check devices and clusters."
+HELP = "List, show, check and import devices and clusters."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -83,7 +85,7 @@ def check(
         )
 
 
-VERBS = {"list": list_hardware, "show": show, "check": check}
+VERBS = {"list": list_hardware, "show": show, "check": check, "import": read, "detect": detect}
 
 
 def _load(name: str) -> Device | Cluster:

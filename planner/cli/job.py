@@ -71,10 +71,10 @@ def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
 
 
 class Described(Protocol):
-    """A job that a launch script describes: its model, fields of the workload, and choices of the plan."""
+    """A job that a launcher's configuration describes: its model if any, fields of the workload, and choices of the plan."""
 
     @property
-    def model(self) -> Model: ...
+    def model(self) -> Model | None: ...
     @property
     def workload(self) -> Mapping[str, Any]: ...
     @property
@@ -151,7 +151,11 @@ class JobOptions:
     ] = None
     launcher: Annotated[
         str | None,
-        _option("--for", text="Only plans that it can run: megatron, fsdp or deepspeed.", metavar="LAUNCHER"),
+        _option(
+            "--for",
+            text="Only plans that it can run, e.g. megatron, deepspeed or accelerate.",
+            metavar="LAUNCHER",
+        ),
     ] = None
     document_len: Annotated[
         str | None,
@@ -209,7 +213,7 @@ class JobOptions:
         faults = list(extra)
         model = (
             base.model
-            if base is not None and self.model is None
+            if base is not None and base.model is not None and self.model is None
             else attempt(faults, read_model, self.model, flags=_SPEC_FLAGS)
         )
         stack = attempt(faults, read_stack, self.stack, flags=_SPEC_FLAGS)

@@ -43,7 +43,10 @@ def show(
 
 def read(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A Hugging Face config.json, or its folder.")
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A Hugging Face config.json, its folder, or an index of safetensors in it."
+        ),
     ],
     out: Annotated[
         str | None,
@@ -55,14 +58,17 @@ def read(
 ) -> None:
     """Read a Hugging Face config.
 
-    Prints the model that it describes, and writes it as a model file, to be changed at will.
+    Prints the model that it describes, and writes it as a model file, to be changed at will. Where weights lie beside it
+    (safetensors, or their index), their headers tell the exact number of parameters, which is held against the model's.
     """
     from planner.cli.output import OutputFile
     from planner.errors import Problem, SpecError
     from planner.specs.model_writer import model_toml
     from planner.specs.models import load_model
 
-    model = load_model(Path(config))
+    path = Path(config)
+    folder = path.parent if path.suffix == ".safetensors" or path.name.endswith(".index.json") else path
+    model = _with_weights(load_model(folder), folder if folder.is_dir() else folder.parent)
     if out is not None:
         if not out.lower().endswith(".toml"):
             raise SpecError(Problem("-o", repr(out[:80]), "a file name that ends in .toml"))
@@ -70,6 +76,34 @@ def read(
         with OutputFile(out) as file:
             file.write(text)
     _print(model, as_json)
+
+
+def _with_weights(model: Model, folder: Path) -> Model:
+    """The model with what the headers of the weights beside its config say."""
+    from dataclasses import replace
+
+    from planner.specs.parameters import parameter_count
+    from planner.specs.safetensors import read_weights
+    from planner.units import format_bytes
+
+    weights = read_weights(folder)
+    if weights is None:
+        return model
+    ours = parameter_count(model)
+    size = f"{weights.tensors:,} tensors of {weights.n_bytes:,} bytes ({format_bytes(weights.n_bytes)})"
+    if weights.elements is None:
+        said = f"{size}, as their index says; their headers are not here, so the count of parameters is not checked"
+        return replace(model, extras={**model.extras, "weights": said})
+    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in weights.elements_by_dtype.items())
+    apart = weights.elements - ours
+    verdict = "as many as the model has" if not apart else f"{apart:+,} against the model's {ours:,}"
+    said = f"{size} in {weights.files} files: {kinds}; {verdict}"
+    return replace(
+        model,
+        published_parameters=float(weights.elements),
+        published_digits=len(str(weights.elements)),
+        extras={**model.extras, "weights": said},
+    )
 
 
 VERBS = {"list": list_shipped, "show": show, "import": read}

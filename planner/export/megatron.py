@@ -6,31 +6,26 @@ Megatron-LM 0.19 (megatron-core 0.19.2), whose parser and validator accept them;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import prod
 
-from planner.errors import ExportError
+from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
 from planner.export.flags import Flags, words
-from planner.export.launchers import distributed_optimizer_instances, launcher
 from planner.export.megatron_model import model_flags
+from planner.export.rules import distributed_optimizer_instances
 from planner.export.target import Target, recomputed_layers, summary
 from planner.plan import Plan
 from planner.schedule.order import micro_batch_group
-from planner.specs.cluster import Cluster
-from planner.specs.model import Model
 
 __all__ = [
+    "EXPORTER",
     "LAYOUT_FLAGS",
-    "MEGATRON_VERSION",
     "OPTIMIZERS",
     "PRECISIONS",
     "RECOMPUTE",
-    "export_megatron",
     "layout_text",
+    "megatron_sections",
 ]
-
-MEGATRON_VERSION = "0.19"
 
 PRECISIONS: Mapping[str, Flags] = {
     "fp32": {},
@@ -71,25 +66,8 @@ _MEASURE = "--train-iters 50 --lr 1e-5 --eval-iters 0 --log-interval 1 --log-thr
 _MOCK = "--mock-data --tokenizer-type NullTokenizer"
 
 
-def export_megatron(
-    plan: Plan, model: Model | None = None, cluster: Cluster | None = None, script: str = "pretrain_gpt.py"
-) -> dict[str, str]:
-    """Files that run the plan.
-
-    Args:
-        plan: the plan.
-        model: its model, where the plan's name does not lead to it.
-        cluster: its cluster, likewise.
-        script: training script inside the Megatron-LM checkout.
-
-    Raises:
-        ExportError: Megatron-LM cannot express the plan; names every feature.
-        SpecError: the model or the cluster cannot be found.
-    """
-    target = Target.of(plan, model, cluster)
-    problems = target.refused(launcher("megatron"))
-    if problems:
-        raise ExportError(problems)
+def megatron_sections(target: Target) -> dict[str, Flags]:
+    """Flags of a plan that keeps Megatron-LM's rules, by the array of ``run.sh`` that holds them."""
     sections = {
         "MODEL_ARGS": model_flags(target.model, target.workload.seq_len),
         "PARALLEL_ARGS": _parallel(target),
@@ -99,12 +77,7 @@ def export_megatron(
         "RECOMPUTE_ARGS": _recompute(target),
         "KERNEL_ARGS": _kernels(target),
     }
-    lines = [line for flags in sections.values() for line in words(flags)]
-    return {
-        "run.sh": _script(target, {name: flags for name, flags in sections.items() if flags}, script),
-        "args.txt": "\n".join(lines) + "\n",
-        "plan.json": json.dumps(plan.as_dict(), indent=2) + "\n",
-    }
+    return {name: flags for name, flags in sections.items() if flags}
 
 
 def layout_text(stages: tuple[int, ...]) -> str:
@@ -253,7 +226,7 @@ def _recompute(target: Target) -> Flags:
             "--recompute-method": ["block"],
             "--recompute-num-layers": [layers],
         }
-    modules = list(RECOMPUTE[choice])
+    modules = target.knobs["recompute_modules"].split("+") if choice == "modules" else list(RECOMPUTE[choice])
     if choice == "mlp":
         blocks = target.model.blocks.values()
         there = {"mlp": any(block.mlp for block in blocks), "moe": any(block.moe for block in blocks)}
@@ -277,6 +250,12 @@ def _kernels(target: Target) -> Flags:
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
+def _write(target: Target, script: str) -> dict[str, str]:
+    sections = megatron_sections(target)
+    lines = [line for flags in sections.values() for line in words(flags)]
+    return {"run.sh": _script(target, sections, script), "args.txt": "\n".join(lines) + "\n"}
+
+
 def _environment(target: Target) -> str:
     """Hardware queues: one where the order of launches must hold, more where Megatron-FSDP overlaps its gathers."""
     mesh = target.plan.mesh
@@ -296,27 +275,16 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
     assert prod(plan.mesh[name] for name in ("tp", "cp", "pp", "dp")) == nodes * per_node
     head = [
         "#!/usr/bin/env bash",
-        f"# Megatron-LM {MEGATRON_VERSION} (ranks in its default order tp-cp-ep-dp-pp). plan.json holds the whole plan.",
+        f"# Megatron-LM {EXPORTER.versions[0]} (ranks in its default order tp-cp-ep-dp-pp). plan.json holds the whole plan.",
         *(f"# {line}" for line in summary(plan)),
         "# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
-    if target.model.mtp_layers and not target.model.mtp_modules:
-        head.append(
-            f"# Left out, as in the plan: {target.model.mtp_layers} multi-token-prediction module(s) of the model."
-        )
-    if "norm" in target.knobs["recompute"] and any(block.mlp for block in target.model.blocks.values()):
-        head.append(
-            "# Not recomputed: the norm before a dense feed-forward network, which is fused with its first product."
-        )
+    head += [f"# {text}" for text in _differs(target)]
     launch = [
         "set -euo pipefail",
         "",
-        f"NNODES={nodes}",
-        f"GPUS_PER_NODE={per_node}",
-        "NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}",
-        "MASTER_ADDR=${MASTER_ADDR:-localhost}",
-        "MASTER_PORT=${MASTER_PORT:-29500}",
+        *environment_of_torchrun(target),
         f'TRAIN_ARGS="${{TRAIN_ARGS:-{_MEASURE}}}"',
         f'DATA_ARGS="${{DATA_ARGS:-{_MOCK}}}"',
         *filter(None, [_environment(target)]),
@@ -325,13 +293,44 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
     arrays = [line for name, flags in sections.items() for line in (f"{name}=(", *_quoted(flags), ")")]
     run = [
         "",
-        "torchrun --nnodes $NNODES --nproc-per-node $GPUS_PER_NODE --node-rank $NODE_RANK \\",
-        "    --master-addr $MASTER_ADDR --master-port $MASTER_PORT \\",
+        *torchrun_lines(),
         f'    "${{MEGATRON_PATH:-.}}/{script}" \\',
         *(f'    "${{{name}[@]}}" \\' for name in sections),
         '    $TRAIN_ARGS $DATA_ARGS "$@"',
     ]
     return "\n".join([*head, *launch, *arrays, *run]) + "\n"
+
+
+def _differs(target: Target) -> list[str]:
+    found = []
+    if target.model.mtp_layers and not target.model.mtp_modules:
+        found.append(
+            f"Left out, as in the plan: {target.model.mtp_layers} multi-token-prediction module(s) of the model."
+        )
+    modules = (
+        *RECOMPUTE.get(target.knobs["recompute"], ()),
+        *target.knobs.get("recompute_modules", "").split("+"),
+    )
+    if "layernorm" in modules and any(block.mlp for block in target.model.blocks.values()):
+        found.append(
+            "Not recomputed: the norm before a dense feed-forward network, which is fused with its first product."
+        )
+    return found
+
+
+def _first(target: Target) -> list[str]:
+    found = [
+        "Container: Transformer Engine and Megatron-LM 0.19 or 0.20; `MEGATRON_PATH` leads to the checkout."
+    ]
+    if "--tp-comm-overlap" in _kernels(target):
+        found.append(
+            "`--tp-comm-overlap` starts its own processes' bootstrap: Transformer Engine must be built with user buffers."
+        )
+    if target.model.blocks and any(block.moe for block in target.model.blocks.values()):
+        found.append(
+            "Router on random data: mock tokens load experts almost evenly; compare with real data before you trust the rate."
+        )
+    return found
 
 
 def _quoted(flags: Flags) -> list[str]:
@@ -341,3 +340,23 @@ def _quoted(flags: Flags) -> list[str]:
     return [
         "    " + " ".join((flag, *(quote(str(value)) for value in values))) for flag, values in flags.items()
     ]
+
+
+EXPORTER = Exporter(
+    name="megatron",
+    title="Megatron-LM",
+    versions=("0.19", "0.20"),
+    checked="its parser, validate_args and TransformerConfig",
+    launcher="megatron",
+    write=_write,
+    script="pretrain_gpt.py",
+    framework="Megatron-Core",
+    log=Log(
+        step=r"elapsed time per iteration \(ms\): ([\d.]+)",
+        step_unit_s=1e-3,
+        peak=r"max allocated: ([\d.]+)",
+        peak_unit_bytes=2.0**20,
+    ),
+    first=_first,
+    differs=_differs,
+)

@@ -6,19 +6,20 @@ others are listed as ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader, parse_flags
+from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
 from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
 from planner.export.megatron_model import model_from_flags
 from planner.export.shell import Script, read_script
 from planner.specs.model import Model
+from planner.technique import details
 
-__all__ = ["MegatronRun", "read_megatron"]
+__all__ = ["read_megatron"]
 
 _UNMODELLED = {
     "--hybrid-layer-pattern": "state-space layers",
@@ -37,28 +38,7 @@ _UNMODELLED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class MegatronRun:
-    """What a launch says.
-
-    Attributes:
-        model: the architecture.
-        workload: keyword arguments of :class:`~planner.specs.workload.TrainWorkload`.
-        fixed: knobs of ``Problem.fixed``.
-        devices: nodes times processes per node; None where the file does not tell.
-        notes: what was taken for granted, left out or ignored, one sentence each.
-        ignored: flags that say nothing about time or memory, or nothing that is modelled.
-    """
-
-    model: Model
-    workload: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-    devices: int | None
-    notes: tuple[str, ...] = field(default=())
-    ignored: tuple[str, ...] = field(default=())
-
-
-def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) -> MegatronRun:
+def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) -> LaunchedRun:
     """The run that a script or a file of arguments describes.
 
     Args:
@@ -69,12 +49,7 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
         SpecError: the file cannot be read, flags are missing or wrong, or ask for what is not modelled; all at once.
     """
     where = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            Problem(where, f"cannot be read ({error})", "a launch script, or a file of arguments")
-        ) from None
+    text = read_text(path, "a launch script, or a file of arguments")
     script = read_script(text, where, variables)
     launch, arguments = _command(script, where)
     flags = FlagReader(parse_flags(arguments), where)
@@ -84,21 +59,12 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
     model = model_from_flags(flags, Path(path).stem)
     workload, fixed = _workload(flags), _knobs(flags, model)
     notes = [*script.notes, *_assumed(flags)]
-    devices, used = _devices(script, launch), fixed["tp"] * fixed["cp"] * fixed["pp"]
-    if devices is not None and devices % used:
-        notes.append(
-            f"The {devices} devices that are started do not divide among tp · cp · pp = {used}: they are left open."
-        )
-        devices = None
-    elif devices is None:
-        notes.append("The number of devices is not known: the data-parallel degree is left open.")
-    else:
-        fixed["dp"] = devices // used
+    devices = degrees(fixed, _devices(script, launch), notes)
     flags.raise_if_any()
     ignored = tuple(flag for flag in flags.unread() if flag not in _IMPLIED)
-    if ignored:
-        notes.append(f"Ignored: {', '.join(ignored)}.")
-    return MegatronRun(model, workload, fixed, devices, tuple(notes), ignored)
+    notes += ignored_note(ignored)
+    wasteful = tuple(_wasteful(flags, fixed, script))
+    return LaunchedRun("megatron", model, workload, fixed, devices, tuple(notes), wasteful, ignored)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -185,6 +151,34 @@ def _assumed(flags: FlagReader) -> list[str]:
     if not sharded and "--overlap-param-gather" in missing:
         missing.remove("--overlap-param-gather")
     return [f"Priced as with {' '.join(missing)}, which the run leaves out."] if missing else []
+
+
+def _wasteful(flags: FlagReader, fixed: Mapping[str, Any], script: Script) -> Iterator[str]:
+    """What the run leaves on the table, or asks for in vain."""
+    missing = [
+        name for name in ("--overlap-grad-reduce", "--overlap-param-gather") if name not in flags.flags
+    ]
+    sharded = fixed["zero_stage"] != "0"
+    if missing[:1] == ["--overlap-grad-reduce"] and fixed.get("dp", 2) * fixed["cp"] > 1:
+        yield "Without --overlap-grad-reduce, gradients are reduced after the backward instead of beside it."
+    if "--overlap-param-gather" in missing and sharded and fixed.get("dp", 2) * fixed["cp"] > 1:
+        yield "Without --overlap-param-gather, weights are gathered before the forward instead of beside it."
+    if fixed["tp"] > 1 and fixed["sequence_parallel"] == "false":
+        yield "Without --sequence-parallel, every tensor-parallel rank keeps the same norms' and dropouts' activations."
+    if "--sequence-parallel" in flags.flags and fixed["tp"] == 1:
+        yield "--sequence-parallel does nothing at tensor parallelism 1 (validate_args turns it off)."
+    if not sharded and fixed.get("dp", 1) > 1:
+        yield "Without --use-distributed-optimizer, every replica keeps all optimizer states."
+    if "--no-gradient-accumulation-fusion" in flags.flags and fixed["gradient_accumulation"] == "separate":
+        yield "--no-gradient-accumulation-fusion adds every weight gradient by a kernel of its own."
+    if fixed["loss_kernel"] == "eager":
+        yield "Without --cross-entropy-loss-fusion, the logits' gradient is a tensor of its own."
+    if fixed["attention_kernel"] == "eager":
+        yield "An unfused attention backend keeps the scores of all pairs of tokens."
+    launched = not script.commands[0].words[0].startswith("--")
+    ordered = script.variables.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    if launched and not ordered and fixed["tp"] * fixed["cp"] > 1 and fixed["zero_stage"] in ("0", "1"):
+        yield "CUDA_DEVICE_MAX_CONNECTIONS is not 1: before Blackwell, collectives may start behind what is to hide them."
 
 
 def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
@@ -311,13 +305,20 @@ def _recompute(flags: FlagReader, chunks: int) -> dict[str, Any]:
     if granularity == "selective":
         known = {frozenset(values): key for key, values in RECOMPUTE.items()}
         known |= {frozenset({"moe"}): "mlp", frozenset({"mlp"}): "mlp"}
-        if frozenset(modules) not in known:
+        if frozenset(modules) in known:
+            return {"recompute": known[frozenset(modules)]}
+        try:
+            return {
+                "recompute": "modules",
+                "recompute_modules": details()["recompute_modules"].read("+".join(modules)),
+            }
+        except ValueError:
             flags.fault(
                 "--recompute-modules",
                 f"{' '.join(modules)}: not modelled",
-                "one of the sets that recompute names",
+                details()["recompute_modules"].expected,
             )
-        return {"recompute": known.get(frozenset(modules), "none")}
+            return {"recompute": "none"}
     if method == "block":
         return {"recompute": "block", "recompute_layers": int(layers or 1) * chunks}
     if granularity != "full" or method != "uniform" or layers != 1:

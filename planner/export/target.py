@@ -49,6 +49,13 @@ class Target:
         # A plan from before a slot existed does without it.
         stated = {name: str(value).lower() for name, value in plan.knobs.items()}
         knobs = {slot: off(slot) for slot in SLOTS} | stated
+        # What acts on a degree of 1 does nothing, and needs no word of the launcher's.
+        if plan.mesh["tp"] == 1:
+            knobs |= {"sequence_parallel": off("sequence_parallel"), "tensor_overlap": off("tensor_overlap")}
+        if plan.mesh["ep"] == 1:
+            knobs["expert_overlap"] = off("expert_overlap")
+        if plan.mesh["cp"] == 1:
+            knobs["context"] = "p2p"
         return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)
 
     @property
@@ -104,12 +111,12 @@ class Target:
         sizes = {group.devices_per_node for group in self.cluster.groups}
         if len(sizes) > 1:
             found = f"nodes of {' and '.join(map(str, sorted(sizes)))} devices"
-            raise ExportError(Problem(self.cluster.name, found, "nodes of one size, as torchrun starts them"))
+            raise ExportError(Problem(self.cluster.name, found, "nodes of one size, as launchers start them"))
         per_node = min(sizes.pop(), self.plan.devices)
         nodes, left = divmod(self.plan.devices, per_node)
         if left:
             found = f"{self.plan.devices} devices of nodes of {per_node}"
-            raise ExportError(Problem(self.cluster.name, found, "whole nodes, as torchrun starts them"))
+            raise ExportError(Problem(self.cluster.name, found, "whole nodes, as launchers start them"))
         return nodes, per_node
 
 

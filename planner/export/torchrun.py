@@ -1,4 +1,4 @@
-"""A plan as a torchrun job for a training script of one's own: launch, SLURM batch, device mesh, and the plan.
+"""A plan as a torchrun job for a training script of one's own: launch, device mesh, and the plan.
 
 The launch and the order of ranks serve any plan. ``mesh.py`` builds the plan's ``DeviceMesh`` (outermost dimension first, as
 PyTorch counts) and names what FSDP2 is to be given; what else the plan asks for is in ``plan.json`` and up to the script.
@@ -11,66 +11,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import ExportError, Problem
-from planner.export.launchers import distributed_optimizer_instances
+from planner.export.exporter import STEP_LINES, Exporter
+from planner.export.sharding import mesh_dimensions, replication_rule
 from planner.export.target import Target, summary
 from planner.plan import Plan
-from planner.specs.cluster import Cluster
-from planner.specs.model import Model
 
-__all__ = ["export_torchrun", "mesh_dimensions"]
+__all__ = ["EXPORTER"]
 
 
-def export_torchrun(
-    plan: Plan, model: Model | None = None, cluster: Cluster | None = None, script: str = "train.py"
-) -> dict[str, str]:
-    """Files that start a training script on the plan's nodes, in the plan's order of ranks.
-
-    Args:
-        plan: the plan.
-        model: its model, where the plan's name does not lead to it.
-        cluster: its cluster, likewise.
-        script: the training script; it may import ``mesh.py``.
-
-    Raises:
-        ExportError: the nodes are not of one size, or the mesh cannot describe how states are sharded.
-        SpecError: the model or the cluster cannot be found.
-    """
-    target = Target.of(plan, model, cluster)
-    differing = [problem for problem in target.differing("--to torchrun") if "zero_" in problem.found]
-    if differing:  # the mesh says over which ranks states are sharded, once for all layers
-        raise ExportError(differing)
-    nodes, per_node = target.nodes()
-    return {
-        "run.sh": _run(plan, nodes, per_node, script),
-        "job.sbatch": _job(plan, nodes, per_node),
-        "mesh.py": _mesh(target),
-        "plan.json": json.dumps(plan.as_dict(), indent=2) + "\n",
-    }
-
-
-def mesh_dimensions(target: Target) -> dict[str, int]:
-    """Dimensions of the device mesh, outermost first; their product is the world size.
-
-    Ranks run fastest along tp, then cp, dp and pp, as the plan's mesh has it; hybrid sharding splits dp.
+def _write(target: Target, script: str) -> dict[str, str]:
+    """Files that start a training script on the plan's nodes, in the plan's order of ranks; it may import ``mesh.py``.
 
     Raises:
         ExportError: states are sharded over some ranks of a context-parallel group only.
     """
-    mesh, copies = target.plan.mesh, 1
-    if target.knobs["zero_stage"] == "0":
-        copies = mesh["dp"]
-    elif target.knobs["zero_group"] == "node":
-        copies = int(distributed_optimizer_instances(target.context())[0].flat[0])
-    if mesh["dp"] % copies:
+    differing = [problem for problem in target.differing("--to torchrun") if "zero_" in problem.found]
+    if differing:  # the mesh says over which ranks states are sharded, once for all layers
+        raise ExportError(differing)
+    nodes, per_node = target.nodes()
+    if not replication_rule(target.context()).ok:
         found = "cannot express hybrid sharding inside a context-parallel group"
-        raise ExportError(Problem("--to torchrun", found, f"at most dp = {mesh['dp']} copies of the states"))
-    return {
-        "pp": mesh["pp"],
-        "dp_replicate": copies,
-        "dp_shard": mesh["dp"] // copies,
-        "cp": mesh["cp"],
-        "tp": mesh["tp"],
-    }
+        raise ExportError(
+            Problem("--to torchrun", found, f"at most dp = {target.plan.mesh['dp']} copies of the states")
+        )
+    return {"run.sh": _run(target.plan, nodes, per_node, script), "mesh.py": _mesh(target)}
 
 
 def _fully_shard(knobs: Mapping[str, str]) -> dict[str, Any] | None:
@@ -101,24 +65,6 @@ def _run(plan: Plan, nodes: int, per_node: int, script: str) -> str:
         "    --rdzv-backend c10d --rdzv-endpoint ${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500} \\",
         f"    --rdzv-id ${{SLURM_JOB_ID:-{plan.id}}} \\",
         f'    "${{TRAIN_SCRIPT:-{script}}}" "$@"',
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _job(plan: Plan, nodes: int, per_node: int) -> str:
-    lines = [
-        "#!/usr/bin/env bash",
-        f"#SBATCH --job-name=plan-{plan.id}",
-        f"#SBATCH --nodes={nodes}",
-        "#SBATCH --ntasks-per-node=1",
-        f"#SBATCH --gpus-per-node={per_node}",
-        "#SBATCH --exclusive",
-        *(f"# {line}" for line in summary(plan)),
-        "set -euo pipefail",
-        "",
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "export MASTER_ADDR",
-        'srun bash run.sh "$@"',
     ]
     return "\n".join(lines) + "\n"
 
@@ -188,3 +134,18 @@ def fully_shard_arguments():
         "offload_policy": CPUOffloadPolicy() if chosen["offload"] else OffloadPolicy(),
     }}
 '''
+
+EXPORTER = Exporter(
+    name="torchrun",
+    title="torchrun",
+    versions=("2.13",),
+    checked="the mesh built over a fake process group",
+    launcher="",
+    write=_write,
+    script="train.py",
+    framework="PyTorch FSDP2",
+    log=STEP_LINES,
+    first=lambda target: [
+        "`TRAIN_SCRIPT` is yours: it builds `mesh.py`'s mesh, and prints `step N: SECONDS s, peak X GiB` for `measure.py`."
+    ],
+)

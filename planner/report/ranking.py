@@ -78,7 +78,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     pools = [f"{words(name)} {gib(n_bytes)}" for name, n_bytes in held if name != "peak"]
     screen.section(f"Of the peak of {gib(peak)} GiB", [" · ".join(pools)])
     screen.section("The run (no failures, no checkpoints)", _totals(plan))
-    screen.section("Read from the script", notes)
+    screen.section("Read from the configuration", notes)
     if best is not None:
         screen.section("The best plan for this job", [_gain(plan, best)])
         show_plans(screen, [best, plan], problem.objective, joined=False)
@@ -179,12 +179,19 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[
     told = [f"planner explain {saved}:1"]
     if second is not None:
         told.append(f"planner compare {saved}:1 {saved}:{second}")
-    for to in sorted(EXPORTERS):
-        runnable = next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None)
-        if runnable is not None:
-            told.append(f"planner export {saved}:{runnable} --to {to}")
-        elif to in LAUNCHERS:
-            told.append(f"--for {to} finds plans that {to} can run; none of these is one")
+    runnable = {to: next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None) for to in EXPORTERS}
+    by_plan: dict[int, list[str]] = {}
+    for to, number in runnable.items():
+        if number is not None:
+            by_plan.setdefault(number, []).append(to)
+    for number, names in sorted(by_plan.items()):
+        first = "megatron" if "megatron" in names else names[0]
+        others = [name for name in names if name != first]
+        told.append(f"planner export {saved}:{number} --to {first}")
+        told += [f"plan {number} runs under {', '.join(others)} too"] if others else []
+    none = [to for to, number in runnable.items() if number is None and to in LAUNCHERS]
+    if none:
+        told.append(f"--for LAUNCHER finds plans that it can run; none of these runs under {', '.join(none)}")
     return told
 
 

@@ -130,11 +130,13 @@ class Space:
         ]
         if not any(t.default for t in techniques):
             found.append(Choice(off(slot), None))
+        launcher = self.problem.launcher
+        native = launcher.native.get(slot, frozenset()) if launcher is not None else frozenset()
         for technique in sorted(techniques, key=lambda t: not t.default):
             found += [
                 Choice(value, technique)
                 for value in technique.choices
-                if slot in self.fixed or self._open(slot, Choice(value, technique))
+                if slot in self.fixed or value in native or self._open(slot, Choice(value, technique))
             ]
         if slot in self.fixed:
             wanted = str(self.fixed[slot]).lower()
@@ -155,7 +157,6 @@ class Space:
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
             found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
-        launcher = self.problem.launcher
         if launcher is not None:
             found = [choice for choice in found if launcher.allows(slot, choice.value)]
         kept = [c for c in found if not self._matches("--forbid", self.problem.forbidden, slot, c)]
@@ -229,7 +230,7 @@ class Space:
             meshes = [(tp, cp, pp, dp, ep, etp) for ep in eps for etp in etps if ranks % (ep * etp) == 0]
             grid = np.array([(*mesh, size) for mesh in meshes for size in sizes], dtype=np.float64)
             columns.append(grid.reshape(-1, len(DEGREES)))
-        if not columns:
+        if not any(len(grid) for grid in columns):
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
             raise SpecError(
                 Fault(

@@ -3,6 +3,7 @@
 import pytest
 
 import planner
+from planner.errors import Infeasible
 from planner.export import export
 from planner.export.launchers import LAUNCHERS, launcher
 from planner.export.megatron_import import read_megatron
@@ -40,7 +41,11 @@ def test_every_plan_found_for_megatron_exports(job, tmp_path):
 @pytest.mark.parametrize("name", sorted(LAUNCHERS))
 @pytest.mark.parametrize("job", ["dense", "experts"])
 def test_every_plan_found_for_a_launcher_keeps_its_rules(job, name):
-    for plan in planner.search(problem(job, name), top=10).plans:
+    if job == "experts" and name in ("galvatron", "torchtitan"):
+        with pytest.raises(Infeasible, match=r"only Llama's shape|no recipe"):
+            planner.search(problem(job, name), top=1)
+        return
+    for plan in planner.search(problem(job, name), top=3).plans:
         assert not Target.of(plan).refused(launcher(name))
 
 

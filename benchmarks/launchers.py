@@ -1,0 +1,259 @@
+"""Holds exported plans against the launchers' own parsers and validators, and writes docs/launchers.md.
+
+Each launcher needs its own environment (Python 3.11, no accelerator); what is not installed is passed over, so the command is run
+once in each, and remembers what was found in ``benchmarks/launchers.json``:
+
+    python3.11 -m venv /tmp/hf
+    /tmp/hf/bin/pip install torch==2.13.0 accelerate==1.15.0 transformers==5.23.0 deepspeed==0.19.8 pyyaml scipy
+    /tmp/hf/bin/pip install --no-deps hetu-galvatron==2.4.0
+    PYTHONPATH=. /tmp/hf/bin/python benchmarks/launchers.py accelerate deepspeed galvatron transformers torchrun
+
+    python3.11 -m venv /tmp/titan && /tmp/titan/bin/pip install torch==2.13.0 triton torchtitan==0.3.0
+    PYTHONPATH=. /tmp/titan/bin/python benchmarks/launchers.py torchtitan
+
+    python3.11 -m venv /tmp/megatron
+    /tmp/megatron/bin/pip install torch==2.13.0 triton einops absl-py pyyaml transformers numpy typing_extensions
+    /tmp/megatron/bin/pip install --ignore-requires-python --no-deps megatron-core==0.19.2
+    /tmp/megatron/bin/pip download --no-deps --ignore-requires-python -d /tmp/bridge megatron-bridge==0.6.2
+    unzip -q /tmp/bridge/megatron_bridge-*.whl -d /tmp/bridge
+    PYTHONPATH=. BRIDGE=/tmp/bridge /tmp/megatron/bin/python benchmarks/launchers.py megatron megatron-bridge
+
+The exit code is the number of plans that a launcher refuses or understands otherwise, or that do not read back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launcher_plans import draw_plans
+from planner.export import EXPORTERS, export, find_exporter
+from planner.export.hf_rules import KERNELS
+from planner.export.megatron import RECOMPUTE
+from planner.export.readers import READERS, read_launched
+from planner.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "launchers.json"
+PAGE = ROOT / "docs" / "launchers.md"
+PLANS = 300
+FILES = {
+    "accelerate": "accelerate.yaml", "deepspeed": "deepspeed.json", "galvatron": "galvatron.json", "megatron": "run.sh",
+    "torchtitan": "run.sh",
+}  # fmt: skip
+
+
+# A slip in each launcher's file that its judge has to notice: the file, what is replaced, and by what.
+SLIPS = {
+    "accelerate": ("accelerate.yaml", "num_machines:", "num_machine:"),
+    "deepspeed": ("deepspeed.json", '"train_batch_size": ', '"train_batch_size": 1'),
+    "galvatron": ("galvatron.json", '"pp_deg": ', '"pp_deg": 3'),
+    "megatron": ("args.txt", "--micro-batch-size ", "--micro-batch-size 7"),
+    "megatron-bridge": ("recipe.py", "cfg.train.micro_batch_size", "cfg.train.microbatch_size"),
+    "torchrun": ("mesh.py", '"tp": ', '"tp": 3'),
+    "torchtitan": ("flags.txt", "--training.seq-len", "--training.sequence-length"),
+    "transformers": ("training_arguments.json", '"gradient_accumulation_steps"', '"accumulation_steps"'),
+}
+
+
+def notices_a_slip(name: str, judge: Any, files: dict[str, str], plan: Plan) -> bool:
+    """Whether the judge refuses the files with a slip in them."""
+    file, right, wrong = SLIPS[name]
+    assert right in files[file]
+    return bool(judge.refusal({**files, file: files[file].replace(right, wrong, 1)}, plan))
+
+
+def validator(name: str) -> Any:
+    """The launcher's own judgement.
+
+    Raises:
+        ImportError: the launcher is not installed here.
+    """
+    from benchmarks import launcher_validators as known
+
+    if name == "megatron":
+        from benchmarks.megatron_arguments import MegatronFiles
+
+        return MegatronFiles()
+    if name in ("megatron-bridge", "torchrun"):
+        from benchmarks import launcher_fields
+
+        return launcher_fields.BridgeFields() if name == "megatron-bridge" else launcher_fields.FakeWorld()
+    classes: dict[str, Callable[[], Any]] = {
+        "accelerate": known.Accelerate,
+        "deepspeed": known.DeepSpeed,
+        "galvatron": known.Galvatron,
+        "torchtitan": known.Torchtitan,
+        "transformers": known.Transformers,
+    }
+    return classes[name]()
+
+
+def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
+    """Knobs that come back otherwise than they were written; empty where all are equal."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILES[name]
+        path.write_text(files[FILES[name]])
+        run = read_launched(name, path)
+    meant = {knob: str(value).lower() for knob, value in {**plan.mesh, **plan.knobs}.items()}
+    wrong = []
+    for knob, value in run.fixed.items():
+        said, was = str(value).lower(), meant.get(knob, "1")
+        if (
+            said == was
+            or (name, knob) in _BY_SCRIPT
+            or _idle(knob, plan)
+            or _same_group(knob, run.fixed, plan)
+        ):
+            continue
+        if name == "accelerate" and knob in ("elementwise_kernel", "loss_kernel") and _by_liger(plan):
+            continue  # Liger's kernels are the script's choice
+        if name == "accelerate" and knob == "recompute" and was == "block":
+            continue  # the YAML recomputes all layers or none; the script is told how many
+        if knob == "recompute" and was == "modules" and _same_modules(said, plan):
+            continue
+        wrong.append(f"{knob}: wrote {was}, read {said}")
+    if run.devices not in (None, plan.devices):
+        wrong.append(f"devices: {run.devices} of {plan.devices}")
+    return "; ".join(wrong)
+
+
+_BY_SCRIPT = {
+    ("accelerate", "gradient_dtype"),  # --reduce_dtype of the script
+    ("galvatron", "sequence_parallel"),  # --sequence-parallel of the launch
+    ("accelerate", "etp"),
+    ("deepspeed", "etp"),
+    ("torchtitan", "etp"),
+}
+"""What a file cannot say, and the launch does; expert-tensor degrees follow from the others."""
+
+
+def _idle(knob: str, plan: Plan) -> bool:
+    """Whether a knob acts on a degree of 1, and means nothing."""
+    idle = {"sequence_parallel": "tp", "tensor_overlap": "tp", "context": "cp", "pipeline_layout": "pp", "expert_overlap": "ep"}
+    return knob in idle and plan.mesh[idle[knob]] == 1
+
+
+def _same_group(knob: str, read: Any, plan: Plan) -> bool:
+    """Whether a shard group that is read as a number of ranks is the node that was written, or all ranks."""
+    if knob not in ("zero_group", "zero_group_ranks", "zero_stage"):
+        return False
+    from planner.export.sharding import replicas_outside
+    from planner.export.target import Target
+
+    copies = int(replicas_outside(Target.of(plan).context()).flat[0])
+    ranks = plan.mesh["dp"] * plan.mesh["cp"] // copies
+    if ranks == 1:
+        return True  # groups of one rank: nothing is sharded, whatever the stage is called
+    read_ranks = read.get("zero_group_ranks", plan.mesh["dp"] * plan.mesh["cp"])
+    return knob != "zero_stage" and int(read_ranks) == ranks
+
+
+def _same_modules(read: str, plan: Plan) -> bool:
+    """Whether modules that were written out have a name of their own."""
+    return set(RECOMPUTE.get(read, ())) == set(str(plan.knobs["recompute_modules"]).split("+"))
+
+
+def _by_liger(plan: Plan) -> bool:
+    return KERNELS.get((str(plan.knobs["elementwise_kernel"]), str(plan.knobs["loss_kernel"]))) == "liger"
+
+
+def try_launcher(name: str, count: int) -> dict[str, Any]:
+    """Tries plans; prints those that fail."""
+    judge = validator(name)
+    tried = accepted = equal = blind = 0
+    models = set()
+    for plan in draw_plans(name, count):
+        files = export(plan, name)
+        tried += 1
+        if not notices_a_slip(name, judge, files, plan):
+            print(f"{name} {plan.id}: a slip goes unnoticed", flush=True)
+            blind += 1
+        models.add(plan.model)
+        refusal = judge.refusal(files, plan)
+        accepted += not refusal
+        back = read_back(name, files, plan) if name in READERS else ""
+        equal += not back
+        if refusal or back:
+            print(f"{name} {plan.id} {plan.model} on {plan.cluster}: {refusal} {back}", flush=True)
+    return {
+        "version": judge.version, "tried": tried, "accepted": accepted, "models": len(models), "slips_noticed": tried - blind,
+        "read_back": equal if name in READERS else None, "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/launchers.md."""
+    rows = []
+    for name in EXPORTERS:
+        found, how = results.get(name), find_exporter(name)
+        if found is None:
+            continue
+        back = "no reader" if found["read_back"] is None else f"{found['read_back']} of {found['tried']}"
+        rows.append(
+            f"| `{name}` | {how.title} {found['version']} | {how.checked} | {found['tried']} over {found['models']} models |"
+            f" {found['accepted']} | {back} |"
+        )
+    noticed, tried = (
+        sum(found.get(key, 0) for found in results.values()) for key in ("slips_noticed", "tried")
+    )
+    return _PAGE.format(rows="\n".join(rows), slips=f"{noticed:,} of {tried:,}")
+
+
+_PAGE = """# Launchers
+
+Written by `python benchmarks/launchers.py`, whose first lines say how; its results are in `benchmarks/launchers.json`. Every plan
+is drawn at random from the choices that the launcher has words for, over models, machines, batches and lengths, exported, given
+to the launcher's own parser or validator, and compared with what that understood: batch sizes, degrees, stages, what is
+sharded. Nothing ran on accelerators.
+
+| `--to` | launcher | checked with | plans tried | accepted | read back equal |
+|---|---|---|---:|---:|---:|
+{rows}
+
+- *Accepted*: the parser took the files, and what it made of them is the plan. With a slip put into each of them, it refused them:
+  {slips}.
+- *Read back equal*: `planner estimate --from` names the same knobs, as far as the file carries them. A DeepSpeed or Accelerate
+  file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
+- Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
+  of megatron-bridge and megatron-core.
+- What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
+  says which layer of the launcher would have found out.
+"""
+
+
+def main(names: list[str]) -> int:
+    """Tries the launchers that are named, or all; returns the number of failures."""
+    failures = 0
+    for name in names or list(EXPORTERS):
+        try:
+            found = try_launcher(name, int(os.environ.get("PLANS", PLANS)))
+        except ImportError as error:
+            print(f"{name}: passed over, cannot be imported here ({error})")
+            continue
+        _keep(name, found)
+        print(name, found, flush=True)
+        failures += (
+            2 * found["tried"]
+            - found["accepted"]
+            - (found["tried"] if found["read_back"] is None else found["read_back"])
+        )
+    return failures
+
+
+def _keep(name: str, found: dict[str, Any]) -> None:
+    """Puts a launcher's result among the others, and writes the page."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = found
+    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(min(main(sys.argv[1:]), 100))

@@ -1,0 +1,63 @@
+"""``planner check``: whether a configuration that is in use is right, and how much better it could be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.job import JobOptions, with_job
+from planner.cli.launched import best_of_launcher, launched_problem
+
+if TYPE_CHECKING:
+    from planner.export.checking import Change
+
+_WRONG = 1
+
+
+@with_job
+def check(
+    job: JobOptions,
+    source: Annotated[
+        tuple[str, str],
+        typer.Option(
+            "--from",
+            metavar="LAUNCHER FILE",
+            help="The configuration: megatron, deepspeed, accelerate, torchtitan or galvatron.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+) -> None:
+    """Say what is wrong or wasteful in a launcher's configuration.
+
+    Rules are stricter than the launcher's own, and each broken one says at which layer the launcher would have caught it.
+    Then what the best plan for the same job would gain, knob by knob. Exits 1 where something is wrong.
+    """
+    from planner.cli.output import print_json
+    from planner.export.checking import findings, path_to
+
+    problem, run = launched_problem(job, *source)
+    found, plan = findings(problem, run)
+    best = best_of_launcher(problem, run.launcher)
+    steps = path_to(problem, plan, best) if plan is not None and best is not None else []
+    if as_json:
+        print_json(
+            {
+                "findings": [{"level": f.level, "what": f.what, "caught_by": f.caught_by} for f in found],
+                "notes": list(run.notes),
+                "plan": None if plan is None else plan.as_dict(),
+                "best": None if best is None else best.as_dict(),
+                "steps": [_fields(step) for step in steps],
+            }
+        )
+    else:
+        from planner.report.checked import show_check
+
+        show_check(problem, run, found, plan, best, steps)
+    if any(finding.level == "error" for finding in found):
+        raise typer.Exit(_WRONG)
+
+
+def _fields(step: Change) -> dict[str, Any]:
+    knobs = {name: {"was": was, "is": now} for name, (was, now) in step.knobs.items()}
+    return {"knobs": knobs, "before_s": step.before_s, "after_s": step.after_s, "fits": step.fits}

@@ -1,0 +1,227 @@
+"""An Accelerate configuration as the choices of a plan.
+
+The YAML describes how ranks are laid out and what is sharded; model, sequence, batch and kernels are the script's. Accelerate
+1.15 refuses unknown keys at the top, and passes those of ``fsdp_config`` and ``parallelism_config`` on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.errors import did_you_mean
+from planner.export.accelerate import COMM_STRATEGIES
+from planner.export.launched import LaunchedRun, degrees, ignored_note, names_in
+from planner.export.yaml_text import read_yaml
+from planner.specs.load import Reader
+
+__all__ = ["read_accelerate"]
+
+_KINDS = ("FSDP", "MULTI_GPU", "NO")
+_PASSIVE = names_in(
+    "compute_environment debug downcast_bf16 enable_cpu_affinity gpu_ids machine_rank main_process_ip "
+    "main_process_port main_training_function rdzv_backend same_network tpu_env tpu_use_cluster "
+    "tpu_use_sudo use_cpu"
+)
+_READ = names_in(
+    "distributed_type mixed_precision num_machines num_processes fsdp_config parallelism_config dynamo_config"
+)
+_UNMODELLED: Mapping[str, str] = {"fp8_config": "fp8 recipes", "mpirun_config": "runs on CPUs under MPI"}
+_FSDP = names_in(
+    "fsdp_version fsdp_reshard_after_forward fsdp_sharding_strategy fsdp_offload_params "
+    "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap "
+    "fsdp_min_num_params fsdp_state_dict_type fsdp_cpu_ram_efficient_loading fsdp_sync_module_states "
+    "fsdp_use_orig_params fsdp_forward_prefetch fsdp_backward_prefetch fsdp_backward_prefetch_policy "
+    "fsdp_activation_checkpointing_offload"
+)
+# FSDP1's strategies: (what is sharded, over which ranks).
+_STRATEGIES: Mapping[str, tuple[str, str]] = {
+    "FULL_SHARD": ("fsdp", "full"), "SHARD_GRAD_OP": ("2", "full"), "HYBRID_SHARD": ("fsdp", "node"),
+    "HYBRID_SHARD_ZERO2": ("2", "node"), "NO_SHARD": ("0", "full"), "1": ("fsdp", "full"), "2": ("2", "full"),
+}  # fmt: skip
+
+
+def read_accelerate(path: str | Path) -> LaunchedRun:
+    """The run that an Accelerate YAML describes.
+
+    Raises:
+        SpecError: the file cannot be read, or keys are wrong or ask for what is not modelled; all at once.
+    """
+    data = read_yaml(path, "a configuration of accelerate launch")
+    reader = Reader(data, str(path))
+    notes: list[str] = []
+    kind = reader.text("distributed_type", "NO")
+    if kind == "DEEPSPEED" or kind == "MEGATRON_LM":
+        reader.problem(
+            "distributed_type",
+            kind,
+            "FSDP, MULTI_GPU or NO",
+            f"Read its own file with --from {kind.lower()[:9]}.",
+        )
+    elif kind not in _KINDS:
+        reader.problem(
+            "distributed_type", repr(kind), f"one of {', '.join(_KINDS)}", did_you_mean(kind, _KINDS)
+        )
+    precision = {"no": "fp32", "False": "fp32"}.get(
+        str(data.get("mixed_precision", "no")), str(data.get("mixed_precision"))
+    )
+    if precision not in ("fp32", "bf16", "fp16"):
+        reader.problem("mixed_precision", f"{precision}: not modelled", "no, bf16 or fp16")
+        precision = "bf16"
+    fixed: dict[str, Any] = {
+        "pp": 1,
+        "ep": 1,
+        "etp": 1,
+        "schedule": "1f1b",
+        "virtual_stages": 1,
+        "precision": precision,
+    }
+    fixed |= {"sequence_parallel": "false", "tensor_overlap": "none", "zero_stage": "0", "zero_group": "full"}
+    fixed |= {"optimizer_offload": "none", "parameter_offload": "none", "tp": 1, "cp": 1, "context": "p2p"}
+    wasteful: list[str] = []
+    devices = reader.integer("num_processes", None)
+    if kind == "FSDP":
+        fixed |= _fsdp(reader, notes, wasteful)
+        _parallelism(reader, fixed, devices, notes)
+    # DDP reduces fp32 gradients; FSDP2 in the format of the computation, unless a script sets a policy of its own.
+    fixed["gradient_dtype"] = precision if kind == "FSDP" else "fp32"
+    if kind == "FSDP" and precision != "fp32":
+        notes.append(
+            f"Gradients are reduced in {precision}, as Accelerate does unless the script sets a policy: --fix gradient_dtype."
+        )
+    dynamo = reader.table("dynamo_config", None)
+    compiled = dynamo is not None and str(dynamo.data.get("dynamo_backend", "NO")).upper() not in ("NO", "")
+    fixed |= {"elementwise_kernel": "fused", "loss_kernel": "fused"} if compiled else {}
+    if not compiled:
+        fixed |= {"elementwise_kernel": "eager", "loss_kernel": "log_softmax"}
+        notes.append(
+            "Kernels are taken as PyTorch runs them by itself; with Liger's: --fix elementwise_kernel=fused …"
+        )
+    devices = degrees(fixed, devices, notes)
+    ignored = _unknown(reader, data)
+    reader.raise_if_any()
+    missing = {
+        "micro_batch_size": "the batch sizes are the script's",
+        "global_batch_size": "the batch sizes are the script's",
+    }
+    return LaunchedRun(
+        "accelerate", None, {"precisions": (precision,)}, fixed, devices, (*notes, *ignored_note(ignored)), tuple(wasteful),
+        ignored, missing,
+    )  # fmt: skip
+
+
+def _flag(reader: Reader, key: str, default: bool) -> bool:
+    """A switch, which users write as true or as text."""
+    value = reader.data.get(key, default)
+    if str(value).lower() not in ("true", "false"):
+        reader.problem(key, repr(value), "true or false")
+        return default
+    return str(value).lower() == "true"
+
+
+def _fsdp(reader: Reader, notes: list[str], wasteful: list[str]) -> dict[str, Any]:
+    table = reader.table("fsdp_config", None)
+    if table is None:
+        reader.problem("fsdp_config", "is missing", "a map, as distributed_type is FSDP")
+        return {}
+    notes += _strangers(table, "fsdp_config", _FSDP)
+    version = (
+        int(table.data.get("fsdp_version", 1)) if str(table.data.get("fsdp_version", 1)).isdigit() else 0
+    )
+    if version not in (1, 2):
+        table.problem("fsdp_version", repr(table.data.get("fsdp_version")), "1 or 2")
+    found: dict[str, Any] = {"zero_group": "full"}
+    if version == 2:
+        found["zero_stage"] = "fsdp" if _flag(table, "fsdp_reshard_after_forward", True) else "2"
+    else:
+        strategy = str(
+            table.data.get(
+                "fsdp_reshard_after_forward", table.data.get("fsdp_sharding_strategy", "FULL_SHARD")
+            )
+        ).upper()
+        if strategy not in _STRATEGIES:
+            table.problem(
+                "fsdp_sharding_strategy",
+                strategy,
+                f"one of {', '.join(_STRATEGIES)}",
+                did_you_mean(strategy, _STRATEGIES),
+            )
+        found["zero_stage"], found["zero_group"] = _STRATEGIES.get(strategy, ("fsdp", "full"))
+        wasteful.append("FSDP1 keeps weights flat and is deprecated: fsdp_version: 2 shards each weight.")
+    found["recompute"] = "full" if _flag(table, "fsdp_activation_checkpointing", False) else "none"
+    if found["recompute"] == "none":
+        notes.append("If the script itself recomputes (gradient_checkpointing): --fix recompute=full.")
+    if _flag(table, "fsdp_activation_checkpointing_offload", False):
+        table.problem(
+            "fsdp_activation_checkpointing_offload", "activations on the host: not modelled", "false"
+        )
+    offload = "cpu" if _flag(table, "fsdp_offload_params", False) else "none"
+    if str(table.data.get("fsdp_auto_wrap_policy", "NO_WRAP")).upper() == "NO_WRAP":
+        wasteful.append("Without fsdp_auto_wrap_policy, the whole model is one unit: it is gathered at once.")
+    return {**found, "optimizer_offload": offload, "parameter_offload": offload}
+
+
+def _parallelism(reader: Reader, fixed: dict[str, Any], devices: int | None, notes: list[str]) -> None:
+    table = reader.table("parallelism_config", None)
+    if table is None:
+        return
+    prefix = "parallelism_config_"
+    known = {f"{prefix}{name}" for name in ("cp_backend", "sp_backend", "cp_comm_strategy", "sp_seq_length")}
+    sizes = {
+        name: table.integer(f"{prefix}{name}_size", 1)
+        for name in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    }
+    if sizes["sp"] > 1:
+        table.problem(
+            f"{prefix}sp_size",
+            "Ulysses runs under DeepSpeed",
+            "1",
+            "Read the DeepSpeed file with --from deepspeed.",
+        )
+    product = sizes["dp_replicate"] * sizes["dp_shard"] * sizes["tp"] * sizes["cp"]
+    if devices is not None and product != devices:
+        reader.problem(
+            "num_processes",
+            f"{devices}, while the sizes of parallelism_config make {product}",
+            "their product",
+        )
+    strategy = str(table.data.get(f"{prefix}cp_comm_strategy", "allgather"))
+    named = {word: knob for knob, word in COMM_STRATEGIES.items()}
+    if strategy not in named:
+        table.problem(f"{prefix}cp_comm_strategy", repr(strategy), f"one of {', '.join(named)}")
+    if sizes["cp"] > 1:
+        fixed["context"] = named.get(strategy, "p2p")
+    fixed |= {"tp": sizes["tp"], "cp": sizes["cp"]}
+    if sizes["dp_replicate"] > 1:
+        _replicas(fixed, sizes)
+    notes += _strangers(table, "parallelism_config", {*known, *(f"{prefix}{name}_size" for name in sizes)})
+
+
+def _strangers(table: Reader, section: str, known: Collection[str]) -> list[str]:
+    """Keys of a section that are passed on and not understood, one sentence each."""
+    strange = [key for key in table.data if key not in known]
+    return [
+        f"{section}.{key} is passed on and not understood. {did_you_mean(key, known)}".rstrip()
+        for key in strange
+    ]
+
+
+def _replicas(fixed: dict[str, Any], sizes: Mapping[str, int]) -> None:
+    """Hybrid sharding: groups of neighbouring ranks, whose size the plan names."""
+    group = sizes["dp_shard"] * sizes["cp"]
+    if group == 1:
+        fixed |= {"zero_stage": "0", "zero_group": "full"}
+    else:
+        fixed |= {"zero_group": "ranks", "zero_group_ranks": group}
+
+
+def _unknown(reader: Reader, data: Mapping[str, Any]) -> tuple[str, ...]:
+    for key, what in _UNMODELLED.items():
+        if data.get(key):
+            reader.problem(key, f"{what}: not modelled")
+    for key in data:
+        if key not in _PASSIVE | _READ | _UNMODELLED.keys():
+            hint = did_you_mean(key, _PASSIVE | _READ)
+            reader.problem(key, "unknown key, which Accelerate refuses", "", hint)
+    return tuple(sorted(key for key in data if key in _PASSIVE))

@@ -1,0 +1,80 @@
+"""The plan nearest to a given one that a launcher can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from planner.errors import Infeasible, InvalidPlan, SpecError
+from planner.export.launchers import launcher as find_launcher
+from planner.plan import Plan
+from planner.solve.replay import replay
+from planner.solve.space import DEGREES
+from planner.solve.train import search
+from planner.technique import ADDITIVE_SLOTS, Launcher
+
+__all__ = ["Closest", "closest_plan"]
+
+_KEPT = ("precision", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Closest:
+    """A plan, and the knobs in which it differs: name → (was, is)."""
+
+    plan: Plan
+    changes: Mapping[str, tuple[Any, Any]]
+
+
+def closest_plan(plan: Plan, launcher: str) -> Closest | None:
+    """The plan that a launcher can run and that gives up least of another one.
+
+    Choices are given up in rounds until some plan is left, and the fastest of the round is taken: those that the launcher
+    has no word for; then also what is sharded, recomputed and scheduled; then kernels; then the mesh.
+
+    Args:
+        plan: a plan that the launcher refuses.
+        launcher: key of :data:`planner.export.launchers.LAUNCHERS`.
+
+    Returns:
+        None where the launcher runs no plan for the job.
+
+    Raises:
+        SpecError: the plan names a model, a cluster or a stack that cannot be found.
+    """
+    ability, problem = find_launcher(launcher), replay(plan)
+    for kept in _rounds(problem.fixed, ability):
+        try:
+            found = search(replace(problem, fixed=kept, launcher=ability), top=1).best
+        except (Infeasible, InvalidPlan, SpecError):
+            continue
+        return Closest(found, _changes(plan, found))
+    return None
+
+
+def _rounds(fixed: Mapping[str, Any], launcher: Launcher) -> Iterator[dict[str, Any]]:
+    """Choices that are kept, fewer in every round."""
+    sayable = {
+        name: value
+        for name, value in fixed.items()
+        if launcher.allows(name, str(value))
+        or name in DEGREES
+        or name in ("virtual_stages", "gradient_dtype")
+    }
+    if sayable.get("virtual_stages") != "1" and "schedule" not in sayable:
+        del sayable["virtual_stages"]
+    yield sayable
+    yield {name: value for name, value in sayable.items() if name not in (*ADDITIVE_SLOTS, "virtual_stages")}
+    yield {name: value for name, value in sayable.items() if name in (*DEGREES, *_KEPT)}
+    yield {name: value for name, value in fixed.items() if name in _KEPT}
+
+
+def _changes(plan: Plan, found: Plan) -> dict[str, tuple[Any, Any]]:
+    before, after = {**plan.mesh, **plan.knobs}, {**found.mesh, **found.knobs}
+    names = dict.fromkeys([*before, *after])
+    return {
+        name: (before.get(name, "-"), after.get(name, "-"))
+        for name in names
+        if str(before.get(name, "-")).lower() != str(after.get(name, "-")).lower()
+    }

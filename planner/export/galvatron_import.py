@@ -1,0 +1,134 @@
+"""A Galvatron strategy file as the choices of a plan: one that is the same in every layer.
+
+The file names neither model, sequence nor precision, and leaves the number of devices to the launch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from planner.errors import did_you_mean
+from planner.export.galvatron import DEFAULT_TYPES, PIPELINES
+from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
+from planner.specs.load import Reader
+
+__all__ = ["read_galvatron"]
+
+_KNOWN = names_in(
+    "pp_deg tp_sizes_enc tp_consecutive_flags cp_sizes_enc dp_types_enc use_sp checkpoint global_bsz "
+    "chunks pp_division pipeline_type default_dp_type vtp vsp vcp embed_sdp"
+)
+
+
+def read_galvatron(path: str | Path) -> LaunchedRun:
+    """The run that a Galvatron JSON describes.
+
+    Raises:
+        SpecError: the file cannot be read, keys are wrong, or layers differ; all at once.
+    """
+    data = read_json(path, "a Galvatron strategy")
+    reader = Reader(data, str(path))
+    pp, batch, chunks = (reader.integer(key) for key in ("pp_deg", "global_bsz", "chunks"))
+    degrees = _per_layer(reader, "tp_sizes_enc")
+    layers = len(degrees)
+    degree = _same(reader, "tp_sizes_enc", degrees)
+    context = _same(reader, "cp_sizes_enc", _per_layer(reader, "cp_sizes_enc", layers, 1))
+    ulysses = _same(reader, "use_sp", _per_layer(reader, "use_sp", layers, 0)) == 1
+    sharded = _same(reader, "dp_types_enc", _per_layer(reader, "dp_types_enc", layers, 0)) == 1
+    again = _same(reader, "checkpoint", _per_layer(reader, "checkpoint", layers, 0)) == 1
+    if 0 in _per_layer(reader, "tp_consecutive_flags", layers, 1):
+        reader.problem("tp_consecutive_flags", "0: groups of ranks that are apart are not modelled", "1")
+    if context > 1:
+        reader.problem("cp_sizes_enc", "ring attention of Galvatron: not modelled", "1")
+    default = reader.text("default_dp_type", "ddp", choices=DEFAULT_TYPES.values())
+    pipeline = reader.text("pipeline_type", "gpipe", choices=PIPELINES.values())
+    stage = "3" if sharded else {word: knob for knob, word in DEFAULT_TYPES.items()}.get(default, "0")
+    notes = ["Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."]
+    fixed: dict[str, Any] = {
+        "pp": pp, "tp": 1 if ulysses else degree, "cp": degree if ulysses else 1, "context": "a2a" if ulysses else "p2p",
+        "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full", "recompute": "full" if again else "none",
+        "schedule": {word: knob for knob, word in PIPELINES.items()}[pipeline] if pp > 1 else "1f1b", "virtual_stages": 1,
+        "optimizer": "adamw", "optimizer_offload": "none", "parameter_offload": "none", "tensor_overlap": "none",
+    }  # fmt: skip
+    if ulysses or degree == 1:
+        fixed["sequence_parallel"] = "false"
+    else:
+        notes.append(
+            "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."
+        )
+        fixed["sequence_parallel"] = "true"
+    fixed |= _layout(reader, layers, pp)
+    ignored = tuple(sorted(key for key in data if key not in _KNOWN))
+    for key in ignored:
+        hint = did_you_mean(key, _KNOWN)
+        notes += [f"{key}: {hint}"] if hint else []
+    for key in ("vtp", "vcp"):
+        if reader.integer(key, 1) != (degree if key == "vtp" else 1):
+            notes.append(f"{key} = {data[key]}: embedding and head are priced as the layers are.")
+    reader.raise_if_any()
+    wasteful = []
+    if stage == "0":
+        wasteful.append("With default_dp_type ddp, every replica keeps all optimizer states.")
+    if fixed["schedule"] == "gpipe":
+        wasteful.append(
+            "pipeline_type gpipe keeps the activations of all micro-batches; pipedream_flush those of pp."
+        )
+    workload = {"global_batch_size": batch, "optimizer": "adamw"}
+    missing = {"micro_batch_size": f"it is {batch} / ({chunks} chunks · data-parallel ranks)"}
+    return LaunchedRun(
+        "galvatron",
+        None,
+        workload,
+        fixed,
+        None,
+        (*notes, *ignored_note(ignored)),
+        tuple(wasteful),
+        ignored,
+        missing,
+        chunks,
+    )
+
+
+def _per_layer(reader: Reader, key: str, layers: int | None = None, default: int | None = None) -> list[int]:
+    """Whole numbers between commas, one per layer."""
+    if default is not None and key not in reader.data:
+        return [default] * (layers or 1)
+    text = reader.text(key)
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        reader.problem(key, repr(text)[:60], "whole numbers between commas, one per layer")
+        return [default or 1] * (layers or 1)
+    if layers is not None and len(parts) != layers:
+        reader.problem(key, f"{len(parts)} numbers", f"{layers}, as tp_sizes_enc has")
+    return [int(part) for part in parts]
+
+
+def _same(reader: Reader, key: str, values: list[int]) -> int:
+    """The number that all layers have."""
+    if len(set(values)) > 1:
+        reader.problem(
+            key,
+            f"differs between layers ({', '.join(map(str, sorted(set(values))))})",
+            "one value for all layers",
+        )
+    return max(values[0], 1) if key == "tp_sizes_enc" else values[0]
+
+
+def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
+    """Name of the layout that gives each stage its layers."""
+    from planner.pipeline import layouts
+
+    if "pp_division" not in reader.data or pp == 1:
+        return {"pipeline_layout": "even"}
+    stages = _per_layer(reader, "pp_division")
+    for layout in (
+        layouts(("layer",) * layers, ("layer", "embedding", "head", "boundary"), pp, 1)
+        if layers >= pp
+        else ()
+    ):
+        if layout.counts[:, 0].tolist() == stages:
+            return {"pipeline_layout": layout.split}
+    shown = "-".join(map(str, stages))
+    reader.problem("pp_division", shown, "even stages, one layer fewer on an end, or balanced")
+    return {"pipeline_layout": "even"}

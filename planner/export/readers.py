@@ -1,0 +1,37 @@
+"""Configurations that can be read back, by the name that ``--from`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from planner.errors import Problem, SpecError, did_you_mean
+from planner.export.accelerate_import import read_accelerate
+from planner.export.deepspeed_import import read_deepspeed
+from planner.export.galvatron_import import read_galvatron
+from planner.export.launched import LaunchedRun
+from planner.export.megatron_import import read_megatron
+from planner.export.torchtitan_import import read_torchtitan
+
+__all__ = ["READERS", "read_launched"]
+
+READERS: Mapping[str, Callable[[str | Path], LaunchedRun]] = {
+    "accelerate": read_accelerate,
+    "deepspeed": read_deepspeed,
+    "galvatron": read_galvatron,
+    "megatron": read_megatron,
+    "torchtitan": read_torchtitan,
+}
+
+
+def read_launched(launcher: str, path: str | Path) -> LaunchedRun:
+    """The run that a launcher's configuration describes.
+
+    Raises:
+        SpecError: no such reader, or what is wrong with the file, all at once.
+    """
+    if launcher not in READERS:
+        raise SpecError(
+            Problem("--from", repr(launcher), f"one of {', '.join(READERS)}", did_you_mean(launcher, READERS))
+        )
+    return READERS[launcher](path)

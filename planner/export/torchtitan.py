@@ -1,0 +1,291 @@
+"""A plan as flags of torchtitan: ``flags.txt`` and the launch of the recipe for the same model.
+
+Recipes fix the model, the loss (in chunks of the sequence) and FlexAttention; flags set the rest. Names, defaults and rules are
+those of torchtitan 0.3.0 (``config/configs.py``, ``models/*/config_registry.py``, ``distributed/parallel_dims.py``,
+``distributed/pipeline_parallel.py``, ``trainer.py``). A batch of a pipeline is its ``local_batch_size``, cut into micro-batches;
+without a pipeline it is one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
+from planner.export.rules import COMMON, has_experts, make_launcher, per_model
+from planner.export.sharding import mesh_dimensions, replication_rule
+from planner.export.target import Target, summary
+from planner.specs.model import Model
+from planner.specs.models import load_model
+from planner.technique import Check, Context
+
+__all__ = ["CHOICES", "EXPORTER", "LAUNCHER", "RECIPES", "SCHEDULES", "Recipe", "flags", "stages_of"]
+
+CHOICES: Mapping[str, str] = {
+    **COMMON,
+    "attention_kernel": "flash",
+    "precision": "bf16 fp32",
+    "elementwise_kernel": "fused eager",
+    "loss_kernel": "fused linear_fused log_softmax",
+    "gradient_accumulation": "fused separate",
+    "context": "p2p all_gather",  # p2p is what a plan without context parallelism says
+    "tensor_overlap": "none chunked",
+    "optimizer": "adamw",
+    "zero_stage": "0 2 fsdp",
+    "zero_group": "full node ranks",
+    "recompute": "none full per_op",
+    "optimizer_offload": "none cpu",
+    "parameter_offload": "none cpu",
+    "schedule": "1f1b gpipe interleaved",
+}
+
+SCHEDULES: Mapping[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
+RECOMPUTE: Mapping[str, str] = {"none": "none", "full": "full", "per_op": "selective"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe of torchtitan, and what it sets unless a flag says otherwise."""
+
+    module: str
+    config: str
+    model: str
+    local_batch_size: int
+    seq_len: int
+    recompute: str
+    tp: int = 1
+    ep: int = 1
+    schedule: str = "1F1B"
+
+
+RECIPES = (
+    Recipe("llama3", "llama3_8b", "llama3.1-8b", 1, 8192, "selective"),
+    Recipe("llama3", "llama3_70b", "llama3.1-70b", 8, 8192, "full", tp=8),
+    Recipe(
+        "deepseek_v3",
+        "deepseek_v3_671b",
+        "deepseek-v3",
+        4,
+        4096,
+        "selective",
+        ep=2,
+        schedule="Interleaved1F1B",
+    ),
+    Recipe("qwen3", "qwen3_0_6b", "qwen3-0.6b", 4, 4096, "selective"),
+    Recipe("qwen3", "qwen3_1_7b", "qwen3-1.7b", 4, 4096, "selective"),
+    Recipe("qwen3", "qwen3_14b", "qwen3-14b", 4, 4096, "full"),
+    Recipe("qwen3", "qwen3_32b", "qwen3-32b", 2, 4096, "full"),
+    Recipe("qwen3", "qwen3_30b_a3b", "qwen3-30b-a3b", 2, 4096, "full"),
+    Recipe("gpt_oss", "gpt_oss_20b", "gpt-oss-20b", 1, 8192, "full"),
+    Recipe("gpt_oss", "gpt_oss_120b", "gpt-oss-120b", 1, 8192, "full"),
+)
+"""Recipes whose model is a shipped one; that of Llama 3.1 405B converts its weights to fp8, which no flag undoes."""
+
+
+@cache
+def _shipped(name: str) -> Model:
+    return load_model(name)
+
+
+@per_model
+def recipe_of(model: Model) -> Recipe | None:
+    """The recipe that trains a model of this shape; None where there is none."""
+
+    def shape(other: Model) -> tuple[Any, ...]:
+        layers = [other.blocks[name] for name, repeat in other.layers for _ in range(repeat)]
+        return other.hidden, other.vocab, other.tied_embeddings, layers
+
+    return next((recipe for recipe in RECIPES if shape(_shipped(recipe.model)) == shape(model)), None)
+
+
+def stages_of(layers: int, stages: int, first_less: int, last_less: int) -> list[int]:
+    """Layers per virtual stage, as ``_generate_llm_fqn_per_model_part`` deals them.
+
+    >>> stages_of(32, 4, 1, 1)
+    [8, 9, 8, 7]
+    """
+    each, longer = divmod(layers + first_less + last_less, stages)
+    counts = [each + (stage < longer) for stage in range(stages)]
+    counts[0] -= first_less
+    counts[-1] -= last_less
+    return counts
+
+
+def _ends(target: Target) -> tuple[int, int] | None:
+    """Layers fewer on the first and on the last stage that give the plan's stages; None where none do."""
+    stages = list(target.plan.stages)
+    for ends in ((0, 0), (1, 1), (1, 0), (0, 1)):
+        if stages_of(sum(stages), len(stages), *ends) == stages:
+            return ends
+    return None
+
+
+def _valid(ctx: Context) -> Iterable[Check]:
+    mesh, knobs = ctx.mesh, ctx.knobs
+    recipe = recipe_of(ctx.model)
+    known = ", ".join(r.config for r in RECIPES)
+    yield Check(f"no recipe for this model; there are {known}", recipe is not None)
+    yield replication_rule(ctx)
+    divisor = np.where(mesh.tp > 1, mesh.tp, 1) * np.where(mesh.cp > 1, 2 * mesh.cp, 1)
+    yield Check("sequence length not divisible by tp and 2·cp", np.mod(ctx.workload.seq_len, divisor) == 0)
+    yield Check(
+        "context parallelism gathers keys and values", (mesh.cp == 1) | (knobs["context"] == "all_gather")
+    )
+    if ctx.model.tied_embeddings:
+        yield Check("tied embeddings cannot be cut into stages", mesh.pp == 1)
+    for block in ctx.model.blocks.values():
+        if block.attention is not None:
+            yield Check("KV heads not divisible by tp", block.attention.kv_heads % mesh.tp == 0)
+            yield Check(
+                "windowed attention without context parallelism",
+                (mesh.cp == 1) | (not block.attention.window),
+            )
+    if has_experts(ctx.model):
+        yield Check(
+            "experts are cut over tp, or spread whole over ep", mesh.etp == np.where(mesh.ep > 1, 1, mesh.tp)
+        )
+    if knobs.get("schedule") in ("1f1b", "gpipe"):
+        yield Check("fewer micro-batches than stages", (mesh.pp == 1) | (ctx.micro_batches >= mesh.pp))
+    if knobs.get("schedule") == "interleaved":
+        rounds = np.maximum(ctx.micro_batches // mesh.pp, 1)
+        yield Check(
+            "micro-batches do not divide into rounds (Interleaved1F1B)",
+            np.mod(ctx.micro_batches, rounds) == 0,
+        )
+    yield Check("gradients are reduced in fp32 (mixed_precision_reduce)", ctx.gradient_dtype == "fp32")
+    compiled = knobs.get("elementwise_kernel", "fused") == "fused"
+    if knobs.get("tensor_overlap") == "chunked":
+        yield Check("overlapped tensor parallelism needs compiled models (fused kernels)", compiled)
+    if "optimizer_offload" in knobs and "parameter_offload" in knobs:
+        same = knobs["optimizer_offload"] == knobs["parameter_offload"]
+        yield Check("parameters and optimizer states are offloaded together", same)
+        yield Check(
+            "offload needs sharded states",
+            knobs.get("zero_stage") != "0" or knobs["optimizer_offload"] == "none",
+        )
+    if knobs.get("zero_stage") == "0":
+        # DDP is composed with nothing else (dp_replicate is a dimension of FSDP's mesh otherwise).
+        yield Check(
+            "replicated states beside other parallelism need shards",
+            (mesh.tp * mesh.cp * mesh.pp == 1) | (mesh.dp * mesh.cp == 1),
+        )
+
+
+LAUNCHER = make_launcher(
+    "torchtitan",
+    CHOICES,
+    _valid,
+    frozenset({"even", "short_ends", "short_first", "short_last"}),
+    native={"zero_stage": "fsdp"},
+)
+
+
+def flags(target: Target) -> list[str]:
+    """The flags for a plan that keeps the rules, one per entry; the choice of recomputation stands last."""
+    plan, knobs, sizes = target.plan, target.knobs, mesh_dimensions(target)
+    recipe = recipe_of(target.model)
+    assert recipe is not None
+    pipelined = sizes["pp"] > 1
+    micro_batch = int(plan.knobs["micro_batch_size"])
+    found = [
+        f"--module {recipe.module}",
+        f"--config {recipe.config}",
+        f"--training.local-batch-size {micro_batch * (plan.micro_batches if pipelined else 1)}",
+        f"--training.global-batch-size {target.workload.global_batch_size}",
+        f"--training.seq-len {target.workload.seq_len}",
+        f"--training.mixed-precision-param {'bfloat16' if knobs['precision'] == 'bf16' else 'float32'}",
+        "--training.disable-cuda-graphs",
+        f"--parallelism.data-parallel-replicate-degree {sizes['dp_replicate']}",
+        f"--parallelism.data-parallel-shard-degree {sizes['dp_shard']}",
+        f"--parallelism.fsdp-reshard-after-forward {'never' if knobs['zero_stage'] == '2' else 'always'}",
+        f"--parallelism.tensor-parallel-degree {sizes['tp']}",
+        f"--parallelism.{'' if knobs['sequence_parallel'] == 'true' else 'no-'}enable-sequence-parallel",
+        f"--parallelism.context-parallel-degree {sizes['cp']}",
+        f"--parallelism.pipeline-parallel-degree {sizes['pp']}",
+        f"--parallelism.expert-parallel-degree {plan.mesh['ep']}",
+        *(_pipeline(target, micro_batch) if pipelined else ()),
+        f"--compile.{'' if knobs['elementwise_kernel'] == 'fused' else 'no-'}enable",
+        "--compile.components model,loss",
+        f"--compile.{'' if knobs['tensor_overlap'] == 'chunked' else 'no-'}enable-async-tensor-parallel",
+        f"--training.{'' if knobs['parameter_offload'] == 'cpu' else 'no-'}enable-cpu-offload",
+    ]
+    return [*found, f"activation-checkpoint:{RECOMPUTE[knobs['recompute']]}"]
+
+
+def _pipeline(target: Target, micro_batch: int) -> list[str]:
+    plan = target.plan
+    ends = _ends(target)
+    assert ends is not None
+    per_stage = ceil((sum(plan.stages) + sum(ends)) / len(plan.stages))
+    return [
+        f"--parallelism.pipeline-parallel-schedule {SCHEDULES[target.knobs['schedule']]}",
+        f"--parallelism.pipeline-parallel-microbatch-size {micro_batch}",
+        f"--parallelism.pipeline-parallel-layers-per-stage {per_stage}",
+        f"--parallelism.pipeline-parallel-first-stage-less-layers {ends[0]}",
+        f"--parallelism.pipeline-parallel-last-stage-less-layers {ends[1]}",
+    ]
+
+
+def _write(target: Target, script: str) -> dict[str, str]:
+    # Every step is logged, nothing is saved or validated: the run measures.
+    measure = [
+        "--training.steps ${STEPS:-30}",
+        "--metrics.log-freq 1",
+        "--validator.no-enable",
+        "--checkpoint.no-enable",
+    ]
+    *options, recompute = flags(target)
+    lines = [
+        "#!/usr/bin/env bash",
+        "# torchtitan 0.3; plan.json holds the whole plan.",
+        *(f"# {line}" for line in summary(target.plan)),
+        "# Run it once per node. HF_ASSETS is the folder of the model's tokenizer, DATASET one that torchtitan knows (or C4's).",
+        "set -euo pipefail",
+        "",
+        *environment_of_torchrun(target),
+        "",
+        *torchrun_lines(),
+        f"    {script} \\",
+        *(f"    {flag} \\" for flag in (*options, *measure)),
+        "    --hf-assets-path ${HF_ASSETS:-./assets/hf/tokenizer} --dataloader.dataset ${DATASET:-c4} \\",
+        f'    "$@" {recompute}',
+    ]
+    return {"run.sh": "\n".join(lines) + "\n", "flags.txt": "\n".join([*options, recompute]) + "\n"}
+
+
+def _first(target: Target) -> list[str]:
+    return [
+        "Tokenizer and data: `HF_ASSETS` must hold the model's tokenizer, and the data set must be reachable from the nodes.",
+        "`pip show torchtitan` says 0.3: later versions rename the batch flags, and are to drop flags altogether.",
+    ]
+
+
+def _differs(target: Target) -> list[str]:
+    if target.knobs["loss_kernel"] == "linear_fused":
+        return []
+    return [
+        "The recipe computes the loss in eight chunks of the sequence: its logits take less memory than the plan counts"
+        f" (`loss_kernel={target.knobs['loss_kernel']}`)."
+    ]
+
+
+EXPORTER = Exporter(
+    name="torchtitan",
+    title="torchtitan",
+    versions=("0.3",),
+    checked="ConfigManager, ParallelDims and the pipeline's own split",
+    launcher="torchtitan",
+    write=_write,
+    script="-m torchtitan.train",
+    framework="PyTorch FSDP2 (torchtitan)",
+    log=Log(
+        tokens=r"tps: ([\d,]+)", peak=r"memory:\s+([\d.]+)GiB", peak_unit_bytes=2.0**30, peak_kind="reserved"
+    ),
+    first=_first,
+    differs=_differs,
+)

@@ -1,0 +1,87 @@
+"""The screen of ``planner check``: what is wrong, what is wasted, and the way to the best plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.export.checking import Change, Finding
+from planner.export.launched import LaunchedRun
+from planner.plan import Plan
+from planner.report.plan_table import show_plans
+from planner.report.terminal import Screen, gib, words
+from planner.specs.problem import Problem
+
+__all__ = ["show_check"]
+
+
+def show_check(
+    problem: Problem,
+    run: LaunchedRun,
+    found: Sequence[Finding],
+    plan: Plan | None,
+    best: Plan | None,
+    steps: Sequence[Change],
+) -> None:
+    """Prints the findings, then what the best plan would gain.
+
+    Args:
+        problem: the job.
+        run: what was read.
+        found: errors and warnings.
+        plan: the configuration's plan; None where it cannot be priced.
+        best: the best plan for the job; None where none fits.
+        steps: the way from one to the other.
+    """
+    screen = Screen()
+    errors = [_sentence(finding) for finding in found if finding.level == "error"]
+    warnings = [_sentence(finding) for finding in found if finding.level == "warning"]
+    verdict = (
+        f"{len(errors)} wrong, {len(warnings)} wasteful"
+        if errors or warnings
+        else "nothing wrong, nothing wasteful found"
+    )
+    screen.line(f"{run.launcher}, {problem.model.name} on {problem.cluster.name}: {verdict}", "bold")
+    screen.section("Wrong", errors)
+    screen.section("Wasteful", warnings)
+    screen.section("Read from the configuration", run.notes)
+    if best is None:
+        screen.section("The best plan", ["No plan for this job fits: planner train says what binds."])
+        return
+    if plan is None:
+        screen.section("The best plan that it can run", [])
+        show_plans(screen, [best], problem.objective)
+        return
+    _way(screen, plan, best, steps)
+    show_plans(screen, [best, plan], problem.objective, joined=False)
+
+
+def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> None:
+    """What each choice of the best plan gains, in order."""
+    now_s, best_s = plan.estimate.step_time_s, best.estimate.step_time_s
+    screen.line()
+    if not steps or best_s > now_s * (1 - 1e-9):
+        screen.line("It is as fast as the best plan that was found.", "bold")
+        return
+    screen.line(
+        f"The best plan takes {best_s:.3f} s instead of {now_s:.3f} s per step: {now_s / best_s:.2f}× as fast",
+        "bold",
+    )
+    rows = [
+        (f"{step.after_s - step.before_s:+.3f}", f"{step.after_s:.3f}", "" if step.fits else "no")
+        for step in steps
+    ]
+    changes = [
+        ", ".join(f"{words(name)} {was} → {now}" for name, (was, now) in step.knobs.items()) for step in steps
+    ]
+    screen.grid(("step by s", "then s", "fits"), rows, ("fits",), "change", changes)
+    peak, budget = best.estimate.memory_bytes["peak"], best.estimate.memory_budget_bytes
+    screen.line(f"It peaks at {gib(peak)} GiB of {gib(budget)} GiB.")
+    screen.line()
+
+
+def _sentence(finding: Finding) -> str:
+    return (
+        f"{finding.what}. Caught by: {finding.caught_by}."
+        if finding.caught_by
+        else f"{finding.what.rstrip('.')}."
+    )

@@ -1,0 +1,147 @@
+"""Configurations of launchers from the command line: priced, checked, written, and refused with one clear message."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "launchers"
+JOB = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:4x8", "--seq-len", "8192")
+SMALL = ("--model", "gpt2", "--cluster", "a100-sxm-80gb:1x2", "--global-batch", "16", "--seq-len", "1024")
+
+
+@pytest.fixture
+def plans(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    choices = ("zero_stage=2", "elementwise_kernel=eager", "loss_kernel=log_softmax", "micro_batch_size=8")
+    done = planner(
+        "estimate", *SMALL, *(word for choice in choices for word in ("--fix", choice)), "-o", path
+    )
+    assert done.code == 0
+    return path
+
+
+def test_check_prices_what_the_best_plan_gains(planner):
+    found = planner("check", "--from", "deepspeed", EXAMPLES / "zero3_offload.json", *JOB)
+    assert (found.code, found.err) == (0, "")
+    text = " ".join(found.out.split())
+    assert "0 wrong, 1 wasteful" in text
+    assert "offload_optimizer without pin_memory" in text
+    assert "optimizer offload cpu → none" in text
+
+
+def test_check_as_json_adds_up(planner):
+    found = json.loads(
+        planner("check", "--from", "deepspeed", EXAMPLES / "zero3_offload.json", *JOB, "--json").out
+    )
+    gained = sum(step["before_s"] - step["after_s"] for step in found["steps"])
+    step_s = [found[name]["estimate"]["step_time_s"] for name in ("plan", "best")]
+    assert gained == pytest.approx(step_s[0] - step_s[1])
+
+
+def test_check_exits_1_where_something_is_wrong(planner, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}'
+    )
+    found = planner("check", "--from", "deepspeed", path, *JOB)
+    assert found.code == 1
+    assert "does not fit" in found.out
+
+
+def test_what_a_file_leaves_open_is_asked_for(planner, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 256, "train_micro_batch_size_per_gpu": "auto"}')
+    found = planner("estimate", "--from", "deepspeed", path, *JOB)
+    assert found.code == 2
+    assert (
+        "micro_batch_size: train_micro_batch_size_per_gpu is auto; expected --fix micro_batch_size=N"
+        in found.err
+    )
+
+
+def test_another_number_of_devices_is_refused(planner):
+    found = planner(
+        "estimate", "--from", "deepspeed", EXAMPLES / "zero3_offload.json", *JOB[:3], "h100-sxm:2x8", *JOB[4:]
+    )
+    assert found.code == 2
+    assert "16 devices; expected 32" in found.err
+
+
+def test_an_unknown_reader(planner):
+    found = planner("check", "--from", "deepsped", "x.json", *JOB)
+    assert found.code == 2
+    assert "Did you mean deepspeed?" in found.err
+
+
+def test_a_folder_is_written_whole(planner, plans, tmp_path):
+    out = tmp_path / "run"
+    found = planner("export", f"{plans}:1", "--to", "accelerate", "--with", "slurm", "-o", out)
+    assert (found.code, found.err) == (0, "")
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "accelerate.yaml", "config.json", "job.sbatch", "measure.py", "plan.json", "run.sh", "train.py",
+    }  # fmt: skip
+    assert (out / "run.sh").stat().st_mode & 0o100
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_nothing_is_left_where_a_file_cannot_be_placed(planner, plans, tmp_path):
+    (tmp_path / "run" / "run.sh").mkdir(parents=True)
+    found = planner("export", f"{plans}:1", "--to", "accelerate", "-o", tmp_path / "run")
+    assert found.code == 2
+    assert "run.sh is a folder" in found.err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.sh"]
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_a_refusal_names_the_closest_plan(planner, plans):
+    found = planner("export", f"{plans}:1", "--to", "megatron")
+    assert found.code == 5
+    assert "Closest plan that it can run: elementwise_kernel eager → fused" in found.err
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--to", "megatorn"), "Did you mean megatron"),
+        (("--to", "accelerate", "--with", "slrum"), "Did you mean slurm?"),
+        (("--to", "accelerate", "--launcher-version", "0.9"), "expected 1.15"),
+    ],
+)
+def test_mistakes_in_options(planner, plans, options, why):
+    found = planner("export", f"{plans}:1", *options)
+    assert found.code == 2
+    assert why in found.err
+
+
+def test_a_machine_describes_itself(planner, tmp_path):
+    out = tmp_path / "mine.toml"
+    report = EXAMPLES / "topology.txt"
+    found = planner(
+        "hardware", "import", report, "--device", "h100-sxm", "--nodelist", "gpu[001-016]", "-o", out
+    )
+    assert (found.code, found.err) == (0, "")
+    # Five adapters, one of which shares no switch with a GPU.
+    assert "4 adapters per node" in found.out
+    assert "1 adapters share no PCIe switch" in found.out
+    assert "128 devices" in planner("hardware", "show", out).out
+
+
+def test_detect_says_what_is_missing_without_a_driver(planner, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = planner("hardware", "detect")
+    assert found.code == 2
+    assert "nvidia-smi: cannot be asked" in found.err
+
+
+def test_headers_of_weights_are_held_against_the_model(planner, tmp_path):
+    from planner.export.hf_model import hf_model
+    from planner.specs.models import load_model
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_model(load_model("gpt2")).config))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [124_439_808], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    found = planner("models", "import", tmp_path)
+    assert found.code == 0
+    # GPT-2 small has 124,439,808 parameters (Hugging Face's gpt2, without the tied head).
+    assert "as many as the model has" in " ".join(found.out.split())

@@ -1,0 +1,167 @@
+"""What machines and files say of themselves: links, memory, lists of nodes, headers of weights, nccl-tests of all ages."""
+
+import json
+
+import pytest
+
+from planner.calibration.nccl_tests import is_nccl_tests, read_nccl_tests
+from planner.errors import SpecError
+from planner.specs.cluster_file import load_cluster
+from planner.specs.device_file import load_device
+from planner.specs.machine_cluster import cluster_toml, device_named
+from planner.specs.machine_report import expand_nodes, read_gpus, read_topology
+from planner.specs.safetensors import read_weights
+
+
+def matrix(gpus, joined, nics=()):
+    """A matrix as nvidia-smi prints it; ``joined(a, b)`` is the link between two GPUs, nics name their link to each GPU."""
+    names = [f"GPU{i}" for i in range(gpus)] + [f"NIC{i}" for i in range(len(nics))]
+    rows = ["\t" + "\t".join([*names, "CPU Affinity", "NUMA Affinity"])]
+    for a in range(gpus):
+        cells = ["X" if a == b else joined(a, b) for b in range(gpus)] + [nic[a] for nic in nics]
+        rows.append(f"GPU{a}\t" + "\t".join(cells) + "\t0-31\t0")
+    return "\n".join([*rows, "", "Legend:", "", "  X    = Self", "  SYS  = Connection traversing PCIe"])
+
+
+def test_eight_gpus_behind_a_switch():
+    near = [["PIX" if gpu == nic else "SYS" for gpu in range(8)] for nic in range(8)]
+    found = read_topology(matrix(8, lambda a, b: "NV18", [*near, ["SYS"] * 8]), "topo")
+    assert (found.gpus, found.domain, found.links, found.nics, found.far_nics) == (8, 8, 18, 8, 1)
+
+
+def test_bridged_pairs():
+    found = read_topology(matrix(4, lambda a, b: "NV12" if a // 2 == b // 2 else "SYS"), "topo")
+    assert (found.gpus, found.domain, found.links) == (4, 2, 12)
+
+
+def test_uneven_nvlink_is_refused():
+    with pytest.raises(SpecError, match="unevenly"):
+        read_topology(matrix(3, lambda a, b: "NV4" if {a, b} == {0, 1} else "SYS"), "topo")
+
+
+def test_no_matrix():
+    with pytest.raises(SpecError, match="holds no matrix"):
+        read_topology("hello", "topo")
+
+
+GPUS = "name, memory.total [MiB], power.limit [W]\n" + "NVIDIA H100 80GB HBM3, 81559 MiB, 500.00 W\n" * 8
+
+
+def test_the_driver_names_the_device():
+    gpus = read_gpus(GPUS, "gpus")
+    assert (gpus.count, gpus.memory_bytes) == (8, 81559 * 2**20)
+    assert device_named(gpus, None).name == "h100-sxm"
+
+
+def test_a_cluster_file_that_loads_and_says_what_it_assumes(tmp_path):
+    gpus = read_gpus(GPUS, "gpus")
+    topology = read_topology(matrix(8, lambda a, b: "NV18", [["PIX"] * 8] * 4), "topo")
+    text, said = cluster_toml(load_device("h100-sxm"), 16, topology, gpus, 400.0, "topo")
+    (tmp_path / "c.toml").write_text(text)
+    cluster = load_cluster(tmp_path / "c.toml")
+    assert [(tier.name, tier.size) for tier in cluster.tiers] == [("nvlink", 8), ("nic", 128)]
+    # Four adapters of 400 Gb/s for eight devices: 25 GB/s each.
+    assert cluster.tiers[1].bytes_per_s == pytest.approx(25e9)
+    assert any("500 W" in sentence for sentence in said)  # of 700 W
+    assert any("4 adapters of 400 Gb/s" in sentence for sentence in said)
+
+
+def test_pairs_become_a_tier_of_two(tmp_path):
+    topology = read_topology(matrix(4, lambda a, b: "NV12" if a // 2 == b // 2 else "SYS"), "topo")
+    text, _ = cluster_toml(load_device("a100-sxm-80gb"), 1, topology, None, None, "topo")
+    (tmp_path / "c.toml").write_text(text)
+    assert [(tier.name, tier.size) for tier in load_cluster(tmp_path / "c.toml").tiers] == [
+        ("nvlink", 2),
+        ("pcie", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "last"),
+    [
+        ("gpu[001-004,007]", 5, "gpu007"),
+        ("a1,b[8-10]", 4, "b10"),
+        ("r[1-2]n[01-03]", 6, "r2n03"),
+        ("login", 1, "login"),
+    ],
+)
+def test_node_lists(text, count, last):
+    found = expand_nodes(text)
+    assert (len(found), found[-1]) == (count, last)
+
+
+@pytest.mark.parametrize("text", ["gpu[1-", "gpu[a-b]", "", "gpu]1["])
+def test_bad_node_lists(text):
+    with pytest.raises(SpecError):
+        expand_nodes(text)
+
+
+# -- headers of weights ----------------------------------------------------------------------------------------------
+
+
+def safetensors(path, tensors):
+    header = json.dumps(
+        {
+            name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
+            for name, (dtype, shape) in tensors.items()
+        }
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+
+def test_headers_tell_the_exact_count(tmp_path):
+    safetensors(tmp_path / "a.safetensors", {"w": ("BF16", [4, 8]), "s": ("F8_E4M3", [16])})
+    safetensors(tmp_path / "b.safetensors", {"v": ("F32", [3])})
+    found = read_weights(tmp_path)
+    # 32 of 2 bytes, 16 of 1, 3 of 4.
+    assert (found.tensors, found.elements, found.n_bytes, found.files) == (3, 51, 92, 2)
+
+
+def test_an_index_alone_tells_bytes(tmp_path):
+    index = {"metadata": {"total_size": 1024}, "weight_map": {"w": "a.safetensors", "v": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = read_weights(tmp_path)
+    assert (found.tensors, found.elements, found.n_bytes, found.files) == (2, None, 1024, 0)
+
+
+def test_no_weights_and_bad_ones(tmp_path):
+    assert read_weights(tmp_path) is None
+    (tmp_path / "a.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(SpecError, match="header"):
+        read_weights(tmp_path)
+
+
+# -- nccl-tests of all ages ---------------------------------------------------------------------------------------------
+
+# Layouts as in NVIDIA/nccl-tests issues 107 (2021) and 249 (2024).
+OLD = """mpirun all_reduce_perf -b 8 -e 128M -f 2 -g 2
+# Using devices
+#   Rank  0 Pid  1 on host device  0 [0x07] A100-SXM4-40GB
+#   Rank  1 Pid  1 on host device  1 [0x0f] A100-SXM4-40GB
+#
+#                                                     out-of-place                       in-place
+#       size         count    type   redop     time   algbw   busbw  error     time   algbw   busbw  error
+#        (B)    (elements)                     (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
+   134217728      33554432   float     sum   1019.7  131.62  131.62  0e+00   1020.1  131.57  131.57  0e+00
+"""
+NEW = """all_reduce_perf -b 8 -e 128M -f 2 -g 2
+  Using devices
+  Rank  0 Group  0 Pid  1 on host device  0 [0x07] NVIDIA H100
+  Rank  1 Group  0 Pid  1 on host device  1 [0x0f] NVIDIA H100
+       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
+        (B)    (elements)                               (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
+   134217728      33554432     float     sum      -1    523.4  256.4   256.4      0    523.1   256.6   256.6      0
+"""
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(OLD, 1019.7e-6), (NEW, 523.4e-6)], ids=["2021", "2024"])
+def test_tables_of_all_ages(text, seconds):
+    assert is_nccl_tests(text)
+    (row,) = read_nccl_tests(text, "log")
+    assert row.seconds == pytest.approx(seconds)
+    assert row.work.ranks == 2
+
+
+def test_wrong_results_are_refused():
+    with pytest.raises(SpecError, match="3 wrong results"):
+        read_nccl_tests(NEW.replace("256.4      0 ", "256.4      3 "), "log")
