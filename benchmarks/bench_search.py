@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-from planner.pipeline import Layouts
+from planner.layout import Layouts
 from planner.solve.candidates import Jobs
 from planner.solve.expansion import Expansion
 from planner.solve.space import Choice, Rows

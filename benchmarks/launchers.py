@@ -136,7 +136,13 @@ _BY_SCRIPT = {
 
 def _idle(knob: str, plan: Plan) -> bool:
     """Whether a knob acts on a degree of 1, and means nothing."""
-    idle = {"sequence_parallel": "tp", "tensor_overlap": "tp", "context": "cp", "pipeline_layout": "pp", "expert_overlap": "ep"}
+    idle = {
+        "sequence_parallel": "tp",
+        "tensor_overlap": "tp",
+        "context": "cp",
+        "pipeline_layout": "pp",
+        "expert_overlap": "ep",
+    }
     return knob in idle and plan.mesh[idle[knob]] == 1
 
 

@@ -16,9 +16,10 @@ from planner.assignment import Assignment, joined
 from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
+from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.mesh import Mesh
-from planner.pipeline import BOUNDARY, Layout, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline import memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
 from planner.schedule.order import Generator, generator_of, make_order, repeated

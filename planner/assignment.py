@@ -16,8 +16,8 @@ import numpy as np
 from planner.baseline import EMBEDDING, HEAD
 from planner.engine import BlockTable
 from planner.errors import Problem, SpecError
+from planner.layout import BOUNDARY, Layout, layout_of
 from planner.ledger import Array
-from planner.pipeline import BOUNDARY, Layout, layout_of
 from planner.solve.space import Choice
 from planner.technique import ADDITIVE_SLOTS, discover, off
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from planner.costs.overlap import pipelined_s, uniform_bucket_exposure_s
 from planner.engine import PHASES, BlockTable, Pricer, dispatches
+from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Collective, Item, Kernel, Ledger, Resident, Stream, Transfer
-from planner.pipeline import BOUNDARY, Layout, phase_seconds, recomputed_fraction
+from planner.pipeline import phase_seconds, recomputed_fraction
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 

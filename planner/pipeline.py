@@ -1,39 +1,28 @@
 """The pipeline composer: block tables in, step time and peak memory of every device out.
 
-A layout says how many blocks of each kind every virtual stage holds. Because a stage is a sum of blocks, everything about it
-is a small matrix times a block table, so that a million candidates that share a layout are composed with a few products.
+A million candidates that share a :class:`~planner.layout.Layout` are composed with a few products of counts and block tables.
 :func:`step_bound` is a valid lower bound on the schedule's makespan, :func:`memory` the exact peak of its order; the schedule
 engine then gives the exact makespan of the few candidates that matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import EMBEDDING, HEAD
+from planner.baseline import EMBEDDING
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.engine import POOLS, BlockTable
+from planner.layout import BOUNDARY, Dealt, Layout, over_blocks, per_row
 from planner.ledger import Array
 from planner.schedule.live import live_vectors
-from planner.schedule.order import LOOPED, Generator, Placement, generator_of
+from planner.schedule.order import Generator, generator_of
 from planner.specs.stack import Stack
 
 __all__ = [
-    "LAYOUT_NAMES",
-    "Dealt",
-    "Layout",
-    "Layouts",
-    "Split",
-    "deal_layers",
     "held_bytes",
-    "layout_of",
-    "layouts",
     "memory",
     "memory_parts",
     "phase_seconds",
@@ -43,187 +32,6 @@ __all__ = [
     "tail_traffic",
     "tight_bound",
 ]
-
-BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """How layers are dealt to virtual stages: how many fewer the first and the last get, to make room for embedding and head."""
-
-    name: str
-    first_fewer: int
-    last_fewer: int
-
-
-SPLITS = (
-    Split("even", 0, 0),
-    Split("short_ends", 1, 1),
-    Split("short_first", 1, 0),
-    Split("short_last", 0, 1),
-)
-LAYOUT_NAMES = (*(split.name for split in SPLITS), "balanced")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Blocks per virtual stage, and what pricing reads off it.
-
-    ``counts``: (virtual stages, kinds), stage ``chunk·pp + device`` (see :class:`~planner.schedule.order.Placement`); ``chunks``
-    the same as (chunks, devices, kinds), and ``device_counts`` their sum. Of ``copies`` pipelines side by side, each runs its
-    share of the micro-batches. Equal neighbouring devices form a run (or every device is one), which is held to memory at its
-    first device (most in flight: ``run_first``, ``first_counts``) and priced at its last (it waits longest: ``run_last``,
-    ``last_counts``); ``ramp`` are the ``ramp_hops`` stages that a micro-batch passes before it. ``layers``: most transformer
-    layers on one device.
-    """
-
-    pp: int
-    virtual_stages: int
-    split: str
-    counts: Array
-    chunks: Array
-    device_counts: Array
-    run_first: NDArray[np.int64]
-    run_last: NDArray[np.int64]
-    first_counts: Array
-    last_counts: Array
-    ramp: Array
-    ramp_hops: NDArray[np.int64]
-    layers: int
-    copies: int = 1
-
-    def take(self, index: NDArray[np.intp]) -> Layout:
-        """The layout of some of the rows: itself."""
-        return self
-
-
-class Layouts:
-    """Layouts side by side, from which rows pick theirs."""
-
-    def __init__(self, each: Sequence[Layout]) -> None:
-        self.each = tuple(each)
-        self.runs = max(len(layout.run_first) for layout in each)
-        self._arrays: dict[str, Array] = {}
-
-    def deal(self, of: NDArray[np.intp]) -> Layout | Dealt:
-        """Rows with the layouts at ``of``."""
-        return self.each[int(of[0])] if len(of) and np.all(of == of[0]) else Dealt(self, of)
-
-    def stacked(self, name: str) -> Array:
-        """An attribute of all layouts, along the last axis; the last run several times where others have more runs."""
-        if name not in self._arrays:
-            values = [getattr(layout, name) for layout in self.each]
-            if name == "device_counts":
-                values = [counts[:1] for counts in values]
-            elif np.ndim(values[0]):
-                values = [v[np.minimum(np.arange(self.runs), len(v) - 1)] for v in values]
-            self._arrays[name] = np.ascontiguousarray(np.stack(values, axis=-1), dtype=np.float64)
-        return self._arrays[name]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dealt:
-    """Rows that have each a layout of their own (its place in ``among`` is ``of``), in the terms of :class:`Layout`.
-
-    What a layout has per run and kind is (runs, kinds, rows) here; ``device_counts`` are of the first device alone.
-    """
-
-    among: Layouts
-    of: NDArray[np.intp]
-
-    def take(self, index: NDArray[np.intp]) -> Layout | Dealt:
-        """Some of the rows."""
-        return self.among.deal(self.of[index])
-
-    def __getattr__(self, name: str) -> Array:
-        if name not in Layout.__slots__:
-            raise AttributeError(name)
-        return self.among.stacked(name).take(self.of, axis=-1)
-
-
-def _over(counts: Array, values: Array) -> Array:
-    """Sums over kinds: counts (runs, kinds), or (runs, kinds, rows), times values (kinds, rows); (runs, rows)."""
-    total: Array = counts @ values if counts.ndim == 2 else np.einsum("rka,ka->ra", counts, values)
-    return total
-
-
-def _per_row(values: NDArray[Any]) -> Array:
-    """What a layout (runs) or every row (runs, rows) has per run, to go with (runs, rows)."""
-    return values[:, None] if values.ndim == 1 else values
-
-
-@lru_cache(maxsize=4096)
-def layouts(
-    order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int, placement: Placement = LOOPED,
-    alike_in_order: bool = True,
-) -> tuple[Layout, ...]:  # fmt: skip
-    """Every way to deal the layers evenly to the stages of a pipeline: ``pp·virtual_stages`` of them, over its copies.
-
-    Even, with one layer fewer on the first and/or last stage (which also hold embedding and head); where nothing divides, a
-    balanced split whose ends get the smaller share. Unless equal devices are ``alike_in_order``, each is a run of its own.
-    """
-    stages, n = pp * virtual_stages // placement.copies, len(order)
-    found = []
-    for split in SPLITS:
-        total = n + split.first_fewer + split.last_fewer
-        if total % stages or (stages == 1 and split.name != "even") or total // stages < 1:
-            continue
-        sizes = [total // stages] * stages
-        sizes[0] -= split.first_fewer
-        sizes[-1] -= split.last_fewer
-        found.append(
-            deal_layers(order, kinds, pp, virtual_stages, split.name, sizes, placement, alike_in_order)
-        )
-    if not found and n >= stages:
-        small, longer = divmod(n, stages)
-        start = (stages - longer) // 2
-        sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
-        found.append(
-            deal_layers(order, kinds, pp, virtual_stages, "balanced", sizes, placement, alike_in_order)
-        )
-    return tuple(found)
-
-
-def deal_layers(
-    order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, split: str, sizes: Sequence[int],
-    placement: Placement = LOOPED, alike_in_order: bool = True,
-) -> Layout:  # fmt: skip
-    """The layout of some numbers of layers per stage of a pipeline, which add up to all layers."""
-    ends = np.cumsum(sizes)
-    pipeline = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
-    pipeline[0, kinds.index(EMBEDDING)] = 1
-    pipeline[-1, kinds.index(HEAD)] = 1
-    return layout_of(pipeline, pp, virtual_stages, split, placement, alike_in_order)
-
-
-def layout_of(
-    pipeline: Array, pp: int, virtual_stages: int, split: str, placement: Placement = LOOPED, alike_in_order: bool = True
-) -> Layout:  # fmt: skip
-    """The layout of given blocks per stage of a pipeline, (stages, kinds), of whose kinds the last three are no layers."""
-    counts = np.tile(pipeline, (placement.copies, 1))
-    chunks = placement.by_chunk(counts, pp)
-    differ = (
-        np.any(chunks[:, 1:] != chunks[:, :-1], axis=(0, 2))
-        if alike_in_order
-        else np.ones(pp - 1, dtype=bool)
-    )
-    changes = np.flatnonzero(differ)
-    first, last = np.concatenate([[0], changes + 1]), np.concatenate([changes, [pp - 1]])
-    device_counts = chunks.sum(axis=0)
-    depth = placement.depth(pp)[last]
-    before = (np.cumsum(pipeline, axis=0) - pipeline)[depth]
-    layers = int(device_counts[first][:, :-3].sum(axis=1).max())
-    return Layout(
-        pp, virtual_stages, split, counts, chunks, device_counts, first, last, device_counts[first], device_counts[last],
-        before, depth, layers, placement.copies,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _cumulative(order: tuple[str, ...], kinds: tuple[str, ...]) -> Array:
-    """Layers of each kind before each position: (layers + 1, kinds)."""
-    one_hot = np.array([[kind == name for kind in kinds] for name in order], dtype=np.float64)
-    return np.concatenate([np.zeros((1, len(kinds))), np.cumsum(one_hot, axis=0)])
 
 
 def step_bound(
@@ -252,7 +60,7 @@ def step_bound(
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)
     hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
-    forward_work_s, backward_work_s = (_over(layout.last_counts, each) for each in (forward, backward))
+    forward_work_s, backward_work_s = (over_blocks(layout.last_counts, each) for each in (forward, backward))
     tail_s = tail_seconds(table, layout.last_counts, forward_work_s, backward_work_s)
     share = micro_batches if np.all(np.equal(layout.copies, 1)) else micro_batches / layout.copies
     work_s = share * (forward_work_s + backward_work_s)
@@ -263,12 +71,17 @@ def step_bound(
         first_tail_s = tail_s[0]
     else:
         counts = layout.device_counts[:1]
-        first_tail_s = tail_seconds(table, counts, _over(counts, forward), _over(counts, backward))[0]
-    hops_s = _per_row(layout.ramp_hops) * hop_s
-    before_s, after_s = _over(layout.ramp, forward) + hops_s, _over(layout.ramp, backward) + hops_s
+        first_tail_s = tail_seconds(
+            table, counts, over_blocks(counts, forward), over_blocks(counts, backward)
+        )[0]
+    hops_s = per_row(layout.ramp_hops) * hop_s
+    before_s, after_s = (
+        over_blocks(layout.ramp, forward) + hops_s,
+        over_blocks(layout.ramp, backward) + hops_s,
+    )
     if generator.splits_backward:
         weight = table["weight_s"]
-        after_s = after_s - _over(layout.ramp, weight) - share * _over(layout.last_counts, weight)
+        after_s = after_s - over_blocks(layout.ramp, weight) - share * over_blocks(layout.last_counts, weight)
     bound_s: Array = np.max(before_s + work_s + np.maximum(tail_s, after_s + first_tail_s), axis=0)
     return bound_s
 
@@ -321,7 +134,7 @@ def tail_seconds(table: BlockTable, counts: Array, forward_s: Array, backward_s:
         counts: (devices, kinds), or (devices, kinds, rows).
         forward_s, backward_s: (devices, rows), one micro-batch through all of a device's chunks.
     """
-    total: Array = _over(counts, table["main_step_s"])
+    total: Array = over_blocks(counts, table["main_step_s"])
     for _, exposed_s in tail_traffic(table, counts, forward_s, backward_s).values():
         total = total + exposed_s
     return total
@@ -333,15 +146,15 @@ def tail_traffic(
     """Seconds of gradient and weight traffic per step, and what of them nothing hides: (devices, rows) each; as above."""
     found: dict[str, tuple[Array, Array]] = {}
     for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
-        messages = np.maximum(_over(counts, table[f"{track}_messages"]), 1.0)
-        whole_s = _over(counts, table[f"{track}_step_s"])
+        messages = np.maximum(over_blocks(counts, table[f"{track}_messages"]), 1.0)
+        whole_s = over_blocks(counts, table[f"{track}_step_s"])
         found[track] = whole_s, np.asarray(uniform_bucket_exposure_s(whole_s, beside_s, messages))
     return found
 
 
 def held_bytes(layout: Layout | Dealt, each: Array) -> Array:
     """Sums over the blocks of the first device of each run: (runs, rows) of (kinds, rows)."""
-    return _over(layout.first_counts, each)
+    return over_blocks(layout.first_counts, each)
 
 
 def memory(
@@ -437,7 +250,7 @@ def _peak(
     """Largest sum of live activations, and of what weight gradients wait for, on the first device of each run: (runs, rows)."""
     if generator.in_flight is not None and np.all(layout.virtual_stages == 1):
         depth = saturated(generator, layout.pp, 1, micro_batches)
-        one_each: Array = generator.in_flight(layout.pp, depth, _per_row(layout.run_first))
+        one_each: Array = generator.in_flight(layout.pp, depth, per_row(layout.run_first))
         return one_each * held_bytes(layout, saved)
     if isinstance(layout, Dealt):
         live = np.zeros((layout.among.runs, saved.shape[1]))

@@ -154,6 +154,14 @@ from planner.costs.queueing import (
     tandem_response_s,
     wait_quantile_s,
 )
+from planner.costs.reliability import (
+    best_interval_s,
+    checkpoint_stall_s,
+    daly_interval_s,
+    expected_slowdown,
+    fleet_mtbf_s,
+    young_interval_s,
+)
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.costs.state_sharding import (
@@ -196,6 +204,7 @@ __all__ = [
     "attention_s",
     "average_power_w",
     "batch_response_s",
+    "best_interval_s",
     "block_bits",
     "block_waste_tokens",
     "bound_1f1b_s",
@@ -211,11 +220,13 @@ __all__ = [
     "causal_fraction",
     "checkpoint_bytes",
     "checkpoint_segments",
+    "checkpoint_stall_s",
     "collective_costs",
     "contiguous_imbalance",
     "cool_compute_s",
     "cross_host_traffic",
     "custom_all_reduce_s",
+    "daly_interval_s",
     "dense_training_flop",
     "device_hours",
     "dispatch_bytes",
@@ -227,6 +238,7 @@ __all__ = [
     "energy_j",
     "erlang_b",
     "erlang_c",
+    "expected_slowdown",
     "expert_capacity",
     "expert_exchange_s",
     "expert_flop",
@@ -234,6 +246,7 @@ __all__ = [
     "expert_traffic_ratio",
     "fastest_s",
     "flash_activation_bytes",
+    "fleet_mtbf_s",
     "fsdp_parameter_peak_bytes",
     "gathered_host_bytes_per_s",
     "gg1_wait_bound_s",
@@ -309,6 +322,7 @@ __all__ = [
     "usd_per_token",
     "usp_elements",
     "wait_quantile_s",
+    "young_interval_s",
     "zero_offload_bytes",
     "zero_offload_step_s",
     "zero_plus_plus_traffic",

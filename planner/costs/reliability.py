@@ -75,7 +75,7 @@ def best_interval_s(stall_s: Real, mtbf_s: Real) -> Real:
 
 
 def expected_slowdown(interval_s: Real, stall_s: Real, restart_s: Real, mtbf_s: Real) -> Real:
-    """Expected time of a run over its time without failures and checkpoints: ``M·e^(R/M)·(e^((τ + δ)/M) − 1)/τ``.
+    """Ratio of the expected time of a run to its time without failures and checkpoints: ``M·e^(R/M)·(e^((τ + δ)/M) − 1)/τ``.
 
     Daly, equation 20. Failures may strike during checkpoints and restarts too. Goodput is its inverse.
 

@@ -117,7 +117,7 @@ def _same(reader: Reader, key: str, values: list[int]) -> int:
 
 def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
     """Name of the layout that gives each stage its layers."""
-    from planner.pipeline import layouts
+    from planner.layout import layouts
 
     if "pp_division" not in reader.data or pp == 1:
         return {"pipeline_layout": "even"}

@@ -376,7 +376,7 @@ def _named_layout(flags: FlagReader, text: str, model: Model, pp: int) -> tuple[
 
 def _name(flags: FlagReader, stages: list[int], pp: int, chunks: int) -> tuple[str, int]:
     """The planner's layout with these stages."""
-    from planner.pipeline import layouts
+    from planner.layout import layouts
 
     order = ("layer",) * sum(stages)
     kinds = ("layer", "embedding", "head", "boundary")

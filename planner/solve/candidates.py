@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import BlockTable
+from planner.layout import Dealt, Layout
 from planner.ledger import Array
-from planner.pipeline import Dealt, Layout
 from planner.schedule.order import Generator
 from planner.solve.space import Choice, order_of
 

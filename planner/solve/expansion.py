@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import BlockTable
+from planner.layout import Dealt, Layout
 from planner.ledger import Array
-from planner.pipeline import Dealt, Layout, held_bytes, memory, step_bound
+from planner.pipeline import held_bytes, memory, step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
 from planner.solve.space import Choice, Rows, order_of

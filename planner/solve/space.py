@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
+from planner.layout import LAYOUT_NAMES
 from planner.ledger import Array
 from planner.mesh import Mesh
-from planner.pipeline import LAYOUT_NAMES
 from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem

@@ -13,7 +13,7 @@ from planner.assemble import Assembly, assemble, exact_step_s, model_flop
 from planner.assignment import UNEVEN, read_assignment
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
-from planner.pipeline import Layout
+from planner.layout import Layout
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults

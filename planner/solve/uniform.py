@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import COMPACT, BlockTable, Pricer, tabulate
+from planner.layout import BOUNDARY, Layout, Layouts, layouts
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
-from planner.pipeline import BOUNDARY, Layout, Layouts, layouts, step_bound
+from planner.pipeline import step_bound
 from planner.solve.branches import Branches, Faults
 from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion

@@ -32,6 +32,7 @@ LAYERS = (
     "solve.graph",
     "techniques",
     "iteration",
+    "layout",
     "pipeline",
     "attribution",
     "plan",

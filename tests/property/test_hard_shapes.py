@@ -7,8 +7,8 @@ import pytest
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import Pricer, tabulate
+from planner.layout import BOUNDARY
 from planner.mesh import Mesh
-from planner.pipeline import BOUNDARY
 from planner.solve.train import examine
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model

@@ -12,7 +12,8 @@ import planner
 from planner.assemble import exact_step_s
 from planner.errors import ExportError, Interrupted, SpecError
 from planner.export import export
-from planner.pipeline import layouts, memory
+from planner.layout import layouts
+from planner.pipeline import memory
 from planner.plan import Plan
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.relaxation import path_factor

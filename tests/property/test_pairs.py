@@ -16,9 +16,9 @@ import pytest
 
 from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.engine import BlockTable, tabulate
+from planner.layout import BOUNDARY
 from planner.ledger import Ledger
 from planner.mesh import Mesh
-from planner.pipeline import BOUNDARY
 from planner.solve.branches import Faults
 from planner.solve.space import DEGREES, Choice, Rows
 from planner.solve.uniform import UniformSearch

@@ -15,7 +15,8 @@ from planner.assemble import exact_step_s
 from planner.baseline import EMBEDDING, HEAD
 from planner.engine import FIELDS, BlockTable
 from planner.errors import InvalidPlan
-from planner.pipeline import BOUNDARY, layouts, memory, saturated, step_bound
+from planner.layout import BOUNDARY, layouts
+from planner.pipeline import memory, saturated, step_bound
 from planner.schedule.engine import simulate
 from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes

@@ -13,7 +13,8 @@ from planner.assemble import exact_step_s
 from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible
-from planner.pipeline import BOUNDARY, memory, step_bound, tight_bound
+from planner.layout import BOUNDARY
+from planner.pipeline import memory, step_bound, tight_bound
 from planner.solve.front import pareto_front
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch

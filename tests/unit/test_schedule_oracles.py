@@ -8,7 +8,7 @@ import pytest
 from planner.assemble import exact_step_s
 from planner.costs import pipeline
 from planner.engine import FIELDS, BlockTable
-from planner.pipeline import layouts
+from planner.layout import layouts
 from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight
 from planner.schedule.order import Op, Shape, make_order, repeated

@@ -17,8 +17,8 @@ import numpy as np
 
 from planner.costs.overlap import pipelined_s
 from planner.engine import BlockTable
+from planner.layout import Layout
 from planner.ledger import Array
-from planner.pipeline import Layout
 from planner.solve.branches import Branches
 from planner.solve.layerwise.strategies import Totals
 from planner.specs.cluster import Cluster

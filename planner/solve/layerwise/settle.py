@@ -9,8 +9,8 @@ import numpy as np
 
 from planner.assemble import exact_step_s
 from planner.assignment import UNEVEN, Assignment, Runs
+from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
-from planner.pipeline import BOUNDARY, Layout, deal_layers, layouts
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
 from planner.solve.layerwise.relaxation import path_factor

@@ -14,8 +14,9 @@ import numpy as np
 
 from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
+from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
-from planner.pipeline import Layout, deal_layers, layouts, step_bound, tight_bound
+from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor, with_swaps
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.space import Choice, order_of
