@@ -109,6 +109,7 @@ def _megatron_recompute(ctx: Context) -> Iterable[Check]:
             alone | (ctx.mesh.pp == 1) | virtual,
         )
         yield Check("overlapped expert exchange beside recomputed experts", alone | (not whole))
+        yield Check("overlapped expert exchange in fp32", alone | (ctx.knobs["precision"] != "fp32"))
     if choice == "block" and ctx.knobs.get("schedule") == "interleaved":
         layers, chunks = ctx.knobs.get("recompute_layers"), ctx.knobs.get("virtual_stages")
         whole = layers is not None and chunks is not None and int(layers) % int(chunks) == 0
