@@ -196,9 +196,7 @@ def _search(
     if problems[0].deadline_s is None:
         from planner.solve.fleet import search_clusters
 
-        return search_clusters(
-            problems, top, progress, **({} if searcher is None else {"searcher": searcher})
-        )
+        return search_clusters(problems, top, progress, searcher)
     from planner.solve.deadline import fewest_devices
 
     return fewest_devices(problems, top, progress)

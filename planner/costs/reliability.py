@@ -50,7 +50,7 @@ def daly_interval_s(stall_s: Real, mtbf_s: Real) -> Real:
     """
     x = np.sqrt(stall_s / (2.0 * mtbf_s))
     near = young_interval_s(stall_s, mtbf_s) * (1.0 + x / 3.0 + x * x / 9.0) - stall_s
-    interval: Real = np.where(np.less(stall_s, 2.0 * mtbf_s), near, mtbf_s)
+    interval: Real = np.where(np.less(stall_s, 2.0 * mtbf_s), near, mtbf_s)[()]
     return interval
 
 

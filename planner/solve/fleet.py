@@ -83,7 +83,7 @@ def search_clusters(
     problems: Sequence[Problem],
     top: int = 10,
     on_progress: OnProgress | None = None,
-    searcher: Callable[[Problem, int, OnProgress | None], SearchResult] = search,
+    searcher: Callable[[Problem, int, OnProgress | None], SearchResult] | None = None,
 ) -> Fleet:
     """Searches every cluster and ranks all plans by the objective; ``searcher`` finds the plans of one.
 
@@ -98,7 +98,7 @@ def search_clusters(
     objective = problems[0].objective
     for problem in problems:
         try:
-            found.append(searcher(problem, top, on_progress))
+            found.append((searcher or search)(problem, top, on_progress))
             attempts.append(planned(problem, found[-1].best, "searched"))
         except Infeasible as error:
             faults += error.problems

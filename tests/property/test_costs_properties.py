@@ -193,7 +193,12 @@ TABLES = {
     "fastest_s",
     "latency_alpa_s",
     "optimizer_state_bytes",
+    "priority_wait_s",
+    "reshard_bytes",
+    "resharding_steps",
     "serial_finish_s",
+    "skewed_load_factor",
+    "zipf_shares",
 }
 NUMERIC = sorted(
     name
@@ -202,7 +207,7 @@ NUMERIC = sorted(
     # names or keywords alone are required, or the first axis has a meaning; the unit tests cover these
     and name not in TABLES
 )
-CHOICES = {"stage": 3, "strategy": "hybrid", "state": "activations", "recompute": "none", "algorithm": "auto"}
+CHOICES = {"stage": 3, "strategy": "hybrid", "state": "activations", "recompute": "none", "algorithm": "auto", "mode": "sync"}
 
 
 def arguments(function, scale):
