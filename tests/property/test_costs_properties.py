@@ -207,7 +207,14 @@ NUMERIC = sorted(
     # names or keywords alone are required, or the first axis has a meaning; the unit tests cover these
     and name not in TABLES
 )
-CHOICES = {"stage": 3, "strategy": "hybrid", "state": "activations", "recompute": "none", "algorithm": "auto", "mode": "sync"}
+CHOICES = {
+    "stage": 3,
+    "strategy": "hybrid",
+    "state": "activations",
+    "recompute": "none",
+    "algorithm": "auto",
+    "mode": "sync",
+}
 
 
 def arguments(function, scale):

@@ -95,7 +95,7 @@ def accumulated_in_place(ledger: Ledger, ctx: Context, *, reduced_at_once: bool 
     takes each gradient at once, none accumulates. Gradients that are reduced at once (``reduced_at_once``) accumulate in place
     only where there is no other replica to reduce with.
     """
-    if ctx.knobs["gradient_accumulation"] == "separate" or ctx.knobs.get("optimizer") in FUSED_UPDATES:
+    if ctx.knobs.get("gradient_accumulation") == "separate" or ctx.knobs.get("optimizer") in FUSED_UPDATES:
         return ledger
     moved = 2.0 * dtype_bytes(ctx.gradient_dtype)
 
