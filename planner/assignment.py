@@ -95,7 +95,7 @@ def _choice(slot: str, value: Any) -> Choice:
     text = str(value).lower()
     if slot in ADDITIVE_SLOTS and text == off(slot):
         return Choice(text, None)
-    for technique in discover().values():
+    for technique in discover("training").values():
         if technique.slot == slot and slot in ADDITIVE_SLOTS and text in technique.choices:
             return Choice(text, technique)
     raise SpecError(

@@ -186,6 +186,6 @@ class Iterations:
 
 def serving_choices(knobs: Mapping[str, Any]) -> list[Technique]:
     """The techniques of a recipe, in slot order."""
-    by_slot = {(t.slot, choice): t for t in discover().values() if t.job == "serving" for choice in t.choices}
+    by_slot = {(t.slot, choice): t for t in discover("serving").values() for choice in t.choices}
     found = (by_slot.get((slot, str(knobs[slot]))) for slot in SERVING_SLOTS)
     return [technique for technique in found if technique is not None]

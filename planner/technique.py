@@ -363,20 +363,29 @@ def catalogue() -> Mapping[str, Technique]:
 
 @cache
 def details() -> Mapping[str, Detail]:
-    """Details by name, of all modelled techniques."""
-    knobs = (knob for technique in discover().values() for knob in technique.knobs)
+    """Details by name, of all techniques that train."""
+    knobs = (knob for technique in discover("training").values() for knob in technique.knobs)
     return {knob.name: knob for knob in knobs if isinstance(knob, Detail)}
 
 
 @cache
-def discover() -> Mapping[str, Technique]:
-    """Every modelled technique by key: those of ``planner.techniques``, then those of its entry-point group."""
+def discover(job: str | None = None) -> Mapping[str, Technique]:
+    """Every modelled technique by key: those of ``planner.techniques``, then those of its entry-point group.
+
+    Args:
+        job: training or serving, whose techniques alone are loaded; None: both.
+    """
+    found: dict[str, Technique] = {}
+    if job is None:
+        for one in _JOBS:
+            for key, entry in discover(one).items():
+                assert key not in found, f"two techniques are called {key}"
+                found[key] = entry
+        return found
     from importlib.metadata import entry_points  # slow to import, and not needed to price a ledger
 
-    import planner.techniques
-
-    found: dict[str, Technique] = {}
-    for info in walk_packages(planner.techniques.__path__, "planner.techniques."):
+    package = import_module(f"planner.techniques.{job}")
+    for info in walk_packages(package.__path__, f"{package.__name__}."):
         module = import_module(info.name)
         entries = getattr(module, "TECHNIQUES", None) or (
             (module.TECHNIQUE,) if hasattr(module, "TECHNIQUE") else ()
@@ -384,7 +393,8 @@ def discover() -> Mapping[str, Technique]:
         for entry in entries:
             assert entry.key not in found, f"two techniques are called {entry.key}"
             found[entry.key] = entry
-    for entry in entry_points(group="planner.techniques"):
-        technique = entry.load()
-        found.setdefault(technique.key, technique)
+    for point in entry_points(group="planner.techniques"):
+        technique = point.load()
+        if technique.job == job:
+            found.setdefault(technique.key, technique)
     return found

@@ -214,7 +214,7 @@ def check_optimizer(name: str) -> None:
 
     known = sorted(
         choice
-        for t in discover().values()
+        for t in discover("training").values()
         if t.slot == "optimizer" and t.status == "modelled"
         for choice in t.choices
     )

@@ -124,7 +124,7 @@ def _source(technique: str, own: str) -> str:
 
 def _bubble(assembly: Assembly, bubble_s: float) -> dict[str, Any]:
     schedule = str(assembly.plan.knobs["schedule"])
-    techniques = [t for t in discover().values() if t.slot == "schedule" and schedule in t.choices]
+    techniques = [t for t in discover("training").values() if t.slot == "schedule" and schedule in t.choices]
     technique = techniques[0].key if techniques else schedule
     return {
         "what": "idle", "block": "", "phase": "step", "technique": technique,

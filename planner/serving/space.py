@@ -64,7 +64,7 @@ class ServeSpace:
             yield dict(zip(SERVING_SLOTS, values, strict=True))
 
     def _slot(self, slot: str) -> list[str]:
-        techniques = [t for t in discover().values() if t.job == "serving" and t.slot == slot]
+        techniques = [t for t in discover("serving").values() if t.slot == slot]
         known = [choice for t in sorted(techniques, key=lambda t: not t.default) for choice in t.choices]
         searched = {choice for t in techniques if t.searched or slot in self.fixed for choice in t.choices}
         wanted: tuple[str, ...] = tuple(choice for choice in known if choice in searched)

@@ -29,11 +29,16 @@ _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activity:
-    """Which states and which recompute choices say something of their own on each row: (choices, rows)."""
+    """Which states and which recompute choices say something of their own on each row: (choices, rows).
+
+    And how many: states, recompute choices of whole devices, and those by layers, (rows).
+    """
 
     states: Mask
     recomputes: Mask
-    counts: NDArray[np.int64]  # states per row
+    counts: NDArray[np.int64]
+    whole: NDArray[np.int64]
+    by_layers: NDArray[np.int64]
 
 
 class Branches:
@@ -85,7 +90,9 @@ class Branches:
         """Where each state and recompute choice keeps its rules, and is not a repetition of another."""
         states = np.array([self._acts(rows, knobs, state) for state in self.states])
         recomputes = np.array([self._acts(rows, knobs, {"recompute": choice}) for choice in self.recomputes])
-        return Activity(states, recomputes, states.sum(axis=0))
+        by_layers = np.array([self.by_layers(choice) for choice in self.recomputes])
+        kinds = (recomputes[~by_layers].sum(axis=0), recomputes[by_layers].sum(axis=0))
+        return Activity(states, recomputes, states.sum(axis=0), *kinds)
 
     def _acts(self, rows: Rows, knobs: Mapping[str, Any], choices: Mapping[str, Choice]) -> Mask:
         acts = np.ones(len(rows), dtype=bool)
@@ -103,10 +110,9 @@ class Branches:
 
     def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
         """Candidates per row, over layouts whose devices hold at most that many layers each."""
-        held = np.array(layers)
-        widths = np.array([self.widths(choice, held).sum() for choice in self.recomputes])
-        total: NDArray[np.int64] = activity.counts * (widths @ activity.recomputes) * len(self.swaps)
-        return total
+        each = int(self.widths(self.recomputes[-1], np.array(layers)).sum())  # choices by layers come last
+        widths: NDArray[np.int64] = len(layers) * activity.whole + each * activity.by_layers
+        return activity.counts * widths * len(self.swaps)
 
     def widths(self, recompute: Choice, layers: NDArray[Any] | int) -> NDArray[np.int64]:
         """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""

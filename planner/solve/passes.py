@@ -64,9 +64,9 @@ def run_passes(
 
 
 def _serving(slot: str, value: str) -> list[Technique]:
-    found = [t for t in discover().values() if t.slot == slot and value in t.choices]
+    found = [t for t in discover("training").values() if t.slot == slot and value in t.choices]
     if not found and value != off(slot):
-        known = [off(slot), *(c for t in discover().values() if t.slot == slot for c in t.choices)]
+        known = [off(slot), *(c for t in discover("training").values() if t.slot == slot for c in t.choices)]
         raise SpecError(
             Problem(f"--fix {slot}", repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
         )
@@ -74,5 +74,5 @@ def _serving(slot: str, value: str) -> list[Technique]:
 
 
 def _default(slot: str) -> str:
-    chosen = [t.choices[0] for t in discover().values() if t.slot == slot and t.default]
+    chosen = [t.choices[0] for t in discover("training").values() if t.slot == slot and t.default]
     return chosen[0] if chosen else off(slot)

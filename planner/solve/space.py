@@ -123,11 +123,7 @@ class Space:
 
     def _slot(self, slot: str) -> list[Choice]:
         found: list[Choice] = []
-        techniques = [
-            t
-            for t in discover().values()
-            if t.slot == slot and t.job == "training" and t.status == "modelled"
-        ]
+        techniques = [t for t in discover("training").values() if t.slot == slot and t.status == "modelled"]
         if not any(t.default for t in techniques):
             found.append(Choice(off(slot), None))
         launcher = self.problem.launcher
@@ -301,7 +297,7 @@ class Space:
         for name in DEGREES:
             self.allows(name, self.rows.values[name][:0])
         if self._unmatched:
-            techniques = {t.key: t for t in discover().values() if t.job == "training" and t.slot}
+            techniques = {t.key: t for t in discover("training").values() if t.slot}
             choices = [f"{t.slot}={value}" for t in techniques.values() for value in t.choices]
             tokens = [*choices, *SLOTS, *techniques]
             raise SpecError(

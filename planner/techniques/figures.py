@@ -80,7 +80,7 @@ def run(
     ctx = Context(spec, load_cluster(cluster), workload, load_stack(), Mesh(**degrees), size, knobs)
     ledger = baseline(spec, batch=size, seq=float(seq))
     for name in SLOTS:
-        chosen = (t for t in discover().values() if t.slot == name and knobs[name] in t.choices)
+        chosen = (t for t in discover("training").values() if t.slot == name and knobs[name] in t.choices)
         passes = (subject,) if name == slot else tuple(t.apply for t in chosen)
         for apply in passes:
             ledger = apply(ledger, ctx)

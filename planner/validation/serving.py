@@ -198,7 +198,7 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
     load = np.array([run.load for run in runs])
     traffic = Traffic(first.isl, first.osl, concurrency=1 if first.driver == "concurrency" else None)
-    defaults = {t.slot: t.choices[0] for t in discover().values() if t.job == "serving" and t.default}
+    defaults = {t.slot: t.choices[0] for t in discover("serving").values() if t.default}
     knobs = {slot: choice for slot, choice in defaults.items() if slot is not None}
     knobs |= {"weights": first.weights, "cache": first.cache}
     if first.exchanged:

@@ -49,7 +49,7 @@ def run(
 
     spec = load_model(model) if isinstance(model, str) else model
     degrees: dict[str, Any] = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
-    defaults = {t.slot: t for t in discover().values() if t.job == "serving" and t.default}
+    defaults = {t.slot: t for t in discover("serving").values() if t.default}
     knobs = {name: t.choices[0] for name, t in defaults.items() if name is not None} | choices
     ctx = ServingContext(
         spec, load_cluster(cluster), Traffic(1, 1), load_stack("vllm"), Mesh(**degrees), knobs
@@ -66,7 +66,7 @@ def run(
 
 def sixteen(ledger: Ledger, ctx: ServingContext) -> Ledger:
     """The default pass of the slot ``weights``."""
-    found = next(t for t in discover().values() if t.slot == "weights" and t.default)
+    found = next(t for t in discover("serving").values() if t.slot == "weights" and t.default)
     return found.apply(ledger, ctx)
 
 
