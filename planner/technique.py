@@ -7,10 +7,12 @@ slot, and passes run in slot order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -382,8 +384,6 @@ def discover(job: str | None = None) -> Mapping[str, Technique]:
                 assert key not in found, f"two techniques are called {key}"
                 found[key] = entry
         return found
-    from importlib.metadata import entry_points  # slow to import, and not needed to price a ledger
-
     package = import_module(f"planner.techniques.{job}")
     for info in walk_packages(package.__path__, f"{package.__name__}."):
         module = import_module(info.name)
@@ -393,8 +393,18 @@ def discover(job: str | None = None) -> Mapping[str, Technique]:
         for entry in entries:
             assert entry.key not in found, f"two techniques are called {entry.key}"
             found[entry.key] = entry
-    for point in entry_points(group="planner.techniques"):
-        technique = point.load()
+    for technique in _of_others():
         if technique.job == job:
             found.setdefault(technique.key, technique)
     return found
+
+
+def _of_others() -> list[Technique]:
+    """Techniques of the entry-point group."""
+    group = "planner.techniques"
+    files = (file for folder in sys.path for file in Path(folder).glob("*.*-info/entry_points.txt"))
+    if not any(f"[{group}]" in file.read_text(encoding="utf-8") for file in files):
+        return []  # the reader of entry points takes longer to load than all techniques together
+    from importlib.metadata import entry_points
+
+    return [point.load() for point in entry_points(group=group)]
