@@ -70,14 +70,14 @@ def train(
         ),
     ] = "auto",
     time_limit: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise: the best so far after this, with its gap, e.g. 0.5s.",
+            help="With --layerwise: the best so far after this, with its gap; none waits for the proof [10s].",
             show_default=False,
         ),
-    ] = None,
+    ] = "10s",
     out: Annotated[
         str | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plans as JSON to a file.")
     ] = None,
@@ -162,7 +162,7 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _layerwise(stages: str, solver: str, time_limit: str | None) -> Callable[..., SearchResult]:
+def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., SearchResult]:
     """The layer-wise search with its options.
 
     Raises:
@@ -184,7 +184,8 @@ def _layerwise(stages: str, solver: str, time_limit: str | None) -> Callable[...
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
-    limit_s = optional_quantity(faults, "--time-limit", time_limit, parse_seconds)
+    given = None if time_limit == "none" else time_limit
+    limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
     raise_if_any(faults)
     chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
     return partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)

@@ -28,6 +28,11 @@ Answer = tuple[float, Counts] | None
 Solver = Callable[[CountProblem], Answer]
 
 _MOST_COUNTS = 5_000_000  # that enumeration is willing to look at
+_MARGINS = (
+    0.0,
+    2e-6,
+    2e-5,
+)  # by which budgets are lowered, where the solver takes their violation for rounding
 _MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
@@ -112,11 +117,28 @@ def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     """The integer program, through ``scipy.optimize.milp`` (HiGHS).
 
     HiGHS stops at the tolerance as relative gap (its default is 1e-4), and accepts violations of 1e-6 of a row, so that rows are
-    scaled to 1 and the answer is checked.
+    scaled to 1 and the answer is checked. Where its counts exceed a budget by less than that, budgets lower by as much keep
+    the next answer within.
+
+    Raises:
+        SolverError: HiGHS gives up, or no answer of its fits.
     """
+    for margin in _MARGINS:
+        answer, fits = _by_highs(problem, tolerance, margin)
+        if fits:
+            return answer
+    raise SolverError(
+        Problem(
+            "--solver ilp", "the solver's answer exceeds a budget", "counts that fit", "Use --solver auto."
+        )
+    )
+
+
+def _by_highs(problem: CountProblem, tolerance: float, margin: float) -> tuple[Answer, bool]:
+    """HiGHS's answer under budgets lower by a margin, and whether it keeps the budgets."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
 
-    program = _Program.of(problem)
+    program = _Program.of(problem, margin)
     rows = [LinearConstraint(program.matrix, program.low, program.high)] if len(program.matrix) else []
     integrality = np.ones(len(program.objective))
     integrality[-1] = 0
@@ -128,12 +150,13 @@ def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
         options={"mip_rel_gap": tolerance},
     )
     if done.status == 2:
-        return None
+        return None, True
     if done.x is None:
         raise SolverError(
             Problem("--solver ilp", f"HiGHS: {done.message}", "a solution", "Use --solver auto.")
         )
-    return _checked(problem, program, done.x)
+    counts = _split(problem.groups, tuple(round(float(v)) for v in done.x))
+    return (problem.value(counts), counts), problem.fits(counts)
 
 
 SOLVERS: Mapping[str, Solver] = {
@@ -199,8 +222,8 @@ class _Program:
         self.floor[-1] = -np.inf
 
     @staticmethod
-    def of(problem: CountProblem) -> _Program:
-        """The integer program of a problem, costs in units of the largest one."""
+    def of(problem: CountProblem, margin: float) -> _Program:
+        """The integer program of a problem, costs in units of the largest one, budgets lower by a relative margin."""
         groups = problem.groups
         width = sum(g.cost.shape[1] for g in groups)
         scale = _scale(problem)
@@ -216,7 +239,7 @@ class _Program:
             unit = max(float(np.abs(line).max()), abs(float(problem.budget[d])), 1e-300)
             rows.append([*(line / unit), *(0.0 for _ in names), 0.0])
             low.append(-np.inf)
-            high.append(float(problem.budget[d] + SLACK * abs(problem.budget[d])) / unit)
+            high.append(float(problem.budget[d] + (SLACK - margin) * abs(problem.budget[d])) / unit)
         start, ceiling = 0, []
         for group in groups:
             strategies = group.cost.shape[1]
@@ -242,15 +265,3 @@ class _Program:
 def _scale(problem: CountProblem) -> float:
     largest = max(float(np.abs(g.cost).max()) for g in problem.groups)
     return max(largest, 1e-300)
-
-
-def _checked(problem: CountProblem, program: _Program, x: Array) -> Answer:
-    """The solver's columns as counts.
-
-    Raises:
-        SolverError: rounded to whole layers, they exceed a budget.
-    """
-    counts = _split(problem.groups, tuple(round(float(v)) for v in x))
-    if not problem.fits(counts):
-        raise SolverError(Problem("--solver ilp", "the solver's answer exceeds a budget", "counts that fit"))
-    return problem.value(counts), counts
