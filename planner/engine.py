@@ -141,7 +141,7 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
-            return float(stack.grouped_matmul_slowdown if item.grouped else stack.matmul_slowdown)
+            return float(getattr(stack, stack.product_constant(item.dtype, grouped=item.grouped)))
         if isinstance(item, AttentionCore):
             return float(stack.attention_slowdown)
         if isinstance(item, Stream):
