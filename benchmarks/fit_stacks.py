@@ -67,8 +67,8 @@ CONSTANTS: tuple[Key, ...] = (
 )
 # A stack may have better kernels than those that were measured: newer libraries' products, exchanges of their own.
 LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7, "exchange_slowdown": 0.4}
-PRIORS = {"waited_dispatches": 20.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
-HIGHEST = {"waited_dispatches": 40.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
+PRIORS = {"waited_dispatches": 5.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
+HIGHEST = {"waited_dispatches": 10.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
 _SPREAD = 0.35  # of the prior, in logarithms
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 8
