@@ -178,7 +178,7 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
                 problem = run.problem
                 measured = tokens_per_s_per_device(
                     row, problem.model, problem.workload, problem.cluster.devices, problem.cluster.device,
-                    str(problem.fixed["precision"]).replace("mx", "").replace("nv", ""),
+                    str(problem.fixed["precision"]).replace("mx", "").replace("nv", "").removesuffix("_rowwise"),
                 )  # fmt: skip
             except (Unsupported, PlannerError):
                 continue

@@ -174,7 +174,7 @@ def _interval(run: Run, plan: Plan, metric: str, predicted: float) -> tuple[floa
 def _rate(run: Run, predicted: Estimate) -> tuple[float, float]:
     problem = run.problem
     device, dtype = problem.cluster.device, str(problem.fixed["precision"])
-    dtype = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
+    dtype = {"fp8_rowwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
     measured = tokens_per_s_per_device(
         run.row, problem.model, problem.workload, problem.cluster.devices, device, dtype
     )

@@ -1,7 +1,7 @@
 """FP8 and FP4 training: linear layers multiply blocks of 8- or 4-bit numbers over 16-bit activations.
 
-What it does: every linear product reads operands quantised on use (``fp8``: one scale per tensor; ``mxfp8``: one 8-bit scale
-    per 32 elements; ``nvfp4``: one 8-bit scale per 16 elements).
+What it does: every linear product reads operands quantised on use (``fp8``: one scale per tensor; ``fp8_rowwise``: one per
+    row; ``mxfp8``: one 8-bit scale per 32 elements; ``nvfp4``: one 8-bit scale per 16 elements).
 Saves: time on the matrix units; a linear layer's saved input shrinks to the narrow format.
 Costs: a cast of both operands forward and of the output gradient backward, each written twice (the transpose of a quantised
     tensor is no quantisation of the transpose); the host's time for these kernels, of every expert its own.
@@ -58,7 +58,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     casts = [
         Stream(
             what=f"{item.what}.quantise", block=item.block, phase=item.phase, tags=item.tags - {"gemm"}, by="mxfp8_nvfp4",
-            size=_operands(item), bytes_per_element=cast, calls=_calls(item, scaled_in_blocks=formats.name != "fp8"),
+            size=_operands(item), bytes_per_element=cast, calls=_calls(item, scaled_in_blocks=formats.name in ("mxfp8", "nvfp4")),
         )
         for item in ledger.of(Matmul)
         if item.phase != "weight" and not item.tags & WIDE  # the weight gradient finds both of its operands cast
@@ -106,7 +106,7 @@ TECHNIQUE = Technique(
     key="mxfp8_nvfp4",
     name="FP8 and FP4 training (MXFP8, NVFP4)",
     slot="precision",
-    choices=("fp8", "mxfp8", "nvfp4"),
+    choices=("fp8", "fp8_rowwise", "mxfp8", "nvfp4"),
     source="arXiv:2209.05433",
     summary="Linear layers multiply blocks of 8- or 4-bit numbers",
     figures=(_stored_bits("mxfp8"), _stored_bits("nvfp4")),
