@@ -49,7 +49,7 @@ def _gathered(subject: Pass) -> float:
     ledger, _ = figures.run(
         "compression", subject, model="llama3-8b", dp=8, zero_stage="fsdp", precision="fp8", cluster="h100-sxm:1x8"
     )
-    gathers = [item for item in ledger.of(Collective, phase="forward", block="decoder") if "parameters" in item.tags]
+    gathers = [item for item in ledger.of(Collective, phase="forward", block="dense") if "parameters" in item.tags]
     sent = sum(float(ledger.axes[item.size].flat[0]) * dtype_bytes(item.dtype) for item in gathers)
     return sent / sum(float(ledger.axes[item.size].flat[0]) * dtype_bytes("bf16") for item in gathers)
 
