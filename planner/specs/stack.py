@@ -103,6 +103,8 @@ class Stack:
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
+        sequence_copies: copies of what sequence parallelism gathers or scatters, where tensors have their sequences in the second
+            dimension and collectives cut along the first.
         stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
@@ -129,6 +131,7 @@ class Stack:
     weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
+    sequence_copies: Sourced | None = None
     stage_tensors: Sourced | None = None
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)

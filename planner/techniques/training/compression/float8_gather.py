@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Ledger, Resident
+from planner.ledger import Collective, Item, Ledger, Resident, Stream
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -41,7 +41,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             return None
         return replace(item, bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
 
-    return ledger.edit(Collective, narrow).edit(Resident, hold)
+    def copy(item: Stream) -> Item | None:
+        gathered = "sequence_copy" in item.tags and item.tags & {"tp_gather", "tp_regather"}
+        if not gathered or item.block in _WIDE_BLOCKS:
+            return None
+        return replace(item, bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
+
+    return ledger.edit(Collective, narrow).edit(Resident, hold).edit(Stream, copy)
 
 
 def _gathered(subject: Pass) -> float:

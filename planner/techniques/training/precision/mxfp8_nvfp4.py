@@ -55,13 +55,14 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Switches dtypes by tag and adds the casts."""
     formats = ctx.format
     cast = float(cast_bytes(1.0, dtype_bytes(formats.activation), formats.linear_input_bytes, copies=2))
-    # A library that the stack names for the format quantises what a product reads but its weights.
+    # A library that the stack names for the format quantises the first operand of every product by itself: what is left to cast
+    # are the weights, and the inputs once more for the weight gradient.
     generation = ctx.cluster.device.generation
     library = bool(formats.kernels) and ctx.stack.kernel("gemm", formats.kernels, generation) is not None
     casts = [
         Stream(
             what=f"{item.what}.quantise", block=item.block, phase=item.phase, tags=item.tags - {"gemm"}, by="mxfp8_nvfp4",
-            size=_operands(item, weights_alone=library), bytes_per_element=cast, calls=_calls(item, scaled_in_blocks=formats.name in ("mxfp8", "nvfp4")),
+            size=_operands(item), bytes_per_element=cast, calls=_calls(item, scaled_in_blocks=formats.name in ("mxfp8", "nvfp4")),
         )
         for item in ledger.of(Matmul)
         if item.phase != "weight" and not item.tags & WIDE  # the weight gradient finds both of its operands cast
@@ -70,9 +71,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     return switch_dtypes(ledger, ctx, "mxfp8_nvfp4").add(casts)
 
 
-def _operands(item: Matmul, *, weights_alone: bool) -> str:
+def _operands(item: Matmul) -> str:
     """Elements to cast: activations and weights forward, the output's gradient backward."""
-    pairs = [(item.m, item.k)] * (not weights_alone) + [(item.k, item.n)] * (item.phase == "forward")
+    pairs = [(item.m, item.k)] + [(item.k, item.n)] * (item.phase == "forward")
     terms = [
         times(times(a, b), item.groups)
         for left, right in pairs
