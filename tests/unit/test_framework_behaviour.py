@@ -118,9 +118,13 @@ def test_the_host_issues_the_casts_of_every_expert(precision, forward, backward)
     ledger = built.parts[0].ledger
     for phase, each in (("forward", forward), ("backward", backward)):
         casts = [
-            item for item in ledger.of(Stream, phase=phase) if "expert" in item.tags and item.what.endswith("quantise")
+            item
+            for item in ledger.of(Stream, phase=phase)
+            if "expert" in item.tags and item.what.endswith("quantise")
         ]
-        assert [float(dispatches(item, ledger.axes)[0]) for item in casts] == [each * 128 / 8] * 2  # two products
+        assert [float(dispatches(item, ledger.axes)[0]) for item in casts] == [
+            each * 128 / 8
+        ] * 2  # two products
 
 
 def test_gathers_of_eight_bits_are_half_as_long():
@@ -132,4 +136,8 @@ def test_gathers_of_eight_bits_are_half_as_long():
             job=planner.TrainWorkload(8, 8192, precisions=(fixed["precision"],)), **fixed,
         ).parts[0].ledger  # fmt: skip
         widths.append({i.dtype for i in ledger.of(Collective, block="dense") if i.kind == "all_gather"})
-    assert widths == [{"fp8"}, {"bf16"}, {"bf16"}]  # one scale per tensor alone can be agreed on before the gather
+    assert widths == [
+        {"fp8"},
+        {"bf16"},
+        {"bf16"},
+    ]  # one scale per tensor alone can be agreed on before the gather

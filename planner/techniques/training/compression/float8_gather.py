@@ -1,7 +1,7 @@
 """Gathers of 8-bit operands: what an fp8 product reads is quantised before it is gathered, with one scale per tensor.
 
-What it does: the shards of linear layers' weights are quantised before fully sharded data parallelism gathers them, and the inputs
-    and output gradients of tensor-parallel layers before sequence parallelism does; scatters stay in 16 bits.
+What it does: the shards of linear layers' weights are quantised before fully sharded data parallelism gathers them, and the
+    inputs and output gradients of tensor-parallel layers before sequence parallelism does; scatters stay in 16 bits.
 Saves: half of the gathers' bytes, gathered weights included.
 Costs: nothing beyond the casts that the products need; the ranks agree on the scales (one small all-reduce, neglected).
 Assumes: one scale per tensor (``precision=fp8``; elsewhere nothing is narrowed); embedding and head travel in 16 bits.
@@ -37,7 +37,11 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     narrower = dtype_bytes("fp8") / dtype_bytes(ctx.format.activation)
 
     def hold(item: Resident) -> Item | None:
-        if item.pool != "gathered" or not item.what.endswith("parameters.whole") or item.block in _WIDE_BLOCKS:
+        if (
+            item.pool != "gathered"
+            or not item.what.endswith("parameters.whole")
+            or item.block in _WIDE_BLOCKS
+        ):
             return None
         return replace(item, bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
 
@@ -53,9 +57,17 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _gathered(subject: Pass) -> float:
     """Bytes of a layer's weights that a rank of 8 sends in a forward, over those of gathers in 16 bits."""
     ledger, _ = figures.run(
-        "compression", subject, model="llama3-8b", dp=8, zero_stage="fsdp", precision="fp8", cluster="h100-sxm:1x8"
+        "compression",
+        subject,
+        model="llama3-8b",
+        dp=8,
+        zero_stage="fsdp",
+        precision="fp8",
+        cluster="h100-sxm:1x8",
     )
-    gathers = [item for item in ledger.of(Collective, phase="forward", block="dense") if "parameters" in item.tags]
+    gathers = [
+        item for item in ledger.of(Collective, phase="forward", block="dense") if "parameters" in item.tags
+    ]
     sent = sum(float(ledger.axes[item.size].flat[0]) * dtype_bytes(item.dtype) for item in gathers)
     return sent / sum(float(ledger.axes[item.size].flat[0]) * dtype_bytes("bf16") for item in gathers)
 

@@ -1,6 +1,7 @@
 """AdamW and SGD: fp32 moments beside fp32 master weights.
 
-What it does: adds moments, one update kernel per block and step, and clipping: gradients are read for their global norm and scaled by it.
+What it does: adds moments, one update kernel per block and step, and clipping, which reads gradients for their global norm and
+    scales them.
 Saves: nothing.
 Costs: 4 bytes per parameter and moment (AdamW two, SGD with momentum one), and the update's traffic: weights, master weights
     and moments are read and written, gradients read.

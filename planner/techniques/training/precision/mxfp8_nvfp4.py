@@ -8,8 +8,8 @@ Costs: a cast of both operands forward and of the output gradient backward, each
 Assumes: attention, router, head, communication and master weights as in bf16; weights are cast in every micro-batch; all
     linear layers are quantised. Dimensions are whole blocks.
 Source: OCP Microscaling Formats v1.0 (2023); Micikevicius et al. 2022 (FP8 formats, arXiv:2209.05433); NVIDIA 2025 (NVFP4
-    pre-training, arXiv:2509.25149); Transformer Engine ``transformer_engine/pytorch/csrc/extensions/gemm.cpp`` (a product swizzles
-    the scales of both operands).
+    pre-training, arXiv:2509.25149); Transformer Engine ``pytorch/csrc/extensions/gemm.cpp`` (a product swizzles the scales of
+    both operands).
 """
 
 from __future__ import annotations

@@ -62,10 +62,14 @@ def _copies(items: Iterable[Item], ctx: Context) -> Iterator[Stream]:
     """Tensors that are put together again behind a gather along their second dimension, and taken apart before a scatter."""
     copies = ctx.stack.sequence_copies
     for item in items if copies is not None else ():
-        if copies is not None and isinstance(item, Collective) and item.tags & {"tp_gather", "tp_regather", "tp_scatter"}:
+        if (
+            copies is not None
+            and isinstance(item, Collective)
+            and item.tags & {"tp_gather", "tp_regather", "tp_scatter"}
+        ):
             yield Stream(
-                what=f"{item.what}.copy", block=item.block, phase=item.phase, tags=item.tags | {"sequence_copy"}, by="megatron_sp",
-                size=item.size, bytes_per_element=2.0 * copies.value * dtype_bytes(item.dtype),
+                what=f"{item.what}.copy", block=item.block, phase=item.phase, tags=item.tags | {"sequence_copy"},
+                by="megatron_sp", size=item.size, bytes_per_element=2.0 * copies.value * dtype_bytes(item.dtype),
             )  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             chunks[window] = ctx.mesh.tp
             changed[id(item)] = replace(item, window=window, track="tp", by="async_tp")
             changed[id(product)] = replace(product, window=window)
-    paired = {f"{item.what}.copy" for item in changed.values() if isinstance(item, Collective)}  # chunks are written in place
+    paired = {
+        f"{item.what}.copy" for item in changed.values() if isinstance(item, Collective)
+    }  # chunks are written in place
     items = tuple(
         changed.get(id(item), item)
         for item in ledger.items
