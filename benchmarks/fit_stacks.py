@@ -29,6 +29,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from planner.attribution import Spend
+from planner.costs.precision import FORMAT_BITS
 from planner.errors import PlannerError
 from planner.ledger import AttentionCore, Collective, Matmul, Stream
 from planner.solve.train import examine
@@ -226,7 +227,7 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
 def _kind(spend: Spend, stack: Stack) -> str | None:
     item = spend.share.item
     if isinstance(item, Matmul):
-        return stack.product_constant(item.dtype, grouped=item.grouped)
+        return stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     if isinstance(item, AttentionCore):
         return "attention_slowdown"
     if isinstance(item, Stream):

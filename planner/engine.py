@@ -27,7 +27,7 @@ from planner.costs.collectives import (
     group_members,
 )
 from planner.costs.overlap import pipelined_s
-from planner.costs.precision import dtype_bytes
+from planner.costs.precision import FORMAT_BITS, dtype_bytes
 from planner.kernel_prices import KernelPrices
 from planner.ledger import (
     Array,
@@ -141,7 +141,9 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
-            return float(getattr(stack, stack.product_constant(item.dtype, grouped=item.grouped)))
+            return float(
+                getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
+            )
         if isinstance(item, AttentionCore):
             return float(stack.attention_slowdown)
         if isinstance(item, Stream):

@@ -26,7 +26,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from planner.costs.precision import FORMAT_BITS
 from planner.errors import Problem, SpecError
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
@@ -144,15 +143,15 @@ class Stack:
         """What kernel libraries call the kernel of an operation in a number format; None: no rule is for it."""
         return next((r.kernel for r in self.kernels if r.fits(operation, label, generation)), None)
 
-    def product_constant(self, dtype: str, *, grouped: bool = False) -> str:
-        """Name of the slowdown that holds for matrix products of a dtype.
+    def product_constant(self, bits: float, *, grouped: bool = False) -> str:
+        """Name of the slowdown that holds for matrix products of operands so many bits wide.
 
-        >>> load_stack("default").product_constant("bf16")
-        'matmul_slowdown'
+        >>> load_stack("megatron-bridge").product_constant(8)
+        'narrow_matmul_slowdown'
         """
         if grouped:
             return "grouped_matmul_slowdown"
-        narrow = self.narrow_matmul_slowdown is not None and FORMAT_BITS[dtype] < _WIDE_BITS
+        narrow = self.narrow_matmul_slowdown is not None and bits < _WIDE_BITS
         return "narrow_matmul_slowdown" if narrow else "matmul_slowdown"
 
     def on_generation(self, generation: str) -> Stack:
