@@ -35,6 +35,7 @@ from planner.ledger import (
     Axes,
     Collective,
     Group,
+    Index,
     Item,
     Kernel,
     Ledger,
@@ -51,6 +52,7 @@ __all__ = [
     "FIELDS",
     "PHASES",
     "POOLS",
+    "TIMES",
     "TRACKS",
     "BlockTable",
     "Pricer",
@@ -213,7 +215,8 @@ COMPACT = (
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS[1:]),
 )
-_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT)}
+TIMES = tuple(name for name in COMPACT if not name.endswith("_bytes"))
+_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT, TIMES)}
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
@@ -238,6 +241,11 @@ class BlockTable:
         field: Array = self.values[_ROWS[self.fields][name]]
         return field
 
+    def times(self, rows: Index) -> BlockTable:
+        """The ``TIMES`` of some rows."""
+        fields = np.array([_ROWS[self.fields][name] for name in TIMES])[:, None, None]
+        return BlockTable(self.kinds, self.values[fields, np.arange(len(self.kinds))[:, None], rows], TIMES)
+
     @staticmethod
     def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
         """A table that holds the ``COMPACT`` fields only: what the search prices by."""
@@ -249,10 +257,13 @@ def tabulate(
 ) -> BlockTable:
     """Prices a ledger, resolves overlap window by window, and sums it per block kind.
 
-    Ledgers that share items on the same axes share the sums of whatever did not change between them.
+    Ledgers that share items on the same axes share the sums of whatever did not change between them. What is held is not summed
+    where ``fields`` ask for times alone.
     """
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
+        if fields is TIMES and isinstance(item, Resident):
+            continue
         where = (item.block, "resident" if isinstance(item, Resident) else item.phase)
         if where in parts:
             parts[where].append(item)
@@ -265,9 +276,12 @@ def tabulate(
         key = (part, *map(id, items))
         known = ledger.axes.sums.get(key)
         if known is None:
-            summarise = _residents if part == "resident" else _step if part == "step" else _phase
-            totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
-            sizes = "|".join(i.size if isinstance(i, Resident) else pricer.key(i)[0] for i in items)
+            if part == "resident":
+                totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
+            else:
+                summarise = _step if part == "step" else _phase
+                totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
+                sizes = "|".join(pricer.key(item)[0] for item in items)
             known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
         for name, total in known[1][0].items():
             if name in at:
@@ -325,7 +339,7 @@ def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer
     return totals
 
 
-def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+def _residents(items: list[Item], ledger: Ledger) -> dict[str, Array]:
     """Bytes per lifetime, and per pool for what is held throughout."""
     totals: dict[str, Any] = defaultdict(float)
     for item in items:

@@ -84,7 +84,7 @@ def _narrow(pairs: _Pairs) -> _Pairs:
     for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
         mine = [pair for pair in pairs if pair[0].expansion is work]
         rows = np.unique(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
-        if len(work.prefix_of) < max(_MANY, 2 * len(rows)):
+        if len(work) < max(_MANY, 2 * len(rows)):
             found += mine
             continue
         few = work.narrow(rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, Pricer, tabulate
+from planner.engine import COMPACT, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -39,7 +39,6 @@ class BranchTables:
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
         self._divided: dict[tuple[int, int, int, str], list[_Change]] = {}
-        self._change({})
 
     def take(self, index: Index) -> BranchTables:
         """The tables on some of the rows."""
@@ -54,6 +53,12 @@ class BranchTables:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
         return self._change(self.branches.states[state]).values
 
+    def times(self, state: int) -> Array:
+        """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
+        return tabulate(
+            self._ledger(self.branches.states[state]), self.pricer, self.kinds, len(self), TIMES
+        ).values
+
     def of_branch(
         self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None
     ) -> Array:
@@ -61,7 +66,7 @@ class BranchTables:
 
         A schedule that edits the ledger sees the state's items, and makes one part with it.
         """
-        total: Array = self._changes[()].values[rows]
+        total: Array = self._change({}).values[rows]
         for part in self._parts(state, recompute, swap, schedule):
             total = total + part.delta[rows]
         return total
@@ -69,7 +74,7 @@ class BranchTables:
     def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
         """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
         return [
-            self._changes[()].values,
+            self._change({}).values,
             *(part.delta for part in self._parts(state, recompute, swap)),
         ]
 
@@ -106,7 +111,7 @@ class BranchTables:
             ledger = self._ledger(recipe)
             table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
             values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
-            base = self._changes[()] if key else None
+            base = self._change({}) if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
             else:
