@@ -374,7 +374,7 @@ def _key(item: Item) -> Any:
     if isinstance(item, Stream):
         return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.custom)
+        return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)

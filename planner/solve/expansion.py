@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.engine import COMPACT, TIMES, BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
@@ -74,7 +75,7 @@ class Expansion:
 
     def without_idle_prefixes(self, rows: Index) -> tuple[Expansion, Index]:
         """The expansion of the prefixes of some rows alone, with their tables as they are, and those rows' places in it."""
-        mine = np.unique(self.prefix_of[rows])
+        mine = distinct(self.prefix_of[rows])
         kept = np.isin(self.prefix_of, mine)
         parts = [self._rows(np.arange(self.starts[prefix], self.starts[prefix + 1])) for prefix in mine]
         tables, activities = ([each[prefix] for prefix in mine] for each in (self.tables, self.activities))
@@ -84,7 +85,7 @@ class Expansion:
     def narrow(self, rows: Index) -> Expansion:
         """The expansion of some of the rows alone; ``rows`` is sorted."""
         tables, parts, activities = [], [], []
-        for prefix in np.unique(self.prefix_of[rows]).tolist():
+        for prefix in distinct(self.prefix_of[rows]).tolist():
             mine = rows[self.prefix_of[rows] == prefix]
             local = mine - self.starts[prefix]
             tables.append(self.tables[prefix].take(local))
@@ -339,7 +340,7 @@ class Expansion:
         if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
-            for branch in np.unique(branches).tolist():
+            for branch in distinct(branches).tolist():
                 prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                 at = np.flatnonzero(branches == branch)
                 local = rows[at] - self.starts[prefix]
@@ -350,7 +351,7 @@ class Expansion:
         """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
         if not len(self._of_states):
             self._of_states = np.zeros((len(self.states), len(self), len(COMPACT), len(self.kinds)))
-        asked = np.unique(states * len(self.tables) + self.prefix_of[rows])
+        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
         for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
             if (state, prefix) not in self._known:
                 self._known.add((state, prefix))

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.ledger import Array
 from planner.solve.candidates import Pending
 from planner.solve.expansion import Expansion
@@ -83,7 +84,7 @@ def _narrow(pairs: _Pairs) -> _Pairs:
     found: _Pairs = []
     for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
         mine = [pair for pair in pairs if pair[0].expansion is work]
-        rows = np.unique(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
+        rows = distinct(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
         if len(work) < max(_MANY, 2 * len(rows)):
             found += mine
             continue

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.costs.arrays import distinct
 from planner.engine import COMPACT, BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY, Layout, layouts
 from planner.ledger import Array, Ledger
@@ -178,7 +179,7 @@ class UniformSearch:
             if not deals:
                 return
             # Only the rows that are still open are kept, without the prices of all the others.
-            used = np.unique(np.concatenate([deal.rows for deal in deals]))
+            used = distinct(np.concatenate([deal.rows for deal in deals]))
             ctx = ctx.take(used)
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             ledger = ledger.take(used, ctx.mesh.counterpart)
@@ -196,7 +197,7 @@ class UniformSearch:
         if self.problem.launcher is not None:
             for check in self.problem.launcher.valid(ctx):
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
-        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in np.unique(ctx.mesh.pp)}
+        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in distinct(ctx.mesh.pp)}
         faults.check(NOT_DEALT, np.array([dealt[pp] for pp in ctx.mesh.pp]))
         assert np.all(ctx.mesh.devices == devices)
         return faults
@@ -223,7 +224,7 @@ class UniformSearch:
     def dealings(self) -> list[Dealing]:
         """All layouts of the space; those of a schedule together, unless their runs are as many as their devices."""
         if not self._dealings:
-            degrees = [int(pp) for pp in np.unique(self.space.rows.values["pp"])]
+            degrees = [int(pp) for pp in distinct(self.space.rows.values["pp"])]
             for schedule in self.space.choices["schedule"]:
                 found = {pp: each for pp in degrees if (each := self.layouts(schedule, pp))}
                 alone = [found] if order_of(schedule).alike_in_order else [{pp: found[pp]} for pp in found]
@@ -363,7 +364,7 @@ class UniformSearch:
         if not chosen:
             return
         open_ = {
-            number: np.unique(np.concatenate([deal.rows[at] for deal, at in chosen if deal.prefix == number]))
+            number: distinct(np.concatenate([deal.rows[at] for deal, at in chosen if deal.prefix == number]))
             for number in sorted({deal.prefix for deal, _ in chosen})
         }
         tables, rows, activities = [], [], []
