@@ -22,7 +22,7 @@ _Pairs: TypeAlias = list[
     tuple[Pending, Index, Array]
 ]  # pending pairs, which of them, and what none of them is faster than
 
-_WAVE = 64
+_WAVE = 8
 _MANY = 4096  # rows from which tables of a part of them pay
 
 
@@ -46,12 +46,12 @@ def try_leftovers(pending: Sequence[Pending], ranking: Ranking) -> list[Expansio
     _try(_between(pairs, max(begin, ranking.bar), np.inf), swaps, ranking)
     rest = _narrow(_between(pairs, begin, ranking.bar))
     bounds = _sorted(rest)
-    for tried in filter(len, (swaps[:1], swaps[1:])):
-        begin, size = -np.inf, _WAVE
-        while begin < np.inf:
-            end = float(bounds[size]) if size < len(bounds) and begin < ranking.bar else np.inf
+    begin, size = -np.inf, _WAVE
+    while begin < np.inf:
+        end = float(bounds[size]) if size < len(bounds) and begin < ranking.bar else np.inf
+        for tried in filter(len, (swaps[:1], swaps[1:])):
             _try(_between(rest, begin, end), tried, ranking)
-            begin, size = end, 5 * size
+        begin, size = end, 5 * size
     return [p.expansion for p, *_ in (*pairs, *rest)]
 
 
