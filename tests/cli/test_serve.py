@@ -178,7 +178,7 @@ def test_a_folder_starts_every_pool(planner, plans, engine, tmp_path):
     assert len(scripts) == len(made[number - 1]["pools"])
     assert all(ENGINES[engine] in result.json["files"][name] for name in scripts)
     done = planner(
-        "export", plans, "--to", engine, "--with", "k8s", "--with", "slurm", "-o", tmp_path / engine
+        "export", chosen, "--to", engine, "--with", "k8s", "--with", "slurm", "-o", tmp_path / engine
     )
     assert done.code == 0
     assert {path.name for path in (tmp_path / engine).iterdir()} >= {
