@@ -78,9 +78,8 @@ class Vllm:
         own = ["--model", folder, "--skip-tokenizer-init", "--load-format", "dummy"]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                config = self.arguments.from_cli_args(
-                    self.parser.parse_args([*own, *words])
-                ).create_engine_config()
+                parsed = self.parser.parse_args([*own, *words])
+                config = self.arguments.from_cli_args(parsed).create_engine_config()
         except (Exception, SystemExit) as error:
             return f"{pool.role}: {type(error).__name__}: {str(error)[:300]}"
         parallel, scheduler = config.parallel_config, config.scheduler_config
@@ -101,8 +100,11 @@ class Vllm:
             found.append(scheduler.max_num_seqs)
             meant.append(-(-pool.knobs["max_sequences"] // mesh["dp"]))
         if "chunk_tokens" in pool.knobs:
-            found.append(scheduler.max_num_batched_tokens >= pool.knobs["chunk_tokens"])
-            meant.append(True)
+            # As it was parsed: on a CPU, vLLM lowers it for latent attention.
+            found.append(parsed.max_num_batched_tokens)
+            meant.append(
+                max(pool.knobs["chunk_tokens"], -(-pool.knobs.get("max_sequences", 1) // mesh["dp"]))
+            )
         return "" if found == meant else f"{pool.role}: taken for {found}, meant {meant}"
 
 
