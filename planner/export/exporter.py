@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.export.target import Target
 
-__all__ = ["STEP_LINES", "Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
+__all__ = ["ITERATION_LINES", "STEP_LINES", "Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ STEP_LINES = Log(
     peak_unit_bytes=2.0**30,
 )
 """What the measuring scripts print: ``step 3: 1.2345 s, peak 12.345 GiB``."""
+
+ITERATION_LINES = Log(
+    step=r"elapsed time per iteration \(ms\): ([\d.]+)",
+    step_unit_s=1e-3,
+    peak=r"max allocated: ([\d.]+)",
+    peak_unit_bytes=2.0**20,
+)
+"""What Megatron-LM's training loop prints, which Megatron-Bridge keeps; memory in MiB."""
 
 
 @dataclass(frozen=True, slots=True)

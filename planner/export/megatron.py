@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
+from planner.export.exporter import ITERATION_LINES, Exporter, environment_of_torchrun, torchrun_lines
 from planner.export.flags import Flags, words
 from planner.export.megatron_model import model_flags
 from planner.export.rules import distributed_optimizer_instances
@@ -351,12 +351,7 @@ EXPORTER = Exporter(
     write=_write,
     script="pretrain_gpt.py",
     framework="Megatron-Core",
-    log=Log(
-        step=r"elapsed time per iteration \(ms\): ([\d.]+)",
-        step_unit_s=1e-3,
-        peak=r"max allocated: ([\d.]+)",
-        peak_unit_bytes=2.0**20,
-    ),
+    log=ITERATION_LINES,
     first=_first,
     differs=_differs,
 )

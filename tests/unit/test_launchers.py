@@ -345,35 +345,33 @@ def test_layers_that_differ_are_named(tmp_path):
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-BAD = [
-    ("deepspeed", "", "is empty"),
-    ("deepspeed", "{", "is not valid JSON"),
-    ("deepspeed", "[1]", "holds a list"),
-    (
-        "deepspeed",
-        '{"zero_optimization": {"stge": 2}}',
-        "unknown key, which DeepSpeed refuses. Did you mean stage",
-    ),
-    ("deepspeed", '{"zero_optimization": {"stage": "auto"}}', "'auto', which only the Trainer fills in"),
-    ("deepspeed", '{"zero_optimization": [2]}', "expected a table"),
-    ("deepspeed", '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "is enabled beside bf16"),
-    ("accelerate", "- a\n- b\n", "holds a list; expected a map"),
-    ("accelerate", "a: [1\n", "is not valid YAML"),
-    ("accelerate", "distributed_type: FSPD\n", "Did you mean FSDP"),
-    ("accelerate", "distributed_type: FSDP\nfsdp_config:\n- a\n", "expected a table"),
-    (
-        "accelerate",
-        "distributed_type: NO\nnum_proceses: 8\n",
-        "unknown key, which Accelerate refuses. Did you mean num_processes",
-    ),
-    ("torchtitan", "--config llama3_9b", "Did you mean llama3_8b"),
-    ("torchtitan", "echo nothing", "starts no torchtitan"),
-    ("galvatron", "{}", "pp_deg: is missing"),
-    ("megatron", "torchrun train.py", "starts no training script"),
-]
+BAD = {
+    "deepspeed": {
+        "": "is empty",
+        "{": "is not valid JSON",
+        "[1]": "holds a list",
+        '{"zero_optimization": {"stge": 2}}': "unknown key, which DeepSpeed refuses. Did you mean stage",
+        '{"zero_optimization": {"stage": "auto"}}': "'auto', which only the Trainer fills in",
+        '{"zero_optimization": [2]}': "expected a table",
+        '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}': "is enabled beside bf16",
+    },
+    "accelerate": {
+        "- a\n- b\n": "holds a list; expected a map",
+        "a: [1\n": "is not valid YAML",
+        "distributed_type: FSPD\n": "Did you mean FSDP",
+        "distributed_type: FSDP\nfsdp_config:\n- a\n": "expected a table",
+        "distributed_type: NO\nnum_proceses: 8\n": "unknown key, which Accelerate refuses. Did you mean num_processes",
+    },
+    "torchtitan": {"--config llama3_9b": "Did you mean llama3_8b", "echo nothing": "starts no torchtitan"},
+    "galvatron": {"{}": "pp_deg: is missing"},
+    "megatron": {"torchrun train.py": "starts no training script"},
+}
+"""Launcher → a file that is wrong → what is said of it."""
 
 
-@pytest.mark.parametrize(("name", "text", "why"), BAD, ids=[f"{name}-{why[:20]}" for name, _, why in BAD])
+@pytest.mark.parametrize(
+    ("name", "text", "why"), [(name, text, why) for name, files in BAD.items() for text, why in files.items()]
+)
 def test_a_bad_file_gets_one_clear_message(name, text, why, tmp_path):
     (tmp_path / "file").write_text(text)
     with pytest.raises(SpecError) as error:
