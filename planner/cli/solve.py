@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
+from planner.cli.solve_rlhf import rlhf
 
-HELP = "Shardings, recomputation, tiers, sequence groups, experts and ranks: the best choice, with proof."
+HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks and RLHF: the best choice, with proof."
 
 _File = Annotated[
     str, typer.Argument(help="The problem as JSON (docs/solvers.md has the formats).", metavar="FILE")
@@ -343,6 +344,7 @@ VERBS = {
     "micro-batches": micro_batches,
     "experts": experts,
     "ranks": ranks,
+    "rlhf": rlhf,
 }
 
 
