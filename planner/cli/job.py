@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
 
@@ -60,6 +60,8 @@ _PROBLEM_FLAGS = {
     "reserve": "--reserve",
     "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour",
+    "pue": "--pue",
+    "kg_per_kwh": "--carbon",
     "deadline_s": "--deadline",
     "allowed": "--allow",
     "explore": "--explore",
@@ -149,6 +151,14 @@ class JobOptions:
         str | None,
         _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
     ] = None
+    pue: Annotated[
+        str | None,
+        _option("--pue", text="Energy at the meter over the devices', for run totals [1].", metavar="X"),
+    ] = None
+    carbon: Annotated[
+        str | None,
+        _option("--carbon", text="Kilograms of CO2e per kWh, for run totals, e.g. 0.385.", metavar="KG"),
+    ] = None
     launcher: Annotated[
         str | None,
         _option(
@@ -227,6 +237,8 @@ class JobOptions:
         ]
         launcher = attempt(faults, read_launcher, self.launcher)
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
+        pue = optional_number(faults, "--pue", self.pue)
+        carbon = optional_number(faults, "--carbon", self.carbon)
         attempt(faults, check_objective, self.objective)
         reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
         raise_if_any(faults)
@@ -235,13 +247,29 @@ class JobOptions:
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
+                usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
                 flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip
         raise_if_any(faults)
         return [problem for problem in found if problem is not None]
+
+    def at_site(self, problem: Problem) -> Problem:
+        """A stored plan's problem with what the options say of the data centre.
+
+        Raises:
+            SpecError: that is out of range.
+        """
+        faults: list[Fault] = []
+        pue = optional_number(faults, "--pue", self.pue)
+        carbon = optional_number(faults, "--carbon", self.carbon)
+        raise_if_any(faults)
+        site: dict[str, Any] = {} if pue is None else {"pue": pue}
+        found = attempt(faults, replace, problem, kg_per_kwh=carbon, flags=_PROBLEM_FLAGS, **site)
+        raise_if_any(faults)
+        assert found is not None
+        return found
 
     def _allowed(self) -> tuple[str, ...]:
         """Permissions, each once, whether given one by one or joined by commas."""
