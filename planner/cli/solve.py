@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.cli.solve_curriculum import curriculum
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
 from planner.cli.solve_rlhf import rlhf
 
-HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks and RLHF: the best choice, with proof."
+HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks, RLHF and curricula: the best choice, with proof."
 
 _File = Annotated[
     str, typer.Argument(help="The problem as JSON (docs/solvers.md has the formats).", metavar="FILE")
@@ -345,6 +346,7 @@ VERBS = {
     "experts": experts,
     "ranks": ranks,
     "rlhf": rlhf,
+    "curriculum": curriculum,
 }
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "expected_slowdown",
     "fleet_mtbf_s",
     "out_share",
+    "resumed_s",
     "useful_share",
     "whole_replicas",
     "young_interval_s",
@@ -175,3 +176,17 @@ def adjacent_mtbf_s(device_mtbf_s: Real, devices: Real, replace_s: Real) -> Real
     """
     mean: Real = np.divide(np.square(device_mtbf_s), 2.0 * np.multiply(devices, replace_s))
     return mean
+
+
+def resumed_s(
+    n_bytes: Real, devices_before: Real, devices_after: Real, store_bytes_per_s: Real
+) -> Real:
+    """Seconds to store states under one plan and load them under another: every device writes, then reads, its equal part.
+
+    States are stored in parts that do not depend on the plan: fp32 weights and moments of every parameter (X. Lian et al. 2024,
+    "Universal Checkpointing", arXiv:2406.18820, section 4).
+
+    >>> resumed_s(80e9, 8, 4, 1e9)  # 10 s to write, 20 s to read
+    30.0
+    """
+    return n_bytes / store_bytes_per_s * (1.0 / devices_before + 1.0 / devices_after)
