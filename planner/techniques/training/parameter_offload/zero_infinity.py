@@ -61,7 +61,7 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2104.07857",
     summary="Weights live in host memory and come up block by block",
-    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "window", "stages"), "none"),),
+    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "window"), "none"),),
     figures=(
         Figure(
             "loads of the weights per micro-batch without recomputation: forward and backward",
