@@ -39,7 +39,10 @@ def goodput(
     detect: Annotated[
         str | None,
         typer.Option(
-            "--detect", metavar="TIME", help="To notice a failure and find its cause [1 min].", show_default=False
+            "--detect",
+            metavar="TIME",
+            help="To notice a failure and find its cause [1 min].",
+            show_default=False,
         ),
     ] = None,
     replace: Annotated[
@@ -110,7 +113,9 @@ def goodput(
     if recovery not in RECOVERIES:
         faults.append(Problem("--recovery", repr(recovery), f"one of {', '.join(RECOVERIES)}"))
     raise_if_any(faults)
-    failures = Failures(mode=checkpoint, recovery=recovery, **{k: v for k, (_, v) in given.items() if v is not None})
+    failures = Failures(
+        mode=checkpoint, recovery=recovery, **{k: v for k, (_, v) in given.items() if v is not None}
+    )
     written, problem = subject(job, plan)
     if written is not None:
         problem = job.at_site(problem)

@@ -247,8 +247,8 @@ class JobOptions:
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
-                flags=_PROBLEM_FLAGS,
+                usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s,
+                allowed=self._allowed(), explore=tuple(explore), flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip

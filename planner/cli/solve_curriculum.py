@@ -21,7 +21,9 @@ def curriculum(
     lengths: Annotated[
         str | None,
         _option(
-            "--lengths", text="Tokens of every length, in order: LENGTH:TOKENS,… e.g. 128:10B,1024:90B.", metavar="LIST"
+            "--lengths",
+            text="Tokens of every length, in order: LENGTH:TOKENS,… e.g. 128:10B,1024:90B.",
+            metavar="LIST",
         ),
     ] = None,
     tokens_per_step: Annotated[
@@ -29,13 +31,16 @@ def curriculum(
     ] = None,
     store: Annotated[
         str | None,
-        _option("--store", text="What a device stores and loads per second [122 MB, Llama 3's].", metavar="SIZE"),
+        _option(
+            "--store", text="What a device stores and loads per second [122 MB, Llama 3's].", metavar="SIZE"
+        ),
     ] = None,
     restart: Annotated[
         str | None, _option("--restart", text="To start again under another plan [9 min].", metavar="TIME")
     ] = None,
     fix: Annotated[
-        list[str] | None, _option("--fix", text="Every plan must have this. Repeatable.", metavar="KNOB=VALUE")
+        list[str] | None,
+        _option("--fix", text="Every plan must have this. Repeatable.", metavar="KNOB=VALUE"),
     ] = None,
     stack: Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
@@ -61,7 +66,9 @@ def curriculum(
     per_step = optional_quantity(job.faults, "--tokens-per-step", tokens_per_step, parse_count)
     if tokens_per_step is None:
         job.attempt(_missing)
-    store_bytes_per_s = optional_quantity(job.faults, "--store", store, parse_bytes) or STORE_BYTES_PER_S.value
+    store_bytes_per_s = (
+        optional_quantity(job.faults, "--store", store, parse_bytes) or STORE_BYTES_PER_S.value
+    )
     restart_s = optional_quantity(job.faults, "--restart", restart, parse_seconds)
     job.raise_if_any()
     assert per_step is not None

@@ -16,8 +16,12 @@ def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
 
 
 def rlhf(
-    actor: Annotated[str | None, _option("--actor", text="Model that answers and is trained. Required.")] = None,
-    critic: Annotated[str | None, _option("--critic", text="Model that judges and is trained [as --actor].")] = None,
+    actor: Annotated[
+        str | None, _option("--actor", text="Model that answers and is trained. Required.")
+    ] = None,
+    critic: Annotated[
+        str | None, _option("--critic", text="Model that judges and is trained [as --actor].")
+    ] = None,
     reward: Annotated[str | None, _option("--reward", text="Model that rewards [as --critic].")] = None,
     cluster: Annotated[str | None, _option("--cluster", text="DEVICE:NODESxDEVICES. Required.")] = None,
     prompts: Annotated[str | None, _option("--prompts", text="Of one step. Required.", metavar="N")] = None,
@@ -38,17 +42,25 @@ def rlhf(
     ] = "4",
     staleness: Annotated[
         str,
-        _option(
-            "--staleness", text="Further steps under way; needs --allow staleness [0].", metavar="N"
-        ),
+        _option("--staleness", text="Further steps under way; needs --allow staleness [0].", metavar="N"),
     ] = "0",
     allow: Annotated[
-        list[str] | None, _option("--allow", text="staleness: answers of earlier weights.", metavar="PERMISSION")
+        list[str] | None,
+        _option("--allow", text="staleness: answers of earlier weights.", metavar="PERMISSION"),
     ] = None,
-    stack: Annotated[str, _option("--stack", text="Software that trains [default].", metavar="NAME")] = "default",
-    engine: Annotated[str, _option("--engine", text="Software that generates [vllm].", metavar="NAME")] = "vllm",
+    stack: Annotated[
+        str, _option("--stack", text="Software that trains [default].", metavar="NAME")
+    ] = "default",
+    engine: Annotated[
+        str, _option("--engine", text="Software that generates [vllm].", metavar="NAME")
+    ] = "vllm",
     deadline: Annotated[
-        str, _option("--deadline", text="Of the search over calls; then the best so far, with its gap [60s].", metavar="TIME")
+        str,
+        _option(
+            "--deadline",
+            text="Of the search over calls; then the best so far, with its gap [60s].",
+            metavar="TIME",
+        ),
     ] = "60s",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
@@ -67,11 +79,19 @@ def rlhf(
     from planner.solve.combinatorial.calls import plan_calls
 
     faults: list[Problem] = []
-    names = {"actor": actor, "critic": critic or actor, "reference": actor, "reward": reward or critic or actor}
+    names = {
+        "actor": actor,
+        "critic": critic or actor,
+        "reference": actor,
+        "reward": reward or critic or actor,
+    }
     if algorithm == "grpo":
         del names["critic"]
     flags = {"model": "--actor", "stack": "--stack", "cluster": "--cluster"}
-    models = {role: attempt(faults, read_model, name, flags={**flags, "model": f"--{role}"}) for role, name in names.items()}
+    models = {
+        role: attempt(faults, read_model, name, flags={**flags, "model": f"--{role}"})
+        for role, name in names.items()
+    }
     faults = list({fault.found + fault.expected: fault for fault in reversed(faults)}.values())[::-1]
     machine = attempt(faults, read_cluster, cluster, flags=flags) if cluster else None
     if cluster is None:
@@ -91,11 +111,18 @@ def rlhf(
         faults.append(Problem("--allow", repr(name[:40]), _PERMISSION))
     if counts["--staleness"] and _PERMISSION not in allowed:
         faults.append(
-            Problem("--staleness", "changes the result of training", "permission for it", f"Add --allow {_PERMISSION}.")
+            Problem(
+                "--staleness",
+                "changes the result of training",
+                "permission for it",
+                f"Add --allow {_PERMISSION}.",
+            )
         )
     limit_s = attempt(faults, read_deadline, deadline)
     raise_if_any(faults)
-    assert machine is not None and trains is not None and generates is not None
+    assert machine is not None
+    assert trains is not None
+    assert generates is not None
     job = RlhfJob(
         {role: model for role, model in models.items() if model is not None}, machine, trains, generates, counts["--prompts"],
         counts["--isl"], counts["--osl"], counts["--mini-batches"], algorithm, counts["--parts"], counts["--staleness"],

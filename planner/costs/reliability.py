@@ -124,8 +124,8 @@ def checkpoint_stall_s(
 def useful_share(lost_s: Real, mtbf_s: Real) -> Real:
     """Share of a run's time that is left where every failure costs ``lost_s``, once every ``mtbf_s`` of work: ``M/(M + L)``.
 
-    The loss is the time to notice a failure, to find its cause, to start again, and the work since the last checkpoint (J. Dong et
-    al. 2024, "C4", arXiv:2406.04594, section 3). To first order what :func:`expected_slowdown` gives.
+    The loss is the time to notice a failure, to find its cause, to start again, and the work since the last checkpoint (J. Dong
+    et al. 2024, "C4", arXiv:2406.04594, section 3). To first order what :func:`expected_slowdown` gives.
 
     >>> float(useful_share(1.0, 3.0))
     0.75
@@ -178,9 +178,7 @@ def adjacent_mtbf_s(device_mtbf_s: Real, devices: Real, replace_s: Real) -> Real
     return mean
 
 
-def resumed_s(
-    n_bytes: Real, devices_before: Real, devices_after: Real, store_bytes_per_s: Real
-) -> Real:
+def resumed_s(n_bytes: Real, devices_before: Real, devices_after: Real, store_bytes_per_s: Real) -> Real:
     """Seconds to store states under one plan and load them under another: every device writes, then reads, its equal part.
 
     States are stored in parts that do not depend on the plan: fp32 weights and moments of every parameter (X. Lian et al. 2024,

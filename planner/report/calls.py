@@ -53,9 +53,13 @@ def show_calls(content: Mapping[str, Any]) -> None:
     if plain is None:
         screen.line("with all devices for every call, nothing fits")
     else:
-        screen.line(f"with all devices for every call {format_seconds(plain)}, {plain / content['time_s']:.2f} times as long")
+        screen.line(
+            f"with all devices for every call {format_seconds(plain)}, {plain / content['time_s']:.2f} times as long"
+        )
     if content["staleness"]:
-        screen.line(f"steps overlap: {content['staleness']} further under way; times are of one step on its own")
+        screen.line(
+            f"steps overlap: {content['staleness']} further under way; times are of one step on its own"
+        )
     screen.line()
     rows = [
         (

@@ -24,7 +24,10 @@ def show_curriculum(found: Curriculum, model: Model, cluster: Cluster) -> None:
     rows = []
     for phase in found.phases:
         plan, mesh = phase.plan, phase.plan.mesh
-        degrees = " ".join(f"{name}{mesh[name]}" for name in ("tp", "cp", "pp", "dp", "ep") if mesh[name] > 1) or "-"
+        degrees = (
+            " ".join(f"{name}{mesh[name]}" for name in ("tp", "cp", "pp", "dp", "ep") if mesh[name] > 1)
+            or "-"
+        )
         rows.append(
             (
                 f"{phase.seq_len:,}", format_count(phase.tokens), degrees, str(plan.knobs["recompute"]),

@@ -146,9 +146,7 @@ def goodput(
     return found
 
 
-def others(
-    assembly: Assembly, failures: Failures, host_link_bytes_per_s: float
-) -> dict[str, float | str]:
+def others(assembly: Assembly, failures: Failures, host_link_bytes_per_s: float) -> dict[str, float | str]:
     """Goodput with the other ways to recover; of those that the plan cannot take, why not."""
     found: dict[str, float | str] = {}
     for name in RECOVERIES:
@@ -183,7 +181,9 @@ def _loss(assembly: Assembly, failures: Failures, stored_s: float, mtbf_s: float
         formed = whole_replicas(replicas, plan.devices // replicas, out)
         if formed * replicas < 1.0:
             raise _cannot(f"{failures.recovery}: on average {formed * replicas:.2g} replicas can be formed")
-        back = float(useful_share(failures.restart_s + stored_s if out else 0.0, mtbf_s))  # a device comes back
+        back = float(
+            useful_share(failures.restart_s + stored_s if out else 0.0, mtbf_s)
+        )  # a device comes back
         return _Loss(mtbf_s, again_s, 1.0 / (formed * back))
     step_s = plan.estimate.step_time_s
     extra_s, shadow_s = _redundant_s(assembly)
@@ -216,7 +216,8 @@ def _redundant_s(assembly: Assembly) -> tuple[float, float]:
     forward, backward, _ = phase_seconds(assembly.table)
     each = assembly.micro_batches / layout.copies
     ahead, back = (
-        max(float(counts @ seconds[:, 0]) for counts in layout.device_counts) * each for seconds in (forward, backward)
+        max(float(counts @ seconds[:, 0]) for counts in layout.device_counts) * each
+        for seconds in (forward, backward)
     )
     bubble_s = plan.estimate.breakdown_s.get("pipeline_bubble", 0.0)
     return max(ahead - bubble_s, 0.0), back
@@ -245,7 +246,11 @@ def _lost(interval_s: float, stall_s: float, rolled_back: float, slowdown: float
     """Fractions of the run's time: checkpoints, failures with the work that they undo, and devices that are away or do more."""
     checkpoints = stall_s / interval_s / slowdown
     away = 1.0 - rolled_back / slowdown
-    return {"checkpoints": checkpoints, "failures": 1.0 - 1.0 / slowdown - checkpoints - away, "devices_away": away}
+    return {
+        "checkpoints": checkpoints,
+        "failures": 1.0 - 1.0 / slowdown - checkpoints - away,
+        "devices_away": away,
+    }
 
 
 def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
@@ -288,7 +293,9 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
         f"{name} ({RECOVERIES[name]}): {value:.1%}" if isinstance(value, float) else value
         for name, value in content.get("other_recoveries", {}).items()
     ]
-    screen.section(f"Goodput otherwise (here: {content['recovery']}, {RECOVERIES[content['recovery']]})", told)
+    screen.section(
+        f"Goodput otherwise (here: {content['recovery']}, {RECOVERIES[content['recovery']]})", told
+    )
     defaults = (
         ("mean time between failures", DEVICE_MTBF_S),
         ("store", STORE_BYTES_PER_S),

@@ -48,7 +48,9 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
-    screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best, _problem_of(best, problems)))
+    screen.section(
+        "The run (plan 1; no failures, no checkpoints)", _totals(best, _problem_of(best, problems))
+    )
     screen.section("How far off", confidence(result.plans, _problem_of(best, problems)))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *layerwise_proof(result), *result.notes])

@@ -1,8 +1,8 @@
 """Options of every call of a reinforcement-learning step, priced by the engines of training and of serving.
 
 A step of PPO: the actor answers prompts; reference, reward and critic read prompts and answers; actor and critic are trained on
-them. Generation and reading are iterations of a serving replica (:mod:`planner.iteration`), training is the best plan of a search.
-A call may run on all devices or on an aligned half, quarter, ... of them.
+them. Generation and reading are iterations of a serving replica (:mod:`planner.iteration`), training is the best plan of a
+search. A call may run on all devices or on an aligned half, quarter, ... of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ _PASS_TOKENS = 8192.0  # of prompts in one pass of a model that reads: products 
 _RESERVES = (0.0, 0.5)  # of device memory, for other models on the same devices: a fast plan, and a lean one
 _MOST_LAYOUTS = 4  # per block and call: the fastest that differ in what they hold
 _LEANER = 0.7  # of another option's bytes
-_POINTS = 8  # contexts at which generation is priced; between them an iteration is nearly linear in its context
+_POINTS = (
+    8  # contexts at which generation is priced; between them an iteration is nearly linear in its context
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ def call_problem(job: RlhfJob) -> CallProblem:
     """
     if job.prompts % job.mini_batches:
         raise SpecError(
-            Fault("--mini-batches", f"{job.mini_batches} of {job.prompts:,} prompts", "a divisor of the prompts")
+            Fault(
+                "--mini-batches", f"{job.mini_batches} of {job.prompts:,} prompts", "a divisor of the prompts"
+            )
         )
     sizes = [n for n in (job.cluster.devices // cut for cut in _powers(job.parts)) if n >= 1]
     parts = {n: _part(job.cluster, n) for n in dict.fromkeys(sizes)}
@@ -98,7 +102,8 @@ def call_problem(job: RlhfJob) -> CallProblem:
     calls += [Call(f"{role} reads", role, options.of(role, options.reading), after=(0,)) for role in read]
     inputs = tuple(range(len(calls)))
     calls += [
-        Call(f"{role} trains", role, options.of(role, options.training), after=inputs, trains=True) for role in trained
+        Call(f"{role} trains", role, options.of(role, options.training), after=inputs, trains=True)
+        for role in trained
     ]
     budget = float(job.cluster.device.memory_bytes)
     return CallProblem(tuple(calls), job.cluster.devices, budget, job.staleness)
@@ -123,7 +128,9 @@ class _Options:
             found += [replace(option, first=first) for first in firsts for option in self._priced[key]]
         if not found:
             what = f"{model.name} fits on no block of {self.job.cluster.name}"
-            raise Infeasible(Fault(f"{role}: {kind.__name__}", what, "a block that holds it", "Use more devices."))
+            raise Infeasible(
+                Fault(f"{role}: {kind.__name__}", what, "a block that holds it", "Use more devices.")
+            )
         return tuple(found)
 
     def generation(self, model: Model, cluster: Cluster) -> Iterator[Option]:
@@ -146,7 +153,9 @@ class _Options:
             passes = np.ceil(each / together)
             one_s = its(none, none, together * job.tokens, (job.tokens + 1.0) / 2.0)
             seconds = (passes + pp - 1.0) * one_s / pp
-            whole = list(self._options(its, cluster, held, seconds, np.zeros_like(seconds), held.cache_bytes > 0.0))
+            whole = list(
+                self._options(its, cluster, held, seconds, np.zeros_like(seconds), held.cache_bytes > 0.0)
+            )
             yield from whole
             for option in whole:  # the same with weights that rest in host memory, and are loaded first
                 loaded_s = option.rests_bytes / cluster.host_link_bytes_per_s
@@ -166,7 +175,9 @@ class _Options:
             except Infeasible:
                 continue
             memory, mesh = best.estimate.memory_bytes, best.mesh
-            layout = "·".join(f"{name} {mesh[name]}" for name in ("tp", "pp", "dp") if mesh[name] > 1) or "whole"
+            layout = (
+                "·".join(f"{name} {mesh[name]}" for name in ("tp", "pp", "dp") if mesh[name] > 1) or "whole"
+            )
             yield Option(
                 0, cluster.devices, layout, job.mini_batches * best.estimate.step_time_s, 0.0,
                 sum(memory.get(pool, 0.0) for pool in _STATES), memory["peak"],
@@ -239,7 +250,9 @@ def _leaner(option: Option, other: Option) -> bool:
 def _context(problem: ServeProblem, recipe: Mapping[str, str], rows: Any) -> Any:
     from planner.technique import ServingContext
 
-    return ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(rows), recipe)
+    return ServingContext(
+        problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(rows), recipe
+    )
 
 
 def _allowed(problem: ServeProblem, recipe: Mapping[str, str], rows: Any) -> Any:

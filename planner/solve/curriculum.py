@@ -1,14 +1,15 @@
 """Runs whose sequences grow: a plan for every length, and the time of them all.
 
-Every phase has as many tokens per step; its best plan is searched. Where the plans of neighbouring phases differ in where weights and
-states lie, these are stored and loaded again, so that the best plan of another phase may serve better: the choice is a shortest path
-over the phases' best plans, each searched again at every length with its placement fixed.
+Every phase has as many tokens per step; its best plan is searched. Where the plans of neighbouring phases differ in where
+weights and states lie, these are stored and loaded again, so that the best plan of another phase may serve better: the choice
+is a shortest path over the phases' best plans, each searched again at every length with its placement fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,12 @@ from planner.specs.problem import Problem
 
 __all__ = ["Curriculum", "Phase", "plan_curriculum"]
 
-_PLACING = ("zero_stage", "zero_group", "virtual_stages", "pipeline_layout")  # knobs that say where weights and states lie
+_PLACING = (
+    "zero_stage",
+    "zero_group",
+    "virtual_stages",
+    "pipeline_layout",
+)  # knobs that say where weights and states lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,11 @@ class Curriculum:
 
 
 def plan_curriculum(
-    problem: Problem, lengths: Mapping[int, float], tokens_per_step: float, store_bytes_per_s: float, restart_s: float
+    problem: Problem,
+    lengths: Mapping[int, float],
+    tokens_per_step: float,
+    store_bytes_per_s: float,
+    restart_s: float,
 ) -> Curriculum:
     """Plans for the phases of a run.
 
@@ -78,7 +88,7 @@ def plan_curriculum(
     changed = np.array([[_choices(one) != _choices(other) for other in best] for one in best])
     chosen = _shortest(run_s, changed * switch_s)
     switches = [0.0] + [
-        float(changed[one, other]) * switch_s for one, other in zip(chosen, chosen[1:], strict=False)
+        float(changed[one, other]) * switch_s for one, other in pairwise(chosen)
     ]
     found = tuple(
         Phase(length, float(tokens[i]), plan, float(run_s[i, chosen[i]]), switches[i])
@@ -103,7 +113,9 @@ def _under(phase: Problem, plan: Plan) -> Plan | None:
     if plan.workload["seq_len"] == phase.workload.seq_len:
         return plan
     try:
-        return search(replace(phase, fixed={**phase.fixed, **_choices(plan)}, allowed=plan.permissions), top=1).best
+        return search(
+            replace(phase, fixed={**phase.fixed, **_choices(plan)}, allowed=plan.permissions), top=1
+        ).best
     except (Infeasible, SpecError):
         return None
 

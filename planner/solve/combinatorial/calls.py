@@ -124,7 +124,11 @@ def plan_calls(problem: CallProblem, *, time_limit_s: float | None = None) -> Ca
     work = sum(o.devices * (e - s) for o, s, e in zip(search.best, done[0], done[1], strict=True))
     bound = search.best_s if search.finished else search.bound()
     certificate = certify(
-        search.best_s, bound, "branch and bound over the calls' options", search.clock, {"visited": search.visited}
+        search.best_s,
+        bound,
+        "branch and bound over the calls' options",
+        search.clock,
+        {"visited": search.visited},
     )
     return CallPlan(
         search.best, *done[:2], _moves(problem, search.best), search.best_s, 1.0 - work / (problem.devices * search.best_s),
@@ -164,7 +168,9 @@ class _Search:
         self.fastest = fastest
         # What decides a step on its own are seconds; where steps overlap, the work of devices.
         self.ordered = [
-            sorted(call.options, key=lambda o: (o.time_s * (o.devices if problem.staleness else 1.0), o.first))
+            sorted(
+                call.options, key=lambda o: (o.time_s * (o.devices if problem.staleness else 1.0), o.first)
+            )
             for call in calls
         ]
         self.rest = [sum(least[index:]) for index in range(len(calls) + 1)]
@@ -213,7 +219,7 @@ class _Search:
 
         Moves of calls whose model is trained later are not known yet, and left out.
         """
-        start, end, busy = _schedule(self.problem, self.chosen)
+        _, end, busy = _schedule(self.problem, self.chosen)
         path = max(e + self.tail[i] for i, e in enumerate(end))
         work = sum(busy) * self.problem.unit + self.rest[depth + 1]
         steps = self.problem.staleness + 1
@@ -224,9 +230,7 @@ class _Search:
 def _moves(problem: CallProblem, chosen: Sequence[Option]) -> tuple[bool, ...]:
     """Which calls read weights that are trained under another option."""
     home = {
-        call.model: option.place
-        for call, option in zip(problem.calls, chosen, strict=False)
-        if call.trains
+        call.model: option.place for call, option in zip(problem.calls, chosen, strict=False) if call.trains
     }
     return tuple(
         not call.trains and call.model in home and home[call.model] != option.place

@@ -1,9 +1,10 @@
 """Bamboo: every stage of a pipeline is held by two devices, so that the loss of one undoes no work.
 
-What it does: a device holds the weights of its successor's stage too and runs its forward in the bubble; when the successor is lost,
-    it runs all of it until another device is there; ``planner goodput --recovery redundant --replace TIME``.
+What it does: a device holds the weights of its successor's stage too and runs its forward in the bubble; when the successor is
+    lost, it runs all of it until another device is there; ``planner goodput --recovery redundant --replace TIME``.
 Saves: restarts: only two neighbours that are away at once undo work.
-Costs: weights of a second stage; forward work that the bubble does not hold; a pipeline whose slowest device does the work of two.
+Costs: weights of a second stage; forward work that the bubble does not hold; a pipeline whose slowest device does the work of
+    two.
 Assumes: devices are lost independently; the states of the second stage rest on the host, as Bamboo has them.
 Source: Thorpe et al. 2023 (Bamboo, NSDI 2023, arXiv:2204.12013) §5.
 """

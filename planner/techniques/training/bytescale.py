@@ -28,7 +28,9 @@ def _assign(problem: Any) -> Any:
 def _mesh(problem: Any) -> Any:
     """Context parallelism of one degree for all: the smallest power of two that holds the longest sequence."""
     longest = problem.memory_bytes[-1]
-    return [d for d, held in zip(problem.degrees, longest, strict=True) if held <= 1.0 and d & (d - 1) == 0][:1]
+    return [d for d, held in zip(problem.degrees, longest, strict=True) if held <= 1.0 and d & (d - 1) == 0][
+        :1
+    ]
 
 
 def _largest(subject: Any) -> float:

@@ -1,7 +1,7 @@
 """C4: what a failure costs is mostly the time to notice it and to find its cause.
 
-What it does: watches collectives, which a faulty device or link holds up in a telling way; the node is isolated and the job starts
-    again; ``planner goodput --detect``.
+What it does: watches collectives, which a faulty device or link holds up in a telling way; the node is isolated and the job
+    starts again; ``planner goodput --detect``.
 Saves: hours per failure of a job whose other devices wait.
 Costs: nothing of a step.
 Assumes: failures come at random, each with the same loss.
@@ -37,7 +37,7 @@ TECHNIQUE = Technique(
             "times the work in the same time where failures take 1.16 % of it in place of 31.19 %",
             1.45,
             0.02,
-            "Dong et al. 2024 (arXiv:2406.04594), abstract: efficiency improved by up to 45 %; error-induced downtime before and after",
+            "Dong et al. 2024 (arXiv:2406.04594), abstract: efficiency improved by up to 45 %; downtime before and after",
             _more_work,
         ),
     ),

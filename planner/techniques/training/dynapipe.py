@@ -18,7 +18,10 @@ _STAGES, _MICRO_BATCHES = 4, 8
 
 
 def _cut(
-    lengths: Sequence[int], seconds: Callable[[int, int], float], fits: Callable[[int, int], bool], stages: int
+    lengths: Sequence[int],
+    seconds: Callable[[int, int], float],
+    fits: Callable[[int, int], bool],
+    stages: int,
 ) -> float:
     from planner.solve.combinatorial.sequences import micro_batches
 
@@ -26,7 +29,10 @@ def _cut(
 
 
 def _together(
-    lengths: Sequence[int], seconds: Callable[[int, int], float], fits: Callable[[int, int], bool], stages: int
+    lengths: Sequence[int],
+    seconds: Callable[[int, int], float],
+    fits: Callable[[int, int], bool],
+    stages: int,
 ) -> float:
     """All sequences as one micro-batch."""
     return seconds(len(lengths), max(lengths)) * stages
@@ -34,7 +40,9 @@ def _together(
 
 def _step(subject: Any) -> float:
     """Units that a pipeline of four stages takes for eight sequences of one unit each."""
-    return float(subject([1] * _MICRO_BATCHES, lambda n, length: float(n * length), lambda n, length: True, _STAGES))
+    return float(
+        subject([1] * _MICRO_BATCHES, lambda n, length: float(n * length), lambda n, length: True, _STAGES)
+    )
 
 
 TECHNIQUE = Technique(

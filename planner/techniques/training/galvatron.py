@@ -4,8 +4,8 @@ What it does: chooses for every layer what to recompute, shard and offload, with
     ``planner train --layerwise``.
 Saves: time where only some layers have to give up memory for it.
 Costs: plans whose layers differ, which few launchers run.
-Assumes: layers' times add up. Galvatron's dynamic programming over memory in whole units is a reference in the tests; what is used
-    is exact in bytes.
+Assumes: layers' times add up. Galvatron's dynamic programming over memory in whole units is a reference in the tests; what is
+    used is exact in bytes.
 Source: Miao et al. 2023 (Galvatron, VLDB, arXiv:2211.13878) §4.
 """
 

@@ -1,10 +1,11 @@
 """ReaLHF: every call of a step of reinforcement learning from feedback on devices and in a layout of its own.
 
-What it does: chooses for every call (generate, read, train) a block of devices and a layout; weights are moved between the layouts
-    of the same model, and frozen models may rest on the host; ``planner solve rlhf``.
+What it does: chooses for every call (generate, read, train) a block of devices and a layout; weights are moved between the
+    layouts of the same model, and frozen models may rest on the host; ``planner solve rlhf``.
 Saves: layouts that suit training and generation alike suit neither; models of half the devices each train side by side.
 Costs: a move of weights over the network wherever a trained model's calls differ in layout.
-Assumes: blocks are aligned halves, quarters, ... of the devices; calls are issued in one order; prompts and answers are equally long.
+Assumes: blocks are aligned halves, quarters, ... of the devices; calls are issued in one order; prompts and answers are equally
+    long.
 Source: Mei et al. 2024 (ReaLHF, arXiv:2406.14088) §4, §5.
 """
 

@@ -1,7 +1,7 @@
 """Universal checkpointing: a run goes on under another plan.
 
-What it does: states are stored in parts that do not depend on the plan and loaded by any other; ``planner solve curriculum`` weighs it
-    against keeping the plan.
+What it does: states are stored in parts that do not depend on the plan and loaded by any other; ``planner solve curriculum``
+    weighs it against keeping the plan.
 Saves: the choice of one plan for all phases of a run, or for all numbers of devices.
 Costs: a checkpoint stored and loaded, and a restart.
 Assumes: every device writes and reads an equal part at the store's rate.

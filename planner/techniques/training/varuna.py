@@ -1,7 +1,7 @@
 """Varuna: a job on spot instances goes on with the replicas that can be formed of the devices that are left.
 
-What it does: when devices are taken away or come back, the same global batch is dealt to as many whole pipelines as there are devices
-    for; ``planner goodput --recovery elastic --replace TIME``.
+What it does: when devices are taken away or come back, the same global batch is dealt to as many whole pipelines as there are
+    devices for; ``planner goodput --recovery elastic --replace TIME``.
 Saves: the wait for another device.
 Costs: a restart whenever the number of devices changes; a pipeline's worth of devices is idle where one is missing.
 Assumes: devices are lost independently; micro-batches are dealt evenly to any number of replicas. Its order of work, which puts

@@ -1,10 +1,10 @@
 """CocktailSGD: of a random part of every gradient only the largest elements travel, in few bits, while the next step runs.
 
-What it does: a share of the elements is sampled, the largest of them are kept and quantised; parts are averaged by the rank that
-    serves them, compressed again, and returned. The average is applied one step late.
+What it does: a share of the elements is sampled, the largest of them are kept and quantised; parts are averaged by the rank
+    that serves them, compressed again, and returned. The average is applied one step late.
 Saves: nearly all bytes of the gradients' all-reduce, and the wait for the rest unless it takes longer than a step.
-Costs: two passes over the gradients; the weights that were last agreed on and what compression left out, two fp32 copies; updates one
-    step late, and lossy.
+Costs: two passes over the gradients; the weights that were last agreed on and what compression left out, two fp32 copies;
+    updates one step late, and lossy.
 Assumes: a sampled element costs a bit of the mask, a kept one its quantised value; scales of blocks are neglected.
 Source: Wang et al. 2023 (CocktailSGD, ICML 2023) §3; DS3Lab/CocktailSGD ``data_parallel/dist_dp_cocktail_sgd.py``.
 """
@@ -29,7 +29,8 @@ _ELEMENT_BITS = _SAMPLED * (_KEPT * _BITS + 1.0)
 def valid(ctx: Context) -> Iterable[Check]:
     """Replicated gradients."""
     yield Check(
-        "sampled gradients need gradients that are all-reduced (zero_stage=0)", ctx.knobs.get("zero_stage") == "0"
+        "sampled gradients need gradients that are all-reduced (zero_stage=0)",
+        ctx.knobs.get("zero_stage") == "0",
     )
 
 
@@ -55,7 +56,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     ledger = ledger.set_axes(cocktail_share=_ELEMENT_BITS / 8.0, cocktail_parts=2.0 * ctx.micro_batches)
     copies = [
-        replace(held, what=f"{held.what}.{what}", by=_KEY, pool="buffers", bytes_per_element=dtype_bytes("fp32"))
+        replace(
+            held, what=f"{held.what}.{what}", by=_KEY, pool="buffers", bytes_per_element=dtype_bytes("fp32")
+        )
         for held in ledger.of(Resident, pool="gradients", lifetime="always")
         for what in ("agreed", "error")
     ]
@@ -64,7 +67,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _bits(subject: Pass) -> float:
     """Bits sent per parameter and pass of an all-reduce between 8 ranks."""
-    ledger, ctx = figures.run("compression", subject, model="gpt2", dp=8, zero_stage="0", compression="cocktail")
+    ledger, ctx = figures.run(
+        "compression", subject, model="gpt2", dp=8, zero_stage="0", compression="cocktail"
+    )
     micro_batches = float(ctx.micro_batches[0])
     sent = sum(
         figures.sent_bytes(ledger, lambda i, p=phase: figures.between_replicas(i) and i.phase == p)  # type: ignore[misc]

@@ -1,11 +1,11 @@
 """Fused embedding synchronisation (Optimus-CC): both copies of a tied embedding and all their replicas sum gradients at once.
 
-What it does: a tied embedding lives on the first and the last stage; its gradients are summed between replicas on each, then between
-    the two. One all-reduce of all of them takes both steps.
+What it does: a tied embedding lives on the first and the last stage; its gradients are summed between replicas on each, then
+    between the two. One all-reduce of all of them takes both steps.
 Saves: (D − 1)/(3D − 2) of these bytes with D replicas.
 Costs: nothing.
-Assumes: the joint ring is as fast as the replicas' own. Optimus-CC's low-rank averaging is ``low_rank``; its compressed messages
-    between stages need hops that take longer forward than backward, and are not modelled.
+Assumes: the joint ring is as fast as the replicas' own. Optimus-CC's low-rank averaging is ``low_rank``; its compressed
+    messages between stages need hops that take longer forward than backward, and are not modelled.
 Source: Song et al. 2023 (Optimus-CC, ASPLOS 2023, arXiv:2301.09830) §6.
 """
 
@@ -29,7 +29,8 @@ def valid(ctx: Context) -> Iterable[Check]:
     """Two copies of an embedding, whose gradients are all-reduced."""
     yield Check("a fused embedding sum needs tied embeddings", ctx.model.tied_embeddings)
     yield Check(
-        "a fused embedding sum needs gradients that are all-reduced (zero_stage=0)", ctx.knobs.get("zero_stage") == "0"
+        "a fused embedding sum needs gradients that are all-reduced (zero_stage=0)",
+        ctx.knobs.get("zero_stage") == "0",
     )
 
 

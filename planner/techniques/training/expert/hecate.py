@@ -1,11 +1,11 @@
 """Sparse copies of experts (Hecate's FSSDP): the most popular experts are gathered beside the work before them.
 
-What it does: before a layer's experts work, the weights of the n most popular ones (``sparse1``, ``sparse4``) are gathered by all
-    expert ranks beside the layer's attention, and their gradients are scattered back beside the backward's.
-Saves: as FasterMoE's shadows, the exchange of these experts' tokens and the wait for their owners; and the wait for the copies, as
-    far as attention hides them.
-Costs: a sparse all-gather and reduce-scatter of n of E experts, λ = n/E of all, per layer and micro-batch; weights and gradients of
-    these experts while the layer is at work.
+What it does: before a layer's experts work, the weights of the n most popular ones (``sparse1``, ``sparse4``) are gathered by
+    all expert ranks beside the layer's attention, and their gradients are scattered back beside the backward's.
+Saves: as FasterMoE's shadows, the exchange of these experts' tokens and the wait for their owners; and the wait for the copies,
+    as far as attention hides them.
+Costs: a sparse all-gather and reduce-scatter of n of E experts, λ = n/E of all, per layer and micro-batch; weights and
+    gradients of these experts while the layer is at work.
 Assumes: as FasterMoE; expert states are sharded over their replicas by ``zero_stage``, as other states are.
 Source: Qing et al. 2025 (Hecate, arXiv:2502.02581) §4.
 """

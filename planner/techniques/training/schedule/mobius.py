@@ -1,10 +1,11 @@
 """Mobius: more stages than devices; a stage's weights visit the device once for all micro-batches of a step.
 
-What it does: every device has several stages whose weights live in host memory; all micro-batches pass a stage before the next one
-    comes up, forward and backward, in the order of a breadth-first pipeline.
+What it does: every device has several stages whose weights live in host memory; all micro-batches pass a stage before the next
+    one comes up, forward and backward, in the order of a breadth-first pipeline.
 Saves: weights on the device, save for two blocks' worth, and traffic: a stage comes up twice per step, not per micro-batch.
 Costs: all micro-batches of a stage are in flight; weights over the host link twice per step, and once for the update.
-Assumes: transfers are spread evenly over the step's work; devices have a host link each (its cross mapping is about shared ones).
+Assumes: transfers are spread evenly over the step's work; devices have a host link each (its cross mapping is about shared
+    ones).
 Source: Feng et al. 2023 (Mobius, ASPLOS 2023) §3.
 """
 
@@ -43,9 +44,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _visits(subject: Pass) -> float:
     """Times that weights come up in a step of 8 micro-batches."""
-    ledger, ctx = figures.run(
-        "schedule", subject, model="gpt2-xl", pp=4, schedule=_KEY, micro_batch_size=1
-    )
+    ledger, ctx = figures.run("schedule", subject, model="gpt2-xl", pp=4, schedule=_KEY, micro_batch_size=1)
     fetched = tuple(item for item in ledger.of(Transfer) if item.phase != "step")
     up = figures.transferred_bytes(replace(ledger, items=fetched)) * float(ctx.micro_batches[0])
     return up / (2 * figures.parameters(ledger))
