@@ -89,8 +89,8 @@ CASES = [
     Case("compression=qgz", "zeropp", "gpt3-2.7b", SLOW, 256, 2048, PLAIN, allowed=("lossy",)),
     # A tenth of the elements in a few bits, a step late: Wang et al. 2023 (ICML); both copies of a tied embedding and their
     # replicas over a slow network: Song et al. 2023 (arXiv:2301.09830).
-    Case("compression=cocktail", "cocktail_sgd", "gpt3-1.3b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 0, "synchronisation": "none"},
-         allowed=("lossy", "staleness")),
+    Case("compression=cocktail", "cocktail_sgd", "gpt3-1.3b", SLOW, 32, 2048,
+         {**PLAIN, "zero_stage": 0, "synchronisation": "none"}, allowed=("lossy", "staleness")),
     Case("compression=fused_embedding", "optimus_cc", "gpt3-2.7b", SLOW, 64, 2048,
          {**PLAIN, "pp": 8, "zero_stage": 0, "schedule": "1f1b", "pipeline": "stages"}, explore=("all",)),
     Case("compression=low_rank", "powersgd", "gpt3-1.3b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 0}, allowed=("lossy",)),

@@ -24,7 +24,7 @@ _CAPACITY = 165.0
 def _minimise(problem: Any) -> float:
     from planner.solve.combinatorial.choices import minimise
 
-    return minimise(problem).time_s
+    return float(minimise(problem).time_s)
 
 
 def _same_for_all(problem: Any) -> float:
