@@ -122,7 +122,7 @@ def checkpoint_stall_s(
 
 
 def useful_share(lost_s: Real, mtbf_s: Real) -> Real:
-    """Share of a run's time that is left where every failure costs ``lost_s``, once every ``mtbf_s`` of work: ``M/(M + L)``.
+    """Fraction of a run's time that is left where every failure costs ``lost_s``, once every ``mtbf_s`` of work: ``M/(M + L)``.
 
     The loss is the time to notice a failure, to find its cause, to start again, and the work since the last checkpoint (J. Dong
     et al. 2024, "C4", arXiv:2406.04594, section 3). To first order what :func:`expected_slowdown` gives.
@@ -135,7 +135,7 @@ def useful_share(lost_s: Real, mtbf_s: Real) -> Real:
 
 
 def out_share(device_mtbf_s: Real, replace_s: Real) -> Real:
-    """Share of time that a device is away, if another one takes its place ``replace_s`` after it was lost: ``R/(M₁ + R)``.
+    """Fraction of time that a device is away, if another one takes its place ``replace_s`` after it was lost: ``R/(M₁ + R)``.
 
     >>> float(out_share(9.0, 1.0))
     0.1
@@ -145,7 +145,7 @@ def out_share(device_mtbf_s: Real, replace_s: Real) -> Real:
 
 
 def whole_replicas(replicas: int, devices_each: int, out: float) -> float:
-    """Replicas that can be formed on average, as a share, where each device is away a share ``out`` of the time.
+    """Replicas that can be formed on average, as a fraction, where each device is away a share ``out`` of the time.
 
     Devices that are left form as many whole replicas as they can, whichever they belonged to (Varuna's morphing: S. Athlur et al.
     2022, arXiv:2111.04007, section 4.4). Devices are lost independently, so that their number is binomial.
