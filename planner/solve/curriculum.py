@@ -87,9 +87,7 @@ def plan_curriculum(
     )
     changed = np.array([[_choices(one) != _choices(other) for other in best] for one in best])
     chosen = _shortest(run_s, changed * switch_s)
-    switches = [0.0] + [
-        float(changed[one, other]) * switch_s for one, other in pairwise(chosen)
-    ]
+    switches = [0.0] + [float(changed[one, other]) * switch_s for one, other in pairwise(chosen)]
     found = tuple(
         Phase(length, float(tokens[i]), plan, float(run_s[i, chosen[i]]), switches[i])
         for i, length in enumerate(lengths)

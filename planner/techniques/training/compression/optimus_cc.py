@@ -35,20 +35,17 @@ def valid(ctx: Context) -> Iterable[Check]:
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """Drops the sum between both ends; the replicas' sums are those of twice as many."""
-    replicas = ctx.mesh.group("dp_cp").size
-    fused = _fused(ctx)
-    # An all-reduce of 2D ranks sends (2D − 1)/D of a tensor, one of D ranks 2(D − 1)/D.
-    wider = np.where(fused, (2.0 * replicas - 1.0) / np.maximum(2.0 * replicas - 2.0, 1.0), 1.0)
+    """Halves the replicas' sums; the sum between both ends stays as it is.
+
+    An all-reduce of 2D ranks sends (2D − 1)/D of a tensor: the whole, as between two ends, and (D − 1)/D, half of what D replicas do.
+    """
 
     def join(item: Collective) -> Item | None:
-        if item.what == "head.tied_gradient":
-            return replace(item, size=times(item.size, "ends_apart"), by=_KEY)
         if {"data_parallel", "gradients"} <= item.tags and item.block in ("embedding", "head"):
             return replace(item, size=times(item.size, "ends_joined"), by=_KEY)
         return None
 
-    return ledger.set_axes(ends_apart=1.0 - fused, ends_joined=wider).edit(Collective, join)
+    return ledger.set_axes(ends_joined=np.where(_fused(ctx), 0.5, 1.0)).edit(Collective, join)
 
 
 def _fused(ctx: Context) -> NDArray[np.bool_]:
