@@ -28,6 +28,7 @@ from planner.cli.values import (
     read_launcher,
     read_list,
     read_model,
+    read_preset,
     read_reserve,
     read_stack,
 )
@@ -109,6 +110,13 @@ class JobOptions:
             "--fix",
             text="Every plan must have this, e.g. tp=8 or zero_stage=3. Repeatable.",
             metavar="KNOB=VALUE",
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        _option(
+            "--preset",
+            text="Start from a published combination, e.g. ptdp (planner techniques); --fix goes before it.",
         ),
     ] = None
     forbid: Annotated[
@@ -230,6 +238,7 @@ class JobOptions:
         clusters = self._clusters(faults)
         workload = self._workload(faults, base.workload if base is not None else {})
         fixed = attempt(faults, parse_fixed, self.fix or [])
+        preset = attempt(faults, read_preset, self.preset)
         faults += [
             Fault(option, "is empty", "a glob over knobs and their values")
             for option, globs in (("--forbid", self.forbid or []), ("--explore", explore))
@@ -242,7 +251,7 @@ class JobOptions:
         attempt(faults, check_objective, self.objective)
         reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
         raise_if_any(faults)
-        choices = {**(base.fixed if base is not None else {}), **(fixed or {})}
+        choices = {**(preset or {}), **(base.fixed if base is not None else {}), **(fixed or {})}
         found = [
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
@@ -266,7 +275,9 @@ class JobOptions:
         carbon = optional_number(faults, "--carbon", self.carbon)
         raise_if_any(faults)
         site: dict[str, Any] = {} if pue is None else {"pue": pue}
-        found = attempt(faults, replace, problem, kg_per_kwh=carbon, flags=_PROBLEM_FLAGS, **site)
+        found: Problem | None = attempt(
+            faults, replace, problem, kg_per_kwh=carbon, flags=_PROBLEM_FLAGS, **site
+        )
         raise_if_any(faults)
         assert found is not None
         return found

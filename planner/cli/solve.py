@@ -10,6 +10,7 @@ import typer
 
 from planner.cli.solve_curriculum import curriculum
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
+from planner.cli.solve_peers import peers
 from planner.cli.solve_rlhf import rlhf
 
 HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks, RLHF and curricula: the best choice, with proof."
@@ -345,6 +346,7 @@ VERBS = {
     "micro-batches": micro_batches,
     "experts": experts,
     "ranks": ranks,
+    "peers": peers,
     "rlhf": rlhf,
     "curriculum": curriculum,
 }

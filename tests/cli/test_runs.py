@@ -79,3 +79,38 @@ def test_what_is_no_curriculum_is_refused(planner):
     assert {fault["where"] for fault in found.faults} == {"--lengths", "--tokens-per-step"}
     short = planner("solve", "curriculum", *LENGTHS[:6], "--tokens-per-step", "100", "--json")
     assert {fault["where"] for fault in short.faults} == {"--tokens-per-step"}
+
+
+def test_peers_are_dealt_to_stages(planner):
+    found = planner("solve", "peers", "--peers", "3:2,2:3", "--stages", "1,1", "--json").json
+    assert found["rate"] == pytest.approx(6.0)  # 3 + 3 and 2 + 2 + 2
+    assert found["longest_first_rate"] == pytest.approx(5.0)
+    assert "Exact under this model" in planner("solve", "peers", "--peers", "3:2,2:3", "--stages", "1,1").out
+    wrong = planner("solve", "peers", "--peers", "3", "--stages", "0", "--json")
+    assert {fault["where"] for fault in wrong.faults} == {"--peers", "--stages"}
+
+
+def test_presets_are_published_combinations(planner):
+    job = (
+        "--model",
+        "gpt3-1.3b",
+        "--cluster",
+        "a100-sxm-80gb:4x8",
+        "--global-batch",
+        "64",
+        "--seq-len",
+        "2048",
+        "--top",
+        "1",
+    )
+    plan = planner("train", *job, "--preset", "ptdp", "--json").json["plans"][0]
+    assert (plan["mesh"]["tp"], plan["knobs"]["schedule"], plan["knobs"]["pipeline"]) == (
+        8,
+        "interleaved",
+        "scatter_gather",
+    )
+    own = planner("train", *job, "--preset", "ptdp", "--fix", "tp=4", "--json").json["plans"][0]
+    assert own["mesh"]["tp"] == 4
+    assert {fault["where"] for fault in planner("train", *job, "--preset", "ptpd", "--json").faults} == {
+        "--preset"
+    }

@@ -30,7 +30,7 @@ def _minimise(problem: Any) -> float:
 def _same_for_all(problem: Any) -> float:
     """One strategy for every layer."""
     alike = [[strategy] * len(problem.names) for strategy in range(2)]
-    return min(problem.seconds(x) for x in alike if problem.held_bytes(x) <= problem.budget_bytes)
+    return float(min(problem.seconds(x) for x in alike if problem.held_bytes(x) <= problem.budget_bytes))
 
 
 def _profit(subject: Any) -> float:

@@ -37,7 +37,8 @@ def valid(ctx: Context) -> Iterable[Check]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Halves the replicas' sums; the sum between both ends stays as it is.
 
-    An all-reduce of 2D ranks sends (2D − 1)/D of a tensor: the whole, as between two ends, and (D − 1)/D, half of what D replicas do.
+    An all-reduce of 2D ranks sends (2D − 1)/D of a tensor: the whole, as between two ends, and (D − 1)/D, half of what D
+    replicas send.
     """
 
     def join(item: Collective) -> Item | None:
