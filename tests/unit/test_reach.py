@@ -37,6 +37,7 @@ class Case:
     host_gb: float = 0.0
     allowed: tuple[str, ...] = ()
     explore: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
     instead: dict[str, Any] | None = None  # the job without it: nothing fits
 
     def problem(self) -> Problem:
@@ -45,7 +46,8 @@ class Case:
             cluster = replace(cluster, host_memory_bytes=self.host_gb * GB)
         workload = TrainWorkload(self.batch, self.seq, **self.job)
         return Problem(
-            load_model(self.model), cluster, workload, load_stack(), fixed=self.fixed, allowed=self.allowed, explore=self.explore
+            load_model(self.model), cluster, workload, load_stack(), fixed=self.fixed, allowed=self.allowed, explore=self.explore,
+            forbidden=self.forbidden,
         )  # fmt: skip
 
 
@@ -85,6 +87,12 @@ CASES = [
     ),
     # Gradients over a slow network: Wang et al. 2023 (arXiv:2306.10209), Vogels et al. 2019 (arXiv:1905.13727).
     Case("compression=qgz", "zeropp", "gpt3-2.7b", SLOW, 256, 2048, PLAIN, allowed=("lossy",)),
+    # A tenth of the elements in a few bits, a step late: Wang et al. 2023 (ICML); both copies of a tied embedding and their
+    # replicas over a slow network: Song et al. 2023 (arXiv:2301.09830).
+    Case("compression=cocktail", "cocktail_sgd", "gpt3-1.3b", SLOW, 32, 2048,
+         {**PLAIN, "zero_stage": 0, "synchronisation": "none"}, allowed=("lossy", "staleness")),
+    Case("compression=fused_embedding", "optimus_cc", "gpt3-2.7b", SLOW, 64, 2048,
+         {**PLAIN, "pp": 8, "zero_stage": 0, "schedule": "1f1b", "pipeline": "stages"}, explore=("all",)),
     Case("compression=low_rank", "powersgd", "gpt3-1.3b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 0}, allowed=("lossy",)),
     # A model whose gathers in the backward cross nodes, without room for a copy per node: arXiv:2306.10209, section 3.2.
     Case("zero_group=secondary", "hpz", "gpt3-2.7b", SLOW, 32, 2048, {**PLAIN, "zero_stage": 3, "micro_batch_size": 1,
@@ -112,14 +120,24 @@ CASES = [
     Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 32768,
          {"tp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "parameter_offload": "none",
           "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore=("all",)),
+    # Two pipelines that take turns, where late gradients are not wanted: Chen et al. 2023 (PPoPP).
+    Case("schedule=avgpipe", "avgpipe", "gpt3-1.3b", "a100-sxm-40gb:1x8", 16, 2048,
+         {**PLAIN, "pp": 8, "micro_batch_size": 1, "zero_stage": 1}, allowed=("staleness",), explore=("schedule=avgpipe",),
+         forbidden=("co2", "diloco", "noloco", "neighbours")),
+    # 65B on eight 24 GB cards behind PCIe: Feng et al. 2023 (ASPLOS) is about such servers.
+    Case("schedule=mobius", "mobius", "llama-65b", "rtx-3090:1x8", 64, 512,
+         {"gradient_dtype": "fp16", "cp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused"}, {"precisions": ("fp16",)},
+         host_gb=256, explore=("schedule=mobius", "optimizer_offload=*")),
     # Experts as unlike as 1/j on ranks that share them: Liu et al. 2023 (SIGCOMM) where they are small, He et al. 2022 (PPoPP)
-    # where they are large.
+    # where they are large and copies wait, Qing et al. 2025 (arXiv:2502.02581) where they come beside attention.
     *(
         Case(f"expert={choice}", by, model, "h100-sxm:1x8", batch, seq,
              {"ep": 8, "tp": 1, "cp": 1, "pp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "tensor": "1d",
-              "sequence_parallel": "false"}, {"expert_zipf": 1.0}, explore=("all",))
-        for choice, by, model, batch, seq in (
-            ("fetched", "janus", "deepseek-moe-16b", 64, 4096), ("shadow1", "fastermoe", "mixtral-8x7b", 8, 512),
+              "sequence_parallel": "false"}, {"expert_zipf": 1.0}, explore=("all",), forbidden=forbidden)
+        for choice, by, model, batch, seq, forbidden in (
+            ("fetched", "janus", "deepseek-moe-16b", 64, 4096, ()),
+            ("shadow1", "fastermoe", "mixtral-8x7b", 8, 512, ("hecate_fssdp",)),
+            ("sparse1", "hecate_fssdp", "mixtral-8x7b", 8, 512, ()),
         )
     ),
 ]  # fmt: skip
@@ -131,7 +149,9 @@ def test_the_search_chooses_it_where_it_wins(case: Case) -> None:
     best = search(problem, top=1).best
     slot, value = case.choice.split("=", 1)
     assert str(best.knobs[slot]) == value
-    assembly = examine(replace(problem, fixed=replay(best).fixed, allowed=best.permissions))
+    assembly = examine(
+        replace(problem, fixed=replay(best).fixed, allowed=best.permissions, explore=(), forbidden=())
+    )
     assert assembly.plan.estimate.step_time_s == pytest.approx(best.estimate.step_time_s)
     assert case.by in techniques(second_tree(assembly)) | techniques(byte_tree(assembly))
     if case.instead is not None:
