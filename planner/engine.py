@@ -193,6 +193,8 @@ FIELDS = (
     "freed_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     *(f"{pool}_bytes" for pool in POOLS),
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS),
@@ -207,6 +209,8 @@ COMPACT = (
     "step_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
@@ -225,7 +229,7 @@ class BlockTable:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
     backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
+    ``<tier>_bytes``: held in a slower tier (host, nvme), ``<tier>_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
     optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
     ``<track>_messages``: into how many messages they are cut.
     """
@@ -331,7 +335,7 @@ def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: P
     for item in items:
         assert isinstance(item, Resident)
         if item.tier != "device":
-            name = "host_bytes" if item.lifetime == "always" else "host_saved_bytes"
+            name = f"{item.tier}_bytes" if item.lifetime == "always" else f"{item.tier}_saved_bytes"
         elif item.lifetime == "always":
             name = f"{item.pool}_bytes"
         else:
