@@ -229,9 +229,9 @@ class BlockTable:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
     backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``<tier>_bytes``: held in a slower tier (host, nvme), ``<tier>_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
-    optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
-    ``<track>_messages``: into how many messages they are cut.
+    ``<tier>_bytes``: held in a slower tier (host, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
+    ``<track>_step_s``: once per optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and
+    forward work; ``<track>_messages``: into how many messages they are cut.
     """
 
     kinds: tuple[str, ...]
