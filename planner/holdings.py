@@ -54,7 +54,7 @@ def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
         elif item.lifetime == "weight_input" and len(in_flight) > len(counts):
             yield Holding("activations", block, item, float(in_flight[len(counts) + kind]) * n_bytes)
         if kind == working and (item.lifetime == "block" or (item.lifetime == "recomputed" and kept < 1.0)):
-            yield Holding("workspace", block, item, n_bytes)
+            yield Holding("workspace", block, item, min(float(counts[kind]), 1.0) * n_bytes)
 
 
 def _in_flight(assembly: Assembly, run: int, kept: float) -> tuple[Array, dict[str, Array]]:
@@ -83,4 +83,4 @@ def _largest_transient(assembly: Assembly, counts: Array, kept: float) -> int:
     """The kind of block on the device whose work needs most room."""
     table = assembly.table
     transient = (table["block_bytes"] + (kept < 1.0) * table["recomputed_bytes"])[:, 0]
-    return int(np.argmax(np.where(counts > 0, transient, -1.0)))
+    return int(np.argmax(np.where(counts > 0, np.minimum(counts, 1.0) * transient, -1.0)))

@@ -241,9 +241,10 @@ def _transients(
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
     recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
     transient = (table["block_bytes"] + recomputed)[part]
-    present = layout.first_counts[:, part] > 0
+    present = np.minimum(layout.first_counts[:, part], 1.0)  # of ends that all stages share, a part
     if present.ndim == 2:
-        return np.stack([np.max(transient[there], axis=0, initial=0.0) for there in present])
+        each = ((there > 0, there) for there in present)
+        return np.stack([np.max(transient[on] * there[on, None], axis=0, initial=0.0) for on, there in each])
     largest: Array = np.max(present * transient, axis=1, initial=0.0)
     return largest
 
