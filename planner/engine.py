@@ -319,13 +319,24 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds and messages per track of what happens once per optimizer step."""
+    """Seconds and messages per track of what happens once per optimizer step.
+
+    A window of the step is named after the track that it lies on, and is one message of it.
+    """
     totals: dict[str, Any] = defaultdict(float)
+    windows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     for item, price in zip(items, prices, strict=True):
+        if item.window:
+            windows[item.window][item.track] = windows[item.window][item.track] + price
+            continue
         totals[f"{item.track}_step_s"] = totals[f"{item.track}_step_s"] + price
         if isinstance(item, Collective):
             sent = ledger.axes[item.messages] * (price > 0)  # a group of one sends nothing
             totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + sent
+    for window, tracks in windows.items():
+        inside = pipelined_s(list(tracks.values()), np.inf, pricer.stack.overlap_slowdown.value)
+        totals[f"{window}_step_s"] = totals[f"{window}_step_s"] + inside
+        totals[f"{window}_messages"] = totals[f"{window}_messages"] + (inside > 0)
     return totals
 
 

@@ -2,7 +2,7 @@
 
 A *state* is a combination of ``zero_stage`` and ``zero_group``; any of them may win on any row. Recompute and swaps only add work
 to a state (host memory and the link to it are slower than device memory), so a combination is dominated by one that does less
-of both and fits.
+of both and fits. A swap that hides the update behind the backward may save what the update took, and no more.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Branches:
             pool for swap in self.swaps for c in swap.values() if c.technique for pool in c.technique.moves
         }
         """Pools that some swap takes off the device."""
+        self.any_saves = any(self.saves(swap) for swap in range(len(self.swaps)))
         some = [i for i, c in enumerate(self.recomputes) if c.technique is not None and not self.by_layers(c)]
         none = [i for i, c in enumerate(self.recomputes) if c.technique is None]
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
@@ -142,6 +143,8 @@ class Branches:
         for r, choice in enumerate(self.recomputes):
             for s, other in enumerate(self.swaps):
                 subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
+                if self.saves(s) != self.saves(swap):
+                    continue  # an update beside the backward may take less than the one that it replaces
                 # As much recompute, unless it is of as many layers as it takes: a further swap may do with fewer.
                 same = r == recompute and not self.by_layers(choice)
                 fewer = same or (choice.technique is None and not self.moves_activations(s))
@@ -154,6 +157,10 @@ class Branches:
         return self._schedule_moves or any(
             self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
         )
+
+    def saves(self, swap: int) -> bool:
+        """Whether a swap may take the update's time off a row."""
+        return any(c.technique is not None and c.technique.saves for c in self.swaps[swap].values())
 
     def ruled(self, swap: int) -> bool:
         """Whether some of a swap's rules are about rows, or about choices before it."""

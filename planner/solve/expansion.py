@@ -91,13 +91,14 @@ class Expansion:
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
-        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs))
+        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs), self._saving_s(jobs))
 
     def open_pairs(self, pending: Pending, bar: float) -> Index:
         """Pairs whose other branches are worth a look; those of the others are counted as excluded or rejected.
 
         Whatever else a state does on a row only adds time to its plain branch: nothing else can win where that fits, or where
-        its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
+        its bound is not under the bar, but for swaps that save, and then by no more than that. Where what cannot be moved
+        exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
         if branches.recomputes[0].technique is not None or branches.moves_activations(0):
@@ -105,7 +106,7 @@ class Expansion:
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
             others += len(branches.swaps) * self._width(recompute, pending.jobs.layout, rows)
-        fits, late = pending.fits[0, 0], pending.bounds_s[0, 0] >= bar
+        fits, late = pending.fits[0, 0] & (not branches.any_saves), pending.floor_s >= bar
         full = pending.overfull
         self.counts.excluded_by_bound["dominated"] += int(others[fits].sum())
         self.counts.excluded_by_bound["step time"] += int(others[late & ~fits].sum())
@@ -149,6 +150,8 @@ class Expansion:
         for r, s in self.branches.no_more(recompute, swap):
             dominated |= pending.fits[s, r, chosen]
             late |= pending.bounds_s[s, r, chosen] >= bar
+        if self.branches.saves(swap):
+            late |= pending.floor_s[chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
@@ -179,6 +182,14 @@ class Expansion:
                 jobs, i, "device memory", float(least[i]), self.problem.memory_budget_bytes, at_least=True
             )
         return full
+
+    def _saving_s(self, jobs: Jobs) -> Array:
+        """What a swap may save of the plain branches' time: their updates, on the device where they take longest."""
+        if not self.branches.any_saves:
+            return np.zeros(len(jobs.rows))
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        saving: Array = held_bytes(jobs.layout, table["main_step_s"]).max(axis=0)
+        return saving
 
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.

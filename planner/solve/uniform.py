@@ -284,6 +284,8 @@ class UniformSearch:
         for pp in np.unique(ctx.mesh.pp):
             at = np.flatnonzero(ctx.mesh.pp == pp)
             part = BlockTable.compact(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
+            if self.branches.any_saves:  # updates may hide
+                part["main_step_s"][:] = 0.0
             masks: dict[str, NDArray[np.bool_]] = {}
             for schedule, layout in self.layouts_of(int(pp)):
                 if schedule.value not in masks:

@@ -50,9 +50,10 @@ def test_the_vocabulary_costs_all_stages_alike():
 
 def test_traffic_of_shared_ends_does_not_shrink_with_the_share():
     """bsh elements at least go from the last stage to all others, and as many of gradients back, per micro-batch."""
+    workload, fixed = TrainWorkload(64, 2048), {"pp": 8, "schedule": "1f1b_vocab"}
     problem = Problem(
-        load_model("llama3-8b"), load_cluster("a100-sxm-80gb:1x8"), TrainWorkload(64, 2048), load_stack(), fixed={"pp": 8, "schedule": "1f1b_vocab"}
-    )  # fmt: skip
+        load_model("llama3-8b"), load_cluster("a100-sxm-80gb:1x8"), workload, load_stack(), fixed=fixed
+    )
     leaves = [leaf for group in second_tree(examine(problem))["children"] for leaf in group["items"]]
     named = {leaf["what"]: leaf for leaf in leaves if leaf["what"].startswith("vocabulary.")}
     assert set(named) >= {"vocabulary.output", "vocabulary.output_gradient"}
