@@ -86,7 +86,11 @@ class Pending:
     def floor_s(self) -> Array:
         """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
         plain_s: Array = self.bounds_s[0, 0] - self.saving_s
-        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
+        return (
+            np.zeros_like(plain_s)
+            if self.expansion.branches.moves_activations(0, self.jobs.schedule)
+            else plain_s
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

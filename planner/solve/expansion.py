@@ -101,7 +101,9 @@ class Expansion:
         exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
-        if branches.recomputes[0].technique is not None or branches.moves_activations(0):
+        if branches.recomputes[0].technique is not None or branches.moves_activations(
+            0, pending.jobs.schedule
+        ):
             return np.arange(len(rows))
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
@@ -147,7 +149,7 @@ class Expansion:
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
-        for r, s in self.branches.no_more(recompute, swap):
+        for r, s in self.branches.no_more(recompute, swap, jobs.schedule):
             dominated |= pending.fits[s, r, chosen]
             late |= pending.bounds_s[s, r, chosen] >= bar
         if self.branches.saves(swap):
@@ -197,7 +199,7 @@ class Expansion:
         Recompute by layers is priced apart from other choices.
         """
         counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
-        if not (counted and self.branches.moves_activations(jobs.swap)):
+        if not (counted and self.branches.moves_activations(jobs.swap, jobs.schedule)):
             return self._priced(jobs)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
         fit, bound_s, batch = self._priced(jobs.with_every_count())

@@ -274,6 +274,7 @@ def _technique(choice: str) -> Technique:
         summary="An order made for unlike durations of F, B and W, within a limit of activations",
         figures=(rate if choice in _RATES else most,),
         apply=hold_weight_inputs,
+        apart=True,
         order=automatic(choice, limit),
         searched=False,
         active=lambda ctx: ctx.mesh.pp > 1,
