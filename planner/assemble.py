@@ -19,7 +19,7 @@ from planner.engine import BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.mesh import Mesh
-from planner.pipeline import memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
 from planner.schedule.order import Generator, generator_of, make_order, repeated
@@ -184,7 +184,8 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    host_bytes, cached = float(held_parts.pop("host").max()), held_parts.pop("cached")
+    slower = {tier: float(held_parts.pop(tier).max()) for tier in SLOWER}
+    cached = held_parts.pop("cached")
     devices = [
         {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
@@ -205,7 +206,7 @@ def assemble(
         step_s,
         _breakdown(spends, step_s),
         {"peak": peak, **fullest},
-        host_bytes,
+        slower,
         max(min(max(kept), budget) - peak, 0.0),
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
@@ -358,7 +359,7 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], host_bytes: float, cached_bytes: float,
+    memory_bytes: Mapping[str, float], slower: Mapping[str, float], cached_bytes: float,
 ) -> Estimate:  # fmt: skip
     workload, cluster, device = problem.workload, problem.cluster, problem.cluster.device
     devices = cluster.devices
@@ -380,9 +381,11 @@ def _estimate(
         hfu=executed / (step_s * devices * peak),
         memory_bytes=memory_bytes,
         breakdown_s=breakdown,
-        fits=memory_bytes["peak"] <= budget and host_bytes <= cluster.host_memory_bytes,
+        fits=memory_bytes["peak"] <= budget
+        and all(slower[tier] <= capacity for tier, capacity in cluster.slower_bytes.items()),
         memory_budget_bytes=budget,
-        host_bytes=host_bytes,
+        host_bytes=slower["host"],
+        nvme_bytes=slower["nvme"],
         cached_bytes=cached_bytes,
         joules_per_step=step_s * devices * float(device.power_w),
         usd_per_step=None if price is None else step_s * devices * price / 3600.0,

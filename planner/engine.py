@@ -195,6 +195,8 @@ FIELDS = (
     "freed_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     *(f"{pool}_bytes" for pool in POOLS),
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS),
@@ -209,6 +211,8 @@ COMPACT = (
     "step_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
@@ -228,9 +232,9 @@ class BlockTable:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
     backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
-    optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
-    ``<track>_messages``: into how many messages they are cut.
+    ``<tier>_bytes``: held in a slower tier (host, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
+    ``<track>_step_s``: once per optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and
+    forward work; ``<track>_messages``: into how many messages they are cut.
     """
 
     kinds: tuple[str, ...]
@@ -329,13 +333,24 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds and messages per track of what happens once per optimizer step."""
+    """Seconds and messages per track of what happens once per optimizer step.
+
+    A window of the step is named after the track that it lies on, and is one message of it.
+    """
     totals: dict[str, Any] = defaultdict(float)
+    windows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     for item, price in zip(items, prices, strict=True):
+        if item.window:
+            windows[item.window][item.track] = windows[item.window][item.track] + price
+            continue
         totals[f"{item.track}_step_s"] = totals[f"{item.track}_step_s"] + price
         if isinstance(item, Collective):
             sent = ledger.axes[item.messages] * (price > 0)  # a group of one sends nothing
             totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + sent
+    for window, tracks in windows.items():
+        inside = pipelined_s(list(tracks.values()), np.inf, pricer.stack.overlap_slowdown.value)
+        totals[f"{window}_step_s"] = totals[f"{window}_step_s"] + inside
+        totals[f"{window}_messages"] = totals[f"{window}_messages"] + (inside > 0)
     return totals
 
 
@@ -345,7 +360,7 @@ def _residents(items: list[Item], ledger: Ledger) -> dict[str, Array]:
     for item in items:
         assert isinstance(item, Resident)
         if item.tier != "device":
-            name = "host_bytes" if item.lifetime == "always" else "host_saved_bytes"
+            name = f"{item.tier}_bytes" if item.lifetime == "always" else f"{item.tier}_saved_bytes"
         elif item.lifetime == "always":
             name = f"{item.pool}_bytes"
         else:

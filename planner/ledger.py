@@ -69,7 +69,8 @@ class Item:
         by: key of the technique that put it here.
         source: where its formula comes from.
         window: items of one window run side by side (one track per ``track``); the empty window is the block's own
-            serial order, which everything on another track of the empty window runs beside.
+            serial order, which everything on another track of the empty window runs beside. A window of the step is named
+            after the step's track that it lies on (main, gradients, weights).
         track: the stream inside the window.
         waited: the host waits for each kernel or call before it issues the next.
     """

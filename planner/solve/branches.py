@@ -2,7 +2,7 @@
 
 A *state* is a combination of ``zero_stage`` and ``zero_group``; any of them may win on any row. Recompute and swaps only add work
 to a state (host memory and the link to it are slower than device memory), so a combination is dominated by one that does less
-of both and fits.
+of both and fits. A swap that hides the update behind the backward may save what the update took, and no more.
 """
 
 from __future__ import annotations
@@ -74,9 +74,11 @@ class Branches:
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
         self.waves = [wave for wave in (none, some, layers) if wave]
         """Recompute choices that are tried together: none does less than another of its wave."""
-        schedules = (choice.technique for choice in choices["schedule"])
-        self._schedule_moves = any("activations" in t.moves for t in schedules if t is not None)
-        self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._saves = [
+            any(c.technique is not None and c.technique.saves for c in swap.values()) for swap in self.swaps
+        ]
+        self.any_saves = any(self._saves)
+        self._less: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
         """Whether a swap's rules about the machine and the job hold; those about rows are for later."""
@@ -143,26 +145,37 @@ class Branches:
         activations = {slot: swaps.pop(slot) for slot in _OF_ACTIVATIONS}
         return [self.states[state], swaps, {"recompute": self.recomputes[recompute]}, activations]
 
-    def no_more(self, recompute: int, swap: int) -> list[tuple[int, int]]:
+    def no_more(self, recompute: int, swap: int, schedule: Choice) -> list[tuple[int, int]]:
         """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""
-        if (recompute, swap) in self._less:
-            return self._less[recompute, swap]
-        less = self._less[recompute, swap] = []
+        key = recompute, swap, self._parks(schedule)
+        if key in self._less:
+            return self._less[key]
+        less = self._less[key] = []
         for r, choice in enumerate(self.recomputes):
             for s, other in enumerate(self.swaps):
                 subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
+                if self.saves(s) != self.saves(swap):
+                    continue  # an update beside the backward may take less than the one that it replaces
                 # As much recompute, unless it is of as many layers as it takes: a further swap may do with fewer.
                 same = r == recompute and not self.by_layers(choice)
-                fewer = same or (choice.technique is None and not self.moves_activations(s))
+                fewer = same or (choice.technique is None and not self.moves_activations(s, schedule))
                 if subset and fewer and (r, s) != (recompute, swap):
                     less.append((r, s))
         return less
 
-    def moves_activations(self, swap: int) -> bool:
-        """Whether a swap (or a schedule) moves activations: recompute leaves it less to move, and so may save time."""
-        return self._schedule_moves or any(
+    def moves_activations(self, swap: int, schedule: Choice) -> bool:
+        """Whether a swap or the schedule moves activations: recompute leaves it less to move, and so may save time."""
+        return self._parks(schedule) or any(
             self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
         )
+
+    def _parks(self, schedule: Choice) -> bool:
+        """Whether a schedule moves activations."""
+        return schedule.technique is not None and "activations" in schedule.technique.moves
+
+    def saves(self, swap: int) -> bool:
+        """Whether a swap may take the update's time off a row."""
+        return self._saves[swap]
 
     def ruled(self, swap: int) -> bool:
         """Whether some of a swap's rules are about rows, or about choices before it."""

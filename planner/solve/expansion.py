@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["Expansion"]
 
 Index = NDArray[np.intp]
+_Held = dict[
+    str, tuple[Array, float]
+]  # bytes that each job needs in a tier, and the tier's capacity per device
+
+TIERS = {"host": "host memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
 
@@ -117,21 +122,24 @@ class Expansion:
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
-        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs))
+        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs), self._saving_s(jobs))
 
     def open_pairs(self, pending: Pending, bar: float) -> Index:
         """Pairs whose other branches are worth a look; those of the others are counted as excluded or rejected.
 
         Whatever else a state does on a row only adds time to its plain branch: nothing else can win where that fits, or where
-        its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
+        its bound is not under the bar, but for swaps that save, and then by no more than that. Where what cannot be moved
+        exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
-        if branches.recomputes[0].technique is not None or branches.moves_activations(0):
+        if branches.recomputes[0].technique is not None or branches.moves_activations(
+            0, pending.jobs.schedule
+        ):
             return np.arange(len(rows))
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
             others += len(branches.swaps) * self._width(recompute, pending.jobs.layout, rows)
-        fits, late = pending.fits[0, 0], pending.bounds_s[0, 0] >= bar
+        fits, late = pending.fits[0, 0] & (not branches.any_saves), pending.floor_s >= bar
         full = pending.overfull
         self.counts.excluded_by_bound["dominated"] += int(others[fits].sum())
         self.counts.excluded_by_bound["step time"] += int(others[late & ~fits].sum())
@@ -172,9 +180,11 @@ class Expansion:
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
-        for r, s in self.branches.no_more(recompute, swap):
+        for r, s in self.branches.no_more(recompute, swap, jobs.schedule):
             dominated |= pending.fits[s, r, chosen]
             late |= pending.bounds_s[s, r, chosen] >= bar
+        if self.branches.saves(swap):
+            late |= pending.floor_s[chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
@@ -206,13 +216,21 @@ class Expansion:
             )
         return full
 
+    def _saving_s(self, jobs: Jobs) -> Array:
+        """What a swap may save of the plain branches' time: their updates, on the device where they take longest."""
+        if not self.branches.any_saves:
+            return np.zeros(len(jobs.rows))
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        saving: Array = held_bytes(jobs.layout, table["main_step_s"]).max(axis=0)
+        return saving
+
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
 
         Recompute by layers is priced apart from other choices.
         """
         counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
-        if not (counted and self.branches.moves_activations(jobs.swap)):
+        if not (counted and self.branches.moves_activations(jobs.swap, jobs.schedule)):
             return self._priced(jobs)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
         fit, bound_s, batch = self._priced(jobs.with_every_count())
@@ -226,16 +244,14 @@ class Expansion:
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, table, micro_batches)
         bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
-        peak, host = self._memory(jobs, table, micro_batches, layers)
-        budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
-        on_device, on_host = peak <= budget, host <= host_budget
+        peak, slower = self._memory(jobs, table, micro_batches, layers)
+        held = {"device memory": (peak, self.problem.memory_budget_bytes)}
+        for tier, capacity in self.problem.cluster.slower_bytes.items():
+            held[TIERS[tier]] = slower[tier], capacity
         runs = self._launchable(jobs)
-        fit = on_device & on_host & runs
-        self._count(jobs, on_device, on_host, runs)
+        fit = self._count(jobs, held, runs)
         if not fit.all():
-            self._note_nearest(
-                jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
-            )
+            self._note_nearest(jobs, held)
         return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
 
     def _by_layers(self, jobs: Jobs) -> bool:
@@ -290,16 +306,18 @@ class Expansion:
                     faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
-    def _count(
-        self, jobs: Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_], runs: NDArray[np.bool_]
-    ) -> None:
-        """One candidate per job is scored or rejected; the other layer counts behind it are excluded or rejected with it."""
-        fitting = on_device & on_host & runs
+    def _count(self, jobs: Jobs, held: _Held, runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which jobs fit. One candidate per job is scored, or rejected for the first tier that it exceeds; the other layer
+        counts behind it are excluded or rejected with it."""
         rejected: Counter[str] = self.counts.rejected
-        rejected["device memory"] += int(jobs.width[~on_device & runs].sum())
-        rejected["host memory"] += int(jobs.width[on_device & ~on_host & runs].sum())
+        fitting = runs
+        for tier, (n_bytes, capacity) in held.items():
+            inside = n_bytes <= capacity
+            rejected[tier] += int(jobs.width[fitting & ~inside].sum())
+            fitting = fitting & inside
         self.counts.scored += int(fitting.sum())
         self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
+        return fitting
 
     def _fewest_layers(self, jobs: Jobs, table: BlockTable, micro_batches: Array) -> Array:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
@@ -312,14 +330,14 @@ class Expansion:
         )
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
-            peak, _ = self._memory(jobs, table, micro_batches, middle)
+            peak = self._memory(jobs, table, micro_batches, middle)[0]
             fit = peak <= self.problem.memory_budget_bytes
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
         return high
 
     def _memory(
         self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, dict[str, Array]]:
         return memory(
             table,
             jobs.layout,
@@ -359,18 +377,20 @@ class Expansion:
                 self._of_states[state, where] = self.tables[prefix].of_state(state)
         return self._of_states[states, rows]
 
-    def _note_nearest(
-        self, jobs: Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
-    ) -> None:
-        """Remembers the candidate that misses its budget by the least."""
+    def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
+        """Remembers the candidate that misses the first tier that it exceeds by the least."""
+        excess, first = np.ones(len(jobs.rows)), np.zeros(len(jobs.rows), dtype=np.intp)
+        for number, (n_bytes, capacity) in enumerate(held.values()):
+            over = (excess <= 1.0) & (n_bytes > capacity)
+            excess = np.where(over, n_bytes / max(capacity, 1.0), excess)
+            first = np.where(over, number, first)
         missing = np.where(excess > 1.0, excess, np.inf)
         i = int(np.argmin(missing))
         if np.isinf(missing[i]):
             return
-        if on_device[i]:
-            self._note(jobs, i, "host memory", float(host[i]), self.problem.cluster.host_memory_bytes)
-        else:
-            self._note(jobs, i, "device memory", float(peak[i]), self.problem.memory_budget_bytes)
+        tier = list(held)[int(first[i])]
+        n_bytes, capacity = held[tier]
+        self._note(jobs, i, tier, float(n_bytes[i]), capacity)
 
     def _note(
         self, jobs: Jobs, index: int, binding: str, needed: float, budget: float, *, at_least: bool = False

@@ -93,6 +93,6 @@ def _narrow(pairs: _Pairs) -> _Pairs:
             jobs = pending.jobs.take(at)
             jobs = replace(jobs, rows=np.searchsorted(rows, jobs.rows))
             bounds_s, fits = pending.bounds_s[:, :, at], pending.fits[:, :, at]
-            alone = Pending(few, jobs, bounds_s, fits, pending.overfull[at])
+            alone = Pending(few, jobs, bounds_s, fits, pending.overfull[at], pending.saving_s[at])
             found.append((alone, np.arange(len(at)), floor_s))
     return found

@@ -115,6 +115,8 @@ def sift(work: Expansion, parts: Sequence[Pairs], bar: float) -> tuple[list[Pair
     bounds_s = [np.full(part.open.shape, np.inf) for part in plain]
     for state in range(len(work.states)):
         times = work.times(state).values
+        if work.branches.any_saves:  # updates may hide
+            times[TIMES.index("main_step_s")] = 0.0
         for part, bound_s in zip(plain, bounds_s, strict=True):
             at = np.flatnonzero(part.open[state])
             rows, layout, order = part.rows[at], part.layouts.deal(part.of[at]), order_of(part.schedule)

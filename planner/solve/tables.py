@@ -64,7 +64,7 @@ class BranchTables:
     ) -> Array:
         """The table of a branch on some rows: the prefix's, and what every part of the branch changes.
 
-        A schedule that edits the ledger sees the state's items, and makes one part with it.
+        A schedule that edits the ledger sees the state's items, and makes one part with it unless it looks at none of them.
         """
         total: Array = self._change({}).values[rows]
         for part in self._parts(state, recompute, swap, schedule):
@@ -88,7 +88,11 @@ class BranchTables:
         if key not in self._divided:
             parts: list[dict[str, Choice]] = []
             of_state, *units = self.branches.units(state, recompute, swap)
-            for part in (of_state if schedule is None else {**of_state, "schedule": schedule}, *units):
+            if schedule is not None and schedule.technique is not None and schedule.technique.apart:
+                units.append({"schedule": schedule})
+            elif schedule is not None:
+                of_state = {**of_state, "schedule": schedule}
+            for part in (of_state, *units):
                 while clash := next((other for other in parts if self._clash(part, other)), None):
                     parts.remove(clash)
                     part = {**clash, **part}

@@ -46,6 +46,7 @@ NOT_DEALT = "layers cannot be dealt to the stages"
 
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
+_MANY = 64  # prefixes from which the first is priced on its own, so that there is a bar for the others
 _CUTS = (1024, 4096)  # and again, within a wave
 _TOGETHER = 16384  # rows and layouts whose plain branches are priced at once
 _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
@@ -107,6 +108,7 @@ class UniformSearch:
         self._layouts: dict[int, list[tuple[Choice, Layout]]] = {}
         self._deals: list[Deal] = []
         self._dealings: list[Dealing] = []
+        self._waiting = 0  # rows and layouts in them
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
@@ -119,7 +121,7 @@ class UniformSearch:
             if recipe is recipes[0]:
                 made, mesh = {}, part.context(self.problem, {}).mesh
             self._bound(recipe, part, mesh, made)
-            if sum(len(deal.rows) for deal in self._deals) > _PAIRS:
+            if self._waiting > (_PAIRS if done or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
                 self.on_progress(done + 1, len(parts) * len(recipes))
@@ -143,7 +145,7 @@ class UniformSearch:
             self._leftovers()
         self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
         self._leftovers()
-        self._deals, self._prefixes = [], []
+        self._deals, self._prefixes, self._waiting = [], [], 0
 
     def _leftovers(self) -> None:
         """Tries what is left of the rows that were priced plain, and forgets them."""
@@ -182,6 +184,7 @@ class UniformSearch:
             used = distinct(np.concatenate([deal.rows for deal in deals]))
             ctx = ctx.take(used)
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
+            self._waiting += sum(len(deal.rows) for deal in deals)
             ledger = ledger.take(used, ctx.mesh.counterpart)
             self._prefixes.append(_Prefix(recipe, rows.take(used), ctx, ledger, activity.take(used)))
 
@@ -266,8 +269,11 @@ class UniformSearch:
                 at, of = dealing.pairs(pp[works])
                 for begin in range(0, len(at), _TOGETHER):
                     where, layouts = works[at[begin : begin + _TOGETHER]], of[begin : begin + _TOGETHER]
+                    times = table.times(where)
+                    if self.branches.any_saves:  # updates may hide
+                        times["main_step_s"][:] = 0.0
                     bound_s = step_bound(
-                        table.times(where),
+                        times,
                         dealing.layouts.deal(layouts),
                         micro_batches[where],
                         schedule=dealing.order,

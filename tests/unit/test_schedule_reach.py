@@ -32,8 +32,12 @@ class Case:
     batch: int
     seq: int
     allowed: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = (
+        "schedule=*_vocab",
+    )  # where ends cannot be shared, but for the cases that are about that
 
 
+ONE_CHUNK = ("schedule=*_vocab", "schedule=chimera*", "schedule=dualpipe*", "schedule=*v*", "schedule=v_*")
 CASES = [
     # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
     Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
@@ -51,6 +55,13 @@ CASES = [
     Case("zb_h1", "gpt2-xl", "a100-sxm-40gb:1x8", 2, 1024),
     # No flush at all, where late gradients are allowed: arXiv:2006.09503.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+    # A large vocabulary at the end of few layers: arXiv:2411.05288, section 6, V-Half and 1F1B.
+    Case("v_half_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 32, 4096, forbidden=()),
+    Case("1f1b_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 64, 2048, forbidden=("schedule=v_half_vocab",)),
+    # One chunk per device. No room for more than 1F1B's activations: arXiv:2401.10241, section 5.3, ZB-1p; or for half as many
+    # again, where weight gradients are shorter than the rest.
+    Case("zb_1p", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2560, forbidden=ONE_CHUNK),
+    Case("zb_1.5p", "gpt3-1.3b", "a100-sxm-80gb:1x8", 32, 8192, forbidden=ONE_CHUNK),
 ]
 
 
@@ -58,7 +69,7 @@ CASES = [
 def test_the_search_chooses_it_where_it_wins(case):
     problem = Problem(
         load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
-        explore=("schedule=*",), allowed=case.allowed,
+        explore=("schedule=*",), allowed=case.allowed, forbidden=case.forbidden,
     )  # fmt: skip
     found = search(problem, top=2)
     assert found.best.knobs["schedule"] == case.schedule
