@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from planner.costs.queueing import wait_quantile_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.specs.traffic import Traffic
@@ -38,6 +39,7 @@ class Steady:
         wait_s: part of it before the prompt's first iteration.
         prefill_load: fraction of time that prompts are at work.
         mixed_s, decode_s: time of a mixed and of a generating iteration.
+        slot_wait_s, slot_waits: part of the time to the first token that is a wait for a slot, and the chance of one.
     """
 
     requests_per_s: Array
@@ -50,12 +52,14 @@ class Steady:
     prefill_load: Array
     mixed_s: Array
     decode_s: Array
+    slot_wait_s: Array | float = 0.0
+    slot_waits: Array | float = 0.0
 
     def ttft_at(self, quantile: float) -> Array:
-        """A quantile of the time to the first token: the wait's tail is exponential where there is one at all."""
-        load = np.clip(self.prefill_load, 1e-9, 0.999)
-        tail = np.where(1.0 - quantile < load, np.log(load / (1.0 - quantile)) * self.wait_s / load, 0.0)
-        return np.asarray(self.ttft_s - self.wait_s + np.maximum(tail, 0.0))
+        """A quantile of the time to the first token: waits' tails are exponential where there are any, and add up."""
+        tails = wait_quantile_s(quantile, np.clip(self.prefill_load, 1e-9, 0.999), self.wait_s)
+        tails = tails + wait_quantile_s(quantile, self.slot_waits, self.slot_wait_s)
+        return np.asarray(self.ttft_s - self.wait_s - self.slot_wait_s + tails)
 
     def tpot_at(self, quantile: float) -> Array:
         """A quantile, over requests, of the mean time between tokens: normal."""
@@ -65,7 +69,8 @@ class Steady:
 
     def take(self, index: Array) -> Steady:
         """Some rows."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in columns.items() if np.ndim(value)})
 
 
 def normal_quantile(quantile: float) -> float:

@@ -22,6 +22,7 @@ from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
 from planner.serving.capacity import capacity
+from planner.serving.percentiles import Latencies
 from planner.serving.search import Account, Candidates, candidates, iterations_of
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
@@ -67,6 +68,7 @@ class Split:
         tpot_s: time between tokens; ``in_flight`` sequences of a decode replica, ``most`` that its caches hold.
         memory: bytes of the fullest decode device.
         binding: what keeps the load from growing.
+        latencies: of arrivals of their own, where they were asked for.
     """
 
     recipes: tuple[Mapping[str, str], Mapping[str, str]]
@@ -84,6 +86,7 @@ class Split:
     most: float
     memory: Mapping[str, float]
     binding: str
+    latencies: Latencies | None = None
 
     @property
     def devices(self) -> int:

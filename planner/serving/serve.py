@@ -15,6 +15,7 @@ from planner.errors import Problem as Fault
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
 from planner.serving.disaggregated import Split, search_disaggregated
+from planner.serving.listed import Listing
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
 from planner.serving.space import DEGREES, ServeSpace
@@ -48,15 +49,20 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
         found += search_disaggregated(problem, pricer, account)
     if not found:
         raise Infeasible(_reasons(problem, account))
-    found.sort(key=lambda f: (-_value(problem, f), _tpot_s(f), f.devices))
-    best = _value(problem, found[0])
+    found.sort(key=lambda f: _order(problem, f))
+    listing = Listing(problem, pricer)
+    listed = [f for g in found[: max(top, _LISTED)] if (f := listing.of(g)) is not None]
+    if not listed:
+        raise Infeasible(_reasons(problem, account))
+    listed.sort(key=lambda f: _order(problem, f))
+    best = _value(problem, listed[0])
     plans = tuple(
         _plan(
             problem,
             f,
             Optimality("exact" if not i else "gap", 1.0 - _value(problem, f) / best, None, _SOLVER),
         )
-        for i, f in enumerate(found[:top])
+        for i, f in enumerate(listed[:top])
     )
     report = SearchReport(
         account.candidates, account.scored, account.repriced, dict(account.excluded), dict(account.rejected),
@@ -65,7 +71,9 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
     return ServeResult(plans, report, tuple(_front(problem, found)))
 
 
-_SOLVER = "grid, bound and bisection of the load; rate matching of pools"
+_SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
+_LISTED = 10
+"""Candidates that are put through the chains at least, so that the best does not depend on how many are asked for."""
 
 
 def _distinct(found: list[Found]) -> list[Found]:
@@ -81,7 +89,11 @@ def _rate(problem: ServeProblem, f: Found | Split) -> float:
 
 
 def _tpot_s(f: Found | Split) -> float:
-    return f.tpot_s if isinstance(f, Split) else float(f.state.tpot_s[0])
+    return f.tpot_s if f.latencies is None else f.latencies.tpot_s["mean"]
+
+
+def _order(problem: ServeProblem, f: Found | Split) -> tuple[float, float, int]:
+    return -_value(problem, f), _tpot_s(f), f.devices
 
 
 def _value(problem: ServeProblem, f: Found | Split) -> float:
@@ -106,13 +118,13 @@ def _mesh(row: Any) -> dict[str, int]:
 
 
 def _pools(f: Found) -> tuple[Pool, ...]:
-    knobs: dict[str, Any] = {**f.recipe, "chunk_tokens": int(f.chunk), "max_sequences": max(f.in_flight, 1)}
+    knobs: dict[str, Any] = {**f.recipe, "chunk_tokens": int(f.chunk), "max_sequences": int(f.most)}
     return (Pool("aggregated", f.replicas, _mesh(f.row), knobs, f.in_flight),)
 
 
 def _split_pools(f: Split) -> tuple[Pool, ...]:
     prefill: dict[str, Any] = {**f.recipes[0], "chunk_tokens": int(f.chunk)}
-    decode: dict[str, Any] = {**f.recipes[1], "max_sequences": f.in_flight}
+    decode: dict[str, Any] = {**f.recipes[1], "max_sequences": int(f.most)}
     return (
         Pool("prefill", f.replicas[0], _mesh(f.rows[0]), prefill, 1),
         Pool("decode", f.replicas[1], _mesh(f.rows[1]), decode, f.in_flight),
@@ -121,12 +133,23 @@ def _split_pools(f: Split) -> tuple[Pool, ...]:
 
 def _estimate(problem: ServeProblem, f: Found) -> ServeEstimate:
     state = f.state
+    if f.latencies is not None:
+        return _told(
+            problem, f, _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), int(f.most * f.replicas)
+        )
     ttft = {"mean": float(state.ttft_s[0])} | {n: float(state.ttft_at(q)[0]) for n, q in QUANTILES.items()}
     tpot = {"mean": float(state.tpot_s[0])} | {n: float(state.tpot_at(q)[0]) for n, q in QUANTILES.items()}
     return _told(problem, f, ttft, tpot, int(f.most * f.replicas))
 
 
+def _named(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in ("mean", *QUANTILES)}
+
+
 def _split_estimate(problem: ServeProblem, f: Split) -> ServeEstimate:
+    if f.latencies is not None:
+        most = int(f.most * f.replicas[1])
+        return _told(problem, f, _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), most)
     ttft = {"mean": f.ttft_at(None)} | {name: f.ttft_at(q) for name, q in QUANTILES.items()}
     tpot = dict.fromkeys(("mean", *QUANTILES), f.tpot_s)
     return _told(problem, f, ttft, tpot, int(f.most * f.replicas[1]))

@@ -9,8 +9,9 @@ from planner.engine import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.serving.aggregated import steady
 from planner.serving.capacity import capacity
-from planner.serving.search import iterations_of
+from planner.serving.search import Account, iterations_of, search_aggregated
 from planner.serving.serve import serve
+from planner.serving.slots import Arrivals
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
@@ -68,6 +69,9 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
                 loads = np.arange(1.0, most + 1.0)
                 many = iterations_of(p, recipe, mesh_of(np.tile(row, (most, 1))), pricer)
                 state = steady(many, traffic, loads, np.full(most, float(chunk)))
+                end = np.full(most, most - 1)
+                held = np.full(most, float(most))
+                state = Arrivals(traffic, held, state.take(end), state.decode_s[0 * end]).meet(state)
                 q = None if traffic.percentile is None else traffic.percentile / 100.0
                 ttft = state.ttft_s if q is None else state.ttft_at(q)
                 tpot = state.tpot_s if q is None else state.tpot_at(q)
@@ -75,9 +79,9 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
                 replicas = p.cluster.devices // int(mesh[0] * mesh[1] * mesh[2])
                 if kept.any():
                     best = max(best, float((state.requests_per_s * replicas)[kept].max()))
-    found = serve(p).best
-    assert found.estimate.goodput_requests_per_s == pytest.approx(best, rel=1e-9)
-    assert found.optimality.status == "exact"
+    found = search_aggregated(p, space, Pricer(p.cluster, p.stack), 10, Account())[0]
+    assert found.tokens_per_s / traffic.osl == pytest.approx(best, rel=1e-9)
+    assert serve(p).best.optimality.status == "exact"
 
 
 @pytest.mark.parametrize(
