@@ -24,6 +24,7 @@ from planner.errors import Problem as Fault
 if TYPE_CHECKING:
     from planner.specs.model import Model
     from planner.specs.serve_problem import ServeProblem
+    from planner.specs.speculation import Speculation
     from planner.specs.traffic import Traffic
 
 __all__ = ["serve"]
@@ -33,7 +34,7 @@ _FLAGS = {
     "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
     "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
     "length_scv": "--length-scv", "model": "--model", "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
-    "usd_per_device_hour": "--usd-per-hour",
+    "usd_per_device_hour": "--usd-per-hour", "acceptance": "--acceptance", "tokens": "--draft-tokens", "draft": "--draft",
 }  # fmt: skip
 _PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w4a16_mxfp4"}
 _NARROWER = ("fp8", "nvfp4")
@@ -94,6 +95,26 @@ def serve(
         list[str] | None,
         _option("--allow", text="'lossy': also narrower weights and caches.", metavar="WHAT"),
     ] = None,
+    draft: Annotated[
+        str | None,
+        _option(
+            "--draft",
+            text="Who drafts tokens: a smaller model, mtp, or ngram; needs --acceptance.",
+            metavar="WHO",
+        ),
+    ] = None,
+    acceptance: Annotated[
+        str | None,
+        _option(
+            "--acceptance",
+            text="Probability that a drafted token is accepted; measured, 0 to 1.",
+            metavar="X",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        str | None,
+        _option("--draft-tokens", text="Tokens per step to choose from [1,2,3,4,5,7].", metavar="LIST"),
+    ] = None,
     engine: Annotated[
         str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
     ] = "vllm",
@@ -141,6 +162,7 @@ def serve(
         fix,
         forbid,
         usd_per_hour,
+        _speculation(faults, draft, acceptance, draft_tokens),
     )
     wanted = attempt(faults, whole_number, "--top", top)
     if wanted is not None and not 1 <= wanted <= _MOST_PLANS:
@@ -197,6 +219,7 @@ def _traffic(
 def _problem(
     faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
     cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
+    speculation: Speculation | None,
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
     from planner.specs.serve_problem import ServeProblem
@@ -228,8 +251,31 @@ def _problem(
     )
     return attempt(
         faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
-        usd_per_device_hour=usd, flags=_FLAGS,
+        usd_per_device_hour=usd, speculation=speculation, flags=_FLAGS,
     )  # fmt: skip
+
+
+def _speculation(
+    faults: list[Fault], draft: str | None, acceptance: str | None, tokens: str | None
+) -> Speculation | None:
+    from planner.specs.speculation import METHODS, Speculation
+
+    chance = optional_number(faults, "--acceptance", acceptance)
+    if draft is None:
+        faults += [
+            Fault(flag, "is given without a draft", "--draft mtp, ngram or a smaller model")
+            for flag, value in (("--acceptance", acceptance), ("--draft-tokens", tokens))
+            if value is not None
+        ]
+        return None
+    if acceptance is None:
+        faults.append(Fault("--acceptance", "is missing", "a measured probability, such as 0.7"))
+    counts = [optional_whole(faults, "--draft-tokens", text) for text in read_list(tokens or "1,2,3,4,5,7")]
+    method = draft.lower() if draft.lower() in METHODS else "draft"
+    model = attempt(faults, read_model, draft, flags={"model": "--draft"}) if method == "draft" else None
+    if chance is None or None in counts or (method == "draft" and model is None):
+        return None
+    return attempt(faults, Speculation, method, chance, tuple(counts), model, flags=_FLAGS)
 
 
 def _formats(spec: Model, given: str, precision: str | None, rates: Any) -> tuple[str, ...]:

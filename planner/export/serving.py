@@ -7,7 +7,9 @@ flag.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from planner.errors import ExportError, Problem, SpecError, did_you_mean
 from planner.serving.plan import Pool, ServePlan
@@ -70,10 +72,27 @@ def _vllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict
         line.append(f"--max-num-seqs {-(-int(knobs['max_sequences']) // mesh['dp'])}")
     if "chunk_tokens" in knobs:
         line.append(f"--max-num-batched-tokens {knobs['chunk_tokens']}")
+    if "draft" in knobs:
+        line.append(f"--speculative-config '{json.dumps(_vllm_draft(knobs))}'")
     if pool.role != "aggregated":
         role = "kv_producer" if pool.role == "prefill" else "kv_consumer"
         line.append(f'--kv-transfer-config \'{{"kv_connector":"NixlConnector","kv_role":"{role}"}}\'')
     return line, {}
+
+
+def _vllm_draft(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    who: dict[str, dict[str, Any]] = {
+        "mtp": {"method": "mtp"},
+        "ngram": {"method": "ngram", "prompt_lookup_max": 4},
+    }
+    return {
+        **who.get(knobs["draft"], {"model": knobs["draft"]}),
+        "num_speculative_tokens": int(knobs["draft_tokens"]),
+    }
+
+
+_SGLANG_DRAFTS = {"mtp": "NEXTN", "ngram": "NGRAM"}
+_TRTLLM_DRAFTS = {"mtp": ("MTP", "num_nextn_predict_layers"), "ngram": ("NGram", "max_draft_len")}
 
 
 def _sglang(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
@@ -97,6 +116,13 @@ def _sglang(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], di
         line.append(f"--max-running-requests {knobs['max_sequences']}")
     if "chunk_tokens" in knobs:
         line.append(f"--chunked-prefill-size {knobs['chunk_tokens']}")
+    if "draft" in knobs:
+        line.append(f"--speculative-algorithm {_SGLANG_DRAFTS.get(knobs['draft'], 'STANDALONE')}")
+        if knobs["draft"] not in _SGLANG_DRAFTS:
+            line.append(f"--speculative-draft-model-path {knobs['draft']}")
+        drafted = int(knobs["draft_tokens"])
+        line += [f"--speculative-num-steps {drafted}", "--speculative-eagle-topk 1"]
+        line.append(f"--speculative-num-draft-tokens {drafted + 1}")
     if pool.role != "aggregated":
         line.append(f"--disaggregation-mode {pool.role}")
     return line, {}
@@ -121,6 +147,11 @@ def _trtllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], di
     options += ["kv_cache_config:", f"  dtype: {'fp8' if knobs['cache'] == 'fp8' else 'auto'}"]
     if mesh["dp"] > 1:
         options.append("enable_attention_dp: true")
+    if "draft" in knobs:
+        kind, count = _TRTLLM_DRAFTS.get(knobs["draft"], ("DraftTarget", "max_draft_len"))
+        options += ["speculative_config:", f"  decoding_type: {kind}", f"  {count}: {knobs['draft_tokens']}"]
+        if knobs["draft"] not in _TRTLLM_DRAFTS:
+            options.append(f"  speculative_model_dir: {knobs['draft']}")
     if pool.role != "aggregated":
         options += ["cache_transceiver_config:", "  backend: DEFAULT"]
     name = "extra" + ("" if pool.role == "aggregated" else f"-{pool.role}")

@@ -169,7 +169,10 @@ def pool_text(pool: Pool) -> str:
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
-    return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}"
+    draft = (
+        f", {pool.knobs['draft_tokens']} drafted by {pool.knobs['draft']}" if "draft" in pool.knobs else ""
+    )
+    return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}{draft}"
 
 
 def _row(index: int, plan: ServePlan) -> list[str]:

@@ -38,7 +38,7 @@ class Steady:
         ttft_s: from arrival to the first token.
         wait_s: part of it before the prompt's first iteration.
         prefill_load: fraction of time that prompts are at work.
-        mixed_s, decode_s: time of a mixed and of a generating iteration.
+        mixed_s, decode_s: time of a mixed iteration, and of a generating one per token that a sequence gains in it.
         slot_wait_s, slot_waits: part of the time to the first token that is a wait for a slot, and the chance of one.
     """
 
@@ -97,11 +97,17 @@ def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tok
     """
     mesh = iterations.ctx.mesh
     batch = in_flight / mesh.pp  # sequences of one of the batches on a pipeline
-    budget = chunk_tokens * mesh.dp
+    budget = np.maximum(chunk_tokens * mesh.dp - (iterations.step_tokens - 1.0) * batch, 1.0)
     state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch))
     decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state))
     state = _balance(iterations, traffic, batch, budget, decodes)
-    return replace(state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp)
+    per_token = {
+        name: getattr(state, name) / iterations.accepted
+        for name in ("tpot_s", "tpot_deviation_s", "decode_s")
+    }
+    return replace(
+        state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp, **per_token
+    )
 
 
 def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
@@ -113,7 +119,7 @@ def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
 
 def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> Steady:
     """The state with a given number of generating sequences: two iterations are priced."""
-    chunk = _chunk(traffic, budget, decodes)
+    chunk = _chunk(iterations, traffic, budget, decodes)
     context = decodes * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
     zero = np.zeros_like(batch)
     decode_s = iterations(decodes, context, zero, zero)
@@ -121,10 +127,9 @@ def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     return _means(iterations, traffic, batch, chunk, decodes, decode_s, mixed_s)
 
 
-def _chunk(traffic: Traffic, budget: Array, decodes: Array) -> Array:
+def _chunk(iterations: Iterations, traffic: Traffic, budget: Array, decodes: Array) -> Array:
     """Prompt tokens of a mixed iteration: the prompts that come while one passes are packed together, as the budget allows."""
-    steps = max(traffic.osl - 1.0, 1.0)
-    together = traffic.computed_isl * np.maximum(1.0, decodes / steps)
+    together = traffic.computed_isl * np.maximum(1.0, decodes / max(iterations.steps(traffic.osl), 1.0))
     return np.asarray(np.clip(np.minimum(budget - decodes, together), 1.0, None))
 
 
@@ -151,7 +156,7 @@ def _means(
     decode_s: Array,
     mixed_s: Array,
 ) -> Steady:
-    prompt, steps = traffic.computed_isl, traffic.osl - 1.0
+    prompt, steps = traffic.computed_isl, iterations.steps(traffic.osl)
     passes = prompt / chunk  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
     apart = 1.0 if traffic.concurrency is None else 1.0 - min(float(iterations.software.wave_share), 1.0)
@@ -181,7 +186,7 @@ def _settled(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     """
     decodes = state.decodes
     for _ in range(_ROUNDS):
-        chunk = _chunk(traffic, budget, decodes)
+        chunk = _chunk(iterations, traffic, budget, decodes)
         found = _means(iterations, traffic, batch, chunk, decodes, state.decode_s, state.mixed_s)
         decodes = 0.5 * decodes + 0.5 * _generating(
             traffic, batch, batch - found.requests_per_s * found.ttft_s

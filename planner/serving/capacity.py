@@ -55,7 +55,7 @@ def capacity(
     left = memory - reserved - footprint.weights_bytes - activation
     left = np.where(left > 0.0, left * float(software.free_fraction), left)
     block = float(software.block_tokens)
-    length = isl + float(software.headroom) * osl
+    length = isl + float(software.headroom) * osl + iterations.step_tokens - 1.0
     each = footprint.cache_bytes(length, block)
     cap = float(software.max_sequences) if max_sequences is None else max_sequences
     held = np.floor(np.clip(left, 0.0, None) / np.maximum(each, 1.0))

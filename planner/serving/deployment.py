@@ -44,6 +44,7 @@ class Stage:
         engines: how many; ``together`` of them are one replica.
         at_random: whether requests go to replicas at random, not in turn.
         way_s: what a request's way through later pipeline stages adds to its first token, by prompt length.
+        accepted: tokens that a request gains in an iteration, of drafts that are as good as on average.
     """
 
     role: str
@@ -54,6 +55,7 @@ class Stage:
     together: int = 1
     at_random: bool = False
     way_s: Callable[[Array], Array] | None = None
+    accepted: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ def _stage_run(
         part = Requests(
             requests.arrival_s[share],
             requests.prompt_tokens[share],
-            requests.output_tokens[share],
+            _iterations(requests.output_tokens[share], stage.accepted),
             requests.cached_tokens[share],
             requests.priority[share],
         )
@@ -168,6 +170,11 @@ def _stage_run(
         )
         finished += len(share)
     return _together(requests, shares, runs)
+
+
+def _iterations(output_tokens: Array, accepted: float) -> Array:
+    """Iterations that yield so many tokens, the first among prompts."""
+    return output_tokens if accepted == 1.0 else 1 + np.ceil((output_tokens - 1) / accepted).astype(np.int64)
 
 
 def _shares(stage: Stage, count: int, concurrency: int | None) -> list[Array]:
@@ -232,16 +239,14 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.engine import Pricer
     from planner.serving.replay import problem_of
     from planner.serving.search import iterations_of
-    from planner.serving.space import DEGREES, mesh_of
-    from planner.technique import SERVING_SLOTS
+    from planner.serving.space import DEGREES, mesh_of, recipe_of
 
     problem = problem_of(plan)
     pricer = Pricer(problem.cluster, problem.stack)
     stages, all_iterations = [], []
     for pool in plan.pools:
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
+        iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         stages.append(
             replace(
                 _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy),
@@ -273,7 +278,7 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
     cache = KvPool(blocks, block, int(_WATERMARK * blocks))
     if pool.role != "prefill" or pp == 1:
-        return Stage(pool.role, pool.replicas * pp, table, rules, cache, pp)
+        return Stage(pool.role, pool.replicas * pp, table, rules, cache, pp, accepted=iterations.accepted)
 
     def way_s(tokens: Array) -> Array:
         each = np.minimum(tokens, budget)

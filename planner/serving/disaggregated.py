@@ -157,7 +157,7 @@ def _decode(
 
     def step_s(n: Array) -> Array:
         each = np.maximum(n, 1.0) / mesh.pp
-        return iterations(each, each * context, zero, zero)
+        return iterations(each, each * context, zero, zero) / iterations.accepted
 
     limit = np.inf if traffic.tpot_s is None else traffic.tpot_s
     low, high = zero.copy(), held.sequences.copy()

@@ -63,11 +63,13 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A replica's iterations as a table, and the stages that a batch passes in them."""
+    """A replica's iterations as a table, the stages that a batch passes in them, and what a sequence gains and passes in one."""
 
     table: Sampled
     stages: float
     budget: float
+    accepted: float = 1.0
+    step_tokens: float = 1.0
 
     @classmethod
     def of(cls, iterations: Iterations, traffic: Traffic, decodes: float, budget: float) -> Line:
@@ -79,7 +81,13 @@ class Line:
         stages = float(iterations.ctx.mesh.pp[0])
         most = max(int(np.ceil(decodes / stages)), 1)
         typical = float(traffic.isl + traffic.osl)
-        return cls(Sampled.of(price, most, max(int(budget), 2), typical, _NODES), stages, budget)
+        return cls(
+            Sampled.of(price, most, max(int(budget), 2), typical, _NODES),
+            stages,
+            budget,
+            iterations.accepted,
+            iterations.step_tokens,
+        )
 
     def price(self, context_scale: float = 1.0) -> Price:
         """The time of the engine that begins an iteration ``stages`` times as often."""
@@ -108,16 +116,16 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     Raises:
         Infeasible: the rate is beyond what the replica can serve.
     """
-    p, steps = line.stages, traffic.osl - 1.0
+    p, steps = line.stages, (traffic.osl - 1.0) / line.accepted
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv, traffic.prefix_hit)
     slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
-    # A pp-th of the decodes take a place in the budget.
-    rules = _rules(slots, line.budget + decodes * (1.0 - 1.0 / p))
+    # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
+    rules = _rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p))
     price = line.price(float(true.context_tokens / slower.context_tokens))
     found = percentiles(price, rules, slower, rate_per_s, _asked(traffic))
     way_s = line.way_s(traffic, found.decodes)
     ttft = {name: seconds + way_s for name, seconds in found.ttft_s.items()}
-    return Latencies(ttft, {name: seconds * p for name, seconds in found.tpot_s.items()})
+    return Latencies(ttft, {name: seconds * p / line.accepted for name, seconds in found.tpot_s.items()})
 
 
 def prefill_pool(line: Line, traffic: Traffic, rate_per_s: float) -> dict[str, float]:
@@ -147,12 +155,12 @@ def decode_pool(line: Line, traffic: Traffic, slots: float, rate_per_s: float) -
     Raises:
         Infeasible: the rate is beyond what the replica can serve.
     """
-    p, steps = line.stages, traffic.osl - 1.0
+    p, steps = line.stages, (traffic.osl - 1.0) / line.accepted
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv)
     slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv)
     price = line.price(float(true.context_tokens / slower.context_tokens))
     found = generation(price, slots, slower, rate_per_s, _asked(traffic))
-    return {name: seconds * p for name, seconds in found.tpot_s.items()}
+    return {name: seconds * p / line.accepted for name, seconds in found.tpot_s.items()}
 
 
 def highest_rate(

@@ -15,10 +15,12 @@ from planner.serving.aggregated import steady
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.search import iterations_of
 from planner.serving.serve import serve
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.serving.speculation import Speculating
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import METHODS, Speculation
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 from planner.technique import SERVING_SLOTS
@@ -39,14 +41,28 @@ def problem_of(plan: ServePlan) -> ServeProblem:
         fixed[f"{prefix}replicas"] = pool.replicas
         fixed |= {
             f"{prefix}{name}": pool.knobs[name]
-            for name in (*SERVING_SLOTS, "chunk_tokens")
+            for name in (*SERVING_SLOTS, "chunk_tokens", "draft_tokens")
             if name in pool.knobs
         }
+        if (
+            "max_sequences" in pool.knobs
+        ):  # of a replica; the search counts those of a stage of an attention rank
+            each = -(-int(pool.knobs["max_sequences"]) // (pool.mesh["dp"] * pool.mesh["pp"]))
+            fixed[f"{prefix}max_sequences"] = each
     known = Traffic.__dataclass_fields__
     traffic = Traffic(**{name: value for name, value in plan.traffic.items() if name in known})
     return ServeProblem(
-        load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed
-    )
+        load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed,
+        speculation=_speculation(plan.pools[-1].knobs),
+    )  # fmt: skip
+
+
+def _speculation(knobs: Mapping[str, Any]) -> Speculation | None:
+    if "draft" not in knobs:
+        return None
+    method = knobs["draft"] if knobs["draft"] in METHODS else "draft"
+    model = load_model(str(knobs["draft"])) if method == "draft" else None
+    return Speculation(method, float(knobs["acceptance"]), (int(knobs["draft_tokens"]),), model)
 
 
 def reprice(plan: ServePlan) -> ServePlan:
@@ -66,8 +82,7 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
     found = []
     for pool in plan.pools:
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
+        iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)
         found.append(
             {
@@ -112,6 +127,17 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     ]  # fmt: skip
     total = float(iterations.seconds(batch)[0])
     host = iterations.software
+    if isinstance(iterations, Speculating):
+        draft_s = float(iterations.draft_s(batch)[0])
+        rows.append(
+            {
+                "what": "draft",
+                "block": "",
+                "by": "speculation",
+                "source": "arXiv:2211.17192",
+                "seconds": draft_s,
+            }
+        )
     rows.append(
         {
             "what": "host", "block": "", "by": "stack", "source": host.iteration_s.source,

@@ -24,6 +24,7 @@ from planner.serving.capacity import Capacity, capacity
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
 
@@ -98,6 +99,8 @@ class Found:
 def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
     """The iterations of a recipe on meshes."""
     ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
+    if problem.speculation is not None and "draft_tokens" in recipe:
+        return Speculating(ctx, pricer, problem.speculation, int(recipe["draft_tokens"]))
     return Iterations(ctx, pricer)
 
 

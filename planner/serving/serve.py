@@ -107,7 +107,7 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
         model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
         traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
         mode="disaggregated" if isinstance(f, Split) else "aggregated",
-        pools=_split_pools(f) if isinstance(f, Split) else _pools(f),
+        pools=_split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f),
         estimate=_split_estimate(problem, f) if isinstance(f, Split) else _estimate(problem, f),
         optimality=judged, assumptions=assumptions(problem),
     )  # fmt: skip
@@ -117,14 +117,32 @@ def _mesh(row: Any) -> dict[str, int]:
     return {name: int(value) for name, value in zip(DEGREES, row, strict=True)}
 
 
-def _pools(f: Found) -> tuple[Pool, ...]:
-    knobs: dict[str, Any] = {**f.recipe, "chunk_tokens": int(f.chunk), "max_sequences": int(f.most)}
+def _pools(problem: ServeProblem, f: Found) -> tuple[Pool, ...]:
+    knobs: dict[str, Any] = {
+        **_recipe(problem, f.recipe),
+        "chunk_tokens": int(f.chunk),
+        "max_sequences": int(f.most),
+    }
     return (Pool("aggregated", f.replicas, _mesh(f.row), knobs, f.in_flight),)
 
 
-def _split_pools(f: Split) -> tuple[Pool, ...]:
+def _recipe(problem: ServeProblem, recipe: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe as knobs, with what was told of its drafts."""
+    told = problem.speculation
+    if told is None or "draft_tokens" not in recipe:
+        return dict(recipe)
+    draft = told.method if told.model is None else told.model.name
+    return {
+        **recipe,
+        "draft": draft,
+        "acceptance": told.acceptance,
+        "draft_tokens": int(recipe["draft_tokens"]),
+    }
+
+
+def _split_pools(problem: ServeProblem, f: Split) -> tuple[Pool, ...]:
     prefill: dict[str, Any] = {**f.recipes[0], "chunk_tokens": int(f.chunk)}
-    decode: dict[str, Any] = {**f.recipes[1], "max_sequences": int(f.most)}
+    decode: dict[str, Any] = {**_recipe(problem, f.recipes[1]), "max_sequences": int(f.most)}
     return (
         Pool("prefill", f.replicas[0], _mesh(f.rows[0]), prefill, 1),
         Pool("decode", f.replicas[1], _mesh(f.rows[1]), decode, f.in_flight),
@@ -190,6 +208,11 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
         f"({software.iteration_s.kind}), {float(software.memory_fraction):.0%} of memory ({software.memory_fraction.kind})",
         "traffic: prompts and answers of mean lengths"
         + (", clients that replace every answer" if problem.traffic.concurrency else ", independent arrivals")
+        + (
+            f"; drafted tokens accepted with {problem.speculation.acceptance:g} (given)"
+            if problem.speculation
+            else ""
+        )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
     )
 
@@ -203,7 +226,7 @@ def _front(problem: ServeProblem, found: list[Found | Split]) -> list[Mapping[st
         tpot = _tpot_s(f)
         if tpot < best:
             best = tpot
-            pools = _split_pools(f) if isinstance(f, Split) else _pools(f)
+            pools = _split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f)
             front.append(
                 {
                     "mode": "disaggregated" if isinstance(f, Split) else "aggregated",

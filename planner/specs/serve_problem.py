@@ -11,12 +11,15 @@ from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
+from planner.specs.speculation import Speculation
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 
 __all__ = ["SERVING_OBJECTIVES", "ServeProblem"]
 
 SERVING_OBJECTIVES = ("throughput", "usd", "energy")
+_VOCAB = 0.02
+"""Relative difference of vocabularies of one family: they are padded to different multiples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class ServeProblem:
         forbidden: globs over ``knob=value``, none of which a plan may match.
         objective: what the ranking maximises per device: tokens (``throughput``), or tokens per dollar or joule.
         usd_per_device_hour: price; None takes the device profile's.
+        speculation: drafted tokens that plans may use; None: a token a step.
 
     Raises:
         SpecError: two of them do not go together (all problems at once).
@@ -48,6 +52,7 @@ class ServeProblem:
     forbidden: tuple[str, ...] = ()
     objective: str = "throughput"
     usd_per_device_hour: float | None = None
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -64,6 +69,15 @@ class ServeProblem:
         if self.objective not in SERVING_OBJECTIVES:
             hint = did_you_mean(self.objective, SERVING_OBJECTIVES)
             yield Fault("objective", repr(self.objective), f"one of {', '.join(SERVING_OBJECTIVES)}", hint)
+        if self.speculation is not None and self.speculation.model is not None:
+            draft, vocab = self.speculation.model, self.model.vocab
+            if draft.arch != "decoder" or abs(draft.vocab / vocab - 1.0) > _VOCAB:
+                found = f"{draft.name} has {draft.vocab:,} tokens, {self.model.name} {vocab:,}"
+                yield Fault("draft", found, "a decoder with the same vocabulary")
+        if self.speculation is not None and self.speculation.method == "mtp" and not self.model.mtp_layers:
+            yield Fault(
+                "draft", f"{self.model.name} has no prediction modules", "a model that has, or a draft model"
+            )
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")

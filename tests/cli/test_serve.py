@@ -186,3 +186,38 @@ def test_plans_keep_their_schema(planner, plans):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(plans.read_text()), schema)
     jsonschema.validate(json.loads(plans.read_text())["plans"][0], schema)
+
+
+def test_drafts_are_planned_repriced_and_launched(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    drafting = ("--draft", "llama3.2-1b", "--acceptance", 0.8, "--tpot-ms", 6, "--mode", "aggregated")
+    assert planner(*SERVE, *drafting, "-o", path).code == 0
+    plan = json.loads(path.read_text())["plans"][0]
+    knobs = plan["pools"][0]["knobs"]
+    assert knobs["draft"] == "llama3.2-1b"
+    now = planner("estimate", path, "--json").json["plans"][0]
+    assert now["estimate"]["goodput_requests_per_s"] == pytest.approx(
+        plan["estimate"]["goodput_requests_per_s"]
+    )
+    assert "draft" in planner("explain", path).out
+    files = planner("export", path, "--to", "vllm", "--json").json["files"]
+    assert f'"num_speculative_tokens": {knobs["draft_tokens"]}' in files["serve.sh"]
+    found = planner("simulate", path, "--requests", 4000, "--json").json
+    assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(plan["estimate"]["tpot_s"]["mean"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--draft", "mtp"), "--acceptance"),
+        (("--acceptance", 0.5), "--acceptance"),
+        (("--draft", "mtp", "--acceptance", 0.5), "--draft"),
+        (("--draft", "ngram", "--acceptance", 2), "--acceptance"),
+        (("--draft", "no-such-model", "--acceptance", 0.5), "--draft"),
+        (("--draft", "ngram", "--acceptance", 0.5, "--draft-tokens", "1,x"), "--draft-tokens"),
+    ],
+)
+def test_bad_drafts_are_said(planner, more, said):
+    result = planner(*SERVE, *more, "--json")
+    assert result.code == 2
+    assert any(said in fault["where"] for fault in result.faults), result.faults

@@ -47,7 +47,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
             AttentionCore(
                 what="attention.decode",
                 batch="decodes",
-                q="1",
+                q="step_tokens",
                 kv=f"decode_keys@{block}",
                 decode=True,
                 **common,

@@ -41,7 +41,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     added: list[Item] = []
     for block in latent:
         common: dict[str, Any] = {
-            "block": block, "tags": frozenset({"gemm", "qkv", "absorbed"}), "by": "mla", "m": "decodes",
+            "block": block, "tags": frozenset({"gemm", "qkv", "absorbed"}), "by": "mla", "m": "decodes*step_tokens",
             "groups": f"heads@{block}", "dtype": ctx.format.activation, "format": _LABEL[ctx.format.activation],
         }  # fmt: skip
         added += [
