@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 _MOST_PLANS = 1000
+_HEADROOM, _MOST_HEADROOM = 0.2, 100.0
 _FLAGS = {
     "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
     "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
@@ -129,6 +131,26 @@ def serve(
         list[str] | None,
         _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
     ] = None,
+    objective: Annotated[
+        str,
+        _option(
+            "--objective",
+            text="Most answers (throughput), or least usd or energy per token [throughput].",
+            metavar="NAME",
+        ),
+    ] = "throughput",
+    daily: Annotated[
+        str | None,
+        _option(
+            "--daily",
+            text="Requests per second in equal periods of a day: a,b,c … or a file with one a line.",
+            metavar="LOAD",
+        ),
+    ] = None,
+    headroom: Annotated[
+        str | None,
+        _option("--headroom", text="Of every period's load, kept free beside it [0.2].", metavar="X"),
+    ] = None,
     usd_per_hour: Annotated[
         str | None,
         _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
@@ -163,7 +185,9 @@ def serve(
         forbid,
         usd_per_hour,
         _speculation(faults, draft, acceptance, draft_tokens),
+        objective,
     )
+    day = _day(faults, daily, headroom, rate, concurrency)
     wanted = attempt(faults, whole_number, "--top", top)
     if wanted is not None and not 1 <= wanted <= _MOST_PLANS:
         faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
@@ -171,10 +195,13 @@ def serve(
     assert problem is not None
     assert wanted is not None
 
+    from planner.serving.daily import over_a_day
     from planner.serving.serve import serve as search
 
     with OutputFile(out) if out is not None else nullcontext() as file:
-        result = search(problem, wanted)
+        result = (
+            search(problem, wanted) if day is None else over_a_day(search(problem, wanted), problem, *day)
+        )
         content = result.as_dict()
         if file is not None:
             file.write(json_text(content) + "\n")
@@ -219,7 +246,7 @@ def _traffic(
 def _problem(
     faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
     cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
-    speculation: Speculation | None,
+    speculation: Speculation | None, objective: str,
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
     from planner.specs.serve_problem import ServeProblem
@@ -251,8 +278,39 @@ def _problem(
     )
     return attempt(
         faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
-        usd_per_device_hour=usd, speculation=speculation, flags=_FLAGS,
+        objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation, flags=_FLAGS,
     )  # fmt: skip
+
+
+def _day(
+    faults: list[Fault], daily: str | None, headroom: str | None, rate: str | None, concurrency: str | None
+) -> tuple[tuple[float, ...], float] | None:
+    """Rates of a day's periods, and the headroom."""
+    share = optional_number(faults, "--headroom", headroom)
+    if daily is None:
+        if headroom is not None:
+            faults.append(
+                Fault("--headroom", "is given without a day", "--daily with the load of its periods")
+            )
+        return None
+    for flag, value in (("--rate", rate), ("--concurrency", concurrency)):
+        if value is not None:
+            faults.append(Fault(flag, "is given beside --daily", "one of them", "Leave one out."))
+    text = Path(daily).read_text(encoding="utf-8") if Path(daily).is_file() else daily
+    rates = [
+        optional_number(faults, "--daily", part)
+        for part in text.replace("\n", ",").split(",")
+        if part.strip()
+    ]
+    found = [number for number in rates if number is not None]
+    faults += [
+        Fault("--daily", f"{number:g}", "requests per second from 0") for number in found if number < 0.0
+    ]
+    if not any(found):
+        faults.append(Fault("--daily", repr(daily[:40]), "requests per second of a day's periods, not all 0"))
+    if share is not None and not 0.0 <= share <= _MOST_HEADROOM:
+        faults.append(Fault("--headroom", f"{share:g}", f"a fraction from 0 to {_MOST_HEADROOM:g}"))
+    return tuple(found), _HEADROOM if share is None else share
 
 
 def _speculation(

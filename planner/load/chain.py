@@ -157,7 +157,7 @@ def generation(
     mean = float(np.interp(rate_per_s, np.maximum.accumulate(grid / (d * step_s(grid))), grid))
     n = _window(mean, 1.0, slots)
     stay_s = d * step_s(n[1:])
-    chance = _decode_law(n, stay_s, 0.0, (0.0, 0.0), rate_per_s)
+    chance = _one_by_one(n, stay_s, rate_per_s)
     outputs = LengthLaw.of(d, float(lengths.output_cv2))
     waits = float(chance[-1]) if n[-1] >= slots else 0.0
     wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, outputs.cv2) if waits else 0.0
@@ -244,6 +244,14 @@ def _decode_law(
             chance[: j + 1] /= chance[j]
     chance[-1] /= max(1.0 - rate_per_s * stay_s[-1] / n[-1], 1e-3)
     return chance / np.sum(chance)
+
+
+def _one_by_one(n: Array, stay_s: Array, rate_per_s: float) -> Array:
+    """As :func:`_decode_law` without clusters: ``π_j = π_{j−1}·λ/μ_j``."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(rate_per_s * stay_s / n[1:]))])
+    chance = np.exp(logs - np.max(logs))
+    chance[-1] /= max(1.0 - rate_per_s * stay_s[-1] / n[-1], 1e-3)
+    return np.asarray(chance / np.sum(chance))
 
 
 def _cluster_load(load: float, prompt_cv2: float, outputs: LengthLaw) -> float:

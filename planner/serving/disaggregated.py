@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
+from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.serving.capacity import capacity
+from planner.serving.front import Curve
 from planner.serving.percentiles import Latencies
 from planner.serving.search import Account, Candidates, candidates, iterations_of
 from planner.serving.space import ServeSpace, mesh_of
@@ -31,6 +33,8 @@ __all__ = ["Split", "search_disaggregated"]
 
 _MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
 _BISECTIONS = 40
+_SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
+"""Loads that the front is drawn from: powers of the sequences that a replica holds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +50,15 @@ class _Prefill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Decode:
-    """Decode replicas at their largest load."""
+    """Decode replicas at their largest load; times between tokens at some loads (loads, rows) up to what they hold."""
 
     kind: Candidates
     in_flight: Array
     tpot_s: Array
     rate: Array
     binding: NDArray[np.str_]
+    loads: Array
+    steps_s: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,23 +159,32 @@ def _decode(
     held = capacity(iterations, traffic.isl, traffic.osl, 1024.0, space.fixed.get("max_sequences"))
     kind = Candidates(recipe, kind.rows[once], kind.chunks[once], held, held.sequences)
     context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
-    zero = np.zeros_like(held.sequences)
 
-    def step_s(n: Array) -> Array:
-        each = np.maximum(n, 1.0) / mesh.pp
-        return iterations(each, each * context, zero, zero) / iterations.accepted
+    def step_s(n: Array, many: Iterations = iterations) -> Array:
+        each = np.maximum(n, 1.0) / many.ctx.mesh.pp
+        zero = np.zeros_like(each)
+        return many(each, each * context, zero, zero) / many.accepted
 
-    limit = np.inf if traffic.tpot_s is None else traffic.tpot_s
-    low, high = zero.copy(), held.sequences.copy()
-    binding = np.where(step_s(high) <= limit, "memory", "tpot")
-    low = np.where(binding == "memory", high, np.where(step_s(np.ones_like(low)) <= limit, 1.0, 0.0))
+    loads = np.floor(np.stack([held.sequences**share for share in _SHARES]))
+    rows = np.tile(kind.rows, (len(loads), 1))
+    steps = step_s(loads.reshape(-1), iterations_of(problem, recipe, mesh_of(rows), pricer)).reshape(
+        loads.shape
+    )
+    kept = steps <= (np.inf if traffic.tpot_s is None else traffic.tpot_s)
+    binding = np.where(kept[-1], "memory", "tpot")
+    count = np.sum(np.logical_and.accumulate(kept, axis=0), axis=0)
+    low = np.where(count > 0, np.take_along_axis(loads, np.maximum(count - 1, 0)[None], axis=0)[0], 0.0)
+    high = np.where(
+        count > 0, np.take_along_axis(loads, np.minimum(count, len(loads) - 1)[None], axis=0)[0], 0.0
+    )
     while np.any(high - low > 1.0):
         middle = np.floor((low + high) / 2.0)
-        kept = step_s(middle) <= limit
+        within = step_s(middle) <= (traffic.tpot_s or np.inf)
         moving = high - low > 1.0
-        low, high = np.where(moving & kept, middle, low), np.where(moving & ~kept, middle, high)
+        low, high = np.where(moving & within, middle, low), np.where(moving & ~within, middle, high)
     tpot_s = step_s(low)
-    return _Decode(kind, low, tpot_s, np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0), binding)
+    rate = np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0)
+    return _Decode(kind, low, tpot_s, rate, binding, loads, steps)
 
 
 def _pairs(
@@ -216,13 +231,15 @@ def _pairs(
     )
     able_room = able & (sizes[0] + sizes[1] <= devices)
     account.rejected["more devices than there are"] += int((able & ~able_room).sum())
+    wanted = traffic.rate_per_s
     if not able_room.any():
         return []
+    if traffic.concurrency is None and wanted is None:
+        account.curves.append(_curve(problem, p, d, np.where(able_room | slow, prompt_rate, 0.0)))
     i, j = np.nonzero(able_room)
     x, y = _numbers(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
     x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
     answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
-    wanted = traffic.rate_per_s
     if traffic.concurrency is not None:
         # So many requests in flight, most of them in decode replicas.
         cycle = p.batch_s[i] + transfer[i, j] + (traffic.osl - 1.0) * d.tpot_s[j]
@@ -234,7 +251,7 @@ def _pairs(
         answered = np.full_like(answered, wanted)
     account.scored += len(i)
     used = x * p.kind.size[i] + y * d.kind.size[j]
-    value = answered if wanted is None else answered / used
+    value = answered if problem.machines_count else answered / used
     # The best pair of every two sizes of replicas.
     order = np.argsort(-value, kind="stable")
     shape = p.kind.size[i[order]] * (devices + 1.0) + d.kind.size[j[order]]
@@ -255,6 +272,26 @@ def _pairs(
     ]
 
 
+def _curve(problem: ServeProblem, p: _Prefill, d: _Decode, prompt_rate: Array) -> Curve:
+    """Decode replicas at some loads, each beside the prefill replicas that run most prompts per device."""
+    traffic, devices = problem.traffic, problem.cluster.devices
+    best = int(np.argmax(prompt_rate.max(axis=1) / p.kind.size))
+    rate = np.tile(prompt_rate[best], len(d.loads))
+    answers = (d.loads / ((traffic.osl - 1.0) * d.steps_s)).reshape(-1)
+    left, right = np.full_like(rate, p.kind.size[best]), np.tile(d.kind.size, len(d.loads))
+    room = (rate > 0.0) & (left + right <= devices)
+    x, y = _numbers(problem, np.where(room, rate, 1.0), answers, left, np.where(room, right, 1.0))
+    answered = np.minimum(x * rate, y * answers)
+    per_device = np.where(room, answered * traffic.osl / np.maximum(x * left + y * right, 1.0), 0.0)
+    rows = np.stack(
+        [np.broadcast_to(p.kind.rows[best], (len(rate), 5)), np.tile(d.kind.rows, (len(d.loads), 1))], axis=1
+    )
+    replicas = np.stack([x, y], axis=1)
+    return Curve(
+        "disaggregated", 1.0 / d.steps_s.reshape(-1), per_device, replicas, rows, ("prefill", "decode")
+    )
+
+
 def _numbers(
     problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
 ) -> tuple[Array, Array]:
@@ -264,6 +301,8 @@ def _numbers(
     ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
     """
     devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
+    if wanted is None and not problem.machines_count:
+        return _thriftiest(devices, prompts, answers, left, right)
     if wanted is not None:
         x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
         return np.where(x * left + y * right <= devices, x, 0.0), y
@@ -282,6 +321,29 @@ def _numbers(
     y = np.where(second > first, high, low)
     needed = np.ceil(y * answers / prompts - 1e-9)
     return np.minimum(beside(y), needed), y
+
+
+def _thriftiest(
+    devices: int, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
+    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
+
+    Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
+    """
+    best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
+    for count in range(1, int(np.max((devices - left) / right)) + 1):
+        needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
+        for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
+            beside = np.minimum(whole, room)
+            able, used = beside >= 1.0, np.maximum(beside * left + count * right, 1.0)
+            value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
+            better = value > best * (1.0 + 1e-9)
+            best, x, y = (
+                np.where(better, value, best),
+                np.where(better, beside, x),
+                np.where(better, float(count), y),
+            )
+    return x, y
 
 
 def _split(

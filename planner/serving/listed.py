@@ -82,7 +82,7 @@ class Listing:
         in_flight = int(
             np.ceil(min(rate / f.replicas[1] * (traffic.osl - 1.0) * found.tpot_s["mean"], f.most))
         )
-        binding = _binding(f.binding, rate, f.requests_per_s, found, traffic)
+        binding = f.binding if rate >= f.requests_per_s else _binding(f.binding, rate, np.inf, found, traffic)
         return replace(f, binding=binding, requests_per_s=rate, in_flight=max(in_flight, 1), latencies=found)
 
     def _admitted(self, found: Latencies) -> Latencies:

@@ -148,12 +148,16 @@ class ServePlan:
 
 @dataclass(frozen=True, slots=True)
 class ServeResult:
-    """Ranked plans, the Pareto front of speed per user and per device, and the search's account of itself."""
+    """Ranked plans, the Pareto front of speed per user and per device, and the search's account of itself.
+
+    ``days`` holds what a day's load takes of every plan, where one was asked for.
+    """
 
     plans: tuple[ServePlan, ...]
     search: SearchReport
     pareto: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    days: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def best(self) -> ServePlan:
@@ -168,6 +172,7 @@ class ServeResult:
             "pareto": [dict(point) for point in self.pareto],
             "search": asdict(self.search),
             "notes": list(self.notes),
+            **({"days": [dict(day) for day in self.days]} if self.days else {}),
         }
 
 

@@ -21,6 +21,7 @@ from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import Capacity, capacity
+from planner.serving.front import Curve
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of
@@ -37,7 +38,10 @@ _FEW = 16.0  # slots below which a load is no whole number of requests
 
 @dataclass(slots=True)
 class Account:
-    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least."""
+    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
+
+    ``curves`` are the loads that were priced on the way.
+    """
 
     candidates: int = 0
     scored: int = 0
@@ -45,6 +49,7 @@ class Account:
     excluded: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
 
     def miss(self, limit: str, ratio: float, text: str) -> None:
         """Remembers the candidate that came closest to a limit: ``ratio`` is found over allowed."""
@@ -220,18 +225,21 @@ def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
 
 
 def _value(problem: ServeProblem, rate: Array, replicas: Array, size: Array) -> Array:
-    """What the ranking maximises: output tokens per second of the machines, or of the devices that a given rate needs."""
+    """What the ranking maximises: output tokens per second of the machines, or of a device that a plan uses.
+
+    Devices are alike, so that tokens per device are tokens per dollar and joule.
+    """
     tokens = rate * problem.traffic.osl
     wanted = problem.traffic.rate_per_s
     if wanted is None:
-        return np.asarray(tokens * replicas)
+        return np.asarray(tokens * replicas if problem.objective == "throughput" else tokens / size)
     needed = np.ceil(wanted / np.maximum(rate, 1e-12) - 1e-9)
     enough = needed <= replicas
     return np.asarray(np.where(enough, wanted * problem.traffic.osl / (np.maximum(needed, 1.0) * size), 0.0))
 
 
 def _cost(problem: ServeProblem, found: Found) -> float:
-    return 1.0 if problem.traffic.rate_per_s is None else float(found.devices)
+    return 1.0 if problem.machines_count else float(found.devices)
 
 
 def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Account) -> _Bracket:
@@ -254,6 +262,7 @@ def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Acco
     kept, worst, ratio = (x.reshape(rows, points) for x in limits_kept(problem, state))
     rate = state.requests_per_s.reshape(rows, points)
     value = _value(problem, rate, replicas[:, None], c.size[:, None])
+    account.curves.append(_curve(problem, c, state, np.repeat(replicas, points)))
     last = np.where(kept, np.arange(points)[None, :], -1).max(axis=1)
     if traffic.rate_per_s is not None:  # the value of a rate steps up where a replica becomes superfluous
         kept_value = np.where(kept, value, 0.0).max(axis=1)
@@ -281,6 +290,18 @@ def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Acco
         low_value = np.where(last >= 0, np.maximum(low_value, 1e-300), 0.0)
     high_value = np.where(last >= 0, value[at, nxt], 0.0)
     return _Bracket(low, grid[at, nxt], low_value, high_value, unit, arrivals)
+
+
+def _curve(problem: ServeProblem, c: Candidates, state: Steady, replicas: Array) -> Curve:
+    """What every row has at every load of its grid, as long as the first token comes in time."""
+    traffic, points = problem.traffic, len(replicas) // len(c.chunks)
+    ttft = state.ttft_s if traffic.percentile is None else state.ttft_at(traffic.percentile / 100.0)
+    in_time = ttft <= (np.inf if traffic.ttft_s is None else traffic.ttft_s)
+    per_device = state.requests_per_s * traffic.osl / np.repeat(c.size, points)
+    return Curve(
+        "aggregated", 1.0 / np.maximum(state.tpot_s, 1e-12), np.where(in_time, per_device, 0.0), replicas[:, None],
+        np.repeat(c.rows, points, axis=0)[:, None, :], ("aggregated",),
+    )  # fmt: skip
 
 
 def _named(c: Candidates, index: int) -> str:

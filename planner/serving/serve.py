@@ -15,6 +15,7 @@ from planner.errors import Problem as Fault
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
 from planner.serving.disaggregated import Split, search_disaggregated
+from planner.serving.front import pareto
 from planner.serving.listed import Listing
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
@@ -68,7 +69,7 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
         account.candidates, account.scored, account.repriced, dict(account.excluded), dict(account.rejected),
         time.perf_counter() - started,
     )  # fmt: skip
-    return ServeResult(plans, report, tuple(_front(problem, found)))
+    return ServeResult(plans, report, tuple(pareto(account.curves)))
 
 
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
@@ -97,9 +98,9 @@ def _order(problem: ServeProblem, f: Found | Split) -> tuple[float, float, int]:
 
 
 def _value(problem: ServeProblem, f: Found | Split) -> float:
-    """What the ranking maximises: what the machines answer, or at a given rate, how few of them it takes."""
+    """What the ranking maximises: what the machines answer, or for every device, dollar or joule."""
     rate = _rate(problem, f)
-    return rate / f.devices if problem.traffic.rate_per_s is not None else rate
+    return rate if problem.machines_count else rate / f.devices
 
 
 def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServePlan:
@@ -215,27 +216,6 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
         )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
     )
-
-
-def _front(problem: ServeProblem, found: list[Found | Split]) -> list[Mapping[str, Any]]:
-    """Plans that no other beats in tokens per second and user and per second and device."""
-    osl = problem.traffic.osl
-    front: list[Mapping[str, Any]] = []
-    best = np.inf
-    for f in sorted(found, key=lambda f: -_rate(problem, f) / f.devices):
-        tpot = _tpot_s(f)
-        if tpot < best:
-            best = tpot
-            pools = _split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f)
-            front.append(
-                {
-                    "mode": "disaggregated" if isinstance(f, Split) else "aggregated",
-                    "pools": [{"role": p.role, "replicas": p.replicas, "mesh": dict(p.mesh)} for p in pools],
-                    "output_tokens_per_s_per_device": _rate(problem, f) * osl / f.devices,
-                    "output_tokens_per_s_per_user": 1.0 / tpot,
-                }
-            )
-    return front
 
 
 def _reasons(problem: ServeProblem, account: Account) -> list[Fault]:

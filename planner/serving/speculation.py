@@ -1,7 +1,7 @@
 """Iterations in which generating sequences check drafted tokens: the same ledger with several tokens per sequence, and a draft's.
 
-A step of ``γ`` drafted tokens passes ``γ + 1`` tokens per sequence through the model, which shares weights and caches among them,
-and follows on ``γ`` steps of the draft. What a sequence gains is ``Ω = (1 − α^(γ + 1))/(1 − α)`` tokens on average. Gains shrink by
+A step of ``γ`` drafted tokens passes ``γ + 1`` tokens per sequence through the model, which shares weights and caches among them.
+It follows on ``γ`` steps of the draft, and a sequence gains ``Ω = (1 − α^(γ + 1))/(1 − α)`` tokens on average. Gains shrink by
 themselves where batches grow: the tokens to check fill the matrix units, and touch more experts.
 """
 

@@ -33,7 +33,8 @@ class ServeProblem:
         modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``.
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value``, none of which a plan may match.
-        objective: what the ranking maximises per device: tokens (``throughput``), or tokens per dollar or joule.
+        objective: what the ranking maximises: answers of all machines (``throughput``), or tokens per dollar or joule of those
+            that a plan uses. At a given rate all of them are the least of devices, dollars or watts.
         usd_per_device_hour: price; None takes the device profile's.
         speculation: drafted tokens that plans may use; None: a token a step.
 
@@ -81,6 +82,11 @@ class ServeProblem:
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")
+
+    @property
+    def machines_count(self) -> bool:
+        """Whether what all machines answer is maximised, not what a device, dollar or joule does."""
+        return self.objective == "throughput" and self.traffic.rate_per_s is None
 
     @property
     def usd_per_hour(self) -> float | None:

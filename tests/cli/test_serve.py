@@ -221,3 +221,26 @@ def test_bad_drafts_are_said(planner, more, said):
     result = planner(*SERVE, *more, "--json")
     assert result.code == 2
     assert any(said in fault["where"] for fault in result.faults), result.faults
+
+
+def test_a_day_is_shown_and_written(planner, tmp_path):
+    (tmp_path / "day.txt").write_text("2\n5\n20\n")
+    for load in ("2,5,20", tmp_path / "day.txt"):
+        found = planner(*SERVE, *LIMITS, "--daily", load, "--objective", "usd", "--json").json
+        assert [period["rate_per_s"] for period in found["days"][0]["periods"]] == [2.0, 5.0, 20.0]
+        assert len(found["days"]) == len(found["plans"])
+    assert "device hours" in planner(*SERVE, *LIMITS, "--daily", "2,5,20").out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--daily", "0,0"), "--daily"), (("--daily", "1,x"), "--daily"), (("--daily", "1,-2"), "--daily"),
+        (("--daily", "1,2", "--rate", 3), "--rate"), (("--headroom", 0.5), "--headroom"),
+        (("--daily", "1,2", "--headroom", -1), "--headroom"), (("--objective", "speed"), "--objective"),
+    ],
+)  # fmt: skip
+def test_bad_days_and_objectives_are_said(planner, more, said):
+    result = planner(*SERVE, *LIMITS, *more, "--json")
+    assert result.code == 2
+    assert any(said in fault["where"] for fault in result.faults), result.faults
