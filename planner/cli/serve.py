@@ -51,7 +51,11 @@ def serve(
         str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
     ] = None,
     cluster: Annotated[
-        str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required.")
+        str | None,
+        _option(
+            "--cluster",
+            text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml; a+b: pools on both. Required.",
+        ),
     ] = None,
     isl: Annotated[str | None, _option("--isl", text="Prompt tokens, mean. Required.", metavar="N")] = None,
     osl: Annotated[str | None, _option("--osl", text="Answer tokens, mean. Required.", metavar="N")] = None,
@@ -256,7 +260,9 @@ def _problem(
     if cluster is None:
         faults.append(Fault("--cluster", "is missing", "a cluster, such as h200-sxm:4x8"))
     else:
-        machines = attempt(faults, read_cluster, cluster, flags=_FLAGS)
+        each = [attempt(faults, read_cluster, part.strip(), flags=_FLAGS) for part in cluster.split("+")]
+        read = [found for found in each if found is not None]
+        machines = read if len(read) == len(each) else None
     stack = attempt(faults, read_stack, engine, flags=_FLAGS)
     fixed = attempt(faults, parse_fixed, fix or [])
     usd = optional_number(faults, "--usd-per-hour", price)
@@ -268,17 +274,18 @@ def _problem(
     if spec is None or machines is None or stack is None or traffic is None or fixed is None:
         return None
     lossy = "lossy" in allow
-    formats = _formats(spec, model or "", precision, machines.device.peak_flop_per_s if lossy else ())
+    formats = _formats(spec, model or "", precision, machines[0].device.peak_flop_per_s if lossy else ())
     caches = (
         read_list(cache)
         if cache
         else ("bf16", "fp8")
-        if lossy and machines.device.supports("fp8")
+        if lossy and machines[0].device.supports("fp8")
         else ("bf16",)
     )
     return attempt(
-        faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
-        objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation, flags=_FLAGS,
+        faults, ServeProblem, spec, machines[0], traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
+        objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation,
+        others=tuple(machines[1:]), flags=_FLAGS,
     )  # fmt: skip
 
 

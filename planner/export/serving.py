@@ -33,11 +33,14 @@ def export_serving(plan: ServePlan, to: str, checkpoint: str | None = None) -> d
         hint = did_you_mean(to, SERVING_EXPORTERS)
         raise SpecError(Problem("--to", repr(to), f"one of {', '.join(sorted(SERVING_EXPORTERS))}", hint))
     files: dict[str, str] = {}
-    for pool in plan.pools:
+    for index, pool in enumerate(plan.pools):
         name = "" if pool.role == "aggregated" else f"-{pool.role}"
+        if sum(other.role == pool.role for other in plan.pools) > 1:
+            name += f"-{index + 1}"
         line, extra = SERVING_EXPORTERS[to](plan, pool, checkpoint or plan.model)
         devices = pool.devices // pool.replicas
-        head = f"# {pool.replicas} replica(s) of {devices} device(s): start this once on each"
+        where = f" of {pool.cluster}" if pool.cluster else ""
+        head = f"# {pool.replicas} replica(s) of {devices} device(s){where}: start this once on each"
         files[f"serve{name}.sh"] = f"#!/bin/sh\n{head}\n" + " \\\n  ".join(line) + "\n"
         files |= {f"{part}{name}.yaml": text for part, text in extra.items()}
     return files

@@ -29,8 +29,9 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         if value is not None
     ]
     where = "the mean" if traffic.percentile is None else f"p{traffic.percentile:g}"
+    names = " + ".join(cluster.name for cluster in problem.clusters)
     screen.line(
-        f"{problem.model.name} · {problem.cluster.name} · {problem.stack.name} · {traffic.isl:,} in, {traffic.osl:,} out"
+        f"{problem.model.name} · {names} · {problem.stack.name} · {traffic.isl:,} in, {traffic.osl:,} out"
         + (f" · {', '.join(limits)} at {where}" if limits else "")
         + f" · {report.candidates:,} candidates · {report.wall_s:.1f} s",
         "bold",
@@ -169,6 +170,7 @@ def pool_text(pool: Pool) -> str:
         "1 device"
     ]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
+    role += f"{pool.cluster}: " if pool.cluster else ""
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
     draft = (

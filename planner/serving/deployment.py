@@ -31,6 +31,7 @@ __all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
 _WATERMARK = 0.01
 """Of the blocks, kept free at an admission: vLLM's ``CacheConfig.watermark``."""
 _ROUTER_SEED = 1
+_STAGES = 2
 _ALL_TOKENS = 1024.0
 """Prompt tokens that the capacity of a decode pool leaves activations for, as its search does."""
 
@@ -241,6 +242,11 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.serving.search import iterations_of
     from planner.serving.space import DEGREES, mesh_of, recipe_of
 
+    if len(plan.pools) > _STAGES or any(pool.cluster for pool in plan.pools):
+        found = f"{len(plan.pools)} pools on {plan.cluster}"
+        raise SpecError(
+            Problem("plan", found, "one pool, or one of prompts and one of generation, on one cluster")
+        )
     problem = problem_of(plan)
     pricer = Pricer(problem.cluster, problem.stack)
     stages, all_iterations = [], []

@@ -29,7 +29,7 @@ from planner.serving.search import Account, Candidates, candidates, iterations_o
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["Split", "search_disaggregated"]
+__all__ = ["Decode", "Prefill", "Split", "decode_kinds", "prefill_kinds", "search_disaggregated"]
 
 _MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
 _BISECTIONS = 40
@@ -38,7 +38,7 @@ _SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prefill:
+class Prefill:
     """Prefill replicas, one per row: time of a batch, pace, prompts per batch, and bytes of one prompt per device."""
 
     kind: Candidates
@@ -49,7 +49,7 @@ class _Prefill:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Decode:
+class Decode:
     """Decode replicas at their largest load; times between tokens at some loads (loads, rows) up to what they hold."""
 
     kind: Candidates
@@ -59,6 +59,18 @@ class _Decode:
     binding: NDArray[np.str_]
     loads: Array
     steps_s: Array
+
+    def memory(self, j: int, share: float = 1.0) -> dict[str, float]:
+        """Bytes of a row's fullest device, its caches filled to a share of what the limits allow."""
+        held = self.kind.capacity
+        filled = min(1.0, share * float(self.in_flight[j]) / max(float(self.kind.most[j]), 1.0))
+        parts = {
+            "weights": float(held.weights_bytes[j]),
+            "kv_cache": float(held.cache_bytes[j]) * filled,
+            "activations": float(held.activation_bytes[j]),
+            "reserved": held.reserved_bytes,
+        }
+        return {"peak": sum(parts.values()), **parts}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,8 +129,10 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
         return []
     scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
     left, right = ServeSpace(problem, "prefill"), ServeSpace(problem, "decode")
-    prefills = [p for r in left.recipes() if (p := _prefill(problem, left, r, pricer, scratch)) is not None]
-    decodes = [d for r in right.recipes() if (d := _decode(problem, right, r, pricer, scratch)) is not None]
+    prefills, decodes = (
+        prefill_kinds(problem, left, pricer, scratch),
+        decode_kinds(problem, right, pricer, scratch),
+    )
     asked = left.fixed.get("replicas"), right.fixed.get("replicas")
     found: list[Split] = []
     for p in prefills:
@@ -128,9 +142,21 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
     return found
 
 
+def prefill_kinds(
+    problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account
+) -> list[Prefill]:
+    """Prefill replicas, one entry per recipe."""
+    return [p for r in space.recipes() if (p := _prefill(problem, space, r, pricer, account)) is not None]
+
+
+def decode_kinds(problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account) -> list[Decode]:
+    """Decode replicas, one entry per recipe."""
+    return [d for r in space.recipes() if (d := _decode(problem, space, r, pricer, account)) is not None]
+
+
 def _prefill(
     problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> _Prefill | None:
+) -> Prefill | None:
     kind = candidates(problem, space, recipe, pricer, account, traffic_osl=1.0)
     if kind is None:
         return None
@@ -143,12 +169,12 @@ def _prefill(
     each = np.minimum(tokens, kind.chunks * mesh.dp)
     batch_s = tokens / each * iterations(zero, zero, each, np.full_like(zero, traffic.prompt_context))
     footprint = iterations.footprint()
-    return _Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
+    return Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
 
 
 def _decode(
     problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> _Decode | None:
+) -> Decode | None:
     """Rows without a choice of budget, each at the most sequences that keep the limit between tokens."""
     kind = candidates(problem, space, recipe, pricer, account)
     if kind is None:
@@ -184,13 +210,13 @@ def _decode(
         low, high = np.where(moving & within, middle, low), np.where(moving & ~within, middle, high)
     tpot_s = step_s(low)
     rate = np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0)
-    return _Decode(kind, low, tpot_s, rate, binding, loads, steps)
+    return Decode(kind, low, tpot_s, rate, binding, loads, steps)
 
 
 def _pairs(
     problem: ServeProblem,
-    p: _Prefill,
-    d: _Decode,
+    p: Prefill,
+    d: Decode,
     asked: tuple[int | None, int | None],
     pricer: Pricer,
     account: Account,
@@ -272,7 +298,7 @@ def _pairs(
     ]
 
 
-def _curve(problem: ServeProblem, p: _Prefill, d: _Decode, prompt_rate: Array) -> Curve:
+def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> Curve:
     """Decode replicas at some loads, each beside the prefill replicas that run most prompts per device."""
     traffic, devices = problem.traffic, problem.cluster.devices
     best = int(np.argmax(prompt_rate.max(axis=1) / p.kind.size))
@@ -347,7 +373,7 @@ def _thriftiest(
 
 
 def _split(
-    problem: ServeProblem, p: _Prefill, d: _Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
+    problem: ServeProblem, p: Prefill, d: Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
     transfer_s: float, admission_s: float,
 ) -> Split:  # fmt: skip
     """One pair at its load; sequences per decode replica follow from Little's law at the time that they take."""
@@ -356,17 +382,10 @@ def _split(
     service_s = float(p.pace_s[i] * p.prompts[i])
     share = answered / replicas[1] / float(d.rate[j])
     in_flight = max(1, round(float(d.in_flight[j]) * share))
-    held = d.kind.capacity
-    parts = {
-        "weights": float(held.weights_bytes[j]),
-        "kv_cache": float(held.cache_bytes[j]) * min(1.0, in_flight / max(float(d.kind.most[j]), 1.0)),
-        "activations": float(held.activation_bytes[j]),
-        "reserved": held.reserved_bytes,
-    }
     slower = replicas[1] * float(d.rate[j]) <= replicas[0] * load / float(p.pace_s[i]) * (1.0 + 1e-9)
     return Split(
         (p.kind.recipe, d.kind.recipe), (p.kind.rows[i], d.kind.rows[j]), float(p.kind.chunks[i]), replicas, answered, load,
         load * service_s / (2.0 * (1.0 - load)), float(p.batch_s[i]), transfer_s, admission_s, float(d.tpot_s[j]), in_flight,
-        float(d.kind.most[j]), {"peak": sum(parts.values()), **parts},
+        float(d.kind.most[j]), d.memory(j, share),
         "rate" if traffic.rate_per_s is not None else str(d.binding[j]) if slower else "ttft",
     )  # fmt: skip

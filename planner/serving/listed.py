@@ -10,7 +10,15 @@ import numpy as np
 
 from planner.engine import Pricer
 from planner.serving.disaggregated import Split
-from planner.serving.percentiles import Latencies, Line, decode_pool, highest_rate, mixed_pool, prefill_pool
+from planner.serving.percentiles import (
+    NEARLY,
+    Latencies,
+    Line,
+    decode_pool,
+    highest_rate,
+    mixed_pool,
+    prefill_pool,
+)
 from planner.serving.search import Found, iterations_of
 from planner.serving.space import mesh_of
 from planner.specs.serve_problem import ServeProblem
@@ -109,6 +117,7 @@ def _binding(before: str, rate: float, most: float, found: Latencies, traffic: T
     """What keeps the load from growing: the limit that is nearly reached, or if none is, what holds no more."""
     if traffic.rate_per_s is not None:
         return before
-    if rate < most:
-        return found.missed(traffic)[1]
+    ratio, limit = found.missed(traffic)
+    if rate < most and ratio > NEARLY:
+        return limit
     return "memory" if before in _LATENCIES else before

@@ -27,13 +27,15 @@ from planner.specs.traffic import Traffic
 if TYPE_CHECKING:
     from planner.iteration import Iterations
 
-__all__ = ["Latencies", "Line", "decode_pool", "highest_rate", "mixed_pool", "prefill_pool"]
+__all__ = ["NEARLY", "Latencies", "Line", "decode_pool", "highest_rate", "mixed_pool", "prefill_pool"]
 
 _NODES = (14, 40)
 """Of the tables of a plan's iterations: decodes, prompt tokens."""
 _TRIES = 6
 _CLOSE = 0.96
 _SAME = 0.99
+NEARLY = 0.9
+"""Found over allowed from which a limit is said to bind."""
 _GOAL = 0.5 * (1.0 + _CLOSE)
 
 

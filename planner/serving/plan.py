@@ -29,6 +29,7 @@ class Pool:
         mesh: ``tp pp dp ep etp`` of one replica; its devices are tp · pp · dp.
         knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
         in_flight: requests in one replica at the predicted load, waiting ones included.
+        cluster: which of a plan's clusters it runs on; empty where there is one.
     """
 
     role: str
@@ -36,6 +37,14 @@ class Pool:
     mesh: Mapping[str, int]
     knobs: Mapping[str, Any]
     in_flight: int
+    cluster: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The pool as JSON fields; its cluster only where a plan has several."""
+        fields = asdict(self)
+        if not self.cluster:
+            del fields["cluster"]
+        return fields
 
     @property
     def devices(self) -> int:
@@ -103,7 +112,7 @@ class ServePlan:
     @property
     def id(self) -> str:
         """Stable name of the choice (not of its estimate)."""
-        pools = [{**asdict(pool), "in_flight": None} for pool in self.pools]
+        pools = [{**pool.as_dict(), "in_flight": None} for pool in self.pools]
         choice = [self.model, self.cluster, self.stack, dict(self.traffic), self.mode, pools]
         return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
 
@@ -115,7 +124,10 @@ class ServePlan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
         fields = asdict(self)
-        fields["pools"], fields["assumptions"] = [asdict(pool) for pool in self.pools], list(self.assumptions)
+        fields["pools"], fields["assumptions"] = (
+            [pool.as_dict() for pool in self.pools],
+            list(self.assumptions),
+        )
         return {"id": self.id, "devices": self.devices, **fields}
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ def problem_of(plan: ServePlan) -> ServeProblem:
     Raises:
         SpecError: its model, cluster or stack cannot be found, or its traffic is none.
     """
+    clusters = [load_cluster(name) for name in plan.cluster.split("+")]
     fixed: dict[str, Any] = {"mode": plan.mode}
-    for pool in plan.pools:
+    for pool in plan.pools if len(clusters) == 1 else ():
         prefix = "" if pool.role == "aggregated" else f"{pool.role}."
         fixed |= {f"{prefix}{name}": value for name, value in pool.mesh.items()}
         fixed[f"{prefix}replicas"] = pool.replicas
@@ -52,9 +54,25 @@ def problem_of(plan: ServePlan) -> ServeProblem:
     known = Traffic.__dataclass_fields__
     traffic = Traffic(**{name: value for name, value in plan.traffic.items() if name in known})
     return ServeProblem(
-        load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed,
-        speculation=_speculation(plan.pools[-1].knobs),
+        load_model(plan.model), clusters[0], traffic, load_stack(plan.stack), fixed=fixed,
+        speculation=_speculation(plan.pools[-1].knobs), others=tuple(clusters[1:]), **_formats(plan),
     )  # fmt: skip
+
+
+def _formats(plan: ServePlan) -> dict[str, Any]:
+    """Formats of the pools, where they are not fixed one by one."""
+    if "+" not in plan.cluster:
+        return {}
+    weights, caches = (
+        tuple(dict.fromkeys(str(p.knobs[name]) for p in plan.pools)) for name in ("weights", "cache")
+    )
+    return {"precisions": weights, "caches": caches}
+
+
+def _part(problem: ServeProblem, pool: Pool) -> ServeProblem:
+    """The problem on a pool's own cluster."""
+    own = next((c for c in problem.clusters if c.name == pool.cluster), problem.cluster)
+    return replace(problem, cluster=own, others=())
 
 
 def _speculation(knobs: Mapping[str, Any]) -> Speculation | None:
@@ -72,21 +90,23 @@ def reprice(plan: ServePlan) -> ServePlan:
         SpecError: as :func:`problem_of`.
         Infeasible: it does not keep its limits any more.
     """
-    return serve(problem_of(plan), top=1).best
+    problem = problem_of(plan)
+    return serve(problem, top=1, given=plan.pools if problem.others else ()).best
 
 
 def account(plan: ServePlan) -> list[dict[str, Any]]:
     """Every pool's iterations, item by item: seconds of one iteration, and which technique put the item there."""
-    problem = problem_of(plan)
-    pricer = Pricer(problem.cluster, problem.stack)
+    whole = problem_of(plan)
     found = []
     for pool in plan.pools:
+        problem = _part(whole, pool)
+        pricer = Pricer(problem.cluster, problem.stack)
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
         iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)
         found.append(
             {
-                "role": pool.role,
+                "role": pool.role if not pool.cluster else f"{pool.cluster}: {pool.role}",
                 "iterations": [_iteration(name, batch, iterations) for name, batch in batches.items()],
             }
         )

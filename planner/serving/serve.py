@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,23 +22,29 @@ from planner.serving.search import Account, Found, search_aggregated
 from planner.serving.space import DEGREES, ServeSpace
 from planner.specs.serve_problem import ServeProblem
 
+if TYPE_CHECKING:
+    from planner.serving.mixed import MixedFound
+
 __all__ = ["serve"]
 
 _LIMITS = {"ttft": ("ttft_s", "--ttft-ms"), "tpot": ("tpot_s", "--tpot-ms"), "e2e": ("e2e_s", "--e2e-ms")}
 
 
-def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
+def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) -> ServeResult:
     """Searches the best plans.
 
     Args:
         problem: model, machines, traffic, stack and choices.
         top: plans to keep.
+        given: on several clusters, pools that are there: only their load is found.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing keeps the limits; says which binds, by how much, and what comes nearest.
     """
     started = time.perf_counter()
+    if problem.others:
+        return _serve_mixed(problem, top, given, started)
     space = ServeSpace(problem)
     pricer = Pricer(problem.cluster, problem.stack)
     account = Account()
@@ -65,14 +71,68 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
         )
         for i, f in enumerate(listed[:top])
     )
-    report = SearchReport(
+    return ServeResult(plans, _report(account, started), tuple(pareto(account.curves)))
+
+
+def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], started: float) -> ServeResult:
+    """Pools on several clusters."""
+    from planner.serving.mixed import search_mixed
+
+    account = Account()
+    found = search_mixed(problem, account, given)
+    if not found:
+        raise Infeasible(_reasons(problem, account))
+
+    def value(f: MixedFound) -> float:
+        if problem.machines_count:
+            return f.requests_per_s
+        return f.requests_per_s / (f.watts if problem.objective == "energy" else f.usd_per_hour or f.devices)
+
+    found.sort(key=lambda f: (-value(f), f.usd_per_hour or 0.0, f.devices))
+    best = value(found[0])
+    plans = tuple(
+        ServePlan(
+            model=problem.model.name, cluster="+".join(cluster.name for cluster in problem.clusters), stack=problem.stack.name,
+            traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
+            mode="disaggregated", pools=f.pools, estimate=_mixed_estimate(problem, f),
+            optimality=Optimality("exact" if not i else "gap", 1.0 - value(f) / best, None, _MIXED_SOLVER),
+            assumptions=assumptions(problem),
+        )
+        for i, f in enumerate(found[:top])
+    )  # fmt: skip
+    return ServeResult(plans, _report(account, started))
+
+
+def _report(account: Account, started: float) -> SearchReport:
+    return SearchReport(
         account.candidates, account.scored, account.repriced, dict(account.excluded), dict(account.rejected),
         time.perf_counter() - started,
     )  # fmt: skip
-    return ServeResult(plans, report, tuple(pareto(account.curves)))
+
+
+def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
+    ttft, tpot, osl = _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), problem.traffic.osl
+    tokens_per_s = f.requests_per_s * osl
+    return ServeEstimate(
+        output_tokens_per_s_per_device=tokens_per_s / f.devices,
+        output_tokens_per_s_per_user=1.0 / tpot["mean"],
+        ttft_s=ttft,
+        tpot_s=tpot,
+        e2e_s={name: ttft[name] + (osl - 1) * tpot[name] for name in ttft},
+        max_concurrency=f.most,
+        goodput_requests_per_s=f.requests_per_s,
+        usd_per_million_output_tokens=None
+        if f.usd_per_hour is None
+        else f.usd_per_hour / 3600.0 / tokens_per_s * 1e6,
+        joules_per_output_token=f.watts / tokens_per_s,
+        memory_bytes=f.memory,
+        memory_budget_bytes=f.memory_budget_bytes,
+        binding=f.binding,
+    )
 
 
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
+_MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
 _LISTED = 10
 """Candidates that are put through the chains at least, so that the best does not depend on how many are asked for."""
 

@@ -37,6 +37,7 @@ class ServeProblem:
             that a plan uses. At a given rate all of them are the least of devices, dollars or watts.
         usd_per_device_hour: price; None takes the device profile's.
         speculation: drafted tokens that plans may use; None: a token a step.
+        others: further clusters, for pools on devices of several types.
 
     Raises:
         SpecError: two of them do not go together (all problems at once).
@@ -54,6 +55,7 @@ class ServeProblem:
     objective: str = "throughput"
     usd_per_device_hour: float | None = None
     speculation: Speculation | None = None
+    others: tuple[Cluster, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -79,9 +81,25 @@ class ServeProblem:
             yield Fault(
                 "draft", f"{self.model.name} has no prediction modules", "a model that has, or a draft model"
             )
+        if self.others and "disaggregated" not in self.modes:
+            yield Fault(
+                "cluster",
+                "several clusters for one pool",
+                "one cluster",
+                "Leave --mode out, or plan each cluster.",
+            )
+        if self.others and self.traffic.concurrency is not None:
+            yield Fault("concurrency", "is given for several clusters", "a rate, or neither")
+        if len({cluster.name for cluster in self.clusters}) <= len(self.others):
+            yield Fault("cluster", "the same cluster twice", "clusters of different devices")
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")
+
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """All clusters."""
+        return (self.cluster, *self.others)
 
     @property
     def machines_count(self) -> bool:

@@ -244,3 +244,25 @@ def test_bad_days_and_objectives_are_said(planner, more, said):
     result = planner(*SERVE, *LIMITS, *more, "--json")
     assert result.code == 2
     assert any(said in fault["where"] for fault in result.faults), result.faults
+
+
+def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
+    path = tmp_path / "mixed.json"
+    clusters = ("--cluster", "h100-sxm:1x4+l40s:1x8")
+    base = ("serve", "--model", "llama3.1-8b", "--isl", 2000, "--osl", 200, *clusters)
+    assert planner(*base, "--ttft-ms", 1000, "--tpot-ms", 40, "-o", path).code == 0
+    written = json.loads(path.read_text())["plans"][0]
+    assert {pool["cluster"] for pool in written["pools"]} == {"h100-sxm:1x4", "l40s:1x8"}
+    now = planner("estimate", path, "--json").json["plans"][0]["estimate"]
+    assert now["goodput_requests_per_s"] == pytest.approx(
+        written["estimate"]["goodput_requests_per_s"], rel=0.02
+    )
+    assert "l40s" in planner("explain", path).out
+    assert planner("compare", path, f"{path}:2").code == 0
+    files = planner("export", path, "--to", "vllm", "--json").json["files"]
+    assert len(files) == len(written["pools"])
+    assert planner("simulate", path, "--json").code == 2
+    assert planner(*base, "--mode", "aggregated", "--json").code == 2
+    assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(path.read_text()), planner("schema", "--serving").json)
