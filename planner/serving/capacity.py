@@ -22,6 +22,7 @@ class Capacity:
         cache_bytes: what is left on it for caches; negative where the model does not fit.
         sequences: requests of the given lengths that the whole replica holds at once, without preempting any.
         tokens: tokens of one context that fit into the replica's caches, whole blocks.
+        request_bytes: what one request takes of the fullest device's cache.
     """
 
     weights_bytes: Array
@@ -30,6 +31,7 @@ class Capacity:
     cache_bytes: Array
     sequences: Array
     tokens: Array
+    request_bytes: Array
 
 
 def capacity(
@@ -67,6 +69,7 @@ def capacity(
         left,
         sequences,
         _tokens(footprint, left, block),
+        each,
     )
 
 

@@ -250,6 +250,7 @@ def _pairs(
     late, slow = load <= 0.0, (decode_rate <= 0.0) & (load > 0.0)
     account.rejected["ttft limit"] += int(late.sum())
     account.rejected["tpot limit"] += int(slow.sum())
+    _missed(problem, account, p, d, transfer + admission)
     able = ~late & ~slow
     sizes = (
         np.broadcast_to(p.kind.size[:, None], able.shape),
@@ -272,6 +273,10 @@ def _pairs(
         answered = np.minimum(answered, traffic.concurrency / cycle)
     if wanted is not None:
         enough = (x > 0.0) & (answered >= wanted * (1.0 - 1e-9))
+        if not enough.any():
+            size = p.kind.size[i] + d.kind.size[j] * prompt_rate[i, j] / decode_rate[i, j]
+            most = float(np.max(prompt_rate[i, j] / size)) * devices
+            account.miss("rate", max(wanted / most, 1.0), "prompts and generation apart")
         account.rejected["rate"] += int((~enough).sum())
         i, j, x, y, answered = (v[enough] for v in (i, j, x, y, answered))
         answered = np.full_like(answered, wanted)
@@ -296,6 +301,20 @@ def _pairs(
         )
         for k in best
     ]
+
+
+def _missed(problem: ServeProblem, account: Account, p: Prefill, d: Decode, way_s: Array) -> None:
+    """Remembers by how much the lightest loads miss the limits."""
+    traffic = problem.traffic
+    first_s = float((p.batch_s[:, None] + way_s).min())
+    between_s = float(d.steps_s[0].min())
+    for name, limit, found in (
+        ("ttft", traffic.ttft_s, first_s),
+        ("tpot", traffic.tpot_s, between_s),
+        ("e2e", traffic.e2e_s, first_s + (traffic.osl - 1.0) * between_s),
+    ):
+        if limit is not None and found > limit:
+            account.miss(name, found / limit, "prompts and generation apart")
 
 
 def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> Curve:

@@ -58,7 +58,7 @@ class ServeEstimate:
 
     Attributes:
         output_tokens_per_s_per_device: of the devices that the plan uses.
-        output_tokens_per_s_per_user: 1 over the mean time between tokens.
+        output_tokens_per_s_per_user: 1 over the mean time between tokens; over that to the first where there is no other.
         ttft_s, tpot_s, e2e_s: mean and quantiles over requests: time to the first token, time between tokens, whole answer.
         max_concurrency: requests that all replicas' caches hold at once.
         goodput_requests_per_s: requests answered within the limits.

@@ -169,6 +169,7 @@ def candidates(
     account.rejected["device memory"] += int((~fits).sum())
     for index in np.flatnonzero(~fits)[:2000]:
         needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
+        needed += held.request_bytes[index] / float(iterations.software.free_fraction)
         budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
         account.miss(
             "memory",
@@ -180,7 +181,7 @@ def candidates(
     index = np.flatnonzero(fits)
     kept = Capacity(
         held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index],
+        held.sequences[index], held.tokens[index], held.request_bytes[index],
     )  # fmt: skip
     return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
 
@@ -257,7 +258,10 @@ def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Acco
     iterations = iterations_of(problem, c.recipe, mesh_of(np.repeat(c.rows, points, axis=0)), pricer)
     state = steady(iterations, traffic, grid.reshape(-1), np.repeat(c.chunks, points))
     first, last_point = np.arange(rows) * points, np.arange(rows) * points + points - 1
-    arrivals = Arrivals(traffic, c.most, state.take(last_point), state.decode_s[first])
+    clients = np.inf if traffic.concurrency is None else np.ceil(traffic.concurrency / replicas)
+    arrivals = Arrivals(
+        traffic, c.most, state.take(last_point), state.decode_s[first], clients + 0.0 * c.most
+    )
     state = arrivals.take(np.repeat(np.arange(rows), points)).meet(state)
     kept, worst, ratio = (x.reshape(rows, points) for x in limits_kept(problem, state))
     rate = state.requests_per_s.reshape(rows, points)
@@ -332,7 +336,7 @@ def _refine(
     binding = np.full(len(index), "memory", dtype=object)
     account.scored += len(index)
     if traffic.concurrency is not None:
-        binding[:] = "concurrency"
+        binding[:] = np.where(arrivals.clients > arrivals.slots, "memory", "concurrency")
     else:
         top = high > low
         while np.any(high - low > step * _MORE):
@@ -348,8 +352,8 @@ def _refine(
             kept, worst, _ = limits_kept(problem, at(high))
             binding = np.where(untried & ~kept, worst, binding)
             low = np.where(untried & kept, high, low)
-        cap = float(iterations.software.max_sequences) * iterations.ctx.mesh.pp * iterations.ctx.mesh.dp
-        binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
+    cap = float(iterations.software.max_sequences) * iterations.ctx.mesh.pp * iterations.ctx.mesh.dp
+    binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
     if traffic.rate_per_s is not None:
         low, replicas, binding = _at_rate(problem, at, low, step, binding)
     state = at(low)

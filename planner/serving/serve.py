@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from planner.engine import Pricer
-from planner.errors import Infeasible
-from planner.errors import Problem as Fault
+from planner.errors import Infeasible, SpecError
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
 from planner.serving.disaggregated import Split, search_disaggregated
 from planner.serving.front import pareto
 from planner.serving.listed import Listing
+from planner.serving.nearest import reasons
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
 from planner.serving.space import DEGREES, ServeSpace
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from planner.serving.mixed import MixedFound
 
 __all__ = ["serve"]
-
-_LIMITS = {"ttft": ("ttft_s", "--ttft-ms"), "tpot": ("tpot_s", "--tpot-ms"), "e2e": ("e2e_s", "--e2e-ms")}
 
 
 def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) -> ServeResult:
@@ -42,6 +38,29 @@ def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) ->
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing keeps the limits; says which binds, by how much, and what comes nearest.
     """
+    try:
+        return _searched(problem, top, given)
+    except _NothingError as nothing:
+        raise Infeasible(reasons(problem, nothing.account, _has_plan)) from None
+
+
+class _NothingError(Exception):
+    """No plan is left."""
+
+    def __init__(self, account: Account) -> None:
+        super().__init__()
+        self.account = account
+
+
+def _has_plan(problem: ServeProblem) -> bool:
+    """Whether a changed problem has a plan."""
+    try:
+        return bool(_searched(problem, 1, ()).plans)
+    except (_NothingError, SpecError):
+        return False
+
+
+def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> ServeResult:
     started = time.perf_counter()
     if problem.others:
         return _serve_mixed(problem, top, given, started)
@@ -55,12 +74,12 @@ def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) ->
     if "disaggregated" in modes:
         found += search_disaggregated(problem, pricer, account)
     if not found:
-        raise Infeasible(_reasons(problem, account))
+        raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))
     listing = Listing(problem, pricer)
     listed = [f for g in found[: max(top, _LISTED)] if (f := listing.of(g)) is not None]
     if not listed:
-        raise Infeasible(_reasons(problem, account))
+        raise _NothingError(account)
     listed.sort(key=lambda f: _order(problem, f))
     best = _value(problem, listed[0])
     plans = tuple(
@@ -81,7 +100,7 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
     account = Account()
     found = search_mixed(problem, account, given)
     if not found:
-        raise Infeasible(_reasons(problem, account))
+        raise _NothingError(account)
 
     def value(f: MixedFound) -> float:
         if problem.machines_count:
@@ -244,7 +263,7 @@ def _told(
     price = problem.usd_per_hour
     return ServeEstimate(
         output_tokens_per_s_per_device=tokens_per_s / f.devices,
-        output_tokens_per_s_per_user=1.0 / tpot["mean"],
+        output_tokens_per_s_per_user=1.0 / (tpot["mean"] if osl > 1 else ttft["mean"]),
         ttft_s=ttft,
         tpot_s=tpot,
         e2e_s={name: ttft[name] + (osl - 1) * tpot[name] for name in ttft},
@@ -276,43 +295,3 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
         )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
     )
-
-
-def _reasons(problem: ServeProblem, account: Account) -> list[Fault]:
-    """Which limit binds, by how much, and the nearest change that would fit."""
-    faults = []
-    traffic = problem.traffic
-    for limit, (ratio, where) in sorted(account.nearest.items(), key=lambda item: item[1][0]):
-        if limit in _LIMITS:
-            name, flag = _LIMITS[limit]
-            allowed = getattr(traffic, name) * 1e3
-            faults.append(
-                Fault(
-                    flag, f"nothing is faster than {allowed * ratio:.4g} ms at the lightest load ({where})",
-                    f"at most {allowed:g} ms", f"{flag} {np.ceil(allowed * ratio * 10) / 10:g} would fit, or faster devices.",
-                )
-            )  # fmt: skip
-        elif limit == "rate":
-            most = (traffic.rate_per_s or 0.0) / ratio
-            faults.append(
-                Fault(
-                    "--rate", f"{problem.cluster.devices} devices answer at most {most:.4g} requests/s ({where})",
-                    f"{traffic.rate_per_s:g} requests/s",
-                    f"{int(np.ceil(problem.cluster.devices * ratio))} devices would, or a lower rate.",
-                )
-            )  # fmt: skip
-        elif limit == "memory":
-            faults.append(
-                Fault(
-                    "device memory", f"weights and buffers take {ratio:.2f} times what a device offers ({where})",
-                    "room for one request", "More devices, narrower weights (--precision fp8), or shorter prompts.",
-                )
-            )  # fmt: skip
-    if not faults:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in account.rejected.most_common(3))
-        faults.append(
-            Fault(
-                "serve", f"no candidate is left ({reasons})", "one that is valid", "Loosen --fix or --forbid."
-            )
-        )
-    return faults

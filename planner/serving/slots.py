@@ -26,25 +26,29 @@ class Arrivals:
         slots: requests that a replica holds at once.
         full: the steady state with all slots taken.
         alone_s: an iteration of one sequence.
+        clients: of a replica, where they replace every answer at once.
     """
 
     traffic: Traffic
     slots: Array
     full: Steady
     alone_s: Array
+    clients: Array
 
     def take(self, index: Array) -> Arrivals:
         """Some rows."""
-        return replace(self, slots=self.slots[index], full=self.full.take(index), alone_s=self.alone_s[index])
+        columns = {name: getattr(self, name)[index] for name in ("slots", "alone_s", "clients")}
+        return replace(self, full=self.full.take(index), **columns)
 
     def meet(self, state: Steady) -> Steady:
-        """The state with the wait for a slot in it; clients that replace every answer wait for none.
+        """The state with the wait for a slot in it; clients that replace every answer wait where there are more than slots.
 
         Requests hold slots longer the more of them there are, which spreads their number as fewer servers would
         (:meth:`planner.load.balance.Balance.slot_wait_s`).
         """
         if self.traffic.concurrency is not None:
-            return state
+            outside_s = np.maximum(self.clients - self.slots, 0.0) / state.requests_per_s
+            return replace(state, ttft_s=state.ttft_s + outside_s)
         full, steps = self.full, self.traffic.osl - 1.0
         rate = np.minimum(state.requests_per_s, MOST_LOAD * full.requests_per_s)
         # What slots would carry if no prompt waited in one: more than comes through where the budget of tokens binds.

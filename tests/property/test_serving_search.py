@@ -1,5 +1,6 @@
 """Laws of serving: loads and latencies grow together, the search equals trying everything, its account adds up."""
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -74,7 +75,7 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
                 state = steady(many, traffic, loads, np.full(most, float(chunk)))
                 end = np.full(most, most - 1)
                 held = np.full(most, float(most))
-                state = Arrivals(traffic, held, state.take(end), state.decode_s[0 * end]).meet(state)
+                state = Arrivals(traffic, held, state.take(end), state.decode_s[0 * end], held).meet(state)
                 q = None if traffic.percentile is None else traffic.percentile / 100.0
                 ttft = state.ttft_s if q is None else state.ttft_at(q)
                 tpot = state.tpot_s if q is None else state.tpot_at(q)
@@ -138,15 +139,38 @@ def test_cached_prefixes_help():
     assert hit.estimate.goodput_requests_per_s > 1.2 * without.estimate.goodput_requests_per_s
 
 
-def test_what_cannot_be_kept_says_what_comes_nearest():
+def refusal(p):
     with pytest.raises(Infeasible) as info:
-        serve(problem(traffic=Traffic(2000, 200, tpot_s=1e-4)))
-    assert "--tpot-ms" in str(info.value)
-    assert "would fit" in str(info.value)
-    with pytest.raises(Infeasible, match="device memory"):
-        serve(problem("llama3.1-405b", "h100-sxm:1x4"))
-    with pytest.raises(Infeasible, match="devices would"):
-        serve(problem(traffic=Traffic(2000, 200, tpot_s=0.02, rate_per_s=1e5), modes=("aggregated",)))
+        serve(p)
+    return str(info.value)
+
+
+def test_what_cannot_be_kept_says_what_comes_nearest_and_that_fits():
+    late = refusal(problem(traffic=Traffic(2000, 200, tpot_s=1e-4)))
+    assert "times the limit" in late
+    fits = float(re.search(r"--tpot-ms ([0-9.]+) fits", late)[1])
+    assert serve(problem(traffic=Traffic(2000, 200, tpot_s=fits * 1e-3))).plans
+    big = refusal(problem("llama3.1-405b", "h100-sxm:1x4", Traffic(2000, 200)))
+    assert "device memory" in big
+    larger = re.search(r"--cluster (\S+) fits", big)[1]
+    assert serve(problem("llama3.1-405b", larger, Traffic(2000, 200))).plans
+    wanted = Traffic(2000, 200, tpot_s=0.02, rate_per_s=1e3)
+    for modes in (("aggregated",), ("disaggregated",)):
+        busy = refusal(problem(traffic=wanted, modes=modes))
+        less = float(re.search(r"--rate ([0-9.]+) fits", busy)[1])
+        assert serve(problem(traffic=replace(wanted, rate_per_s=less), modes=modes)).plans
+        larger = re.search(r"--cluster (\S+) fits", busy)[1]
+        assert serve(problem(cluster=larger, traffic=wanted, modes=modes)).plans
+
+
+def test_more_clients_than_slots_wait_outside():
+    """Little's law over all clients: answers take as long as clients over rate."""
+    traffic = Traffic(2000, 200, concurrency=2000)
+    best = serve(problem(traffic=traffic, modes=("aggregated",), fixed={"tp": 4})).best
+    estimate = best.estimate
+    assert estimate.max_concurrency < 2000
+    assert estimate.binding in ("memory", "sequences")
+    assert estimate.goodput_requests_per_s * estimate.e2e_s["mean"] == pytest.approx(2000, rel=0.05)
 
 
 def test_unknown_choices_are_refused():
