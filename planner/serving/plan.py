@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2s
 from typing import Any
 
-from planner.errors import Problem as Fault
-from planner.errors import SpecError
-from planner.plan import SCHEMA_VERSION, Optimality, SearchReport
+from planner.plan import SCHEMA_VERSION, Optimality, SearchReport, known_fields, read_plan
 
 __all__ = ["Pool", "ServeEstimate", "ServePlan", "ServeResult"]
 
@@ -137,25 +135,19 @@ class ServePlan:
         Raises:
             SpecError: fields are missing or wrong, or the major version is another.
         """
-        major = str(data.get("schema_version", "")).partition(".")[0]
-        if major != SCHEMA_VERSION.partition(".")[0]:
-            found = repr(data.get("schema_version"))
-            raise SpecError(
-                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
-            )
-        try:
-            pools = tuple(Pool(**_known(pool, Pool)) for pool in data["pools"])
-            estimate = ServeEstimate(**_known(data["estimate"], ServeEstimate))
-            optimality = Optimality(**_known(data["optimality"], Optimality))
-            more = {"pools": pools, "estimate": estimate, "optimality": optimality}
-            plan = ServePlan(
-                **{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))}
-            )
+
+        def build() -> ServePlan:
+            more = {
+                "pools": tuple(Pool(**known_fields(pool, Pool)) for pool in data["pools"]),
+                "estimate": ServeEstimate(**known_fields(data["estimate"], ServeEstimate)),
+                "optimality": Optimality(**known_fields(data["optimality"], Optimality)),
+                "assumptions": tuple(data.get("assumptions", ())),
+            }
+            plan = ServePlan(**{**known_fields(data, ServePlan), **more})
             _check(plan)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found = f"is no serving plan ({type(error).__name__}: {error})"
-            raise SpecError(Fault(where, found, "a plan as planner writes it")) from None
-        return plan
+            return plan
+
+        return read_plan(data, where, "serving plan", build)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +194,3 @@ def _check(plan: ServePlan) -> None:
         for name, number in values.items():
             if not isinstance(number, int | float) or not math.isfinite(number):
                 raise ValueError(f"{name} is {number!r}")
-
-
-def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    return {name: value for name, value in data.items() if name in names}
