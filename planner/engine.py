@@ -27,7 +27,7 @@ from planner.costs.collectives import (
     group_members,
 )
 from planner.costs.overlap import pipelined_s
-from planner.costs.precision import dtype_bytes
+from planner.costs.precision import FORMAT_BITS, dtype_bytes
 from planner.kernel_prices import KernelPrices
 from planner.ledger import (
     Array,
@@ -143,7 +143,9 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
-            return float(stack.grouped_matmul_slowdown if item.grouped else stack.matmul_slowdown)
+            return float(
+                getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
+            )
         if isinstance(item, AttentionCore):
             return float(stack.attention_slowdown)
         if isinstance(item, Stream):
@@ -326,6 +328,8 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
     A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
     """
+    if isinstance(item, Stream) and item.calls:
+        return axes[item.calls]
     if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
         return each
@@ -387,7 +391,8 @@ def _key(item: Item) -> Any:
             sizes = f"{sizes}|{item.out_bytes}"
         return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
-        return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
+        sizes = f"{item.size}|{item.calls}" if item.calls else item.size
+        return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
         return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)
     if isinstance(item, AttentionCore):

@@ -136,11 +136,15 @@ class AttentionCore(Kernel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream(Kernel):
-    """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements."""
+    """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
+
+    ``calls`` is how many kernels the host issues for it, where those are small and many (empty: ``launches``).
+    """
 
     size: str
     bytes_per_element: float
     flop_per_element: float = 0.0
+    calls: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
