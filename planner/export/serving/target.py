@@ -69,7 +69,9 @@ class ServingTarget:
         apart = {pool.cluster for pool in plan.pools if pool.cluster}
         if len(apart) > 1:
             found = f"pools on {' and '.join(sorted(apart))}"
-            raise ExportError(Problem(plan.id, found, "one kind of device", "A folder is for the nodes of one cluster."))
+            raise ExportError(
+                Problem(plan.id, found, "one kind of device", "A folder is for the nodes of one cluster.")
+            )
         self.problem: ServeProblem = problem_of(plan)
         self.model, self.cluster = self.problem.model, self.problem.cluster
 
