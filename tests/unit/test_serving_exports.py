@@ -430,6 +430,23 @@ BAD = {
 }
 
 
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{below}: &{below} [{','.join([f'*{above}'] * 9)}]\n"
+    for above, below in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(BOMB, "nested beyond any option"), ("- a\n", "holds a list"), ("colour: red\n", "is an option of")],
+)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_bad_file_of_options_gets_one_clear_message(engine, text, why, tmp_path):
+    (tmp_path / "engine.yaml").write_text(text)
+    with pytest.raises(SpecError, match=why):
+        read_launch(engine, str(tmp_path / "engine.yaml"))
+
+
 @pytest.mark.parametrize(
     ("engine", "text", "why"),
     [(engine, text, why) for engine, files in BAD.items() for text, why in files.items()],
