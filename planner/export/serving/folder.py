@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from importlib.resources import files
 
+from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check
 from planner.export.serving.around import AROUND
 from planner.export.serving.bare import ROUTER_PORT, routed
 from planner.export.serving.engine import Engine, quantized_checkpoint
@@ -15,10 +16,8 @@ from planner.export.serving.row import serving_row
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.units import format_bytes
 
-__all__ = ["NO_IMAGE", "folder_files"]
+__all__ = ["folder_files"]
 
-NO_IMAGE = "name-your-image"
-"""What a manifest says where no container image was given; Kubernetes refuses to pull it."""
 _ROUNDS = (
     8  # answers per request in flight that the measuring script waits for: a quarter of them is left out
 )
@@ -97,7 +96,7 @@ def _read_me(
 ) -> str:
     plan = target.plan
     rows = [f"| `{name}` | {_purpose(name)} |" for name in sorted({*found, "README.md"})]
-    first = [*_first(target, exporter, engine), *exporter.first(target)]
+    first = [*_first(target, exporter, engine), *exporter.first(target), *_around_first(target, found)]
     if image == NO_IMAGE and any(NO_IMAGE in text for name, text in found.items() if name.endswith(".yaml")):
         first.append(
             f"The manifests say `image: {NO_IMAGE}`: export with `--image` and the container that holds the engine."
@@ -143,6 +142,23 @@ def _purpose(name: str) -> str:
     return "configuration" + (f" of the {name.partition('-')[2][:-5]} pool" if "-" in name else "")
 
 
+def _around_first(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
+    """What to check before a cluster's own software starts it."""
+    checks = []
+    if "run.sh" in found and target.nodes > 1:
+        checks.append("Files: every node sees this folder under the same path (or a copy of it).")
+    if any(name in found for name in ("leaderworkerset.yaml", "dynamo.yaml", "values.yaml")) and (
+        target.nodes > 1 or target.plan.mode == "disaggregated"
+    ):
+        checks.append(ADAPTERS_IN_PODS)
+    if "leaderworkerset.yaml" in found:
+        checks.append(
+            "`kubectl get crd leaderworkersets.leaderworkerset.x-k8s.io`, and where the checkpoint is gated a secret `hf-token`"
+            " with the hub's token as `HF_TOKEN`."
+        )
+    return checks
+
+
 def _around(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
     name, starts = f"plan-{target.plan.id}", []
     if "job.sbatch" in found:
@@ -180,6 +196,8 @@ def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> 
         f"Memory: {peak} of {budget} per device are planned, of it {format_bytes(estimate.memory_bytes['kv_cache'])} for caches: "
         f"the engine's first log lines should name as much, room for {estimate.max_concurrency:,} requests over all replicas."
     )
+    if target.nodes > 1 or plan.mode == "disaggregated":
+        found.append(network_check(target.cluster))
     return [*found, *engine.needs(target)]
 
 
