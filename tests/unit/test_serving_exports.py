@@ -332,7 +332,17 @@ def test_what_is_measured_is_a_row_that_validate_reads(which, pair, tmp_path):
     folder = written(plan, "vllm", tmp_path)
     with Server() as server:
         url = f"http://127.0.0.1:{server.port}"
-        command = [sys.executable, "measure.py", url, "--requests", "16", "--concurrency", "8"]
+        command = [
+            sys.executable,
+            "measure.py",
+            url,
+            "--requests",
+            "32",
+            "--concurrency",
+            "8",
+            "--share",
+            "2",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "measured/predicted" in done.stdout

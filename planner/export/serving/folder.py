@@ -22,6 +22,9 @@ _ROUNDS = (
     8  # answers per request in flight that the measuring script waits for: a quarter of them is left out
 )
 _FEWEST = 64  # requests, however light the load
+_CLIENT_TOKENS_PER_S = (
+    50_000.0  # that one measuring script reads with room to spare: a core reads 200,000 of them
+)
 _BLANK = 'json.loads("{}")'
 _PURPOSE = {
     "README.md": "this page",
@@ -128,10 +131,23 @@ def _read_me(
         "",
         f"Then `python measure.py {url}`: predicted beside measured at the plan's load, and `measured.csv` for",
         "`planner validate measured.csv`.",
+        *_clients(target),
     ]
     if differs:
         lines += ["", "## Where the run differs from the plan", "", *(f"- {text}" for text in differs)]
     return "\n".join(lines) + "\n"
+
+
+def _clients(target: ServingTarget) -> list[str]:
+    """How many measuring scripts the plan's load takes; nothing where one will do."""
+    tokens_per_s = target.plan.estimate.output_tokens_per_s_per_device * target.plan.devices
+    clients = math.ceil(tokens_per_s / _CLIENT_TOKENS_PER_S)
+    if clients == 1:
+        return []
+    return [
+        f"The load is more than one client reads: start {clients} at once, on as many machines, each with `--share {clients}`",
+        "(`ulimit -n` above their requests in flight).",
+    ]
 
 
 def _purpose(name: str) -> str:
