@@ -77,13 +77,16 @@ class Exporter:
 
 
 def environment_of_torchrun(target: Target) -> list[str]:
-    """Shell lines that say how many nodes there are and which one this is."""
+    """Shell lines that say how many nodes there are and which one this is; of several, each has to be told, and the first."""
     nodes, per_node = target.nodes()
+    alone = nodes == 1
+    rank = "0" if alone else "?set NODE_RANK to this node, from 0"
+    address = "-localhost" if alone else "?set MASTER_ADDR to the first node"
     return [
         f"NNODES={nodes}",
         f"GPUS_PER_NODE={per_node}",
-        "NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}",
-        "MASTER_ADDR=${MASTER_ADDR:-localhost}",
+        f"NODE_RANK=${{NODE_RANK:-${{SLURM_NODEID:{'-' if alone else ''}{rank}}}}}",
+        f"MASTER_ADDR=${{MASTER_ADDR:{address}}}",
         "MASTER_PORT=${MASTER_PORT:-29500}",
     ]
 

@@ -277,7 +277,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
         "#!/usr/bin/env bash",
         f"# Megatron-LM {EXPORTER.versions[0]} (ranks in its default order tp-cp-ep-dp-pp). plan.json holds the whole plan.",
         *(f"# {line}" for line in summary(plan)),
-        "# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it",
+        "# Run it once per node (job.sbatch does); MEGATRON_PATH leads to the Megatron-LM checkout. By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
     head += [f"# {text}" for text in _differs(target)]
@@ -294,7 +294,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
     run = [
         "",
         *torchrun_lines(),
-        f'    "${{MEGATRON_PATH:-.}}/{script}" \\',
+        f'    "${{MEGATRON_PATH:?set it to the Megatron-LM checkout}}/{script}" \\',
         *(f'    "${{{name}[@]}}" \\' for name in sections),
         '    $TRAIN_ARGS $DATA_ARGS "$@"',
     ]

@@ -109,6 +109,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment,
         "",

@@ -387,6 +387,35 @@ def test_a_file_of_fifty_megabytes_is_refused_by_its_size(name, tmp_path):
         read_launched(name, tmp_path / "large")
 
 
+FIELD = """#!/bin/bash
+GPUS_PER_NODE=8
+NNODES=${SLURM_NNODES:-4}
+MODEL_ARGS="
+    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 \\
+    --num-attention-heads 32 --group-query-attention --num-query-groups 8 \\
+    --seq-length 8192 --swiglu --normalization RMSNorm --disable-bias-linear \\
+    --untie-embeddings-and-output-weights --position-embedding-type rope
+"
+PARALLEL_ARGS=(
+    --tensor-model-parallel-size ${1:-4}
+    --sequence-parallel   # needed
+)
+torchrun --nproc_per_node $GPUS_PER_NODE --nnodes $NNODES \\
+    --master_addr $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) pretrain_gpt.py \\
+    $MODEL_ARGS "${PARALLEL_ARGS[@]}" --micro-batch-size 1 \\
+    --global-batch-size $(( (NNODES * GPUS_PER_NODE) * 8 )) \\
+    --bf16 --vocab-size 128256 --foo-bar 3 $EXTRA_ARGS 2>&1 | tee train.log
+"""
+
+
+def test_a_script_with_sums_and_substitutions_in_its_words(tmp_path):
+    (tmp_path / "run.sh").write_text(FIELD)
+    run = read_launched("megatron", tmp_path / "run.sh")
+    # Four nodes of eight, and eight sequences for each device.
+    assert (run.devices, run.workload["global_batch_size"], run.fixed["tp"]) == (32, 256, 4)
+    assert run.ignored == ("--foo-bar",)
+
+
 def test_auto_is_left_open_and_asked_for(tmp_path):
     (tmp_path / "d.json").write_text(
         '{"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64, "bf16": {"enabled": true}}'

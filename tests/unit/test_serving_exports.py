@@ -332,7 +332,17 @@ def test_what_is_measured_is_a_row_that_validate_reads(which, pair, tmp_path):
     folder = written(plan, "vllm", tmp_path)
     with Server() as server:
         url = f"http://127.0.0.1:{server.port}"
-        command = [sys.executable, "measure.py", url, "--requests", "16", "--concurrency", "8"]
+        command = [
+            sys.executable,
+            "measure.py",
+            url,
+            "--requests",
+            "32",
+            "--concurrency",
+            "8",
+            "--share",
+            "2",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "measured/predicted" in done.stdout
@@ -428,6 +438,23 @@ BAD = {
         "python -m sglang.launch_server --disaggregation-mode prefill": "is one pool of a pair",
     },
 }
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{below}: &{below} [{','.join([f'*{above}'] * 9)}]\n"
+    for above, below in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(BOMB, "nested beyond any option"), ("- a\n", "holds a list"), ("colour: red\n", "is an option of")],
+)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_bad_file_of_options_gets_one_clear_message(engine, text, why, tmp_path):
+    (tmp_path / "engine.yaml").write_text(text)
+    with pytest.raises(SpecError, match=why):
+        read_launch(engine, str(tmp_path / "engine.yaml"))
 
 
 @pytest.mark.parametrize(

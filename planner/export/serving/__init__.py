@@ -73,7 +73,8 @@ def export_serving(
     """
     from planner.errors import ExportError
     from planner.export import known_version
-    from planner.export.serving.folder import NO_IMAGE, folder_files
+    from planner.export.folder import NO_IMAGE
+    from planner.export.serving.folder import folder_files
     from planner.export.serving.target import ServingTarget
 
     exporter = find_serving_exporter(to)

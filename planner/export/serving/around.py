@@ -40,7 +40,10 @@ def _slurm(target: ServingTarget, image: str) -> Mapping[str, str]:
             f'echo "requests go to http://$(hostname):{ROUTER_PORT} once every replica answers /health"'
         )
         lines += ["bash router.sh > router.log 2>&1 &"]
-    lines.append('srun --kill-on-bad-exit=1 bash run.sh "$@"')
+    lines.append(
+        "# One task per node starts all of its engines: none of them is to be bound to the task's first core."
+    )
+    lines.append('srun --kill-on-bad-exit=1 --cpu-bind=none bash run.sh "$@"')
     return {"job.sbatch": "\n".join(lines) + "\n"}
 
 

@@ -54,10 +54,9 @@ def serving_findings(
         refused = serving_problems(target, find_serving_exporter(pools[0].launcher))
     except ExportError as error:
         refused = list(error.problems)
-    found += [
-        Finding("error", f"{fault.found}; expected {fault.expected}", "the engine, at the start")
-        for fault in refused
-    ]
+    for fault in refused:
+        expected = f"; expected {fault.expected}" if fault.expected else ""
+        found.append(Finding("error", f"{fault.found}{expected}", "the engine, at the start"))
     found += [Finding("warning", sentence) for pool in pools for sentence in pool.wasteful]
     return [*found, *_idle(target, pools)], plan
 

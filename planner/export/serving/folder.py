@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from importlib.resources import files
 
+from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check
 from planner.export.serving.around import AROUND
 from planner.export.serving.bare import ROUTER_PORT, routed
 from planner.export.serving.engine import Engine, quantized_checkpoint
@@ -15,14 +16,15 @@ from planner.export.serving.row import serving_row
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.units import format_bytes
 
-__all__ = ["NO_IMAGE", "folder_files"]
+__all__ = ["folder_files"]
 
-NO_IMAGE = "name-your-image"
-"""What a manifest says where no container image was given; Kubernetes refuses to pull it."""
 _ROUNDS = (
     8  # answers per request in flight that the measuring script waits for: a quarter of them is left out
 )
 _FEWEST = 64  # requests, however light the load
+_CLIENT_TOKENS_PER_S = (
+    50_000.0  # that one measuring script reads with room to spare: a core reads 200,000 of them
+)
 _BLANK = 'json.loads("{}")'
 _PURPOSE = {
     "README.md": "this page",
@@ -97,7 +99,7 @@ def _read_me(
 ) -> str:
     plan = target.plan
     rows = [f"| `{name}` | {_purpose(name)} |" for name in sorted({*found, "README.md"})]
-    first = [*_first(target, exporter, engine), *exporter.first(target)]
+    first = [*_first(target, exporter, engine), *exporter.first(target), *_around_first(target, found)]
     if image == NO_IMAGE and any(NO_IMAGE in text for name, text in found.items() if name.endswith(".yaml")):
         first.append(
             f"The manifests say `image: {NO_IMAGE}`: export with `--image` and the container that holds the engine."
@@ -129,10 +131,23 @@ def _read_me(
         "",
         f"Then `python measure.py {url}`: predicted beside measured at the plan's load, and `measured.csv` for",
         "`planner validate measured.csv`.",
+        *_clients(target),
     ]
     if differs:
         lines += ["", "## Where the run differs from the plan", "", *(f"- {text}" for text in differs)]
     return "\n".join(lines) + "\n"
+
+
+def _clients(target: ServingTarget) -> list[str]:
+    """How many measuring scripts the plan's load takes; nothing where one will do."""
+    tokens_per_s = target.plan.estimate.output_tokens_per_s_per_device * target.plan.devices
+    clients = math.ceil(tokens_per_s / _CLIENT_TOKENS_PER_S)
+    if clients == 1:
+        return []
+    return [
+        f"The load is more than one client reads: start {clients} at once, on as many machines, each with `--share {clients}`",
+        "(`ulimit -n` above their requests in flight).",
+    ]
 
 
 def _purpose(name: str) -> str:
@@ -141,6 +156,23 @@ def _purpose(name: str) -> str:
     if name.startswith("serve"):
         return "starts one replica" + (f" of the {name[6:-3]} pool" if "-" in name else "")
     return "configuration" + (f" of the {name.partition('-')[2][:-5]} pool" if "-" in name else "")
+
+
+def _around_first(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
+    """What to check before a cluster's own software starts it."""
+    checks = []
+    if "run.sh" in found and target.nodes > 1:
+        checks.append("Files: every node sees this folder under the same path (or a copy of it).")
+    if any(name in found for name in ("leaderworkerset.yaml", "dynamo.yaml", "values.yaml")) and (
+        target.nodes > 1 or target.plan.mode == "disaggregated"
+    ):
+        checks.append(ADAPTERS_IN_PODS)
+    if "leaderworkerset.yaml" in found:
+        checks.append(
+            "`kubectl get crd leaderworkersets.leaderworkerset.x-k8s.io`, and where the checkpoint is gated a secret `hf-token`"
+            " with the hub's token as `HF_TOKEN`."
+        )
+    return checks
 
 
 def _around(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
@@ -180,6 +212,8 @@ def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> 
         f"Memory: {peak} of {budget} per device are planned, of it {format_bytes(estimate.memory_bytes['kv_cache'])} for caches: "
         f"the engine's first log lines should name as much, room for {estimate.max_concurrency:,} requests over all replicas."
     )
+    if target.nodes > 1 or plan.mode == "disaggregated":
+        found.append(network_check(target.cluster))
     return [*found, *engine.needs(target)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ FORMATS: Mapping[str, str] = {
     "awq": "int4_wo", "awq_marlin": "int4_wo", "gptq": "int4_wo", "gptq_marlin": "int4_wo",
 }  # fmt: skip
 """What an engine's option for the weights' format says → the planner's name."""
+_MAX_PARTS = 1000  # of a map that is one option
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def read_flags(
     """
     where = str(path)
     if Path(path).suffix.lower() in (".yaml", ".yml", ".json"):
-        return FlagReader(_from_map(read_yaml(path, expected)), where), [], []
+        return FlagReader(_from_map(read_yaml(path, expected), where), where), [], []
     script = read_script(read_text(path, expected), where)
     for command in script.commands:
         words = list(command.words)
@@ -86,7 +87,7 @@ def read_flags(
         flags = {_dashed(flag): values for flag, values in parse_flags(words[first:]).items()}
         flags = {short.get(flag, flag): values for flag, values in flags.items()}
         for config in flags.pop("--config", []):
-            below = _from_map(read_yaml(Path(path).parent / config, expected))
+            below = _from_map(read_yaml(Path(path).parent / config, expected), config)
             flags = below | flags  # what the command says overrules the file
         return FlagReader(flags, where), words[:first], list(script.notes)
     raise SpecError(Problem(where, f"starts no {' or '.join(starts)}", expected))
@@ -96,17 +97,41 @@ def _dashed(flag: str) -> str:
     return flag.replace("_", "-")
 
 
-def _from_map(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Options of a file as flags; a switch that is false is as if it were not there."""
+def _from_map(data: Mapping[str, Any], where: str) -> dict[str, list[str]]:
+    """Options of a file as flags; a switch that is false is as if it were not there.
+
+    Raises:
+        SpecError: a value is no option's: lists of lists, or maps that go on and on.
+    """
     found: dict[str, list[str]] = {}
     for key, value in data.items():
         flag = "--" + _dashed(str(key).lstrip("-"))
+        if not _is_option(value):
+            expected = "a value, a list of values, or a small map"
+            raise SpecError(Problem(f"{where}: {key}", "is nested beyond any option", expected))
         if value is True:
             found[flag] = []
         elif isinstance(value, Mapping):
-            found[flag] = [json.dumps(value)]
-        elif isinstance(value, Sequence) and not isinstance(value, str):
+            found[flag] = [json.dumps(value, default=str)]
+        elif isinstance(value, list):
             found[flag] = [str(item) for item in value]
         elif value is not False and value is not None:
             found[flag] = [str(value)]
     return found
+
+
+def _is_option(value: Any) -> bool:
+    """Whether a value is plain, a list of plain ones, or a map whose parts are few (aliases repeat what they name)."""
+    if isinstance(value, list):
+        return not any(isinstance(item, list | Mapping) for item in value)
+    parts, left = [value], _MAX_PARTS
+    while parts:
+        part = parts.pop()
+        left -= 1
+        if left < 0:
+            return False
+        if isinstance(part, Mapping):
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return True

@@ -94,10 +94,10 @@ def measured(answers: list[Answer]) -> dict[str, float]:
 
 
 def write_row(found: dict[str, float], concurrency: int) -> None:
-    """``measured.csv``: a row per replica where they do not know of each other, else one of the deployment."""
-    row, share = dict(SETTINGS["row"]), SETTINGS["replicas"]
-    rate = found["requests_per_s"] / share
-    in_flight = concurrency / share or found["requests_per_s"] * found["e2e_s"] / share
+    """``measured.csv``: a row of one replica where they do not know of each other, else of the deployment."""
+    row, replicas = dict(SETTINGS["row"]), SETTINGS["replicas"]
+    rate = found["requests_per_s"] / replicas
+    in_flight = (concurrency or found["requests_per_s"] * found["e2e_s"]) / replicas
     closed = concurrency or "disaggregated" in row["features"]
     row |= {"concurrency": f"{in_flight:.6g}"} if closed else {"request_rate": f"{rate:.6g}"}
     row |= {f"{name}_ms": f"{found[f'{name}_s'] * 1e3:.6g}" for name in ("ttft", "tpot")}
@@ -123,16 +123,27 @@ def main() -> int:
     parser.add_argument(
         "--rate", type=float, default=SETTINGS["rate_per_s"], help="requests per second [%(default).4g]"
     )
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="this client is one of N that drive the load at once",
+    )
     args = parser.parse_args()
-    urls = [url.rstrip("/") for url in args.urls]
+    urls, share = [url.rstrip("/") for url in args.urls], max(args.share, 1)
+    own = (-(-args.requests // share), -(-args.concurrency // share), args.rate / share)
     try:
-        answers = asyncio.run(drive(urls, args.model, args.requests, args.concurrency, args.rate))
+        answers = asyncio.run(drive(urls, args.model, *own))
     except (OSError, RuntimeError) as error:
         print(f"no answer: {error}", file=sys.stderr)
         return 1
     found = measured(answers)
+    found["requests_per_s"] *= share  # the other clients see as many
     load = f"{args.concurrency} in flight" if args.concurrency else f"{args.rate:.4g} requests/s offered"
-    print(f"{len(answers)} requests of {SETTINGS['isl']} in, {SETTINGS['osl']} out, {load}")
+    print(
+        f"{len(answers)} requests{f', 1/{share} of all,' if share > 1 else ''} of {SETTINGS['isl']} in, {SETTINGS['osl']} out, {load}"
+    )
     predicted = SETTINGS["predicted"]
     print(f"{'':22} {'predicted':>12} {'measured':>12} {'measured/predicted':>20}")
     for name, unit, scale in (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.errors import Problem, SpecError
 from planner.export.launched import ignored_note, names_in
 from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
 
@@ -102,6 +103,9 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     model = flags.text("--model-path", "")
     flags.raise_if_any()
     ignored = tuple(flags.unread())
+    if flags.flags and len(ignored) == len(flags.flags):
+        found = f"none of {', '.join(ignored[:5])} is an option of SGLang"
+        raise SpecError(Problem(str(path), found, "a launch of SGLang"))
     return LaunchedPool(
         "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
         (*notes, *ignored_note(ignored)), ignored,

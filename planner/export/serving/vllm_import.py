@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
 from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
@@ -73,6 +74,9 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     flags.read |= _PASSIVE
     flags.raise_if_any()
     ignored = tuple(flags.unread())
+    if flags.flags and len(ignored) == len(flags.flags):
+        found = f"none of {', '.join(ignored[:5])} is an option of vLLM"
+        raise SpecError(Problem(str(path), found, "a launch of vLLM"))
     return LaunchedPool(
         "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
         tuple(wasteful), (*notes, *ignored_note(ignored)), ignored,
