@@ -74,6 +74,13 @@ class Branches:
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
         self.waves = [wave for wave in (none, some, layers) if wave]
         """Recompute choices that are tried together: none does less than another of its wave."""
+        self._recompute_units = [{"recompute": choice} for choice in self.recomputes]
+        self._divided = [
+            tuple(
+                {s: c for s, c in swap.items() if (s in _OF_ACTIVATIONS) == moved} for moved in (False, True)
+            )
+            for swap in self.swaps
+        ]
         self._saves = [
             any(c.technique is not None and c.technique.saves for c in swap.values()) for swap in self.swaps
         ]
@@ -140,10 +147,10 @@ class Branches:
         return {**self.states[state], "recompute": self.recomputes[recompute], **self.swaps[swap]}
 
     def units(self, state: int, recompute: int, swap: int) -> list[dict[str, Choice]]:
-        """The same in parts whose passes do not look at each other's items: weights, recompute, activations."""
-        swaps = dict(self.swaps[swap])
-        activations = {slot: swaps.pop(slot) for slot in _OF_ACTIVATIONS}
-        return [self.states[state], swaps, {"recompute": self.recomputes[recompute]}, activations]
+        """The same in parts whose passes do not look at each other's items: weights, recompute, activations; always the same
+        objects."""
+        weights, activations = self._divided[swap]
+        return [self.states[state], weights, self._recompute_units[recompute], activations]
 
     def no_more(self, recompute: int, swap: int, schedule: Choice) -> list[tuple[int, int]]:
         """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""

@@ -358,9 +358,9 @@ class Expansion:
         if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
-            for branch in distinct(branches).tolist():
-                prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
-                at = np.flatnonzero(branches == branch)
+            order = np.argsort(branches, kind="stable")
+            for at in np.split(order, np.flatnonzero(np.diff(branches[order])) + 1):
+                prefix, state, recompute = (int(i) for i in np.unravel_index(branches[at[0]], shape))
                 local = rows[at] - self.starts[prefix]
                 columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))

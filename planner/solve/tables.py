@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,10 @@ class BranchTables:
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
-        self._divided: dict[tuple[int, int, int, str], list[_Change]] = {}
+        self._divided: dict[tuple[int, int, int, int], list[_Change]] = {}
+        self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
+        self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
+        self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
         """The tables on some of the rows."""
@@ -84,27 +88,48 @@ class BranchTables:
 
     def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None = None) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
-        key = (state, recompute, swap, "" if schedule is None else schedule.value)
+        edits = None if schedule is None else self._edits(schedule)
+        key = (state, recompute, swap, id(edits))
         if key not in self._divided:
-            parts: list[dict[str, Choice]] = []
+            parts: list[tuple[dict[str, Choice], _Change]] = []
             of_state, *units = self.branches.units(state, recompute, swap)
-            if schedule is not None and schedule.technique is not None and schedule.technique.apart:
-                units.append({"schedule": schedule})
-            elif schedule is not None:
-                of_state = {**of_state, "schedule": schedule}
+            if edits is not None and edits["schedule"].technique.apart:  # type: ignore[union-attr]
+                units.append(edits)
+            elif edits is not None:
+                of_state = self._together(of_state, edits)
             for part in (of_state, *units):
-                while clash := next((other for other in parts if self._clash(part, other)), None):
+                change = self._unit(part)
+                while clash := next((other for other in parts if _clash(change, other[1])), None):
                     parts.remove(clash)
-                    part = {**clash, **part}
-                if any(choice.technique is not None for choice in part.values()):
-                    parts.append(part)
-            self._divided[key] = [self._change(part) for part in parts]
+                    part = self._together(clash[0], part)
+                    change = self._unit(part)
+                if change.removed or change.timed or change.delta.any():
+                    parts.append((part, change))
+            self._divided[key] = [change for _, change in parts]
         return self._divided[key]
 
-    def _clash(self, one: Mapping[str, Choice], other: Mapping[str, Choice]) -> bool:
-        """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
-        a, b = self._change(one), self._change(other)
-        return bool(a.removed & b.removed or a.timed & b.timed)
+    def _edits(self, schedule: Choice) -> dict[str, Choice]:
+        """A schedule as a unit; schedules whose passes are one and look at the prefix alone are one unit."""
+        technique = schedule.technique
+        assert technique is not None
+        return self._passes.setdefault(
+            technique.apply if technique.apart else schedule.value, {"schedule": schedule}
+        )
+
+    def _together(self, one: dict[str, Choice], other: dict[str, Choice]) -> dict[str, Choice]:
+        """Two units as one; always the same object."""
+        key = id(one), id(other)
+        if key not in self._joint:
+            self._unit(one), self._unit(other)  # which holds them
+            self._joint[key] = {**one, **other}
+        return self._joint[key]
+
+    def _unit(self, recipe: dict[str, Choice]) -> _Change:
+        """:meth:`_change` of a unit, remembered by its identity."""
+        known = self._units.get(id(recipe))
+        if known is None:
+            known = self._units[id(recipe)] = (recipe, self._change(recipe))
+        return known[1]
 
     def _change(self, recipe: Mapping[str, Choice]) -> _Change:
         """What a partial recipe makes of the prefix's ledger."""
@@ -153,6 +178,11 @@ class _Change:
     delta: Array
     removed: frozenset[int]
     timed: frozenset[tuple[str, str]]
+
+
+def _clash(one: _Change, other: _Change) -> bool:
+    """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
+    return not (one.removed.isdisjoint(other.removed) and one.timed.isdisjoint(other.timed))
 
 
 def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:
