@@ -21,6 +21,11 @@ ELSE = {
     "loss_kernel": "fused", "gradient_accumulation": "fused", "context": "p2p", "zero_group": "full",
 }  # fmt: skip
 
+ELSEWHERE = tuple(
+    f"schedule={name}"
+    for name in ("zbv", "zb_h2", "zb_h1", "v_half", "dualpipe", "chimera", "chimera_doubling")
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,6 +37,7 @@ class Case:
     batch: int
     seq: int
     allowed: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
 
 
 CASES = [
@@ -49,6 +55,15 @@ CASES = [
     Case("dualpipe", "gpt3-13b", "a100-sxm-80gb:1x8", 64, 2048),
     # Fewer micro-batches than stages, too few for chunks to pay their messages.
     Case("zb_h1", "gpt2-xl", "a100-sxm-40gb:1x8", 2, 1024),
+    # Few micro-batches of long sequences: the first stages hold too much, the last ones little (Kim et al., ICML 2023).
+    Case("bpipe", "gpt3-13b", "a100-sxm-80gb:1x8", 8, 8192),
+    # As many micro-batches as stages, memory for all of them: arXiv:2211.05953.
+    Case("breadth_first", "gpt3-13b", "a100-sxm-80gb:1x8", 8, 1024),
+    # PCIe between the stages, where a pipeline in both directions has no room: arXiv:2104.04473, section 2.2.
+    Case("interleaved", "gpt3-2.7b", "a6000:1x8", 8, 1024),
+    # Without schedules that need their authors' runtimes: weight gradients behind the others alone, and the V of both directions.
+    Case("ooo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 4, 1024, forbidden=ELSEWHERE),
+    Case("dualpipev", "gpt3-6.7b", "a100-sxm-40gb:1x8", 16, 1024, forbidden=ELSEWHERE),
     # No flush at all, where late gradients are allowed: arXiv:2006.09503.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
 ]
@@ -58,7 +73,7 @@ CASES = [
 def test_the_search_chooses_it_where_it_wins(case):
     problem = Problem(
         load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
-        explore=("schedule=*",), allowed=case.allowed,
+        explore=("schedule=*",), allowed=case.allowed, forbidden=case.forbidden,
     )  # fmt: skip
     found = search(problem, top=2)
     assert found.best.knobs["schedule"] == case.schedule
