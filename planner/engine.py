@@ -328,7 +328,7 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
     A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
     """
-    if isinstance(item, Stream) and item.calls:
+    if isinstance(item, Stream) and item.calls is not None:
         return axes[item.calls]
     if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
@@ -391,7 +391,7 @@ def _key(item: Item) -> Any:
             sizes = f"{sizes}|{item.out_bytes}"
         return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
-        sizes = f"{item.size}|{item.calls}" if item.calls else item.size
+        sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
         return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
         return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)

@@ -138,13 +138,13 @@ class AttentionCore(Kernel):
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
-    ``calls`` is how many kernels the host issues for it, where those are small and many (empty: ``launches``).
+    ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
     """
 
     size: str
     bytes_per_element: float
     flop_per_element: float = 0.0
-    calls: str = ""
+    calls: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
