@@ -23,7 +23,17 @@ ELSE = {
 
 ELSEWHERE = tuple(
     f"schedule={name}"
-    for name in ("zbv", "zb_h2", "zb_h1", "v_half", "dualpipe", "chimera", "chimera_doubling", "*_vocab")
+    for name in (
+        "zbv",
+        "zb_h2",
+        "zb_h1",
+        "v_half",
+        "dualpipe",
+        "chimera",
+        "chimera_doubling",
+        "*_vocab",
+        "zb_*p",
+    )
 )
 
 
