@@ -144,6 +144,7 @@ def assemble(
     optimality: Optimality | None = None,
     useful_flop: float | None = None,
     assignment: Assignment | None = None,
+    step_s: float | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -157,6 +158,7 @@ def assemble(
         optimality: what a search proved; None for a plan that the user named.
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
+        step_s: the schedule engine's step time, where it is already known.
     """
     ctx = _context(problem, knobs, row)
     workload = problem.workload
@@ -166,7 +168,8 @@ def assemble(
     micro_batches = round(float(ctx.micro_batches[0]))
     pricer = Pricer(problem.cluster, problem.stack)
     parts, table = _priced(problem, recipe, ctx, pricer, assignment)
-    step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
+    if step_s is None:
+        step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(
         _shares(parts, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers

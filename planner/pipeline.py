@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING
+from planner.costs.arrays import distinct
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.engine import POOLS, BlockTable
 from planner.layout import BOUNDARY, Dealt, Layout, over_blocks, per_row
@@ -259,7 +260,7 @@ def _peak(
         return one_each * held_bytes(layout, saved)
     if isinstance(layout, Dealt):
         live = np.zeros((layout.among.runs, saved.shape[1]))
-        for which in np.unique(layout.of).tolist():
+        for which in distinct(layout.of).tolist():
             at, own = np.flatnonzero(layout.of == which), layout.among.each[which]
             part = _peak(saved[:, at], weight_input[:, at], own, generator, micro_batches[at])
             live[: len(own.run_first), at] = part
@@ -267,7 +268,7 @@ def _peak(
     depth = saturated(generator, layout.pp, layout.virtual_stages, micro_batches)
     held = np.concatenate([saved, weight_input]) if generator.splits_backward else saved
     live = np.empty((len(layout.run_first), saved.shape[1]))
-    for m in np.unique(depth):
+    for m in distinct(depth):
         at = np.flatnonzero(depth == m)
         layers, starts = _live_layers(layout, generator, int(m))
         live[:, at] = np.maximum.reduceat(layers @ held[:, at], starts, axis=0)

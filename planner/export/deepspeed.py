@@ -142,6 +142,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node; further arguments are passed on to the script.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment_of_torchrun(target),
         "",

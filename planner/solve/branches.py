@@ -7,7 +7,7 @@ of both and fits. A swap that hides the update behind the backward may save what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -39,6 +39,13 @@ class Activity:
     counts: NDArray[np.int64]
     whole: NDArray[np.int64]
     by_layers: NDArray[np.int64]
+
+    def take(self, index: NDArray[np.intp]) -> Activity:
+        """The same of some of the rows."""
+        return Activity(
+            self.states[:, index], self.recomputes[:, index], self.counts[index], self.whole[index],
+            self.by_layers[index],
+        )  # fmt: skip
 
 
 class Branches:
@@ -117,11 +124,13 @@ class Branches:
                 acts &= choice.technique.active(ctx)
         return acts
 
-    def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
-        """Candidates per row, over layouts whose devices hold at most that many layers each."""
-        each = int(self.widths(self.recomputes[-1], np.array(layers)).sum())  # choices by layers come last
-        widths: NDArray[np.int64] = len(layers) * activity.whole + each * activity.by_layers
-        return activity.counts * widths * len(self.swaps)
+    def variants(
+        self, activity: Activity, rows: NDArray[np.intp], layers: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Candidates of each pair of a row and a layout whose devices hold at most that many layers."""
+        each = self.widths(self.recomputes[-1], layers)  # choices by layers come last
+        widths: NDArray[np.int64] = activity.whole[rows] + each * activity.by_layers[rows]
+        return activity.counts[rows] * widths * len(self.swaps)
 
     def widths(self, recompute: Choice, layers: NDArray[Any] | int) -> NDArray[np.int64]:
         """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""

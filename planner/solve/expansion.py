@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable
+from planner.costs.arrays import distinct
+from planner.engine import COMPACT, TIMES, BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
 from planner.pipeline import held_bytes, memory, step_bound
-from planner.solve.branches import Branches, Faults
+from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
+from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
@@ -44,6 +46,7 @@ class Expansion:
         branches: additive choices.
         tables: per prefix, its branch tables on the rows that are open.
         rows: per prefix, those rows.
+        activities: per prefix, which states and recompute choices say something of their own on each.
         counts: where candidates are counted.
     """
 
@@ -53,6 +56,7 @@ class Expansion:
         branches: Branches,
         tables: Sequence[BranchTables],
         rows: Sequence[Rows],
+        activities: Sequence[Activity],
         counts: SearchCounts,
     ) -> None:
         self.problem, self.branches, self.tables, self.counts = problem, branches, tables, counts
@@ -60,33 +64,60 @@ class Expansion:
         self.starts = np.cumsum([0, *(len(part) for part in rows)])
         self.values = {name: np.concatenate([part.values[name] for part in rows]) for name in rows[0].values}
         self.micro_batches = np.concatenate([table.ctx.micro_batches for table in tables])
-        activities = [
-            branches.activity(part, table.ctx.knobs) for part, table in zip(rows, tables, strict=True)
-        ]
+        self.activities = list(activities)
         self.states = np.concatenate([activity.states for activity in activities], axis=1)
         self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
         groups = [self.values[name] > 1 for name in ("tp", "cp", "dp", "pp", "ep")]
         self.communicators = np.stack(groups).astype(float).sum(axis=0)
         self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
         self.nearest: Shortfall | None = None
-        self._of_states = self._all_states()
+        self._of_states = np.zeros(0)
+        self._known: set[tuple[int, int]] = set()
         self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
+
+    def __len__(self) -> int:
+        return len(self.prefix_of)
+
+    def without_idle_prefixes(self, rows: Index) -> tuple[Expansion, Index]:
+        """The expansion of the prefixes of some rows alone, with their tables as they are, and those rows' places in it."""
+        mine = distinct(self.prefix_of[rows])
+        kept = np.isin(self.prefix_of, mine)
+        parts = [self._rows(np.arange(self.starts[prefix], self.starts[prefix + 1])) for prefix in mine]
+        tables, activities = ([each[prefix] for prefix in mine] for each in (self.tables, self.activities))
+        few = Expansion(self.problem, self.branches, tables, parts, activities, self.counts)
+        return few, (np.cumsum(kept) - 1)[rows]
 
     def narrow(self, rows: Index) -> Expansion:
         """The expansion of some of the rows alone; ``rows`` is sorted."""
-        tables, parts = [], []
-        for prefix in np.unique(self.prefix_of[rows]).tolist():
+        tables, parts, activities = [], [], []
+        for prefix in distinct(self.prefix_of[rows]).tolist():
             mine = rows[self.prefix_of[rows] == prefix]
-            tables.append(self.tables[prefix].take(mine - self.starts[prefix]))
-            parts.append(Rows({name: column[mine] for name, column in self.values.items()}))
-        return Expansion(self.problem, self.branches, tables, parts, self.counts)
+            local = mine - self.starts[prefix]
+            tables.append(self.tables[prefix].take(local))
+            activities.append(self.activities[prefix].take(local))
+            parts.append(self._rows(mine))
+        return Expansion(self.problem, self.branches, tables, parts, activities, self.counts)
 
-    def plain(self, schedule: Choice, layout: Layout | Dealt, rows: Index) -> tuple[Batch, Pending]:
-        """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
-        states, at = np.nonzero(self.states[:, rows] & (self._width(0, layout, rows) > 0))
-        layout, rows = layout.take(at), rows[at]
+    def _rows(self, index: Index) -> Rows:
+        return Rows({name: column[index] for name, column in self.values.items()})
+
+    def times(self, state: int) -> BlockTable:
+        """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
+        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
+        each = [
+            table.times(state)
+            if self.states[state, start:stop].any()
+            else np.zeros((len(TIMES), len(self.kinds), len(table)))
+            for table, (start, stop) in parts
+        ]
+        return BlockTable(self.kinds, np.concatenate(each, axis=2), TIMES)
+
+    def plain(self, pairs: Pairs) -> tuple[Batch, Pending]:
+        """Scores the pairs' open states without recompute or swaps; returns it with what is left to try."""
+        states, at = np.nonzero(pairs.open & (self._width(0, pairs.layouts.deal(pairs.of), pairs.rows) > 0))
+        layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
-        jobs = Jobs(schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
+        jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
         fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -321,7 +352,7 @@ class Expansion:
         self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
     ) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
-        columns = self._of_states[states, rows]
+        columns = self._columns_of_states(states, rows)
         assert schedule.technique is not None
         editor = schedule if schedule.technique.edits else None
         if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
@@ -334,23 +365,17 @@ class Expansion:
                 columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
-    def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
-        """Each prefix's tables, and the states that are active on any of its rows."""
-        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
-        return [
-            (table, np.any(self.states[:, start:stop], axis=1, keepdims=True)[:, 0])
-            for table, (start, stop) in parts
-        ]
-
-    def _all_states(self) -> Array:
-        """Tables of all states, (states, rows, fields, kinds); zero where a state is active on no row of a prefix."""
-        parts = []
-        for table, on in self._active():
-            base = table.of_state(int(np.argmax(on)))
-            parts.append(
-                np.stack([table.of_state(s) if on[s] else np.zeros_like(base) for s in range(len(on))])
-            )
-        return np.concatenate(parts, axis=1)
+    def _columns_of_states(self, states: Index, rows: Index) -> Array:
+        """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
+        if not len(self._of_states):
+            self._of_states = np.zeros((len(self.states), len(self), len(COMPACT), len(self.kinds)))
+        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
+        for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
+            if (state, prefix) not in self._known:
+                self._known.add((state, prefix))
+                where = slice(self.starts[prefix], self.starts[prefix + 1])
+                self._of_states[state, where] = self.tables[prefix].of_state(state)
+        return self._of_states[states, rows]
 
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, Pricer, tabulate
+from planner.engine import COMPACT, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -43,7 +43,6 @@ class BranchTables:
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
-        self._change({})
 
     def take(self, index: Index) -> BranchTables:
         """The tables on some of the rows."""
@@ -58,6 +57,12 @@ class BranchTables:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
         return self._change(self.branches.states[state]).values
 
+    def times(self, state: int) -> Array:
+        """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
+        return tabulate(
+            self._ledger(self.branches.states[state]), self.pricer, self.kinds, len(self), TIMES
+        ).values
+
     def of_branch(
         self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None
     ) -> Array:
@@ -65,7 +70,7 @@ class BranchTables:
 
         A schedule that edits the ledger sees the state's items, and makes one part with it unless it looks at none of them.
         """
-        total: Array = self._changes[()].values[rows]
+        total: Array = self._change({}).values[rows]
         for part in self._parts(state, recompute, swap, schedule):
             total = total + part.delta[rows]
         return total
@@ -73,7 +78,7 @@ class BranchTables:
     def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
         """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
         return [
-            self._changes[()].values,
+            self._change({}).values,
             *(part.delta for part in self._parts(state, recompute, swap)),
         ]
 
@@ -135,7 +140,7 @@ class BranchTables:
             ledger = self._ledger(recipe)
             table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
             values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
-            base = self._changes[()] if key else None
+            base = self._change({}) if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
             else:

@@ -66,7 +66,7 @@ def model(experts: int) -> Model:
     )
     return Model(
         name="pairs", family="pairs", arch="decoder", hidden=512, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
-        layers=(("decoder", 4),),
+        layers=(("decoder", 4),), tied_embeddings=True,
     )  # fmt: skip
 
 
