@@ -110,7 +110,7 @@ class Vllm:
 
 
 class Sglang:
-    """``prepare_server_args``: SGLang's parser with the exported ``--config``, and ``ServerArgs``, which settles what is left open."""
+    """``prepare_server_args``: SGLang's parser with the exported ``--config``, and ``ServerArgs``, which settles the rest."""
 
     def __init__(self) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1"}
