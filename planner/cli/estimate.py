@@ -92,7 +92,7 @@ def estimate(
         best = best_of_launcher(problem, given[0]) if given is not None else None
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "plans": [plan.as_dict()]}
         content |= confidence_fields([plan], problem)
-        totals = run_totals(plan)
+        totals = run_totals(plan, problem)
         if totals is not None:
             content["run"] = totals
         if given is not None:

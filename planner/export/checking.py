@@ -137,8 +137,9 @@ def _memory(plan: Plan) -> Iterator[Finding]:
     elif not estimate_.fits:
         yield Finding(
             "error",
-            f"does not fit: {estimate_.host_bytes / 2**30:.0f} GiB of host memory per device",
-            "the host's kernel",
+            f"does not fit: {estimate_.host_bytes / 2**30:.0f} GiB of host memory and "
+            f"{estimate_.nvme_bytes / 2**30:.0f} GiB of NVMe per device",
+            "the host's kernel, or its file system",
         )
     elif (estimate_.oom_probability or 0.0) > _WORTH_A_WORD:
         yield Finding(

@@ -241,3 +241,83 @@ def test_plans_keep_their_schema(planner, plans):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(plans.read_text()), schema)
     jsonschema.validate(json.loads(plans.read_text())["plans"][0], schema)
+
+
+def test_drafts_are_planned_repriced_and_launched(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    drafting = ("--draft", "llama3.2-1b", "--acceptance", 0.8, "--tpot-ms", 6, "--mode", "aggregated")
+    assert planner(*SERVE, *drafting, "-o", path).code == 0
+    plan = json.loads(path.read_text())["plans"][0]
+    knobs = plan["pools"][0]["knobs"]
+    assert knobs["draft"] == "llama3.2-1b"
+    now = planner("estimate", path, "--json").json["plans"][0]
+    assert now["estimate"]["goodput_requests_per_s"] == pytest.approx(
+        plan["estimate"]["goodput_requests_per_s"]
+    )
+    assert "draft" in planner("explain", path).out
+    files = planner("export", path, "--to", "vllm", "--json").json["files"]
+    assert f'"num_speculative_tokens": {knobs["draft_tokens"]}' in files["serve.sh"]
+    found = planner("simulate", path, "--requests", 4000, "--json").json
+    assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(plan["estimate"]["tpot_s"]["mean"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--draft", "mtp"), "--acceptance"),
+        (("--acceptance", 0.5), "--acceptance"),
+        (("--draft", "mtp", "--acceptance", 0.5), "--draft"),
+        (("--draft", "ngram", "--acceptance", 2), "--acceptance"),
+        (("--draft", "no-such-model", "--acceptance", 0.5), "--draft"),
+        (("--draft", "ngram", "--acceptance", 0.5, "--draft-tokens", "1,x"), "--draft-tokens"),
+    ],
+)
+def test_bad_drafts_are_said(planner, more, said):
+    result = planner(*SERVE, *more, "--json")
+    assert result.code == 2
+    assert any(said in fault["where"] for fault in result.faults), result.faults
+
+
+def test_a_day_is_shown_and_written(planner, tmp_path):
+    (tmp_path / "day.txt").write_text("2\n5\n20\n")
+    for load in ("2,5,20", tmp_path / "day.txt"):
+        found = planner(*SERVE, *LIMITS, "--daily", load, "--objective", "usd", "--json").json
+        assert [period["rate_per_s"] for period in found["days"][0]["periods"]] == [2.0, 5.0, 20.0]
+        assert len(found["days"]) == len(found["plans"])
+    assert "device hours" in planner(*SERVE, *LIMITS, "--daily", "2,5,20").out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--daily", "0,0"), "--daily"), (("--daily", "1,x"), "--daily"), (("--daily", "1,-2"), "--daily"),
+        (("--daily", "1,2", "--rate", 3), "--rate"), (("--headroom", 0.5), "--headroom"),
+        (("--daily", "1,2", "--headroom", -1), "--headroom"), (("--objective", "speed"), "--objective"),
+    ],
+)  # fmt: skip
+def test_bad_days_and_objectives_are_said(planner, more, said):
+    result = planner(*SERVE, *LIMITS, *more, "--json")
+    assert result.code == 2
+    assert any(said in fault["where"] for fault in result.faults), result.faults
+
+
+def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
+    path = tmp_path / "mixed.json"
+    clusters = ("--cluster", "h100-sxm:1x4+l40s:1x8")
+    base = ("serve", "--model", "llama3.1-8b", "--isl", 2000, "--osl", 200, *clusters)
+    assert planner(*base, "--ttft-ms", 1000, "--tpot-ms", 40, "-o", path).code == 0
+    written = json.loads(path.read_text())["plans"][0]
+    assert {pool["cluster"] for pool in written["pools"]} == {"h100-sxm:1x4", "l40s:1x8"}
+    now = planner("estimate", path, "--json").json["plans"][0]["estimate"]
+    assert now["goodput_requests_per_s"] == pytest.approx(
+        written["estimate"]["goodput_requests_per_s"], rel=0.02
+    )
+    assert "l40s" in planner("explain", path).out
+    assert planner("compare", path, f"{path}:2").code == 0
+    files = planner("export", path, "--to", "vllm", "--json").json["files"]
+    assert len(files) == len(written["pools"])
+    assert planner("simulate", path, "--json").code == 2
+    assert planner(*base, "--mode", "aggregated", "--json").code == 2
+    assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(path.read_text()), planner("schema", "--serving").json)

@@ -141,8 +141,8 @@ def main() -> int:
     found = measured(answers)
     found["requests_per_s"] *= share  # the other clients see as many
     load = f"{args.concurrency} in flight" if args.concurrency else f"{args.rate:.4g} requests/s offered"
-    part = f", 1/{share} of all," if share > 1 else ""
-    print(f"{len(answers)} requests{part} of {SETTINGS['isl']} in, {SETTINGS['osl']} out, {load}")
+    some = f", 1/{share} of all," if share > 1 else ""
+    print(f"{len(answers)} requests{some} of {SETTINGS['isl']} in, {SETTINGS['osl']} out, {load}")
     predicted = SETTINGS["predicted"]
     print(f"{'':22} {'predicted':>12} {'measured':>12} {'measured/predicted':>20}")
     for name, unit, scale in (

@@ -20,6 +20,7 @@ from planner.serving.plan import Pool
 __all__ = ["ENGINE"]
 
 _DTYPES = {"fp16": "float16"}
+_DRAFTS = {"mtp": "NEXTN", "ngram": "NGRAM"}
 _BOOTSTRAP = 8998
 
 
@@ -46,6 +47,16 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     sequences = target.sequences(pool)
     if sequences is not None:
         found["max-running-requests"] = sequences * mesh["dp"]
+    if "draft" in knobs:
+        drafted = int(knobs["draft_tokens"])
+        found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")
+        if knobs["draft"] not in _DRAFTS:
+            found["speculative-draft-model-path"] = knobs["draft"]
+        found |= {
+            "speculative-num-steps": drafted,
+            "speculative-eagle-topk": 1,
+            "speculative-num-draft-tokens": drafted + 1,
+        }
     if pool.role != "aggregated":
         found |= {"disaggregation-mode": pool.role, "disaggregation-transfer-backend": "nixl"}
     return found

@@ -17,6 +17,8 @@ from planner.serving.plan import Pool
 
 __all__ = ["ENGINE"]
 
+_DRAFTS = {"mtp": ("MTP", "num_nextn_predict_layers"), "ngram": ("NGram", "max_draft_len")}
+
 
 def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     mesh, knobs = pool.mesh, pool.knobs
@@ -40,6 +42,11 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
             "free_gpu_memory_fraction": float(target.software("trtllm").free_fraction),
         },
     }
+    if "draft" in knobs:
+        kind, count = _DRAFTS.get(knobs["draft"], ("DraftTarget", "max_draft_len"))
+        found["speculative_config"] = {"decoding_type": kind, count: int(knobs["draft_tokens"])}
+        if knobs["draft"] not in _DRAFTS:
+            found["speculative_config"]["speculative_model_dir"] = knobs["draft"]
     if pool.role != "prefill":
         found["cuda_graph_config"] = {"enable_padding": True, "max_batch_size": sequences}
     if pool.role != "aggregated":

@@ -23,6 +23,10 @@ _EXCHANGES = {
     "aggregated": "deepep_high_throughput",
     "decode": "deepep_low_latency",
 }
+_DRAFTS: dict[str, dict[str, Any]] = {
+    "mtp": {"method": "mtp"},
+    "ngram": {"method": "ngram", "prompt_lookup_max": 4},
+}
 _SIDE_CHANNEL = 5600
 _SIDE_CHANNELS = 16  # ports apart, so that the ranks of replicas on one node do not meet
 
@@ -52,6 +56,11 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     ):  # a pool of prompts; the default is more than one iteration has tokens for in small ones
         sequences = min(int(float(target.software("vllm").max_sequences)), target.iteration_tokens(pool))
     found["max-num-seqs"] = sequences
+    if "draft" in knobs:
+        found["speculative-config"] = {
+            **_DRAFTS.get(knobs["draft"], {"model": knobs["draft"]}),
+            "num_speculative_tokens": int(knobs["draft_tokens"]),
+        }
     if pool.role != "aggregated":
         found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
     return found
