@@ -256,7 +256,8 @@ def test_drafts_are_planned_repriced_and_launched(planner, tmp_path):
     )
     assert "draft" in planner("explain", path).out
     files = planner("export", path, "--to", "vllm", "--json").json["files"]
-    assert f'"num_speculative_tokens": {knobs["draft_tokens"]}' in files["serve.sh"]
+    assert f"num_speculative_tokens: {knobs['draft_tokens']}" in files["vllm.yaml"]
+    assert "meta-llama/Llama-3.2-1B" in files["vllm.yaml"]  # what the hub calls it, which the engine can load
     found = planner("simulate", path, "--requests", 4000, "--json").json
     assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(plan["estimate"]["tpot_s"]["mean"], rel=0.1)
 
