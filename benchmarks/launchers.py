@@ -317,8 +317,8 @@ sharded. Nothing ran on accelerators.
   file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
 - Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
   of megatron-bridge and megatron-core. TensorRT-LLM cannot be installed without NVIDIA's driver, and no parser of Dynamo's or
-  llm-d's manifests runs without a cluster: their fields are held against what they publish, and the flags of vLLM in them are
-  given to vLLM.
+  llm-d's manifests runs without a cluster: their fields are held against what is published of them, and the flags of vLLM in
+  them are given to vLLM.
 - Of serving, what is compared is every pool: degrees, role, sequences and tokens of a batch, context, formats, and devices.
 - What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
   says which layer of the launcher would have found out.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -109,7 +110,7 @@ class Vllm:
 
 
 class Sglang:
-    """``prepare_server_args``: SGLang's parser with the exported ``--config``, and ``ServerArgs``."""
+    """``prepare_server_args``: SGLang's parser with the exported ``--config``, and ``ServerArgs``, which settles the rest."""
 
     def __init__(self) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1"}
@@ -132,6 +133,7 @@ class Sglang:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 args = self.prepare([*own, "--config", str(config)])
+                copy.deepcopy(args).resolve_once()
         except (Exception, SystemExit) as error:
             return f"{pool.role}: {type(error).__name__}: {str(error)[:300]}"
         mesh, ranks = pool.mesh, pool.mesh["tp"] * pool.mesh["dp"]

@@ -51,7 +51,7 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         drafted = int(knobs["draft_tokens"])
         found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")
         if knobs["draft"] not in _DRAFTS:
-            found["speculative-draft-model-path"] = knobs["draft"]
+            found["speculative-draft-model-path"] = target.draft(pool)
         found |= {
             "speculative-num-steps": drafted,
             "speculative-eagle-topk": 1,
@@ -129,7 +129,7 @@ ENGINE = Engine(
     name="sglang",
     title="SGLang",
     versions=("0.5.23",),
-    checked="its parser and ServerArgs",
+    checked="its parser and ServerArgs, resolved as on a CPU",
     settings=_settings,
     command=_command,
     router=_router,

@@ -16,6 +16,8 @@ from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
 from planner.serving.search import iterations_of
 from planner.serving.space import DEGREES, mesh_of
+from planner.specs.model import Model
+from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
@@ -85,8 +87,12 @@ class ServingTarget:
     @property
     def checkpoint(self) -> str:
         """The hub's name of the published weights; empty where the model's file does not name them."""
-        found = _HUB_NAME.search(self.model.source)
-        return found[1] if found else self.plan.model if "/" in self.plan.model else ""
+        return published_name(self.model) or (self.plan.model if "/" in self.plan.model else "")
+
+    def draft(self, pool: Pool) -> str:
+        """The hub's name of a pool's draft model, or the model's own where no name is known."""
+        name = str(pool.knobs["draft"])
+        return published_name(load_model(name)) or name
 
     @property
     def context_tokens(self) -> int:
@@ -190,6 +196,12 @@ class ServingTarget:
     def nodes(self) -> int:
         """Nodes that replicas stand on."""
         return self.seats[-1].node + 1
+
+
+def published_name(model: Model) -> str:
+    """The hub's name of a model's published weights; empty where its file does not name them."""
+    found = _HUB_NAME.search(model.source)
+    return found[1] if found else ""
 
 
 def pool_name(pool: Pool) -> str:

@@ -46,7 +46,7 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         kind, count = _DRAFTS.get(knobs["draft"], ("DraftTarget", "max_draft_len"))
         found["speculative_config"] = {"decoding_type": kind, count: int(knobs["draft_tokens"])}
         if knobs["draft"] not in _DRAFTS:
-            found["speculative_config"]["speculative_model_dir"] = knobs["draft"]
+            found["speculative_config"]["speculative_model_dir"] = target.draft(pool)
     if pool.role != "prefill":
         found["cuda_graph_config"] = {"enable_padding": True, "max_batch_size": sequences}
     if pool.role != "aggregated":
@@ -106,7 +106,7 @@ ENGINE = Engine(
     name="trtllm",
     title="TensorRT-LLM",
     versions=("1.2",),
-    checked="field names against its published source; it cannot be installed without NVIDIA's driver",
+    checked="field names against the template of the wheel aiconfigurator 0.12; it cannot be installed without a driver",
     settings=_settings,
     command=_command,
     router=_router,

@@ -58,7 +58,7 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     found["max-num-seqs"] = sequences
     if "draft" in knobs:
         found["speculative-config"] = {
-            **_DRAFTS.get(knobs["draft"], {"model": knobs["draft"]}),
+            **(_DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}),
             "num_speculative_tokens": int(knobs["draft_tokens"]),
         }
     if pool.role != "aggregated":
