@@ -255,6 +255,8 @@ class Technique:
         needs: permissions without which no plan has it (:data:`planner.specs.problem.PERMISSIONS`).
         by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
+        apart: of a schedule that edits the ledger, whether its pass looks at nothing that the additive slots put there.
+        saves: whether its pass may take the update's time off a row: it is no bound then for what the pass makes of the row.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
         fixes: of a preset, what every plan has (``--preset``), as ``--fix`` takes it.
         solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
@@ -281,6 +283,8 @@ class Technique:
     needs: tuple[str, ...] = ()
     by_row: bool = False
     moves: tuple[str, ...] = ()
+    apart: bool = False
+    saves: bool = False
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
     fixes: Mapping[str, Any] = field(default_factory=dict)
     solve: Callable[..., Any] | None = None

@@ -146,6 +146,7 @@ from planner.costs.queueing import (
     gg1_wait_bound_s,
     ggc_wait_s,
     iteration_batching_s,
+    many_servers_wait,
     mg1_wait_s,
     mmc_wait_s,
     priority_wait_s,
@@ -168,7 +169,8 @@ from planner.costs.reliability import (
     young_interval_s,
 )
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
-from planner.costs.serving import kv_transfer_s, queue_load
+from planner.costs.serving import kv_transfer_s, queue_load, replicas_needed
+from planner.costs.speculation import accepted_tokens, speculation_gain
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -194,6 +196,7 @@ __all__ = [
     "MessageCost",
     "Step",
     "Transport",
+    "accepted_tokens",
     "activation_bytes",
     "adjacent_mtbf_s",
     "alignment_efficiency",
@@ -275,6 +278,7 @@ __all__ = [
     "latency_1f1b_s",
     "latency_alpa_s",
     "logits_bytes",
+    "many_servers_wait",
     "matmul_bytes",
     "matmul_flop",
     "matmul_s",
@@ -305,6 +309,7 @@ __all__ = [
     "reduce_scatter_bytes",
     "reduce_scatter_s",
     "rental_usd",
+    "replicas_needed",
     "reshard_bytes",
     "resharding_steps",
     "resumed_s",
@@ -317,6 +322,7 @@ __all__ = [
     "skewed_load_factor",
     "span_bubble_zb_h1_s",
     "span_bubble_zb_h2_s",
+    "speculation_gain",
     "static_batch_occupancy",
     "tandem_response_s",
     "tensor_parallel_2d_elements",

@@ -95,9 +95,9 @@ def does_not_fit(plan: Plan) -> str:
     if peak > budget:
         over = gib(peak - budget)
         return f"DOES NOT FIT: the peak of {gib(peak)} GiB is {over} GiB above the {gib(budget)} GiB that a plan may use"
-    return (
-        f"DOES NOT FIT: it needs {gib(estimate.host_bytes)} GiB of host memory per device, more than there is"
-    )
+    away = f"{gib(estimate.host_bytes)} GiB of host memory"
+    away += f" and {gib(estimate.nvme_bytes)} GiB of NVMe" if estimate.nvme_bytes else ""
+    return f"DOES NOT FIT: it needs {away} per device, more than there is"
 
 
 # -- details ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ GB = 1e9
 class Case:
     """A problem, and the choice that wins it.
 
-    ``by``: the technique that the plan's account of seconds or bytes must name; ``host_gb``: host memory of the one device.
+    ``by``: the technique that the plan's account of seconds or bytes must name; ``host_gb``: host memory of the one device;
+    ``nvme``: its drives, GB and GB/s.
     """
 
     choice: str
@@ -35,6 +36,7 @@ class Case:
     fixed: dict[str, Any] = field(default_factory=dict)
     job: dict[str, Any] = field(default_factory=dict)
     host_gb: float = 0.0
+    nvme: tuple[float, float] | None = None
     allowed: tuple[str, ...] = ()
     explore: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
@@ -44,6 +46,9 @@ class Case:
         cluster = replace(load_cluster(self.cluster), name=self.cluster)
         if self.host_gb:
             cluster = replace(cluster, host_memory_bytes=self.host_gb * GB)
+        if self.nvme is not None:
+            size, rate = self.nvme
+            cluster = replace(cluster, nvme_bytes=size * GB, nvme_bytes_per_s=rate * GB)
         workload = TrainWorkload(self.batch, self.seq, **self.job)
         return Problem(
             load_model(self.model), cluster, workload, load_stack(), fixed=self.fixed, allowed=self.allowed, explore=self.explore,
@@ -56,6 +61,12 @@ K = {"loss_kernel": "fused", "gradient_accumulation": "fused"}
 FLAT = {**K, "tp": 1, "pp": 1, "cp": 1}
 ON_DEVICE = {"optimizer_offload": "none", "activation_offload": "none", "parameter_offload": "none"}
 PLAIN = {"tp": 1, "pp": 1, "cp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused"}
+ONE_CARD = {
+    "gradient_dtype": "fp16",
+    "loss_kernel": "fused",
+    "gradient_accumulation": "fused",
+    "context": "p2p",
+}
 CASES = [
     # 65B in 8 × 24 GB: Lv et al. 2024 (arXiv:2306.09782), abstract; AdamW does not fit.
     Case("optimizer=lomo", "lomo", "llama-65b", "rtx-3090:1x8", 8, 512, {"gradient_dtype": "fp16", "cp": 1, "pp": 1},
@@ -117,10 +128,25 @@ CASES = [
     # 13B on one V100: Ren et al. 2021 (arXiv:2101.06840), abstract.
     Case("optimizer_offload=cpu+gradients", "zero_offload_gradients", "gpt3-13b", "v100-sxm2-32gb:1x1", 64, 1024,
          {"gradient_dtype": "fp16", "gradient_accumulation": "fused", "loss_kernel": "fused"}, {"precisions": ("fp16",)},
-         host_gb=1500, explore=("all",)),
+         host_gb=1500, explore=("optimizer_offload=cpu+gradients",)),
     # States that only fit the host, and a host slower than the link: Maurya et al. 2024 (arXiv:2410.21316).
     Case("optimizer_offload=interleaved", "deep_optimizer_states", "gpt3-6.7b", "a100-sxm-80gb:1x1", 64, 1024,
-         {**PLAIN, "context": "p2p"}, host_gb=300, explore=("all",)),
+         {**PLAIN, "context": "p2p"}, host_gb=300, explore=("optimizer_offload=interleaved",)),
+    # 175B on one consumer card, states that exceed the host: Liao et al. 2024 (arXiv:2403.06504), abstract.
+    *(
+        Case(choice, by, "gpt3-175b", "rtx-4090:1x1", 32, 1024, ONE_CARD, {"precisions": ("fp16",)}, host_gb=256,
+             nvme=(12000, 36), explore=("all",))
+        for choice, by in (("optimizer_offload=nvme+overlapped", "fuyou"), ("parameter_offload=nvme", "zero_infinity_nvme"))
+    ),
+    # The same without an update beside the backward: Rajbhandari et al. 2021 (arXiv:2104.07857), one node and its drives.
+    Case("optimizer_offload=nvme", "zero_infinity_states", "gpt3-175b", "rtx-4090:1x1", 32, 1024, ONE_CARD,
+         {"precisions": ("fp16",)}, host_gb=256, nvme=(12000, 36), explore=("optimizer_offload=nvme", "parameter_offload=nvme")),
+    # Activations that exceed host memory as well: Bae et al. 2021 (FAST), a host that is busy with other work.
+    Case("activation_offload=nvme", "flashneuron", "gpt3-13b", "rtx-4090:1x1", 32, 1024, ONE_CARD, {"precisions": ("fp16",)},
+         host_gb=64, nvme=(12000, 36), explore=("all",)),
+    # States on a host that keeps up with the backward: Sun et al. 2022 (SC), abstract.
+    Case("optimizer_offload=cpu+overlapped", "stronghold", "gpt3-13b", "rtx-4090:1x1", 32, 1024, ONE_CARD,
+         {"precisions": ("fp16",)}, host_gb=768, explore=("all",)),
     # One micro-batch per step, and a gradient too many: Fang et al. 2021 (arXiv:2108.05818).
     Case("gradient_accumulation=in_place", "mixed_precision", "gpt3-2.7b", "a100-sxm-40gb:1x1", 8, 1024,
          {"gradient_dtype": "bf16", "loss_kernel": "fused", "context": "p2p"}, explore=("all",)),

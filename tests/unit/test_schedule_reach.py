@@ -23,7 +23,17 @@ ELSE = {
 
 ELSEWHERE = tuple(
     f"schedule={name}"
-    for name in ("zbv", "zb_h2", "zb_h1", "v_half", "dualpipe", "chimera", "chimera_doubling")
+    for name in (
+        "zbv",
+        "zb_h2",
+        "zb_h1",
+        "v_half",
+        "dualpipe",
+        "chimera",
+        "chimera_doubling",
+        "*_vocab",
+        "zb_*p",
+    )
 )
 
 
@@ -37,9 +47,12 @@ class Case:
     batch: int
     seq: int
     allowed: tuple[str, ...] = ()
-    forbidden: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = (
+        "schedule=*_vocab",
+    )  # where ends cannot be shared, but for the cases that are about that
 
 
+ONE_CHUNK = ("schedule=*_vocab", "schedule=chimera*", "schedule=dualpipe*", "schedule=*v*", "schedule=v_*")
 CASES = [
     # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
     Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
@@ -66,6 +79,13 @@ CASES = [
     Case("dualpipev", "gpt3-6.7b", "a100-sxm-40gb:1x8", 16, 1024, forbidden=ELSEWHERE),
     # No flush at all, where late gradients are allowed: arXiv:2006.09503.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+    # A large vocabulary at the end of few layers: arXiv:2411.05288, section 6, V-Half and 1F1B.
+    Case("v_half_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 32, 4096, forbidden=()),
+    Case("1f1b_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 64, 2048, forbidden=("schedule=v_half_vocab",)),
+    # One chunk per device. No room for more than 1F1B's activations: arXiv:2401.10241, section 5.3, ZB-1p; or for half as many
+    # again, where weight gradients are shorter than the rest.
+    Case("zb_1p", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2560, forbidden=ONE_CHUNK),
+    Case("zb_1.5p", "gpt3-1.3b", "a100-sxm-80gb:1x8", 32, 8192, forbidden=ONE_CHUNK),
 ]
 
 
