@@ -30,6 +30,7 @@ from planner.specs.serve_problem import ServeProblem
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 from planner.specs.workload import TrainWorkload
+from planner.technique import ServingContext
 
 __all__ = ["ALGORITHMS", "ROLES", "RlhfJob", "call_problem"]
 
@@ -136,7 +137,7 @@ class _Options:
     def generation(self, model: Model, cluster: Cluster) -> Iterator[Option]:
         """Answers to all prompts, in as many waves as the caches ask for."""
         job = self.job
-        for _, its, held, replicas in self._replicas(model, cluster, job.prompt_tokens, job.answer_tokens):
+        for its, held, replicas in self._replicas(model, cluster, job.prompt_tokens, job.answer_tokens):
             each, pp = np.ceil(job.prompts / replicas), its.ctx.mesh.pp
             at_once = np.minimum(each, np.maximum(held.sequences, 1.0))
             waves = np.ceil(each / at_once)
@@ -147,7 +148,7 @@ class _Options:
     def reading(self, model: Model, cluster: Cluster) -> Iterator[Option]:
         """One pass over prompts with answers."""
         job, none = self.job, 0.0
-        for _, its, held, replicas in self._replicas(model, cluster, job.tokens, 1):
+        for its, held, replicas in self._replicas(model, cluster, job.tokens, 1):
             each, pp = np.ceil(job.prompts / replicas), its.ctx.mesh.pp
             together = np.minimum(each, max(1.0, np.floor(_PASS_TOKENS / job.tokens)))
             passes = np.ceil(each / together)
@@ -185,7 +186,7 @@ class _Options:
 
     def _replicas(
         self, model: Model, cluster: Cluster, isl: int, osl: int
-    ) -> Iterator[tuple[ServeProblem, Iterations, Capacity, Array]]:
+    ) -> Iterator[tuple[Iterations, Capacity, Array]]:
         """Iterations of every recipe on the meshes that divide the devices, what they hold, and how many replicas there are."""
         problem = ServeProblem(model, cluster, Traffic(isl, osl, concurrency=1), self.job.serving_stack)
         space = ServeSpace(problem)
@@ -199,7 +200,7 @@ class _Options:
             ctx = _context(problem, recipe, rows)
             its = Iterations(ctx, pricer)
             held = capacity(its, isl, osl, _PASS_TOKENS)
-            yield problem, its, held, cluster.devices / np.prod(rows[:, :3], axis=1)
+            yield its, held, cluster.devices / np.prod(rows[:, :3], axis=1)
 
     def _answer_s(self, its: Iterations, sequences: Array) -> Array:
         """Seconds to answer some prompts at once: their pass, and a token at a time behind it."""
@@ -247,9 +248,7 @@ def _leaner(option: Option, other: Option) -> bool:
     )
 
 
-def _context(problem: ServeProblem, recipe: Mapping[str, str], rows: Any) -> Any:
-    from planner.technique import ServingContext
-
+def _context(problem: ServeProblem, recipe: Mapping[str, str], rows: Any) -> ServingContext:
     return ServingContext(
         problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(rows), recipe
     )
