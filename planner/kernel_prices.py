@@ -82,7 +82,10 @@ class KernelPrices:
     def _beside_products(
         self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array
     ) -> Array:
-        """Seconds of a library's small kernels beside its products; the two products of experts are one call."""
+        """Seconds of a library's small kernels beside its products; the two products of experts are one call.
+
+        Engines fuse those of a plain product into the kernels around it; routing and summing stay what they are.
+        """
         call = _column(
             [
                 0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0)
@@ -95,7 +98,8 @@ class KernelPrices:
                 for i, x in zip(items, libraries, strict=True)
             ]
         )
-        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
+        share = _column([1.0 if i.grouped else self._call_share for i in items])
+        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
         """Seconds of memory-bound kernels."""

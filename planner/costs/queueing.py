@@ -21,6 +21,7 @@ from planner.costs.arrays import Real
 
 __all__ = [
     "batch_response_s",
+    "clients_wait_s",
     "erlang_b",
     "erlang_c",
     "gg1_wait_bound_s",
@@ -150,6 +151,36 @@ def ggc_wait_s(
     fixed = 0.5 * (1.0 + np.minimum(np.maximum(crowding, 0.0) / (16.0 * load * servers), 1.0))
     poisson_s = exponential_s * (service_cv2 + (1.0 - service_cv2) * fixed)
     return poisson_s * (np.add(arrival_cv2, service_cv2) / np.add(1.0, service_cv2))
+
+
+def clients_wait_s(others: Real, service_s: Real, load: Real) -> Real:
+    """Mean wait of one of ``others + 1`` clients that each ask once in a window, for services of equal length.
+
+    The queue ``N·D/D/1`` (Roberts and Virtamo 1991, IEEE Transactions on Communications 39(2)): the share ``ρ`` of requests that
+    finds others at work sees a backlog of ``x`` services with probability ``exp(−2x(x/N + 1 − ρ))``, whose integral is
+    ``√(πN/8)·erfcx((1 − ρ)√(N/2))``. With many clients it is the wait of M/D/1; at ``ρ = 1`` it stays finite.
+
+    Args:
+        others: clients besides the own.
+        service_s: time of one service.
+        load: fraction of the window that services take, up to 1.
+
+    >>> round(float(clients_wait_s(1e6, 1.0, 0.5)), 3), round(float(mg1_wait_s(0.5, 1.0, 0.0)), 3)
+    (0.5, 0.5)
+    """
+    few = np.sqrt(np.pi * np.asarray(others, dtype=np.float64) / 8.0)
+    return load * service_s * few * _erfcx((1.0 - np.asarray(load)) * np.sqrt(np.asarray(others) / 2.0))
+
+
+def _erfcx(x: Real) -> Real:
+    """``exp(x²)·erfc(x)`` for x ≥ 0: Abramowitz and Stegun 7.1.26, whose exponential cancels.
+
+    >>> round(float(_erfcx(0.0)), 5), round(float(_erfcx(1.0)), 4)
+    (1.0, 0.4276)
+    """
+    t = 1.0 / (1.0 + 0.3275911 * np.asarray(x, dtype=np.float64))
+    terms = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+    return sum(c * t**k for k, c in enumerate(terms, 1))
 
 
 def wait_quantile_s(quantile: Real, waits: Real, wait_s: Real) -> Real:

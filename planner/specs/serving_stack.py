@@ -56,8 +56,6 @@ class ServingSoftware:
         start_share: of the time that a kernel's start and the splitting of its contraction take alone, what an iteration pays:
             captured graphs start a kernel before the one before it has ended.
         call_share: the same of the small kernels that a library's call holds beside its main one: engines fuse most of them.
-        wave_share: where clients replace every answer at once, the share of other requests' prompts that a prompt waits for, as
-            answers that began together end together.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
@@ -67,13 +65,13 @@ class ServingSoftware:
         chunk_tokens: tokens of one iteration, by default.
         graph_sequences: largest batch whose iteration is captured in a graph.
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
+        prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
     """
 
     iteration_s: Sourced
     sequence_s: Sourced
     start_share: Sourced
     call_share: Sourced
-    wave_share: Sourced
     admission_s: Sourced
     memory_fraction: Sourced
     free_fraction: Sourced
@@ -83,6 +81,7 @@ class ServingSoftware:
     chunk_tokens: Sourced
     graph_sequences: Sourced
     headroom: Sourced
+    prompts: str = "beside"
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
 
     def on_generation(self, generation: str) -> ServingSoftware:
@@ -96,6 +95,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
     if reader is None:
         return None
     values: dict[str, Any] = {name: read_sourced(reader, name) for name in _CONSTANTS}
+    prompts = reader.text("prompts", "beside", choices=("beside", "first"))
     on: dict[str, dict[str, Sourced]] = {}
     generations: Reader | None = reader.table("on", None)
     for generation in () if generations is None else generations.keys():
@@ -105,7 +105,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
         on[generation] = {name: read_sourced(entry, name) for name in _CONSTANTS if name in present}
         entry.finish()
     reader.finish()
-    return ServingSoftware(on=on, **values)
+    return ServingSoftware(on=on, prompts=prompts, **values)
 
 
 def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
@@ -124,4 +124,4 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
     return tuple(found)
 
 
-_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name != "on")
+_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in ("on", "prompts"))
