@@ -3,7 +3,7 @@
     python benchmarks/fit_serving.py [--write] [--errors FILE.json] [--rounds N] [--every N] FILE.csv…
 
 One fit of all stacks: logarithms of the constants are a common centre, which is drawn to physical expectations, and a deviation
-per stack and generation of accelerators, which is drawn to zero, so that a stack with few models leans on the others. Gauss-Newton
+per stack and generation of accelerators, drawn to zero, so that a stack with few models leans on the others: Gauss-Newton
 steps on the logarithms of measured over predicted values: times between tokens, times to the first token (at a third of the
 weight), latencies and rates. Large residuals count with a weight that falls (soft L1); a model counts as at most so many
 rows, since what its rows miss they mostly miss together. A model is left out by solving the last step again without
@@ -35,14 +35,24 @@ STACK = (
     "attention_slowdown",
     "stream_slowdown",
     "collective_slowdown",
+    "dispatch_s",
 )
-SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "admission_s")
+SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "prompt_slowdown", "admission_s")
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
-    "matmul_slowdown": (0.9, 0.25, 0.1), "grouped_matmul_slowdown": (0.9, 0.25, 0.15), "attention_slowdown": (1.0, 0.3, 0.15),
-    "stream_slowdown": (1.0, 0.25, 0.15), "collective_slowdown": (1.0, 0.35, 0.25), "iteration_s": (1.5e-3, 0.7, 0.5),
-    "sequence_s": (8e-6, 0.7, 0.4), "start_share": (0.6, 0.4, 0.25), "call_share": (0.4, 0.6, 0.3), "admission_s": (0.05, 1.0, 0.7),
-}  # fmt: skip
+    "matmul_slowdown": (0.9, 0.25, 0.1),
+    "grouped_matmul_slowdown": (0.9, 0.25, 0.15),
+    "attention_slowdown": (1.0, 0.3, 0.15),
+    "stream_slowdown": (1.0, 0.25, 0.15),
+    "collective_slowdown": (1.0, 0.35, 0.25),
+    "dispatch_s": (5e-6, 0.3, 1.0),
+    "iteration_s": (1.5e-3, 0.7, 0.5),
+    "sequence_s": (8e-6, 0.7, 0.4),
+    "start_share": (0.6, 0.4, 0.25),
+    "call_share": (0.4, 0.6, 0.3),
+    "prompt_slowdown": (1.0, 0.2, 0.2),
+    "admission_s": (0.03, 1.0, 1.0),
+}
 NAMES = (*STACK, *SERVING)
 WEIGHTS = {"tpot": 1.0, "ttft": 0.35, "latency": 1.0, "output_tokens_per_s": 1.0}
 MARK = "# -- fitted by benchmarks/fit_serving.py"
@@ -69,16 +79,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--write", action="store_true")
-    arguments.add_argument("--errors", metavar="FILE.json", help="errors of models left out, for accuracy_serving.py")
+    arguments.add_argument(
+        "--errors", metavar="FILE.json", help="errors of models left out, for accuracy_serving.py"
+    )
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--every", type=int, default=1, help="take every n-th set of runs that are priced together")
+    arguments.add_argument(
+        "--every", type=int, default=1, help="take every n-th set of runs that are priced together"
+    )
     arguments.add_argument("files", nargs="+", metavar="FILE.csv")
     options = arguments.parse_args()
     found = fit(read_cases(options.files, options.every), options.rounds)
     for title, errors in (("in sample", found.errors), ("models left out", found.left_out)):
         print(title)
         for name, values in statistics(found.cases, errors).items():
-            print(f"  {name}: n={values['n']} median {values['median']:.1%} 90th {values['p90']:.1%} bias {values['bias']:+.1%}")
+            print(
+                f"  {name}: n={values['n']} median {values['median']:.1%} 90th {values['p90']:.1%} bias {values['bias']:+.1%}"
+            )
     for cell, logarithms in zip(found.cells, found.theta, strict=True):
         constants = dict(zip(NAMES, np.exp(logarithms), strict=True))
         print(*cell, ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
@@ -112,7 +128,9 @@ def fit(cases: list[Case], rounds: int) -> Fit:
     measured = np.log([value for _, _, value in cases])
     families = [_family(run) for run, _, _ in cases]
     rows = Counter(zip(at.tolist(), families, strict=True))
-    shares = [min(1.0, _ROWS_OF_A_MODEL / rows[key]) ** 0.5 for key in zip(at.tolist(), families, strict=True)]
+    shares = [
+        min(1.0, _ROWS_OF_A_MODEL / rows[key]) ** 0.5 for key in zip(at.tolist(), families, strict=True)
+    ]
     weight = np.array([WEIGHTS[metric] for _, metric, _ in cases]) * shares
     for _ in range(rounds):
         now = _predicted(cells, theta, cases)
@@ -129,8 +147,14 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         step = _solve(slopes, goal, weight * told, at, len(cells)) - theta
         theta = theta + np.clip(step, -_LONGEST, _LONGEST)
     left_out = np.full(len(cases), np.nan)
+    on_engine = defaultdict(set)  # a model alone on its engine leaves nothing to fit that engine to
+    for (run, _, _), family in zip(cases, families, strict=True):
+        on_engine[run.stack.name].add(family)
+    shared = np.array([len(on_engine[run.stack.name]) for run, _, _ in cases])
     for family in dict.fromkeys(families):
-        own = np.array([other == family for other in families])
+        own = np.array([other == family for other in families]) & (shared > 1)
+        if not own.any():
+            continue
         others = _solve(slopes, goal, weight * told * ~own, at, len(cells))
         moved_by = np.clip(others - before, -_LONGEST, _LONGEST)[at[own]]
         left_out[own] = (now - measured)[own] + np.einsum("ij,ij->i", slopes[own], moved_by)

@@ -143,9 +143,7 @@ def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     return _means(iterations, traffic, batch, budget, cohort, decodes, decode_s, mixed_s)
 
 
-def _cohort(
-    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array
-) -> _Cohort:
+def _cohort(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> _Cohort:
     """What a mixed iteration takes along: the prompts that come while one passes, and those that come in step."""
     ranks, steps, prompt = iterations.ctx.mesh.dp, max(traffic.osl - 1.0, 1.0), traffic.computed_isl
     arriving = np.maximum(1.0, decodes / steps)
@@ -153,7 +151,9 @@ def _cohort(
     if traffic.concurrency is not None:
         answers = np.inf if traffic.requests_per_client is None else traffic.requests_per_client / 2.0
         # Ends of answers wander apart: a variance per answer, and a uniform spread of the same variance.
-        spread = 0.0 if traffic.length_scv == 0.0 else _UNIFORM * steps * np.sqrt(traffic.length_scv * answers)
+        spread = (
+            0.0 if traffic.length_scv == 0.0 else _UNIFORM * steps * np.sqrt(traffic.length_scv * answers)
+        )
         scatter = np.full_like(batch, spread)
         if iterations.software.prompts == "first":
             together = 1.0 + np.maximum(batch - 1.0, 0.0) / (1.0 + scatter)
@@ -179,7 +179,9 @@ def _wait_s(
     own_s = traffic.computed_isl * ranks / cohort.priced * mixed_s
     scattered_s = cohort.scatter * decode_s
     window = np.maximum((others + 1.0) * own_s / ((others + 1.0) * own_s + scattered_s), load)
-    apart = np.minimum(scattered_s / (_UNIFORM * own_s), 1.0)  # ends in step, a prompt's time from each other, do not collide
+    apart = np.minimum(
+        scattered_s / (_UNIFORM * own_s), 1.0
+    )  # ends in step, a prompt's time from each other, do not collide
     in_step_s = np.maximum(cohort.prompts * traffic.computed_isl / cohort.served - 1.0, 0.0) / 2.0 * mixed_s
     wait_s = apart * clients_wait_s(others, own_s, window) + in_step_s
     if traffic.requests_per_client is None:
@@ -206,7 +208,11 @@ def _means(
     # Nobody who generates waits for the own prompt, for those beside it, and for those in step that run before it.
     beside = np.minimum(cohort.prompts, cohort.served / prompt)
     before = (cohort.prompts - beside) / 2.0
-    apart = 1.0 if traffic.concurrency is None else np.clip(1.0 - (beside + before) / np.maximum(batch, 1.0), 0.0, 1.0)
+    apart = (
+        1.0
+        if traffic.concurrency is None
+        else np.clip(1.0 - (beside + before) / np.maximum(batch, 1.0), 0.0, 1.0)
+    )
     token_s = decode_s + apart * mixed * (mixed_s - decode_s)
     mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s

@@ -56,6 +56,8 @@ class ServingSoftware:
         start_share: of the time that a kernel's start and the splitting of its contraction take alone, what an iteration pays:
             captured graphs start a kernel before the one before it has ended.
         call_share: the same of the small kernels that a library's call holds beside its main one: engines fuse most of them.
+        prompt_slowdown: seconds of an iteration that holds prompt tokens, relative to its kernels' alone: it is not captured, and
+            batches of prompts are uneven.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
@@ -63,7 +65,7 @@ class ServingSoftware:
         block_tokens: tokens of one block of the cache.
         max_sequences: sequences in one batch, by default.
         chunk_tokens: tokens of one iteration, by default.
-        graph_sequences: largest batch whose iteration is captured in a graph.
+        graph_sequences: largest batch whose iteration is captured in a graph; 0: the host issues every kernel.
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
         prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
     """
@@ -72,6 +74,7 @@ class ServingSoftware:
     sequence_s: Sourced
     start_share: Sourced
     call_share: Sourced
+    prompt_slowdown: Sourced
     admission_s: Sourced
     memory_fraction: Sourced
     free_fraction: Sourced
@@ -94,7 +97,9 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
     """The table ``[serving]`` of a stack; None where there is none."""
     if reader is None:
         return None
-    values: dict[str, Any] = {name: read_sourced(reader, name) for name in _CONSTANTS}
+    values: dict[str, Any] = {
+        name: read_sourced(reader, name, positive=name != "graph_sequences") for name in _CONSTANTS
+    }
     prompts = reader.text("prompts", "beside", choices=("beside", "first"))
     on: dict[str, dict[str, Sourced]] = {}
     generations: Reader | None = reader.table("on", None)

@@ -38,8 +38,8 @@ class Traffic:
         ttft_s, tpot_s, e2e_s: limits of time to the first token, time per further token, and of the whole answer.
         percentile: of requests that must keep the limits; None: the means must.
         prefix_hit: fraction of prompt tokens whose keys and values are in the cache already.
-        requests_per_client: requests that each of ``concurrency`` clients sends in all, the first of all clients at once; None: a run
-            without an end, whose beginning does not count.
+        requests_per_client: requests that each of ``concurrency`` clients sends in all, the first of all clients at once; None: a
+            run without an end, whose beginning does not count.
         length_scv: squared coefficient of variation of answers' lengths; 0: all are equal.
         expert_load_factor: busiest expert rank relative to the mean, where it is measured; None: random routing's own.
 

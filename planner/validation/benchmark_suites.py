@@ -11,7 +11,7 @@ from planner.specs.load import Reader, read_file
 from planner.specs.model import Model
 from planner.validation.table import Row
 
-__all__ = ["Launch", "Suite", "suite_of"]
+__all__ = ["DEFAULTS", "Launch", "Suite", "suite_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +20,21 @@ class Launch:
 
     Attributes:
         cache: number format of the cache; empty: not said.
-        chunk_tokens: tokens of an iteration; ``chunk_prompts`` the same in prompts. 0: the engine's default.
+        chunk_tokens: tokens of an iteration; ``chunk_prompts`` the same in prompts of the stated length; 0: the engine's default.
+        clients_beside: whether a token of every client comes on top of it.
         max_sequences: sequences in one batch; 0: the engine's default.
-        held_back_iterations: iterations for which a prompt is held back, mean: until others come along, or the engine looks for it.
+        held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
     """
 
     cache: str = ""
     chunk_tokens: int = 0
     chunk_prompts: int = 0
+    clients_beside: bool = False
     max_sequences: int = 0
     held_back_iterations: int = 0
+
+
+DEFAULTS = Launch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class Suite:
         upstream: how the column of that name begins in its rows.
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
+        frontend_s: seconds that the suite's own frontend adds to the first token.
         launches: options, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
     """
@@ -47,6 +53,7 @@ class Suite:
     upstream: tuple[str, ...] = ()
     shortest_length: float = 1.0
     requests_per_client: int = 0
+    frontend_s: float = 0.0
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
 
@@ -69,7 +76,7 @@ class Suite:
         for conditions, options in self.launches:
             if all(_holds(name, value, run) for name, value in conditions.items()):
                 return options
-        return Launch()
+        return DEFAULTS
 
     def may_speculate(self, engine: str, weights: str, date: str, model: Model) -> bool:
         """Whether a row may or may not have run with the model's own multi-token prediction."""
@@ -90,7 +97,8 @@ def _suites() -> tuple[Suite, ...]:
     path = str(files("planner.validation").joinpath("benchmark_suites.toml"))
     reader = Reader(read_file(path), path)
     found = []
-    for name in reader.keys():
+    names = reader.keys()
+    for name in names:
         entry: Reader = reader.table(name)
         entry.text("source")
         found.append(
@@ -98,6 +106,7 @@ def _suites() -> tuple[Suite, ...]:
                 entry.texts("upstream"),
                 entry.number("shortest_length", 1.0),
                 entry.integer("requests_per_client", 0, minimum=0),
+                entry.number("frontend_s", 0.0),
                 tuple(_launch(each) for each in entry.tables("launch", [])),
                 tuple(_speculation(each) for each in entry.tables("speculation", [])),
             )
@@ -130,7 +139,10 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
     conditions |= {name: reader.number(name) for name in bounds if reader.has(name)}
     options = Launch(
         reader.text("cache", ""),
-        *(reader.integer(name, 0, minimum=0) for name in ("chunk_tokens", "chunk_prompts", "max_sequences")),
+        reader.integer("chunk_tokens", 0, minimum=0),
+        reader.integer("chunk_prompts", 0, minimum=0),
+        reader.boolean("clients_beside", False),
+        reader.integer("max_sequences", 0, minimum=0),
         reader.integer("held_back_iterations", 0, minimum=0),
     )
     reader.text("source")

@@ -19,7 +19,6 @@ from planner.serving.capacity import capacity
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 from planner.technique import ServingContext, discover
-from planner.validation.benchmark_suites import Launch
 from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
 from planner.validation.serving_runs import ServedRun, served_run
@@ -144,7 +143,10 @@ def _scored(
         if row.text("quality") == "C":
             status, reason = "excluded", "quality C at its source"
         elif run.may_speculate and metric in ("tpot", "ttft"):
-            status, reason = "excluded", "whether multi-token prediction was on is not stated, and both were run"
+            status, reason = (
+                "excluded",
+                "whether multi-token prediction was on is not stated, and both were run",
+            )
         elif contradicted and metric in ("tpot", "ttft"):
             status, reason = (
                 "excluded",
@@ -234,22 +236,25 @@ def _broken(ctx: ServingContext) -> str | None:
 def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Clients that replace every answer at once; those whose requests the caches cannot hold wait outside."""
     launch = runs[0].launch
-    chunk = np.full_like(load, _chunk_tokens(launch, traffic, iterations))
+    chunk = _chunk_tokens(runs, iterations, load)
     held = capacity(iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None)
     inside = np.minimum(load, np.maximum(held.sequences, 1.0))
     state = steady(iterations, traffic, inside, chunk)
     rate = state.requests_per_s
-    ttft_s = state.ttft_s + (load - inside) / rate + launch.held_back_iterations * state.tpot_s
+    held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
+    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
     return {
         "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
         "output_tokens_per_s": rate * traffic.osl,
     }  # fmt: skip
 
 
-def _chunk_tokens(launch: Launch, traffic: Traffic, iterations: Iterations) -> float:
+def _chunk_tokens(runs: Runs, iterations: Iterations, load: Array) -> Array:
     """Tokens of an iteration: as the launch says, or by the engine's default."""
-    said = launch.chunk_tokens or launch.chunk_prompts * traffic.isl
-    return float(said or iterations.software.chunk_tokens)
+    launch = runs[0].launch
+    stated = launch.chunk_prompts * (runs[0].row.number("input_len") or 0.0)
+    said = launch.chunk_tokens or stated or float(iterations.software.chunk_tokens)
+    return np.asarray(said + launch.clients_beside * load)
 
 
 def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
@@ -282,7 +287,8 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         """Seconds until a prompt's cache has arrived, at a rate."""
         wait_s = clients_wait_s(others, prompt_s / prompts, np.minimum(rate / most, 1.0))
         wait_s = (1.0 - first) * wait_s + first * others / 2.0 * prompt_s / prompts
-        return np.asarray(prompt_s + wait_s + transfer_s + float(iterations.software.admission_s))
+        outside_s = float(iterations.software.admission_s) + runs[0].frontend_s
+        return np.asarray(prompt_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]
     for _ in range(_BISECTIONS):
@@ -338,7 +344,7 @@ def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> 
     }
 
 
-_BISECTIONS, _CLOSE, _MOST_LOAD = 20, 0.02, 0.9
+_BISECTIONS, _CLOSE, _MOST_LOAD = 12, 0.02, 0.9
 
 
 def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:

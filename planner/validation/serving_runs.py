@@ -15,7 +15,7 @@ from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.models import load_model
 from planner.specs.stack import Stack, stack_for
 from planner.specs.tiers import Network
-from planner.validation.benchmark_suites import Launch, suite_of
+from planner.validation.benchmark_suites import DEFAULTS, Launch, suite_of
 from planner.validation.table import Row, Unsupported
 
 __all__ = ["DRIVERS", "ServedRun", "served_run"]
@@ -46,6 +46,7 @@ class ServedRun:
         workers: of the pools for prompts and generation, where they are two.
         prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
         launch: options of the engine that the benchmark's scripts state.
+        frontend_s: seconds that a frontend before the engine adds to the first token.
         requests_per_client: requests of every client, the first of all at once; None: not known.
         length_scv: squared coefficient of variation of answers' lengths.
         may_speculate: whether multi-token prediction was on is not stated, and both were run.
@@ -65,7 +66,8 @@ class ServedRun:
     cap: float | None = None
     workers: tuple[float, float] | None = None
     prefill: tuple[int, int, int, int, float] | None = None
-    launch: Launch = Launch()
+    launch: Launch = DEFAULTS
+    frontend_s: float = 0.0
     requests_per_client: float | None = None
     length_scv: float = 0.0
     may_speculate: bool = False
@@ -91,6 +93,7 @@ class ServedRun:
             self.cap,
             self.exchanged,
             self.launch,
+            self.frontend_s,
             self.requests_per_client,
             self.length_scv,
         )
@@ -130,7 +133,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
-        driver, load, row.number("concurrency") if driver == "rate" else None, workers, prefill, launch,
+        driver, load, row.number("concurrency") if driver == "rate" else None, workers, prefill, launch, suite.frontend_s,
         suite.requests_per_client or None, suite.length_scv,
         suite.may_speculate(row.text("engine").lower(), weights, row.text("measured_date"), model),
     )  # fmt: skip
@@ -200,6 +203,8 @@ def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:
     label = (row.text("weight_dtype") or row.text("precision_label")).lower()
     if not label:
         defaults["weight_dtype"] += 1
+        if model.checkpoint:
+            return model.checkpoint  # what is published in one format is served in it
     if label not in _WEIGHTS:
         raise Unsupported(f"number format {label!r}: not modelled")
     found = _WEIGHTS[label]
