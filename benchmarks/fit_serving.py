@@ -40,7 +40,7 @@ STACK = (
 SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "prompt_slowdown", "admission_s")
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
-    "matmul_slowdown": (0.9, 0.25, 0.1),
+    "matmul_slowdown": (0.9, 0.25, 0.15),
     "grouped_matmul_slowdown": (0.9, 0.25, 0.15),
     "attention_slowdown": (1.0, 0.3, 0.15),
     "stream_slowdown": (1.0, 0.25, 0.15),

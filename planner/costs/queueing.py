@@ -173,14 +173,21 @@ def clients_wait_s(others: Real, service_s: Real, load: Real) -> Real:
 
 
 def _erfcx(x: Real) -> Real:
-    """``exp(x²)·erfc(x)`` for x ≥ 0: Abramowitz and Stegun 7.1.26, whose exponential cancels.
+    """``exp(x²)·erfc(x)`` for x ≥ 0, to 1.2e-7 of itself (Press et al., "Numerical Recipes", 1992, ``erfcc``).
 
-    >>> round(float(_erfcx(0.0)), 5), round(float(_erfcx(1.0)), 4)
-    (1.0, 0.4276)
+    >>> round(float(_erfcx(1.0)), 6), round(float(_erfcx(100.0)), 8)
+    (0.427584, 0.00564161)
     """
-    t = 1.0 / (1.0 + 0.3275911 * np.asarray(x, dtype=np.float64))
-    terms = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-    return sum(c * t**k for k, c in enumerate(terms, 1))
+    t = 1.0 / (1.0 + 0.5 * np.asarray(x, dtype=np.float64))
+    power = np.zeros_like(t)
+    for coefficient in _ERFCC:
+        power = power * t + coefficient
+    return t * np.exp(power)
+
+
+_ERFCC = (
+    0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223,
+)  # fmt: skip
 
 
 def wait_quantile_s(quantile: Real, waits: Real, wait_s: Real) -> Real:

@@ -14,7 +14,7 @@ from planner.costs.serving import kv_transfer_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.mesh import Mesh
-from planner.serving.aggregated import steady
+from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import capacity
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
@@ -314,10 +314,10 @@ def _transfer_s(prefill: Iterations, decode: Iterations, traffic: Traffic, promp
 
 
 def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
-    """All requests are there: the caches, or the engine's cap, say how many run at once."""
+    """All requests are there: the caches, the engine's cap or the run's length say how many run at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     held = capacity(iterations, traffic.isl, traffic.osl, chunk)
-    most = np.maximum(held.sequences, 1.0)
+    most = np.clip(held.sequences, 1.0, runs[0].requests)
     state = steady(iterations, traffic, most, chunk)
     return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
 
@@ -325,23 +325,33 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) 
 def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Arrivals: the requests in flight that answer as many per second, by bisection.
 
-    Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first token is foretold.
+    A run of ``N`` requests at a rate ``λ`` lasts ``N/λ`` and the last answer, so that it answers ``N/(N/λ + E)`` per second with
+    an answer's time ``E``. Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first
+    token is foretold.
     """
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, runs[0].cap).sequences, 1.0)
     low, high = np.zeros_like(load), most
     for _ in range(_BISECTIONS):
         middle = np.maximum((low + high) / 2.0, 1e-3)
-        enough = steady(iterations, traffic, middle, chunk).requests_per_s >= load
+        state = steady(iterations, traffic, middle, chunk)
+        enough = state.requests_per_s >= _asked(state, traffic, load, runs)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     state = steady(iterations, traffic, high, chunk)
-    kept_up = state.requests_per_s >= load * (1.0 - _CLOSE)
-    rate = np.minimum(state.requests_per_s, load)
+    asked = _asked(state, traffic, load, runs)
+    kept_up = state.requests_per_s >= asked * (1.0 - _CLOSE)
+    rate = np.minimum(state.requests_per_s, asked)
     return {
         "tpot": state.tpot_s,
         "ttft": np.where(kept_up & (state.prefill_load < _MOST_LOAD), state.ttft_s, np.nan),
         "output_tokens_per_s": rate * traffic.osl,
     }
+
+
+def _asked(state: Steady, traffic: Traffic, load: Array, runs: Runs) -> Array:
+    """Answers per second over the whole run, if the engine keeps up and nobody waits."""
+    answer_s = state.ttft_s - state.wait_s + (traffic.osl - 1.0) * state.tpot_s
+    return np.asarray(1.0 / (1.0 / load + answer_s / runs[0].requests))
 
 
 _BISECTIONS, _CLOSE, _MOST_LOAD = 12, 0.02, 0.9

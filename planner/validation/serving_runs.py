@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ with pools of their own for prompts and generation."""
 
 _WEIGHTS = {
     "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "fp4": "nvfp4",
-    "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "int4_wo", "": "bf16",
+    "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "q4_k_m", "": "bf16",
 }  # fmt: skip
 _CACHES = {"fp8": "fp8", "": ""}
 
@@ -43,6 +44,7 @@ class ServedRun:
         isl, osl: lengths.
         driver: one of :data:`DRIVERS`; ``load`` its number: requests in flight, sequences of the batch, or requests per second.
         cap: sequences that the engine was allowed, where arrivals drove the run; None: its default.
+        requests: that the run had in all; infinite: not stated.
         workers: of the pools for prompts and generation, where they are two.
         prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
         launch: options of the engine that the benchmark's scripts state.
@@ -64,6 +66,7 @@ class ServedRun:
     driver: str
     load: float
     cap: float | None = None
+    requests: float = math.inf
     workers: tuple[float, float] | None = None
     prefill: tuple[int, int, int, int, float] | None = None
     launch: Launch = DEFAULTS
@@ -91,6 +94,7 @@ class ServedRun:
             self.osl,
             self.driver,
             self.cap,
+            self.requests,
             self.exchanged,
             self.launch,
             self.frontend_s,
@@ -133,7 +137,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
-        driver, load, row.number("concurrency") if driver == "rate" else None, workers, prefill, launch, suite.frontend_s,
+        driver, load, row.number("concurrency") if driver == "rate" else None, _requests(row), workers, prefill, launch, suite.frontend_s,
         suite.requests_per_client or None, suite.length_scv,
         suite.may_speculate(row.text("engine").lower(), weights, row.text("measured_date"), model),
     )  # fmt: skip
@@ -197,6 +201,12 @@ def _driver(row: Row) -> tuple[str, float]:
         if each:
             return "rate", each
     raise Unsupported("the load is not stated")
+
+
+def _requests(row: Row) -> float:
+    """Requests of the whole run."""
+    said = re.search(r"(\d+) requests", row.text("features"))
+    return float(said[1]) if said else row.number("requests_completed") or math.inf
 
 
 def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:

@@ -18,7 +18,7 @@ ENDS = ("embedding", "head")
 _WIDE_LABEL = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str) -> Ledger:
+def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str, head: str = "") -> Ledger:
     """Gives linear layers and experts a format of :data:`~planner.specs.formats.KERNEL_FORMATS`, and all else 16 bits.
 
     Args:
@@ -27,14 +27,17 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
         linear: format of attention's projections and of dense networks; empty: as activations.
         experts: format of routed experts; empty: as activations.
         by: key of the technique.
+        head: format of the output projection; empty: as activations.
     """
     activation = ctx.format.activation
     wide = _WIDE_LABEL[activation]
-    linear, experts = linear or wide, experts or wide
+    linear, experts, head = linear or wide, experts or wide, head or wide
 
     def kernel(item: Kernel) -> Item | None:
         if isinstance(item, Matmul):
-            label = wide if item.tags & WIDE else experts if item.grouped else linear
+            label = experts if item.grouped else linear
+            if item.tags & WIDE:
+                label = head if "head" in item.tags else wide
             form = KERNEL_FORMATS[label]
             out = dtype_bytes(activation) if item.out_bytes is None else item.out_bytes
             return replace(
@@ -50,7 +53,9 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
         if item.pool != "parameters":
             return None
         label = (
-            wide
+            head
+            if item.block == "head"
+            else wide
             if item.block in ENDS or "tied" in item.tags
             else experts
             if "expert" in item.tags
