@@ -82,6 +82,9 @@ def main() -> None:
     arguments.add_argument(
         "--errors", metavar="FILE.json", help="errors of models left out, for accuracy_serving.py"
     )
+    arguments.add_argument(
+        "--residuals", metavar="FILE.json", help="write intervals, for planner/uncertainty/serving_residuals.json"
+    )
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument(
         "--every", type=int, default=1, help="take every n-th set of runs that are priced together"
@@ -100,6 +103,8 @@ def main() -> None:
         print(*cell, ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
         if options.write:
             write(*cell, constants)
+    if options.residuals:
+        Path(options.residuals).write_text(json.dumps(residuals(found), indent=1) + "\n", encoding="utf-8")
     if options.errors:
         text = json.dumps(statistics(found.cases, found.left_out), indent=1)
         Path(options.errors).write_text(text + "\n", encoding="utf-8")
@@ -232,6 +237,24 @@ def _cell(run: ServedRun) -> Cell:
 def _family(run: ServedRun) -> tuple[int, int]:
     """Models of one shape are one model."""
     return run.model.hidden, run.model.n_layers
+
+
+def residuals(found: Fit) -> dict[str, Any]:
+    """Quantiles of measured over predicted that hold 80 % of the runs of models that were left out."""
+    told: dict[str, Any] = {
+        "about": "Measured over predicted, 10 % and 90 % quantiles, of published serving runs of models that were left out of the fit of "
+        "their stack's constants: benchmarks/fit_serving.py --residuals writes this file."
+    }
+    for name, values in statistics(found.cases, found.left_out).items():
+        if ":" not in name:
+            chosen = [
+                _family(run)
+                for (run, metric, _), error in zip(found.cases, found.left_out, strict=True)
+                if np.isfinite(error) and bar_of(run, metric) == name
+            ]
+            low, high = values["interval"]
+            told[name] = {"low": low, "high": high, "rows": values["n"], "models": len(set(chosen))}
+    return told
 
 
 def statistics(cases: list[Case], errors: Any) -> dict[str, dict[str, Any]]:

@@ -164,7 +164,7 @@ def _cohort(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arra
 
 def _wait_s(
     iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, cohort: _Cohort, load: Array, busy_s: Array,
-    decode_s: Array, mixed_s: Array,
+    mixed: Array, decode_s: Array, mixed_s: Array,
 ) -> Array:  # fmt: skip
     """What a prompt waits for others.
 
@@ -175,15 +175,14 @@ def _wait_s(
     others = np.maximum(batch / ranks - 1.0, 0.0)
     if traffic.concurrency is None:
         return np.asarray(np.minimum(load * busy_s / (2.0 * (1.0 - load)), others * busy_s))
-    # Attention ranks run their prompts side by side: a rank's clients wait for each other.
-    own_s = traffic.computed_isl * ranks / cohort.priced * mixed_s
-    scattered_s = cohort.scatter * decode_s
-    window = np.maximum((others + 1.0) * own_s / ((others + 1.0) * own_s + scattered_s), load)
-    apart = np.minimum(
-        scattered_s / (_UNIFORM * own_s), 1.0
-    )  # ends in step, a prompt's time from each other, do not collide
+    # Attention ranks run their prompts side by side: a rank's clients wait for each other. Answers end by iterations, however long
+    # these are, so that load is iterations with a prompt among those in which prompts come.
+    passes = traffic.computed_isl * ranks / cohort.priced
+    window = np.maximum((others + 1.0) * passes / ((others + 1.0) * passes + cohort.scatter), mixed)
+    # Ends that follow each other by a prompt's time do not collide unless they are scattered by as much.
+    apart = np.minimum(cohort.scatter / (_UNIFORM * passes), 1.0)
     in_step_s = np.maximum(cohort.prompts * traffic.computed_isl / cohort.served - 1.0, 0.0) / 2.0 * mixed_s
-    wait_s = apart * clients_wait_s(others, own_s, window) + in_step_s
+    wait_s = apart * clients_wait_s(others, passes * mixed_s, window) + in_step_s
     if traffic.requests_per_client is None:
         return np.asarray(wait_s)
     full = np.maximum(budget, cohort.priced)
@@ -205,15 +204,14 @@ def _means(
     prompt, steps = traffic.computed_isl, traffic.osl - 1.0
     passes = prompt / cohort.served  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
-    # Nobody who generates waits for the own prompt, for those beside it, and for those in step that run before it.
-    beside = np.minimum(cohort.prompts, cohort.served / prompt)
-    before = (cohort.prompts - beside) / 2.0
-    apart = (
-        1.0
-        if traffic.concurrency is None
-        else np.clip(1.0 - (beside + before) / np.maximum(batch, 1.0), 0.0, 1.0)
-    )
-    token_s = decode_s + apart * mixed * (mixed_s - decode_s)
+    # Who generates sees the prompts of others: those in step that run behind the own, and those that come in the meantime.
+    if traffic.concurrency is None:
+        seen = decodes
+    else:
+        beside = np.minimum(cohort.prompts, cohort.served / prompt)
+        strangers = np.clip(1.0 - cohort.prompts / np.maximum(batch, 1.0), 0.0, 1.0)
+        seen = (cohort.prompts - beside) / 2.0 + strangers * decodes
+    token_s = decode_s + np.minimum(passes * seen / max(steps, 1.0), 1.0) * (mixed_s - decode_s)
     mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s
     # Between two answers there are (O - 1)/d iterations, or as many as a prompt takes.
@@ -221,7 +219,7 @@ def _means(
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
     wait_s = 0.5 * token_s + _wait_s(
-        iterations, traffic, batch, budget, cohort, load, busy_s, decode_s, mixed_s
+        iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
     )
     alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
     prefill_s = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0) * alone_s

@@ -68,6 +68,7 @@ class ServingSoftware:
         graph_sequences: largest batch whose iteration is captured in a graph; 0: the host issues every kernel.
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
         prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
+        all_reduce: small messages go through kernels of the engine's ``own`` where the link allows it, or the ``library``'s.
     """
 
     iteration_s: Sourced
@@ -85,6 +86,7 @@ class ServingSoftware:
     graph_sequences: Sourced
     headroom: Sourced
     prompts: str = "beside"
+    all_reduce: str = "own"
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
 
     def on_generation(self, generation: str) -> ServingSoftware:
@@ -101,6 +103,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
         name: read_sourced(reader, name, positive=name != "graph_sequences") for name in _CONSTANTS
     }
     prompts = reader.text("prompts", "beside", choices=("beside", "first"))
+    all_reduce = reader.text("all_reduce", "own", choices=("own", "library"))
     on: dict[str, dict[str, Sourced]] = {}
     generations: Reader | None = reader.table("on", None)
     for generation in () if generations is None else generations.keys():
@@ -110,7 +113,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
         on[generation] = {name: read_sourced(entry, name) for name in _CONSTANTS if name in present}
         entry.finish()
     reader.finish()
-    return ServingSoftware(on=on, prompts=prompts, **values)
+    return ServingSoftware(on=on, prompts=prompts, all_reduce=all_reduce, **values)
 
 
 def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
@@ -129,4 +132,4 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
     return tuple(found)
 
 
-_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in ("on", "prompts"))
+_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in ("on", "prompts", "all_reduce"))
