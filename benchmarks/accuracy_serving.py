@@ -28,8 +28,9 @@ HEAD = """# Accuracy of serving
 Predictions of `planner validate`, held against published runs: errors are fractions of the measured value, medians and 90th
 percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants of the stacks are fitted by
 `benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. How a benchmark
-drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise,
-llama.cpp users, APEX and LLMServingSim; half of their rows were seen.
+drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published
+by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise, llama.cpp
+users, APEX and LLMServingSim; half of their rows were seen.
 """
 TAIL = """
 ## What the model leaves out
@@ -102,25 +103,30 @@ def page(report: Report, left_out: dict[str, Any]) -> Iterator[str]:
 def _left_out(left_out: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Models left out\n"
     yield (
-        "Constants fitted without any run of the model, on all stacks at once (`fit_serving.py`); models that are alone on their engine "
-        "are not here. The interval is measured over predicted, and holds 80 % of the rows: `planner serve` gives it with every "
-        "estimate.\n"
+        "Constants fitted without any run of the model, on all stacks at once (`fit_serving.py`); models that are alone on their "
+        "engine are not here. The interval is measured over predicted, and holds 80 % of the rows: `planner serve` gives it with "
+        "every estimate.\n"
     )
     yield "| what, and how the engine was driven | rows | median | 90th | bias | interval |"
     yield "|---|---:|---:|---:|---:|---:|"
     for name, v in left_out.items():
-        metric, _, how = name.partition(", ")
         if ":" not in name:
             low, high = v["interval"]
-            yield (
-                f"| {WORDS[metric]}, {how} | {v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} | {v['bias']:+.1%} | {low:.2f} to {high:.2f} |"
-            )
+            yield f"| {_what(name)} | {_errors(v)} | {low:.2f} to {high:.2f} |"
     yield "\n| of these, by stack and generation | rows | median | 90th | bias |"
     yield "|---|---:|---:|---:|---:|"
     for name, v in left_out.items():
-        metric, _, how = name.partition(", ")
         if ":" in name and v["n"] >= _FEWEST:
-            yield f"| {WORDS[metric]}, {how} | {v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} | {v['bias']:+.1%} |"
+            yield f"| {_what(name)} | {_errors(v)} |"
+
+
+def _what(name: str) -> str:
+    metric, _, how = name.partition(", ")
+    return f"{WORDS[metric]}, {how}"
+
+
+def _errors(v: Mapping[str, Any]) -> str:
+    return f"{v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} | {v['bias']:+.1%}"
 
 
 _FEWEST = 10

@@ -83,7 +83,9 @@ def main() -> None:
         "--errors", metavar="FILE.json", help="errors of models left out, for accuracy_serving.py"
     )
     arguments.add_argument(
-        "--residuals", metavar="FILE.json", help="write intervals, for planner/uncertainty/serving_residuals.json"
+        "--residuals",
+        metavar="FILE.json",
+        help="write intervals, for planner/uncertainty/serving_residuals.json",
     )
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument(
@@ -242,8 +244,8 @@ def _family(run: ServedRun) -> tuple[int, int]:
 def residuals(found: Fit) -> dict[str, Any]:
     """Quantiles of measured over predicted that hold 80 % of the runs of models that were left out."""
     told: dict[str, Any] = {
-        "about": "Measured over predicted, 10 % and 90 % quantiles, of published serving runs of models that were left out of the fit of "
-        "their stack's constants: benchmarks/fit_serving.py --residuals writes this file."
+        "about": "Measured over predicted, 10 % and 90 % quantiles, of published serving runs of models left out of the "
+        "fit of their stack's constants: benchmarks/fit_serving.py --residuals writes this file."
     }
     for name, values in statistics(found.cases, found.left_out).items():
         if ":" not in name:

@@ -175,8 +175,8 @@ def _wait_s(
     others = np.maximum(batch / ranks - 1.0, 0.0)
     if traffic.concurrency is None:
         return np.asarray(np.minimum(load * busy_s / (2.0 * (1.0 - load)), others * busy_s))
-    # Attention ranks run their prompts side by side: a rank's clients wait for each other. Answers end by iterations, however long
-    # these are, so that load is iterations with a prompt among those in which prompts come.
+    # Attention ranks run their prompts side by side: a rank's clients wait for each other. Answers end by iterations, however
+    # long these are, so that load is iterations with a prompt among those in which prompts come.
     passes = traffic.computed_isl * ranks / cohort.priced
     window = np.maximum((others + 1.0) * passes / ((others + 1.0) * passes + cohort.scatter), mixed)
     # Ends that follow each other by a prompt's time do not collide unless they are scattered by as much.

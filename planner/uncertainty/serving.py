@@ -1,7 +1,7 @@
 """How far serving predictions were off for models that no constant had seen: the intervals of a serving estimate.
 
-``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: the 10 % and 90 % quantiles of measured
-over predicted, of runs whose model was left out of the fit of the stacks' constants.
+``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: the 10 % and 90 % quantiles of
+measured over predicted, of runs whose model was left out of the fit of the stacks' constants.
 """
 
 from __future__ import annotations

@@ -137,9 +137,18 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
-        driver, load, row.number("concurrency") if driver == "rate" else None, _requests(row), workers, prefill, launch, suite.frontend_s,
-        suite.requests_per_client or None, suite.length_scv,
-        suite.may_speculate(row.text("engine").lower(), weights, row.text("measured_date"), model),
+        driver, load,
+        cap=row.number("concurrency") if driver == "rate" else None,
+        requests=_requests(row),
+        workers=workers,
+        prefill=prefill,
+        launch=launch,
+        frontend_s=suite.frontend_s,
+        requests_per_client=suite.requests_per_client or None,
+        length_scv=suite.length_scv,
+        may_speculate=suite.may_speculate(
+            row.text("engine").lower(), weights, row.text("measured_date"), model
+        ),
     )  # fmt: skip
 
 
