@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ PRIORS = {
     "start_share": (0.6, 0.4, 0.25),
     "call_share": (0.4, 0.6, 0.3),
     "prompt_slowdown": (1.0, 0.2, 0.2),
-    "admission_s": (0.03, 1.0, 1.0),
+    "admission_s": (0.03, 0.7, 0.7),
 }
 NAMES = (*STACK, *SERVING)
 WEIGHTS = {"tpot": 1.0, "ttft": 0.35, "latency": 1.0, "output_tokens_per_s": 1.0}
@@ -70,6 +71,7 @@ class Fit:
     cases: list[Case]
     cells: list[Cell]
     theta: Any  # (cells, constants), logarithms
+    centre: Any  # (constants,), logarithms: what a stack and generation without rows takes
     errors: Any  # logarithm of predicted over measured, per case, at theta
     left_out: Any  # the same with constants from the other models' rows
 
@@ -105,6 +107,10 @@ def main() -> None:
         print(*cell, ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
         if options.write:
             write(*cell, constants)
+    constants = dict(zip(NAMES, np.exp(found.centre), strict=True))
+    print("centre", ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
+    if options.write:
+        write_centre(constants)
     if options.residuals:
         Path(options.residuals).write_text(json.dumps(residuals(found), indent=1) + "\n", encoding="utf-8")
     if options.errors:
@@ -151,8 +157,8 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         gap = np.where(told, measured - now, 0.0)
         goal = gap + np.einsum("ij,ij->i", slopes, theta[at])
         before = theta
-        step = _solve(slopes, goal, weight * told, at, len(cells)) - theta
-        theta = theta + np.clip(step, -_LONGEST, _LONGEST)
+        found, centre = _solve(slopes, goal, weight * told, at, len(cells))
+        theta = theta + np.clip(found - theta, -_LONGEST, _LONGEST)
     left_out = np.full(len(cases), np.nan)
     on_engine = defaultdict(set)  # a model alone on its engine leaves nothing to fit that engine to
     for (run, _, _), family in zip(cases, families, strict=True):
@@ -162,14 +168,14 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         own = np.array([other == family for other in families]) & (shared > 1)
         if not own.any():
             continue
-        others = _solve(slopes, goal, weight * told * ~own, at, len(cells))
+        others, _ = _solve(slopes, goal, weight * told * ~own, at, len(cells))
         moved_by = np.clip(others - before, -_LONGEST, _LONGEST)[at[own]]
         left_out[own] = (now - measured)[own] + np.einsum("ij,ij->i", slopes[own], moved_by)
-    return Fit(cases, cells, theta, _predicted(cells, theta, cases) - measured, left_out)
+    return Fit(cases, cells, theta, centre, _predicted(cells, theta, cases) - measured, left_out)
 
 
-def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> Any:
-    """Constants per cell: reweighted least squares over a centre and the cells' deviations from it."""
+def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[Any, Any]:
+    """Constants per cell, and their centre: reweighted least squares over the centre and the cells' deviations from it."""
     count = len(NAMES)
     centre = np.log([PRIORS[name][0] for name in NAMES])
     keep = _RESIDUAL / np.array([PRIORS[name][1:] for name in NAMES])
@@ -191,7 +197,7 @@ def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> Any:
                     matrix[rows, columns] += square
                 right[rows] += aim
         found = np.linalg.solve(matrix, right)
-    return found[:count] + found[count:].reshape(cells, count)
+    return found[:count] + found[count:].reshape(cells, count), found[:count]
 
 
 def _predicted(cells: list[Cell], theta: Any, cases: list[Case]) -> Any:
@@ -292,6 +298,16 @@ def write(name: str, generation: str, constants: dict[str, float]) -> None:
         ]
         kept.append("\n".join([f"[{table}]", *lines]))
     path.write_text(above.rstrip() + f"\n\n{MARK}\n\n" + "\n\n".join(sorted(kept)) + "\n", encoding="utf-8")
+
+
+def write_centre(constants: dict[str, float]) -> None:
+    """Puts the centre where stacks start from: it holds on generations of which an engine has no rows."""
+    path = Path(hardware_folder()) / "stacks" / "serving.toml"
+    text = path.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        number = f'{name} = {{ value = {value:.3g}, kind = "fitted", source = "published-serving-runs" }}'
+        text = re.sub(rf"^{name} = .*$", number, text, flags=re.MULTILINE)
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

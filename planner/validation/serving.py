@@ -238,7 +238,8 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     launch = runs[0].launch
     chunk = _chunk_tokens(runs, iterations, load)
     held = capacity(iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None)
-    inside = np.minimum(load, np.maximum(held.sequences, 1.0))
+    # It ran: where not one request is predicted to fit, the prediction is wrong.
+    inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
     state = steady(iterations, traffic, inside, chunk)
     rate = state.requests_per_s
     held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
