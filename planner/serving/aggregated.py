@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from planner.costs.queueing import clients_wait_s
+from planner.costs.queueing import clients_wait_s, wait_quantile_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.specs.traffic import Traffic
@@ -43,7 +43,8 @@ class Steady:
         ttft_s: from arrival to the first token.
         wait_s: part of it before the prompt's first iteration.
         prefill_load: fraction of time that prompts are at work.
-        mixed_s, decode_s: time of a mixed and of a generating iteration.
+        mixed_s, decode_s: time of a mixed iteration, and of a generating one per token that a sequence gains in it.
+        slot_wait_s, slot_waits: part of the time to the first token that is a wait for a slot, and the chance of one.
     """
 
     requests_per_s: Array
@@ -56,12 +57,14 @@ class Steady:
     prefill_load: Array
     mixed_s: Array
     decode_s: Array
+    slot_wait_s: Array | float = 0.0
+    slot_waits: Array | float = 0.0
 
     def ttft_at(self, quantile: float) -> Array:
-        """A quantile of the time to the first token: the wait's tail is exponential where there is one at all."""
-        load = np.clip(self.prefill_load, 1e-9, 0.999)
-        tail = np.where(1.0 - quantile < load, np.log(load / (1.0 - quantile)) * self.wait_s / load, 0.0)
-        return np.asarray(self.ttft_s - self.wait_s + np.maximum(tail, 0.0))
+        """A quantile of the time to the first token: waits' tails are exponential where there are any, and add up."""
+        tails = wait_quantile_s(quantile, np.clip(self.prefill_load, 1e-9, 0.999), self.wait_s)
+        tails = tails + wait_quantile_s(quantile, self.slot_waits, self.slot_wait_s)
+        return np.asarray(self.ttft_s - self.wait_s - self.slot_wait_s + tails)
 
     def tpot_at(self, quantile: float) -> Array:
         """A quantile, over requests, of the mean time between tokens: normal."""
@@ -71,7 +74,8 @@ class Steady:
 
     def take(self, index: Array) -> Steady:
         """Some rows."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in columns.items() if np.ndim(value)})
 
 
 def normal_quantile(quantile: float) -> float:
@@ -98,11 +102,17 @@ def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tok
     """
     mesh = iterations.ctx.mesh
     batch = in_flight / mesh.pp  # sequences of one of the batches on a pipeline
-    budget = chunk_tokens * mesh.dp
+    budget = np.maximum(chunk_tokens * mesh.dp - (iterations.step_tokens - 1.0) * batch, 1.0)
     state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch))
     decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state))
     state = _balance(iterations, traffic, batch, budget, decodes)
-    return replace(state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp)
+    per_token = {
+        name: getattr(state, name) / iterations.accepted
+        for name in ("tpot_s", "tpot_deviation_s", "decode_s")
+    }
+    return replace(
+        state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp, **per_token
+    )
 
 
 def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
@@ -145,7 +155,11 @@ def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
 
 def _cohort(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> _Cohort:
     """What a mixed iteration takes along: the prompts that come while one passes, and those that come in step."""
-    ranks, steps, prompt = iterations.ctx.mesh.dp, max(traffic.osl - 1.0, 1.0), traffic.computed_isl
+    ranks, steps, prompt = (
+        iterations.ctx.mesh.dp,
+        max(iterations.steps(traffic.osl), 1.0),
+        traffic.computed_isl,
+    )
     arriving = np.maximum(1.0, decodes / steps)
     scatter, together = np.full_like(batch, np.inf), np.ones_like(batch)
     if traffic.concurrency is not None:
@@ -201,7 +215,7 @@ def _means(
     decode_s: Array,
     mixed_s: Array,
 ) -> Steady:
-    prompt, steps = traffic.computed_isl, traffic.osl - 1.0
+    prompt, steps = traffic.computed_isl, iterations.steps(traffic.osl)
     passes = prompt / cohort.served  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
     # Who generates sees the prompts of others: those in step that run behind the own, and those that come in the meantime.

@@ -27,6 +27,11 @@ class Engine:
         self.software = SimpleNamespace(prompts=prompts, admission_s=0.0)
         self.ctx = SimpleNamespace(mesh=Mesh(ONE, ONE, ONE, ONE, ONE, ONE))
 
+    step_tokens = accepted = 1.0  # no speculation
+
+    def steps(self, osl):
+        return osl - 1.0
+
     def __call__(self, decodes, context, prefill, keys):
         return np.asarray(TIME(decodes, context, prefill, np.asarray(prefill) * np.asarray(keys)))
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Kernel, Ledger, Matmul, Resident, Stream
 from planner.specs.formats import KERNEL_FORMATS
 from planner.technique import ServingContext
 
-__all__ = ["ENDS", "WIDE", "store"]
+__all__ = ["ENDS", "WIDE", "one_format", "store"]
 
 WIDE = frozenset({"core_attn", "head", "router", "relative", "indexer"})
 """Products that are never quantised."""
 
 ENDS = ("embedding", "head")
 _WIDE_LABEL = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_SAME: Mapping[str, str] = MappingProxyType({})
+
+
+def one_format(by: str, heads: Mapping[str, str] = _SAME) -> Callable[[Ledger, ServingContext], Ledger]:
+    """The pass of a technique, called ``by``, that gives linear layers and experts the format that the knob names.
+
+    ``heads`` names the output projection's format where it is not that of the activations.
+    """
+
+    def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
+        """Switches the format of linear layers and experts by tag."""
+        label = str(ctx.knobs["weights"])
+        return store(ledger, ctx, label, label, by, heads.get(label, ""))
+
+    return apply
 
 
 def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str, head: str = "") -> Ledger:
