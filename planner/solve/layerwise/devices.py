@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from planner.assignment import Runs
+from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import saturated
+from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, bound, hull
+from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
@@ -29,6 +33,9 @@ from planner.specs.problem import Problem
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
 _LIMITS = 6  # on the transient that are looked at first
+_RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
+_DEARER = (2.0, 4.0, 16.0, 1e6)
+_LONGEST_S = 1e12  # stands for strategies that are not allowed
 _BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
 
 
@@ -77,17 +84,81 @@ class DeviceCosts:
         self.depth = int(depth)
         self._solved: dict[tuple[object, ...], Solved | None] = {}
         self.fronts = _front(self.costs, mesh, self.transient)
+        self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
         """Micro-batches in flight of each chunk at each of the device's fullest moments, (moments, chunks)."""
         return _flights(self.schedule, self.mesh.pp, self.depth, self.virtual_stages, device)
 
-    def bound_s(self, device: Device, ramp_s: float = 0.0) -> float:
-        """No strategies make the device faster; infinite where none fit."""
-        groups = self._groups(device, [self._fullest(device.number)])
-        every = [self.fronts[group.kind] for group in groups]
-        least = max(float(self.transient[some, g.kind].min()) for g, some in zip(groups, every, strict=True))
-        return bound(self._problem(groups, every, least, ramp_s))
+    def least_s(self, layout: Layout) -> tuple[Array, Array]:
+        """No strategies make a layout's devices faster, (devices,) each; infinite where none fit.
+
+        First their work, and on the first device what follows it; then their work with all that follows it.
+        """
+        m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
+        cells = self._cells(layout, m * once, m * once)
+        s, kind = self.useful, cells.kind
+        whole = self._within_limits(self.costs[3][s][:, kind], cells)
+        serial, alone = (self.costs[i][s][:, kind] for i in (0, 4))
+        work_s = self._within_limits(np.where(cells.device == 0, serial, alone), cells)
+        work_s[0] = max(work_s[0], whole[0])
+        return work_s, whole
+
+    def along_s(self, layout: Layout, path: Path) -> float:
+        """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit."""
+        shape = layout.virtual_stages, layout.pp
+        cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
+        s, kind = self.useful, cells.kind
+        forward_s = self.mesh["forward_s"][s]
+        backward_s = self.mesh.micro_batch_s[s] - forward_s
+        cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
+        last = cells.device == path.device
+        tails = (self.costs[:4] - self.costs[4])[:, s][:, :, kind]
+        return max(
+            float(self._within_limits(cost + np.where(last, tail, 0.0), cells).sum()) for tail in tails[[0, 3]]
+        )
+
+    def update_s(self, counts: Array) -> float:
+        """No strategies of some blocks leave less to do after their last backward."""
+        tails = (self.costs[:4] - self.costs[4])[:, self.useful].min(axis=1)
+        return float((tails @ counts).max())
+
+    def _cells(self, layout: Layout, forwards: Array, backwards: Array) -> Cells:
+        """A layout's blocks, in flight as at a full moment of every device."""
+        if layout.virtual_stages == 1:
+            flights = np.array([[self.flights(device).max() for device in range(layout.pp)]])
+        else:
+            batches = np.array([float(self.mesh.micro_batches)])
+            flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
+        return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
+
+    def _within_limits(self, cost: Array, cells: Cells) -> Array:
+        """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
+        always, saved = (self.mesh[name][self.useful][:, cells.kind] for name in ("always_bytes", "saved_bytes"))
+        held = always + self.growth * cells.flights * saved
+        transient = self.transient[self.useful][:, cells.kind]
+        low, high = self._limits(np.unique(cells.kind).tolist())
+        many, devices = len(low), int(cells.device[-1]) + 1
+        costs = np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2)
+        every = replace(
+            cells,
+            device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
+            number=np.tile(cells.number, many),
+        )
+        rooms = np.repeat(self.room - self.growth * low, devices)
+        found = dual_s(costs.reshape(len(cost), -1), np.tile(held, many), every, rooms)
+        least: Array = found.reshape(many, devices).min(axis=0)
+        return least
+
+    def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
+        """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
+        takes at least the lower end."""
+        found = np.unique(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
+        starts = [0]
+        for at in range(1, len(found)):
+            if self.growth * (found[at] - found[starts[-1]]) > _RANGE * self.room:
+                starts.append(at)
+        return found[starts], found[[*(at - 1 for at in starts[1:]), len(found) - 1]]
 
     def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
         """The best strategies that fit; None where none do."""
@@ -99,7 +170,8 @@ class DeviceCosts:
     def line(self, device: int, order: Sequence[int], ends: Sequence[int], work_only: bool = False) -> Line:
         """A lower bound of a device's seconds by the layers it holds, for pipelines with one stage per device.
 
-        The dual of the linear relaxation at every price that some trade of memory for time would fetch.
+        The dual of the linear relaxation at every price that some trade of memory for time would fetch, under every limit on the
+        transient.
 
         Args:
             order: kind of every layer.
@@ -110,27 +182,31 @@ class DeviceCosts:
         held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
         costs = self.costs[4:] if work_only else self.costs[:4]
         kinds = sorted({*order, *ends})
-        least = max((min(float(self.transient[s, k]) for s in self.fronts[k]) for k in kinds), default=0.0)
-        room = self.room - self.growth * least
-        prices = self._prices(costs, held, kinds)
-        offset, sums = [], []
-        for cost in costs:
-            for price in prices:
-                priced = np.min(cost + price * held, axis=0)
-                offset.append(sum(float(priced[k]) for k in ends) - price * room)
-                sums.append(np.concatenate([[0.0], np.cumsum(priced[list(order)])]))
-        return Line(np.array(offset), np.array(sums))
+        low, high = self._limits(kinds)
+        prices = self._prices(costs, held, kinds)[:, None, None, None]
+        small = self.transient[self.useful] <= high[:, None, None]
+        offsets, sums = [], []
+        for cost in costs[:, self.useful]:
+            # (prices, limits, kinds)
+            priced = np.where(small, cost + prices * held[self.useful], _LONGEST_S).min(axis=2)
+            offsets.append(priced[:, :, list(ends)].sum(axis=2) - prices[:, :, 0, 0] * (self.room - self.growth * low))
+            sums.append(np.cumsum(priced[:, :, list(order)], axis=2))
+        zero = np.zeros((len(low), len(prices) * len(sums), 1))
+        lines = np.concatenate([zero, np.concatenate(sums).transpose(1, 0, 2)], axis=2)
+        return Line(np.concatenate(offsets).T, lines)
 
     # -- details ---------------------------------------------------------------------------------------------------
 
-    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> list[float]:
+    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> Array:
+        """Those of every trade of bytes for seconds on a hull, more where limits leave dearer trades only, and one that no plan pays."""
         found = {0.0}
         for cost in costs:
             for kind in kinds:
                 c, h = cost[:, kind], held[:, kind]
                 chain = hull(c, h)
                 found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
-        return sorted(found)
+        most = max(max(found), 1.0 / self.room)
+        return np.array(sorted(found | {most * x for x in _DEARER}))
 
     def _fullest(self, device: int) -> int:
         """The moment that stands for all until another proves to be fuller."""

@@ -192,6 +192,8 @@ class _Search:
             for found in settler.candidates(self.best_s):
                 if found.step_s < self.best_s:
                     self.best, self.best_s = found, found.step_s
+                if deal.layout is not None and bound_s < self.best_s and deal.layout.pp > 1:
+                    bound_s = max(bound_s, settler.along_s(deal.layout, *found.stages_s))
         return bound_s
 
 

@@ -11,6 +11,9 @@ from planner.assemble import exact_step_s
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
+from planner.schedule.critical import critical_path
+from planner.schedule.order import make_order
+from planner.pipeline import phase_seconds
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
 from planner.solve.layerwise.relaxation import path_factor
@@ -25,9 +28,10 @@ _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A plan with its step time by the schedule engine."""
+    """A plan with its step time by the schedule engine, and the seconds of its virtual stages (forward, backward)."""
 
     step_s: float
+    stages_s: Array
     mesh: Mesh
     deal: Deal
     assignment: Assignment
@@ -57,14 +61,15 @@ class Settler:
     def bound_s(self, below_s: float) -> float:
         """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
         layout = self.deal.layout
-        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout, below_s)
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
-        """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before."""
+        """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
+        of a layout the best strategies."""
         layout = self.deal.layout
         if layout is not None:
             found = self._priced(layout)
-            if found is not None and found.step_s < below_s:
+            if found is not None:
                 yield found
             return
         tried: set[tuple[int, ...]] = set()
@@ -87,23 +92,41 @@ class Settler:
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _bound_of(self, layout: Layout) -> float:
-        """Every device works, and waits for the first micro-batch before and for the last one after."""
+    def _bound_of(self, layout: Layout, below_s: float) -> float:
+        """Every device works, and waits for the first micro-batch before and for the last one after.
+
+        The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
+        What is still below a limit is bounded along a path through the schedule, which knows more of waiting.
+        """
         forward, backward = self._least(layout)
-        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])])
-        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
-        bounds = [
-            ahead[d]
-            + d * self.hop_s
-            + self.costs.bound_s(self._device(layout, d), behind[d] + d * self.hop_s)
-            for d in range(self.pp)
-        ]
-        return float(max(bounds))
+        hops_s = np.arange(self.pp) * self.hop_s
+        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])]) + hops_s
+        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
+        behind[1:] += self.costs.update_s(layout.device_counts[0])
+        work_s, whole_s = self.costs.least_s(layout)
+        bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        if bound_s >= below_s or self.pp == 1:
+            return bound_s
+        # Any seconds lead to a path that bounds: fastest forwards, and backwards that add up to the work.
+        least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
+        each = [x.reshape(layout.virtual_stages, self.pp) for x in least]
+        spare = (work_s / self.mesh.micro_batches - each[0].sum(axis=0)) / each[1].sum(axis=0)
+        return max(bound_s, self.along_s(layout, each[0].ravel(), (each[1] * np.maximum(spare, 1.0)).ravel()))
+
+    def along_s(self, layout: Layout, forward_s: Array, backward_s: Array) -> float:
+        """No strategies of a layout are faster than the path that is critical under some seconds of the virtual stages lets them."""
+        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
+        seconds = np.stack([forward_s, backward_s, np.zeros_like(forward_s)])
+        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
+        return self.costs.along_s(layout, path) + path.hops * self.hop_s
+
+    def _backward_s(self) -> Array:
+        return self.mesh.micro_batch_s - self.mesh["forward_s"]
 
     def _least(self, layout: Layout) -> tuple[Array, Array]:
         """Fastest forward and backward of every device's first chunk."""
         forward = self.mesh["forward_s"].min(axis=0)
-        backward = (self.mesh.micro_batch_s - self.mesh["forward_s"]).min(axis=0)
+        backward = self._backward_s().min(axis=0)
         return layout.chunks[0] @ forward, layout.chunks[0] @ backward
 
     def _bound_of_cuts(self, below_s: float) -> float:
@@ -219,7 +242,9 @@ class Settler:
         wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
-        return Candidate(step_s, self.mesh, self.deal, assignment, wide)
+        forward, backward, again = (x[:, 0] for x in phase_seconds(table))
+        stages_s = np.stack([wide.counts @ forward, wide.counts @ (backward + again)])
+        return Candidate(step_s, stages_s, self.mesh, self.deal, assignment, wide)
 
     def _columns(self, assignment: Assignment) -> list[tuple[str, int]]:
         """The assignment's columns, strategies by their number in the mesh."""

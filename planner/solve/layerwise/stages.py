@@ -27,9 +27,9 @@ _PRECISION = 1e-7  # relative, of the bisection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A lower bound of a stage's cost by the layers ``[a, b)`` that it holds: ``max_k (offset_k + sums[k, b] − sums[k, a])``.
+    """A lower bound of a stage's cost by the layers ``[a, b)`` that it holds: ``min_j max_k (offset_jk + sums_jk[b] − sums_jk[a])``.
 
-    ``sums`` (lines, layers + 1) grow from left to right.
+    ``sums`` (cases, lines, layers + 1) grow from left to right; ``offset`` (cases, lines).
     """
 
     offset: Array
@@ -37,13 +37,13 @@ class Line:
 
     def cost(self, a: int, b: int) -> float:
         """The bound of some layers."""
-        return float((self.offset + self.sums[:, b] - self.sums[:, a]).max())
+        return float((self.offset + self.sums[..., b] - self.sums[..., a]).max(axis=1).min())
 
     def reach(self, a: int, limit: float) -> int:
         """The furthest end of layers that begin at ``a`` and cost no more than a limit; ``a`` − 1 where not even none do."""
-        room = limit - self.offset + self.sums[:, a]
-        within = (self.sums[:, a:] <= room[:, None]).all(axis=0)
-        return a + int(within.sum()) - 1
+        room = limit - self.offset + self.sums[..., a]
+        within = (self.sums[..., a:] <= room[..., None]).all(axis=1)
+        return a + int(within.sum(axis=1).max()) - 1
 
 
 def line_cost(lines: Sequence[Line]) -> Reach:
@@ -70,7 +70,7 @@ def smallest_limit(
 
     None where none keeps ``high``.
 
-    >>> ones = Line(np.zeros(1), np.arange(6.0)[None])  # five layers of cost 1
+    >>> ones = Line(np.zeros((1, 1)), np.arange(6.0)[None, None])  # five layers of cost 1
     >>> below, limit = smallest_limit(line_cost([ones, ones]), 2, 5, 0.0, 10.0)
     >>> round(limit, 6), cut(line_cost([ones, ones]), 2, 5, limit)
     (3.0, [3, 2])
