@@ -119,7 +119,10 @@ def test_the_smallest_limit_is_that_of_enumerated_partitions():
     for _ in range(20):
         layers, stages = int(draw.integers(3, 8)), int(draw.integers(2, 4))
         lines = [
-            Line(draw.uniform(0.0, 2.0, 2), np.pad(np.cumsum(draw.uniform(0.5, 2.0, (2, layers)), 1), ((0, 0), (1, 0))))
+            Line(
+                draw.uniform(0.0, 2.0, (3, 2)),
+                np.pad(np.cumsum(draw.uniform(0.5, 2.0, (3, 2, layers)), 2), ((0, 0), (0, 0), (1, 0))),
+            )
             for _ in range(stages)
         ]  # fmt: skip
         best = min(

@@ -1,9 +1,9 @@
 """One device of a pipeline: its layers, its budgets, and the best strategies for them.
 
-A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. With traffic ``g``
-beside ``b`` seconds of work, at least ``max(g − b, 0)`` of it is exposed
-(:func:`planner.costs.overlap.uniform_bucket_exposure_s`, in many buckets), so that the time is the largest of four sums over
-layers. Its bytes are sums too, but for the largest transient of a block at work: strategies are limited to those with no larger
+A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. With traffic ``g`` in
+``1/σ`` buckets beside ``b`` seconds of work, ``max(σ·g, g − (1 − σ)·b)`` of it is exposed
+(:func:`planner.costs.overlap.uniform_bucket_exposure_s`), so that the time is the largest of four sums over layers, with ``σ`` for
+the most buckets that they may have. Its bytes are sums too, but for the largest transient of a block at work: strategies are limited to those with no larger
 a transient than each of those there are, in turn.
 """
 
@@ -32,7 +32,6 @@ from planner.specs.problem import Problem
 
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
-_LIMITS = 6  # on the transient that are looked at first
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
 _DEARER = (2.0, 4.0, 16.0, 1e6)
 _LONGEST_S = 1e12  # stands for strategies that are not allowed
@@ -69,21 +68,25 @@ class DeviceCosts:
     """Costs and budgets of the devices of one mesh under one schedule."""
 
     def __init__(
-        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver
-    ) -> None:
+        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver, tolerance: float = 0.0
+    ) -> None:  # fmt: skip
         self.mesh, self.schedule, self.virtual_stages, self.solver = mesh, schedule, virtual_stages, solver
+        self.tolerance = tolerance
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
         self.room = problem.memory_budget_bytes - idle
         self.host_room = float(problem.cluster.host_memory_bytes)
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
-        self.costs = _costs(mesh)
+        self.work = mesh.micro_batches * mesh.micro_batch_s
+        self.buckets = {
+            track: mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")
+        }
         self.hosted = bool(mesh["host_bytes"].any() or mesh["host_saved_bytes"].any())
         depth = saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches)
         self.depth = int(depth)
         self._solved: dict[tuple[object, ...], Solved | None] = {}
-        self.fronts = _front(self.costs, mesh, self.transient)
+        self.fronts = _front(mesh, self.work, self.transient)
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -98,11 +101,12 @@ class DeviceCosts:
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells = self._cells(layout, m * once, m * once)
         s, kind = self.useful, cells.kind
-        whole = self._within_limits(self.costs[3][s][:, kind], cells)
-        serial, alone = (self.costs[i][s][:, kind] for i in (0, 4))
-        work_s = self._within_limits(np.where(cells.device == 0, serial, alone), cells)
-        work_s[0] = max(work_s[0], whole[0])
-        return work_s, whole
+        alone = self.work[s][:, kind]
+        after = self._after(layout.device_counts, cells.device, kind)
+        whole_s = self._within_limits(alone + after[3], cells)
+        work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
+        work_s[0] = max(work_s[0], whole_s[0])
+        return work_s, whole_s
 
     def along_s(self, layout: Layout, path: Path) -> float:
         """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit."""
@@ -112,16 +116,26 @@ class DeviceCosts:
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        last = cells.device == path.device
-        tails = (self.costs[:4] - self.costs[4])[:, s][:, :, kind]
-        return max(
-            float(self._within_limits(cost + np.where(last, tail, 0.0), cells).sum()) for tail in tails[[0, 3]]
+        after = np.where(
+            cells.device == path.device, self._after(layout.device_counts, cells.device, kind), 0.0
         )
+        return max(float(self._within_limits(cost + each, cells).sum()) for each in after)
 
     def update_s(self, counts: Array) -> float:
-        """No strategies of some blocks leave less to do after their last backward."""
-        tails = (self.costs[:4] - self.costs[4])[:, self.useful].min(axis=1)
-        return float((tails @ counts).max())
+        """No strategies of a device's blocks leave less to do after their last backward."""
+        kinds = np.flatnonzero(counts)
+        after = self._after(counts[None], np.zeros(len(kinds), dtype=np.intp), kinds).min(axis=1)
+        return float((after @ counts[kinds]).max())
+
+    def _after(self, counts: Array, device: Array, kind: Array) -> Array:
+        """What follows a device's last backward, of one block of some kinds: four sums, (4, useful strategies, places).
+
+        Args:
+            counts: (devices, kinds) blocks.
+            device, kind: of every place.
+        """
+        shares = (1.0 / np.maximum(counts @ self.buckets[track], 1.0) for track in ("gradients", "weights"))
+        return _exposed(self.mesh, *(share[device] for share in shares), kind)[:, self.useful]
 
     def _cells(self, layout: Layout, forwards: Array, backwards: Array) -> Cells:
         """A layout's blocks, in flight as at a full moment of every device."""
@@ -180,8 +194,10 @@ class DeviceCosts:
         """
         weight = float(self.flights(device).max())
         held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
-        costs = self.costs[4:] if work_only else self.costs[:4]
         kinds = sorted({*order, *ends})
+        costs = self.work[None]
+        if not work_only:
+            costs = self.work + _exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
         low, high = self._limits(kinds)
         prices = self._prices(costs, held, kinds)[:, None, None, None]
         small = self.transient[self.useful] <= high[:, None, None]
@@ -235,54 +251,67 @@ class DeviceCosts:
     ) -> CountProblem:
         """The choice among some strategies of every group, with transients up to a limit."""
         mesh = self.mesh
-        offset = np.array([0.0] * 4 + [ramp_s])
-        costs = [self.costs[:, some, group.kind] for group, some in zip(groups, small, strict=True)]
-        sums = _largest(offset, costs)
+        offset, sums = self._sums(groups, ramp_s)
+        costs = [sums[:, some, place] for place, some in enumerate(small)]
+        largest = _largest(offset, costs)
         made = []
         for group, some, cost in zip(groups, small, costs, strict=True):
             weights = group.flights[:, None]
             always, saved, step, host, host_saved = (mesh[name][None, some, group.kind] for name in _BYTES)
             rows = [always + self.growth * weights * saved, always + step]
             rows += [host + weights * host_saved] if self.hosted else []
-            made.append(Group(group.size, cost[sums], np.concatenate(rows)))
+            made.append(Group(group.size, cost[largest], np.concatenate(rows)))
         moments = len(groups[0].flights)
         budget = [self.room - self.growth * limit] * moments + [self.room]
         budget += [self.host_room] * moments if self.hosted else []
-        return CountProblem(tuple(made), np.array(budget), offset[sums])
+        return CountProblem(tuple(made), np.array(budget), offset[largest])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
-        """Solves at the fullest moment; adds whatever moment the answer does not fit in, until it fits in all."""
-        best: Solved | None = None
-        kinds = {group.kind for group in self._groups(device, [0])}
-        if not kinds:
+        """Solves under each limit on the transient that may hold the best, in the order of their bounds."""
+        groups = self._groups(device, [self._fullest(device.number)])
+        if not groups:
             return None  # no device is left without work
-        limits = sorted({float(self.transient[s, k]) for k in kinds for s in self.fronts[k]}, reverse=True)
-        # What a limit bounds from below falls and rises with it, or nearly so: look closely around the best of a few.
-        bounds: dict[int, float] = {}
-
-        def look(index: int) -> float:
-            if index not in bounds:
-                bounds[index] = self._limit_bound(device, limits[index], ramp_s)
-            return bounds[index]
-
-        step = max(1, len(limits) // _LIMITS)
-        at = min(range(0, len(limits), step), key=look)
-        while step > 1:
-            step = (step + 1) // 2
-            near = range(max(at - step, 0), min(at + step, len(limits) - 1) + 1, step)
-            at = min((at, *near), key=look)
-        for index in sorted(bounds, key=lambda index: (look(index), index)):
-            if look(index) >= (np.inf if best is None else best.seconds):
+        best: Solved | None = None
+        limits, bounds = self._limit_bounds(groups, ramp_s)
+        for index in np.argsort(bounds, kind="stable").tolist():
+            if bounds[index] >= (np.inf if best is None else best.seconds * (1.0 - self.tolerance)):
                 break
-            found = self._within(device, limits[index], ramp_s)
+            found = self._within(device, float(limits[index]), ramp_s)
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
         return best
 
-    def _limit_bound(self, device: Device, limit: float, ramp_s: float) -> float:
-        groups = self._groups(device, [self._fullest(device.number)])
-        small = self._small(groups, limit)
-        return bound(self._problem(groups, small, limit, ramp_s)) if all(small) else np.inf
+    def _limit_bounds(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
+        """Limits on the transient, and what the relaxation proves of each."""
+        kinds = np.array([group.kind for group in groups])
+        limits = np.unique(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()]))
+        always, saved = (self.mesh[name][self.useful][:, kinds] for name in ("always_bytes", "saved_bytes"))
+        held = always + self.growth * np.array([group.flights[0] for group in groups]) * saved
+        allowed = self.transient[self.useful][:, kinds] <= limits[:, None, None]
+        offset, sums = self._sums(groups, ramp_s)
+        some = _largest(offset, list(sums[:, self.useful].transpose(2, 0, 1)))
+        cost = np.where(allowed, sums[some][:, None, self.useful], np.inf)  # (sums, limits, strategies, groups)
+        many = cost.shape[0] * cost.shape[1]
+        size = np.array([float(group.size) for group in groups])
+        cells = Cells(
+            np.repeat(np.arange(many), len(groups)), np.tile(kinds, many), np.tile(size, many), *[size] * 3
+        )
+        found = dual_s(
+            cost.transpose(2, 0, 1, 3).reshape(len(self.useful), -1), np.tile(held, many), cells,
+            np.tile(self.room - self.growth * limits, len(some)),
+        )  # fmt: skip
+        bounds: Array = (found.reshape(len(some), -1) + offset[some][:, None]).max(axis=0)
+        return limits, bounds
+
+    def _sums(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
+        """The sums whose largest a device takes: what is added to each, and (5, strategies, groups) of one block."""
+        counts = np.zeros(len(self.mesh.kinds))
+        for group in groups:
+            counts[group.kind] += group.size
+        shares = [1.0 / max(float(counts @ each), 1.0) for each in self.buckets.values()]
+        kinds = np.array([group.kind for group in groups])
+        whole = self.work[:, kinds] + _exposed(self.mesh, *shares, kinds)
+        return np.array([0.0] * 4 + [ramp_s]), np.concatenate([whole, self.work[None, :, kinds]])
 
     def _small(self, groups: Sequence[_Group], limit: float) -> list[list[int]]:
         """Strategies of every group whose transients keep a limit."""
@@ -364,22 +393,32 @@ class _Group:
     flights: Array
 
 
-def _costs(mesh: Mesh) -> Array:
-    """Five sums, (5, strategies, kinds): a device's seconds with nothing, gradients, weights, both exposed; its work alone."""
-    work = mesh.micro_batches * mesh.micro_batch_s
-    beside = mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"]
-    gradients = mesh["gradients_step_s"] - beside
-    weights = mesh["weights_step_s"] - mesh["forward_s"]
-    serial = work + mesh["main_step_s"]
-    return np.stack([serial, serial + gradients, serial + weights, serial + gradients + weights, work])
+def _exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:
+    """What follows the last backward of one block of some kinds, (4, strategies, places): the update and, of gradients and of
+    weights, their last bucket or what is left of them after the work beside them.
+
+    Args:
+        gradients, weights: share of a bucket in the traffic.
+        kind: of every place.
+    """
+    beside = (mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"])[:, kind]
+    g, w, forward = (mesh[name][:, kind] for name in ("gradients_step_s", "weights_step_s", "forward_s"))
+    main = mesh["main_step_s"][:, kind]
+    of_gradients = (gradients * g, g - (1.0 - gradients) * beside)
+    of_weights = (weights * w, w - (1.0 - weights) * forward)
+    return np.stack([main + x + y for x, y in itertools.product(of_gradients, of_weights)])
 
 
-def _front(costs: Array, mesh: Mesh, transient: Array) -> list[list[int]]:
-    """Per kind, strategies that no other equals or beats in all of time and memory."""
-    columns = np.concatenate([costs, np.stack([*(mesh[name] for name in _BYTES), transient])])
+def _front(mesh: Mesh, work: Array, transient: Array) -> list[list[int]]:
+    """Per kind, strategies that no other equals or beats in all of time and memory, whatever the share of a bucket."""
+    every = np.arange(len(mesh.kinds))
+    # What is exposed is linear in both shares: what holds at their ends holds between them.
+    times = [work + _exposed(mesh, g, w, every) for g, w in itertools.product((0.0, 1.0), repeat=2)]
+    held = np.stack([*(mesh[name] for name in _BYTES), transient, work])
+    columns = np.concatenate([*times, held])
     fronts = []
     for kind in range(len(mesh.kinds) - 1):
-        values = columns[:, :, kind].T
+        values = np.unique(columns[:, :, kind], axis=0).T
         kept: list[int] = []
         for s in np.lexsort(values.T[::-1]).tolist():
             if not kept or not np.any(np.all(values[kept] <= values[s], axis=1)):

@@ -118,6 +118,7 @@ class _Search:
             perf_counter(), problem, best_s, time_limit_s,
         )  # fmt: skip
         self.solver: Solver = SOLVERS[solver]
+        self.tolerance = _TOLERANCE if solver == "auto" else 0.0
         if solver == "auto":
             self.solver = partial(automatic, tolerance=_TOLERANCE)
         self.uneven = uneven
@@ -184,7 +185,7 @@ class _Search:
 
     def _with(self, deal: Deal, mesh: Mesh) -> float:
         """Looks for a better plan among a mesh's strategies; what none is faster than."""
-        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver)
+        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver, self.tolerance)
         settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
         bound_s = settler.bound_s(self.best_s)
         if bound_s < self.best_s:
