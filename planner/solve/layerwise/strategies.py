@@ -7,6 +7,7 @@ block computes and how its work is cut (the slots before) is common to all layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -37,6 +38,7 @@ class Totals:
         step_s: serial work of the optimizer step.
         held_bytes: throughout; of which ``gradients_bytes`` and ``optimizer_bytes``.
         saved_bytes: per micro-batch in flight.
+        transient_bytes: while the block is at work.
     """
 
     forward_s: Array
@@ -47,13 +49,14 @@ class Totals:
     gradients_bytes: Array
     optimizer_bytes: Array
     saved_bytes: Array
+    transient_bytes: Array
 
 
 _TOTALS = [
     [_FIELD[name] for name in names]
     for names in (
         ("forward_s",), ("backward_s",), ("weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
-        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",),
+        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",), ("block_bytes", "recomputed_bytes"),
     )
 ]  # fmt: skip
 
@@ -157,6 +160,13 @@ class Strategies:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def take(self, index: Array) -> Strategies:
+        """The same strategies on some of the rows."""
+        taken = copy(self)
+        taken.tables, taken.rows = self.tables.take(index), self.rows.take(index)
+        taken.active = self.active[:, index]
+        return taken
 
     def totals(self) -> Totals:
         """What bounds need of every strategy on every row."""
