@@ -86,7 +86,7 @@ class DeviceCosts:
         depth = saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches)
         self.depth = int(depth)
         self._solved: dict[tuple[object, ...], Solved | None] = {}
-        self.fronts = _front(mesh, self.work, self.transient)
+        self.fronts = _front(mesh)
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -409,9 +409,11 @@ def _exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind:
     return np.stack([main + x + y for x, y in itertools.product(of_gradients, of_weights)])
 
 
-def _front(mesh: Mesh, work: Array, transient: Array) -> list[list[int]]:
+@lru_cache(maxsize=64)
+def _front(mesh: Mesh) -> list[list[int]]:
     """Per kind, strategies that no other equals or beats in all of time and memory, whatever the share of a bucket."""
-    every = np.arange(len(mesh.kinds))
+    every, work = np.arange(len(mesh.kinds)), mesh.micro_batches * mesh.micro_batch_s
+    transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
     # What is exposed is linear in both shares: what holds at their ends holds between them.
     times = [work + _exposed(mesh, g, w, every) for g, w in itertools.product((0.0, 1.0), repeat=2)]
     held = np.stack([*(mesh[name] for name in _BYTES), transient, work])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from heapq import heapify, heappop, heappush
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +30,7 @@ from planner.specs.problem import Problem
 __all__ = ["Certificate", "search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
+_BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
 
@@ -124,29 +126,33 @@ class _Search:
         self.uneven = uneven
         self.best: Candidate | None = None
         self.certificate = Certificate(solver)
-        self._left: list[Deal] = []
+        self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
-        self._open: list[float] = []
+        self._done: list[float] = []
 
     def go(self) -> None:
-        """Settles deals in the order of their bounds until none is below the best plan."""
+        """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = dict(self.space.least_s)
         for pp in self.space.least_s:
             if self._late():
                 return
-            self._left += list(self.space.deals_of(pp, self.best_s))
+            self._left += [_Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)]
             del self._unbounded[pp]
-        self._left.sort(key=Deal.rank, reverse=True)
-        while self._left and self._left[-1].bound_s < self.best_s:
+        heapify(self._left)
+        while self._left and self._left[0].bound_s < self.best_s:
             if self._late():
                 return
-            deal = self._left[-1]
-            bound_s = self._settle(deal)
-            self._left.pop()
-            if bound_s < self.best_s:
-                self._open.append(bound_s)
+            first = self._left[0]
+            bound_s, more = self._closer(first)
+            heappop(self._left)
+            if bound_s >= self.best_s:
+                self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
+            elif more:
+                heappush(self._left, replace(first, bound_s=bound_s, looks=first.looks + 1))
+            else:
+                self._done.append(bound_s)
 
     def _late(self) -> bool:
         """Whether the time is over, which the certificate then says."""
@@ -157,7 +163,7 @@ class _Search:
     def finished(self) -> Certificate:
         """The account of the search, when it has ended for whatever reason."""
         certificate = self.certificate
-        bounds = [deal.bound_s for deal in self._left] + self._open + [*self._unbounded.values()]
+        bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
         below = [bound_s for bound_s in bounds if bound_s < self.best_s]
         certificate.open = len(below)
         certificate.bound_s = min(below, default=self.best_s)
@@ -169,33 +175,51 @@ class _Search:
         certificate.wall_s = perf_counter() - self.start
         return certificate
 
-    def _settle(self, deal: Deal) -> float:
-        """Looks for a better plan in a deal; what it cannot be faster than."""
-        swaps = [False, True] if len(self.uniform.branches.swaps) > 1 else [False]
-        for with_swaps in swaps:
-            mesh = self.space.mesh(deal, with_swaps)
-            if self.problem.launcher is None:
-                bound_s = self._with(deal, mesh)
-            else:  # no launcher takes choices that differ between layers
-                bound_s = min((self._with(deal, alone) for alone in mesh.alone()), default=np.inf)
-        bound_s = max(bound_s, deal.bound_s)
-        if bound_s >= self.best_s:
-            self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
-        return bound_s
+    def _closer(self, open_: _Open) -> tuple[float, bool]:
+        """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
+        deal = open_.deal
+        swaps = len(self.uniform.branches.swaps) > 1
+        looks = [(False, _BOUND), (False, _PATH), (False, _PLANS)]
+        if swaps:
+            looks = [(False, _PLANS), (True, _BOUND), (True, _PATH), (True, _PLANS)]
+        with_swaps, look = looks[open_.looks]
+        mesh = self.space.mesh(deal, with_swaps)
+        if self.problem.launcher is None:
+            bound_s = self._with(deal, mesh, look)
+        else:  # no launcher takes choices that differ between layers
+            bound_s = min((self._with(deal, alone, look) for alone in mesh.alone()), default=np.inf)
+        if swaps and not with_swaps:  # which says nothing of the others
+            bound_s = deal.bound_s
+        return max(bound_s, open_.bound_s), open_.looks + 1 < len(looks)
 
-    def _with(self, deal: Deal, mesh: Mesh) -> float:
-        """Looks for a better plan among a mesh's strategies; what none is faster than."""
+    def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
+        """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""
         costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver, self.tolerance)
         settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
         bound_s = settler.bound_s(self.best_s)
-        if bound_s < self.best_s:
-            self.certificate.settled += 1
-            for found in settler.candidates(self.best_s):
-                if found.step_s < self.best_s:
-                    self.best, self.best_s = found, found.step_s
-                if deal.layout is not None and bound_s < self.best_s and deal.layout.pp > 1:
-                    bound_s = max(bound_s, settler.along_s(deal.layout, *found.stages_s))
+        if look > _BOUND and bound_s < self.best_s:
+            bound_s = max(bound_s, settler.path_s())
+        if look < _PLANS or bound_s >= self.best_s:
+            return bound_s
+        self.certificate.settled += 1
+        for found in settler.candidates(self.best_s):
+            if found.step_s < self.best_s:
+                self.best, self.best_s = found, found.step_s
+            if bound_s < self.best_s:
+                bound_s = max(bound_s, settler.path_s(found))
         return bound_s
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Open:
+    """A deal that may hold a better plan, and how closely it was looked at."""
+
+    bound_s: float
+    part: int
+    row: int
+    number: int
+    deal: Deal = field(compare=False)
+    looks: int = field(default=0, compare=False)
 
 
 def _chunks(deal: Deal) -> int:

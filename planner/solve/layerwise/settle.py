@@ -61,7 +61,7 @@ class Settler:
     def bound_s(self, below_s: float) -> float:
         """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
         layout = self.deal.layout
-        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout, below_s)
+        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
         """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
@@ -90,13 +90,33 @@ class Settler:
             best = better
             yield best
 
+    def path_s(self, candidate: Candidate | None = None) -> float:
+        """No plan of the deal's layout is faster than the path that is critical under some seconds of its stages lets it.
+
+        Any seconds lead to a path that bounds: a candidate's, or fastest forwards, and backwards that add up to the work.
+        """
+        layout = self.deal.layout
+        if layout is None or self.pp == 1:
+            return 0.0
+        if candidate is None:
+            least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
+            forward, backward = (x.reshape(layout.virtual_stages, self.pp) for x in least)
+            work_s, _ = self.costs.least_s(layout)
+            spare = (work_s / self.mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
+            stages_s = np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
+        else:
+            stages_s = candidate.stages_s
+        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
+        seconds = np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
+        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
+        return self.costs.along_s(layout, path) + path.hops * self.hop_s
+
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _bound_of(self, layout: Layout, below_s: float) -> float:
+    def _bound_of(self, layout: Layout) -> float:
         """Every device works, and waits for the first micro-batch before and for the last one after.
 
         The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
-        What is still below a limit is bounded along a path through the schedule, which knows more of waiting.
         """
         forward, backward = self._least(layout)
         hops_s = np.arange(self.pp) * self.hop_s
@@ -104,21 +124,7 @@ class Settler:
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
         behind[1:] += self.costs.update_s(layout.device_counts[0])
         work_s, whole_s = self.costs.least_s(layout)
-        bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
-        if bound_s >= below_s or self.pp == 1:
-            return bound_s
-        # Any seconds lead to a path that bounds: fastest forwards, and backwards that add up to the work.
-        least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
-        each = [x.reshape(layout.virtual_stages, self.pp) for x in least]
-        spare = (work_s / self.mesh.micro_batches - each[0].sum(axis=0)) / each[1].sum(axis=0)
-        return max(bound_s, self.along_s(layout, each[0].ravel(), (each[1] * np.maximum(spare, 1.0)).ravel()))
-
-    def along_s(self, layout: Layout, forward_s: Array, backward_s: Array) -> float:
-        """No strategies of a layout are faster than the path that is critical under some seconds of the virtual stages lets them."""
-        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
-        seconds = np.stack([forward_s, backward_s, np.zeros_like(forward_s)])
-        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
-        return self.costs.along_s(layout, path) + path.hops * self.hop_s
+        return float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
 
     def _backward_s(self) -> Array:
         return self.mesh.micro_batch_s - self.mesh["forward_s"]
