@@ -18,7 +18,7 @@ from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.space import Deal
-from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
+from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
 
 __all__ = ["Candidate", "Settler"]
@@ -151,17 +151,21 @@ class Settler:
         least_s = found[0]
         if p == 1 or self.deal.order != "1f1b":
             return least_s
-        each = self.mesh.micro_batch_s.min(axis=0)
-        through_s = float(each[self.stack].sum() + each[-3] + each[-2])
+        alone = self._lines(work_only=True)
+        within = [line.ends(below_s) for line in whole]
+        through_s = least_sum(alone, within) / m
         hops_s = 2.0 * (p - 1) * self.hop_s
         factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
         bound_s = max(least_s, through_s * factor + hops_s)
-        # Every p-th micro-batch waits for a round trip: the last stage's cycle with the first (costs.pipeline_bounds).
-        bound_s = max(bound_s, (through_s + hops_s) * float(np.ceil((m - 1.0) / p)))
+        # Every p-th micro-batch waits for a round trip, the last one for as many stages as are left (costs.pipeline_bounds).
+        laps = int(np.ceil((m - 1.0) / p))
+        rest = m - 1 - (laps - 1) * p
+        if m > 1:
+            again = np.where(np.arange(p) >= p - rest, 1.0, 0.0)
+            rounds_s = least_sum(alone, within, (laps + again) / m)
+            bound_s = max(bound_s, rounds_s + laps * hops_s + 2.0 * (rest - 1) * self.hop_s)
         if m > p:
-            work = smallest_limit(
-                line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s
-            )
+            work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s)
             dearest_s = 0.0 if work is None else work[0] / m
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s

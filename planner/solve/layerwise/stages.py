@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.ledger import Array
 
-__all__ = ["Line", "cut", "cuts_within", "line_cost", "smallest_limit"]
+__all__ = ["Line", "cut", "cuts_within", "least_sum", "line_cost", "smallest_limit"]
 
 Reach: TypeAlias = Callable[
     [int, int, float], int
@@ -44,6 +44,38 @@ class Line:
         room = limit - self.offset + self.sums[..., a]
         within = (self.sums[..., a:] <= room[..., None]).all(axis=1)
         return a + int(within.sum(axis=1).max()) - 1
+
+    def ends(self, limit: float) -> list[int]:
+        """For every first layer, the furthest end within a limit."""
+        return [self.reach(a, limit) for a in range(self.sums.shape[-1])]
+
+
+def least_sum(lines: Sequence[Line], ends: Sequence[Sequence[int]], weights: Array | None = None) -> float:
+    """The least that contiguous stages take together, each at its weight; infinite where none keep their ends.
+
+    Args:
+        lines: of the stages.
+        ends: of every stage and first layer, the furthest end that is allowed.
+        weights: of the stages, 1 each where they are left out.
+
+    >>> slow, fast = (Line(np.zeros((1, 1)), x * np.arange(6.0)[None, None]) for x in (2.0, 1.0))
+    >>> least_sum([slow, fast], [[5] * 6, [min(a + 3, 5) for a in range(6)]])  # at most three layers on the fast one
+    7.0
+    """
+    layers = lines[0].sums.shape[-1] - 1
+    least = np.full(layers + 1, np.inf)
+    least[0] = 0.0
+    for line, furthest, weight in zip(
+        lines, ends, np.ones(len(lines)) if weights is None else weights, strict=True
+    ):
+        following = np.full(layers + 1, np.inf)
+        for a in np.flatnonzero(np.isfinite(least)).tolist():
+            to = slice(a, furthest[a] + 1)
+            if furthest[a] >= a:
+                cost = (line.offset[..., None] + line.sums[..., to] - line.sums[..., a, None]).max(axis=1).min(axis=0)
+                np.minimum(following[to], least[a] + weight * cost, out=following[to])
+        least = following
+    return float(least[layers])
 
 
 def line_cost(lines: Sequence[Line]) -> Reach:
