@@ -84,7 +84,7 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
     space = LayerwiseSpace(uniform, 1e9, True)
     seen = 0
     for deal in space.deals(1e9)[:40:5]:
-        mesh = space.mesh(deal, True)
+        mesh = space.mesh(deal)
         chunks = 1 if deal.layout is None else deal.layout.virtual_stages
         costs = DeviceCosts(problem, mesh, deal.order, chunks, automatic)
         settler = Settler(deal, mesh, costs, space.order, space.kinds, uniform.branches)
@@ -123,7 +123,7 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
     uniform = UniformSearch(problem, 1, lambda batch: [])
     space = LayerwiseSpace(uniform, 1e9, True)
     deal = next(deal for deal in space.deals(1e9) if deal.layout is None)
-    mesh = space.mesh(deal, False)
+    mesh = space.mesh(deal)
     strategies = range(len(mesh.branches))
     best_s = np.inf
     for cut, taken in product(range(4), product(strategies, repeat=3)):

@@ -146,6 +146,10 @@ class _Search:
                 return
             first = self._left[0]
             bound_s, more = self._closer(first)
+            # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
+            while more and bound_s < self.best_s and not self.certificate.settled:
+                first = replace(first, bound_s=bound_s, looks=first.looks + 1)
+                bound_s, more = self._closer(first)
             heappop(self._left)
             if bound_s >= self.best_s:
                 self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
@@ -178,19 +182,12 @@ class _Search:
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
         deal = open_.deal
-        swaps = len(self.uniform.branches.swaps) > 1
-        looks = [(False, _BOUND), (False, _PATH), (False, _PLANS)]
-        if swaps:
-            looks = [(False, _PLANS), (True, _BOUND), (True, _PATH), (True, _PLANS)]
-        with_swaps, look = looks[open_.looks]
-        mesh = self.space.mesh(deal, with_swaps)
+        mesh = self.space.mesh(deal)
         if self.problem.launcher is None:
-            bound_s = self._with(deal, mesh, look)
+            bound_s = self._with(deal, mesh, open_.looks)
         else:  # no launcher takes choices that differ between layers
-            bound_s = min((self._with(deal, alone, look) for alone in mesh.alone()), default=np.inf)
-        if swaps and not with_swaps:  # which says nothing of the others
-            bound_s = deal.bound_s
-        return max(bound_s, open_.bound_s), open_.looks + 1 < len(looks)
+            bound_s = min((self._with(deal, alone, open_.looks) for alone in mesh.alone()), default=np.inf)
+        return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
     def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
         """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""

@@ -70,7 +70,8 @@ class LayerwiseSpace:
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, tuple[Array, ...]]] = {}
-        self._meshes: dict[tuple[int, int, bool], Mesh] = {}
+        self._meshes: dict[tuple[int, int], Mesh] = {}
+        self._rows_in_use: dict[int, set[int]] = {}
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
         self._narrow(below_s)
@@ -109,6 +110,7 @@ class LayerwiseSpace:
             self.excluded["memory"] += int((np.isfinite(alone_s) & (bound_s >= below_s)).sum())
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
+                self._rows_in_use.setdefault(where[0], set()).add(where[1])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
     def _open(self, pp: int, below_s: float) -> tuple[_Rows, list[tuple[Choice, Layout | None, int]], Array]:
@@ -161,21 +163,17 @@ class LayerwiseSpace:
             budget=np.maximum(self.problem.memory_budget_bytes - idle, 1.0), growth=1.0 + stack.fragmentation.value,
         )  # fmt: skip
 
-    def mesh(self, deal: Deal, swaps: bool) -> Mesh:
-        """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
-        key = (deal.part, deal.row, swaps)
+    def mesh(self, deal: Deal) -> Mesh:
+        """The deal's mesh with all of its strategies."""
+        key = (deal.part, deal.row)
         if key not in self._meshes:
-            self._meshes[key] = self._mesh(deal, swaps)
+            # Most of what tables cost does not depend on how many rows they have: those of all open deals are made at once.
+            part = self.parts[deal.part]
+            rows = sorted(self._rows_in_use.get(deal.part, set()) | {deal.row})
+            every = part.take(np.array(rows)).with_swaps()
+            for row, mesh in zip(rows, every.meshes(range(len(rows))), strict=True):
+                self._meshes[deal.part, row] = mesh
         return self._meshes[key]
-
-    def _mesh(self, deal: Deal, swaps: bool) -> Mesh:
-        part = self.parts[deal.part]
-        if not swaps:
-            return part.meshes([deal.row])[0]
-        tables = part.tables.take(np.array([deal.row]))
-        rows = part.rows.take(np.array([deal.row]))
-        every = range(len(self.uniform.branches.swaps))
-        return Strategies(tables, rows, self.uniform.branches, every).meshes([0])[0]
 
     # -- meshes ------------------------------------------------------------------------------------------------------
 

@@ -168,6 +168,10 @@ class Strategies:
         taken.active = self.active[:, index]
         return taken
 
+    def with_swaps(self) -> Strategies:
+        """All strategies, those that swap included."""
+        return Strategies(self.tables, self.rows, self.choices, range(len(self.choices.swaps)))
+
     def totals(self) -> Totals:
         """What bounds need of every strategy on every row."""
         known: dict[int, Array] = {}
