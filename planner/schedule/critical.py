@@ -110,7 +110,8 @@ class _Graph:
 def _sequence(senders: list[int], p: int, n: int) -> list[tuple[int, int, int]]:
     """Operations in an order that keeps all dependencies: every device runs on until it waits."""
     done = [False] * (p * n) + [True]
-    at, found = [device * n for device in range(p)], []
+    at = [device * n for device in range(p)]
+    found: list[tuple[int, int, int]] = []
     while len(found) < p * n:
         moved = len(found)
         for device in range(p):

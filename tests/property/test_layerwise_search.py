@@ -15,6 +15,9 @@ from planner.export import export
 from planner.layout import layouts
 from planner.pipeline import memory
 from planner.plan import Plan
+from planner.schedule.critical import critical_path
+from planner.schedule.engine import simulate
+from planner.schedule.order import make_order
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.search import search_layerwise
@@ -91,6 +94,7 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
         bound_s = max(settler.bound_s(1e9), deal.bound_s)
         for found in settler.candidates(1e9):
             seen += 1
+            bound_s = max(bound_s, settler.path_s(), settler.path_s(found))
             assert bound_s <= found.step_s * (1 + 1e-9)
             plan = assembled(problem, uniform, found)
             assert plan.estimate.step_time_s == pytest.approx(found.step_s, rel=1e-9)
@@ -162,6 +166,28 @@ def test_equal_stages_are_the_least_that_paths_allow():
         assert work_s * float(path_factor(schedule, p, np.array([float(m)]))[0]) <= float(line.makespan_s) * (
             1 + 1e-9
         )
+
+
+def test_a_critical_path_is_as_long_as_the_step_and_bounds_every_other():
+    """The engine's makespan is the length of its critical path; under other seconds that path is no longer than the makespan."""
+    draw = np.random.default_rng(3)
+    for schedule, p, m, v in (
+        ("1f1b", 4, 9, 1),
+        ("interleaved", 4, 8, 3),
+        ("gpipe", 3, 5, 1),
+        ("1f1b", 5, 2, 1),
+    ):
+        order = make_order(schedule, p, m, v)
+        cases = []
+        for _ in range(4):
+            stages_s, tail_s, hop_s = draw.uniform(1.0, 2.0, (2, p * v)), draw.uniform(0.0, 3.0, p), 0.3
+            seconds = np.concatenate([stages_s, np.zeros((1, p * v))])
+            path = critical_path(order, seconds, hop_s, tail_s)
+            took = float(simulate(order, *stages_s, hop_s=hop_s, tail_s=tail_s).makespan_s)
+            assert path.seconds(seconds, hop_s, tail_s) == pytest.approx(took, rel=1e-12)
+            cases.append((path, seconds, tail_s, took))
+        for (path, *_), (_, seconds, tail_s, took) in product(cases, cases):
+            assert path.seconds(seconds, 0.3, tail_s) <= took * (1 + 1e-12)
 
 
 def test_the_same_input_gives_the_same_plan():

@@ -4,9 +4,9 @@ The blocks of a device that may take the same strategies at the same cost are a 
 
     Σ_cells n·min_s (cost_s + λ·held_s) − λ·room
 
-bounds the device's cost from below, whichever strategies keep its memory (weak duality), and its largest value over ``λ`` is what
-the linear relaxation costs: mixtures on the lower convex hull of (held, cost). It is concave and made of lines in ``λ``, so that a
-few tangents find it, for all devices side by side.
+bounds the device's cost from below, whichever strategies keep its memory (weak duality), and its largest value over ``λ`` is
+what the linear relaxation costs: mixtures on the lower convex hull of (held, cost). It is concave and made of lines in ``λ``, so
+that a few tangents find it, for all devices side by side.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ _PRECISION = 1e-12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """Blocks that are alike: on which device, of which kind, how many, how many micro-batches in flight of each, and how often the
-    path whose cost is bounded passes their forward and their backward. Cells of a device stand together, devices in order."""
+    """Blocks that are alike; those of a device stand together, devices in order.
+
+    Attributes:
+        device, kind: where they are, and of which kind.
+        number: how many.
+        flights: micro-batches in flight of each.
+        forwards, backwards: how often the path whose cost is bounded passes them.
+    """
 
     device: NDArray[np.intp]
     kind: NDArray[np.intp]

@@ -13,7 +13,7 @@ its way over the host link, beside all other work.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
 def with_swaps(
     totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster, contention: float
 ) -> tuple[Array, ...]:
-    """(seconds per micro-batch, serial seconds per step, held, saved and transient bytes) of all strategies, swaps under-estimated.
+    """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated.
 
     A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
     forward and in the backward pass, saved activations go down in the one and come up in the other, beside a block's own work
@@ -142,10 +142,11 @@ class Relaxation:
 
     def take(self, index: NDArray[np.intp]) -> Relaxation:
         """Of some of the rows."""
-        arrays = (x[:, index] for x in (self.seconds, self.step, self.held, self.saved, self.transient))
-        return Relaxation(
-            *arrays, self.layers, self.micro_batches[index], self.pp, self.budget[index], self.growth
-        )
+        return replace(
+            self, seconds=self.seconds[:, index], step=self.step[:, index], held=self.held[:, index],
+            saved=self.saved[:, index], transient=self.transient[:, index],
+            micro_batches=self.micro_batches[index], budget=self.budget[index],
+        )  # fmt: skip
 
     @property
     def fastest_s(self) -> Array:

@@ -66,6 +66,7 @@ def search_layerwise(
     *,
     solver: str = "auto",
     uneven: bool = True,
+    exact: bool = False,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The uniform search's plans, and before them the best layer-wise plan where it is faster.
@@ -76,7 +77,9 @@ def search_layerwise(
         on_progress: as for :func:`planner.solve.train.search`.
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
-        time_limit_s: of the layer-wise part; the best plan so far then states its gap.
+        exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
+        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search looks for one plan
+            at least, however long that takes.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -85,12 +88,13 @@ def search_layerwise(
     """
     uniform: SearchResult | None = None
     refusal: Infeasible | None = None
+    end_s = perf_counter() + time_limit_s
     try:
-        uniform = search(problem, top, on_progress)
+        uniform = search(problem, top, on_progress, time_limit_s=time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    run = _Search(problem, best_s, solver, uneven, time_limit_s)
+    run = _Search(problem, best_s, solver, uneven, exact, end_s)
     try:
         run.go()
     except KeyboardInterrupt:
@@ -114,15 +118,14 @@ def search_layerwise(
 
 class _Search:
     def __init__(
-        self, problem: Problem, best_s: float, solver: str, uneven: bool, time_limit_s: float
+        self, problem: Problem, best_s: float, solver: str, uneven: bool, exact: bool, end_s: float
     ) -> None:
-        self.start, self.problem, self.best_s, self.time_limit_s = (
-            perf_counter(), problem, best_s, time_limit_s,
-        )  # fmt: skip
+        self.start_s, self.end_s = perf_counter(), end_s
+        self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
-        self.tolerance = _TOLERANCE if solver == "auto" else 0.0
+        self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         if solver == "auto":
-            self.solver = partial(automatic, tolerance=_TOLERANCE)
+            self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
         self.certificate = Certificate(solver)
@@ -138,7 +141,9 @@ class _Search:
         for pp in self.space.least_s:
             if self._late():
                 return
-            self._left += [_Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)]
+            self._left += [
+                _Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)
+            ]
             del self._unbounded[pp]
         heapify(self._left)
         while self._left and self._left[0].bound_s < self.best_s:
@@ -160,7 +165,7 @@ class _Search:
 
     def _late(self) -> bool:
         """Whether the time is over, which the certificate then says."""
-        if perf_counter() - self.start > self.time_limit_s:
+        if perf_counter() > self.end_s:
             self.certificate.stopped = "time"
         return bool(self.certificate.stopped)
 
@@ -176,7 +181,7 @@ class _Search:
             certificate.excluded = {**self.space.excluded, **certificate.excluded}
         elif certificate.stopped:
             certificate.bound_s = 0.0
-        certificate.wall_s = perf_counter() - self.start
+        certificate.wall_s = perf_counter() - self.start_s
         return certificate
 
     def _closer(self, open_: _Open) -> tuple[float, bool]:

@@ -11,9 +11,9 @@ from planner.assemble import exact_step_s
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
+from planner.pipeline import phase_seconds
 from planner.schedule.critical import critical_path
 from planner.schedule.order import make_order
-from planner.pipeline import phase_seconds
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
 from planner.solve.layerwise.relaxation import path_factor

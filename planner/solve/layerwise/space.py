@@ -114,7 +114,7 @@ class LayerwiseSpace:
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
     def _open(self, pp: int, below_s: float) -> tuple[_Rows, list[tuple[Choice, Layout | None, int]], Array]:
-        """Rows of a pipeline degree, schedules and layouts that may be below a limit without limits of memory, and their bounds."""
+        """Rows of a pipeline degree that may be below a limit without limits of memory; under which cuts, and their bounds."""
         if pp not in self._opened:
             rows = self._rows_of(pp)
             cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
@@ -147,7 +147,7 @@ class LayerwiseSpace:
             parts.append(tuple(values[:, at] for values in relaxed))
         most = max(len(values[0]) for values in parts)
         # Prefixes with fewer strategies have some that take for ever. Rows stand part after part.
-        relaxed = (
+        every = (
             np.concatenate(
                 [
                     np.pad(values[k], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill)
@@ -158,9 +158,10 @@ class LayerwiseSpace:
             for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0, 0.0))
         )
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
+        seconds, step, held, saved, transient = every
         return Relaxation(
-            *relaxed, layers=self.layers, micro_batches=rows.micro_batches, pp=pp,
-            budget=np.maximum(self.problem.memory_budget_bytes - idle, 1.0), growth=1.0 + stack.fragmentation.value,
+            seconds, step, held, saved, transient, self.layers, rows.micro_batches, pp,
+            np.maximum(self.problem.memory_budget_bytes - idle, 1.0), 1.0 + stack.fragmentation.value,
         )  # fmt: skip
 
     def mesh(self, deal: Deal) -> Mesh:

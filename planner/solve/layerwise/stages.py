@@ -27,7 +27,7 @@ _PRECISION = 1e-7  # relative, of the bisection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A lower bound of a stage's cost by the layers ``[a, b)`` that it holds: ``min_j max_k (offset_jk + sums_jk[b] − sums_jk[a])``.
+    """A lower bound of a stage's cost by its layers ``[a, b)``: ``min_j max_k (offset_jk + sums_jk[b] − sums_jk[a])``.
 
     ``sums`` (cases, lines, layers + 1) grow from left to right; ``offset`` (cases, lines).
     """
@@ -72,7 +72,11 @@ def least_sum(lines: Sequence[Line], ends: Sequence[Sequence[int]], weights: Arr
         for a in np.flatnonzero(np.isfinite(least)).tolist():
             to = slice(a, furthest[a] + 1)
             if furthest[a] >= a:
-                cost = (line.offset[..., None] + line.sums[..., to] - line.sums[..., a, None]).max(axis=1).min(axis=0)
+                cost = (
+                    (line.offset[..., None] + line.sums[..., to] - line.sums[..., a, None])
+                    .max(axis=1)
+                    .min(axis=0)
+                )
                 np.minimum(following[to], least[a] + weight * cost, out=following[to])
         least = following
     return float(least[layers])
