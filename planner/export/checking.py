@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.assignment import UNEVEN
 from planner.errors import InvalidPlan, SpecError
 from planner.export.caught import caught_by
 from planner.export.launched import LaunchedRun
@@ -198,8 +199,10 @@ def _step(
         for name, value in {**current, **{name: goal.get(name) for name in group}}.items()
         if value is not None
     }
+    if fixed.get("pipeline_layout") == UNEVEN:
+        return None  # stages without a name are those of a whole plan
     try:
-        return estimate(replace(problem, fixed=fixed, launcher=None))
+        return estimate(replace(problem, fixed=fixed, launcher=None, layerwise=None))
     except (InvalidPlan, SpecError):
         return None
 
