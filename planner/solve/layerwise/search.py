@@ -188,10 +188,9 @@ class _Search:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
         deal = open_.deal
         mesh = self.space.mesh(deal)
-        if self.problem.launcher is None:
-            bound_s = self._with(deal, mesh, open_.looks)
-        else:  # no launcher takes choices that differ between layers
-            bound_s = min((self._with(deal, alone, open_.looks) for alone in mesh.alone()), default=np.inf)
+        launcher = self.problem.launcher
+        meshes = [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches)
+        bound_s = min((self._with(deal, some, open_.looks) for some in meshes), default=np.inf)
         return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
     def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
