@@ -8,8 +8,8 @@ import pytest
 import planner
 from planner.errors import ExportError
 from planner.export import export
-from planner.export.layers import layerwise_of, of_layers
 from planner.export.launchers import launcher
+from planner.export.layers import layerwise_of, of_layers
 from planner.export.readers import read_launched
 from planner.solve.layerwise.search import search_layerwise
 

@@ -28,13 +28,14 @@ from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["BYTES", "DeviceBounds", "exposed"]
+__all__ = ["BYTES", "DeviceBounds", "exposed", "largest"]
 
 BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
 """Fields that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
 _DEARER = (2.0, 4.0, 16.0, 1e6)  # prices of a byte, in terms of the dearest trade on a hull of all strategies
+_APART = 1.1  # ratio of prices that are looked at
 _LONGEST_S = 1e12  # stands for strategies that are not allowed
 
 
@@ -158,6 +159,7 @@ class DeviceBounds:
         costs = self.work[None]
         if not work_only:
             costs = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
+            costs = costs[largest(np.zeros(4), list(costs[:, self.useful][:, :, kinds].transpose(2, 0, 1)))]
         low, high = self._limits(kinds)
         prices = self._prices(costs, held, kinds)[:, None, None, None]
         small = self.transient[self.useful] <= high[:, None, None]
@@ -182,7 +184,11 @@ class DeviceBounds:
                 chain = hull(c, h)
                 found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
         most = max(max(found), 1.0 / self.room)
-        return np.array(sorted(found | {most * x for x in _DEARER}))
+        kept: list[float] = []
+        for price in sorted(found | {most * x for x in _DEARER}):
+            if not kept or price > _APART * kept[-1]:
+                kept.append(price)
+        return np.array(kept)
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:
@@ -199,6 +205,16 @@ def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: 
     of_gradients = (gradients * g, g - (1.0 - gradients) * beside)
     of_weights = (weights * w, w - (1.0 - weights) * forward)
     return np.stack([main + x + y for x, y in itertools.product(of_gradients, of_weights)])
+
+
+def largest(offset: Array, costs: Sequence[Array]) -> list[int]:
+    """Sums that may be the largest: no other is as large for every strategy."""
+    rows = np.concatenate([offset[:, None], *costs], axis=1)
+    kept: list[int] = []
+    for i in np.lexsort(rows.T[::-1])[::-1].tolist():
+        if not any(np.all(rows[j] >= rows[i]) for j in kept):
+            kept.append(i)
+    return sorted(kept)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import numpy as np
 from planner.assignment import Runs
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
-from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed
+from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, largest
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh
@@ -99,18 +99,18 @@ class DeviceCosts(DeviceBounds):
         mesh = self.mesh
         offset, sums = self._sums(groups, ramp_s)
         costs = [sums[:, some, place] for place, some in enumerate(small)]
-        largest = _largest(offset, costs)
+        kept = largest(offset, costs)
         made = []
         for group, some, cost in zip(groups, small, costs, strict=True):
             weights = group.flights[:, None]
             always, saved, step, host, host_saved = (mesh[name][None, some, group.kind] for name in BYTES)
             rows = [always + self.growth * weights * saved, always + step]
             rows += [host + weights * host_saved] if self.hosted else []
-            made.append(Group(group.size, cost[largest], np.concatenate(rows)))
+            made.append(Group(group.size, cost[kept], np.concatenate(rows)))
         moments = len(groups[0].flights)
         budget = [self.room - self.growth * limit] * moments + [self.room]
         budget += [self.host_room] * moments if self.hosted else []
-        return CountProblem(tuple(made), np.array(budget), offset[largest])
+        return CountProblem(tuple(made), np.array(budget), offset[kept])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
         """Solves under each limit on the transient that may hold the best, in the order of their bounds."""
@@ -137,7 +137,7 @@ class DeviceCosts(DeviceBounds):
         held = always + self.growth * np.array([group.flights[0] for group in groups]) * saved
         allowed = self.transient[self.useful][:, kinds] <= limits[:, None, None]
         offset, sums = self._sums(groups, ramp_s)
-        some = _largest(offset, list(sums[:, self.useful].transpose(2, 0, 1)))
+        some = largest(offset, list(sums[:, self.useful].transpose(2, 0, 1)))
         cost = np.where(
             allowed, sums[some][:, None, self.useful], np.inf
         )  # (sums, limits, strategies, groups)
@@ -241,13 +241,3 @@ class _Group:
     chunks: tuple[int, ...]
     size: int
     flights: Array
-
-
-def _largest(offset: Array, costs: Sequence[Array]) -> list[int]:
-    """Sums that may be the largest: no other is as large for every strategy."""
-    rows = np.concatenate([offset[:, None], *costs], axis=1)
-    kept: list[int] = []
-    for i in np.lexsort(rows.T[::-1])[::-1].tolist():
-        if not any(np.all(rows[j] >= rows[i]) for j in kept):
-            kept.append(i)
-    return sorted(kept)

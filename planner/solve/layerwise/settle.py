@@ -23,6 +23,7 @@ from planner.solve.layerwise.strategies import Mesh
 
 __all__ = ["Candidate", "Settler"]
 
+_PRECISION = 2e-5  # of the dearest stage of open cuts, by which its bound is lower
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
 
@@ -144,7 +145,7 @@ class Settler:
         """
         m, p = self.mesh.micro_batches, self.pp
         whole = self._lines(work_only=False)
-        found = smallest_limit(line_cost(whole), p, len(self.stack), 0.0, 2.0 * below_s)
+        found = smallest_limit(line_cost(whole), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
         if found is None:
             return np.inf
         self._limit = found
@@ -165,7 +166,7 @@ class Settler:
             rounds_s = least_sum(alone, within, (laps + again) / m)
             bound_s = max(bound_s, rounds_s + laps * hops_s + 2.0 * (rest - 1) * self.hop_s)
         if m > p:
-            work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s)
+            work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
             dearest_s = 0.0 if work is None else work[0] / m
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s
