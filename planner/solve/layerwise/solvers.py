@@ -33,14 +33,20 @@ _MARGINS = (
     2e-6,
     2e-5,
 )  # by which budgets are lowered, where the solver takes their violation for rounding
+_NEAR = 20.0  # tolerances above the relaxation at which counts are good enough for a search that states its gap anyway
 _MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
 def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
-    """Branch and bound; the integer program where that grows too large."""
+    """Branch and bound; where that grows too large, what it has found if it is near the relaxation, or else the integer program.
+
+    With a ``tolerance`` only: without one, counts are the best there are.
+    """
     try:
         return solve(problem, tolerance=tolerance)
-    except OutOfNodesError:
+    except OutOfNodesError as stop:
+        if tolerance and stop.best is not None and stop.best[0] <= stop.bound * (1.0 + _NEAR * tolerance):
+            return stop.best
         return by_highs(problem, tolerance)
 
 
