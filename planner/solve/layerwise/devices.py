@@ -22,6 +22,10 @@ from planner.specs.problem import Problem
 
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
+_LIMITS = (
+    3  # on the transient that are solved where a tolerance is given: the first is the best, nearly always
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -113,13 +117,15 @@ class DeviceCosts(DeviceBounds):
         return CountProblem(tuple(made), np.array(budget), offset[kept])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
-        """Solves under each limit on the transient that may hold the best, in the order of their bounds."""
+        """Solves under each limit on the transient that may hold the best, in the order of their bounds; some of them, where the
+        best need not be found to the last digit."""
         groups = self._groups(device, [self._fullest(device.number)])
         if not groups:
             return None  # no device is left without work
         best: Solved | None = None
         limits, bounds = self._limit_bounds(groups, ramp_s)
-        for index in np.argsort(bounds, kind="stable").tolist():
+        most = len(limits) if self.tolerance == 0.0 else _LIMITS
+        for index in np.argsort(bounds, kind="stable").tolist()[:most]:
             if bounds[index] >= (np.inf if best is None else best.seconds * (1.0 - self.tolerance)):
                 break
             found = self._within(device, float(limits[index]), ramp_s)
