@@ -18,7 +18,7 @@ import numpy as np
 
 from planner.layout import Layout
 from planner.ledger import Array
-from planner.pipeline import saturated
+from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import hull
@@ -28,10 +28,10 @@ from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["BYTES", "DeviceBounds", "exposed", "largest"]
+__all__ = ["BYTES", "DeviceBounds", "exposed", "in_tier", "largest"]
 
-BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
-"""Fields that are held to budgets."""
+BYTES = ("always_bytes", "saved_bytes", "step_bytes")
+"""Fields of device memory that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
 _DEARER = (2.0, 4.0, 16.0, 1e6)  # prices of a byte, in terms of the dearest trade on a hull of all strategies
@@ -224,7 +224,8 @@ def _front(mesh: Mesh) -> list[list[int]]:
     transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
     # What is exposed is linear in both shares: what holds at their ends holds between them.
     times = [work + exposed(mesh, g, w, every) for g, w in itertools.product((0.0, 1.0), repeat=2)]
-    held = np.stack([*(mesh[name] for name in BYTES), transient, work])
+    names = (*BYTES, *(name for tier in SLOWER for name in in_tier(tier)))
+    held = np.stack([*(mesh[name] for name in names), transient, work])
     columns = np.concatenate([*times, held])
     fronts = []
     for kind in range(len(mesh.kinds) - 1):
@@ -240,3 +241,8 @@ def _front(mesh: Mesh) -> list[list[int]]:
 @lru_cache(maxsize=4096)
 def _flights(schedule: str, pp: int, depth: int, virtual_stages: int, device: int) -> Array:
     return live_vectors(schedule, pp, depth, virtual_stages, device, np.eye(virtual_stages))
+
+
+def in_tier(tier: str) -> tuple[str, str]:
+    """Fields of what a slower tier holds: throughout, and per micro-batch in flight."""
+    return f"{tier}_bytes", f"{tier}_saved_bytes"

@@ -14,7 +14,7 @@ import numpy as np
 from planner.assignment import Runs
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
-from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, largest
+from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, in_tier, largest
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh
@@ -22,9 +22,7 @@ from planner.specs.problem import Problem
 
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
-_LIMITS = (
-    3  # on the transient that are solved where a tolerance is given: the first is the best, nearly always
-)
+_LIMITS = 3  # on the transient that are solved where a tolerance is given: the first is nearly always best
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +59,11 @@ class DeviceCosts(DeviceBounds):
     ) -> None:  # fmt: skip
         super().__init__(problem, mesh, schedule, virtual_stages)
         self.solver, self.tolerance = solver, tolerance
-        self.host_room = float(problem.cluster.host_memory_bytes)
-        self.hosted = bool(mesh["host_bytes"].any() or mesh["host_saved_bytes"].any())
+        self.slower = {
+            tier: float(capacity)
+            for tier, capacity in problem.cluster.slower_bytes.items()
+            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
+        }
         self._solved: dict[tuple[object, ...], Solved | None] = {}
 
     def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
@@ -107,13 +108,16 @@ class DeviceCosts(DeviceBounds):
         made = []
         for group, some, cost in zip(groups, small, costs, strict=True):
             weights = group.flights[:, None]
-            always, saved, step, host, host_saved = (mesh[name][None, some, group.kind] for name in BYTES)
+            always, saved, step = (mesh[name][None, some, group.kind] for name in BYTES)
             rows = [always + self.growth * weights * saved, always + step]
-            rows += [host + weights * host_saved] if self.hosted else []
+            for tier in self.slower:
+                held, away = (mesh[name][None, some, group.kind] for name in in_tier(tier))
+                rows.append(held + weights * away)
             made.append(Group(group.size, cost[kept], np.concatenate(rows)))
         moments = len(groups[0].flights)
         budget = [self.room - self.growth * limit] * moments + [self.room]
-        budget += [self.host_room] * moments if self.hosted else []
+        for capacity in self.slower.values():
+            budget += [capacity] * moments
         return CountProblem(tuple(made), np.array(budget), offset[kept])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
@@ -203,10 +207,11 @@ class DeviceCosts(DeviceBounds):
         taken += [] if solved.embedding is None else [(0, embedding, solved.embedding, 1)]
         taken += [] if solved.head is None else [(self.virtual_stages - 1, head, solved.head, 1)]
         chunk, kind, s, n = (np.array(column) for column in zip(*taken, strict=True))
-        always, saved, _, host, host_saved = (mesh[name][s, kind] * n for name in BYTES)
+        always, saved, _ = (mesh[name][s, kind] * n for name in BYTES)
         held = (always.sum() + self.growth * (flights[:, chunk] @ saved)) / (self.room - self.growth * limit)
-        if self.hosted:
-            held = np.maximum(held, (host.sum() + flights[:, chunk] @ host_saved) / max(self.host_room, 1.0))
+        for tier, capacity in self.slower.items():
+            there, away = (mesh[name][s, kind] * n for name in in_tier(tier))
+            held = np.maximum(held, (there.sum() + flights[:, chunk] @ away) / max(capacity, 1.0))
         worst = int(np.argmax(held))
         return worst if held[worst] > 1.0 + SLACK * 10 else None
 
