@@ -8,7 +8,7 @@ slot, and passes run in slot order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -344,6 +344,8 @@ class Launcher:
         valid: its own rules over rows, each with a reason.
         layouts: names of the pipeline layouts that it can express.
         native: slot → values that it works with by itself: a search for it tries them without being asked.
+        per_layer: slot → sets of values that layers of one plan may have side by side.
+        alike_at_ends: those of them in which embedding and head are alike.
     """
 
     name: str
@@ -351,6 +353,12 @@ class Launcher:
     valid: Callable[[Context], Iterable[Check]]
     layouts: frozenset[str]
     native: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    per_layer: Mapping[str, tuple[frozenset[str], ...]] = field(default_factory=dict)
+    alike_at_ends: frozenset[str] = frozenset()
+
+    def side_by_side(self, slot: str, values: Collection[str]) -> bool:
+        """Whether layers of one plan may have these values of a slot."""
+        return len(set(values)) <= 1 or any(set(values) <= some for some in self.per_layer.get(slot, ()))
 
 
 @cache

@@ -74,7 +74,8 @@ def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
 
 
 class Described(Protocol):
-    """A job that a launcher's configuration describes: its model if any, fields of the workload, and choices of the plan."""
+    """A job that a launcher's configuration describes: its model if any, fields of the workload, and choices of the plan and of
+    its layers."""
 
     @property
     def model(self) -> Model | None: ...
@@ -82,6 +83,8 @@ class Described(Protocol):
     def workload(self) -> Mapping[str, Any]: ...
     @property
     def fixed(self) -> Mapping[str, Any]: ...
+    @property
+    def layerwise(self) -> Mapping[str, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,8 @@ class JobOptions:
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
                 usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s,
-                allowed=self._allowed(), explore=tuple(explore), flags=_PROBLEM_FLAGS,
+                allowed=self._allowed(), explore=tuple(explore),
+                layerwise=base.layerwise if base is not None else None, flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip

@@ -30,7 +30,9 @@ def train(
     deadline: Annotated[
         str | None,
         typer.Option(
-            "--deadline", metavar="TIME", help="Fewest devices that finish --tokens in time, e.g. 30d."
+            "--deadline",
+            metavar="TIME",
+            help="Fewest devices that finish --tokens in time, e.g. 30d; with --layerwise, another name of --time-limit.",
         ),
     ] = None,
     explore: Annotated[
@@ -78,6 +80,13 @@ def train(
             show_default=False,
         ),
     ] = "10s",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+        ),
+    ] = False,
     out: Annotated[
         str | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plans as JSON to a file.")
     ] = None,
@@ -87,7 +96,8 @@ def train(
 
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
-    layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one.
+    layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
+    what a better one could still gain; Ctrl-C ends the search with the best so far.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -95,7 +105,7 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    searcher = _layerwise(stages, solver, time_limit) if layerwise else None
+    searcher = _layerwise(stages, solver, deadline or time_limit, exact) if layerwise else None
     problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
@@ -138,11 +148,10 @@ def _problems(
     else:
         if not 1 <= wanted <= _MOST_PLANS:
             faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
-    if deadline is not None and layerwise:
-        faults.append(
-            Fault("--deadline", "with --layerwise", "one of them", "Find the size first, then its plan.")
-        )
-    elif deadline is not None:
+    if deadline is not None and layerwise and job.tokens is not None:
+        found, hint = "of a run (--tokens), with --layerwise", "Find the size first, then its plan."
+        faults.append(Fault("--deadline", found, "one of them", hint))
+    elif deadline is not None and not layerwise:
         try:
             deadline_s = parse_seconds(deadline)
         except ValueError:
@@ -162,7 +171,7 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., SearchResult]:
+def _layerwise(stages: str, solver: str, time_limit: str, exact: bool) -> Callable[..., SearchResult]:
     """The layer-wise search with its options.
 
     Raises:
@@ -184,11 +193,11 @@ def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., Searc
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
-    given = None if time_limit == "none" else time_limit
+    given = None if exact or time_limit == "none" else time_limit
     limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
     raise_if_any(faults)
     chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    return partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)
+    return partial(search_layerwise, solver=solver, uneven=stages == "uneven", exact=exact, **chosen)
 
 
 def _search(

@@ -100,7 +100,7 @@ def path_to(problem: Problem, plan: Plan, best: Plan) -> list[Change]:
     def price(choices: Mapping[str, Any]) -> Price | None:
         fixed = {name: value for name, value in choices.items() if value is not None}
         try:
-            found = estimate(replace(problem, fixed=fixed, launcher=None)).estimate
+            found = estimate(replace(problem, fixed=fixed, launcher=None, layerwise=None)).estimate
         except (InvalidPlan, SpecError):
             return None
         return found.step_time_s, found.fits

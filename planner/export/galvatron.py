@@ -1,8 +1,8 @@
 """A plan as Galvatron's strategy per layer: ``galvatron.json`` and the launch of its Llama or GPT training script.
 
-The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer; a plan that is the same everywhere writes
-the same in all of them. Keys and rules are those of hetu-galvatron 2.4.0 (``utils/config_utils.py``,
-``core/runtime/hybrid_parallel_config.py``, ``core/runtime/arguments.py``).
+The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer: layers of a plan may differ in whether
+they shard their weights (``zero3`` beside the default of all others) and whether they are recomputed. Keys and rules are those of
+hetu-galvatron 2.4.0 (``utils/config_utils.py``, ``core/runtime/hybrid_parallel_config.py``, ``core/runtime/arguments.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
-from planner.export.rules import COMMON, has_experts, make_launcher
+from planner.export.layers import of_ends, of_layers
+from planner.export.rules import ALL_LAYOUTS, COMMON, has_experts, make_launcher
 from planner.export.target import Target, summary
 from planner.specs.model import Model
 from planner.technique import Check, Context
@@ -74,7 +75,12 @@ def _valid(ctx: Context) -> Iterable[Check]:
 
 
 LAUNCHER = make_launcher(
-    "galvatron", CHOICES, _valid, frozenset({"even", "short_ends", "short_first", "short_last", "balanced"})
+    "galvatron",
+    CHOICES,
+    _valid,
+    ALL_LAYOUTS,
+    per_layer={"zero_stage": ("0 3", "2 3"), "recompute": ("none full",)},
+    alike_at_ends="zero_stage",
 )
 
 
@@ -82,26 +88,33 @@ def strategy(target: Target) -> dict[str, Any]:
     """The JSON's content for a plan that keeps the rules."""
     plan, knobs, mesh = target.plan, target.knobs, target.plan.mesh
     layers, ulysses = target.model.n_layers, mesh["cp"] > 1
+    stages = of_layers(plan, "zero_stage")
+    ends = of_ends(plan, "zero_stage")
+    # What the layers do that do not shard their weights; of those that all do, nothing is said.
+    default = next((stage for stage in (*stages, *ends) if stage != "3"), "0")
 
     def each(value: int) -> str:
         return ",".join([str(value)] * layers)
+
+    def where(slot: str, value: str) -> str:
+        return ",".join(str(int(own == value)) for own in of_layers(plan, slot))
 
     degree = mesh["cp"] if ulysses else mesh["tp"]
     return {
         "pp_deg": mesh["pp"],
         "tp_sizes_enc": each(degree),
         "tp_consecutive_flags": each(1),
-        "dp_types_enc": each(int(knobs["zero_stage"] == "3")),
+        "dp_types_enc": where("zero_stage", "3"),
         "use_sp": each(int(ulysses)),
-        "checkpoint": each(int(knobs["recompute"] == "full")),
+        "checkpoint": where("recompute", "full"),
         "global_bsz": target.workload.global_batch_size,
         "chunks": plan.micro_batches,
         "pp_division": ",".join(map(str, plan.stages)),
         "pipeline_type": PIPELINES[knobs["schedule"]],
-        "default_dp_type": "zero2" if knobs["zero_stage"] == "2" else "ddp",
+        "default_dp_type": DEFAULT_TYPES[default],
         "vtp": degree,
         "vsp": int(ulysses),
-        "embed_sdp": int(knobs["zero_stage"] == "3"),
+        "embed_sdp": int(ends[0] == "3"),
     }
 
 

@@ -1,4 +1,4 @@
-"""A Galvatron strategy file as the choices of a plan: one that is the same in every layer.
+"""A Galvatron strategy file as the choices of a plan; layers may differ in what they shard and whether they are recomputed.
 
 The file names neither model, sequence nor precision, and leaves the number of devices to the launch.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from planner.assignment import UNEVEN
 from planner.errors import did_you_mean
 from planner.export.galvatron import DEFAULT_TYPES, PIPELINES
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
+from planner.export.layers import layerwise_of
 from planner.specs.load import Reader
 
 __all__ = ["read_galvatron"]
@@ -25,7 +27,7 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     """The run that a Galvatron JSON describes.
 
     Raises:
-        SpecError: the file cannot be read, keys are wrong, or layers differ; all at once.
+        SpecError: the file cannot be read, keys are wrong, or layers differ in their degrees; all at once.
     """
     data = read_json(path, "a Galvatron strategy")
     reader = Reader(data, str(path))
@@ -35,19 +37,25 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     degree = _same(reader, "tp_sizes_enc", degrees)
     context = _same(reader, "cp_sizes_enc", _per_layer(reader, "cp_sizes_enc", layers, 1))
     ulysses = _same(reader, "use_sp", _per_layer(reader, "use_sp", layers, 0)) == 1
-    sharded = _same(reader, "dp_types_enc", _per_layer(reader, "dp_types_enc", layers, 0)) == 1
-    again = _same(reader, "checkpoint", _per_layer(reader, "checkpoint", layers, 0)) == 1
+    sharded = _per_layer(reader, "dp_types_enc", layers, 0)
+    again = _per_layer(reader, "checkpoint", layers, 0)
     if 0 in _per_layer(reader, "tp_consecutive_flags", layers, 1):
         reader.problem("tp_consecutive_flags", "0: groups of ranks that are apart are not modelled", "1")
     if context > 1:
         reader.problem("cp_sizes_enc", "ring attention of Galvatron: not modelled", "1")
     default = reader.text("default_dp_type", "ddp", choices=DEFAULT_TYPES.values())
     pipeline = reader.text("pipeline_type", "gpipe", choices=PIPELINES.values())
-    stage = "3" if sharded else {word: knob for knob, word in DEFAULT_TYPES.items()}.get(default, "0")
+    plain = {word: knob for knob, word in DEFAULT_TYPES.items()}.get(default, "0")
+    ends = "3" if reader.integer("embed_sdp", int(all(sharded)), minimum=0, maximum=1) else plain
+    own = [
+        {"zero_stage": "3" if shard else plain, "recompute": "full" if full else "none"}
+        for shard, full in zip(sharded, again, strict=False)
+    ]
+    stage = own[0]["zero_stage"]
     notes = ["Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."]
     fixed: dict[str, Any] = {
         "pp": pp, "tp": 1 if ulysses else degree, "cp": degree if ulysses else 1, "context": "a2a" if ulysses else "p2p",
-        "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full", "recompute": "full" if again else "none",
+        "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full", "recompute": own[0]["recompute"],
         "schedule": {word: knob for knob, word in PIPELINES.items()}[pipeline] if pp > 1 else "1f1b", "virtual_stages": 1,
         "optimizer": "adamw", "optimizer_offload": "none", "parameter_offload": "none", "tensor_overlap": "none",
     }  # fmt: skip
@@ -59,6 +67,12 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
         )
         fixed["sequence_parallel"] = "true"
     fixed |= _layout(reader, layers, pp)
+    alike = all(mine == own[0] for mine in own) and ends == stage
+    layerwise = None
+    if not alike or fixed["pipeline_layout"] == UNEVEN:
+        stages = _stages(reader, layers, pp)
+        layerwise = layerwise_of(fixed, own, stages, {"zero_stage": ends, "recompute": own[-1]["recompute"]})
+        del fixed["pipeline_layout"]  # the layers say where they are
     ignored = tuple(sorted(key for key in data if key not in _KNOWN))
     for key in ignored:
         hint = did_you_mean(key, _KNOWN)
@@ -87,6 +101,7 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
         ignored,
         missing,
         chunks,
+        layerwise,
     )
 
 
@@ -121,7 +136,7 @@ def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
 
     if "pp_division" not in reader.data or pp == 1:
         return {"pipeline_layout": "even"}
-    stages = _per_layer(reader, "pp_division")
+    stages = _stages(reader, layers, pp)
     for layout in (
         layouts(("layer",) * layers, ("layer", "embedding", "head", "boundary"), pp, 1)
         if layers >= pp
@@ -129,6 +144,14 @@ def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
     ):
         if layout.counts[:, 0].tolist() == stages:
             return {"pipeline_layout": layout.split}
-    shown = "-".join(map(str, stages))
-    reader.problem("pp_division", shown, "even stages, one layer fewer on an end, or balanced")
-    return {"pipeline_layout": "even"}
+    return {"pipeline_layout": UNEVEN}
+
+
+def _stages(reader: Reader, layers: int, pp: int) -> list[int]:
+    """Layers of every stage: as the file says, or evenly."""
+    even, left = divmod(layers, pp)
+    stages = _per_layer(reader, "pp_division") if "pp_division" in reader.data else [even] * pp
+    if len(stages) != pp or sum(stages) != layers or (left and "pp_division" not in reader.data):
+        reader.problem("pp_division", "-".join(map(str, stages)), f"{pp} stages of {layers} layers together")
+        return [layers, *[0] * (pp - 1)]
+    return stages

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.assignment import UNEVEN
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
+from planner.export.layers import layerwise_of
 from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
 from planner.export.megatron_model import model_from_flags
 from planner.export.shell import Script, read_script
@@ -59,12 +61,15 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
     model = model_from_flags(flags, Path(path).stem)
     workload, fixed = _workload(flags), _knobs(flags, model)
     notes = [*script.notes, *_assumed(flags)]
+    layerwise = _layerwise(fixed, flags, model)
     devices = degrees(fixed, _devices(script, launch), notes)
     flags.raise_if_any()
     ignored = tuple(flag for flag in flags.unread() if flag not in _IMPLIED)
     notes += ignored_note(ignored)
     wasteful = tuple(_wasteful(flags, fixed, script))
-    return LaunchedRun("megatron", model, workload, fixed, devices, tuple(notes), wasteful, ignored)
+    return LaunchedRun(
+        "megatron", model, workload, fixed, devices, tuple(notes), wasteful, ignored, layerwise=layerwise
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -340,24 +345,46 @@ def _pipeline(flags: FlagReader, model: Model, pp: int) -> tuple[str, int]:
         return _named_layout(flags, text, model, pp)
     if each:
         chunks = max((model.n_layers + len(given)) // (pp * each), 1)
-    ends = [flags.integer(f"--decoder-{end}-pipeline-num-layers", None) for end in ("first", "last")]
-    if any(ends) and pp > 1:
-        middle, left = divmod(
-            model.n_layers - sum(e or 0 for e in ends), max(pp - sum(bool(e) for e in ends), 1)
-        )
-        stages = [middle] * pp
-        stages[0], stages[-1] = ends[0] or middle, ends[1] or middle
-        return _name(flags, stages if not left else [], pp, chunks)
+    if any(_ends(flags)) and pp > 1:
+        return _name(flags, _of_ends(flags, model, pp), pp, chunks)
     return name, chunks
 
 
-def _named_layout(flags: FlagReader, text: str, model: Model, pp: int) -> tuple[str, int]:
+def _ends(flags: FlagReader) -> list[int | None]:
+    """Layers of the first and of the last stage, where they are given."""
+    return [flags.integer(f"--decoder-{end}-pipeline-num-layers", None) for end in ("first", "last")]
+
+
+def _of_ends(flags: FlagReader, model: Model, pp: int) -> list[int]:
+    """Layers per stage with those of the ends given; none where the others cannot be equal."""
+    ends = _ends(flags)
+    middle, left = divmod(model.n_layers - sum(e or 0 for e in ends), max(pp - sum(bool(e) for e in ends), 1))
+    return [] if left else [ends[0] or middle, *[middle] * (pp - 2), ends[1] or middle]
+
+
+def _sizes(flags: FlagReader, model: Model, pp: int) -> list[int]:
+    """Layers per virtual stage where they have no name."""
+    text = flags.text("--pipeline-model-parallel-layout", None)
+    return _of_ends(flags, model, pp) if text is None else _drawn(text)
+
+
+def _drawn(text: str) -> list[int]:
+    """Layers (t) between the bars of a layout."""
+    return [part.count("t") for part in _flat(text).split("|")]
+
+
+def _flat(text: str) -> str:
+    """A layout without its multipliers."""
     import re
 
     flat = text.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         flat = re.sub(pattern, lambda match: match[1] * min(int(match[2]), 10_000), flat)
-    stages = [part.count("t") for part in flat.split("|")]
+    return flat
+
+
+def _named_layout(flags: FlagReader, text: str, model: Model, pp: int) -> tuple[str, int]:
+    flat, stages = _flat(text), _drawn(text)
     if (
         set(flat) - set("EtL|")
         or not flat.startswith("E")
@@ -383,9 +410,24 @@ def _name(flags: FlagReader, stages: list[int], pp: int, chunks: int) -> tuple[s
     for layout in layouts(order, kinds, pp, chunks) if stages else ():
         if layout.counts[:, 0].tolist() == stages:
             return layout.split, chunks
-    flags.fault(
-        "pipeline stages",
-        "-".join(map(str, stages)) or "cannot be dealt",
-        "even stages, one layer fewer on an end, or balanced",
-    )
+    if stages and len(stages) == pp * chunks:
+        return UNEVEN, chunks
+    flags.fault("pipeline stages", "cannot be dealt", "a whole number of layers on every stage")
     return "even", chunks
+
+
+def _layerwise(fixed: dict[str, Any], flags: FlagReader, model: Model) -> dict[str, Any] | None:
+    """Choices of every layer where the stages have no name, which then say where they are; None where they have one.
+
+    Recomputation by blocks is of the first layers of every virtual stage.
+    """
+    if fixed["pipeline_layout"] != UNEVEN:
+        return None
+    del fixed["pipeline_layout"]
+    stages = _sizes(flags, model, fixed["pp"])
+    count = fixed.pop("recompute_layers", 0) // fixed["virtual_stages"]
+    if fixed["recompute"] != "block":
+        return layerwise_of(fixed, [{}] * sum(stages), stages, {})
+    layers = [{"recompute": "full" if n < count else "none"} for size in stages for n in range(size)]
+    fixed["recompute"] = layers[0]["recompute"] if layers else "none"
+    return layerwise_of(fixed, layers, stages, {"recompute": "none"})

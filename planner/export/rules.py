@@ -6,7 +6,7 @@ bounds the search, and its exporter holds every plan against the same rules, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import TypeVar
 
@@ -44,6 +44,8 @@ def make_launcher(
     valid: Callable[[Context], Iterable[Check]],
     layouts: frozenset[str],
     native: Mapping[str, str] | None = None,
+    per_layer: Mapping[str, Sequence[str]] | None = None,
+    alike_at_ends: str = "",
 ) -> Launcher:
     """A launcher from its tables.
 
@@ -53,13 +55,18 @@ def make_launcher(
         valid: its rules over rows.
         layouts: pipeline layouts that it can express.
         native: slot → values that it works with by itself, so that a search for it tries them unasked.
+        per_layer: slot → texts of values that layers of one plan may have side by side.
+        alike_at_ends: slots among them in which embedding and head are alike.
     """
 
     def allows(slot: str, value: str) -> bool:
         return value in choices.get(slot, off(slot)).split()
 
     own = {slot: frozenset(values.split()) for slot, values in (native or {}).items()}
-    return Launcher(name, allows, valid, layouts, own)
+    mixed = {
+        slot: tuple(frozenset(text.split()) for text in texts) for slot, texts in (per_layer or {}).items()
+    }
+    return Launcher(name, allows, valid, layouts, own, mixed, frozenset(alike_at_ends.split()))
 
 
 def per_model(find: Callable[[Model], T]) -> Callable[[Model], T]:

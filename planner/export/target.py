@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
 
 from planner.assignment import UNEVEN
 from planner.errors import ExportError, Problem
+from planner.export.layers import of_ends
 from planner.mesh import Mesh
 from planner.plan import Plan
 from planner.specs.cluster import Cluster
@@ -85,19 +86,43 @@ class Target:
         layout = self.knobs.get("pipeline_layout", "even")
         if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
             problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
-        problems += self.differing(where)
-        reasons = [check.reason for check in launcher.valid(self.context()) if not np.all(check.ok)]
+        problems += self.differing(where, launcher)
+        reasons = [
+            check.reason
+            for knobs in self.strategies()
+            for check in launcher.valid(replace(self.context(), knobs=knobs))
+            if not np.all(check.ok)
+        ]
         return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
 
-    def differing(self, where: str) -> Iterator[Problem]:
-        """Choices that differ between layers; only how many of each stage's first layers are recomputed in full may."""
+    def strategies(self) -> Iterator[Mapping[str, str]]:
+        """The knobs, with the choices of every strategy that layers have."""
+        if self.plan.layerwise is None:
+            yield self.knobs
+            return
+        for strategy in self.plan.layerwise["strategies"]:
+            yield {**self.knobs, **{slot: str(value) for slot, value in strategy.items()}}
+
+    def differing(self, where: str, launcher: Launcher | None = None) -> Iterator[Problem]:
+        """Choices that differ between layers, but for those in which a launcher lets them.
+
+        How many of each stage's first layers are recomputed in full may differ for all launchers.
+        """
         if self.plan.layerwise is None:
             return
         strategies = self.plan.layerwise["strategies"]
         for slot in strategies[0]:
             values = list(dict.fromkeys(str(strategy[slot]) for strategy in strategies))
-            alike = len(values) == 1 or (slot == "recompute" and recomputed_layers(self.plan) is not None)
-            if not alike:
+            allowed = launcher.side_by_side(slot, values) if launcher is not None else len(values) == 1
+            blocks = slot == "recompute" and recomputed_layers(self.plan) is not None
+            if launcher is not None and slot in launcher.alike_at_ends:
+                ends = of_ends(self.plan, slot)
+                if ends[0] != ends[1]:
+                    yield Problem(
+                        where,
+                        f"cannot express {slot} that differs between embedding and head ({', '.join(ends)})",
+                    )
+            if not (allowed or blocks):
                 yield Problem(
                     where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
                 )

@@ -36,6 +36,7 @@ def search(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     limit_s: float = np.inf,
+    time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The best plans of the uniform space, ranked, with proof.
 
@@ -45,6 +46,7 @@ def search(
         on_progress: called with (parts of the space done, parts in all).
         limit_s: plans whose step takes this long or longer are of no interest: bounds are held against it from the start. The
             result is without plans where bounds or prices exclude every candidate that might fit.
+        time_limit_s: after which the first plans that there are count as the best, as heuristic ones.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -57,12 +59,15 @@ def search(
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
-    uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s)
-    stopped = False
+    uniform.ranking = _Limited(
+        top, problem.workload.global_batch_size, reprice, limit_s, start + time_limit_s
+    )
+    stopped = late = False
     try:
         priced = uniform.run()
-    except KeyboardInterrupt:
-        priced, stopped = uniform.ranking.best, True
+    except (KeyboardInterrupt, _OutOfTimeError) as stop:
+        late = isinstance(stop, _OutOfTimeError)
+        priced, stopped = uniform.ranking.best, not late
     counts = uniform.counts
     ranked = [pair for pair in priced if pair[0] < limit_s]
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
@@ -73,7 +78,7 @@ def search(
     excluded, rejected = (
         {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
     )
-    plans = tuple(_assembled(problem, uniform, ranked, stopped))
+    plans = tuple(_assembled(problem, uniform, ranked, stopped or late))
     wall_s = perf_counter() - start
     repriced = uniform.ranking.repriced  # the counts have it at the end only
     report = SearchReport(counts.candidates, counts.scored, repriced, excluded, rejected, wall_s)
@@ -106,18 +111,24 @@ def _assembled(
         ).plan
 
 
+class _OutOfTimeError(Exception):
+    """The time is over, and there is a plan."""
+
+
 class _Limited(Ranking):
-    """A ranking whose bar is never above a limit."""
+    """A ranking whose bar is never above a limit, and that ends the search when the time is over."""
 
     def __init__(
-        self, top: int, global_batch_size: int, reprice: Callable[[list[Scored]], list[float]], limit_s: float
-    ) -> None:
+        self, top: int, global_batch_size: int, reprice: Callable[[list[Scored]], list[float]], limit_s: float, end_s: float
+    ) -> None:  # fmt: skip
         super().__init__(top, global_batch_size, reprice)
-        self.limit_s = limit_s
+        self.limit_s, self.end_s = limit_s, end_s
 
     @property
     def bar(self) -> float:
-        """What a candidate's bound has to beat."""
+        """What a candidate's bound has to beat: asked for between one part of the work and the next."""
+        if self.best and perf_counter() > self.end_s:
+            raise _OutOfTimeError
         return min(super().bar, self.limit_s)
 
 

@@ -100,3 +100,22 @@ def test_a_time_limit_gives_a_gap(planner):
     best = planner("train", *TIGHT, "--layerwise", "--time-limit", "1us", "--top", "1", "--json").json
     assert best["layerwise"]["stopped"] == "time"
     assert json.dumps(best["plans"][0]["optimality"]["gap"]) != "null"
+
+
+def test_a_deadline_is_a_time_limit_of_the_whole_search(planner):
+    best = planner("train", *TIGHT, "--layerwise", "--deadline", "1us", "--top", "1", "--json").json
+    assert best["layerwise"]["stopped"] == "time"
+    assert best["plans"][0]["optimality"]["gap"] > 0.0
+    assert best["plans"][0]["optimality"]["bound_s"] > 0.0
+
+
+def test_exact_waits(planner):
+    """Whatever the limit, and with the best strategies there are: no worse than what a ten-thousandth may lose."""
+    waited = planner(
+        "train", *TIGHT, "--layerwise", "--exact", "--time-limit", "1us", "--top", "1", "--json"
+    ).json
+    assert waited["layerwise"]["stopped"] == ""
+    usual = planner("train", *TIGHT, "--layerwise", "--top", "1", "--json").json
+    assert waited["plans"][0]["estimate"]["step_time_s"] <= usual["plans"][0]["estimate"]["step_time_s"] * (
+        1.0 + 1e-9
+    )

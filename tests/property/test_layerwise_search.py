@@ -15,6 +15,9 @@ from planner.export import export
 from planner.layout import layouts
 from planner.pipeline import memory
 from planner.plan import Plan
+from planner.schedule.critical import critical_path
+from planner.schedule.engine import simulate
+from planner.schedule.order import make_order
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.search import search_layerwise
@@ -84,13 +87,14 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
     space = LayerwiseSpace(uniform, 1e9, True)
     seen = 0
     for deal in space.deals(1e9)[:40:5]:
-        mesh = space.mesh(deal, True)
+        mesh = space.mesh(deal)
         chunks = 1 if deal.layout is None else deal.layout.virtual_stages
         costs = DeviceCosts(problem, mesh, deal.order, chunks, automatic)
         settler = Settler(deal, mesh, costs, space.order, space.kinds, uniform.branches)
         bound_s = max(settler.bound_s(1e9), deal.bound_s)
         for found in settler.candidates(1e9):
             seen += 1
+            bound_s = max(bound_s, settler.path_s(), settler.path_s(found))
             assert bound_s <= found.step_s * (1 + 1e-9)
             plan = assembled(problem, uniform, found)
             assert plan.estimate.step_time_s == pytest.approx(found.step_s, rel=1e-9)
@@ -123,7 +127,7 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
     uniform = UniformSearch(problem, 1, lambda batch: [])
     space = LayerwiseSpace(uniform, 1e9, True)
     deal = next(deal for deal in space.deals(1e9) if deal.layout is None)
-    mesh = space.mesh(deal, False)
+    mesh = space.mesh(deal)
     strategies = range(len(mesh.branches))
     best_s = np.inf
     for cut, taken in product(range(4), product(strategies, repeat=3)):
@@ -163,6 +167,28 @@ def test_equal_stages_are_the_least_that_paths_allow():
         assert work_s * float(path_factor(schedule, p, np.array([float(m)]))[0]) <= float(line.makespan_s) * (
             1 + 1e-9
         )
+
+
+def test_a_critical_path_is_as_long_as_the_step_and_bounds_every_other():
+    """The engine's makespan is the length of its critical path; under other seconds that path is no longer than the makespan."""
+    draw = np.random.default_rng(3)
+    for schedule, p, m, v in (
+        ("1f1b", 4, 9, 1),
+        ("interleaved", 4, 8, 3),
+        ("gpipe", 3, 5, 1),
+        ("1f1b", 5, 2, 1),
+    ):
+        order = make_order(schedule, p, m, v)
+        cases = []
+        for _ in range(4):
+            stages_s, tail_s, hop_s = draw.uniform(1.0, 2.0, (2, p * v)), draw.uniform(0.0, 3.0, p), 0.3
+            seconds = np.concatenate([stages_s, np.zeros((1, p * v))])
+            path = critical_path(order, seconds, hop_s, tail_s)
+            took = float(simulate(order, *stages_s, hop_s=hop_s, tail_s=tail_s).makespan_s)
+            assert path.seconds(seconds, hop_s, tail_s) == pytest.approx(took, rel=1e-12)
+            cases.append((path, seconds, tail_s, took))
+        for (path, *_), (_, seconds, tail_s, took) in product(cases, cases):
+            assert path.seconds(seconds, 0.3, tail_s) <= took * (1 + 1e-12)
 
 
 def test_the_same_input_gives_the_same_plan():

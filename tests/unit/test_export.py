@@ -510,10 +510,6 @@ def test_what_is_wrong_is_said_at_once(script):
         (("--lr=1e-4", "--fp8-recipe blockwise"), "not modelled"),
         (("--lr=1e-4", "--optimizer soap"), "soap"),
         (("--lr=1e-4", "--cp-comm-type ring --context-parallel-size 2"), "p2p"),
-        (
-            ("--lr=1e-4", "--pipeline-model-parallel-layout Et*3|t*21L --pipeline-model-parallel-size 2"),
-            "pipeline stages",
-        ),
         (("--lr=1e-4", "--num-experts 8 --moe-layer-freq [0]*23"), "--moe-layer-freq"),
         (("--lr=1e-4", "--num-experts 8 --moe-layer-freq __import__('os')"), "--moe-layer-freq"),
         (("pretrain_gpt.py", "pretrain_gpt"), "no training script"),

@@ -6,6 +6,7 @@ import pytest
 from planner.errors import SolverError
 from planner.solve.layerwise.alpa import descended, enumerated
 from planner.solve.layerwise.counts import CountProblem, Group, bound, solve
+from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.galvatron import galvatron
 from planner.solve.layerwise.solvers import SOLVERS, by_brute_force, by_dynamic_programming
 from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
@@ -114,12 +115,33 @@ def test_descending_limits_find_alpas_optimum():
             assert [a for a, _, _ in ours.stages[1:]] == [b for _, b, _ in ours.stages[:-1]]
 
 
+def test_the_dual_is_the_linear_relaxation():
+    """Tangents find what walking down the hulls does, group by group; devices side by side as each alone."""
+    draw = np.random.default_rng(5)
+    for _ in range(100):
+        strategies, kinds = int(draw.integers(1, 12)), int(draw.integers(1, 4))
+        cost, held = draw.uniform(1.0, 5.0, (strategies, kinds)), draw.uniform(1.0, 9.0, (strategies, kinds))
+        size = draw.integers(1, 9, kinds)
+        rooms = draw.uniform(1.0, 9.0, 3) * size.sum()
+        groups = tuple(Group(int(n), cost[None, :, k], held[None, :, k]) for k, n in enumerate(size))
+        expected = [bound(CountProblem(groups, np.array([room]), np.zeros(1))) for room in rooms]
+        once = np.ones(3 * kinds)
+        cells = Cells(
+            np.repeat(np.arange(3), kinds), np.tile(np.arange(kinds), 3), np.tile(size, 3), once, once, once
+        )
+        found = dual_s(np.tile(cost, 3), np.tile(held, 3), cells, rooms)
+        assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_smallest_limit_is_that_of_enumerated_partitions():
     draw = np.random.default_rng(9)
     for _ in range(20):
         layers, stages = int(draw.integers(3, 8)), int(draw.integers(2, 4))
         lines = [
-            Line(draw.uniform(0.0, 2.0, 2), np.pad(np.cumsum(draw.uniform(0.5, 2.0, (2, layers)), 1), ((0, 0), (1, 0))))
+            Line(
+                draw.uniform(0.0, 2.0, (3, 2)),
+                np.pad(np.cumsum(draw.uniform(0.5, 2.0, (3, 2, layers)), 2), ((0, 0), (0, 0), (1, 0))),
+            )
             for _ in range(stages)
         ]  # fmt: skip
         best = min(

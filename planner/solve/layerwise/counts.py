@@ -25,6 +25,7 @@ from typing import TypeAlias
 import numpy as np
 
 from planner.ledger import Array
+from planner.solve.layerwise.rounding import repaired
 
 __all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
 
@@ -35,6 +36,8 @@ _Column: TypeAlias = tuple[
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
+_FEW_NODES = 600  # where the best need not be found to the last digit
+
 SLACK = 1e-12
 """Relative excess of a budget that counts as rounding."""
 
@@ -42,7 +45,16 @@ _ROUNDS = 4  # of coordinate ascent over the prices of several budgets
 
 
 class OutOfNodesError(Exception):
-    """The branch and bound has grown too large; another solver may do better."""
+    """The branch and bound has grown too large; another solver may do better.
+
+    Attributes:
+        best: the best counts so far and their value, if there are any.
+        bound: what the relaxation proves.
+    """
+
+    def __init__(self, best: tuple[float, Counts] | None, bound: float) -> None:
+        super().__init__("too many nodes")
+        self.best, self.bound = best, bound
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +171,13 @@ class _Search:
         self._lower(limit)
         for counts in self.rounded:
             self._offer(counts)
-        self._order()
+            if self.best is None or self.best[0] - self.bound > self.tolerance * abs(self.bound):
+                lead = int(np.argmax(self.bounds))
+                near = repaired(counts, [c[lead] for c in self.cost], self.held, self.room)
+                if near is not None:
+                    self._offer(near)
+        if not self._order():
+            return None if self.best is None else (self.best[0], self._whole(self.best[1]))
         self._descend(0, 0, self.sizes[0] if self.sizes else 0, self.bounds, self.offsets, self.rooms, [])
         return None if self.best is None else (self.best[0], self._whole(self.best[1]))
 
@@ -217,10 +235,21 @@ class _Search:
 
     # -- the tree --------------------------------------------------------------------------------------------------------
 
-    def _order(self) -> None:
-        """Strategies of each group with the largest reduced cost first: the cheapest takes whatever layers are left."""
+    def _order(self) -> bool:
+        """Strategies of each group with the largest reduced cost first: the cheapest takes whatever layers are left.
+
+        Without those that one layer can no more afford; false where a group has none left, so that nothing is better.
+        """
         lead = int(np.argmax(self.bounds))
-        self.ranks = [np.argsort(-np.array(r), kind="stable").tolist() for r in self.reduced[lead]]
+        self.ranks = []
+        for g, reduced in enumerate(self.reduced[lead]):
+            least = np.max(
+                [b + np.array(r[g]) for b, r in zip(self.bounds, self.reduced, strict=True)], axis=0
+            )
+            order = np.argsort(-np.array(reduced), kind="stable")
+            self.ranks.append(order[least[order] < self.limit].tolist())
+        if not all(self.ranks):
+            return False
         self.columns: list[list[_Column]] = [
             [
                 ([r[g][s] for r in self.reduced], self.cost[g][:, s].tolist(), self.held[g][:, s].tolist())
@@ -229,7 +258,9 @@ class _Search:
             for g, ranks in enumerate(self.ranks)
         ]
         # What the groups from here on hold at least, per budget.
-        least = [n * h.min(axis=1) for n, h in zip(self.sizes, self.held, strict=True)]
+        least = [
+            n * h[:, ranks].min(axis=1) for n, h, ranks in zip(self.sizes, self.held, self.ranks, strict=True)
+        ]
         after = [np.zeros(len(self.room))]
         for held in reversed(least):
             after.append(after[-1] + held)
@@ -240,6 +271,7 @@ class _Search:
             for columns in self.columns
         ]
         self.offsets, self.rooms = self.problem.offset.tolist(), self.room.tolist()
+        return True
 
     def _descend(
         self, g: int, i: int, left: int, bounds: list[float], costs: list[float], rooms: list[float], taken: list[int]
@@ -252,8 +284,9 @@ class _Search:
                 self._lower(value)
             return
         self.nodes += 1
-        if self.nodes > _MOST_NODES:
-            raise OutOfNodesError
+        if self.nodes > (_MOST_NODES if self.tolerance == 0.0 else _FEW_NODES):
+            found = None if self.best is None else (self.best[0], self._whole(self.best[1]))
+            raise OutOfNodesError(found, self.bound)
         columns = self.columns[g]
         left_for = self.sizes[g + 1] if g + 1 < len(self.sizes) else 0
         if i >= len(columns) - 2:
@@ -315,8 +348,8 @@ class _Search:
     def _unranked(self, taken: list[int]) -> list[list[int]]:
         """Counts in the order of the tree as counts per group and strategy."""
         counts, start = [], 0
-        for ranks in self.ranks:
-            row = [0] * len(ranks)
+        for ranks, held in zip(self.ranks, self.held, strict=True):
+            row = [0] * held.shape[1]
             for s, n in zip(ranks, taken[start : start + len(ranks)], strict=True):
                 row[s] = n
             counts.append(row)

@@ -13,7 +13,10 @@ its way over the host link, beside all other work.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.costs.overlap import pipelined_s
 from planner.engine import BlockTable
@@ -25,8 +28,8 @@ from planner.specs.cluster import Cluster
 
 __all__ = ["Relaxation", "in_flight", "path_factor", "with_swaps"]
 
-_PRICES = (0.05, 0.15, 0.4, 1.0, 3.0)  # in seconds of a stage's work per byte of its budget
-_SAMPLES = (0.0, 0.25, 0.5, 1.0)  # micro-batches in flight at which minima are taken, of the most there are
+_PRICES = (0.0, 0.02, 0.06, 0.15, 0.3, 0.6, 1.2, 20.0)  # in seconds of a stage's work per byte of its budget
+_SAMPLES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # micro-batches in flight at which minima are taken, per stage
 
 
 def in_flight(pp: int, virtual_stages: int, micro_batches: Array) -> Array:
@@ -71,8 +74,8 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
 
 def with_swaps(
     totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster, contention: float
-) -> tuple[Array, Array, Array, Array]:
-    """(seconds per micro-batch, serial seconds per step, held bytes, saved bytes) of all strategies, swaps under-estimated.
+) -> tuple[Array, ...]:
+    """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated.
 
     A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
     forward and in the backward pass, saved activations go down in the one and come up in the other, beside a block's own work
@@ -88,7 +91,7 @@ def with_swaps(
     beside = totals.held_bytes - totals.gradients_bytes - totals.optimizer_bytes
     own, forward, backward = (alone[name][:-1].T for name in ("parameters_bytes", "forward_s", "backward_s"))
     weights = np.minimum(beside, own)
-    found: list[tuple[Array, Array, Array, Array]] = []
+    found: list[tuple[Array, ...]] = []
     for swap in choices.swaps:
         on = {slot: choice.value == "cpu" for slot, choice in swap.items()}
         pools = {pool for choice in swap.values() if choice.technique for pool in choice.technique.moves}
@@ -108,16 +111,17 @@ def with_swaps(
             seconds = seconds + np.maximum(
                 totals.backward_s, pipelined_s([backward, moved / link], np.inf, contention)
             )
-        found.append((seconds + totals.rest_s, step, held, saved))
-    seconds, step, held, saved = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return seconds, step, held, saved
+        # A block whose activations or weights are under way has them at work; no swap makes its own tensors smaller.
+        found.append((seconds + totals.rest_s, step, held, saved, totals.transient_bytes))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Relaxation:
-    """Bounds of rows that share a pipeline degree and a number of micro-batches.
+    """Bounds of rows that share a pipeline degree.
 
-    Args:
-        seconds, step, held, saved: of :func:`with_swaps`, on these rows.
+    Attributes:
+        seconds, step, held, saved, transient: of :func:`with_swaps`, on these rows.
         layers: of each kind; the last two kinds are embedding and head.
         micro_batches: per row.
         pp: pipeline degree.
@@ -125,23 +129,30 @@ class Relaxation:
         growth: what allocators make of saved bytes.
     """
 
-    def __init__(
-        self, seconds: Array, step: Array, held: Array, saved: Array, *, layers: Array, micro_batches: Array, pp: int,
-        budget: Array, growth: float,
-    ) -> None:  # fmt: skip
-        self.layers, self.pp, self.budget = layers, pp, budget
-        cost = micro_batches[:, None] * seconds + step
-        self.weights = max(2.0 * pp - 1.0, 1.0) * np.array(_SAMPLES)
-        # (prices, samples, rows, kinds)
-        self.prices = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ layers / pp / budget)
-        self.least = np.stack(
-            [
-                np.stack(
-                    [(cost + price[:, None] * (held + growth * w * saved)).min(axis=0) for w in self.weights]
-                )
-                for price in self.prices
-            ]
-        )
+    seconds: Array
+    step: Array
+    held: Array
+    saved: Array
+    transient: Array
+    layers: Array
+    micro_batches: Array
+    pp: int
+    budget: Array
+    growth: float
+
+    def take(self, index: NDArray[np.intp]) -> Relaxation:
+        """Of some of the rows."""
+        return replace(
+            self, seconds=self.seconds[:, index], step=self.step[:, index], held=self.held[:, index],
+            saved=self.saved[:, index], transient=self.transient[:, index],
+            micro_batches=self.micro_batches[index], budget=self.budget[index],
+        )  # fmt: skip
+
+    @property
+    def fastest_s(self) -> Array:
+        """One micro-batch through all layers, each under its fastest strategy, per row."""
+        fastest: Array = self.seconds.min(axis=0) @ self.layers
+        return fastest
 
     def work_s(self, flights: Array, most: Array) -> Array:
         """What all devices work together at least, per row.
@@ -151,37 +162,65 @@ class Relaxation:
             most: (rows) layers that one stage holds at most.
         """
         kinds = len(self.layers) - 2
-        sample = np.searchsorted(self.weights, np.sort(flights, axis=0), side="right") - 1
+        prices, samples = self._prices(), self._samples()
+        least = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
+        sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
         filled = np.arange(len(sample))[:, None] * most
-        total = -self.pp * self.prices * self.budget
+        # Stages without layers, if any, are those of the embedding and of the head.
+        smallest = self.transient[:, :, :kinds].min(axis=(0, 2), initial=np.inf)
+        room = self.pp * self.budget - max(self.pp - 2, 0) * self.growth * smallest
+        total = -prices * room
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
-            here[-1] += self.layers[kind] - here.sum(
-                axis=0
-            )  # nothing is left out where stages could not hold all
-            for number in range(len(self.weights)):
+            # Nothing is left out where stages could not hold all.
+            here[-1] += self.layers[kind] - here.sum(axis=0)
+            for number in range(len(samples)):
                 together = np.where(sample == number, here, 0.0).sum(axis=0)
-                total = total + together * self.least[:, number, :, kind]
+                total = total + together * least[:, number, :, kind]
         rows = np.arange(sample.shape[1])
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
-            total = total + self.layers[end] * self.least[:, sample[stage], rows, end]
+            total = total + self.layers[end] * least[:, sample[stage], rows, end]
         best: Array = total.max(axis=0)
         return best
 
     def dearest_s(self, layout: Layout, flights: Array, alone: BlockTable) -> Array:
-        """What the device that ends last takes at least under a layout, the wait for its first micro-batch included, per row."""
-        sample = np.searchsorted(self.weights, flights, side="right") - 1
+        """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
+        the last one after it, when the first device updates."""
+        prices, samples = self._prices(), self._samples()
+        least = self._least(self.micro_batches[:, None] * self.seconds, prices, samples)
+        sample = np.searchsorted(samples, flights, side="right") - 1
         rows = np.arange(sample.shape[1])
-        forward_s = alone["forward_s"]
-        ahead_s = np.zeros(sample.shape[1])
+        forward, backward = alone["forward_s"], alone["backward_s"] + alone["weight_s"]
+        smallest, update = self.transient.min(axis=0), self.step.min(axis=0)
+        waits_s = update @ layout.device_counts[0, :-1]
         best = np.zeros(sample.shape[1])
         for device in range(layout.pp):
             counts: Array = layout.chunks[:, device, :-1]
-            total = -self.prices * self.budget
+            at_work = np.max(smallest[:, layout.device_counts[device, :-1] > 0], axis=1)
+            total = -prices * (self.budget - self.growth * at_work)
             for chunk in range(layout.virtual_stages):
-                least = self.least[:, sample[chunk * layout.pp + device], rows]
-                total = total + least @ counts[chunk]
-            best = np.maximum(best, ahead_s + total.max(axis=0))
-            ahead_s = ahead_s + layout.chunks[0, device] @ forward_s
+                total = total + least[:, sample[chunk * layout.pp + device], rows] @ counts[chunk]
+            best = np.maximum(best, waits_s + total.max(axis=0))
+            first = layout.chunks[0, device]
+            waits_s = waits_s + first @ forward + first @ backward
         return best
+
+    def _samples(self) -> Array:
+        """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
+        return np.unique(np.minimum(np.ceil(self.pp * np.array(_SAMPLES)), max(2.0 * self.pp - 1.0, 1.0)))
+
+    def _prices(self) -> Array:
+        """Of a byte, (prices, rows)."""
+        cost = self.micro_batches[:, None] * self.seconds + self.step
+        prices: Array = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
+        return prices
+
+    def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
+        """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
+        found = np.empty((len(prices), len(samples), *cost.shape[1:]))
+        for number, flights in enumerate(samples):
+            held = self.held + self.growth * flights * self.saved
+            for at, price in enumerate(prices):
+                (cost + price[:, None] * held).min(axis=0, out=found[at, number])
+        return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from heapq import heapify, heappop, heappush
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +30,7 @@ from planner.specs.problem import Problem
 __all__ = ["Certificate", "search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
+_BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
 
@@ -64,6 +66,7 @@ def search_layerwise(
     *,
     solver: str = "auto",
     uneven: bool = True,
+    exact: bool = False,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The uniform search's plans, and before them the best layer-wise plan where it is faster.
@@ -74,7 +77,9 @@ def search_layerwise(
         on_progress: as for :func:`planner.solve.train.search`.
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
-        time_limit_s: of the layer-wise part; the best plan so far then states its gap.
+        exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
+        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search looks for one plan
+            at least, however long that takes.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -83,12 +88,13 @@ def search_layerwise(
     """
     uniform: SearchResult | None = None
     refusal: Infeasible | None = None
+    end_s = perf_counter() + time_limit_s
     try:
-        uniform = search(problem, top, on_progress)
+        uniform = search(problem, top, on_progress, time_limit_s=time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    run = _Search(problem, best_s, solver, uneven, time_limit_s)
+    run = _Search(problem, best_s, solver, uneven, exact, end_s)
     try:
         run.go()
     except KeyboardInterrupt:
@@ -112,51 +118,61 @@ def search_layerwise(
 
 class _Search:
     def __init__(
-        self, problem: Problem, best_s: float, solver: str, uneven: bool, time_limit_s: float
+        self, problem: Problem, best_s: float, solver: str, uneven: bool, exact: bool, end_s: float
     ) -> None:
-        self.start, self.problem, self.best_s, self.time_limit_s = (
-            perf_counter(), problem, best_s, time_limit_s,
-        )  # fmt: skip
+        self.start_s, self.end_s = perf_counter(), end_s
+        self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
+        self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         if solver == "auto":
-            self.solver = partial(automatic, tolerance=_TOLERANCE)
+            self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
         self.certificate = Certificate(solver)
-        self._left: list[Deal] = []
+        self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
-        self._open: list[float] = []
+        self._done: list[float] = []
 
     def go(self) -> None:
-        """Settles deals in the order of their bounds until none is below the best plan."""
+        """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = dict(self.space.least_s)
         for pp in self.space.least_s:
             if self._late():
                 return
-            self._left += list(self.space.deals_of(pp, self.best_s))
+            self._left += [
+                _Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)
+            ]
             del self._unbounded[pp]
-        self._left.sort(key=Deal.rank, reverse=True)
-        while self._left and self._left[-1].bound_s < self.best_s:
+        heapify(self._left)
+        while self._left and self._left[0].bound_s < self.best_s:
             if self._late():
                 return
-            deal = self._left[-1]
-            bound_s = self._settle(deal)
-            self._left.pop()
-            if bound_s < self.best_s:
-                self._open.append(bound_s)
+            first = self._left[0]
+            bound_s, more = self._closer(first)
+            # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
+            while more and bound_s < self.best_s and not self.certificate.settled:
+                first = replace(first, bound_s=bound_s, looks=first.looks + 1)
+                bound_s, more = self._closer(first)
+            heappop(self._left)
+            if bound_s >= self.best_s:
+                self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
+            elif more:
+                heappush(self._left, replace(first, bound_s=bound_s, looks=first.looks + 1))
+            else:
+                self._done.append(bound_s)
 
     def _late(self) -> bool:
         """Whether the time is over, which the certificate then says."""
-        if perf_counter() - self.start > self.time_limit_s:
+        if perf_counter() > self.end_s:
             self.certificate.stopped = "time"
         return bool(self.certificate.stopped)
 
     def finished(self) -> Certificate:
         """The account of the search, when it has ended for whatever reason."""
         certificate = self.certificate
-        bounds = [deal.bound_s for deal in self._left] + self._open + [*self._unbounded.values()]
+        bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
         below = [bound_s for bound_s in bounds if bound_s < self.best_s]
         certificate.open = len(below)
         certificate.bound_s = min(below, default=self.best_s)
@@ -165,34 +181,46 @@ class _Search:
             certificate.excluded = {**self.space.excluded, **certificate.excluded}
         elif certificate.stopped:
             certificate.bound_s = 0.0
-        certificate.wall_s = perf_counter() - self.start
+        certificate.wall_s = perf_counter() - self.start_s
         return certificate
 
-    def _settle(self, deal: Deal) -> float:
-        """Looks for a better plan in a deal; what it cannot be faster than."""
-        swaps = [False, True] if len(self.uniform.branches.swaps) > 1 else [False]
-        for with_swaps in swaps:
-            mesh = self.space.mesh(deal, with_swaps)
-            if self.problem.launcher is None:
-                bound_s = self._with(deal, mesh)
-            else:  # no launcher takes choices that differ between layers
-                bound_s = min((self._with(deal, alone) for alone in mesh.alone()), default=np.inf)
-        bound_s = max(bound_s, deal.bound_s)
-        if bound_s >= self.best_s:
-            self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
-        return bound_s
+    def _closer(self, open_: _Open) -> tuple[float, bool]:
+        """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
+        deal = open_.deal
+        mesh = self.space.mesh(deal)
+        launcher = self.problem.launcher
+        meshes = [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches)
+        bound_s = min((self._with(deal, some, open_.looks) for some in meshes), default=np.inf)
+        return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
-    def _with(self, deal: Deal, mesh: Mesh) -> float:
-        """Looks for a better plan among a mesh's strategies; what none is faster than."""
-        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver)
+    def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
+        """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""
+        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver, self.tolerance)
         settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
         bound_s = settler.bound_s(self.best_s)
-        if bound_s < self.best_s:
-            self.certificate.settled += 1
-            for found in settler.candidates(self.best_s):
-                if found.step_s < self.best_s:
-                    self.best, self.best_s = found, found.step_s
+        if look > _BOUND and bound_s < self.best_s:
+            bound_s = max(bound_s, settler.path_s())
+        if look < _PLANS or bound_s >= self.best_s:
+            return bound_s
+        self.certificate.settled += 1
+        for found in settler.candidates(self.best_s):
+            if found.step_s < self.best_s:
+                self.best, self.best_s = found, found.step_s
+            if bound_s < self.best_s:
+                bound_s = max(bound_s, settler.path_s(found))
         return bound_s
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Open:
+    """A deal that may hold a better plan, and how closely it was looked at."""
+
+    bound_s: float
+    part: int
+    row: int
+    number: int
+    deal: Deal = field(compare=False)
+    looks: int = field(default=0, compare=False)
 
 
 def _chunks(deal: Deal) -> int:

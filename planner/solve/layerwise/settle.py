@@ -11,23 +11,28 @@ from planner.assemble import exact_step_s
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
+from planner.pipeline import phase_seconds
+from planner.schedule.critical import critical_path
+from planner.schedule.order import make_order
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.space import Deal
-from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
+from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
 
 __all__ = ["Candidate", "Settler"]
 
+_PRECISION = 2e-5  # of the dearest stage of open cuts, by which its bound is lower
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A plan with its step time by the schedule engine."""
+    """A plan with its step time by the schedule engine, and the seconds of its virtual stages (forward, backward)."""
 
     step_s: float
+    stages_s: Array
     mesh: Mesh
     deal: Deal
     assignment: Assignment
@@ -60,11 +65,12 @@ class Settler:
         return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
-        """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before."""
+        """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
+        of a layout the best strategies."""
         layout = self.deal.layout
         if layout is not None:
             found = self._priced(layout)
-            if found is not None and found.step_s < below_s:
+            if found is not None:
                 yield found
             return
         tried: set[tuple[int, ...]] = set()
@@ -85,25 +91,49 @@ class Settler:
             best = better
             yield best
 
+    def path_s(self, candidate: Candidate | None = None) -> float:
+        """No plan of the deal's layout is faster than the path that is critical under some seconds of its stages lets it.
+
+        Any seconds lead to a path that bounds: a candidate's, or fastest forwards, and backwards that add up to the work.
+        """
+        layout = self.deal.layout
+        if layout is None or self.pp == 1:
+            return 0.0
+        if candidate is None:
+            least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
+            forward, backward = (x.reshape(layout.virtual_stages, self.pp) for x in least)
+            work_s, _ = self.costs.least_s(layout)
+            spare = (work_s / self.mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
+            stages_s = np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
+        else:
+            stages_s = candidate.stages_s
+        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
+        seconds = np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
+        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
+        return self.costs.along_s(layout, path) + path.hops * self.hop_s
+
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def _bound_of(self, layout: Layout) -> float:
-        """Every device works, and waits for the first micro-batch before and for the last one after."""
+        """Every device works, and waits for the first micro-batch before and for the last one after.
+
+        The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
+        """
         forward, backward = self._least(layout)
-        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])])
-        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
-        bounds = [
-            ahead[d]
-            + d * self.hop_s
-            + self.costs.bound_s(self._device(layout, d), behind[d] + d * self.hop_s)
-            for d in range(self.pp)
-        ]
-        return float(max(bounds))
+        hops_s = np.arange(self.pp) * self.hop_s
+        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])]) + hops_s
+        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
+        behind[1:] += self.costs.update_s(layout.device_counts[0])
+        work_s, whole_s = self.costs.least_s(layout)
+        return float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+
+    def _backward_s(self) -> Array:
+        return self.mesh.micro_batch_s - self.mesh["forward_s"]
 
     def _least(self, layout: Layout) -> tuple[Array, Array]:
         """Fastest forward and backward of every device's first chunk."""
         forward = self.mesh["forward_s"].min(axis=0)
-        backward = (self.mesh.micro_batch_s - self.mesh["forward_s"]).min(axis=0)
+        backward = self._backward_s().min(axis=0)
         return layout.chunks[0] @ forward, layout.chunks[0] @ backward
 
     def _bound_of_cuts(self, below_s: float) -> float:
@@ -115,24 +145,28 @@ class Settler:
         """
         m, p = self.mesh.micro_batches, self.pp
         whole = self._lines(work_only=False)
-        found = smallest_limit(line_cost(whole), p, len(self.stack), 0.0, 2.0 * below_s)
+        found = smallest_limit(line_cost(whole), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
         if found is None:
             return np.inf
         self._limit = found
         least_s = found[0]
         if p == 1 or self.deal.order != "1f1b":
             return least_s
-        each = self.mesh.micro_batch_s.min(axis=0)
-        through_s = float(each[self.stack].sum() + each[-3] + each[-2])
+        alone = self._lines(work_only=True)
+        within = [line.ends(below_s) for line in whole]
+        through_s = least_sum(alone, within) / m
         hops_s = 2.0 * (p - 1) * self.hop_s
         factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
         bound_s = max(least_s, through_s * factor + hops_s)
-        # Every p-th micro-batch waits for a round trip: the last stage's cycle with the first (costs.pipeline_bounds).
-        bound_s = max(bound_s, (through_s + hops_s) * float(np.ceil((m - 1.0) / p)))
+        # Every p-th micro-batch waits for a round trip, the last one for as many stages as are left (costs.pipeline_bounds).
+        laps = int(np.ceil((m - 1.0) / p))
+        rest = m - 1 - (laps - 1) * p
+        if m > 1:
+            again = np.where(np.arange(p) >= p - rest, 1.0, 0.0)
+            rounds_s = least_sum(alone, within, (laps + again) / m)
+            bound_s = max(bound_s, rounds_s + laps * hops_s + 2.0 * (rest - 1) * self.hop_s)
         if m > p:
-            work = smallest_limit(
-                line_cost(self._lines(work_only=True)), p, len(self.stack), 0.0, 2.0 * below_s
-            )
+            work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
             dearest_s = 0.0 if work is None else work[0] / m
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s
@@ -219,7 +253,9 @@ class Settler:
         wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
-        return Candidate(step_s, self.mesh, self.deal, assignment, wide)
+        forward, backward, again = (x[:, 0] for x in phase_seconds(table))
+        stages_s = np.stack([wide.counts @ forward, wide.counts @ (backward + again)])
+        return Candidate(step_s, stages_s, self.mesh, self.deal, assignment, wide)
 
     def _columns(self, assignment: Assignment) -> list[tuple[str, int]]:
         """The assignment's columns, strategies by their number in the mesh."""

@@ -33,15 +33,28 @@ _MARGINS = (
     2e-6,
     2e-5,
 )  # by which budgets are lowered, where the solver takes their violation for rounding
+_FEW_NODES = 10  # of the integer program
+_NEAR = 20.0  # tolerances above the relaxation at which counts are good enough for a search that states its gap anyway
 _MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
 def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
-    """Branch and bound; the integer program where that grows too large."""
+    """Branch and bound; the integer program where that grows too large.
+
+    With a ``tolerance``, for a search that states its gap anyway: what the tree has found if it is near the relaxation, or else
+    the better of it and of what a few nodes of the integer program find, if they find any. Nodes are counted and not seconds, so
+    that the answer is the same every time.
+    """
     try:
         return solve(problem, tolerance=tolerance)
-    except OutOfNodesError:
-        return by_highs(problem, tolerance)
+    except OutOfNodesError as stop:
+        if not tolerance:
+            return by_highs(problem)
+        if stop.best is not None and stop.best[0] <= stop.bound * (1.0 + _NEAR * tolerance):
+            return stop.best
+        found, fits = _by_highs(problem, tolerance, _MARGINS[1], _FEW_NODES)
+        answers = [answer for answer in (stop.best, found if fits else None) if answer is not None]
+        return min(answers, key=lambda answer: answer[0], default=None)
 
 
 def by_brute_force(problem: CountProblem) -> Answer:
@@ -134,8 +147,10 @@ def by_highs(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     )
 
 
-def _by_highs(problem: CountProblem, tolerance: float, margin: float) -> tuple[Answer, bool]:
-    """HiGHS's answer under budgets lower by a margin, and whether it keeps the budgets."""
+def _by_highs(
+    problem: CountProblem, tolerance: float, margin: float, nodes: int | None = None
+) -> tuple[Answer, bool]:
+    """HiGHS's answer under budgets lower by a margin, and whether it keeps them; with a limit on its nodes, perhaps none."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
 
     program = _Program.of(problem, margin)
@@ -147,9 +162,11 @@ def _by_highs(problem: CountProblem, tolerance: float, margin: float) -> tuple[A
         constraints=rows,
         integrality=integrality,
         bounds=Bounds(program.floor, program.ceiling),
-        options={"mip_rel_gap": tolerance},
+        options={"mip_rel_gap": tolerance} | ({} if nodes is None else {"node_limit": nodes}),
     )
     if done.status == 2:
+        return None, True
+    if done.x is None and nodes is not None:
         return None, True
     if done.x is None:
         raise SolverError(

@@ -68,8 +68,10 @@ class LayerwiseSpace:
         self.least_s: dict[int, float] = {}
         """By pipeline degree, what none of its deals is faster than."""
         self._tables: list[BlockTable] = []
-        self._relaxed: list[tuple[Array, ...]] = []
-        self._meshes: dict[tuple[int, int, bool], Mesh] = {}
+        self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
+        self._priced: dict[int, tuple[Array, tuple[Array, ...]]] = {}
+        self._meshes: dict[tuple[int, int], Mesh] = {}
+        self._rows_in_use: dict[int, set[int]] = {}
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
         self._narrow(below_s)
@@ -81,45 +83,98 @@ class LayerwiseSpace:
 
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
         """The same of one pipeline degree, in no order: first without, then with limits of memory."""
-        rows = self._rows_of(pp)
-        cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
+        rows, cuts, free_s = self._open(pp, below_s)
         if not cuts:
             return
-        rows, index = rows.take(np.flatnonzero(np.min([free_s for *_, free_s in cuts], axis=0) < np.inf))
-        stack = self.problem.stack
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
-        bounds = Relaxation(
-            *rows.relaxed, layers=self.layers, micro_batches=rows.micro_batches, pp=pp,
-            budget=np.maximum(self.problem.memory_budget_bytes - idle, 1.0), growth=1.0 + stack.fragmentation.value,
-        )  # fmt: skip
-        each_s = rows.fastest_s(self.layers) * rows.micro_batches / self.layers.sum()
-        for schedule, layout, v, free_s in cuts:
-            flights = in_flight(pp, v, rows.micro_batches)
-            if layout is None:
-                limited_s = bounds.work_s(flights, np.maximum(np.floor(below_s / each_s), 1.0)) / pp
-            else:
-                limited_s = bounds.dearest_s(layout, flights, rows.table)
-            bound_s = np.maximum(free_s[index], limited_s)
-            self.excluded["memory"] += int((np.isfinite(free_s[index]) & (bound_s >= below_s)).sum())
+        bounds = self._relaxation(rows, below_s)
+        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
+        flights = in_flight(pp, 1, rows.micro_batches)
+        each_s = bounds.fastest_s / self.layers.sum()
+        pooled_s = bounds.work_s(flights, np.maximum(np.floor(below_s / each_s), 1.0)) / pp
+        lost = np.isfinite(free_s) & (pooled_s >= below_s)
+        self.excluded["memory"] += int(lost.sum())
+        keep = pooled_s < below_s
+        rows, free_s = _some(rows, free_s, keep)
+        if not len(rows.row):
+            return
+        bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
+        for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
+            bound_s = np.maximum(alone_s, pooled_s)
+            if layout is not None:
+                open_ = np.flatnonzero(bound_s < below_s)
+                some, _ = rows.take(open_)
+                flights = in_flight(pp, v, some.micro_batches)
+                bound_s[open_] = np.maximum(
+                    bound_s[open_], bounds.take(open_).dearest_s(layout, flights, some.table)
+                )
+            self.excluded["memory"] += int((np.isfinite(alone_s) & (bound_s >= below_s)).sum())
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
+                self._rows_in_use.setdefault(where[0], set()).add(where[1])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
-    def mesh(self, deal: Deal, swaps: bool) -> Mesh:
-        """The deal's mesh with all of its strategies; without ``swaps``, those that leave everything on the device."""
-        key = (deal.part, deal.row, swaps)
-        if key not in self._meshes:
-            self._meshes[key] = self._mesh(deal, swaps)
-        return self._meshes[key]
+    def _open(self, pp: int, below_s: float) -> tuple[_Rows, list[tuple[Choice, Layout | None, int]], Array]:
+        """Rows of a pipeline degree that may be below a limit without limits of memory; under which cuts, and their bounds."""
+        if pp not in self._opened:
+            rows = self._rows_of(pp)
+            cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
+            free_s = np.array([free_s for *_, free_s in cuts]).reshape(len(cuts), len(rows.row))
+            self._opened[pp] = (
+                *_some(rows, free_s, np.isfinite(free_s).any(axis=0)), [cut[:-1] for cut in cuts]
+            )  # fmt: skip
+        rows, free_s, those = self._opened[pp]
+        return rows, those, free_s
 
-    def _mesh(self, deal: Deal, swaps: bool) -> Mesh:
-        part = self.parts[deal.part]
-        if not swaps:
-            return part.meshes([deal.row])[0]
-        tables = part.tables.take(np.array([deal.row]))
-        rows = part.rows.take(np.array([deal.row]))
-        every = range(len(self.uniform.branches.swaps))
-        return Strategies(tables, rows, self.uniform.branches, every).meshes([0])[0]
+    def _totals(self, part: int, below_s: float) -> tuple[Array, tuple[Array, ...]]:
+        """Rows of a prefix that are open at any pipeline degree, and what its strategies take on them: priced once for all."""
+        if part not in self._priced:
+            opened = [self._open(pp, below_s)[0] for pp in self.least_s]
+            at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
+            totals = self.parts[part].take(at).totals()
+            table = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, at]))
+            slowdown = self.problem.stack.overlap_slowdown.value
+            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
+            self._priced[part] = at, relaxed
+        return self._priced[part]
+
+    def _relaxation(self, rows: _Rows, below_s: float) -> Relaxation:
+        """Bounds under limits of memory of the open rows of a pipeline degree."""
+        stack, pp = self.problem.stack, rows.pp
+        parts: list[tuple[Array, ...]] = []
+        for part in np.unique(rows.part).tolist():
+            among, relaxed = self._totals(part, below_s)
+            at = np.searchsorted(among, rows.row[rows.part == part])
+            parts.append(tuple(values[:, at] for values in relaxed))
+        most = max(len(values[0]) for values in parts)
+        # Prefixes with fewer strategies have some that take for ever. Rows stand part after part.
+        every = (
+            np.concatenate(
+                [
+                    np.pad(values[k], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill)
+                    for values in parts
+                ],
+                axis=1,
+            )
+            for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0, 0.0))
+        )
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
+        seconds, step, held, saved, transient = every
+        return Relaxation(
+            seconds, step, held, saved, transient, self.layers, rows.micro_batches, pp,
+            np.maximum(self.problem.memory_budget_bytes - idle, 1.0), 1.0 + stack.fragmentation.value,
+        )  # fmt: skip
+
+    def mesh(self, deal: Deal) -> Mesh:
+        """The deal's mesh with all of its strategies."""
+        key = (deal.part, deal.row)
+        if key not in self._meshes:
+            # Most of what tables cost does not depend on how many rows they have: those of all open deals are made at once.
+            part = self.parts[deal.part]
+            rows = sorted(self._rows_in_use.get(deal.part, set()) | {deal.row})
+            every = part.take(np.array(rows)).with_swaps()
+            for row, mesh in zip(rows, every.meshes(range(len(rows))), strict=True):
+                self._meshes[deal.part, row] = mesh
+        return self._meshes[key]
 
     # -- meshes ------------------------------------------------------------------------------------------------------
 
@@ -168,28 +223,7 @@ class LayerwiseSpace:
 
     def _rows_of(self, pp: int) -> _Rows:
         """All rows of a pipeline degree, whatever their prefix."""
-        while len(self._relaxed) < len(self.parts):
-            part = len(self._relaxed)
-            slowdown = self.problem.stack.overlap_slowdown.value
-            totals, table = self.parts[part].totals(), self._tables[part]
-            self._relaxed.append(
-                with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
-            )
         places = [np.flatnonzero(part.tables.ctx.mesh.pp == pp) for part in self.parts]
-        most = max(values[0].shape[0] for values in self._relaxed)
-        # Prefixes with fewer strategies have some that take for ever.
-        relaxed = tuple(
-            np.concatenate(
-                [
-                    np.pad(
-                        values[k][:, at], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill
-                    )
-                    for values, at in zip(self._relaxed, places, strict=True)
-                ],
-                axis=1,
-            )
-            for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0))
-        )
         values = [part.rows.take(at).values for part, at in zip(self.parts, places, strict=True)]
         groups = [sum((v[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")) for v in values]
         return _Rows(
@@ -202,14 +236,14 @@ class LayerwiseSpace:
                 self.kinds,
                 np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2),
             ),
-            relaxed,
         )  # fmt: skip
 
     def _free(self, rows: _Rows, below_s: float) -> Iterator[tuple[Choice, Layout | None, int, Array]]:
         """Every schedule and layout with its bounds without limits of memory; infinite where they exclude a row, or rules do."""
         pp, micro_batches = rows.pp, rows.micro_batches
-        fastest_s = rows.fastest_s(self.layers)
-        work_s = micro_batches * fastest_s + rows.relaxed[1].min(axis=0) @ self.layers
+        each = rows.table["forward_s"] + rows.table["backward_s"] + rows.table["weight_s"]
+        fastest_s = self.layers @ each[:-1]  # what is additive only adds
+        work_s = micro_batches * fastest_s
         runs: dict[str, Array] = {}
         for schedule, layout, v in self._cuts(pp):
             if schedule.value not in runs:
@@ -276,7 +310,6 @@ class _Rows:
         part, row: whose row it is, and which.
         communicators: groups with more than one rank.
         table: of the prefixes.
-        relaxed: of :func:`with_swaps`, (strategies, rows, kinds) each.
     """
 
     pp: int
@@ -285,21 +318,20 @@ class _Rows:
     micro_batches: Array
     communicators: Array
     table: BlockTable
-    relaxed: tuple[Array, ...]
-
-    def fastest_s(self, layers: Array) -> Array:
-        """One micro-batch through all layers, each under its fastest strategy."""
-        fastest: Array = self.relaxed[0].min(axis=0) @ layers
-        return fastest
 
     def take(self, index: Array) -> tuple[_Rows, Array]:
         """Some of the rows, and their places among all."""
         table = BlockTable(self.table.kinds, np.ascontiguousarray(self.table.values[:, :, index]))
-        relaxed = tuple(values[:, index] for values in self.relaxed)
         part, row, micro_batches, communicators = (
             x[index] for x in (self.part, self.row, self.micro_batches, self.communicators)
         )
-        return _Rows(self.pp, part, row, micro_batches, communicators, table, relaxed), index
+        return _Rows(self.pp, part, row, micro_batches, communicators, table), index
+
+
+def _some(rows: _Rows, each: Array, keep: Array) -> tuple[_Rows, Array]:
+    """Some of the rows, and the same columns of a table."""
+    taken, index = rows.take(np.flatnonzero(keep))
+    return taken, each[:, index]
 
 
 @lru_cache(maxsize=1024)

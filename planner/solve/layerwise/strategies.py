@@ -7,7 +7,9 @@ block computes and how its work is cut (the slots before) is common to all layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TypeAlias
 
 import numpy as np
@@ -18,12 +20,14 @@ from planner.ledger import Array
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
+from planner.technique import Launcher
 
 __all__ = ["Branch", "Mesh", "Strategies", "Totals"]
 
 Branch: TypeAlias = tuple[int, int, int]  # state, recompute and swap of :class:`Branches`
 
 _FIELD = {name: index for index, name in enumerate(COMPACT)}
+_LONGEST_S = 1e9  # of a block under a strategy that it must not take
 _TIMES = [_FIELD[name] for name in ("forward_s", "backward_s", "weight_s", "recompute_s")]
 
 
@@ -37,6 +41,7 @@ class Totals:
         step_s: serial work of the optimizer step.
         held_bytes: throughout; of which ``gradients_bytes`` and ``optimizer_bytes``.
         saved_bytes: per micro-batch in flight.
+        transient_bytes: while the block is at work.
     """
 
     forward_s: Array
@@ -47,13 +52,14 @@ class Totals:
     gradients_bytes: Array
     optimizer_bytes: Array
     saved_bytes: Array
+    transient_bytes: Array
 
 
 _TOTALS = [
     [_FIELD[name] for name in names]
     for names in (
         ("forward_s",), ("backward_s",), ("weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
-        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",),
+        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",), ("block_bytes", "recomputed_bytes"),
     )
 ]  # fmt: skip
 
@@ -99,6 +105,38 @@ class Mesh:
         total_s = self.micro_batch_s[:, :-3].sum(axis=1)
         order = np.argsort(total_s, kind="stable").tolist()
         return [replace(self, branches=[self.branches[s]], values=self.values[s : s + 1]) for s in order]
+
+    def runnable(self, launcher: Launcher, choices: Branches) -> list[Mesh]:
+        """The same mesh with strategies that a launcher lets stand side by side: as many as it does, and what embedding and head
+        may have beside them."""
+        recipes = [{slot: c.value for slot, c in choices.recipe(*branch).items()} for branch in self.branches]
+        families: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for sets in product(*launcher.per_layer.values()):
+            mixed = dict(zip(launcher.per_layer, sets, strict=True))
+            alike: dict[tuple[str, ...], list[int]] = {}
+            for s, recipe in enumerate(recipes):
+                if all(recipe[slot] in values for slot, values in mixed.items()):
+                    rest = tuple(value for slot, value in recipe.items() if slot not in mixed)
+                    alike.setdefault(rest, []).append(s)
+            for members in alike.values():
+                ends: dict[tuple[str, ...], list[int]] = {}
+                for s in members:
+                    at_ends = tuple(recipes[s][slot] for slot in sorted(launcher.alike_at_ends))
+                    ends.setdefault(at_ends, []).append(s)
+                families[tuple(members)] = [tuple(some) for some in ends.values()]
+        largest = [one for one in families if not any(set(one) < set(other) for other in families)]
+        covered = {s for one in largest for s in one}
+        found = [self._some(members, ends) for members in largest for ends in families[members]]
+        return found + [
+            alone for alone in self.alone() if alone.branches[0] not in {self.branches[s] for s in covered}
+        ]
+
+    def _some(self, members: Sequence[int], ends: Sequence[int]) -> Mesh:
+        """Some of the strategies, of which embedding and head take some: any other takes for ever there."""
+        values = self.values[list(members)].copy()
+        barred = [place for place, s in enumerate(members) if s not in ends]
+        values[np.ix_(barred, [_FIELD["forward_s"]], [len(self.kinds) - 3, len(self.kinds) - 2])] = _LONGEST_S
+        return replace(self, branches=[self.branches[s] for s in members], values=values)
 
     def assignment(self, stages: Sequence[Runs], embedding: int, head: int, choices: Branches) -> Assignment:
         """Strategies by number as strategies by choice; those in use only, the most frequent one first."""
@@ -157,6 +195,17 @@ class Strategies:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def take(self, index: Array) -> Strategies:
+        """The same strategies on some of the rows."""
+        taken = copy(self)
+        taken.tables, taken.rows = self.tables.take(index), self.rows.take(index)
+        taken.active = self.active[:, index]
+        return taken
+
+    def with_swaps(self) -> Strategies:
+        """All strategies, those that swap included."""
+        return Strategies(self.tables, self.rows, self.choices, range(len(self.choices.swaps)))
 
     def totals(self) -> Totals:
         """What bounds need of every strategy on every row."""

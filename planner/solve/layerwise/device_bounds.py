@@ -1,0 +1,248 @@
+"""What a device of a pipeline takes and holds, and what no strategies of its layers undercut.
+
+A device's time in a step is its micro-batches' work, then what nothing hides of gradients and weights. Of traffic ``g`` in
+``1/σ`` buckets beside ``b`` seconds of work, ``max(σ·g, g − (1 − σ)·b)`` is exposed
+(:func:`planner.costs.overlap.uniform_bucket_exposure_s`), so that the time is the largest of four sums over layers, with the
+``σ`` of the most buckets that they may have. Its bytes are sums too, but for the largest transient of a block at work, whose
+range is taken in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from planner.layout import Layout
+from planner.ledger import Array
+from planner.pipeline import SLOWER, saturated
+from planner.schedule.critical import Path
+from planner.schedule.live import live_vectors
+from planner.solve.layerwise.counts import hull
+from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.relaxation import in_flight
+from planner.solve.layerwise.stages import Line
+from planner.solve.layerwise.strategies import Mesh
+from planner.specs.problem import Problem
+
+__all__ = ["BYTES", "DeviceBounds", "exposed", "in_tier", "largest"]
+
+BYTES = ("always_bytes", "saved_bytes", "step_bytes")
+"""Fields of device memory that are held to budgets."""
+
+_RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
+_DEARER = (2.0, 4.0, 16.0, 1e6)  # prices of a byte, in terms of the dearest trade on a hull of all strategies
+_APART = 1.1  # ratio of prices that are looked at
+_LONGEST_S = 1e12  # stands for strategies that are not allowed
+
+
+class DeviceBounds:
+    """Costs and budgets of the devices of one mesh under one schedule, and bounds by duality."""
+
+    def __init__(self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int) -> None:
+        self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
+        stack = problem.stack
+        self.growth = 1.0 + stack.fragmentation.value
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
+        self.room = problem.memory_budget_bytes - idle
+        self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
+        self.work = mesh.micro_batches * mesh.micro_batch_s
+        self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
+        self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
+        self.fronts = _front(mesh)
+        self.useful = sorted({s for front in self.fronts for s in front})
+
+    def flights(self, device: int) -> Array:
+        """Micro-batches in flight of each chunk at each of the device's fullest moments, (moments, chunks)."""
+        return _flights(self.schedule, self.mesh.pp, self.depth, self.virtual_stages, device)
+
+    def least_s(self, layout: Layout) -> tuple[Array, Array]:
+        """No strategies make a layout's devices faster, (devices,) each; infinite where none fit.
+
+        First their work, and on the first device what follows it; then their work with all that follows it.
+        """
+        m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
+        cells = self._cells(layout, m * once, m * once)
+        s, kind = self.useful, cells.kind
+        alone = self.work[s][:, kind]
+        after = self._after(layout.device_counts, cells.device, kind)
+        whole_s = self._within_limits(alone + after[3], cells)
+        work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
+        work_s[0] = max(work_s[0], whole_s[0])
+        return work_s, whole_s
+
+    def along_s(self, layout: Layout, path: Path) -> float:
+        """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit."""
+        shape = layout.virtual_stages, layout.pp
+        cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
+        s, kind = self.useful, cells.kind
+        forward_s = self.mesh["forward_s"][s]
+        backward_s = self.mesh.micro_batch_s[s] - forward_s
+        cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
+        after = np.where(
+            cells.device == path.device, self._after(layout.device_counts, cells.device, kind), 0.0
+        )
+        return max(float(self._within_limits(cost + each, cells).sum()) for each in after)
+
+    def update_s(self, counts: Array) -> float:
+        """No strategies of a device's blocks leave less to do after their last backward."""
+        kinds = np.flatnonzero(counts)
+        after = self._after(counts[None], np.zeros(len(kinds), dtype=np.intp), kinds).min(axis=1)
+        return float((after @ counts[kinds]).max())
+
+    def _after(self, counts: Array, device: Array, kind: Array) -> Array:
+        """What follows a device's last backward, of one block of some kinds: four sums, (4, useful strategies, places).
+
+        Args:
+            counts: (devices, kinds) blocks.
+            device, kind: of every place.
+        """
+        gradients, weights = (1.0 / np.maximum(counts @ each, 1.0)[device] for each in self.buckets)
+        return exposed(self.mesh, gradients, weights, kind)[:, self.useful]
+
+    def _cells(self, layout: Layout, forwards: Array, backwards: Array) -> Cells:
+        """A layout's blocks, in flight as at a full moment of every device."""
+        if layout.virtual_stages == 1:
+            flights = np.array([[self.flights(device).max() for device in range(layout.pp)]])
+        else:
+            batches = np.array([float(self.mesh.micro_batches)])
+            flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
+        return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
+
+    def _within_limits(self, cost: Array, cells: Cells) -> Array:
+        """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
+        always, saved = (
+            self.mesh[name][self.useful][:, cells.kind] for name in ("always_bytes", "saved_bytes")
+        )
+        held = always + self.growth * cells.flights * saved
+        transient = self.transient[self.useful][:, cells.kind]
+        low, high = self._limits(np.unique(cells.kind).tolist())
+        many, devices = len(low), int(cells.device[-1]) + 1
+        costs = np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2)
+        every = replace(
+            cells,
+            device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
+            number=np.tile(cells.number, many),
+        )
+        rooms = np.repeat(self.room - self.growth * low, devices)
+        found = dual_s(costs.reshape(len(cost), -1), np.tile(held, many), every, rooms)
+        least: Array = found.reshape(many, devices).min(axis=0)
+        return least
+
+    def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
+        """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
+        takes at least the lower end."""
+        found = np.unique(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
+        starts = [0]
+        for at in range(1, len(found)):
+            if self.growth * (found[at] - found[starts[-1]]) > _RANGE * self.room:
+                starts.append(at)
+        return found[starts], found[[*(at - 1 for at in starts[1:]), len(found) - 1]]
+
+    def line(self, device: int, order: Sequence[int], ends: Sequence[int], work_only: bool = False) -> Line:
+        """A lower bound of a device's seconds by the layers it holds, for pipelines with one stage per device.
+
+        The dual of the linear relaxation at every price that some trade of memory for time would fetch, under every limit on the
+        transient.
+
+        Args:
+            order: kind of every layer.
+            ends: kinds of what the device holds besides: embedding, head.
+            work_only: the micro-batches' work without what follows the last.
+        """
+        weight = float(self.flights(device).max())
+        held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
+        kinds = sorted({*order, *ends})
+        costs = self.work[None]
+        if not work_only:
+            costs = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
+            costs = costs[largest(np.zeros(4), list(costs[:, self.useful][:, :, kinds].transpose(2, 0, 1)))]
+        low, high = self._limits(kinds)
+        prices = self._prices(costs, held, kinds)[:, None, None, None]
+        small = self.transient[self.useful] <= high[:, None, None]
+        offsets, sums = [], []
+        for cost in costs[:, self.useful]:
+            # (prices, limits, kinds)
+            priced = np.where(small, cost + prices * held[self.useful], _LONGEST_S).min(axis=2)
+            offsets.append(
+                priced[:, :, list(ends)].sum(axis=2) - prices[:, :, 0, 0] * (self.room - self.growth * low)
+            )
+            sums.append(np.cumsum(priced[:, :, list(order)], axis=2))
+        zero = np.zeros((len(low), len(prices) * len(sums), 1))
+        lines = np.concatenate([zero, np.concatenate(sums).transpose(1, 0, 2)], axis=2)
+        return Line(np.concatenate(offsets).T, lines)
+
+    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> Array:
+        """Of every trade of bytes for seconds on a hull, dearer ones for where limits leave no others, one that no plan pays."""
+        found = {0.0}
+        for cost in costs:
+            for kind in kinds:
+                c, h = cost[:, kind], held[:, kind]
+                chain = hull(c, h)
+                found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
+        most = max(max(found), 1.0 / self.room)
+        kept: list[float] = []
+        for price in sorted(found | {most * x for x in _DEARER}):
+            if not kept or price > _APART * kept[-1]:
+                kept.append(price)
+        return np.array(kept)
+
+
+def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:
+    """What follows the last backward of one block of some kinds, (4, strategies, places): the update and, of gradients and of
+    weights, their last bucket or what is left of them after the work beside them.
+
+    Args:
+        gradients, weights: share of a bucket in the traffic.
+        kind: of every place.
+    """
+    beside = (mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"])[:, kind]
+    g, w, forward = (mesh[name][:, kind] for name in ("gradients_step_s", "weights_step_s", "forward_s"))
+    main = mesh["main_step_s"][:, kind]
+    of_gradients = (gradients * g, g - (1.0 - gradients) * beside)
+    of_weights = (weights * w, w - (1.0 - weights) * forward)
+    return np.stack([main + x + y for x, y in itertools.product(of_gradients, of_weights)])
+
+
+def largest(offset: Array, costs: Sequence[Array]) -> list[int]:
+    """Sums that may be the largest: no other is as large for every strategy."""
+    rows = np.concatenate([offset[:, None], *costs], axis=1)
+    kept: list[int] = []
+    for i in np.lexsort(rows.T[::-1])[::-1].tolist():
+        if not any(np.all(rows[j] >= rows[i]) for j in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
+@lru_cache(maxsize=64)
+def _front(mesh: Mesh) -> list[list[int]]:
+    """Per kind, strategies that no other equals or beats in all of time and memory, whatever the share of a bucket."""
+    every, work = np.arange(len(mesh.kinds)), mesh.micro_batches * mesh.micro_batch_s
+    transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
+    # What is exposed is linear in both shares: what holds at their ends holds between them.
+    times = [work + exposed(mesh, g, w, every) for g, w in itertools.product((0.0, 1.0), repeat=2)]
+    names = (*BYTES, *(name for tier in SLOWER for name in in_tier(tier)))
+    held = np.stack([*(mesh[name] for name in names), transient, work])
+    columns = np.concatenate([*times, held])
+    fronts = []
+    for kind in range(len(mesh.kinds) - 1):
+        values = np.unique(columns[:, :, kind], axis=0).T
+        kept: list[int] = []
+        for s in np.lexsort(values.T[::-1]).tolist():
+            if not kept or not np.any(np.all(values[kept] <= values[s], axis=1)):
+                kept.append(s)
+        fronts.append(sorted(kept))
+    return fronts
+
+
+@lru_cache(maxsize=4096)
+def _flights(schedule: str, pp: int, depth: int, virtual_stages: int, device: int) -> Array:
+    return live_vectors(schedule, pp, depth, virtual_stages, device, np.eye(virtual_stages))
+
+
+def in_tier(tier: str) -> tuple[str, str]:
+    """Fields of what a slower tier holds: throughout, and per micro-batch in flight."""
+    return f"{tier}_bytes", f"{tier}_saved_bytes"

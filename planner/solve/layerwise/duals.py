@@ -1,0 +1,109 @@
+"""What no strategies undercut, of all devices of a pipeline at once: duals of their linear relaxations.
+
+The blocks of a device that may take the same strategies at the same cost are a *cell*. For every price ``λ ≥ 0`` of a byte,
+
+    Σ_cells n·min_s (cost_s + λ·held_s) − λ·room
+
+bounds the device's cost from below, whichever strategies keep its memory (weak duality), and its largest value over ``λ`` is
+what the linear relaxation costs: mixtures on the lower convex hull of (held, cost). It is concave and made of lines in ``λ``, so
+that a few tangents find it, for all devices side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.ledger import Array
+from planner.solve.layerwise.counts import SLACK
+
+__all__ = ["Cells", "dual_s"]
+
+_TANGENTS = 30  # at most: a handful is enough for most devices, and any price bounds
+_PRECISION = 1e-12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """Blocks that are alike; those of a device stand together, devices in order.
+
+    Attributes:
+        device, kind: where they are, and of which kind.
+        number: how many.
+        flights: micro-batches in flight of each.
+        forwards, backwards: how often the path whose cost is bounded passes them.
+    """
+
+    device: NDArray[np.intp]
+    kind: NDArray[np.intp]
+    number: Array
+    flights: Array
+    forwards: Array
+    backwards: Array
+
+    @staticmethod
+    def of(chunks: Array, flights: Array, forwards: Array, backwards: Array) -> Cells:
+        """Cells of a layout.
+
+        Args:
+            chunks: (chunks, devices, kinds) blocks.
+            flights, forwards, backwards: (chunks, devices) each.
+        """
+        chunk, device, kind = np.nonzero(chunks)
+        parts = (x[chunk, device] for x in (flights, forwards, backwards))
+        keys = np.stack([device, kind, *parts])
+        order = np.lexsort(keys[::-1])
+        keys, number = keys[:, order], chunks[chunk, device, kind][order]
+        starts = np.flatnonzero(np.concatenate([[True], np.any(keys[:, 1:] != keys[:, :-1], axis=0)]))
+        one = keys[:, starts]
+        return Cells(
+            one[0].astype(np.intp), one[1].astype(np.intp), np.add.reduceat(number, starts), one[2], one[3], one[4]
+        )  # fmt: skip
+
+
+def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
+    """What each device costs at least, infinite where nothing keeps its room: (devices,).
+
+    Two lines bound the dual from above: its tangents at a price where the cheapest strategies exceed the room, and at one where
+    they keep it. Where they meet, the next tangent replaces one of them, until it meets both: then it is the largest value.
+
+    Args:
+        cost, held: (strategies, cells) seconds and bytes of one block; infinite cost where a strategy is not allowed.
+        cells: at least one of every device.
+        room: (devices,) bytes.
+
+    >>> one = np.ones((1, 1))
+    >>> cells = Cells.of(5.0 * one[None], one, one, one)
+    >>> dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0])).tolist()  # 2.5 of each
+    [17.5]
+    """
+    starts = np.searchsorted(cells.device, np.arange(len(room)))
+    place = np.arange(cost.shape[1])
+
+    def at(priced: Array) -> tuple[Array, Array]:
+        """Cost and bytes beyond the room of the strategies that are cheapest by some prices, per device."""
+        taken = priced.argmin(axis=0), place
+        seconds = np.add.reduceat(cells.number * cost[taken], starts)
+        return seconds, np.add.reduceat(cells.number * held[taken], starts) - room
+
+    over_s, over = at(cost)
+    smallest = np.where(np.isfinite(cost), held, np.inf)
+    kept_s, kept = at(np.where(smallest == smallest.min(axis=0), cost, np.inf))
+    fits = np.isfinite(over_s) & (kept <= SLACK * np.abs(room))
+    over_s, kept_s = np.where(fits, over_s, 0.0), np.where(fits, kept_s, 0.0)
+    best = over_s.copy()  # without a price
+    open_ = fits & (over > 0.0)
+    for _ in range(_TANGENTS):
+        if not open_.any():
+            break
+        price = np.where(open_, (kept_s - over_s) / np.where(open_, over - kept, 1.0), 0.0)
+        seconds, beyond = at(cost + price[cells.device] * held)
+        value = seconds + price * beyond
+        best = np.where(open_, np.maximum(best, value), best)
+        open_ &= value < (over_s + price * over) * (1.0 - _PRECISION)
+        up, down = open_ & (beyond > 0.0), open_ & (beyond <= 0.0)
+        over_s, over = np.where(up, seconds, over_s), np.where(up, beyond, over)
+        kept_s, kept = np.where(down, seconds, kept_s), np.where(down, beyond, kept)
+    return np.where(fits, best, np.inf)
