@@ -146,7 +146,7 @@ def examine(problem: Problem) -> Assembly:
             for check in choice.technique.valid(ctx):
                 faults.check(check.reason, check.ok)
     row = {name: float(values[0]) for name, values in rows.values.items()}
-    assignment = None if problem.layerwise is None else read_assignment(problem.layerwise)
+    assignment = None if problem.layerwise is None else read_assignment(problem.layerwise, problem)
     if assignment is not None:  # which says where every layer is
         faults.reasons = [reason for reason in faults.reasons if reason != NOT_DEALT]
     if faults.reasons:
