@@ -49,6 +49,11 @@ class Place:
         return round(self.row["tp"] * self.row["cp"] * self.row["dp"])
 
     @property
+    def micro_batches(self) -> float:
+        """Per step, of the global batch."""
+        return self.problem.workload.global_batch_size / (self.row["dp"] * self.row["micro_batch_size"])
+
+    @property
     def communicators(self) -> float:
         """Groups with more than one rank."""
         return sum(float(self.row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))

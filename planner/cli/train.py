@@ -95,7 +95,7 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    searcher = _layerwise(stages, solver, time_limit) if layerwise else None
+    searcher = _searcher(stages, solver, time_limit, layerwise=layerwise)
     problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
@@ -162,8 +162,8 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., SearchResult]:
-    """The layer-wise search with its options.
+def _searcher(stages: str, solver: str, time_limit: str, *, layerwise: bool) -> Callable[..., SearchResult]:
+    """What searches a cluster: alike for all layers or layer by layer, and then over node groups where these differ.
 
     Raises:
         SpecError: an option is none of those there are.
@@ -175,6 +175,8 @@ def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., Searc
     from planner.errors import did_you_mean
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.layerwise.solvers import SOLVERS
+    from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.train import search
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
@@ -188,7 +190,16 @@ def _layerwise(stages: str, solver: str, time_limit: str) -> Callable[..., Searc
     limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
     raise_if_any(faults)
     chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    return partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)
+    alone: Callable[..., SearchResult] = search
+    if layerwise:
+        alone = partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)
+
+    def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
+        if not applies(problem):
+            return alone(problem, top, progress)
+        return search_mixed(problem, top, progress, base=alone, solver=solver, **chosen)
+
+    return searched
 
 
 def _search(

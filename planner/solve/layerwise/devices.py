@@ -26,7 +26,7 @@ from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["Device", "DeviceCosts", "Solved"]
+__all__ = ["Device", "DeviceCosts", "Solved", "costs_of"]
 
 _LIMITS = 6  # on the transient that are looked at first
 _BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
@@ -71,7 +71,7 @@ class DeviceCosts:
         self.room = problem.memory_budget_bytes - idle
         self.host_room = float(problem.cluster.host_memory_bytes)
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
-        self.costs = _costs(mesh)
+        self.costs = costs_of(mesh)
         self.hosted = bool(mesh["host_bytes"].any() or mesh["host_saved_bytes"].any())
         depth = saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches)
         self.depth = int(depth)
@@ -288,7 +288,7 @@ class _Group:
     flights: Array
 
 
-def _costs(mesh: Mesh) -> Array:
+def costs_of(mesh: Mesh) -> Array:
     """Five sums, (5, strategies, kinds): a device's seconds with nothing, gradients, weights, both exposed; its work alone."""
     work = mesh.micro_batches * mesh.micro_batch_s
     beside = mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"]

@@ -64,9 +64,9 @@ def cuts_within(reach: Reach, stages: int, layers: int, limit: float) -> list[in
 
 
 def smallest_limit(
-    reach: Reach, stages: int, layers: int, low: float, high: float
+    reach: Reach, stages: int, layers: int, low: float, high: float, precision: float = _PRECISION
 ) -> tuple[float, float] | None:
-    """(below, limit): no partition keeps ``below``, one keeps ``limit``, and they are as close as numbers get.
+    """(below, limit): no partition keeps ``below``, one keeps ``limit``, and they are as close as ``precision`` (relative).
 
     None where none keeps ``high``.
 
@@ -77,7 +77,7 @@ def smallest_limit(
     """
     if cuts_within(reach, stages, layers, high) is None:
         return None
-    while high - low > _PRECISION * high:
+    while high - low > precision * high:
         middle = (low + high) / 2.0
         if cuts_within(reach, stages, layers, middle) is None:
             low = middle

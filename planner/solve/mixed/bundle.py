@@ -1,0 +1,81 @@
+"""All ways to cut a stage of one class at once: lower bounds of its seconds by the layers that it holds.
+
+Memory is priced: for every price ``λ ≥ 0`` per byte, a stage takes at least ``Σ over its blocks of min_s (cost_s + λ·held_s) − λ·room``
+(weak duality), which is a line over the layers; the bound is the largest over some prices and over the four sums of
+:class:`~planner.solve.layerwise.devices.DeviceCosts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.ledger import Array
+from planner.solve.layerwise.devices import costs_of
+from planner.solve.layerwise.strategies import Mesh
+from planner.specs.problem import Problem
+
+__all__ = ["Bundle"]
+
+_PRICES = (0.0, *np.geomspace(0.002, 4.0, 18).tolist())  # in seconds of all layers' work per byte of a stage's room
+
+
+class Bundle:
+    """The members of a class that are priced, side by side.
+
+    Args:
+        problem: the job on their group.
+        meshes: their strategies.
+        stack: kind of every layer.
+    """
+
+    def __init__(self, problem: Problem, meshes: Sequence[Mesh], stack: Sequence[int]) -> None:
+        self.stack = list(stack)
+        most = max(len(mesh.branches) for mesh in meshes)
+
+        def side_by_side(values: Sequence[Array], fill: float) -> Array:
+            """(members, strategies, kinds), or with more axes before the strategies."""
+            short = [[(0, 0)] * (v.ndim - 2) + [(0, most - v.shape[-2]), (0, 0)] for v in values]
+            return np.stack([np.pad(v, pad, constant_values=fill) for v, pad in zip(values, short, strict=True)])
+
+        self.growth = 1.0 + problem.stack.fragmentation.value
+        self.costs = side_by_side([costs_of(mesh)[..., :-1] for mesh in meshes], np.inf)  # (members, sums, strategies, kinds)
+        self.always = side_by_side([mesh["always_bytes"][:, :-1] for mesh in meshes], 0.0)
+        self.saved = side_by_side([mesh["saved_bytes"][:, :-1] for mesh in meshes], 0.0)
+        transient = side_by_side([(mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1] for mesh in meshes], np.inf)
+        stack_bytes, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
+        idle = np.array([stack_bytes + each * mesh.communicators for mesh in meshes])
+        kinds = sorted(set(self.stack))
+        self.room = problem.memory_budget_bytes - idle - self.growth * transient.min(axis=1)[:, kinds].max(axis=1)
+        self.of_work = np.array([mesh.micro_batches for mesh in meshes])
+        self._lines: dict[tuple[float, tuple[int, ...], bool], tuple[Array, Array]] = {}
+
+    def reach(self, start: int, limit: float, flights: float, ends: tuple[int, ...], *, work_only: bool) -> int:
+        """The furthest end of layers from ``start`` that some member holds within a limit; ``start`` − 1 where none does."""
+        offset, sums = self.lines(flights, ends, work_only=work_only)
+        room = limit - offset + sums[:, :, start]
+        within = (sums[:, :, start:] <= room[:, :, None]).all(axis=1).sum(axis=1)
+        return start + int(within.max()) - 1
+
+    def lines(self, flights: float, ends: tuple[int, ...], *, work_only: bool) -> tuple[Array, Array]:
+        """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""
+        key = flights, ends, work_only
+        if key not in self._lines:
+            costs = self.costs[:, 4:] if work_only else self.costs[:, :4]
+            held = self.always + self.growth * flights * self.saved
+            work = np.min(costs[:, 0], axis=1)[:, self.stack].sum(axis=1)
+            price = np.multiply.outer(work / np.maximum(self.room, 1.0), _PRICES)  # (members, prices)
+            priced = np.min(costs[:, :, None] + price[:, None, :, None, None] * held[:, None, None], axis=3)
+            priced = priced.reshape(len(held), -1, priced.shape[-1])  # (members, sums · prices, kinds)
+            room = np.tile(price * self.room[:, None], (1, costs.shape[1]))
+            offset = priced[:, :, list(ends)].sum(axis=2) - room
+            sums = np.cumsum(priced[:, :, self.stack], axis=2)
+            self._lines[key] = offset, np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+        return self._lines[key]
+
+    def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
+        """The bound of some layers, of every member."""
+        offset, sums = self.lines(flights, ends, work_only=False)
+        found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
+        return found
