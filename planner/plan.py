@@ -128,7 +128,9 @@ class Plan:
     @property
     def places(self) -> Sequence[Mapping[str, Any]]:
         """Where stages run, if node groups differ: ``places`` of ``layerwise``."""
-        found: Sequence[Mapping[str, Any]] = () if self.layerwise is None else self.layerwise.get("places", ())
+        found: Sequence[Mapping[str, Any]] = (
+            () if self.layerwise is None else self.layerwise.get("places", ())
+        )
         return found
 
     @property

@@ -56,7 +56,7 @@ def train(
         typer.Option(
             "--stages",
             metavar="HOW",
-            help="With --layerwise: stages of any size, or only even [uneven].",
+            help="With --layerwise or unlike devices: stages of any size, or only even [uneven].",
             show_default=False,
         ),
     ] = "uneven",
@@ -65,7 +65,7 @@ def train(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="With --layerwise: auto, dp, ilp or brute [auto].",
+            help="With --layerwise or unlike devices: auto, dp, ilp or brute [auto].",
             show_default=False,
         ),
     ] = "auto",
@@ -74,7 +74,7 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise: the best so far after this, with its gap; none waits for the proof [10s].",
+            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
             show_default=False,
         ),
     ] = "10s",
@@ -87,7 +87,8 @@ def train(
 
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
-    layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one.
+    layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one. On a cluster of
+    several kinds of devices, stages may run each on one kind, with degrees and layers of their own.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -95,8 +96,8 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    searcher = _searcher(stages, solver, time_limit, layerwise=layerwise)
     problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
+    searcher = _searcher(problems, stages, solver, time_limit, layerwise=layerwise)
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
@@ -162,12 +163,16 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _searcher(stages: str, solver: str, time_limit: str, *, layerwise: bool) -> Callable[..., SearchResult]:
-    """What searches a cluster: alike for all layers or layer by layer, and then over node groups where these differ.
+def _searcher(
+    problems: Sequence[Problem], stages: str, solver: str, time_limit: str, *, layerwise: bool
+) -> Callable[..., SearchResult] | None:
+    """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
 
     Raises:
         SpecError: an option is none of those there are.
     """
+    if not layerwise and not any(problem.cluster.mixed for problem in problems):
+        return None
     from functools import partial
 
     from planner.cli.values import optional_quantity, raise_if_any
@@ -189,15 +194,15 @@ def _searcher(stages: str, solver: str, time_limit: str, *, layerwise: bool) -> 
     given = None if time_limit == "none" else time_limit
     limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
     raise_if_any(faults)
-    chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    alone: Callable[..., SearchResult] = search
+    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
+    alike: Callable[..., SearchResult] = search
     if layerwise:
-        alone = partial(search_layerwise, solver=solver, uneven=stages == "uneven", **chosen)
+        alike = partial(search_layerwise, uneven=stages == "uneven", **chosen)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
-        if not applies(problem):
-            return alone(problem, top, progress)
-        return search_mixed(problem, top, progress, base=alone, solver=solver, **chosen)
+        if stages == "uneven" and applies(problem):
+            return search_mixed(problem, top, progress, base=alike, **chosen)
+        return alike(problem, top, progress)
 
     return searched
 

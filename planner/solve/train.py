@@ -181,7 +181,9 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
         rules = [c.technique.valid(ctx) for c in (*place.recipe.values(), *schedule.values()) if c.technique]
         reasons += [check.reason for checks in rules for check in checks if not np.all(check.ok)]
         if place.micro_batches != first.micro_batches:
-            reasons.append(f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline")
+            reasons.append(
+                f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
+            )
     if reasons:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])

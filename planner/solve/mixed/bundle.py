@@ -18,7 +18,10 @@ from planner.specs.problem import Problem
 
 __all__ = ["Bundle"]
 
-_PRICES = (0.0, *np.geomspace(0.002, 4.0, 18).tolist())  # in seconds of all layers' work per byte of a stage's room
+_PRICES = (
+    0.0,
+    *np.geomspace(0.002, 4.0, 18).tolist(),
+)  # in seconds of all layers' work per byte of a stage's room
 
 
 class Bundle:
@@ -37,21 +40,31 @@ class Bundle:
         def side_by_side(values: Sequence[Array], fill: float) -> Array:
             """(members, strategies, kinds), or with more axes before the strategies."""
             short = [[(0, 0)] * (v.ndim - 2) + [(0, most - v.shape[-2]), (0, 0)] for v in values]
-            return np.stack([np.pad(v, pad, constant_values=fill) for v, pad in zip(values, short, strict=True)])
+            return np.stack(
+                [np.pad(v, pad, constant_values=fill) for v, pad in zip(values, short, strict=True)]
+            )
 
         self.growth = 1.0 + problem.stack.fragmentation.value
-        self.costs = side_by_side([costs_of(mesh)[..., :-1] for mesh in meshes], np.inf)  # (members, sums, strategies, kinds)
+        self.costs = side_by_side(
+            [costs_of(mesh)[..., :-1] for mesh in meshes], np.inf
+        )  # (members, sums, strategies, kinds)
         self.always = side_by_side([mesh["always_bytes"][:, :-1] for mesh in meshes], 0.0)
         self.saved = side_by_side([mesh["saved_bytes"][:, :-1] for mesh in meshes], 0.0)
-        transient = side_by_side([(mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1] for mesh in meshes], np.inf)
+        transient = side_by_side(
+            [(mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1] for mesh in meshes], np.inf
+        )
         stack_bytes, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
         idle = np.array([stack_bytes + each * mesh.communicators for mesh in meshes])
         kinds = sorted(set(self.stack))
-        self.room = problem.memory_budget_bytes - idle - self.growth * transient.min(axis=1)[:, kinds].max(axis=1)
+        self.room = (
+            problem.memory_budget_bytes - idle - self.growth * transient.min(axis=1)[:, kinds].max(axis=1)
+        )
         self.of_work = np.array([mesh.micro_batches for mesh in meshes])
         self._lines: dict[tuple[float, tuple[int, ...], bool], tuple[Array, Array]] = {}
 
-    def reach(self, start: int, limit: float, flights: float, ends: tuple[int, ...], *, work_only: bool) -> int:
+    def reach(
+        self, start: int, limit: float, flights: float, ends: tuple[int, ...], *, work_only: bool
+    ) -> int:
         """The furthest end of layers from ``start`` that some member holds within a limit; ``start`` − 1 where none does."""
         offset, sums = self.lines(flights, ends, work_only=work_only)
         room = limit - offset + sums[:, :, start]

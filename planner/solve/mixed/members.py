@@ -99,7 +99,11 @@ class Members:
         active = np.ones(len(whole.micro_batch_size), dtype=bool)
         for slot, choice in recipe.items():
             technique = choice.technique
-            if technique is not None and technique.active is not None and slot not in self.uniform.space.fixed:
+            if (
+                technique is not None
+                and technique.active is not None
+                and slot not in self.uniform.space.fixed
+            ):
                 active &= technique.active(whole)
         open_ = np.flatnonzero(active)
         faults = self.uniform.faults(recipe, whole.take(open_))
@@ -169,7 +173,9 @@ class Members:
         recipe = self._prefixes[members[0].prefix]
         some = [member for member in members if member.prefix == members[0].prefix]
         short, long = (self._priced(recipe, some, pp) for pp in (_ANY, 8 * _ANY))
-        values = [(a.values[:, :, :-1], b.values[:, :, :-1]) for a, b in zip(short, long, strict=True) if a and b]
+        values = [
+            (a.values[:, :, :-1], b.values[:, :, :-1]) for a, b in zip(short, long, strict=True) if a and b
+        ]
         return not all(np.array_equal(a, b) for a, b in values)
 
     def _priced(self, recipe: dict[str, Choice], members: Sequence[Member], pp: int) -> list[Mesh | None]:

@@ -84,7 +84,9 @@ def search_mixed(
         alike = base(problem, top, on_progress)
     except Infeasible as error:
         refusal = error
-    run = MixedSearch(problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s)
+    run = MixedSearch(
+        problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s
+    )
     try:
         run.go()
     except KeyboardInterrupt:
@@ -127,7 +129,12 @@ class MixedSearch:
     """
 
     def __init__(self, problem: Problem, below_s: float, solver: str, time_limit_s: float) -> None:
-        self.start, self.problem, self.best_s, self.time_limit_s = perf_counter(), problem, below_s, time_limit_s
+        self.start, self.problem, self.best_s, self.time_limit_s = (
+            perf_counter(),
+            problem,
+            below_s,
+            time_limit_s,
+        )
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
@@ -138,7 +145,9 @@ class MixedSearch:
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        groups = [Members(self.problem, g, _SCHEDULE, self.solver) for g in range(len(self.problem.cluster.groups))]
+        groups = [
+            Members(self.problem, g, _SCHEDULE, self.solver) for g in range(len(self.problem.cluster.groups))
+        ]
         kinds = groups[0].kinds
         layers = np.array([float(self.order.count(kind)) for kind in kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
@@ -176,10 +185,14 @@ class MixedSearch:
             for shape in every:
                 if shape.bound_s < self.best_s:
                     stages = shape.stages[shape.order.index(group)]
-                    wanted[shape.alike, shape.micro_batches, members.problem.cluster.devices // stages] = shape.pp
+                    wanted[shape.alike, shape.micro_batches, members.problem.cluster.devices // stages] = (
+                        shape.pp
+                    )
             some = [(member, pp) for of, pp in wanted.items() for member in members.classes[of][:TOGETHER]]
             for length in sorted({pp for _, pp in some})[: None if members.by_length else 1]:
-                members.price((member for member, pp in some if pp == length or not members.by_length), length)
+                members.price(
+                    (member for member, pp in some if pp == length or not members.by_length), length
+                )
 
     def finished(self) -> MixedCertificate:
         """The account of the search, when it has ended for whatever reason."""
@@ -216,7 +229,8 @@ def _plans(
 def _held(plans: Sequence[Plan], certificate: MixedCertificate) -> tuple[Plan, ...]:
     """The plans with the gap that the search over node groups leaves."""
     return tuple(
-        replace(plan, optimality=_proved(plan.estimate.step_time_s, plan.optimality, certificate)) for plan in plans
+        replace(plan, optimality=_proved(plan.estimate.step_time_s, plan.optimality, certificate))
+        for plan in plans
     )
 
 

@@ -154,7 +154,9 @@ class Settler:
             self._first[group] = first + TOGETHER
 
     def _ends(self, stage: int) -> tuple[int, ...]:
-        ends = zip((len(self.kinds) - 3, len(self.kinds) - 2), (stage == 0, stage == self.pp - 1), strict=True)
+        ends = zip(
+            (len(self.kinds) - 3, len(self.kinds) - 2), (stage == 0, stage == self.pp - 1), strict=True
+        )
         return tuple(end for end, here in ends if here)
 
     # -- plans ---------------------------------------------------------------------------------------------------------
@@ -222,7 +224,9 @@ class Settler:
             for step_s, work_s, (sizes, assignment, layout, _) in zip(steps_s, work_s.T, built, strict=True)
         ]
 
-    def _built(self, sizes: tuple[int, ...], below_s: float) -> tuple[tuple[int, ...], Assignment, Layout, BlockTable] | None:
+    def _built(
+        self, sizes: tuple[int, ...], below_s: float
+    ) -> tuple[tuple[int, ...], Assignment, Layout, BlockTable] | None:
         """A partition with its places and strategies; None where a stage has none that fit."""
         ends = np.cumsum(sizes).tolist()
         chosen: list[tuple[Option, Solved]] = []
@@ -241,7 +245,9 @@ class Settler:
         table = BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None])
         return sizes, assignment, layout, table
 
-    def _solved(self, stage: int, a: int, b: int, behind_s: float, below_s: float) -> tuple[Option, Solved] | None:
+    def _solved(
+        self, stage: int, a: int, b: int, behind_s: float, below_s: float
+    ) -> tuple[Option, Solved] | None:
         """The member and the strategies with which a stage is done with some layers first; None where that takes too long."""
         counts = [0] * (len(self.kinds) - 3)
         for kind in self.stack[a:b]:
@@ -253,7 +259,9 @@ class Settler:
         bundle = members.bundle(of, self.pp, first)
         if bundle is None:
             return None
-        valid = [member for member in members.classes[of][:first] if members.mesh(member, self.pp) is not None]
+        valid = [
+            member for member in members.classes[of][:first] if members.mesh(member, self.pp) is not None
+        ]
         bounds = bundle.cost(a, b, self.flights[stage], self._ends(stage))
         for at in np.argsort(bounds, kind="stable").tolist():
             limit = below_s if best is None else best[1].seconds
@@ -296,6 +304,7 @@ class Settler:
             tuple(places.index(o) for o, _ in used),
         )  # fmt: skip
         columns = [
-            (options[used[s][0]], used[s][1], self.kinds.index(kind)) for kind, s in assignment.columns(self.order)
+            (options[used[s][0]], used[s][1], self.kinds.index(kind))
+            for kind, s in assignment.columns(self.order)
         ]
         return assignment, columns

@@ -44,9 +44,7 @@ class Shape:
         return [group for group, n in zip(self.order, self.stages, strict=True) for _ in range(n)]
 
 
-def shapes(
-    groups: Sequence[Members], layers: Array, lengths: Sequence[int] | None
-) -> Iterator[Shape]:
+def shapes(groups: Sequence[Members], layers: Array, lengths: Sequence[int] | None) -> Iterator[Shape]:
     """Every shape in which all groups take part.
 
     Args:
@@ -83,7 +81,9 @@ class Paths:
         layers: of each kind of layer; embedding and head follow.
     """
 
-    def __init__(self, micro_batches: int, stages: Sequence[int], least: Sequence[Array], layers: Array) -> None:
+    def __init__(
+        self, micro_batches: int, stages: Sequence[int], least: Sequence[Array], layers: Array
+    ) -> None:
         self.m, self.p = micro_batches, sum(stages)
         seconds = np.stack(least)
         inner = seconds[:, :-2]
@@ -91,7 +91,9 @@ class Paths:
         speed = np.max(fastest / inner, axis=1)  # relative to the fastest of each kind, at best
         first = np.argsort(-speed, kind="stable")
         self.speed = speed[first].tolist()
-        self.rate = (np.array(stages)[first] * speed[first]).tolist()  # work done while all stages are busy for a second
+        self.rate = (
+            np.array(stages)[first] * speed[first]
+        ).tolist()  # work done while all stages are busy for a second
         self.ends_s = float(seconds[:, -2:].min(axis=0).sum())
         self.work_s = float(fastest @ layers)
         self.factor = float(path_factor("1f1b", self.p, np.array([float(micro_batches)]))[0])
