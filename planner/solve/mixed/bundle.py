@@ -1,7 +1,7 @@
 """All ways to cut a stage of one class at once: lower bounds of its seconds by the layers that it holds.
 
-Memory is priced: for every price ``λ ≥ 0`` per byte, a stage takes at least ``Σ over its blocks of min_s (cost_s + λ·held_s) − λ·room``
-(weak duality), which is a line over the layers; the bound is the largest over some prices and over the four sums of
+Memory is priced: for every price ``λ ≥ 0`` per byte, a stage takes at least ``Σ over its blocks of min_s (cost_s + λ·held_s) −
+λ·room`` (weak duality), which is a line over the layers; the bound is the largest over some prices and over the four sums of
 :class:`~planner.solve.layerwise.devices.DeviceCosts`.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["Bundle"]
 
 _PRICES = (
     0.0,
-    *np.geomspace(0.002, 4.0, 18).tolist(),
+    *np.geomspace(0.004, 2.0, 11).tolist(),
 )  # in seconds of all layers' work per byte of a stage's room
 
 
@@ -62,14 +62,18 @@ class Bundle:
         self.of_work = np.array([mesh.micro_batches for mesh in meshes])
         self._lines: dict[tuple[float, tuple[int, ...], bool], tuple[Array, Array]] = {}
 
-    def reach(
-        self, start: int, limit: float, flights: float, ends: tuple[int, ...], *, work_only: bool
-    ) -> int:
-        """The furthest end of layers from ``start`` that some member holds within a limit; ``start`` − 1 where none does."""
+    def least(self, flights: float, ends: tuple[int, ...], *, work_only: bool) -> Array:
+        """The bound of any 0, 1, … neighbouring layers, of the best member."""
         offset, sums = self.lines(flights, ends, work_only=work_only)
-        room = limit - offset + sums[:, :, start]
-        within = (sums[:, :, start:] <= room[:, :, None]).all(axis=1).sum(axis=1)
-        return start + int(within.max()) - 1
+        layers = len(self.stack)
+        if len(set(self.stack)) == 1:
+            alike: Array = (offset[:, :, None] + sums).max(axis=1).min(axis=0)
+            return alike
+        some = [
+            (offset[:, :, None] + sums[:, :, n:] - sums[:, :, : layers + 1 - n]).max(axis=1).min()
+            for n in range(layers + 1)
+        ]
+        return np.array(some)
 
     def lines(self, flights: float, ends: tuple[int, ...], *, work_only: bool) -> tuple[Array, Array]:
         """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""

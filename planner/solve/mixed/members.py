@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -38,12 +38,14 @@ Class: TypeAlias = tuple[tuple[str, ...], int, int]
 class Member:
     """A prefix and a row: one way to cut a stage's work.
 
-    ``seconds`` is what a micro-batch takes in one block of each kind at least (no recompute); the boundary is left out.
+    ``seconds`` is what a micro-batch takes in one block of each kind at least (no recompute); the boundary is left out. ``least_s``
+    is what it takes in any 0, 1, … neighbouring layers.
     """
 
     prefix: int
     row: int
     seconds: Array
+    least_s: Array
 
 
 class Option:
@@ -84,6 +86,8 @@ class Members:
         self._prefixes: list[dict[str, Choice]] = []
         self._meshes: dict[tuple[int, int], Mesh | None] = {}
         self._options: dict[tuple[int, int], Option | None] = {}
+        self._free: dict[Class, Array] = {}
+        self.stretches: dict[Any, Any] = {}
         self._bundles: dict[tuple[Class, int, int], Bundle | None] = {}
         made: dict[tuple[str, ...], object] = {}
         space = self.uniform.space
@@ -118,9 +122,10 @@ class Members:
         seconds = (table["forward_s"] + table["backward_s"] + table["weight_s"])[:-1].T
         ranks = ctx.mesh.tp * ctx.mesh.cp * ctx.mesh.dp
         alike = tuple(recipe[slot].value for slot in ALIKE)
+        least_s = _windows(seconds[:, [self.kinds.index(kind) for kind in self.uniform.order]])
         for place, row in enumerate(open_.tolist()):
             key = (alike, round(float(ctx.micro_batches[place])), round(float(ranks[place])))
-            self.classes[key].append(Member(len(self._prefixes), row, seconds[place]))
+            self.classes[key].append(Member(len(self._prefixes), row, seconds[place], least_s[place]))
         self._prefixes.append(recipe)
 
     # -- with strategies -----------------------------------------------------------------------------------------------
@@ -152,6 +157,14 @@ class Members:
                 mesh = replace(mesh, row={**mesh.row, "pp": float(pp)})
             self._options[id(member), pp] = None if mesh is None else Option(self, mesh)
         return self._options[id(member), pp]
+
+    def free_s(self, of: Class, first: int) -> Array:
+        """What the members behind the first ones take for a micro-batch in 0, 1, … layers, without limits of memory."""
+        if of not in self._free:
+            each = np.array([member.least_s for member in self.classes[of]])
+            self._free[of] = np.minimum.accumulate(each[::-1], axis=0)[::-1]
+        free = self._free[of]
+        return free[first] if first < len(free) else np.full(free.shape[1], np.inf)
 
     def bundle(self, of: Class, pp: int, first: int) -> Bundle | None:
         """The bounds of the first members of a class; None where none of them has a valid strategy."""
@@ -189,3 +202,14 @@ class Members:
         if not strategies.branches:
             return [None] * len(members)
         return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(members)))]
+
+
+def _windows(seconds: Array) -> Array:
+    """(rows, layers + 1): the least sum over any 0, 1, … neighbouring layers of (rows, layers)."""
+    sums = np.concatenate([np.zeros((len(seconds), 1)), np.cumsum(seconds, axis=1)], axis=1)
+    layers = seconds.shape[1]
+    if np.ptp(seconds, axis=1).max(initial=0.0) == 0.0:
+        return sums
+    return np.stack(
+        [(sums[:, n:] - sums[:, : layers + 1 - n]).min(axis=1) for n in range(layers + 1)], axis=1
+    )

@@ -16,8 +16,9 @@ from planner.errors import Infeasible, Interrupted
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.members import Class, Members
-from planner.solve.mixed.settle import TOGETHER, Found, Hops, Settler
+from planner.solve.mixed.settle import Found, Hops, Settler
 from planner.solve.mixed.shapes import Shape, shapes
+from planner.solve.mixed.stretch import TOGETHER
 from planner.solve.space import Space, order_of
 from planner.solve.train import search
 from planner.specs.problem import Problem
@@ -163,14 +164,14 @@ class MixedSearch:
                 return
             bound_s, number, shape, settler = self._heap[0]
             settler = settler or Settler(shape, groups, self.order, _SCHEDULE, hops)
-            if settler.tight:
+            if settler.bounded:
                 self.certificate.settled += 1
                 for found in settler.plans(self.best_s):
                     self.best, self.best_s = found, found.step_s
                 heappop(self._heap)
                 self._open.append(bound_s)
                 continue
-            settler.tighten(self.best_s)
+            settler.bound(self.best_s)
             heappop(self._heap)
             if settler.bound_s < self.best_s:
                 heappush(self._heap, (settler.bound_s, number, shape, settler))

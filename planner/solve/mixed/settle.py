@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.assemble import stage_seconds
 from planner.assignment import UNEVEN, Assignment, Runs
@@ -18,16 +21,15 @@ from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
 from planner.solve.layerwise.devices import Device, Solved
 from planner.solve.layerwise.settle import in_order
-from planner.solve.layerwise.stages import cut, cuts_within, smallest_limit
-from planner.solve.mixed.members import Class, Members, Option
-from planner.solve.mixed.shapes import Paths, Shape
+from planner.solve.layerwise.relaxation import path_factor
+from planner.solve.mixed.members import Members, Option
+from planner.solve.mixed.shapes import Shape
+from planner.solve.mixed.stretch import TOGETHER, Stretch
 from planner.specs.cluster import Cluster
 
-__all__ = ["TOGETHER", "Found", "Hops", "Settler"]
+__all__ = ["Found", "Hops", "Settler"]
 
-TOGETHER = 16  # members of a class, the fastest first, that are priced together
-_PRECISION = 1e-4  # relative, of a bound
-_STEP = 0.01  # of a bound: by how much it is raised at first
+_LEVELS = (0, TOGETHER, 4 * TOGETHER, 10**6)  # members of a class whose memory is looked at, one level after another
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
@@ -54,7 +56,7 @@ class Hops:
     def __call__(self, stages: Sequence[Place]) -> Array:
         """As :func:`planner.place.hops_s`."""
         found = []
-        for one, other in zip(stages[:-1], stages[1:], strict=True):
+        for one, other in pairwise(stages):
             key = (id(one), id(other))
             if key not in self._known:
                 self._known[key] = (float(hops_s(self.cluster, (one, other))[0]), one, other)
@@ -86,72 +88,65 @@ class Settler:
             group: (shape.alike, self.m, groups[group].problem.cluster.devices // n)
             for group, n in zip(shape.order, shape.stages, strict=True)
         }
-        self._free = {group: self._without_memory(groups[group], of) for group, of in self._classes.items()}
+        self.factor = float(path_factor(schedule, self.pp, np.array([float(self.m)]))[0])
         generator = generator_of(schedule)
         assert generator.in_flight is not None
         depth = saturated(generator, self.pp, 1, np.array([float(self.m)]))
-        self.flights = generator.in_flight(self.pp, depth, np.arange(self.pp)[:, None])[:, 0].tolist()
-        self._first = dict.fromkeys(self._classes, TOGETHER)
-        least = [self._least(group) for group in shape.order]
-        self._paths = Paths(self.m, shape.stages, least, self.layers)
-        self._step_s, self._limit_s = _STEP * shape.bound_s, np.inf
-        self.bound_s, self.tight = shape.bound_s, False
-
-    def _without_memory(self, members: Members, of: Class) -> Array:
-        """(members, layers + 1) seconds of a micro-batch in the layers up to each, at least."""
-        each = np.array([member.seconds[self.stack] for member in members.classes[of]])
-        return np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1)
+        self._flights = generator.in_flight(self.pp, depth, np.arange(self.pp)[:, None])[:, 0].tolist()
+        self.bound_s, self.bounded, self.priced = shape.bound_s, False, -1
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def tighten(self, below_s: float) -> None:
-        """Raises ``bound_s`` by more and more, until it is ``tight``: no plan of the shape is faster.
+    def bound(self, below_s: float) -> None:
+        """Raises ``bound_s``: no plan of the shape is faster; infinite where none is below a limit.
 
-        Infinite where no plan is faster than a limit.
+        For every number of layers on each group, with ``z`` what its dearest stage works on a micro-batch, ``W`` what all its stages
+        do, and ``S`` the whole pipeline's: that stage waits for the first micro-batch to come down through the groups before
+        and takes ``m·z`` and its update; and the path of 1F1B that stays there takes ``S + W_after + W + (m − p + a − 1)·z``, ``a``
+        the stages before the group (from :mod:`planner.costs.pipeline_bounds`, with the group's stages behind its dearest one
+        working ``W`` less what those up to it can); and see ``path_factor``.
         """
-        high_s = min(self.bound_s + self._step_s, below_s)
-        if cuts_within(self._reach, self.pp, len(self.stack), high_s) is None:
-            self.bound_s = high_s if high_s < below_s else np.inf
-            self._step_s *= 2.0
-            self.tight = high_s >= below_s
-            return
-        found = smallest_limit(self._reach, self.pp, len(self.stack), self.bound_s, high_s, _PRECISION)
-        assert found is not None
-        self._limit_s, self.tight = found[1], True
-        low_s = self.m * self._paths.dearest_s
-        work = smallest_limit(self._reach_of_work, self.pp, len(self.stack), low_s, found[1], _PRECISION)
-        assert work is not None
-        self.bound_s = max(self.bound_s, found[0], self._paths.bound_s(work[0] / self.m))
+        m, p = self.m, self.pp
+        starts = np.cumsum([0, *self.shape.stages]).tolist()
+        self.priced = next(n for n in _LEVELS if n > self.priced)
+        self.stretches = [
+            self._stretch(group, a, b)
+            for group, a, b in zip(self.shape.order, starts, starts[1:], strict=False)
+        ]
+        self.shares = _compositions(len(self.stack), len(self.stretches))
+        work_s, dearest_s, z = (
+            np.stack([getattr(x, name)[n] for x, n in zip(self.stretches, self.shares.T, strict=True)])
+            for name in ("work_s", "dearest_s", "dearest_work_s")
+        )
+        possible = np.isfinite(work_s).all(axis=0)
+        self.shares, work_s, dearest_s, z = (
+            self.shares[possible],
+            *(x[:, possible] for x in (work_s, dearest_s, z)),
+        )
+        through_s, down_s = work_s.sum(axis=0), np.cumsum(work_s, axis=0)
+        before_s = down_s - work_s
+        bounds_s = np.maximum((before_s + dearest_s).max(axis=0), through_s * self.factor)
+        for i, ahead in enumerate(starts[:-1]):
+            if m > p - ahead:
+                path_s = 2.0 * through_s - before_s[i] + (m - p + ahead - 1.0) * z[i]
+                bounds_s = np.maximum(bounds_s, path_s)
+        self.bounds_s = bounds_s
+        lowest = int(np.argmin(bounds_s)) if len(bounds_s) else -1
+        self.bound_s = max(self.bound_s, float(bounds_s[lowest])) if lowest >= 0 else np.inf
+        self.bounded = self.bound_s >= below_s or all(
+            stretch.final(n) for stretch, n in zip(self.stretches, self.shares[lowest].tolist(), strict=True)
+        )
 
-    def _least(self, group: int) -> Array:
-        known = self.groups[group].classes[self._classes[group]]
-        found: Array = np.min([member.seconds for member in known], axis=0)
-        return found
-
-    def _reach(self, stage: int, start: int, limit: float) -> int:
-        return self._furthest(stage, start, limit, work_only=False)
-
-    def _reach_of_work(self, stage: int, start: int, limit: float) -> int:
-        return self._furthest(stage, start, limit, work_only=True)
-
-    def _furthest(self, stage: int, start: int, limit: float, *, work_only: bool) -> int:
-        """The furthest end of layers from ``start`` that some member holds within a limit."""
-        members = self.seats[stage]
-        group, free = members.group, self._free[members.group]
-        ends = self._ends(stage)
-        while True:
-            first = self._first[group]
-            bundle = members.bundle(self._classes[group], self.pp, first)
-            best = start - 1
-            if bundle is not None:
-                best = bundle.reach(start, limit, self.flights[stage], ends, work_only=work_only)
-            # The members that are not priced yet reach no further than they would without limits of memory.
-            room = limit / self.m + free[first:, start] if first < len(free) else np.zeros(0)
-            if not len(room) or not np.any(free[first:, min(best + 1, len(self.stack))] <= room):
-                return best
-            if best >= len(self.stack):
-                return best
-            self._first[group] = first + TOGETHER
+    def _stretch(self, group: int, a: int, b: int) -> Stretch:
+        """The stages of a group, remembered for other shapes in which they stand alike."""
+        members, of = self.groups[group], self._classes[group]
+        ends, flights = tuple(self._ends(stage) for stage in range(a, b)), tuple(self._flights[a:b])
+        if not self.priced:
+            flights = (0.0,) * (b - a)  # which make no difference without limits of memory
+        key = (of, self.pp if members.by_length else 0, flights, ends, self.priced)
+        if key not in members.stretches:
+            members.stretches[key] = Stretch(members, of, self.pp, flights, ends, self.priced)
+        return members.stretches[key]
 
     def _ends(self, stage: int) -> tuple[int, ...]:
         ends = zip(
@@ -165,35 +160,39 @@ class Settler:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
         tried: set[tuple[int, ...]] = set()
         best: Found | None = None
-        while True:
-            sizes = self._partitions() if best is None else self._neighbours(best)
-            fresh = [s for s in dict.fromkeys(sizes) if s not in tried]
-            tried.update(fresh)
-            better = min(self._priced(fresh, below_s), key=lambda found: found.step_s, default=None)
-            if better is None or better.step_s >= below_s:
+        rank = np.argsort(self.bounds_s, kind="stable").tolist()
+        start, more = 0, 1
+        while start < len(rank):
+            some = [at for at in rank[start : start + more] if self.bounds_s[at] < below_s]
+            start, more = start + more, 2 * more
+            better = self._best([self._dealt(at) for at in some], tried, below_s)
+            if not some:
+                break
+            if better is not None:
+                best, below_s = better, better.step_s
+                yield best
+        while best is not None:
+            better = self._best(self._neighbours(best), tried, below_s)
+            if better is None:
                 return
             best, below_s = better, better.step_s
             yield best
 
-    def _partitions(self) -> Iterator[tuple[int, ...]]:
-        """Partitions worth a price: packed from the left, from the right, and between the two."""
-        limit, layers = self._limit_s, len(self.stack)
-        left = cut(self._reach, self.pp, layers, limit)
-        right = self._from_the_right(limit)
-        ends = (np.cumsum(left) + np.cumsum(right)) // 2
-        yield tuple(left)
-        yield tuple(right)
-        yield tuple(np.diff([0, *ends]).tolist())
+    def _best(
+        self, partitions: Iterable[tuple[int, ...]], tried: set[tuple[int, ...]], below_s: float
+    ) -> Found | None:
+        """The best plan of some partitions that were not tried before; None where none is below a limit."""
+        fresh = [sizes for sizes in dict.fromkeys(partitions) if sizes not in tried]
+        tried.update(fresh)
+        best = min(self._priced(fresh, below_s), key=lambda found: found.step_s, default=None)
+        return best if best is not None and best.step_s < below_s else None
 
-    def _from_the_right(self, limit: float) -> list[int]:
-        """Layers per stage if every stage from the last one takes as many as a limit allows."""
-        sizes, end = [0] * self.pp, len(self.stack)
-        for stage in range(self.pp - 1, -1, -1):
-            start = end
-            while start > 0 and (stage == 0 or self._reach(stage, start - 1, limit) >= end):
-                start -= 1
-            sizes[stage], end = end - start, start
-        return sizes
+    def _dealt(self, at: int) -> tuple[int, ...]:
+        """A partition with the shares of the groups that stand in some place."""
+        shares = self.shares[at].tolist()
+        return tuple(
+            n for stretch, share in zip(self.stretches, shares, strict=True) for n in stretch.sizes(share)
+        )
 
     def _neighbours(self, best: Found) -> Iterator[tuple[int, ...]]:
         """Partitions with one layer moved from a heavy stage to a light one."""
@@ -255,14 +254,15 @@ class Settler:
         device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
         best: tuple[Option, Solved] | None = None
         members, of = self.seats[stage], self._classes[self.seats[stage].group]
-        first = self._first[members.group]
-        bundle = members.bundle(of, self.pp, first)
+        bundle = members.bundle(of, self.pp, self.priced)
         if bundle is None:
             return None
         valid = [
-            member for member in members.classes[of][:first] if members.mesh(member, self.pp) is not None
+            member
+            for member in members.classes[of][: self.priced]
+            if members.mesh(member, self.pp) is not None
         ]
-        bounds = bundle.cost(a, b, self.flights[stage], self._ends(stage))
+        bounds = bundle.cost(a, b, self._flights[stage], self._ends(stage))
         for at in np.argsort(bounds, kind="stable").tolist():
             limit = below_s if best is None else best[1].seconds
             if bounds[at] >= limit * (1.0 if best is None else 1.0 - _ALIKE):
@@ -308,3 +308,12 @@ class Settler:
             for kind, s in assignment.columns(self.order)
         ]
         return assignment, columns
+
+
+@lru_cache(maxsize=16)
+def _compositions(total: int, parts: int) -> NDArray[np.int64]:
+    """Every way to deal a number of layers to some groups, (ways, groups)."""
+    grid = np.indices((total + 1,) * (parts - 1)).reshape(parts - 1, -1).T
+    last = total - grid.sum(axis=1)
+    kept: NDArray[np.int64] = np.concatenate([grid, last[:, None]], axis=1)[last >= 0]
+    return kept

@@ -1,0 +1,93 @@
+"""A stretch of stages on one node group: what any number of layers costs there at least, however they are dealt to its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from planner.ledger import Array
+from planner.solve.mixed.members import Class, Members
+
+__all__ = ["TOGETHER", "Stretch"]
+
+TOGETHER = 16  # members of a class, the fastest first, that are priced together
+
+
+class Stretch:
+    """Equal stages of one group, side by side in a pipeline.
+
+    Args:
+        members: of the group.
+        of: their class.
+        pp: stages of the whole pipeline.
+        flights: micro-batches in flight of each stage.
+        ends: kinds of what each stage holds besides layers.
+        priced: how many members are priced; the others are taken to have no limits of memory.
+
+    Attributes:
+        dearest_s: by number of layers, what the stage that takes longest takes in a step at least.
+        work_s: what all stages together work on a micro-batch at least.
+        dearest_work_s: what the stage that works most on a micro-batch works at least.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        of: Class,
+        pp: int,
+        flights: Sequence[float],
+        ends: Sequence[tuple[int, ...]],
+        priced: int,
+    ) -> None:
+        self.members, self.of, self.pp, self.priced = members, of, pp, priced
+        known = {key: self._least(*key) for key in dict.fromkeys(zip(flights, ends, strict=True))}
+        each = [known[key] for key in zip(flights, ends, strict=True)]
+        self._final = [final for *_, final in each]
+        self.dearest_s, self._dealt = _folded([cost_s for cost_s, *_ in each], np.maximum)
+        works = [work_s / of[1] for _, work_s, _ in each]
+        self.work_s, _ = _folded(works, np.add)
+        self.dearest_work_s, _ = _folded(works, np.maximum)
+
+    def sizes(self, layers: int) -> list[int]:
+        """Layers per stage such that none takes longer than it has to."""
+        found = []
+        for dealt in reversed(self._dealt):
+            found.append(int(dealt[layers]))
+            layers -= found[-1]
+        return found[::-1]
+
+    def final(self, layers: int) -> bool:
+        """Whether more members would leave the bound of a number of layers as it is."""
+        return all(final[n] for final, n in zip(self._final, self.sizes(layers), strict=True))
+
+    def _least(self, flight: float, ends: tuple[int, ...]) -> tuple[Array, Array, NDArray[np.bool_]]:
+        """Seconds of a stage in a step, of its work alone, and whether they are final, by its number of layers."""
+        layers = len(self.members.uniform.order)
+        cost_s, work_s = np.full(layers + 1, np.inf), np.full(layers + 1, np.inf)
+        bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
+        if bundle is not None:
+            cost_s, work_s = (bundle.least(flight, ends, work_only=alone) for alone in (False, True))
+        free_s = self.members.free_s(self.of, self.priced) * self.of[1]
+        final = cost_s <= free_s
+        cost_s, work_s = np.minimum(cost_s, free_s), np.minimum(work_s, free_s)
+        if not ends:  # no device is left without work
+            cost_s[0] = work_s[0] = np.inf
+        return cost_s, work_s, final
+
+
+def _folded(each: Sequence[Array], join: np.ufunc) -> tuple[Array, list[Array]]:
+    """By number of layers, the least that stages come to together; and what the last of them gets, after every stage."""
+    total, dealt = each[0], [np.arange(len(each[0]))]
+    for stage in each[1:]:
+        n = len(total)
+        # Row L of the windows is what the stages before take with L, L − 1, … layers.
+        padded = np.concatenate([np.full(n - 1, np.inf), total])
+        before = sliding_window_view(padded, n)[:, ::-1]
+        joined = join(before, stage[None])
+        best = joined.argmin(axis=1)
+        total = joined[np.arange(n), best]
+        dealt.append(best)
+    return total, dealt
