@@ -130,23 +130,26 @@ class Members:
 
     # -- with strategies -----------------------------------------------------------------------------------------------
 
-    def price(self, wanted: Iterable[Member], pp: int) -> None:
-        """Prices the strategies of members in a pipeline of some length, those of one prefix together."""
-        by_prefix: dict[int, list[Member]] = defaultdict(list)
-        for member in wanted:
+    def price(self, wanted: Iterable[tuple[Member, int]]) -> None:
+        """Prices the strategies of members in pipelines of some lengths, those of one prefix together."""
+        by_prefix: dict[int, dict[tuple[int, int], tuple[Member, int]]] = defaultdict(dict)
+        for member, pp in wanted:
             key = self._key(member, pp)
             if key not in self._meshes:
-                self._meshes[key] = None
-                by_prefix[member.prefix].append(member)
-        for prefix, members in by_prefix.items():
-            meshes = self._priced(self._prefixes[prefix], members, pp)
-            self._meshes.update({self._key(m, pp): mesh for m, mesh in zip(members, meshes, strict=True)})
+                by_prefix[member.prefix][key] = member, key[1]
+        for prefix, pairs in by_prefix.items():
+            meshes = self._priced(self._prefixes[prefix], list(pairs.values()))
+            self._meshes.update(zip(pairs, meshes, strict=True))
+
+    def knows(self, of: Class, pp: int, first: int) -> bool:
+        """Whether the first members of a class are priced."""
+        return all(self._key(member, pp) in self._meshes for member in self.classes[of][:first])
 
     def mesh(self, member: Member, pp: int) -> Mesh | None:
         """A member's strategies; None where none is valid."""
         key = self._key(member, pp)
         if key not in self._meshes:
-            self.price([member], pp)
+            self.price([(member, pp)])
         return self._meshes[key]
 
     def option(self, member: Member, pp: int) -> Option | None:
@@ -171,7 +174,7 @@ class Members:
         key = of, pp if self.by_length else _ANY, first
         if key not in self._bundles:
             members = self.classes[of][:first]
-            self.price(members, pp)
+            self.price((member, pp) for member in members)
             meshes = [mesh for mesh in (self.mesh(member, pp) for member in members) if mesh is not None]
             stack = [self.kinds.index(kind) for kind in self.uniform.order]
             self._bundles[key] = Bundle(self.problem, meshes, stack) if meshes else None
@@ -185,23 +188,24 @@ class Members:
         members = next(iter(self.classes.values()))[:_SAMPLE]
         recipe = self._prefixes[members[0].prefix]
         some = [member for member in members if member.prefix == members[0].prefix]
-        short, long = (self._priced(recipe, some, pp) for pp in (_ANY, 8 * _ANY))
+        short, long = (self._priced(recipe, [(member, pp) for member in some]) for pp in (_ANY, 8 * _ANY))
         values = [
             (a.values[:, :, :-1], b.values[:, :, :-1]) for a, b in zip(short, long, strict=True) if a and b
         ]
         return not all(np.array_equal(a, b) for a, b in values)
 
-    def _priced(self, recipe: dict[str, Choice], members: Sequence[Member], pp: int) -> list[Mesh | None]:
+    def _priced(self, recipe: dict[str, Choice], pairs: Sequence[tuple[Member, int]]) -> list[Mesh | None]:
+        """Members of one prefix with their strategies, each in a pipeline of some length."""
         space, branches = self.uniform.space, self.uniform.branches
-        rows = space.rows.take(np.array([member.row for member in members]))
-        rows = Rows({**rows.values, "pp": np.full(len(members), float(pp))})
+        rows = space.rows.take(np.array([member.row for member, _ in pairs]))
+        rows = Rows({**rows.values, "pp": np.array([float(pp) for _, pp in pairs])})
         ctx = rows.context(self.problem, space.knobs(recipe))
         ledger = self.uniform.ledger(recipe, ctx)
         tables = BranchTables(space, branches, self.uniform.pricer, self.kinds, recipe, ctx, ledger)
         strategies = Strategies(tables, rows, branches, [0])
         if not strategies.branches:
-            return [None] * len(members)
-        return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(members)))]
+            return [None] * len(pairs)
+        return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(pairs)))]
 
 
 def _windows(seconds: Array) -> Array:

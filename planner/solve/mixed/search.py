@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 from time import perf_counter
 
 import numpy as np
@@ -18,7 +18,6 @@ from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.members import Class, Members
 from planner.solve.mixed.settle import Found, Hops, Settler
 from planner.solve.mixed.shapes import Shape, shapes
-from planner.solve.mixed.stretch import TOGETHER
 from planner.solve.space import Space, order_of
 from planner.solve.train import search
 from planner.specs.problem import Problem
@@ -26,6 +25,7 @@ from planner.specs.problem import Problem
 __all__ = ["MixedCertificate", "MixedSearch", "applies", "search_mixed"]
 
 _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
+_AHEAD = 64  # shapes whose members are priced together
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 _SCHEDULE = "1f1b"
 
@@ -155,7 +155,6 @@ class MixedSearch:
         lengths = None if fixed is None else (int(str(fixed)),)
         every = sorted(shapes(groups, layers, lengths), key=Shape.rank)
         self.certificate.shapes = len(every)
-        self._price(groups, every)
         hops = Hops(self.problem.cluster)
         self._heap = [(shape.bound_s, number, shape, None) for number, shape in enumerate(every)]
         heapify(self._heap)
@@ -171,6 +170,8 @@ class MixedSearch:
                 heappop(self._heap)
                 self._open.append(bound_s)
                 continue
+            if (level := settler.next_level()) and not settler.known(level):
+                self._price_ahead(groups, level)
             settler.bound(self.best_s)
             heappop(self._heap)
             if settler.bound_s < self.best_s:
@@ -179,21 +180,14 @@ class MixedSearch:
                 self._exclude("stages", 1)
         self._exclude("work", sum(settler is None for *_, settler in self._heap))
 
-    def _price(self, groups: list[Members], every: list[Shape]) -> None:
-        """Prices what most shapes ask for, all together: the fastest members of every class."""
+    def _price_ahead(self, groups: list[Members], level: int) -> None:
+        """Prices, all together, the members that the next shapes will ask for."""
         for group, members in enumerate(groups):
-            wanted: dict[Class, int] = {}
-            for shape in every:
-                if shape.bound_s < self.best_s:
-                    stages = shape.stages[shape.order.index(group)]
-                    wanted[shape.alike, shape.micro_batches, members.problem.cluster.devices // stages] = (
-                        shape.pp
-                    )
-            some = [(member, pp) for of, pp in wanted.items() for member in members.classes[of][:TOGETHER]]
-            for length in sorted({pp for _, pp in some})[: None if members.by_length else 1]:
-                members.price(
-                    (member for member, pp in some if pp == length or not members.by_length), length
-                )
+            wanted: dict[tuple[Class, int], None] = {}
+            for _, _, shape, _ in nsmallest(_AHEAD, self._heap):
+                ranks = members.problem.cluster.devices // shape.stages[shape.order.index(group)]
+                wanted[(shape.alike, shape.micro_batches, ranks), shape.pp] = None
+            members.price((member, pp) for of, pp in wanted for member in members.classes[of][:level])
 
     def finished(self) -> MixedCertificate:
         """The account of the search, when it has ended for whatever reason."""

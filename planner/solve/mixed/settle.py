@@ -95,6 +95,14 @@ class Settler:
         self._flights = generator.in_flight(self.pp, depth, np.arange(self.pp)[:, None])[:, 0].tolist()
         self.bound_s, self.bounded, self.priced = shape.bound_s, False, -1
 
+    def next_level(self) -> int:
+        """How many members of a class the next bound looks at the memory of."""
+        return next(n for n in _LEVELS if n > self.priced)
+
+    def known(self, level: int) -> bool:
+        """Whether the members of a level are priced."""
+        return all(self.groups[group].knows(of, self.pp, level) for group, of in self._classes.items())
+
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def bound(self, below_s: float) -> None:
@@ -108,7 +116,7 @@ class Settler:
         """
         m, p = self.m, self.pp
         starts = np.cumsum([0, *self.shape.stages]).tolist()
-        self.priced = next(n for n in _LEVELS if n > self.priced)
+        self.priced = self.next_level()
         self.stretches = [
             self._stretch(group, a, b)
             for group, a, b in zip(self.shape.order, starts, starts[1:], strict=False)
