@@ -20,7 +20,7 @@ __all__ = ["Bundle"]
 
 _PRICES = (
     0.0,
-    *np.geomspace(0.004, 2.0, 11).tolist(),
+    *np.geomspace(0.004, 2.0, 15).tolist(),
 )  # in seconds of all layers' work per byte of a stage's room
 
 
@@ -45,26 +45,25 @@ class Bundle:
             )
 
         self.growth = 1.0 + problem.stack.fragmentation.value
-        self.costs = side_by_side(
-            [costs_of(mesh)[..., :-1] for mesh in meshes], np.inf
-        )  # (members, sums, strategies, kinds)
+        self.micro_batches = float(meshes[0].micro_batches)
+        sums = [costs_of(mesh)[..., :-1] for mesh in meshes]
+        # (members, strategies, kinds) of a micro-batch, and (members, sums, strategies, kinds) of what follows the last one.
+        self.work = side_by_side([x[4] / self.micro_batches for x in sums], np.inf)
+        self.update = side_by_side([x[:4] - x[4] for x in sums], 0.0)
         self.always = side_by_side([mesh["always_bytes"][:, :-1] for mesh in meshes], 0.0)
         self.saved = side_by_side([mesh["saved_bytes"][:, :-1] for mesh in meshes], 0.0)
         transient = side_by_side(
             [(mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1] for mesh in meshes], np.inf
         )
-        stack_bytes, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
-        idle = np.array([stack_bytes + each * mesh.communicators for mesh in meshes])
-        kinds = sorted(set(self.stack))
-        self.room = (
-            problem.memory_budget_bytes - idle - self.growth * transient.min(axis=1)[:, kinds].max(axis=1)
-        )
-        self.of_work = np.array([mesh.micro_batches for mesh in meshes])
-        self._lines: dict[tuple[float, tuple[int, ...], bool], tuple[Array, Array]] = {}
+        framework, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
+        idle = np.array([framework + each * mesh.communicators for mesh in meshes])
+        least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
+        self.room = problem.memory_budget_bytes - idle - self.growth * least
+        self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
 
-    def least(self, flights: float, ends: tuple[int, ...], *, work_only: bool) -> Array:
-        """The bound of any 0, 1, … neighbouring layers, of the best member."""
-        offset, sums = self.lines(flights, ends, work_only=work_only)
+    def least(self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool) -> Array:
+        """The bound of any 0, 1, … neighbouring layers, of the best member: some micro-batches, and perhaps the update."""
+        offset, sums = self.lines(flights, ends, passes, update=update)
         layers = len(self.stack)
         if len(set(self.stack)) == 1:
             alike: Array = (offset[:, :, None] + sums).max(axis=1).min(axis=0)
@@ -75,13 +74,21 @@ class Bundle:
         ]
         return np.array(some)
 
-    def lines(self, flights: float, ends: tuple[int, ...], *, work_only: bool) -> tuple[Array, Array]:
+    def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
+        """The bound of some layers in a step, of every member."""
+        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
+        found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
+        return found
+
+    def lines(
+        self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool
+    ) -> tuple[Array, Array]:
         """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""
-        key = flights, ends, work_only
+        key = flights, ends, passes, update
         if key not in self._lines:
-            costs = self.costs[:, 4:] if work_only else self.costs[:, :4]
+            costs = passes * self.work[:, None] + (self.update if update else 0.0)
             held = self.always + self.growth * flights * self.saved
-            work = np.min(costs[:, 0], axis=1)[:, self.stack].sum(axis=1)
+            work = passes * np.min(self.work, axis=1)[:, self.stack].sum(axis=1)
             price = np.multiply.outer(work / np.maximum(self.room, 1.0), _PRICES)  # (members, prices)
             priced = np.min(costs[:, :, None] + price[:, None, :, None, None] * held[:, None, None], axis=3)
             priced = priced.reshape(len(held), -1, priced.shape[-1])  # (members, sums · prices, kinds)
@@ -90,9 +97,3 @@ class Bundle:
             sums = np.cumsum(priced[:, :, self.stack], axis=2)
             self._lines[key] = offset, np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
         return self._lines[key]
-
-    def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
-        """The bound of some layers, of every member."""
-        offset, sums = self.lines(flights, ends, work_only=False)
-        found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
-        return found

@@ -18,6 +18,7 @@ from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.members import Class, Members
 from planner.solve.mixed.settle import Found, Hops, Settler
 from planner.solve.mixed.shapes import Shape, shapes
+from planner.solve.mixed.stretch import TOGETHER
 from planner.solve.space import Space, order_of
 from planner.solve.train import search
 from planner.specs.problem import Problem
@@ -25,7 +26,8 @@ from planner.specs.problem import Problem
 __all__ = ["MixedCertificate", "MixedSearch", "applies", "search_mixed"]
 
 _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
-_AHEAD = 64  # shapes whose members are priced together
+_PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
+_AHEAD = 400  # shapes whose members are priced together
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 _SCHEDULE = "1f1b"
 
@@ -143,6 +145,7 @@ class MixedSearch:
         self.order = tuple(block_order(problem.model))
         self._heap: list[tuple[float, int, Shape, Settler | None]] = []
         self._open: list[float] = []
+        self._looks = 0
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
@@ -161,30 +164,46 @@ class MixedSearch:
         while self._heap and self._heap[0][0] < self.best_s:
             if self._late():
                 return
-            bound_s, number, shape, settler = self._heap[0]
-            settler = settler or Settler(shape, groups, self.order, _SCHEDULE, hops)
-            if settler.bounded:
-                self.certificate.settled += 1
-                for found in settler.plans(self.best_s):
-                    self.best, self.best_s = found, found.step_s
-                heappop(self._heap)
-                self._open.append(bound_s)
-                continue
-            if (level := settler.next_level()) and not settler.known(level):
-                self._price_ahead(groups, level)
-            settler.bound(self.best_s)
-            heappop(self._heap)
-            if settler.bound_s < self.best_s:
-                heappush(self._heap, (settler.bound_s, number, shape, settler))
-            else:
-                self._exclude("stages", 1)
+            self._look(groups, hops)
         self._exclude("work", sum(settler is None for *_, settler in self._heap))
 
-    def _price_ahead(self, groups: list[Members], level: int) -> None:
-        """Prices, all together, the members that the next shapes will ask for."""
+    def _look(self, groups: list[Members], hops: Hops) -> None:
+        """Bounds the most promising shape more tightly, or settles it; as long as there is no plan, takes its first now and then."""
+        _, number, shape, settler = self._heap[0]
+        settler = settler or Settler(shape, groups, self.order, _SCHEDULE, hops)
+        self._looks += 1
+        at_once = self.best is None and self._looks % _PATIENCE == 0
+        settles = settler.bounded
+        while not settler.bounded:
+            self._price_ahead(groups, settler)
+            settler.bound(self.best_s)
+            if not at_once:
+                break
+        if (settles or at_once) and settler.bound_s < self.best_s:
+            for found in settler.plans(self.best_s):
+                self.best, self.best_s = found, found.step_s
+                if at_once:
+                    break
+        heappop(self._heap)
+        if settles:
+            self.certificate.settled += 1
+            self._open.append(settler.bound_s)
+        elif settler.bound_s < self.best_s:
+            heappush(self._heap, (settler.bound_s, number, shape, settler))
+        else:
+            self._exclude("stages", 1)
+
+    def _price_ahead(self, groups: list[Members], settler: Settler) -> None:
+        """Prices the members that a shape asks for, together with those that the next shapes will ask for."""
+        level = settler.next_level()
+        if not level or settler.known(level):
+            return
+        shapes = [settler.shape]
+        if level == TOGETHER:
+            shapes += [shape for _, _, shape, _ in nsmallest(_AHEAD, self._heap)]
         for group, members in enumerate(groups):
             wanted: dict[tuple[Class, int], None] = {}
-            for _, _, shape, _ in nsmallest(_AHEAD, self._heap):
+            for shape in shapes:
                 ranks = members.problem.cluster.devices // shape.stages[shape.order.index(group)]
                 wanted[(shape.alike, shape.micro_batches, ranks), shape.pp] = None
             members.price((member, pp) for of, pp in wanted for member in members.classes[of][:level])

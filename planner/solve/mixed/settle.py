@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations, pairwise
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,14 @@ from planner.specs.cluster import Cluster
 
 __all__ = ["Found", "Hops", "Settler"]
 
-_LEVELS = (0, TOGETHER, 4 * TOGETHER, 10**6)  # members of a class whose memory is looked at, one level after another
+_LEVELS = (
+    0,
+    TOGETHER,
+    4 * TOGETHER,
+    10**6,
+)  # members of a class whose memory is looked at, one level after another
+_MISSES = 8  # shares of the groups that are tried in vain before others are left to the gap
+_FEW = 500  # partitions that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
@@ -109,10 +117,11 @@ class Settler:
         """Raises ``bound_s``: no plan of the shape is faster; infinite where none is below a limit.
 
         For every number of layers on each group, with ``z`` what its dearest stage works on a micro-batch, ``W`` what all its stages
-        do, and ``S`` the whole pipeline's: that stage waits for the first micro-batch to come down through the groups before
-        and takes ``m·z`` and its update; and the path of 1F1B that stays there takes ``S + W_after + W + (m − p + a − 1)·z``, ``a``
-        the stages before the group (from :mod:`planner.costs.pipeline_bounds`, with the group's stages behind its dearest one
-        working ``W`` less what those up to it can); and see ``path_factor``.
+        do, and ``S`` the whole pipeline's: a stage takes ``m·z`` and its update, and the first micro-batch goes down and the last
+        one up through the groups before it; the path of 1F1B that stays on it takes ``S + W_after + W + (m − p + a − 1)·z`` with
+        ``a`` stages before the group (:mod:`planner.costs.pipeline_bounds`; the group's stages behind its dearest one work ``W``
+        less what those up to it can); that of the first stage ends with its update; and see
+        :func:`~planner.solve.layerwise.relaxation.path_factor`.
         """
         m, p = self.m, self.pp
         starts = np.cumsum([0, *self.shape.stages]).tolist()
@@ -131,13 +140,17 @@ class Settler:
             self.shares[possible],
             *(x[:, possible] for x in (work_s, dearest_s, z)),
         )
-        through_s, down_s = work_s.sum(axis=0), np.cumsum(work_s, axis=0)
-        before_s = down_s - work_s
-        bounds_s = np.maximum((before_s + dearest_s).max(axis=0), through_s * self.factor)
+        before_s = np.cumsum(work_s, axis=0) - work_s
+        through_s = work_s.sum(axis=0)
+        bounds_s = np.maximum(np.maximum(dearest_s, before_s + m * z).max(axis=0), through_s * self.factor)
+        first, share = self.stretches[0], self.shares[:, 0]
+        if m >= p:
+            bounds_s = np.maximum(bounds_s, first.opening_s[share] + 2.0 * work_s[1:].sum(axis=0))
+        update_s = first.passed_s[share] - work_s[0]
         for i, ahead in enumerate(starts[:-1]):
             if m > p - ahead:
                 path_s = 2.0 * through_s - before_s[i] + (m - p + ahead - 1.0) * z[i]
-                bounds_s = np.maximum(bounds_s, path_s)
+                bounds_s = np.maximum(bounds_s, path_s + update_s * (i > 0))
         self.bounds_s = bounds_s
         lowest = int(np.argmin(bounds_s)) if len(bounds_s) else -1
         self.bound_s = max(self.bound_s, float(bounds_s[lowest])) if lowest >= 0 else np.inf
@@ -151,7 +164,7 @@ class Settler:
         ends, flights = tuple(self._ends(stage) for stage in range(a, b)), tuple(self._flights[a:b])
         if not self.priced:
             flights = (0.0,) * (b - a)  # which make no difference without limits of memory
-        key = (of, self.pp if members.by_length else 0, flights, ends, self.priced)
+        key = (of, self.pp if members.by_length or not a else 0, flights, ends, self.priced)
         if key not in members.stretches:
             members.stretches[key] = Stretch(members, of, self.pp, flights, ends, self.priced)
         return members.stretches[key]
@@ -169,13 +182,19 @@ class Settler:
         tried: set[tuple[int, ...]] = set()
         best: Found | None = None
         rank = np.argsort(self.bounds_s, kind="stable").tolist()
-        start, more = 0, 1
-        while start < len(rank):
+        start, more, missed = 0, 1, 0
+        while start < len(rank) and missed <= _MISSES:
             some = [at for at in rank[start : start + more] if self.bounds_s[at] < below_s]
             start, more = start + more, 2 * more
+            missed += len(some)
             better = self._best([self._dealt(at) for at in some], tried, below_s)
             if not some:
                 break
+            if better is not None:
+                best, below_s, missed = better, better.step_s, 0
+                yield best
+        if comb(len(self.stack) - 1, self.pp - 1) <= _FEW:
+            better = self._best(self._every(), tried, below_s)
             if better is not None:
                 best, below_s = better, better.step_s
                 yield best
@@ -201,6 +220,12 @@ class Settler:
         return tuple(
             n for stretch, share in zip(self.stretches, shares, strict=True) for n in stretch.sizes(share)
         )
+
+    def _every(self) -> Iterator[tuple[int, ...]]:
+        """All partitions that leave no stage without layers."""
+        layers = len(self.stack)
+        for ends in combinations(range(1, layers), self.pp - 1):
+            yield tuple(np.diff([0, *ends, layers]).tolist())
 
     def _neighbours(self, best: Found) -> Iterator[tuple[int, ...]]:
         """Partitions with one layer moved from a heavy stage to a light one."""

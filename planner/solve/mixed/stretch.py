@@ -13,7 +13,7 @@ from planner.solve.mixed.members import Class, Members
 
 __all__ = ["TOGETHER", "Stretch"]
 
-TOGETHER = 16  # members of a class, the fastest first, that are priced together
+TOGETHER = 8  # members of a class, the fastest first, that are priced together
 
 
 class Stretch:
@@ -31,6 +31,8 @@ class Stretch:
         dearest_s: by number of layers, what the stage that takes longest takes in a step at least.
         work_s: what all stages together work on a micro-batch at least.
         dearest_work_s: what the stage that works most on a micro-batch works at least.
+        passed_s, opening_s: where the pipeline begins here, these stages' part of a path that ends with the first one's update:
+            it passes them once each, or stays on the first (``m − p + 1`` micro-batches) and passes the others twice.
     """
 
     def __init__(
@@ -43,13 +45,21 @@ class Stretch:
         priced: int,
     ) -> None:
         self.members, self.of, self.pp, self.priced = members, of, pp, priced
-        known = {key: self._least(*key) for key in dict.fromkeys(zip(flights, ends, strict=True))}
-        each = [known[key] for key in zip(flights, ends, strict=True)]
-        self._final = [final for *_, final in each]
-        self.dearest_s, self._dealt = _folded([cost_s for cost_s, *_ in each], np.maximum)
-        works = [work_s / of[1] for _, work_s, _ in each]
-        self.work_s, _ = _folded(works, np.add)
-        self.dearest_work_s, _ = _folded(works, np.maximum)
+        self._known: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, NDArray[np.bool_]]] = {}
+        m = float(of[1])
+        cost = [self._least(flight, end, m, update=True) for flight, end in zip(flights, ends, strict=True)]
+        work = [
+            self._least(flight, end, 1.0, update=False)[0] for flight, end in zip(flights, ends, strict=True)
+        ]
+        self._final = [final for _, final in cost]
+        self.dearest_s, self._dealt = _folded([cost_s for cost_s, _ in cost], np.maximum)
+        self.work_s, _ = _folded(work, np.add)
+        self.dearest_work_s, _ = _folded(work, np.maximum)
+        once, often = (
+            self._least(flights[0], ends[0], n, update=True)[0] for n in (1.0, max(m - pp + 1.0, 0.0))
+        )
+        self.passed_s, _ = _folded([once, *work[1:]], np.add)
+        self.opening_s, _ = _folded([often, *(2.0 * work_s for work_s in work[1:])], np.add)
 
     def sizes(self, layers: int) -> list[int]:
         """Layers per stage such that none takes longer than it has to."""
@@ -63,19 +73,23 @@ class Stretch:
         """Whether more members would leave the bound of a number of layers as it is."""
         return all(final[n] for final, n in zip(self._final, self.sizes(layers), strict=True))
 
-    def _least(self, flight: float, ends: tuple[int, ...]) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """Seconds of a stage in a step, of its work alone, and whether they are final, by its number of layers."""
-        layers = len(self.members.uniform.order)
-        cost_s, work_s = np.full(layers + 1, np.inf), np.full(layers + 1, np.inf)
-        bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
-        if bundle is not None:
-            cost_s, work_s = (bundle.least(flight, ends, work_only=alone) for alone in (False, True))
-        free_s = self.members.free_s(self.of, self.priced) * self.of[1]
-        final = cost_s <= free_s
-        cost_s, work_s = np.minimum(cost_s, free_s), np.minimum(work_s, free_s)
-        if not ends:  # no device is left without work
-            cost_s[0] = work_s[0] = np.inf
-        return cost_s, work_s, final
+    def _least(
+        self, flight: float, ends: tuple[int, ...], passes: float, *, update: bool
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Seconds of a stage for some micro-batches, perhaps with the update, and whether they are final, by number of layers."""
+        key = (flight, ends, passes, update)
+        if key not in self._known:
+            free_s = self.members.free_s(self.of, self.priced) * passes
+            bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
+            found_s = np.full(len(free_s), np.inf)
+            if bundle is not None:
+                found_s = bundle.least(flight, ends, passes, update=update)
+            final = found_s <= free_s
+            found_s = np.minimum(found_s, free_s)
+            if not ends:  # no device is left without work
+                found_s[0] = np.inf
+            self._known[key] = found_s, final
+        return self._known[key]
 
 
 def _folded(each: Sequence[Array], join: np.ufunc) -> tuple[Array, list[Array]]:
