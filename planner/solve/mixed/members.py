@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -38,8 +38,8 @@ Class: TypeAlias = tuple[tuple[str, ...], int, int]
 class Member:
     """A prefix and a row: one way to cut a stage's work.
 
-    ``seconds`` is what a micro-batch takes in one block of each kind at least (no recompute); the boundary is left out. ``least_s``
-    is what it takes in any 0, 1, … neighbouring layers.
+    ``seconds`` is what a micro-batch takes in one block of each kind at least (no recompute); the boundary is left out.
+    ``least_s`` is what it takes in any 0, 1, … neighbouring layers.
     """
 
     prefix: int
@@ -87,7 +87,6 @@ class Members:
         self._meshes: dict[tuple[int, int], Mesh | None] = {}
         self._options: dict[tuple[int, int], Option | None] = {}
         self._free: dict[Class, Array] = {}
-        self.stretches: dict[Any, Any] = {}
         self._bundles: dict[tuple[Class, int, int], Bundle | None] = {}
         made: dict[tuple[str, ...], object] = {}
         space = self.uniform.space

@@ -11,14 +11,13 @@ from time import perf_counter
 import numpy as np
 
 from planner.assemble import assemble, model_flop
-from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
-from planner.solve.mixed.members import Class, Members
-from planner.solve.mixed.settle import Found, Hops, Settler
+from planner.solve.mixed.bounds import Bounds
+from planner.solve.mixed.ground import SCHEDULE, Ground
+from planner.solve.mixed.settle import Found, Settler
 from planner.solve.mixed.shapes import Shape, shapes
-from planner.solve.mixed.stretch import TOGETHER
 from planner.solve.space import Space, order_of
 from planner.solve.train import search
 from planner.specs.problem import Problem
@@ -29,7 +28,6 @@ _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be 
 _PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
 _AHEAD = 400  # shapes whose members are priced together
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
-_SCHEDULE = "1f1b"
 
 
 @dataclass(slots=True)
@@ -117,7 +115,7 @@ def applies(problem: Problem) -> bool:
     """
     fixed = problem.fixed
     plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
-    named = str(fixed.get("schedule", _SCHEDULE)).lower() == _SCHEDULE and str(fixed.get("pp", "2")) != "1"
+    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE and str(fixed.get("pp", "2")) != "1"
     return problem.cluster.mixed and problem.launcher is None and plain and named
 
 
@@ -142,71 +140,69 @@ class MixedSearch:
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
         self.certificate = MixedCertificate(solver)
-        self.order = tuple(block_order(problem.model))
-        self._heap: list[tuple[float, int, Shape, Settler | None]] = []
+        self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
         self._open: list[float] = []
         self._looks = 0
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        groups = [
-            Members(self.problem, g, _SCHEDULE, self.solver) for g in range(len(self.problem.cluster.groups))
-        ]
-        kinds = groups[0].kinds
-        layers = np.array([float(self.order.count(kind)) for kind in kinds[:-3]])
+        self.ground = Ground(self.problem, self.solver)
+        layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
         lengths = None if fixed is None else (int(str(fixed)),)
-        every = sorted(shapes(groups, layers, lengths), key=Shape.rank)
+        every = sorted(shapes(self.ground.groups, layers, lengths), key=Shape.rank)
         self.certificate.shapes = len(every)
-        hops = Hops(self.problem.cluster)
         self._heap = [(shape.bound_s, number, shape, None) for number, shape in enumerate(every)]
         heapify(self._heap)
         while self._heap and self._heap[0][0] < self.best_s:
             if self._late():
                 return
-            self._look(groups, hops)
-        self._exclude("work", sum(settler is None for *_, settler in self._heap))
+            self._look()
+        self._exclude("work", sum(bounds is None for *_, bounds in self._heap))
 
-    def _look(self, groups: list[Members], hops: Hops) -> None:
-        """Bounds the most promising shape more tightly, or settles it; as long as there is no plan, takes its first now and then."""
-        _, number, shape, settler = self._heap[0]
-        settler = settler or Settler(shape, groups, self.order, _SCHEDULE, hops)
+    def _look(self) -> None:
+        """Bounds the most promising shape more tightly, or settles it.
+
+        As long as there is no plan, one is taken from it now and then, for others to be held against.
+        """
+        _, number, shape, known = self._heap[0]
+        bounds = known or Bounds(shape, self.ground)
         self._looks += 1
         at_once = self.best is None and self._looks % _PATIENCE == 0
-        settles = settler.bounded
-        while not settler.bounded:
-            self._price_ahead(groups, settler)
-            settler.bound(self.best_s)
+        settles = bounds.final
+        while not bounds.final:
+            self._price_ahead(bounds)
+            bounds.tighten()
             if not at_once:
                 break
-        if (settles or at_once) and settler.bound_s < self.best_s:
-            for found in settler.plans(self.best_s):
+        if (settles or at_once) and bounds.shape_s < self.best_s:
+            for found in Settler(bounds).plans(self.best_s):
                 self.best, self.best_s = found, found.step_s
                 if at_once:
                     break
         heappop(self._heap)
         if settles:
             self.certificate.settled += 1
-            self._open.append(settler.bound_s)
-        elif settler.bound_s < self.best_s:
-            heappush(self._heap, (settler.bound_s, number, shape, settler))
+            self._open.append(bounds.shape_s)
+        elif bounds.shape_s < self.best_s:
+            heappush(self._heap, (bounds.shape_s, number, shape, bounds))
         else:
             self._exclude("stages", 1)
 
-    def _price_ahead(self, groups: list[Members], settler: Settler) -> None:
+    def _price_ahead(self, bounds: Bounds) -> None:
         """Prices the members that a shape asks for, together with those that the next shapes will ask for."""
-        level = settler.next_level()
-        if not level or settler.known(level):
+        asked = bounds.asked()
+        if not asked:
             return
-        shapes = [settler.shape]
-        if level == TOGETHER:
-            shapes += [shape for _, _, shape, _ in nsmallest(_AHEAD, self._heap)]
-        for group, members in enumerate(groups):
-            wanted: dict[tuple[Class, int], None] = {}
-            for shape in shapes:
-                ranks = members.problem.cluster.devices // shape.stages[shape.order.index(group)]
-                wanted[(shape.alike, shape.micro_batches, ranks), shape.pp] = None
-            members.price((member, pp) for of, pp in wanted for member in members.classes[of][:level])
+        alike = (
+            shape
+            for _, _, shape, known in nsmallest(_AHEAD, self._heap)
+            if (known.level if known else -1) <= bounds.level
+        )
+        several = [bounds.shape, *alike]
+        for group, members in enumerate(self.ground.groups):
+            wanted = dict.fromkeys((self.ground.class_of(shape, group), shape.pp) for shape in several)
+            members.price((member, pp) for of, pp in wanted for member in members.classes[of][:asked])
 
     def finished(self) -> MixedCertificate:
         """The account of the search, when it has ended for whatever reason."""
@@ -261,7 +257,7 @@ def _assembled(problem: Problem, best: Found) -> Plan:
     """The plan priced anew, from ledgers of its own."""
     first = best.assignment.stage_places()[0]
     space = Space(first.problem)
-    schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == _SCHEDULE)
+    schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == SCHEDULE)
     recipe = {**first.recipe, **best.assignment.strategies[0], "schedule": schedule}
     flop = model_flop(problem.model, problem.workload)
     plan = assemble(

@@ -1,41 +1,30 @@
-"""One shape: a tighter bound from its stages' budgets, then plans, priced by the schedule engine."""
+"""Plans of one shape: layers by the bounds, exact strategies per stage, and then the schedule engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import combinations
 from math import comb
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.assemble import stage_seconds
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
-from planner.pipeline import saturated
-from planner.place import Place, hops_s
 from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
 from planner.solve.layerwise.devices import Device, Solved
 from planner.solve.layerwise.settle import in_order
-from planner.solve.layerwise.relaxation import path_factor
-from planner.solve.mixed.members import Members, Option
+from planner.solve.mixed.bounds import Bounds
+from planner.solve.mixed.ground import SCHEDULE
+from planner.solve.mixed.members import Option
 from planner.solve.mixed.shapes import Shape
-from planner.solve.mixed.stretch import TOGETHER, Stretch
-from planner.specs.cluster import Cluster
 
-__all__ = ["Found", "Hops", "Settler"]
+__all__ = ["Found", "Settler"]
 
-_LEVELS = (
-    0,
-    TOGETHER,
-    4 * TOGETHER,
-    10**6,
-)  # members of a class whose memory is looked at, one level after another
 _MISSES = 8  # shares of the groups that are tried in vain before others are left to the gap
 _FEW = 500  # partitions that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
@@ -54,137 +43,28 @@ class Found:
     layout: Layout
 
 
-class Hops:
-    """Seconds between places, remembered."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self._known: dict[tuple[int, int], tuple[float, Place, Place]] = {}
-
-    def __call__(self, stages: Sequence[Place]) -> Array:
-        """As :func:`planner.place.hops_s`."""
-        found = []
-        for one, other in pairwise(stages):
-            key = (id(one), id(other))
-            if key not in self._known:
-                self._known[key] = (float(hops_s(self.cluster, (one, other))[0]), one, other)
-            found.append(self._known[key][0])
-        return np.array(found)
-
-
 class Settler:
-    """Bounds and plans of one shape.
+    """Plans of one shape whose bounds are final.
 
     Args:
-        shape: the shape.
-        groups: members of all node groups.
-        order: kinds of the model's layers.
-        schedule: name of the order.
-        hops: seconds between places.
+        bounds: of the shape.
     """
 
-    def __init__(
-        self, shape: Shape, groups: Sequence[Members], order: tuple[str, ...], schedule: str, hops: Hops
-    ) -> None:
-        self.shape, self.groups, self.order, self.schedule, self.hops = shape, groups, order, schedule, hops
-        self.kinds = groups[0].kinds
-        self.stack = [self.kinds.index(kind) for kind in order]
-        self.layers = np.array([float(order.count(kind)) for kind in self.kinds[:-3]])
-        self.pp, self.m = shape.pp, shape.micro_batches
-        self.seats = [groups[group] for group in shape.seats()]
-        self._classes = {
-            group: (shape.alike, self.m, groups[group].problem.cluster.devices // n)
-            for group, n in zip(shape.order, shape.stages, strict=True)
-        }
-        self.factor = float(path_factor(schedule, self.pp, np.array([float(self.m)]))[0])
-        generator = generator_of(schedule)
-        assert generator.in_flight is not None
-        depth = saturated(generator, self.pp, 1, np.array([float(self.m)]))
-        self._flights = generator.in_flight(self.pp, depth, np.arange(self.pp)[:, None])[:, 0].tolist()
-        self.bound_s, self.bounded, self.priced = shape.bound_s, False, -1
-
-    def next_level(self) -> int:
-        """How many members of a class the next bound looks at the memory of."""
-        return next(n for n in _LEVELS if n > self.priced)
-
-    def known(self, level: int) -> bool:
-        """Whether the members of a level are priced."""
-        return all(self.groups[group].knows(of, self.pp, level) for group, of in self._classes.items())
-
-    # -- bounds --------------------------------------------------------------------------------------------------------
-
-    def bound(self, below_s: float) -> None:
-        """Raises ``bound_s``: no plan of the shape is faster; infinite where none is below a limit.
-
-        For every number of layers on each group, with ``z`` what its dearest stage works on a micro-batch, ``W`` what all its stages
-        do, and ``S`` the whole pipeline's: a stage takes ``m·z`` and its update, and the first micro-batch goes down and the last
-        one up through the groups before it; the path of 1F1B that stays on it takes ``S + W_after + W + (m − p + a − 1)·z`` with
-        ``a`` stages before the group (:mod:`planner.costs.pipeline_bounds`; the group's stages behind its dearest one work ``W``
-        less what those up to it can); that of the first stage ends with its update; and see
-        :func:`~planner.solve.layerwise.relaxation.path_factor`.
-        """
-        m, p = self.m, self.pp
-        starts = np.cumsum([0, *self.shape.stages]).tolist()
-        self.priced = self.next_level()
-        self.stretches = [
-            self._stretch(group, a, b)
-            for group, a, b in zip(self.shape.order, starts, starts[1:], strict=False)
-        ]
-        self.shares = _compositions(len(self.stack), len(self.stretches))
-        work_s, dearest_s, z = (
-            np.stack([getattr(x, name)[n] for x, n in zip(self.stretches, self.shares.T, strict=True)])
-            for name in ("work_s", "dearest_s", "dearest_work_s")
-        )
-        possible = np.isfinite(work_s).all(axis=0)
-        self.shares, work_s, dearest_s, z = (
-            self.shares[possible],
-            *(x[:, possible] for x in (work_s, dearest_s, z)),
-        )
-        before_s = np.cumsum(work_s, axis=0) - work_s
-        through_s = work_s.sum(axis=0)
-        bounds_s = np.maximum(np.maximum(dearest_s, before_s + m * z).max(axis=0), through_s * self.factor)
-        first, share = self.stretches[0], self.shares[:, 0]
-        if m >= p:
-            bounds_s = np.maximum(bounds_s, first.opening_s[share] + 2.0 * work_s[1:].sum(axis=0))
-        update_s = first.passed_s[share] - work_s[0]
-        for i, ahead in enumerate(starts[:-1]):
-            if m > p - ahead:
-                path_s = 2.0 * through_s - before_s[i] + (m - p + ahead - 1.0) * z[i]
-                bounds_s = np.maximum(bounds_s, path_s + update_s * (i > 0))
-        self.bounds_s = bounds_s
-        lowest = int(np.argmin(bounds_s)) if len(bounds_s) else -1
-        self.bound_s = max(self.bound_s, float(bounds_s[lowest])) if lowest >= 0 else np.inf
-        self.bounded = self.bound_s >= below_s or all(
-            stretch.final(n) for stretch, n in zip(self.stretches, self.shares[lowest].tolist(), strict=True)
-        )
-
-    def _stretch(self, group: int, a: int, b: int) -> Stretch:
-        """The stages of a group, remembered for other shapes in which they stand alike."""
-        members, of = self.groups[group], self._classes[group]
-        ends, flights = tuple(self._ends(stage) for stage in range(a, b)), tuple(self._flights[a:b])
-        if not self.priced:
-            flights = (0.0,) * (b - a)  # which make no difference without limits of memory
-        key = (of, self.pp if members.by_length or not a else 0, flights, ends, self.priced)
-        if key not in members.stretches:
-            members.stretches[key] = Stretch(members, of, self.pp, flights, ends, self.priced)
-        return members.stretches[key]
-
-    def _ends(self, stage: int) -> tuple[int, ...]:
-        ends = zip(
-            (len(self.kinds) - 3, len(self.kinds) - 2), (stage == 0, stage == self.pp - 1), strict=True
-        )
-        return tuple(end for end, here in ends if here)
-
-    # -- plans ---------------------------------------------------------------------------------------------------------
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds, self.shape, self.ground = bounds, bounds.shape, bounds.ground
+        self.pp, self.m = self.shape.pp, self.shape.micro_batches
+        self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
+        self.seats = [self.ground.groups[group] for group in self.shape.seats()]
+        self._flights = self.ground.flights(self.shape)
 
     def plans(self, below_s: float) -> Iterator[Found]:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
         tried: set[tuple[int, ...]] = set()
         best: Found | None = None
-        rank = np.argsort(self.bounds_s, kind="stable").tolist()
+        rank = np.argsort(self.bounds.shares_s, kind="stable").tolist()
         start, more, missed = 0, 1, 0
         while start < len(rank) and missed <= _MISSES:
-            some = [at for at in rank[start : start + more] if self.bounds_s[at] < below_s]
+            some = [at for at in rank[start : start + more] if self.bounds.shares_s[at] < below_s]
             start, more = start + more, 2 * more
             missed += len(some)
             better = self._best([self._dealt(at) for at in some], tried, below_s)
@@ -216,9 +96,11 @@ class Settler:
 
     def _dealt(self, at: int) -> tuple[int, ...]:
         """A partition with the shares of the groups that stand in some place."""
-        shares = self.shares[at].tolist()
+        shares = self.bounds.shares[at].tolist()
         return tuple(
-            n for stretch, share in zip(self.stretches, shares, strict=True) for n in stretch.sizes(share)
+            n
+            for stretch, share in zip(self.bounds.stretches, shares, strict=True)
+            for n in stretch.sizes(share)
         )
 
     def _every(self) -> Iterator[tuple[int, ...]]:
@@ -243,12 +125,14 @@ class Settler:
         built = [x for sizes in partitions if (x := self._built(sizes, below_s)) is not None]
         if not built:
             return []
-        generator = generator_of(self.schedule)
+        generator = generator_of(SCHEDULE)
         parts = [stage_seconds(table, layout, generator, 1.0) for _, _, layout, table in built]
         stages_s = [np.concatenate([part[0][op] for part in parts], axis=1) for op in range(2)]
         work_s = stages_s[0] + stages_s[1]
         tail_s = np.concatenate([part[2] for part in parts], axis=1)
-        hop_s = np.stack([self.hops(assignment.stage_places()) for _, assignment, _, _ in built], axis=1)
+        hop_s = np.stack(
+            [self.ground.hops_s(assignment.stage_places()) for _, assignment, _, _ in built], axis=1
+        )
         order = make_order(generator, self.pp, self.m, 1)
         steps_s = simulate(order, *stages_s, hop_s=hop_s, tail_s=tail_s).makespan_s
         return [
@@ -286,16 +170,16 @@ class Settler:
             counts[kind] += 1
         device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
         best: tuple[Option, Solved] | None = None
-        members, of = self.seats[stage], self._classes[self.seats[stage].group]
-        bundle = members.bundle(of, self.pp, self.priced)
+        members, of = self.seats[stage], self.ground.class_of(self.shape, self.seats[stage].group)
+        bundle = members.bundle(of, self.pp, self.bounds.level)
         if bundle is None:
             return None
         valid = [
             member
-            for member in members.classes[of][: self.priced]
+            for member in members.classes[of][: self.bounds.level]
             if members.mesh(member, self.pp) is not None
         ]
-        bounds = bundle.cost(a, b, self._flights[stage], self._ends(stage))
+        bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
         for at in np.argsort(bounds, kind="stable").tolist():
             limit = below_s if best is None else best[1].seconds
             if bounds[at] >= limit * (1.0 if best is None else 1.0 - _ALIKE):
@@ -341,12 +225,3 @@ class Settler:
             for kind, s in assignment.columns(self.order)
         ]
         return assignment, columns
-
-
-@lru_cache(maxsize=16)
-def _compositions(total: int, parts: int) -> NDArray[np.int64]:
-    """Every way to deal a number of layers to some groups, (ways, groups)."""
-    grid = np.indices((total + 1,) * (parts - 1)).reshape(parts - 1, -1).T
-    last = total - grid.sum(axis=1)
-    kept: NDArray[np.int64] = np.concatenate([grid, last[:, None]], axis=1)[last >= 0]
-    return kept

@@ -56,9 +56,9 @@ def shapes(groups: Sequence[Members], layers: Array, lengths: Sequence[int] | No
     for number, members in enumerate(groups):
         for (alike, m, ranks), known in members.classes.items():
             least = np.min([member.seconds for member in known], axis=0)
-            stages = members.problem.cluster.devices // ranks
+            count = members.problem.cluster.devices // ranks
             job = by_job.setdefault((alike, m), [[] for _ in groups])
-            job[number].append((stages, least))
+            job[number].append((count, least))
     most = int(layers.sum()) + 2
     for (alike, m), ways in by_job.items():
         for chosen in product(*ways):
@@ -105,9 +105,9 @@ class Paths:
         """The least step time where the dearest stage works ``dearest_s`` or more on a micro-batch.
 
         With ``z`` what that stage works and ``S`` what all do: its own work is ``m·z``; the path that goes down with the first
-        micro-batch, stays on the dearest stage and comes up with the last takes ``2S + (m − p − 1)·z`` for m > p; and any stages
-        take :func:`~planner.solve.layerwise.relaxation.path_factor` times ``S``. ``S`` falls as ``z`` grows, since faster groups may
-        take more then. The answer is the smallest time in which some ``z`` keeps all three.
+        micro-batch, stays on the dearest stage and comes up with the last takes ``2S + (m − p − 1)·z`` for m > p; and any
+        stages take :func:`~planner.solve.layerwise.relaxation.path_factor` times ``S``. ``S`` falls as ``z`` grows, since faster
+        groups may take more then. The answer is the smallest time in which some ``z`` keeps all three.
         """
         low, high = self.m * dearest_s, self.m * dearest_s + self.through_s(dearest_s) * (self.p + 2.0)
         if self._possible(dearest_s, low):
@@ -129,7 +129,7 @@ class Paths:
             return True
         # The path's time is convex in z: its least value lies at an end, or where a group's share runs out.
         ends = [dearest_s, most_s, *(z for z in self._exhausted if dearest_s < z < most_s)]
-        return min(2.0 * self.through_s(z) + (m - p - 1.0) * z for z in ends) <= step_s
+        return bool(min(2.0 * self.through_s(z) + (m - p - 1.0) * z for z in ends) <= step_s)
 
     def through_s(self, dearest_s: float) -> float:
         """What all stages work on one micro-batch at least, none of them longer than a limit: the fastest groups do most."""

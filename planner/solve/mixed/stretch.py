@@ -32,7 +32,7 @@ class Stretch:
         work_s: what all stages together work on a micro-batch at least.
         dearest_work_s: what the stage that works most on a micro-batch works at least.
         passed_s, opening_s: where the pipeline begins here, these stages' part of a path that ends with the first one's update:
-            it passes them once each, or stays on the first (``m − p + 1`` micro-batches) and passes the others twice.
+            it passes them once each, or, for m ≥ p, stays on the first (m − p + 1 micro-batches) and passes the others twice.
     """
 
     def __init__(
@@ -55,9 +55,8 @@ class Stretch:
         self.dearest_s, self._dealt = _folded([cost_s for cost_s, _ in cost], np.maximum)
         self.work_s, _ = _folded(work, np.add)
         self.dearest_work_s, _ = _folded(work, np.maximum)
-        once, often = (
-            self._least(flights[0], ends[0], n, update=True)[0] for n in (1.0, max(m - pp + 1.0, 0.0))
-        )
+        stays = max(m - pp + 1.0, 1.0)
+        once, often = (self._least(flights[0], ends[0], n, update=True)[0] for n in (1.0, stays))
         self.passed_s, _ = _folded([once, *work[1:]], np.add)
         self.opening_s, _ = _folded([often, *(2.0 * work_s for work_s in work[1:])], np.add)
 
