@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from itertools import combinations_with_replacement, product
+from math import comb, prod
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from planner.assignment import UNEVEN, Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
+from planner.place import Place
 from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
 from planner.solve.layerwise.devices import Device, Solved
@@ -25,8 +27,10 @@ from planner.solve.mixed.shapes import Shape
 
 __all__ = ["Found", "Settler"]
 
+Way: TypeAlias = tuple[Option, Solved]  # how a stage is done: a member, and its strategies
+
 _MISSES = 8  # shares of the groups that are tried in vain before others are left to the gap
-_FEW = 500  # partitions that are all tried
+_FEW = 500  # partitions, or combinations of stages' ways, that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
@@ -56,6 +60,7 @@ class Settler:
         self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
         self.seats = [self.ground.groups[group] for group in self.shape.seats()]
         self._flights = self.ground.flights(self.shape)
+        self._few = comb(len(self.stack) + self.pp - 1, self.pp - 1) <= _FEW
 
     def plans(self, below_s: float) -> Iterator[Found]:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
@@ -73,7 +78,7 @@ class Settler:
             if better is not None:
                 best, below_s, missed = better, better.step_s, 0
                 yield best
-        if comb(len(self.stack) - 1, self.pp - 1) <= _FEW:
+        if self._few:
             better = self._best(self._every(), tried, below_s)
             if better is not None:
                 best, below_s = better, better.step_s
@@ -104,10 +109,12 @@ class Settler:
         )
 
     def _every(self) -> Iterator[tuple[int, ...]]:
-        """All partitions that leave no stage without layers."""
+        """All partitions that leave no stage without work: embedding and head may stand alone."""
         layers = len(self.stack)
-        for ends in combinations(range(1, layers), self.pp - 1):
-            yield tuple(np.diff([0, *ends, layers]).tolist())
+        for ends in combinations_with_replacement(range(layers + 1), self.pp - 1):
+            sizes = np.diff([0, *ends, layers]).tolist()
+            if all(sizes[1:-1]):
+                yield tuple(sizes)
 
     def _neighbours(self, best: Found) -> Iterator[tuple[int, ...]]:
         """Partitions with one layer moved from a heavy stage to a light one."""
@@ -121,8 +128,8 @@ class Settler:
                     yield tuple(moved)
 
     def _priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
-        """The best strategies of every stage of some partitions, priced together."""
-        built = [x for sizes in partitions if (x := self._built(sizes, below_s)) is not None]
+        """Plans of some partitions, priced together."""
+        built = [plan for sizes in partitions for plan in self._built(sizes, below_s)]
         if not built:
             return []
         generator = generator_of(SCHEDULE)
@@ -130,11 +137,9 @@ class Settler:
         stages_s = [np.concatenate([part[0][op] for part in parts], axis=1) for op in range(2)]
         work_s = stages_s[0] + stages_s[1]
         tail_s = np.concatenate([part[2] for part in parts], axis=1)
-        hop_s = np.stack(
-            [self.ground.hops_s(assignment.stage_places()) for _, assignment, _, _ in built], axis=1
-        )
+        hops = [self.ground.hops_s(assignment.stage_places()) for _, assignment, _, _ in built]
         order = make_order(generator, self.pp, self.m, 1)
-        steps_s = simulate(order, *stages_s, hop_s=hop_s, tail_s=tail_s).makespan_s
+        steps_s = simulate(order, *stages_s, hop_s=np.stack(hops, axis=1), tail_s=tail_s).makespan_s
         return [
             Found(float(step_s), work_s, self.shape, sizes, assignment, layout)
             for step_s, work_s, (sizes, assignment, layout, _) in zip(steps_s, work_s.T, built, strict=True)
@@ -142,57 +147,61 @@ class Settler:
 
     def _built(
         self, sizes: tuple[int, ...], below_s: float
-    ) -> tuple[tuple[int, ...], Assignment, Layout, BlockTable] | None:
-        """A partition with its places and strategies; None where a stage has none that fit."""
+    ) -> Iterator[tuple[tuple[int, ...], Assignment, Layout, BlockTable]]:
+        """A partition with places and strategies: each stage's fastest, and others that may do better together."""
         ends = np.cumsum(sizes).tolist()
-        chosen: list[tuple[Option, Solved]] = []
-        behind_s = 0.0
+        ways: list[list[Way]] = []
+        behind_s = 0.0  # what follows a stage's last backward: those before it, on the way up, and the first one's update
         for stage, (a, b) in enumerate(zip([0, *ends], ends, strict=False)):
-            found = self._solved(stage, a, b, behind_s, below_s)
-            if found is None:
-                return None
-            chosen.append(found)
-            backward = (found[0].mesh.micro_batch_s - found[0].mesh["forward_s"]).min(axis=0)
-            behind_s += float(backward[self.stack[a:b]].sum())
-        assignment, columns = self._assignment(chosen, ends)
-        layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
-        values = np.stack([option.mesh.values[s, :, kind] for option, s, kind in columns], axis=1)
-        names = tuple(f"{self.kinds[kind]}/{i}" for i, (_, _, kind) in enumerate(columns[:-3]))
-        table = BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None])
-        return sizes, assignment, layout, table
+            before = ways[-1][0][0].place if ways else None
+            found = self._ways(stage, a, b, before, behind_s, below_s)
+            if not found:
+                return
+            ways.append(found)
+            option, solved = found[0]
+            passed_s, work_s = _passes_s(option, solved, self.ground.ends(stage, self.pp))
+            behind_s += passed_s
+            if before is None:
+                behind_s += solved.seconds - self.m * work_s
+            else:
+                behind_s += float(self.ground.hops_s([before, option.place])[0])
+        for chosen in _together(ways):
+            assignment, columns = self._assignment(chosen, ends)
+            layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
+            values = np.stack([option.mesh.values[s, :, kind] for option, s, kind in columns], axis=1)
+            names = tuple(f"{self.kinds[kind]}/{i}" for i, (_, _, kind) in enumerate(columns[:-3]))
+            yield sizes, assignment, layout, BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None])
 
-    def _solved(
-        self, stage: int, a: int, b: int, behind_s: float, below_s: float
-    ) -> tuple[Option, Solved] | None:
-        """The member and the strategies with which a stage is done with some layers first; None where that takes too long."""
+    def _ways(
+        self, stage: int, a: int, b: int, before: Place | None, behind_s: float, below_s: float
+    ) -> list[Way]:
+        """Members with their best strategies for some layers, the fastest first; none where all take too long."""
         counts = [0] * (len(self.kinds) - 3)
         for kind in self.stack[a:b]:
             counts[kind] += 1
         device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
-        best: tuple[Option, Solved] | None = None
         members, of = self.seats[stage], self.ground.class_of(self.shape, self.seats[stage].group)
         bundle = members.bundle(of, self.pp, self.bounds.level)
         if bundle is None:
-            return None
-        valid = [
-            member
-            for member in members.classes[of][: self.bounds.level]
-            if members.mesh(member, self.pp) is not None
-        ]
+            return []
+        every = [members.option(member, self.pp) for member in members.classes[of][: self.bounds.level]]
+        options = [option for option in every if option is not None]
         bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
+        found: list[Way] = []
+        limit_s = below_s
         for at in np.argsort(bounds, kind="stable").tolist():
-            limit = below_s if best is None else best[1].seconds
-            if bounds[at] >= limit * (1.0 if best is None else 1.0 - _ALIKE):
+            if bounds[at] >= limit_s:
                 break
-            option = members.option(valid[at], self.pp)
-            assert option is not None
-            solved = option.costs.solve(device, behind_s)
-            if solved is not None and solved.seconds < limit:
-                best = option, solved
-        return best
+            up_s = behind_s + (float(self.ground.hops_s([before, options[at].place])[0]) if before else 0.0)
+            solved = options[at].costs.solve(device, up_s)
+            if solved is not None and solved.seconds < below_s:
+                found.append((options[at], solved))
+                if not self._few:
+                    limit_s = min(limit_s, solved.seconds * (1.0 - _ALIKE))
+        return sorted(found, key=lambda way: way[1].seconds)
 
     def _assignment(
-        self, chosen: Sequence[tuple[Option, Solved]], ends: Sequence[int]
+        self, chosen: Sequence[Way], ends: Sequence[int]
     ) -> tuple[Assignment, list[tuple[Option, int, int]]]:
         """The chosen strategies as an assignment, and its columns as (option, strategy there, kind)."""
         runs: list[Runs] = []
@@ -225,3 +234,25 @@ class Settler:
             for kind, s in assignment.columns(self.order)
         ]
         return assignment, columns
+
+
+def _together(ways: Sequence[Sequence[Way]]) -> Iterator[Sequence[Way]]:
+    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other."""
+    if prod(len(some) for some in ways) <= _FEW:
+        yield from product(*ways)
+        return
+    first = [some[0] for some in ways]
+    yield first
+    for stage, some in enumerate(ways):
+        for way in some[1:]:
+            yield [*first[:stage], way, *first[stage + 1 :]]
+
+
+def _passes_s(option: Option, solved: Solved, ends: Sequence[int]) -> tuple[float, float]:
+    """Backward seconds of a micro-batch, and all of them, in a stage that is done in some way."""
+    mesh = option.mesh
+    blocks = [(s, kind, n) for kind, runs in enumerate(solved.runs[0]) for s, n in runs]
+    own = {len(mesh.kinds) - 3: solved.embedding, len(mesh.kinds) - 2: solved.head}
+    blocks += [(s, kind, 1) for kind, s in own.items() if kind in ends and s is not None]
+    work_s = sum(n * float(mesh.micro_batch_s[s, kind]) for s, kind, n in blocks)
+    return work_s - sum(n * float(mesh["forward_s"][s, kind]) for s, kind, n in blocks), work_s
