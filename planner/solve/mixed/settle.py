@@ -60,7 +60,11 @@ class Settler:
         self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
         self.seats = [self.ground.groups[group] for group in self.shape.seats()]
         self._flights = self.ground.flights(self.shape)
-        self._few = comb(len(self.stack) + self.pp - 1, self.pp - 1) <= _FEW
+        members = (
+            self.ground.groups[g].classes[self.ground.class_of(self.shape, g)] for g in self.shape.order
+        )
+        partitions = comb(len(self.stack) + self.pp - 1, self.pp - 1)
+        self._few = partitions * prod(len(some) for some in members) <= _FEW
 
     def plans(self, below_s: float) -> Iterator[Found]:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
@@ -96,7 +100,7 @@ class Settler:
         """The best plan of some partitions that were not tried before; None where none is below a limit."""
         fresh = [sizes for sizes in dict.fromkeys(partitions) if sizes not in tried]
         tried.update(fresh)
-        best = min(self._priced(fresh, below_s), key=lambda found: found.step_s, default=None)
+        best = min(self.priced(fresh, below_s), key=lambda found: found.step_s, default=None)
         return best if best is not None and best.step_s < below_s else None
 
     def _dealt(self, at: int) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ class Settler:
                     moved[light] += 1
                     yield tuple(moved)
 
-    def _priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
+    def priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
         """Plans of some partitions, priced together."""
         built = [plan for sizes in partitions for plan in self._built(sizes, below_s)]
         if not built:
@@ -170,7 +174,12 @@ class Settler:
             layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
             values = np.stack([option.mesh.values[s, :, kind] for option, s, kind in columns], axis=1)
             names = tuple(f"{self.kinds[kind]}/{i}" for i, (_, _, kind) in enumerate(columns[:-3]))
-            yield sizes, assignment, layout, BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None])
+            yield (
+                sizes,
+                assignment,
+                layout,
+                BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None]),
+            )
 
     def _ways(
         self, stage: int, a: int, b: int, before: Place | None, behind_s: float, below_s: float
@@ -180,25 +189,30 @@ class Settler:
         for kind in self.stack[a:b]:
             counts[kind] += 1
         device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
-        members, of = self.seats[stage], self.ground.class_of(self.shape, self.seats[stage].group)
-        bundle = members.bundle(of, self.pp, self.bounds.level)
-        if bundle is None:
-            return []
-        every = [members.option(member, self.pp) for member in members.classes[of][: self.bounds.level]]
-        options = [option for option in every if option is not None]
-        bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
         found: list[Way] = []
         limit_s = below_s
-        for at in np.argsort(bounds, kind="stable").tolist():
-            if bounds[at] >= limit_s:
+        for bound_s, option in self.options(stage, a, b):
+            if bound_s >= limit_s:
                 break
-            up_s = behind_s + (float(self.ground.hops_s([before, options[at].place])[0]) if before else 0.0)
-            solved = options[at].costs.solve(device, up_s)
+            up_s = behind_s + (float(self.ground.hops_s([before, option.place])[0]) if before else 0.0)
+            solved = option.costs.solve(device, up_s)
             if solved is not None and solved.seconds < below_s:
-                found.append((options[at], solved))
+                found.append((option, solved))
                 if not self._few:
                     limit_s = min(limit_s, solved.seconds * (1.0 - _ALIKE))
         return sorted(found, key=lambda way: way[1].seconds)
+
+    def options(self, stage: int, a: int, b: int) -> list[tuple[float, Option]]:
+        """Members that a stage may take for the layers ``[a, b)``, by what they take at least."""
+        members = self.seats[stage]
+        of = self.ground.class_of(self.shape, members.group)
+        bundle = members.bundle(of, self.pp, self.bounds.level)
+        if bundle is None:
+            return []
+        every = (members.option(member, self.pp) for member in members.classes[of][: self.bounds.level])
+        valid = [option for option in every if option is not None]
+        bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
+        return [(float(bounds[at]), valid[at]) for at in np.argsort(bounds, kind="stable").tolist()]
 
     def _assignment(
         self, chosen: Sequence[Way], ends: Sequence[int]
