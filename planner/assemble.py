@@ -18,7 +18,7 @@ from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
-from planner.pipeline import memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
@@ -159,6 +159,7 @@ def assemble(
     optimality: Optimality | None = None,
     useful_flop: float | None = None,
     assignment: Assignment | None = None,
+    step_s: float | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -172,6 +173,7 @@ def assemble(
         optimality: what a search proved; None for a plan that the user named.
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
+        step_s: the schedule engine's step time, where it is already known.
     """
     workload = problem.workload
     schedule = recipe["schedule"].technique
@@ -185,7 +187,8 @@ def assemble(
     ctx = stage_places[0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
     parts, table = _priced(recipe, knobs, assignment, everywhere)
-    step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
+    if step_s is None:
+        step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
     homes = [stage_places[run] for run in layout.run_first]
@@ -199,7 +202,7 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    host, cached = held_parts.pop("host")[:, 0], held_parts.pop("cached")
+    slower, cached = {tier: held_parts.pop(tier)[:, 0] for tier in SLOWER}, held_parts.pop("cached")
     devices = [
         {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
@@ -209,7 +212,11 @@ def assemble(
     peak, budget = sum(devices[fullest].values()), budgets[fullest]
     alike = [run for run in range(len(devices)) if budgets[run] == budget]
     kept = (sum(devices[run].values()) + float(cached[run, 0]) for run in alike)
-    host_fits = all(n <= home.problem.cluster.host_memory_bytes for n, home in zip(host, homes, strict=True))
+    slower_fits = all(
+        float(slower[tier][run]) <= capacity
+        for run, home in enumerate(homes)
+        for tier, capacity in home.problem.cluster.slower_bytes.items()
+    )
     repeats = dict(zip(table.kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
     fraction = float(recomputed_fraction(layout, recompute_layers))
     executed = sum(_executed_flop(part, repeats, fraction) * part.ranks for part in parts)
@@ -223,9 +230,9 @@ def assemble(
         _breakdown(spends, step_s),
         {"peak": peak, **devices[fullest]},
         budget,
-        float(host.max()),
+        {tier: float(held.max()) for tier, held in slower.items()},
         max(min(max(kept), budget) - peak, 0.0),
-        fits=peak <= budget and host_fits,
+        fits=peak <= budget and slower_fits,
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
     judged = judgement(stage_places[device].problem, mesh, step_s, peak, spends, budget)
@@ -388,7 +395,7 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], budget: float, host_bytes: float, cached_bytes: float, *, fits: bool,
+    memory_bytes: Mapping[str, float], budget: float, slower: Mapping[str, float], cached_bytes: float, *, fits: bool,
 ) -> Estimate:  # fmt: skip
     workload, devices, groups = problem.workload, problem.cluster.devices, problem.cluster.groups
     peak = sum(group.devices * _peak_flop_per_s(group.device, ctx.format.matmul) for group in groups)
@@ -404,7 +411,8 @@ def _estimate(
         breakdown_s=breakdown,
         fits=fits,
         memory_budget_bytes=budget,
-        host_bytes=host_bytes,
+        host_bytes=slower["host"],
+        nvme_bytes=slower["nvme"],
         cached_bytes=cached_bytes,
         joules_per_step=step_s * sum(group.devices * float(group.device.power_w) for group in groups),
         usd_per_step=step_s * sum(usd) / 3600.0 if len(usd) == len(groups) else None,

@@ -7,7 +7,7 @@ depends on the batch are sizes of axes, so that one ledger prices any number of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,12 +32,14 @@ class Composition:
         prefill_tokens: tokens of prompts, all chunks together.
         prefill_context: keys that a prompt token attends to, itself included, mean: (P + 1)/2 for a whole prompt of P tokens,
             s + (c + 1)/2 for a chunk of c behind s others.
+        step_tokens: tokens that every generating sequence passes through the model: 1, and those that a draft proposes.
     """
 
     decodes: Array
     context_tokens: Array
     prefill_tokens: Array
     prefill_context: Array
+    step_tokens: float = field(default=1.0, kw_only=True)
 
 
 def iteration_ledger(model: Model) -> Ledger:
@@ -69,15 +71,17 @@ def composition_axes(
     ranks = mesh.dp
     decodes = np.maximum(batch.decodes / ranks, np.minimum(batch.decodes, 1.0))
     prefill = batch.prefill_tokens / ranks
-    tokens = decodes + prefill
-    context = batch.context_tokens / np.maximum(batch.decodes, 1.0) + 1.0
-    pairs = decodes * context + prefill * batch.prefill_context
+    steps = batch.step_tokens
+    tokens = decodes * steps + prefill
+    context = batch.context_tokens / np.maximum(batch.decodes, 1.0) + (steps + 1.0) / 2.0
+    pairs = decodes * steps * context + prefill * batch.prefill_context
     axes: dict[str, Array] = {
         "seq": tokens,
         "residual_seq": tokens,
         "kv_seq": pairs / np.maximum(tokens, _NOTHING),
-        "logit_seq": decodes + np.minimum(prefill, 1.0),
+        "logit_seq": decodes * steps + np.minimum(prefill, 1.0),
         "decodes": decodes,
+        "step_tokens": np.full_like(decodes, steps),
         "prefill_tokens": prefill,
     }
     for name, block in model.blocks.items():
@@ -86,7 +90,7 @@ def composition_axes(
             if block.attention.index_heads:
                 axes[f"index_keys@{name}"] = axes["kv_seq"]
         if block.moe is not None:
-            everything = batch.decodes + batch.prefill_tokens
+            everything = batch.decodes * steps + batch.prefill_tokens
             experts, top_k = float(block.moe.experts), float(block.moe.top_k)
             load: Array | float = expert_load_factor or _load(everything, top_k, mesh.ep)
             busy = distinct_experts(everything, top_k, experts) / mesh.ep

@@ -55,7 +55,13 @@ class Iterations:
     Args:
         ctx: model, machines, stack, meshes and knobs; every slot of :data:`~planner.technique.SERVING_SLOTS` has its value.
         pricer: shared between recipes on the same machines and stack.
+
+    Attributes:
+        step_tokens, accepted: tokens that a generating sequence passes through the model in an iteration, and that it gains.
     """
+
+    step_tokens: float = 1.0
+    accepted: float = 1.0
 
     def __init__(self, ctx: ServingContext, pricer: Pricer | None = None) -> None:
         self.ctx = ctx
@@ -99,6 +105,10 @@ class Iterations:
             )
         )
         return self.seconds(flat).reshape(shape)
+
+    def steps(self, osl: float) -> float:
+        """Iterations that generate an answer of ``osl`` tokens behind its first."""
+        return (osl - 1.0) / self.accepted
 
     def seconds(self, batch: Composition) -> Array:
         """Seconds per row."""

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2s
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
 from planner.specs.load import read_file
 
-__all__ = ["SCHEMA_VERSION", "Estimate", "Optimality", "Plan", "SearchReport", "SearchResult"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Estimate",
+    "Optimality",
+    "Plan",
+    "SearchReport",
+    "SearchResult",
+    "known_fields",
+    "read_plan",
+]
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = "1.0"
 
@@ -46,9 +57,9 @@ class Estimate:
         hfu: the same with the FLOP that are executed (recompute included, masked attention left out).
         memory_bytes: ``peak`` and its pools on the device that holds most.
         breakdown_s: seconds of the step on the busiest device by what they are spent on; they add up to ``step_time_s``.
-        fits: whether device and host memory suffice.
+        fits: whether device memory and the tiers below it suffice.
         memory_budget_bytes: what the peak is held against.
-        host_bytes: host memory per device.
+        host_bytes, nvme_bytes: host memory and NVMe per device.
         cached_bytes: what the allocator keeps beyond the peak as long as there is room: a process shows it and does not need it.
         usd_per_step, joules_per_step: over all devices; None without a price.
         interval: what holds 80 % of measurements of such plans, ``step_time_s`` and ``peak``: lowest and highest; None in plans
@@ -70,6 +81,7 @@ class Estimate:
     joules_per_step: float
     usd_per_step: float | None = None
     cached_bytes: float = 0.0
+    nvme_bytes: float = 0.0
     interval: Mapping[str, Sequence[float]] | None = None
     oom_probability: float | None = None
     provenance: Mapping[str, Any] | None = None
@@ -157,7 +169,7 @@ class Plan:
             raise TypeError(f"precisions is {self.workload['precisions']!r}")
         numbers = {
             name: getattr(self.estimate, name)
-            for name in ("step_time_s", "memory_budget_bytes", "host_bytes")
+            for name in ("step_time_s", "memory_budget_bytes", "host_bytes", "nvme_bytes")
         }
         for name, value in {**numbers, **self.estimate.breakdown_s, **self.estimate.memory_bytes}.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -193,25 +205,18 @@ class Plan:
         Raises:
             SpecError: fields are missing or wrong, or the major version is another.
         """
-        major = str(data.get("schema_version", "")).partition(".")[0]
-        if major != SCHEMA_VERSION.partition(".")[0]:
-            found = repr(data.get("schema_version"))
-            raise SpecError(
-                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
-            )
-        try:
-            estimate = Estimate(**_known(data["estimate"], Estimate))
-            optimality = Optimality(**_known(data["optimality"], Optimality))
-            fields = {**_known(data, Plan), "estimate": estimate, "optimality": optimality}
+
+        def build() -> Plan:
+            estimate = Estimate(**known_fields(data["estimate"], Estimate))
+            optimality = Optimality(**known_fields(data["optimality"], Optimality))
+            fields = {**known_fields(data, Plan), "estimate": estimate, "optimality": optimality}
             fields["stages"] = tuple(data["stages"])
             fields |= {name: tuple(data.get(name, ())) for name in ("assumptions", "permissions")}
             plan = Plan(**fields)
             plan.check()
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-            raise SpecError(
-                Fault(where, f"is no plan ({type(error).__name__}: {error})", "a plan as planner writes it")
-            ) from None
-        return plan
+            return plan
+
+        return read_plan(data, where, "plan", build)
 
     @staticmethod
     def from_json(path: str | Path, index: int | str = 1) -> Plan:
@@ -288,7 +293,25 @@ class SearchResult:
         return {**found, **{name: dict(account) for name, account in accounts.items() if account is not None}}
 
 
-def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
+def read_plan(data: Mapping[str, Any], where: str, what: str, build: Callable[[], T]) -> T:
+    """What ``build`` makes of a plan's JSON fields, whatever is wrong in them told as the user's mistake.
+
+    Raises:
+        SpecError: fields are missing or wrong, or the schema's major version is another.
+    """
+    wanted = SCHEMA_VERSION.partition(".")[0]
+    if str(data.get("schema_version", "")).partition(".")[0] != wanted:
+        raise SpecError(
+            Fault(f"{where}: schema_version", repr(data.get("schema_version")), f"major version {wanted}")
+        )
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        found = f"is no {what} ({type(error).__name__}: {error})"
+        raise SpecError(Fault(where, found, "a plan as planner writes it")) from None
+
+
+def known_fields(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """The entries that the class has fields for."""
     names = cls.__dataclass_fields__  # type: ignore[attr-defined]
     return {name: value for name, value in data.items() if name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,16 +25,18 @@ from planner.errors import Problem as Fault
 if TYPE_CHECKING:
     from planner.specs.model import Model
     from planner.specs.serve_problem import ServeProblem
+    from planner.specs.speculation import Speculation
     from planner.specs.traffic import Traffic
 
 __all__ = ["serve"]
 
 _MOST_PLANS = 1000
+_HEADROOM, _MOST_HEADROOM = 0.2, 100.0
 _FLAGS = {
     "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
     "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
     "length_scv": "--length-scv", "model": "--model", "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
-    "usd_per_device_hour": "--usd-per-hour",
+    "usd_per_device_hour": "--usd-per-hour", "acceptance": "--acceptance", "tokens": "--draft-tokens", "draft": "--draft",
 }  # fmt: skip
 _PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w4a16_mxfp4"}
 _NARROWER = ("fp8", "nvfp4")
@@ -48,7 +51,11 @@ def serve(
         str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
     ] = None,
     cluster: Annotated[
-        str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required.")
+        str | None,
+        _option(
+            "--cluster",
+            text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml; a+b: pools on both. Required.",
+        ),
     ] = None,
     isl: Annotated[str | None, _option("--isl", text="Prompt tokens, mean. Required.", metavar="N")] = None,
     osl: Annotated[str | None, _option("--osl", text="Answer tokens, mean. Required.", metavar="N")] = None,
@@ -94,6 +101,26 @@ def serve(
         list[str] | None,
         _option("--allow", text="'lossy': also narrower weights and caches.", metavar="WHAT"),
     ] = None,
+    draft: Annotated[
+        str | None,
+        _option(
+            "--draft",
+            text="Who drafts tokens: a smaller model, mtp, or ngram; needs --acceptance.",
+            metavar="WHO",
+        ),
+    ] = None,
+    acceptance: Annotated[
+        str | None,
+        _option(
+            "--acceptance",
+            text="Probability that a drafted token is accepted; measured, 0 to 1.",
+            metavar="X",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        str | None,
+        _option("--draft-tokens", text="Tokens per step to choose from [1,2,3,4,5,7].", metavar="LIST"),
+    ] = None,
     engine: Annotated[
         str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
     ] = "vllm",
@@ -107,6 +134,26 @@ def serve(
     forbid: Annotated[
         list[str] | None,
         _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
+    ] = None,
+    objective: Annotated[
+        str,
+        _option(
+            "--objective",
+            text="Most answers (throughput), or least usd or energy per token [throughput].",
+            metavar="NAME",
+        ),
+    ] = "throughput",
+    daily: Annotated[
+        str | None,
+        _option(
+            "--daily",
+            text="Requests per second in equal periods of a day: a,b,c … or a file with one a line.",
+            metavar="LOAD",
+        ),
+    ] = None,
+    headroom: Annotated[
+        str | None,
+        _option("--headroom", text="Of every period's load, kept free beside it [0.2].", metavar="X"),
     ] = None,
     usd_per_hour: Annotated[
         str | None,
@@ -141,7 +188,10 @@ def serve(
         fix,
         forbid,
         usd_per_hour,
+        _speculation(faults, draft, acceptance, draft_tokens),
+        objective,
     )
+    day = _day(faults, daily, headroom, rate, concurrency)
     wanted = attempt(faults, whole_number, "--top", top)
     if wanted is not None and not 1 <= wanted <= _MOST_PLANS:
         faults.append(Fault("--top", top, f"a whole number from 1 to {_MOST_PLANS}"))
@@ -149,10 +199,13 @@ def serve(
     assert problem is not None
     assert wanted is not None
 
+    from planner.serving.daily import over_a_day
     from planner.serving.serve import serve as search
 
     with OutputFile(out) if out is not None else nullcontext() as file:
-        result = search(problem, wanted)
+        result = (
+            search(problem, wanted) if day is None else over_a_day(search(problem, wanted), problem, *day)
+        )
         content = result.as_dict()
         if file is not None:
             file.write(json_text(content) + "\n")
@@ -197,6 +250,7 @@ def _traffic(
 def _problem(
     faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
     cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
+    speculation: Speculation | None, objective: str,
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
     from planner.specs.serve_problem import ServeProblem
@@ -206,7 +260,9 @@ def _problem(
     if cluster is None:
         faults.append(Fault("--cluster", "is missing", "a cluster, such as h200-sxm:4x8"))
     else:
-        machines = attempt(faults, read_cluster, cluster, flags=_FLAGS)
+        each = [attempt(faults, read_cluster, part.strip(), flags=_FLAGS) for part in cluster.split("+")]
+        read = [found for found in each if found is not None]
+        machines = read if len(read) == len(each) else None
     stack = attempt(faults, read_stack, engine, flags=_FLAGS)
     fixed = attempt(faults, parse_fixed, fix or [])
     usd = optional_number(faults, "--usd-per-hour", price)
@@ -218,18 +274,73 @@ def _problem(
     if spec is None or machines is None or stack is None or traffic is None or fixed is None:
         return None
     lossy = "lossy" in allow
-    formats = _formats(spec, model or "", precision, machines.device.peak_flop_per_s if lossy else ())
+    formats = _formats(spec, model or "", precision, machines[0].device.peak_flop_per_s if lossy else ())
     caches = (
         read_list(cache)
         if cache
         else ("bf16", "fp8")
-        if lossy and machines.device.supports("fp8")
+        if lossy and machines[0].device.supports("fp8")
         else ("bf16",)
     )
     return attempt(
-        faults, ServeProblem, spec, machines, traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
-        usd_per_device_hour=usd, flags=_FLAGS,
+        faults, ServeProblem, spec, machines[0], traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
+        objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation,
+        others=tuple(machines[1:]), flags=_FLAGS,
     )  # fmt: skip
+
+
+def _day(
+    faults: list[Fault], daily: str | None, headroom: str | None, rate: str | None, concurrency: str | None
+) -> tuple[tuple[float, ...], float] | None:
+    """Rates of a day's periods, and the headroom."""
+    share = optional_number(faults, "--headroom", headroom)
+    if daily is None:
+        if headroom is not None:
+            faults.append(
+                Fault("--headroom", "is given without a day", "--daily with the load of its periods")
+            )
+        return None
+    for flag, value in (("--rate", rate), ("--concurrency", concurrency)):
+        if value is not None:
+            faults.append(Fault(flag, "is given beside --daily", "one of them", "Leave one out."))
+    text = Path(daily).read_text(encoding="utf-8") if Path(daily).is_file() else daily
+    rates = [
+        optional_number(faults, "--daily", part)
+        for part in text.replace("\n", ",").split(",")
+        if part.strip()
+    ]
+    found = [number for number in rates if number is not None]
+    faults += [
+        Fault("--daily", f"{number:g}", "requests per second from 0") for number in found if number < 0.0
+    ]
+    if not any(found):
+        faults.append(Fault("--daily", repr(daily[:40]), "requests per second of a day's periods, not all 0"))
+    if share is not None and not 0.0 <= share <= _MOST_HEADROOM:
+        faults.append(Fault("--headroom", f"{share:g}", f"a fraction from 0 to {_MOST_HEADROOM:g}"))
+    return tuple(found), _HEADROOM if share is None else share
+
+
+def _speculation(
+    faults: list[Fault], draft: str | None, acceptance: str | None, tokens: str | None
+) -> Speculation | None:
+    from planner.specs.speculation import METHODS, Speculation
+
+    chance = optional_number(faults, "--acceptance", acceptance)
+    if draft is None:
+        faults += [
+            Fault(flag, "is given without a draft", "--draft mtp, ngram or a smaller model")
+            for flag, value in (("--acceptance", acceptance), ("--draft-tokens", tokens))
+            if value is not None
+        ]
+        return None
+    if acceptance is None:
+        faults.append(Fault("--acceptance", "is missing", "a measured probability, such as 0.7"))
+    counts = [optional_whole(faults, "--draft-tokens", text) for text in read_list(tokens or "1,2,3,4,5,7")]
+    method = draft.lower() if draft.lower() in METHODS else "draft"
+    model = attempt(faults, read_model, draft, flags={"model": "--draft"}) if method == "draft" else None
+    if chance is None or None in counts or (method == "draft" and model is None):
+        return None
+    return attempt(faults, Speculation, method, chance, tuple(counts), model, flags=_FLAGS)
 
 
 def _formats(spec: Model, given: str, precision: str | None, rates: Any) -> tuple[str, ...]:

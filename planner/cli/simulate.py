@@ -84,6 +84,12 @@ def simulate(
         str | None,
         _option("--scheduler", text="static, orca, vllm or sarathi [the plan's: sarathi].", metavar="NAME"),
     ] = None,
+    routing: Annotated[
+        str,
+        _option(
+            "--routing", text="Requests to replicas: random, or in turn [random].", metavar="random|turn"
+        ),
+    ] = "random",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Simulate a serving plan under a trace of requests, a rate, or a number of clients.
@@ -117,9 +123,11 @@ def simulate(
     ]
     if len(given) > 1:
         faults.append(Fault(given[0], f"is given beside {', '.join(given[1:])}", "one of them"))
+    if routing not in ("random", "turn"):
+        faults.append(Fault("--routing", repr(routing[:40]), "random or turn"))
     raise_if_any(faults)
 
-    chosen, deployment = _deployment(plan, policy)
+    chosen, deployment = _deployment(plan, policy, routing)
     if trace is None and clients is None and numbers["rate"] is None:
         clients = None if chosen is None else chosen.traffic.get("concurrency")
         numbers["rate"] = (
@@ -146,7 +154,7 @@ def simulate(
         show_simulation(content)
 
 
-def _deployment(reference: str, policy: str | None) -> tuple[ServePlan | None, Deployment]:
+def _deployment(reference: str, policy: str | None, routing: str) -> tuple[ServePlan | None, Deployment]:
     from planner.cli.serve_plan import read_serving_plan
     from planner.load.scheduler import scheduler
     from planner.serving.deployment import deployment_of, read_pool
@@ -160,7 +168,7 @@ def _deployment(reference: str, policy: str | None) -> tuple[ServePlan | None, D
     plan = read_serving_plan(reference)
     if plan is None:
         raise SpecError(Fault(reference, "is a training plan", "a serving plan", "planner serve makes them."))
-    return plan, deployment_of(plan, policy)
+    return plan, deployment_of(plan, policy, routing)
 
 
 def _requests(

@@ -57,7 +57,7 @@ from planner.costs.compute import (
     roofline_s,
     uncached_bytes,
 )
-from planner.costs.economics import device_hours, rental_usd, tokens_run_s, usd_per_token
+from planner.costs.economics import device_hours, phases_run_s, rental_usd, tokens_run_s, usd_per_token
 from planner.costs.energy import average_power_w, emitted_kg, energy_j
 from planner.costs.expert_exchange import expert_exchange_s
 from planner.costs.flop import (
@@ -146,6 +146,7 @@ from planner.costs.queueing import (
     gg1_wait_bound_s,
     ggc_wait_s,
     iteration_batching_s,
+    many_servers_wait,
     mg1_wait_s,
     mmc_wait_s,
     priority_wait_s,
@@ -155,15 +156,21 @@ from planner.costs.queueing import (
     wait_quantile_s,
 )
 from planner.costs.reliability import (
+    adjacent_mtbf_s,
     best_interval_s,
     checkpoint_stall_s,
     daly_interval_s,
     expected_slowdown,
     fleet_mtbf_s,
+    out_share,
+    resumed_s,
+    useful_share,
+    whole_replicas,
     young_interval_s,
 )
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
-from planner.costs.serving import kv_transfer_s, queue_load
+from planner.costs.serving import kv_transfer_s, queue_load, replicas_needed
+from planner.costs.speculation import accepted_tokens, speculation_gain
 from planner.costs.state_sharding import (
     cross_host_traffic,
     hybrid_shard_traffic,
@@ -189,7 +196,9 @@ __all__ = [
     "MessageCost",
     "Step",
     "Transport",
+    "accepted_tokens",
     "activation_bytes",
+    "adjacent_mtbf_s",
     "alignment_efficiency",
     "all_gather_attention_elements",
     "all_gather_bytes",
@@ -269,6 +278,7 @@ __all__ = [
     "latency_1f1b_s",
     "latency_alpa_s",
     "logits_bytes",
+    "many_servers_wait",
     "matmul_bytes",
     "matmul_flop",
     "matmul_s",
@@ -285,8 +295,10 @@ __all__ = [
     "offload_required_bytes_per_s",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
+    "out_share",
     "overflow_probability",
     "overlapped_s",
+    "phases_run_s",
     "pipelined_s",
     "point_to_point_s",
     "priority_wait_s",
@@ -297,8 +309,10 @@ __all__ = [
     "reduce_scatter_bytes",
     "reduce_scatter_s",
     "rental_usd",
+    "replicas_needed",
     "reshard_bytes",
     "resharding_steps",
+    "resumed_s",
     "ring_attention_elements",
     "ring_attention_s",
     "ring_overlap_tokens",
@@ -308,6 +322,7 @@ __all__ = [
     "skewed_load_factor",
     "span_bubble_zb_h1_s",
     "span_bubble_zb_h2_s",
+    "speculation_gain",
     "static_batch_occupancy",
     "tandem_response_s",
     "tensor_parallel_2d_elements",
@@ -320,8 +335,10 @@ __all__ = [
     "uncached_bytes",
     "uniform_bucket_exposure_s",
     "usd_per_token",
+    "useful_share",
     "usp_elements",
     "wait_quantile_s",
+    "whole_replicas",
     "young_interval_s",
     "zero_offload_bytes",
     "zero_offload_step_s",

@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["kv_transfer_s", "queue_load"]
+__all__ = ["kv_transfer_s", "queue_load", "replicas_needed"]
 
 _BISECTIONS = 50
 
@@ -59,3 +59,13 @@ def kv_transfer_s(n_bytes: Real, bytes_per_s: Real, prefill_s: Real, layers: Rea
     """
     whole_s = n_bytes / bytes_per_s
     return whole_s / layers + np.maximum(0.0, (whole_s - prefill_s) * (layers - 1.0) / layers)
+
+
+def replicas_needed(rate_per_s: Real, replica_per_s: Real, headroom: Real = 0.0) -> Real:
+    """Replicas for a rate of requests: ``⌈λ(1 + h)/λ*⌉``, ``λ*`` what one answers within its limits; none for no requests.
+
+    >>> replicas_needed(np.array([0.0, 10.0, 11.0]), 5.0, 0.0).tolist()
+    [0.0, 2.0, 3.0]
+    """
+    needed: Real = np.ceil(np.multiply(rate_per_s, 1.0 + np.asarray(headroom)) / replica_per_s - 1e-9)
+    return needed

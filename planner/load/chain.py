@@ -31,10 +31,16 @@ from planner.load.prefill_queue import FirstToken, PrefillQueue
 from planner.load.requests import Lengths
 from planner.load.scheduler import Scheduler
 
-__all__ = ["Percentiles", "percentiles"]
+__all__ = ["Percentiles", "generation", "percentiles", "summary"]
 
 _LEVELS = 4
+_NARROW = 0.1
+"""Variation of ``n`` (relative) below which two levels stand for it."""
+_RARE = 1e-4
+"""Chance of an empty batch below which it needs no level of its own."""
 _MOST_STATES = 4096
+_WIDTH = 12.0
+"""Standard deviations of ``n`` beyond which states are left out."""
 _LONGEST_CLUSTER = 400
 _WAITS = -np.log1p(-(np.arange(64) + 0.5) / 64)
 """Exponential waits of mean 1 with equal chances."""
@@ -45,7 +51,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Latencies of a pool at one rate: ``mean``, ``p50``, ``p90`` and ``p99`` in seconds.
+    """Latencies of a pool at one rate: ``mean``, ``p50``, ``p90`` and ``p99`` in seconds, and ``at`` if asked for.
 
     Attributes:
         ttft_s: to the first token.
@@ -60,8 +66,13 @@ class Percentiles:
     waits: float
 
 
-def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: float) -> Percentiles:
+def percentiles(
+    price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: float, at: float | None = None
+) -> Percentiles:
     """Of one pool (numbers, not rows) under Poisson arrivals.
+
+    Args:
+        at: one more quantile, 0 to 1.
 
     Raises:
         SpecError: a static batch, which has no such chain.
@@ -81,12 +92,13 @@ def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: fl
     most = balance.bound()[0]
     slots, full_per_s = float(most * balance.decodes), float(most / balance.full_s(most))
     _check_rate(rate_per_s, full_per_s)
-    whole = np.arange(1.0, min(np.ceil(slots), _MOST_STATES) + 1.0)
-    decodes = np.concatenate([[0.0], np.minimum(whole, slots)])
     prompts = LengthLaw.of(float(lengths.computed_tokens), float(lengths.prompt_cv2))
+    decodes = _states(balance, rate_per_s, slots, prompts.cv2)
+    taken = bool(decodes[-1] >= slots)  # whether the last state is that of no free slot
     cycle_s, prefill_load = _cycles(balance, decodes[1:], rate_per_s)
     stay_s = float(balance.decodes) * cycle_s
-    stay_s[-1] = slots / full_per_s
+    if taken:
+        stay_s[-1] = slots / full_per_s
     load = min(float(np.interp(rate_per_s, decodes[1:] / stay_s, prefill_load)), 0.98)
     outputs = LengthLaw.of(max(float(lengths.decodes), 1.0), float(lengths.output_cv2))
     clusters = _cluster_load(load, prompts.cv2, outputs), prompts.cv2
@@ -94,12 +106,13 @@ def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: fl
     levels = _levels(decodes, chance)
     fast = [PrefillQueue(balance, rate_per_s, level, prompts).first_token() for level in levels]
     stay_s = _corrected(stay_s, decodes[1:], float(balance.decodes), levels, fast)
-    stay_s[-1] = slots / full_per_s
+    if taken:
+        stay_s[-1] = slots / full_per_s
     chance = _decode_law(decodes, stay_s, load, clusters, rate_per_s)
     shares = _shares(decodes, chance, levels)
     seconds = [queue.seconds for queue in fast]
     chances = [queue.chances * share for queue, share in zip(fast, shares, strict=True)]
-    if chance[-1] > _NEGLIGIBLE:
+    if taken and chance[-1] > _NEGLIGIBLE:
         alone_s, weight = PrefillQueue(balance, rate_per_s, slots, prompts).alone()
         wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, outputs.cv2)
         seconds.append((alone_s[:, None] + wait_s * _WAITS).ravel())
@@ -111,11 +124,54 @@ def percentiles(price: Price, rules: Scheduler, lengths: Lengths, rate_per_s: fl
     stalls_s2 = rate_per_s * tpot_s * prompt_s2 / (1.0 - load) ** 2
     drift_s2 = _drift_s2(decodes[1:], chance[1:], stay_s / float(balance.decodes))
     floor_s = float(balance.decode_s(np.array(1.0)))
-    tpot = {"mean": tpot_s} | _tpot_quantiles(tpot_s, floor_s, outputs, drift_s2, stalls_s2)
+    tpot = {"mean": tpot_s} | _tpot_quantiles(tpot_s, floor_s, outputs, drift_s2, stalls_s2, at)
     if float(lengths.decodes) <= 0.0:
         tpot = dict.fromkeys(tpot, 0.0)  # nothing comes after the first token
-    ttft = _summary(np.concatenate(seconds), np.concatenate(chances))
-    return Percentiles(ttft, tpot, mean, float(chance[-1]))
+    ttft = summary(np.concatenate(seconds), np.concatenate(chances), at)
+    return Percentiles(ttft, tpot, mean, float(chance[-1]) if taken else 0.0)
+
+
+def generation(
+    price: Price, slots: float, lengths: Lengths, rate_per_s: float, at: float | None = None
+) -> Percentiles:
+    """Of a pool that generates alone, on caches that come from elsewhere as a Poisson stream; the first token has come before.
+
+    A request waits for a slot (``ttft_s`` is that wait) and for the iteration under way, both of which count between tokens.
+
+    Raises:
+        Infeasible: the rate is beyond what the pool can serve.
+
+    >>> from planner.load.iteration_time import Affine
+    >>> load = generation(Affine(20e-3, 0.2e-3), 4096.0, Lengths(1, 101), 20.0)
+    >>> round(load.decodes, 2)  # (a + b)λD/(1 − bλD) = 40.4/0.6
+    67.33
+    """
+    d = max(float(lengths.decodes), 1.0)
+    grid = np.unique(np.round(np.geomspace(1.0, slots, 64)))
+
+    def step_s(n: Array) -> Array:
+        return np.asarray(price(n, n * lengths.context_tokens, np.zeros_like(n), np.zeros_like(n)))
+
+    full_per_s = slots / (d * float(step_s(np.array(slots))))
+    _check_rate(rate_per_s, full_per_s)
+    mean = float(np.interp(rate_per_s, np.maximum.accumulate(grid / (d * step_s(grid))), grid))
+    n = _window(mean, 1.0, slots)
+    stay_s = d * step_s(n[1:])
+    chance = _one_by_one(n, stay_s, rate_per_s)
+    outputs = LengthLaw.of(d, float(lengths.output_cv2))
+    waits = float(chance[-1]) if n[-1] >= slots else 0.0
+    wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, outputs.cv2) if waits else 0.0
+    decodes = float(chance @ n)
+    step = decodes / (rate_per_s * d)
+    tpot_s = step * (1.0 + 0.5 / d) + waits * wait_s / d
+    spread_s2 = waits * (2.0 - waits) * wait_s**2 / d
+    drift_s2 = _drift_s2(n[1:], chance[1:], stay_s / d)
+    tpot = {"mean": tpot_s} | _tpot_quantiles(
+        tpot_s, float(step_s(np.array(1.0))), outputs, drift_s2, spread_s2, at
+    )
+    slot_s = np.concatenate([[1e-9], wait_s * _WAITS])
+    wait = summary(slot_s, np.concatenate([[1.0 - waits], np.full(len(_WAITS), waits / len(_WAITS))]), at)
+    return Percentiles(wait, tpot, decodes, waits)
 
 
 def _check_rate(rate_per_s: float, most_per_s: float) -> None:
@@ -130,6 +186,28 @@ def _check_rate(rate_per_s: float, most_per_s: float) -> None:
 
 
 # -- how many decode -----------------------------------------------------------------------------------------------------
+
+
+def _states(balance: Balance, rate_per_s: float, slots: float, prompt_cv2: float) -> Array:
+    """Numbers of decodes to follow, ascending: 0 up to the slots, or where those are many, the part in which ``n`` ever is."""
+    if slots <= _MOST_STATES / 4:
+        return _window(0.0, 1.0, slots)
+    grid = np.unique(np.round(np.geomspace(1.0, slots, 64)))
+    cycle_s, prefill_load = _cycles(balance, grid, rate_per_s)
+    leaves_per_s = np.maximum.accumulate(grid / (float(balance.decodes) * cycle_s))
+    mean = float(np.interp(rate_per_s, leaves_per_s, grid))
+    load = min(float(np.interp(mean, grid, prefill_load)), 0.98)
+    return _window(mean, 1.0 + 2.0 * load * (1.0 + prompt_cv2) / (1.0 - load) ** 2, slots)
+
+
+def _window(mean: float, spread: float, slots: float) -> Array:
+    """States around a mean whose variance is at most ``spread`` times that of Poisson's law; all of them where they are few."""
+    if slots <= _MOST_STATES / 4:
+        return np.concatenate([[0.0], np.minimum(np.arange(1.0, np.ceil(slots) + 1.0), slots)])
+    width = _WIDTH * np.sqrt(mean * spread) + _WIDTH
+    low = max(0.0, np.floor(mean - width))
+    high = min(np.ceil(slots), np.ceil(mean + width), low + _MOST_STATES)
+    return np.concatenate([[low], np.minimum(np.arange(low + 1.0, high + 1.0), slots)])
 
 
 def _cycles(balance: Balance, n: Array, rate_per_s: float) -> tuple[Array, Array]:
@@ -166,6 +244,14 @@ def _decode_law(
             chance[: j + 1] /= chance[j]
     chance[-1] /= max(1.0 - rate_per_s * stay_s[-1] / n[-1], 1e-3)
     return chance / np.sum(chance)
+
+
+def _one_by_one(n: Array, stay_s: Array, rate_per_s: float) -> Array:
+    """As :func:`_decode_law` without clusters: ``π_j = π_{j−1}·λ/μ_j``."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(rate_per_s * stay_s / n[1:]))])
+    chance = np.exp(logs - np.max(logs))
+    chance[-1] /= max(1.0 - rate_per_s * stay_s[-1] / n[-1], 1e-3)
+    return np.asarray(chance / np.sum(chance))
 
 
 def _cluster_load(load: float, prompt_cv2: float, outputs: LengthLaw) -> float:
@@ -210,13 +296,16 @@ _log_gamma: Callable[[Array], Array] = np.vectorize(lgamma, otypes=[float])
 
 
 def _levels(n: Array, chance: Array) -> list[float]:
-    """Where the fast chain is solved: no decodes, and means of equal parts of the rest (slots not all taken)."""
-    levels = [0.0]
+    """Where the fast chain is solved: no decodes unless that is rare, and means of equal parts of the rest (with free slots)."""
+    levels = [0.0] if n[0] == 0.0 and chance[0] > _RARE else []
     inner, weight = n[1:-1], chance[1:-1]
     if np.sum(weight) <= 0.0:
         return [*levels, float(n[-1])]
     cumulated = np.cumsum(weight) / np.sum(weight)
-    parts = np.split(np.arange(len(inner)), np.searchsorted(cumulated, np.arange(1, _LEVELS) / _LEVELS))
+    mean = float(np.average(inner, weights=weight))
+    spread = float(np.sqrt(np.average((inner - mean) ** 2, weights=weight))) / mean
+    count = _LEVELS if spread > _NARROW else _LEVELS // 2
+    parts = np.split(np.arange(len(inner)), np.searchsorted(cumulated, np.arange(1, count) / count))
     levels += [float(np.average(inner[p], weights=weight[p])) for p in parts if np.sum(weight[p]) > 0.0]
     return levels
 
@@ -226,15 +315,17 @@ def _shares(n: Array, chance: Array, levels: list[float]) -> list[float]:
     nodes = np.array(levels)
     free = n[:-1] if len(n) > 2 else n
     nearest = np.searchsorted(0.5 * (nodes[1:] + nodes[:-1]), free)
-    nearest[(free > 0.0) & (nearest == 0)] = 1
+    if levels[0] == 0.0:
+        nearest[(free > 0.0) & (nearest == 0)] = 1
     shares: list[float] = np.bincount(nearest, chance[: len(free)], minlength=len(levels)).tolist()
     return shares
 
 
 def _corrected(stay_s: Array, n: Array, d: float, levels: list[float], fast: list[FirstToken]) -> Array:
     """Decode times as the fast chain has them, carried over from its levels to all ``n``."""
-    at = np.array(levels[1:])
-    exact_s = np.array([queue.cycle_s * d + queue.pause_s for queue in fast[1:]])
+    known = [(level, queue) for level, queue in zip(levels, fast, strict=True) if level > 0.0]
+    at = np.array([level for level, _ in known])
+    exact_s = np.array([queue.cycle_s * d + queue.pause_s for _, queue in known])
     ratio: Array = np.interp(n, at, exact_s / np.interp(at, n, stay_s))
     return stay_s * ratio
 
@@ -253,7 +344,7 @@ def _slot_wait_s(rate_per_s: float, full_per_s: float, slots: float, output_cv2:
 # -- percentiles -------------------------------------------------------------------------------------------------------------
 
 
-def _summary(seconds: Array, chances: Array) -> dict[str, float]:
+def summary(seconds: Array, chances: Array, at: float | None = None) -> dict[str, float]:
     """Mean and quantiles of outcomes, gathered in bins of a quarter per cent."""
     floor_s = max(float(np.min(seconds)), 1e-9)
     bins = (np.log(np.maximum(seconds, floor_s) / floor_s) * _BINS_PER_E).astype(int)
@@ -264,7 +355,7 @@ def _summary(seconds: Array, chances: Array) -> dict[str, float]:
     held = mass > 0.0
     found = {"mean": float(seconds @ chances) / total}
     return found | {
-        name: float(np.interp(q, cumulated[held], values_s[held])) for name, q in _QUANTILES.items()
+        name: float(np.interp(q, cumulated[held], values_s[held])) for name, q in _wanted(at).items()
     }
 
 
@@ -275,7 +366,12 @@ def _drift_s2(n: Array, chance: Array, cycle_s: Array) -> float:
 
 
 def _tpot_quantiles(
-    mean_s: float, floor_s: float, outputs: LengthLaw, drift_s2: float, stalls_s2: float
+    mean_s: float,
+    floor_s: float,
+    outputs: LengthLaw,
+    drift_s2: float,
+    stalls_s2: float,
+    at: float | None = None,
 ) -> dict[str, float]:
     """Over requests: the mean of ``d`` cycles, above ``floor_s`` as a gamma law with its variance; short outputs vary more.
 
@@ -293,4 +389,8 @@ def _tpot_quantiles(
     below = sum(
         w * np.interp(at_s, law.points, law.below, left=0.0) for law, w in zip(laws, weight, strict=True)
     )
-    return {name: floor_s + float(np.interp(q, below, at_s)) for name, q in _QUANTILES.items()}
+    return {name: floor_s + float(np.interp(q, below, at_s)) for name, q in _wanted(at).items()}
+
+
+def _wanted(at: float | None) -> dict[str, float]:
+    return _QUANTILES if at is None else {**_QUANTILES, "at": at}

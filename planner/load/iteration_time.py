@@ -89,7 +89,12 @@ class Sampled:
 
     @classmethod
     def of(
-        cls, price: Price, max_decodes: int, max_prefill_tokens: int, context_tokens: float = 4096.0
+        cls,
+        price: Price,
+        max_decodes: int,
+        max_prefill_tokens: int,
+        context_tokens: float = 4096.0,
+        nodes: tuple[int, int] = (48, 144),
     ) -> Sampled:
         """Asks the price once, for all nodes together.
 
@@ -97,8 +102,9 @@ class Sampled:
             max_decodes: requests of an iteration, at most.
             max_prefill_tokens: prompt tokens of an iteration, at most.
             context_tokens: a typical context; the slopes are taken between a quarter of it and twice as much.
+            nodes: of decodes and of prompt tokens, at most.
         """
-        n, m = np.meshgrid(_nodes(max_decodes, 48), _nodes(max_prefill_tokens, 144), indexing="ij")
+        n, m = np.meshgrid(_nodes(max_decodes, nodes[0]), _nodes(max_prefill_tokens, nodes[1]), indexing="ij")
         short, long = context_tokens / 4.0, context_tokens * 2.0
         contexts = np.array([[short, short], [long, short], [short, long]]).reshape(3, 2, 1, 1)
         occupied = n + m > 0  # an empty iteration is never run, and a price need not know it
@@ -110,6 +116,8 @@ class Sampled:
         )
         per_context = (seconds[1] - seconds[0]) / np.maximum(n * (long - short), 1.0)
         per_prefill_context = (seconds[2] - seconds[0]) / np.maximum(m * (long - short), 1.0)
+        # Beside nothing there is nothing to attend to; half of one costs as much per token as one does.
+        per_context[0], per_prefill_context[:, 0] = per_context[1], per_prefill_context[:, 1]
         base = seconds[0] - per_context * n * short - per_prefill_context * m * short
         lines = np.stack([base, per_context, per_prefill_context], axis=-1)
         return cls(tuple(n[:, 0].tolist()), tuple(m[0].tolist()), lines)

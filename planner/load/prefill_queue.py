@@ -20,7 +20,7 @@ from planner.load.length_law import LengthLaw
 
 __all__ = ["FirstToken", "PrefillQueue"]
 
-_CELLS = 112
+_CELLS, _FIXED_CELLS = 112, 64  # of the grid; fixed prompts reach less far
 _MOMENTS = (np.arange(4) + 0.5) / 4
 _RESTS = 16
 _NEGLIGIBLE = 1e-6
@@ -56,16 +56,16 @@ class PrefillQueue:
     def first_token(self) -> FirstToken:
         """Solves the chain, and follows an arrival through it."""
         chain = self._chain()
-        seen, pause_of = self._seen(chain), np.zeros(_CELLS)
+        seen, pause_of = self._seen(chain), np.zeros(self._cells)
         cycle_s = after_s = 0.0
         if self.decodes:
-            advances = chain.iterations if self.balance.rules.mixed else (np.arange(_CELLS) == 0.0) * 1.0
+            advances = chain.iterations if self.balance.rules.mixed else (np.arange(self._cells) == 0.0) * 1.0
             per_start = max(
                 float(chain.chance @ advances), 1e-9
             )  # decodes hardly ever run where prompts always wait
             cycle_s = float(chain.chance @ chain.seconds / per_start)
             gain_s = chain.seconds - cycle_s * advances
-            bias_s = np.linalg.solve(np.eye(_CELLS) - chain.moves + chain.chance, gain_s)
+            bias_s = np.linalg.solve(np.eye(self._cells) - chain.moves + chain.chance, gain_s)
             pause_of = chain.moves @ bias_s
             after_s = float((chain.chance * advances) @ pause_of / per_start)
         seconds, chances, backlog = self._outcomes(chain, *seen)
@@ -81,6 +81,10 @@ class PrefillQueue:
         return full * self._full_s + self._prefill_s(prompt - full * self._room, prompt), chances
 
     # -- the chain -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _cells(self) -> int:
+        return _CELLS if self.prompts.cv2 else _FIXED_CELLS
 
     @property
     def _budget(self) -> float:
@@ -119,32 +123,32 @@ class PrefillQueue:
         overhead_s = least_s if room > many else 0.0
         load = min(rate * p * (float(self._prefill_s(np.array(many))) - overhead_s) / many, _HEAVIEST)
         spread = 7.0 * (1.0 + self.prompts.cv2) + 2.0 * rate * max(decode_s, least_s)
-        step = p * (spread / (1.0 - load) + 3.0) / _CELLS
+        step = p * (spread / (1.0 - load) + 3.0) / self._cells
         # Several full iterations count as one where the grid is coarser than the budget.
         reach = room * max(np.ceil(step / room), 1.0)
-        if reach < step * _CELLS:
+        if reach < step * self._cells:
             step = reach / np.ceil(reach / step)
-        tokens = np.arange(_CELLS) * step
+        tokens = np.arange(self._cells) * step
         taken = np.minimum(tokens, reach)
         full = np.floor(np.maximum(taken - 1e-6 * step, 0.0) / room)
         seconds = full * self._full_s + self._prefill_s(taken - full * room)
         seconds[0] = decode_s
         left = np.rint((tokens - taken) / step).astype(int)
-        law = self.prompts.on_grid(step, _CELLS)
-        wave = np.fft.rfft(law, 2 * _CELLS)
+        law = self.prompts.on_grid(step, self._cells)
+        wave = np.fft.rfft(law, 2 * self._cells)
         moves = _shifted(self._arrivals(wave, seconds), left)
         if not self.decodes:
             moves[0] = law  # idle until a prompt comes
         moves[:, -1] += 1.0 - np.sum(moves, axis=1)
-        balance = moves.T - np.eye(_CELLS)
+        balance = moves.T - np.eye(self._cells)
         balance[-1] = 1.0
-        chance = np.maximum(np.linalg.solve(balance, np.eye(_CELLS)[-1]), 0.0)
+        chance = np.maximum(np.linalg.solve(balance, np.eye(self._cells)[-1]), 0.0)
         return _Chain(tokens, step, seconds, full + 1.0, left, wave, moves, chance / np.sum(chance))
 
     def _arrivals(self, wave: Array, seconds: Array) -> Array:
         """(…, cells): laws of the tokens that come within ``seconds`` (…): compound Poisson, by Fourier transform."""
         shape = np.exp(self.rate_per_s * seconds[..., None] * (wave - 1.0))
-        return np.maximum(np.fft.irfft(shape, 2 * _CELLS)[..., :_CELLS], 0.0)
+        return np.maximum(np.fft.irfft(shape, 2 * self._cells)[..., : self._cells], 0.0)
 
     # -- what an arrival meets ---------------------------------------------------------------------------------------------
 
@@ -161,8 +165,10 @@ class PrefillQueue:
         ahead *= met[states, None, None] / len(_MOMENTS)
         slot = np.minimum((rest_s / max(np.max(rest_s), 1e-12) * _RESTS).astype(int), _RESTS - 1)
         start = np.broadcast_to(chain.left[states, None], slot.shape)
-        where = slot[..., None] * 2 * _CELLS + start[..., None] + np.arange(_CELLS)
-        joint = np.bincount(where.ravel(), ahead.ravel(), minlength=2 * _CELLS * _RESTS).reshape(_RESTS, -1)
+        where = slot[..., None] * 2 * self._cells + start[..., None] + np.arange(self._cells)
+        joint = np.bincount(where.ravel(), ahead.ravel(), minlength=2 * self._cells * _RESTS).reshape(
+            _RESTS, -1
+        )
         weight = np.broadcast_to(met[states, None], slot.shape).ravel()
         total = np.bincount(slot.ravel(), weight, minlength=_RESTS)
         mean_s = np.bincount(slot.ravel(), weight * rest_s.ravel(), minlength=_RESTS) / np.maximum(

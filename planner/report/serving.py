@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
@@ -29,8 +30,9 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         if value is not None
     ]
     where = "the mean" if traffic.percentile is None else f"p{traffic.percentile:g}"
+    names = " + ".join(cluster.name for cluster in problem.clusters)
     screen.line(
-        f"{problem.model.name} · {problem.cluster.name} · {problem.stack.name} · {traffic.isl:,} in, {traffic.osl:,} out"
+        f"{problem.model.name} · {names} · {problem.stack.name} · {traffic.isl:,} in, {traffic.osl:,} out"
         + (f" · {', '.join(limits)} at {where}" if limits else "")
         + f" · {report.candidates:,} candidates · {report.wall_s:.1f} s",
         "bold",
@@ -52,12 +54,11 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
     )
     screen.grid(headings, rows, ("id", "bound by"), tail="pools")
     screen.section("Speed per user against speed per device", [_point(point) for point in result.pareto])
+    if result.days:
+        screen.section("Day", _day(result))
     screen.section("Rests on", result.best.assumptions)
     screen.section("How sure", _proof(result))
-    following = (
-        [f"planner explain {saved}", f"planner export {saved} --to {_launcher(result.best)}"] if saved else []
-    )
-    screen.section("Next", following, wrapped=False)
+    screen.section("Next", [] if saved is None else _next(result, saved), wrapped=False)
 
 
 def show_serve_plan(plan: ServePlan) -> None:
@@ -167,9 +168,13 @@ def pool_text(pool: Pool) -> str:
         "1 device"
     ]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
+    role += f"{pool.cluster}: " if pool.cluster else ""
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
-    return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}"
+    draft = (
+        f", {pool.knobs['draft_tokens']} drafted by {pool.knobs['draft']}" if "draft" in pool.knobs else ""
+    )
+    return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}{draft}"
 
 
 def _row(index: int, plan: ServePlan) -> list[str]:
@@ -180,6 +185,22 @@ def _row(index: int, plan: ServePlan) -> list[str]:
         f"{e.ttft_s['mean'] * 1e3:.0f}", f"{e.ttft_s['p99'] * 1e3:.0f}", f"{e.tpot_s['mean'] * 1e3:.1f}",
         f"{e.tpot_s['p99'] * 1e3:.1f}", price, e.binding, " | ".join(pool_text(pool) for pool in plan.pools),
     ]  # fmt: skip
+
+
+def _day(result: ServeResult) -> list[str]:
+    """The first plan's day."""
+    day = result.days[0]
+    periods, price = day["periods"], "" if day["usd"] is None else f", ${day['usd']:,.0f}"
+    lines = [
+        f"{day['device_hours']:,.0f} device hours{price} a day: {day['mean_devices']:.1f} devices on average, "
+        f"{day['peak_devices']} at the peak; {day['saved']:.0%} less than that many all day; headroom {day['headroom']:.0%}"
+    ]
+    hours = 24.0 / len(periods)
+    return lines + [
+        f"{index * hours:04.1f} h: {period['rate_per_s']:g} requests/s, replicas {' + '.join(map(str, period['replicas']))}, "
+        f"{period['devices']} devices, {period['utilization']:.0%} used"
+        for index, period in enumerate(periods)
+    ]
 
 
 def _point(point: Mapping[str, Any]) -> str:
@@ -205,5 +226,19 @@ def _proof(result: ServeResult) -> list[str]:
     return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
 
 
-def _launcher(plan: ServePlan) -> str:
-    return next((name for name in ("sglang", "trtllm") if plan.stack.startswith(name)), "vllm")
+def _next(result: ServeResult, saved: str) -> list[str]:
+    """Commands that go on from here; the export is of the first plan that the engine itself can run."""
+    from planner.export.serving import find_serving_exporter, serving_problems
+    from planner.export.serving.target import ServingTarget
+
+    engine = next((name for name in ("sglang", "trtllm") if result.best.stack.startswith(name)), "vllm")
+    exporter, following = find_serving_exporter(engine), [f"planner explain {saved}"]
+    for number, plan in enumerate(result.plans, 1):
+        try:
+            runs = not serving_problems(ServingTarget(plan), exporter)
+        except (ExportError, SpecError):
+            continue
+        if runs:
+            which = "" if number == 1 else f":{number}"
+            return [*following, f"planner export {saved}{which} --to {engine} -o FOLDER"]
+    return following

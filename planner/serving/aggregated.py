@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from planner.costs.queueing import wait_quantile_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.specs.traffic import Traffic
@@ -37,7 +38,8 @@ class Steady:
         ttft_s: from arrival to the first token.
         wait_s: part of it before the prompt's first iteration.
         prefill_load: fraction of time that prompts are at work.
-        mixed_s, decode_s: time of a mixed and of a generating iteration.
+        mixed_s, decode_s: time of a mixed iteration, and of a generating one per token that a sequence gains in it.
+        slot_wait_s, slot_waits: part of the time to the first token that is a wait for a slot, and the chance of one.
     """
 
     requests_per_s: Array
@@ -50,12 +52,14 @@ class Steady:
     prefill_load: Array
     mixed_s: Array
     decode_s: Array
+    slot_wait_s: Array | float = 0.0
+    slot_waits: Array | float = 0.0
 
     def ttft_at(self, quantile: float) -> Array:
-        """A quantile of the time to the first token: the wait's tail is exponential where there is one at all."""
-        load = np.clip(self.prefill_load, 1e-9, 0.999)
-        tail = np.where(1.0 - quantile < load, np.log(load / (1.0 - quantile)) * self.wait_s / load, 0.0)
-        return np.asarray(self.ttft_s - self.wait_s + np.maximum(tail, 0.0))
+        """A quantile of the time to the first token: waits' tails are exponential where there are any, and add up."""
+        tails = wait_quantile_s(quantile, np.clip(self.prefill_load, 1e-9, 0.999), self.wait_s)
+        tails = tails + wait_quantile_s(quantile, self.slot_waits, self.slot_wait_s)
+        return np.asarray(self.ttft_s - self.wait_s - self.slot_wait_s + tails)
 
     def tpot_at(self, quantile: float) -> Array:
         """A quantile, over requests, of the mean time between tokens: normal."""
@@ -65,7 +69,8 @@ class Steady:
 
     def take(self, index: Array) -> Steady:
         """Some rows."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in columns.items() if np.ndim(value)})
 
 
 def normal_quantile(quantile: float) -> float:
@@ -92,11 +97,17 @@ def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tok
     """
     mesh = iterations.ctx.mesh
     batch = in_flight / mesh.pp  # sequences of one of the batches on a pipeline
-    budget = chunk_tokens * mesh.dp
+    budget = np.maximum(chunk_tokens * mesh.dp - (iterations.step_tokens - 1.0) * batch, 1.0)
     state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch))
     decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state))
     state = _balance(iterations, traffic, batch, budget, decodes)
-    return replace(state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp)
+    per_token = {
+        name: getattr(state, name) / iterations.accepted
+        for name in ("tpot_s", "tpot_deviation_s", "decode_s")
+    }
+    return replace(
+        state, requests_per_s=state.requests_per_s * mesh.pp, decodes=state.decodes * mesh.pp, **per_token
+    )
 
 
 def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
@@ -108,7 +119,7 @@ def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
 
 def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> Steady:
     """The state with a given number of generating sequences: two iterations are priced."""
-    chunk = _chunk(traffic, budget, decodes)
+    chunk = _chunk(iterations, traffic, budget, decodes)
     context = decodes * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
     zero = np.zeros_like(batch)
     decode_s = iterations(decodes, context, zero, zero)
@@ -116,10 +127,9 @@ def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     return _means(iterations, traffic, batch, chunk, decodes, decode_s, mixed_s)
 
 
-def _chunk(traffic: Traffic, budget: Array, decodes: Array) -> Array:
+def _chunk(iterations: Iterations, traffic: Traffic, budget: Array, decodes: Array) -> Array:
     """Prompt tokens of a mixed iteration: the prompts that come while one passes are packed together, as the budget allows."""
-    steps = max(traffic.osl - 1.0, 1.0)
-    together = traffic.computed_isl * np.maximum(1.0, decodes / steps)
+    together = traffic.computed_isl * np.maximum(1.0, decodes / max(iterations.steps(traffic.osl), 1.0))
     return np.asarray(np.clip(np.minimum(budget - decodes, together), 1.0, None))
 
 
@@ -146,7 +156,7 @@ def _means(
     decode_s: Array,
     mixed_s: Array,
 ) -> Steady:
-    prompt, steps = traffic.computed_isl, traffic.osl - 1.0
+    prompt, steps = traffic.computed_isl, iterations.steps(traffic.osl)
     passes = prompt / chunk  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
     apart = 1.0 if traffic.concurrency is None else 1.0 - min(float(iterations.software.wave_share), 1.0)
@@ -176,7 +186,7 @@ def _settled(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     """
     decodes = state.decodes
     for _ in range(_ROUNDS):
-        chunk = _chunk(traffic, budget, decodes)
+        chunk = _chunk(iterations, traffic, budget, decodes)
         found = _means(iterations, traffic, batch, chunk, decodes, state.decode_s, state.mixed_s)
         decodes = 0.5 * decodes + 0.5 * _generating(
             traffic, batch, batch - found.requests_per_s * found.ttft_s

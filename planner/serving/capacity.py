@@ -22,6 +22,7 @@ class Capacity:
         cache_bytes: what is left on it for caches; negative where the model does not fit.
         sequences: requests of the given lengths that the whole replica holds at once, without preempting any.
         tokens: tokens of one context that fit into the replica's caches, whole blocks.
+        request_bytes: what one request takes of the fullest device's cache.
     """
 
     weights_bytes: Array
@@ -30,6 +31,7 @@ class Capacity:
     cache_bytes: Array
     sequences: Array
     tokens: Array
+    request_bytes: Array
 
 
 def capacity(
@@ -55,7 +57,7 @@ def capacity(
     left = memory - reserved - footprint.weights_bytes - activation
     left = np.where(left > 0.0, left * float(software.free_fraction), left)
     block = float(software.block_tokens)
-    length = isl + float(software.headroom) * osl
+    length = isl + float(software.headroom) * osl + iterations.step_tokens - 1.0
     each = footprint.cache_bytes(length, block)
     cap = float(software.max_sequences) if max_sequences is None else max_sequences
     held = np.floor(np.clip(left, 0.0, None) / np.maximum(each, 1.0))
@@ -67,6 +69,7 @@ def capacity(
         left,
         sequences,
         _tokens(footprint, left, block),
+        each,
     )
 
 

@@ -1,8 +1,10 @@
 """What is simulated: the engines of a plan or of a pool file, and requests on their way through them.
 
 An engine forms batches of its own. A replica of ``pp`` pipeline stages is as many engines, each with its share of the
-cache, since that many batches are in flight at once. Requests go to engines in turn. Pools of prompts and of generation are
-two stages: a request leaves the first with its first token, and enters the second when its cache has come over.
+cache, since that many batches are in flight at once; one that runs prompts alone is a single engine that begins an iteration when
+the first stage is free. Requests go to replicas at random, so that each has arrivals of its own, or in turn, and to a
+replica's engines in turn. Pools of prompts and of generation are two stages: a request leaves the first with its first token, and
+enters the second when its cache has come over.
 """
 
 from __future__ import annotations
@@ -28,19 +30,33 @@ __all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
 
 _WATERMARK = 0.01
 """Of the blocks, kept free at an admission: vLLM's ``CacheConfig.watermark``."""
+_ROUTER_SEED = 1
+_STAGES = 2
 _ALL_TOKENS = 1024.0
 """Prompt tokens that the capacity of a decode pool leaves activations for, as its search does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Equal engines that requests go to in turn."""
+    """Equal engines.
+
+    Attributes:
+        role: ``aggregated``, ``prefill`` or ``decode``.
+        engines: how many; ``together`` of them are one replica.
+        at_random: whether requests go to replicas at random, not in turn.
+        way_s: what a request's way through later pipeline stages adds to its first token, by prompt length.
+        accepted: tokens that a request gains in an iteration, of drafts that are as good as on average.
+    """
 
     role: str
     engines: int
     iteration: IterationTime
     rules: Scheduler
     pool: KvPool
+    together: int = 1
+    at_random: bool = False
+    way_s: Callable[[Array], Array] | None = None
+    accepted: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,8 @@ def run(
     one_token = replace(requests, output_tokens=np.ones_like(requests.output_tokens))
     prompts = _stage_run(first, one_token, None, on_progress)
     arrives_s = prompts.first_token_s + deployment.transfer_s(requests.prompt_tokens)
+    if first.way_s is not None:
+        arrives_s = arrives_s + first.way_s(requests.prompt_tokens)
     longer = np.flatnonzero(requests.output_tokens > 1)
     order = longer[np.argsort(arrives_s[longer], kind="stable")]
     answers = _stage_run(
@@ -130,8 +148,8 @@ def _stage_run(
     on_progress: Callable[[int, int], None] | None,
 ) -> Run:
     """Every engine with its requests; ``busy_s`` is the mean engine's."""
-    engines = min(stage.engines, len(requests))
-    shares = [np.arange(i, len(requests), engines) for i in range(engines)]
+    shares = _shares(stage, len(requests), concurrency)
+    engines = len(shares)
     finished, runs = 0, []
     for index, share in enumerate(shares):
         loop = None if concurrency is None else max((concurrency + engines - 1 - index) // engines, 1)
@@ -144,7 +162,7 @@ def _stage_run(
         part = Requests(
             requests.arrival_s[share],
             requests.prompt_tokens[share],
-            requests.output_tokens[share],
+            _iterations(requests.output_tokens[share], stage.accepted),
             requests.cached_tokens[share],
             requests.priority[share],
         )
@@ -153,6 +171,24 @@ def _stage_run(
         )
         finished += len(share)
     return _together(requests, shares, runs)
+
+
+def _iterations(output_tokens: Array, accepted: float) -> Array:
+    """Iterations that yield so many tokens, the first among prompts."""
+    return output_tokens if accepted == 1.0 else 1 + np.ceil((output_tokens - 1) / accepted).astype(np.int64)
+
+
+def _shares(stage: Stage, count: int, concurrency: int | None) -> list[Array]:
+    """Which requests go to which engine; clients of a closed loop are dealt out evenly."""
+    if not stage.at_random or concurrency is not None:
+        engines = min(stage.engines, count)
+        return [np.arange(i, count, engines) for i in range(engines)]
+    chosen = np.random.default_rng(_ROUTER_SEED).integers(stage.engines // stage.together, size=count)
+    found = []
+    for replica in range(stage.engines // stage.together):
+        own = np.flatnonzero(chosen == replica)
+        found += [own[i :: stage.together] for i in range(stage.together)]
+    return [share for share in found if len(share)]
 
 
 def _together(requests: Requests, shares: list[Array], runs: list[Run]) -> Run:
@@ -190,8 +226,13 @@ def _together(requests: Requests, shares: list[Array], runs: list[Run]) -> Run:
 # -- of a plan -----------------------------------------------------------------------------------------------------------------
 
 
-def deployment_of(plan: ServePlan, policy: str | None = None) -> Deployment:
+def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "random") -> Deployment:
     """The engines of a serving plan; prompts are cut to its budget and run beside generation, unless ``policy`` says otherwise.
+
+    Args:
+        plan: the plan.
+        policy: name of a batching policy.
+        routing: how requests come to replicas: ``random`` or ``turn``.
 
     Raises:
         SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
@@ -199,18 +240,24 @@ def deployment_of(plan: ServePlan, policy: str | None = None) -> Deployment:
     from planner.engine import Pricer
     from planner.serving.replay import problem_of
     from planner.serving.search import iterations_of
-    from planner.serving.space import DEGREES, mesh_of
-    from planner.technique import SERVING_SLOTS
+    from planner.serving.space import DEGREES, mesh_of, recipe_of
 
+    if len(plan.pools) > _STAGES or any(pool.cluster for pool in plan.pools):
+        found = f"{len(plan.pools)} pools on {plan.cluster}"
+        raise SpecError(
+            Problem("plan", found, "one pool, or one of prompts and one of generation, on one cluster")
+        )
     problem = problem_of(plan)
     pricer = Pricer(problem.cluster, problem.stack)
     stages, all_iterations = [], []
     for pool in plan.pools:
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
+        iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         stages.append(
-            _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy)
+            replace(
+                _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy),
+                at_random=routing == "random",
+            )
         )
         all_iterations.append(iterations)
     admission_s = float(all_iterations[0].software.admission_s)
@@ -235,7 +282,17 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
         return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
-    return Stage(pool.role, pool.replicas * pp, table, rules, KvPool(blocks, block, int(_WATERMARK * blocks)))
+    cache = KvPool(blocks, block, int(_WATERMARK * blocks))
+    if pool.role != "prefill" or pp == 1:
+        return Stage(pool.role, pool.replicas * pp, table, rules, cache, pp, accepted=iterations.accepted)
+
+    def way_s(tokens: Array) -> Array:
+        each = np.minimum(tokens, budget)
+        return np.asarray((1.0 - 1.0 / pp) * table(0.0, 0.0, each, each * (tokens - (each - 1.0) / 2.0)))
+
+    paced = replace(table, lines=table.lines / pp)
+    whole = KvPool(blocks * pp, block, int(_WATERMARK * blocks * pp))
+    return Stage(pool.role, pool.replicas, paced, rules, whole, way_s=way_s)
 
 
 def _transfer(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:

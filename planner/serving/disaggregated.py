@@ -20,20 +20,25 @@ from numpy.typing import NDArray
 
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
+from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.serving.capacity import capacity
+from planner.serving.front import Curve
+from planner.serving.percentiles import Latencies
 from planner.serving.search import Account, Candidates, candidates, iterations_of
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["Split", "search_disaggregated"]
+__all__ = ["Decode", "Prefill", "Split", "decode_kinds", "prefill_kinds", "search_disaggregated"]
 
 _MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
 _BISECTIONS = 40
+_SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
+"""Loads that the front is drawn from: powers of the sequences that a replica holds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prefill:
+class Prefill:
     """Prefill replicas, one per row: time of a batch, pace, prompts per batch, and bytes of one prompt per device."""
 
     kind: Candidates
@@ -44,14 +49,28 @@ class _Prefill:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Decode:
-    """Decode replicas at their largest load."""
+class Decode:
+    """Decode replicas at their largest load; times between tokens at some loads (loads, rows) up to what they hold."""
 
     kind: Candidates
     in_flight: Array
     tpot_s: Array
     rate: Array
     binding: NDArray[np.str_]
+    loads: Array
+    steps_s: Array
+
+    def memory(self, j: int, share: float = 1.0) -> dict[str, float]:
+        """Bytes of a row's fullest device, its caches filled to a share of what the limits allow."""
+        held = self.kind.capacity
+        filled = min(1.0, share * float(self.in_flight[j]) / max(float(self.kind.most[j]), 1.0))
+        parts = {
+            "weights": float(held.weights_bytes[j]),
+            "kv_cache": float(held.cache_bytes[j]) * filled,
+            "activations": float(held.activation_bytes[j]),
+            "reserved": held.reserved_bytes,
+        }
+        return {"peak": sum(parts.values()), **parts}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +86,7 @@ class Split:
         tpot_s: time between tokens; ``in_flight`` sequences of a decode replica, ``most`` that its caches hold.
         memory: bytes of the fullest decode device.
         binding: what keeps the load from growing.
+        latencies: of arrivals of their own, where they were asked for.
     """
 
     recipes: tuple[Mapping[str, str], Mapping[str, str]]
@@ -84,6 +104,7 @@ class Split:
     most: float
     memory: Mapping[str, float]
     binding: str
+    latencies: Latencies | None = None
 
     @property
     def devices(self) -> int:
@@ -108,8 +129,10 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
         return []
     scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
     left, right = ServeSpace(problem, "prefill"), ServeSpace(problem, "decode")
-    prefills = [p for r in left.recipes() if (p := _prefill(problem, left, r, pricer, scratch)) is not None]
-    decodes = [d for r in right.recipes() if (d := _decode(problem, right, r, pricer, scratch)) is not None]
+    prefills, decodes = (
+        prefill_kinds(problem, left, pricer, scratch),
+        decode_kinds(problem, right, pricer, scratch),
+    )
     asked = left.fixed.get("replicas"), right.fixed.get("replicas")
     found: list[Split] = []
     for p in prefills:
@@ -119,9 +142,21 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
     return found
 
 
+def prefill_kinds(
+    problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account
+) -> list[Prefill]:
+    """Prefill replicas, one entry per recipe."""
+    return [p for r in space.recipes() if (p := _prefill(problem, space, r, pricer, account)) is not None]
+
+
+def decode_kinds(problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account) -> list[Decode]:
+    """Decode replicas, one entry per recipe."""
+    return [d for r in space.recipes() if (d := _decode(problem, space, r, pricer, account)) is not None]
+
+
 def _prefill(
     problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> _Prefill | None:
+) -> Prefill | None:
     kind = candidates(problem, space, recipe, pricer, account, traffic_osl=1.0)
     if kind is None:
         return None
@@ -134,12 +169,12 @@ def _prefill(
     each = np.minimum(tokens, kind.chunks * mesh.dp)
     batch_s = tokens / each * iterations(zero, zero, each, np.full_like(zero, traffic.prompt_context))
     footprint = iterations.footprint()
-    return _Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
+    return Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
 
 
 def _decode(
     problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> _Decode | None:
+) -> Decode | None:
     """Rows without a choice of budget, each at the most sequences that keep the limit between tokens."""
     kind = candidates(problem, space, recipe, pricer, account)
     if kind is None:
@@ -150,29 +185,38 @@ def _decode(
     held = capacity(iterations, traffic.isl, traffic.osl, 1024.0, space.fixed.get("max_sequences"))
     kind = Candidates(recipe, kind.rows[once], kind.chunks[once], held, held.sequences)
     context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
-    zero = np.zeros_like(held.sequences)
 
-    def step_s(n: Array) -> Array:
-        each = np.maximum(n, 1.0) / mesh.pp
-        return iterations(each, each * context, zero, zero)
+    def step_s(n: Array, many: Iterations = iterations) -> Array:
+        each = np.maximum(n, 1.0) / many.ctx.mesh.pp
+        zero = np.zeros_like(each)
+        return many(each, each * context, zero, zero) / many.accepted
 
-    limit = np.inf if traffic.tpot_s is None else traffic.tpot_s
-    low, high = zero.copy(), held.sequences.copy()
-    binding = np.where(step_s(high) <= limit, "memory", "tpot")
-    low = np.where(binding == "memory", high, np.where(step_s(np.ones_like(low)) <= limit, 1.0, 0.0))
+    loads = np.floor(np.stack([held.sequences**share for share in _SHARES]))
+    rows = np.tile(kind.rows, (len(loads), 1))
+    steps = step_s(loads.reshape(-1), iterations_of(problem, recipe, mesh_of(rows), pricer)).reshape(
+        loads.shape
+    )
+    kept = steps <= (np.inf if traffic.tpot_s is None else traffic.tpot_s)
+    binding = np.where(kept[-1], "memory", "tpot")
+    count = np.sum(np.logical_and.accumulate(kept, axis=0), axis=0)
+    low = np.where(count > 0, np.take_along_axis(loads, np.maximum(count - 1, 0)[None], axis=0)[0], 0.0)
+    high = np.where(
+        count > 0, np.take_along_axis(loads, np.minimum(count, len(loads) - 1)[None], axis=0)[0], 0.0
+    )
     while np.any(high - low > 1.0):
         middle = np.floor((low + high) / 2.0)
-        kept = step_s(middle) <= limit
+        within = step_s(middle) <= (traffic.tpot_s or np.inf)
         moving = high - low > 1.0
-        low, high = np.where(moving & kept, middle, low), np.where(moving & ~kept, middle, high)
+        low, high = np.where(moving & within, middle, low), np.where(moving & ~within, middle, high)
     tpot_s = step_s(low)
-    return _Decode(kind, low, tpot_s, np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0), binding)
+    rate = np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0)
+    return Decode(kind, low, tpot_s, rate, binding, loads, steps)
 
 
 def _pairs(
     problem: ServeProblem,
-    p: _Prefill,
-    d: _Decode,
+    p: Prefill,
+    d: Decode,
     asked: tuple[int | None, int | None],
     pricer: Pricer,
     account: Account,
@@ -206,6 +250,7 @@ def _pairs(
     late, slow = load <= 0.0, (decode_rate <= 0.0) & (load > 0.0)
     account.rejected["ttft limit"] += int(late.sum())
     account.rejected["tpot limit"] += int(slow.sum())
+    _missed(problem, account, p, d, transfer + admission)
     able = ~late & ~slow
     sizes = (
         np.broadcast_to(p.kind.size[:, None], able.shape),
@@ -213,25 +258,31 @@ def _pairs(
     )
     able_room = able & (sizes[0] + sizes[1] <= devices)
     account.rejected["more devices than there are"] += int((able & ~able_room).sum())
+    wanted = traffic.rate_per_s
     if not able_room.any():
         return []
+    if traffic.concurrency is None and wanted is None:
+        account.curves.append(_curve(problem, p, d, np.where(able_room | slow, prompt_rate, 0.0)))
     i, j = np.nonzero(able_room)
     x, y = _numbers(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
     x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
     answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
-    wanted = traffic.rate_per_s
     if traffic.concurrency is not None:
         # So many requests in flight, most of them in decode replicas.
         cycle = p.batch_s[i] + transfer[i, j] + (traffic.osl - 1.0) * d.tpot_s[j]
         answered = np.minimum(answered, traffic.concurrency / cycle)
     if wanted is not None:
         enough = (x > 0.0) & (answered >= wanted * (1.0 - 1e-9))
+        if not enough.any():
+            size = p.kind.size[i] + d.kind.size[j] * prompt_rate[i, j] / decode_rate[i, j]
+            most = float(np.max(prompt_rate[i, j] / size)) * devices
+            account.miss("rate", max(wanted / most, 1.0), "prompts and generation apart")
         account.rejected["rate"] += int((~enough).sum())
         i, j, x, y, answered = (v[enough] for v in (i, j, x, y, answered))
         answered = np.full_like(answered, wanted)
     account.scored += len(i)
     used = x * p.kind.size[i] + y * d.kind.size[j]
-    value = answered if wanted is None else answered / used
+    value = answered if problem.machines_count else answered / used
     # The best pair of every two sizes of replicas.
     order = np.argsort(-value, kind="stable")
     shape = p.kind.size[i[order]] * (devices + 1.0) + d.kind.size[j[order]]
@@ -252,6 +303,40 @@ def _pairs(
     ]
 
 
+def _missed(problem: ServeProblem, account: Account, p: Prefill, d: Decode, way_s: Array) -> None:
+    """Remembers by how much the lightest loads miss the limits."""
+    traffic = problem.traffic
+    first_s = float((p.batch_s[:, None] + way_s).min())
+    between_s = float(d.steps_s[0].min())
+    for name, limit, found in (
+        ("ttft", traffic.ttft_s, first_s),
+        ("tpot", traffic.tpot_s, between_s),
+        ("e2e", traffic.e2e_s, first_s + (traffic.osl - 1.0) * between_s),
+    ):
+        if limit is not None and found > limit:
+            account.miss(name, found / limit, "prompts and generation apart")
+
+
+def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> Curve:
+    """Decode replicas at some loads, each beside the prefill replicas that run most prompts per device."""
+    traffic, devices = problem.traffic, problem.cluster.devices
+    best = int(np.argmax(prompt_rate.max(axis=1) / p.kind.size))
+    rate = np.tile(prompt_rate[best], len(d.loads))
+    answers = (d.loads / ((traffic.osl - 1.0) * d.steps_s)).reshape(-1)
+    left, right = np.full_like(rate, p.kind.size[best]), np.tile(d.kind.size, len(d.loads))
+    room = (rate > 0.0) & (left + right <= devices)
+    x, y = _numbers(problem, np.where(room, rate, 1.0), answers, left, np.where(room, right, 1.0))
+    answered = np.minimum(x * rate, y * answers)
+    per_device = np.where(room, answered * traffic.osl / np.maximum(x * left + y * right, 1.0), 0.0)
+    rows = np.stack(
+        [np.broadcast_to(p.kind.rows[best], (len(rate), 5)), np.tile(d.kind.rows, (len(d.loads), 1))], axis=1
+    )
+    replicas = np.stack([x, y], axis=1)
+    return Curve(
+        "disaggregated", 1.0 / d.steps_s.reshape(-1), per_device, replicas, rows, ("prefill", "decode")
+    )
+
+
 def _numbers(
     problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
 ) -> tuple[Array, Array]:
@@ -261,6 +346,8 @@ def _numbers(
     ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
     """
     devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
+    if wanted is None and not problem.machines_count:
+        return _thriftiest(devices, prompts, answers, left, right)
     if wanted is not None:
         x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
         return np.where(x * left + y * right <= devices, x, 0.0), y
@@ -281,8 +368,31 @@ def _numbers(
     return np.minimum(beside(y), needed), y
 
 
+def _thriftiest(
+    devices: int, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
+    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
+
+    Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
+    """
+    best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
+    for count in range(1, int(np.max((devices - left) / right)) + 1):
+        needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
+        for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
+            beside = np.minimum(whole, room)
+            able, used = beside >= 1.0, np.maximum(beside * left + count * right, 1.0)
+            value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
+            better = value > best * (1.0 + 1e-9)
+            best, x, y = (
+                np.where(better, value, best),
+                np.where(better, beside, x),
+                np.where(better, float(count), y),
+            )
+    return x, y
+
+
 def _split(
-    problem: ServeProblem, p: _Prefill, d: _Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
+    problem: ServeProblem, p: Prefill, d: Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
     transfer_s: float, admission_s: float,
 ) -> Split:  # fmt: skip
     """One pair at its load; sequences per decode replica follow from Little's law at the time that they take."""
@@ -291,17 +401,10 @@ def _split(
     service_s = float(p.pace_s[i] * p.prompts[i])
     share = answered / replicas[1] / float(d.rate[j])
     in_flight = max(1, round(float(d.in_flight[j]) * share))
-    held = d.kind.capacity
-    parts = {
-        "weights": float(held.weights_bytes[j]),
-        "kv_cache": float(held.cache_bytes[j]) * min(1.0, in_flight / max(float(d.kind.most[j]), 1.0)),
-        "activations": float(held.activation_bytes[j]),
-        "reserved": held.reserved_bytes,
-    }
     slower = replicas[1] * float(d.rate[j]) <= replicas[0] * load / float(p.pace_s[i]) * (1.0 + 1e-9)
     return Split(
         (p.kind.recipe, d.kind.recipe), (p.kind.rows[i], d.kind.rows[j]), float(p.kind.chunks[i]), replicas, answered, load,
         load * service_s / (2.0 * (1.0 - load)), float(p.batch_s[i]), transfer_s, admission_s, float(d.tpot_s[j]), in_flight,
-        float(d.kind.most[j]), {"peak": sum(parts.values()), **parts},
+        float(d.kind.most[j]), d.memory(j, share),
         "rate" if traffic.rate_per_s is not None else str(d.binding[j]) if slower else "ttft",
     )  # fmt: skip

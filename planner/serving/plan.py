@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2s
 from typing import Any
 
-from planner.errors import Problem as Fault
-from planner.errors import SpecError
-from planner.plan import SCHEMA_VERSION, Optimality, SearchReport
+from planner.plan import SCHEMA_VERSION, Optimality, SearchReport, known_fields, read_plan
 
 __all__ = ["Pool", "ServeEstimate", "ServePlan", "ServeResult"]
 
@@ -29,6 +27,7 @@ class Pool:
         mesh: ``tp pp dp ep etp`` of one replica; its devices are tp · pp · dp.
         knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
         in_flight: requests in one replica at the predicted load, waiting ones included.
+        cluster: which of a plan's clusters it runs on; empty where there is one.
     """
 
     role: str
@@ -36,6 +35,14 @@ class Pool:
     mesh: Mapping[str, int]
     knobs: Mapping[str, Any]
     in_flight: int
+    cluster: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The pool as JSON fields; its cluster only where a plan has several."""
+        fields = asdict(self)
+        if not self.cluster:
+            del fields["cluster"]
+        return fields
 
     @property
     def devices(self) -> int:
@@ -49,7 +56,7 @@ class ServeEstimate:
 
     Attributes:
         output_tokens_per_s_per_device: of the devices that the plan uses.
-        output_tokens_per_s_per_user: 1 over the mean time between tokens.
+        output_tokens_per_s_per_user: 1 over the mean time between tokens; over that to the first where there is no other.
         ttft_s, tpot_s, e2e_s: mean and quantiles over requests: time to the first token, time between tokens, whole answer.
         max_concurrency: requests that all replicas' caches hold at once.
         goodput_requests_per_s: requests answered within the limits.
@@ -103,7 +110,7 @@ class ServePlan:
     @property
     def id(self) -> str:
         """Stable name of the choice (not of its estimate)."""
-        pools = [{**asdict(pool), "in_flight": None} for pool in self.pools]
+        pools = [{**pool.as_dict(), "in_flight": None} for pool in self.pools]
         choice = [self.model, self.cluster, self.stack, dict(self.traffic), self.mode, pools]
         return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
 
@@ -115,7 +122,10 @@ class ServePlan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
         fields = asdict(self)
-        fields["pools"], fields["assumptions"] = [asdict(pool) for pool in self.pools], list(self.assumptions)
+        fields["pools"], fields["assumptions"] = (
+            [pool.as_dict() for pool in self.pools],
+            list(self.assumptions),
+        )
         return {"id": self.id, "devices": self.devices, **fields}
 
     @staticmethod
@@ -125,35 +135,33 @@ class ServePlan:
         Raises:
             SpecError: fields are missing or wrong, or the major version is another.
         """
-        major = str(data.get("schema_version", "")).partition(".")[0]
-        if major != SCHEMA_VERSION.partition(".")[0]:
-            found = repr(data.get("schema_version"))
-            raise SpecError(
-                Fault(f"{where}: schema_version", found, f"major version {SCHEMA_VERSION.partition('.')[0]}")
-            )
-        try:
-            pools = tuple(Pool(**_known(pool, Pool)) for pool in data["pools"])
-            estimate = ServeEstimate(**_known(data["estimate"], ServeEstimate))
-            optimality = Optimality(**_known(data["optimality"], Optimality))
-            more = {"pools": pools, "estimate": estimate, "optimality": optimality}
-            plan = ServePlan(
-                **{**_known(data, ServePlan), **more, "assumptions": tuple(data.get("assumptions", ()))}
-            )
+
+        def build() -> ServePlan:
+            more = {
+                "pools": tuple(Pool(**known_fields(pool, Pool)) for pool in data["pools"]),
+                "estimate": ServeEstimate(**known_fields(data["estimate"], ServeEstimate)),
+                "optimality": Optimality(**known_fields(data["optimality"], Optimality)),
+                "assumptions": tuple(data.get("assumptions", ())),
+            }
+            plan = ServePlan(**{**known_fields(data, ServePlan), **more})
             _check(plan)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found = f"is no serving plan ({type(error).__name__}: {error})"
-            raise SpecError(Fault(where, found, "a plan as planner writes it")) from None
-        return plan
+            return plan
+
+        return read_plan(data, where, "serving plan", build)
 
 
 @dataclass(frozen=True, slots=True)
 class ServeResult:
-    """Ranked plans, the Pareto front of speed per user and per device, and the search's account of itself."""
+    """Ranked plans, the Pareto front of speed per user and per device, and the search's account of itself.
+
+    ``days`` holds what a day's load takes of every plan, where one was asked for.
+    """
 
     plans: tuple[ServePlan, ...]
     search: SearchReport
     pareto: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    days: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def best(self) -> ServePlan:
@@ -168,6 +176,7 @@ class ServeResult:
             "pareto": [dict(point) for point in self.pareto],
             "search": asdict(self.search),
             "notes": list(self.notes),
+            **({"days": [dict(day) for day in self.days]} if self.days else {}),
         }
 
 
@@ -185,8 +194,3 @@ def _check(plan: ServePlan) -> None:
         for name, number in values.items():
             if not isinstance(number, int | float) or not math.isfinite(number):
                 raise ValueError(f"{name} is {number!r}")
-
-
-def _known(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    return {name: value for name, value in data.items() if name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from planner.serving.aggregated import steady
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.search import iterations_of
 from planner.serving.serve import serve
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.serving.speculation import Speculating
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import METHODS, Speculation
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 from planner.technique import SERVING_SLOTS
@@ -32,21 +35,52 @@ def problem_of(plan: ServePlan) -> ServeProblem:
     Raises:
         SpecError: its model, cluster or stack cannot be found, or its traffic is none.
     """
+    clusters = [load_cluster(name) for name in plan.cluster.split("+")]
     fixed: dict[str, Any] = {"mode": plan.mode}
-    for pool in plan.pools:
+    for pool in plan.pools if len(clusters) == 1 else ():
         prefix = "" if pool.role == "aggregated" else f"{pool.role}."
         fixed |= {f"{prefix}{name}": value for name, value in pool.mesh.items()}
         fixed[f"{prefix}replicas"] = pool.replicas
         fixed |= {
             f"{prefix}{name}": pool.knobs[name]
-            for name in (*SERVING_SLOTS, "chunk_tokens")
+            for name in (*SERVING_SLOTS, "chunk_tokens", "draft_tokens")
             if name in pool.knobs
         }
+        if (
+            "max_sequences" in pool.knobs
+        ):  # of a replica; the search counts those of a stage of an attention rank
+            each = -(-int(pool.knobs["max_sequences"]) // (pool.mesh["dp"] * pool.mesh["pp"]))
+            fixed[f"{prefix}max_sequences"] = each
     known = Traffic.__dataclass_fields__
     traffic = Traffic(**{name: value for name, value in plan.traffic.items() if name in known})
     return ServeProblem(
-        load_model(plan.model), load_cluster(plan.cluster), traffic, load_stack(plan.stack), fixed=fixed
+        load_model(plan.model), clusters[0], traffic, load_stack(plan.stack), fixed=fixed,
+        speculation=_speculation(plan.pools[-1].knobs), others=tuple(clusters[1:]), **_formats(plan),
+    )  # fmt: skip
+
+
+def _formats(plan: ServePlan) -> dict[str, Any]:
+    """Formats of the pools, where they are not fixed one by one."""
+    if "+" not in plan.cluster:
+        return {}
+    weights, caches = (
+        tuple(dict.fromkeys(str(p.knobs[name]) for p in plan.pools)) for name in ("weights", "cache")
     )
+    return {"precisions": weights, "caches": caches}
+
+
+def _part(problem: ServeProblem, pool: Pool) -> ServeProblem:
+    """The problem on a pool's own cluster."""
+    own = next((c for c in problem.clusters if c.name == pool.cluster), problem.cluster)
+    return replace(problem, cluster=own, others=())
+
+
+def _speculation(knobs: Mapping[str, Any]) -> Speculation | None:
+    if "draft" not in knobs:
+        return None
+    method = knobs["draft"] if knobs["draft"] in METHODS else "draft"
+    model = load_model(str(knobs["draft"])) if method == "draft" else None
+    return Speculation(method, float(knobs["acceptance"]), (int(knobs["draft_tokens"]),), model)
 
 
 def reprice(plan: ServePlan) -> ServePlan:
@@ -56,22 +90,23 @@ def reprice(plan: ServePlan) -> ServePlan:
         SpecError: as :func:`problem_of`.
         Infeasible: it does not keep its limits any more.
     """
-    return serve(problem_of(plan), top=1).best
+    problem = problem_of(plan)
+    return serve(problem, top=1, given=plan.pools if problem.others else ()).best
 
 
 def account(plan: ServePlan) -> list[dict[str, Any]]:
     """Every pool's iterations, item by item: seconds of one iteration, and which technique put the item there."""
-    problem = problem_of(plan)
-    pricer = Pricer(problem.cluster, problem.stack)
+    whole = problem_of(plan)
     found = []
     for pool in plan.pools:
+        problem = _part(whole, pool)
+        pricer = Pricer(problem.cluster, problem.stack)
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        iterations = iterations_of(problem, recipe, mesh_of(row), pricer)
+        iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)
         found.append(
             {
-                "role": pool.role,
+                "role": pool.role if not pool.cluster else f"{pool.cluster}: {pool.role}",
                 "iterations": [_iteration(name, batch, iterations) for name, batch in batches.items()],
             }
         )
@@ -112,6 +147,17 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     ]  # fmt: skip
     total = float(iterations.seconds(batch)[0])
     host = iterations.software
+    if isinstance(iterations, Speculating):
+        draft_s = float(iterations.draft_s(batch)[0])
+        rows.append(
+            {
+                "what": "draft",
+                "block": "",
+                "by": "speculation",
+                "source": "arXiv:2211.17192",
+                "seconds": draft_s,
+            }
+        )
     rows.append(
         {
             "what": "host", "block": "", "by": "stack", "source": host.iteration_s.source,

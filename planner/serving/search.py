@@ -8,7 +8,7 @@ cannot beat the best so far even at the upper end of its bracket is excluded by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,27 @@ from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import Capacity, capacity
+from planner.serving.front import Curve
+from planner.serving.percentiles import Latencies
+from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
 
 __all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
 
 _GRID = 10  # points of the bracketing grid
+_MORE = 1.0 + 1e-9  # steps that two loads differ by at least, where one may lie between them
+_FEW = 16.0  # slots below which a load is no whole number of requests
 
 
 @dataclass(slots=True)
 class Account:
-    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least."""
+    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
+
+    ``curves`` are the loads that were priced on the way.
+    """
 
     candidates: int = 0
     scored: int = 0
@@ -40,6 +49,7 @@ class Account:
     excluded: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
 
     def miss(self, limit: str, ratio: float, text: str) -> None:
         """Remembers the candidate that came closest to a limit: ``ratio`` is found over allowed."""
@@ -77,6 +87,13 @@ class Found:
     memory: Mapping[str, float]
     binding: str
     tokens_per_s: float  # output of all replicas
+    most_per_s: float  # requests that a replica answers at the highest load of which there is a steady state
+    latencies: Latencies | None = None  # of arrivals of their own, where they were asked for
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between tokens."""
+        return float(self.state.tpot_s[0]) if self.latencies is None else self.latencies.tpot_s["mean"]
 
     @property
     def devices(self) -> int:
@@ -87,6 +104,8 @@ class Found:
 def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
     """The iterations of a recipe on meshes."""
     ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
+    if problem.speculation is not None and "draft_tokens" in recipe:
+        return Speculating(ctx, pricer, problem.speculation, int(recipe["draft_tokens"]))
     return Iterations(ctx, pricer)
 
 
@@ -150,6 +169,7 @@ def candidates(
     account.rejected["device memory"] += int((~fits).sum())
     for index in np.flatnonzero(~fits)[:2000]:
         needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
+        needed += held.request_bytes[index] / float(iterations.software.free_fraction)
         budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
         account.miss(
             "memory",
@@ -161,7 +181,7 @@ def candidates(
     index = np.flatnonzero(fits)
     kept = Capacity(
         held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index],
+        held.sequences[index], held.tokens[index], held.request_bytes[index],
     )  # fmt: skip
     return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
 
@@ -186,12 +206,17 @@ def limits_kept(problem: ServeProblem, state: Steady) -> tuple[NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bracket:
-    """Per row: the largest load of the grid that keeps the limits (0: none), the smallest that does not, and both values."""
+    """Per row: the largest load of the grid that keeps the limits (0: none), the smallest that does not, and both values.
+
+    ``step`` is what loads are multiples of: a request, or part of one in a replica that holds but a few.
+    """
 
     low: Array
     high: Array
     low_value: Array
     high_value: Array
+    step: Array
+    arrivals: Arrivals
 
 
 def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
@@ -201,35 +226,47 @@ def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
 
 
 def _value(problem: ServeProblem, rate: Array, replicas: Array, size: Array) -> Array:
-    """What the ranking maximises: output tokens per second of the machines, or of the devices that a given rate needs."""
+    """What the ranking maximises: output tokens per second of the machines, or of a device that a plan uses.
+
+    Devices are alike, so that tokens per device are tokens per dollar and joule.
+    """
     tokens = rate * problem.traffic.osl
     wanted = problem.traffic.rate_per_s
     if wanted is None:
-        return np.asarray(tokens * replicas)
+        return np.asarray(tokens * replicas if problem.objective == "throughput" else tokens / size)
     needed = np.ceil(wanted / np.maximum(rate, 1e-12) - 1e-9)
     enough = needed <= replicas
     return np.asarray(np.where(enough, wanted * problem.traffic.osl / (np.maximum(needed, 1.0) * size), 0.0))
 
 
 def _cost(problem: ServeProblem, found: Found) -> float:
-    return 1.0 if problem.traffic.rate_per_s is None else float(found.devices)
+    return 1.0 if problem.machines_count else float(found.devices)
 
 
 def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Account) -> _Bracket:
     """Limits of all rows on a geometric grid of loads, in one go."""
     rows, traffic = len(c.chunks), problem.traffic
     replicas = _replicas(problem, c.size, problem.fixed.get("replicas"))
+    unit = np.ones(rows)
     if traffic.concurrency is not None:
         grid = np.minimum(np.ceil(traffic.concurrency / replicas), c.most)[:, None]
     else:
+        unit = np.minimum(1.0, c.most / _FEW)
         steps = np.linspace(0.0, 1.0, _GRID)[None, :]
-        grid = np.unique(np.round(np.maximum(c.most, 1.0)[:, None] ** steps), axis=1)
+        grid = unit[:, None] * np.round((c.most / unit)[:, None] ** steps)
     points = grid.shape[1]
     iterations = iterations_of(problem, c.recipe, mesh_of(np.repeat(c.rows, points, axis=0)), pricer)
     state = steady(iterations, traffic, grid.reshape(-1), np.repeat(c.chunks, points))
+    first, last_point = np.arange(rows) * points, np.arange(rows) * points + points - 1
+    clients = np.inf if traffic.concurrency is None else np.ceil(traffic.concurrency / replicas)
+    arrivals = Arrivals(
+        traffic, c.most, state.take(last_point), state.decode_s[first], clients + 0.0 * c.most
+    )
+    state = arrivals.take(np.repeat(np.arange(rows), points)).meet(state)
     kept, worst, ratio = (x.reshape(rows, points) for x in limits_kept(problem, state))
     rate = state.requests_per_s.reshape(rows, points)
     value = _value(problem, rate, replicas[:, None], c.size[:, None])
+    account.curves.append(_curve(problem, c, state, np.repeat(replicas, points)))
     last = np.where(kept, np.arange(points)[None, :], -1).max(axis=1)
     if traffic.rate_per_s is not None:  # the value of a rate steps up where a replica becomes superfluous
         kept_value = np.where(kept, value, 0.0).max(axis=1)
@@ -248,14 +285,27 @@ def _bracket(problem: ServeProblem, c: Candidates, pricer: Pricer, account: Acco
         limit = str(worst[index, 0])
         account.rejected[f"{limit} limit"] += 1
         account.miss(limit, float(ratio[index, 0]), _named(c, int(index)))
-    first = np.clip(last, 0, None)
-    nxt = np.minimum(first + 1, points - 1)
+    best_point = np.clip(last, 0, None)
+    nxt = np.minimum(best_point + 1, points - 1)
     at = np.arange(rows)
-    low = np.where(last >= 0, grid[at, first], 0.0)
-    low_value = np.where(last >= 0, value[at, first], 0.0)
+    low = np.where(last >= 0, grid[at, best_point], 0.0)
+    low_value = np.where(last >= 0, value[at, best_point], 0.0)
     if traffic.rate_per_s is not None:
         low_value = np.where(last >= 0, np.maximum(low_value, 1e-300), 0.0)
-    return _Bracket(low, grid[at, nxt], low_value, np.where(last >= 0, value[at, nxt], 0.0))
+    high_value = np.where(last >= 0, value[at, nxt], 0.0)
+    return _Bracket(low, grid[at, nxt], low_value, high_value, unit, arrivals)
+
+
+def _curve(problem: ServeProblem, c: Candidates, state: Steady, replicas: Array) -> Curve:
+    """What every row has at every load of its grid, as long as the first token comes in time."""
+    traffic, points = problem.traffic, len(replicas) // len(c.chunks)
+    ttft = state.ttft_s if traffic.percentile is None else state.ttft_at(traffic.percentile / 100.0)
+    in_time = ttft <= (np.inf if traffic.ttft_s is None else traffic.ttft_s)
+    per_device = state.requests_per_s * traffic.osl / np.repeat(c.size, points)
+    return Curve(
+        "aggregated", 1.0 / np.maximum(state.tpot_s, 1e-12), np.where(in_time, per_device, 0.0), replicas[:, None],
+        np.repeat(c.rows, points, axis=0)[:, None, :], ("aggregated",),
+    )  # fmt: skip
 
 
 def _named(c: Candidates, index: int) -> str:
@@ -277,31 +327,36 @@ def _refine(
     size = c.size[index]
     replicas = _replicas(problem, size, problem.fixed.get("replicas"))
     iterations = iterations_of(problem, c.recipe, mesh_of(rows), pricer)
-    low, high = b.low[index].copy(), b.high[index].copy()
+    low, high, step = b.low[index].copy(), b.high[index].copy(), b.step[index]
+    arrivals = b.arrivals.take(index)
+
+    def at(load: Array) -> Steady:
+        return arrivals.meet(steady(iterations, traffic, load, chunks))
+
     binding = np.full(len(index), "memory", dtype=object)
     account.scored += len(index)
     if traffic.concurrency is not None:
-        binding[:] = "concurrency"
+        binding[:] = np.where(arrivals.clients > arrivals.slots, "memory", "concurrency")
     else:
         top = high > low
-        while np.any(high - low > 1.0):
-            middle = np.floor((low + high) / 2.0)
-            kept, worst, _ = limits_kept(problem, steady(iterations, traffic, middle, chunks))
-            moving = high - low > 1.0
+        while np.any(high - low > step * _MORE):
+            middle = np.floor((low + high) / 2.0 / step) * step
+            kept, worst, _ = limits_kept(problem, at(middle))
+            moving = high - low > step * _MORE
             low = np.where(moving & kept, middle, low)
             binding = np.where(moving & ~kept, worst, binding)
             high = np.where(moving & ~kept, middle, high)
         # The upper end was never tried where all of the grid kept the limits.
         untried = top & (high > low)
         if untried.any():
-            kept, worst, _ = limits_kept(problem, steady(iterations, traffic, high, chunks))
+            kept, worst, _ = limits_kept(problem, at(high))
             binding = np.where(untried & ~kept, worst, binding)
             low = np.where(untried & kept, high, low)
-        cap = float(iterations.software.max_sequences) * iterations.ctx.mesh.pp * iterations.ctx.mesh.dp
-        binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
+    cap = float(iterations.software.max_sequences) * iterations.ctx.mesh.pp * iterations.ctx.mesh.dp
+    binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
     if traffic.rate_per_s is not None:
-        low, replicas, binding = _at_rate(problem, iterations, low, chunks, binding)
-    state = steady(iterations, traffic, low, chunks)
+        low, replicas, binding = _at_rate(problem, at, low, step, binding)
+    state = at(low)
     rate = (
         state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
     )
@@ -312,9 +367,9 @@ def _refine(
     account.rejected["rate"] += short
     return [
         Found(
-            c.recipe, rows[i], float(chunks[i]), int(replicas[i]), int(low[i]), float(c.most[index[i]]),
+            c.recipe, rows[i], float(chunks[i]), int(replicas[i]), int(np.ceil(low[i])), float(c.most[index[i]]),
             state.take(np.array([i])), _memory(c, int(index[i]), float(low[i])), str(binding[i]),
-            float(rate[i] * replicas[i] * traffic.osl),
+            float(rate[i] * replicas[i] * traffic.osl), MOST_LOAD * float(arrivals.full.requests_per_s[i]),
         )
         for i in range(len(index))
         if usable[i]
@@ -322,19 +377,18 @@ def _refine(
 
 
 def _at_rate(
-    problem: ServeProblem, iterations: Iterations, most: Array, chunks: Array, binding: Array
+    problem: ServeProblem, at: Callable[[Array], Steady], most: Array, step: Array, binding: Array
 ) -> tuple[Array, Array, Array]:
-    """Replicas that a given rate needs, and the requests in flight that it keeps in each of them."""
+    """Requests in flight that a given rate keeps in each of the replicas that it needs, and the replicas."""
     traffic = problem.traffic
     assert traffic.rate_per_s is not None
-    best = steady(iterations, traffic, most, chunks).requests_per_s
-    replicas = np.ceil(traffic.rate_per_s / best - 1e-9)
+    replicas = np.ceil(traffic.rate_per_s / at(most).requests_per_s - 1e-9)
     each = traffic.rate_per_s / replicas
     low, high = np.zeros_like(most), most.copy()
-    while np.any(high - low > 1.0):
-        middle = np.floor((low + high) / 2.0)
-        enough = steady(iterations, traffic, np.maximum(middle, 1.0), chunks).requests_per_s >= each
-        moving = high - low > 1.0
+    while np.any(high - low > step * _MORE):
+        middle = np.floor((low + high) / 2.0 / step) * step
+        enough = at(np.maximum(middle, step)).requests_per_s >= each
+        moving = high - low > step * _MORE
         low, high = np.where(moving & ~enough, middle, low), np.where(moving & enough, middle, high)
     return high, replicas, np.where(replicas > 1.0, binding, "rate")
 

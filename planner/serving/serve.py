@@ -5,38 +5,65 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from planner.engine import Pricer
-from planner.errors import Infeasible
-from planner.errors import Problem as Fault
+from planner.errors import Infeasible, SpecError
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
 from planner.serving.disaggregated import Split, search_disaggregated
+from planner.serving.front import pareto
+from planner.serving.listed import Listing
+from planner.serving.nearest import reasons
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
 from planner.serving.space import DEGREES, ServeSpace
 from planner.specs.serve_problem import ServeProblem
 
+if TYPE_CHECKING:
+    from planner.serving.mixed import MixedFound
+
 __all__ = ["serve"]
 
-_LIMITS = {"ttft": ("ttft_s", "--ttft-ms"), "tpot": ("tpot_s", "--tpot-ms"), "e2e": ("e2e_s", "--e2e-ms")}
 
-
-def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
+def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) -> ServeResult:
     """Searches the best plans.
 
     Args:
         problem: model, machines, traffic, stack and choices.
         top: plans to keep.
+        given: on several clusters, pools that are there: only their load is found.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing keeps the limits; says which binds, by how much, and what comes nearest.
     """
+    try:
+        return _searched(problem, top, given)
+    except _NothingError as nothing:
+        raise Infeasible(reasons(problem, nothing.account, _has_plan)) from None
+
+
+class _NothingError(Exception):
+    """No plan is left."""
+
+    def __init__(self, account: Account) -> None:
+        super().__init__()
+        self.account = account
+
+
+def _has_plan(problem: ServeProblem) -> bool:
+    """Whether a changed problem has a plan."""
+    try:
+        return bool(_searched(problem, 1, ()).plans)
+    except (_NothingError, SpecError):
+        return False
+
+
+def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> ServeResult:
     started = time.perf_counter()
+    if problem.others:
+        return _serve_mixed(problem, top, given, started)
     space = ServeSpace(problem)
     pricer = Pricer(problem.cluster, problem.stack)
     account = Account()
@@ -47,25 +74,86 @@ def serve(problem: ServeProblem, top: int = 10) -> ServeResult:
     if "disaggregated" in modes:
         found += search_disaggregated(problem, pricer, account)
     if not found:
-        raise Infeasible(_reasons(problem, account))
-    found.sort(key=lambda f: (-_value(problem, f), _tpot_s(f), f.devices))
-    best = _value(problem, found[0])
+        raise _NothingError(account)
+    found.sort(key=lambda f: _order(problem, f))
+    listing = Listing(problem, pricer)
+    listed = [f for g in found[: max(top, _LISTED)] if (f := listing.of(g)) is not None]
+    if not listed:
+        raise _NothingError(account)
+    listed.sort(key=lambda f: _order(problem, f))
+    best = _value(problem, listed[0])
     plans = tuple(
         _plan(
             problem,
             f,
             Optimality("exact" if not i else "gap", 1.0 - _value(problem, f) / best, None, _SOLVER),
         )
-        for i, f in enumerate(found[:top])
+        for i, f in enumerate(listed[:top])
     )
-    report = SearchReport(
+    return ServeResult(plans, _report(account, started), tuple(pareto(account.curves)))
+
+
+def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], started: float) -> ServeResult:
+    """Pools on several clusters."""
+    from planner.serving.mixed import search_mixed
+
+    account = Account()
+    found = search_mixed(problem, account, given)
+    if not found:
+        raise _NothingError(account)
+
+    def value(f: MixedFound) -> float:
+        if problem.machines_count:
+            return f.requests_per_s
+        return f.requests_per_s / (f.watts if problem.objective == "energy" else f.usd_per_hour or f.devices)
+
+    found.sort(key=lambda f: (-value(f), f.usd_per_hour or 0.0, f.devices))
+    best = value(found[0])
+    plans = tuple(
+        ServePlan(
+            model=problem.model.name, cluster="+".join(cluster.name for cluster in problem.clusters), stack=problem.stack.name,
+            traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
+            mode="disaggregated", pools=f.pools, estimate=_mixed_estimate(problem, f),
+            optimality=Optimality("exact" if not i else "gap", 1.0 - value(f) / best, None, _MIXED_SOLVER),
+            assumptions=assumptions(problem),
+        )
+        for i, f in enumerate(found[:top])
+    )  # fmt: skip
+    return ServeResult(plans, _report(account, started))
+
+
+def _report(account: Account, started: float) -> SearchReport:
+    return SearchReport(
         account.candidates, account.scored, account.repriced, dict(account.excluded), dict(account.rejected),
         time.perf_counter() - started,
     )  # fmt: skip
-    return ServeResult(plans, report, tuple(_front(problem, found)))
 
 
-_SOLVER = "grid, bound and bisection of the load; rate matching of pools"
+def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
+    ttft, tpot, osl = _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), problem.traffic.osl
+    tokens_per_s = f.requests_per_s * osl
+    return ServeEstimate(
+        output_tokens_per_s_per_device=tokens_per_s / f.devices,
+        output_tokens_per_s_per_user=1.0 / tpot["mean"],
+        ttft_s=ttft,
+        tpot_s=tpot,
+        e2e_s={name: ttft[name] + (osl - 1) * tpot[name] for name in ttft},
+        max_concurrency=f.most,
+        goodput_requests_per_s=f.requests_per_s,
+        usd_per_million_output_tokens=None
+        if f.usd_per_hour is None
+        else f.usd_per_hour / 3600.0 / tokens_per_s * 1e6,
+        joules_per_output_token=f.watts / tokens_per_s,
+        memory_bytes=f.memory,
+        memory_budget_bytes=f.memory_budget_bytes,
+        binding=f.binding,
+    )
+
+
+_SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
+_MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
+_LISTED = 10
+"""Candidates that are put through the chains at least, so that the best does not depend on how many are asked for."""
 
 
 def _distinct(found: list[Found]) -> list[Found]:
@@ -81,13 +169,17 @@ def _rate(problem: ServeProblem, f: Found | Split) -> float:
 
 
 def _tpot_s(f: Found | Split) -> float:
-    return f.tpot_s if isinstance(f, Split) else float(f.state.tpot_s[0])
+    return f.tpot_s if f.latencies is None else f.latencies.tpot_s["mean"]
+
+
+def _order(problem: ServeProblem, f: Found | Split) -> tuple[float, float, int]:
+    return -_value(problem, f), _tpot_s(f), f.devices
 
 
 def _value(problem: ServeProblem, f: Found | Split) -> float:
-    """What the ranking maximises: what the machines answer, or at a given rate, how few of them it takes."""
+    """What the ranking maximises: what the machines answer, or for every device, dollar or joule."""
     rate = _rate(problem, f)
-    return rate / f.devices if problem.traffic.rate_per_s is not None else rate
+    return rate if problem.machines_count else rate / f.devices
 
 
 def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServePlan:
@@ -95,7 +187,7 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
         model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
         traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
         mode="disaggregated" if isinstance(f, Split) else "aggregated",
-        pools=_split_pools(f) if isinstance(f, Split) else _pools(f),
+        pools=_split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f),
         estimate=_split_estimate(problem, f) if isinstance(f, Split) else _estimate(problem, f),
         optimality=judged, assumptions=assumptions(problem),
     )  # fmt: skip
@@ -105,14 +197,32 @@ def _mesh(row: Any) -> dict[str, int]:
     return {name: int(value) for name, value in zip(DEGREES, row, strict=True)}
 
 
-def _pools(f: Found) -> tuple[Pool, ...]:
-    knobs: dict[str, Any] = {**f.recipe, "chunk_tokens": int(f.chunk), "max_sequences": max(f.in_flight, 1)}
+def _pools(problem: ServeProblem, f: Found) -> tuple[Pool, ...]:
+    knobs: dict[str, Any] = {
+        **_recipe(problem, f.recipe),
+        "chunk_tokens": int(f.chunk),
+        "max_sequences": int(f.most),
+    }
     return (Pool("aggregated", f.replicas, _mesh(f.row), knobs, f.in_flight),)
 
 
-def _split_pools(f: Split) -> tuple[Pool, ...]:
+def _recipe(problem: ServeProblem, recipe: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe as knobs, with what was told of its drafts."""
+    told = problem.speculation
+    if told is None or "draft_tokens" not in recipe:
+        return dict(recipe)
+    draft = told.method if told.model is None else told.model.name
+    return {
+        **recipe,
+        "draft": draft,
+        "acceptance": told.acceptance,
+        "draft_tokens": int(recipe["draft_tokens"]),
+    }
+
+
+def _split_pools(problem: ServeProblem, f: Split) -> tuple[Pool, ...]:
     prefill: dict[str, Any] = {**f.recipes[0], "chunk_tokens": int(f.chunk)}
-    decode: dict[str, Any] = {**f.recipes[1], "max_sequences": f.in_flight}
+    decode: dict[str, Any] = {**_recipe(problem, f.recipes[1]), "max_sequences": int(f.most)}
     return (
         Pool("prefill", f.replicas[0], _mesh(f.rows[0]), prefill, 1),
         Pool("decode", f.replicas[1], _mesh(f.rows[1]), decode, f.in_flight),
@@ -121,12 +231,23 @@ def _split_pools(f: Split) -> tuple[Pool, ...]:
 
 def _estimate(problem: ServeProblem, f: Found) -> ServeEstimate:
     state = f.state
+    if f.latencies is not None:
+        return _told(
+            problem, f, _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), int(f.most * f.replicas)
+        )
     ttft = {"mean": float(state.ttft_s[0])} | {n: float(state.ttft_at(q)[0]) for n, q in QUANTILES.items()}
     tpot = {"mean": float(state.tpot_s[0])} | {n: float(state.tpot_at(q)[0]) for n, q in QUANTILES.items()}
     return _told(problem, f, ttft, tpot, int(f.most * f.replicas))
 
 
+def _named(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in ("mean", *QUANTILES)}
+
+
 def _split_estimate(problem: ServeProblem, f: Split) -> ServeEstimate:
+    if f.latencies is not None:
+        most = int(f.most * f.replicas[1])
+        return _told(problem, f, _named(f.latencies.ttft_s), _named(f.latencies.tpot_s), most)
     ttft = {"mean": f.ttft_at(None)} | {name: f.ttft_at(q) for name, q in QUANTILES.items()}
     tpot = dict.fromkeys(("mean", *QUANTILES), f.tpot_s)
     return _told(problem, f, ttft, tpot, int(f.most * f.replicas[1]))
@@ -142,7 +263,7 @@ def _told(
     price = problem.usd_per_hour
     return ServeEstimate(
         output_tokens_per_s_per_device=tokens_per_s / f.devices,
-        output_tokens_per_s_per_user=1.0 / tpot["mean"],
+        output_tokens_per_s_per_user=1.0 / (tpot["mean"] if osl > 1 else ttft["mean"]),
         ttft_s=ttft,
         tpot_s=tpot,
         e2e_s={name: ttft[name] + (osl - 1) * tpot[name] for name in ttft},
@@ -167,66 +288,10 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
         f"({software.iteration_s.kind}), {float(software.memory_fraction):.0%} of memory ({software.memory_fraction.kind})",
         "traffic: prompts and answers of mean lengths"
         + (", clients that replace every answer" if problem.traffic.concurrency else ", independent arrivals")
+        + (
+            f"; drafted tokens accepted with {problem.speculation.acceptance:g} (given)"
+            if problem.speculation
+            else ""
+        )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
     )
-
-
-def _front(problem: ServeProblem, found: list[Found | Split]) -> list[Mapping[str, Any]]:
-    """Plans that no other beats in tokens per second and user and per second and device."""
-    osl = problem.traffic.osl
-    front: list[Mapping[str, Any]] = []
-    best = np.inf
-    for f in sorted(found, key=lambda f: -_rate(problem, f) / f.devices):
-        tpot = _tpot_s(f)
-        if tpot < best:
-            best = tpot
-            pools = _split_pools(f) if isinstance(f, Split) else _pools(f)
-            front.append(
-                {
-                    "mode": "disaggregated" if isinstance(f, Split) else "aggregated",
-                    "pools": [{"role": p.role, "replicas": p.replicas, "mesh": dict(p.mesh)} for p in pools],
-                    "output_tokens_per_s_per_device": _rate(problem, f) * osl / f.devices,
-                    "output_tokens_per_s_per_user": 1.0 / tpot,
-                }
-            )
-    return front
-
-
-def _reasons(problem: ServeProblem, account: Account) -> list[Fault]:
-    """Which limit binds, by how much, and the nearest change that would fit."""
-    faults = []
-    traffic = problem.traffic
-    for limit, (ratio, where) in sorted(account.nearest.items(), key=lambda item: item[1][0]):
-        if limit in _LIMITS:
-            name, flag = _LIMITS[limit]
-            allowed = getattr(traffic, name) * 1e3
-            faults.append(
-                Fault(
-                    flag, f"nothing is faster than {allowed * ratio:.4g} ms at the lightest load ({where})",
-                    f"at most {allowed:g} ms", f"{flag} {np.ceil(allowed * ratio * 10) / 10:g} would fit, or faster devices.",
-                )
-            )  # fmt: skip
-        elif limit == "rate":
-            most = (traffic.rate_per_s or 0.0) / ratio
-            faults.append(
-                Fault(
-                    "--rate", f"{problem.cluster.devices} devices answer at most {most:.4g} requests/s ({where})",
-                    f"{traffic.rate_per_s:g} requests/s",
-                    f"{int(np.ceil(problem.cluster.devices * ratio))} devices would, or a lower rate.",
-                )
-            )  # fmt: skip
-        elif limit == "memory":
-            faults.append(
-                Fault(
-                    "device memory", f"weights and buffers take {ratio:.2f} times what a device offers ({where})",
-                    "room for one request", "More devices, narrower weights (--precision fp8), or shorter prompts.",
-                )
-            )  # fmt: skip
-    if not faults:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in account.rejected.most_common(3))
-        faults.append(
-            Fault(
-                "serve", f"no candidate is left ({reasons})", "one that is valid", "Loosen --fix or --forbid."
-            )
-        )
-    return faults

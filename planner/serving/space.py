@@ -17,10 +17,10 @@ from planner.mesh import Mesh
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import SERVING_SLOTS, discover
 
-__all__ = ["CHUNKS", "DEGREES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of"]
+__all__ = ["CHUNKS", "DEGREES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of", "recipe_of"]
 
 DEGREES = ("tp", "pp", "dp", "ep", "etp")
-SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas")
+SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas", "draft_tokens")
 ROLES = ("aggregated", "prefill", "decode")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
@@ -59,9 +59,19 @@ class ServeSpace:
             )
 
     def recipes(self) -> Iterator[dict[str, str]]:
-        """Every combination of choices."""
+        """Every combination of choices; where tokens may be drafted, without drafts and with every number of them."""
         for values in product(*(self.choices[slot] for slot in SERVING_SLOTS)):
-            yield dict(zip(SERVING_SLOTS, values, strict=True))
+            recipe = dict(zip(SERVING_SLOTS, values, strict=True))
+            for drafted in self._drafted():
+                yield {**recipe, "draft_tokens": str(drafted)} if drafted else recipe
+
+    def _drafted(self) -> list[int]:
+        speculation = self.problem.speculation
+        if speculation is None or self.role == "prefill":
+            return [0]
+        if "draft_tokens" in self.fixed:
+            return [int(self.fixed["draft_tokens"])]
+        return [0, *(n for n in speculation.tokens if not self._forbidden(f"draft_tokens={n}"))]
 
     def _slot(self, slot: str) -> list[str]:
         techniques = [t for t in discover("serving").values() if t.slot == slot]
@@ -153,8 +163,8 @@ class ServeSpace:
                 try:
                     number = int(str(value))
                 except ValueError:
-                    number = 0
-                if not 1 <= number <= 10**7:
+                    number = -1
+                if not int(name != "draft_tokens") <= number <= 10**7:
                     faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
                 checked[name] = number
             else:
@@ -164,6 +174,12 @@ class ServeSpace:
         if faults:
             raise SpecError(faults)
         return checked
+
+
+def recipe_of(knobs: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe among a pool's knobs."""
+    names = (*SERVING_SLOTS, *(name for name in ("draft_tokens",) if name in knobs))
+    return {name: str(knobs[name]) for name in names}
 
 
 def mesh_of(rows: NDArray[Any]) -> Mesh:

@@ -11,12 +11,15 @@ from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
+from planner.specs.speculation import Speculation
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 
 __all__ = ["SERVING_OBJECTIVES", "ServeProblem"]
 
 SERVING_OBJECTIVES = ("throughput", "usd", "energy")
+_VOCAB = 0.02
+"""Relative difference of vocabularies of one family: they are padded to different multiples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,11 @@ class ServeProblem:
         modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``.
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value``, none of which a plan may match.
-        objective: what the ranking maximises per device: tokens (``throughput``), or tokens per dollar or joule.
+        objective: what the ranking maximises: answers of all machines (``throughput``), or tokens per dollar or joule of those
+            that a plan uses. At a given rate all of them are the least of devices, dollars or watts.
         usd_per_device_hour: price; None takes the device profile's.
+        speculation: drafted tokens that plans may use; None: a token a step.
+        others: further clusters, for pools on devices of several types.
 
     Raises:
         SpecError: two of them do not go together (all problems at once).
@@ -48,6 +54,8 @@ class ServeProblem:
     forbidden: tuple[str, ...] = ()
     objective: str = "throughput"
     usd_per_device_hour: float | None = None
+    speculation: Speculation | None = None
+    others: tuple[Cluster, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -64,9 +72,39 @@ class ServeProblem:
         if self.objective not in SERVING_OBJECTIVES:
             hint = did_you_mean(self.objective, SERVING_OBJECTIVES)
             yield Fault("objective", repr(self.objective), f"one of {', '.join(SERVING_OBJECTIVES)}", hint)
+        if self.speculation is not None and self.speculation.model is not None:
+            draft, vocab = self.speculation.model, self.model.vocab
+            if draft.arch != "decoder" or abs(draft.vocab / vocab - 1.0) > _VOCAB:
+                found = f"{draft.name} has {draft.vocab:,} tokens, {self.model.name} {vocab:,}"
+                yield Fault("draft", found, "a decoder with the same vocabulary")
+        if self.speculation is not None and self.speculation.method == "mtp" and not self.model.mtp_layers:
+            yield Fault(
+                "draft", f"{self.model.name} has no prediction modules", "a model that has, or a draft model"
+            )
+        if self.others and "disaggregated" not in self.modes:
+            yield Fault(
+                "cluster",
+                "several clusters for one pool",
+                "one cluster",
+                "Leave --mode out, or plan each cluster.",
+            )
+        if self.others and self.traffic.concurrency is not None:
+            yield Fault("concurrency", "is given for several clusters", "a rate, or neither")
+        if len({cluster.name for cluster in self.clusters}) <= len(self.others):
+            yield Fault("cluster", "the same cluster twice", "clusters of different devices")
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")
+
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """All clusters."""
+        return (self.cluster, *self.others)
+
+    @property
+    def machines_count(self) -> bool:
+        """Whether what all machines answer is maximised, not what a device, dollar or joule does."""
+        return self.objective == "throughput" and self.traffic.rate_per_s is None
 
     @property
     def usd_per_hour(self) -> float | None:

@@ -10,6 +10,7 @@ from planner.cli.serve_plan import read_serving_plan
 from planner.engine import Pricer
 from planner.load.iteration_time import Affine
 from planner.load.requests import Lengths, draw
+from planner.load.results import summarize
 from planner.load.scheduler import KvPool, scheduler
 from planner.load.simulator import simulate
 from planner.serving.deployment import Deployment, Stage, deployment_of, run
@@ -81,6 +82,27 @@ def test_a_plan_is_simulated_at_its_own_traffic(planner, serving_plans):
     shown = planner("simulate", serving_plans, "--rate", rate / 2, "--requests", 2000).out
     assert "time to first token" in shown
     assert "the plan, at" in shown
+
+
+@pytest.mark.parametrize("mode", ["aggregated", "disaggregated"])
+def test_a_plan_foretells_what_is_simulated(mode, tmp_path):
+    """Arrivals of their own at the load that a plan promises: what the chains foretell is what is simulated, limits included."""
+    path = tmp_path / "plans.json"
+    fixed = ("--fix", "pp=1")  # batches of later stages are engines of their own in the simulator
+    limits = ("--ttft-ms", "300", "--tpot-ms", "25", "--mode", mode)
+    assert main(["serve", *SERVE[:8], *limits, *fixed, "--json", "-o", str(path)]) == 0
+    plan = read_serving_plan(str(path))
+    deployment = deployment_of(plan)
+    rate = plan.estimate.goodput_requests_per_s
+    asked = draw(Lengths(500, 60), 20_000 * plan.pools[0].replicas, rate_per_s=rate, seed=5)
+    found = summarize(run(deployment, asked), 0.1)
+    for name, allowed in (("mean", 0.05), ("p50", 0.08), ("p90", 0.1), ("p99", 0.15)):
+        error = 2.0 * getattr(found.ttft_s, f"{name}_error")
+        assert plan.estimate.ttft_s[name] == pytest.approx(
+            getattr(found.ttft_s, name), rel=allowed, abs=error
+        )
+    assert plan.estimate.tpot_s["mean"] == pytest.approx(found.tpot_s.mean, rel=0.05)
+    assert found.ttft_s.mean - found.ttft_s.mean_error <= 0.3 * 1.05
 
 
 def test_two_stages_in_a_row():

@@ -1,6 +1,8 @@
 """Laws of serving: loads and latencies grow together, the search equals trying everything, its account adds up."""
 
+import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from planner.engine import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.serving.aggregated import steady
 from planner.serving.capacity import capacity
-from planner.serving.search import iterations_of
+from planner.serving.daily import daily_fleet, over_a_day
+from planner.serving.disaggregated import _thriftiest
+from planner.serving.search import Account, iterations_of, search_aggregated
 from planner.serving.serve import serve
+from planner.serving.slots import Arrivals
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
@@ -68,6 +73,9 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
                 loads = np.arange(1.0, most + 1.0)
                 many = iterations_of(p, recipe, mesh_of(np.tile(row, (most, 1))), pricer)
                 state = steady(many, traffic, loads, np.full(most, float(chunk)))
+                end = np.full(most, most - 1)
+                held = np.full(most, float(most))
+                state = Arrivals(traffic, held, state.take(end), state.decode_s[0 * end], held).meet(state)
                 q = None if traffic.percentile is None else traffic.percentile / 100.0
                 ttft = state.ttft_s if q is None else state.ttft_at(q)
                 tpot = state.tpot_s if q is None else state.tpot_at(q)
@@ -75,9 +83,9 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
                 replicas = p.cluster.devices // int(mesh[0] * mesh[1] * mesh[2])
                 if kept.any():
                     best = max(best, float((state.requests_per_s * replicas)[kept].max()))
-    found = serve(p).best
-    assert found.estimate.goodput_requests_per_s == pytest.approx(best, rel=1e-9)
-    assert found.optimality.status == "exact"
+    found = search_aggregated(p, space, Pricer(p.cluster, p.stack), 10, Account())[0]
+    assert found.tokens_per_s / traffic.osl == pytest.approx(best, rel=1e-9)
+    assert serve(p).best.optimality.status == "exact"
 
 
 @pytest.mark.parametrize(
@@ -131,15 +139,38 @@ def test_cached_prefixes_help():
     assert hit.estimate.goodput_requests_per_s > 1.2 * without.estimate.goodput_requests_per_s
 
 
-def test_what_cannot_be_kept_says_what_comes_nearest():
+def refusal(p):
     with pytest.raises(Infeasible) as info:
-        serve(problem(traffic=Traffic(2000, 200, tpot_s=1e-4)))
-    assert "--tpot-ms" in str(info.value)
-    assert "would fit" in str(info.value)
-    with pytest.raises(Infeasible, match="device memory"):
-        serve(problem("llama3.1-405b", "h100-sxm:1x4"))
-    with pytest.raises(Infeasible, match="devices would"):
-        serve(problem(traffic=Traffic(2000, 200, tpot_s=0.02, rate_per_s=1e5), modes=("aggregated",)))
+        serve(p)
+    return str(info.value)
+
+
+def test_what_cannot_be_kept_says_what_comes_nearest_and_that_fits():
+    late = refusal(problem(traffic=Traffic(2000, 200, tpot_s=1e-4)))
+    assert "times the limit" in late
+    fits = float(re.search(r"--tpot-ms ([0-9.]+) fits", late)[1])
+    assert serve(problem(traffic=Traffic(2000, 200, tpot_s=fits * 1e-3))).plans
+    big = refusal(problem("llama3.1-405b", "h100-sxm:1x4", Traffic(2000, 200)))
+    assert "device memory" in big
+    larger = re.search(r"--cluster (\S+) fits", big)[1]
+    assert serve(problem("llama3.1-405b", larger, Traffic(2000, 200))).plans
+    wanted = Traffic(2000, 200, tpot_s=0.02, rate_per_s=1e3)
+    for modes in (("aggregated",), ("disaggregated",)):
+        busy = refusal(problem(traffic=wanted, modes=modes))
+        less = float(re.search(r"--rate ([0-9.]+) fits", busy)[1])
+        assert serve(problem(traffic=replace(wanted, rate_per_s=less), modes=modes)).plans
+        larger = re.search(r"--cluster (\S+) fits", busy)[1]
+        assert serve(problem(cluster=larger, traffic=wanted, modes=modes)).plans
+
+
+def test_more_clients_than_slots_wait_outside():
+    """Little's law over all clients: answers take as long as clients over rate."""
+    traffic = Traffic(2000, 200, concurrency=2000)
+    best = serve(problem(traffic=traffic, modes=("aggregated",), fixed={"tp": 4})).best
+    estimate = best.estimate
+    assert estimate.max_concurrency < 2000
+    assert estimate.binding in ("memory", "sequences")
+    assert estimate.goodput_requests_per_s * estimate.e2e_s["mean"] == pytest.approx(2000, rel=0.05)
 
 
 def test_unknown_choices_are_refused():
@@ -157,3 +188,59 @@ def test_fixed_and_forbidden_choices_are_kept():
     assert {pool.mesh["pp"] for plan in plans for pool in plan.pools} == {1}
     split = serve(problem(fixed={"prefill.tp": 1, "decode.tp": 2}, modes=("disaggregated",))).best
     assert [pool.mesh["tp"] for pool in split.pools] == [1, 2]
+
+
+def test_the_front_is_one():
+    result = serve(problem())
+    points = [(p["output_tokens_per_s_per_device"], p["output_tokens_per_s_per_user"]) for p in result.pareto]
+    assert len(points) > 5
+    assert points == sorted(points, reverse=True)
+    users = [user for _, user in points]
+    assert users == sorted(users)
+    # Means on a grid of loads: within a few per cent of the best plan's own point.
+    best = result.best.estimate
+    reached = [device for device, user in points if user >= best.output_tokens_per_s_per_user]
+    assert max(reached) > 0.8 * best.output_tokens_per_s_per_device
+    for point in result.pareto:
+        used = sum(
+            p["replicas"] * p["mesh"]["tp"] * p["mesh"]["pp"] * p["mesh"]["dp"] for p in point["pools"]
+        )
+        assert 1 <= used <= 4
+
+
+def test_dollars_and_joules_are_of_the_devices_that_a_plan_uses():
+    many, thrifty, cool = (
+        serve(problem(objective=name)).best.estimate for name in ("throughput", "usd", "energy")
+    )
+    assert thrifty.usd_per_million_output_tokens <= many.usd_per_million_output_tokens * (1 + 1e-9)
+    assert cool.joules_per_output_token <= many.joules_per_output_token * (1 + 1e-9)
+    assert many.goodput_requests_per_s >= thrifty.goodput_requests_per_s * (1 - 1e-9)
+
+
+def test_the_thriftiest_numbers_of_replicas_are_those_of_trying_all():
+    random = np.random.default_rng(4)
+    prompts, answers = random.uniform(0.5, 8.0, (2, 60))
+    left, right = 2.0 ** random.integers(0, 4, (2, 60))
+    x, y = _thriftiest(32, prompts, answers, left, right)
+    for k in range(60):
+        value = {
+            (a, b): min(a * prompts[k], b * answers[k]) / (a * left[k] + b * right[k])
+            for a, b in product(range(1, 33), range(1, 33))
+            if a * left[k] + b * right[k] <= 32
+        }
+        assert value[int(x[k]), int(y[k])] == pytest.approx(max(value.values()))
+
+
+def test_a_day_takes_replicas_for_every_period():
+    """By hand: 10 requests/s a replica of one device; 1, 11 and 25 with a fifth beside them are 1, 2 and 3 replicas."""
+    plan = serve(problem(fixed={"tp": 1, "pp": 1}, modes=("aggregated",))).best
+    estimate = replace(plan.estimate, goodput_requests_per_s=10.0 * plan.pools[0].replicas)
+    day = daily_fleet(replace(plan, estimate=estimate), (1.0, 11.0, 25.0), 0.2, 2.0)
+    assert [period["replicas"] for period in day["periods"]] == [[1], [2], [3]]
+    assert day["device_hours"] == pytest.approx((1 + 2 + 3) * 8.0)
+    assert day["usd"] == pytest.approx(96.0)
+    assert day["saved"] == pytest.approx(1.0 - 2.0 / 3.0)
+    assert day["periods"][1]["utilization"] == pytest.approx(11 / 20)
+    days = over_a_day(serve(problem()), problem(), (5.0, 500.0), 0.0)
+    assert [d["device_hours"] for d in days.days] == sorted(d["device_hours"] for d in days.days)
+    assert "more than there are" in days.notes[0]

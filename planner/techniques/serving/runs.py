@@ -21,6 +21,7 @@ __all__ = [
     "cache_bytes_per_token",
     "parameter_bytes",
     "read_bytes",
+    "read_bytes_per_token",
     "repeats",
     "run",
     "sent_elements",
@@ -103,6 +104,15 @@ def read_bytes(ledger: Ledger) -> float:
         keys = _value(ledger, item.batch) * _value(ledger, item.kv_heads) * _value(ledger, item.kv)
         total += keys * width * dtype_bytes(item.stored) * repeats(ledger, item.block)
     return total
+
+
+def read_bytes_per_token(slot: str, subject: Pass, model: str) -> float:
+    """Bytes of the cache that a generating sequence reads in all layers per token of context."""
+    one, other = (
+        read_bytes(run(slot, subject, model=model, decodes=1.0, context=context))
+        for context in (1000.0, 2000.0)
+    )
+    return (other - one) / 1000.0
 
 
 def sent_elements(ledger: Ledger, group: str, *, layers_only: bool = False) -> float:

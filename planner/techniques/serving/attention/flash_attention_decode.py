@@ -47,7 +47,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
             AttentionCore(
                 what="attention.decode",
                 batch="decodes",
-                q="1",
+                q="step_tokens",
                 kv=f"decode_keys@{block}",
                 decode=True,
                 **common,
@@ -73,11 +73,7 @@ def _all_keys(item: Matmul, ledger: Ledger) -> Item | None:
 
 def _read_bytes(subject: Pass) -> float:
     """Bytes of keys and values that one sequence of Llama-3.1 8B reads per token of context when it generates."""
-    one, other = (
-        runs.read_bytes(runs.run("attention", subject, model="llama3.1-8b", decodes=1.0, context=context))
-        for context in (1000.0, 2000.0)
-    )
-    return (other - one) / 1000.0
+    return runs.read_bytes_per_token("attention", subject, "llama3.1-8b")
 
 
 TECHNIQUE = Technique(

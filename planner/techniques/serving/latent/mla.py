@@ -41,7 +41,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     added: list[Item] = []
     for block in latent:
         common: dict[str, Any] = {
-            "block": block, "tags": frozenset({"gemm", "qkv", "absorbed"}), "by": "mla", "m": "decodes",
+            "block": block, "tags": frozenset({"gemm", "qkv", "absorbed"}), "by": "mla", "m": "decodes*step_tokens",
             "groups": f"heads@{block}", "dtype": ctx.format.activation, "format": _LABEL[ctx.format.activation],
         }  # fmt: skip
         added += [
@@ -69,11 +69,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
 
 def _read_bytes(subject: Pass) -> float:
     """Bytes that one generating sequence of DeepSeek-V3 reads per token of context."""
-    one, other = (
-        runs.read_bytes(runs.run("latent", subject, model="deepseek-v3", decodes=1.0, context=context))
-        for context in (1000.0, 2000.0)
-    )
-    return (other - one) / 1000.0
+    return runs.read_bytes_per_token("latent", subject, "deepseek-v3")
 
 
 TECHNIQUE = Technique(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
@@ -9,13 +10,24 @@ from planner.ledger import Item, Kernel, Ledger, Matmul, Resident, Stream
 from planner.specs.formats import KERNEL_FORMATS
 from planner.technique import ServingContext
 
-__all__ = ["ENDS", "WIDE", "store"]
+__all__ = ["ENDS", "WIDE", "one_format", "store"]
 
 WIDE = frozenset({"core_attn", "head", "router", "relative", "indexer"})
 """Products that are never quantised."""
 
 ENDS = ("embedding", "head")
 _WIDE_LABEL = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def one_format(by: str) -> Callable[[Ledger, ServingContext], Ledger]:
+    """The pass of a technique, called ``by``, that gives linear layers and experts the format that the knob names."""
+
+    def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
+        """Switches the format of linear layers and experts by tag."""
+        label = str(ctx.knobs["weights"])
+        return store(ledger, ctx, label, label, by)
+
+    return apply
 
 
 def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str) -> Ledger:

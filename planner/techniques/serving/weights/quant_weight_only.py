@@ -9,17 +9,10 @@ Source: Frantar et al. 2022 (GPTQ, arXiv:2210.17323); Frantar et al. 2024 (MARLI
 
 from __future__ import annotations
 
-from planner.ledger import Ledger
-from planner.technique import Figure, Knob, ServingContext, Technique
+from planner.technique import Figure, Knob, Technique
 from planner.techniques.serving import runs
 from planner.techniques.serving.runs import Pass
-from planner.techniques.serving.weights.formats import store
-
-
-def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
-    """Switches the format of stored weights by tag."""
-    label = str(ctx.knobs["weights"])
-    return store(ledger, ctx, label, label, "quant_weight_only")
+from planner.techniques.serving.weights.formats import one_format
 
 
 def _bits(subject: Pass) -> float:
@@ -49,5 +42,5 @@ TECHNIQUE = Technique(
             _bits,
         ),
     ),
-    apply=apply,
+    apply=one_format("quant_weight_only"),
 )

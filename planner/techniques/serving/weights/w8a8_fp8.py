@@ -11,23 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from planner.ledger import Ledger
 from planner.technique import Check, Figure, Knob, ServingContext, Technique
 from planner.techniques.serving import runs
 from planner.techniques.serving.runs import Pass
-from planner.techniques.serving.weights.formats import store
+from planner.techniques.serving.weights.formats import one_format
 
 
 def valid(ctx: ServingContext) -> Iterable[Check]:
     """The device must have the rate."""
     device = ctx.cluster.device
     yield Check(f"{device.name} has no fp8 matrix rate", device.supports("fp8"))
-
-
-def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
-    """Switches dtypes by tag."""
-    label = str(ctx.knobs["weights"])
-    return store(ledger, ctx, label, label, "w8a8_fp8")
 
 
 def _weights_gb(subject: Pass) -> float:
@@ -54,5 +47,5 @@ TECHNIQUE = Technique(
         ),
     ),
     valid=valid,
-    apply=apply,
+    apply=one_format("w8a8_fp8"),
 )

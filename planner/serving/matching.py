@@ -1,0 +1,153 @@
+"""How many replicas of which kinds answer most together: pools of prompts and of generation on devices of several types.
+
+An integer program: whole replicas, and between every two kinds the rate of requests that one hands to the other. A prefill
+replica spends a fraction of its time on each request, a decode replica likewise; replicas of a cluster share its devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.ledger import Array
+from planner.solve.combinatorial.milp import Program, solve
+
+__all__ = ["Fleet", "Numbers", "match"]
+
+_SAME = 1.0 - 1e-9
+_RATIOS = 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fleet:
+    """What can be combined; ``i`` counts kinds of prefill replicas, ``j`` of decode replicas.
+
+    Attributes:
+        devices: of every cluster.
+        left_size, left_cluster, left_cost: of prefill replicas: devices, index of the cluster, cost (dollars, watts or devices).
+        right_size, right_cluster, right_cost: of decode replicas.
+        prompts: (i, j) requests per second of a prefill replica that hands them to such a decode replica; 0 where it must not.
+        answers: (j,) requests per second of a decode replica.
+    """
+
+    devices: Sequence[int]
+    left_size: Array
+    left_cluster: Array
+    left_cost: Array
+    right_size: Array
+    right_cluster: Array
+    right_cost: Array
+    prompts: Array
+    answers: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbers:
+    """Replicas of every kind, and the rate of requests from one to another, (i, j)."""
+
+    left: Array
+    right: Array
+    flow: Array
+
+    @property
+    def rate_per_s(self) -> float:
+        """Requests of all."""
+        return float(np.sum(self.flow))
+
+
+def match(
+    fleet: Fleet,
+    wanted_per_s: float | None = None,
+    *,
+    thrifty: bool = False,
+    counts: tuple[Array, Array] | None = None,
+) -> Numbers | None:
+    """The numbers that answer most at the least cost for it, a wanted rate at the least cost, or most per cost.
+
+    None where a wanted rate is more than the devices answer, or nothing is answered at all. With ``counts`` the replicas are
+    given, and only who feeds whom is found.
+
+    >>> one = np.ones(1)
+    >>> fleet = Fleet([4], 1 * one, 0 * one, one, 1 * one, 0 * one, one, 3 * np.ones((1, 1)), 1 * one)
+    >>> found = match(fleet)  # three decode replicas keep a prefill replica busy
+    >>> found.left.tolist(), found.right.tolist(), found.rate_per_s
+    ([1.0], [3.0], 3.0)
+    """
+    if counts is not None:
+        found = _solved(fleet, per_cost=0.0, at_least=0.0, counts=counts)
+        return None if found is None or found.rate_per_s <= 0.0 else Numbers(*counts, found.flow)
+    if wanted_per_s is not None:
+        return _solved(fleet, per_cost=None, at_least=wanted_per_s)
+    most = _solved(fleet, per_cost=0.0, at_least=0.0)
+    if most is None or most.rate_per_s <= 0.0:
+        return None
+    if thrifty:
+        return _most_per_cost(fleet, most)
+    return _solved(fleet, per_cost=None, at_least=_SAME * most.rate_per_s) or most
+
+
+def _most_per_cost(fleet: Fleet, start: Numbers) -> Numbers:
+    """The largest ratio of rate to cost, by Dinkelbach's iteration (1967): maximise rate − ratio·cost until that is 0."""
+    best = start
+    for _ in range(_RATIOS):
+        ratio = best.rate_per_s / _cost(fleet, best)
+        found = _solved(fleet, per_cost=ratio, at_least=0.0)
+        if (
+            found is None
+            or _cost(fleet, found) <= 0.0
+            or found.rate_per_s * _SAME <= ratio * _cost(fleet, found)
+        ):
+            return best
+        best = found
+    return best
+
+
+def _cost(fleet: Fleet, numbers: Numbers) -> float:
+    return float(numbers.left @ fleet.left_cost + numbers.right @ fleet.right_cost)
+
+
+def _solved(
+    fleet: Fleet, per_cost: float | None, at_least: float, counts: tuple[Array, Array] | None = None
+) -> Numbers | None:
+    """Least ``per_cost·cost − rate``, or least cost where there is no price; ``at_least`` so many requests."""
+    price, gain = (1.0, 0.0) if per_cost is None else (per_cost, -1.0)
+    program = Program()
+    rooms = np.asarray(fleet.devices, dtype=np.float64)
+    most_left, most_right = counts or (
+        _most(rooms, fleet.left_cluster, fleet.left_size),
+        _most(rooms, fleet.right_cluster, fleet.right_size),
+    )
+    x = program.variables(price * fleet.left_cost, upper=most_left, integer=True)
+    y = program.variables(price * fleet.right_cost, upper=most_right, integer=True)
+    i, j = np.nonzero(fleet.prompts > 0.0)
+    if not len(i):
+        return None
+    most = float(np.sum(most_right * fleet.answers))
+    flow = program.variables(np.full(len(i), gain), upper=most)
+    for k in range(len(x)):
+        own = np.flatnonzero(i == k)
+        if len(own):
+            program.constrain([[*flow[own], x[k]]], [[*(1.0 / fleet.prompts[k, j[own]]), -1.0]], high=0.0)
+    for k in range(len(y)):
+        own = np.flatnonzero(j == k)
+        if len(own):
+            program.constrain([[*flow[own], y[k]]], [[*np.ones(len(own)), -fleet.answers[k]]], high=0.0)
+    for k, room in enumerate(rooms):
+        mine, theirs = np.flatnonzero(fleet.left_cluster == k), np.flatnonzero(fleet.right_cluster == k)
+        if len(mine) + len(theirs):
+            sizes = [*fleet.left_size[mine], *fleet.right_size[theirs]]
+            program.constrain([[*x[mine], *y[theirs]]], [sizes], high=room)
+    if at_least > 0.0:
+        program.constrain([flow], [np.ones(len(i))], low=at_least)
+    found = solve(program)
+    if not found.found:
+        return None
+    rates = np.zeros_like(fleet.prompts)
+    rates[i, j] = found.values[flow]
+    return Numbers(found.values[x], found.values[y], rates)
+
+
+def _most(rooms: Array, cluster: Array, size: Array) -> Array:
+    return np.asarray(np.floor(rooms[cluster.astype(int)] / size))

@@ -1,0 +1,356 @@
+"""Prompts and generation on devices of several types: kinds of replicas on every cluster, and the exact numbers of each.
+
+Every cluster has its kinds (layout, budget, formats) for both phases; of each size the fastest is kept. A request goes from any
+prefill replica to any decode replica over the slower cluster's network, and an integer program finds the numbers of replicas and
+who feeds whom (:mod:`planner.serving.matching`). Listed are the best of all, and the best of every two clusters.
+
+A plan's latencies are those of its slowest pools: what every request keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.costs.serving import kv_transfer_s, queue_load
+from planner.engine import Pricer
+from planner.ledger import Array
+from planner.serving.disaggregated import decode_kinds, prefill_kinds
+from planner.serving.matching import Fleet, Numbers, match
+from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
+from planner.serving.plan import Pool
+from planner.serving.search import Account, iterations_of
+from planner.serving.slots import MOST_LOAD
+from planner.serving.space import DEGREES, ServeSpace, mesh_of, recipe_of
+from planner.specs.cluster import Cluster
+from planner.specs.serve_problem import ServeProblem
+
+__all__ = ["MixedFound", "search_mixed"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kind:
+    """One kind of replica on one cluster; ``pace_s``, ``batch_s``, ``prompts`` and ``bytes_`` of prefill, the rest of decode."""
+
+    role: str
+    cluster: int
+    recipe: Mapping[str, str]
+    row: NDArray[Any]
+    chunk: float
+    rate: float
+    pace_s: float = 0.0
+    batch_s: float = 0.0
+    prompts: float = 1.0
+    bytes_: float = 0.0
+    tpot_s: float = 0.0
+    most: float = 1.0
+    memory: Mapping[str, float] | None = None
+    binding: str = "ttft"
+
+    @property
+    def size(self) -> float:
+        return float(self.row[0] * self.row[1] * self.row[2])
+
+    def is_of(self, pool: Pool) -> bool:
+        """Whether a pool's replicas are of this kind."""
+        return (
+            pool.role == self.role
+            and all(pool.mesh[name] == value for name, value in zip(DEGREES, self.row, strict=True))
+            and dict(self.recipe) == recipe_of(pool.knobs)
+            and (self.role == "decode" or pool.knobs["chunk_tokens"] == self.chunk)
+        )
+
+    @property
+    def links(self) -> float:
+        """Devices that send or receive a request's cache."""
+        return float(self.row[0] * self.row[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixedFound:
+    """Pools on several clusters at the load that they carry."""
+
+    pools: tuple[Pool, ...]
+    requests_per_s: float
+    latencies: Latencies
+    usd_per_hour: float | None
+    watts: float
+    memory: Mapping[str, float]
+    memory_budget_bytes: float
+    most: int
+    binding: str
+
+    @property
+    def devices(self) -> int:
+        """Devices of all pools."""
+        return sum(pool.devices for pool in self.pools)
+
+
+def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...] = ()) -> list[MixedFound]:
+    """The best numbers of replicas over all clusters, and over every ordered two of them; or those of ``given`` pools."""
+    clusters = (problem.cluster, *problem.others)
+    parts = [replace(problem, cluster=cluster, others=()) for cluster in clusters]
+    pricers = [Pricer(part.cluster, part.stack) for part in parts]
+    left: list[_Kind] = []
+    right: list[_Kind] = []
+    scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
+    for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True)):
+        own = tuple(pool for pool in given if pool.cluster == part.cluster.name)
+        left += _prefills(part, pricer, index, scratch, own) if own or not given else ()
+        right += _decodes(part, pricer, index, scratch, own) if own or not given else ()
+    account.nearest.update(scratch.nearest)
+    if not left or not right:
+        account.rejected.update(scratch.rejected)
+        return []
+    transfer = _transfers(problem, clusters, left, right)
+    fleet = _fleet(problem, parts, left, right, transfer)
+    account.candidates += fleet.prompts.size
+    account.rejected["ttft limit"] += int((fleet.prompts <= 0.0).sum())
+    account.scored += int((fleet.prompts > 0.0).sum())
+    found: dict[tuple[Any, ...], MixedFound] = {}
+    counts = _counts(given, clusters, left, right) if given else None
+    for allowed in _choices(len(clusters), left, right):
+        numbers = match(
+            replace(fleet, prompts=np.where(allowed, fleet.prompts, 0.0)), problem.traffic.rate_per_s,
+            thrifty=problem.objective != "throughput", counts=counts,
+        )  # fmt: skip
+        if numbers is None:
+            continue
+        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers)
+        if one is not None:
+            found.setdefault(
+                tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
+            )
+    return list(found.values())
+
+
+def _counts(
+    given: tuple[Pool, ...], clusters: tuple[Cluster, ...], left: list[_Kind], right: list[_Kind]
+) -> tuple[Array, Array]:
+    """Replicas of the given pools, by kind."""
+
+    def of(kind: _Kind) -> float:
+        name = clusters[kind.cluster].name
+        return float(sum(p.replicas for p in given if p.cluster == name and kind.is_of(p)))
+
+    return np.array([of(kind) for kind in left]), np.array([of(kind) for kind in right])
+
+
+def _kept(kind: _Kind, given: tuple[Pool, ...], fastest: Mapping[Any, _Kind]) -> Any:
+    """Under which key a kind is kept; None where it is not: one of a size and cache, or every one that is given."""
+    if given:
+        return len(fastest) if any(kind.is_of(pool) for pool in given) else None
+    key = kind.size, str(kind.recipe["cache"])
+    return key if kind.rate > (fastest[key].rate if key in fastest else 0.0) else None
+
+
+def _prefills(
+    part: ServeProblem, pricer: Pricer, cluster: int, account: Account, given: tuple[Pool, ...]
+) -> Iterator[_Kind]:
+    """Of every size the prefill replicas that run most prompts at the load that the first token's limit allows."""
+    fastest: dict[Any, _Kind] = {}
+    room_s = np.inf if part.traffic.ttft_s is None else part.traffic.ttft_s
+    quantile = None if part.traffic.percentile is None else part.traffic.percentile / 100.0
+    for p in prefill_kinds(part, ServeSpace(part, "prefill"), pricer, account):
+        loads = np.asarray(queue_load(room_s - p.batch_s, p.pace_s * p.prompts, quantile, MOST_LOAD))
+        for k in range(len(p.pace_s)):
+            kind = _Kind(
+                "prefill", cluster, p.kind.recipe, p.kind.rows[k], float(p.kind.chunks[k]), float(loads[k] / p.pace_s[k]),
+                float(p.pace_s[k]), float(p.batch_s[k]), float(p.prompts[k]), float(p.bytes_[k]),
+            )  # fmt: skip
+            key = _kept(kind, given, fastest)
+            if key is not None:
+                fastest[key] = kind
+    yield from fastest.values()
+
+
+def _decodes(
+    part: ServeProblem, pricer: Pricer, cluster: int, account: Account, given: tuple[Pool, ...]
+) -> Iterator[_Kind]:
+    """Of every size the decode replicas that answer most."""
+    fastest: dict[Any, _Kind] = {}
+    for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, account):
+        for k in range(len(d.rate)):
+            kind = _Kind(
+                "decode", cluster, d.kind.recipe, d.kind.rows[k], 2.0, float(d.rate[k]) * MOST_LOAD if d.binding[k] == "memory"
+                else float(d.rate[k]), tpot_s=float(d.tpot_s[k]), most=float(d.kind.most[k]), memory=d.memory(k),
+                binding=str(d.binding[k]),
+            )  # fmt: skip
+            key = _kept(kind, given, fastest)
+            if key is not None:
+                fastest[key] = kind
+    yield from fastest.values()
+
+
+def _transfers(
+    problem: ServeProblem, clusters: tuple[Cluster, ...], left: list[_Kind], right: list[_Kind]
+) -> Array:
+    """Seconds that a cache's way adds to a prompt, (prefill, decode), over the slower of both networks."""
+    speed = [cluster.tiers[-1].effective_bytes_per_s for cluster in clusters]
+    return np.array(
+        [
+            [
+                float(
+                    kv_transfer_s(
+                        p.bytes_ * p.links, min(speed[p.cluster], speed[d.cluster]) * min(p.links, d.links), p.batch_s,
+                        float(problem.model.n_layers),
+                    )
+                )
+                for d in right
+            ]
+            for p in left
+        ]
+    )  # fmt: skip
+
+
+def _fleet(
+    problem: ServeProblem, parts: list[ServeProblem], left: list[_Kind], right: list[_Kind], transfer: Array
+) -> Fleet:
+    traffic = problem.traffic
+    batch_s, pace_s, prompts = (
+        np.array([[getattr(p, n)] for p in left]) for n in ("batch_s", "pace_s", "prompts")
+    )
+    room = np.full(transfer.shape, np.inf if traffic.ttft_s is None else traffic.ttft_s) - batch_s - transfer
+    if traffic.e2e_s is not None:
+        answers_s = (traffic.osl - 1.0) * np.array([[d.tpot_s for d in right]])
+        room = np.minimum(room, traffic.e2e_s - answers_s - batch_s - transfer)
+    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
+    load = np.asarray(queue_load(room, pace_s * prompts, quantile, MOST_LOAD))
+    alike = np.array([[p.recipe["cache"] == d.recipe["cache"] for d in right] for p in left])
+    cost = np.array([_cost(part) for part in parts])
+    sizes, places = (
+        [np.array([float(getattr(k, n)) for k in kinds]) for kinds in (left, right)]
+        for n in ("size", "cluster")
+    )
+    costs = [size * cost[place.astype(int)] for size, place in zip(sizes, places, strict=True)]
+    return Fleet(
+        [part.cluster.devices for part in parts], sizes[0], places[0], costs[0], sizes[1], places[1], costs[1],
+        np.where(alike, load / pace_s, 0.0), np.array([d.rate for d in right]),
+    )  # fmt: skip
+
+
+def _cost(part: ServeProblem) -> float:
+    """What a device costs: dollars by the hour, watts, or one device like another where no price is known."""
+    if part.objective == "energy":
+        return float(part.cluster.device.power_w)
+    return part.usd_per_hour or 1.0
+
+
+def _choices(count: int, left: list[_Kind], right: list[_Kind]) -> Iterator[NDArray[np.bool_]]:
+    """Who may feed whom: everybody, and then one cluster another or itself."""
+    yield np.ones((len(left), len(right)), dtype=bool)
+    for a in range(count):
+        for b in range(count):
+            yield np.array([[p.cluster == a and d.cluster == b for d in right] for p in left])
+
+
+def _found(
+    problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], kinds: tuple[list[_Kind], list[_Kind]],
+    fleet: Fleet, transfer: Array, numbers: Numbers,
+) -> MixedFound | None:  # fmt: skip
+    """The pools of an answer at the load at which chains keep the limits."""
+    left, right = kinds
+    total = numbers.rate_per_s
+    used = [(np.flatnonzero(numbers.left > 0.5), left), (np.flatnonzero(numbers.right > 0.5), right)]
+    lines = {
+        kind.role + str(k): _line(parts[kind.cluster], pricers[kind.cluster], kind)
+        for index, of in used
+        for k in index
+        for kind in [of[k]]
+    }
+    flows = numbers.flow
+
+    def latencies(rate_per_s: float) -> Latencies:
+        share = rate_per_s / total
+        first = [
+            _later(
+                prefill_pool(
+                    lines[f"prefill{i}"], problem.traffic, share * float(flows[i].sum() / numbers.left[i])
+                ),
+                float(np.max(transfer[i][flows[i] > 0.0])) + _admission_s(pricers[left[i].cluster]),
+            )
+            for i in used[0][0]
+            if flows[i].sum() > 0.0
+        ]
+        between = [
+            decode_pool(
+                lines[f"decode{j}"],
+                problem.traffic,
+                right[j].most,
+                share * float(flows[:, j].sum() / numbers.right[j]),
+            )
+            for j in used[1][0]
+            if flows[:, j].sum() > 0.0
+        ]
+        return Latencies(_slowest(first), _slowest(between))
+
+    kept = highest_rate(latencies, problem.traffic, total, total)
+    if kept is None:
+        return None
+    rate, found = kept
+    pools = []
+    for index, of in used:
+        for k in index:
+            kind, flow = of[k], flows[k].sum() if of is left else flows[:, k].sum()
+            if flow <= 0.0:
+                continue
+            count = int(numbers.left[k] if of is left else numbers.right[k])
+            pools.append(
+                _pool(problem, parts[kind.cluster], kind, count, rate / total * float(flow) / count, found)
+            )
+    slow = max((right[j] for j in used[1][0]), key=lambda d: (d.memory or {}).get("peak", 0.0))
+    ratio, limit = found.missed(problem.traffic)
+    binding = "rate" if problem.traffic.rate_per_s is not None else limit if ratio > NEARLY else slow.binding
+    device = parts[slow.cluster].cluster.device
+    software = pricers[slow.cluster].stack.serving
+    assert software is not None
+    prices = [parts[_index(parts, pool)].usd_per_hour for pool in pools]
+    return MixedFound(
+        tuple(pools), rate, found,
+        None if None in prices else float(sum(p * pool.devices for p, pool in zip(prices, pools, strict=True) if p is not None)),
+        float(sum(float(parts[_index(parts, pool)].cluster.device.power_w) * pool.devices for pool in pools)),
+        slow.memory or {}, float(software.memory_fraction) * float(device.memory_bytes),
+        int(sum(right[j].most * numbers.right[j] for j in used[1][0])), binding,
+    )  # fmt: skip
+
+
+def _index(parts: list[ServeProblem], pool: Pool) -> int:
+    return next(k for k, part in enumerate(parts) if part.cluster.name == pool.cluster)
+
+
+def _pool(
+    problem: ServeProblem, part: ServeProblem, kind: _Kind, count: int, rate_per_s: float, found: Latencies
+) -> Pool:
+    mesh = {name: int(value) for name, value in zip(DEGREES, kind.row, strict=True)}
+    if kind.role == "prefill":
+        return Pool(
+            "prefill", count, mesh, {**kind.recipe, "chunk_tokens": int(kind.chunk)}, 1, part.cluster.name
+        )
+    held = rate_per_s * (problem.traffic.osl - 1.0) * found.tpot_s["mean"]
+    in_flight = max(1, int(np.ceil(min(held, kind.most))))
+    return Pool(
+        "decode", count, mesh, {**kind.recipe, "max_sequences": int(kind.most)}, in_flight, part.cluster.name
+    )
+
+
+def _line(part: ServeProblem, pricer: Pricer, kind: _Kind) -> Line:
+    mesh = mesh_of(kind.row[None, :])
+    iterations = iterations_of(part, kind.recipe, mesh, pricer)
+    return Line.of(iterations, part.traffic, kind.most, kind.chunk * float(mesh.dp[0]))
+
+
+def _admission_s(pricer: Pricer) -> float:
+    assert pricer.stack.serving is not None
+    return float(pricer.stack.serving.admission_s)
+
+
+def _later(values: Mapping[str, float], seconds: float) -> dict[str, float]:
+    return {name: value + seconds for name, value in values.items()}
+
+
+def _slowest(pools: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(pool[name] for pool in pools) for name in pools[0]}
