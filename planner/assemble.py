@@ -18,12 +18,14 @@ from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
-from planner.mesh import Mesh
 from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
 from planner.schedule.order import Generator, generator_of, make_order, repeated
 from planner.solve.space import Choice
+from planner.specs.cluster import Cluster
+from planner.specs.device import Device
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
@@ -36,10 +38,15 @@ __all__ = ["Assembly", "Part", "assemble", "exact_step_s", "model_flop", "stage_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """The one-row ledger of one strategy, and the plan's names of those of its block kinds that the plan holds."""
+    """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
+
+    A stage's blocks run on ``ranks`` devices.
+    """
 
     ledger: Ledger
     names: Mapping[str, str]
+    pricer: Pricer
+    ranks: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +64,8 @@ class Assembly:
         micro_batches: per pipeline and step.
         recompute_layers: layers recomputed per device, where only some are.
         device_memory: bytes by pool on the first device of each run of equal devices (``layout.run_first``).
+        fullest: the run with least room left.
+        hops_s: from every stage to the next one, where they differ.
     """
 
     plan: Plan
@@ -69,6 +78,8 @@ class Assembly:
     micro_batches: int
     recompute_layers: int | None
     device_memory: Sequence[Mapping[str, float]]
+    fullest: int
+    hops_s: Array | None = None
 
     def residents(self) -> Iterator[tuple[Resident, str, float]]:
         """What the plan's blocks hold, each with the plan's name of its block, and its bytes per block."""
@@ -85,6 +96,7 @@ def exact_step_s(
     schedule: Generator | str,
     micro_batches: int,
     recompute_layers: Sequence[int | None],
+    hops_s: Array | None = None,
 ) -> Array:
     """Step times of candidates that share layout, schedule and micro-batch count, by the schedule engine.
 
@@ -93,11 +105,14 @@ def exact_step_s(
     Args:
         tables: one-row block tables.
         recompute_layers: per candidate, or None.
+        hops_s: from every stage to the next one; None where all take what the tables say.
     """
     table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
     fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
     generator = generator_of(schedule)
     stages_s, hop_s, tail_s = stage_seconds(table, layout, generator, fraction)
+    if hops_s is not None:
+        hop_s = np.broadcast_to(hops_s[:, None], (len(hops_s), len(tables)))
     if layout.pp == 1:
         step_s: Array = micro_batches * np.sum(stages_s, axis=(0, 1)) / layout.copies + tail_s[0]
         return step_s
@@ -160,21 +175,24 @@ def assemble(
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
         step_s: the schedule engine's step time, where it is already known.
     """
-    ctx = _context(problem, knobs, row)
     workload = problem.workload
     schedule = recipe["schedule"].technique
     assert schedule is not None
     order = generator_of(schedule.order)
+    everywhere, hops = Place(problem, 0, {}, row), None
+    stage_places = [everywhere] * layout.pp
+    if assignment is not None and assignment.places:
+        stage_places = assignment.stage_places()
+        hops = hops_s(problem.cluster, stage_places)
+    ctx = stage_places[0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
-    pricer = Pricer(problem.cluster, problem.stack)
-    parts, table = _priced(problem, recipe, ctx, pricer, assignment)
+    parts, table = _priced(recipe, knobs, assignment, everywhere)
     if step_s is None:
-        step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
+        step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
-    spends = spend(
-        _shares(parts, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers
-    )
-    communicators = sum(float(row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+    spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
+    homes = [stage_places[run] for run in layout.run_first]
+    communicators = np.array([[home.communicators] for home in homes])
     held_parts = memory_parts(
         table,
         layout,
@@ -184,33 +202,40 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    slower = {tier: float(held_parts.pop(tier).max()) for tier in SLOWER}
-    cached = held_parts.pop("cached")
+    slower, cached = {tier: held_parts.pop(tier)[:, 0] for tier in SLOWER}, held_parts.pop("cached")
     devices = [
         {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
     ]
-    fullest = max(devices, key=lambda pools: sum(pools.values()))
-    peak = sum(fullest.values())
-    kept = (sum(pools.values()) + float(beside) for pools, beside in zip(devices, cached[:, 0], strict=True))
-    budget = problem.memory_budget_bytes
+    budgets = [home.problem.memory_budget_bytes for home in homes]
+    fullest = max(range(len(devices)), key=lambda run: sum(devices[run].values()) - budgets[run])
+    peak, budget = sum(devices[fullest].values()), budgets[fullest]
+    alike = [run for run in range(len(devices)) if budgets[run] == budget]
+    kept = (sum(devices[run].values()) + float(cached[run, 0]) for run in alike)
+    slower_fits = all(
+        float(slower[tier][run]) <= capacity
+        for run, home in enumerate(homes)
+        for tier, capacity in home.problem.cluster.slower_bytes.items()
+    )
     repeats = dict(zip(table.kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
     fraction = float(recomputed_fraction(layout, recompute_layers))
-    executed = sum(_executed_flop(part, repeats, fraction) for part in parts)
+    executed = sum(_executed_flop(part, repeats, fraction) * part.ranks for part in parts)
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
         problem,
         ctx,
         useful,
-        executed,
+        executed * micro_batches,
         step_s,
         _breakdown(spends, step_s),
-        {"peak": peak, **fullest},
-        slower,
+        {"peak": peak, **devices[fullest]},
+        budget,
+        {tier: float(held.max()) for tier, held in slower.items()},
         max(min(max(kept), budget) - peak, 0.0),
+        fits=peak <= budget and slower_fits,
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
-    judged = judgement(problem, mesh, step_s, peak, spends)
+    judged = judgement(stage_places[device].problem, mesh, step_s, peak, spends, budget)
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
@@ -221,31 +246,40 @@ def assemble(
         stages=tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1)),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
-        assumptions=(*assumptions(problem), weakest_text(judged["provenance"])),
+        assumptions=(*assumptions(problem, stage_places), weakest_text(judged["provenance"])),
         stack=problem.stack.name,
         permissions=_permissions(recipe, assignment),
         layerwise=None if assignment is None else _layerwise(assignment),
     )
     return Assembly(
-        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices
+        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices, fullest, hops
+    )  # fmt: skip
+
+
+def assumptions(problem: Problem, places: Sequence[Place]) -> tuple[str, ...]:
+    """What every number of a plan rests on."""
+    clusters = {place.problem.cluster.name: place.problem.cluster for place in places}
+    told = [text for cluster in clusters.values() for text in _of_machine(cluster, named=len(clusters) > 1)]
+    software = (
+        f"software: stack {problem.stack.name!r}, {problem.stack.framework_bytes.value / 2**30:.1f} GiB framework memory, "
+        f"{problem.stack.fragmentation.value:.0%} fragmentation ({problem.stack.framework_bytes.kind})"
     )
+    return (*told, software)
 
 
-def assumptions(problem: Problem) -> tuple[str, ...]:
-    """What every number of this problem rests on."""
-    cluster, device = problem.cluster, problem.cluster.device
+def _of_machine(cluster: Cluster, *, named: bool) -> tuple[str, str]:
+    """Its fabric and its kernels, with its name where there are several."""
+    device, of = cluster.device, f" of {cluster.name}" if named else ""
     tiers = "; ".join(
         f"{t.name}: {t.size} devices at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, {t.latency_s * 1e6:.1f} µs"
         for t in cluster.tiers
     )
     eff = device.efficiency
     return (
-        f"fabric: {tiers}",
-        f"kernels: matrix products reach {float(eff.matmul):.0%} of peak at best ({eff.matmul.kind}), fused attention "
+        f"fabric{of}: {tiers}",
+        f"kernels{of}: matrix products reach {float(eff.matmul):.0%} of peak at best ({eff.matmul.kind}), fused attention "
         f"{float(eff.attention):.0%} forward and {float(eff.attention_backward):.0%} backward ({eff.attention.kind}), "
         f"memory {float(eff.memory):.0%} ({eff.memory.kind})",
-        f"software: stack {problem.stack.name!r}, {problem.stack.framework_bytes.value / 2**30:.1f} GiB framework memory, "
-        f"{problem.stack.fragmentation.value:.0%} fragmentation ({problem.stack.framework_bytes.kind})",
     )
 
 
@@ -264,24 +298,27 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
 
 
 def _priced(
-    problem: Problem, recipe: Mapping[str, Choice], ctx: Context, pricer: Pricer, assignment: Assignment | None
-) -> tuple[list[Part], BlockTable]:  # fmt: skip
-    """The plan's ledgers, and the table of all of its blocks."""
-    order = block_order(problem.model)
+    recipe: Mapping[str, Choice], knobs: Mapping[str, Any], assignment: Assignment | None, everywhere: Place
+) -> tuple[list[Part], BlockTable]:
+    """The plan's ledgers, and the table of all of its blocks; ``everywhere`` is where all of them run unless they have places."""
+    order = block_order(everywhere.problem.model)
     kinds = (*dict.fromkeys(order), EMBEDDING, HEAD, BOUNDARY)
+    strategies = ({},) if assignment is None else assignment.strategies
+    at = [everywhere] * len(strategies)
     if assignment is None:
-        ledger = _ledger(problem, recipe, ctx)
-        return [Part(ledger, {kind: kind for kind in kinds})], tabulate(ledger, pricer, kinds, 1)
-    ledgers = []
-    for strategy in assignment.strategies:
-        values = {slot: choice.value for slot, choice in strategy.items()}
-        ledgers.append(_ledger(problem, {**recipe, **strategy}, replace(ctx, knobs={**ctx.knobs, **values})))
-    columns, names = assignment.columns(order), assignment.names(order)
-    parts = [
-        Part(ledger, {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number})
-        for number, ledger in enumerate(ledgers)
-    ]
-    return parts, joined([tabulate(ledger, pricer, kinds, 1) for ledger in ledgers], columns, names)
+        columns, names = [(kind, 0) for kind in kinds], list(kinds)
+    else:
+        columns, names = assignment.columns(order), assignment.names(order)
+        at = [assignment.places[number] for number in assignment.at] or at
+    pricers = {id(place): Pricer(place.problem.cluster, place.problem.stack) for place in at}
+    parts, tables = [], []
+    for number, (place, strategy) in enumerate(zip(at, strategies, strict=True)):
+        own = {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number}
+        ctx = place.context({**knobs, **{slot: choice.value for slot, choice in strategy.items()}})
+        ledger = _ledger(place.problem, {**recipe, **place.recipe, **strategy}, ctx)
+        parts.append(Part(ledger, own, pricers[id(place)], place.ranks))
+        tables.append(tabulate(ledger, pricers[id(place)], kinds, 1))
+    return parts, joined(tables, columns, names)
 
 
 def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Ledger:
@@ -298,12 +335,12 @@ def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Led
     return ledger
 
 
-def _shares(parts: Sequence[Part], pricer: Pricer) -> list[Share]:
+def _shares(parts: Sequence[Part]) -> list[Share]:
     """Shares of all items that the plan holds, by the plan's names of their blocks."""
     return [
         replace(share, block=part.names[share.block])
         for part in parts
-        for share in attribute(part.ledger, pricer)
+        for share in attribute(part.ledger, part.pricer)
         if share.block in part.names
     ]
 
@@ -317,7 +354,13 @@ def _permissions(recipe: Mapping[str, Choice], assignment: Assignment | None) ->
 
 
 def _layerwise(assignment: Assignment) -> dict[str, Any]:
-    """The assignment as JSON values: each strategy's choices, then runs of layers per virtual stage."""
+    """The assignment as JSON values: each strategy's choices, then runs of layers per virtual stage; where they run."""
+    placed: dict[str, Any] = {}
+    if assignment.places:
+        homes = assignment.stage_places()
+        stages = [[i for i, home in enumerate(homes) if home is place] for place in assignment.places]
+        places = [place.as_dict(own) for place, own in zip(assignment.places, stages, strict=True)]
+        placed = {"places": places, "at": list(assignment.at)}
     return {
         "strategies": [
             {slot: _json_value(choice.value) for slot, choice in strategy.items()}
@@ -326,15 +369,8 @@ def _layerwise(assignment: Assignment) -> dict[str, Any]:
         "stages": [[list(run) for run in runs] for runs in assignment.stages],
         "embedding": assignment.embedding,
         "head": assignment.head,
+        **placed,
     }
-
-
-def _context(problem: Problem, knobs: Mapping[str, Any], row: Mapping[str, float]) -> Context:
-    v = {name: np.array([float(value)]) for name, value in row.items()}
-    mesh = Mesh(v["tp"], v["cp"], v["dp"], v["pp"], v["ep"], v["etp"])
-    return Context(
-        problem.model, problem.cluster, problem.workload, problem.stack, mesh, v["micro_batch_size"], knobs
-    )
 
 
 def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, micro_batches: float) -> int:
@@ -359,37 +395,39 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], slower: Mapping[str, float], cached_bytes: float,
+    memory_bytes: Mapping[str, float], budget: float, slower: Mapping[str, float], cached_bytes: float, *, fits: bool,
 ) -> Estimate:  # fmt: skip
-    workload, cluster, device = problem.workload, problem.cluster, problem.cluster.device
-    devices = cluster.devices
-    peak = (
-        float(device.peak_flop_per_s[ctx.format.matmul])
-        if device.supports(ctx.format.matmul)
-        else float(device.vector_flop_per_s)
-    )
+    workload, devices, groups = problem.workload, problem.cluster.devices, problem.cluster.groups
+    peak = sum(group.devices * _peak_flop_per_s(group.device, ctx.format.matmul) for group in groups)
+    prices = [_usd_per_hour(problem, group.device) for group in groups]
+    usd = [group.devices * price for group, price in zip(groups, prices, strict=True) if price is not None]
     useful = useful_flop * workload.global_batch_size
-    executed = executed_flop * float((ctx.micro_batches * ctx.mesh.tp * ctx.mesh.cp * ctx.mesh.dp)[0])
-    price = problem.usd_per_device_hour
-    if price is None and device.usd_per_hour is not None:
-        price = float(device.usd_per_hour)
-    budget = problem.memory_budget_bytes
     return Estimate(
         step_time_s=step_s,
         tokens_per_s_per_device=workload.tokens_per_step / step_s / devices,
-        mfu=useful / (step_s * devices * peak),
-        hfu=executed / (step_s * devices * peak),
+        mfu=useful / (step_s * peak),
+        hfu=executed_flop / (step_s * peak),
         memory_bytes=memory_bytes,
         breakdown_s=breakdown,
-        fits=memory_bytes["peak"] <= budget
-        and all(slower[tier] <= capacity for tier, capacity in cluster.slower_bytes.items()),
+        fits=fits,
         memory_budget_bytes=budget,
         host_bytes=slower["host"],
         nvme_bytes=slower["nvme"],
         cached_bytes=cached_bytes,
-        joules_per_step=step_s * devices * float(device.power_w),
-        usd_per_step=None if price is None else step_s * devices * price / 3600.0,
+        joules_per_step=step_s * sum(group.devices * float(group.device.power_w) for group in groups),
+        usd_per_step=step_s * sum(usd) / 3600.0 if len(usd) == len(groups) else None,
     )
+
+
+def _peak_flop_per_s(device: Device, dtype: str) -> float:
+    rate = device.peak_flop_per_s[dtype] if device.supports(dtype) else device.vector_flop_per_s
+    return float(rate)
+
+
+def _usd_per_hour(problem: Problem, device: Device) -> float | None:
+    if problem.usd_per_device_hour is not None or device.usd_per_hour is None:
+        return problem.usd_per_device_hour
+    return float(device.usd_per_hour)
 
 
 def _executed_flop(part: Part, repeats: Mapping[str, float], recomputed: float) -> float:

@@ -15,10 +15,13 @@ import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD
 from planner.engine import BlockTable
-from planner.errors import Problem, SpecError
+from planner.errors import Problem as Fault
+from planner.errors import SpecError
 from planner.layout import BOUNDARY, Layout, layout_of
 from planner.ledger import Array
+from planner.place import Place, of_group
 from planner.solve.space import Choice
+from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
 
 __all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
@@ -39,12 +42,21 @@ class Assignment:
         strategies: additive choices by slot (all but the schedule); what is common to all layers is the plan's recipe.
         stages: runs of layers under one strategy, per virtual stage.
         embedding, head: their strategies.
+        places: where stages run, if node groups differ; then every strategy has one of them.
+        at: the place of every strategy, by its number.
     """
 
     strategies: tuple[Mapping[str, Choice], ...]
     stages: tuple[Runs, ...]
     embedding: int
     head: int
+    places: tuple[Place, ...] = ()
+    at: tuple[int, ...] = ()
+
+    def stage_places(self) -> list[Place]:
+        """The place of every stage."""
+        ends = {0: self.embedding, len(self.stages) - 1: self.head}
+        return [self.places[self.at[runs[0][0] if runs else ends[i]]] for i, runs in enumerate(self.stages)]
 
     def columns(self, order: Sequence[str]) -> list[tuple[str, int]]:
         """(kind, strategy) of every column of the table, in order; ``order`` is the model's layers."""
@@ -78,29 +90,40 @@ class Assignment:
         return layout_of(counts, pp, virtual_stages, split)
 
 
-def read_assignment(data: Mapping[str, Any]) -> Assignment:
+def read_assignment(data: Mapping[str, Any], problem: Problem) -> Assignment:
     """The assignment that a plan's ``layerwise`` field describes.
 
     Raises:
-        SpecError: no technique serves a choice.
+        SpecError: no technique serves a choice, or the cluster has no such node group.
     """
     strategies = [
         {slot: _choice(slot, value) for slot, value in strategy.items()} for strategy in data["strategies"]
     ]
     stages = tuple(tuple((int(s), int(n)) for s, n in runs) for runs in data["stages"])
-    return Assignment(tuple(strategies), stages, int(data["embedding"]), int(data["head"]))
+    places = tuple(_place(place, problem, len(stages)) for place in data.get("places", ()))
+    at = tuple(int(number) for number in data.get("at", ()))
+    return Assignment(tuple(strategies), stages, int(data["embedding"]), int(data["head"]), places, at)
 
 
-def _choice(slot: str, value: Any) -> Choice:
-    text = str(value).lower()
-    if slot in ADDITIVE_SLOTS and text == off(slot):
-        return Choice(text, None)
+def _place(data: Mapping[str, Any], problem: Problem, stages: int) -> Place:
+    group = int(data["group"])
+    if not 0 <= group < len(problem.cluster.parts):
+        found = f"node group {group} of {problem.cluster.name}"
+        raise SpecError(Fault("plan: layerwise.places", found, f"one of {len(problem.cluster.parts)}"))
+    recipe = {slot: _choice(slot, value, "places") for slot, value in data["choices"].items()}
+    row = {**data["mesh"], "pp": stages, "micro_batch_size": data["micro_batch_size"]}
+    return Place(of_group(problem, group), group, recipe, {name: float(n) for name, n in row.items()})
+
+
+def _choice(slot: str, value: Any, where: str = "strategies") -> Choice:
+    text, fits = str(value).lower(), (slot in ADDITIVE_SLOTS) == (where == "strategies")
     for technique in discover("training").values():
-        if technique.slot == slot and slot in ADDITIVE_SLOTS and text in technique.choices:
+        if technique.slot == slot and fits and text in technique.choices:
             return Choice(text, technique)
-    raise SpecError(
-        Problem(f"plan: layerwise.strategies: {slot}", repr(value), "a choice of an additive slot")
-    )
+    if fits and text == off(slot):
+        return Choice(text, None)
+    kind = "an additive slot" if where == "strategies" else "a slot before these"
+    raise SpecError(Fault(f"plan: layerwise.{where}: {slot}", repr(value), f"a choice of {kind}"))
 
 
 def label(strategy: int) -> str:

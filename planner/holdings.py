@@ -27,7 +27,7 @@ class Holding:
 
 def holdings(assembly: Assembly) -> list[Holding]:
     """What the fullest device holds at its peak (and in slower tiers); pools add up to the plan's ``memory_bytes``."""
-    run = max(range(len(assembly.device_memory)), key=lambda r: sum(assembly.device_memory[r].values()))
+    run = assembly.fullest
     pools = assembly.device_memory[run]
     found = [held for held in _items(assembly, run) if held.n_bytes]
     named = {held.pool for held in found}

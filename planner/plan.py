@@ -102,7 +102,10 @@ class Plan:
         stack: name (or path) of the software stack.
         layerwise: where layers differ in their choices: ``strategies``, each its additive choices by slot; ``stages``, per
             virtual stage the runs ``[strategy, layers]`` in the order of its layers; ``embedding`` and ``head``, their
-            strategies. ``knobs`` then has the choices of the first strategy. None where all layers are treated alike.
+            strategies. ``knobs`` then has the choices of the first strategy. Where stages run on node groups that differ,
+            ``places`` are the groups with the ``mesh``, the micro-batch size and the choices of their ``stages``, and ``at``
+            says the place of every strategy; ``mesh`` and ``knobs`` then are those of the first stage. None where all
+            layers are treated alike.
         permissions: what the plan does that changes the result of training (:data:`planner.specs.problem.PERMISSIONS`).
     """
 
@@ -131,8 +134,24 @@ class Plan:
     @property
     def devices(self) -> int:
         """World size."""
-        mesh = self.mesh
-        return mesh["tp"] * mesh["cp"] * mesh["pp"] * mesh["dp"]
+        ranks = [mesh["tp"] * mesh["cp"] * mesh["dp"] for mesh in self.stage_meshes]
+        return sum(ranks) if self.places else ranks[0] * self.mesh["pp"]
+
+    @property
+    def places(self) -> Sequence[Mapping[str, Any]]:
+        """Where stages run, if node groups differ: ``places`` of ``layerwise``."""
+        found: Sequence[Mapping[str, Any]] = (
+            () if self.layerwise is None else self.layerwise.get("places", ())
+        )
+        return found
+
+    @property
+    def stage_meshes(self) -> list[Mapping[str, int]]:
+        """Degrees of every stage of the pipeline, where they differ; otherwise those of all."""
+        if not self.places:
+            return [self.mesh]
+        of_stage = {stage: place["mesh"] for place in self.places for stage in place["stages"]}
+        return [of_stage[stage] for stage in sorted(of_stage)]
 
     @property
     def micro_batches(self) -> int:
@@ -245,7 +264,8 @@ class SearchReport:
 class SearchResult:
     """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself.
 
-    ``layerwise`` is the account of the search of plans whose layers differ, where there was one.
+    ``layerwise`` is the account of the search of plans whose layers differ, where there was one, ``mixed`` that of plans whose
+    stages run on node groups that differ.
     """
 
     plans: tuple[Plan, ...]
@@ -253,6 +273,7 @@ class SearchResult:
     pareto: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = field(default=())
     layerwise: Mapping[str, Any] | None = None
+    mixed: Mapping[str, Any] | None = None
 
     @property
     def best(self) -> Plan:
@@ -268,7 +289,8 @@ class SearchResult:
             "search": asdict(self.search),
             "notes": list(self.notes),
         }
-        return found if self.layerwise is None else {**found, "layerwise": dict(self.layerwise)}
+        accounts = {"layerwise": self.layerwise, "mixed": self.mixed}
+        return {**found, **{name: dict(account) for name, account in accounts.items() if account is not None}}
 
 
 def read_plan(data: Mapping[str, Any], where: str, what: str, build: Callable[[], T]) -> T:

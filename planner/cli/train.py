@@ -58,7 +58,7 @@ def train(
         typer.Option(
             "--stages",
             metavar="HOW",
-            help="With --layerwise: stages of any size, or only even [uneven].",
+            help="With --layerwise or unlike devices: stages of any size, or only even [uneven].",
             show_default=False,
         ),
     ] = "uneven",
@@ -67,7 +67,7 @@ def train(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="With --layerwise: auto, dp, ilp or brute [auto].",
+            help="With --layerwise or unlike devices: auto, dp, ilp or brute [auto].",
             show_default=False,
         ),
     ] = "auto",
@@ -76,7 +76,7 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise: the best so far after this, with its gap; none waits for the proof [10s].",
+            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
             show_default=False,
         ),
     ] = "10s",
@@ -97,7 +97,8 @@ def train(
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
-    what a better one could still gain; Ctrl-C ends the search with the best so far.
+    what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
+    stages may run each on one kind, with degrees and layers of their own.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -105,8 +106,10 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    searcher = _layerwise(stages, solver, deadline or time_limit, exact) if layerwise else None
     problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
+    searcher = _searcher(
+        problems, stages, solver, (layerwise and deadline) or time_limit, layerwise=layerwise, exact=exact
+    )
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
         try:
@@ -171,12 +174,16 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _layerwise(stages: str, solver: str, time_limit: str, exact: bool) -> Callable[..., SearchResult]:
-    """The layer-wise search with its options.
+def _searcher(
+    problems: Sequence[Problem], stages: str, solver: str, time_limit: str, *, layerwise: bool, exact: bool
+) -> Callable[..., SearchResult] | None:
+    """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
 
     Raises:
         SpecError: an option is none of those there are.
     """
+    if not layerwise and not any(problem.cluster.mixed for problem in problems):
+        return None
     from functools import partial
 
     from planner.cli.values import optional_quantity, raise_if_any
@@ -184,6 +191,8 @@ def _layerwise(stages: str, solver: str, time_limit: str, exact: bool) -> Callab
     from planner.errors import did_you_mean
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.layerwise.solvers import SOLVERS
+    from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.train import search
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
@@ -196,8 +205,17 @@ def _layerwise(stages: str, solver: str, time_limit: str, exact: bool) -> Callab
     given = None if exact or time_limit == "none" else time_limit
     limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
     raise_if_any(faults)
-    chosen: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    return partial(search_layerwise, solver=solver, uneven=stages == "uneven", exact=exact, **chosen)
+    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
+    alike: Callable[..., SearchResult] = search
+    if layerwise:
+        alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
+
+    def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
+        if stages == "uneven" and applies(problem):
+            return search_mixed(problem, top, progress, base=alike, **chosen)
+        return alike(problem, top, progress)
+
+    return searched
 
 
 def _search(

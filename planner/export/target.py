@@ -86,7 +86,7 @@ class Target:
         layout = self.knobs.get("pipeline_layout", "even")
         if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
             problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
-        problems += self.differing(where, launcher)
+        problems += [*self.differing(where, launcher), *self.placed(where)]
         reasons = [
             check.reason
             for knobs in self.strategies()
@@ -126,6 +126,28 @@ class Target:
                 yield Problem(
                     where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
                 )
+
+    def placed(self, where: str) -> Iterator[Problem]:
+        """Stages on node groups: one mesh for all of them, and ranks in the order of the nodes, are what launchers start."""
+        places = self.plan.places
+        ways = [
+            {**place["mesh"], "micro_batch_size": place["micro_batch_size"], **place["choices"]}
+            for place in places
+        ]
+        differ = [name for name in (ways[0] if ways else ()) if len({str(way[name]) for way in ways}) > 1]
+        for name in differ:
+            values = ", ".join(str(way[name]) for way in ways)
+            yield Problem(where, f"cannot express {name} that differs between stages ({values})")
+        order = [place["group"] for place in places]
+        if order != sorted(order):
+            names = "+".join(self.cluster.parts[group].name for group in order)
+            expected = "node groups listed in the order of the pipeline"
+            yield Problem(
+                where,
+                f"the pipeline takes the node groups as {names}",
+                expected,
+                "List them so in --cluster.",
+            )
 
     def nodes(self) -> tuple[int, int]:
         """Nodes, and devices per node.

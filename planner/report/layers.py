@@ -11,7 +11,7 @@ from planner.report.terminal import knob_text
 from planner.technique import off
 from planner.units import format_seconds
 
-__all__ = ["layers", "layerwise_proof"]
+__all__ = ["layers", "layerwise_proof", "mixed_proof"]
 
 
 def layers(plans: Sequence[Plan]) -> tuple[str, list[str]]:
@@ -19,7 +19,7 @@ def layers(plans: Sequence[Plan]) -> tuple[str, list[str]]:
     for number, plan in enumerate(plans, 1):
         if plan.layerwise is not None:
             which = f"plan {number}" if len(plans) > 1 else "the plan"
-            return f"Layers of {which}", [*_strategies(plan.layerwise), *_stages(plan)]
+            return f"Layers of {which}", [*_places(plan), *_strategies(plan.layerwise), *_stages(plan)]
     return "", []
 
 
@@ -34,8 +34,43 @@ def layerwise_proof(result: SearchResult) -> list[str]:
         f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
         f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
     )
-    ended = {"time": " Stopped by --time-limit.", "interrupted": " Interrupted."}
-    return [told + ended.get(account["stopped"], "")]
+    return [told + _ENDED.get(account["stopped"], "")]
+
+
+def mixed_proof(result: SearchResult) -> list[str]:
+    """How the space of stages on node groups was exhausted, in words."""
+    account = result.mixed
+    if account is None:
+        return []
+    excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
+    told = (
+        f"Over node groups: {account['shapes']:,} orders, numbers of stages and of micro-batches; {account['settled']:,} settled "
+        f"and priced by the schedule engine; excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
+        f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
+    )
+    return [told + _ENDED.get(account["stopped"], "")]
+
+
+_ENDED = {"time": " Stopped by --time-limit.", "interrupted": " Interrupted."}
+
+
+def _places(plan: Plan) -> list[str]:
+    """Which stages run on which node group, and how their work is cut there."""
+    lines = []
+    for place in plan.places:
+        first, last = place["stages"][0], place["stages"][-1]
+        which = f"stage {first}" if first == last else f"stages {first}-{last}"
+        degrees = [f"{name} {n}" for name, n in place["mesh"].items() if n > 1] + [
+            f"mb {place['micro_batch_size']}"
+        ]
+        chosen = [
+            knob_text(slot, value)
+            for slot, value in place["choices"].items()
+            if str(value).lower() != off(slot) and plan.knobs.get(slot) != value
+        ]
+        ranks = place["mesh"]["tp"] * place["mesh"]["cp"] * place["mesh"]["dp"]
+        lines.append(f"{which} on {ranks} × {place['device']}: {' · '.join([*degrees, *chosen])}")
+    return lines
 
 
 def _strategies(layerwise: Mapping[str, Any]) -> list[str]:

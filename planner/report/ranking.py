@@ -10,7 +10,7 @@ from planner.export import EXPORTERS, export
 from planner.export.launchers import LAUNCHERS
 from planner.plan import Plan, SearchReport
 from planner.report.confidence import confidence
-from planner.report.layers import layers, layerwise_proof
+from planner.report.layers import layers, layerwise_proof, mixed_proof
 from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
 from planner.report.terminal import Screen, gib, percent, words
@@ -53,7 +53,9 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     )
     screen.section("How far off", confidence(result.plans, _problem_of(best, problems)))
     screen.section("Rests on", best.assumptions)
-    screen.section("How sure", [*_proof(best, report), *layerwise_proof(result), *result.notes])
+    screen.section(
+        "How sure", [*_proof(best, report), *layerwise_proof(result), *mixed_proof(result), *result.notes]
+    )
     second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
     screen.section("Next", _next(saved, result.plans, second), wrapped=False)
 

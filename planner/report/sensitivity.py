@@ -7,7 +7,7 @@ another one fit, so it is priced by what the search would take with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -113,16 +113,28 @@ def _changes(problem: Problem) -> Iterator[tuple[str, Problem]]:
         yield f"{tier.name} latency ÷1.1", replace(problem, cluster=_with_tier(cluster, index, _quicker_tier))
     yield "memory bandwidth +10 %", replace(problem, cluster=_with_device(cluster, _faster_memory))
     yield "matrix peak +10 %", replace(problem, cluster=_with_device(cluster, _higher_peak))
-    link = cluster.host_link_bytes_per_s * _MORE
-    yield "host link +10 %", replace(problem, cluster=replace(cluster, host_link_bytes_per_s=link))
+    yield "host link +10 %", replace(problem, cluster=_with_host_link(cluster))
     workload = problem.workload
     doubled = 2 * workload.global_batch_size
     yield "global batch ×2", replace(problem, workload=replace(workload, global_batch_size=doubled))
 
 
 def _with_tier(cluster: Cluster, index: int, change: Callable[[Tier], Tier]) -> Cluster:
-    tiers = tuple(change(tier) if i == index else tier for i, tier in enumerate(cluster.tiers))
-    return replace(cluster, tiers=tiers)
+    """The cluster with one of its tiers changed, in its node groups and between them too."""
+    name = cluster.tiers[index].name
+
+    def changed(tiers: Iterable[Tier]) -> tuple[Tier, ...]:
+        return tuple(change(tier) if tier.name == name else tier for tier in tiers)
+
+    parts = tuple(replace(part, tiers=changed(part.tiers)) for part in cluster.parts)
+    return replace(
+        cluster, tiers=changed(cluster.tiers), parts=parts, links=tuple(map(changed, cluster.links))
+    )
+
+
+def _with_host_link(cluster: Cluster) -> Cluster:
+    link = cluster.host_link_bytes_per_s * _MORE
+    return replace(cluster, host_link_bytes_per_s=link, parts=tuple(map(_with_host_link, cluster.parts)))
 
 
 def _faster_tier(tier: Tier) -> Tier:
@@ -137,7 +149,8 @@ def _with_device(cluster: Cluster, change: Callable[[Device], Device]) -> Cluste
     def changed(group: NodeGroup) -> NodeGroup:
         return replace(group, device=change(group.device))
 
-    return replace(cluster, groups=tuple(changed(group) for group in cluster.groups))
+    groups = tuple(changed(group) for group in cluster.groups)
+    return replace(cluster, groups=groups, parts=tuple(_with_device(part, change) for part in cluster.parts))
 
 
 def _faster_memory(device: Device) -> Device:

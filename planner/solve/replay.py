@@ -8,6 +8,7 @@ from typing import Any
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
 from planner.plan import Plan
+from planner.specs.cluster import Cluster
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
 from planner.specs.problem import Problem
@@ -45,11 +46,20 @@ def replay(plan: Plan) -> Problem:
         workload,
         replace(load_stack(plan.stack), name=plan.stack),
         fixed=_choices(plan),
-        reserve=max(0.0, 1.0 - estimate.memory_budget_bytes / float(cluster.device.memory_bytes)),
+        reserve=_reserve(plan, cluster),
         allowed=plan.permissions,
         usd_per_device_hour=None if estimate.usd_per_step is None else estimate.usd_per_step / hours,
         layerwise=plan.layerwise,
     )
+
+
+def _reserve(plan: Plan, cluster: Cluster) -> float:
+    """The fraction of device memory that was to stay free."""
+    budget, device = plan.estimate.memory_budget_bytes, cluster.device
+    if plan.places:
+        budget = plan.places[0]["memory_budget_bytes"]
+        device = cluster.groups[plan.places[0]["group"]].device
+    return max(0.0, 1.0 - budget / float(device.memory_bytes))
 
 
 def _choices(plan: Plan) -> dict[str, str]:

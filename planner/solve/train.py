@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from planner.assemble import Assembly, assemble, exact_step_s, model_flop
 from planner.assignment import UNEVEN, read_assignment
+from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
@@ -19,7 +21,7 @@ from planner.schedule.order import Generator
 from planner.solve.branches import Faults
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.ranking import Ranking
-from planner.solve.space import Choice
+from planner.solve.space import DEGREES, Choice, Space
 from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, off
@@ -153,6 +155,8 @@ def estimate(problem: Problem) -> Plan:
 
 def examine(problem: Problem) -> Assembly:
     """:func:`estimate`, with the ledgers and the shares behind the plan."""
+    if problem.layerwise is not None and problem.layerwise.get("places"):
+        return _examine_placed(problem, problem.layerwise)
     uniform = UniformSearch(_named(problem), 1, lambda batch: [s.bound_s for s in batch])
     space = uniform.space
     recipe: dict[str, Choice] = {slot: space.choices[slot][0] for slot in SLOTS}
@@ -165,7 +169,7 @@ def examine(problem: Problem) -> Assembly:
             for check in choice.technique.valid(ctx):
                 faults.check(check.reason, check.ok)
     row = {name: float(values[0]) for name, values in rows.values.items()}
-    assignment = None if problem.layerwise is None else read_assignment(problem.layerwise)
+    assignment = None if problem.layerwise is None else read_assignment(problem.layerwise, problem)
     if assignment is not None:  # which says where every layer is
         faults.reasons = [reason for reason in faults.reasons if reason != NOT_DEALT]
     if faults.reasons:
@@ -180,6 +184,34 @@ def examine(problem: Problem) -> Assembly:
     layout = uniform.layouts(recipe["schedule"], int(row["pp"]))[0]
     layers = _layers(space.fixed, recipe, layout)
     return assemble(problem, recipe, knobs, row, layout, layers)
+
+
+def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
+    """The plan whose stages run on node groups that differ."""
+    assignment = read_assignment(layerwise, problem)
+    stages = assignment.stage_places()
+    first = stages[0]
+    fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
+    space = Space(replace(first.problem, fixed=fixed, forbidden=()))
+    schedule = {"schedule": space.choices["schedule"][0]}
+    reasons: list[str] = []
+    for place in assignment.places:
+        ctx = place.context(space.knobs({**place.recipe, **schedule}))
+        rules = [c.technique.valid(ctx) for c in (*place.recipe.values(), *schedule.values()) if c.technique]
+        reasons += [check.reason for checks in rules for check in checks if not np.all(check.ok)]
+        if place.micro_batches != first.micro_batches:
+            reasons.append(
+                f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
+            )
+    if reasons:
+        expected = "a plan that keeps this rule"
+        raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])
+    recipe = {**first.recipe, **assignment.strategies[0], **schedule}
+    layout = assignment.layout(block_order(problem.model), len(stages), 1, UNEVEN)
+    return assemble(problem, recipe, space.knobs(recipe), first.row, layout, None, assignment=assignment)
+
+
+_OF_A_STAGE = (*DEGREES, "virtual_stages", "pipeline_layout", "recompute_layers")
 
 
 def defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,8 +247,6 @@ def _whole(fixed: Mapping[str, Any], name: str) -> int:
 
 def _named(problem: Problem) -> Problem:
     """The problem with every open knob at its default."""
-    from dataclasses import replace
-
     fixed = {**defaults(problem.fixed), **problem.stack.knobs, **problem.fixed}
     return replace(problem, fixed=fixed, forbidden=())
 

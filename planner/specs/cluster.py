@@ -65,6 +65,10 @@ class Cluster:
     nvme_bytes_per_s: float  # per device
     notes: str = ""
     source: str = ""  # key in SOURCES.toml of what describes the machine
+    parts: tuple[Cluster, ...] = ()  # of several groups: the nodes of each by themselves
+    links: tuple[
+        tuple[Tier, ...], ...
+    ] = ()  # and the tier through which each (row) meets each other one (column)
 
     @property
     def devices(self) -> int:

@@ -15,7 +15,7 @@ from planner.specs.library import canonical, hardware_folder, resolve
 from planner.specs.links import read_transport
 from planner.specs.load import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
-from planner.specs.tiers import Network, build_tiers, check_nesting
+from planner.specs.tiers import Network, build_tiers, check_nesting, inside
 
 __all__ = ["MAX_DEVICES", "build_cluster", "list_clusters", "load_cluster"]
 
@@ -92,8 +92,10 @@ def _from_spec(text: str) -> Cluster:
         groups.append(group)
     if problems:
         raise SpecError(problems)
-    label = "+".join(f"{group.device.name}:{group.nodes}x{group.devices_per_node}" for group in groups)
-    return _cluster(label, groups, build_tiers(groups, Network(), f"cluster {text!r}"), {})
+    label = "+".join(map(_label, groups))
+    return _with_parts(
+        _cluster(label, groups, build_tiers(groups, Network(), f"cluster {text!r}"), {}), {}, Network()
+    )
 
 
 def _parsed(parts: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -165,11 +167,13 @@ def _from_file(path: Path, counts: tuple[int, ...] | None = None) -> Cluster:
         raise SpecError(Problem(str(path), f"{devices:,} devices", _MOST))
     if tiers:
         check_nesting(tiers, devices, str(path))
-        return replace(_cluster(name, groups, tuple(tiers), host), notes=notes, source=source)
+        whole = _with_parts(_cluster(name, groups, tuple(tiers), host), host, None)
+        return replace(whole, notes=notes, source=source)
     if problems := [problem for group in groups for problem in _size_problems(group, str(path))]:
         raise SpecError(problems)
     built = build_tiers(groups, network, str(path))
-    return replace(_cluster(name, groups, built, host), notes=notes, source=source)
+    whole = _with_parts(_cluster(name, groups, built, host), host, network)
+    return replace(whole, notes=notes, source=source)
 
 
 def _group(reader: Reader, folder: Path) -> NodeGroup:
@@ -276,3 +280,32 @@ def _cluster(
         nvme_bytes=share("nvme_bytes", "nvme_bytes"),
         nvme_bytes_per_s=share("nvme_bytes_per_s", "nvme_bytes_per_s"),
     )
+
+
+def _with_parts(whole: Cluster, host: Mapping[str, float], network: Network | None) -> Cluster:
+    """The cluster with each of its groups by itself, where it has several, and how they meet.
+
+    ``network`` is what the tiers were built from; None where a file lists them.
+    """
+    groups = whole.groups
+    if len(groups) == 1:
+        return whole
+    parts, links = [], []
+    for group in groups:
+        where = f"{whole.name}: {_label(group)}"
+        alone = (
+            inside(whole.tiers, group.devices, where)
+            if network is None
+            else build_tiers([group], network, where)
+        )
+        parts.append(_cluster(_label(group), [group], alone, host))
+        meeting = [
+            whole.tiers[-1] if network is None else build_tiers([group, other], network, where)[-1]
+            for other in groups
+        ]
+        links.append(tuple(meeting))
+    return replace(whole, parts=tuple(parts), links=tuple(links))
+
+
+def _label(group: NodeGroup) -> str:
+    return f"{group.device.name}:{group.nodes}x{group.devices_per_node}"

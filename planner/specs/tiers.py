@@ -16,7 +16,7 @@ from planner.errors import Problem, SpecError
 from planner.specs.cluster import NodeGroup, Tier
 from planner.specs.device import ScaleUp
 
-__all__ = ["Network", "build_tiers", "check_nesting"]
+__all__ = ["Network", "build_tiers", "check_nesting", "inside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,19 @@ def check_nesting(tiers: Sequence[Tier], devices: int, where: str) -> None:
         )
     if problems:
         raise SpecError(problems)
+
+
+def inside(tiers: Sequence[Tier], devices: int, where: str) -> tuple[Tier, ...]:
+    """The tiers that some consecutive devices of a larger machine reach each other through.
+
+    Raises:
+        SpecError: the devices fill no whole number of a tier's domains.
+    """
+    smaller = [tier for tier in tiers if tier.size < devices]
+    around = next(tier for tier in tiers if tier.size >= devices)
+    found = (*smaller, replace(around, size=devices))
+    check_nesting(found, devices, where)
+    return found
 
 
 def _inside(group: NodeGroup, where: str) -> list[Tier]:

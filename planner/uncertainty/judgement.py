@@ -20,15 +20,17 @@ def time_group(problem: Problem, mesh: Mapping[str, int]) -> tuple[str, str, str
 
 
 def judgement(
-    problem: Problem, mesh: Mapping[str, int], step_time_s: float, peak_bytes: float, spends: Iterable[Spend]
-) -> dict[str, Any]:
+    problem: Problem, mesh: Mapping[str, int], step_time_s: float, peak_bytes: float, spends: Iterable[Spend],
+    budget_bytes: float,
+) -> dict[str, Any]:  # fmt: skip
     """Fields of an estimate: ``interval``, ``oom_probability`` and ``provenance`` (see :class:`planner.plan.Estimate`).
 
     Args:
-        problem: the job.
+        problem: the job, on the machines that the busiest device is one of.
         mesh: degrees of parallelism.
         step_time_s, peak_bytes: what is predicted.
         spends: of the step on the busiest device.
+        budget_bytes: of the fullest device.
 
     Raises:
         SpecError: the shipped residuals are wrong.
@@ -43,5 +45,5 @@ def judgement(
         "step_time_s": list(time.interval(step_time_s)),
         "peak": list(peak.interval(peak_bytes)),
     }
-    found["oom_probability"] = peak.probability_above(peak_bytes, problem.memory_budget_bytes)
+    found["oom_probability"] = peak.probability_above(peak_bytes, budget_bytes)
     return found

@@ -38,6 +38,7 @@ LAYERS = (
     "plan",
     "uncertainty",
     "solve.space",
+    "place",
     "assignment",
     "assemble",
     "holdings",

@@ -21,7 +21,7 @@ from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
 
-__all__ = ["Candidate", "Settler"]
+__all__ = ["Candidate", "Settler", "in_order"]
 
 _PRECISION = 2e-5  # of the dearest stage of open cuts, by which its bound is lower
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
@@ -243,7 +243,7 @@ class Settler:
                 return None
             solved.append(found)
         stages = [
-            _in_order(solved[stage % self.pp].runs[stage // self.pp], kinds)
+            in_order(solved[stage % self.pp].runs[stage // self.pp], kinds)
             for stage, kinds in enumerate(self._kinds_of(layout))
         ]
         embedding, head = solved[0].embedding, solved[-1].head
@@ -276,7 +276,7 @@ class Settler:
         return [self.stack[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def _in_order(runs: Sequence[Runs], kinds: Sequence[int]) -> Runs:
+def in_order(runs: Sequence[Runs], kinds: Sequence[int]) -> Runs:
     """Runs per kind as runs along the layers of a stage."""
     left = [[s for s, n in mine for _ in range(n)] for mine in runs]
     taken: list[list[int]] = []

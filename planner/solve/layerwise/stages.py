@@ -102,7 +102,7 @@ def cuts_within(reach: Reach, stages: int, layers: int, limit: float) -> list[in
 def smallest_limit(
     reach: Reach, stages: int, layers: int, low: float, high: float, precision: float = _PRECISION
 ) -> tuple[float, float] | None:
-    """(below, limit): no partition keeps ``below``, one keeps ``limit``, and they are as close as the precision asks.
+    """(below, limit): no partition keeps ``below``, one keeps ``limit``, and they are as close as ``precision`` (relative).
 
     None where none keeps ``high``.
 

@@ -1,0 +1,1 @@
+"""The search of mixed clusters: pipelines whose stages run on different node groups."""

@@ -1,0 +1,108 @@
+"""All ways to cut a stage of one class at once: lower bounds of its seconds by the layers that it holds.
+
+Memory is priced: for every price ``λ ≥ 0`` per byte, a stage takes at least ``Σ over its blocks of min_s (cost_s + λ·held_s) −
+λ·room`` (weak duality), which is a line over the layers; the bound is the largest over some prices and over the four sums of
+:class:`~planner.solve.layerwise.devices.DeviceCosts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.ledger import Array
+from planner.solve.layerwise.strategies import Mesh
+from planner.specs.problem import Problem
+
+__all__ = ["Bundle"]
+
+_PRICES = (
+    0.0,
+    *np.geomspace(0.004, 2.0, 15).tolist(),
+)  # in seconds of all layers' work per byte of a stage's room
+
+
+class Bundle:
+    """The members of a class that are priced, side by side.
+
+    Args:
+        problem: the job on their group.
+        meshes: their strategies.
+        stack: kind of every layer.
+    """
+
+    def __init__(self, problem: Problem, meshes: Sequence[Mesh], stack: Sequence[int]) -> None:
+        self.stack = list(stack)
+        most = max(len(mesh.branches) for mesh in meshes)
+
+        def side_by_side(values: Sequence[Array], fill: float) -> Array:
+            """(members, strategies, kinds), or with more axes before the strategies."""
+            short = [[(0, 0)] * (v.ndim - 2) + [(0, most - v.shape[-2]), (0, 0)] for v in values]
+            return np.stack(
+                [np.pad(v, pad, constant_values=fill) for v, pad in zip(values, short, strict=True)]
+            )
+
+        self.growth = 1.0 + problem.stack.fragmentation.value
+        self.micro_batches = float(meshes[0].micro_batches)
+        sums = [_costs(mesh)[..., :-1] for mesh in meshes]
+        # (members, strategies, kinds) of a micro-batch, and (members, sums, strategies, kinds) of what follows the last one.
+        self.work = side_by_side([x[4] / self.micro_batches for x in sums], np.inf)
+        self.update = side_by_side([x[:4] - x[4] for x in sums], 0.0)
+        self.always = side_by_side([mesh["always_bytes"][:, :-1] for mesh in meshes], 0.0)
+        self.saved = side_by_side([mesh["saved_bytes"][:, :-1] for mesh in meshes], 0.0)
+        transient = side_by_side(
+            [(mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1] for mesh in meshes], np.inf
+        )
+        framework, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
+        idle = np.array([framework + each * mesh.communicators for mesh in meshes])
+        least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
+        self.room = problem.memory_budget_bytes - idle - self.growth * least
+        self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
+
+    def least(self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool) -> Array:
+        """The bound of any 0, 1, … neighbouring layers, of the best member: some micro-batches, and perhaps the update."""
+        offset, sums = self.lines(flights, ends, passes, update=update)
+        layers = len(self.stack)
+        if len(set(self.stack)) == 1:
+            alike: Array = (offset[:, :, None] + sums).max(axis=1).min(axis=0)
+            return alike
+        some = [
+            (offset[:, :, None] + sums[:, :, n:] - sums[:, :, : layers + 1 - n]).max(axis=1).min()
+            for n in range(layers + 1)
+        ]
+        return np.array(some)
+
+    def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
+        """The bound of some layers in a step, of every member."""
+        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
+        found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
+        return found
+
+    def lines(
+        self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool
+    ) -> tuple[Array, Array]:
+        """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""
+        key = flights, ends, passes, update
+        if key not in self._lines:
+            costs = passes * self.work[:, None] + (self.update if update else 0.0)
+            held = self.always + self.growth * flights * self.saved
+            work = passes * np.min(self.work, axis=1)[:, self.stack].sum(axis=1)
+            price = np.multiply.outer(work / np.maximum(self.room, 1.0), _PRICES)  # (members, prices)
+            priced = np.min(costs[:, :, None] + price[:, None, :, None, None] * held[:, None, None], axis=3)
+            priced = priced.reshape(len(held), -1, priced.shape[-1])  # (members, sums · prices, kinds)
+            room = np.tile(price * self.room[:, None], (1, costs.shape[1]))
+            offset = priced[:, :, list(ends)].sum(axis=2) - room
+            sums = np.cumsum(priced[:, :, self.stack], axis=2)
+            self._lines[key] = offset, np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+        return self._lines[key]
+
+
+def _costs(mesh: Mesh) -> Array:
+    """Five sums, (5, strategies, kinds): a device's seconds with nothing, gradients, weights, both exposed; its work alone."""
+    work = mesh.micro_batches * mesh.micro_batch_s
+    beside = mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"]
+    gradients = mesh["gradients_step_s"] - beside
+    weights = mesh["weights_step_s"] - mesh["forward_s"]
+    serial = work + mesh["main_step_s"]
+    return np.stack([serial, serial + gradients, serial + weights, serial + gradients + weights, work])

@@ -1,0 +1,218 @@
+"""How a stage may be cut on one node group: every mesh of a stage with every prefix, priced by the engine on that group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.engine import COMPACT, tabulate
+from planner.ledger import Array
+from planner.place import Place, of_group
+from planner.solve.layerwise.devices import DeviceCosts
+from planner.solve.layerwise.solvers import Solver
+from planner.solve.layerwise.strategies import Mesh, Strategies
+from planner.solve.mixed.bundle import Bundle
+from planner.solve.space import Choice, Rows
+from planner.solve.tables import BranchTables
+from planner.solve.uniform import UniformSearch
+from planner.specs.problem import Problem
+
+_ANY = 2  # stages, where their number makes no difference
+_SAMPLE = 8  # members by which that is judged
+
+__all__ = ["ALIKE", "Class", "Member", "Members", "Option"]
+
+ALIKE = ("adaptation", "precision", "optimizer")
+"""Slots whose choice is common to all stages: what is computed does not depend on where."""
+
+Class: TypeAlias = tuple[tuple[str, ...], int, int]
+"""Choices of the slots that are alike, micro-batches, devices of a stage."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """A prefix and a row: one way to cut a stage's work.
+
+    ``seconds`` is what a micro-batch takes in one block of each kind at least (no recompute); the boundary is left out.
+    ``least_s`` is what it takes in any 0, 1, … neighbouring layers.
+    """
+
+    prefix: int
+    row: int
+    seconds: Array
+    least_s: Array
+
+
+class Option:
+    """A member in a pipeline of some length, with its strategies."""
+
+    def __init__(self, members: Members, mesh: Mesh) -> None:
+        self.members, self.mesh = members, mesh
+        self.place = Place(members.problem, members.group, mesh.recipe, mesh.row)
+
+    @cached_property
+    def costs(self) -> DeviceCosts:
+        """Costs and budgets of stages that are cut so."""
+        members = self.members
+        return DeviceCosts(members.problem, self.mesh, members.schedule, 1, members.solver)
+
+    def choices(self, strategy: int) -> Mapping[str, Choice]:
+        """The additive choices of one of its strategies."""
+        return self.members.uniform.branches.recipe(*self.mesh.branches[strategy])
+
+
+class Members:
+    """All members of one node group.
+
+    Args:
+        problem: the whole problem.
+        group: number of the node group.
+        schedule: name of the order.
+        solver: of strategies.
+    """
+
+    def __init__(self, problem: Problem, group: int, schedule: str, solver: Solver) -> None:
+        self.group, self.schedule, self.solver = group, schedule, solver
+        self.problem = of_group(problem, group)
+        self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
+        self.kinds = self.uniform.kinds
+        self.classes: dict[Class, list[Member]] = defaultdict(list)
+        self.rejected: dict[str, int] = defaultdict(int)
+        self._prefixes: list[dict[str, Choice]] = []
+        self._meshes: dict[tuple[int, int], Mesh | None] = {}
+        self._options: dict[tuple[int, int], Option | None] = {}
+        self._free: dict[Class, Array] = {}
+        self._bundles: dict[tuple[Class, int, int], Bundle | None] = {}
+        made: dict[tuple[str, ...], object] = {}
+        space = self.uniform.space
+        mesh = space.rows.context(self.problem, {}).mesh
+        for recipe in space.prefixes():
+            self._add(recipe, replace(space.rows.context(self.problem, space.knobs(recipe)), mesh=mesh), made)
+        for members in self.classes.values():
+            members.sort(key=lambda member: (float(member.seconds.sum()), member.prefix, member.row))
+        self.by_length = bool(self.classes) and self._depends_on_length()
+
+    def _add(self, recipe: dict[str, Choice], whole, made) -> None:  # type: ignore[no-untyped-def]
+        """The members of one prefix."""
+        active = np.ones(len(whole.micro_batch_size), dtype=bool)
+        for slot, choice in recipe.items():
+            technique = choice.technique
+            if (
+                technique is not None
+                and technique.active is not None
+                and slot not in self.uniform.space.fixed
+            ):
+                active &= technique.active(whole)
+        open_ = np.flatnonzero(active)
+        faults = self.uniform.faults(recipe, whole.take(open_))
+        for index, reason in enumerate(faults.reasons):
+            self.rejected[reason] += int((faults.first == index).sum())
+        open_ = open_[faults.first < 0]
+        if not len(open_):
+            return
+        ctx = whole.take(open_)
+        ledger = self.uniform.ledger(recipe, whole, made).take(open_, ctx.mesh.counterpart)
+        table = tabulate(ledger, self.uniform.pricer, self.kinds, len(open_), COMPACT)
+        seconds = (table["forward_s"] + table["backward_s"] + table["weight_s"])[:-1].T
+        ranks = ctx.mesh.tp * ctx.mesh.cp * ctx.mesh.dp
+        alike = tuple(recipe[slot].value for slot in ALIKE)
+        least_s = _windows(seconds[:, [self.kinds.index(kind) for kind in self.uniform.order]])
+        for place, row in enumerate(open_.tolist()):
+            key = (alike, round(float(ctx.micro_batches[place])), round(float(ranks[place])))
+            self.classes[key].append(Member(len(self._prefixes), row, seconds[place], least_s[place]))
+        self._prefixes.append(recipe)
+
+    # -- with strategies -----------------------------------------------------------------------------------------------
+
+    def price(self, wanted: Iterable[tuple[Member, int]]) -> None:
+        """Prices the strategies of members in pipelines of some lengths, those of one prefix together."""
+        by_prefix: dict[int, dict[tuple[int, int], tuple[Member, int]]] = defaultdict(dict)
+        for member, pp in wanted:
+            key = self._key(member, pp)
+            if key not in self._meshes:
+                by_prefix[member.prefix][key] = member, key[1]
+        for prefix, pairs in by_prefix.items():
+            meshes = self._priced(self._prefixes[prefix], list(pairs.values()))
+            self._meshes.update(zip(pairs, meshes, strict=True))
+
+    def knows(self, of: Class, pp: int, first: int) -> bool:
+        """Whether the first members of a class are priced."""
+        return all(self._key(member, pp) in self._meshes for member in self.classes[of][:first])
+
+    def mesh(self, member: Member, pp: int) -> Mesh | None:
+        """A member's strategies; None where none is valid."""
+        key = self._key(member, pp)
+        if key not in self._meshes:
+            self.price([(member, pp)])
+        return self._meshes[key]
+
+    def option(self, member: Member, pp: int) -> Option | None:
+        """A member as it is in a pipeline of some length; None where no strategy is valid."""
+        if (id(member), pp) not in self._options:
+            mesh = self.mesh(member, pp)
+            if mesh is not None:
+                mesh = replace(mesh, row={**mesh.row, "pp": float(pp)})
+            self._options[id(member), pp] = None if mesh is None else Option(self, mesh)
+        return self._options[id(member), pp]
+
+    def free_s(self, of: Class, first: int) -> Array:
+        """What the members behind the first ones take for a micro-batch in 0, 1, … layers, without limits of memory."""
+        if of not in self._free:
+            each = np.array([member.least_s for member in self.classes[of]])
+            self._free[of] = np.minimum.accumulate(each[::-1], axis=0)[::-1]
+        free = self._free[of]
+        return free[first] if first < len(free) else np.full(free.shape[1], np.inf)
+
+    def bundle(self, of: Class, pp: int, first: int) -> Bundle | None:
+        """The bounds of the first members of a class; None where none of them has a valid strategy."""
+        key = of, pp if self.by_length else _ANY, first
+        if key not in self._bundles:
+            members = self.classes[of][:first]
+            self.price((member, pp) for member in members)
+            meshes = [mesh for mesh in (self.mesh(member, pp) for member in members) if mesh is not None]
+            stack = [self.kinds.index(kind) for kind in self.uniform.order]
+            self._bundles[key] = Bundle(self.problem, meshes, stack) if meshes else None
+        return self._bundles[key]
+
+    def _key(self, member: Member, pp: int) -> tuple[int, int]:
+        return id(member), pp if self.by_length else _ANY
+
+    def _depends_on_length(self) -> bool:
+        """Whether stacks or models make a stage's price depend on how many there are, beyond what is in flight."""
+        members = next(iter(self.classes.values()))[:_SAMPLE]
+        recipe = self._prefixes[members[0].prefix]
+        some = [member for member in members if member.prefix == members[0].prefix]
+        short, long = (self._priced(recipe, [(member, pp) for member in some]) for pp in (_ANY, 8 * _ANY))
+        values = [
+            (a.values[:, :, :-1], b.values[:, :, :-1]) for a, b in zip(short, long, strict=True) if a and b
+        ]
+        return not all(np.array_equal(a, b) for a, b in values)
+
+    def _priced(self, recipe: dict[str, Choice], pairs: Sequence[tuple[Member, int]]) -> list[Mesh | None]:
+        """Members of one prefix with their strategies, each in a pipeline of some length."""
+        space, branches = self.uniform.space, self.uniform.branches
+        rows = space.rows.take(np.array([member.row for member, _ in pairs]))
+        rows = Rows({**rows.values, "pp": np.array([float(pp) for _, pp in pairs])})
+        ctx = rows.context(self.problem, space.knobs(recipe))
+        ledger = self.uniform.ledger(recipe, ctx)
+        tables = BranchTables(space, branches, self.uniform.pricer, self.kinds, recipe, ctx, ledger)
+        strategies = Strategies(tables, rows, branches, [0])
+        if not strategies.branches:
+            return [None] * len(pairs)
+        return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(pairs)))]
+
+
+def _windows(seconds: Array) -> Array:
+    """(rows, layers + 1): the least sum over any 0, 1, … neighbouring layers of (rows, layers)."""
+    sums = np.concatenate([np.zeros((len(seconds), 1)), np.cumsum(seconds, axis=1)], axis=1)
+    layers = seconds.shape[1]
+    if np.ptp(seconds, axis=1).max(initial=0.0) == 0.0:
+        return sums
+    return np.stack(
+        [(sums[:, n:] - sums[:, : layers + 1 - n]).min(axis=1) for n in range(layers + 1)], axis=1
+    )

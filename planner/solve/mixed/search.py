@@ -1,0 +1,267 @@
+"""The best plan of a mixed cluster whose stages run each on one kind of node, with a bound on what is left to gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from heapq import heapify, heappop, heappush, nsmallest
+from time import perf_counter
+
+import numpy as np
+
+from planner.assemble import assemble, model_flop
+from planner.errors import Infeasible, Interrupted
+from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
+from planner.solve.mixed.bounds import Bounds
+from planner.solve.mixed.ground import SCHEDULE, Ground
+from planner.solve.mixed.settle import Found, Settler
+from planner.solve.mixed.shapes import Shape, shapes
+from planner.solve.space import Space, order_of
+from planner.solve.train import search
+from planner.specs.problem import Problem
+
+__all__ = ["MixedCertificate", "MixedSearch", "applies", "search_mixed"]
+
+_TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
+_PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
+_AHEAD = 400  # shapes whose members are priced together
+_LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
+
+
+@dataclass(slots=True)
+class MixedCertificate:
+    """How the space of pipelines over node groups was exhausted.
+
+    Attributes:
+        shapes: orders of groups, stages of each and micro-batches.
+        excluded: shapes by what excluded them: ``work`` (without limits of memory), ``stages`` (the dearest stage of every
+            partition, with budgets).
+        settled: shapes whose stages were chosen and priced by the schedule engine.
+        open: shapes whose bound is below the best plan's step time at the end.
+        bound_s: no plan of the space is faster.
+        wall_s: of this part alone.
+        stopped: why it ended before it was done: ``time``, ``interrupted``, or not at all.
+    """
+
+    solver: str
+    shapes: int = 0
+    excluded: dict[str, int] = field(default_factory=dict)
+    settled: int = 0
+    open: int = 0
+    bound_s: float = 0.0
+    wall_s: float = 0.0
+    stopped: str = ""
+
+
+def search_mixed(
+    problem: Problem,
+    top: int = 10,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    base: Callable[..., SearchResult] = search,
+    solver: str = "auto",
+    time_limit_s: float = np.inf,
+) -> SearchResult:
+    """The plans of a search that treats all devices alike, and before them the best one that does not, where it is faster.
+
+    Args:
+        problem: what to plan.
+        top: plans to return.
+        on_progress: as for :func:`planner.solve.train.search`.
+        base: the search that treats all devices alike.
+        solver: of the strategies of a stage: one of :data:`~planner.solve.layerwise.solvers.SOLVERS`.
+        time_limit_s: of the search over node groups; the best plan so far then states its gap.
+
+    Raises:
+        SpecError: a fixed or forbidden choice is unknown.
+        Infeasible: nothing fits, neither way.
+        Interrupted: the user pressed Ctrl-C; carries the best plans so far.
+    """
+    alike: SearchResult | None = None
+    refusal: Infeasible | None = None
+    try:
+        alike = base(problem, top, on_progress)
+    except Infeasible as error:
+        refusal = error
+    run = MixedSearch(
+        problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s
+    )
+    try:
+        run.go()
+    except KeyboardInterrupt:
+        run.certificate.stopped = "interrupted"
+    certificate = run.finished()
+    plans = _plans(problem, run.best, certificate, alike, top)
+    stopped = certificate.stopped == "interrupted"
+    if not plans:
+        if stopped:
+            raise Interrupted(None, "before any plan was priced that fits")
+        assert refusal is not None
+        raise refusal
+    result = SearchResult(plans, SearchReport(0, 0, 0, {}, {}, 0.0)) if alike is None else alike
+    report = replace(result.search, wall_s=result.search.wall_s + certificate.wall_s)
+    result = replace(result, plans=plans, search=report, mixed=asdict(certificate))
+    if stopped:
+        raise Interrupted(result)
+    return result
+
+
+def applies(problem: Problem) -> bool:
+    """Whether stages may run on node groups of their own: groups differ, and nothing that is fixed forbids it.
+
+    Launchers take one mesh for all stages; named layouts and virtual stages are of pipelines of equal devices.
+    """
+    fixed = problem.fixed
+    plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
+    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE and str(fixed.get("pp", "2")) != "1"
+    return problem.cluster.mixed and problem.launcher is None and plain and named
+
+
+class MixedSearch:
+    """Settles shapes in the order of their bounds until none is below the best plan.
+
+    Args:
+        problem: the whole problem.
+        below_s: plans that are not faster are of no interest.
+        solver: of the strategies of a stage.
+        time_limit_s: when to stop.
+    """
+
+    def __init__(self, problem: Problem, below_s: float, solver: str, time_limit_s: float) -> None:
+        self.start, self.problem, self.best_s, self.time_limit_s = (
+            perf_counter(),
+            problem,
+            below_s,
+            time_limit_s,
+        )
+        chosen: Solver = SOLVERS[solver]
+        self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
+        self.best: Found | None = None
+        self.certificate = MixedCertificate(solver)
+        self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
+        self._open: list[float] = []
+        self._looks = 0
+
+    def go(self) -> None:
+        """Runs until the end, or until the time is over."""
+        self.ground = Ground(self.problem, self.solver)
+        layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
+        fixed = self.problem.fixed.get("pp")
+        lengths = None if fixed is None else (int(str(fixed)),)
+        every = sorted(shapes(self.ground.groups, layers, lengths), key=Shape.rank)
+        self.certificate.shapes = len(every)
+        self._heap = [(shape.bound_s, number, shape, None) for number, shape in enumerate(every)]
+        heapify(self._heap)
+        while self._heap and self._heap[0][0] < self.best_s:
+            if self._late():
+                return
+            self._look()
+        self._exclude("work", sum(bounds is None for *_, bounds in self._heap))
+
+    def _look(self) -> None:
+        """Bounds the most promising shape more tightly, or settles it.
+
+        As long as there is no plan, one is taken from it now and then, for others to be held against.
+        """
+        _, number, shape, known = self._heap[0]
+        bounds = known or Bounds(shape, self.ground)
+        self._looks += 1
+        at_once = self.best is None and self._looks % _PATIENCE == 0
+        settles = bounds.final
+        while not bounds.final:
+            self._price_ahead(bounds)
+            bounds.tighten()
+            if not at_once:
+                break
+        if (settles or at_once) and bounds.shape_s < self.best_s:
+            for found in Settler(bounds).plans(self.best_s):
+                self.best, self.best_s = found, found.step_s
+                if at_once:
+                    break
+        heappop(self._heap)
+        if settles:
+            self.certificate.settled += 1
+            self._open.append(bounds.shape_s)
+        elif bounds.shape_s < self.best_s:
+            heappush(self._heap, (bounds.shape_s, number, shape, bounds))
+        else:
+            self._exclude("stages", 1)
+
+    def _price_ahead(self, bounds: Bounds) -> None:
+        """Prices the members that a shape asks for, together with those that the next shapes will ask for."""
+        asked = bounds.asked()
+        if not asked:
+            return
+        alike = (
+            shape
+            for _, _, shape, known in nsmallest(_AHEAD, self._heap)
+            if (known.level if known else -1) <= bounds.level
+        )
+        several = [bounds.shape, *alike]
+        for group, members in enumerate(self.ground.groups):
+            wanted = dict.fromkeys((self.ground.class_of(shape, group), shape.pp) for shape in several)
+            members.price((member, pp) for of, pp in wanted for member in members.classes[of][:asked])
+
+    def finished(self) -> MixedCertificate:
+        """The account of the search, when it has ended for whatever reason."""
+        certificate = self.certificate
+        bounds = [bound_s for bound_s, *_ in self._heap] + self._open
+        below = [bound_s for bound_s in bounds if bound_s < self.best_s]
+        certificate.open = len(below)
+        certificate.bound_s = min(below, default=self.best_s if self._heap or self._open else 0.0)
+        certificate.wall_s = perf_counter() - self.start
+        return certificate
+
+    def _late(self) -> bool:
+        if perf_counter() - self.start > self.time_limit_s:
+            self.certificate.stopped = "time"
+        return bool(self.certificate.stopped)
+
+    def _exclude(self, reason: str, count: int) -> None:
+        self.certificate.excluded[reason] = self.certificate.excluded.get(reason, 0) + count
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _plans(
+    problem: Problem, best: Found | None, certificate: MixedCertificate, alike: SearchResult | None, top: int
+) -> tuple[Plan, ...]:
+    """The plan over node groups, if there is one, before those that treat devices alike; each with what is proved of it."""
+    others = () if alike is None else alike.plans
+    if best is None:
+        return others if certificate.bound_s >= others[0].estimate.step_time_s else _held(others, certificate)
+    return _held((_assembled(problem, best), *others)[:top], certificate)
+
+
+def _held(plans: Sequence[Plan], certificate: MixedCertificate) -> tuple[Plan, ...]:
+    """The plans with the gap that the search over node groups leaves."""
+    return tuple(
+        replace(plan, optimality=_proved(plan.estimate.step_time_s, plan.optimality, certificate))
+        for plan in plans
+    )
+
+
+def _proved(step_s: float, alone: Optimality, certificate: MixedCertificate) -> Optimality:
+    """No plan is faster, whichever way it treats the node groups."""
+    known = [certificate.bound_s] + ([] if alone.bound_s is None else [alone.bound_s])
+    bound_s = min(step_s, *known)
+    gap = (step_s - bound_s) / step_s
+    solver = f"branch and bound over stages on node groups ({certificate.solver})"
+    return Optimality("gap" if gap else "exact", gap, bound_s, solver)
+
+
+def _assembled(problem: Problem, best: Found) -> Plan:
+    """The plan priced anew, from ledgers of its own."""
+    first = best.assignment.stage_places()[0]
+    space = Space(first.problem)
+    schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == SCHEDULE)
+    recipe = {**first.recipe, **best.assignment.strategies[0], "schedule": schedule}
+    flop = model_flop(problem.model, problem.workload)
+    plan = assemble(
+        problem, recipe, space.knobs(recipe), first.row, best.layout, None, None, flop, best.assignment
+    ).plan
+    assert abs(plan.estimate.step_time_s - best.step_s) <= 1e-9 * best.step_s, "one engine prices everything"
+    return plan

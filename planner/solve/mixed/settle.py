@@ -1,0 +1,272 @@
+"""Plans of one shape: layers by the bounds, exact strategies per stage, and then the schedule engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
+from math import comb, prod
+from typing import TypeAlias
+
+import numpy as np
+
+from planner.assemble import stage_seconds
+from planner.assignment import UNEVEN, Assignment, Runs
+from planner.engine import BlockTable
+from planner.layout import Layout
+from planner.ledger import Array
+from planner.place import Place
+from planner.schedule.engine import simulate
+from planner.schedule.order import generator_of, make_order
+from planner.solve.layerwise.devices import Device, Solved
+from planner.solve.layerwise.settle import in_order
+from planner.solve.mixed.bounds import Bounds
+from planner.solve.mixed.ground import SCHEDULE
+from planner.solve.mixed.members import Option
+from planner.solve.mixed.shapes import Shape
+
+__all__ = ["Found", "Settler"]
+
+Way: TypeAlias = tuple[Option, Solved]  # how a stage is done: a member, and its strategies
+
+_MISSES = 8  # shares of the groups that are tried in vain before others are left to the gap
+_FEW = 500  # partitions, or combinations of stages' ways, that are all tried
+_ALIKE = 5e-3  # of a stage's time: no other member is tried for less
+_MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A plan with its step time by the schedule engine, and what its stages work on a micro-batch."""
+
+    step_s: float
+    work_s: Array
+    shape: Shape
+    sizes: tuple[int, ...]
+    assignment: Assignment
+    layout: Layout
+
+
+class Settler:
+    """Plans of one shape whose bounds are final.
+
+    Args:
+        bounds: of the shape.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds, self.shape, self.ground = bounds, bounds.shape, bounds.ground
+        self.pp, self.m = self.shape.pp, self.shape.micro_batches
+        self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
+        self.seats = [self.ground.groups[group] for group in self.shape.seats()]
+        self._flights = self.ground.flights(self.shape)
+        members = (
+            self.ground.groups[g].classes[self.ground.class_of(self.shape, g)] for g in self.shape.order
+        )
+        partitions = comb(len(self.stack) + self.pp - 1, self.pp - 1)
+        self._few = partitions * prod(len(some) for some in members) <= _FEW
+
+    def plans(self, below_s: float) -> Iterator[Found]:
+        """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
+        tried: set[tuple[int, ...]] = set()
+        best: Found | None = None
+        rank = np.argsort(self.bounds.shares_s, kind="stable").tolist()
+        start, more, missed = 0, 1, 0
+        while start < len(rank) and missed <= _MISSES:
+            some = [at for at in rank[start : start + more] if self.bounds.shares_s[at] < below_s]
+            start, more = start + more, 2 * more
+            missed += len(some)
+            better = self._best([self._dealt(at) for at in some], tried, below_s)
+            if not some:
+                break
+            if better is not None:
+                best, below_s, missed = better, better.step_s, 0
+                yield best
+        if self._few:
+            better = self._best(self._every(), tried, below_s)
+            if better is not None:
+                best, below_s = better, better.step_s
+                yield best
+        while best is not None:
+            better = self._best(self._neighbours(best), tried, below_s)
+            if better is None:
+                return
+            best, below_s = better, better.step_s
+            yield best
+
+    def _best(
+        self, partitions: Iterable[tuple[int, ...]], tried: set[tuple[int, ...]], below_s: float
+    ) -> Found | None:
+        """The best plan of some partitions that were not tried before; None where none is below a limit."""
+        fresh = [sizes for sizes in dict.fromkeys(partitions) if sizes not in tried]
+        tried.update(fresh)
+        best = min(self.priced(fresh, below_s), key=lambda found: found.step_s, default=None)
+        return best if best is not None and best.step_s < below_s else None
+
+    def _dealt(self, at: int) -> tuple[int, ...]:
+        """A partition with the shares of the groups that stand in some place."""
+        shares = self.bounds.shares[at].tolist()
+        return tuple(
+            n
+            for stretch, share in zip(self.bounds.stretches, shares, strict=True)
+            for n in stretch.sizes(share)
+        )
+
+    def _every(self) -> Iterator[tuple[int, ...]]:
+        """All partitions that leave no stage without work: embedding and head may stand alone."""
+        layers = len(self.stack)
+        for ends in combinations_with_replacement(range(layers + 1), self.pp - 1):
+            sizes = np.diff([0, *ends, layers]).tolist()
+            if all(sizes[1:-1]):
+                yield tuple(sizes)
+
+    def _neighbours(self, best: Found) -> Iterator[tuple[int, ...]]:
+        """Partitions with one layer moved from a heavy stage to a light one."""
+        rank = np.argsort(best.work_s, kind="stable").tolist()
+        for heavy in rank[::-1][:_MOVES]:
+            for light in rank[:_MOVES]:
+                if heavy != light and best.sizes[heavy] > 0:
+                    moved = list(best.sizes)
+                    moved[heavy] -= 1
+                    moved[light] += 1
+                    yield tuple(moved)
+
+    def priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
+        """Plans of some partitions, priced together."""
+        built = [plan for sizes in partitions for plan in self._built(sizes, below_s)]
+        if not built:
+            return []
+        generator = generator_of(SCHEDULE)
+        parts = [stage_seconds(table, layout, generator, 1.0) for _, _, layout, table in built]
+        stages_s = [np.concatenate([part[0][op] for part in parts], axis=1) for op in range(2)]
+        work_s = stages_s[0] + stages_s[1]
+        tail_s = np.concatenate([part[2] for part in parts], axis=1)
+        hops = [self.ground.hops_s(assignment.stage_places()) for _, assignment, _, _ in built]
+        order = make_order(generator, self.pp, self.m, 1)
+        steps_s = simulate(order, *stages_s, hop_s=np.stack(hops, axis=1), tail_s=tail_s).makespan_s
+        return [
+            Found(float(step_s), work_s, self.shape, sizes, assignment, layout)
+            for step_s, work_s, (sizes, assignment, layout, _) in zip(steps_s, work_s.T, built, strict=True)
+        ]
+
+    def _built(
+        self, sizes: tuple[int, ...], below_s: float
+    ) -> Iterator[tuple[tuple[int, ...], Assignment, Layout, BlockTable]]:
+        """A partition with places and strategies: each stage's fastest, and others that may do better together."""
+        ends = np.cumsum(sizes).tolist()
+        ways: list[list[Way]] = []
+        behind_s = 0.0  # what follows a stage's last backward: those before it, on the way up, and the first one's update
+        for stage, (a, b) in enumerate(zip([0, *ends], ends, strict=False)):
+            before = ways[-1][0][0].place if ways else None
+            found = self._ways(stage, a, b, before, behind_s, below_s)
+            if not found:
+                return
+            ways.append(found)
+            option, solved = found[0]
+            passed_s, work_s = _passes_s(option, solved, self.ground.ends(stage, self.pp))
+            behind_s += passed_s
+            if before is None:
+                behind_s += solved.seconds - self.m * work_s
+            else:
+                behind_s += float(self.ground.hops_s([before, option.place])[0])
+        for chosen in _together(ways):
+            assignment, columns = self._assignment(chosen, ends)
+            layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
+            values = np.stack([option.mesh.values[s, :, kind] for option, s, kind in columns], axis=1)
+            names = tuple(f"{self.kinds[kind]}/{i}" for i, (_, _, kind) in enumerate(columns[:-3]))
+            yield (
+                sizes,
+                assignment,
+                layout,
+                BlockTable.compact((*names, *self.kinds[-3:]), values[:, :, None]),
+            )
+
+    def _ways(
+        self, stage: int, a: int, b: int, before: Place | None, behind_s: float, below_s: float
+    ) -> list[Way]:
+        """Members with their best strategies for some layers, the fastest first; none where all take too long."""
+        counts = [0] * (len(self.kinds) - 3)
+        for kind in self.stack[a:b]:
+            counts[kind] += 1
+        device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
+        found: list[Way] = []
+        limit_s = below_s
+        for bound_s, option in self.options(stage, a, b):
+            if bound_s >= limit_s:
+                break
+            up_s = behind_s + (float(self.ground.hops_s([before, option.place])[0]) if before else 0.0)
+            solved = option.costs.solve(device, up_s)
+            if solved is not None and solved.seconds < below_s:
+                found.append((option, solved))
+                if not self._few:
+                    limit_s = min(limit_s, solved.seconds * (1.0 - _ALIKE))
+        return sorted(found, key=lambda way: way[1].seconds)
+
+    def options(self, stage: int, a: int, b: int) -> list[tuple[float, Option]]:
+        """Members that a stage may take for the layers ``[a, b)``, by what they take at least."""
+        members = self.seats[stage]
+        of = self.ground.class_of(self.shape, members.group)
+        bundle = members.bundle(of, self.pp, self.bounds.level)
+        if bundle is None:
+            return []
+        every = (members.option(member, self.pp) for member in members.classes[of][: self.bounds.level])
+        valid = [option for option in every if option is not None]
+        bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
+        return [(float(bounds[at]), valid[at]) for at in np.argsort(bounds, kind="stable").tolist()]
+
+    def _assignment(
+        self, chosen: Sequence[Way], ends: Sequence[int]
+    ) -> tuple[Assignment, list[tuple[Option, int, int]]]:
+        """The chosen strategies as an assignment, and its columns as (option, strategy there, kind)."""
+        runs: list[Runs] = []
+        for (_, solved), a, b in zip(chosen, [0, *ends], ends, strict=False):
+            runs.append(in_order(solved.runs[0], self.stack[a:b]))
+        (first, opening), (last, closing) = chosen[0], chosen[-1]
+        assert opening.embedding is not None
+        assert closing.head is not None
+        layers: dict[tuple[int, int], int] = {}
+        options = {id(option): option for option, _ in chosen}
+        for (option, _), mine in zip(chosen, runs, strict=True):
+            for s, n in mine:
+                layers[id(option), s] = layers.get((id(option), s), 0) + n
+        for option, s in ((first, opening.embedding), (last, closing.head)):
+            layers.setdefault((id(option), s), 0)
+        rank = {key: index for index, key in enumerate(layers)}
+        used = sorted(layers, key=lambda key: (-layers[key], rank[key]))
+        number = {key: index for index, key in enumerate(used)}
+        places = list(dict.fromkeys(id(option) for option, _ in chosen))
+        assignment = Assignment(
+            tuple(options[o].choices(s) for o, s in used),
+            tuple(tuple((number[id(option), s], n) for s, n in mine) for (option, _), mine in zip(chosen, runs, strict=True)),
+            number[id(first), opening.embedding],
+            number[id(last), closing.head],
+            tuple(options[o].place for o in places),
+            tuple(places.index(o) for o, _ in used),
+        )  # fmt: skip
+        columns = [
+            (options[used[s][0]], used[s][1], self.kinds.index(kind))
+            for kind, s in assignment.columns(self.order)
+        ]
+        return assignment, columns
+
+
+def _together(ways: Sequence[Sequence[Way]]) -> Iterator[Sequence[Way]]:
+    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other."""
+    if prod(len(some) for some in ways) <= _FEW:
+        yield from product(*ways)
+        return
+    first = [some[0] for some in ways]
+    yield first
+    for stage, some in enumerate(ways):
+        for way in some[1:]:
+            yield [*first[:stage], way, *first[stage + 1 :]]
+
+
+def _passes_s(option: Option, solved: Solved, ends: Sequence[int]) -> tuple[float, float]:
+    """Backward seconds of a micro-batch, and all of them, in a stage that is done in some way."""
+    mesh = option.mesh
+    blocks = [(s, kind, n) for kind, runs in enumerate(solved.runs[0]) for s, n in runs]
+    own = {len(mesh.kinds) - 3: solved.embedding, len(mesh.kinds) - 2: solved.head}
+    blocks += [(s, kind, 1) for kind, s in own.items() if kind in ends and s is not None]
+    work_s = sum(n * float(mesh.micro_batch_s[s, kind]) for s, kind, n in blocks)
+    return work_s - sum(n * float(mesh["forward_s"][s, kind]) for s, kind, n in blocks), work_s

@@ -1,0 +1,106 @@
+"""A stretch of stages on one node group: what any number of layers costs there at least, however they are dealt to its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from planner.ledger import Array
+from planner.solve.mixed.members import Class, Members
+
+__all__ = ["TOGETHER", "Stretch"]
+
+TOGETHER = 8  # members of a class, the fastest first, that are priced together
+
+
+class Stretch:
+    """Equal stages of one group, side by side in a pipeline.
+
+    Args:
+        members: of the group.
+        of: their class.
+        pp: stages of the whole pipeline.
+        flights: micro-batches in flight of each stage.
+        ends: kinds of what each stage holds besides layers.
+        priced: how many members are priced; the others are taken to have no limits of memory.
+
+    Attributes:
+        dearest_s: by number of layers, what the stage that takes longest takes in a step at least.
+        work_s: what all stages together work on a micro-batch at least.
+        dearest_work_s: what the stage that works most on a micro-batch works at least.
+        passed_s, opening_s: where the pipeline begins here, these stages' part of a path that ends with the first one's update:
+            it passes them once each, or, for m ≥ p, stays on the first (m − p + 1 micro-batches) and passes the others twice.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        of: Class,
+        pp: int,
+        flights: Sequence[float],
+        ends: Sequence[tuple[int, ...]],
+        priced: int,
+    ) -> None:
+        self.members, self.of, self.pp, self.priced = members, of, pp, priced
+        self._known: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, NDArray[np.bool_]]] = {}
+        m = float(of[1])
+        cost = [self._least(flight, end, m, update=True) for flight, end in zip(flights, ends, strict=True)]
+        work = [
+            self._least(flight, end, 1.0, update=False)[0] for flight, end in zip(flights, ends, strict=True)
+        ]
+        self._final = [final for _, final in cost]
+        self.dearest_s, self._dealt = _folded([cost_s for cost_s, _ in cost], np.maximum)
+        self.work_s, _ = _folded(work, np.add)
+        self.dearest_work_s, _ = _folded(work, np.maximum)
+        stays = max(m - pp + 1.0, 1.0)
+        once, often = (self._least(flights[0], ends[0], n, update=True)[0] for n in (1.0, stays))
+        self.passed_s, _ = _folded([once, *work[1:]], np.add)
+        self.opening_s, _ = _folded([often, *(2.0 * work_s for work_s in work[1:])], np.add)
+
+    def sizes(self, layers: int) -> list[int]:
+        """Layers per stage such that none takes longer than it has to."""
+        found = []
+        for dealt in reversed(self._dealt):
+            found.append(int(dealt[layers]))
+            layers -= found[-1]
+        return found[::-1]
+
+    def final(self, layers: int) -> bool:
+        """Whether more members would leave the bound of a number of layers as it is."""
+        return all(final[n] for final, n in zip(self._final, self.sizes(layers), strict=True))
+
+    def _least(
+        self, flight: float, ends: tuple[int, ...], passes: float, *, update: bool
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Seconds of a stage for some micro-batches, perhaps with the update, and whether they are final, by number of layers."""
+        key = (flight, ends, passes, update)
+        if key not in self._known:
+            free_s = self.members.free_s(self.of, self.priced) * passes
+            bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
+            found_s = np.full(len(free_s), np.inf)
+            if bundle is not None:
+                found_s = bundle.least(flight, ends, passes, update=update)
+            final = found_s <= free_s
+            found_s = np.minimum(found_s, free_s)
+            if not ends:  # no device is left without work
+                found_s[0] = np.inf
+            self._known[key] = found_s, final
+        return self._known[key]
+
+
+def _folded(each: Sequence[Array], join: np.ufunc) -> tuple[Array, list[Array]]:
+    """By number of layers, the least that stages come to together; and what the last of them gets, after every stage."""
+    total, dealt = each[0], [np.arange(len(each[0]))]
+    for stage in each[1:]:
+        n = len(total)
+        # Row L of the windows is what the stages before take with L, L − 1, … layers.
+        padded = np.concatenate([np.full(n - 1, np.inf), total])
+        before = sliding_window_view(padded, n)[:, ::-1]
+        joined = join(before, stage[None])
+        best = joined.argmin(axis=1)
+        total = joined[np.arange(n), best]
+        dealt.append(best)
+    return total, dealt
