@@ -24,6 +24,13 @@ from planner.costs.attention_kernel import (
     attention_s,
     causal_fraction,
 )
+from planner.costs.block_schedule import (
+    BLOCK_PLACES,
+    BlockLinks,
+    BlockWork,
+    block_layer_s,
+    block_tokens_per_s,
+)
 from planner.costs.collectives import (
     CUSTOM_ALL_REDUCE,
     CUSTOM_ALL_REDUCE_BYTES,
@@ -180,12 +187,15 @@ from planner.costs.tensor_parallel import (
 )
 
 __all__ = [
+    "BLOCK_PLACES",
     "CUSTOM_ALL_REDUCE",
     "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
+    "BlockLinks",
+    "BlockWork",
     "Layout",
     "Level",
     "MessageCost",
@@ -209,6 +219,8 @@ __all__ = [
     "batch_response_s",
     "best_interval_s",
     "block_bits",
+    "block_layer_s",
+    "block_tokens_per_s",
     "block_waste_tokens",
     "bound_1f1b_s",
     "bound_flush_s",

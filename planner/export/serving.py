@@ -32,6 +32,9 @@ def export_serving(plan: ServePlan, to: str, checkpoint: str | None = None) -> d
     if to not in SERVING_EXPORTERS:
         hint = did_you_mean(to, SERVING_EXPORTERS)
         raise SpecError(Problem("--to", repr(to), f"one of {', '.join(sorted(SERVING_EXPORTERS))}", hint))
+    if (plan.mode == "offloaded") != (to == "flexllmgen"):
+        expected = "--to flexllmgen" if plan.mode == "offloaded" else "one of the engines that serve arrivals"
+        raise ExportError(Problem(f"--to {to}", f"the plan is {plan.mode}", expected))
     files: dict[str, str] = {}
     for index, pool in enumerate(plan.pools):
         name = "" if pool.role == "aggregated" else f"-{pool.role}"
@@ -161,6 +164,23 @@ def _trtllm(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], di
     return [*line, f"--extra_llm_api_options {name}.yaml"], {"extra": "\n".join(options) + "\n"}
 
 
+def _flexllmgen(plan: ServePlan, pool: Pool, checkpoint: str) -> tuple[list[str], dict[str, str]]:
+    knobs = pool.knobs
+    if "opt" not in plan.model:
+        raise _refuse("flexllmgen", pool, plan.model, "a model of the OPT family")
+    return [
+        f"python3 -m flexllmgen.flex_opt --model facebook/{plan.model}" if checkpoint == plan.model
+        else f"python3 -m flexllmgen.flex_opt --model {checkpoint}",
+        f"--percent {knobs['percent']}", f"--gpu-batch-size {knobs['gpu_batch_size']}",
+        f"--num-gpu-batches {knobs['gpu_batches']}", f"--prompt-len {plan.traffic['isl']}", f"--gen-len {plan.traffic['osl']}",
+    ], {}  # fmt: skip
+
+
 Exporter = Callable[[ServePlan, Pool, str], tuple[list[str], dict[str, str]]]
-SERVING_EXPORTERS: Mapping[str, Exporter] = {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}
+SERVING_EXPORTERS: Mapping[str, Exporter] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "trtllm": _trtllm,
+    "flexllmgen": _flexllmgen,
+}
 """Exporters by the name that ``--to`` takes."""

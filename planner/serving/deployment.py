@@ -242,6 +242,10 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.serving.search import iterations_of
     from planner.serving.space import DEGREES, mesh_of, recipe_of
 
+    if plan.mode == "offloaded":
+        raise SpecError(
+            Problem("plan", "is offloaded: it answers a block at a time", "a plan that serves arrivals")
+        )
     if len(plan.pools) > _STAGES or any(pool.cluster for pool in plan.pools):
         found = f"{len(plan.pools)} pools on {plan.cluster}"
         raise SpecError(
