@@ -75,6 +75,12 @@ def block_layer_s(
         work: of the block.
         links: between the places.
         placed: fractions by ``weights.host``, ``cache.disk`` …: linear in them, so that they may be a program's variables.
+
+    >>> links = BlockLinks(10.0, 10.0, 10.0, 5.0, 5.0, 5.0, 5.0)
+    >>> work = BlockWork(100.0, 0.0, 0.0, 4.0, 8.0, 2.0, 30.0, 3.0, 0.0, 0.0)
+    >>> placed = {f"{what}.{place}": 0.0 for what in ("weights", "cache", "hidden") for place in BLOCK_PLACES}
+    >>> block_layer_s(work, links, {**placed, "weights.host": 1.0})  # 100 bytes come in for every step
+    ((10.0, 0.0, 30.0), 10.0, (0.0, 0.0, 0.0, 3.0))
     """
     b, s, n = work.sequences, work.prompt_tokens, work.answer_tokens
     away = {what: placed[f"{what}.host"] + placed[f"{what}.disk"] for what in ("weights", "cache", "hidden")}
@@ -109,7 +115,14 @@ def block_layer_s(
 def block_tokens_per_s(
     work: BlockWork, links: BlockLinks, layers: float, placed: Mapping[str, float]
 ) -> float:
-    """Tokens per second of blocks that follow each other: ``b·n/(L·(T_prefill + (n − 1)·T_step))``."""
+    """Tokens per second of blocks that follow each other: ``b·n/(L·(T_prefill + (n − 1)·T_step))``.
+
+    >>> links = BlockLinks(10.0, 10.0, 10.0, 5.0, 5.0, 5.0, 5.0)
+    >>> work = BlockWork(100.0, 0.0, 0.0, 4.0, 8.0, 2.0, 30.0, 3.0, 0.0, 0.0)
+    >>> placed = {f"{what}.{place}": 0.0 for what in ("weights", "cache", "hidden") for place in BLOCK_PLACES}
+    >>> round(block_tokens_per_s(work, links, 1.0, {**placed, "weights.host": 1.0}), 4)  # 8 tokens in 30 + 13 s
+    0.186
+    """
     prefill, in_s, step = block_layer_s(work, links, placed)
     whole_s = layers * (max(prefill) + (work.answer_tokens - 1.0) * (in_s + max(step)))
     return float(work.sequences * work.answer_tokens / whole_s)
