@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,20 @@ HEAD = """# Accuracy of serving
 
 Predictions of `planner validate`, held against published runs: errors are fractions of the measured value, medians and 90th
 percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants of the stacks are fitted by
-`benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. The tables are
-published by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise,
-llama.cpp users, APEX and LLMServingSim; half of their rows were seen.
+`benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. How a benchmark
+drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published
+by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise, llama.cpp
+users, APEX and LLMServingSim; half of their rows were seen.
 """
 TAIL = """
 ## What the model leaves out
 
-- **Speculation.** Whether draft tokens were used is mostly not stated. Configurations whose repeats differ by more than 25 % in
-  the time between tokens are predicted and not counted; the rest are taken as run without.
-- **How a benchmark starts.** A burst of prompts at the start, the length of the run and the order of prompts move the time to the
-  first token by more than any kernel: it is predicted for clients that replace every answer at once, by one share of others'
-  prompts per engine.
+- **Speculation.** Whether draft tokens were used is mostly not stated. Rows of models with a prediction module are predicted
+  without it and not counted from the day on which a suite ran both ways, nor are configurations whose repeats differ by more than
+  25 % in the time between tokens.
+- **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
+- **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
+- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can.
 - **Skewed experts.** Routing is uniform; the busiest rank follows from chance alone.
 - **Mixed lengths.** Prompts and answers have their mean lengths, but for the variation of answers that `--length-scv` states.
 - **Preemption.** A request is admitted when its final length fits.
@@ -73,13 +75,7 @@ def page(report: Report, left_out: dict[str, Any]) -> Iterator[str]:
     yield "## By kind of model and engine\n"
     yield from _by_engine(report)
     if left_out:
-        yield "\n## Models left out\n"
-        yield "Constants fitted to the other models' runs on the same stack and generation.\n"
-        yield "| stack and generation | what | rows | median | 90th |"
-        yield "|---|---|---:|---:|---:|"
-        for name, metrics in left_out.items():
-            for metric, v in metrics.items():
-                yield f"| {name} | {WORDS[metric]} | {v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} |"
+        yield from _left_out(left_out)
     if "ranking" in summary:
         ranking = summary["ranking"]
         yield (
@@ -102,6 +98,38 @@ def page(report: Report, left_out: dict[str, Any]) -> Iterator[str]:
     for (status, reason), count in reasons.most_common(12):
         yield f"- {count:,} {status}: {reason}"
     yield TAIL.rstrip()
+
+
+def _left_out(left_out: Mapping[str, Any]) -> Iterator[str]:
+    yield "\n## Models left out\n"
+    yield (
+        "Constants fitted without any run of the model, on all stacks at once (`fit_serving.py`); models that are alone on their "
+        "engine are not here. The interval is measured over predicted, and holds 80 % of the rows: `planner serve` gives it with "
+        "every estimate.\n"
+    )
+    yield "| what, and how the engine was driven | rows | median | 90th | bias | interval |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name, v in left_out.items():
+        if ":" not in name:
+            low, high = v["interval"]
+            yield f"| {_what(name)} | {_errors(v)} | {low:.2f} to {high:.2f} |"
+    yield "\n| of these, by stack and generation | rows | median | 90th | bias |"
+    yield "|---|---:|---:|---:|---:|"
+    for name, v in left_out.items():
+        if ":" in name and v["n"] >= _FEWEST:
+            yield f"| {_what(name)} | {_errors(v)} |"
+
+
+def _what(name: str) -> str:
+    metric, _, how = name.partition(", ")
+    return f"{WORDS[metric]}, {how}"
+
+
+def _errors(v: Mapping[str, Any]) -> str:
+    return f"{v['n']:,} | {v['median']:.1%} | {v['p90']:.1%} | {v['bias']:+.1%}"
+
+
+_FEWEST = 10
 
 
 def _by_engine(report: Report) -> Iterator[str]:

@@ -121,6 +121,8 @@ class Iterations:
             device_s = self._passed_s(self._captured, batch, rows)
             if not small.all():
                 device_s = np.where(small, device_s, self._passed_s(self._eager, batch, rows))
+        prompts = batch.prefill_tokens > 0.0
+        device_s = np.where(prompts, device_s * float(self.software.prompt_slowdown), device_s)
         sequences = batch.decodes + np.minimum(batch.prefill_tokens, 1.0)
         host_s = float(self.software.iteration_s) + float(self.software.sequence_s) * sequences
         return np.asarray(np.where(batch.decodes + batch.prefill_tokens > 0.0, device_s + host_s, 0.0))

@@ -20,6 +20,7 @@ from planner.specs.stack import Stack
 
 __all__ = ["KernelPrices"]
 
+_INSTRUCTION_ROWS = 16.0  # PTX mma.m16n8k16
 _FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows
 
 
@@ -71,6 +72,7 @@ class KernelPrices:
             aligned = aligned * _column([1.0 if x is None else x["rate"] for x in libraries])
             own = [0.0 if x is None else x["weight_bytes"] for x in libraries]
             stored = np.where(_column(own) > 0.0, _column(own), stored)
+        aligned = aligned * self._few_rows(plain, m)
         price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored)
         seconds: Array = price() * launches
         if tile is not None:  # a library with wide tiles has narrow ones as well, for few rows
@@ -79,10 +81,20 @@ class KernelPrices:
             seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
         return seconds
 
+    def _few_rows(self, items: list[Matmul], m: Array) -> Array:
+        """How much less than half a tile of rows a plain product multiplies that has fewer: its kernels' tiles have 16."""
+        half = 0.5 * float(self.device.efficiency.matmul_tile)
+        grouped = np.array([[item.grouped] for item in items])
+        narrow = np.ceil(np.maximum(m, 1.0) / _INSTRUCTION_ROWS) * _INSTRUCTION_ROWS
+        return np.asarray(np.where((narrow < half) & ~grouped, half / narrow, 1.0))
+
     def _beside_products(
         self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array
     ) -> Array:
-        """Seconds of a library's small kernels beside its products; the two products of experts are one call."""
+        """Seconds of a library's small kernels beside its products; the two products of experts are one call.
+
+        Engines fuse those of a plain product into the kernels around it; routing and summing stay what they are.
+        """
         call = _column(
             [
                 0.0 if x is None else x["call_s"] / (2.0 if i.grouped else 1.0)
@@ -95,7 +107,8 @@ class KernelPrices:
                 for i, x in zip(items, libraries, strict=True)
             ]
         )
-        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * self._call_share)
+        share = _column([1.0 if i.grouped else self._call_share for i in items])
+        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
         """Seconds of memory-bound kernels."""

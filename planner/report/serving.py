@@ -78,6 +78,12 @@ def show_serve_plan(plan: ServePlan) -> None:
             ("answer", e.e2e_s),
         )
     ]
+    if e.interval:
+        bounds = {name: [value * 1e3 for value in e.interval[name]] for name in ("ttft_s", "tpot_s")}
+        (first, last), (low, high) = bounds.values()
+        times.append(
+            f"80 % of published runs: first token {first:.0f} to {last:.0f} ms, between tokens {low:.1f} to {high:.1f} ms"
+        )
     screen.section("Latency", times)
     price = (
         ""

@@ -5,6 +5,10 @@ Every iteration generates one token for each running sequence and takes along as
 ``P/c`` iterations that carry ``c`` prompt tokens; an answer of ``O`` tokens takes ``O − 1`` iterations behind it. Of the
 ``(O − 1)/d`` iterations between two answers, ``P/c`` are therefore mixed ones: a fraction ``φ = P·d/(c·(O − 1))``, up to 1. All
 means follow from the times of a mixed and of a generating iteration, and from Little's law for prompts.
+
+Clients that replace every answer at once begin together. Their prompts come back as the answers end: in step where answers are
+of one length, scattered over a window that grows with every answer where they are not (:class:`_Cohort`). The wait within such
+a window is that of as many independent sources with one prompt each in it (:func:`~planner.costs.queueing.clients_wait_s`).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from planner.costs.queueing import wait_quantile_s
+from planner.costs.queueing import clients_wait_s, wait_quantile_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.specs.traffic import Traffic
@@ -22,6 +26,7 @@ __all__ = ["QUANTILES", "Steady", "steady"]
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _ROUNDS = 12  # of the damped fixed point between generating and waiting requests
+_UNIFORM = 12.0**0.5  # width of a uniform distribution in standard deviations
 _NORMAL = {0.5: 0.0, 0.9: 1.2815515655446004, 0.95: 1.6448536269514722, 0.99: 2.3263478740408408}
 
 
@@ -117,60 +122,121 @@ def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
     return np.asarray(np.clip(decodes, np.minimum(1e-3, batch), batch))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cohort:
+    """Prompts that share iterations with a prompt.
+
+    Attributes:
+        prompts: that come in the same iteration, itself included.
+        scatter: iterations over which the prompts of all clients are spread; infinite for independent arrivals.
+        priced: prompt tokens of a mixed iteration as every attention rank has as many as the busiest.
+        served: prompt tokens of a mixed iteration.
+    """
+
+    prompts: Array
+    scatter: Array
+    priced: Array
+    served: Array
+
+
 def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> Steady:
     """The state with a given number of generating sequences: two iterations are priced."""
-    chunk = _chunk(iterations, traffic, budget, decodes)
+    cohort = _cohort(iterations, traffic, batch, budget, decodes)
     context = decodes * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
     zero = np.zeros_like(batch)
     decode_s = iterations(decodes, context, zero, zero)
-    mixed_s = iterations(decodes, context, chunk, np.full_like(chunk, traffic.prompt_context))
-    return _means(iterations, traffic, batch, chunk, decodes, decode_s, mixed_s)
+    chunk, keys = cohort.priced, np.full_like(batch, traffic.prompt_context)
+    if iterations.software.prompts == "first":  # generation waits for an iteration of prompts alone
+        mixed_s = decode_s + iterations(zero, zero, chunk, keys)
+    else:
+        mixed_s = iterations(decodes, context, chunk, keys)
+    return _means(iterations, traffic, batch, budget, cohort, decodes, decode_s, mixed_s)
 
 
-def _chunk(iterations: Iterations, traffic: Traffic, budget: Array, decodes: Array) -> Array:
-    """Prompt tokens of a mixed iteration: the prompts that come while one passes are packed together, as the budget allows."""
-    together = traffic.computed_isl * np.maximum(1.0, decodes / max(iterations.steps(traffic.osl), 1.0))
-    return np.asarray(np.clip(np.minimum(budget - decodes, together), 1.0, None))
+def _cohort(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> _Cohort:
+    """What a mixed iteration takes along: the prompts that come while one passes, and those that come in step."""
+    ranks, steps, prompt = (
+        iterations.ctx.mesh.dp,
+        max(iterations.steps(traffic.osl), 1.0),
+        traffic.computed_isl,
+    )
+    arriving = np.maximum(1.0, decodes / steps)
+    scatter, together = np.full_like(batch, np.inf), np.ones_like(batch)
+    if traffic.concurrency is not None:
+        answers = np.inf if traffic.requests_per_client is None else traffic.requests_per_client / 2.0
+        # Ends of answers wander apart: a variance per answer, and a uniform spread of the same variance.
+        spread = (
+            0.0 if traffic.length_scv == 0.0 else _UNIFORM * steps * np.sqrt(traffic.length_scv * answers)
+        )
+        scatter = np.full_like(batch, spread)
+        if iterations.software.prompts == "first":
+            together = 1.0 + np.maximum(batch - 1.0, 0.0) / (1.0 + scatter)
+    prompts = np.maximum(arriving, together)
+    priced = np.minimum(np.maximum(budget - decodes, ranks), prompt * np.maximum(prompts, ranks))
+    return _Cohort(together, scatter, priced, np.minimum(priced, prompts * prompt))
 
 
 def _wait_s(
-    iterations: Iterations, traffic: Traffic, batch: Array, load: Array, busy_s: Array, extra_s: Array
-) -> Array:
+    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, cohort: _Cohort, load: Array, busy_s: Array,
+    mixed: Array, decode_s: Array, mixed_s: Array,
+) -> Array:  # fmt: skip
     """What a prompt waits for others.
 
-    Independent arrivals queue for prompts' turns (M/D/1, at most all others). Clients that replace every answer at once keep
-    requests together that began together: a fixed share of the others' prompts comes first.
+    Independent arrivals queue for prompts' turns (M/D/1, at most all others). Clients that replace every answer at once bring
+    their prompts over a window, which is the whole cycle in the long run; the first prompt of each comes with all the others.
     """
-    others = np.maximum(batch / iterations.ctx.mesh.dp - 1.0, 0.0)
-    if traffic.concurrency is not None:
-        return np.asarray(float(iterations.software.wave_share) * others * extra_s)
-    return np.asarray(np.minimum(load * busy_s / (2.0 * (1.0 - load)), others * busy_s))
+    ranks = iterations.ctx.mesh.dp
+    others = np.maximum(batch / ranks - 1.0, 0.0)
+    if traffic.concurrency is None:
+        return np.asarray(np.minimum(load * busy_s / (2.0 * (1.0 - load)), others * busy_s))
+    # Attention ranks run their prompts side by side: a rank's clients wait for each other. Answers end by iterations, however
+    # long these are, so that load is iterations with a prompt among those in which prompts come.
+    passes = traffic.computed_isl * ranks / cohort.priced
+    window = np.maximum((others + 1.0) * passes / ((others + 1.0) * passes + cohort.scatter), mixed)
+    # Ends that follow each other by a prompt's time do not collide unless they are scattered by as much.
+    apart = np.minimum(cohort.scatter / (_UNIFORM * passes), 1.0)
+    in_step_s = np.maximum(cohort.prompts * traffic.computed_isl / cohort.served - 1.0, 0.0) / 2.0 * mixed_s
+    wait_s = apart * clients_wait_s(others, passes * mixed_s, window) + in_step_s
+    if traffic.requests_per_client is None:
+        return np.asarray(wait_s)
+    full = np.maximum(budget, cohort.priced)
+    together_s = traffic.computed_isl * ranks * ((mixed_s - decode_s) / cohort.priced + decode_s / full)
+    first = 1.0 / traffic.requests_per_client
+    return np.asarray(first * others / 2.0 * together_s + (1.0 - first) * wait_s)
 
 
 def _means(
     iterations: Iterations,
     traffic: Traffic,
     batch: Array,
-    chunk: Array,
+    budget: Array,
+    cohort: _Cohort,
     decodes: Array,
     decode_s: Array,
     mixed_s: Array,
 ) -> Steady:
     prompt, steps = traffic.computed_isl, iterations.steps(traffic.osl)
-    passes = prompt / chunk  # mixed iterations per prompt
+    passes = prompt / cohort.served  # mixed iterations per prompt
     mixed = np.minimum(passes * decodes / max(steps, 1e-9), 1.0) if steps > 0.0 else np.ones_like(batch)
-    apart = 1.0 if traffic.concurrency is None else 1.0 - min(float(iterations.software.wave_share), 1.0)
-    # A prompt that runs among prompts delays nobody who generates.
-    token_s = decode_s + apart * mixed * (mixed_s - decode_s)
+    # Who generates sees the prompts of others: those in step that run behind the own, and those that come in the meantime.
+    if traffic.concurrency is None:
+        seen = decodes
+    else:
+        beside = np.minimum(cohort.prompts, cohort.served / prompt)
+        strangers = np.clip(1.0 - cohort.prompts / np.maximum(batch, 1.0), 0.0, 1.0)
+        seen = (cohort.prompts - beside) / 2.0 + strangers * decodes
+    token_s = decode_s + np.minimum(passes * seen / max(steps, 1.0), 1.0) * (mixed_s - decode_s)
     mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s
     # Between two answers there are (O - 1)/d iterations, or as many as a prompt takes.
     between_s = np.maximum(steps / np.maximum(decodes, 1e-9) * mean_s, busy_s) if steps > 0.0 else busy_s
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
-    extra_s = passes * iterations.ctx.mesh.dp * (mixed_s - decode_s)
-    wait_s = 0.5 * token_s + _wait_s(iterations, traffic, batch, load, busy_s, extra_s)
-    prefill_s = np.maximum(passes, 1.0) * mixed_s
+    wait_s = 0.5 * token_s + _wait_s(
+        iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
+    )
+    alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
+    prefill_s = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0) * alone_s
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
         requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,
@@ -186,8 +252,8 @@ def _settled(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     """
     decodes = state.decodes
     for _ in range(_ROUNDS):
-        chunk = _chunk(iterations, traffic, budget, decodes)
-        found = _means(iterations, traffic, batch, chunk, decodes, state.decode_s, state.mixed_s)
+        cohort = _cohort(iterations, traffic, batch, budget, decodes)
+        found = _means(iterations, traffic, batch, budget, cohort, decodes, state.decode_s, state.mixed_s)
         decodes = 0.5 * decodes + 0.5 * _generating(
             traffic, batch, batch - found.requests_per_s * found.ttft_s
         )

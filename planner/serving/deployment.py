@@ -281,6 +281,8 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
     blocks = int(held.tokens[0] / block / pp)
     most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
     rules = scheduler(policy or "sarathi", max(most // pp, 1), budget)
+    if policy is None:
+        rules = replace(rules, mixed=iterations.software.prompts == "beside")
 
     def price(decodes: Array, context: Array, prefill: Array, prefill_context: Array) -> Array:
         return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))

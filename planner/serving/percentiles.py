@@ -9,7 +9,7 @@ begins an iteration ``pp`` times as often: its iterations take a ``pp``-th of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,13 +65,17 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A replica's iterations as a table, the stages that a batch passes in them, and what a sequence gains and passes in one."""
+    """A replica's iterations as a table, the stages that a batch passes in them, and what a sequence gains and passes in one.
+
+    ``beside``: prompts run beside generation, not in iterations of their own.
+    """
 
     table: Sampled
     stages: float
     budget: float
     accepted: float = 1.0
     step_tokens: float = 1.0
+    beside: bool = True
 
     @classmethod
     def of(cls, iterations: Iterations, traffic: Traffic, decodes: float, budget: float) -> Line:
@@ -89,6 +93,7 @@ class Line:
             budget,
             iterations.accepted,
             iterations.step_tokens,
+            iterations.software.prompts == "beside",
         )
 
     def price(self, context_scale: float = 1.0) -> Price:
@@ -122,7 +127,7 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv, traffic.prefix_hit)
     slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
     # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
-    rules = _rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p))
+    rules = replace(_rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p)), mixed=line.beside)
     price = line.price(float(true.context_tokens / slower.context_tokens))
     found = percentiles(price, rules, slower, rate_per_s, _asked(traffic))
     way_s = line.way_s(traffic, found.decodes)

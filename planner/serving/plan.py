@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2s
 from typing import Any
@@ -66,6 +66,7 @@ class ServeEstimate:
         memory_budget_bytes: what the peak is held against.
         binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
             ``concurrency``.
+        interval: by quantity, what holds 80 % of the measurements of published runs (means of ``ttft_s`` and ``tpot_s``).
     """
 
     output_tokens_per_s_per_device: float
@@ -80,6 +81,7 @@ class ServeEstimate:
     memory_bytes: Mapping[str, float]
     memory_budget_bytes: float
     binding: str
+    interval: Mapping[str, Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,8 @@ def _batches(traffic: Traffic, pool: Pool, iterations: Iterations) -> Mapping[st
         found["generating"] = Composition(decodes, decodes * context, zero, zero)
     if pool.role != "decode":
         budget = float(pool.knobs["chunk_tokens"]) * float(iterations.ctx.mesh.dp[0])
-        running = decodes if pool.role == "aggregated" else zero
+        beside = pool.role == "aggregated" and iterations.software.prompts == "beside"
+        running = decodes if beside else zero
         prompt = np.clip(np.minimum(budget - running, traffic.computed_isl), 1.0, None)
         found["with a prompt"] = Composition(running, running * context, prompt, one * traffic.prompt_context)
     return found
@@ -144,10 +145,11 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     ledger = iterations.sized(batch, captured=bool(batch.prefill_tokens[0] <= 0.0))
     items = [item for item in ledger.items if not isinstance(item, Resident)]
     repeats = iterations.repeats()
+    slowdown = float(iterations.software.prompt_slowdown) if batch.prefill_tokens[0] > 0.0 else 1.0
     rows = [
         {
             "what": item.what, "block": item.block, "by": item.by, "source": item.source,
-            "seconds": float(np.ravel(price)[0]) * repeats.get(item.block, 1),
+            "seconds": float(np.ravel(price)[0]) * repeats.get(item.block, 1) * slowdown,
         }
         for item, price in zip(items, iterations.pricer.prices(items, ledger.axes), strict=True)
     ]  # fmt: skip

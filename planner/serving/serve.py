@@ -19,6 +19,7 @@ from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
 from planner.serving.space import DEGREES, ServeSpace
 from planner.specs.serve_problem import ServeProblem
+from planner.uncertainty.serving import serving_interval
 
 if TYPE_CHECKING:
     from planner.serving.mixed import MixedFound
@@ -306,6 +307,15 @@ def _told(
         memory_bytes=f.memory,
         memory_budget_bytes=float(software.memory_fraction) * float(device.memory_bytes),
         binding=f.binding,
+        interval=serving_interval(
+            any(block.moe for block in problem.model.blocks.values()),
+            isinstance(f, Split),
+            {
+                "ttft_s": ttft["mean"],
+                "tpot_s": tpot["mean"],
+                "output_tokens_per_s_per_device": tokens_per_s / f.devices,
+            },
+        ),
     )
 
 

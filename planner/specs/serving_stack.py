@@ -56,8 +56,8 @@ class ServingSoftware:
         start_share: of the time that a kernel's start and the splitting of its contraction take alone, what an iteration pays:
             captured graphs start a kernel before the one before it has ended.
         call_share: the same of the small kernels that a library's call holds beside its main one: engines fuse most of them.
-        wave_share: where clients replace every answer at once, the share of other requests' prompts that a prompt waits for, as
-            answers that began together end together.
+        prompt_slowdown: seconds of an iteration that holds prompt tokens, relative to its kernels' alone: it is not captured, and
+            batches of prompts are uneven.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
@@ -65,15 +65,17 @@ class ServingSoftware:
         block_tokens: tokens of one block of the cache.
         max_sequences: sequences in one batch, by default.
         chunk_tokens: tokens of one iteration, by default.
-        graph_sequences: largest batch whose iteration is captured in a graph.
+        graph_sequences: largest batch whose iteration is captured in a graph; 0: the host issues every kernel.
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
+        prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
+        all_reduce: small messages go through kernels of the engine's ``own`` where the link allows it, or the ``library``'s.
     """
 
     iteration_s: Sourced
     sequence_s: Sourced
     start_share: Sourced
     call_share: Sourced
-    wave_share: Sourced
+    prompt_slowdown: Sourced
     admission_s: Sourced
     memory_fraction: Sourced
     free_fraction: Sourced
@@ -83,6 +85,8 @@ class ServingSoftware:
     chunk_tokens: Sourced
     graph_sequences: Sourced
     headroom: Sourced
+    prompts: str = "beside"
+    all_reduce: str = "own"
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
 
     def on_generation(self, generation: str) -> ServingSoftware:
@@ -95,7 +99,11 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
     """The table ``[serving]`` of a stack; None where there is none."""
     if reader is None:
         return None
-    values: dict[str, Any] = {name: read_sourced(reader, name) for name in _CONSTANTS}
+    values: dict[str, Any] = {
+        name: read_sourced(reader, name, positive=name != "graph_sequences") for name in _CONSTANTS
+    }
+    prompts = reader.text("prompts", "beside", choices=("beside", "first"))
+    all_reduce = reader.text("all_reduce", "own", choices=("own", "library"))
     on: dict[str, dict[str, Sourced]] = {}
     generations: Reader | None = reader.table("on", None)
     for generation in () if generations is None else generations.keys():
@@ -105,7 +113,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
         on[generation] = {name: read_sourced(entry, name) for name in _CONSTANTS if name in present}
         entry.finish()
     reader.finish()
-    return ServingSoftware(on=on, **values)
+    return ServingSoftware(on=on, prompts=prompts, all_reduce=all_reduce, **values)
 
 
 def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
@@ -124,4 +132,4 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
     return tuple(found)
 
 
-_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name != "on")
+_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in ("on", "prompts", "all_reduce"))

@@ -8,19 +8,19 @@ from planner.specs.load import Reader
 __all__ = ["read_optional", "read_sourced"]
 
 
-def read_sourced(reader: Reader, key: str, *, maximum: float = 1e30) -> Sourced:
-    """The positive number at ``key``: a table of value, kind and source, or a plain number.
+def read_sourced(reader: Reader, key: str, *, maximum: float = 1e30, positive: bool = True) -> Sourced:
+    """The number at ``key``: a table of value, kind and source, or a plain number.
 
     A plain number, as people write in files of their own, is ``assumed`` and its source is the file. Problems
     are noted on the reader.
     """
     if isinstance(reader.data.get(key), int | float):
-        return Sourced(reader.number(key, positive=True, maximum=maximum), "assumed", reader.where)
+        return Sourced(reader.number(key, positive=positive, maximum=maximum), "assumed", reader.where)
     table: Reader = reader.table(key)
     if not table.data:  # missing or no table: the reader has noted it
         return Sourced(1.0, "assumed", reader.where)
     number = Sourced(
-        table.number("value", positive=True, maximum=maximum),
+        table.number("value", positive=positive, maximum=maximum),
         table.text("kind", choices=KINDS),
         table.text("source"),
     )

@@ -22,6 +22,7 @@ _LIMITS = {
     "prefix_hit": (0, 0.999, False),
     "length_scv": (0, 100, False),
     "expert_load_factor": (1, 10**4, False),
+    "requests_per_client": (1, 10**7, False),
 }
 
 
@@ -37,6 +38,8 @@ class Traffic:
         ttft_s, tpot_s, e2e_s: limits of time to the first token, time per further token, and of the whole answer.
         percentile: of requests that must keep the limits; None: the means must.
         prefix_hit: fraction of prompt tokens whose keys and values are in the cache already.
+        requests_per_client: requests that each of ``concurrency`` clients sends in all, the first of all clients at once; None: a
+            run without an end, whose beginning does not count.
         length_scv: squared coefficient of variation of answers' lengths; 0: all are equal.
         expert_load_factor: busiest expert rank relative to the mean, where it is measured; None: random routing's own.
 
@@ -55,6 +58,7 @@ class Traffic:
     prefix_hit: float = 0.0
     length_scv: float = 0.0
     expert_load_factor: float | None = None
+    requests_per_client: float | None = None
 
     def __post_init__(self) -> None:
         faults = [

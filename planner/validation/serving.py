@@ -9,10 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.costs.queueing import clients_wait_s
+from planner.costs.serving import kv_transfer_s
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.mesh import Mesh
-from planner.serving.aggregated import steady
+from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import capacity
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
@@ -140,6 +142,11 @@ def _scored(
         status, reason = "scored", ""
         if row.text("quality") == "C":
             status, reason = "excluded", "quality C at its source"
+        elif run.may_speculate and metric in ("tpot", "ttft"):
+            status, reason = (
+                "excluded",
+                "whether multi-token prediction was on is not stated, and both were run",
+            )
         elif contradicted and metric in ("tpot", "ttft"):
             status, reason = (
                 "excluded",
@@ -197,7 +204,10 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     tp, pp, dp, ep = (np.array([float(run.degrees[i]) for run in runs]) for i in range(4))
     mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
     load = np.array([run.load for run in runs])
-    traffic = Traffic(first.isl, first.osl, concurrency=1 if first.driver == "concurrency" else None)
+    traffic = Traffic(
+        first.isl, first.osl, concurrency=1 if first.driver == "concurrency" else None, length_scv=first.length_scv,
+        requests_per_client=first.requests_per_client,
+    )  # fmt: skip
     defaults = {t.slot: t.choices[0] for t in discover("serving").values() if t.default}
     knobs = {slot: choice for slot, choice in defaults.items() if slot is not None}
     knobs |= {"weights": first.weights, "cache": first.cache}
@@ -224,21 +234,35 @@ def _broken(ctx: ServingContext) -> str | None:
 
 
 def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
-    """Clients that replace every answer at once."""
-    chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    state = steady(iterations, traffic, load, chunk)
+    """Clients that replace every answer at once; those whose requests the caches cannot hold wait outside."""
+    launch = runs[0].launch
+    chunk = _chunk_tokens(runs, iterations, load)
+    held = capacity(iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None)
+    # It ran: where not one request is predicted to fit, the prediction is wrong.
+    inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
+    state = steady(iterations, traffic, inside, chunk)
     rate = state.requests_per_s
+    held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
+    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
     return {
-        "tpot": state.tpot_s, "ttft": state.ttft_s, "latency": state.ttft_s + (traffic.osl - 1.0) * state.tpot_s,
+        "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
         "output_tokens_per_s": rate * traffic.osl,
     }  # fmt: skip
+
+
+def _chunk_tokens(runs: Runs, iterations: Iterations, load: Array) -> Array:
+    """Tokens of an iteration: as the launch says, or by the engine's default."""
+    launch = runs[0].launch
+    stated = launch.chunk_prompts * (runs[0].row.number("input_len") or 0.0)
+    said = launch.chunk_tokens or stated or float(iterations.software.chunk_tokens)
+    return np.asarray(said + launch.clients_beside * load)
 
 
 def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Clients that replace every answer, of workers for prompts and of others for generation.
 
-    Generation holds as many requests as prompts come in for, at most all; the others wait for or run their prompts (Little's
-    law).
+    A client is at a worker for prompts, on its cache's way, or generates (Little's law): the number that generates is found by
+    bisection. Clients of one worker for prompts wait for each other, all of them at the beginning of a run.
     """
     counts = np.array([run.workers or (1.0, 1.0) for run in runs])
     layout = np.array([run.prefill or (1, 1, 1, 1, 1.0) for run in runs], dtype=np.float64)
@@ -249,33 +273,52 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     zero = np.zeros_like(load)
     batch = prompts * dp
     prompt_s = prefill(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
-    most = counts[:, 0] * pp * batch / prompt_s
-    context = traffic.isl + traffic.osl / 2.0
+    lanes = counts[:, 0] * pp * dp  # ranks that take a batch of prompts each, one after the other
+    most = lanes * prompts / prompt_s
+    context, answer = traffic.isl + traffic.osl / 2.0, max(traffic.osl - 1.0, 1.0)
+    transfer_s = _transfer_s(prefill, iterations, traffic, prompt_s)
+    others = np.maximum(load / lanes - 1.0, 0.0)
+    first = 0.0 if traffic.requests_per_client is None else 1.0 / traffic.requests_per_client
 
     def step_s(n: Array) -> Array:
         each = n / iterations.ctx.mesh.pp
-        return iterations(each, each * context, zero, zero)
+        return np.asarray(iterations(each, each * context, zero, zero))
+
+    def before_s(rate: Array) -> Array:
+        """Seconds until a prompt's cache has arrived, at a rate."""
+        wait_s = clients_wait_s(others, prompt_s / prompts, np.minimum(rate / most, 1.0))
+        wait_s = (1.0 - first) * wait_s + first * others / 2.0 * prompt_s / prompts
+        outside_s = float(iterations.software.admission_s) + runs[0].frontend_s
+        return np.asarray(prompt_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
-        fed = middle / ((traffic.osl - 1.0) * step_s(middle)) * counts[:, 1] <= most
-        low, high = np.where(fed, middle, low), np.where(fed, high, middle)
+        rate = middle / (answer * step_s(middle)) * counts[:, 1]
+        room = (rate <= most) & (rate * before_s(rate) + middle * counts[:, 1] <= load)
+        low, high = np.where(room, middle, low), np.where(room, high, middle)
     tpot_s = step_s(high)
-    rate = high * counts[:, 1] / ((traffic.osl - 1.0) * tpot_s)
-    waiting = np.maximum(load - high * counts[:, 1], 0.0) / rate
+    rate = high * counts[:, 1] / (answer * tpot_s)
     return {
         "tpot": tpot_s,
-        "ttft": np.maximum(waiting, prompt_s) + float(iterations.software.admission_s),
+        "ttft": np.maximum(before_s(rate), load / rate - answer * tpot_s),
         "output_tokens_per_s": rate * traffic.osl,
     }
 
 
+def _transfer_s(prefill: Iterations, decode: Iterations, traffic: Traffic, prompt_s: Array) -> Array:
+    """Seconds that a cache's way to a worker for generation adds, over the cluster's outermost links."""
+    senders, receivers = (i.ctx.mesh.tp * i.ctx.mesh.pp for i in (prefill, decode))
+    n_bytes = prefill.footprint().cache_bytes(traffic.isl) * senders
+    bytes_per_s = prefill.ctx.cluster.tiers[-1].effective_bytes_per_s * np.minimum(senders, receivers)
+    return np.asarray(kv_transfer_s(n_bytes, bytes_per_s, prompt_s, float(prefill.ctx.model.n_layers)))
+
+
 def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
-    """All requests are there: the caches, or the engine's cap, say how many run at once."""
+    """All requests are there: the caches, the engine's cap or the run's length say how many run at once."""
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     held = capacity(iterations, traffic.isl, traffic.osl, chunk)
-    most = np.maximum(held.sequences, 1.0)
+    most = np.clip(held.sequences, 1.0, runs[0].requests)
     state = steady(iterations, traffic, most, chunk)
     return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
 
@@ -283,18 +326,22 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) 
 def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
     """Arrivals: the requests in flight that answer as many per second, by bisection.
 
-    Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first token is foretold.
+    A run of ``N`` requests at a rate ``λ`` lasts ``N/λ`` and the last answer, so that it answers ``N/(N/λ + E)`` per second with
+    an answer's time ``E``. Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first
+    token is foretold.
     """
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
     most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, runs[0].cap).sequences, 1.0)
     low, high = np.zeros_like(load), most
     for _ in range(_BISECTIONS):
         middle = np.maximum((low + high) / 2.0, 1e-3)
-        enough = steady(iterations, traffic, middle, chunk).requests_per_s >= load
+        state = steady(iterations, traffic, middle, chunk)
+        enough = state.requests_per_s >= _asked(state, traffic, load, runs)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     state = steady(iterations, traffic, high, chunk)
-    kept_up = state.requests_per_s >= load * (1.0 - _CLOSE)
-    rate = np.minimum(state.requests_per_s, load)
+    asked = _asked(state, traffic, load, runs)
+    kept_up = state.requests_per_s >= asked * (1.0 - _CLOSE)
+    rate = np.minimum(state.requests_per_s, asked)
     return {
         "tpot": state.tpot_s,
         "ttft": np.where(kept_up & (state.prefill_load < _MOST_LOAD), state.ttft_s, np.nan),
@@ -302,7 +349,13 @@ def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> 
     }
 
 
-_BISECTIONS, _CLOSE, _MOST_LOAD = 20, 0.02, 0.9
+def _asked(state: Steady, traffic: Traffic, load: Array, runs: Runs) -> Array:
+    """Answers per second over the whole run, if the engine keeps up and nobody waits."""
+    answer_s = state.ttft_s - state.wait_s + (traffic.osl - 1.0) * state.tpot_s
+    return np.asarray(1.0 / (1.0 / load + answer_s / runs[0].requests))
+
+
+_BISECTIONS, _CLOSE, _MOST_LOAD = 12, 0.02, 0.9
 
 
 def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:

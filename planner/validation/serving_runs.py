@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.models import load_model
 from planner.specs.stack import Stack, stack_for
 from planner.specs.tiers import Network
+from planner.validation.benchmark_suites import DEFAULTS, Launch, suite_of
 from planner.validation.table import Row, Unsupported
 
 __all__ = ["DRIVERS", "ServedRun", "served_run"]
@@ -25,7 +27,7 @@ with pools of their own for prompts and generation."""
 
 _WEIGHTS = {
     "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "fp4": "nvfp4",
-    "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "int4_wo", "": "bf16",
+    "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "q4_k_m", "": "bf16",
 }  # fmt: skip
 _CACHES = {"fp8": "fp8", "": ""}
 
@@ -42,8 +44,14 @@ class ServedRun:
         isl, osl: lengths.
         driver: one of :data:`DRIVERS`; ``load`` its number: requests in flight, sequences of the batch, or requests per second.
         cap: sequences that the engine was allowed, where arrivals drove the run; None: its default.
+        requests: that the run had in all; infinite: not stated.
         workers: of the pools for prompts and generation, where they are two.
         prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
+        launch: options of the engine that the benchmark's scripts state.
+        frontend_s: seconds that a frontend before the engine adds to the first token.
+        requests_per_client: requests of every client, the first of all at once; None: not known.
+        length_scv: squared coefficient of variation of answers' lengths.
+        may_speculate: whether multi-token prediction was on is not stated, and both were run.
     """
 
     row: Row
@@ -58,8 +66,14 @@ class ServedRun:
     driver: str
     load: float
     cap: float | None = None
+    requests: float = math.inf
     workers: tuple[float, float] | None = None
     prefill: tuple[int, int, int, int, float] | None = None
+    launch: Launch = DEFAULTS
+    frontend_s: float = 0.0
+    requests_per_client: float | None = None
+    length_scv: float = 0.0
+    may_speculate: bool = False
 
     @property
     def exchanged(self) -> bool:
@@ -80,7 +94,12 @@ class ServedRun:
             self.osl,
             self.driver,
             self.cap,
+            self.requests,
             self.exchanged,
+            self.launch,
+            self.frontend_s,
+            self.requests_per_client,
+            self.length_scv,
         )
 
 
@@ -99,13 +118,37 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         raise Unsupported(f"no stack describes the engine {row.text('engine')!r}")
     weights = _weights(row, model, defaults)
     driver, load = _driver(row)
-    isl, osl = _length(row, "input_len"), _length(row, "output_len")
+    suite = suite_of(row)
+    launch = suite.launch(
+        {
+            "engine": row.text("engine").lower(),
+            "generation": cluster.device.generation,
+            "experts": any(block.moe is not None for block in model.blocks.values()),
+            "attention_ranks": dp > 1,
+            "input_len": row.number("input_len") or 0.0,
+            "output_len": row.number("output_len") or 0.0,
+            "tp": float(tp),
+            "concurrency": row.number("concurrency") or 0.0,
+        }
+    )
+    isl, osl = (round(_length(row, column) * suite.mean_length) for column in ("input_len", "output_len"))
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
     return ServedRun(
-        row, model, cluster, stack, weights, _cache(row, stack, weights, defaults), degrees, max(isl, 1), max(osl, 1), driver,
-        load, row.number("concurrency") if driver == "rate" else None, workers, prefill,
+        row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
+        driver, load,
+        cap=row.number("concurrency") if driver == "rate" else None,
+        requests=_requests(row),
+        workers=workers,
+        prefill=prefill,
+        launch=launch,
+        frontend_s=suite.frontend_s,
+        requests_per_client=suite.requests_per_client or None,
+        length_scv=suite.length_scv,
+        may_speculate=suite.may_speculate(
+            row.text("engine").lower(), weights, row.text("measured_date"), model
+        ),
     )  # fmt: skip
 
 
@@ -116,7 +159,15 @@ def _degrees(row: Row) -> tuple[int, int, int, int]:
     tp, pp, dp, ep = (row.whole(name) for name in columns)
     if tp is None or tp < 1:
         raise Unsupported("the parallel layout is not stated")
-    return tp, pp or 1, dp or 1, ep or 1
+    return tp, pp or 1, dp or 1, _experts(columns, tp, dp or 1, ep or 1)
+
+
+def _experts(columns: tuple[str, ...], tp: int, dp: int, ep: int) -> int:
+    """Ranks that experts are spread over; in pools, attention ranks hold them whole, whatever the flag for experts says.
+
+    SGLang's ``--moe-a2a-backend deepep`` spreads experts over all ranks without a word about ``ep_size``.
+    """
+    return tp * dp if columns[0] != "tp" and dp > 1 and ep == 1 else ep
 
 
 def _pools(row: Row) -> tuple[tuple[float, float], tuple[int, int, int, int, float]]:
@@ -126,6 +177,7 @@ def _pools(row: Row) -> tuple[tuple[float, float], tuple[int, int, int, int, flo
         raise Unsupported("how many workers a pool has is not stated")
     columns = ("prefill_tp_size", "prefill_pp_size", "prefill_attention_dp_size", "prefill_moe_ep_size")
     tp, pp, dp, ep = (row.whole(column) or 1 for column in columns)
+    ep = _experts(columns, tp, dp, ep)
     return (workers[0], workers[1]), (tp, pp, dp, ep, row.number("prefill_batch_size") or 1.0)
 
 
@@ -160,10 +212,18 @@ def _driver(row: Row) -> tuple[str, float]:
     raise Unsupported("the load is not stated")
 
 
+def _requests(row: Row) -> float:
+    """Requests of the whole run."""
+    said = re.search(r"(\d+) requests", row.text("features"))
+    return float(said[1]) if said else row.number("requests_completed") or math.inf
+
+
 def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:
     label = (row.text("weight_dtype") or row.text("precision_label")).lower()
     if not label:
         defaults["weight_dtype"] += 1
+        if model.checkpoint:
+            return model.checkpoint  # what is published in one format is served in it
     if label not in _WEIGHTS:
         raise Unsupported(f"number format {label!r}: not modelled")
     found = _WEIGHTS[label]
@@ -174,11 +234,13 @@ def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:
     return found
 
 
-def _cache(row: Row, stack: Stack, weights: str, defaults: Counter[str]) -> str:
-    """The cache's format; where it is not stated, that of the engine's usual checkpoints in the weights' format."""
+def _cache(row: Row, stack: Stack, weights: str, launch: Launch, defaults: Counter[str]) -> str:
+    """The cache's format; where no one states it, that of the engine's usual checkpoints in the weights' format."""
     label = row.text("kv_dtype").lower()
     if label in ("fp8", "int8"):
         return "fp8"
+    if not label and launch.cache:
+        return launch.cache
     if not label:
         defaults["kv_dtype"] += 1
         if stack.knobs.get("cache") == "fp8" and weights in ("fp8", "nvfp4"):

@@ -96,6 +96,67 @@ def test_what_cannot_be_priced_says_why(cells, said):
     assert {entry.status for entry in scores.rows} == {"unsupported"}
 
 
+INFERENCEX = {
+    "upstream": "dated_2026-04-06",
+    "engine": "trtllm",
+    "engine_version": "",
+    "model": "meta-llama/Llama-3.1-70B",
+}
+
+
+def test_a_suite_says_what_its_rows_do_not():
+    """SemiAnalysisAI/InferenceX: lengths uniform from 0.8 of the stated one, ten requests per client, an 8-bit cache."""
+    run = served_run(row(**INFERENCEX, kv_dtype=""), Counter())
+    assert (run.isl, run.osl, run.requests_per_client, run.cache) == (900, 90, 10, "fp8")
+    assert run.length_scv == pytest.approx((0.2**2 / 12) / 0.9**2)
+    plain = served_run(row(), Counter())
+    assert (plain.isl, plain.osl, plain.requests_per_client) == (1000, 100, None)
+
+
+@pytest.mark.parametrize(
+    ("cells", "iterations"),
+    [
+        ({"tp": "4", "input_len": "1024", "output_len": "1024"}, 20),  # batch_wait_timeout_iters
+        ({"tp": "8", "input_len": "1024", "output_len": "1024"}, 0),
+        ({"tp": "1", "dp": "4", "ep": "4", "model": "deepseek-ai/DeepSeek-R1"}, 60),  # timeout_iters
+        (
+            {"engine": "sglang", "accelerator": "B200-SXM", "concurrency": "32"},
+            15,
+        ),  # half of scheduler-recv-interval 30
+        ({"engine": "sglang", "accelerator": "B200-SXM", "concurrency": "8"}, 5),
+    ],
+)
+def test_launches_hold_prompts_back(cells, iterations):
+    run = served_run(row(**{**INFERENCEX, "n_devices": "", **cells}), Counter())
+    assert run.launch.held_back_iterations == iterations
+
+
+def test_rows_that_may_have_speculated_do_not_count():
+    """The suite ran DeepSeek-R1 on TensorRT-LLM with and without its prediction module from 2026-01-14 on."""
+    deepseek = {**INFERENCEX, "model": "deepseek-ai/DeepSeek-R1", "tp": "8", "weight_dtype": "fp8"}
+    before, after = ({"measured_date": date} for date in ("2025-11-02", "2026-01-14"))
+    assert not served_run(row(**deepseek, **before), Counter()).may_speculate
+    assert served_run(row(**deepseek, **after), Counter()).may_speculate
+    assert not served_run(row(**INFERENCEX, **after), Counter()).may_speculate
+    (entry, *_) = [e for e in score_serving(table(row(**deepseek, **after))).rows if e.metric == "tpot"]
+    assert entry.status == "excluded"
+    assert "multi-token prediction" in entry.reason
+
+
+def test_clients_beyond_the_cache_wait_outside():
+    """70 GB of fp8 weights leave an H100 next to nothing for the cache: 64 clients are not answered as fast as 1."""
+    cells = {
+        "model": "meta-llama/Llama-3.1-70B",
+        "tp": "1",
+        "n_devices": "1",
+        "input_len": "8000",
+        "output_len": "1000",
+    }
+    one, many = predict([served_run(row(**cells, concurrency=c), Counter()) for c in ("1", "64")])
+    assert many["ttft"] > 10 * one["ttft"]
+    assert many["tpot"] < 2 * one["tpot"]
+
+
 def test_the_engine_s_version_chooses_the_stack():
     stacks = {
         (engine, version): served_run(row(engine=engine, engine_version=version), Counter()).stack.name

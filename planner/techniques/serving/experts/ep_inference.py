@@ -31,6 +31,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     replica = Group("replica", mesh.tp * mesh.dp, np.ones(1))
     together, apart = (mesh.dp == 1).astype(float), (mesh.dp > 1).astype(float)
     ledger = ledger.set_axes(summed_experts=together, gathered_experts=apart * mesh.dp)
+    own = ctx.stack.serving is None or ctx.stack.serving.all_reduce == "own"
     added: list[Item] = []
     for block in blocks:
         common = {
@@ -40,7 +41,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         tokens = "batch*residual_seq*hidden"
         added += [
             Collective(
-                what="moe.all_reduce", kind="all_reduce", group=mesh.group("tp"), size=f"{tokens}*summed_experts", custom=True,
+                what="moe.all_reduce", kind="all_reduce", group=mesh.group("tp"), size=f"{tokens}*summed_experts", custom=own,
                 **common,  # type: ignore[arg-type]
             ),
             Collective(

@@ -62,10 +62,12 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
 
 
 def _collectives(ledger: Ledger, ctx: ServingContext) -> Iterator[Collective]:
+    own = ctx.stack.serving is None or ctx.stack.serving.all_reduce == "own"
+
     def collective(what: str, block: str, kind: Any, size: str) -> Collective:
         return Collective(
             what=what, block=block, tags=frozenset({"tp"}), by="tp_inference", source="arXiv:1909.08053",
-            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=kind == "all_reduce",
+            kind=kind, group=ctx.mesh.group("tp"), size=size, dtype=ctx.format.activation, custom=own and kind == "all_reduce",
         )  # fmt: skip
 
     seen: set[tuple[str, str]] = set()

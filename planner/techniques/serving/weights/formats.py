@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
@@ -19,18 +19,21 @@ ENDS = ("embedding", "head")
 _WIDE_LABEL = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def one_format(by: str) -> Callable[[Ledger, ServingContext], Ledger]:
-    """The pass of a technique, called ``by``, that gives linear layers and experts the format that the knob names."""
+def one_format(by: str, heads: Mapping[str, str] | None = None) -> Callable[[Ledger, ServingContext], Ledger]:
+    """The pass of a technique, called ``by``, that gives linear layers and experts the format that the knob names.
+
+    ``heads`` says which other format the output projection has under one of them.
+    """
 
     def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         """Switches the format of linear layers and experts by tag."""
         label = str(ctx.knobs["weights"])
-        return store(ledger, ctx, label, label, by)
+        return store(ledger, ctx, label, label, by, (heads or {}).get(label, ""))
 
     return apply
 
 
-def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str) -> Ledger:
+def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: str, head: str = "") -> Ledger:
     """Gives linear layers and experts a format of :data:`~planner.specs.formats.KERNEL_FORMATS`, and all else 16 bits.
 
     Args:
@@ -39,14 +42,17 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
         linear: format of attention's projections and of dense networks; empty: as activations.
         experts: format of routed experts; empty: as activations.
         by: key of the technique.
+        head: format of the output projection; empty: as activations.
     """
     activation = ctx.format.activation
     wide = _WIDE_LABEL[activation]
-    linear, experts = linear or wide, experts or wide
+    linear, experts, head = linear or wide, experts or wide, head or wide
 
     def kernel(item: Kernel) -> Item | None:
         if isinstance(item, Matmul):
-            label = wide if item.tags & WIDE else experts if item.grouped else linear
+            label = experts if item.grouped else linear
+            if item.tags & WIDE:
+                label = head if "head" in item.tags else wide
             form = KERNEL_FORMATS[label]
             out = dtype_bytes(activation) if item.out_bytes is None else item.out_bytes
             return replace(
@@ -62,7 +68,9 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
         if item.pool != "parameters":
             return None
         label = (
-            wide
+            head
+            if item.block == "head"
+            else wide
             if item.block in ENDS or "tied" in item.tags
             else experts
             if "expert" in item.tags

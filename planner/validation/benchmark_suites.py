@@ -1,0 +1,157 @@
+"""What the scripts of published benchmarks say about their rows: lengths, clients, and how the engine was launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+from planner.specs.load import Reader, read_file
+from planner.specs.model import Model
+from planner.validation.table import Row
+
+__all__ = ["DEFAULTS", "Launch", "Suite", "suite_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Options that an engine was started with, where they are not its defaults.
+
+    Attributes:
+        cache: number format of the cache; empty: not said.
+        chunk_tokens: tokens of an iteration; ``chunk_prompts`` the same in prompts of the stated length; 0: the engine's default.
+        clients_beside: whether a token of every client comes on top of it.
+        max_sequences: sequences in one batch; 0: the engine's default.
+        held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
+    """
+
+    cache: str = ""
+    chunk_tokens: int = 0
+    chunk_prompts: int = 0
+    clients_beside: bool = False
+    max_sequences: int = 0
+    held_back_iterations: int = 0
+
+
+DEFAULTS = Launch()
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """One benchmark.
+
+    Attributes:
+        upstream: how the column of that name begins in its rows.
+        shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
+        requests_per_client: requests of every client, the first of all at once; 0: not said.
+        frontend_s: seconds that the suite's own frontend adds to the first token.
+        launches: options, with the conditions under which they hold.
+        speculation: engines and formats that ran with and without multi-token prediction, and since when.
+    """
+
+    upstream: tuple[str, ...] = ()
+    shortest_length: float = 1.0
+    requests_per_client: int = 0
+    frontend_s: float = 0.0
+    launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
+    speculation: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length relative to the stated one."""
+        return (1.0 + self.shortest_length) / 2.0
+
+    @property
+    def length_scv(self) -> float:
+        """Squared coefficient of variation of lengths.
+
+        >>> round(Suite(shortest_length=0.8).length_scv, 5)
+        0.00412
+        """
+        return float((1.0 - self.shortest_length) ** 2 / 12.0 / self.mean_length**2)
+
+    def launch(self, run: Mapping[str, str | bool | float]) -> Launch:
+        """The options of a run, by what conditions ask for."""
+        for conditions, options in self.launches:
+            if all(_holds(name, value, run) for name, value in conditions.items()):
+                return options
+        return DEFAULTS
+
+    def may_speculate(self, engine: str, weights: str, date: str, model: Model) -> bool:
+        """Whether a row may or may not have run with the model's own multi-token prediction."""
+        return model.mtp_layers > 0 and any(
+            engine == name and (not form or weights == form) and date >= since
+            for name, form, since in self.speculation
+        )
+
+
+def suite_of(row: Row) -> Suite:
+    """The suite of a row; one that says nothing where none is known."""
+    upstream = row.text("upstream")
+    return next((suite for suite in _suites() if upstream and upstream.startswith(suite.upstream)), Suite())
+
+
+@lru_cache(maxsize=1)
+def _suites() -> tuple[Suite, ...]:
+    path = str(files("planner.validation").joinpath("benchmark_suites.toml"))
+    reader = Reader(read_file(path), path)
+    found = []
+    names = reader.keys()
+    for name in names:
+        entry: Reader = reader.table(name)
+        entry.text("source")
+        found.append(
+            Suite(
+                entry.texts("upstream"),
+                entry.number("shortest_length", 1.0),
+                entry.integer("requests_per_client", 0, minimum=0),
+                entry.number("frontend_s", 0.0),
+                tuple(_launch(each) for each in entry.tables("launch", [])),
+                tuple(_speculation(each) for each in entry.tables("speculation", [])),
+            )
+        )
+        entry.finish()
+    reader.raise_if_any()
+    return tuple(found)
+
+
+def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | float]) -> bool:
+    """Whether a run keeps a condition: a value of its own, a least or a most one.
+
+    >>> _holds("most_tp", 4.0, {"tp": 8.0}), _holds("engine", "vllm", {"engine": "vllm"})
+    (False, True)
+    """
+    bound, _, what = name.partition("_")
+    if bound == "least":
+        return float(run[what]) >= float(value)
+    if bound == "most":
+        return float(run[what]) <= float(value)
+    return run[name] == value
+
+
+def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
+    conditions: dict[str, str | bool | float] = {
+        name: reader.text(name) for name in ("engine", "generation") if reader.has(name)
+    }
+    conditions |= {name: reader.boolean(name) for name in ("experts", "attention_ranks") if reader.has(name)}
+    bounds = ("input_len", "output_len", "most_tp", "least_concurrency")
+    conditions |= {name: reader.number(name) for name in bounds if reader.has(name)}
+    options = Launch(
+        reader.text("cache", ""),
+        reader.integer("chunk_tokens", 0, minimum=0),
+        reader.integer("chunk_prompts", 0, minimum=0),
+        reader.boolean("clients_beside", False),
+        reader.integer("max_sequences", 0, minimum=0),
+        reader.integer("held_back_iterations", 0, minimum=0),
+    )
+    reader.text("source")
+    reader.finish()
+    return conditions, options
+
+
+def _speculation(reader: Reader) -> tuple[str, str, str]:
+    found = reader.text("engine"), reader.text("weights", ""), reader.text("since")
+    reader.text("source")
+    reader.finish()
+    return found
