@@ -224,6 +224,12 @@ def _outcomes(report: Report) -> Iterator[str]:
             yield _row(sweep["sweep_id"], str(sweep["plans"]), *found)
         mean = f"**{ranking['kendall_tau_mean']:.2f}**", f"**{ranking['top1_regret_mean']:.1%}**"
         yield _row(f"**mean of {ranking['sweeps']}**", "", *mean)
+        asked = sum(row.metric == "ranking" and row.status == "scored" for row in report.rows)
+        yield ""
+        yield (
+            f"{ranking['rows']} of the {asked} runs that ask to be ranked are in these sweeps; the others' have fewer than four"
+        )
+        yield "distinct plans. Runs that ask the same of every device are repeats of one plan and count by their mean."
 
 
 def _kernels(report: Report | None) -> Iterator[str]:

@@ -24,6 +24,7 @@ from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
 from planner.layout import Layouts
 from planner.solve.candidates import Jobs
 from planner.solve.expansion import Expansion
+from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch
@@ -75,11 +76,12 @@ def pricing_rate() -> float:
     schedule, chosen = next(d for d in search.layouts_of(16) if d[1].virtual_stages == 4)
     some = np.arange(int(work.starts[-1]))
     many = np.repeat(some, 4000 // len(some) + 1)
-    layout = Layouts([chosen]).deal(np.zeros(len(many), dtype=np.intp))
-    work.plain(schedule, layout, many)
+    none, alone = np.zeros(len(many)), np.zeros(len(many), dtype=np.intp)
+    pairs = Pairs(schedule, Layouts([chosen]), alone, many, none, alone, work.states[:, many])
+    work.plain(pairs)
     before, start = search.counts.scored + search.counts.rejected["device memory"], time.process_time()
     for _ in range(20):
-        work.plain(schedule, layout, many)
+        work.plain(pairs)
     priced = search.counts.scored + search.counts.rejected["device memory"] - before
     return priced / (time.process_time() - start)
 
@@ -137,11 +139,19 @@ def valid_rows(search: UniformSearch, prefix: Mapping[str, Choice]) -> Rows:
 
 def expansion(search: UniformSearch, prefix: Mapping[str, Choice], rows: Rows) -> Expansion:
     """All branches of a prefix on some rows, ledgers built."""
-    ctx = rows.context(search.problem, search.space.knobs(prefix))
+    knobs = search.space.knobs(prefix)
+    ctx = rows.context(search.problem, knobs)
     tables = BranchTables(
         search.space, search.branches, search.pricer, search.kinds, prefix, ctx, search.ledger(prefix, ctx)
     )
-    return Expansion(search.problem, search.branches, [tables], [rows], search.counts)
+    return Expansion(
+        search.problem,
+        search.branches,
+        [tables],
+        [rows],
+        [search.branches.activity(rows, knobs)],
+        search.counts,
+    )
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from planner.attribution import Spend
+from planner.costs.precision import FORMAT_BITS
 from planner.errors import PlannerError
 from planner.ledger import AttentionCore, Collective, Matmul, Stream
 from planner.solve.train import examine
@@ -38,6 +39,7 @@ from planner.validation.exclusions import read_exclusions
 from planner.validation.measured import asks_for, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
 from planner.validation.table import Table, Unsupported, read_table
+from planner.validation.training import predicted_run
 
 Key = tuple[str, str, str]  # stack, generation ("": any), constant
 
@@ -47,7 +49,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "attention_slowdown"),
     ("default", "", "collective_slowdown"),
     ("default", "", "exchange_slowdown"),
-    ("megatron-bridge", "", "matmul_slowdown"),
+    ("megatron-bridge", "", "narrow_matmul_slowdown"),
     ("megatron-bridge", "", "grouped_matmul_slowdown"),
     ("megatron-eager", "ampere", "matmul_slowdown"),
     ("megatron-eager", "", "collective_slowdown"),
@@ -65,9 +67,9 @@ CONSTANTS: tuple[Key, ...] = (
     ("composer", "", "overlap_slowdown"),
 )
 # A stack may have better kernels than those that were measured: newer libraries' products, exchanges of their own.
-LOWEST = {"matmul_slowdown": 0.7, "exchange_slowdown": 0.4}
-PRIORS = {"waited_dispatches": 20.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
-HIGHEST = {"waited_dispatches": 40.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
+LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7, "exchange_slowdown": 0.4}
+PRIORS = {"waited_dispatches": 5.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
+HIGHEST = {"waited_dispatches": 10.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
 _SPREAD = 0.35  # of the prior, in logarithms
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 8
@@ -173,17 +175,15 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
                     continue
                 if row.row_id in excluded and excluded[row.row_id].reason("tokens_per_s_per_device"):
                     continue
-                run = run_of(row)
+                run, _ = predicted_run(run_of(row))
                 problem = run.problem
                 measured = tokens_per_s_per_device(
                     row, problem.model, problem.workload, problem.cluster.devices, problem.cluster.device,
-                    str(problem.fixed["precision"]).replace("mx", "").replace("nv", ""),
+                    str(problem.fixed["precision"]).replace("mx", "").replace("nv", "").removesuffix("_rowwise"),
                 )  # fmt: skip
-                estimated = examine(problem)
             except (Unsupported, PlannerError):
                 continue
-            if estimated.plan.estimate.fits:
-                rows.append(Row(run, row.file, row.text("model"), measured))
+            rows.append(Row(run, row.file, row.text("model"), measured))
     return rows
 
 
@@ -206,14 +206,15 @@ def evaluate(rows: Sequence[Row], values: dict[Key, float]) -> tuple[np.ndarray,
 
 def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, float]]:
     """log(predicted/measured seconds), and the share of the step (all of it, hidden or not) that each constant slows."""
-    assembly = examine(row.with_stack(values).problem)
+    problem = row.with_stack(values).problem
+    assembly, stack = examine(problem), problem.stack
     kinds: dict[str, float] = defaultdict(float)
     host = [spend for spend in assembly.spends if spend.share.item is None]
     paced = {(s.share.block, s.share.phase) for s in host if s.share.exposed_s < s.share.price_s}
     busy = sum(spend.seconds for spend in assembly.spends)
     for spend in assembly.spends:
         # Where the host sets the pace, its time is all that counts.
-        kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else _kind(spend)
+        kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else _kind(spend, stack)
         if kind is not None:
             kinds[kind] += (spend.alone_s if kind in _HIDDEN else spend.seconds) / busy
         if spend.share.item is None and kind is None:
@@ -223,10 +224,10 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
     return log(row.measured / assembly.plan.estimate.tokens_per_s_per_device), kinds
 
 
-def _kind(spend: Spend) -> str | None:
+def _kind(spend: Spend, stack: Stack) -> str | None:
     item = spend.share.item
     if isinstance(item, Matmul):
-        return "grouped_matmul_slowdown" if item.grouped else "matmul_slowdown"
+        return stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     if isinstance(item, AttentionCore):
         return "attention_slowdown"
     if isinstance(item, Stream):

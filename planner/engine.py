@@ -27,7 +27,7 @@ from planner.costs.collectives import (
     group_members,
 )
 from planner.costs.overlap import pipelined_s
-from planner.costs.precision import dtype_bytes
+from planner.costs.precision import FORMAT_BITS, dtype_bytes
 from planner.kernel_prices import KernelPrices
 from planner.ledger import (
     Array,
@@ -35,6 +35,7 @@ from planner.ledger import (
     Axes,
     Collective,
     Group,
+    Index,
     Item,
     Kernel,
     Ledger,
@@ -51,6 +52,7 @@ __all__ = [
     "FIELDS",
     "PHASES",
     "POOLS",
+    "TIMES",
     "TRACKS",
     "BlockTable",
     "Pricer",
@@ -141,7 +143,9 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
-            return float(stack.grouped_matmul_slowdown if item.grouped else stack.matmul_slowdown)
+            return float(
+                getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
+            )
         if isinstance(item, AttentionCore):
             return float(stack.attention_slowdown)
         if isinstance(item, Stream):
@@ -193,6 +197,8 @@ FIELDS = (
     "freed_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     *(f"{pool}_bytes" for pool in POOLS),
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS),
@@ -207,13 +213,16 @@ COMPACT = (
     "step_bytes",
     "host_bytes",
     "host_saved_bytes",
+    "nvme_bytes",
+    "nvme_saved_bytes",
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS[1:]),
 )
-_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT)}
+TIMES = tuple(name for name in COMPACT if not name.endswith("_bytes"))
+_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT, TIMES)}
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
@@ -225,9 +234,9 @@ class BlockTable:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
     backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``host_bytes``: held in host memory, and ``host_saved_bytes`` there per micro-batch in flight. ``<track>_step_s``: once per
-    optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and forward work;
-    ``<track>_messages``: into how many messages they are cut.
+    ``<tier>_bytes``: held in a slower tier (host, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
+    ``<track>_step_s``: once per optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and
+    forward work; ``<track>_messages``: into how many messages they are cut.
     """
 
     kinds: tuple[str, ...]
@@ -237,6 +246,11 @@ class BlockTable:
     def __getitem__(self, name: str) -> Array:
         field: Array = self.values[_ROWS[self.fields][name]]
         return field
+
+    def times(self, rows: Index) -> BlockTable:
+        """The ``TIMES`` of some rows."""
+        fields = np.array([_ROWS[self.fields][name] for name in TIMES])[:, None, None]
+        return BlockTable(self.kinds, self.values[fields, np.arange(len(self.kinds))[:, None], rows], TIMES)
 
     @staticmethod
     def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
@@ -249,10 +263,13 @@ def tabulate(
 ) -> BlockTable:
     """Prices a ledger, resolves overlap window by window, and sums it per block kind.
 
-    Ledgers that share items on the same axes share the sums of whatever did not change between them.
+    Ledgers that share items on the same axes share the sums of whatever did not change between them. What is held is not summed
+    where ``fields`` ask for times alone.
     """
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
+        if fields is TIMES and isinstance(item, Resident):
+            continue
         where = (item.block, "resident" if isinstance(item, Resident) else item.phase)
         if where in parts:
             parts[where].append(item)
@@ -265,9 +282,12 @@ def tabulate(
         key = (part, *map(id, items))
         known = ledger.axes.sums.get(key)
         if known is None:
-            summarise = _residents if part == "resident" else _step if part == "step" else _phase
-            totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
-            sizes = "|".join(i.size if isinstance(i, Resident) else pricer.key(i)[0] for i in items)
+            if part == "resident":
+                totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
+            else:
+                summarise = _step if part == "step" else _phase
+                totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
+                sizes = "|".join(pricer.key(item)[0] for item in items)
             known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
         for name, total in known[1][0].items():
             if name in at:
@@ -308,6 +328,8 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
     A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
     """
+    if isinstance(item, Stream) and item.calls is not None:
+        return axes[item.calls]
     if isinstance(item, Matmul) and item.grouped and not item.format:
         each: Array = axes[item.groups] * item.launches
         return each
@@ -315,23 +337,34 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds and messages per track of what happens once per optimizer step."""
+    """Seconds and messages per track of what happens once per optimizer step.
+
+    A window of the step is named after the track that it lies on, and is one message of it.
+    """
     totals: dict[str, Any] = defaultdict(float)
+    windows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     for item, price in zip(items, prices, strict=True):
+        if item.window:
+            windows[item.window][item.track] = windows[item.window][item.track] + price
+            continue
         totals[f"{item.track}_step_s"] = totals[f"{item.track}_step_s"] + price
         if isinstance(item, Collective):
             sent = ledger.axes[item.messages] * (price > 0)  # a group of one sends nothing
             totals[f"{item.track}_messages"] = totals[f"{item.track}_messages"] + sent
+    for window, tracks in windows.items():
+        inside = pipelined_s(list(tracks.values()), np.inf, pricer.stack.overlap_slowdown.value)
+        totals[f"{window}_step_s"] = totals[f"{window}_step_s"] + inside
+        totals[f"{window}_messages"] = totals[f"{window}_messages"] + (inside > 0)
     return totals
 
 
-def _residents(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
+def _residents(items: list[Item], ledger: Ledger) -> dict[str, Array]:
     """Bytes per lifetime, and per pool for what is held throughout."""
     totals: dict[str, Any] = defaultdict(float)
     for item in items:
         assert isinstance(item, Resident)
         if item.tier != "device":
-            name = "host_bytes" if item.lifetime == "always" else "host_saved_bytes"
+            name = f"{item.tier}_bytes" if item.lifetime == "always" else f"{item.tier}_saved_bytes"
         elif item.lifetime == "always":
             name = f"{item.pool}_bytes"
         else:
@@ -358,9 +391,10 @@ def _key(item: Item) -> Any:
             sizes = f"{sizes}|{item.out_bytes}"
         return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
-        return (item.size, item.bytes_per_element, item.launches, item.flop_per_element)
+        sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
+        return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, id(item.group), item.dtype, item.custom)
+        return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)

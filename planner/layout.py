@@ -179,8 +179,9 @@ def deal_layers(
     """The layout of some numbers of layers per stage of a pipeline, which add up to all layers."""
     ends = np.cumsum(sizes)
     pipeline = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
-    pipeline[0, kinds.index(EMBEDDING)] = 1
-    pipeline[-1, kinds.index(HEAD)] = 1
+    everywhere, part = placement.shared_ends, 1.0 / len(pipeline)
+    pipeline[:, kinds.index(EMBEDDING)] = part if everywhere else np.arange(len(pipeline)) == 0
+    pipeline[:, kinds.index(HEAD)] = part if everywhere else np.arange(len(pipeline)) == len(pipeline) - 1
     return layout_of(pipeline, pp, virtual_stages, split, placement, alike_in_order)
 
 

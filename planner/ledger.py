@@ -10,7 +10,7 @@ Axis names may be qualified by the block they belong to (``ffn@decoder``); the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -45,11 +45,15 @@ CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | al
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Ranks that communicate: ``size`` ranks, ``stride`` apart in the mesh order (innermost first); arrays over rows."""
+    """Ranks that communicate: ``size`` ranks, ``stride`` apart in the mesh order (innermost first); arrays over rows.
+
+    ``key`` is the group's own, and the same on any part of its rows.
+    """
 
     name: str
     size: Array
     stride: Array
+    key: object = field(default_factory=object, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,8 @@ class Item:
         by: key of the technique that put it here.
         source: where its formula comes from.
         window: items of one window run side by side (one track per ``track``); the empty window is the block's own
-            serial order, which everything on another track of the empty window runs beside.
+            serial order, which everything on another track of the empty window runs beside. A window of the step is named
+            after the step's track that it lies on (main, gradients, weights).
         track: the stream inside the window.
         waited: the host waits for each kernel or call before it issues the next.
     """
@@ -131,11 +136,15 @@ class AttentionCore(Kernel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream(Kernel):
-    """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements."""
+    """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
+
+    ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
+    """
 
     size: str
     bytes_per_element: float
     flop_per_element: float = 0.0
+    calls: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,8 +243,10 @@ class Axes:
         return axes
 
     def take(self, index: Index) -> Axes:
-        """The axes on the rows at ``index``."""
-        return Axes({name: _at(size, index) for name, size in self._sizes.items()})
+        """The axes on the rows at ``index``, with what was priced on all of them."""
+        axes = Axes({name: _at(size, index) for name, size in self._sizes.items()})
+        axes.prices = {key: _at(np.asarray(price), index) for key, price in self.prices.items()}
+        return axes
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""

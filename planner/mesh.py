@@ -61,7 +61,7 @@ class Mesh:
         """A group of the mesh that this one was taken from, on the rows at ``index``; the same object every time."""
         if id(group) not in self._counterparts:
             size, stride = (v[index] if v.size > 1 else v for v in (group.size, group.stride))
-            self._counterparts[id(group)] = group, Group(group.name, size, stride)
+            self._counterparts[id(group)] = group, Group(group.name, size, stride, group.key)
         return self._counterparts[id(group)][1]
 
     def subgroup(self, of: str, name: str, size: Array, *, inner: bool) -> Group:

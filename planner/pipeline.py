@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING
+from planner.costs.arrays import distinct
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.engine import POOLS, BlockTable
 from planner.layout import BOUNDARY, Dealt, Layout, over_blocks, per_row
@@ -22,6 +23,7 @@ from planner.schedule.order import Generator, generator_of
 from planner.specs.stack import Stack
 
 __all__ = [
+    "SLOWER",
     "held_bytes",
     "memory",
     "memory_parts",
@@ -32,6 +34,8 @@ __all__ = [
     "tail_traffic",
     "tight_bound",
 ]
+
+SLOWER = ("host", "nvme")  # tiers below device memory, as residents name them
 
 
 def step_bound(
@@ -165,14 +169,14 @@ def memory(
     stack: Stack,
     communicators: Array | float,
     recompute_layers: Array | float | None = None,
-) -> tuple[Array, Array]:
-    """Peak device bytes and host bytes, the largest over devices, per row."""
-    live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
+) -> tuple[Array, dict[str, Array]]:
+    """Peak device bytes, and bytes in each slower tier, the largest over devices, per row."""
+    live, at_work, slower = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
     held = held_bytes(layout, table["always_bytes"])
     idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
     passes = (1.0 + stack.fragmentation.value) * (live + at_work)
     peak = (held + np.maximum(passes, held_bytes(layout, table["step_bytes"]))).max(axis=0) + idle
-    return peak, host.max(axis=0)
+    return peak, {tier: held_there.max(axis=0) for tier, held_there in slower.items()}
 
 
 def memory_parts(
@@ -184,14 +188,14 @@ def memory_parts(
     communicators: Array | float,
     recompute_layers: Array | float | None = None,
 ) -> dict[str, Array]:
-    """The same by pool, on the first device of each run of equal devices: (runs, rows); ``host`` is host memory.
+    """The same by pool, on the first device of each run of equal devices: (runs, rows); slower tiers by their names.
 
     ``activations`` is the schedule's exact peak of saved bytes; ``workspace`` the largest transient of a block, taken to
     coincide with it; ``update`` what the optimizer step needs beyond both. ``cached`` is no part of the peak: freed blocks that
     an allocator keeps because later tensors are larger than each of them. Layers run before the head, whose logits are larger
     than a layer's tensors; the update's flat buffers are larger than both.
     """
-    live, at_work, host = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
+    live, at_work, slower = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
     ends = table.kinds.index(EMBEDDING)
     layers, head = (
         _transients(table, layout, recompute_layers, part) for part in (slice(0, ends), slice(ends, None))
@@ -206,8 +210,7 @@ def memory_parts(
     parts["update"] = np.maximum(step - passes, 0.0)
     freed = np.stack([np.max(table["freed_bytes"][there], axis=0) for there in layout.first_counts > 0])
     parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head) + freed
-    parts["host"] = host
-    return parts
+    return parts | slower
 
 
 def _dynamic(
@@ -216,19 +219,21 @@ def _dynamic(
     schedule: Generator | str,
     micro_batches: Array,
     recompute_layers: Array | float | None,
-) -> tuple[Array, Array, Array]:
-    """Saved activations at their peak, the largest transient, and host bytes: (runs, rows) each."""
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Saved activations at their peak, the largest transient, and what slower tiers hold: (runs, rows) each."""
     generator = generator_of(schedule)
     fraction = recomputed_fraction(layout, recompute_layers)
     recomputed = table["recomputed_bytes"]
     saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
     live = _peak(saved, table["weight_input_bytes"], layout, generator, micro_batches)
     at_work = _transients(table, layout, recompute_layers, slice(None))
-    host = held_bytes(layout, table["host_bytes"])
-    saved_on_host = table["host_saved_bytes"]
-    if saved_on_host.any():
-        host = host + _peak(saved_on_host, np.zeros_like(saved_on_host), layout, generator, micro_batches)
-    return live, at_work, host
+    slower = {}
+    for tier in SLOWER:
+        slower[tier] = held_bytes(layout, table[f"{tier}_bytes"])
+        away = table[f"{tier}_saved_bytes"]
+        if away.any():
+            slower[tier] = slower[tier] + _peak(away, np.zeros_like(away), layout, generator, micro_batches)
+    return live, at_work, slower
 
 
 def _transients(
@@ -237,9 +242,10 @@ def _transients(
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
     recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
     transient = (table["block_bytes"] + recomputed)[part]
-    present = layout.first_counts[:, part] > 0
+    present = np.minimum(layout.first_counts[:, part], 1.0)  # of ends that all stages share, a part
     if present.ndim == 2:
-        return np.stack([np.max(transient[there], axis=0, initial=0.0) for there in present])
+        each = ((there > 0, there) for there in present)
+        return np.stack([np.max(transient[on] * there[on, None], axis=0, initial=0.0) for on, there in each])
     largest: Array = np.max(present * transient, axis=1, initial=0.0)
     return largest
 
@@ -254,7 +260,7 @@ def _peak(
         return one_each * held_bytes(layout, saved)
     if isinstance(layout, Dealt):
         live = np.zeros((layout.among.runs, saved.shape[1]))
-        for which in np.unique(layout.of).tolist():
+        for which in distinct(layout.of).tolist():
             at, own = np.flatnonzero(layout.of == which), layout.among.each[which]
             part = _peak(saved[:, at], weight_input[:, at], own, generator, micro_batches[at])
             live[: len(own.run_first), at] = part
@@ -262,7 +268,7 @@ def _peak(
     depth = saturated(generator, layout.pp, layout.virtual_stages, micro_batches)
     held = np.concatenate([saved, weight_input]) if generator.splits_backward else saved
     live = np.empty((len(layout.run_first), saved.shape[1]))
-    for m in np.unique(depth):
+    for m in distinct(depth):
         at = np.flatnonzero(depth == m)
         layers, starts = _live_layers(layout, generator, int(m))
         live[:, at] = np.maximum.reduceat(layers @ held[:, at], starts, axis=0)

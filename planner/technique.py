@@ -256,7 +256,10 @@ class Technique:
         needs: permissions without which no plan has it (:data:`planner.specs.problem.PERMISSIONS`).
         by_row: of what moves states or activations to slower memory: whether its rules look at more than machine and job.
         moves: pools that the pass takes off the device, so that no bound of memory may rest on them.
+        apart: of a schedule that edits the ledger, whether its pass looks at nothing that the additive slots put there.
+        saves: whether its pass may take the update's time off a row: it is no bound then for what the pass makes of the row.
         active: rows on which the pass does anything; elsewhere it repeats another candidate and is not counted.
+        fixes: of a preset, what every plan has (``--preset``), as ``--fix`` takes it.
         solve: of a solver, what finds its answers; ``naive`` takes the same problem and answers without one.
     """
 
@@ -281,7 +284,10 @@ class Technique:
     needs: tuple[str, ...] = ()
     by_row: bool = False
     moves: tuple[str, ...] = ()
+    apart: bool = False
+    saves: bool = False
     active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    fixes: Mapping[str, Any] = field(default_factory=dict)
     solve: Callable[..., Any] | None = None
     naive: Callable[..., Any] | None = None
 
@@ -291,13 +297,17 @@ class Technique:
         return self.apply is not _identity
 
     def subject(self, figure: Figure) -> Any:
-        """What a figure exercises: the solver, the pass, the order, or the formula."""
+        """What a figure exercises: the solver, the preset's choices, the pass, the order, or the formula."""
+        if self.kind == "preset":
+            return self.fixes
         if self.solve:
             return self.solve
         return self.apply if figure.of_pass else self.order or self.compose or self.apply
 
     def absence(self, figure: Figure) -> Any:
         """What takes its place where the technique is missing: no plan, a pass or an order that does nothing, or nothing."""
+        if self.kind == "preset":
+            return {}
         if self.solve:
             return self.naive
         if figure.of_pass or not (self.order or self.compose):
@@ -317,6 +327,7 @@ class Technique:
             "summary": self.summary,
             "needs": list(self.needs),
             "knobs": [knob.name for knob in self.knobs],
+            "fixes": dict(self.fixes),
             "figures": [
                 {"what": f.what, "published": f.published, "tolerance": f.tolerance, "source": f.source}
                 for f in self.figures

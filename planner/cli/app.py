@@ -1,35 +1,32 @@
-"""The command tree: one module per verb, gathered here."""
+"""The command tree: one module per verb, loaded when its verb is called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from planner import __version__
-from planner.cli import (
-    calibrate,
-    check,
-    compare,
-    estimate,
-    explain,
-    export,
-    goodput,
-    hardware,
-    models,
-    schema,
-    serve,
-    simulate,
-    solve,
-    techniques,
-    trace,
-    train,
-    validate,
-)
 
 __all__ = ["command"]
 
+_VERBS = (
+    "train",
+    "serve",
+    "simulate",
+    "estimate",
+    "check",
+    "explain",
+    "trace",
+    "goodput",
+    "compare",
+    "export",
+    "techniques",
+)
+_GROUPS = ("solve", "hardware", "models", "calibrate")
+_MORE_VERBS = ("validate", "schema")
 _PLAIN: dict[str, Any] = {
     "invoke_without_command": True,
     "rich_markup_mode": None,
@@ -39,34 +36,21 @@ _PLAIN: dict[str, Any] = {
 _WRONG_INPUT = 2
 
 
-def command() -> Callable[..., Any]:
-    """The program as a callable that takes arguments."""
+def command(first: str = "") -> Callable[..., Any]:
+    """The program as a callable that takes arguments; where ``first`` of them names a verb, with that verb alone."""
+    everything = (*_VERBS, *_GROUPS, *_MORE_VERBS)
     app = typer.Typer(name="planner", help=_HELP, **_PLAIN)
     app.callback()(_program)
-    app.command("train")(train.train)
-    app.command("serve")(serve.serve)
-    app.command("simulate")(simulate.simulate)
-    app.command("estimate")(estimate.estimate)
-    app.command("check")(check.check)
-    app.command("explain")(explain.explain)
-    app.command("trace")(trace.trace)
-    app.command("goodput")(goodput.goodput)
-    app.command("compare")(compare.compare)
-    app.command("export")(export.export)
-    app.command("techniques")(techniques.techniques)
-    for name, verbs in (
-        ("solve", solve),
-        ("hardware", hardware),
-        ("models", models),
-        ("calibrate", calibrate),
-    ):
-        group = typer.Typer(help=verbs.HELP, **_PLAIN)
+    for name in (first,) if first in everything else everything:
+        module = import_module(f"planner.cli.{name}")
+        if name not in _GROUPS:
+            app.command(name)(getattr(module, name))
+            continue
+        group = typer.Typer(help=module.HELP, **_PLAIN)
         group.callback()(_group)
-        for verb, run in verbs.VERBS.items():
+        for verb, run in module.VERBS.items():
             group.command(verb)(run)
         app.add_typer(group, name=name)
-    app.command("validate")(validate.validate)
-    app.command("schema")(schema.schema)
     program: Any = typer.main.get_command(app)
     return program.main  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ import typer
 
 from planner.cli.job import JobOptions, with_job
 from planner.cli.launched import best_of_launcher, launched_problem
+from planner.cli.served import check_served, refuse_traffic, serves, traffic_option
 
 if TYPE_CHECKING:
     from planner.export.checking import Change
@@ -23,19 +24,39 @@ def check(
         typer.Option(
             "--from",
             metavar="LAUNCHER FILE",
-            help="The configuration: megatron, deepspeed, accelerate, torchtitan or galvatron.",
+            help="The configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
         ),
     ],
+    isl: Annotated[str | None, traffic_option("isl")] = None,
+    osl: Annotated[str | None, traffic_option("osl")] = None,
+    rate: Annotated[str | None, traffic_option("rate")] = None,
+    concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
+    ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
+    tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Say what is wrong or wasteful in a launcher's configuration.
 
     Rules are stricter than the launcher's own, and each broken one says at which layer the launcher would have caught it.
-    Then what the best plan for the same job would gain, knob by knob. Exits 1 where something is wrong.
+    Then what the best plan for the same job would gain, knob by knob. Exits 1 where something is wrong. Of a pair of vllm's or
+    sglang's pools, the files have a comma between them: prefill first.
     """
     from planner.cli.output import print_json
     from planner.export.checking import findings, path_to
 
+    traffic = {
+        "isl": isl,
+        "osl": osl,
+        "rate": rate,
+        "concurrency": concurrency,
+        "ttft_ms": ttft_ms,
+        "tpot_ms": tpot_ms,
+    }
+    if serves(source[0]):
+        if check_served(job, source, traffic, as_json):
+            raise typer.Exit(_WRONG)
+        return
+    refuse_traffic(source[0], traffic)
     problem, run = launched_problem(job, *source)
     found, plan = findings(problem, run)
     best = best_of_launcher(problem, run.launcher)

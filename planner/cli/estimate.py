@@ -11,6 +11,7 @@ from planner.cli.explain import single
 from planner.cli.job import JobOptions, with_job
 from planner.cli.launched import best_of_launcher, launched_problem
 from planner.cli.plan_file import PLAN_HELP
+from planner.cli.served import estimate_served, refuse_traffic, serves, traffic_option
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -31,7 +32,7 @@ def estimate(
         typer.Option(
             "--from",
             metavar="LAUNCHER FILE",
-            help="Price this configuration: megatron, deepspeed, accelerate, torchtitan or galvatron.",
+            help="Price this configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
             show_default=False,
         ),
     ] = None,
@@ -44,6 +45,12 @@ def estimate(
             show_default=False,
         ),
     ] = None,
+    isl: Annotated[str | None, traffic_option("isl")] = None,
+    osl: Annotated[str | None, traffic_option("osl")] = None,
+    rate: Annotated[str | None, traffic_option("rate")] = None,
+    concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
+    ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
+    tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -67,13 +74,25 @@ def estimate(
         _again(plan_file, as_json)
         return
     given = ("megatron", script) if script is not None and source is None else source
+    traffic = {
+        "isl": isl,
+        "osl": osl,
+        "rate": rate,
+        "concurrency": concurrency,
+        "ttft_ms": ttft_ms,
+        "tpot_ms": tpot_ms,
+    }
+    if given is not None and serves(given[0]):
+        estimate_served(job, given, traffic, out, as_json)
+        return
+    refuse_traffic(None if given is None else given[0], traffic)
     problem, notes = _named(job, given)
     with OutputFile(out) if out is not None else nullcontext() as file:
         plan = price(problem)
         best = best_of_launcher(problem, given[0]) if given is not None else None
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "plans": [plan.as_dict()]}
         content |= confidence_fields([plan], problem)
-        totals = run_totals(plan)
+        totals = run_totals(plan, problem)
         if totals is not None:
             content["run"] = totals
         if given is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _TO = (
     "accelerate, deepspeed, galvatron, megatron, megatron-bridge, torchrun, torchtitan or transformers; serving plans: vllm, "
-    "sglang or trtllm."
+    "sglang, trtllm, dynamo or llm-d."
 )
 
 
@@ -37,7 +37,7 @@ def export(
         typer.Option(
             "--with",
             metavar="SYSTEM",
-            help="Batch system to start it under: slurm or kubernetes. Repeatable.",
+            help="Batch system to start it under: slurm or kubernetes (k8s). Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -67,12 +67,15 @@ def export(
     prediction, and what to check first.
     """
     from planner.cli.serve_plan import read_serving_plan
-    from planner.errors import ExportError
+    from planner.errors import ExportError, Problem, SpecError
     from planner.export import export_folder
 
     served = read_serving_plan(plan)
     if served is not None:
-        _export_serving(served, to, out, as_json)
+        if script is not None:
+            raise SpecError(Problem("--script", "beside a serving plan", "a plan that trains"))
+        files = _serving_files(served, plan, to, version, around or [], image)
+        _show(served.id, to, files, out, as_json)
         return
     chosen = read_plan(plan)
     options: dict[str, Any] = {"script": script, "version": version, "around": around or [], "image": image}
@@ -83,10 +86,26 @@ def export(
     _show(chosen.id, to, files, out, as_json)
 
 
-def _export_serving(plan: ServePlan, to: str, out: str | None, as_json: bool) -> None:
+def _serving_files(
+    plan: ServePlan, reference: str, to: str, version: str | None, around: list[str], image: str | None
+) -> dict[str, str]:
+    """The folder's files; where the launcher cannot run the plan, the error names the next one of the same file that it can."""
+    from dataclasses import replace
+
+    from planner.cli.serve_plan import next_serving_plan
+    from planner.errors import ExportError as Refusal
     from planner.export.serving import export_serving
 
-    _show(plan.id, to, export_serving(plan, to), out, as_json)
+    try:
+        return export_serving(plan, to, version, around, image)
+    except Refusal as error:
+        number = next_serving_plan(reference, plan, to)
+        hint = (
+            f"Closest: plan {number} of the same file."
+            if number
+            else "No other plan of the same file can be run there: serve --fix and --forbid make others."
+        )
+        raise Refusal([*error.problems[:-1], replace(error.problems[-1], try_=hint)]) from None
 
 
 def _show(plan_id: str, to: str, files: dict[str, str], out: str | None, as_json: bool) -> None:

@@ -9,6 +9,8 @@ import typer
 from planner.cli.job import JobOptions, with_job
 from planner.cli.plan_file import PLAN_HELP
 
+_MAY_BE_ZERO = ("restart_s", "detect_s", "replace_s")
+
 
 @with_job
 def goodput(
@@ -30,10 +32,34 @@ def goodput(
         typer.Option(
             "--restart",
             metavar="TIME",
-            help="To notice a failure and start again [10 min].",
+            help="To start again, once it is known what failed [9 min].",
             show_default=False,
         ),
     ] = None,
+    detect: Annotated[
+        str | None,
+        typer.Option(
+            "--detect",
+            metavar="TIME",
+            help="To notice a failure and find its cause [1 min].",
+            show_default=False,
+        ),
+    ] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option(
+            "--replace", metavar="TIME", help="Until another device is there [0: spares].", show_default=False
+        ),
+    ] = None,
+    recovery: Annotated[
+        str,
+        typer.Option(
+            "--recovery",
+            metavar="HOW",
+            help="restart, elastic (with fewer replicas) or redundant (neighbours hold each other's stage) [restart].",
+            show_default=False,
+        ),
+    ] = "restart",
     checkpoint: Annotated[
         str,
         typer.Option("--checkpoint", metavar="MODE", help="sync, async or lazy [async].", show_default=False),
@@ -58,34 +84,44 @@ def goodput(
     """Show what failures and checkpoints leave of a plan's time.
 
     The best interval between checkpoints, exactly and after Young and Daly; with --tokens, how long the run really takes. For
-    spot instances, --mtbf is the time until one is taken away, and --usd-per-hour its price.
+    spot instances, --mtbf is the time until one is taken away, --replace how long it takes to get another, and --usd-per-hour
+    their price.
     """
     from planner import examine
     from planner.cli.explain import subject
     from planner.cli.output import print_json
     from planner.cli.values import optional_quantity, raise_if_any
     from planner.errors import Problem
-    from planner.report.goodput import MODES, Failures
+    from planner.report.goodput import MODES, RECOVERIES, Failures, others
     from planner.report.goodput import goodput as account
     from planner.units import parse_bytes, parse_seconds
 
     faults: list[Problem] = []
     given = {
         "device_mtbf_s": ("--mtbf", optional_quantity(faults, "--mtbf", mtbf, parse_seconds)),
+        "detect_s": ("--detect", optional_quantity(faults, "--detect", detect, parse_seconds)),
+        "replace_s": ("--replace", optional_quantity(faults, "--replace", replace, parse_seconds)),
         "restart_s": ("--restart", optional_quantity(faults, "--restart", restart, parse_seconds)),
         "store_bytes_per_s": ("--store", optional_quantity(faults, "--store", store, parse_bytes)),
         "interval_s": ("--every", optional_quantity(faults, "--every", every, parse_seconds)),
     }
     for name, (flag, value) in given.items():
-        if value is not None and not (value > 0.0 or (name == "restart_s" and value == 0.0)):
+        if value is not None and not (value > 0.0 or (name in _MAY_BE_ZERO and value == 0.0)):
             faults.append(Problem(flag, f"{value:g}", "more than 0"))
     if checkpoint not in MODES:
         faults.append(Problem("--checkpoint", repr(checkpoint), f"one of {', '.join(MODES)}"))
+    if recovery not in RECOVERIES:
+        faults.append(Problem("--recovery", repr(recovery), f"one of {', '.join(RECOVERIES)}"))
     raise_if_any(faults)
-    failures = Failures(mode=checkpoint, **{k: v for k, (_, v) in given.items() if v is not None})
-    _, problem = subject(job, plan)
+    failures = Failures(
+        mode=checkpoint, recovery=recovery, **{k: v for k, (_, v) in given.items() if v is not None}
+    )
+    written, problem = subject(job, plan)
+    if written is not None:
+        problem = job.at_site(problem)
     assembly = examine(problem)
-    content = account(assembly, failures, problem.cluster.host_link_bytes_per_s)
+    content = account(assembly, failures, problem.cluster.host_link_bytes_per_s, problem)
+    content["other_recoveries"] = others(assembly, failures, problem.cluster.host_link_bytes_per_s)
     if as_json:
         print_json(content)
     else:

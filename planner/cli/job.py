@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
 
@@ -28,6 +28,7 @@ from planner.cli.values import (
     read_launcher,
     read_list,
     read_model,
+    read_preset,
     read_reserve,
     read_stack,
 )
@@ -60,6 +61,8 @@ _PROBLEM_FLAGS = {
     "reserve": "--reserve",
     "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour",
+    "pue": "--pue",
+    "kg_per_kwh": "--carbon",
     "deadline_s": "--deadline",
     "allowed": "--allow",
     "explore": "--explore",
@@ -109,6 +112,13 @@ class JobOptions:
             metavar="KNOB=VALUE",
         ),
     ] = None
+    preset: Annotated[
+        str | None,
+        _option(
+            "--preset",
+            text="Start from a published combination, e.g. ptdp (planner techniques); --fix goes before it.",
+        ),
+    ] = None
     forbid: Annotated[
         list[str] | None,
         _option(
@@ -148,6 +158,14 @@ class JobOptions:
     usd_per_hour: Annotated[
         str | None,
         _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
+    ] = None
+    pue: Annotated[
+        str | None,
+        _option("--pue", text="Energy at the meter over the devices', for run totals [1].", metavar="X"),
+    ] = None
+    carbon: Annotated[
+        str | None,
+        _option("--carbon", text="Kilograms of CO2e per kWh, for run totals, e.g. 0.385.", metavar="KG"),
     ] = None
     launcher: Annotated[
         str | None,
@@ -220,6 +238,7 @@ class JobOptions:
         clusters = self._clusters(faults)
         workload = self._workload(faults, base.workload if base is not None else {})
         fixed = attempt(faults, parse_fixed, self.fix or [])
+        preset = attempt(faults, read_preset, self.preset)
         faults += [
             Fault(option, "is empty", "a glob over knobs and their values")
             for option, globs in (("--forbid", self.forbid or []), ("--explore", explore))
@@ -227,21 +246,41 @@ class JobOptions:
         ]
         launcher = attempt(faults, read_launcher, self.launcher)
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
+        pue = optional_number(faults, "--pue", self.pue)
+        carbon = optional_number(faults, "--carbon", self.carbon)
         attempt(faults, check_objective, self.objective)
         reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
         raise_if_any(faults)
-        choices = {**(base.fixed if base is not None else {}), **(fixed or {})}
+        choices = {**(preset or {}), **(base.fixed if base is not None else {}), **(fixed or {})}
         found = [
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
                 forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
-                flags=_PROBLEM_FLAGS,
+                usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s,
+                allowed=self._allowed(), explore=tuple(explore), flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)
         ]  # fmt: skip
         raise_if_any(faults)
         return [problem for problem in found if problem is not None]
+
+    def at_site(self, problem: Problem) -> Problem:
+        """A stored plan's problem with what the options say of the data centre.
+
+        Raises:
+            SpecError: that is out of range.
+        """
+        faults: list[Fault] = []
+        pue = optional_number(faults, "--pue", self.pue)
+        carbon = optional_number(faults, "--carbon", self.carbon)
+        raise_if_any(faults)
+        site: dict[str, Any] = {} if pue is None else {"pue": pue}
+        found: Problem | None = attempt(
+            faults, replace, problem, kg_per_kwh=carbon, flags=_PROBLEM_FLAGS, **site
+        )
+        raise_if_any(faults)
+        assert found is not None
+        return found
 
     def _allowed(self) -> tuple[str, ...]:
         """Permissions, each once, whether given one by one or joined by commas."""

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.serving.plan import ServePlan
 
-__all__ = ["compare_serving", "estimate_serving", "explain_serving", "read_serving_plan"]
+__all__ = [
+    "compare_serving",
+    "estimate_serving",
+    "explain_serving",
+    "next_serving_plan",
+    "read_serving_plan",
+]
 
 
 def read_serving_plan(reference: str) -> ServePlan | None:
@@ -34,6 +40,28 @@ def read_serving_plan(reference: str) -> ServePlan | None:
             Problem(f"{path}:{which}", "no such plan", f"1 to {len(plans)}, or one of {', '.join(by_id)}")
         )
     return ServePlan.from_dict(plans[int(which) - 1], f"{path}:{which}")
+
+
+def next_serving_plan(reference: str, plan: ServePlan, to: str) -> int | None:
+    """The number of the first other plan in the same file that a launcher can run; None where there is none."""
+    from planner.cli.plan_file import split_reference
+    from planner.errors import ExportError
+    from planner.export.serving import find_serving_exporter, serving_problems
+    from planner.export.serving.target import ServingTarget
+    from planner.serving.plan import ServePlan
+    from planner.specs.load import read_file
+
+    path, _ = split_reference(reference)
+    data, exporter = read_file(path), find_serving_exporter(to)
+    for number, fields in enumerate(data.get("plans", [data]), 1):
+        other = ServePlan.from_dict(fields, f"{path}:{number}")
+        try:
+            runs = other.id != plan.id and not serving_problems(ServingTarget(other), exporter)
+        except ExportError:
+            continue
+        if runs:
+            return number
+    return None
 
 
 def estimate_serving(plan: ServePlan, as_json: bool) -> None:

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.cli.solve_curriculum import curriculum
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
+from planner.cli.solve_peers import peers
+from planner.cli.solve_rlhf import rlhf
 
-HELP = "Shardings, recomputation, tiers, sequence groups, experts and ranks: the best choice, with proof."
+HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks, RLHF and curricula: the best choice, with proof."
 
 _File = Annotated[
     str, typer.Argument(help="The problem as JSON (docs/solvers.md has the formats).", metavar="FILE")
@@ -343,6 +346,9 @@ VERBS = {
     "micro-batches": micro_batches,
     "experts": experts,
     "ranks": ranks,
+    "peers": peers,
+    "rlhf": rlhf,
+    "curriculum": curriculum,
 }
 
 

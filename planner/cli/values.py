@@ -34,6 +34,7 @@ __all__ = [
     "read_launcher",
     "read_list",
     "read_model",
+    "read_preset",
     "read_reserve",
     "read_stack",
     "whole_number",
@@ -121,6 +122,26 @@ def read_stack(text: str) -> Stack:
 
     stack = load_stack(text)
     return replace(stack, name=_as_given(text, stack.name))
+
+
+def read_preset(name: str | None) -> dict[str, str]:
+    """What every plan of a published combination has, as ``--fix`` takes it.
+
+    Raises:
+        SpecError: there is no such combination.
+
+    >>> read_preset("ptdp")["tp"]
+    '8'
+    """
+    if name is None:
+        return {}
+    from planner.technique import discover
+
+    known = {t.key: t for t in discover("training").values() if t.kind == "preset"}
+    if name not in known:
+        expected = f"one of {', '.join(sorted(known))}"
+        raise SpecError(Fault("--preset", repr(name[:40]), expected, did_you_mean(name, known)))
+    return {knob: str(value) for knob, value in known[name].fixes.items()}
 
 
 def read_launcher(name: str | None) -> Launcher | None:

@@ -64,7 +64,7 @@ from planner.costs.compute import (
     roofline_s,
     uncached_bytes,
 )
-from planner.costs.economics import device_hours, rental_usd, tokens_run_s, usd_per_token
+from planner.costs.economics import device_hours, phases_run_s, rental_usd, tokens_run_s, usd_per_token
 from planner.costs.energy import average_power_w, emitted_kg, energy_j
 from planner.costs.expert_exchange import expert_exchange_s
 from planner.costs.flop import (
@@ -163,11 +163,16 @@ from planner.costs.queueing import (
     wait_quantile_s,
 )
 from planner.costs.reliability import (
+    adjacent_mtbf_s,
     best_interval_s,
     checkpoint_stall_s,
     daly_interval_s,
     expected_slowdown,
     fleet_mtbf_s,
+    out_share,
+    resumed_s,
+    useful_share,
+    whole_replicas,
     young_interval_s,
 )
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
@@ -203,6 +208,7 @@ __all__ = [
     "Transport",
     "accepted_tokens",
     "activation_bytes",
+    "adjacent_mtbf_s",
     "alignment_efficiency",
     "all_gather_attention_elements",
     "all_gather_bytes",
@@ -301,8 +307,10 @@ __all__ = [
     "offload_required_bytes_per_s",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
+    "out_share",
     "overflow_probability",
     "overlapped_s",
+    "phases_run_s",
     "pipelined_s",
     "point_to_point_s",
     "priority_wait_s",
@@ -316,6 +324,7 @@ __all__ = [
     "replicas_needed",
     "reshard_bytes",
     "resharding_steps",
+    "resumed_s",
     "ring_attention_elements",
     "ring_attention_s",
     "ring_overlap_tokens",
@@ -338,8 +347,10 @@ __all__ = [
     "uncached_bytes",
     "uniform_bucket_exposure_s",
     "usd_per_token",
+    "useful_share",
     "usp_elements",
     "wait_quantile_s",
+    "whole_replicas",
     "young_interval_s",
     "zero_offload_bytes",
     "zero_offload_step_s",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from planner.costs.arrays import Real
 
-__all__ = ["device_hours", "rental_usd", "tokens_run_s", "usd_per_token"]
+__all__ = ["device_hours", "phases_run_s", "rental_usd", "tokens_run_s", "usd_per_token"]
 
 
 def tokens_run_s(tokens: Real, tokens_per_step: Real, step_s: Real) -> Real:
@@ -14,6 +16,16 @@ def tokens_run_s(tokens: Real, tokens_per_step: Real, step_s: Real) -> Real:
     25.0
     """
     return 1.0 * tokens / tokens_per_step * step_s
+
+
+def phases_run_s(tokens: Real, tokens_per_s: Real, switch_s: Real = 0.0) -> Real:
+    """Seconds of a run whose phases differ, arrays along the last axis: ``Σ tokens_i/rate_i + Σ switch_i``.
+
+    >>> float(phases_run_s(np.array([100.0, 100.0]), np.array([10.0, 5.0]), np.array([0.0, 3.0])))
+    33.0
+    """
+    total: Real = np.sum(np.divide(tokens, tokens_per_s) + switch_s, axis=-1)
+    return total
 
 
 def device_hours(seconds: Real, devices: Real) -> Real:

@@ -155,7 +155,7 @@ def ggc_wait_s(
 
 
 def many_servers_wait(load: Real, servers: Real, pace_s: Real, service_cv2: Real = 1.0) -> tuple[Real, Real]:
-    """Chance and mean of a wait in M/G/c without a recursion over servers: ``p = ρ^(√(2(c + 1)) − 1)``, ``p·S/(c(1 − ρ))``.
+    """Chance and mean (seconds) of a wait in M/G/c, without a recursion: ``p = ρ^(√(2(c + 1)) − 1)``, ``p·S/(c(1 − ρ))``.
 
     ``pace_s`` is ``S/c``; the mean is scaled by ``(1 + cs²)/2``. Exact for one server, within a few per cent of Erlang-C's
     above ``ρ = 0.8`` (Sakasegawa 1977).

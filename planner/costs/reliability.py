@@ -14,11 +14,16 @@ import numpy as np
 from planner.costs.arrays import Real
 
 __all__ = [
+    "adjacent_mtbf_s",
     "best_interval_s",
     "checkpoint_stall_s",
     "daly_interval_s",
     "expected_slowdown",
     "fleet_mtbf_s",
+    "out_share",
+    "resumed_s",
+    "useful_share",
+    "whole_replicas",
     "young_interval_s",
 ]
 
@@ -114,3 +119,72 @@ def checkpoint_stall_s(
     else:
         raise ValueError(f"no checkpoint mode {mode!r}; sync, async or lazy")
     return stall
+
+
+def useful_share(lost_s: Real, mtbf_s: Real) -> Real:
+    """Fraction of a run's time that is left where every failure costs ``lost_s``, once every ``mtbf_s`` of work: ``M/(M + L)``.
+
+    The loss is the time to notice a failure, to find its cause, to start again, and the work since the last checkpoint (J. Dong
+    et al. 2024, "C4", arXiv:2406.04594, section 3). To first order what :func:`expected_slowdown` gives.
+
+    >>> float(useful_share(1.0, 3.0))
+    0.75
+    """
+    share: Real = np.divide(mtbf_s, np.add(mtbf_s, lost_s))
+    return share
+
+
+def out_share(device_mtbf_s: Real, replace_s: Real) -> Real:
+    """Fraction of time that a device is away, if another one takes its place ``replace_s`` after it was lost: ``R/(M₁ + R)``.
+
+    >>> float(out_share(9.0, 1.0))
+    0.1
+    """
+    share: Real = np.divide(replace_s, np.add(device_mtbf_s, replace_s))
+    return share
+
+
+def whole_replicas(replicas: int, devices_each: int, out: float) -> float:
+    """Replicas that can be formed on average, as a fraction, where each device is away a share ``out`` of the time.
+
+    Devices that are left form as many whole replicas as they can, whichever they belonged to (Varuna's morphing: S. Athlur et al.
+    2022, arXiv:2111.04007, section 4.4). Devices are lost independently, so that their number is binomial.
+
+    >>> round(whole_replicas(2, 1, 0.5), 9)  # one of two on average
+    0.5
+    >>> whole_replicas(1, 8, 0.0)
+    1.0
+    """
+    if out <= 0.0:
+        return 1.0
+    n = replicas * devices_each
+    missing = np.arange(n + 1)
+    log_weight = np.cumsum(np.concatenate([[0.0], np.log(n - missing[:-1]) - np.log1p(missing[:-1])]))
+    probability = np.exp(log_weight + missing * np.log(out) + (n - missing) * np.log1p(-out))
+    formed = (n - missing) // devices_each
+    return float(probability @ formed) / (replicas * float(probability.sum()))
+
+
+def adjacent_mtbf_s(device_mtbf_s: Real, devices: Real, replace_s: Real) -> Real:
+    """Mean time until a device is lost while a neighbour of it is still away: ``M₁²/(2nR)`` for ``R ≪ M₁``.
+
+    Two neighbours in a pipeline hold each other's work (J. Thorpe et al. 2023, "Bamboo", arXiv:2204.12013, section 5): a loss
+    comes every ``M₁/n``, and one of the two neighbours is lost within ``R`` after it with probability ``2R/M₁``.
+
+    >>> float(adjacent_mtbf_s(1000.0, 10.0, 5.0))
+    10000.0
+    """
+    mean: Real = np.divide(np.square(device_mtbf_s), 2.0 * np.multiply(devices, replace_s))
+    return mean
+
+
+def resumed_s(n_bytes: Real, devices_before: Real, devices_after: Real, store_bytes_per_s: Real) -> Real:
+    """Seconds to store states under one plan and load them under another: every device writes, then reads, its equal part.
+
+    States are stored in parts that do not depend on the plan: fp32 weights and moments of every parameter (X. Lian et al. 2024,
+    "Universal Checkpointing", arXiv:2406.18820, section 4).
+
+    >>> resumed_s(80e9, 8, 4, 1e9)  # 10 s to write, 20 s to read
+    30.0
+    """
+    return n_bytes / store_bytes_per_s * (1.0 / devices_before + 1.0 / devices_after)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
 
-__all__ = ["EXPORTERS", "export", "export_folder", "find_exporter"]
+__all__ = ["EXPORTERS", "export", "export_folder", "find_exporter", "known_version"]
 
 EXPORTERS: Mapping[str, str] = {
     "accelerate": "planner.export.accelerate",
@@ -47,16 +47,23 @@ def find_exporter(to: str, version: str | None = None) -> Exporter:
             Problem("--to", repr(to), f"one of {', '.join(EXPORTERS)}", did_you_mean(to, EXPORTERS))
         )
     found: Exporter = import_module(EXPORTERS[to]).EXPORTER
+    return replace(found, versions=(known_version(version, found.versions),)) if version else found
+
+
+def known_version(version: str | None, versions: Sequence[str]) -> str:
+    """The version to write for: the first known one unless another is asked for.
+
+    Raises:
+        SpecError: files are not written for that version.
+    """
+    from planner.errors import Problem, SpecError
+
     if version is None:
-        return found
-    if not any(version == known or version.startswith(f"{known}.") for known in found.versions):
-        known = " or ".join(found.versions)
-        raise SpecError(
-            Problem(
-                "--launcher-version", repr(version), f"{known}: files of others are not known to be right"
-            )
-        )
-    return replace(found, versions=(version,))
+        return versions[0]
+    if not any(version == known or version.startswith(f"{known}.") for known in versions):
+        expected = f"{' or '.join(versions)}: files of others are not known to be right"
+        raise SpecError(Problem("--launcher-version", repr(version), expected))
+    return version
 
 
 def export(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.export.exporter import STEP_LINES, Exporter, environment_of_torchrun
-from planner.export.hf_rules import KERNEL_CHOICES, hf_rules, kernels_of, shape_of
+from planner.export.hf_rules import KERNEL_CHOICES, check_first, hf_rules, kernels_of, shape_of
 from planner.export.hf_script import script_flags, train_script
 from planner.export.rules import COMMON, make_launcher
 from planner.export.sharding import mesh_dimensions, replicas_outside, replication_rule
@@ -151,6 +151,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node; further arguments are passed on to the script.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment_of_torchrun(target)[2:],
         "",
@@ -168,17 +169,6 @@ def _write(target: Target, script: str) -> dict[str, str]:
     }
 
 
-def _first(target: Target) -> list[str]:
-    found = []
-    if target.plan.mesh["tp"] > 1:
-        found.append(
-            "Transformers cuts weights while it loads them: `export MODEL=FOLDER` with safetensors of this shape."
-        )
-    if kernels_of(target.knobs) == "liger":
-        found.append("`pip show liger-kernel`: the plan counts on its fused loss.")
-    return found
-
-
 EXPORTER = Exporter(
     name="accelerate",
     title="Accelerate",
@@ -189,5 +179,5 @@ EXPORTER = Exporter(
     script="train.py",
     framework="PyTorch FSDP2 (Accelerate)",
     log=STEP_LINES,
-    first=_first,
+    first=check_first,
 )

@@ -14,6 +14,7 @@ from planner.errors import InvalidPlan, SpecError
 from planner.export.caught import caught_by
 from planner.export.launched import LaunchedRun
 from planner.export.launchers import launcher as find_launcher
+from planner.export.steps import Price, way
 from planner.export.target import Target
 from planner.plan import Plan
 from planner.solve.train import estimate
@@ -94,25 +95,19 @@ def path_to(problem: Problem, plan: Plan, best: Plan) -> list[Change]:
         problem: the problem whose only plan ``plan`` is.
         plan, best: where the way starts and ends.
     """
-    current, current_s = _choices(plan), plan.estimate.step_time_s
-    goal = _choices(best)
-    open_groups = list(_groups(current, goal))
-    steps: list[Change] = []
-    while open_groups:
-        priced = [(_step(problem, current, goal, group), group) for group in open_groups]
-        possible = [(found, group) for found, group in priced if found is not None]
-        # A choice that does not fit by itself may fit after another one.
-        fitting = [pair for pair in possible if pair[0].estimate.fits or not plan.estimate.fits] or possible
-        if not fitting or len(open_groups) == 1:
-            names = [name for group in open_groups for name in group]
-            steps.append(_change(current, goal, names, current_s, best))
-            break
-        found, group = min(fitting, key=lambda pair: pair[0].estimate.step_time_s)
-        steps.append(_change(current, goal, group, current_s, found))
-        current = {**current, **{name: goal[name] for name in group if name in goal}}
-        current_s = found.estimate.step_time_s
-        open_groups.remove(group)
-    return steps
+    current, goal = _choices(plan), _choices(best)
+
+    def price(choices: Mapping[str, Any]) -> Price | None:
+        fixed = {name: value for name, value in choices.items() if value is not None}
+        try:
+            found = estimate(replace(problem, fixed=fixed, launcher=None)).estimate
+        except (InvalidPlan, SpecError):
+            return None
+        return found.step_time_s, found.fits
+
+    start, end = ((p.estimate.step_time_s, p.estimate.fits) for p in (plan, best))
+    steps = way(current, goal, list(_groups(current, goal)), price, start, end)
+    return [Change(step.knobs, step.before, step.after, step.fits) for step in steps]
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------
@@ -142,8 +137,9 @@ def _memory(plan: Plan) -> Iterator[Finding]:
     elif not estimate_.fits:
         yield Finding(
             "error",
-            f"does not fit: {estimate_.host_bytes / 2**30:.0f} GiB of host memory per device",
-            "the host's kernel",
+            f"does not fit: {estimate_.host_bytes / 2**30:.0f} GiB of host memory and "
+            f"{estimate_.nvme_bytes / 2**30:.0f} GiB of NVMe per device",
+            "the host's kernel, or its file system",
         )
     elif (estimate_.oom_probability or 0.0) > _WORTH_A_WORD:
         yield Finding(
@@ -187,25 +183,3 @@ def _groups(current: Mapping[str, str], goal: Mapping[str, str]) -> Iterator[tup
         seen.setdefault(owner.get(name, name), []).append(name)
     for name, names in seen.items():
         yield tuple(dict.fromkeys([name, *names])) if name in differing else tuple(names)
-
-
-def _step(
-    problem: Problem, current: Mapping[str, str], goal: Mapping[str, str], group: tuple[str, ...]
-) -> Plan | None:
-    """The plan after one more choice; None where it is not possible."""
-    fixed = {
-        name: value
-        for name, value in {**current, **{name: goal.get(name) for name in group}}.items()
-        if value is not None
-    }
-    try:
-        return estimate(replace(problem, fixed=fixed, launcher=None))
-    except (InvalidPlan, SpecError):
-        return None
-
-
-def _change(
-    current: Mapping[str, str], goal: Mapping[str, str], names: Any, before_s: float, found: Plan
-) -> Change:
-    knobs = {name: (current.get(name, "-"), goal.get(name, "-")) for name in names}
-    return Change(knobs, before_s, found.estimate.step_time_s, found.estimate.fits)

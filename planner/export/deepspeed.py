@@ -28,8 +28,8 @@ CHOICES: Mapping[str, str] = {
     "optimizer": "adamw sgd sgd_momentum lion muon",
     "zero_stage": "0 1 2 3",
     "recompute": "none full block",
-    "optimizer_offload": "none cpu",
-    "parameter_offload": "none cpu",
+    "optimizer_offload": "none cpu nvme",
+    "parameter_offload": "none cpu nvme",
     "schedule": "1f1b",
 }
 
@@ -41,6 +41,9 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "muon": {"type": "Muon", "params": {"lr": 1e-5}},
 }
 _KNOWN_TO_ZERO = ("adamw", "lion", "muon")  # is_zero_supported_optimizer; others need a permission
+
+_DEVICES = ("cpu", "nvme")
+_DRIVES = "/local_nvme"  # where nodes mount their drives, as in DeepSpeed's own examples
 
 SHORT_DTYPES: Mapping[str, str] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 
@@ -67,17 +70,19 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("AutoEP beside AutoTP needs more than one expert rank", (mesh.tp == 1) | (mesh.ep > 1))
         if stage == "3":
             yield Check("expert parallelism without ZeRO-3", mesh.ep == 1)
-        offloads = "cpu" in (knobs.get("optimizer_offload"), knobs.get("parameter_offload"))
+        offloads = any(knobs.get(f"{what}_offload") in _DEVICES for what in ("optimizer", "parameter"))
         yield Check("no offload where AutoEP meets AutoTP", (mesh.tp == 1) | (not offloads))
     if stage == "0":
         same = ctx.gradient_dtype == ctx.format.activation
         yield Check("without ZeRO, gradients are accumulated in the format of the weights", same)
     gradient, activation = ctx.gradient_dtype, ctx.format.activation
     yield Check(f"{gradient} gradients of {activation} weights", gradient in ("fp32", activation))
-    if knobs.get("optimizer_offload") == "cpu":
+    if knobs.get("optimizer_offload") == "nvme":
+        yield Check("optimizer states on NVMe need ZeRO-3", stage == "3")
+    if knobs.get("optimizer_offload") in _DEVICES:
         yield Check("optimizer offload needs ZeRO", stage != "0")
         yield Check("optimizer offload runs Adam and Lion only", knobs["optimizer"] in ("adamw", "lion"))
-    if knobs.get("parameter_offload") == "cpu":
+    if knobs.get("parameter_offload") in _DEVICES:
         yield Check("parameter offload needs ZeRO-3", stage == "3")
 
 
@@ -121,10 +126,11 @@ def _zero(knobs: Mapping[str, str]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
-    if knobs["optimizer_offload"] == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if knobs["parameter_offload"] == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    for key, slot in (("offload_optimizer", "optimizer_offload"), ("offload_param", "parameter_offload")):
+        if knobs[slot] in _DEVICES:
+            zero[key] = {"device": knobs[slot], "pin_memory": True}
+            if knobs[slot] == "nvme":
+                zero[key]["nvme_path"] = _DRIVES
     return zero
 
 
@@ -136,6 +142,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node; further arguments are passed on to the script.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment_of_torchrun(target),
         "",
@@ -156,10 +163,12 @@ def _first(target: Target) -> list[str]:
     found = []
     if kernels_of(target.knobs) == "liger":
         found.append("`pip show liger-kernel`: the plan counts on its fused loss.")
-    if "cpu" in (target.knobs["optimizer_offload"], target.knobs["parameter_offload"]):
+    if any(target.knobs[f"{what}_offload"] in _DEVICES for what in ("optimizer", "parameter")):
         found.append(
             "`ds_report`: cpu_adam must be built (or buildable) on the nodes, and pinned memory allowed (`ulimit -l`)."
         )
+    if "nvme" in (target.knobs["optimizer_offload"], target.knobs["parameter_offload"]):
+        found.append(f"`ds_report`: async_io must be built on the nodes, and {_DRIVES} be their own drives.")
     return found
 
 

@@ -166,8 +166,10 @@ def _zero(reader: Reader) -> dict[str, Any]:
         choice[slot] = _offload(zero, key)
     if zero.data.get("cpu_offload") is True:
         choice["optimizer_offload"] = "cpu"
-    if choice["parameter_offload"] == "cpu" and choice["zero_stage"] != "3":
+    if choice["parameter_offload"] != "none" and choice["zero_stage"] != "3":
         zero.problem("offload_param", f"beside stage {choice['zero_stage']}", "stage 3")
+    if choice["optimizer_offload"] == "nvme" and choice["zero_stage"] != "3":
+        zero.problem("offload_optimizer", f"nvme beside stage {choice['zero_stage']}", "stage 3")
     group = zero.data.get("zero_hpz_partition_size", 1)
     if isinstance(group, int) and group > 1:
         zero.problem(
@@ -199,13 +201,11 @@ def _offload(zero: Reader, key: str) -> str:
     if table is None:
         return "none"
     device = table.text("device", "none")
-    if device == "nvme":
-        table.problem("device", "nvme: states on drives are not modelled", "cpu or none")
-    elif device not in ("cpu", "none"):
+    if device not in ("cpu", "nvme", "none"):
         table.problem("device", repr(device), "cpu, nvme or none")
     if table.number("ratio", 1.0) != 1.0:
         table.problem("ratio", "offload of a part is not modelled", "1.0")
-    return "cpu" if device == "cpu" else "none"
+    return device if device in ("cpu", "nvme") else "none"
 
 
 def _gradient(reader: Reader, precision: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.export.target import Target
 
-__all__ = ["STEP_LINES", "Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
+__all__ = ["ITERATION_LINES", "STEP_LINES", "Exporter", "Log", "environment_of_torchrun", "torchrun_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ STEP_LINES = Log(
     peak_unit_bytes=2.0**30,
 )
 """What the measuring scripts print: ``step 3: 1.2345 s, peak 12.345 GiB``."""
+
+ITERATION_LINES = Log(
+    step=r"elapsed time per iteration \(ms\): ([\d.]+)",
+    step_unit_s=1e-3,
+    peak=r"max allocated: ([\d.]+)",
+    peak_unit_bytes=2.0**20,
+)
+"""What Megatron-LM's training loop prints, which Megatron-Bridge keeps; memory in MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +77,16 @@ class Exporter:
 
 
 def environment_of_torchrun(target: Target) -> list[str]:
-    """Shell lines that say how many nodes there are and which one this is."""
+    """Shell lines that say how many nodes there are and which one this is; of several, each has to be told, and the first."""
     nodes, per_node = target.nodes()
+    alone = nodes == 1
+    rank = "0" if alone else "?set NODE_RANK to this node, from 0"
+    address = "-localhost" if alone else "?set MASTER_ADDR to the first node"
     return [
         f"NNODES={nodes}",
         f"GPUS_PER_NODE={per_node}",
-        "NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}",
-        "MASTER_ADDR=${MASTER_ADDR:-localhost}",
+        f"NODE_RANK=${{NODE_RANK:-${{SLURM_NODEID:{'-' if alone else ''}{rank}}}}}",
+        f"MASTER_ADDR=${{MASTER_ADDR:{address}}}",
         "MASTER_PORT=${MASTER_PORT:-29500}",
     ]
 

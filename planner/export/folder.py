@@ -15,9 +15,10 @@ from planner.export.kubernetes import kubernetes_files
 from planner.export.run_row import run_row
 from planner.export.slurm import slurm_files
 from planner.export.target import Target, summary
+from planner.specs.cluster import Cluster
 from planner.units import format_bytes
 
-__all__ = ["AROUND", "NO_IMAGE", "folder_files"]
+__all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check"]
 
 AROUND: Mapping[str, Callable[[Target, str], Mapping[str, str]]] = {
     "kubernetes": kubernetes_files,
@@ -27,6 +28,13 @@ AROUND: Mapping[str, Callable[[Target, str], Mapping[str, str]]] = {
 
 NO_IMAGE = "name-your-image"
 """What a manifest says where no container image was given; Kubernetes refuses to pull it."""
+
+ADAPTERS_IN_PODS = (
+    "Network in pods: ask for your cluster's RDMA resource beside the devices, or set `hostNetwork: true`; without either, "
+    "collectives fall back to TCP (`NCCL_DEBUG=INFO` has to say `NET/IB`)."
+)
+"""What no manifest can know: the name of a cluster's network resource."""
+_RISKY = 0.1  # of running out of memory, from where on the page says what to do about it
 
 
 def folder_files(
@@ -79,7 +87,7 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
     starts += ["`sbatch job.sbatch`"] if "job.sbatch" in found else []
     if "jobset.yaml" in found:
         starts.append("`kubectl create configmap plan-ID --from-file=. && kubectl apply -f jobset.yaml`")
-    first = [*_first(target), *exporter.first(target)]
+    first = [*_first(target), *exporter.first(target), *_around_first(target, found)]
     if image == NO_IMAGE and "jobset.yaml" in found:
         first.append(
             f"`jobset.yaml` says `image: {NO_IMAGE}`: put in your container image (or export with `--image`)."
@@ -102,12 +110,28 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
         "",
         *(f"- {text.replace('plan-ID', f'plan-{target.plan.id}')}" for text in starts),
         "",
-        "Then `python measure.py train.log`: predicted beside measured, and `measured.csv` for `planner validate measured.csv`",
-        "and `planner calibrate stack measured.csv`.",
+        f"Then `python measure.py {_logs(found)}`: predicted beside measured, and `measured.csv` for",
+        "`planner validate measured.csv` and `planner calibrate stack measured.csv`.",
     ]
     if differs:
         lines += ["", "## Where the run differs from the plan", "", *(f"- {text}" for text in differs)]
     return "\n".join(lines) + "\n"
+
+
+def _logs(found: Mapping[str, str]) -> str:
+    """Where the run's log is."""
+    return "train.log" + (" (`train-JOBID.log` under SLURM)" if "job.sbatch" in found else "")
+
+
+def _around_first(target: Target, found: Mapping[str, str]) -> list[str]:
+    """What to check before a batch system starts it."""
+    checks = []
+    nodes, _ = target.nodes()
+    if nodes > 1:
+        checks.append("Files: every node sees this folder under the same path (or a copy of it).")
+    if "jobset.yaml" in found and nodes > 1:
+        checks.append(ADAPTERS_IN_PODS)
+    return checks
 
 
 _BLANK = 'json.loads("{}")'
@@ -123,6 +147,18 @@ _PURPOSE = {
 }
 
 
+def network_check(cluster: Cluster) -> str:
+    """How fast the network has to be for the prediction to hold."""
+    tiers = "; ".join(
+        f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices"
+        for tier in cluster.tiers
+    )
+    return (
+        f"Network, reached per device and direction: {tiers}. `all_reduce_perf -b 1G -e 1G` of nccl-tests should show a bus"
+        " bandwidth near these; if not, `planner calibrate fabric` and plan again."
+    )
+
+
 def _first(target: Target) -> list[str]:
     """What to check before any run."""
     plan, cluster = target.plan, target.cluster
@@ -133,20 +169,15 @@ def _first(target: Target) -> list[str]:
         f"{format_bytes(float(device.memory_bytes))} each (`nvidia-smi --query-gpu=name,memory.total --format=csv`).",
     ]
     if len(cluster.tiers) > 1 or plan.devices > 1:
-        tiers = "; ".join(
-            f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices"
-            for tier in cluster.tiers
-        )
-        found.append(
-            f"Network, reached per device and direction: {tiers}. `all_reduce_perf -b 1G -e 1G` of nccl-tests should show a bus"
-            " bandwidth near these; if not, `planner calibrate fabric` and plan again."
-        )
+        found.append(network_check(cluster))
     peak, budget = format_bytes(estimate.memory_bytes["peak"]), format_bytes(estimate.memory_budget_bytes)
     risk = (
         ""
         if estimate.oom_probability is None
         else f", {estimate.oom_probability:.0%} risk of running out of memory"
     )
+    if (estimate.oom_probability or 0.0) > _RISKY:
+        risk += "; `planner train --reserve 5%` leaves more room"
     fits = "" if estimate.fits else " IT DOES NOT FIT."
     found.append(f"Memory: a peak of {peak} of {budget} per device is predicted{risk}.{fits}")
     return found

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from planner.export.hf_model import HfModel, hf_model
+from planner.export.target import Target
 from planner.specs.model import Model
 from planner.technique import Check, Context
 
-__all__ = ["KERNELS", "KERNEL_CHOICES", "hf_rules", "kernels_of", "shape_of"]
+__all__ = ["KERNELS", "KERNEL_CHOICES", "check_first", "hf_rules", "kernels_of", "shape_of"]
 
 KERNELS: Mapping[tuple[str, str], str] = {
     ("eager", "log_softmax"): "plain",
@@ -61,3 +62,15 @@ def shape_of(model: Model) -> HfModel:
     shape = hf_model(model)
     assert shape is not None
     return shape
+
+
+def check_first(target: Target) -> list[str]:
+    """What to check before a script that builds a Transformers model starts."""
+    found = []
+    if target.plan.mesh["tp"] > 1:
+        found.append(
+            "Transformers cuts weights while it loads them: `export MODEL=FOLDER` with safetensors of this shape."
+        )
+    if kernels_of(target.knobs) == "liger":
+        found.append("`pip show liger-kernel`: the plan counts on its fused loss.")
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
+from planner.export.exporter import ITERATION_LINES, Exporter, environment_of_torchrun, torchrun_lines
 from planner.export.flags import Flags, words
 from planner.export.megatron_model import model_flags
 from planner.export.rules import distributed_optimizer_instances
@@ -277,7 +277,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
         "#!/usr/bin/env bash",
         f"# Megatron-LM {EXPORTER.versions[0]} (ranks in its default order tp-cp-ep-dp-pp). plan.json holds the whole plan.",
         *(f"# {line}" for line in summary(plan)),
-        "# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it",
+        "# Run it once per node (job.sbatch does); MEGATRON_PATH leads to the Megatron-LM checkout. By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
     head += [f"# {text}" for text in _differs(target)]
@@ -294,7 +294,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
     run = [
         "",
         *torchrun_lines(),
-        f'    "${{MEGATRON_PATH:-.}}/{script}" \\',
+        f'    "${{MEGATRON_PATH:?set it to the Megatron-LM checkout}}/{script}" \\',
         *(f'    "${{{name}[@]}}" \\' for name in sections),
         '    $TRAIN_ARGS $DATA_ARGS "$@"',
     ]
@@ -351,12 +351,7 @@ EXPORTER = Exporter(
     write=_write,
     script="pretrain_gpt.py",
     framework="Megatron-Core",
-    log=Log(
-        step=r"elapsed time per iteration \(ms\): ([\d.]+)",
-        step_unit_s=1e-3,
-        peak=r"max allocated: ([\d.]+)",
-        peak_unit_bytes=2.0**20,
-    ),
+    log=ITERATION_LINES,
     first=_first,
     differs=_differs,
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.errors import ExportError, Problem
-from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
+from planner.export.exporter import ITERATION_LINES, Exporter, environment_of_torchrun, torchrun_lines
 from planner.export.flags import Flags
 from planner.export.hf_model import hf_model
 from planner.export.hf_rules import shape_of
@@ -175,6 +175,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment_of_torchrun(target),
         *(
@@ -252,12 +253,7 @@ EXPORTER = Exporter(
     write=_write,
     script="recipe.py",
     framework="Megatron-Core",
-    log=Log(
-        step=r"elapsed time per iteration \(ms\): ([\d.]+)",
-        step_unit_s=1e-3,
-        peak=r"max allocated: ([\d.]+)",
-        peak_unit_bytes=2.0**20,
-    ),
+    log=ITERATION_LINES,
     first=lambda target: [
         "Container: one of NVIDIA's NeMo images with megatron-bridge 0.6 (`pip show megatron-bridge`)."
     ],

@@ -31,7 +31,8 @@ def read_launched(launcher: str, path: str | Path) -> LaunchedRun:
         SpecError: no such reader, or what is wrong with the file, all at once.
     """
     if launcher not in READERS:
+        known = (*READERS, "vllm", "sglang")  # those are read by planner.export.serving.readers
         raise SpecError(
-            Problem("--from", repr(launcher), f"one of {', '.join(READERS)}", did_you_mean(launcher, READERS))
+            Problem("--from", repr(launcher), f"one of {', '.join(known)}", did_you_mean(launcher, known))
         )
     return READERS[launcher](path)

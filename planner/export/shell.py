@@ -23,9 +23,11 @@ _ASSIGNMENT = re.compile(
     rf"(?:export\s+|readonly\s+|local\s+|declare\s+(?:-\w+\s+)*)?({_NAME})(\+?)=(.*)", re.DOTALL
 )
 _EXPANSION = re.compile(
-    rf"\$\(\((?P<sum>[^()]*)\)\)|\$\{{(?P<name>{_NAME}|\d)(?P<array>\[[@*]\])?(?::?(?P<op>[-=?+])(?P<word>[^{{}}]*))?\}}"
+    rf"\$\(\((?P<sum>(?:[^()]|\([^()]*\))*)\)\)|\$\{{(?P<name>{_NAME}|\d)(?P<array>\[[@*]\])?(?::?(?P<op>[-=?+])(?P<word>[^{{}}]*))?\}}"
     rf"|\$(?P<plain>{_NAME}|\d|[@*#])"
 )
+_SUM = re.compile(r"\$\(\((?:[^()]|\([^()]*\))*\)\)")
+_SUBSTITUTION = re.compile(r"\$\((?!\()[^()]*\)|`[^`]*`")
 _OPENERS = {"if": "fi", "for": "done", "while": "done", "case": "esac"}
 _ORDER = {
     "-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le,
@@ -266,6 +268,8 @@ def _expand_words(
     text: str, variables: Mapping[str, str], arrays: Mapping[str, list[str]], where: str, split: bool = True
 ) -> list[str]:
     """Words of a command or an array; an expansion outside quotes is split again, as the shell does."""
+    # Blanks, pipes and redirections inside of sums and substitutions are no ends of words.
+    text = _SUM.sub(lambda match: re.sub(r"\s+", "", match[0]), _SUBSTITUTION.sub("", text))
     lexer = shlex.shlex(text, posix=False, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, ""
     try:
@@ -335,7 +339,7 @@ def _expand(text: str, variables: Mapping[str, str], arrays: Mapping[str, list[s
         if outer == inner:
             break
         inner = outer
-    return re.sub(r"\$\([^()]*\)|`[^`]*`", "", inner)
+    return _SUBSTITUTION.sub("", inner)
 
 
 def _sum(text: str) -> str:

@@ -29,6 +29,7 @@ def slurm_files(target: Target, image: str) -> Mapping[str, str]:
         "",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export MASTER_ADDR",
-        'srun --kill-on-bad-exit=1 bash run.sh "$@"',
+        "# One task per node starts all of its processes: none of them is to be bound to the task's first core.",
+        'srun --kill-on-bad-exit=1 --cpu-bind=none bash run.sh "$@"',
     ]
     return {"job.sbatch": "\n".join(lines) + "\n"}

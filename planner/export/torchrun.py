@@ -53,6 +53,7 @@ def _fully_shard(knobs: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _run(plan: Plan, nodes: int, per_node: int, script: str) -> str:
+    first = "-localhost" if nodes == 1 else "?set MASTER_ADDR to the first node"
     lines = [
         "#!/usr/bin/env bash",
         *(f"# {line}" for line in summary(plan)),
@@ -62,7 +63,7 @@ def _run(plan: Plan, nodes: int, per_node: int, script: str) -> str:
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         "",
         f"exec torchrun --nnodes {nodes} --nproc-per-node {per_node} \\",
-        "    --rdzv-backend c10d --rdzv-endpoint ${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500} \\",
+        f"    --rdzv-backend c10d --rdzv-endpoint ${{MASTER_ADDR:{first}}}:${{MASTER_PORT:-29500}} \\",
         f"    --rdzv-id ${{SLURM_JOB_ID:-{plan.id}}} \\",
         f'    "${{TRAIN_SCRIPT:-{script}}}" "$@"',
     ]

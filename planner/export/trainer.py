@@ -15,7 +15,7 @@ from typing import Any
 from planner.export.accelerate import CHOICES as ACCELERATE
 from planner.export.accelerate import COMM_STRATEGIES, fsdp_rules
 from planner.export.exporter import STEP_LINES, Exporter, environment_of_torchrun, torchrun_lines
-from planner.export.hf_rules import hf_rules, kernels_of, shape_of
+from planner.export.hf_rules import check_first, hf_rules, kernels_of, shape_of
 from planner.export.rules import make_launcher
 from planner.export.sharding import mesh_dimensions
 from planner.export.target import Target, summary
@@ -109,6 +109,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         *(f"# {line}" for line in summary(target.plan)),
         "# Run it once per node.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment,
         "",
@@ -125,13 +126,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
 
 
 def _first(target: Target) -> list[str]:
-    found = []
-    if target.plan.mesh["tp"] > 1:
-        found.append(
-            "Transformers cuts weights while it loads them: `export MODEL=FOLDER` with safetensors of this shape."
-        )
-    if kernels_of(target.knobs) == "liger":
-        found.append("`pip show liger-kernel`: the plan counts on its fused loss.")
+    found = check_first(target)
     if target.knobs["optimizer"] in ("adam8bit", "lion"):
         found.append("`pip show bitsandbytes`: the plan counts on its optimizer.")
     return found

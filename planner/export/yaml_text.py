@@ -1,4 +1,4 @@
-"""YAML as text, for the few shapes that configurations have: maps of maps, lists and plain values.
+"""YAML as text, for the few shapes that configurations have: maps of maps, lists of values or of maps, and plain values.
 
 Writing needs no library; PyYAML is imported when a file is read.
 """
@@ -21,16 +21,22 @@ def yaml_text(value: Mapping[str, Any], indent: str = "") -> str:
 
     Strings that YAML could read as something else are quoted.
 
-    >>> print(yaml_text({"a": True, "b": {"c": "no", "d": [1, 2]}}), end="")
+    >>> print(yaml_text({"a": True, "b": {"c": "no", "d": [1, 2]}, "e": [{"f": 1, "g": 2}]}), end="")
     a: true
     b:
       c: "no"
       d: [1, 2]
+    e:
+      - f: 1
+        g: 2
     """
     lines = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
             lines.append(f"{indent}{key}:\n{yaml_text(item, indent + '  ')}")
+        elif isinstance(item, list) and any(isinstance(entry, Mapping) for entry in item):
+            entries = (yaml_text(entry, indent + "    ") for entry in item)
+            lines.append(f"{indent}{key}:\n" + "".join(f"{indent}  - {entry.lstrip()}" for entry in entries))
         else:
             lines.append(f"{indent}{key}: {_scalar(item)}\n")
     return "".join(lines)

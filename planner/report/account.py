@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.assemble import Assembly
 from planner.holdings import Holding, holdings
+from planner.pipeline import SLOWER
 from planner.technique import discover
 
 __all__ = ["binding", "byte_tree", "second_tree"]
@@ -44,7 +45,7 @@ def second_tree(assembly: Assembly) -> dict[str, Any]:
 
 
 def byte_tree(assembly: Assembly) -> dict[str, Any]:
-    """Bytes of the fullest device at its peak; the leaves add up to ``bytes``. Host memory stands beside it."""
+    """Bytes of the fullest device at its peak; the leaves add up to ``bytes``. Slower tiers stand beside it."""
     leaves: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for held in holdings(assembly):
         technique = "software stack" if held.item is None else held.item.by
@@ -57,12 +58,12 @@ def byte_tree(assembly: Assembly) -> dict[str, Any]:
                 "bytes": held.n_bytes,
             }
         )
-    host = leaves.pop("host", [])
+    slower = {tier: sorted(leaves.pop(tier, []), key=lambda leaf: -leaf["bytes"]) for tier in SLOWER}
     return {
         "bytes": assembly.plan.estimate.memory_bytes["peak"],
         "budget_bytes": assembly.plan.estimate.memory_budget_bytes,
         "children": _sorted_groups(leaves, "bytes"),
-        "host": sorted(host, key=lambda leaf: -leaf["bytes"]),
+        **slower,
     }
 
 

@@ -29,7 +29,7 @@ def show_techniques(techniques: Sequence[Technique], everything: bool) -> None:
     if modelled:
         screen.line(f"{len(modelled)} modelled", "bold")
         rows = [(t.slot or t.kind, t.key, str(len(t.figures))) for t in modelled]
-        tails = [" · ".join(part for part in (" ".join(t.choices), t.source) if part) for t in modelled]
+        tails = [" · ".join(part for part in (_what(t), t.source) if part) for t in modelled]
         screen.grid(
             ("slot", "key", "figures"), rows, ("slot", "key"), "choices of --fix SLOT=… · source", tails
         )
@@ -42,6 +42,11 @@ def show_techniques(techniques: Sequence[Technique], everything: bool) -> None:
     elif declared:
         keys = ", ".join(t.key for t in declared)
         screen.section(f"{len(declared)} declared and not modelled (--all says why)", [keys])
+
+
+def _what(technique: Technique) -> str:
+    """The choices that it serves; of a preset, what it fixes."""
+    return " ".join(technique.choices) or " ".join(f"{k}={v}" for k, v in technique.fixes.items())
 
 
 def show_hardware(devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:

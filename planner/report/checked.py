@@ -11,7 +11,7 @@ from planner.report.plan_table import show_plans
 from planner.report.terminal import Screen, gib, words
 from planner.specs.problem import Problem
 
-__all__ = ["show_check"]
+__all__ = ["finding_sentence", "show_check", "verdict"]
 
 
 def show_check(
@@ -33,16 +33,9 @@ def show_check(
         steps: the way from one to the other.
     """
     screen = Screen()
-    errors = [_sentence(finding) for finding in found if finding.level == "error"]
-    warnings = [_sentence(finding) for finding in found if finding.level == "warning"]
-    verdict = (
-        f"{len(errors)} wrong, {len(warnings)} wasteful"
-        if errors or warnings
-        else "nothing wrong, nothing wasteful found"
-    )
-    screen.line(f"{run.launcher}, {problem.model.name} on {problem.cluster.name}: {verdict}", "bold")
-    screen.section("Wrong", errors)
-    screen.section("Wasteful", warnings)
+    screen.line(f"{run.launcher}, {problem.model.name} on {problem.cluster.name}: {verdict(found)}", "bold")
+    screen.section("Wrong", [finding_sentence(finding) for finding in found if finding.level == "error"])
+    screen.section("Wasteful", [finding_sentence(finding) for finding in found if finding.level == "warning"])
     screen.section("Read from the configuration", run.notes)
     if best is None:
         screen.section("The best plan", ["No plan for this job fits: planner train says what binds."])
@@ -79,7 +72,16 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
     screen.line()
 
 
-def _sentence(finding: Finding) -> str:
+def verdict(found: Sequence[Finding]) -> str:
+    """How many findings there are, in words."""
+    wrong = sum(finding.level == "error" for finding in found)
+    return (
+        f"{wrong} wrong, {len(found) - wrong} wasteful" if found else "nothing wrong, nothing wasteful found"
+    )
+
+
+def finding_sentence(finding: Finding) -> str:
+    """A finding, and which layer would have caught it."""
     return (
         f"{finding.what}. Caught by: {finding.caught_by}."
         if finding.caught_by

@@ -65,8 +65,10 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     if residuals is None or first.estimate.interval is None:
         return []
     stack, generation, kind = time_group(problem, first.mesh)
-    time = _basis(residuals.step_time, (stack, generation, kind), f"{stack} on {generation}, {kind}")
-    peak = _basis(residuals.peak, (stack, PROCESS), f"{stack} by nvidia-smi")
+    time = _basis(
+        residuals.step_time, (stack, generation, kind), f"the stack {stack} on {generation}, {kind}"
+    )
+    peak = _basis(residuals.peak, (stack, PROCESS), f"the stack {stack}, read from nvidia-smi")
     told = [
         f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction ({time})",
         f"peak memory: 80 % within {interval_text(first.estimate, 'peak')} ({peak})",
@@ -94,8 +96,8 @@ def _basis(spreads: Spreads, group: tuple[str, ...], said: str) -> str:
     """Which runs an interval comes from."""
     spread = spreads.of(*group)
     if group in spreads.groups:
-        return f"{_runs(spread.rows)} of {spread.models} model{'s' * (spread.models > 1)}, {said}, and all others"
-    return f"{_runs(spread.rows)}, none of them {said}"
+        return f"{_runs(spread.rows)} of {spread.models} model{'s' * (spread.models > 1)} with {said}, and all others"
+    return f"{_runs(spread.rows)}, none with {said}"
 
 
 def _runs(count: int) -> str:

@@ -36,12 +36,11 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
         show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)
     _tree(screen, "Bytes at the peak, on the fullest device", content["bytes"], "bytes", everything)
-    if content["bytes"]["host"]:
-        held = [
-            f"{leaf['what']} {gib(leaf['bytes'])} GiB ({leaf['technique']})"
-            for leaf in content["bytes"]["host"]
-        ]
-        screen.section("In host memory, per device", held)
+    for tier, where in (("host", "In host memory"), ("nvme", "On NVMe")):
+        leaves = content["bytes"][tier]
+        held = [f"{leaf['what']} {gib(leaf['bytes'])} GiB ({leaf['technique']})" for leaf in leaves]
+        if held:
+            screen.section(f"{where}, per device", held)
     binds = [f"{entry['what']}: {percent(entry['share'], 1.0)} {entry['text']}" for entry in content["binds"]]
     screen.section("What binds", binds)
     screen.section("What a little more would buy (tokens/s)", _gains(content["sensitivities"], estimate.fits))

@@ -43,7 +43,7 @@ def show_sharding(content: Mapping[str, Any]) -> None:
         changes[f"{_short(change['from'])} → {_short(change['to'])}"] += change["time_s"]
     told = [f"{where}: {format_seconds(seconds)}" for where, seconds in changes.most_common()]
     screen.section("Changes of layout, forward and back, all layers", told)
-    _proof(screen, content["certificate"], format_seconds)
+    show_proof(screen, content["certificate"], format_seconds)
 
 
 def show_schedules(points: Sequence[Mapping[str, Any]], once_s: float) -> None:
@@ -63,7 +63,7 @@ def show_schedules(points: Sequence[Mapping[str, Any]], once_s: float) -> None:
         for p in points
     ]
     screen.grid(("recompute", "share", "kept", "peak", "proof"), rows, ("proof",), "computed again", again)
-    _proof(screen, points[-1]["certificate"], format_seconds)
+    show_proof(screen, points[-1]["certificate"], format_seconds)
 
 
 def show_placement(content: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ def show_placement(content: Mapping[str, Any]) -> None:
     headings = ("tensor", "rests in", "after", "before", "moves")
     screen.grid(headings, rows, headings[:4])
     _left_out(screen, len(content["rests"]))
-    _proof(screen, content["certificate"], format_seconds)
+    show_proof(screen, content["certificate"], format_seconds)
 
 
 def show_groups(content: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ def show_groups(content: Mapping[str, Any]) -> None:
         for (degree, sequences, seconds), count in alike.items()
     ]
     screen.grid(("groups", "ranks", *lengths, "time"), rows)
-    _proof(screen, content["certificate"], format_seconds)
+    show_proof(screen, content["certificate"], format_seconds)
 
 
 def show_micro_batches(content: Mapping[str, Any]) -> None:
@@ -106,14 +106,14 @@ def show_micro_batches(content: Mapping[str, Any]) -> None:
     alike = Counter((m["sequences"], m["length"]) for m in content["micro_batches"])
     rows = [(str(count), str(n), f"{length:,}") for (n, length), count in alike.items()]
     screen.grid(("micro-batches", "sequences", "padded to"), rows)
-    _proof(screen, content["certificate"], format_seconds)
+    show_proof(screen, content["certificate"], format_seconds)
 
 
 def show_balance(content: Mapping[str, Any]) -> None:
     """Prints the experts of every device."""
     screen = Screen()
     _devices(screen, content["device"], [format_count(load) for load in content["loads"]])
-    _proof(screen, content["certificate"], format_count)
+    show_proof(screen, content["certificate"], format_count)
 
 
 def show_alignment(content: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def show_alignment(content: Mapping[str, Any]) -> None:
         placed = [" ".join(str(e) for e, d in enumerate(device) if d == k) for k in range(max(device) + 1)]
         screen.line(f"layer {layer}: {' | '.join(placed)}")
     _left_out(screen, len(content["device"]))
-    _proof(screen, content["certificate"], format_count)
+    show_proof(screen, content["certificate"], format_count)
 
 
 def show_ranks(content: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ def show_ranks(content: Mapping[str, Any]) -> None:
     before = format_seconds(content["time_in_order_s"])
     screen.line(f"{format_seconds(content['time_s'])} of messages per step, {before} in order", "bold")
     screen.section("Node of rank 0, 1, …", [" ".join(str(node) for node in content["node"])])
-    _proof(screen, content["certificate"], format_seconds)
+    show_proof(screen, content["certificate"], format_seconds)
 
 
 # -- details -----------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def _left_out(screen: Screen, rows: int) -> None:
         screen.line(f"… and {rows - _MOST_ROWS:,} more (--json has all)")
 
 
-def _proof(screen: Screen, certificate: Mapping[str, Any], unit: Any) -> None:
+def show_proof(screen: Screen, certificate: Mapping[str, Any], unit: Any) -> None:
     """What is proved, by whom, and how long it took."""
     if certificate["status"] == "exact":
         told = f"Exact under this model: {certificate['solver']}, {format_seconds(certificate['wall_s'])}."

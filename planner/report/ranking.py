@@ -14,7 +14,7 @@ from planner.report.layers import layers, layerwise_proof
 from planner.report.plan_table import rows, show_plans
 from planner.report.sizes import show_clusters, show_sizes
 from planner.report.terminal import Screen, gib, percent, words
-from planner.report.totals import run_totals
+from planner.report.totals import energy_text, run_totals
 from planner.specs.parameters import parameter_count
 from planner.units import format_count, format_seconds
 
@@ -48,7 +48,9 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
     screen.section(
         "Time against memory (the best plan under each budget)", [_point(p) for p in result.pareto]
     )
-    screen.section("The run (plan 1; no failures, no checkpoints)", _totals(best))
+    screen.section(
+        "The run (plan 1; no failures, no checkpoints)", _totals(best, _problem_of(best, problems))
+    )
     screen.section("How far off", confidence(result.plans, _problem_of(best, problems)))
     screen.section("Rests on", best.assumptions)
     screen.section("How sure", [*_proof(best, report), *layerwise_proof(result), *result.notes])
@@ -77,7 +79,7 @@ def show_plan(plan: Plan, problem: Problem, notes: Sequence[str] = (), best: Pla
     held = sorted(plan.estimate.memory_bytes.items(), key=lambda pool: -pool[1])
     pools = [f"{words(name)} {gib(n_bytes)}" for name, n_bytes in held if name != "peak"]
     screen.section(f"Of the peak of {gib(peak)} GiB", [" · ".join(pools)])
-    screen.section("The run (no failures, no checkpoints)", _totals(plan))
+    screen.section("The run (no failures, no checkpoints)", _totals(plan, problem))
     screen.section("Read from the configuration", notes)
     if best is not None:
         screen.section("The best plan for this job", [_gain(plan, best)])
@@ -93,9 +95,9 @@ def does_not_fit(plan: Plan) -> str:
     if peak > budget:
         over = gib(peak - budget)
         return f"DOES NOT FIT: the peak of {gib(peak)} GiB is {over} GiB above the {gib(budget)} GiB that a plan may use"
-    return (
-        f"DOES NOT FIT: it needs {gib(estimate.host_bytes)} GiB of host memory per device, more than there is"
-    )
+    away = f"{gib(estimate.host_bytes)} GiB of host memory"
+    away += f" and {gib(estimate.nvme_bytes)} GiB of NVMe" if estimate.nvme_bytes else ""
+    return f"DOES NOT FIT: it needs {away} per device, more than there is"
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
@@ -126,14 +128,14 @@ def _machine(plan: Plan, problem: Problem) -> str:
     return f"{plan.devices:,} × {problem.cluster.device.name}"
 
 
-def _totals(plan: Plan) -> list[str]:
+def _totals(plan: Plan, problem: Problem) -> list[str]:
     """Run totals as text; empty where the length of the run is not given."""
-    run = run_totals(plan)
+    run = run_totals(plan, problem)
     if run is None:
         return []
     found = [
         f"{format_count(run['tokens'])} tokens in {run['steps']:,} steps: {format_seconds(run['run_s'])}, "
-        f"{format_count(run['device_hours'])} device hours, {format_count(run['joules'] / 3.6e6)} kWh (devices alone)"
+        f"{format_count(run['device_hours'])} device hours, {energy_text(run)}"
     ]
     if run["usd"] is not None:
         found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
@@ -57,10 +58,7 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         screen.section("Day", _day(result))
     screen.section("Rests on", result.best.assumptions)
     screen.section("How sure", _proof(result))
-    following = (
-        [f"planner explain {saved}", f"planner export {saved} --to {_launcher(result.best)}"] if saved else []
-    )
-    screen.section("Next", following, wrapped=False)
+    screen.section("Next", [] if saved is None else _next(result, saved), wrapped=False)
 
 
 def show_serve_plan(plan: ServePlan) -> None:
@@ -240,5 +238,19 @@ def _proof(result: ServeResult) -> list[str]:
     return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
 
 
-def _launcher(plan: ServePlan) -> str:
-    return next((name for name in ("sglang", "trtllm") if plan.stack.startswith(name)), "vllm")
+def _next(result: ServeResult, saved: str) -> list[str]:
+    """Commands that go on from here; the export is of the first plan that the engine itself can run."""
+    from planner.export.serving import find_serving_exporter, serving_problems
+    from planner.export.serving.target import ServingTarget
+
+    engine = next((name for name in ("sglang", "trtllm") if result.best.stack.startswith(name)), "vllm")
+    exporter, following = find_serving_exporter(engine), [f"planner explain {saved}"]
+    for number, plan in enumerate(result.plans, 1):
+        try:
+            runs = not serving_problems(ServingTarget(plan), exporter)
+        except (ExportError, SpecError):
+            continue
+        if runs:
+            which = "" if number == 1 else f":{number}"
+            return [*following, f"planner export {saved}{which} --to {engine} -o FOLDER"]
+    return following

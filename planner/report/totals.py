@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.costs.economics import device_hours, tokens_run_s
+from planner.costs.energy import emitted_kg
 from planner.uncertainty.nearest import nearby
 from planner.uncertainty.ties import ties_with_first
+from planner.units import format_count
 
 if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 
-__all__ = ["confidence_fields", "document", "run_totals"]
+__all__ = ["confidence_fields", "document", "energy_text", "run_totals"]
 
 
-def run_totals(plan: Plan) -> dict[str, Any] | None:
+def run_totals(plan: Plan, problem: Problem | None = None) -> dict[str, Any] | None:
     """Totals over the workload's ``tokens``; None where the length of the run is not given.
 
-    ``steps`` is rounded up; ``usd`` is None without a price. Failures and checkpoints are not included.
+    ``steps`` is rounded up; ``joules`` are those of the devices, ``meter_joules`` those of the problem's data centre; ``usd`` is
+    None without a price, ``kg_co2e`` without the electricity's. Failures and checkpoints are not included.
     """
     tokens = plan.workload.get("tokens")
     if tokens is None:
@@ -30,15 +33,27 @@ def run_totals(plan: Plan) -> dict[str, Any] | None:
     tokens_per_step = workload["global_batch_size"] * workload["seq_len"]
     seconds = float(tokens_run_s(tokens, tokens_per_step, estimate.step_time_s))
     steps = tokens / tokens_per_step
+    joules = estimate.joules_per_step * steps
+    metered = joules * (1.0 if problem is None else problem.pue)
+    intensity = None if problem is None else problem.kg_per_kwh
     return {
         "plan": plan.id,
         "tokens": tokens,
         "steps": math.ceil(steps),
         "run_s": seconds,
         "device_hours": float(device_hours(seconds, plan.devices)),
-        "joules": estimate.joules_per_step * steps,
+        "joules": joules,
+        "meter_joules": metered,
+        "kg_co2e": None if intensity is None else float(emitted_kg(metered, intensity)),
         "usd": None if estimate.usd_per_step is None else estimate.usd_per_step * steps,
     }
+
+
+def energy_text(run: Mapping[str, Any]) -> str:
+    """A run's energy and what it emits, in words."""
+    whose = "at the meter" if run["meter_joules"] > run["joules"] else "devices alone"
+    emitted = "" if run["kg_co2e"] is None else f", {format_count(run['kg_co2e'] / 1e3)} t CO2e"
+    return f"{format_count(run['meter_joules'] / 3.6e6)} kWh ({whose}){emitted}"
 
 
 def confidence_fields(plans: Sequence[Plan], problem: Problem) -> dict[str, Any]:
@@ -54,7 +69,8 @@ def confidence_fields(plans: Sequence[Plan], problem: Problem) -> dict[str, Any]
 def document(fleet: Fleet, problems: Sequence[Problem]) -> dict[str, Any]:
     """The JSON object of ``planner train``: plans and search, run totals of the best plan, and what else was asked."""
     found = fleet.result.as_dict()
-    totals = run_totals(fleet.result.best)
+    best = fleet.result.best
+    totals = run_totals(best, next((p for p in problems if p.cluster.name == best.cluster), problems[0]))
     if totals is not None:
         found["run"] = totals
     found |= confidence_fields(fleet.result.plans, problems[0])

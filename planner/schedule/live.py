@@ -37,7 +37,6 @@ def live_vectors(
         alive = np.concatenate([alive, waiting - (kind == Op.B)[:, None] * blocks], axis=1)
     else:
         alive = alive[kind == Op.F]
-    alive = np.unique(alive, axis=0)
     alive = alive[np.argsort(-alive.sum(axis=1), kind="stable")]
     maximal = []
     while len(alive):  # nothing dominates the largest sum; what it dominates goes with it

@@ -71,7 +71,7 @@ class Placement:
     for every other chunk, so that the pipeline turns back at its ends.
 
     ``copies`` pipelines run side by side, each with weights of its own: stages ``[k·n, (k + 1)·n)`` are pipeline ``k``, and a
-    micro-batch passes one of them.
+    micro-batch passes one of them. With ``shared_ends``, every stage holds an equal part of the embedding and of the head.
 
     >>> Placement(folded=True).device_of_stage(3, 2).tolist(), Placement(folded=True, copies=2).upstream(3, 2).tolist()
     ([0, 1, 2, 2, 1, 0], [-1, 0, 1, -1, 3, 4])
@@ -79,6 +79,7 @@ class Placement:
 
     folded: bool = False
     copies: int = 1
+    shared_ends: bool = False
 
     def device_of_stage(self, p: int, v: int) -> Ints:
         """(p·v,) the device that holds a virtual stage."""

@@ -2,12 +2,12 @@
 
 A *state* is a combination of ``zero_stage`` and ``zero_group``; any of them may win on any row. Recompute and swaps only add work
 to a state (host memory and the link to it are slower than device memory), so a combination is dominated by one that does less
-of both and fits.
+of both and fits. A swap that hides the update behind the backward may save what the update took, and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,6 +40,13 @@ class Activity:
     whole: NDArray[np.int64]
     by_layers: NDArray[np.int64]
 
+    def take(self, index: NDArray[np.intp]) -> Activity:
+        """The same of some of the rows."""
+        return Activity(
+            self.states[:, index], self.recomputes[:, index], self.counts[index], self.whole[index],
+            self.by_layers[index],
+        )  # fmt: skip
+
 
 class Branches:
     """All additive choices of a space."""
@@ -67,9 +74,18 @@ class Branches:
         layers = [i for i, c in enumerate(self.recomputes) if self.by_layers(c)]
         self.waves = [wave for wave in (none, some, layers) if wave]
         """Recompute choices that are tried together: none does less than another of its wave."""
-        schedules = (choice.technique for choice in choices["schedule"])
-        self._schedule_moves = any("activations" in t.moves for t in schedules if t is not None)
-        self._less: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._recompute_units = [{"recompute": choice} for choice in self.recomputes]
+        self._divided = [
+            tuple(
+                {s: c for s, c in swap.items() if (s in _OF_ACTIVATIONS) == moved} for moved in (False, True)
+            )
+            for swap in self.swaps
+        ]
+        self._saves = [
+            any(c.technique is not None and c.technique.saves for c in swap.values()) for swap in self.swaps
+        ]
+        self.any_saves = any(self._saves)
+        self._less: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
 
     def _possible(self, swap: Mapping[str, Choice]) -> bool:
         """Whether a swap's rules about the machine and the job hold; those about rows are for later."""
@@ -108,11 +124,13 @@ class Branches:
                 acts &= choice.technique.active(ctx)
         return acts
 
-    def variants(self, activity: Activity, layers: Sequence[int]) -> NDArray[np.int64]:
-        """Candidates per row, over layouts whose devices hold at most that many layers each."""
-        each = int(self.widths(self.recomputes[-1], np.array(layers)).sum())  # choices by layers come last
-        widths: NDArray[np.int64] = len(layers) * activity.whole + each * activity.by_layers
-        return activity.counts * widths * len(self.swaps)
+    def variants(
+        self, activity: Activity, rows: NDArray[np.intp], layers: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Candidates of each pair of a row and a layout whose devices hold at most that many layers."""
+        each = self.widths(self.recomputes[-1], layers)  # choices by layers come last
+        widths: NDArray[np.int64] = activity.whole[rows] + each * activity.by_layers[rows]
+        return activity.counts[rows] * widths * len(self.swaps)
 
     def widths(self, recompute: Choice, layers: NDArray[Any] | int) -> NDArray[np.int64]:
         """Candidates behind one recompute choice: recomputing 1 … layers−1 of a device's layers is one each."""
@@ -129,31 +147,42 @@ class Branches:
         return {**self.states[state], "recompute": self.recomputes[recompute], **self.swaps[swap]}
 
     def units(self, state: int, recompute: int, swap: int) -> list[dict[str, Choice]]:
-        """The same in parts whose passes do not look at each other's items: weights, recompute, activations."""
-        swaps = dict(self.swaps[swap])
-        activations = {slot: swaps.pop(slot) for slot in _OF_ACTIVATIONS}
-        return [self.states[state], swaps, {"recompute": self.recomputes[recompute]}, activations]
+        """The same in parts whose passes do not look at each other's items: weights, recompute, activations; always the same
+        objects."""
+        weights, activations = self._divided[swap]
+        return [self.states[state], weights, self._recompute_units[recompute], activations]
 
-    def no_more(self, recompute: int, swap: int) -> list[tuple[int, int]]:
+    def no_more(self, recompute: int, swap: int, schedule: Choice) -> list[tuple[int, int]]:
         """Branches of the same state that do strictly less than this one: no recompute or the same, no further swaps."""
-        if (recompute, swap) in self._less:
-            return self._less[recompute, swap]
-        less = self._less[recompute, swap] = []
+        key = recompute, swap, self._parks(schedule)
+        if key in self._less:
+            return self._less[key]
+        less = self._less[key] = []
         for r, choice in enumerate(self.recomputes):
             for s, other in enumerate(self.swaps):
                 subset = all(o.technique is None or o is self.swaps[swap][slot] for slot, o in other.items())
+                if self.saves(s) != self.saves(swap):
+                    continue  # an update beside the backward may take less than the one that it replaces
                 # As much recompute, unless it is of as many layers as it takes: a further swap may do with fewer.
                 same = r == recompute and not self.by_layers(choice)
-                fewer = same or (choice.technique is None and not self.moves_activations(s))
+                fewer = same or (choice.technique is None and not self.moves_activations(s, schedule))
                 if subset and fewer and (r, s) != (recompute, swap):
                     less.append((r, s))
         return less
 
-    def moves_activations(self, swap: int) -> bool:
-        """Whether a swap (or a schedule) moves activations: recompute leaves it less to move, and so may save time."""
-        return self._schedule_moves or any(
+    def moves_activations(self, swap: int, schedule: Choice) -> bool:
+        """Whether a swap or the schedule moves activations: recompute leaves it less to move, and so may save time."""
+        return self._parks(schedule) or any(
             self.swaps[swap][slot].technique is not None for slot in _OF_ACTIVATIONS
         )
+
+    def _parks(self, schedule: Choice) -> bool:
+        """Whether a schedule moves activations."""
+        return schedule.technique is not None and "activations" in schedule.technique.moves
+
+    def saves(self, swap: int) -> bool:
+        """Whether a swap may take the update's time off a row."""
+        return self._saves[swap]
 
     def ruled(self, swap: int) -> bool:
         """Whether some of a swap's rules are about rows, or about choices before it."""

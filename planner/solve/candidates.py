@@ -72,7 +72,7 @@ class Pending:
     """(state, row) pairs of one schedule that were scored plain.
 
     ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
-    found to fit. ``overfull``: no branch of the pair can.
+    found to fit. ``overfull``: no branch of the pair can. ``saving_s``: what a branch may save of the plain one's time.
     """
 
     expansion: Expansion
@@ -80,12 +80,17 @@ class Pending:
     bounds_s: Array
     fits: NDArray[np.bool_]
     overfull: NDArray[np.bool_]
+    saving_s: Array
 
     @property
     def floor_s(self) -> Array:
         """What no branch of a pair is faster than; nothing is known where the plain ones move activations."""
-        plain_s: Array = self.bounds_s[0, 0]
-        return np.zeros_like(plain_s) if self.expansion.branches.moves_activations(0) else plain_s
+        plain_s: Array = self.bounds_s[0, 0] - self.saving_s
+        return (
+            np.zeros_like(plain_s)
+            if self.expansion.branches.moves_activations(0, self.jobs.schedule)
+            else plain_s
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

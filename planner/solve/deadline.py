@@ -18,6 +18,7 @@ from time import perf_counter
 
 import numpy as np
 
+from planner.costs.arrays import distinct
 from planner.errors import Infeasible, Interrupted, SpecError
 from planner.errors import Problem as Fault
 from planner.plan import SearchResult
@@ -149,7 +150,7 @@ class _Machine:
         spec, devices = self.spec(nodes), nodes * self.per_node
         try:
             problem = self.sized(nodes)
-            batch, degrees = problem.workload.global_batch_size, np.unique(Space(problem).rows.values["dp"])
+            batch, degrees = problem.workload.global_batch_size, distinct(Space(problem).rows.values["dp"])
             if np.all(batch % degrees):
                 outcome = f"global batch size {batch:,} not divisible by any possible dp"
                 return Attempt(spec, devices, None, None, outcome, "no plan"), None

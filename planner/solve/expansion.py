@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable
+from planner.costs.arrays import distinct
+from planner.engine import COMPACT, TIMES, BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
 from planner.pipeline import held_bytes, memory, step_bound
-from planner.solve.branches import Branches, Faults
+from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
+from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["Expansion"]
 
 Index = NDArray[np.intp]
+_Held = dict[
+    str, tuple[Array, float]
+]  # bytes that each job needs in a tier, and the tier's capacity per device
+
+TIERS = {"host": "host memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
 
@@ -39,6 +46,7 @@ class Expansion:
         branches: additive choices.
         tables: per prefix, its branch tables on the rows that are open.
         rows: per prefix, those rows.
+        activities: per prefix, which states and recompute choices say something of their own on each.
         counts: where candidates are counted.
     """
 
@@ -48,6 +56,7 @@ class Expansion:
         branches: Branches,
         tables: Sequence[BranchTables],
         rows: Sequence[Rows],
+        activities: Sequence[Activity],
         counts: SearchCounts,
     ) -> None:
         self.problem, self.branches, self.tables, self.counts = problem, branches, tables, counts
@@ -55,52 +64,82 @@ class Expansion:
         self.starts = np.cumsum([0, *(len(part) for part in rows)])
         self.values = {name: np.concatenate([part.values[name] for part in rows]) for name in rows[0].values}
         self.micro_batches = np.concatenate([table.ctx.micro_batches for table in tables])
-        activities = [
-            branches.activity(part, table.ctx.knobs) for part, table in zip(rows, tables, strict=True)
-        ]
+        self.activities = list(activities)
         self.states = np.concatenate([activity.states for activity in activities], axis=1)
         self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
         groups = [self.values[name] > 1 for name in ("tp", "cp", "dp", "pp", "ep")]
         self.communicators = np.stack(groups).astype(float).sum(axis=0)
         self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
         self.nearest: Shortfall | None = None
-        self._of_states = self._all_states()
+        self._of_states = np.zeros(0)
+        self._known: set[tuple[int, int]] = set()
         self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
+
+    def __len__(self) -> int:
+        return len(self.prefix_of)
+
+    def without_idle_prefixes(self, rows: Index) -> tuple[Expansion, Index]:
+        """The expansion of the prefixes of some rows alone, with their tables as they are, and those rows' places in it."""
+        mine = distinct(self.prefix_of[rows])
+        kept = np.isin(self.prefix_of, mine)
+        parts = [self._rows(np.arange(self.starts[prefix], self.starts[prefix + 1])) for prefix in mine]
+        tables, activities = ([each[prefix] for prefix in mine] for each in (self.tables, self.activities))
+        few = Expansion(self.problem, self.branches, tables, parts, activities, self.counts)
+        return few, (np.cumsum(kept) - 1)[rows]
 
     def narrow(self, rows: Index) -> Expansion:
         """The expansion of some of the rows alone; ``rows`` is sorted."""
-        tables, parts = [], []
-        for prefix in np.unique(self.prefix_of[rows]).tolist():
+        tables, parts, activities = [], [], []
+        for prefix in distinct(self.prefix_of[rows]).tolist():
             mine = rows[self.prefix_of[rows] == prefix]
-            tables.append(self.tables[prefix].take(mine - self.starts[prefix]))
-            parts.append(Rows({name: column[mine] for name, column in self.values.items()}))
-        return Expansion(self.problem, self.branches, tables, parts, self.counts)
+            local = mine - self.starts[prefix]
+            tables.append(self.tables[prefix].take(local))
+            activities.append(self.activities[prefix].take(local))
+            parts.append(self._rows(mine))
+        return Expansion(self.problem, self.branches, tables, parts, activities, self.counts)
 
-    def plain(self, schedule: Choice, layout: Layout | Dealt, rows: Index) -> tuple[Batch, Pending]:
-        """Scores every state of the rows without recompute or swaps; returns it with what is left to try."""
-        states, at = np.nonzero(self.states[:, rows] & (self._width(0, layout, rows) > 0))
-        layout, rows = layout.take(at), rows[at]
+    def _rows(self, index: Index) -> Rows:
+        return Rows({name: column[index] for name, column in self.values.items()})
+
+    def times(self, state: int) -> BlockTable:
+        """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
+        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
+        each = [
+            table.times(state)
+            if self.states[state, start:stop].any()
+            else np.zeros((len(TIMES), len(self.kinds), len(table)))
+            for table, (start, stop) in parts
+        ]
+        return BlockTable(self.kinds, np.concatenate(each, axis=2), TIMES)
+
+    def plain(self, pairs: Pairs) -> tuple[Batch, Pending]:
+        """Scores the pairs' open states without recompute or swaps; returns it with what is left to try."""
+        states, at = np.nonzero(pairs.open & (self._width(0, pairs.layouts.deal(pairs.of), pairs.rows) > 0))
+        layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
-        jobs = Jobs(schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
+        jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
         fit, bound_s, batch = self.evaluate(jobs)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
-        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs))
+        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs), self._saving_s(jobs))
 
     def open_pairs(self, pending: Pending, bar: float) -> Index:
         """Pairs whose other branches are worth a look; those of the others are counted as excluded or rejected.
 
         Whatever else a state does on a row only adds time to its plain branch: nothing else can win where that fits, or where
-        its bound is not under the bar. Where what cannot be moved exceeds the device, nothing fits.
+        its bound is not under the bar, but for swaps that save, and then by no more than that. Where what cannot be moved
+        exceeds the device, nothing fits.
         """
         branches, rows = self.branches, pending.jobs.rows
-        if branches.recomputes[0].technique is not None or branches.moves_activations(0):
+        if branches.recomputes[0].technique is not None or branches.moves_activations(
+            0, pending.jobs.schedule
+        ):
             return np.arange(len(rows))
         others = -self._width(0, pending.jobs.layout, rows)
         for recompute in range(len(branches.recomputes)):
             others += len(branches.swaps) * self._width(recompute, pending.jobs.layout, rows)
-        fits, late = pending.fits[0, 0], pending.bounds_s[0, 0] >= bar
+        fits, late = pending.fits[0, 0] & (not branches.any_saves), pending.floor_s >= bar
         full = pending.overfull
         self.counts.excluded_by_bound["dominated"] += int(others[fits].sum())
         self.counts.excluded_by_bound["step time"] += int(others[late & ~fits].sum())
@@ -141,9 +180,11 @@ class Expansion:
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0]
         dominated, late = np.zeros((2, len(chosen)), dtype=bool)
-        for r, s in self.branches.no_more(recompute, swap):
+        for r, s in self.branches.no_more(recompute, swap, jobs.schedule):
             dominated |= pending.fits[s, r, chosen]
             late |= pending.bounds_s[s, r, chosen] >= bar
+        if self.branches.saves(swap):
+            late |= pending.floor_s[chosen] >= bar
         full = pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
@@ -175,13 +216,21 @@ class Expansion:
             )
         return full
 
+    def _saving_s(self, jobs: Jobs) -> Array:
+        """What a swap may save of the plain branches' time: their updates, on the device where they take longest."""
+        if not self.branches.any_saves:
+            return np.zeros(len(jobs.rows))
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        saving: Array = held_bytes(jobs.layout, table["main_step_s"]).max(axis=0)
+        return saving
+
     def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
 
         Recompute by layers is priced apart from other choices.
         """
         counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
-        if not (counted and self.branches.moves_activations(jobs.swap)):
+        if not (counted and self.branches.moves_activations(jobs.swap, jobs.schedule)):
             return self._priced(jobs)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
         fit, bound_s, batch = self._priced(jobs.with_every_count())
@@ -195,16 +244,14 @@ class Expansion:
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, table, micro_batches)
         bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
-        peak, host = self._memory(jobs, table, micro_batches, layers)
-        budget, host_budget = self.problem.memory_budget_bytes, self.problem.cluster.host_memory_bytes
-        on_device, on_host = peak <= budget, host <= host_budget
+        peak, slower = self._memory(jobs, table, micro_batches, layers)
+        held = {"device memory": (peak, self.problem.memory_budget_bytes)}
+        for tier, capacity in self.problem.cluster.slower_bytes.items():
+            held[TIERS[tier]] = slower[tier], capacity
         runs = self._launchable(jobs)
-        fit = on_device & on_host & runs
-        self._count(jobs, on_device, on_host, runs)
+        fit = self._count(jobs, held, runs)
         if not fit.all():
-            self._note_nearest(
-                jobs, np.where(on_device, host / max(host_budget, 1.0), peak / budget), peak, host, on_device
-            )
+            self._note_nearest(jobs, held)
         return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
 
     def _by_layers(self, jobs: Jobs) -> bool:
@@ -259,16 +306,18 @@ class Expansion:
                     faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
-    def _count(
-        self, jobs: Jobs, on_device: NDArray[np.bool_], on_host: NDArray[np.bool_], runs: NDArray[np.bool_]
-    ) -> None:
-        """One candidate per job is scored or rejected; the other layer counts behind it are excluded or rejected with it."""
-        fitting = on_device & on_host & runs
+    def _count(self, jobs: Jobs, held: _Held, runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which jobs fit. One candidate per job is scored, or rejected for the first tier that it exceeds; the other layer
+        counts behind it are excluded or rejected with it."""
         rejected: Counter[str] = self.counts.rejected
-        rejected["device memory"] += int(jobs.width[~on_device & runs].sum())
-        rejected["host memory"] += int(jobs.width[on_device & ~on_host & runs].sum())
+        fitting = runs
+        for tier, (n_bytes, capacity) in held.items():
+            inside = n_bytes <= capacity
+            rejected[tier] += int(jobs.width[fitting & ~inside].sum())
+            fitting = fitting & inside
         self.counts.scored += int(fitting.sum())
         self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
+        return fitting
 
     def _fewest_layers(self, jobs: Jobs, table: BlockTable, micro_batches: Array) -> Array:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
@@ -281,14 +330,14 @@ class Expansion:
         )
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
-            peak, _ = self._memory(jobs, table, micro_batches, middle)
+            peak = self._memory(jobs, table, micro_batches, middle)[0]
             fit = peak <= self.problem.memory_budget_bytes
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
         return high
 
     def _memory(
         self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, dict[str, Array]]:
         return memory(
             table,
             jobs.layout,
@@ -303,49 +352,45 @@ class Expansion:
         self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
     ) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
-        columns = self._of_states[states, rows]
+        columns = self._columns_of_states(states, rows)
         assert schedule.technique is not None
         editor = schedule if schedule.technique.edits else None
         if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
             shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
             branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
-            for branch in np.unique(branches).tolist():
-                prefix, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
-                at = np.flatnonzero(branches == branch)
+            order = np.argsort(branches, kind="stable")
+            for at in np.split(order, np.flatnonzero(np.diff(branches[order])) + 1):
+                prefix, state, recompute = (int(i) for i in np.unravel_index(branches[at[0]], shape))
                 local = rows[at] - self.starts[prefix]
                 columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
         return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
 
-    def _active(self) -> list[tuple[BranchTables, NDArray[np.bool_]]]:
-        """Each prefix's tables, and the states that are active on any of its rows."""
-        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
-        return [
-            (table, np.any(self.states[:, start:stop], axis=1, keepdims=True)[:, 0])
-            for table, (start, stop) in parts
-        ]
+    def _columns_of_states(self, states: Index, rows: Index) -> Array:
+        """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
+        if not len(self._of_states):
+            self._of_states = np.zeros((len(self.states), len(self), len(COMPACT), len(self.kinds)))
+        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
+        for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
+            if (state, prefix) not in self._known:
+                self._known.add((state, prefix))
+                where = slice(self.starts[prefix], self.starts[prefix + 1])
+                self._of_states[state, where] = self.tables[prefix].of_state(state)
+        return self._of_states[states, rows]
 
-    def _all_states(self) -> Array:
-        """Tables of all states, (states, rows, fields, kinds); zero where a state is active on no row of a prefix."""
-        parts = []
-        for table, on in self._active():
-            base = table.of_state(int(np.argmax(on)))
-            parts.append(
-                np.stack([table.of_state(s) if on[s] else np.zeros_like(base) for s in range(len(on))])
-            )
-        return np.concatenate(parts, axis=1)
-
-    def _note_nearest(
-        self, jobs: Jobs, excess: Array, peak: Array, host: Array, on_device: NDArray[np.bool_]
-    ) -> None:
-        """Remembers the candidate that misses its budget by the least."""
+    def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
+        """Remembers the candidate that misses the first tier that it exceeds by the least."""
+        excess, first = np.ones(len(jobs.rows)), np.zeros(len(jobs.rows), dtype=np.intp)
+        for number, (n_bytes, capacity) in enumerate(held.values()):
+            over = (excess <= 1.0) & (n_bytes > capacity)
+            excess = np.where(over, n_bytes / max(capacity, 1.0), excess)
+            first = np.where(over, number, first)
         missing = np.where(excess > 1.0, excess, np.inf)
         i = int(np.argmin(missing))
         if np.isinf(missing[i]):
             return
-        if on_device[i]:
-            self._note(jobs, i, "host memory", float(host[i]), self.problem.cluster.host_memory_bytes)
-        else:
-            self._note(jobs, i, "device memory", float(peak[i]), self.problem.memory_budget_bytes)
+        tier = list(held)[int(first[i])]
+        n_bytes, capacity = held[tier]
+        self._note(jobs, i, tier, float(n_bytes[i]), capacity)
 
     def _note(
         self, jobs: Jobs, index: int, binding: str, needed: float, budget: float, *, at_least: bool = False

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.ledger import Array
 from planner.solve.candidates import Pending
 from planner.solve.expansion import Expansion
@@ -21,7 +22,7 @@ _Pairs: TypeAlias = list[
     tuple[Pending, Index, Array]
 ]  # pending pairs, which of them, and what none of them is faster than
 
-_WAVE = 64
+_WAVE = 8
 _MANY = 4096  # rows from which tables of a part of them pay
 
 
@@ -45,12 +46,12 @@ def try_leftovers(pending: Sequence[Pending], ranking: Ranking) -> list[Expansio
     _try(_between(pairs, max(begin, ranking.bar), np.inf), swaps, ranking)
     rest = _narrow(_between(pairs, begin, ranking.bar))
     bounds = _sorted(rest)
-    for tried in filter(len, (swaps[:1], swaps[1:])):
-        begin, size = -np.inf, _WAVE
-        while begin < np.inf:
-            end = float(bounds[size]) if size < len(bounds) and begin < ranking.bar else np.inf
+    begin, size = -np.inf, _WAVE
+    while begin < np.inf:
+        end = float(bounds[size]) if size < len(bounds) and begin < ranking.bar else np.inf
+        for tried in filter(len, (swaps[:1], swaps[1:])):
             _try(_between(rest, begin, end), tried, ranking)
-            begin, size = end, 5 * size
+        begin, size = end, 5 * size
     return [p.expansion for p, *_ in (*pairs, *rest)]
 
 
@@ -83,8 +84,8 @@ def _narrow(pairs: _Pairs) -> _Pairs:
     found: _Pairs = []
     for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
         mine = [pair for pair in pairs if pair[0].expansion is work]
-        rows = np.unique(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
-        if len(work.prefix_of) < max(_MANY, 2 * len(rows)):
+        rows = distinct(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
+        if len(work) < max(_MANY, 2 * len(rows)):
             found += mine
             continue
         few = work.narrow(rows)
@@ -92,6 +93,6 @@ def _narrow(pairs: _Pairs) -> _Pairs:
             jobs = pending.jobs.take(at)
             jobs = replace(jobs, rows=np.searchsorted(rows, jobs.rows))
             bounds_s, fits = pending.bounds_s[:, :, at], pending.fits[:, :, at]
-            alone = Pending(few, jobs, bounds_s, fits, pending.overfull[at])
+            alone = Pending(few, jobs, bounds_s, fits, pending.overfull[at], pending.saving_s[at])
             found.append((alone, np.arange(len(at)), floor_s))
     return found

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, Pricer, tabulate
+from planner.engine import COMPACT, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
@@ -38,8 +39,10 @@ class BranchTables:
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._changes: dict[tuple[str, ...], _Change] = {}
-        self._divided: dict[tuple[int, int, int, str], list[_Change]] = {}
-        self._change({})
+        self._divided: dict[tuple[int, int, int, int], list[_Change]] = {}
+        self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
+        self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
+        self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
         """The tables on some of the rows."""
@@ -54,14 +57,20 @@ class BranchTables:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
         return self._change(self.branches.states[state]).values
 
+    def times(self, state: int) -> Array:
+        """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
+        return tabulate(
+            self._ledger(self.branches.states[state]), self.pricer, self.kinds, len(self), TIMES
+        ).values
+
     def of_branch(
         self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None
     ) -> Array:
         """The table of a branch on some rows: the prefix's, and what every part of the branch changes.
 
-        A schedule that edits the ledger sees the state's items, and makes one part with it.
+        A schedule that edits the ledger sees the state's items, and makes one part with it unless it looks at none of them.
         """
-        total: Array = self._changes[()].values[rows]
+        total: Array = self._change({}).values[rows]
         for part in self._parts(state, recompute, swap, schedule):
             total = total + part.delta[rows]
         return total
@@ -69,7 +78,7 @@ class BranchTables:
     def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
         """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
         return [
-            self._changes[()].values,
+            self._change({}).values,
             *(part.delta for part in self._parts(state, recompute, swap)),
         ]
 
@@ -79,23 +88,48 @@ class BranchTables:
 
     def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None = None) -> list[_Change]:
         """What a branch changes, in parts that add up: choices that touch the same things make one part."""
-        key = (state, recompute, swap, "" if schedule is None else schedule.value)
+        edits = None if schedule is None else self._edits(schedule)
+        key = (state, recompute, swap, id(edits))
         if key not in self._divided:
-            parts: list[dict[str, Choice]] = []
+            parts: list[tuple[dict[str, Choice], _Change]] = []
             of_state, *units = self.branches.units(state, recompute, swap)
-            for part in (of_state if schedule is None else {**of_state, "schedule": schedule}, *units):
-                while clash := next((other for other in parts if self._clash(part, other)), None):
+            if edits is not None and edits["schedule"].technique.apart:  # type: ignore[union-attr]
+                units.append(edits)
+            elif edits is not None:
+                of_state = self._together(of_state, edits)
+            for part in (of_state, *units):
+                change = self._unit(part)
+                while clash := next((other for other in parts if _clash(change, other[1])), None):
                     parts.remove(clash)
-                    part = {**clash, **part}
-                if any(choice.technique is not None for choice in part.values()):
-                    parts.append(part)
-            self._divided[key] = [self._change(part) for part in parts]
+                    part = self._together(clash[0], part)
+                    change = self._unit(part)
+                if change.removed or change.timed or change.delta.any():
+                    parts.append((part, change))
+            self._divided[key] = [change for _, change in parts]
         return self._divided[key]
 
-    def _clash(self, one: Mapping[str, Choice], other: Mapping[str, Choice]) -> bool:
-        """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
-        a, b = self._change(one), self._change(other)
-        return bool(a.removed & b.removed or a.timed & b.timed)
+    def _edits(self, schedule: Choice) -> dict[str, Choice]:
+        """A schedule as a unit; schedules whose passes are one and look at the prefix alone are one unit."""
+        technique = schedule.technique
+        assert technique is not None
+        return self._passes.setdefault(
+            technique.apply if technique.apart else schedule.value, {"schedule": schedule}
+        )
+
+    def _together(self, one: dict[str, Choice], other: dict[str, Choice]) -> dict[str, Choice]:
+        """Two units as one; always the same object."""
+        key = id(one), id(other)
+        if key not in self._joint:
+            self._unit(one), self._unit(other)  # which holds them
+            self._joint[key] = {**one, **other}
+        return self._joint[key]
+
+    def _unit(self, recipe: dict[str, Choice]) -> _Change:
+        """:meth:`_change` of a unit, remembered by its identity."""
+        known = self._units.get(id(recipe))
+        if known is None:
+            known = self._units[id(recipe)] = (recipe, self._change(recipe))
+        return known[1]
 
     def _change(self, recipe: Mapping[str, Choice]) -> _Change:
         """What a partial recipe makes of the prefix's ledger."""
@@ -106,7 +140,7 @@ class BranchTables:
             ledger = self._ledger(recipe)
             table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
             values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
-            base = self._changes[()] if key else None
+            base = self._change({}) if key else None
             if base is None:
                 change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
             else:
@@ -144,6 +178,11 @@ class _Change:
     delta: Array
     removed: frozenset[int]
     timed: frozenset[tuple[str, str]]
+
+
+def _clash(one: _Change, other: _Change) -> bool:
+    """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
+    return not (one.removed.isdisjoint(other.removed) and one.timed.isdisjoint(other.timed))
 
 
 def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:

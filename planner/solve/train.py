@@ -94,7 +94,15 @@ def _assembled(
         optimality = unproved if stopped else _proved(step_s, ranked[0][0])
         layers = scored.recompute_layers
         yield assemble(
-            problem, scored.recipe, knobs, scored.row, scored.layout, layers, optimality, useful_flop
+            problem,
+            scored.recipe,
+            knobs,
+            scored.row,
+            scored.layout,
+            layers,
+            optimality,
+            useful_flop,
+            step_s=step_s,
         ).plan
 
 

@@ -16,22 +16,24 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.costs.arrays import distinct
 from planner.engine import COMPACT, BlockTable, Pricer, tabulate
-from planner.layout import BOUNDARY, Layout, Layouts, layouts
+from planner.layout import BOUNDARY, Layout, layouts
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
 from planner.pipeline import step_bound
-from planner.solve.branches import Branches, Faults
+from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
+from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
@@ -44,6 +46,7 @@ NOT_DEALT = "layers cannot be dealt to the stages"
 
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
+_MANY = 64  # prefixes from which the first is priced on its own, so that there is a bar for the others
 _CUTS = (1024, 4096)  # and again, within a wave
 _TOGETHER = 16384  # rows and layouts whose plain branches are priced at once
 _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
@@ -63,43 +66,6 @@ class SearchCounts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Deal:
-    """One layout under one schedule, and the rows of a prefix that it deals with, bounded."""
-
-    schedule: Choice
-    layout: Layout
-    prefix: int
-    rows: Index
-    bound_s: Array
-    variants: NDArray[np.int64]
-    likely: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Dealt:
-    """All layouts of one schedule end to end: rows of an expansion, and of each its layout, bound and candidates."""
-
-    schedule: Choice
-    layouts: Layouts
-    of: Index
-    rows: Index
-    bound_s: Array
-    variants: NDArray[np.int64]
-
-
-def _together(deals: Sequence[tuple[_Deal, Index, Index]]) -> _Dealt:
-    """Deals of one schedule, each with its rows' places in an expansion, and which of its own these are."""
-    layouts = list({id(deal.layout): deal.layout for deal, _, _ in deals}.values())
-    number = {id(layout): index for index, layout in enumerate(layouts)}
-    of = np.repeat([number[id(deal.layout)] for deal, _, _ in deals], [len(at) for _, _, at in deals])
-    return _Dealt(
-        deals[0][0].schedule, Layouts(layouts), of, np.concatenate([where for _, where, _ in deals]),
-        np.concatenate([deal.bound_s[at] for deal, _, at in deals]),
-        np.concatenate([deal.variants[at] for deal, _, at in deals]),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
     """A prefix with its valid rows, and its ledger on them."""
 
@@ -107,6 +73,7 @@ class _Prefix:
     rows: Rows
     ctx: Context
     ledger: Ledger
+    activity: Activity
 
 
 class UniformSearch:
@@ -139,7 +106,9 @@ class UniformSearch:
         self._pending: list[Pending] = []
         self._prefixes: list[_Prefix] = []
         self._layouts: dict[int, list[tuple[Choice, Layout]]] = {}
-        self._deals: list[_Deal] = []
+        self._deals: list[Deal] = []
+        self._dealings: list[Dealing] = []
+        self._waiting = 0  # rows and layouts in them
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
@@ -152,7 +121,7 @@ class UniformSearch:
             if recipe is recipes[0]:
                 made, mesh = {}, part.context(self.problem, {}).mesh
             self._bound(recipe, part, mesh, made)
-            if sum(len(deal.rows) for deal in self._deals) > _PAIRS:
+            if self._waiting > (_PAIRS if done or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
                 self.on_progress(done + 1, len(parts) * len(recipes))
@@ -176,7 +145,7 @@ class UniformSearch:
             self._leftovers()
         self._wave(lambda deal: (deal.prefix != first) | (likely[id(deal)] > cut))
         self._leftovers()
-        self._deals, self._prefixes = [], []
+        self._deals, self._prefixes, self._waiting = [], [], 0
 
     def _leftovers(self) -> None:
         """Tries what is left of the rows that were priced plain, and forgets them."""
@@ -199,23 +168,25 @@ class UniformSearch:
                 active &= technique.active(whole)
         open_ = np.flatnonzero(active)
         fault = self.faults(recipe, whole.take(open_))
-        self._reject_rows(fault, rows.take(open_), knobs)
-        open_ = open_[fault.first < 0]
+        activity = self.branches.activity(rows.take(open_), knobs)
+        self._reject_rows(fault, rows.values["pp"][open_], activity)
+        valid = np.flatnonzero(fault.first < 0)
+        open_, activity = open_[valid], activity.take(valid)
         if len(open_):
             ledger = self.ledger(recipe, whole, made)
             rows, ctx = rows.take(open_), whole.take(open_)
             ledger = ledger.take(open_, ctx.mesh.counterpart)
             table = tabulate(ledger, self.pricer, self.kinds, len(rows), COMPACT)
-            deals = list(self._deal(rows, ctx, table))
+            deals = list(self._deal(rows, ctx, table, activity))
             if not deals:
                 return
             # Only the rows that are still open are kept, without the prices of all the others.
-            used = np.unique(np.concatenate([deal.rows for deal in deals]))
+            used = distinct(np.concatenate([deal.rows for deal in deals]))
             ctx = ctx.take(used)
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
-            self._prefixes.append(
-                _Prefix(recipe, rows.take(used), ctx, ledger.take(used, ctx.mesh.counterpart))
-            )
+            self._waiting += sum(len(deal.rows) for deal in deals)
+            ledger = ledger.take(used, ctx.mesh.counterpart)
+            self._prefixes.append(_Prefix(recipe, rows.take(used), ctx, ledger, activity.take(used)))
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
@@ -229,28 +200,39 @@ class UniformSearch:
         if self.problem.launcher is not None:
             for check in self.problem.launcher.valid(ctx):
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
-        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in np.unique(ctx.mesh.pp)}
+        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in distinct(ctx.mesh.pp)}
         faults.check(NOT_DEALT, np.array([dealt[pp] for pp in ctx.mesh.pp]))
         assert np.all(ctx.mesh.devices == devices)
         return faults
 
     def _reject_rows(
-        self, faults: Faults, rows: Rows, knobs: Mapping[str, Any], only: Choice | None = None
+        self, faults: Faults, pp: Array, activity: Activity, only: Sequence[Dealing] | None = None
     ) -> None:
         """Counts every candidate on a faulty row (of one schedule, or of all) under the row's first fault."""
         lost = np.flatnonzero(faults.first >= 0)
         if not len(lost):
             return
-        rows, first = rows.take(lost), faults.first[lost]
-        activity = self.branches.activity(rows, knobs)
-        for pp in np.unique(rows.values["pp"]):
-            at = rows.values["pp"] == pp
-            deals = [
-                layout for schedule, layout in self.layouts_of(int(pp)) if only is None or schedule is only
-            ]
-            counts = self.branches.variants(activity, [deal.layers for deal in deals] or [1])
-            for index, reason in enumerate(faults.reasons):
-                self._reject(reason, int(np.sum(counts * (at & (first == index)))))
+        counts, dealt = np.zeros((2, len(lost)), dtype=np.int64)
+        for dealing in self.dealings() if only is None else only:
+            at, of = dealing.pairs(pp[lost])
+            np.add.at(counts, at, self.branches.variants(activity, lost[at], dealing.layers[of]))
+            np.add.at(dealt, at, 1)
+        alone = np.flatnonzero(
+            (dealt == 0) & (only is None)
+        )  # a row without any layout is as many candidates as one of one layer
+        counts[alone] = self.branches.variants(activity, lost[alone], np.ones(len(alone), dtype=np.int64))
+        for index, reason in enumerate(faults.reasons):
+            self._reject(reason, int(np.sum(counts[faults.first[lost] == index])))
+
+    def dealings(self) -> list[Dealing]:
+        """All layouts of the space; those of a schedule together, unless their runs are as many as their devices."""
+        if not self._dealings:
+            degrees = [int(pp) for pp in distinct(self.space.rows.values["pp"])]
+            for schedule in self.space.choices["schedule"]:
+                found = {pp: each for pp in degrees if (each := self.layouts(schedule, pp))}
+                alone = [found] if order_of(schedule).alike_in_order else [{pp: found[pp]} for pp in found]
+                self._dealings += [Dealing(schedule, each) for each in alone if each]
+        return self._dealings
 
     def layouts(self, schedule: Choice, pp: int) -> list[Layout]:
         """Layouts of one schedule for a pipeline degree."""
@@ -276,33 +258,37 @@ class UniformSearch:
                     if runs and wanted:
                         yield schedule, layout
 
-    def _deal(self, rows: Rows, ctx: Context, table: BlockTable) -> Iterator[_Deal]:
-        """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a layout at a time."""
-        activity = self.branches.activity(rows, ctx.knobs)
-        micro_batches = ctx.micro_batches
+    def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
+        """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
+        micro_batches, pp = ctx.micro_batches, rows.values["pp"]
         likely = self._likely(ctx, table)
-        for pp in np.unique(ctx.mesh.pp):
-            at = np.flatnonzero(ctx.mesh.pp == pp)
-            part = BlockTable.compact(self.kinds, np.ascontiguousarray(table.values[:, :, at]))
-            masks: dict[str, NDArray[np.bool_]] = {}
-            for schedule, layout in self.layouts_of(int(pp)):
-                if schedule.value not in masks:
-                    masks[schedule.value] = self._schedule_mask(schedule, rows.take(at), ctx.knobs)
-                keep = np.flatnonzero(masks[schedule.value])
-                if not len(keep):
-                    continue
-                bound_s = step_bound(part, layout, micro_batches[at], schedule=order_of(schedule))[keep]
-                variants = self.branches.variants(activity, [layout.layers])[at[keep]]
-                self.counts.candidates += int(variants.sum())
-                late = bound_s >= self.ranking.bar
-                if late.any():
-                    self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
-                    keep, bound_s, variants = keep[~late], bound_s[~late], variants[~late]
-                if len(keep):
-                    where = at[keep]
-                    yield _Deal(
-                        schedule, layout, len(self._prefixes), where, bound_s, variants, likely[where]
+        for schedule, dealings in groupby(self.dealings(), key=lambda dealing: dealing.schedule):
+            each = list(dealings)
+            works = self._works(schedule, rows, ctx.knobs, activity, each)
+            for dealing in each:
+                at, of = dealing.pairs(pp[works])
+                for begin in range(0, len(at), _TOGETHER):
+                    where, layouts = works[at[begin : begin + _TOGETHER]], of[begin : begin + _TOGETHER]
+                    times = table.times(where)
+                    if self.branches.any_saves:  # updates may hide
+                        times["main_step_s"][:] = 0.0
+                    bound_s = step_bound(
+                        times,
+                        dealing.layouts.deal(layouts),
+                        micro_batches[where],
+                        schedule=dealing.order,
                     )
+                    variants = self.branches.variants(activity, where, dealing.layers[layouts])
+                    self.counts.candidates += int(variants.sum())
+                    late = bound_s >= self.ranking.bar
+                    self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
+                    open_ = np.flatnonzero(~late)
+                    if len(open_):
+                        where = where[open_]
+                        yield Deal(
+                            dealing, len(self._prefixes), layouts[open_], where, bound_s[open_], variants[open_],
+                            likely[where],
+                        )  # fmt: skip
 
     def _likely(self, ctx: Context, table: BlockTable) -> NDArray[np.bool_]:
         """Rows that would about fit under 1F1B with the optimizer sharded; this orders the work and excludes nothing."""
@@ -319,7 +305,14 @@ class UniformSearch:
         fits: NDArray[np.bool_] = each / ctx.mesh.pp <= self.problem.memory_budget_bytes
         return fits
 
-    def _schedule_mask(self, schedule: Choice, rows: Rows, knobs: Mapping[str, Any]) -> NDArray[np.bool_]:
+    def _works(
+        self,
+        schedule: Choice,
+        rows: Rows,
+        knobs: Mapping[str, Any],
+        activity: Activity,
+        dealings: Sequence[Dealing],
+    ) -> Index:
         """Rows that a schedule works on; its broken rules are counted."""
         technique = schedule.technique
         assert technique is not None
@@ -331,9 +324,8 @@ class UniformSearch:
         for check in technique.valid(ctx):
             faults.check(check.reason, check.ok)
         faults.first[~active] = -1
-        self._reject_rows(faults, rows, knobs, only=schedule)
-        mask: NDArray[np.bool_] = active & (faults.first < 0)
-        return mask
+        self._reject_rows(faults, rows.values["pp"], activity, dealings)
+        return np.flatnonzero(active & (faults.first < 0))
 
     def ledger(
         self, recipe: Mapping[str, Choice], ctx: Context, made: dict[tuple[str, ...], Ledger] | None = None
@@ -365,24 +357,23 @@ class UniformSearch:
 
     # -- step 2: branches of the rows that can still win -------------------------------------------------------------
 
-    def _wave(self, select: Callable[[_Deal], NDArray[np.bool_]]) -> None:
+    def _wave(self, select: Callable[[Deal], NDArray[np.bool_]]) -> None:
         """Prices the selected rows and layouts whose bound is under the bar; counts the other selected ones as excluded."""
         bar = self.ranking.bar
-        chosen: list[tuple[_Deal, Index]] = []
+        chosen: list[tuple[Deal, Index]] = []
         for deal in self._deals:
             inside = select(deal)
             lost = inside & (deal.bound_s >= bar)
             self.counts.excluded_by_bound["step time"] += int(deal.variants[lost].sum())
-            kept = deal.rows[inside & ~lost]
-            if len(kept):
-                chosen.append((deal, kept))
+            if np.any(kept := inside & ~lost):
+                chosen.append((deal, np.flatnonzero(kept)))
         if not chosen:
             return
         open_ = {
-            number: np.unique(np.concatenate([kept for deal, kept in chosen if deal.prefix == number]))
-            for number in {deal.prefix for deal, _ in chosen}
+            number: distinct(np.concatenate([deal.rows[at] for deal, at in chosen if deal.prefix == number]))
+            for number in sorted({deal.prefix for deal, _ in chosen})
         }
-        tables, rows = [], []
+        tables, rows, activities = [], [], []
         for number, used in open_.items():
             prefix = self._prefixes[number]
             ctx = prefix.ctx.take(used)
@@ -391,14 +382,25 @@ class UniformSearch:
                 BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
             )
             rows.append(prefix.rows.take(used))
-        work = Expansion(self.problem, self.branches, tables, rows, self.counts)
+            activities.append(prefix.activity.take(used))
+        work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
-        by_schedule: dict[int, list[tuple[_Deal, Index, Index]]] = defaultdict(list)
-        for deal, kept in chosen:
-            at = np.searchsorted(deal.rows, kept)
-            where = place[deal.prefix] + np.searchsorted(open_[deal.prefix], kept)
-            by_schedule[id(deal.schedule)].append((deal, where, at))
-        dealt = [_together(deals) for deals in by_schedule.values()]
+        by_dealing: dict[int, list[tuple[Deal, Index, Index]]] = defaultdict(list)
+        for deal, at in chosen:
+            where = place[deal.prefix] + np.searchsorted(open_[deal.prefix], deal.rows[at])
+            by_dealing[id(deal.dealing)].append((deal, where, at))
+        dealt = [together(deals, work.states) for deals in by_dealing.values()]
+        if bar < np.inf:
+            dealt, late = sift(work, dealt, bar)
+            self.counts.excluded_by_bound["step time"] += late
+            if not dealt:
+                return
+            places = np.cumsum([0, *(len(part.rows) for part in dealt)])
+            work, at = work.without_idle_prefixes(np.concatenate([part.rows for part in dealt]))
+            dealt = [
+                replace(part, rows=at[i:j])
+                for part, (i, j) in zip(dealt, pairwise(places.tolist()), strict=True)
+            ]
         bounds = np.sort(np.concatenate([part.bound_s for part in dealt]))
         cuts = [-np.inf, *(float(bounds[cut]) for cut in _CUTS if cut < len(bounds)), np.inf]
         for low, high in pairwise(cuts):
@@ -407,15 +409,14 @@ class UniformSearch:
             self.ranking.settle()
         self._note_nearest(work)
 
-    def _plain(self, work: Expansion, part: _Dealt, low: float, high: float) -> None:
+    def _plain(self, work: Expansion, part: Pairs, low: float, high: float) -> None:
         """Scores the plain branches of rows whose bound lies in [low, high) and still under the bar."""
         inside = (part.bound_s >= low) & (part.bound_s < high)
         late = inside & (part.bound_s >= self.ranking.bar)
-        self.counts.excluded_by_bound["step time"] += int(part.variants[late].sum())
+        self.counts.excluded_by_bound["step time"] += part.candidates(late)
         at = np.flatnonzero(inside & ~late)
         for begin in range(0, len(at), _TOGETHER):
-            some = at[begin : begin + _TOGETHER]
-            batch, pending = work.plain(part.schedule, part.layouts.deal(part.of[some]), part.rows[some])
+            batch, pending = work.plain(part.take(at[begin : begin + _TOGETHER]))
             self.ranking.add(batch)
             self._pending.append(pending)
 

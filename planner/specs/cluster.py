@@ -72,6 +72,11 @@ class Cluster:
         return sum(group.devices for group in self.groups)
 
     @property
+    def slower_bytes(self) -> dict[str, float]:
+        """Capacity per device of the tiers below device memory."""
+        return {"host": self.host_memory_bytes, "nvme": self.nvme_bytes}
+
+    @property
     def device(self) -> Device:
         """What a plan that treats all devices alike may count on: in a mixed cluster, the least of each kind of part."""
         first, *others = {group.device.name: group.device for group in self.groups}.values()

@@ -19,6 +19,7 @@ class Format:
         master: whether the optimizer keeps fp32 master weights beside the weights in use.
         linear_input_bytes: bytes per element of a linear layer's input kept for its weight gradient.
         block: dimensions that quantised products must be multiples of.
+        kernels: what kernel libraries call the format of products, where a stack's kernel for it is not the device's best one.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Format:
     master: bool
     linear_input_bytes: float
     block: int = 1
+    kernels: str = ""
 
     @property
     def core(self) -> str:
@@ -43,6 +45,10 @@ FORMATS: Mapping[str, Format] = {
     "fp16": Format("fp16", "fp16", "fp16", "fp32", master=True, linear_input_bytes=2.0),
     "bf16": Format("bf16", "bf16", "bf16", "fp32", master=True, linear_input_bytes=2.0),
     "fp8": Format("fp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0, block=16),
+    # One scale per row of either operand; autograd keeps the 16-bit input, which is quantised again along its other side.
+    "fp8_rowwise": Format(
+        "fp8_rowwise", "fp8", "bf16", "fp32", master=True, linear_input_bytes=2.0, block=16, kernels="fp8"
+    ),
     "mxfp8": Format("mxfp8", "fp8", "bf16", "fp32", master=True, linear_input_bytes=1.0 + 1.0 / 32, block=32),
     "nvfp4": Format("nvfp4", "fp4", "bf16", "fp32", master=True, linear_input_bytes=0.5 + 1.0 / 16, block=16),
 }

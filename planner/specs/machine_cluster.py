@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from planner.errors import Problem, SpecError
 from planner.specs.device import Device, ScaleUp
 from planner.specs.device_file import find_device, load_device
+from planner.specs.host_report import Adapters, Processor
 from planner.specs.machine_report import Gpus, Topology
 
 __all__ = ["cluster_toml", "device_named"]
@@ -52,6 +55,9 @@ def cluster_toml(
     gpus: Gpus | None,
     nic_gbit: float | None,
     source: str,
+    adapters: Adapters | None = None,
+    processor: Processor | None = None,
+    host_memory_bytes: float | None = None,
 ) -> tuple[str, list[str]]:
     """The text of a cluster file, and what it assumes, one sentence each.
 
@@ -62,6 +68,9 @@ def cluster_toml(
         gpus: what the driver says of them.
         nic_gbit: rate of one network adapter in Gb/s; None takes the profile's.
         source: where the reports come from, for the file's notes.
+        adapters: network adapters and their rates; ``nic_gbit`` goes before them.
+        processor: the host's processors.
+        host_memory_bytes: memory of a node's host; None takes the profile's.
 
     Raises:
         SpecError: the reports contradict each other.
@@ -79,14 +88,67 @@ def cluster_toml(
     domain = per_node if topology is None else topology.domain
     if topology is not None:
         said.append(_links(topology, device))
+    nics = None if nic_gbit is None else _Nics(None, nic_gbit, "as given")
+    if nics is None and adapters is not None and nodes > 1:
+        nics, assumed = _up(adapters, topology)
+        said += assumed
     own = _fast(device, domain)
     bridged = own is not device.scale_up
     if own.kind == "pcie" or per_node == 1 or (domain >= min(per_node, own.domain) and not bridged):
-        lines += _network(device, per_node, nodes, topology, nic_gbit, said)
+        lines += _network(device, per_node, nodes, topology, nics, said)
     else:
-        lines += _tiers(device, per_node, nodes, domain, topology, nic_gbit, said)
+        lines += _tiers(device, per_node, nodes, domain, topology, nics, said)
+    said += _host(processor, host_memory_bytes, per_node, device)
+    if host_memory_bytes is not None:
+        lines += ["", "[host]", f"memory_bytes = {host_memory_bytes:.6g}"]
     notes = f"From {source}."
     return "\n".join([f'notes = "{notes}"', "", *lines]) + "\n", said
+
+
+def _up(adapters: Adapters, topology: Topology | None) -> tuple[_Nics, list[str]]:
+    """The adapters near the accelerators whose link is up, and what that assumes."""
+    said = []
+    near = [name for name in adapters.gbit if topology is not None and name in topology.near_names]
+    if not near:
+        fastest = max(adapters.gbit.values())
+        near = [name for name, rate in adapters.gbit.items() if rate == fastest]
+        slow = [name for name in adapters.gbit if name not in near]
+        why = (
+            "The matrix names no adapter as ibstat does"
+            if topology is not None
+            else "No matrix tells which adapters are near"
+        )
+        said.append(
+            f"{why}: those of {fastest:g} Gb/s are taken to serve the accelerators"
+            + (f", {', '.join(slow)} for storage and management." if slow else ".")
+        )
+    down = [name for name in adapters.down if topology is None or name in topology.near_names]
+    if down:
+        said.append(f"The link of {', '.join(down)} is down: not counted.")
+    rates = [adapters.gbit[name] for name in near]
+    if len(set(rates)) > 1:
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in zip(near, rates, strict=True))
+        said.append(f"Adapters differ in rate ({shown} Gb/s): the slowest is taken for all.")
+    return _Nics(len(near), min(rates), "as ibstat says"), said
+
+
+def _host(
+    processor: Processor | None, memory_bytes: float | None, per_node: int, device: Device
+) -> list[str]:
+    found = []
+    if processor is not None:
+        found.append(
+            f"Host: {processor.sockets} × {processor.name}, {processor.cores} cores, NUMA nodes: {processor.numa_nodes}; "
+            f"{processor.cores / per_node:.3g} cores per device. Its memory's bandwidth is the profile's."
+        )
+    if memory_bytes is not None:
+        found.append(f"Host memory: {memory_bytes / 2**30:.0f} GiB per node, all of it for offloading.")
+    else:
+        ours = float(device.host_memory_bytes) / 2**30
+        found.append(
+            f"Host memory: {ours:.0f} GiB per node, as usual around this part (/proc/meminfo tells)."
+        )
+    return found
 
 
 def _about(gpus: Gpus, device: Device) -> list[str]:
@@ -124,18 +186,28 @@ def _links(topology: Topology, device: Device) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Nics:
+    """What is known of network adapters: how many (None: the matrix or the device tells), the rate of one, and by whom."""
+
+    count: int | None
+    gbit: float
+    source: str
+
+
 def _rate(
-    device: Device, per_node: int, topology: Topology | None, nic_gbit: float | None, said: list[str]
+    device: Device, per_node: int, topology: Topology | None, known: _Nics | None, said: list[str]
 ) -> tuple[int, float]:
     """Adapters of a node, and bytes/s of one."""
     nics = topology.nics if topology is not None and topology.nics else per_node
-    if topology is not None and topology.far_nics:
+    if topology is not None and topology.far_nics and (known is None or known.count is None):
         said.append(
             f"{topology.far_nics} adapters share no PCIe switch with a GPU: taken for storage and management, not counted."
         )
-    if nic_gbit is not None:
-        said.append(f"{nics} adapters of {nic_gbit:g} Gb/s per node, as given.")
-        return nics, nic_gbit * _GIGABIT
+    if known is not None:
+        nics = known.count or nics
+        said.append(f"{nics} adapters of {known.gbit:g} Gb/s per node, {known.source}.")
+        return nics, known.gbit * _GIGABIT
     rate = device.nic_bytes_per_s.value
     said.append(
         f"{nics} adapters per node at {rate / _GIGABIT:.0f} Gb/s each, as usual around this part (--nic-gbit; ibstat tells)."
@@ -148,12 +220,12 @@ def _network(
     per_node: int,
     nodes: int,
     topology: Topology | None,
-    nic_gbit: float | None,
+    known: _Nics | None,
     said: list[str],
 ) -> list[str]:
     if nodes == 1:
         return []
-    nics, rate = _rate(device, per_node, topology, nic_gbit, said)
+    nics, rate = _rate(device, per_node, topology, known, said)
     return ["", "[network]", f"nics_per_node = {nics}", f"nic_bytes_per_s = {rate:.6g}"]
 
 
@@ -163,7 +235,7 @@ def _tiers(
     nodes: int,
     domain: int,
     topology: Topology | None,
-    nic_gbit: float | None,
+    known: _Nics | None,
     said: list[str],
 ) -> list[str]:
     """Tiers written out, where NVLink joins fewer devices than the profile has it."""
@@ -179,7 +251,7 @@ def _tiers(
     latency_s, efficiency = device.nic_latency_s.value, device.nic_efficiency.value
     rows.append(("pcie", per_node, host, latency_s, "host", efficiency))
     if nodes > 1:
-        nics, rate = _rate(device, per_node, topology, nic_gbit, said)
+        nics, rate = _rate(device, per_node, topology, known, said)
         rows.append(("nic", per_node * nodes, nics * rate / per_node, latency_s, "fabric", efficiency))
     lines = []
     for name, size, bytes_per_s, latency, shape, reached in rows:

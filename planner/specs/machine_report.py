@@ -27,6 +27,7 @@ class Topology:
         links: NVLinks between two of them, the fewest of any pair; behind a switch, those of one accelerator.
         nics: network adapters that share a PCIe switch with an accelerator.
         far_nics: those that do not, and are taken for storage and management.
+        near_names: names of the near ones, as the report's legend spells them.
     """
 
     gpus: int
@@ -34,6 +35,7 @@ class Topology:
     links: int
     nics: int
     far_nics: int
+    near_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,12 @@ def read_topology(text: str, where: str) -> Topology:
         )
     counts = [int(link[2:]) for row in matrix.values() for link in row.values() if link.startswith("NV")]
     nics = [name for name in columns if not _GPU.fullmatch(name)]
-    near = sum(any(row.get(nic) in _NEAR for row in matrix.values()) for nic in nics)
+    near = [nic for nic in nics if any(row.get(nic) in _NEAR for row in matrix.values())]
+    legend = dict(re.findall(r"^\s*(NIC\d+):\s*(\S+)", plain, re.MULTILINE))
     return Topology(
-        len(matrix), len(next(iter(domains.values()))), min(counts, default=0), near, len(nics) - near
-    )
+        len(matrix), len(next(iter(domains.values()))), min(counts, default=0), len(near), len(nics) - len(near),
+        tuple(legend.get(nic, nic) for nic in near),
+    )  # fmt: skip
 
 
 def read_gpus(text: str, where: str) -> Gpus:

@@ -43,6 +43,8 @@ class Problem:
         allowed: keys of :data:`PERMISSIONS`: what plans may do that changes the result of training.
         explore: globs over ``slot=choice`` and over techniques: choices to search that hardly ever win and are left aside
             otherwise; ``all`` is every one of them.
+        pue: energy at the meter over that of the devices, the data centre's power usage effectiveness.
+        kg_per_kwh: kilograms of CO₂-equivalent per kilowatt-hour of its electricity; None leaves emissions out.
         deadline_s: the run (``workload.tokens``) must end in this time.
         layerwise: strategies of the layers of the plan that is named, as :class:`~planner.plan.Plan` has them; None where all
             layers are treated alike, and for a search.
@@ -61,6 +63,8 @@ class Problem:
     launcher: Launcher | None = None
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
+    pue: float = 1.0
+    kg_per_kwh: float | None = None
     deadline_s: float | None = None
     allowed: tuple[str, ...] = ()
     explore: tuple[str, ...] = ()
@@ -89,6 +93,10 @@ class Problem:
         if self.objective == "usd" and price is None and self.cluster.device.usd_per_hour is None:
             found = f"{self.cluster.name} has no price"
             yield Fault("objective", found, "a price per device and hour", "Give one with --usd-per-hour.")
+        if not 1.0 <= self.pue <= 10.0:
+            yield Fault("pue", f"{self.pue:g}", "a power usage effectiveness from 1 to 10")
+        if self.kg_per_kwh is not None and not 0.0 <= self.kg_per_kwh <= 10.0:
+            yield Fault("kg_per_kwh", f"{self.kg_per_kwh:g}", "kilograms from 0 to 10, such as 0.385")
         if self.deadline_s is not None:
             if not (math.isfinite(self.deadline_s) and self.deadline_s > 0.0):
                 yield Fault("deadline_s", f"{self.deadline_s:g}", "a duration above 0")

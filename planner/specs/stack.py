@@ -36,6 +36,7 @@ from planner.specs.sourced import read_optional, read_sourced
 __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
 
 DEFAULT = "default"
+_WIDE_BITS = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Stack:
         matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
             was measured on the best library's kernels alone.
         grouped_matmul_slowdown: the same of grouped (per expert) products.
+        narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
         collective_slowdown: the same of collectives, relative to the links' profile.
@@ -100,6 +102,8 @@ class Stack:
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
+        sequence_copies: copies of what sequence parallelism gathers or scatters, where tensors have their sequences in the second
+            dimension and collectives cut along the first.
         stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         serves: published runs that it describes.
@@ -122,9 +126,11 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
+    sequence_copies: Sourced | None = None
     stage_tensors: Sourced | None = None
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)
@@ -136,6 +142,17 @@ class Stack:
     def kernel(self, operation: str, label: str, generation: str) -> str | None:
         """What kernel libraries call the kernel of an operation in a number format; None: no rule is for it."""
         return next((r.kernel for r in self.kernels if r.fits(operation, label, generation)), None)
+
+    def product_constant(self, bits: float, *, grouped: bool = False) -> str:
+        """Name of the slowdown that holds for matrix products of operands so many bits wide.
+
+        >>> load_stack("megatron-bridge").product_constant(8)
+        'narrow_matmul_slowdown'
+        """
+        if grouped:
+            return "grouped_matmul_slowdown"
+        narrow = self.narrow_matmul_slowdown is not None and bits < _WIDE_BITS
+        return "narrow_matmul_slowdown" if narrow else "matmul_slowdown"
 
     def on_generation(self, generation: str) -> Stack:
         """The stack with the constants that it has on one generation of accelerators."""
@@ -163,7 +180,7 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
         notes=reader.text("notes", ""),
         knobs=_knobs(reader.table("knobs", None)),
         serves=tuple(_serves(row) for row in reader.tables("serves", [])),
-        on=_on_generations(reader.table("on", None), constants),
+        on=_on_generations(reader.table("on", None), [*constants, *optional]),
         serving=read_serving(reader.table("serving", None)),
         kernels=read_kernel_rules(reader.tables("kernels", [])),
         **values,

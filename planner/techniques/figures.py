@@ -29,6 +29,7 @@ __all__ = [
     "in_flight_to_backward",
     "makespan_s",
     "parameters",
+    "recipe",
     "run",
     "saved",
     "saved_bytes",
@@ -85,6 +86,11 @@ def run(
         for apply in passes:
             ledger = apply(ledger, ctx)
     return ledger, ctx
+
+
+def recipe(**choices: Any) -> tuple[Ledger, Context]:
+    """:func:`run` with every choice as it is, the schedule's pass left out."""
+    return run("schedule", lambda ledger, ctx: ledger, **choices)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from planner.attribution import Spend
+from planner.costs.precision import FORMAT_BITS
 from planner.kernels import Kernels
 from planner.ledger import AttentionCore, Collective, Matmul, Stream, Transfer
 from planner.specs.cluster import Cluster
@@ -113,10 +114,9 @@ def _time_constants(
 def _product(device: Device, stack: Stack, item: Matmul) -> Iterator[Named]:
     yield from _peak(device, item.dtype)
     yield from _of_efficiency(device, _MATMUL)
-    reached, slower = "matmul", "matmul_slowdown"
+    reached, slower = "matmul", stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     width = {"fp8": "_8bit", "int8": "_8bit", "fp4": "_4bit"}.get(_rate_of(device, item.dtype), "")
     if item.grouped:
-        slower = "grouped_matmul_slowdown"
         yield from _of_efficiency(device, ("grouped_matmul",))
     yield from _of_efficiency(device, (reached + width,))
     yield f"stack.{slower}", getattr(stack, slower)

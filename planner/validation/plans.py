@@ -26,7 +26,7 @@ __all__ = ["Run", "run_of"]
 
 _PRECISIONS = {
     "fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "fp8_tensorwise": "fp8",
-    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8", "mxfp8": "mxfp8",
+    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8", "mxfp8": "mxfp8",
     "nvfp4": "nvfp4",
 }  # fmt: skip
 _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()} | {

@@ -1,7 +1,9 @@
 """Whether a prediction puts plans in the right order: Kendall's tau-b, and what picking the predicted best would cost.
 
 Plans are compared inside a *sweep*: rows of one ``sweep_id`` with equal devices, model, sequence length, batch, dtype and
-framework version. Repeated runs of one plan count once, by their mean rate. A sweep needs at least four distinct plans.
+framework version. Runs whose plans ask the same of every device are repeats of one plan, whatever else their rows say (a ZeRO
+group of all replicas is no group; packed samples that attend to themselves alone are samples), and count once, by their mean
+rate. A sweep needs at least four distinct plans.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Sweep:
     file: str
     sweep_id: str
     plans: int
+    rows: int
     kendall_tau: float
     top1_regret: float
 
@@ -51,6 +54,7 @@ class Sweep:
             "file": self.file,
             "sweep_id": self.sweep_id,
             "plans": self.plans,
+            "rows": self.rows,
             "kendall_tau": self.kendall_tau,
             "top1_regret": self.top1_regret,
         }
@@ -76,14 +80,16 @@ def sweeps(runs: Iterable[Comparison]) -> list[Sweep]:
                 for name in ("measured", "predicted")
             )
             tau, regret = kendall_tau_b(measured, predicted), top1_regret(measured, predicted)
-            found.append(Sweep(str(file), str(sweep_id), len(plans), tau, regret))
+            rows = sum(map(len, plans.values()))
+            found.append(Sweep(str(file), str(sweep_id), len(plans), rows, tau, regret))
     return found
 
 
 def ranking_summary(found: Sequence[Sweep]) -> Mapping[str, float]:
-    """How many sweeps, and the means of both scores over them."""
+    """How many sweeps of how many rows, and the means of both scores over the sweeps."""
     return {
         "sweeps": len(found),
+        "rows": sum(sweep.rows for sweep in found),
         "kendall_tau_mean": float(np.mean([sweep.kendall_tau for sweep in found])),
         "top1_regret_mean": float(np.mean([sweep.top1_regret for sweep in found])),
     }

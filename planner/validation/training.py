@@ -20,7 +20,7 @@ from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["MEMORY_KINDS", "Priced", "TrainingScores", "counted", "score_training"]
+__all__ = ["MEMORY_KINDS", "Priced", "TrainingScores", "counted", "predicted_run", "score_training"]
 
 _OUTSIDE_ALLOCATOR = ("framework", "communicators")
 MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
@@ -100,7 +100,7 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
         return
     try:
         run = run_of(row)
-        predicted = _predicted(run)
+        predicted = predicted_run(run)[1]
     except Unsupported as error:
         run, reason = None, str(error)
     except PlannerError as error:
@@ -127,17 +127,21 @@ def counted(kind: str) -> str:
     return "allocator" if MEMORY_KINDS[kind] else PROCESS
 
 
-def _predicted(run: Run) -> Assembly:
-    """The run's plan, priced. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits."""
+def predicted_run(run: Run) -> tuple[Run, Assembly]:
+    """The run and its plan, priced. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits.
+
+    Raises:
+        PlannerError: the problem cannot be priced.
+    """
     first = examine(run.problem)
     if first.plan.estimate.fits or "recompute" not in run.defaults:
-        return first
+        return run, first
     for choice in WHERE_SILENT[1:]:
-        fixed = {**run.problem.fixed, "recompute": choice}
-        other = examine(replace(run.problem, fixed=fixed))
-        if other.plan.estimate.fits:
-            return other
-    return first
+        other = replace(run.problem, fixed={**run.problem.fixed, "recompute": choice})
+        assembly = examine(other)
+        if assembly.plan.estimate.fits:
+            return replace(run, problem=other), assembly
+    return run, first
 
 
 def _held(run: Run, predicted: Plan, metric: str, groups: Mapping[str, str], contradiction: str) -> ScoredRow:
@@ -170,7 +174,7 @@ def _interval(run: Run, plan: Plan, metric: str, predicted: float) -> tuple[floa
 def _rate(run: Run, predicted: Estimate) -> tuple[float, float]:
     problem = run.problem
     device, dtype = problem.cluster.device, str(problem.fixed["precision"])
-    dtype = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
+    dtype = {"fp8_rowwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
     measured = tokens_per_s_per_device(
         run.row, problem.model, problem.workload, problem.cluster.devices, device, dtype
     )

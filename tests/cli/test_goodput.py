@@ -41,3 +41,35 @@ def test_everything_wrong_is_said_at_once(planner):
     found = planner("goodput", *JOB, "--mtbf", "0h", "--checkpoint", "never", "--store", "fast", "--json")
     assert found.code == 2
     assert {fault["where"] for fault in found.faults} == {"--mtbf", "--checkpoint", "--store"}
+
+
+def test_ways_to_recover_stand_beside_each_other(planner):
+    job = (
+        *JOB,
+        "--fix",
+        "pp=4",
+        "--mtbf",
+        "20d",
+        "--replace",
+        "2h",
+        "--tokens",
+        "1T",
+        "--pue",
+        "1.1",
+        "--carbon",
+        "0.385",
+    )
+    found = planner("goodput", *job, "--recovery", "elastic", "--json").json
+    assert set(found["other_recoveries"]) == {"restart", "redundant"}
+    assert found["goodput"] == pytest.approx(1.0 - sum(found["lost"].values()))
+    run = found["run"]
+    # 1.1 of the devices' kWh at 0.385 kg each.
+    assert run["kg_co2e"] == pytest.approx(run["joules"] / 3.6e6 * 1.1 * 0.385)
+    assert "t CO2e" in planner("goodput", *job).out
+
+
+def test_a_stored_plan_stands_where_one_says(planner, plans):
+    found = planner("goodput", f"{plans}:1", "--pue", "0.5", "--json")
+    assert {fault["where"] for fault in found.faults} == {"--pue"}
+    refused = planner("goodput", f"{plans}:1", "--recovery", "hope", "--json")
+    assert {fault["where"] for fault in refused.faults} == {"--recovery"}

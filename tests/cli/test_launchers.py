@@ -127,6 +127,21 @@ def test_a_machine_describes_itself(planner, tmp_path):
     assert "128 devices" in planner("hardware", "show", out).out
 
 
+def test_detect_asks_what_is_there(planner, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    topology = EXAMPLES / "topology.txt"
+    table = "name, memory.total [MiB], power.limit [W]\n" + "NVIDIA H100 80GB HBM3, 81559 MiB, 700.00 W\n" * 8
+    (tmp_path / "gpus").write_text(table)
+    tool.write_text(f'#!/bin/sh\ncase "$1" in topo) cat {topology};; *) cat {tmp_path}/gpus;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-04]")
+    found = planner("hardware", "detect", "--json")
+    assert found.code == 0
+    assert "nodes = 4\ndevices_per_node = 8" in found.json["cluster"]
+    assert any("ibstat did not answer" in sentence for sentence in found.json["assumed"])
+
+
 def test_detect_says_what_is_missing_without_a_driver(planner, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     found = planner("hardware", "detect")

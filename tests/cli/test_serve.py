@@ -159,25 +159,80 @@ def test_a_plan_that_trains_is_no_plan_that_serves(planner, plans, tmp_path):
     assert planner("estimate", other, "--json").code == 2
 
 
-@pytest.mark.parametrize(
-    ("engine", "line"),
-    [
-        ("vllm", "vllm serve llama3.1-8b"),
-        ("sglang", "python -m sglang.launch_server"),
-        ("trtllm", "trtllm-serve llama3.1-8b"),
-    ],
-)
-def test_launch_lines(planner, plans, engine, line, tmp_path):
-    result = planner("export", plans, "--to", engine, "--json")
+ENGINES = {
+    "vllm": 'exec vllm serve "$MODEL"',
+    "sglang": "exec python3 -m sglang.launch_server",
+    "trtllm": 'exec trtllm-serve "$MODEL"',
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_folder_starts_every_pool(planner, plans, engine, tmp_path):
+    made = json.loads(plans.read_text())["plans"]
+    # NixlConnector takes caches of one stage alone.
+    number = next(n for n, plan in enumerate(made, 1) if all(p["mesh"]["pp"] == 1 for p in plan["pools"]))
+    chosen = f"{plans}:{number}"
+    result = planner("export", chosen, "--to", engine, "--json")
     assert result.code == 0
-    scripts = [text for name, text in result.json["files"].items() if name.endswith(".sh")]
-    pools = json.loads(plans.read_text())["plans"][0]["pools"]
-    assert len(scripts) == len(pools)
-    for script, pool in zip(scripts, pools, strict=True):
-        assert line in script
-        assert f"# {pool['replicas']} replica(s)" in script
-    assert planner("export", plans, "--to", engine, "-o", tmp_path / engine).code == 0
-    assert planner("export", plans, "--to", "megatron").code == 2
+    scripts = {name for name in result.json["files"] if name.startswith("serve")}
+    assert len(scripts) == len(made[number - 1]["pools"])
+    assert all(ENGINES[engine] in result.json["files"][name] for name in scripts)
+    done = planner(
+        "export", chosen, "--to", engine, "--with", "k8s", "--with", "slurm", "-o", tmp_path / engine
+    )
+    assert done.code == 0
+    assert {path.name for path in (tmp_path / engine).iterdir()} >= {
+        *scripts, "README.md", "measure.py", "plan.json", "run.sh", "job.sbatch", "leaderworkerset.yaml",
+    }  # fmt: skip
+    assert planner("export", chosen, "--to", "megatron").code == 2
+    assert planner("export", chosen, "--to", engine, "--script", "x.py").code == 2
+
+
+def test_a_refused_plan_names_the_next_one_that_runs(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    degrees = ("decode.tp=1", "decode.pp=2", "prefill.pp=1", "prefill.tp=1")
+    choices = [word for degree in degrees for word in ("--fix", degree)]
+    assert planner(*SERVE, "--mode", "disaggregated", *choices, "-o", path).code == 0
+    refused = planner("export", path, "--to", "vllm")
+    assert refused.code == 5
+    assert "No other plan of the same file can be run there" in refused.err
+    both = json.loads(path.read_text())
+    assert planner(*SERVE, "--mode", "aggregated", "-o", path).code == 0
+    both["plans"] += json.loads(path.read_text())["plans"]
+    path.write_text(json.dumps(both))
+    refused = planner("export", path, "--to", "vllm").err
+    number = int(refused.split("Closest: plan ")[1].split()[0])
+    assert planner("export", f"{path}:{number}", "--to", "vllm").code == 0
+
+
+def test_a_launch_is_priced_and_checked(planner, tmp_path):
+    (tmp_path / "run.sh").write_text(
+        "vllm serve meta-llama/Llama-3.1-8B-Instruct -tp 4 --enforce-eager --frobnicate 3"
+    )
+    job = (
+        "--from",
+        "vllm",
+        tmp_path / "run.sh",
+        "--cluster",
+        "h100-sxm:1x4",
+        "--isl",
+        2000,
+        "--osl",
+        200,
+        *LIMITS,
+    )
+    found = planner("estimate", *job, "--json").json
+    assert found["plans"][0]["pools"][0]["mesh"]["tp"] == 4
+    assert "Ignored: --frobnicate." in found["notes"]
+    assert found["best"]["speedup"] >= 1.0
+    checked = planner("check", *job)
+    assert checked.code == 0
+    assert "--enforce-eager" in checked.out
+    assert (
+        planner("check", *job, "--isl", 200_000).code == 1
+    )  # longer than the model's context, and than its caches
+    assert planner("estimate", "--from", "vllm", tmp_path / "run.sh").err.count("is missing") == 3
+    assert "beside a job that trains" in planner("estimate", "--model", "gpt2", "--isl", 3).err
 
 
 def test_plans_keep_their_schema(planner, plans):
@@ -201,7 +256,7 @@ def test_drafts_are_planned_repriced_and_launched(planner, tmp_path):
     )
     assert "draft" in planner("explain", path).out
     files = planner("export", path, "--to", "vllm", "--json").json["files"]
-    assert f'"num_speculative_tokens": {knobs["draft_tokens"]}' in files["serve.sh"]
+    assert any("num_speculative_tokens" in text for text in files.values())
     found = planner("simulate", path, "--requests", 4000, "--json").json
     assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(plan["estimate"]["tpot_s"]["mean"], rel=0.1)
 
@@ -259,8 +314,7 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     )
     assert "l40s" in planner("explain", path).out
     assert planner("compare", path, f"{path}:2").code == 0
-    files = planner("export", path, "--to", "vllm", "--json").json["files"]
-    assert len(files) == len(written["pools"])
+    assert planner("export", path, "--to", "vllm", "--json").code == 5
     assert planner("simulate", path, "--json").code == 2
     assert planner(*base, "--mode", "aggregated", "--json").code == 2
     assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2
@@ -290,7 +344,5 @@ def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
     assert now["pools"] == plan["pools"]
     assert now["estimate"] == plan["estimate"]
     assert "disk reads" in planner("explain", path).out
-    files = planner("export", path, "--to", "flexllmgen", "--json").json["files"]
-    assert f"--percent {plan['pools'][0]['knobs']['percent']}" in files["serve.sh"]
     assert planner("export", path, "--to", "vllm", "--json").code == 5
     assert planner("simulate", path, "--json").code == 2

@@ -139,8 +139,9 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
             ]
             table = mesh.table([(kind, own[s]) for kind, s in assignment.columns(space.order)])
             batches = np.array([float(mesh.micro_batches)])
-            peak, host = memory(table, layout, "1f1b", batches, problem.stack, mesh.communicators)
-            if peak[0] <= problem.memory_budget_bytes and host[0] <= problem.cluster.host_memory_bytes:
+            peak, slower = memory(table, layout, "1f1b", batches, problem.stack, mesh.communicators)
+            inside = all(slower[tier][0] <= room for tier, room in problem.cluster.slower_bytes.items())
+            if peak[0] <= problem.memory_budget_bytes and inside:
                 step_s = exact_step_s([table], layout, "1f1b", mesh.micro_batches, [None])[0]
                 best_s = min(best_s, float(step_s))
     assert result.best.optimality.bound_s <= best_s * (1 + 1e-9)

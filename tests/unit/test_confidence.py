@@ -100,7 +100,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
 def test_what_is_said_of_a_job_that_was_never_measured():
     problem = replace(job(cluster="mi300x:4x8"), fixed={"tp": 2, "zero_stage": 3, "recompute": "full"})
     told = " ".join(confidence([planner.estimate(problem)], problem))
-    assert "none of them pytorch-fsdp on cdna3" in told
+    assert "none with the stack pytorch-fsdp on cdna3" in told
     assert "near this job: no published run" in told
 
 

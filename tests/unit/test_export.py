@@ -299,7 +299,12 @@ def test_the_shell_passes_the_arguments_on(case, tmp_path):
     stub = tmp_path / "torchrun"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA_ARGS": "--data-path my/data"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "DATA_ARGS": "--data-path my/data",
+        "MEGATRON_PATH": ".",
+    }
+    environment |= {"NODE_RANK": "0", "MASTER_ADDR": "node0"}
     command = ["bash", "run.sh", "--lr", "3e-4"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20, check=True
@@ -314,6 +319,20 @@ def test_the_shell_passes_the_arguments_on(case, tmp_path):
     assert {flag: given[flag] for flag in expected} == expected
     assert (given["--data-path"], given["--lr"]) == (["my/data"], ["3e-4"])
     assert "--mock-data" not in given
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR", "MEGATRON_PATH"])
+def test_a_node_that_does_not_know_its_place_says_so(missing, tmp_path):
+    """Sixteen nodes that each take themselves for the first would wait for each other."""
+    for name, text in export(plan_of(CASES[6]["model"], "h100-sxm:16x8"), "megatron").items():
+        (tmp_path / name).write_text(text)
+    known = {"PATH": os.environ["PATH"], "NODE_RANK": "3", "MASTER_ADDR": "node0", "MEGATRON_PATH": "."}
+    del known[missing]
+    done = subprocess.run(
+        ["bash", "run.sh"], cwd=tmp_path, env=known, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode != 0
+    assert missing in done.stderr
 
 
 # -- and back --------------------------------------------------------------------------------------------------------

@@ -345,35 +345,33 @@ def test_layers_that_differ_are_named(tmp_path):
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-BAD = [
-    ("deepspeed", "", "is empty"),
-    ("deepspeed", "{", "is not valid JSON"),
-    ("deepspeed", "[1]", "holds a list"),
-    (
-        "deepspeed",
-        '{"zero_optimization": {"stge": 2}}',
-        "unknown key, which DeepSpeed refuses. Did you mean stage",
-    ),
-    ("deepspeed", '{"zero_optimization": {"stage": "auto"}}', "'auto', which only the Trainer fills in"),
-    ("deepspeed", '{"zero_optimization": [2]}', "expected a table"),
-    ("deepspeed", '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "is enabled beside bf16"),
-    ("accelerate", "- a\n- b\n", "holds a list; expected a map"),
-    ("accelerate", "a: [1\n", "is not valid YAML"),
-    ("accelerate", "distributed_type: FSPD\n", "Did you mean FSDP"),
-    ("accelerate", "distributed_type: FSDP\nfsdp_config:\n- a\n", "expected a table"),
-    (
-        "accelerate",
-        "distributed_type: NO\nnum_proceses: 8\n",
-        "unknown key, which Accelerate refuses. Did you mean num_processes",
-    ),
-    ("torchtitan", "--config llama3_9b", "Did you mean llama3_8b"),
-    ("torchtitan", "echo nothing", "starts no torchtitan"),
-    ("galvatron", "{}", "pp_deg: is missing"),
-    ("megatron", "torchrun train.py", "starts no training script"),
-]
+BAD = {
+    "deepspeed": {
+        "": "is empty",
+        "{": "is not valid JSON",
+        "[1]": "holds a list",
+        '{"zero_optimization": {"stge": 2}}': "unknown key, which DeepSpeed refuses. Did you mean stage",
+        '{"zero_optimization": {"stage": "auto"}}': "'auto', which only the Trainer fills in",
+        '{"zero_optimization": [2]}': "expected a table",
+        '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}': "is enabled beside bf16",
+    },
+    "accelerate": {
+        "- a\n- b\n": "holds a list; expected a map",
+        "a: [1\n": "is not valid YAML",
+        "distributed_type: FSPD\n": "Did you mean FSDP",
+        "distributed_type: FSDP\nfsdp_config:\n- a\n": "expected a table",
+        "distributed_type: NO\nnum_proceses: 8\n": "unknown key, which Accelerate refuses. Did you mean num_processes",
+    },
+    "torchtitan": {"--config llama3_9b": "Did you mean llama3_8b", "echo nothing": "starts no torchtitan"},
+    "galvatron": {"{}": "pp_deg: is missing"},
+    "megatron": {"torchrun train.py": "starts no training script"},
+}
+"""Launcher → a file that is wrong → what is said of it."""
 
 
-@pytest.mark.parametrize(("name", "text", "why"), BAD, ids=[f"{name}-{why[:20]}" for name, _, why in BAD])
+@pytest.mark.parametrize(
+    ("name", "text", "why"), [(name, text, why) for name, files in BAD.items() for text, why in files.items()]
+)
 def test_a_bad_file_gets_one_clear_message(name, text, why, tmp_path):
     (tmp_path / "file").write_text(text)
     with pytest.raises(SpecError) as error:
@@ -387,6 +385,35 @@ def test_a_file_of_fifty_megabytes_is_refused_by_its_size(name, tmp_path):
         stream.truncate(50 * 2**20)
     with pytest.raises(SpecError, match="holds 52,428,800 bytes"):
         read_launched(name, tmp_path / "large")
+
+
+FIELD = """#!/bin/bash
+GPUS_PER_NODE=8
+NNODES=${SLURM_NNODES:-4}
+MODEL_ARGS="
+    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 \\
+    --num-attention-heads 32 --group-query-attention --num-query-groups 8 \\
+    --seq-length 8192 --swiglu --normalization RMSNorm --disable-bias-linear \\
+    --untie-embeddings-and-output-weights --position-embedding-type rope
+"
+PARALLEL_ARGS=(
+    --tensor-model-parallel-size ${1:-4}
+    --sequence-parallel   # needed
+)
+torchrun --nproc_per_node $GPUS_PER_NODE --nnodes $NNODES \\
+    --master_addr $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) pretrain_gpt.py \\
+    $MODEL_ARGS "${PARALLEL_ARGS[@]}" --micro-batch-size 1 \\
+    --global-batch-size $(( (NNODES * GPUS_PER_NODE) * 8 )) \\
+    --bf16 --vocab-size 128256 --foo-bar 3 $EXTRA_ARGS 2>&1 | tee train.log
+"""
+
+
+def test_a_script_with_sums_and_substitutions_in_its_words(tmp_path):
+    (tmp_path / "run.sh").write_text(FIELD)
+    run = read_launched("megatron", tmp_path / "run.sh")
+    # Four nodes of eight, and eight sequences for each device.
+    assert (run.devices, run.workload["global_batch_size"], run.fixed["tp"]) == (32, 256, 4)
+    assert run.ignored == ("--foo-bar",)
 
 
 def test_auto_is_left_open_and_asked_for(tmp_path):

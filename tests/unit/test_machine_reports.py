@@ -8,6 +8,7 @@ from planner.calibration.nccl_tests import is_nccl_tests, read_nccl_tests
 from planner.errors import SpecError
 from planner.specs.cluster_file import load_cluster
 from planner.specs.device_file import load_device
+from planner.specs.host_report import Nodes, read_adapters, read_nodes, read_processor
 from planner.specs.machine_cluster import cluster_toml, device_named
 from planner.specs.machine_report import expand_nodes, read_gpus, read_topology
 from planner.specs.safetensors import read_weights
@@ -94,6 +95,91 @@ def test_node_lists(text, count, last):
 def test_bad_node_lists(text):
     with pytest.raises(SpecError):
         expand_nodes(text)
+
+
+# -- what stands around the accelerators -----------------------------------------------------------------------------
+
+# As ibstat prints a ConnectX-7 that is up, one whose cable is out, and a 100 Gb/s Ethernet port.
+IBSTAT = """CA 'mlx5_0'
+\tCA type: MT4129
+\tNumber of ports: 1
+\tPort 1:
+\t\tState: Active
+\t\tPhysical state: LinkUp
+\t\tRate: 400
+\t\tLink layer: InfiniBand
+CA 'mlx5_1'
+\tPort 1:
+\t\tState: Down
+\t\tPhysical state: Disabled
+\t\tRate: 400
+CA 'mlx5_2'
+\tPort 1:
+\t\tState: Active
+\t\tRate: 100
+\t\tLink layer: Ethernet
+"""
+LSCPU = """Architecture:             x86_64
+CPU(s):                   224
+Model name:               Intel(R) Xeon(R) Platinum 8480C
+Thread(s) per core:       2
+Core(s) per socket:       56
+Socket(s):                2
+NUMA node(s):             2
+"""
+
+
+def test_adapters_whose_link_is_up_are_counted_at_their_rate():
+    adapters = read_adapters(IBSTAT, "ibstat")
+    assert (adapters.gbit, adapters.down) == ({"mlx5_0": 400.0, "mlx5_2": 100.0}, ("mlx5_1",))
+    text, said = cluster_toml(load_device("h100-sxm"), 2, None, None, None, "ibstat", adapters)
+    # Without a matrix the fastest are taken: one of 400 Gb/s, 50 GB/s.
+    assert "nics_per_node = 1\nnic_bytes_per_s = 5e+10" in text
+    assert any("mlx5_2 for storage" in sentence for sentence in said)
+    assert any("The link of mlx5_1 is down" in sentence for sentence in said)
+
+
+def test_the_matrix_tells_which_adapters_are_near():
+    near = matrix(8, lambda a, b: "NV18", [["PIX"] * 8, ["PIX"] * 8, ["SYS"] * 8])
+    legend = "\nNIC Legend:\n\n  NIC0: mlx5_0\n  NIC1: mlx5_1\n  NIC2: mlx5_2\n"
+    topology = read_topology(near + legend, "topo")
+    assert topology.near_names == ("mlx5_0", "mlx5_1")
+    text, said = cluster_toml(
+        load_device("h100-sxm"), 2, topology, None, None, "topo", read_adapters(IBSTAT, "ibstat")
+    )
+    assert "nics_per_node = 1\nnic_bytes_per_s = 5e+10" in text  # mlx5_1 is near, and down
+    assert any("as ibstat says" in sentence for sentence in said)
+
+
+def test_the_host_is_described():
+    processor = read_processor(LSCPU, "lscpu")
+    assert (processor.sockets, processor.cores, processor.numa_nodes) == (2, 112, 2)
+    text, said = cluster_toml(
+        load_device("h100-sxm"), 1, None, None, None, "lscpu", None, processor, 1024.0**4
+    )
+    assert "[host]\nmemory_bytes = 1.09951e+12" in text
+    assert any(
+        "2 × Intel(R) Xeon(R) Platinum 8480C, 112 cores" in s and "14 cores per device" in s for s in said
+    )
+
+
+def test_a_table_of_nodes_leaves_out_those_without_gpus():
+    table = "PARTITION NODELIST GRES\na gpu[01-04] gpu:h100:8(S:0-1)\nb gpu[03-06] gpu:h100:8\nc cpu[1-9] (null)\n"
+    assert read_nodes(table, "sinfo") == Nodes(6, 8)  # two of them are in both partitions
+    with pytest.raises(SpecError, match="nodes of 4 and 8 GPUs"):
+        read_nodes(table.replace("gpu:h100:8\n", "gpu:h100:4\n"), "sinfo")
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "why"),
+    [
+        (read_adapters, IBSTAT.replace("Active", "Down"), "none of 3 adapters"),
+        (read_processor, "Architecture: x86_64\n", "names no cores"),
+    ],
+)
+def test_reports_that_say_nothing(read, text, why):
+    with pytest.raises(SpecError, match=why):
+        read(text, "report")
 
 
 # -- headers of weights ----------------------------------------------------------------------------------------------

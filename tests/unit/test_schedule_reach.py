@@ -21,6 +21,21 @@ ELSE = {
     "loss_kernel": "fused", "gradient_accumulation": "fused", "context": "p2p", "zero_group": "full",
 }  # fmt: skip
 
+ELSEWHERE = tuple(
+    f"schedule={name}"
+    for name in (
+        "zbv",
+        "zb_h2",
+        "zb_h1",
+        "v_half",
+        "dualpipe",
+        "chimera",
+        "chimera_doubling",
+        "*_vocab",
+        "zb_*p",
+    )
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,8 +47,12 @@ class Case:
     batch: int
     seq: int
     allowed: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = (
+        "schedule=*_vocab",
+    )  # where ends cannot be shared, but for the cases that are about that
 
 
+ONE_CHUNK = ("schedule=*_vocab", "schedule=chimera*", "schedule=dualpipe*", "schedule=*v*", "schedule=v_*")
 CASES = [
     # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
     Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
@@ -49,8 +68,24 @@ CASES = [
     Case("dualpipe", "gpt3-13b", "a100-sxm-80gb:1x8", 64, 2048),
     # Fewer micro-batches than stages, too few for chunks to pay their messages.
     Case("zb_h1", "gpt2-xl", "a100-sxm-40gb:1x8", 2, 1024),
+    # Few micro-batches of long sequences: the first stages hold too much, the last ones little (Kim et al., ICML 2023).
+    Case("bpipe", "gpt3-13b", "a100-sxm-80gb:1x8", 8, 8192),
+    # As many micro-batches as stages, memory for all of them: arXiv:2211.05953.
+    Case("breadth_first", "gpt3-13b", "a100-sxm-80gb:1x8", 8, 1024),
+    # PCIe between the stages, where a pipeline in both directions has no room: arXiv:2104.04473, section 2.2.
+    Case("interleaved", "gpt3-2.7b", "a6000:1x8", 8, 1024),
+    # Without schedules that need their authors' runtimes: weight gradients behind the others alone, and the V of both directions.
+    Case("ooo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 4, 1024, forbidden=ELSEWHERE),
+    Case("dualpipev", "gpt3-6.7b", "a100-sxm-40gb:1x8", 16, 1024, forbidden=ELSEWHERE),
     # No flush at all, where late gradients are allowed: arXiv:2006.09503.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+    # A large vocabulary at the end of few layers: arXiv:2411.05288, section 6, V-Half and 1F1B.
+    Case("v_half_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 32, 4096, forbidden=()),
+    Case("1f1b_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 64, 2048, forbidden=("schedule=v_half_vocab",)),
+    # One chunk per device. No room for more than 1F1B's activations: arXiv:2401.10241, section 5.3, ZB-1p; or for half as many
+    # again, where weight gradients are shorter than the rest.
+    Case("zb_1p", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2560, forbidden=ONE_CHUNK),
+    Case("zb_1.5p", "gpt3-1.3b", "a100-sxm-80gb:1x8", 32, 8192, forbidden=ONE_CHUNK),
 ]
 
 
@@ -58,7 +93,7 @@ CASES = [
 def test_the_search_chooses_it_where_it_wins(case):
     problem = Problem(
         load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
-        explore=("schedule=*",), allowed=case.allowed,
+        explore=("schedule=*",), allowed=case.allowed, forbidden=case.forbidden,
     )  # fmt: skip
     found = search(problem, top=2)
     assert found.best.knobs["schedule"] == case.schedule

@@ -121,8 +121,13 @@ def test_record_says_enough(technique):
     else:
         assert technique.figures
         assert (
-            technique.edits or technique.order or technique.compose or (technique.solve and technique.naive)
+            technique.edits
+            or technique.order
+            or technique.compose
+            or technique.fixes
+            or (technique.solve and technique.naive)
         )
+        assert bool(technique.fixes) == (technique.kind == "preset")
         assert all(figure.source and figure.tolerance < 0.1 for figure in technique.figures)
 
 

@@ -182,7 +182,7 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"sequence_parallel": "false"}, {"sequence_parallel": "false"}),
         ({"sequence_parallel": ""}, {"sequence_parallel": "true"}),
         ({"sequence_parallel": "", "framework": "Megatron-LM"}, {"sequence_parallel": "false"}),
-        ({"dtype": "fp8_rowwise"}, {"precision": "fp8"}),
+        ({"dtype": "fp8_rowwise"}, {"precision": "fp8_rowwise"}),
         ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
         ({"dtype": "bf16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp32"}),

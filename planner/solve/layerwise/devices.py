@@ -18,7 +18,7 @@ import numpy as np
 
 from planner.assignment import Runs
 from planner.ledger import Array
-from planner.pipeline import saturated
+from planner.pipeline import SLOWER, saturated
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, bound, hull
 from planner.solve.layerwise.solvers import Solver
@@ -29,7 +29,7 @@ from planner.specs.problem import Problem
 __all__ = ["Device", "DeviceCosts", "Solved"]
 
 _LIMITS = 6  # on the transient that are looked at first
-_BYTES = ("always_bytes", "saved_bytes", "step_bytes", "host_bytes", "host_saved_bytes")
+_BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,13 @@ class DeviceCosts:
         self.growth = 1.0 + stack.fragmentation.value
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
         self.room = problem.memory_budget_bytes - idle
-        self.host_room = float(problem.cluster.host_memory_bytes)
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.costs = _costs(mesh)
-        self.hosted = bool(mesh["host_bytes"].any() or mesh["host_saved_bytes"].any())
+        self.slower = {
+            tier: float(capacity)
+            for tier, capacity in problem.cluster.slower_bytes.items()
+            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
+        }
         depth = saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches)
         self.depth = int(depth)
         self._solved: dict[tuple[object, ...], Solved | None] = {}
@@ -165,13 +168,16 @@ class DeviceCosts:
         made = []
         for group, some, cost in zip(groups, small, costs, strict=True):
             weights = group.flights[:, None]
-            always, saved, step, host, host_saved = (mesh[name][None, some, group.kind] for name in _BYTES)
+            always, saved, step = (mesh[name][None, some, group.kind] for name in _BYTES)
             rows = [always + self.growth * weights * saved, always + step]
-            rows += [host + weights * host_saved] if self.hosted else []
+            for tier in self.slower:
+                held, away = (mesh[name][None, some, group.kind] for name in _in_tier(tier))
+                rows.append(held + weights * away)
             made.append(Group(group.size, cost[sums], np.concatenate(rows)))
         moments = len(groups[0].flights)
         budget = [self.room - self.growth * limit] * moments + [self.room]
-        budget += [self.host_room] * moments if self.hosted else []
+        for capacity in self.slower.values():
+            budget += [capacity] * moments
         return CountProblem(tuple(made), np.array(budget), offset[sums])
 
     def _solve(self, device: Device, ramp_s: float) -> Solved | None:
@@ -242,10 +248,11 @@ class DeviceCosts:
         taken += [] if solved.embedding is None else [(0, embedding, solved.embedding, 1)]
         taken += [] if solved.head is None else [(self.virtual_stages - 1, head, solved.head, 1)]
         chunk, kind, s, n = (np.array(column) for column in zip(*taken, strict=True))
-        always, saved, _, host, host_saved = (mesh[name][s, kind] * n for name in _BYTES)
+        always, saved, _ = (mesh[name][s, kind] * n for name in _BYTES)
         held = (always.sum() + self.growth * (flights[:, chunk] @ saved)) / (self.room - self.growth * limit)
-        if self.hosted:
-            held = np.maximum(held, (host.sum() + flights[:, chunk] @ host_saved) / max(self.host_room, 1.0))
+        for tier, capacity in self.slower.items():
+            there, away = (mesh[name][s, kind] * n for name in _in_tier(tier))
+            held = np.maximum(held, (there.sum() + flights[:, chunk] @ away) / max(capacity, 1.0))
         worst = int(np.argmax(held))
         return worst if held[worst] > 1.0 + SLACK * 10 else None
 
@@ -300,7 +307,8 @@ def _costs(mesh: Mesh) -> Array:
 
 def _front(costs: Array, mesh: Mesh, transient: Array) -> list[list[int]]:
     """Per kind, strategies that no other equals or beats in all of time and memory."""
-    columns = np.concatenate([costs, np.stack([*(mesh[name] for name in _BYTES), transient])])
+    names = (*_BYTES, *(name for tier in SLOWER for name in _in_tier(tier)))
+    columns = np.concatenate([costs, np.stack([*(mesh[name] for name in names), transient])])
     fronts = []
     for kind in range(len(mesh.kinds) - 1):
         values = columns[:, :, kind].T
@@ -310,6 +318,11 @@ def _front(costs: Array, mesh: Mesh, transient: Array) -> list[list[int]]:
                 kept.append(s)
         fronts.append(sorted(kept))
     return fronts
+
+
+def _in_tier(tier: str) -> tuple[str, str]:
+    """Fields of what a slower tier holds: throughout, and per micro-batch in flight."""
+    return f"{tier}_bytes", f"{tier}_saved_bytes"
 
 
 def _largest(offset: Array, costs: Sequence[Array]) -> list[int]:

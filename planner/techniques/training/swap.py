@@ -1,21 +1,26 @@
-"""What the offload techniques share: a tensor that lives on the host, and visits the device while its block is at work."""
+"""What the offload techniques share: a tensor that lives in a slower tier, and visits the device while its block is at work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
 from planner.technique import Check, Context
 
-__all__ = ["Trip", "host", "swap"]
+__all__ = ["Trip", "host", "nvme", "swap"]
 
+_LINKS: dict[str, tuple[tuple[Literal["host_link", "nvme"], str], ...]] = {
+    "host": (("host_link", ""),),
+    "nvme": (("host_link", ""), ("nvme", ".drives")),
+}
 _STAGES = 2.0  # copies on the device: of the block at work, and of the one whose transfer runs beside it
 
 
 @dataclass(frozen=True, slots=True)
 class Trip:
-    """One way of a tensor over the host link, on a track of its own or (``main``) in the block's serial order."""
+    """One way of a tensor over the links to its tier, on tracks of their own or (``main``) in the block's serial order."""
 
     what: str
     phase: Phase
@@ -27,8 +32,22 @@ def host(ctx: Context) -> Iterable[Check]:
     yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
 
 
-def swap(ledger: Ledger, trips: Callable[[Resident], Iterable[Trip]], by: str, share: str = "") -> Ledger:
-    """Moves to the host what makes any trips; adds the traffic, and the staging buffers while its block is at work.
+def nvme(ctx: Context) -> Iterable[Check]:
+    """There must be drives to offload to, and a host that they belong to."""
+    yield from host(ctx)
+    yield Check("no NVMe is described for this cluster", ctx.cluster.nvme_bytes > 0)
+
+
+def swap(
+    ledger: Ledger,
+    trips: Callable[[Resident], Iterable[Trip]],
+    by: str,
+    share: str = "",
+    tier: Literal["host", "nvme"] = "host",
+) -> Ledger:
+    """Moves to a slower tier what makes any trips; adds the traffic, and the staging buffers while its block is at work.
+
+    What lives on drives passes them and the host link, side by side.
 
     Args:
         ledger: the ledger.
@@ -36,6 +55,7 @@ def swap(ledger: Ledger, trips: Callable[[Resident], Iterable[Trip]], by: str, s
         by: key of the technique.
         share: axis that says which part of every tensor moves, on the average over blocks; left out: all of it. What stays is
             the axis ``<share>_kept``.
+        tier: where it lives.
     """
     added: list[Item] = []
 
@@ -46,15 +66,16 @@ def swap(ledger: Ledger, trips: Callable[[Resident], Iterable[Trip]], by: str, s
         moved = times(item.size, share) if share else item.size
         added.extend(
             Transfer(
-                what=f"{item.what}.{way.what}", block=item.block, phase=way.phase, tags=item.tags | {"offload"}, by=by,
-                track=way.track, size=moved, bytes_per_element=item.bytes_per_element,
+                what=f"{item.what}.{way.what}{suffix}", block=item.block, phase=way.phase, tags=item.tags | {"offload"}, by=by,
+                track="nvme" if suffix and way.track == "host" else way.track, size=moved,
+                bytes_per_element=item.bytes_per_element, tier=link,
             )
-            for way in ways
+            for way in ways for link, suffix in _LINKS[tier]
         )  # fmt: skip
         staging = replace(item, what=f"{item.what}.staging", lifetime="block", pool="buffers", by=by)
         added.append(replace(staging, bytes_per_element=_STAGES * item.bytes_per_element))
         if share:
             added.append(replace(item, size=times(item.size, f"{share}_kept")))
-        return replace(item, size=moved, tier="host", by=by)
+        return replace(item, size=moved, tier=tier, by=by)
 
     return ledger.edit(Resident, move).add(added)

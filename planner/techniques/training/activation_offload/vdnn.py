@@ -14,6 +14,7 @@ Source: Rhu et al. 2016 (vDNN, arXiv:1602.08124); Rajbhandari et al. 2021 (ZeRO-
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -30,9 +31,14 @@ _OUTSIDE = ("embedding", "head", "boundary")
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Keeps saved tensors on the host from forward to backward."""
+    return offload(ledger, ctx, "vdnn", "host")
+
+
+def offload(ledger: Ledger, ctx: Context, by: str, tier: Literal["host", "nvme"]) -> Ledger:
+    """Keeps saved tensors in a slower tier from forward to backward."""
     layers = ctx.knobs.get(_LAYERS)
     if layers is None:
-        return swap(ledger, lambda item: _TRIPS if item.lifetime == "micro_batch" else (), "vdnn")
+        return swap(ledger, lambda item: _TRIPS if item.lifetime == "micro_batch" else (), by, tier=tier)
 
     def of_a_layer(item: Resident) -> tuple[Trip, ...]:
         return _TRIPS if item.lifetime == "micro_batch" and item.block not in _OUTSIDE else ()
@@ -40,7 +46,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     own = (ctx.model.n_layers + sum(repeat for _, repeat in ctx.model.encoder_layers)) / ctx.mesh.pp
     share = np.minimum(layers / own, 1.0)
     ledger = ledger.set_axes(offloaded=share, offloaded_kept=1.0 - share)
-    return swap(ledger, of_a_layer, "vdnn", "offloaded")
+    return swap(ledger, of_a_layer, by, "offloaded", tier)
 
 
 def _intensity(subject: Pass) -> float:
@@ -68,7 +74,7 @@ TECHNIQUE = Technique(
     source="arXiv:1602.08124",
     summary="Saved activations wait in host memory",
     knobs=(
-        Knob("activation_offload", "where saved activations live", ("none", "cpu"), "none"),
+        Knob("activation_offload", "where saved activations live", ("none", "cpu", "nvme"), "none"),
         Detail(
             _LAYERS,
             "layers per device whose activations are offloaded (all of them unless given)",

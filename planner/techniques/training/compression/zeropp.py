@@ -60,7 +60,7 @@ TECHNIQUE = Technique(
         Knob(
             "compression",
             "what travels between replicas in place of whole gradients and weights",
-            ("none", *_PARTS, "int8", "low_rank"),
+            ("none", *_PARTS, "int8", "low_rank", "cocktail", "fused_embedding", "float8"),
             "none",
         ),
     ),

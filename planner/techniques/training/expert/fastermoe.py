@@ -23,46 +23,57 @@ from planner.techniques.figures import Pass
 from planner.techniques.training.expert import moe_folding
 from planner.techniques.training.expert.load import popular
 
+__all__ = ["copied", "copies_checks"]
+
 _KEY = "fastermoe"
 _COUNTS = {f"shadow{count}": count for count in (1, 4)}
 
 
 def valid(ctx: Context) -> Iterable[Check]:
     """Experts that differ, on ranks that share them."""
-    yield from moe_folding.valid(ctx)
-    apart = ctx.mesh.ep > 1
-    yield Check("shadowed experts need ep > 1", apart)
-    yield Check("shadowed experts are whole on their ranks (etp = 1)", ctx.mesh.etp == 1)
-    yield Check("more shadowed experts than there are", _COUNTS[ctx.knobs["expert"]] <= popular(ctx))
-    even = ctx.workload.capacity_factor is None
-    yield Check("a capacity factor leaves no expert more popular than another", even)
+    yield from copies_checks(ctx, _COUNTS[ctx.knobs["expert"]])
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Deals the experts, copies the popular ones to every rank."""
-    count = _COUNTS[ctx.knobs["expert"]]
-    ledger = moe_folding.folded(ledger, ctx, _KEY, count)
+    return copied(ledger, ctx, _COUNTS[ctx.knobs["expert"]], _KEY)
+
+
+def copies_checks(ctx: Context, count: int) -> Iterable[Check]:
+    """What copies of the ``count`` most popular experts ask for."""
+    yield from moe_folding.valid(ctx)
+    apart = ctx.mesh.ep > 1
+    yield Check("shadowed experts need ep > 1", apart)
+    yield Check("shadowed experts are whole on their ranks (etp = 1)", ctx.mesh.etp == 1)
+    yield Check("more shadowed experts than there are", count <= popular(ctx))
+    even = ctx.workload.capacity_factor is None
+    yield Check("a capacity factor leaves no expert more popular than another", even)
+
+
+def copied(ledger: Ledger, ctx: Context, count: int, by: str, track: str = "main") -> Ledger:
+    """Deals the experts, and copies the ``count`` most popular ones to every rank, on a track."""
+    ledger = moe_folding.folded(ledger, ctx, by, count)
     return ledger.set_axes(shadowed=float(count)).add(
         new
         for held in ledger.of(Resident, pool="parameters")
         if "expert" in held.tags
-        for new in _copies(held, ctx)
+        for new in _copies(held, ctx, by, track)
     )
 
 
-def _copies(held: Resident, ctx: Context) -> Iterator[Item]:
+def _copies(held: Resident, ctx: Context, by: str, track: str) -> Iterator[Item]:
     # A rank holds experts/ep of all; one of them is that part of its weights.
     experts = next(factor for factor in held.size.split(" + ")[0].split("*") if factor.startswith("experts@"))
     size = times(times(held.size, "shadowed"), f"/{experts}")
     tags = frozenset({"moe", "shadow"})
     for what, phase in (("weights", "forward"), ("gradients", "backward")):
         yield Collective(
-            what=f"moe.shadow_{what}", block=held.block, phase=phase, tags=tags, by=_KEY, kind="point_to_point",
-            group=ctx.mesh.group("ep"), size=size, dtype=ctx.format.activation,
+            what=f"moe.shadow_{what}", block=held.block, phase=phase, tags=tags, by=by, kind="point_to_point",
+            group=ctx.mesh.group("ep"), size=size, dtype=ctx.format.activation, track=track,
         )  # fmt: skip
     width = 2.0 * dtype_bytes(ctx.format.activation)
     yield replace(
-        held, what="moe.shadows", tags=tags, size=size, pool="gathered", lifetime="block", bytes_per_element=width, by=_KEY
+        held, what="moe.shadows", tags=tags, size=size, pool="gathered", lifetime="block", bytes_per_element=width, by=by
     )  # fmt: skip
 
 

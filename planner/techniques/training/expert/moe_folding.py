@@ -102,7 +102,7 @@ TECHNIQUE = Technique(
         Knob(
             "expert",
             "whether tokens travel to experts or experts to tokens",
-            ("folded", "shadow1", "shadow4", "fetched", "grouped"),
+            ("folded", "shadow1", "shadow4", "sparse1", "sparse4", "fetched", "grouped"),
             "folded",
         ),
     ),

@@ -1,6 +1,7 @@
 """AdamW and SGD: fp32 moments beside fp32 master weights.
 
-What it does: adds moments, one update kernel per block and step, and a pass over the gradients for their global norm.
+What it does: adds moments, one update kernel per block and step, and clipping, which reads gradients for their global norm and
+    scales them.
 Saves: nothing.
 Costs: 4 bytes per parameter and moment (AdamW two, SGD with momentum one), and the update's traffic: weights, master weights
     and moments are read and written, gradients read.
@@ -17,7 +18,7 @@ from planner.techniques.training.optimizer.update import state_bytes, update
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """Adds moments, gradient norm and update."""
+    """Adds moments, gradient clipping and update."""
     return update(ledger, ctx, "optimizer_bytes")
 
 

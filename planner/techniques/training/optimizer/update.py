@@ -26,7 +26,7 @@ def trained(ledger: Ledger) -> list[Resident]:
 def update(
     ledger: Ledger, ctx: Context, by: str, *, extra_bytes: float = 0.0, vectors: tuple[str, ...] = ()
 ) -> Ledger:
-    """Adds moments, gradient norm and update; narrows master weights where the optimizer keeps them narrow.
+    """Adds moments, gradient clipping and update; narrows master weights where the optimizer keeps them narrow.
 
     Args:
         ledger: the ledger.
@@ -46,7 +46,8 @@ def update(
         own = optimizer_state_bytes("adamw", master_bytes=0.0) if adam else moments
         # Where weights are their own masters, they are read as well as written.
         touched = optimizer_touched_bytes(own + master, gradient, weight if master else 2 * weight)
-        n_bytes = {"update": float(touched) + (0.0 if adam else extra_bytes), "gradient_norm": gradient}
+        # Clipping reads all gradients for their norm, then scales them in place.
+        n_bytes = {"update": float(touched) + (0.0 if adam else extra_bytes), "gradient_norm": 3 * gradient}
         added += [*_held(weights, ctx, own, by), *_kernels(weights, n_bytes, "step", by)]
     return ledger.add(added)
 

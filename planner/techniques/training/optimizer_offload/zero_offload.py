@@ -101,7 +101,7 @@ TECHNIQUE = Technique(
         Knob(
             "optimizer_offload",
             "where optimizer states live and are updated",
-            ("none", "cpu", "cpu+gradients", "interleaved"),
+            ("none", "cpu", "cpu+gradients", "cpu+overlapped", "interleaved", "nvme", "nvme+overlapped"),
             "none",
         ),
     ),

@@ -31,7 +31,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def trips_of(ledger: Ledger) -> Callable[[Resident], tuple[Trip, ...]]:
     """Ways of a block's weights: up for forward and backward, and back unless the host updates them."""
-    updated_on_host = {item.block for item in ledger.of(Resident, pool="optimizer", tier="host")}
+    away = [item for item in ledger.of(Resident, pool="optimizer") if item.tier != "device"]
+    updated_on_host = {item.block for item in away}
 
     def trips(item: Resident) -> tuple[Trip, ...]:
         if item.pool != "parameters" or item.lifetime != "always":
@@ -61,7 +62,7 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2104.07857",
     summary="Weights live in host memory and come up block by block",
-    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "window"), "none"),),
+    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "nvme", "window"), "none"),),
     figures=(
         Figure(
             "loads of the weights per micro-batch without recomputation: forward and backward",

@@ -30,7 +30,10 @@ def switch_dtypes(ledger: Ledger, ctx: Context, by: str) -> Ledger:
                 else None
             )
             return replace(
-                item, dtype=dtype, out_bytes=item.out_bytes if item.out_bytes is not None else wide
+                item,
+                dtype=dtype,
+                out_bytes=item.out_bytes if item.out_bytes is not None else wide,
+                format="" if item.tags & WIDE else formats.kernels,
             )
         if isinstance(item, Stream) and "activation" in item.tags:
             return replace(item, bytes_per_element=item.bytes_per_element * ratio)

@@ -54,7 +54,7 @@ TECHNIQUE = Technique(
         Knob(
             "precision",
             "format of matrix products",
-            ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8", "nvfp4"),
+            ("bf16", "fp16", "fp32", "tf32", "fp8", "fp8_rowwise", "mxfp8", "nvfp4"),
             "bf16",
         ),
         Knob("gradient_dtype", "dtype of accumulated gradients", ("fp32", "bf16", "fp16"), "fp32"),

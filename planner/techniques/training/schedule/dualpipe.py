@@ -198,6 +198,7 @@ TECHNIQUES = (
         ),
         valid=accepts(IN_A_V),
         apply=hold_weight_inputs,
+        apart=True,
         order=IN_A_V,
         searched=False,
         active=lambda ctx: ctx.mesh.pp > 1,

@@ -42,6 +42,7 @@ TECHNIQUE = Technique(
         ),
     ),
     apply=hold_weight_inputs,
+    apart=True,
     order=ORDER,
     searched=False,
     active=lambda ctx: ctx.mesh.pp > 1,

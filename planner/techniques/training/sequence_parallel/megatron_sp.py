@@ -4,9 +4,11 @@ What it does: turns every tensor-parallel all-reduce into a reduce-scatter and a
 Saves: the activations that tensor parallelism replicates (10sbh of 34sbh + 5as²b), and their kernels, divided by tp.
 Costs: the same bytes on the wire, and one more all-gather per column-parallel input in the backward (the saved input is
     sharded), which runs beside the input gradient's product; gathered inputs of a sparse attention's indexer, which are kept;
-    a small all-reduce per step of the gradients of norms and biases.
+    a small all-reduce per step of the gradients of norms and biases; where tensors begin with the batch, a copy beside every
+    collective (``sequence_copies`` of the software stack).
 Assumes: sequence divisible by tp.
-Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2; indexer: Megatron-LM ``experimental_attention_variant/dsa.py``.
+Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2; indexer: Megatron-LM ``experimental_attention_variant/dsa.py``;
+    copies: PyTorch ``torch/distributed/_functional_collectives.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Ledger, Matmul, Resident, role, times
+from planner.ledger import Collective, Item, Ledger, Matmul, Resident, Stream, role, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -53,7 +55,22 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     gathers = list(_indexer_inputs(ledger, ctx))
     kept = [distant_input(item, ctx, "megatron_sp") for item in gathers]
     ledger = ledger.set_axes(distant=1.0 - 1.0 / ctx.mesh.tp)
-    return replace(ledger, items=(*items, *sums, *gathers, *kept))
+    return replace(ledger, items=(*items, *_copies(items, ctx), *sums, *gathers, *kept))
+
+
+def _copies(items: Iterable[Item], ctx: Context) -> Iterator[Stream]:
+    """Tensors that are put together again behind a gather along their second dimension, and taken apart before a scatter."""
+    copies = ctx.stack.sequence_copies
+    for item in items if copies is not None else ():
+        if (
+            copies is not None
+            and isinstance(item, Collective)
+            and item.tags & {"tp_gather", "tp_regather", "tp_scatter"}
+        ):
+            yield Stream(
+                what=f"{item.what}.copy", block=item.block, phase=item.phase, tags=item.tags | {"sequence_copy"},
+                by="megatron_sp", size=item.size, bytes_per_element=2.0 * copies.value * dtype_bytes(item.dtype),
+            )  # fmt: skip
 
 
 def distant_input(gather: Collective, ctx: Context, by: str) -> Resident:

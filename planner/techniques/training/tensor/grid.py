@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from planner.ledger import Array, Collective, Group, Item, Ledger, Matmul, times
-from planner.technique import Check, Context, off
+from planner.technique import Check, Context, Figure, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 
 __all__ = [
+    "Lattice",
     "Operands",
     "checks",
     "dense",
@@ -30,6 +32,57 @@ __all__ = [
 ]
 
 _WIDTHS = ("hidden", "heads", "kv_heads", "ffn", "vocab")
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """How ranks form a grid: of their number, ``shape`` makes parts of the batch and of every width (0 where there is no such
+    grid); ``what`` is its name."""
+
+    what: str
+    shape: Callable[[Array], tuple[Array, Array]]
+
+    def valid(self, ctx: Context) -> Iterable[Check]:
+        """Whole blocks."""
+        yield from checks(ctx, *self.shape(ctx.mesh.tp), self.what)
+
+    def extents(self, ctx: Context) -> tuple[Array, Array]:
+        """Parts of the batch and of a width, 1 where there is no grid."""
+        rows, columns = self.shape(ctx.mesh.tp)
+        return np.maximum(rows, 1.0), np.maximum(columns, 1.0)
+
+    def technique(
+        self,
+        key: str,
+        name: str,
+        choice: str,
+        source: str,
+        summary: str,
+        figure: tuple[str, float, str],
+        batch: tuple[int, int],
+        apply: Callable[[Ledger, Context], Ledger],
+        active: Callable[[Array, Array], Any],
+    ) -> Technique:
+        """The entry of a layout on this lattice, with a layer's traffic on 64 ranks as its figure: what, how much, by whom.
+
+        Args:
+            batch: sequences and tokens of the figure.
+            active: of rows and columns, where the layout is one of its own.
+        """
+        what, published, by = figure
+        return Technique(
+            key=key,
+            name=name,
+            slot="tensor",
+            choices=(choice,),
+            searched=False,  # weights travel in every product: it takes dozens of ranks and little weight per token to pay
+            source=source,
+            summary=summary,
+            figures=(Figure(what, published, 1e-6, by, lambda subject: volume(subject, choice, *batch)),),
+            valid=self.valid,
+            apply=apply,
+            active=lambda ctx: active(*self.shape(ctx.mesh.tp)) & dense(ctx),
+        )
 
 
 @dataclass(frozen=True, slots=True)

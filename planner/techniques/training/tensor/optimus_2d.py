@@ -11,50 +11,38 @@ Source: Xu et al. 2021 (Optimus, arXiv:2104.05343) §3; van de Geijn, Watts 1997
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
-
 from planner.ledger import Array, Ledger
-from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import checks, dense, edge, volume, with_depth
+from planner.technique import Context
+from planner.techniques.training.tensor.grid import Lattice, edge, with_depth
 
 _KEY = "optimus_2d"
 
 
-def valid(ctx: Context) -> Iterable[Check]:
-    """A square of ranks, whole blocks."""
-    yield from checks(ctx, _side(ctx), _side(ctx), "square grid")
+def _cuts(ranks: Array) -> tuple[Array, Array]:
+    side = edge(ranks, 2)
+    return side, side
 
 
-def _side(ctx: Context) -> Array:
-    return edge(ctx.mesh.tp, 2)
+_SQUARE = Lattice("square grid", _cuts)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Cuts batch and widths by the side of the square."""
-    side = np.maximum(_side(ctx), 1.0)
-    return with_depth(ledger, ctx, side, side, _KEY)
+    return with_depth(ledger, ctx, *_SQUARE.extents(ctx), _KEY)
 
 
-TECHNIQUE = Technique(
+TECHNIQUE = _SQUARE.technique(
     key=_KEY,
     name="2-D tensor parallelism (Optimus)",
-    slot="tensor",
-    choices=("2d",),
-    searched=False,  # weights travel in every product: it takes dozens of ranks and little weight per token to pay
+    choice="2d",
     source="arXiv:2104.05343",
     summary="Weights and activations on a square grid, products by SUMMA",
-    figures=(
-        Figure(
-            "elements per layer and forward on 64 ranks, bs = 2h, in h²: (7bsh + 12h²)·log2(64)/(2·8)",
-            9.75,
-            1e-6,
-            "Xu et al. 2021 (arXiv:2104.05343), communication of SUMMA with tree broadcasts, log(p)/(2·sqrt(p)) per operand",
-            lambda subject: volume(subject, "2d", 8, 3072),
-        ),
+    figure=(
+        "elements per layer and forward on 64 ranks, bs = 2h, in h²: (7bsh + 12h²)·log2(64)/(2·8)",
+        9.75,
+        "Xu et al. 2021 (arXiv:2104.05343), communication of SUMMA with tree broadcasts, log(p)/(2·sqrt(p)) per operand",
     ),
-    valid=valid,
+    batch=(8, 3072),
     apply=apply,
-    active=lambda ctx: (_side(ctx) > 1) & dense(ctx),
+    active=lambda rows, columns: columns > 1,
 )

@@ -11,13 +11,11 @@ Source: Wang et al. 2021 (Tesseract, arXiv:2105.14500) §3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from planner.ledger import Array, Collective, Ledger, Resident
-from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import checks, dense, edge, volume, with_depth
+from planner.technique import Context
+from planner.techniques.training.tensor.grid import Lattice, edge, with_depth
 
 _KEY = "tesseract_25d"
 
@@ -36,17 +34,19 @@ def box(ranks: Array) -> tuple[Array, Array]:
     return depth, side
 
 
-def valid(ctx: Context) -> Iterable[Check]:
-    """A box of ranks, whole blocks."""
-    depth, side = box(ctx.mesh.tp)
-    yield from checks(ctx, depth * side, side, "box of grids")
+def _cuts(ranks: Array) -> tuple[Array, Array]:
+    depth, side = box(ranks)
+    return depth * side, side
+
+
+_BOX = Lattice("box of grids", _cuts)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Cuts the batch by depth and side, widths by the side; sums gradients over the depth."""
-    depth, side = (np.maximum(extent, 1.0) for extent in box(ctx.mesh.tp))
-    ledger = with_depth(ledger, ctx, depth * side, side, _KEY)
-    layers = ctx.mesh.subgroup("tp", "tp.depth", depth, inner=False)
+    rows, side = _BOX.extents(ctx)
+    ledger = with_depth(ledger, ctx, rows, side, _KEY)
+    layers = ctx.mesh.subgroup("tp", "tp.depth", rows / side, inner=False)
     return ledger.add(
         Collective(
             what=f"{held.what}.depth_sum", block=held.block, phase="step", tags=frozenset({"gradients", "tp_sum"}), by=_KEY,
@@ -56,24 +56,18 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     )  # fmt: skip
 
 
-TECHNIQUE = Technique(
+TECHNIQUE = _BOX.technique(
     key=_KEY,
     name="2.5-D tensor parallelism (Tesseract)",
-    slot="tensor",
-    choices=("2.5d",),
-    searched=False,  # as the square grid
+    choice="2.5d",
     source="arXiv:2105.14500",
     summary="Layers of square grids with copies of the weights",
-    figures=(
-        Figure(
-            "elements per layer and forward on 4 × 4 × 4 ranks, bs = 2h, in h²: (7bsh/16 + 12h²/4)·log2(4)",
-            7.75,
-            1e-6,
-            "Wang et al. 2021 (arXiv:2105.14500), section 3: activations over d·q², weights over q², SUMMA in every layer",
-            lambda subject: volume(subject, "2.5d", 16, 1536),
-        ),
+    figure=(
+        "elements per layer and forward on 4 × 4 × 4 ranks, bs = 2h, in h²: (7bsh/16 + 12h²/4)·log2(4)",
+        7.75,
+        "Wang et al. 2021 (arXiv:2105.14500), section 3: activations over d·q², weights over q², SUMMA in every layer",
     ),
-    valid=valid,
+    batch=(16, 1536),
     apply=apply,
-    active=lambda ctx: (box(ctx.mesh.tp)[0] > 1) & dense(ctx),
+    active=lambda rows, columns: rows > columns,
 )

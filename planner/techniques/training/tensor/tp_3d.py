@@ -12,41 +12,30 @@ Source: Bian et al. 2021 (arXiv:2105.14450) §3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from planner.ledger import Array, Group, Item, Ledger, Matmul, Resident, times
-from planner.technique import Check, Context, Figure, Technique
-from planner.techniques.training.tensor.grid import (
-    checks,
-    dense,
-    edge,
-    lay,
-    matrices,
-    operands,
-    travel,
-    volume,
-)
+from planner.technique import Context
+from planner.techniques.training.tensor.grid import Lattice, edge, lay, matrices, operands, travel
 
 _KEY = "tp_3d"
 
 
-def valid(ctx: Context) -> Iterable[Check]:
-    """A cube of ranks, whole blocks."""
-    side = _side(ctx)
-    yield from checks(ctx, side * side, side, "cube")
+def _cuts(ranks: Array) -> tuple[Array, Array]:
+    side = edge(ranks, 3)
+    return side * side, side
 
 
-def _side(ctx: Context) -> Array:
-    return edge(ctx.mesh.tp, 3)
+_CUBE = Lattice("cube", _cuts)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Cuts the batch by a face of the cube, widths by an edge, weights by another edge besides."""
-    side = np.maximum(_side(ctx), 1.0)
-    ledger = lay(ledger.set_axes(grid_edge=side), side * side, side, _gathered)
+    rows, side = _CUBE.extents(ctx)
+    ledger = lay(ledger.set_axes(grid_edge=side), rows, side, _gathered)
 
     def spread(item: Resident) -> Item | None:
         weights = item.pool in ("parameters", "gradients", "optimizer") and item.lifetime == "always"
@@ -75,24 +64,18 @@ def _exchanges(ledger: Ledger, ctx: Context, groups: list[Group]) -> Iterator[It
             yield travel(item, ctx, what, kind, size, group, _KEY)
 
 
-TECHNIQUE = Technique(
+TECHNIQUE = _CUBE.technique(
     key=_KEY,
     name="3-D tensor parallelism",
-    slot="tensor",
-    choices=("3d",),
-    searched=False,  # as the square grid
+    choice="3d",
     source="arXiv:2105.14450",
     summary="Inputs, weights and outputs of every product on a cube of ranks",
-    figures=(
-        Figure(
-            "elements per layer and forward on 4³ ranks, bs = 2h, in h²: (16bsh + 12h²)·3/64",
-            2.0625,
-            1e-6,
-            "Bian et al. 2021 (arXiv:2105.14450), section 3: gathers and scatter of O((q − 1)/q³) of each operand",
-            lambda subject: volume(subject, "3d", 16, 1536),
-        ),
+    figure=(
+        "elements per layer and forward on 4³ ranks, bs = 2h, in h²: (16bsh + 12h²)·3/64",
+        2.0625,
+        "Bian et al. 2021 (arXiv:2105.14450), section 3: gathers and scatter of O((q − 1)/q³) of each operand",
     ),
-    valid=valid,
+    batch=(16, 1536),
     apply=apply,
-    active=lambda ctx: (_side(ctx) > 1) & dense(ctx),
+    active=lambda rows, columns: columns > 1,
 )

@@ -42,7 +42,14 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             chunks[window] = ctx.mesh.tp
             changed[id(item)] = replace(item, window=window, track="tp", by="async_tp")
             changed[id(product)] = replace(product, window=window)
-    items = tuple(changed.get(id(item), item) for item in ledger.items)
+    paired = {
+        f"{item.what}.copy" for item in changed.values() if isinstance(item, Collective)
+    }  # chunks are written in place
+    items = tuple(
+        changed.get(id(item), item)
+        for item in ledger.items
+        if not ("sequence_copy" in item.tags and item.what in paired)
+    )
     return replace(ledger, items=items, chunks={**ledger.chunks, **chunks})
 
 

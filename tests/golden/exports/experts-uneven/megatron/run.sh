@@ -2,7 +2,7 @@
 # Megatron-LM 0.19 (ranks in its default order tp-cp-ep-dp-pp). plan.json holds the whole plan.
 # Plan aae7f6bbc2: deepseek-v3 on h100-sxm:64x8, 512 devices (tp 2 · cp 1 · pp 16 · dp 16 · ep 16 · etp 1).
 # Predicted: 27.18 s per step, 1,130 tokens/s per device, 47.5 GiB per device.
-# Run it once per node from a Megatron-LM checkout (under SLURM: srun --ntasks-per-node=1 bash run.sh). By default it
+# Run it once per node (job.sbatch does); MEGATRON_PATH leads to the Megatron-LM checkout. By default it
 # measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.
 # Left out, as in the plan: 1 multi-token-prediction module(s) of the model.
 # Not recomputed: the norm before a dense feed-forward network, which is fused with its first product.
@@ -10,8 +10,8 @@ set -euo pipefail
 
 NNODES=64
 GPUS_PER_NODE=8
-NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-MASTER_ADDR=${MASTER_ADDR:-localhost}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK to this node, from 0}}
+MASTER_ADDR=${MASTER_ADDR:?set MASTER_ADDR to the first node}
 MASTER_PORT=${MASTER_PORT:-29500}
 TRAIN_ARGS="${TRAIN_ARGS:---train-iters 50 --lr 1e-5 --eval-iters 0 --log-interval 1 --log-throughput}"
 DATA_ARGS="${DATA_ARGS:---mock-data --tokenizer-type NullTokenizer}"
@@ -82,7 +82,7 @@ KERNEL_ARGS=(
 
 torchrun --nnodes $NNODES --nproc-per-node $GPUS_PER_NODE --node-rank $NODE_RANK \
     --master-addr $MASTER_ADDR --master-port $MASTER_PORT \
-    "${MEGATRON_PATH:-.}/pretrain_gpt.py" \
+    "${MEGATRON_PATH:?set it to the Megatron-LM checkout}/pretrain_gpt.py" \
     "${MODEL_ARGS[@]}" \
     "${PARALLEL_ARGS[@]}" \
     "${BATCH_ARGS[@]}" \

@@ -7,6 +7,6 @@ set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec torchrun --nnodes 4 --nproc-per-node 8 \
-    --rdzv-backend c10d --rdzv-endpoint ${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500} \
+    --rdzv-backend c10d --rdzv-endpoint ${MASTER_ADDR:?set MASTER_ADDR to the first node}:${MASTER_PORT:-29500} \
     --rdzv-id ${SLURM_JOB_ID:-5d03e9bd6c} \
     "${TRAIN_SCRIPT:-train.py}" "$@"

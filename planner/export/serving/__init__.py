@@ -1,0 +1,124 @@
+"""Serving plans as files that an engine, or a layer above engines, runs.
+
+>>> from planner.export.serving import SERVING_EXPORTERS
+>>> sorted(SERVING_EXPORTERS)
+['dynamo', 'llm-d', 'sglang', 'trtllm', 'vllm']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from planner.export.serving.exporter import ServingExporter
+    from planner.serving.plan import ServePlan
+
+__all__ = ["SERVING_EXPORTERS", "export_serving", "find_serving_exporter", "serving_problems"]
+
+SERVING_EXPORTERS = ("dynamo", "llm-d", "sglang", "trtllm", "vllm")
+"""Names that ``--to`` takes for serving plans."""
+_ALIASES = {"k8s": "kubernetes"}
+
+
+def find_serving_exporter(to: str) -> ServingExporter:
+    """The exporter of that name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    from planner.errors import Problem, SpecError, did_you_mean
+
+    if to not in SERVING_EXPORTERS:
+        raise SpecError(
+            Problem(
+                "--to",
+                repr(to),
+                f"one of {', '.join(SERVING_EXPORTERS)}",
+                did_you_mean(to, SERVING_EXPORTERS),
+            )
+        )
+    if to == "dynamo":
+        from planner.export.serving.dynamo import EXPORTER
+
+        return EXPORTER
+    if to == "llm-d":
+        from planner.export.serving.llm_d import EXPORTER as LLM_D
+
+        return LLM_D
+    from planner.export.serving.bare import EXPORTERS
+
+    return EXPORTERS[to]
+
+
+def export_serving(
+    plan: ServePlan,
+    to: str,
+    version: str | None = None,
+    around: Sequence[str] = (),
+    image: str | None = None,
+) -> dict[str, str]:
+    """A runnable folder (name → content): the launcher's files, a batch system's, a measuring script, what to check first.
+
+    Args:
+        plan: the plan.
+        to: one of :data:`SERVING_EXPORTERS`.
+        version: the launcher's version.
+        around: batch systems; keys of :data:`planner.export.serving.around.AROUND`.
+        image: container image for those that need one.
+
+    Raises:
+        ExportError: the launcher cannot run the plan; names every feature.
+        SpecError: no such launcher, version or batch system, or the plan's model, cluster or stack cannot be found.
+    """
+    from planner.errors import ExportError, Problem
+    from planner.export import known_version
+    from planner.export.folder import NO_IMAGE
+    from planner.export.serving.folder import folder_files
+    from planner.export.serving.target import ServingTarget
+
+    exporter = find_serving_exporter(to)
+    if plan.mode == "offloaded" or any(pool.cluster for pool in plan.pools):
+        found = "an offloaded plan" if plan.mode == "offloaded" else f"pools on {plan.cluster}"
+        raise ExportError(Problem(f"--to {to}", found, "pools on one cluster that serve arrivals"))
+    chosen = known_version(version, exporter.versions)
+    systems = _systems(exporter, around)
+    target = ServingTarget(plan)
+    problems = serving_problems(target, exporter)
+    if problems:
+        raise ExportError(problems)
+    return folder_files(target, exporter, exporter.engine(target), chosen, systems, image or NO_IMAGE)
+
+
+def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[Problem]:
+    """Everything that keeps a launcher from running a plan."""
+    engine = exporter.engine(target)
+    found = [problem for pool in target.plan.pools for problem in engine.rules(target, pool)]
+    return [*found, *exporter.rules(target)]
+
+
+def _systems(exporter: ServingExporter, around: Sequence[str]) -> tuple[str, ...]:
+    from planner.errors import Problem, SpecError, did_you_mean
+    from planner.export.serving.around import AROUND
+
+    names = tuple(dict.fromkeys(_ALIASES.get(name, name) for name in around))
+    faults = []
+    for name in names:
+        if name not in AROUND:
+            faults.append(
+                Problem("--with", repr(name), f"one of {', '.join(AROUND)}", did_you_mean(name, AROUND))
+            )
+        elif name not in exporter.around:
+            faults.append(
+                Problem(
+                    "--with", f"{name} beside --to {exporter.name}", "nothing: it brings its own deployment"
+                )
+            )
+    if faults:
+        raise SpecError(faults)
+    return names
+
+
+if TYPE_CHECKING:
+    from planner.errors import Problem
+    from planner.export.serving.target import ServingTarget

@@ -1,0 +1,80 @@
+"""What a serving engine is to an exporter: its configuration of a pool, the command that starts it, and its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.errors import Problem
+from planner.export.serving.target import ServingTarget
+from planner.serving.plan import Pool
+
+__all__ = ["Engine", "number_format", "quantized_checkpoint", "uneven_heads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        name: as ``--to`` takes it, and as a stack's name begins.
+        title: the engine's own name, as the column ``engine`` of a table of runs has it.
+        versions: versions that its files are written for; the first is taken unless another is asked for.
+        checked: how that was checked, in words.
+        settings: the configuration file of a pool: the engine's own keys.
+        command: the words that start one node's share of a replica, over the shell variables MODEL, PORT, RANK and LEADER; the
+            last argument is the configuration's file name.
+        environment: lines of shell in front of the command.
+        router: the command that spreads requests over the replicas, over the arrays PREFILL and DECODE of addresses (one pool:
+            DECODE); lines of shell.
+        rules: what it cannot run, or what its own parser accepts and its workers do not.
+        online: number formats that it makes of a 16-bit checkpoint while it loads it → the value of its setting.
+        differs: where it runs otherwise than the plan, one sentence each.
+        needs: what has to be installed beside it, one sentence each.
+    """
+
+    name: str
+    title: str
+    versions: tuple[str, ...]
+    checked: str
+    settings: Callable[[ServingTarget, Pool], Mapping[str, Any]]
+    command: Callable[[ServingTarget, Pool, str], list[str]]
+    router: Callable[[ServingTarget], list[str]]
+    rules: Callable[[ServingTarget, Pool], Iterator[Problem]]
+    online: Mapping[str, str]
+    environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
+    differs: Callable[[ServingTarget], list[str]] = lambda target: []
+    needs: Callable[[ServingTarget], list[str]] = lambda target: []
+
+
+def number_format(engine: Engine, target: ServingTarget, pool: Pool) -> str | None:
+    """The setting that narrows a 16-bit checkpoint to the plan's format; None where the checkpoint says it itself."""
+    wanted = str(pool.knobs["weights"])
+    return None if wanted == target.model.checkpoint else engine.online.get(wanted)
+
+
+def quantized_checkpoint(engine: Engine, target: ServingTarget) -> str:
+    """The format in which a checkpoint has to be found, as the engine does not make it itself; empty where there is none."""
+    formats = {str(pool.knobs["weights"]) for pool in target.plan.pools}
+    missing = [
+        name
+        for name in sorted(formats)
+        if name not in ("bf16", "fp16", target.model.checkpoint) and name not in engine.online
+    ]
+    return ", ".join(missing)
+
+
+def uneven_heads(target: ServingTarget, where: str, tp: int) -> Iterator[Problem]:
+    """Heads that tensor-parallel ranks cannot share evenly; KV heads may also be copied."""
+    for name, block in target.model.blocks.items():
+        attention = block.attention
+        if attention is None:
+            continue
+        if attention.heads % tp:
+            yield Problem(
+                where, f"{attention.heads} attention heads of layers {name!r} on tp={tp}", "a divisor"
+            )
+        if not attention.latent and attention.kv_heads % tp and tp % attention.kv_heads:
+            found = f"{attention.kv_heads} KV heads of layers {name!r} on tp={tp}"
+            yield Problem(where, found, "a divisor or a multiple")

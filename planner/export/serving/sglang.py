@@ -1,0 +1,139 @@
+"""SGLang: ``python -m sglang.launch_server --config``, one file per pool.
+
+Keys are the flags of SGLang 0.5.23 without their dashes. Its ``tp-size`` counts all ranks of a stage: attention ranks
+(``attn-dp-size``) lie inside, and both ``chunked-prefill-size`` and ``max-running-requests`` are shared out among them.
+``mem-fraction-static`` is the part of a device's memory for weights and caches alone, without activations and what the process
+holds besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from planner.errors import Problem
+from planner.export.serving.engine import Engine, number_format, uneven_heads
+from planner.export.serving.target import FIRST_PORT, ServingTarget
+from planner.serving.plan import Pool
+
+__all__ = ["ENGINE"]
+
+_DTYPES = {"fp16": "float16"}
+_DRAFTS = {"mtp": "NEXTN", "ngram": "NGRAM"}
+_BOOTSTRAP = 8998
+
+
+def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
+    mesh, knobs = pool.mesh, pool.knobs
+    found: dict[str, Any] = {
+        "tp-size": mesh["tp"] * mesh["dp"],
+        "pp-size": mesh["pp"],
+        "attn-dp-size": mesh["dp"],
+        "ep-size": mesh["ep"],
+        "dtype": _DTYPES.get(str(knobs["weights"]), "bfloat16"),
+        "kv-cache-dtype": "fp8_e4m3" if knobs["cache"] == "fp8" else "auto",
+        "context-length": target.context_tokens,
+        "mem-fraction-static": _static_fraction(target, pool),
+    }
+    if knobs["experts"] == "exchanged":
+        found["moe-a2a-backend"] = "deepep"
+        found["deepep-mode"] = "low_latency" if pool.role == "decode" else "normal"
+    narrowed = number_format(ENGINE, target, pool)
+    if narrowed is not None:
+        found["quantization"] = narrowed
+    if "chunk_tokens" in knobs:
+        found["chunked-prefill-size"] = int(knobs["chunk_tokens"]) * mesh["dp"]
+    sequences = target.sequences(pool)
+    if sequences is not None:
+        found["max-running-requests"] = sequences * mesh["dp"]
+    if "draft" in knobs:
+        drafted = int(knobs["draft_tokens"])
+        found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")
+        if knobs["draft"] not in _DRAFTS:
+            found["speculative-draft-model-path"] = knobs["draft"]
+        found |= {
+            "speculative-num-steps": drafted,
+            "speculative-eagle-topk": 1,
+            "speculative-num-draft-tokens": drafted + 1,
+        }
+    if pool.role != "aggregated":
+        found |= {"disaggregation-mode": pool.role, "disaggregation-transfer-backend": "nixl"}
+    return found
+
+
+def _static_fraction(target: ServingTarget, pool: Pool) -> float:
+    """Weights and caches of a device's memory, rounded down."""
+    held = target.capacity(pool)
+    static = float(held.weights_bytes[0]) + max(float(held.cache_bytes[0]), 0.0)
+    return math.floor(static / float(target.cluster.device.memory_bytes) * 1000) / 1000
+
+
+def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
+    words = [
+        'python3 -m sglang.launch_server --model-path "$MODEL"',
+        f"--config {config}",
+        "--host 0.0.0.0 --port $PORT",
+    ]
+    nodes = target.span(pool)
+    if nodes > 1:
+        words.append(f"--nnodes {nodes} --node-rank $RANK --dist-init-addr $LEADER:20000")
+    if pool.role == "prefill":
+        words.append(f"--disaggregation-bootstrap-port $(({_BOOTSTRAP} + PORT - {FIRST_PORT}))")
+    return words
+
+
+def _router(target: ServingTarget) -> list[str]:
+    head = ["python3 -m sglang_router.launch_router --host 0.0.0.0 --port $PORT --policy round_robin"]
+    if target.plan.mode == "aggregated":
+        return [*head, '    --worker-urls "${DECODE[@]}"']
+    return [
+        "PAIRS=()  # address and bootstrap port of every prefill server",
+        'for url in "${PREFILL[@]}"; do',
+        f'    PAIRS+=(--prefill "$url" $(({_BOOTSTRAP} + ${{url##*:}} - {FIRST_PORT})))',
+        "done",
+        'for url in "${DECODE[@]}"; do PAIRS+=(--decode "$url"); done',
+        *head,
+        '    --pd-disaggregation "${PAIRS[@]}"',
+    ]
+
+
+def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
+    where, mesh = f"--to sglang: {pool.role} pool", pool.mesh
+    if pool.knobs["experts"] == "exchanged" and mesh["ep"] != mesh["tp"] * mesh["dp"]:
+        yield Problem(
+            where,
+            f"tokens travel to experts with ep={mesh['ep']}",
+            f"all {mesh['tp'] * mesh['dp']} ranks of a stage",
+        )
+    yield from uneven_heads(target, where, mesh["tp"])
+    stages = {other.role: other.mesh["pp"] for other in target.plan.pools}
+    if pool.role == "decode" and stages["decode"] not in (1, stages["prefill"]):
+        yield Problem(where, f"pp={stages['decode']}", f"1, or {stages['prefill']} as the prefill pool has")
+
+
+def _needs(target: ServingTarget) -> list[str]:
+    found = []
+    if target.plan.mode == "disaggregated":
+        found.append(
+            "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
+        )
+    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
+        found.append("`pip show sglang-router`: `router.sh` spreads requests with it.")
+    if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
+        found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
+    return found
+
+
+ENGINE = Engine(
+    name="sglang",
+    title="SGLang",
+    versions=("0.5.23",),
+    checked="its parser and ServerArgs",
+    settings=_settings,
+    command=_command,
+    router=_router,
+    rules=_rules,
+    online={"fp8": "fp8"},
+    needs=_needs,
+)

@@ -1,0 +1,123 @@
+"""A launch of SGLang as one pool: a script with ``sglang.launch_server``, or the YAML of its ``--config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.errors import Problem, SpecError
+from planner.export.launched import ignored_note, names_in
+from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
+
+__all__ = ["read_sglang"]
+
+_SHORT = {
+    "--tp": "--tp-size", "--tensor-parallel-size": "--tp-size", "--pp": "--pp-size", "--pipeline-parallel-size": "--pp-size",
+    "--dp": "--dp-size", "--data-parallel-size": "--dp-size", "--ep": "--ep-size", "--expert-parallel-size": "--ep-size",
+    "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
+}  # fmt: skip
+_UNMODELLED: Mapping[str, str] = {
+    "--speculative-algorithm": "speculative decoding",
+    "--dcp-size": "context parallelism",
+    "--attn-cp-size": "context parallelism",
+    "--enable-two-batch-overlap": "two batches beside each other",
+    "--moe-dp-size": "experts in groups",
+    "--enable-hierarchical-cache": "caches on the host",
+}
+_REMOVED = {
+    "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
+    "--enable-ep-moe": "--ep-size",
+    "--enable-deepep-moe": "--moe-a2a-backend deepep",
+}
+"""Flags of earlier versions, which 0.5.23 refuses → what took their place."""
+_PASSIVE = names_in(
+    "--host --port --served-model-name --api-key --trust-remote-code --load-format --tokenizer-path --nnodes --node-rank "
+    "--dist-init-addr --log-level --watchdog-timeout --skip-tokenizer-init --disaggregation-transfer-backend --deepep-mode "
+    "--disaggregation-bootstrap-port --disaggregation-ib-device --tool-call-parser --reasoning-parser --chat-template "
+    "--schedule-policy --schedule-conservativeness --random-seed --page-size --attention-backend --max-prefill-tokens"
+)
+
+
+def read_sglang(path: str | Path) -> LaunchedPool:
+    """The pool that a launch of SGLang describes.
+
+    Raises:
+        SpecError: the file cannot be read, flags are wrong or ask for what is not modelled; all at once.
+    """
+    flags, _, notes = read_flags(
+        path,
+        "a script with python -m sglang.launch_server, or the YAML of its --config",
+        ("sglang.launch_server",),
+        _SHORT,
+    )
+    for flag, what in _UNMODELLED.items():
+        if flags.present(flag) and flags.flags[flag] != ["1"]:
+            flags.fault(flag, f"{what}: not modelled")
+    ranks, pp, ep = (flags.integer(f"--{name}-size", 1) for name in ("tp", "pp", "ep"))
+    replicas, attention = flags.integer("--dp-size", 1), flags.integer("--attn-dp-size", 1)
+    if flags.present("--enable-dp-attention"):
+        attention, replicas = max(attention, replicas), 1
+    if ranks % attention:
+        flags.fault("--attn-dp-size", str(attention), f"a divisor of --tp-size ({ranks})")
+        attention = 1
+    fixed: dict[str, Any] = {"tp": ranks // attention, "pp": pp, "dp": attention, "ep": ep}
+    if replicas > 1:
+        notes.append(
+            f"--dp-size {replicas} without attention ranks: {replicas} replicas of {ranks * pp} devices."
+        )
+    exchange = flags.text("--moe-a2a-backend", "none")
+    fixed["experts"] = "gathered" if exchange == "none" or attention == 1 else "exchanged"
+    fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
+    dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
+    if quantization in FORMATS:
+        fixed["weights"] = FORMATS[quantization]
+    elif quantization is not None:
+        notes.append(f"--quantization {quantization}: the weights are taken as they are published.")
+    elif dtype in ("half", "float16"):
+        fixed["weights"] = "fp16"
+    chunk, sequences = (
+        flags.integer("--chunked-prefill-size", None),
+        flags.integer("--max-running-requests", None),
+    )
+    if chunk is not None and chunk > 0:
+        fixed["chunk_tokens"] = max(chunk // attention, 1)
+    if sequences is not None:
+        fixed["max_sequences"] = max(-(-sequences // (attention * pp)), 1)
+    fraction = flags.number("--mem-fraction-static", None)
+    if fraction is None:
+        notes.append("--mem-fraction-static is left out: taken as the stack has it.")
+    if chunk is None:
+        notes.append("--chunked-prefill-size is left out: taken as the stack has it.")
+    errors = [
+        (f"{flag} is gone in SGLang 0.5.23: {now}", "its parser, before anything starts")
+        for flag, now in _REMOVED.items()
+        if flags.present(flag)
+    ]
+    role = flags.choice(
+        "--disaggregation-mode", "null", {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
+    )
+    context = flags.integer("--context-length", None)
+    wasteful = _wasteful(flags.flags, chunk)
+    flags.read |= _PASSIVE | {"--disable-cuda-graph", "--disable-radix-cache"}
+    model = flags.text("--model-path", "")
+    flags.raise_if_any()
+    ignored = tuple(flags.unread())
+    if flags.flags and len(ignored) == len(flags.flags):
+        found = f"none of {', '.join(ignored[:5])} is an option of SGLang"
+        raise SpecError(Problem(str(path), found, "a launch of SGLang"))
+    return LaunchedPool(
+        "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
+        (*notes, *ignored_note(ignored)), ignored,
+    )  # fmt: skip
+
+
+def _wasteful(flags: Mapping[str, list[str]], chunk: int | None) -> list[str]:
+    found = []
+    if "--disable-cuda-graph" in flags:
+        found.append("--disable-cuda-graph: the host starts every kernel of every iteration.")
+    if chunk == -1:
+        found.append("--chunked-prefill-size -1: whole prompts hold up everybody who generates.")
+    if "--disable-radix-cache" in flags:
+        found.append("--disable-radix-cache: prompts that begin alike are computed again.")
+    return found

@@ -1,0 +1,218 @@
+"""What every serving exporter needs of a plan: its specifications, what its replicas hold, and on which devices they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from planner.engine import Pricer
+from planner.errors import ExportError, Problem
+from planner.serving.capacity import Capacity, capacity
+from planner.serving.plan import Pool, ServePlan
+from planner.serving.replay import problem_of
+from planner.serving.search import iterations_of
+from planner.serving.space import DEGREES, mesh_of
+from planner.specs.serve_problem import ServeProblem
+from planner.specs.serving_stack import ServingSoftware
+from planner.specs.stack import load_stack
+from planner.technique import SERVING_SLOTS
+
+__all__ = ["FIRST_PORT", "Seat", "ServingTarget", "pool_name", "summary"]
+
+FIRST_PORT = 8000
+"""Port of the first replica on a node; the next ones count up from it."""
+_ROOM_TOKENS = 256  # of the context, beside prompt and answer: special tokens and a chat template
+_GENERATION_TOKENS = 1024  # of an iteration, that the search leaves room for in a pool that only generates
+_HUB_NAME = re.compile(r"config\.json of ([\w.-]+/[\w.-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One node's share of one replica.
+
+    Attributes:
+        node: the node, from 0.
+        pool: index of the pool in the plan.
+        replica: which one of the pool, from 0.
+        rank: which of the replica's nodes this is, from 0.
+        port: where the replica's first node answers.
+        devices: devices of the node that it takes.
+        leader: the replica's first node.
+    """
+
+    node: int
+    pool: int
+    replica: int
+    rank: int
+    port: int
+    devices: tuple[int, ...]
+    leader: int
+
+
+class ServingTarget:
+    """A plan with what it names.
+
+    Args:
+        plan: the plan.
+
+    Raises:
+        ExportError: its pools live on different kinds of devices.
+        SpecError: its model, cluster or stack cannot be found.
+    """
+
+    def __init__(self, plan: ServePlan) -> None:
+        self.plan = plan
+        apart = {pool.cluster for pool in plan.pools if pool.cluster}
+        if len(apart) > 1:
+            found = f"pools on {' and '.join(sorted(apart))}"
+            raise ExportError(
+                Problem(plan.id, found, "one kind of device", "A folder is for the nodes of one cluster.")
+            )
+        self.problem: ServeProblem = problem_of(plan)
+        self.model, self.cluster = self.problem.model, self.problem.cluster
+
+    def software(self, engine: str) -> ServingSoftware:
+        """An engine's constants on these devices: the plan's stack where it is that engine's, else the shipped one."""
+        stack = self.problem.stack if self.plan.stack.startswith(engine) else load_stack(engine)
+        found = stack.on_generation(self.cluster.device.generation).serving
+        assert found is not None
+        return found
+
+    @property
+    def checkpoint(self) -> str:
+        """The hub's name of the published weights; empty where the model's file does not name them."""
+        found = _HUB_NAME.search(self.model.source)
+        return found[1] if found else self.plan.model if "/" in self.plan.model else ""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest context that is asked for: prompt, answer and some room; the model's own where answers vary in length."""
+        asked = int(self.plan.traffic["isl"]) + int(self.plan.traffic["osl"])
+        if self.plan.traffic.get("length_scv", 0.0) > 0.0:
+            return self.model.max_seq_len
+        return max(min(asked + _ROOM_TOKENS, self.model.max_seq_len), asked)
+
+    def iteration_tokens(self, pool: Pool) -> int:
+        """Tokens of the largest iteration of an attention rank, as its memory was reckoned with."""
+        tokens = int(pool.knobs.get("chunk_tokens", _GENERATION_TOKENS))
+        return max(tokens, self.sequences(pool) or 0)
+
+    def sequences(self, pool: Pool) -> int | None:
+        """Sequences in one batch of an attention rank; None: the engine's default."""
+        found = pool.knobs.get("max_sequences")
+        return None if found is None else -(-int(found) // pool.mesh["dp"])
+
+    def capacity(self, pool: Pool) -> Capacity:
+        """What a device of the pool holds."""
+        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
+        mesh = mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))
+        traffic = self.problem.traffic
+        iterations = iterations_of(self.problem, recipe, mesh, Pricer(self.cluster, self.problem.stack))
+        return capacity(iterations, traffic.isl, traffic.osl, float(self.iteration_tokens(pool)))
+
+    # -- machines -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def per_node(self) -> int:
+        """Devices of a node.
+
+        Raises:
+            ExportError: nodes differ in size.
+        """
+        sizes = {group.devices_per_node for group in self.cluster.groups}
+        if len(sizes) > 1:
+            found = f"nodes of {' and '.join(map(str, sorted(sizes)))} devices"
+            raise ExportError(
+                Problem(self.cluster.name, found, "nodes of one size, as engines start on them")
+            )
+        return sizes.pop()
+
+    def size(self, pool: Pool) -> int:
+        """Devices of a replica."""
+        return pool.devices // pool.replicas
+
+    def span(self, pool: Pool) -> int:
+        """Nodes of a replica.
+
+        Raises:
+            ExportError: it takes a part of its last node.
+        """
+        size = self.size(pool)
+        nodes, left = divmod(size, self.per_node)
+        if nodes and left:
+            found = f"a replica of {size} devices on nodes of {self.per_node}"
+            raise ExportError(Problem(pool.role, found, "replicas of whole nodes, or within one"))
+        return max(nodes, 1)
+
+    @cached_property
+    def seats(self) -> tuple[Seat, ...]:
+        """Where every replica stands: the largest first, next to each other, none across a node's edge.
+
+        Raises:
+            ExportError: they do not fit on the cluster's nodes, or a replica takes a part of its last node.
+        """
+        found = sorted(self._seats(), key=lambda seat: (seat.node, seat.port))
+        most = self.cluster.devices // self.per_node
+        if found[-1].node >= most:
+            raise ExportError(
+                Problem(
+                    self.cluster.name,
+                    f"replicas stand on {found[-1].node + 1} nodes, as none goes across a node's edge",
+                    f"{most} nodes",
+                    "Plan with degrees that divide a node: serve --fix tp=N.",
+                )
+            )
+        return tuple(found)
+
+    def _seats(self) -> Iterator[Seat]:
+        pools = sorted(enumerate(self.plan.pools), key=lambda item: -self.size(item[1]))
+        node, free, seated = 0, self.per_node, 0
+        for index, pool in pools:
+            size, span = self.size(pool), self.span(pool)
+            each = size // span
+            for replica in range(pool.replicas):
+                if each > free or (span > 1 and free < self.per_node):
+                    node, free, seated = node + 1, self.per_node, 0
+                start = self.per_node - free
+                devices = tuple(range(start, start + each))
+                for rank in range(span):
+                    yield Seat(node + rank, index, replica, rank, FIRST_PORT + seated, devices, node)
+                if span > 1:
+                    node, free, seated = node + span, self.per_node, 0
+                else:
+                    free, seated = free - each, seated + 1
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that replicas stand on."""
+        return self.seats[-1].node + 1
+
+
+def pool_name(pool: Pool) -> str:
+    """What files of a pool are called after: nothing where there is one pool.
+
+    >>> pool_name(Pool("decode", 1, {}, {}, 1)), pool_name(Pool("aggregated", 1, {}, {}, 1))
+    ('-decode', '')
+    """
+    return "" if pool.role == "aggregated" else f"-{pool.role}"
+
+
+def summary(plan: ServePlan) -> list[str]:
+    """The plan in a few lines: what runs, and what it is predicted to deliver."""
+    pools = []
+    for pool in plan.pools:
+        degrees = " ".join(
+            f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1
+        )
+        pools.append(f"{pool.role}: {pool.replicas} x {degrees or '1 device'}, {pool.knobs['weights']}")
+    estimate = plan.estimate
+    return [
+        f"Plan {plan.id}: {plan.model} on {plan.devices} devices of {plan.cluster}; {'; '.join(pools)}.",
+        f"Predicted for {plan.traffic['isl']} tokens in, {plan.traffic['osl']} out: "
+        f"{estimate.goodput_requests_per_s:.4g} requests/s, {estimate.output_tokens_per_s_per_device:.4g} tokens/s per device, "
+        f"first token {estimate.ttft_s['mean'] * 1e3:.4g} ms, then {estimate.tpot_s['mean'] * 1e3:.4g} ms per token (means).",
+    ]

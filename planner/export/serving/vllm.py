@@ -1,0 +1,146 @@
+"""vLLM: ``vllm serve --config``, one file per pool.
+
+Keys are the flags of ``vllm serve`` 0.32 without their dashes. Ranks of data parallelism are attention ranks of one engine
+(``--data-parallel-size``); experts are cut over all ranks or over none. ``--gpu-memory-utilization`` is the part of a device's
+whole memory that the engine may use for everything, which is what the planner's ``memory_fraction`` of its stack means too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from planner.errors import Problem
+from planner.export.serving.engine import Engine, number_format, uneven_heads
+from planner.export.serving.target import FIRST_PORT, ServingTarget
+from planner.serving.plan import Pool
+
+__all__ = ["ENGINE"]
+
+_DTYPES = {"fp16": "float16"}
+_EXCHANGES = {
+    "prefill": "deepep_high_throughput",
+    "aggregated": "deepep_high_throughput",
+    "decode": "deepep_low_latency",
+}
+_DRAFTS: dict[str, dict[str, Any]] = {
+    "mtp": {"method": "mtp"},
+    "ngram": {"method": "ngram", "prompt_lookup_max": 4},
+}
+_SIDE_CHANNEL = 5600
+_SIDE_CHANNELS = 16  # ports apart, so that the ranks of replicas on one node do not meet
+
+
+def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
+    mesh, knobs = pool.mesh, pool.knobs
+    found: dict[str, Any] = {
+        "tensor-parallel-size": mesh["tp"],
+        "pipeline-parallel-size": mesh["pp"],
+        "data-parallel-size": mesh["dp"],
+        "dtype": _DTYPES.get(str(knobs["weights"]), "bfloat16"),
+        "kv-cache-dtype": "fp8" if knobs["cache"] == "fp8" else "auto",
+        "max-model-len": target.context_tokens,
+        "max-num-batched-tokens": target.iteration_tokens(pool),
+        "gpu-memory-utilization": float(target.software("vllm").memory_fraction),
+    }
+    if mesh["ep"] > 1:
+        found["enable-expert-parallel"] = True
+    if knobs["experts"] == "exchanged":
+        found["all2all-backend"] = _EXCHANGES[pool.role]
+    narrowed = number_format(ENGINE, target, pool)
+    if narrowed is not None:
+        found["quantization"] = narrowed
+    sequences = target.sequences(pool)
+    if (
+        sequences is None
+    ):  # a pool of prompts; the default is more than one iteration has tokens for in small ones
+        sequences = min(int(float(target.software("vllm").max_sequences)), target.iteration_tokens(pool))
+    found["max-num-seqs"] = sequences
+    if "draft" in knobs:
+        found["speculative-config"] = {
+            **_DRAFTS.get(knobs["draft"], {"model": knobs["draft"]}),
+            "num_speculative_tokens": int(knobs["draft_tokens"]),
+        }
+    if pool.role != "aggregated":
+        found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    return found
+
+
+def _environment(target: ServingTarget, pool: Pool) -> list[str]:
+    if pool.role == "aggregated":
+        return []
+    address = '"${VLLM_NIXL_SIDE_CHANNEL_HOST:-$(hostname -I | cut -d" " -f1)}"'
+    port = f"$(({_SIDE_CHANNEL} + {_SIDE_CHANNELS} * (PORT - {FIRST_PORT})))"
+    return [f"export VLLM_NIXL_SIDE_CHANNEL_HOST={address}", f"export VLLM_NIXL_SIDE_CHANNEL_PORT={port}"]
+
+
+def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
+    words = ['vllm serve "$MODEL"', f"--config {config}", "--host 0.0.0.0 --port $PORT"]
+    nodes = target.span(pool)
+    if nodes > 1:
+        words.append(f"--nnodes {nodes} --node-rank $RANK --master-addr $LEADER")
+        if pool.mesh["dp"] > 1:
+            words.append("--data-parallel-address $LEADER")
+        words.append("$([[ $RANK == 0 ]] || echo --headless)")
+    return words
+
+
+def _router(target: ServingTarget) -> list[str]:
+    head = ["vllm-router --host 0.0.0.0 --port $PORT --policy round_robin"]
+    if target.plan.mode == "aggregated":
+        return [*head, '    --worker-urls "${DECODE[@]}"']
+    return [
+        *head,
+        "    --vllm-pd-disaggregation",
+        '    "${PREFILL[@]/#/--prefill=}" "${DECODE[@]/#/--decode=}"',
+    ]
+
+
+def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
+    where, mesh = f"--to vllm: {pool.role} pool", pool.mesh
+    ranks = mesh["tp"] * mesh["dp"]
+    moe = any(block.moe for block in target.model.blocks.values())
+    if moe and mesh["ep"] not in (1, ranks):
+        yield Problem(where, f"ep={mesh['ep']}", f"1, or all {ranks} ranks of a stage")
+    if pool.knobs["experts"] == "exchanged" and mesh["dp"] == 1:
+        yield Problem(
+            where, "tokens travel to experts without data parallelism", "dp from 2, or experts=gathered"
+        )
+    yield from uneven_heads(target, where, mesh["tp"])
+    if mesh["pp"] > 1 and pool.role == "decode":
+        yield Problem(where, f"pp={mesh['pp']}", "1: NixlConnector counts caches per rank of one stage")
+    windowed = any(b.attention and b.attention.window for b in target.model.blocks.values())
+    if mesh["pp"] > 1 and pool.role == "prefill" and windowed:
+        yield Problem(
+            where,
+            f"pp={mesh['pp']} with windows in the cache",
+            "1: NixlConnector moves such caches of one stage alone",
+        )
+
+
+def _needs(target: ServingTarget) -> list[str]:
+    found = []
+    if target.plan.mode == "disaggregated":
+        found.append(
+            "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
+        )
+    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
+        found.append("`pip show vllm-router`: `router.sh` spreads requests with it.")
+    if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
+        found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
+    return found
+
+
+ENGINE = Engine(
+    name="vllm",
+    title="vLLM",
+    versions=("0.32",),
+    checked="its parser and create_engine_config",
+    settings=_settings,
+    command=_command,
+    router=_router,
+    rules=_rules,
+    online={"fp8": "fp8"},
+    environment=_environment,
+    needs=_needs,
+)

@@ -1,0 +1,133 @@
+"""A launch of vLLM as one pool: a script with ``vllm serve``, or the YAML of its ``--config``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.errors import Problem, SpecError
+from planner.export.flags import FlagReader
+from planner.export.launched import ignored_note, names_in
+from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
+
+__all__ = ["read_vllm"]
+
+# Of vLLM 0.32 (EngineArgs, ParallelConfig, SchedulerConfig), with what they mean on devices of 70 GB and more.
+_DEFAULT_FRACTION = 0.92
+_SHORT = {
+    "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-q": "--quantization",
+    "-ep": "--enable-expert-parallel", "-dpl": "--data-parallel-size-local", "-dcp": "--decode-context-parallel-size",
+    "--model-tag": "--model",
+}  # fmt: skip
+_UNMODELLED: Mapping[str, str] = {
+    "--speculative-config": "speculative decoding",
+    "--decode-context-parallel-size": "context parallelism",
+    "--prefill-context-parallel-size": "context parallelism",
+    "--cpu-offload-gb": "weights on the host",
+    "--kv-offloading-size": "caches on the host",
+}
+_PASSIVE = names_in(
+    "--host --port --served-model-name --api-key --trust-remote-code --download-dir --load-format --tokenizer --tokenizer-mode "
+    "--seed --disable-log-requests --uvicorn-log-level --enable-auto-tool-choice --tool-call-parser --reasoning-parser "
+    "--chat-template --nnodes --node-rank --master-addr --master-port --headless --data-parallel-address "
+    "--data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank --distributed-executor-backend "
+    "--enable-prefix-caching --enable-chunked-prefill --generation-config --revision --scheduling-policy"
+)
+
+
+def read_vllm(path: str | Path) -> LaunchedPool:
+    """The pool that a launch of vLLM describes.
+
+    Raises:
+        SpecError: the file cannot be read, flags are wrong or ask for what is not modelled; all at once.
+    """
+    flags, before, notes = read_flags(
+        path, "a script with vllm serve, or the YAML of its --config", ("serve",), _SHORT
+    )
+    for flag, what in _UNMODELLED.items():
+        if flags.present(flag) and flags.flags[flag] != ["1"] and flags.flags[flag] != ["0"]:
+            flags.fault(flag, f"{what}: not modelled")
+    tp, pp, dp = (flags.integer(f"--{name}-parallel-size", 1) for name in ("tensor", "pipeline", "data"))
+    experts = flags.present("--enable-expert-parallel")
+    fixed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "ep": tp * dp if experts else 1}
+    backend = flags.text("--all2all-backend", "allgather_reducescatter")
+    gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
+    fixed["experts"] = "gathered" if gathered else "exchanged"
+    fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
+    fixed |= _weights(flags, notes)
+    tokens, sequences = flags.integer("--max-num-batched-tokens", None), flags.integer("--max-num-seqs", None)
+    context = flags.integer("--max-model-len", None)
+    if tokens is not None:
+        fixed["chunk_tokens"] = tokens
+    if sequences is not None:
+        fixed["max_sequences"] = -(-sequences // max(pp, 1))
+    fraction = flags.number("--gpu-memory-utilization", None)
+    if fraction is None:
+        notes.append(f"--gpu-memory-utilization is left out: {_DEFAULT_FRACTION}, as vLLM 0.32 has it.")
+    if tokens is None:
+        notes.append("--max-num-batched-tokens is left out: taken as the stack has it.")
+    role = _role(flags)
+    model = flags.text("--model", before[0] if before else "")
+    errors, wasteful = _errors(tokens, sequences, context, flags), _wasteful(flags)
+    flags.read |= _PASSIVE
+    flags.raise_if_any()
+    ignored = tuple(flags.unread())
+    if flags.flags and len(ignored) == len(flags.flags):
+        found = f"none of {', '.join(ignored[:5])} is an option of vLLM"
+        raise SpecError(Problem(str(path), found, "a launch of vLLM"))
+    return LaunchedPool(
+        "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
+        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored,
+    )  # fmt: skip
+
+
+def _weights(flags: FlagReader, notes: list[str]) -> dict[str, str]:
+    dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
+    if quantization is None:
+        return {"weights": "fp16"} if dtype in ("half", "float16") else {}
+    if quantization in FORMATS:
+        return {"weights": FORMATS[quantization]}
+    notes.append(f"--quantization {quantization}: the weights are taken as they are published.")
+    return {}
+
+
+def _role(flags: FlagReader) -> str:
+    text = flags.text("--kv-transfer-config", None)
+    if text is None:
+        return "aggregated"
+    try:
+        role = json.loads(text).get("kv_role", "kv_both")
+    except (ValueError, AttributeError):
+        flags.fault("--kv-transfer-config", repr(text[:60]), "a JSON object")
+        return ""
+    return {"kv_producer": "prefill", "kv_consumer": "decode"}.get(role, "")
+
+
+def _errors(
+    tokens: int | None, sequences: int | None, context: int | None, flags: FlagReader
+) -> list[tuple[str, str]]:
+    """What vLLM refuses before it loads a weight."""
+    found = []
+    if tokens is not None and sequences is not None and tokens < sequences:
+        what = f"max-num-batched-tokens ({tokens:,}) is less than max-num-seqs ({sequences:,})"
+        found.append((what, "SchedulerConfig, at the start"))
+    whole = flags.present("--no-enable-chunked-prefill")
+    if whole and tokens is not None and context is not None and tokens < context:
+        what = f"without chunked prefill, max-num-batched-tokens ({tokens:,}) has to hold max-model-len ({context:,})"
+        found.append((what, "SchedulerConfig, at the start"))
+    return found
+
+
+def _wasteful(flags: FlagReader) -> list[str]:
+    found = []
+    if flags.present("--enforce-eager"):
+        found.append(
+            "--enforce-eager: the host starts every kernel of every iteration; captured graphs are not used."
+        )
+    if flags.present("--no-enable-chunked-prefill"):
+        found.append("--no-enable-chunked-prefill: whole prompts hold up everybody who generates.")
+    if flags.present("--no-enable-prefix-caching"):
+        found.append("--no-enable-prefix-caching: prompts that begin alike are computed again.")
+    return found
