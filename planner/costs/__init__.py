@@ -148,6 +148,7 @@ from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_int
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
 from planner.costs.queueing import (
     batch_response_s,
+    clients_wait_s,
     erlang_b,
     erlang_c,
     gg1_wait_bound_s,
@@ -242,6 +243,7 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoint_segments",
     "checkpoint_stall_s",
+    "clients_wait_s",
     "collective_costs",
     "contiguous_imbalance",
     "cool_compute_s",
