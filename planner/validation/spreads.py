@@ -7,7 +7,8 @@ leaving out one model at a time: their distances from the median are stretched b
 factor is a group's own where it has rows and models enough (Mondrian conformal prediction: Vovk et al. 2005, "Algorithmic
 Learning in a Random World", section 4.5), else that of groups of its kind, the last part of its name: software whose errors jump
 from model to model does not widen the intervals of software whose errors do not. A group that was never measured takes the
-quantiles of all rows, stretched by what it took to hold the runs of sources that alone know their group.
+quantiles of all rows, stretched by what it took to hold the runs of sources that alone know their group, and at least until
+they are as far apart as those of half of the groups: what nobody has measured is no surer than what somebody has.
 """
 
 from __future__ import annotations
@@ -184,7 +185,12 @@ class _Sample:
             measured[group] = _needed(scores[own[group]])
         scores, known = self._scores(kept, "source")
         new = _needed(scores[~known]) if (~known).sum() >= _FEWEST else pooled
-        return measured, new
+        wide = self.quantiles(kept, kept)
+        widths = sorted(
+            float(measured[group]) * _width(self.group_quantiles(int(group), kept, wide))
+            for group in np.unique(groups)
+        )
+        return measured, max(new, widths[len(widths) // 2] / max(_width(wide), _NARROWEST))
 
     def intervals(self, rows: Array, kept: Array, known: Array, new: float) -> tuple[Array, Array]:
         """Ends of the intervals of some rows, from the kept ones."""
@@ -235,6 +241,11 @@ def _distance(residuals: Array, quantiles: Array) -> Array:
     below = max(quantiles[_MIDDLE] - quantiles[_LOW], _NARROWEST)
     distance: Array = np.where(away > 0.0, away / above, -away / below)
     return distance
+
+
+def _width(quantiles: Array) -> float:
+    """Distance of the interval's ends, in logarithms."""
+    return float(quantiles[_HIGH] - quantiles[_LOW])
 
 
 def _needed(scores: Array) -> float:

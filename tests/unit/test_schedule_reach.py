@@ -86,6 +86,8 @@ CASES = [
     # again, where weight gradients are shorter than the rest.
     Case("zb_1p", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2560, forbidden=ONE_CHUNK),
     Case("zb_1.5p", "gpt3-1.3b", "a100-sxm-80gb:1x8", 32, 8192, forbidden=ONE_CHUNK),
+    # Attention that is longer than all products with weights, and room for twice as many: section 5.3, ZB-2p against ZB-H2.
+    Case("zb_2p", "gpt3-1.3b", "b200-sxm:1x8", 32, 16384, forbidden=ONE_CHUNK),
 ]
 
 
