@@ -62,7 +62,7 @@ def kv_transfer_s(n_bytes: Real, bytes_per_s: Real, prefill_s: Real, layers: Rea
 
 
 def replicas_needed(rate_per_s: Real, replica_per_s: Real, headroom: Real = 0.0) -> Real:
-    """Number of replicas for a rate of requests: ``⌈λ(1 + h)/λ*⌉``, ``λ*`` what one answers within its limits; none for no requests.
+    """Number of replicas for a rate of requests: ``⌈λ(1 + h)/λ*⌉``, ``λ*`` what one answers within its limits.
 
     >>> replicas_needed(np.array([0.0, 10.0, 11.0]), 5.0, 0.0).tolist()
     [0.0, 2.0, 3.0]
