@@ -217,8 +217,9 @@ class ServingContext:
 
     @property
     def format(self) -> Format:
-        """Formats of activations and of products that are never quantised."""
-        return FORMATS[self.knobs.get("activations", "bf16")]
+        """Formats of activations and of products that are never quantised: those of 16-bit weights, bf16 under narrower ones."""
+        usual = "fp16" if self.knobs.get("weights") == "fp16" else "bf16"
+        return FORMATS[self.knobs.get("activations", usual)]
 
 
 def _no_checks(ctx: Any) -> Iterable[Check]:

@@ -125,7 +125,10 @@ def serve(
         str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
     ] = "vllm",
     mode: Annotated[
-        str | None, _option("--mode", text="aggregated or disaggregated [both].", metavar="MODE")
+        str | None,
+        _option(
+            "--mode", text="aggregated, disaggregated [both], or offloaded to host and disk.", metavar="MODE"
+        ),
     ] = None,
     fix: Annotated[
         list[str] | None,
@@ -253,6 +256,7 @@ def _problem(
     speculation: Speculation | None, objective: str,
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
+    from planner.serving.space import MODES
     from planner.specs.serve_problem import ServeProblem
 
     spec = attempt(faults, read_model, model, flags=_FLAGS)
@@ -268,9 +272,10 @@ def _problem(
     usd = optional_number(faults, "--usd-per-hour", price)
     faults += [Fault("--allow", repr(what), "lossy") for what in allow if what != "lossy"]
     modes = ("aggregated", "disaggregated") if mode is None else (mode.lower(),)
-    if modes[0] not in ("aggregated", "disaggregated"):
-        known = ("aggregated", "disaggregated")
-        faults.append(Fault("--mode", repr(mode), " or ".join(known), did_you_mean(modes[0], known)))
+    if modes[0] not in MODES:
+        faults.append(
+            Fault("--mode", repr(mode), f"one of {', '.join(MODES)}", did_you_mean(modes[0], MODES))
+        )
     if spec is None or machines is None or stack is None or traffic is None or fixed is None:
         return None
     lossy = "lossy" in allow

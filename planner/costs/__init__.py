@@ -24,6 +24,13 @@ from planner.costs.attention_kernel import (
     attention_s,
     causal_fraction,
 )
+from planner.costs.block_schedule import (
+    BLOCK_PLACES,
+    BlockLinks,
+    BlockWork,
+    block_layer_s,
+    block_tokens_per_s,
+)
 from planner.costs.collectives import (
     CUSTOM_ALL_REDUCE,
     CUSTOM_ALL_REDUCE_BYTES,
@@ -141,6 +148,7 @@ from planner.costs.pipeline_bounds import bound_1f1b_s, bound_flush_s, bound_int
 from planner.costs.precision import FORMAT_BITS, block_bits, cast_bytes, dtype_bytes
 from planner.costs.queueing import (
     batch_response_s,
+    clients_wait_s,
     erlang_b,
     erlang_c,
     gg1_wait_bound_s,
@@ -185,12 +193,15 @@ from planner.costs.tensor_parallel import (
 )
 
 __all__ = [
+    "BLOCK_PLACES",
     "CUSTOM_ALL_REDUCE",
     "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
+    "BlockLinks",
+    "BlockWork",
     "Layout",
     "Level",
     "MessageCost",
@@ -215,6 +226,8 @@ __all__ = [
     "batch_response_s",
     "best_interval_s",
     "block_bits",
+    "block_layer_s",
+    "block_tokens_per_s",
     "block_waste_tokens",
     "bound_1f1b_s",
     "bound_flush_s",
@@ -230,6 +243,7 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoint_segments",
     "checkpoint_stall_s",
+    "clients_wait_s",
     "collective_costs",
     "contiguous_imbalance",
     "cool_compute_s",

@@ -67,5 +67,5 @@ def replicas_needed(rate_per_s: Real, replica_per_s: Real, headroom: Real = 0.0)
     >>> replicas_needed(np.array([0.0, 10.0, 11.0]), 5.0, 0.0).tolist()
     [0.0, 2.0, 3.0]
     """
-    needed: Real = np.ceil(np.multiply(rate_per_s, 1.0 + np.asarray(headroom)) / replica_per_s - 1e-9)
+    needed: Real = np.ceil(np.multiply(rate_per_s, 1.0 + np.asarray(headroom)) / replica_per_s - 1e-9) + 0.0
     return needed

@@ -180,6 +180,12 @@ def pool_text(pool: Pool) -> str:
     draft = (
         f", {pool.knobs['draft_tokens']} drafted by {pool.knobs['draft']}" if "draft" in pool.knobs else ""
     )
+    if "percent" in pool.knobs:
+        shares = pool.knobs["percent"].split()
+        names = ("weights", "cache", "activations")
+        pairs = ", ".join(f"{n} {a}/{b}" for n, a, b in zip(names, shares[::2], shares[1::2], strict=True))
+        block = f"{pool.knobs['gpu_batches']} batches of {pool.knobs['gpu_batch_size']}"
+        return f"{pool.replicas} x 1 device, {block}, % device/host: {pairs}"
     return f"{role}{pool.replicas} x {' '.join(degrees)}{flying}, {pool.knobs['weights']}{chunk}{draft}"
 
 

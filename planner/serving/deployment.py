@@ -242,6 +242,10 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.serving.search import iterations_of
     from planner.serving.space import DEGREES, mesh_of, recipe_of
 
+    if plan.mode == "offloaded":
+        raise SpecError(
+            Problem("plan", "is offloaded: it answers a block at a time", "a plan that serves arrivals")
+        )
     if len(plan.pools) > _STAGES or any(pool.cluster for pool in plan.pools):
         found = f"{len(plan.pools)} pools on {plan.cluster}"
         raise SpecError(
@@ -277,6 +281,8 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
     blocks = int(held.tokens[0] / block / pp)
     most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
     rules = scheduler(policy or "sarathi", max(most // pp, 1), budget)
+    if policy is None:
+        rules = replace(rules, mixed=iterations.software.prompts == "beside")
 
     def price(decodes: Array, context: Array, prefill: Array, prefill_context: Array) -> Array:
         return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))

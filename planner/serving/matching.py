@@ -7,7 +7,7 @@ replica spends a fraction of its time on each request, a decode replica likewise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,7 +79,8 @@ def match(
         found = _solved(fleet, per_cost=0.0, at_least=0.0, counts=counts)
         return None if found is None or found.rate_per_s <= 0.0 else Numbers(*counts, found.flow)
     if wanted_per_s is not None:
-        return _solved(fleet, per_cost=None, at_least=wanted_per_s)
+        enough = _solved(fleet, per_cost=None, at_least=wanted_per_s)
+        return enough and replace(enough, flow=enough.flow * (wanted_per_s / enough.rate_per_s))
     most = _solved(fleet, per_cost=0.0, at_least=0.0)
     if most is None or most.rate_per_s <= 0.0:
         return None

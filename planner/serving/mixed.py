@@ -53,6 +53,7 @@ class _Kind:
 
     @property
     def size(self) -> float:
+        """Devices of a replica."""
         return float(self.row[0] * self.row[1] * self.row[2])
 
     def is_of(self, pool: Pool) -> bool:

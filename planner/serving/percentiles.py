@@ -9,7 +9,7 @@ begins an iteration ``pp`` times as often: its iterations take a ``pp``-th of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,13 +65,19 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A replica's iterations as a table, the stages that a batch passes in them, and what a sequence gains and passes in one."""
+    """A replica's iterations as a table, the stages that a batch passes in them, and what a sequence gains and passes in one.
+
+    ``beside``: prompts run beside generation, not in iterations of their own; ``ranks`` are attention ranks, whose budgets
+    together are ``budget``.
+    """
 
     table: Sampled
     stages: float
     budget: float
     accepted: float = 1.0
     step_tokens: float = 1.0
+    beside: bool = True
+    ranks: float = 1.0
 
     @classmethod
     def of(cls, iterations: Iterations, traffic: Traffic, decodes: float, budget: float) -> Line:
@@ -89,6 +95,8 @@ class Line:
             budget,
             iterations.accepted,
             iterations.step_tokens,
+            iterations.software.prompts == "beside",
+            float(iterations.ctx.mesh.dp[0]),
         )
 
     def price(self, context_scale: float = 1.0) -> Price:
@@ -102,14 +110,21 @@ class Line:
         return seconds
 
     def way_s(self, traffic: Traffic, decodes: float = 0.0) -> float:
-        """What the way of a prompt's last tokens through the stages adds to the first token."""
-        if self.stages <= 1.0:
-            return 0.0
-        each, tokens = decodes / self.stages, min(traffic.computed_isl, self.budget)
-        batch_s = self.table(
-            each, each * (traffic.isl + traffic.osl / 2.0), tokens, tokens * traffic.prompt_context
-        )
-        return (1.0 - 1.0 / self.stages) * float(batch_s)
+        """What pipeline stages and attention ranks add to the first token, beside the queue.
+
+        The last tokens of a prompt pass all stages; and a prompt is run by one rank, with that rank's budget, while the queue is
+        one of all ranks together.
+        """
+        each, prompt = decodes / self.stages, traffic.computed_isl
+
+        def pass_s(tokens: float) -> float:
+            context = each * (traffic.isl + traffic.osl / 2.0)
+            return float(self.table(each, context, tokens, tokens * traffic.prompt_context))
+
+        own = min(prompt, self.budget / self.ranks)
+        whole, spread = pass_s(own * self.ranks), pass_s(min(prompt, self.budget))
+        rank_s = max(prompt / own * whole - max(prompt / self.budget, 1.0) * spread, 0.0) / self.stages
+        return (1.0 - 1.0 / self.stages) * whole + (rank_s if self.ranks > 1.0 else 0.0)
 
 
 def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_per_s: float) -> Latencies:
@@ -122,7 +137,7 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv, traffic.prefix_hit)
     slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
     # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
-    rules = _rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p))
+    rules = replace(_rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p)), mixed=line.beside)
     price = line.price(float(true.context_tokens / slower.context_tokens))
     found = percentiles(price, rules, slower, rate_per_s, _asked(traffic))
     way_s = line.way_s(traffic, found.decodes)

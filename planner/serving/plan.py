@@ -90,7 +90,7 @@ class ServePlan:
 
     Attributes:
         model, cluster, stack: names (or paths) as given; ``traffic`` the requests and promises.
-        mode: ``aggregated`` or ``disaggregated``.
+        mode: ``aggregated``, ``disaggregated`` or ``offloaded``.
         pools: what to launch.
         estimate: what it is predicted to deliver.
         optimality: what the search proved.

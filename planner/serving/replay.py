@@ -91,7 +91,8 @@ def reprice(plan: ServePlan) -> ServePlan:
         Infeasible: it does not keep its limits any more.
     """
     problem = problem_of(plan)
-    return serve(problem, top=1, given=plan.pools if problem.others else ()).best
+    known = bool(problem.others) or plan.mode == "offloaded"
+    return serve(problem, top=1, given=plan.pools if known else ()).best
 
 
 def account(plan: ServePlan) -> list[dict[str, Any]]:
@@ -101,6 +102,11 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
     for pool in plan.pools:
         problem = _part(whole, pool)
         pricer = Pricer(problem.cluster, problem.stack)
+        if plan.mode == "offloaded":
+            from planner.serving.offloaded import offloaded_streams
+
+            found.append({"role": plan.mode, "iterations": offloaded_streams(problem, pricer, pool)})
+            continue
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
         iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)

@@ -66,6 +66,8 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
     if problem.others:
         return _serve_mixed(problem, top, given, started)
     space = ServeSpace(problem)
+    if "offloaded" in (*problem.modes, space.fixed.get("mode")):
+        return _serve_offloaded(problem, top, given, started)
     pricer = Pricer(problem.cluster, problem.stack)
     account = Account()
     modes = (str(space.fixed["mode"]),) if "mode" in space.fixed else problem.modes
@@ -123,6 +125,33 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
     return ServeResult(plans, _report(account, started))
 
 
+def _serve_offloaded(problem: ServeProblem, top: int, given: tuple[Pool, ...], started: float) -> ServeResult:
+    """A model on every device, spread over device, host and disk."""
+    from planner.serving.offloaded import offloaded_plan, search_offloaded
+
+    only = next(((int(p.knobs["gpu_batch_size"]), int(p.knobs["gpu_batches"])) for p in given), None)
+    found = search_offloaded(problem, Pricer(problem.cluster, problem.stack), only)
+    if not found:
+        account = Account()
+        account.miss("memory", float("inf"), "device, host and disk together")
+        raise _NothingError(account)
+    plans = []
+    for index, f in enumerate(found[:top]):
+        pool, estimate = offloaded_plan(problem, f)
+        gap = 1.0 - f.tokens_per_s / found[0].tokens_per_s
+        plans.append(
+            ServePlan(
+                model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
+                traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
+                mode="offloaded", pools=(pool,), estimate=estimate,
+                optimality=Optimality("gap" if index else "exact", gap, None, _OFFLOADED_SOLVER),
+                assumptions=(*assumptions(problem), "offloading: links reach what FlexGen's reach on a T4 (fitted)"),
+            )
+        )  # fmt: skip
+    account = Account(candidates=len(found), scored=len(found))
+    return ServeResult(tuple(plans), _report(account, started))
+
+
 def _report(account: Account, started: float) -> SearchReport:
     return SearchReport(
         account.candidates, account.scored, account.repriced, dict(account.excluded), dict(account.rejected),
@@ -152,6 +181,7 @@ def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
 
 
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
+_OFFLOADED_SOLVER = "a linear program of placements for every batch and block"
 _MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
 _LISTED = 10
 """Candidates that are put through the chains at least, so that the best does not depend on how many are asked for."""

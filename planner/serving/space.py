@@ -17,11 +17,12 @@ from planner.mesh import Mesh
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import SERVING_SLOTS, discover
 
-__all__ = ["CHUNKS", "DEGREES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of", "recipe_of"]
+__all__ = ["CHUNKS", "DEGREES", "MODES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of", "recipe_of"]
 
 DEGREES = ("tp", "pp", "dp", "ep", "etp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas", "draft_tokens")
 ROLES = ("aggregated", "prefill", "decode")
+MODES = ("aggregated", "disaggregated", "offloaded")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
 
@@ -169,8 +170,8 @@ class ServeSpace:
                 checked[name] = number
             else:
                 checked[name] = str(value).lower()
-        if checked.get("mode", "aggregated") not in ("aggregated", "disaggregated"):
-            faults.append(Fault("--fix mode", repr(fixed["mode"]), "aggregated or disaggregated"))
+        if checked.get("mode", "aggregated") not in MODES:
+            faults.append(Fault("--fix mode", repr(fixed["mode"]), f"one of {', '.join(MODES)}"))
         if faults:
             raise SpecError(faults)
         return checked

@@ -30,7 +30,7 @@ class ServeProblem:
         model, cluster, traffic, stack: the specifications.
         precisions: number formats of weights that the search may choose from.
         caches: the same of the cache.
-        modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``.
+        modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``; or ``offloaded`` alone.
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value``, none of which a plan may match.
         objective: what the ranking maximises: answers of all machines (``throughput``), or tokens per dollar or joule of those
@@ -92,6 +92,23 @@ class ServeProblem:
             yield Fault("concurrency", "is given for several clusters", "a rate, or neither")
         if len({cluster.name for cluster in self.clusters}) <= len(self.others):
             yield Fault("cluster", "the same cluster twice", "clusters of different devices")
+        t = self.traffic
+        if self.modes == ("offloaded",):
+            asked = {
+                "ttft_s": t.ttft_s,
+                "tpot_s": t.tpot_s,
+                "e2e_s": t.e2e_s,
+                "rate_per_s": t.rate_per_s,
+                "concurrency": t.concurrency,
+            }
+            for name in (name for name, value in asked.items() if value is not None):
+                yield Fault(
+                    name, "is given for offloading, which answers a block at a time", "no limit and no rate"
+                )
+            if any(block.moe for block in self.model.blocks.values()):
+                yield Fault(
+                    "model", f"{self.model.name} has experts", "a dense model, whose layers are all read"
+                )
         price = self.usd_per_device_hour
         if price is not None and not (math.isfinite(price) and 0.0 < price <= 1e6):
             yield Fault("usd_per_device_hour", f"{price:g}", "a price above 0, at most 1e6")

@@ -323,3 +323,29 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.validate(json.loads(path.read_text()), planner("schema", "--serving").json)
+
+
+def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
+    path = tmp_path / "plans.json"
+    base = (
+        "--model",
+        "opt-30b",
+        "--cluster",
+        "t4:1x2",
+        "--isl",
+        512,
+        "--osl",
+        32,
+        "--precision",
+        "fp16",
+        "--mode",
+        "offloaded",
+    )
+    assert planner("serve", *base, "-o", path).code == 0
+    plan = json.loads(path.read_text())["plans"][0]
+    now = planner("estimate", path, "--json").json["plans"][0]
+    assert now["pools"] == plan["pools"]
+    assert now["estimate"] == plan["estimate"]
+    assert "disk reads" in planner("explain", path).out
+    assert planner("export", path, "--to", "vllm", "--json").code == 5
+    assert planner("simulate", path, "--json").code == 2

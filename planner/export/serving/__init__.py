@@ -71,13 +71,16 @@ def export_serving(
         ExportError: the launcher cannot run the plan; names every feature.
         SpecError: no such launcher, version or batch system, or the plan's model, cluster or stack cannot be found.
     """
-    from planner.errors import ExportError
+    from planner.errors import ExportError, Problem
     from planner.export import known_version
     from planner.export.folder import NO_IMAGE
     from planner.export.serving.folder import folder_files
     from planner.export.serving.target import ServingTarget
 
     exporter = find_serving_exporter(to)
+    if plan.mode == "offloaded" or any(pool.cluster for pool in plan.pools):
+        found = "an offloaded plan" if plan.mode == "offloaded" else f"pools on {plan.cluster}"
+        raise ExportError(Problem(f"--to {to}", found, "pools on one cluster that serve arrivals"))
     chosen = known_version(version, exporter.versions)
     systems = _systems(exporter, around)
     target = ServingTarget(plan)

@@ -15,9 +15,8 @@ from planner.techniques.serving import runs
 from planner.techniques.serving.runs import Pass
 from planner.techniques.serving.weights.formats import one_format
 
-_HEADS = {
-    "q4_k_m": "q6_k"
-}  # llama.cpp, src/llama-quant.cpp: the output projection has more bits than the rest
+_HEADS = {"q4_k_m": "q6_k"}
+"""llama.cpp, src/llama-quant.cpp: the output projection has more bits than the rest."""
 
 
 def _bits(subject: Pass) -> float:
