@@ -9,7 +9,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from planner.assemble import exact_step_s
 from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible
@@ -24,6 +23,7 @@ from planner.specs.model import Attention, Block, Mlp, Model, Moe
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
+from planner.step_time import exact_step_s
 
 PROBLEMS = 200
 OPEN = {  # slots that a random problem may leave open; the others are fixed at the first value
