@@ -194,14 +194,14 @@ from planner.costs.tensor_parallel import (
 
 __all__ = [
     "BLOCK_PLACES",
-    "BlockLinks",
-    "BlockWork",
     "CUSTOM_ALL_REDUCE",
     "CUSTOM_ALL_REDUCE_BYTES",
     "FLASH_BACKWARD_PASSES",
     "FORMAT_BITS",
     "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
+    "BlockLinks",
+    "BlockWork",
     "Layout",
     "Level",
     "MessageCost",
