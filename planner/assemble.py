@@ -21,19 +21,19 @@ from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
-from planner.schedule.engine import simulate
-from planner.schedule.order import Generator, generator_of, make_order, repeated
+from planner.schedule.order import Generator, generator_of
 from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
 from planner.specs.device import Device
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
+from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "Part", "assemble", "exact_step_s", "model_flop", "stage_seconds"]
+__all__ = ["Assembly", "Part", "assemble", "model_flop"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,65 +88,6 @@ class Assembly:
                 if item.block in part.names:
                     size = float(np.ravel(part.ledger.axes[item.size])[0])
                     yield item, part.names[item.block], size * item.bytes_per_element
-
-
-def exact_step_s(
-    tables: Sequence[BlockTable],
-    layout: Layout,
-    schedule: Generator | str,
-    micro_batches: int,
-    recompute_layers: Sequence[int | None],
-    hops_s: Array | None = None,
-) -> Array:
-    """Step times of candidates that share layout, schedule and micro-batch count, by the schedule engine.
-
-    Without a barrier between steps, what one more step adds to two, and the longest tail after it.
-
-    Args:
-        tables: one-row block tables.
-        recompute_layers: per candidate, or None.
-        hops_s: from every stage to the next one; None where all take what the tables say.
-    """
-    table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
-    fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
-    generator = generator_of(schedule)
-    stages_s, hop_s, tail_s = stage_seconds(table, layout, generator, fraction)
-    if hops_s is not None:
-        hop_s = np.broadcast_to(hops_s[:, None], (len(hops_s), len(tables)))
-    if layout.pp == 1:
-        step_s: Array = micro_batches * np.sum(stages_s, axis=(0, 1)) / layout.copies + tail_s[0]
-        return step_s
-    p, v = layout.pp, layout.virtual_stages
-    if generator.barrier:
-        return simulate(
-            make_order(generator, p, micro_batches, v), *stages_s, hop_s=hop_s, tail_s=tail_s
-        ).makespan_s
-    two, three = (
-        simulate(repeated(generator, p, micro_batches, v, steps), *stages_s, hop_s=hop_s) for steps in (2, 3)
-    )
-    # A slow device may still be catching up in the third step: no period is shorter than its work.
-    busy_s = (three.busy_s - two.busy_s).max(axis=0)
-    period_s: Array = np.maximum(three.makespan_s - two.makespan_s, busy_s) + tail_s.max(axis=0)
-    return period_s
-
-
-def stage_seconds(
-    table: BlockTable, layout: Layout, generator: Generator, recomputed: Array | float
-) -> tuple[list[Array], Array, Array]:
-    """Seconds of a micro-batch in every virtual stage by operation (F, B and, where they are split, W), of a hop, and of each
-    device's tail: [(stages, rows)], (rows,), (devices, rows).
-
-    ``recomputed`` is the fraction of the layers that is recomputed, which belongs to the backward.
-    """
-    forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed
-    counts = layout.device_counts
-    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
-    stages_s = [layout.counts @ forward, layout.counts @ backward]
-    if generator.splits_backward:
-        weight_s = layout.counts @ table["weight_s"]
-        stages_s = [stages_s[0], stages_s[1] - weight_s, weight_s]
-    return stages_s, table["forward_s"][table.kinds.index(BOUNDARY)], tail_s
 
 
 def assemble(

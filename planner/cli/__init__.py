@@ -33,7 +33,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
-        gc.set_threshold(100_000)  # a search makes many objects, hardly any of them in cycles
+        gc.set_threshold(1_000_000)  # a search makes many objects, hardly any of them in cycles
         atexit.register(
             gc.freeze
         )  # the process ends: a last search of its objects for cycles would only take time

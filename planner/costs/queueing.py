@@ -204,8 +204,7 @@ def many_servers_wait(load: Real, servers: Real, pace_s: Real, service_cv2: Real
     0.38
     """
     waits = np.power(load, np.sqrt(2.0 * (np.asarray(servers) + 1.0)) - 1.0)
-    wait_s = waits * pace_s / np.maximum(1.0 - np.asarray(load), np.finfo(float).tiny)
-    return waits, wait_s * (0.5 * (1.0 + np.asarray(service_cv2)))
+    return waits, _while_stable(load, 0.5 * (1.0 + service_cv2) * waits * pace_s)
 
 
 def wait_quantile_s(quantile: Real, waits: Real, wait_s: Real) -> Real:

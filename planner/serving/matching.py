@@ -72,7 +72,7 @@ def match(
     >>> one = np.ones(1)
     >>> fleet = Fleet([4], 1 * one, 0 * one, one, 1 * one, 0 * one, one, 3 * np.ones((1, 1)), 1 * one)
     >>> found = match(fleet)  # three decode replicas keep a prefill replica busy
-    >>> found.left.tolist(), found.right.tolist(), found.rate_per_s
+    >>> found.left.tolist(), found.right.tolist(), round(found.rate_per_s, 6)
     ([1.0], [3.0], 3.0)
     """
     if counts is not None:

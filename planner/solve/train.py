@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.assemble import Assembly, assemble, exact_step_s, model_flop
+from planner.assemble import Assembly, assemble, model_flop
 from planner.assignment import UNEVEN, read_assignment
 from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
@@ -24,6 +24,7 @@ from planner.solve.ranking import Ranking
 from planner.solve.space import DEGREES, Choice, Space
 from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
+from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
 from planner.units import format_bytes
 

@@ -265,12 +265,13 @@ class UniformSearch:
         for schedule, dealings in groupby(self.dealings(), key=lambda dealing: dealing.schedule):
             each = list(dealings)
             works = self._works(schedule, rows, ctx.knobs, activity, each)
+            hides = self.branches.any_saves or (schedule.technique is not None and schedule.technique.saves)
             for dealing in each:
                 at, of = dealing.pairs(pp[works])
                 for begin in range(0, len(at), _TOGETHER):
                     where, layouts = works[at[begin : begin + _TOGETHER]], of[begin : begin + _TOGETHER]
                     times = table.times(where)
-                    if self.branches.any_saves:  # updates may hide
+                    if hides:  # the update's time
                         times["main_step_s"][:] = 0.0
                     bound_s = step_bound(
                         times,

@@ -317,7 +317,7 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     assert planner("compare", path, f"{path}:2").code == 0
     refused = planner("export", path, "--to", "vllm")
     assert refused.code == 5
-    assert "pools on h100-sxm:1x4 and l40s:1x8" in refused.err
+    assert "pools on h100-sxm:1x4+l40s:1x8; expected pools on one cluster" in refused.err
     assert planner("simulate", path, "--json").code == 2
     assert planner(*base, "--mode", "aggregated", "--json").code == 2
     assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2

@@ -34,6 +34,7 @@ LAYERS = (
     "iteration",
     "layout",
     "pipeline",
+    "step_time",
     "attribution",
     "plan",
     "uncertainty",

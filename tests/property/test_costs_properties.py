@@ -184,6 +184,8 @@ def test_every_zero_stage_holds_no_more_than_the_one_before(parameters, shards):
 LEVELS = (Level(np.array([1.0, 4.0, 8.0]), 4e11, 1e-6), Level(np.array([4.0, 4.0, 64.0]), 5e10, 5e-6))
 TABLES = {
     "arithmetic_intensity",
+    "block_layer_s",
+    "block_tokens_per_s",
     "bound_1f1b_s",
     "bound_flush_s",
     "bound_interleaved_s",
@@ -193,11 +195,13 @@ TABLES = {
     "fastest_s",
     "latency_alpa_s",
     "optimizer_state_bytes",
+    "phases_run_s",
     "priority_wait_s",
     "reshard_bytes",
     "resharding_steps",
     "serial_finish_s",
     "skewed_load_factor",
+    "whole_replicas",
     "zipf_shares",
 }
 NUMERIC = sorted(

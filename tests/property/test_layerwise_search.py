@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import planner
-from planner.assemble import exact_step_s
 from planner.errors import ExportError, Interrupted, SpecError
 from planner.export import export
 from planner.layout import layouts
@@ -31,6 +30,7 @@ from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
+from planner.step_time import exact_step_s
 
 # What stays out of small spaces: choices that multiply meshes, not strategies.
 _CLOSED = {

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.assemble import exact_step_s
 from planner.baseline import EMBEDDING, HEAD
 from planner.engine import FIELDS, BlockTable
 from planner.errors import InvalidPlan
@@ -23,6 +22,7 @@ from planner.schedule.memory import peak_bytes
 from planner.schedule.order import Op, generator_of, make_order, repeated
 from planner.schedule.program import compile_order
 from planner.specs.stack import load_stack
+from planner.step_time import exact_step_s
 from planner.technique import discover
 
 GENERATORS = {

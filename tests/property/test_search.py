@@ -9,7 +9,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from planner.assemble import exact_step_s
 from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible
@@ -24,6 +23,7 @@ from planner.specs.model import Attention, Block, Mlp, Model, Moe
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
+from planner.step_time import exact_step_s
 
 PROBLEMS = 200
 OPEN = {  # slots that a random problem may leave open; the others are fixed at the first value
@@ -64,7 +64,7 @@ def random_problem(seed: int) -> Problem:
     some = draw.sample(sorted(OPEN), k=draw.choice([1, 1, 2]))
     free = ["recompute", "activation_offload"] if draw.random() < 0.2 else some
     fixed = {slot: draw.choice(values) for slot, values in OPEN.items() if slot not in free}
-    if draw.random() < 0.8:
+    if draw.random() < 0.8 or "recompute" in free:  # a dozen choices by themselves
         fixed["micro_batch_size"] = draw.choice([1, 2])
     budget = 2.3e9 + draw.choice([0.05e9, 0.2e9, 0.5e9, 5e9, 20e9])
     reserve = max(0.0, 1.0 - budget / float(cluster.device.memory_bytes))
@@ -123,7 +123,7 @@ def test_winner_is_brute_force_winner(batch: int) -> None:
 def test_an_update_that_hides_may_win_where_the_plain_plan_fits() -> None:
     """With a host that is half as fast as the device, updates beside the backward are faster than updates on the device."""
     won = 0
-    for seed in range(12):
+    for seed in range(8):
         problem = random_problem(seed)
         rate = 0.5 * float(problem.cluster.device.memory_bytes_per_s)
         cluster = replace(
@@ -133,7 +133,7 @@ def test_an_update_that_hides_may_win_where_the_plain_plan_fits() -> None:
         problem = replace(problem, cluster=cluster, fixed=fixed, explore=("optimizer_offload=*",))
         best = winner_is_brute_force_winner(problem, seed)
         won += best is not None and best.knobs["optimizer_offload"].endswith("overlapped")
-    assert won >= 3
+    assert won >= 2
 
 
 def winner_is_brute_force_winner(problem: Problem, seed: int) -> Plan | None:

@@ -71,16 +71,13 @@ def export_serving(
         ExportError: the launcher cannot run the plan; names every feature.
         SpecError: no such launcher, version or batch system, or the plan's model, cluster or stack cannot be found.
     """
-    from planner.errors import ExportError, Problem
+    from planner.errors import ExportError
     from planner.export import known_version
     from planner.export.folder import NO_IMAGE
     from planner.export.serving.folder import folder_files
     from planner.export.serving.target import ServingTarget
 
     exporter = find_serving_exporter(to)
-    if plan.mode == "offloaded" or any(pool.cluster for pool in plan.pools):
-        found = "an offloaded plan" if plan.mode == "offloaded" else f"pools on {plan.cluster}"
-        raise ExportError(Problem(f"--to {to}", found, "pools on one cluster that serve arrivals"))
     chosen = known_version(version, exporter.versions)
     systems = _systems(exporter, around)
     target = ServingTarget(plan)
@@ -92,9 +89,15 @@ def export_serving(
 
 def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[Problem]:
     """Everything that keeps a launcher from running a plan."""
+    from planner.errors import Problem
+
+    plan = target.plan
+    if plan.mode == "offloaded" or any(pool.cluster for pool in plan.pools):
+        found = "an offloaded plan" if plan.mode == "offloaded" else f"pools on {plan.cluster}"
+        return [Problem(f"--to {exporter.name}", found, "pools on one cluster that serve arrivals")]
     engine = exporter.engine(target)
-    found = [problem for pool in target.plan.pools for problem in engine.rules(target, pool)]
-    return [*found, *exporter.rules(target)]
+    problems = [problem for pool in plan.pools for problem in engine.rules(target, pool)]
+    return [*problems, *exporter.rules(target)]
 
 
 def _systems(exporter: ServingExporter, around: Sequence[str]) -> tuple[str, ...]:

@@ -62,18 +62,11 @@ class ServingTarget:
         plan: the plan.
 
     Raises:
-        ExportError: its pools live on different kinds of devices.
         SpecError: its model, cluster or stack cannot be found.
     """
 
     def __init__(self, plan: ServePlan) -> None:
         self.plan = plan
-        apart = {pool.cluster for pool in plan.pools if pool.cluster}
-        if len(apart) > 1:
-            found = f"pools on {' and '.join(sorted(apart))}"
-            raise ExportError(
-                Problem(plan.id, found, "one kind of device", "A folder is for the nodes of one cluster.")
-            )
         self.problem: ServeProblem = problem_of(plan)
         self.model, self.cluster = self.problem.model, self.problem.cluster
 

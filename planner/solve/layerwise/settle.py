@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assemble import exact_step_s
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
@@ -20,6 +19,7 @@ from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
+from planner.step_time import exact_step_s
 
 __all__ = ["Candidate", "Settler", "in_order"]
 

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assemble import stage_seconds
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
@@ -24,6 +23,7 @@ from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.ground import SCHEDULE
 from planner.solve.mixed.members import Option
 from planner.solve.mixed.shapes import Shape
+from planner.step_time import stage_seconds
 
 __all__ = ["Found", "Settler"]
 
