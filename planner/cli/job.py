@@ -251,6 +251,8 @@ class JobOptions:
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
         pue = optional_number(faults, "--pue", self.pue)
         carbon = optional_number(faults, "--carbon", self.carbon)
+        stored = base.workload.get("tokens") if base is not None else None
+        faults += self._idle_totals(self.tokens is not None or stored is not None)
         attempt(faults, check_objective, self.objective)
         reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
         raise_if_any(faults)
@@ -269,22 +271,42 @@ class JobOptions:
         return [problem for problem in found if problem is not None]
 
     def at_site(self, problem: Problem) -> Problem:
-        """A stored plan's problem with what the options say of the data centre.
+        """A stored plan's problem with what the options say of the run's length and price, and of the data centre.
 
         Raises:
             SpecError: that is out of range.
         """
+        from planner.units import parse_count
+
         faults: list[Fault] = []
-        pue = optional_number(faults, "--pue", self.pue)
-        carbon = optional_number(faults, "--carbon", self.carbon)
+        given = {
+            "pue": optional_number(faults, "--pue", self.pue),
+            "kg_per_kwh": optional_number(faults, "--carbon", self.carbon),
+            "usd_per_device_hour": optional_number(faults, "--usd-per-hour", self.usd_per_hour),
+        }
+        tokens = optional_quantity(faults, "--tokens", self.tokens, parse_count)
+        workload = problem.workload
+        if tokens is not None:
+            workload = attempt(faults, replace, workload, tokens=tokens, flags=_WORKLOAD_FLAGS) or workload
+        faults += self._idle_totals(workload.tokens is not None or self.tokens is not None)
         raise_if_any(faults)
-        site: dict[str, Any] = {} if pue is None else {"pue": pue}
+        site = {name: value for name, value in given.items() if value is not None}
         found: Problem | None = attempt(
-            faults, replace, problem, kg_per_kwh=carbon, flags=_PROBLEM_FLAGS, **site
+            faults, replace, problem, workload=workload, flags=_PROBLEM_FLAGS, **site
         )
         raise_if_any(faults)
         assert found is not None
         return found
+
+    def _idle_totals(self, known: bool) -> list[Fault]:
+        """Options of a run's totals that say nothing, as its length is not ``known``."""
+        given = {"--pue": self.pue, "--carbon": self.carbon}
+        expected = "--tokens, the length of the run, beside it"
+        return [
+            Fault(flag, "is given without a length", expected)
+            for flag, value in given.items()
+            if value is not None and not known
+        ]
 
     def _allowed(self) -> tuple[str, ...]:
         """Permissions, each once, whether given one by one or joined by commas."""

@@ -52,7 +52,8 @@ def run_totals(plan: Plan, problem: Problem | None = None) -> dict[str, Any] | N
 def energy_text(run: Mapping[str, Any]) -> str:
     """A run's energy and what it emits, in words."""
     whose = "at the meter" if run["meter_joules"] > run["joules"] else "devices alone"
-    emitted = "" if run["kg_co2e"] is None else f", {format_count(run['kg_co2e'] / 1e3)} t CO2e"
+    kg = run["kg_co2e"]
+    emitted = "" if kg is None else f", {kg / 1e3:,.1f} t CO2e" if kg >= 1e3 else f", {kg:,.3g} kg CO2e"
     return f"{format_count(run['meter_joules'] / 3.6e6)} kWh ({whose}){emitted}"
 
 
