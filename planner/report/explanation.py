@@ -9,7 +9,7 @@ from planner.plan import Plan
 from planner.report.discrepancy import show_discrepancy
 from planner.report.plan_table import unusual_knobs
 from planner.report.ranking import does_not_fit
-from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, words
+from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, told_knobs, words
 from planner.units import format_seconds
 
 __all__ = ["show_explanation"]
@@ -23,7 +23,9 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
     estimate = plan.estimate
     screen.line(f"{plan.model} on {plan.cluster}, plan {plan.id}", "bold")
     screen.line(
-        " · ".join([mesh_text(plan), *unusual_knobs(plan.knobs, ("virtual_stages", "micro_batch_size"))])
+        " · ".join(
+            [mesh_text(plan), *unusual_knobs(told_knobs(plan), ("virtual_stages", "micro_batch_size"))]
+        )
     )
     rate = f"{format_seconds(estimate.step_time_s)}/step · {estimate.tokens_per_s_per_device:,.0f} tokens/s/device"
     peak = f"peak {gib(estimate.memory_bytes['peak'])} of {gib(estimate.memory_budget_bytes)} GiB"

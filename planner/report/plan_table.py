@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.plan import Plan
 from planner.report.confidence import TIE, chance_text, interval_text, out_of_memory_matters
-from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, words
+from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, told_knobs, words
 from planner.solve.fleet import objective_value
 from planner.technique import SLOTS, off
 from planner.uncertainty.ties import ties_with_first
@@ -73,9 +73,8 @@ def show_plans(
     cells = [_cells(row, plans, own, objective, row.plan.id in ties) for row in shown]
     tails, below = [], []
     for row in shown:
-        chosen = ", ".join(
-            unusual_knobs({name: row.plan.knobs[name] for name in rest if name in row.plan.knobs})
-        )
+        knobs = told_knobs(row.plan)
+        chosen = ", ".join(unusual_knobs({name: knobs[name] for name in rest if name in knobs}))
         lost = why_not(row.plan, plans[0])
         tails.append("; ".join(text for text in (lost, chosen) if text not in ("", "-")) or lost)
         told = [_twin_text(row.plan, number, twin, objective) for number, twin in row.twins]
@@ -142,7 +141,7 @@ def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str, 
     for name in _DEGREES:
         if name in ("tp", "pp", "dp") or any(p.mesh[name] > 1 for p in plans):
             cells[name] = str(plan.mesh[name])
-    cells |= {_COLUMNS[name]: str(plan.knobs.get(name, "-")) for name in own}
+    cells |= {_COLUMNS[name]: str(told_knobs(plan).get(name, "-")) for name in own}
     told_above = several and _shared_interval(plans)
     cells["step s"] = f"{e.step_time_s:.3f} {'' if told_above else interval_text(e)}".rstrip()
     if several:
@@ -165,7 +164,7 @@ def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str, 
 def _twin_text(plan: Plan, number: int, twin: Plan, objective: str) -> str:
     """``#2 vpp 10 (+0.1 %)``, with its peak where that is another."""
     differ, _ = knobs_that_differ((plan, twin))
-    knobs = " ".join(knob_text(name, twin.knobs.get(name)) for name in differ)
+    knobs = " ".join(knob_text(name, told_knobs(twin).get(name)) for name in differ)
     behind = f"{100 * _behind(twin, plan, objective):+.1f} %"
     peak, own = twin.estimate.memory_bytes["peak"], plan.estimate.memory_bytes["peak"]
     held = f", {gib(peak)} GiB" if abs(peak / own - 1.0) > _OTHER_PEAK else ""

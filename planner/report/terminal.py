@@ -13,7 +13,7 @@ from rich.text import Text
 from planner.plan import Plan
 from planner.units import GIB
 
-__all__ = ["Screen", "gib", "knob_text", "knobs_that_differ", "mesh_text", "percent", "words"]
+__all__ = ["Screen", "gib", "knob_text", "knobs_that_differ", "mesh_text", "percent", "told_knobs", "words"]
 
 _SHORT = {
     "micro_batch_size": "mb",
@@ -44,7 +44,11 @@ class Screen:
         if texts:
             self.line()
             self.line(heading, "bold")
-        for text in texts:
+        self.indented(texts, wrapped=wrapped)
+
+    def indented(self, paragraphs: Iterable[str], *, wrapped: bool = True) -> None:
+        """Paragraphs under a heading."""
+        for text in paragraphs:
             filled = textwrap.fill(text, self.width, initial_indent="  ", subsequent_indent="    ")
             self._print(filled if wrapped else f"  {text}")
 
@@ -152,9 +156,19 @@ def mesh_text(plan: Plan) -> str:
     return " · ".join([*degrees, *chunks, f"mb {plan.knobs['micro_batch_size']}"])
 
 
+def told_knobs(plan: Plan) -> Mapping[str, Any]:
+    """A plan's knobs; one in which its layers differ is ``per layer``."""
+    if plan.layerwise is None:
+        return plan.knobs
+    used = {s for runs in plan.layerwise["stages"] for s, _ in runs}
+    of_layers = [plan.layerwise["strategies"][s] for s in used]
+    mixed = {slot for slot in of_layers[0] if len({str(strategy[slot]) for strategy in of_layers}) > 1}
+    return {name: "per layer" if name in mixed else value for name, value in plan.knobs.items()}
+
+
 def knobs_that_differ(plans: Iterable[Plan]) -> tuple[list[str], Mapping[str, Any]]:
     """Names of the knobs in which plans differ, and the values of those in which they agree."""
-    every = [plan.knobs for plan in plans]
+    every = [told_knobs(plan) for plan in plans]
     names = list(dict.fromkeys(name for knobs in every for name in knobs))
     differ = [name for name in names if any(k.get(name) != every[0].get(name) for k in every)]
     return differ, {name: every[0][name] for name in names if name not in differ}
