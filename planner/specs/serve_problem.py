@@ -101,6 +101,8 @@ class ServeProblem:
                 "rate_per_s": t.rate_per_s,
                 "concurrency": t.concurrency,
             }
+            if self.speculation is not None:
+                yield Fault("draft", "is given for offloading, which drafts nothing", "no draft")
             for name in (name for name, value in asked.items() if value is not None):
                 yield Fault(
                     name, "is given for offloading, which answers a block at a time", "no limit and no rate"
