@@ -69,7 +69,6 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
     screen.grid(("step by s", "then s", "fits"), rows, ("fits",), "change", changes)
     peak, budget = best.estimate.memory_bytes["peak"], best.estimate.memory_budget_bytes
     screen.line(f"It peaks at {gib(peak)} GiB of {gib(budget)} GiB.")
-    screen.line()
 
 
 def verdict(found: Sequence[Finding]) -> str:

@@ -57,7 +57,9 @@ def show_ranking(fleet: Fleet, problems: Sequence[Problem], saved: str | None) -
         "How sure", [*_proof(best, report), *layerwise_proof(result), *mixed_proof(result), *result.notes]
     )
     second = next((row.number for row in rows(result.plans, problem.objective)[1:]), None)
-    screen.section("Next", _next(saved, result.plans, second), wrapped=False)
+    commands, remarks = _next(saved, result.plans, second)
+    screen.section("Next", commands, wrapped=False)
+    screen.indented(remarks)
 
 
 def _point(plan: Mapping[str, Any]) -> str:
@@ -176,11 +178,11 @@ def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
     return "; ".join(told) + (f"; {left} more reason{'s' if left > 1 else ''}" if left > 0 else "")
 
 
-def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[str]:
-    """Commands to go on with; ``second`` is the number of the next plan that is a choice of its own."""
+def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> tuple[list[str], list[str]]:
+    """Commands to go on with, and what to know of them; ``second`` is the number of the next plan that is a choice of its own."""
     if saved is None:
-        return ["repeat with -o plans.json, then: planner explain plans.json:1"]
-    told = [f"planner explain {saved}:1"]
+        return ["repeat with -o plans.json, then: planner explain plans.json:1"], []
+    told, remarks = [f"planner explain {saved}:1"], []
     if second is not None:
         told.append(f"planner compare {saved}:1 {saved}:{second}")
     runnable = {to: next((n for n, plan in enumerate(plans, 1) if _runs(plan, to)), None) for to in EXPORTERS}
@@ -192,11 +194,13 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[
         first = "megatron" if "megatron" in names else names[0]
         others = [name for name in names if name != first]
         told.append(f"planner export {saved}:{number} --to {first}")
-        told += [f"plan {number} runs under {', '.join(others)} too"] if others else []
+        remarks += [f"plan {number} runs under {', '.join(others)} too"] if others else []
     none = [to for to, number in runnable.items() if number is None and to in LAUNCHERS]
     if none:
-        told.append(f"--for LAUNCHER finds plans that it can run; none of these runs under {', '.join(none)}")
-    return told
+        remarks.append(
+            f"--for LAUNCHER finds plans that it can run; none of these runs under {', '.join(none)}"
+        )
+    return told, remarks
 
 
 def _runs(plan: Plan, to: str) -> bool:

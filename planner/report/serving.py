@@ -91,7 +91,8 @@ def show_serve_plan(plan: ServePlan) -> None:
     screen.section(
         "Load",
         [
-            f"{e.goodput_requests_per_s:.2f} requests/s · {e.output_tokens_per_s_per_device:.0f} output tokens/s per device"
+            f"{_few(e.goodput_requests_per_s, 2)} requests/s · "
+            f"{_few(e.output_tokens_per_s_per_device)} output tokens/s per device"
             f"{price} · bound by {e.binding} · at most {e.max_concurrency:,} requests at once"
         ],
     )
@@ -194,7 +195,7 @@ def _row(index: int, plan: ServePlan) -> list[str]:
     e = plan.estimate
     price = "" if e.usd_per_million_output_tokens is None else f"{e.usd_per_million_output_tokens:.2f}"
     return [
-        str(index), plan.id, f"{e.output_tokens_per_s_per_device:.0f}", f"{e.goodput_requests_per_s:.2f}",
+        str(index), plan.id, _few(e.output_tokens_per_s_per_device), _few(e.goodput_requests_per_s, 2),
         f"{e.ttft_s['mean'] * 1e3:.0f}", f"{e.ttft_s['p99'] * 1e3:.0f}", f"{e.tpot_s['mean'] * 1e3:.1f}",
         f"{e.tpot_s['p99'] * 1e3:.1f}", price, e.binding,
     ]  # fmt: skip
@@ -216,6 +217,11 @@ def _day(result: ServeResult) -> list[str]:
     ]
 
 
+def _few(value: float, decimals: int = 0) -> str:
+    """A rate; one that would round to nothing keeps its first digits."""
+    return f"{value:.{decimals}f}" if value * 10.0**decimals >= 1.0 or not value else f"{value:.2g}"
+
+
 def _clock(hours: float) -> str:
     minutes = round(hours * 60.0)
     return f"{minutes // 60:02d}:{minutes % 60:02d}"
@@ -232,7 +238,8 @@ def _point(point: Mapping[str, Any]) -> str:
         for p in point["pools"]
     )
     return (
-        f"{point['output_tokens_per_s_per_user']:.1f} tok/s per user, {point['output_tokens_per_s_per_device']:.0f} per device: "
+        f"{point['output_tokens_per_s_per_user']:.1f} tok/s per user, "
+        f"{_few(point['output_tokens_per_s_per_device'])} per device: "
         f"{pools}"
     )
 

@@ -36,12 +36,12 @@ def show_simulation(content: Mapping[str, Any]) -> None:
                 rows.append(
                     [
                         f"  the plan, at {content['predicted']['requests_per_s']:.4g}/s",
-                        *(f"{1e3 * content['predicted'][name][c]:.4g}" for c in _COLUMNS),
+                        *(_milliseconds(content["predicted"][name][c]) for c in _COLUMNS),
                     ]
                 )
     gaps = run["iteration_s"]
     if gaps:
-        rows.append(["iteration that decodes, ms", *(f"{1e3 * gaps[column]:.4g}" for column in _COLUMNS)])
+        rows.append(["iteration that decodes, ms", *(_milliseconds(gaps[column]) for column in _COLUMNS)])
     screen.grid(("", *_COLUMNS), rows, ("",))
     screen.section(
         "Pool",
@@ -54,6 +54,11 @@ def show_simulation(content: Mapping[str, Any]) -> None:
     screen.section(
         "How sure", ["± is half of a 95 % confidence interval: of the run, not of the iteration times in it."]
     )
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 1e3 else f"{value:.4g}"
 
 
 def _with_error(latency: Mapping[str, float], column: str) -> str:

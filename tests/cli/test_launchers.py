@@ -123,7 +123,7 @@ def test_a_machine_describes_itself(planner, tmp_path):
     assert (found.code, found.err) == (0, "")
     # Five adapters, one of which shares no switch with a GPU.
     assert "4 adapters per node" in found.out
-    assert "1 adapters share no PCIe switch" in found.out
+    assert "Adapters that share no PCIe switch with a GPU: 1" in found.out
     assert "128 devices" in planner("hardware", "show", out).out
 
 
