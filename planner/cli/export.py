@@ -148,5 +148,6 @@ def _with_closest(error: ExportError, plan: Plan, to: str) -> ExportError:
         times = (
             f"{found.plan.estimate.step_time_s:.4g} s per step instead of {plan.estimate.step_time_s:.4g} s"
         )
-        hint = f"Closest plan that it can run: {changes}; {times}. train --for {name} searches them all."
+        told = changes or "the same choices for all layers"
+        hint = f"Closest plan that it can run: {told}; {times}. train --for {name} searches them all."
     return Refusal([*error.problems[:-1], replace(error.problems[-1], try_=hint)])

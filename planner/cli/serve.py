@@ -309,16 +309,16 @@ def _day(
         if value is not None:
             faults.append(Fault(flag, "is given beside --daily", "one of them", "Leave one out."))
     text = Path(daily).read_text(encoding="utf-8") if Path(daily).is_file() else daily
+    wrong: list[Fault] = []
     rates = [
-        optional_number(faults, "--daily", part)
-        for part in text.replace("\n", ",").split(",")
-        if part.strip()
+        optional_number(wrong, "--daily", part) for part in text.replace("\n", ",").split(",") if part.strip()
     ]
     found = [number for number in rates if number is not None]
-    faults += [
+    wrong += [
         Fault("--daily", f"{number:g}", "requests per second from 0") for number in found if number < 0.0
     ]
-    if not any(found):
+    faults += wrong
+    if not wrong and not any(found):
         faults.append(Fault("--daily", repr(daily[:40]), "requests per second of a day's periods, not all 0"))
     if share is not None and not 0.0 <= share <= _MOST_HEADROOM:
         faults.append(Fault("--headroom", f"{share:g}", f"a fraction from 0 to {_MOST_HEADROOM:g}"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
 _MOST_PLANS = 1000
+_TIME_LIMIT = "10s"
 
 
 @with_job
@@ -72,14 +73,14 @@ def train(
         ),
     ] = "auto",
     time_limit: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--time-limit",
             metavar="TIME",
             help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
             show_default=False,
         ),
-    ] = "10s",
+    ] = None,
     exact: Annotated[
         bool,
         typer.Option(
@@ -106,9 +107,14 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
-    problems, wanted = _problems(job, top, deadline, explore or (), layerwise)
+    problems, wanted = _problems(job, top, deadline, time_limit, explore or (), layerwise)
     searcher = _searcher(
-        problems, stages, solver, (layerwise and deadline) or time_limit, layerwise=layerwise, exact=exact
+        problems,
+        stages,
+        solver,
+        (deadline if layerwise else None) or time_limit,
+        layerwise=layerwise,
+        exact=exact,
     )
     stopped = False
     with OutputFile(out) if out is not None else nullcontext() as file:
@@ -135,7 +141,12 @@ def train(
 
 
 def _problems(
-    job: JobOptions, top: str, deadline: str | None, explore: Sequence[str], layerwise: bool
+    job: JobOptions,
+    top: str,
+    deadline: str | None,
+    time_limit: str | None,
+    explore: Sequence[str],
+    layerwise: bool,
 ) -> tuple[list[Problem], int]:
     """The problems and how many plans to keep; raises all that is wrong with the options at once."""
     from planner.errors import Problem as Fault
@@ -154,6 +165,10 @@ def _problems(
     if deadline is not None and layerwise and job.tokens is not None:
         found, hint = "of a run (--tokens), with --layerwise", "Find the size first, then its plan."
         faults.append(Fault("--deadline", found, "one of them", hint))
+    elif deadline is not None and layerwise and time_limit is not None:
+        faults.append(
+            Fault("--deadline", "is given beside --time-limit", "one of them: here it is another name")
+        )
     elif deadline is not None and not layerwise:
         try:
             deadline_s = parse_seconds(deadline)
@@ -175,15 +190,19 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
 
 
 def _searcher(
-    problems: Sequence[Problem], stages: str, solver: str, time_limit: str, *, layerwise: bool, exact: bool
+    problems: Sequence[Problem],
+    stages: str,
+    solver: str,
+    time_limit: str | None,
+    *,
+    layerwise: bool,
+    exact: bool,
 ) -> Callable[..., SearchResult] | None:
     """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
 
     Raises:
-        SpecError: an option is none of those there are.
+        SpecError: an option is none of those there are, or means nothing for this search.
     """
-    if not layerwise and not any(problem.cluster.mixed for problem in problems):
-        return None
     from functools import partial
 
     from planner.cli.values import optional_quantity, raise_if_any
@@ -202,8 +221,29 @@ def _searcher(
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
-    given = None if exact or time_limit == "none" else time_limit
-    limit_s = optional_quantity(faults, "--time-limit", given, parse_seconds)
+    raise_if_any(faults)
+    if not layerwise and not any(problem.cluster.mixed for problem in problems):
+        given = {
+            "--stages": stages != "uneven",
+            "--solver": solver != "auto",
+            "--time-limit": time_limit is not None,
+            "--exact": exact,
+        }
+        expected = "--layerwise beside it, or a cluster of several kinds of devices"
+        raise_if_any(
+            [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
+        )
+        return None
+    asked = "none" if exact else time_limit or _TIME_LIMIT
+    limit_s = optional_quantity(
+        faults,
+        "--time-limit",
+        None if asked == "none" else asked,
+        parse_seconds,
+        "a duration such as 30s, or none",
+    )
+    if limit_s is not None and limit_s <= 0.0:
+        faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
     chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
     alike: Callable[..., SearchResult] = search

@@ -110,7 +110,7 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
         "",
         *(f"- {text.replace('plan-ID', f'plan-{target.plan.id}')}" for text in starts),
         "",
-        f"Then `python measure.py {_logs(found)}`: predicted beside measured, and `measured.csv` for",
+        f"Then {_measured_by(found)}: predicted beside measured, and `measured.csv` for",
         "`planner validate measured.csv` and `planner calibrate stack measured.csv`.",
     ]
     if differs:
@@ -118,9 +118,11 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
     return "\n".join(lines) + "\n"
 
 
-def _logs(found: Mapping[str, str]) -> str:
-    """Where the run's log is."""
-    return "train.log" + (" (`train-JOBID.log` under SLURM)" if "job.sbatch" in found else "")
+def _measured_by(found: Mapping[str, str]) -> str:
+    """What to call when the run has left a log."""
+    return "`python measure.py train.log`" + (
+        " (`train-JOBID.log` under SLURM)" if "job.sbatch" in found else ""
+    )
 
 
 def _around_first(target: Target, found: Mapping[str, str]) -> list[str]:

@@ -23,10 +23,12 @@ def _write(target: Target, script: str) -> dict[str, str]:
     """Files that start a training script on the plan's nodes, in the plan's order of ranks; it may import ``mesh.py``.
 
     Raises:
-        ExportError: states are sharded over some ranks of a context-parallel group only.
+        ExportError: states are sharded over some ranks of a context-parallel group only; layers or stages differ in what
+            ``mesh.py`` says once for all of them.
     """
-    differing = [problem for problem in target.differing("--to torchrun") if "zero_" in problem.found]
-    if differing:  # the mesh says over which ranks states are sharded, once for all layers
+    where = "--to torchrun"
+    differing = [*target.differing(where), *target.placed(where)]
+    if differing:  # one mesh, one way to shard and one way to recompute
         raise ExportError(differing)
     nodes, per_node = target.nodes()
     if not replication_rule(target.context()).ok:

@@ -173,7 +173,7 @@ def _reasons(counts: Mapping[str, int], total: int, most: int = 5) -> str:
     ranked = sorted(((n, reason) for reason, n in counts.items() if n), key=lambda pair: (-pair[0], pair[1]))
     told = [f"{reason} {percent(n, total)}" for n, reason in ranked[:most]]
     left = len(ranked) - most
-    return "; ".join(told) + (f"; {left} more reasons" if left > 0 else "")
+    return "; ".join(told) + (f"; {left} more reason{'s' if left > 1 else ''}" if left > 0 else "")
 
 
 def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> list[str]:

@@ -50,9 +50,9 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         "p99",
         "$/Mtok",
         "bound by",
-        "pools",
     )
-    screen.grid(headings, rows, ("id", "bound by"), tail="pools")
+    pools = [" | ".join(pool_text(pool) for pool in plan.pools) for plan in result.plans]
+    screen.grid(headings, rows, ("id", "bound by"), tail="pools", tails=pools)
     screen.section("Speed per user against speed per device", [_point(point) for point in result.pareto])
     if result.days:
         screen.section("Day", _day(result))
@@ -65,7 +65,7 @@ def show_serve_plan(plan: ServePlan) -> None:
     """Prints one plan."""
     screen, e = Screen(), plan.estimate
     screen.line(
-        f"{plan.model} · {plan.cluster} · {plan.stack} · {plan.mode} · {plan.devices} devices", "bold"
+        f"{plan.model} · {plan.cluster} · {plan.stack} · {plan.mode} · {_devices(plan.devices)}", "bold"
     )
     screen.section("Pools", [pool_text(pool) for pool in plan.pools])
     times = [
@@ -96,7 +96,8 @@ def show_serve_plan(plan: ServePlan) -> None:
         ],
     )
     screen.section(
-        "Memory of the fullest device", [", ".join(f"{n} {gib(v)}" for n, v in e.memory_bytes.items())]
+        "Memory of the fullest device (GiB)",
+        [", ".join(f"{name} {gib(size)}" for name, size in e.memory_bytes.items())],
     )
     screen.section("Rests on", plan.assumptions)
 
@@ -195,7 +196,7 @@ def _row(index: int, plan: ServePlan) -> list[str]:
     return [
         str(index), plan.id, f"{e.output_tokens_per_s_per_device:.0f}", f"{e.goodput_requests_per_s:.2f}",
         f"{e.ttft_s['mean'] * 1e3:.0f}", f"{e.ttft_s['p99'] * 1e3:.0f}", f"{e.tpot_s['mean'] * 1e3:.1f}",
-        f"{e.tpot_s['p99'] * 1e3:.1f}", price, e.binding, " | ".join(pool_text(pool) for pool in plan.pools),
+        f"{e.tpot_s['p99'] * 1e3:.1f}", price, e.binding,
     ]  # fmt: skip
 
 
@@ -209,10 +210,19 @@ def _day(result: ServeResult) -> list[str]:
     ]
     hours = 24.0 / len(periods)
     return lines + [
-        f"{index * hours:04.1f} h: {period['rate_per_s']:g} requests/s, replicas {' + '.join(map(str, period['replicas']))}, "
-        f"{period['devices']} devices, {period['utilization']:.0%} used"
+        f"{_clock(index * hours)}: {period['rate_per_s']:g} requests/s, replicas {' + '.join(map(str, period['replicas']))}, "
+        f"{_devices(period['devices'])}, {period['utilization']:.0%} used"
         for index, period in enumerate(periods)
     ]
+
+
+def _clock(hours: float) -> str:
+    minutes = round(hours * 60.0)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}"
+
+
+def _devices(count: int) -> str:
+    return f"{count:,} device{'s' * (count != 1)}"
 
 
 def _point(point: Mapping[str, Any]) -> str:

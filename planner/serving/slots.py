@@ -53,7 +53,11 @@ class Arrivals:
         rate = np.minimum(state.requests_per_s, MOST_LOAD * full.requests_per_s)
         # What slots would carry if no prompt waited in one: more than comes through where the budget of tokens binds.
         pace_s = np.minimum((steps * full.tpot_s + full.prefill_s) / self.slots, 1.0 / full.requests_per_s)
-        servers = np.maximum(self.slots * np.minimum(self.alone_s / state.tpot_s, 1.0), 1.0)
+        # Answers of one token have no time between tokens, and nothing slows them.
+        share = np.divide(
+            self.alone_s, state.tpot_s, out=np.ones_like(state.tpot_s), where=state.tpot_s > 0.0
+        )
+        servers = np.maximum(self.slots * np.minimum(share, 1.0), 1.0)
         waits, wait_s = many_servers_wait(rate * pace_s, servers, pace_s, self.traffic.length_scv)
         return replace(
             state,

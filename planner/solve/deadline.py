@@ -221,7 +221,7 @@ def _missed(machines: Sequence[_Machine], attempts: Sequence[Attempt]) -> Infeas
             "--deadline",
             f"{which}, {best.cluster} with {best.devices:,} devices, {takes} {format_seconds(run)}",
             f"at most {format_seconds(deadline_s)}",
-            f"That is {run / deadline_s:.2f}× too slow: allow more devices, more time, or fewer tokens.",
+            f"That is {run / deadline_s:,.2f}× too slow: allow more devices, more time, or fewer tokens.",
         )
     )
 

@@ -202,7 +202,7 @@ def _rate(
     nics = topology.nics if topology is not None and topology.nics else per_node
     if topology is not None and topology.far_nics and (known is None or known.count is None):
         said.append(
-            f"{topology.far_nics} adapters share no PCIe switch with a GPU: taken for storage and management, not counted."
+            f"Adapters that share no PCIe switch with a GPU: {topology.far_nics}, taken for storage and management, not counted."
         )
     if known is not None:
         nics = known.count or nics

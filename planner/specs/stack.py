@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from planner.errors import Problem, SpecError
+from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.load import Reader, read_file
@@ -170,6 +170,12 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = _folder() / f"{path.name}.toml"
+        if not path.is_file():
+            shipped = sorted(file.stem for file in _folder().glob("*.toml"))
+            expected = f"a .toml file, or one of {', '.join(shipped)}"
+            raise SpecError(
+                Problem("stack", repr(str(name_or_path)), expected, did_you_mean(path.stem, shipped))
+            )
     reader = Reader(_merged(path, ()), str(path))
     constants = [field.name for field in fields(Stack) if field.type == Sourced.__name__]
     values: dict[str, Any] = {name: read_sourced(reader, name) for name in constants}

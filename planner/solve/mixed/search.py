@@ -232,7 +232,8 @@ def _plans(
     """The plan over node groups, if there is one, before those that treat devices alike; each with what is proved of it."""
     others = () if alike is None else alike.plans
     if best is None:
-        return others if certificate.bound_s >= others[0].estimate.step_time_s else _held(others, certificate)
+        settled = not others or certificate.bound_s >= others[0].estimate.step_time_s
+        return others if settled else _held(others, certificate)
     return _held((_assembled(problem, best), *others)[:top], certificate)
 
 
