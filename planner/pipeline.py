@@ -229,7 +229,8 @@ def _dynamic(
     at_work = _transients(table, layout, recompute_layers, slice(None))
     slower = {}
     for tier in SLOWER:
-        slower[tier] = held_bytes(layout, table[f"{tier}_bytes"])
+        held = table[f"{tier}_bytes"]
+        slower[tier] = held_bytes(layout, held) if held.any() else np.broadcast_to(0.0, live.shape)
         away = table[f"{tier}_saved_bytes"]
         if away.any():
             slower[tier] = slower[tier] + _peak(away, np.zeros_like(away), layout, generator, micro_batches)
