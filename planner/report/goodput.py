@@ -285,7 +285,7 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
     if run is not None:
         price = "" if run["usd"] is None else f", ${format_count(run['usd'])}"
         text = (
-            f"{format_seconds(run['run_s'])} with {run['failures']:,.0f} failures, {format_count(run['device_hours'])} "
+            f"{format_seconds(run['run_s'])} with {_failures(run['failures'])}, {format_count(run['device_hours'])} "
             f"device hours, {energy_text(run)}"
         )
         screen.section("The run", [text + price])
@@ -303,3 +303,8 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
         ("restart", RESTART_S),
     )
     screen.section("Rests on (unless given)", [f"{name}: {x.kind}, {x.source}" for name, x in defaults])
+
+
+def _failures(expected: float) -> str:
+    told = f"{expected:,.0f}"
+    return f"{told} failure{'s' * (told != '1')}"

@@ -69,7 +69,13 @@ def test_ways_to_recover_stand_beside_each_other(planner):
 
 
 def test_a_stored_plan_stands_where_one_says(planner, plans):
-    found = planner("goodput", f"{plans}:1", "--pue", "0.5", "--json")
-    assert {fault["where"] for fault in found.faults} == {"--pue"}
+    for wrong in (
+        ("--pue", "0.5", "--tokens", "1T"),
+        ("--pue", "1.1"),
+    ):  # out of range; of a run of no known length
+        found = planner("goodput", f"{plans}:1", *wrong, "--json")
+        assert {fault["where"] for fault in found.faults} == {"--pue"}
+    run = planner("goodput", f"{plans}:1", "--tokens", "1T", "--usd-per-hour", "2", "--json").json["run"]
+    assert run["usd"] == pytest.approx(2.0 * run["device_hours"])
     refused = planner("goodput", f"{plans}:1", "--recovery", "hope", "--json")
     assert {fault["where"] for fault in refused.faults} == {"--recovery"}

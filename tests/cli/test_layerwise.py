@@ -87,6 +87,8 @@ def test_a_launcher_gets_stages_of_any_size(planner, tmp_path):
         (("--stages", "odd"), "--stages"),
         (("--solver", "guess"), "--solver"),
         (("--time-limit", "soon"), "--time-limit"),
+        (("--time-limit", "0"), "--time-limit"),
+        (("--deadline", "5s", "--time-limit", "5s"), "--deadline"),
         (("--deadline", "30d", "--tokens", "1T"), "--deadline"),
     ],
 )
@@ -94,6 +96,15 @@ def test_wrong_options_are_named(planner, wrong, where):
     found = planner("train", *TIGHT, "--layerwise", *wrong, "--json")
     assert found.code == 2
     assert [fault["where"] for fault in found.faults] == [where]
+
+
+@pytest.mark.parametrize(
+    "option", [("--exact",), ("--time-limit", "5s"), ("--solver", "dp"), ("--stages", "even")]
+)
+def test_the_uniform_search_takes_no_options_of_the_layer_wise_one(planner, option):
+    found = planner("train", *TIGHT, *option, "--json")
+    assert found.code == 2
+    assert [fault["where"] for fault in found.faults] == [option[0]]
 
 
 def test_a_time_limit_gives_a_gap(planner):

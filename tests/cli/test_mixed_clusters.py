@@ -72,6 +72,7 @@ def test_launchers_refuse_degrees_that_differ_between_stages(planner, plans, tmp
     found = planner("export", tmp_path / "plan.json", "--to", "megatron")
     assert found.code == 5
     assert "cannot express dp that differs between stages" in found.err
+    assert planner("export", tmp_path / "plan.json", "--to", "torchrun").code == 5  # mesh.py has one mesh
     assert planner("explain", tmp_path / "plan.json").code == 0  # the engine prices it all the same
     place["micro_batch_size"] *= 2
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -83,3 +84,10 @@ def test_even_stages_and_launchers_keep_to_one_mesh(planner):
         found = planner("train", *JOB, *MIXED, *option, "--json")
         assert "mixed" not in found.json
         assert all("places" not in plan.get("layerwise", {}) for plan in found.json["plans"])
+
+
+def test_nothing_fits_either_way(planner):
+    """405B parameters: 810 GB in bf16 alone, of which 16 consumer devices hold less than half."""
+    job = ("--model", "llama3.1-405b", "--global-batch", "64", "--seq-len", "4096", "--forbid", "*_offload")
+    found = planner("train", *job, "--cluster", "rtx-4090:1x8+l4:1x8", "--json")
+    assert found.code == 3
