@@ -129,7 +129,10 @@ def _job(problem: Problem) -> str:
 
 
 def _machine(plan: Plan, problem: Problem) -> str:
-    return f"{plan.devices:,} × {problem.cluster.device.name}"
+    groups = problem.cluster.groups
+    if len(groups) == 1:
+        return f"{plan.devices:,} × {groups[0].device.name}"
+    return " + ".join(f"{group.devices:,} × {group.device.name}" for group in groups)
 
 
 def _totals(plan: Plan, problem: Problem) -> list[str]:
