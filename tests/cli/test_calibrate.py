@@ -91,7 +91,7 @@ def test_a_fabric_from_output_of_nccl_tests(planner, tmp_path):
         (("fabric", NCCL, "--cluster", "h100-sxm:1x8", "-o", "x.toml"), "none of which fits"),
         (("fabric", "streams", "--cluster", "h100-sxm:2x8", "-o", "x.toml"), "0 collectives"),
         (("stack", "streams", "-o", "x.toml"), "a training table"),
-        (("stack", "none.csv", "-o", "x.toml", "--base", "nonesuch"), "no such file"),
+        (("stack", "none.csv", "-o", "x.toml", "--base", "nonesuch"), "a .toml file, or one of"),
         (
             ("device", "streams", "--base", "h100-sxm", "-o", "x.toml", "--only", "streams"),
             "expected of stream",
