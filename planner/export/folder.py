@@ -7,7 +7,7 @@ predicted (and writes it as a row that ``planner validate`` and ``planner calibr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
 from planner.export.exporter import Exporter
@@ -18,7 +18,7 @@ from planner.export.target import Target, summary
 from planner.specs.cluster import Cluster
 from planner.units import format_bytes
 
-__all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check"]
+__all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check", "page"]
 
 AROUND: Mapping[str, Callable[[Target, str], Mapping[str, str]]] = {
     "kubernetes": kubernetes_files,
@@ -93,26 +93,42 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
             f"`jobset.yaml` says `image: {NO_IMAGE}`: put in your container image (or export with `--image`)."
         )
     differs = exporter.differs(target)
-    lines = [
-        f"# {target.plan.model} on {target.cluster.name}, with {exporter.title} {exporter.versions[0]}",
-        "",
-        *summary(target.plan),
-        "",
-        "| file | is |",
-        "|---|---|",
-        *rows,
-        "",
-        "## Check first",
-        "",
-        *(f"{number}. {text}" for number, text in enumerate(first, 1)),
-        "",
-        "## Start",
-        "",
-        *(f"- {text.replace('plan-ID', f'plan-{target.plan.id}')}" for text in starts),
-        "",
+    closing = [
         f"Then {_measured_by(found)}: predicted beside measured, and `measured.csv` for",
         "`planner validate measured.csv` and `planner calibrate stack measured.csv`.",
     ]
+    return page(
+        f"{target.plan.model} on {target.cluster.name}, with {exporter.title} {exporter.versions[0]}",
+        summary(target.plan), rows, first,
+        [text.replace("plan-ID", f"plan-{target.plan.id}") for text in starts], closing, differs,
+    )  # fmt: skip
+
+
+def page(
+    title: str,
+    told: Sequence[str],
+    rows: Sequence[str],
+    first: Sequence[str],
+    starts: Sequence[str],
+    closing: Sequence[str],
+    differs: Sequence[str],
+) -> str:
+    """The page of a folder, in Markdown.
+
+    Args:
+        title: of the page.
+        told: the plan in words, line by line.
+        rows: of the table of files.
+        first: what to check before it is started.
+        starts: how it is started.
+        closing: lines on what to do after that.
+        differs: where the run differs from the plan; the section is left out where it does not.
+    """
+    lines = [
+        f"# {title}", "", *told, "", "| file | is |", "|---|---|", *rows, "", "## Check first", "",
+        *(f"{number}. {text}" for number, text in enumerate(first, 1)), "", "## Start", "",
+        *(f"- {text}" for text in starts), "", *closing,
+    ]  # fmt: skip
     if differs:
         lines += ["", "## Where the run differs from the plan", "", *(f"- {text}" for text in differs)]
     return "\n".join(lines) + "\n"

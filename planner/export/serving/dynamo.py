@@ -8,13 +8,13 @@ engine which one each is; the frontend routes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.engine import Engine
-from planner.export.serving.exporter import ServingExporter, resource_of
+from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
 from planner.export.serving.target import ServingTarget, pool_name, summary
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
@@ -158,19 +158,6 @@ def _deploy(name: str, configurations: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rules(target: ServingTarget) -> Iterator[Problem]:
-    where = "--to dynamo"
-    found = resource_of(target, where)
-    if isinstance(found, Problem):
-        yield found
-    if not target.checkpoint:
-        yield Problem(
-            where,
-            f"which checkpoint {target.plan.model} is, is not known",
-            "a model that names its config.json, or a hub id",
-        )
-
-
 def _start(target: ServingTarget) -> list[str]:
     name = f"plan-{target.plan.id}"
     return [
@@ -196,6 +183,6 @@ EXPORTER = ServingExporter(
     engine=engine_of,
     write=_write,
     start=_start,
-    rules=_rules,
+    rules=partial(in_pods, where="--to dynamo"),
     first=_first,
 )

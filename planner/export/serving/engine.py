@@ -10,7 +10,7 @@ from planner.errors import Problem
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
-__all__ = ["Engine", "number_format", "quantized_checkpoint", "uneven_heads"]
+__all__ = ["Engine", "needed_beside", "number_format", "quantized_checkpoint", "uneven_heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,20 @@ class Engine:
     environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
     differs: Callable[[ServingTarget], list[str]] = lambda target: []
     needs: Callable[[ServingTarget], list[str]] = lambda target: []
+
+
+def needed_beside(target: ServingTarget, router: str) -> list[str]:
+    """What an engine of Python packages needs for pools, replicas and expert exchange; ``router`` is its router's package."""
+    found = []
+    if target.plan.mode == "disaggregated":
+        found.append(
+            "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
+        )
+    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
+        found.append(f"`pip show {router}`: `router.sh` spreads requests with it.")
+    if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
+        found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
+    return found
 
 
 def number_format(engine: Engine, target: ServingTarget, pool: Pool) -> str | None:

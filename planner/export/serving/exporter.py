@@ -9,7 +9,7 @@ from planner.errors import Problem
 from planner.export.serving.engine import Engine
 from planner.export.serving.target import ServingTarget
 
-__all__ = ["RESOURCES", "ServingExporter", "resource_of"]
+__all__ = ["RESOURCES", "ServingExporter", "in_pods", "resource_of"]
 
 RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu", "Intel": "habana.ai/gaudi"}
 """Resource names of the vendors' device plugins for Kubernetes."""
@@ -28,7 +28,7 @@ class ServingExporter:
         write: files by name, from a plan that keeps the rules, its engine, the container image, and the version.
         rules: what it cannot express beyond its engine's rules.
         start: how to start it, one line of Markdown each.
-        around: batch systems that it can be started under; keys of :data:`planner.export.folder.AROUND`.
+        around: batch systems that it can be started under; keys of :data:`planner.export.serving.around.AROUND`.
         first: what to check before it is started, one sentence each.
     """
 
@@ -52,3 +52,16 @@ def resource_of(target: ServingTarget, where: str) -> Problem | str:
             where, f"no device plugin is known for devices of {vendor}", f"devices of {', '.join(RESOURCES)}"
         )
     return RESOURCES[vendor]
+
+
+def in_pods(target: ServingTarget, where: str) -> Iterator[Problem]:
+    """What keeps pods that fetch a checkpoint by themselves from running the plan."""
+    found = resource_of(target, where)
+    if isinstance(found, Problem):
+        yield found
+    if not target.checkpoint:
+        yield Problem(
+            where,
+            f"which checkpoint {target.plan.model} is, is not known",
+            "a model that names its config.json, or a hub id",
+        )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from importlib.resources import files
 
-from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check
+from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check, page
 from planner.export.serving.around import AROUND
 from planner.export.serving.bare import ROUTER_PORT, routed
 from planner.export.serving.engine import Engine, quantized_checkpoint
@@ -112,30 +112,13 @@ def _read_me(
     )
     with_engine = "" if exporter.name == engine.name else f", {engine.title} {engine.versions[0]}"
     differs = _differs(target, engine)
-    lines = [
-        f"# {plan.model} on {target.cluster.name}, with {exporter.title} {version}{with_engine}",
-        "",
-        *summary(plan),
-        "",
-        "| file | is |",
-        "|---|---|",
-        *rows,
-        "",
-        "## Check first",
-        "",
-        *(f"{number}. {text}" for number, text in enumerate(first, 1)),
-        "",
-        "## Start",
-        "",
-        *(f"- {text}" for text in start),
-        "",
+    closing = [
         f"Then `python measure.py {url}`: predicted beside measured at the plan's load, and `measured.csv` for",
         "`planner validate measured.csv`.",
         *_clients(target),
     ]
-    if differs:
-        lines += ["", "## Where the run differs from the plan", "", *(f"- {text}" for text in differs)]
-    return "\n".join(lines) + "\n"
+    title = f"{plan.model} on {target.cluster.name}, with {exporter.title} {version}{with_engine}"
+    return page(title, summary(plan), rows, first, start, closing, differs)
 
 
 def _clients(target: ServingTarget) -> list[str]:

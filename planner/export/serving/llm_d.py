@@ -6,14 +6,14 @@ pods learn their rank from ``LWS_WORKER_INDEX``; the chart has one template for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.dynamo import flag_words
 from planner.export.serving.engine import Engine
-from planner.export.serving.exporter import ServingExporter, resource_of
+from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
 from planner.export.serving.target import ServingTarget, summary
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
@@ -124,19 +124,6 @@ helm upgrade --install {name} llm-d-modelservice/llm-d-modelservice --version v{
 """
 
 
-def _rules(target: ServingTarget) -> Iterator[Problem]:
-    where = "--to llm-d"
-    found = resource_of(target, where)
-    if isinstance(found, Problem):
-        yield found
-    if not target.checkpoint:
-        yield Problem(
-            where,
-            f"which checkpoint {target.plan.model} is, is not known",
-            "a model that names its config.json, or a hub id",
-        )
-
-
 def _first(target: ServingTarget) -> list[str]:
     found = [
         "`kubectl get secret llm-d-hf-token`: the hub's token, as `HF_TOKEN`.",
@@ -159,6 +146,6 @@ EXPORTER = ServingExporter(
     engine=lambda target: ENGINES["vllm"],
     write=_write,
     start=lambda target: ["`bash deploy.sh`, then measure the gateway's address"],
-    rules=_rules,
+    rules=partial(in_pods, where="--to llm-d"),
     first=_first,
 )

@@ -8,10 +8,11 @@ whole memory that the engine may use for everything, which is what the planner's
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from planner.errors import Problem
-from planner.export.serving.engine import Engine, number_format, uneven_heads
+from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 
@@ -118,19 +119,6 @@ def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
         )
 
 
-def _needs(target: ServingTarget) -> list[str]:
-    found = []
-    if target.plan.mode == "disaggregated":
-        found.append(
-            "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
-        )
-    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
-        found.append("`pip show vllm-router`: `router.sh` spreads requests with it.")
-    if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
-        found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
-    return found
-
-
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
@@ -142,5 +130,5 @@ ENGINE = Engine(
     rules=_rules,
     online={"fp8": "fp8"},
     environment=_environment,
-    needs=_needs,
+    needs=partial(needed_beside, router="vllm-router"),
 )
