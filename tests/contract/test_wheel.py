@@ -57,7 +57,7 @@ def test_wheel_finds_every_profile_and_model(tmp_path):
         cwd=tmp_path,
     )
 
-    found = json.loads(run(python, "-c", LOAD_EVERYTHING, cwd=tmp_path))
+    found = json.loads(run(python, "-I", "-c", LOAD_EVERYTHING, cwd=tmp_path))
 
     assert found["home"].startswith(str(tmp_path)), "the checkout was imported, not the wheel"
     assert found["typed"]
