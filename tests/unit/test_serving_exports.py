@@ -20,6 +20,7 @@ from planner.export.serving.readers import problem_of_launch, read_launch
 from planner.export.serving.target import ServingTarget
 from planner.serving.serve import serve
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import Speculation
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 from planner.validation.report import validate
@@ -27,12 +28,14 @@ from planner.validation.report import validate
 
 def plan_of(model="llama3.1-8b", cluster="h100-sxm:1x8", mode="aggregated", engine="vllm", **fixed):
     traffic, weights = fixed.pop("traffic", None), fixed.pop("weights", None)
+    speculation = fixed.pop("speculation", None)
     loaded = planner.load_model(model)
     asked = traffic or Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
     formats = (weights or loaded.checkpoint,)
     problem = ServeProblem(
-        loaded, planner.load_cluster(cluster), asked, load_stack(engine), formats, ("bf16",), (mode,), fixed
-    )
+        loaded, planner.load_cluster(cluster), asked, load_stack(engine), formats, ("bf16",), (mode,), fixed,
+        speculation=speculation,
+    )  # fmt: skip
     return serve(problem, top=1).best
 
 
@@ -404,6 +407,30 @@ def test_a_launch_is_priced_as_the_plan_was(engine, tmp_path):
     assert again.estimate.memory_budget_bytes == pytest.approx(plan.estimate.memory_budget_bytes, rel=2e-3)
 
 
+DRAFTS = {
+    "a model's own modules": ("deepseek-v3", Speculation("mtp", 0.8, (2,))),
+    "the prompt": ("llama3.1-8b", Speculation("ngram", 0.3, (3,))),
+    "a smaller model": ("llama3.1-8b", Speculation("draft", 0.7, (4,), planner.load_model("llama3.2-1b"))),
+}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("who", DRAFTS)
+def test_drafts_are_read_back_and_need_to_be_told_how_good_they_are(engine, who, tmp_path):
+    name, speculation = DRAFTS[who]
+    fixed = {"tp": 8, "pp": 1, "dp": 1, "ep": 1, "replicas": 1, "draft_tokens": speculation.tokens[0]}
+    traffic = Traffic(2000, 200, concurrency=16)
+    plan = plan_of(name, "h200-sxm:1x8", engine=engine, traffic=traffic, speculation=speculation, **fixed)
+    pools = read_launch(engine, str(written(plan, engine, tmp_path) / "serve.sh"))
+    asked = (pools, planner.load_model(name), planner.load_cluster(plan.cluster), traffic, None)
+    again = serve(problem_of_launch(*asked, acceptance=speculation.acceptance), top=1).best
+    drafts = ("draft", "draft_tokens", "acceptance")
+    assert [again.pools[0].knobs[knob] for knob in drafts] == [plan.pools[0].knobs[knob] for knob in drafts]
+    assert again.estimate.tpot_s["mean"] == pytest.approx(plan.estimate.tpot_s["mean"])
+    with pytest.raises(SpecError, match="a measured probability"):
+        problem_of_launch(*asked)
+
+
 LAUNCHES = [
     ("vllm", "vllm serve m -tp 2 --max-num-seqs 64 --max-num-batched-tokens 32", "is less than max-num-seqs"),
     (
@@ -428,12 +455,15 @@ BAD = {
         "": "is empty",
         "echo hi": "starts no serve",
         "vllm serve m --tensor-parallel-size two": "expected a whole number",
-        "vllm serve m --speculative-config '{}'": "speculative decoding: not modelled",
+        "vllm serve m --speculative-config '{}'": "a JSON object with num_speculative_tokens",
         "vllm serve m --kv-transfer-config x": "expected a JSON object",
+        """vllm serve m --speculative-config '{"method": "eagle3", "num_speculative_tokens": 2}'""": "not modelled",
     },
     "sglang": {
         "echo hi": "starts no sglang.launch_server",
         "python -m sglang.launch_server --tp 4 --attn-dp-size 3": "a divisor of --tp-size",
+        "python -m sglang.launch_server --speculative-algorithm NGRAM": "drafted tokens of a step",
+        "python -m sglang.launch_server --speculative-algorithm EAGLE3 --speculative-num-steps 3": "not modelled",
         "python -m sglang.launch_server --disaggregation-mode prefil": "Did you mean prefill",
         "python -m sglang.launch_server --disaggregation-mode prefill": "is one pool of a pair",
     },

@@ -18,7 +18,12 @@ from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["Step", "best_of_engine", "serving_findings", "steps_to"]
 
-_GROUPS = (("tp", "dp", "pp", "ep", "etp", "replicas", "experts"), ("chunk_tokens",), ("max_sequences",))
+_GROUPS = (
+    ("tp", "dp", "pp", "ep", "etp", "replicas", "experts"),
+    ("chunk_tokens",),
+    ("max_sequences",),
+    ("draft_tokens",),
+)
 _UNUSED = (
     1.25  # of the sequences that the engine is allowed: caches hold that many more before it is worth a word
 )
@@ -125,6 +130,7 @@ def _choices(plan: ServePlan) -> dict[str, Any]:
     """A plan's choices of one pool, as ``ServeProblem.fixed`` names them."""
     pool = plan.pools[0]
     found = {**pool.mesh, "replicas": pool.replicas, "experts": pool.knobs["experts"]}
+    found["draft_tokens"] = int(pool.knobs.get("draft_tokens", 0))
     found["chunk_tokens"] = pool.knobs.get("chunk_tokens")
     cap = pool.knobs.get("max_sequences")
     found["max_sequences"] = None if cap is None else -(-int(cap) // (pool.mesh["dp"] * pool.mesh["pp"]))
