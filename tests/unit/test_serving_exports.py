@@ -53,6 +53,20 @@ def pair():
 
 
 @pytest.fixture(scope="module")
+def two_kinds():
+    """Prompts on one node of H100, generation on one of A100."""
+    loaded, fixed = planner.load_model("llama3.1-70b"), {"prefill.tp": 2, "decode.tp": 4, "pp": 1}
+    clusters = [planner.load_cluster(name) for name in ("h100-sxm:1x8", "a100-sxm-80gb:1x8")]
+    problem = ServeProblem(
+        loaded, clusters[0], Traffic(4000, 500, ttft_s=2.0, tpot_s=0.06), load_stack("vllm"), ("bf16",), ("bf16",),
+        ("disaggregated",), fixed, others=(clusters[1],),
+    )  # fmt: skip
+    plans = serve(problem, top=10).plans
+    wanted = {"prefill": clusters[0].name, "decode": clusters[1].name}
+    return next(plan for plan in plans if {pool.role: pool.cluster for pool in plan.pools} == wanted)
+
+
+@pytest.fixture(scope="module")
 def experts():
     fixed = {"tp": 1, "pp": 1, "dp": 8, "ep": 8, "etp": 1, "experts": "exchanged", "replicas": 1}
     return plan_of("deepseek-v3", "h200-sxm:1x8", **fixed)
@@ -90,7 +104,7 @@ def test_sixteen_bit_checkpoints_are_narrowed_by_the_engine():
 def test_three_meanings_of_a_memory_fraction():
     plan = plan_of(tp=2, replicas=1)
     target = ServingTarget(plan)
-    memory = float(target.cluster.device.memory_bytes)
+    memory = float(target.clusters[0].device.memory_bytes)
     vllm, sglang, trtllm = (
         yaml.safe_load(export_serving(plan, engine)[f"{engine}.yaml"])
         for engine in ("vllm", "sglang", "trtllm")
@@ -161,6 +175,44 @@ def test_every_replica_stands_on_devices_of_its_own(pair):
     taken = [(seat.node, device) for seat in seats for device in seat.devices]
     assert len(taken) == len(set(taken)) == pair.devices == 8
     assert len({(seat.node, seat.port) for seat in seats}) == len(seats)
+
+
+def test_pools_stand_on_nodes_of_their_own_kind(two_kinds):
+    target = ServingTarget(two_kinds)
+    nodes = {
+        role: {s.node for s in target.seats if two_kinds.pools[s.pool].role == role}
+        for role in ("prefill", "decode")
+    }
+    assert nodes == {"prefill": {0}, "decode": {1}}
+    files = export_serving(two_kinds, "vllm", around=["kubernetes"])
+    assert "1 node of 8 × h100-sxm (NODE_RANK 0)" in files["README.md"]
+    assert "1 node of 8 × a100-sxm-80gb (NODE_RANK 1)" in files["README.md"]
+    sets = [
+        document
+        for document in yaml.safe_load_all(files["leaderworkerset.yaml"])
+        if document["kind"] == "LeaderWorkerSet"
+    ]
+    asked = {
+        document["metadata"]["name"].rsplit("-", 1)[1]: document["spec"]["leaderWorkerTemplate"][
+            "workerTemplate"
+        ]["spec"]["nodeSelector"]
+        for document in sets
+    }
+    assert asked == {"prefill": {"accelerator": "h100-sxm"}, "decode": {"accelerator": "a100-sxm-80gb"}}
+    for to, around, why in (("vllm", ["slurm"], "nodes of one kind"), ("dynamo", [], "on one kind of node")):
+        with pytest.raises(ExportError, match=why):
+            export_serving(two_kinds, to, around=around)
+
+
+def test_each_pool_is_told_the_memory_of_its_own_devices(two_kinds):
+    weights = {"prefill": 2, "decode": 4}  # tensor-parallel ranks that share 141 GB
+    for pool in two_kinds.pools:
+        total = float(ServingTarget(two_kinds).cluster(pool).device.memory_bytes)
+        held = ServingTarget(two_kinds).capacity(pool)
+        assert float(held.weights_bytes[0]) == pytest.approx(141e9 / weights[pool.role], rel=0.01)
+        text = export_serving(two_kinds, "sglang")[f"sglang-{pool.role}.yaml"]
+        fraction = float(yaml.safe_load(text)["mem-fraction-static"])
+        assert fraction * total == pytest.approx(float(held.weights_bytes[0] + held.cache_bytes[0]), rel=2e-3)
 
 
 def test_replicas_that_do_not_divide_a_node_are_refused_where_they_do_not_fit():
