@@ -115,7 +115,7 @@ def _read_me(
     differs = _differs(target, engine)
     closing = [
         f"Then `python measure.py {url}`: predicted beside measured at the plan's load, and `measured.csv` for",
-        "`planner validate measured.csv`.",
+        "`planner validate measured.csv`; those of several deployments fit a stack, `planner calibrate stack`.",
         *_clients(target),
     ]
     title = f"{plan.model} on {target.plan.cluster}, with {exporter.title} {version}{with_engine}"
