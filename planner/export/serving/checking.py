@@ -109,6 +109,9 @@ def steps_to(problem: ServeProblem, plan: ServePlan, best: ServePlan) -> list[St
             [Step({"pools": (pools[0], pools[1])}, _rate(plan), _rate(best))] if pools[0] != pools[1] else []
         )
     current, goal = _choices(plan), _choices(best)
+    if not any(block.moe for block in problem.model.blocks.values()):
+        for choices in (current, goal):
+            choices |= {"ep": None, "etp": None}  # a dense model has no such degrees, whatever its mesh says
     groups = [group for group in _GROUPS if any(current.get(name) != goal.get(name) for name in group)]
 
     def price(choices: Mapping[str, Any]) -> tuple[float, bool] | None:

@@ -178,7 +178,7 @@ def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> 
     """What to check before any start."""
     plan, estimate = target.plan, target.plan.estimate
     found = [
-        *(_machines(target, cluster) for cluster in target.clusters if cluster.name in target.machines),
+        *(_machines(target, cluster) for cluster in target.clusters),
         f"Versions: `pip show {_PACKAGES[engine.name]}` says {engine.versions[0]}; flags change between minor versions.",
     ]
     needed = quantized_checkpoint(engine, target)

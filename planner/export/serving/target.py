@@ -69,7 +69,9 @@ class ServingTarget:
     def __init__(self, plan: ServePlan) -> None:
         self.plan = plan
         self.problem: ServeProblem = problem_of(plan)
-        self.model, self.clusters = self.problem.model, self.problem.clusters
+        self.model = self.problem.model
+        taken = {pool.cluster for pool in plan.pools}
+        self.clusters = tuple(c for c in self.problem.clusters if c.name in taken) or (self.problem.cluster,)
 
     def cluster(self, pool: Pool) -> Cluster:
         """The cluster that a pool stands on."""
