@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_PLANS = 1000
 _TIME_LIMIT = "10s"
+_EXPLORATION = "60s"
 
 
 @with_job
@@ -77,7 +78,8 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
+            help="With --layerwise or unlike devices [10s], or --explore [60s]: the best so far after this, with its gap; none "
+            "waits for the proof.",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +101,8 @@ def train(
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
     what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
-    stages may run each on one kind, with degrees and layers of their own.
+    stages may run each on one kind, with degrees and layers of their own. --explore searches the default space first, then what
+    it opens slot by slot, then everything together, and says what it left when --time-limit was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -212,9 +215,11 @@ def _searcher(
     from planner.solve.layerwise.solvers import SOLVERS
     from planner.solve.mixed.search import applies, search_mixed
     from planner.solve.train import search
+    from planner.solve.widening import search_widening
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
+    explores = bool(problems[0].explore)
     for flag, value, known in (
         ("--stages", stages, ("uneven", "even")),
         ("--solver", solver, tuple(SOLVERS)),
@@ -222,19 +227,21 @@ def _searcher(
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
     raise_if_any(faults)
-    if not layerwise and not any(problem.cluster.mixed for problem in problems):
+    plain = not layerwise and not any(problem.cluster.mixed for problem in problems)
+    if plain:
         given = {
             "--stages": stages != "uneven",
             "--solver": solver != "auto",
-            "--time-limit": time_limit is not None,
+            "--time-limit": time_limit is not None and not explores,
             "--exact": exact,
         }
         expected = "--layerwise beside it, or a cluster of several kinds of devices"
         raise_if_any(
             [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
         )
-        return None
-    asked = "none" if exact else time_limit or _TIME_LIMIT
+        if not explores:
+            return None
+    asked = "none" if exact else time_limit or (_EXPLORATION if plain else _TIME_LIMIT)
     limit_s = optional_quantity(
         faults,
         "--time-limit",
@@ -245,7 +252,10 @@ def _searcher(
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
-    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
+    limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
+    if plain:
+        return partial(search_widening, **limit)
+    chosen: dict[str, Any] = {"solver": solver} | limit
     alike: Callable[..., SearchResult] = search
     if layerwise:
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
