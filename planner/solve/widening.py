@@ -65,28 +65,25 @@ class _Widening:
         self.problem, self.top, self.start_s = problem, top, perf_counter()
         self.opened = _opened(problem)
         self.won: list[str] = []
-        self.left: list[str] = []
+        self.done: set[str] = set()
         self.plans: list[Plan] = []
         self.report: SearchReport | None = None
 
     def run(self, on_progress: Callable[[int, int], None] | None, end_s: float) -> None:
         """Searches every space in turn, until the widest is done or the time is over."""
         for name, explore in self._spaces():
-            whole = name == _EVERYTHING
             if self.plans and perf_counter() > end_s:
-                self.left.append(name)
-                continue
+                return
             narrow = replace(self.problem, explore=explore)
-            before_s = self.best_s
+            before_s, finished = self.best_s, True
             try:
                 found, finished = search_until(narrow, self.top, on_progress, before_s, end_s)
+                self.take(found)
             except (Infeasible, SpecError):
-                if whole and not self.plans:
+                if name == _EVERYTHING and not self.plans:
                     raise
-                continue
-            self.take(found)
-            if not finished:
-                self.left.append(name)
+            if finished:
+                self.done.add(name)
             if self.best_s < before_s < np.inf:
                 self.won.append(name)
 
@@ -94,8 +91,7 @@ class _Widening:
         """Names of spaces, and what opens in each."""
         if len(self.opened) > 1:
             yield "the default space", ()
-            for slot, globs in self.opened.items():
-                yield slot, globs
+            yield from self.opened.items()
             if 1 < len(self.won) < len(self.opened):
                 yield " and ".join(self.won), tuple(glob for slot in self.won for glob in self.opened[slot])
         yield _EVERYTHING, self.problem.explore
@@ -106,21 +102,25 @@ class _Widening:
         return self.plans[0].estimate.step_time_s if self.plans else np.inf
 
     def take(self, found: SearchResult) -> None:
-        """Remembers plans, each once, and the widest search's account."""
+        """Remembers plans, each once, and the account of the search that saw most."""
         known = {plan.id for plan in self.plans}
         self.plans += [plan for plan in found.plans if plan.id not in known]
         self.plans.sort(key=lambda plan: plan.estimate.step_time_s)
         del self.plans[self.top :]
-        self.report = found.search
+        if self.report is None or found.search.candidates >= self.report.candidates:
+            self.report = found.search
 
     def result(self) -> SearchResult:
         """What was found, and what is known of it."""
         assert self.report is not None
         report = replace(self.report, wall_s=perf_counter() - self.start_s)
         bound_s, notes = self.best_s, []
-        if self.left:
+        if _EVERYTHING not in self.done:
+            left = [name for name in (*self.opened, _EVERYTHING) if name not in self.done]
             bound_s = min(bound_s, kernel_floor_s(self.problem) / self.problem.cluster.devices)
-            notes.append(f"Not searched to the end: {', '.join(self.left)}; the bound is all kernels at their best")
+            notes.append(
+                f"Not searched to the end: {', '.join(left)}; the bound is all kernels at their best"
+            )
         return SearchResult(tuple(_known(plan, bound_s) for plan in self.plans), report, notes=tuple(notes))
 
 
@@ -138,4 +138,6 @@ def _known(plan: Plan, bound_s: float) -> Plan:
     """The plan, with what is known of it where no plan is faster than the bound."""
     gap = 1.0 - bound_s / plan.estimate.step_time_s
     status = "gap" if gap > 0.0 else "exact"
-    return replace(plan, optimality=Optimality(status, gap, bound_s, plan.optimality.solver.partition(",")[0]))
+    return replace(
+        plan, optimality=Optimality(status, gap, bound_s, plan.optimality.solver.partition(",")[0])
+    )
