@@ -204,7 +204,7 @@ CASES = [
         for choice, by in (
             ("tensor=1d", "megatron_tp_1d"), ("expert=folded", "moe_folding"), ("pipeline=stages", "megatron_interleaved"),
             ("optimizer=adamw", "optimizer_bytes"), ("attention_kernel=flash", "flash_attention"), ("zero_stage=1", "zero1"),
-            ("loss_kernel=fused", "fused_cross_entropy"), ("precision=bf16", "mixed_precision"),
+            ("loss_kernel=fused", "fused_cross_entropy"), ("precision=bf16", "flash_attention"),
         )
     ),
     # All-reduces on PCIe without sequence parallelism: Wang et al. 2024 (arXiv:2409.15241).
