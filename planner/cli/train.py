@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MOST_PLANS = 1000
 _TIME_LIMIT = "10s"
 _EXPLORATION = "60s"
+_DEALING_S = 10.0
 
 
 @with_job
@@ -43,6 +44,15 @@ def train(
             "--explore",
             metavar="GLOB",
             help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="LIST",
+            help="Sequences of every length in a step, e.g. 4096:128,65536:4, in place of --global-batch and --seq-len: packed "
+            "for the plans, and dealt to groups of unlike sizes beside them.",
         ),
     ] = None,
     pareto: Annotated[
@@ -110,6 +120,7 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
+    job, histogram = _packed(job, lengths)
     problems, wanted = _problems(job, top, deadline, time_limit, explore or (), layerwise)
     searcher = _searcher(
         problems,
@@ -131,6 +142,8 @@ def train(
         if pareto and not stopped:
             fleet = _with_front(fleet, problems)
         content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
+        if histogram is not None:
+            content["sequences"] = _sequences(fleet, problems, histogram)
         if file is not None:
             file.write(json_text(content) + "\n")
     if as_json:
@@ -139,8 +152,70 @@ def train(
         from planner.report.ranking import show_ranking
 
         show_ranking(fleet, problems, out)
+        if histogram is not None:
+            from planner.report.optimum import show_dealt
+
+            show_dealt(content["sequences"])
     if stopped:
         raise Stopped("these are the best plans so far", printed=True)
+
+
+def _packed(job: JobOptions, lengths: str | None) -> tuple[JobOptions, dict[int, int] | None]:
+    """The job of packed sequences that a histogram of lengths makes, and the histogram; the job itself without one."""
+    if lengths is None:
+        return job, None
+    from dataclasses import replace
+
+    from planner.cli.solve_job import read_histogram
+    from planner.errors import Problem as Fault
+    from planner.errors import SpecError
+    from planner.solve.lengths import packed
+    from planner.specs.workload import TrainWorkload
+
+    beside = {
+        "--global-batch": job.global_batch,
+        "--seq-len": job.seq_len,
+        "--document-len": job.document_len,
+    }
+    faults = [
+        Fault(flag, "is given beside --lengths", "one of them")
+        for flag, value in beside.items()
+        if value is not None
+    ]
+    if faults:
+        raise SpecError(faults)
+    histogram = read_histogram(lengths)
+    whole = packed(TrainWorkload(1, 1), histogram)
+    sizes = {
+        "global_batch": whole.global_batch_size,
+        "seq_len": whole.seq_len,
+        "document_len": whole.document_len,
+    }
+    return replace(job, **{name: str(size) for name, size in sizes.items()}), histogram
+
+
+def _sequences(fleet: Fleet, problems: list[Problem], histogram: dict[int, int]) -> dict[str, Any]:
+    """The sequences of a step in groups of unlike sizes, on the best plan's cluster; or why there are none."""
+    from planner.errors import PlannerError
+    from planner.solve.lengths import deal
+
+    best = fleet.result.best
+    problem = next((p for p in problems if p.cluster.name == best.cluster), problems[0])
+    try:
+        dealt = deal(problem, best, histogram, _DEALING_S)
+    except PlannerError as error:
+        return {"refused": str(error)}
+    groups = [
+        {"degree": degree, "sequences": [int(n) for n in row], "time_s": seconds}
+        for degree, row, seconds in zip(
+            dealt.groups.degrees, dealt.groups.counts, dealt.groups.group_s, strict=True
+        )
+    ]
+    equal = None if dealt.equal is None else {"degree": dealt.equal.degrees[0], "time_s": dealt.equal.time_s}
+    return {
+        "time_s": dealt.groups.time_s, "lengths": list(dealt.lengths), "groups": groups, "equal": equal,
+        "certificate": dealt.groups.certificate.as_dict(),
+    }  # fmt: skip
 
 
 def _problems(
