@@ -186,12 +186,9 @@ def _packed(job: JobOptions, lengths: str | None) -> tuple[JobOptions, dict[int,
         raise SpecError(faults)
     histogram = read_histogram(lengths)
     whole = packed(TrainWorkload(1, 1), histogram)
-    sizes = {
-        "global_batch": whole.global_batch_size,
-        "seq_len": whole.seq_len,
-        "document_len": whole.document_len,
-    }
-    return replace(job, **{name: str(size) for name, size in sizes.items()}), histogram
+    batch, seq_len, document_len = whole.global_batch_size, whole.seq_len, whole.document_len
+    job = replace(job, global_batch=str(batch), seq_len=str(seq_len), document_len=str(document_len))
+    return job, histogram
 
 
 def _sequences(fleet: Fleet, problems: list[Problem], histogram: dict[int, int]) -> dict[str, Any]:
