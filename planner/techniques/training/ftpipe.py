@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.technique import Figure, Technique
+from planner.technique import Technique
+from planner.techniques import figures
 
-_JOBS = (5, 5, 4, 4, 3, 3, 3)
+_DEVICES = 3  # whose best three runs of neighbours take 10
 
 
 def _deal(blocks: Any, devices: int) -> float:
@@ -32,7 +33,11 @@ def _runs(blocks: Any, devices: int) -> float:
 def _makespan(subject: Any) -> float:
     from planner.solve.blocks import Block
 
-    return float(subject([Block(f"job {i}", float(s), 0.0) for i, s in enumerate(_JOBS)], 3))
+    return float(
+        subject(
+            [Block(f"job {i}", float(s), 0.0) for i, s in enumerate(figures.graham_jobs(_DEVICES))], _DEVICES
+        )
+    )
 
 
 TECHNIQUE = Technique(
@@ -42,15 +47,7 @@ TECHNIQUE = Technique(
     kind="solver",
     source="USENIX ATC 2021 (Eliad et al.)",
     summary="Blocks of a pipeline to devices, neighbours or not",
-    figures=(
-        Figure(
-            "the busiest of three machines with jobs 5, 5, 4, 4, 3, 3, 3, of which the best three runs take 10",
-            9.0,
-            1e-9,
-            "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached: its optimum",
-            _makespan,
-        ),
-    ),
+    figures=(figures.graham_figure("seconds of the busiest device", _DEVICES, _makespan),),
     solve=_deal,
     naive=_runs,
 )
