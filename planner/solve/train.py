@@ -28,7 +28,7 @@ from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
 from planner.units import format_bytes
 
-__all__ = ["estimate", "examine", "search"]
+__all__ = ["estimate", "examine", "search", "search_until"]
 
 _SOLVER = "branch and bound over the uniform space"
 
@@ -56,15 +56,23 @@ def search(
         Infeasible: nothing fits; says what binds, by how much, and what would fit.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far, as heuristic ones.
     """
+    return search_until(problem, top, on_progress, limit_s, perf_counter() + time_limit_s)[0]
+
+
+def search_until(
+    problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float
+) -> tuple[SearchResult, bool]:
+    """:func:`search` up to a reading of the clock; with whether the space was searched to its end.
+
+    Under a limit it may end without plans.
+    """
     start = perf_counter()
 
     def reprice(batch: list[Scored]) -> list[float]:
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
-    uniform.ranking = _Limited(
-        top, problem.workload.global_batch_size, reprice, limit_s, start + time_limit_s
-    )
+    uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s, end_s)
     stopped = late = False
     try:
         priced = uniform.run()
@@ -76,7 +84,7 @@ def search(
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
     if not ranked and stopped:
         raise Interrupted(None, _before_any(counts, uniform.nearest))
-    if not ranked and not too_slow:
+    if not (ranked or too_slow or late):
         raise _infeasible(problem, uniform.nearest, counts.rejected)
     excluded, rejected = (
         {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
@@ -88,7 +96,7 @@ def search(
     result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
-    return result
+    return result, not late
 
 
 def _assembled(
@@ -115,7 +123,7 @@ def _assembled(
 
 
 class _OutOfTimeError(Exception):
-    """The time is over, and there is a plan."""
+    """The time is over, and there is a plan, or a limit that one was found under."""
 
 
 class _Limited(Ranking):
@@ -130,7 +138,7 @@ class _Limited(Ranking):
     @property
     def bar(self) -> float:
         """What a candidate's bound has to beat: asked for between one part of the work and the next."""
-        if self.best and perf_counter() > self.end_s:
+        if (self.best or self.limit_s < np.inf) and perf_counter() > self.end_s:
             raise _OutOfTimeError
         return min(super().bar, self.limit_s)
 

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from planner.schedule.engine import Timeline
     from planner.schedule.order import Generator, Op
     from planner.specs.model import Model
-    from planner.technique import Context
+    from planner.technique import Context, Figure
 
 __all__ = [
     "Pass",
     "between_replicas",
     "bubble_s",
     "flop",
+    "graham_figure",
+    "graham_jobs",
     "held_bytes",
     "in_flight",
     "in_flight_to_backward",
@@ -195,6 +197,28 @@ def transferred_bytes(ledger: Ledger, tier: str = "host_link") -> float:
     """Bytes over a host link."""
     items = ledger.of(Transfer, tier=tier)
     return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
+
+
+# -- solvers --------------------------------------------------------------------------------------------------------------
+
+
+def graham_jobs(machines: int) -> tuple[int, ...]:
+    """Jobs with which longest-first takes 4m − 1 on m machines, and the best dealing 3m: its bound 4/3 − 1/(3m) is reached.
+
+    >>> graham_jobs(3)
+    (5, 5, 4, 4, 3, 3, 3)
+    """
+    pairs = [length for length in range(2 * machines - 1, machines, -1) for _ in range(2)]
+    return (*pairs, machines, machines, machines)
+
+
+def graham_figure(what: str, machines: int, compute: Callable[[Any], float]) -> Figure:
+    """The optimum of :func:`graham_jobs` as a figure; ``compute`` has the subject deal them."""
+    from planner.technique import Figure
+
+    jobs = ", ".join(map(str, graham_jobs(machines)))
+    source = "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached"
+    return Figure(f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute)
 
 
 # -- schedules -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -34,6 +34,10 @@ ELSEWHERE = tuple(
         "*_vocab",
         "zb_*p",
     )
+)
+UNSPLIT = tuple(
+    f"schedule={name}"
+    for name in ("interleaved", "breadth_first", "zb*", "v_*", "dualpipe*", "*_vocab", "ooo")
 )
 
 
@@ -77,8 +81,18 @@ CASES = [
     # Without schedules that need their authors' runtimes: weight gradients behind the others alone, and the V of both directions.
     Case("ooo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 4, 1024, forbidden=ELSEWHERE),
     Case("dualpipev", "gpt3-6.7b", "a100-sxm-40gb:1x8", 16, 1024, forbidden=ELSEWHERE),
-    # No flush at all, where late gradients are allowed: arXiv:2006.09503.
+    # No flush at all, where late gradients are allowed: arXiv:2006.09503; with fewer micro-batches than stages, which
+    # PipeDream-2BW cannot run: doi:10.1145/3341301.3359646.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+    Case("pipedream", "gpt2-xl", "a100-sxm-80gb:1x8", 2, 8192, ("staleness",)),
+    # Room for a third of 1F1B's activations: arXiv:2405.15362.
+    Case("v_min", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 6144),
+    # A slow network between the stages: 1F1B's alternation waits for the message there and back, all forwards in a row do not;
+    # with as few micro-batches as stages nothing alternates, and 1F1B holds less (arXiv:1811.06965, arXiv:2007.01045).
+    Case("gpipe", "gpt3-2.7b", "examples/slow_network.toml", 16, 2048),
+    Case("1f1b", "gpt3-2.7b", "examples/slow_network.toml", 8, 1024),
+    # What its paper compares it with, where a second copy of the weights does not fit: arXiv:2308.15762, section 2.
+    Case("hanayo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 8, 2048, forbidden=UNSPLIT),
     # A large vocabulary at the end of few layers: arXiv:2411.05288, section 6, V-Half and 1F1B.
     Case("v_half_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 32, 4096, forbidden=()),
     Case("1f1b_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 64, 2048, forbidden=("schedule=v_half_vocab",)),
@@ -93,8 +107,9 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.schedule)
 def test_the_search_chooses_it_where_it_wins(case):
+    cluster = replace(load_cluster(case.cluster), name=case.cluster)
     problem = Problem(
-        load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
+        load_model(case.model), cluster, TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
         explore=("schedule=*",), allowed=case.allowed, forbidden=case.forbidden,
     )  # fmt: skip
     found = search(problem, top=2)
