@@ -79,6 +79,17 @@ class Bundle:
         found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
         return found
 
+    def together(self, start: int, end: int, flights: float, ends: tuple[int, ...], most: int) -> list[int]:
+        """Members that stand together best: the cheapest ones at the prices of memory at which the best of them costs most.
+
+        There the linear relaxation of a stage that holds layers of any members mixes the cheapest.
+        """
+        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
+        cost = offset + sums[:, :, end] - sums[:, :, start]
+        price = int(np.argmax(cost.min(axis=0)))
+        chosen: list[int] = np.argsort(cost[:, price], kind="stable")[:most].tolist()
+        return sorted(chosen)
+
     def lines(
         self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool
     ) -> tuple[Array, Array]:

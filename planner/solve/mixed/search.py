@@ -127,9 +127,13 @@ class MixedSearch:
         below_s: plans that are not faster are of no interest.
         solver: of the strategies of a stage.
         time_limit_s: when to stop.
+        mixing: whether layers of one stage may be cut in different ways.
     """
 
-    def __init__(self, problem: Problem, below_s: float, solver: str, time_limit_s: float) -> None:
+    def __init__(
+        self, problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool = False
+    ) -> None:
+        self.mixing = mixing
         self.start, self.problem, self.best_s, self.time_limit_s = (
             perf_counter(),
             problem,
@@ -146,7 +150,7 @@ class MixedSearch:
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        self.ground = Ground(self.problem, self.solver)
+        self.ground = Ground(self.problem, self.solver, mixing=self.mixing)
         layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
         lengths = None if fixed is None else (int(str(fixed)),)
@@ -256,7 +260,7 @@ def _proved(step_s: float, alone: Optimality, certificate: MixedCertificate) -> 
 
 def _assembled(problem: Problem, best: Found) -> Plan:
     """The plan priced anew, from ledgers of its own."""
-    first = best.assignment.stage_places()[0]
+    first = best.assignment.stage_places()[0][0]
     space = Space(first.problem)
     schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == SCHEDULE)
     recipe = {**first.recipe, **best.assignment.strategies[0], "schedule": schedule}
