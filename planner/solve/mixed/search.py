@@ -32,9 +32,11 @@ _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
 @dataclass(slots=True)
 class MixedCertificate:
-    """How the space of pipelines over node groups was exhausted.
+    """How the space of pipelines whose stages differ in where they run and how their work is cut was exhausted.
 
     Attributes:
+        degrees: what may have degrees of its own: a ``stage``, or a ``layer``.
+        groups: node groups.
         shapes: orders of groups, stages of each and micro-batches.
         excluded: shapes by what excluded them: ``work`` (without limits of memory), ``stages`` (the dearest stage of every
             partition, with budgets).
@@ -46,6 +48,8 @@ class MixedCertificate:
     """
 
     solver: str
+    degrees: str = "stage"
+    groups: int = 1
     shapes: int = 0
     excluded: dict[str, int] = field(default_factory=dict)
     settled: int = 0
@@ -62,9 +66,12 @@ def search_mixed(
     *,
     base: Callable[..., SearchResult] = search,
     solver: str = "auto",
+    mixing: bool = False,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The plans of a search that treats all devices alike, and before them the best one that does not, where it is faster.
+
+    On a cluster of one kind of devices that is a plan whose stages or layers have degrees of their own.
 
     Args:
         problem: what to plan.
@@ -72,6 +79,7 @@ def search_mixed(
         on_progress: as for :func:`planner.solve.train.search`.
         base: the search that treats all devices alike.
         solver: of the strategies of a stage: one of :data:`~planner.solve.layerwise.solvers.SOLVERS`.
+        mixing: whether layers of one stage may be cut in different ways, and not stages alone.
         time_limit_s: of the search over node groups; the best plan so far then states its gap.
 
     Raises:
@@ -86,7 +94,11 @@ def search_mixed(
     except Infeasible as error:
         refusal = error
     run = MixedSearch(
-        problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s
+        problem,
+        _LONGEST_S if alike is None else alike.best.estimate.step_time_s,
+        solver,
+        time_limit_s,
+        mixing=mixing,
     )
     try:
         run.go()
@@ -109,14 +121,15 @@ def search_mixed(
 
 
 def applies(problem: Problem) -> bool:
-    """Whether stages may run on node groups of their own: groups differ, and nothing that is fixed forbids it.
+    """Whether stages may differ in where they run and how their work is cut: nothing that is fixed forbids it.
 
     Launchers take one mesh for all stages; named layouts and virtual stages are of pipelines of equal devices.
     """
     fixed = problem.fixed
     plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
-    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE and str(fixed.get("pp", "2")) != "1"
-    return problem.cluster.mixed and problem.launcher is None and plain and named
+    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE
+    long = not problem.cluster.mixed or str(fixed.get("pp", "2")) != "1"
+    return problem.launcher is None and plain and named and long
 
 
 class MixedSearch:
@@ -143,7 +156,9 @@ class MixedSearch:
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
-        self.certificate = MixedCertificate(solver)
+        self.certificate = MixedCertificate(
+            solver, "layer" if mixing else "stage", len(problem.cluster.groups)
+        )
         self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
         self._open: list[float] = []
         self._looks = 0
@@ -254,7 +269,7 @@ def _proved(step_s: float, alone: Optimality, certificate: MixedCertificate) -> 
     known = [certificate.bound_s] + ([] if alone.bound_s is None else [alone.bound_s])
     bound_s = min(step_s, *known)
     gap = (step_s - bound_s) / step_s
-    solver = f"branch and bound over stages on node groups ({certificate.solver})"
+    solver = f"branch and bound over degrees of every {certificate.degrees} ({certificate.solver})"
     return Optimality("gap" if gap else "exact", gap, bound_s, solver)
 
 
