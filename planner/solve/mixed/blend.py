@@ -1,9 +1,8 @@
 """Two ways to cut work side by side in one stage: layers of either, and the change of degrees between them.
 
-Where a change costs no less by way of other degrees (the triangle inequality), layers of each way stand together: to move a run
-of layers behind another one of the same way removes two changes and adds at most one. So a stage of layers of one kind pays one
-change, and how many layers go which way is the count problem of its strategies, those of both ways side by side. Embedding
-and head go either way too: together with the layers between them they settle how many changes there are.
+A change costs the same either way, so layers of each way stand together: of any order that has both, the one that joins them
+pays a single change and no order pays less. How many layers go which way is then the count problem of their strategies, those of
+both ways side by side. Embedding and head go either way too; where a stage holds both, they settle how many changes there are.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class MixedSearch:
             if not at_once:
                 break
         if (settles or at_once) and bounds.shape_s < self.best_s:
-            for found in Settler(bounds).plans(self.best_s):
+            for found in Settler(bounds, self._late).plans(self.best_s):
                 self.best, self.best_s = found, found.step_s
                 if at_once:
                     break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, pairwise, product
 from math import comb, prod
@@ -57,9 +57,11 @@ class Settler:
 
     Args:
         bounds: of the shape.
+        late: whether the time is over: what is not priced by then is left.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, late: Callable[[], bool] = lambda: False) -> None:
+        self.late = late
         self.bounds, self.shape, self.ground = bounds, bounds.shape, bounds.ground
         self.pp, self.m = self.shape.pp, self.shape.micro_batches
         self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
@@ -139,7 +141,7 @@ class Settler:
 
     def priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
         """Plans of some partitions, priced together."""
-        built = [plan for sizes in partitions for plan in self._built(sizes, below_s)]
+        built = [plan for sizes in partitions if not self.late() for plan in self._built(sizes, below_s)]
         if not built:
             return []
         generator = generator_of(SCHEDULE)
@@ -198,7 +200,7 @@ class Settler:
         found: list[Way] = []
         limit_s = below_s
         for bound_s, option in self.options(stage, a, b):
-            if bound_s >= limit_s:
+            if bound_s >= limit_s or (found and self.late()):
                 break
             up_s = behind_s + (float(self.ground.hops_s([(before, option.place)])[0]) if before else 0.0)
             solved = option.costs.solve(device, up_s)
