@@ -97,7 +97,7 @@ def _strategies(plan: Plan) -> list[str]:
         ]
         where = [f"{counts[s]} layers"] if s in counts else []
         where += [end for end in ("embedding", "head") if layerwise[end] == s]
-        where += [f"degrees {layerwise['at'][s]}"] * numbered
+        where += [f"degrees {layerwise['at'][s]}"] if numbered else []
         lines.append(
             f"{label(s)}  {', '.join(where)}: {' · '.join(chosen) or 'nothing sharded, recomputed or offloaded'}"
         )
