@@ -16,7 +16,8 @@ from time import perf_counter
 import numpy as np
 
 from planner.assemble import assemble, model_flop
-from planner.errors import Infeasible, Interrupted
+from planner.errors import Infeasible, Interrupted, SolverError
+from planner.errors import Problem as Fault
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
@@ -27,7 +28,7 @@ from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
-__all__ = ["Certificate", "search_layerwise"]
+__all__ = ["Certificate", "out_of_time", "search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
@@ -84,6 +85,7 @@ def search_layerwise(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, layer-wise or not.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     uniform: SearchResult | None = None
@@ -106,7 +108,7 @@ def search_layerwise(
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise out_of_time(refusal) if certificate.stopped else refusal
     report = SearchReport(0, 0, 0, {}, {}, 0.0) if uniform is None else uniform.search
     report = replace(report, wall_s=report.wall_s + certificate.wall_s)
     front = () if uniform is None else uniform.pareto
@@ -114,6 +116,12 @@ def search_layerwise(
     if stopped:
         raise Interrupted(result)
     return result
+
+
+def out_of_time(refusal: Infeasible) -> SolverError:
+    """What is known when no plan of a smaller space fits, and the time was over before the larger one was looked at."""
+    found = f"is over before a plan was found that fits, or before it is sure that none does; {refusal.problems[0].found}"
+    return SolverError(Fault("--time-limit", found, "more time", "With --time-limit none the search goes to its end."))
 
 
 class _Search:

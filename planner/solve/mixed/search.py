@@ -13,6 +13,7 @@ import numpy as np
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.solve.layerwise.search import out_of_time
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.ground import SCHEDULE, Ground
@@ -85,6 +86,7 @@ def search_mixed(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, neither way.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     alike: SearchResult | None = None
@@ -111,7 +113,7 @@ def search_mixed(
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise out_of_time(refusal) if certificate.stopped else refusal
     result = SearchResult(plans, SearchReport(0, 0, 0, {}, {}, 0.0)) if alike is None else alike
     report = replace(result.search, wall_s=result.search.wall_s + certificate.wall_s)
     result = replace(result, plans=plans, search=report, mixed=asdict(certificate))
@@ -269,7 +271,8 @@ def _proved(step_s: float, alone: Optimality, certificate: MixedCertificate) -> 
     known = [certificate.bound_s] + ([] if alone.bound_s is None else [alone.bound_s])
     bound_s = min(step_s, *known)
     gap = (step_s - bound_s) / step_s
-    solver = f"branch and bound over degrees of every {certificate.degrees} ({certificate.solver})"
+    on = " that use all node groups" if certificate.groups > 1 else ""
+    solver = f"branch and bound over 1F1B pipelines{on}, degrees of every {certificate.degrees} ({certificate.solver})"
     return Optimality("gap" if gap else "exact", gap, bound_s, solver)
 
 
