@@ -85,7 +85,7 @@ def train(
         bool,
         typer.Option(
             "--exact",
-            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit; not beside --time-limit.",
         ),
     ] = False,
     out: Annotated[
@@ -221,6 +221,9 @@ def _searcher(
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     raise_if_any(faults)
     if not layerwise and not any(problem.cluster.mixed for problem in problems):
         given = {
