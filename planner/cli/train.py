@@ -94,7 +94,7 @@ def train(
         bool,
         typer.Option(
             "--exact",
-            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit; not beside --time-limit.",
         ),
     ] = False,
     out: Annotated[
@@ -238,6 +238,9 @@ def _searcher(
     if own and not all(applies(problem) for problem in problems):
         expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
         faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     raise_if_any(faults)
     if not layerwise and not own and not any(problem.cluster.mixed for problem in problems):
         given = {

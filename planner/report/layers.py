@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from planner.assignment import label
 from planner.plan import Plan, SearchResult
@@ -24,28 +25,23 @@ def layers(plans: Sequence[Plan]) -> tuple[str, list[str]]:
 
 def layerwise_proof(result: SearchResult) -> list[str]:
     """How the layer-wise space was exhausted, in words."""
-    account = result.layerwise
-    if account is None:
-        return []
-    excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
-    told = (
-        f"Layer by layer: {account['meshes']:,} meshes, {account['settled']:,} settled and priced by the schedule engine; "
-        f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
-        f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
-    )
-    return [told + _ENDED.get(account["stopped"], "")]
+    return _account(result.layerwise, "Layer by layer", "meshes")
 
 
 def mixed_proof(result: SearchResult) -> list[str]:
-    """How the space of stages on node groups was exhausted, in words."""
-    account = result.mixed
+    """How the space of stages and layers with degrees of their own was exhausted, in words."""
+    return _account(result.mixed, None, "orders, numbers of stages and of micro-batches")
+
+
+def _account(account: Mapping[str, Any] | None, which: str | None, parts: str) -> list[str]:
+    """How a space was exhausted, by the account of its search."""
     if account is None:
         return []
     excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
-    of = "node groups" if account["groups"] > 1 else f"degrees of every {account['degrees']}"
+    which = which or f"Over {account['space']}"
     told = (
-        f"Over {of}: {account['shapes']:,} orders, numbers of stages and of micro-batches; {account['settled']:,} settled "
-        f"and priced by the schedule engine; excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
+        f"{which}: {account['parts']:,} {parts}, {account['settled']:,} settled and priced by the schedule engine; "
+        f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
         f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
     )
     return [told + _ENDED.get(account["stopped"], "")]

@@ -35,7 +35,7 @@ def test_layers_have_degrees_of_their_own(plans):
     assert len({place["mesh"]["dp"] * place["micro_batch_size"] for place in layerwise["places"]}) == 1
     assert best["estimate"]["step_time_s"] < alike["estimate"]["step_time_s"]
     assert best["estimate"]["breakdown_s"]["resharding"] > 0.0
-    assert content["mixed"]["degrees"] == "layer"
+    assert content["mixed"]["space"].endswith("degrees of every layer")
     assert content["mixed"]["bound_s"] <= best["estimate"]["step_time_s"]
 
 
@@ -43,7 +43,7 @@ def test_the_table_says_which_degrees_are_whose(planner, plans):
     shown = planner("train", *JOB, "--top", "1").out
     assert "degrees 0 on 4 × rtx-4090: " in shown
     assert "degrees 1" in shown
-    assert "Over degrees of every layer: " in shown
+    assert "Over 1F1B pipelines, degrees of every layer: " in shown
 
 
 def test_a_stored_plan_is_explained_as_it_was_found(planner, plans):

@@ -47,7 +47,7 @@ def test_the_table_names_groups_and_stages(planner):
     shown = planner("train", *JOB, *MIXED).out
     assert " × a100-sxm-80gb: " in shown
     assert " × l4: " in shown
-    assert "Over node groups: " in shown
+    assert "Over 1F1B pipelines over all node groups, degrees of every stage: " in shown
     assert "left open" in shown
 
 

@@ -59,11 +59,6 @@ class DeviceCosts(DeviceBounds):
     ) -> None:  # fmt: skip
         super().__init__(problem, mesh, schedule, virtual_stages)
         self.solver, self.tolerance = solver, tolerance
-        self.slower = {
-            tier: float(capacity)
-            for tier, capacity in problem.cluster.slower_bytes.items()
-            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
-        }
         self._solved: dict[tuple[object, ...], Solved | None] = {}
 
     def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
