@@ -65,6 +65,15 @@ def train(
             "--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."
         ),
     ] = False,
+    degrees: Annotated[
+        str | None,
+        typer.Option(
+            "--degrees",
+            metavar="OF",
+            help="Also plans with tensor, context, expert and data degrees of every stage, or of every layer [plan].",
+            show_default=False,
+        ),
+    ] = None,
     stages: Annotated[
         str,
         typer.Option(
@@ -79,7 +88,7 @@ def train(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="With --layerwise or unlike devices: auto, dp, ilp or brute [auto].",
+            help="With --layerwise, --degrees or unlike devices: auto, dp, ilp or brute [auto].",
             show_default=False,
         ),
     ] = "auto",
@@ -88,8 +97,8 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise or unlike devices [10s], or --explore [60s]: the best so far after this, with its gap; none "
-            "waits for the proof.",
+            help="With --layerwise, --degrees or unlike devices [10s], or --explore [60s]: the best so far after this, with its "
+            "gap; none waits for the proof.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +106,7 @@ def train(
         bool,
         typer.Option(
             "--exact",
-            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit; not beside --time-limit.",
         ),
     ] = False,
     out: Annotated[
@@ -110,9 +119,10 @@ def train(
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
-    what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
-    stages may run each on one kind, with degrees and layers of their own. --explore searches the default space first, then what
-    it opens slot by slot, then everything together, and says what it left when --time-limit was over.
+    what a better one could still gain; Ctrl-C ends the search with the best so far. With --degrees stage or layer, work may be
+    cut otherwise in every stage or layer. On a cluster of several kinds of devices, stages may run each on one kind, with degrees
+    and layers of their own. --explore searches the default space first, then what it opens slot by slot, then everything
+    together, and says what it left when --time-limit was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -127,6 +137,7 @@ def train(
         stages,
         solver,
         (deadline if layerwise else None) or time_limit,
+        degrees,
         layerwise=layerwise,
         exact=exact,
     )
@@ -269,11 +280,12 @@ def _searcher(
     stages: str,
     solver: str,
     time_limit: str | None,
+    degrees: str | None,
     *,
     layerwise: bool,
     exact: bool,
 ) -> Callable[..., SearchResult] | None:
-    """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
+    """What searches a cluster layer by layer, or over degrees and node groups that differ; None where neither is wanted.
 
     Raises:
         SpecError: an option is none of those there are, or means nothing for this search.
@@ -295,11 +307,19 @@ def _searcher(
     for flag, value, known in (
         ("--stages", stages, ("uneven", "even")),
         ("--solver", solver, tuple(SOLVERS)),
+        ("--degrees", degrees, ("plan", "stage", "layer")),
     ):
-        if value not in known:
+        if value is not None and value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    own = degrees in ("stage", "layer")
+    if own and not all(applies(problem) for problem in problems):
+        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
+        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     raise_if_any(faults)
-    plain = not layerwise and not any(problem.cluster.mixed for problem in problems)
+    plain = not layerwise and not own and not any(problem.cluster.mixed for problem in problems)
     if plain:
         given = {
             "--stages": stages != "uneven",
@@ -307,7 +327,7 @@ def _searcher(
             "--time-limit": time_limit is not None and not explores,
             "--exact": exact,
         }
-        expected = "--layerwise beside it, or a cluster of several kinds of devices"
+        expected = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
         raise_if_any(
             [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
         )
@@ -333,8 +353,9 @@ def _searcher(
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
-        if stages == "uneven" and applies(problem):
-            return search_mixed(problem, top, progress, base=alike, **chosen)
+        unlike = problem.cluster.mixed and degrees != "plan" and stages == "uneven" and applies(problem)
+        if own or unlike:
+            return search_mixed(problem, top, progress, base=alike, mixing=degrees == "layer", **chosen)
         return alike(problem, top, progress)
 
     return searched

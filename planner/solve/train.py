@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
+from planner.transition import meets
 from planner.units import format_bytes
 
 __all__ = ["estimate", "examine", "search", "search_until"]
@@ -199,7 +201,7 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
     """The plan whose stages run on node groups that differ."""
     assignment = read_assignment(layerwise, problem)
     stages = assignment.stage_places()
-    first = stages[0]
+    first = stages[0][0]
     fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
     space = Space(replace(first.problem, fixed=fixed, forbidden=()))
     schedule = {"schedule": space.choices["schedule"][0]}
@@ -212,6 +214,9 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
             reasons.append(
                 f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
             )
+    for one, other in (pair for places in stages for pair in pairwise(places)):
+        if not meets(one, other):
+            reasons.append("neighbouring layers of one stage whose degrees do not refine each other")
     if reasons:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])

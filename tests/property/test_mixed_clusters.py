@@ -128,7 +128,7 @@ def of_cuts(ground: Ground, seats: list, sizes: tuple[int, ...]) -> float:
 def hop(ground: Ground, one: Place, other: Place) -> float:
     known = ground.__dict__.setdefault("of_test", {})
     if (id(one), id(other)) not in known:
-        known[id(one), id(other)] = float(hops_s(ground.problem.cluster, (one, other))[0])
+        known[id(one), id(other)] = float(hops_s(ground.problem.cluster, [(one, other)])[0])
     return known[id(one), id(other)]
 
 
@@ -256,7 +256,7 @@ def test_a_step_is_the_schedule_engines_and_every_device_fits():
 
 
 def _places(plan, problem: Problem) -> list[Place]:
-    return read_assignment(plan.layerwise, problem).stage_places()
+    return [places[0] for places in read_assignment(plan.layerwise, problem).stage_places()]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -338,8 +338,8 @@ def test_messages_between_unlike_stages_cost_what_the_slower_side_sends():
     link = problem.cluster.links[0][1]
     half_bytes = 2 * 4096 * 2048 * 2.0  # two of four sequences, bf16
     least_s = half_bytes / link.effective_bytes_per_s
-    (hop_s,) = hops_s(problem.cluster, (many, few))
+    (hop_s,) = hops_s(problem.cluster, [(many, few)])
     assert hop_s >= least_s
-    assert hop_s == pytest.approx(float(hops_s(problem.cluster, (few, many))[0]), rel=1e-12)
-    (alike_s,) = hops_s(problem.cluster, (few, replace(few, group=0, problem=of_group(problem, 0))))
+    assert hop_s == pytest.approx(float(hops_s(problem.cluster, [(few, many)])[0]), rel=1e-12)
+    (alike_s,) = hops_s(problem.cluster, [(few, replace(few, group=0, problem=of_group(problem, 0)))])
     assert hop_s == pytest.approx(float(alike_s), rel=1e-9)  # two to two ranks: the same half each

@@ -15,14 +15,14 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
-from planner.solve.layerwise.counts import hull
-from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.duals import Cells, duals
 from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
@@ -34,9 +34,24 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 """Fields of device memory that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
-_DEARER = (2.0, 4.0, 16.0, 1e6)  # prices of a byte, in terms of the dearest trade on a hull of all strategies
-_APART = 1.1  # ratio of prices that are looked at
-_LONGEST_S = 1e12  # stands for strategies that are not allowed
+_DEARER = (
+    1.0,
+    16.0,
+    256.0,
+    4096.0,
+)  # prices of a byte, in fastest strategies of all layers per byte of the budget
+_SIZES = (
+    -8.0,
+    -4.0,
+    -2.0,
+    -1.0,
+    0.0,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+)  # layers more than even stages have at which stages are bounded best
+_LONGEST_S = 1e7  # stands for strategies that are not allowed
 
 
 class DeviceBounds:
@@ -51,6 +66,11 @@ class DeviceBounds:
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
+        self.slower = {
+            tier: float(capacity)
+            for tier, capacity in problem.cluster.slower_bytes.items()
+            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
+        }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
         self.useful = sorted({s for front in self.fronts for s in front})
@@ -114,12 +134,14 @@ class DeviceBounds:
 
     def _within_limits(self, cost: Array, cells: Cells) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
-        always, saved = (
-            self.mesh[name][self.useful][:, cells.kind] for name in ("always_bytes", "saved_bytes")
-        )
-        held = always + self.growth * cells.flights * saved
-        transient = self.transient[self.useful][:, cells.kind]
         low, high = self._limits(np.unique(cells.kind).tolist())
+        found, _ = self._duals(cost, cells, low, high)
+        least: Array = found.min(axis=0)
+        return least
+
+    def _duals(self, cost: Array, cells: Cells, low: Array, high: Array) -> tuple[Array, Array]:
+        """The dual of every device under each range of limits, (limits, devices), and its prices, (budgets, limits, devices)."""
+        transient = self.transient[self.useful][:, cells.kind]
         many, devices = len(low), int(cells.device[-1]) + 1
         costs = np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2)
         every = replace(
@@ -127,10 +149,28 @@ class DeviceBounds:
             device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
             number=np.tile(cells.number, many),
         )
-        rooms = np.repeat(self.room - self.growth * low, devices)
-        found = dual_s(costs.reshape(len(cost), -1), np.tile(held, many), every, rooms)
-        least: Array = found.reshape(many, devices).min(axis=0)
-        return least
+        room = np.array(
+            [np.repeat(self.room - self.growth * low, devices)]
+            + [np.full(many * devices, capacity) for capacity in self.slower.values()]
+        )
+        held = np.tile(self._held(cells.kind, cells.flights), many)
+        found, prices = duals(costs.reshape(len(cost), -1), held, every, room)
+        return found.reshape(many, devices), prices.reshape(len(room), many, devices)
+
+    def _held(self, kind: NDArray[np.intp], flights: Array) -> Array:
+        """Bytes of one block of some kinds against each budget: the device's, and of the slower tiers, (budgets, useful
+        strategies, places)."""
+        names = [
+            ("always_bytes", "saved_bytes", self.growth),
+            *((*in_tier(tier), 1.0) for tier in self.slower),
+        ]
+        return np.stack(
+            [
+                self.mesh[always][self.useful][:, kind]
+                + growth * flights * self.mesh[saved][self.useful][:, kind]
+                for always, saved, growth in names
+            ]
+        )
 
     def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
         """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
@@ -153,42 +193,58 @@ class DeviceBounds:
             ends: kinds of what the device holds besides: embedding, head.
             work_only: the micro-batches' work without what follows the last.
         """
-        weight = float(self.flights(device).max())
-        held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
-        kinds = sorted({*order, *ends})
-        costs = self.work[None]
+        functions = self.work[None]
         if not work_only:
-            costs = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
-            costs = costs[largest(np.zeros(4), list(costs[:, self.useful][:, :, kinds].transpose(2, 0, 1)))]
-        low, high = self._limits(kinds)
-        prices = self._prices(costs, held, kinds)[:, None, None, None]
+            functions = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
+        functions = functions[:, self.useful]
+        kinds = np.array(sorted({*order, *ends}))
+        functions = functions[
+            largest(np.zeros(len(functions)), list(functions[:, :, kinds].transpose(2, 0, 1)))
+        ]
+        flights = np.full(len(functions[0, 0]), float(self.flights(device).max()))
+        held = self._held(np.arange(len(flights)), flights)
+        low, high = self._limits(kinds.tolist())
+        room = np.array(
+            [self.room - self.growth * low, *(np.full(len(low), c) for c in self.slower.values())]
+        )
         small = self.transient[self.useful] <= high[:, None, None]
         offsets, sums = [], []
-        for cost in costs[:, self.useful]:
+        for cost in functions:
+            prices = self._prices(cost, held, self._samples(device, order, ends), len(order), low, high)
+            paid = cost + (prices[..., None, None] * held[:, None, None]).sum(axis=0)
             # (prices, limits, kinds)
-            priced = np.where(small, cost + prices * held[self.useful], _LONGEST_S).min(axis=2)
-            offsets.append(
-                priced[:, :, list(ends)].sum(axis=2) - prices[:, :, 0, 0] * (self.room - self.growth * low)
-            )
-            sums.append(np.cumsum(priced[:, :, list(order)], axis=2))
-        zero = np.zeros((len(low), len(prices) * len(sums), 1))
-        lines = np.concatenate([zero, np.concatenate(sums).transpose(1, 0, 2)], axis=2)
+            least = np.where(small, paid, _LONGEST_S).min(axis=2)
+            offsets.append(least[:, :, list(ends)].sum(axis=2) - (prices * room[:, None]).sum(axis=0))
+            sums.append(np.cumsum(least[:, :, list(order)], axis=2))
+        found = np.concatenate(sums).transpose(1, 0, 2)
+        lines = np.concatenate([np.zeros((*found.shape[:2], 1)), found], axis=2)
         return Line(np.concatenate(offsets).T, lines)
 
-    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> Array:
-        """Of every trade of bytes for seconds on a hull, dearer ones for where limits leave no others, one that no plan pays."""
-        found = {0.0}
-        for cost in costs:
-            for kind in kinds:
-                c, h = cost[:, kind], held[:, kind]
-                chain = hull(c, h)
-                found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
-        most = max(max(found), 1.0 / self.room)
-        kept: list[float] = []
-        for price in sorted(found | {most * x for x in _DEARER}):
-            if not kept or price > _APART * kept[-1]:
-                kept.append(price)
-        return np.array(kept)
+    def _samples(self, device: int, order: Sequence[int], ends: Sequence[int]) -> Cells:
+        """As many layers as a device may well hold, from where it may well begin, with what it holds besides: cells of one
+        device per sample."""
+        layers, pp = len(order), self.mesh.pp
+        begin = round(layers * device / pp)
+        sizes = np.unique(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
+        counts = np.zeros((len(sizes), len(self.mesh.kinds) - 1))
+        for sample, n in enumerate(sizes.tolist()):
+            start = min(begin, layers - n)
+            np.add.at(counts[sample], [*order[start : start + n], *ends], 1.0)
+        once = np.ones((1, len(sizes)))
+        return Cells.of(counts[None], float(self.flights(device).max()) * once, once, once)
+
+    def _prices(self, cost: Array, held: Array, cells: Cells, layers: int, low: Array, high: Array) -> Array:
+        """Prices of a byte of every budget that prove most of some samples of layers under each limit; with them those of free
+        bytes, and ones that no plan pays for a budget: (budgets, prices, limits)."""
+        _, found = self._duals(cost[:, cells.kind], cells, low, high)
+        dear = (
+            float(cost.min(axis=0)[:-1].max()) * layers / np.maximum([self.room, *self.slower.values()], 1.0)
+        )
+        steep = np.zeros((len(held), 1 + len(held) * len(_DEARER)))
+        for budget in range(len(held)):
+            steep[budget, 1 + budget * len(_DEARER) :][: len(_DEARER)] = dear[budget] * np.array(_DEARER)
+        every = np.broadcast_to(steep[:, :, None], (*steep.shape, len(low)))
+        return np.concatenate([found.transpose(0, 2, 1), every], axis=1)
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:

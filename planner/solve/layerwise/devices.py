@@ -20,7 +20,7 @@ from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["Device", "DeviceCosts", "Solved"]
+__all__ = ["Device", "DeviceCosts", "DeviceGroup", "Solved"]
 
 _LIMITS = 3  # on the transient that are solved where a tolerance is given: the first is nearly always best
 
@@ -59,11 +59,6 @@ class DeviceCosts(DeviceBounds):
     ) -> None:  # fmt: skip
         super().__init__(problem, mesh, schedule, virtual_stages)
         self.solver, self.tolerance = solver, tolerance
-        self.slower = {
-            tier: float(capacity)
-            for tier, capacity in problem.cluster.slower_bytes.items()
-            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
-        }
         self._solved: dict[tuple[object, ...], Solved | None] = {}
 
     def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
@@ -79,26 +74,26 @@ class DeviceCosts(DeviceBounds):
         """The moment that stands for all until another proves to be fuller."""
         return int(np.argmax(self.flights(device).sum(axis=1)))
 
-    def _groups(self, device: Device, moments: Sequence[int]) -> list[_Group]:
+    def _groups(self, device: Device, moments: Sequence[int]) -> list[DeviceGroup]:
         """Layers of one kind in chunks that are in flight alike at some moments; what stands at the ends."""
         flights = self.flights(device.number)[list(moments)]
-        alike: dict[tuple[bytes, int], _Group] = {}
+        alike: dict[tuple[bytes, int], DeviceGroup] = {}
         for chunk, layers in enumerate(device.layers):
             for kind, n in enumerate(layers):
                 if n:
                     key = (flights[:, chunk].tobytes(), kind)
-                    group = alike.get(key, _Group(kind, (), 0, flights[:, chunk]))
-                    alike[key] = _Group(kind, (*group.chunks, chunk), group.size + n, group.flights)
+                    group = alike.get(key, DeviceGroup(kind, (), 0, flights[:, chunk]))
+                    alike[key] = DeviceGroup(kind, (*group.chunks, chunk), group.size + n, group.flights)
         groups = list(alike.values())
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         if device.embedding:
-            groups.append(_Group(embedding, (0,), 1, flights[:, 0]))
+            groups.append(DeviceGroup(embedding, (0,), 1, flights[:, 0]))
         if device.head:
-            groups.append(_Group(head, (self.virtual_stages - 1,), 1, flights[:, -1]))
+            groups.append(DeviceGroup(head, (self.virtual_stages - 1,), 1, flights[:, -1]))
         return groups
 
     def _problem(
-        self, groups: Sequence[_Group], small: Sequence[Sequence[int]], limit: float, ramp_s: float
+        self, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], limit: float, ramp_s: float
     ) -> CountProblem:
         """The choice among some strategies of every group, with transients up to a limit."""
         mesh = self.mesh
@@ -137,7 +132,7 @@ class DeviceCosts(DeviceBounds):
                 best = found
         return best
 
-    def _limit_bounds(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
+    def _limit_bounds(self, groups: Sequence[DeviceGroup], ramp_s: float) -> tuple[Array, Array]:
         """Limits on the transient, and what the relaxation proves of each."""
         kinds = np.array([group.kind for group in groups])
         limits = np.unique(
@@ -163,17 +158,22 @@ class DeviceCosts(DeviceBounds):
         bounds: Array = (found.reshape(len(some), -1) + offset[some][:, None]).max(axis=0)
         return limits, bounds
 
-    def _sums(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
+    def _sums(self, groups: Sequence[DeviceGroup], ramp_s: float) -> tuple[Array, Array]:
         """The sums whose largest a device takes: what is added to each, and (5, strategies, groups) of one block."""
-        counts = np.zeros(len(self.mesh.kinds))
-        for group in groups:
-            counts[group.kind] += group.size
-        gradients, weights = (1.0 / max(float(counts @ each), 1.0) for each in self.buckets)
+        gradients, weights = self._buckets(groups)
         kinds = np.array([group.kind for group in groups])
         whole = self.work[:, kinds] + exposed(self.mesh, gradients, weights, kinds)
         return np.array([0.0] * 4 + [ramp_s]), np.concatenate([whole, self.work[None, :, kinds]])
 
-    def _small(self, groups: Sequence[_Group], limit: float) -> list[list[int]]:
+    def _buckets(self, groups: Sequence[DeviceGroup]) -> tuple[float, float]:
+        """Share of one bucket in the traffic of gradients and of weights."""
+        counts = np.zeros(len(self.mesh.kinds))
+        for group in groups:
+            counts[group.kind] += group.size
+        gradients, weights = (1.0 / max(float(counts @ each), 1.0) for each in self.buckets)
+        return gradients, weights
+
+    def _small(self, groups: Sequence[DeviceGroup], limit: float) -> list[list[int]]:
         """Strategies of every group whose transients keep a limit."""
         return [[s for s in self.fronts[g.kind] if self.transient[s, g.kind] <= limit] for g in groups]
 
@@ -216,7 +216,7 @@ class DeviceCosts(DeviceBounds):
         return worst if held[worst] > 1.0 + SLACK * 10 else None
 
     def _named(
-        self, device: Device, groups: Sequence[_Group], small: Sequence[Sequence[int]], seconds: float, counts: Counts
+        self, device: Device, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], seconds: float, counts: Counts
     ) -> Solved:  # fmt: skip
         """Counts per group as runs per chunk and kind; the strategies that save least come first."""
         saved = self.mesh["saved_bytes"]
@@ -245,7 +245,7 @@ class DeviceCosts(DeviceBounds):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Group:
+class DeviceGroup:
     """Layers of one kind in some chunks, and their micro-batches in flight at some moments."""
 
     kind: int
