@@ -57,6 +57,7 @@ class DeviceBounds:
         }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
+        self._least: dict[int, tuple[Layout, Array, Array]] = {}  # by the layout's id, which is held
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -68,6 +69,8 @@ class DeviceBounds:
 
         First their work, and on the first device what follows it; then their work with all that follows it.
         """
+        if id(layout) in self._least:
+            return self._least[id(layout)][1:]
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells = self._cells(layout, m * once, m * once)
         s, kind = self.useful, cells.kind
@@ -76,6 +79,7 @@ class DeviceBounds:
         whole_s = self._within_limits(alone + after[3], cells)
         work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
         work_s[0] = max(work_s[0], whole_s[0])
+        self._least[id(layout)] = layout, work_s, whole_s
         return work_s, whole_s
 
     def along_s(self, layout: Layout, path: Path) -> float:
@@ -86,10 +90,18 @@ class DeviceBounds:
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        after = np.where(
-            cells.device == path.device, self._after(layout.device_counts, cells.device, kind), 0.0
-        )
-        return max(float(self._within_limits(cost + each, cells).sum()) for each in after)
+        # Devices, and beside the one on which the path ends copies of it, one for each sum that may follow.
+        at_end = np.flatnonzero(cells.device == path.device)
+        after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
+        sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
+        copies = np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))])
+        every = cells.take(copies)
+        devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
+        every = replace(every, device=np.concatenate([cells.device, devices]))
+        costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
+        least = self._within_limits(costs, every)
+        least[path.device] = least[layout.pp :].max()
+        return float(least[: layout.pp].sum())
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
