@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import phase_seconds
-from planner.schedule.critical import critical_path
+from planner.schedule.critical import Path, critical_path, interleaved_paths
 from planner.schedule.order import make_order
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
@@ -21,7 +22,9 @@ from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smal
 from planner.solve.layerwise.strategies import Mesh
 from planner.step_time import exact_step_s
 
-__all__ = ["Candidate", "Settler", "in_order"]
+__all__ = ["Candidate", "Paths", "Settler", "in_order"]
+
+Paths: TypeAlias = dict[tuple[str, int, int, int], list[Path]]
 
 _PRECISION = 2e-5  # of the dearest stage of open cuts, by which its bound is lower
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
@@ -47,22 +50,28 @@ class Settler:
         costs: of the mesh's devices under the deal's schedule.
         order, kinds: the model's layers and block kinds.
         choices: what strategies are called.
+        paths: critical ones through schedules, by order, stages, micro-batches and chunks; grows.
     """
 
     def __init__(
-        self, deal: Deal, mesh: Mesh, costs: DeviceCosts, order: tuple[str, ...], kinds: tuple[str, ...], choices: Branches
+        self, deal: Deal, mesh: Mesh, costs: DeviceCosts, order: tuple[str, ...], kinds: tuple[str, ...], choices: Branches,
+        paths: Paths | None = None,
     ) -> None:  # fmt: skip
         self.deal, self.mesh, self.costs, self.order, self.kinds = deal, mesh, costs, order, kinds
         self.choices = choices
+        self.paths: Paths = {} if paths is None else paths
         self.pp = mesh.pp
         self.stack = [kinds.index(kind) for kind in order]
         self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
         self._limit: tuple[float, float] | None = None
+        self._bound_s: float | None = None  # limits only fall, so that it holds for all later ones
 
     def bound_s(self, below_s: float) -> float:
         """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
-        layout = self.deal.layout
-        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+        if self._bound_s is None:
+            layout = self.deal.layout
+            self._bound_s = self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+        return self._bound_s
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
         """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
@@ -91,25 +100,38 @@ class Settler:
             best = better
             yield best
 
-    def path_s(self, candidate: Candidate | None = None) -> float:
-        """No plan of the deal's layout is faster than the path that is critical under some seconds of its stages lets it.
+    def path_s(self, below_s: float, candidate: Candidate | None = None) -> float:
+        """No plan of the deal's layout is faster than a path through its schedule lets it.
 
-        Any seconds lead to a path that bounds: a candidate's, or fastest forwards, and backwards that add up to the work.
+        Any path bounds: those that were critical in other deals of the schedule, then, if these do not exclude what is below a
+        limit, the one that is critical under a candidate's seconds, or under fastest forwards and backwards that add up to the
+        work.
         """
-        layout = self.deal.layout
+        layout, bound_s = self.deal.layout, 0.0
         if layout is None or self.pp == 1:
-            return 0.0
+            return bound_s
+        m, v = self.mesh.micro_batches, layout.virtual_stages
+        known = self.paths.setdefault((self.deal.order, self.pp, m, v), [])
         if candidate is None:
-            least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
-            forward, backward = (x.reshape(layout.virtual_stages, self.pp) for x in least)
-            work_s, _ = self.costs.least_s(layout)
-            spare = (work_s / self.mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
-            stages_s = np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
-        else:
-            stages_s = candidate.stages_s
-        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
+            for path in known:
+                bound_s = max(bound_s, self._along_s(layout, path))
+                if bound_s >= below_s:
+                    return bound_s
+        stages_s = self._fastest_s(layout) if candidate is None else candidate.stages_s
+        order = make_order(self.deal.order, self.pp, m, v)
         seconds = np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
-        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
+        known.append(critical_path(order, seconds, self.hop_s, np.zeros(self.pp)))
+        return max(bound_s, self._along_s(layout, known[-1]))
+
+    def _fastest_s(self, layout: Layout) -> Array:
+        """Seconds of the virtual stages, forward and backward: the fastest forwards, and backwards that add up to the work."""
+        least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
+        forward, backward = (x.reshape(layout.virtual_stages, self.pp) for x in least)
+        work_s, _ = self.costs.least_s(layout)
+        spare = (work_s / self.mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
+        return np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
+
+    def _along_s(self, layout: Layout, path: Path) -> float:
         return self.costs.along_s(layout, path) + path.hops * self.hop_s
 
     # -- bounds --------------------------------------------------------------------------------------------------------
@@ -118,6 +140,7 @@ class Settler:
         """Every device works, and waits for the first micro-batch before and for the last one after.
 
         The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
+        Interleaved, the longest of the paths that are known without the order bounds too.
         """
         forward, backward = self._least(layout)
         hops_s = np.arange(self.pp) * self.hop_s
@@ -125,7 +148,14 @@ class Settler:
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
         behind[1:] += self.costs.update_s(layout.device_counts[0])
         work_s, whole_s = self.costs.least_s(layout)
-        return float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        if self.deal.order != "interleaved" or not np.isfinite(bound_s):
+            return bound_s
+        paths = interleaved_paths(self.pp, layout.virtual_stages, self.mesh.micro_batches)
+        seconds = np.concatenate([self._fastest_s(layout), np.zeros((1, len(layout.counts)))])
+        none = np.zeros(self.pp)
+        longest = max(paths, key=lambda path: path.seconds(seconds, self.hop_s, none))
+        return max(bound_s, self._along_s(layout, longest))
 
     def _backward_s(self) -> Array:
         return self.mesh.micro_batch_s - self.mesh["forward_s"]
