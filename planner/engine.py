@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -249,8 +250,8 @@ class BlockTable:
 
     def times(self, rows: Index) -> BlockTable:
         """The ``TIMES`` of some rows."""
-        fields = np.array([_ROWS[self.fields][name] for name in TIMES])[:, None, None]
-        return BlockTable(self.kinds, self.values[fields, np.arange(len(self.kinds))[:, None], rows], TIMES)
+        fields = [_ROWS[self.fields][name] for name in TIMES]
+        return BlockTable(self.kinds, self.values[fields].take(rows, axis=2), TIMES)
 
     @staticmethod
     def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
@@ -275,21 +276,25 @@ def tabulate(
             parts[where].append(item)
         else:
             parts[where] = [item]
+    known = ledger.axes.sums
+    keys = {(block, part): (part, *map(id, items)) for (block, part), items in parts.items()}
+    new = [where for where, key in keys.items() if key not in known]
+    priced = [item for where in new if where[1] != "resident" for item in parts[where]]
+    prices = iter(pricer.prices(priced, ledger.axes))  # all at once: a call costs more than most items
+    for where in new:
+        items, part = parts[where], where[1]
+        if part == "resident":
+            totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
+        else:
+            summarise = _step if part == "step" else _phase
+            totals = summarise(items, list(islice(prices, len(items))), ledger, pricer)
+            sizes = "|".join(pricer.key(item)[0] for item in items)
+        known[keys[where]] = (sizes, (totals, items))  # the items keep their ids alive
     table = BlockTable(kinds, np.zeros((len(fields), len(kinds), rows)), fields)
     at = _ROWS[fields]
     position = {kind: index for index, kind in enumerate(kinds)}
-    for (block, part), items in parts.items():
-        key = (part, *map(id, items))
-        known = ledger.axes.sums.get(key)
-        if known is None:
-            if part == "resident":
-                totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
-            else:
-                summarise = _step if part == "step" else _phase
-                totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
-                sizes = "|".join(pricer.key(item)[0] for item in items)
-            known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
-        for name, total in known[1][0].items():
+    for (block, _), key in keys.items():
+        for name, total in known[key][1][0].items():
             if name in at:
                 table.values[at[name], position[block]] = total
             if name in _ALWAYS and "always_bytes" in at:

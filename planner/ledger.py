@@ -233,6 +233,9 @@ class Axes:
         """A copy with some axes set; what is known of expressions without them stays known."""
         axes = Axes({**self._sizes, **sizes})
         changed = [name for name in sizes if name in self._sizes]
+        if not changed:
+            axes._memo, axes.prices, axes.sums = self._memo.copy(), self.prices.copy(), self.sums.copy()
+            return axes
 
         def kept(expression: str) -> bool:
             return not any(name in expression for name in changed)

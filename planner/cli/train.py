@@ -208,20 +208,8 @@ def _searcher(
     from planner.cli.values import optional_quantity, raise_if_any
     from planner.errors import Problem as Fault
     from planner.errors import did_you_mean
-    from planner.solve.layerwise.search import search_layerwise
-    from planner.solve.layerwise.solvers import SOLVERS
-    from planner.solve.mixed.search import applies, search_mixed
-    from planner.solve.train import search
-    from planner.units import parse_seconds
 
     faults: list[Fault] = []
-    for flag, value, known in (
-        ("--stages", stages, ("uneven", "even")),
-        ("--solver", solver, tuple(SOLVERS)),
-    ):
-        if value not in known:
-            faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
-    raise_if_any(faults)
     if not layerwise and not any(problem.cluster.mixed for problem in problems):
         given = {
             "--stages": stages != "uneven",
@@ -234,6 +222,19 @@ def _searcher(
             [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
         )
         return None
+    from planner.solve.layerwise.search import search_layerwise
+    from planner.solve.layerwise.solvers import SOLVERS
+    from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.train import search
+    from planner.units import parse_seconds
+
+    for flag, value, known in (
+        ("--stages", stages, ("uneven", "even")),
+        ("--solver", solver, tuple(SOLVERS)),
+    ):
+        if value not in known:
+            faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    raise_if_any(faults)
     asked = "none" if exact else time_limit or _TIME_LIMIT
     limit_s = optional_quantity(
         faults,
