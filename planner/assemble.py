@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from planner.assignment import Assignment, joined
+from planner.assignment import Assignment
 from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.layout import BOUNDARY, Layout
+from planner.engine import BlockTable
+from planner.layout import Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
+from planner.parts import Part, Priced, price_alike, price_by_strategy
 from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.order import Generator, generator_of
-from planner.solve.space import DEGREES, Choice, Rows
+from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
 from planner.specs.device import Device
 from planner.specs.model import Model
@@ -33,24 +34,7 @@ from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "Part", "Priced", "assemble", "model_flop", "price_alike"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
-
-    A stage's blocks run on ``ranks`` devices.
-    """
-
-    ledger: Ledger
-    names: Mapping[str, str]
-    pricer: Pricer
-    ranks: int
-
-
-Priced: TypeAlias = tuple[Sequence[Part], BlockTable]
-"""A plan's ledgers, and the table of all of its blocks."""
+__all__ = ["Assembly", "assemble", "model_flop"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +104,7 @@ def assemble(
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
         step_s: the schedule engine's step time, where it is already known.
-        priced: of :func:`price_alike`, where the choice was priced beside others.
+        priced: of :func:`~planner.parts.price_alike`, where the choice was priced beside others.
     """
     workload = problem.workload
     schedule = recipe["schedule"].technique
@@ -134,7 +118,7 @@ def assemble(
     ctx = stage_places[0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
     if assignment is not None:
-        priced = _priced_by_strategy(recipe, knobs, assignment, everywhere)
+        priced = price_by_strategy(recipe, knobs, assignment, everywhere)
     parts, table = priced or price_alike(problem, recipe, knobs, [row])[0]
     if step_s is None:
         step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
@@ -244,71 +228,6 @@ def model_flop(model: Model, workload: TrainWorkload) -> float:
 def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     axes = ledger.axes
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
-
-
-def price_alike(
-    problem: Problem,
-    recipe: Mapping[str, Choice],
-    knobs: Mapping[str, Any],
-    rows: Sequence[Mapping[str, float]],
-) -> list[Priced]:
-    """What :func:`assemble` begins with, for rows of one recipe, whose passes run once for all of them."""
-    together = Rows({name: np.array([float(row[name]) for row in rows]) for name in DEGREES})
-    ctx, kinds, pricer = (
-        together.context(problem, knobs),
-        _kinds(problem),
-        Pricer(problem.cluster, problem.stack),
-    )
-    ledger = _ledger(problem, recipe, ctx)
-    table = tabulate(ledger, pricer, kinds, len(rows))
-    found: list[Priced] = []
-    for number, row in enumerate(rows):
-        at = np.array([number])
-        part = Part(
-            ledger.take(at, ctx.mesh.take(at).counterpart),
-            {kind: kind for kind in kinds},
-            pricer,
-            Place(problem, 0, {}, row).ranks,
-        )
-        found.append(([part], BlockTable(kinds, table.values[:, :, at])))
-    return found
-
-
-def _priced_by_strategy(
-    recipe: Mapping[str, Choice], knobs: Mapping[str, Any], assignment: Assignment, everywhere: Place
-) -> Priced:
-    """A ledger for each strategy, and the table of all of their blocks; ``everywhere`` is where they run unless they have places."""
-    columns = assignment.columns(block_order(everywhere.problem.model))
-    names = assignment.names(block_order(everywhere.problem.model))
-    at = [assignment.places[number] for number in assignment.at] or [everywhere] * len(assignment.strategies)
-    pricers = {id(place): Pricer(place.problem.cluster, place.problem.stack) for place in at}
-    parts, tables = [], []
-    for number, (place, strategy) in enumerate(zip(at, assignment.strategies, strict=True)):
-        own = {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number}
-        ctx = place.context({**knobs, **{slot: choice.value for slot, choice in strategy.items()}})
-        ledger = _ledger(place.problem, {**recipe, **place.recipe, **strategy}, ctx)
-        parts.append(Part(ledger, own, pricers[id(place)], place.ranks))
-        tables.append(tabulate(ledger, pricers[id(place)], _kinds(everywhere.problem), 1))
-    return parts, joined(tables, columns, names)
-
-
-def _kinds(problem: Problem) -> tuple[str, ...]:
-    """All block kinds."""
-    return (*dict.fromkeys(block_order(problem.model)), EMBEDDING, HEAD, BOUNDARY)
-
-
-def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Ledger:
-    """The ledger of a recipe."""
-    workload = problem.workload
-    ledger = baseline(
-        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
-        document_len=workload.document_len,
-    )  # fmt: skip
-    for slot in SLOTS:
-        technique = recipe[slot].technique
-        if technique is not None:
-            ledger = technique.apply(ledger, ctx)
-    return ledger
 
 
 def _shares(parts: Sequence[Part]) -> list[Share]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from planner.assemble import Assembly, Priced, assemble, model_flop, price_alike
+from planner.assemble import Assembly, assemble, model_flop
 from planner.assignment import UNEVEN, read_assignment
 from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
+from planner.parts import Priced, price_alike
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults

@@ -41,6 +41,7 @@ LAYERS = (
     "solve.space",
     "place",
     "assignment",
+    "parts",
     "assemble",
     "holdings",
     "solve",
