@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
 _MOST_PLANS = 1000
+_DEGREES = ("plan", "stage", "layer")
 _TIME_LIMIT = "10s"
 _EXPLORATION = "60s"
 _DEALING_S = 10.0
@@ -294,31 +295,15 @@ def _searcher(
 
     from planner.cli.values import optional_quantity, raise_if_any
     from planner.errors import Problem as Fault
-    from planner.errors import did_you_mean
-    from planner.solve.layerwise.search import search_layerwise
-    from planner.solve.layerwise.solvers import SOLVERS
-    from planner.solve.mixed.search import applies, search_mixed
-    from planner.solve.train import search
-    from planner.solve.widening import search_widening
-    from planner.units import parse_seconds
+    from planner.errors import SpecError, did_you_mean
 
     faults: list[Fault] = []
     explores = bool(problems[0].explore)
-    for flag, value, known in (
-        ("--stages", stages, ("uneven", "even")),
-        ("--solver", solver, tuple(SOLVERS)),
-        ("--degrees", degrees, ("plan", "stage", "layer")),
-    ):
-        if value is not None and value not in known:
-            faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    if degrees not in (None, *_DEGREES):
+        raise SpecError(
+            Fault("--degrees", repr(degrees), f"one of {', '.join(_DEGREES)}", did_you_mean(degrees, _DEGREES))
+        )
     own = degrees in ("stage", "layer")
-    if own and not all(applies(problem) for problem in problems):
-        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
-        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
-    if exact and time_limit not in (None, "none"):
-        found = f"is given beside a time limit of {time_limit[:40]}"
-        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
-    raise_if_any(faults)
     plain = not layerwise and not own and not any(problem.cluster.mixed for problem in problems)
     if plain:
         given = {
@@ -333,6 +318,26 @@ def _searcher(
         )
         if not explores:
             return None
+    from planner.solve.layerwise.search import search_layerwise
+    from planner.solve.layerwise.solvers import SOLVERS
+    from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.train import search
+    from planner.solve.widening import search_widening
+    from planner.units import parse_seconds
+
+    for flag, value, known in (
+        ("--stages", stages, ("uneven", "even")),
+        ("--solver", solver, tuple(SOLVERS)),
+    ):
+        if value not in known:
+            faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    if own and not all(applies(problem) for problem in problems):
+        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
+        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
+    raise_if_any(faults)
     asked = "none" if exact else time_limit or (_EXPLORATION if plain else _TIME_LIMIT)
     limit_s = optional_quantity(
         faults,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
@@ -17,6 +17,7 @@ from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
+from planner.parts import Priced, price_alike
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults
@@ -107,21 +108,33 @@ def _assembled(
     """The ranked choices as plans, with what was proved of each."""
     useful_flop = model_flop(problem.model, problem.workload)
     unproved = Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
-    for step_s, scored in ranked:
-        knobs = uniform.space.knobs(scored.recipe)
-        optimality = unproved if stopped else _proved(step_s, ranked[0][0])
-        layers = scored.recompute_layers
+    priced = _priced(problem, uniform.space, [scored for _, scored in ranked])
+    for (step_s, scored), known in zip(ranked, priced, strict=True):
         yield assemble(
             problem,
             scored.recipe,
-            knobs,
+            uniform.space.knobs(scored.recipe),
             scored.row,
             scored.layout,
-            layers,
-            optimality,
+            scored.recompute_layers,
+            unproved if stopped else _proved(step_s, ranked[0][0]),
             useful_flop,
             step_s=step_s,
+            priced=known,
         ).plan
+
+
+def _priced(problem: Problem, space: Space, plans: Sequence[Scored]) -> list[Priced]:
+    """Each choice in full; those of one recipe are priced together."""
+    alike: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for scored in plans:
+        alike[tuple(choice.value for choice in scored.recipe.values())].append(scored)
+    found: dict[int, Priced] = {}
+    for members in alike.values():
+        recipe = members[0].recipe
+        each = price_alike(problem, recipe, space.knobs(recipe), [scored.row for scored in members])
+        found |= zip(map(id, members), each, strict=True)
+    return [found[id(scored)] for scored in plans]
 
 
 class _OutOfTimeError(Exception):
