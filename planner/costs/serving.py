@@ -1,8 +1,8 @@
-"""Closed forms of serving deployments: prefill queues, the way of keys and values, batches of a pipeline that wait for each other.
+"""Closed forms of serving deployments: prefill queues, the way of keys and values, batches of a pipeline in each other's way.
 
 Sources: Y. Zhong et al., "DistServe", OSDI 2024, section 3.1 (prefill as M/D/1); L. Kleinrock, Queueing Systems, vol. 1, 1975,
-section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer); A. Agrawal et al.,
-"SARATHI", arXiv:2308.16369, section 3.3 (bubbles between unlike batches of a pipeline).
+section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer);
+A. Agrawal et al., "SARATHI", arXiv:2308.16369, section 3.3 (bubbles between unlike batches of a pipeline).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def replicas_needed(rate_per_s: Real, replica_per_s: Real, headroom: Real = 0.0)
 def held_up_share(prompts: Real, parts: Real, stages: Real) -> Real:
     """Fraction of the rounds of a pipeline's batches in which a prompt holds them up: ``1 − exp(−x(1 + (k − 1)/p))``.
 
-    Batches cannot overtake, so that one with prompt tokens delays a round of all others to its own. The ``k`` parts of a prompt go
-    with batches one behind the other, of which ``p`` make a round.
+    Batches cannot overtake, so that one with prompt tokens delays a round of all others to its own. The ``k`` parts of a prompt
+    go with batches one behind the other, of which ``p`` make a round.
 
     Args:
         prompts: that come in a round, on average, as a Poisson stream.

@@ -29,7 +29,9 @@ class Batch:
         scheduler: Scheduler,
         ends_s: Callable[[float, float], float] | None = None,
     ) -> None:
-        self.ends_s = ends_s  # when work that starts then and lasts so long is done, if others may be in its way
+        self.ends_s = (
+            ends_s  # when work that starts then and lasts so long is done, if others may be in its way
+        )
         self.intake, self.iteration, self.rules, self.pool = intake, iteration, scheduler, intake.pool
         # The same lists in every batch of a replica.
         self.arrival, self.prompt, self.output = intake.arrival, intake.prompt, intake.output

@@ -1,6 +1,6 @@
 """A replica of several pipeline stages: as many batches under way, one behind the other, and one queue for all of them.
 
-Requests that wait are taken up by whichever batch next begins an iteration, as engines do that keep a single waiting queue (SGLang's
+Requests that wait are taken up by whichever batch next begins an iteration, as in engines that keep a single queue (SGLang's
 ``event_loop_pp`` goes round its micro-batches; vLLM's engine core schedules whatever is not in flight), and the next chunk of a
 prompt need not wait for the end of the one before. Once its prompt is through, a request goes round with the batch that ended it.
 
@@ -32,7 +32,7 @@ class Pipeline:
         self.begun_s = [-inf] * stages
 
     def _passed_s(self, start_s: float, seconds: float) -> float:
-        """When a batch leaves the last stage that enters the first at ``start_s`` and takes ``seconds`` if nothing is in its way."""
+        """When a batch leaves the last stage that enters the first then, and takes ``seconds`` if nothing is in its way."""
         each_s, at_s = seconds / len(self.free_s), start_s
         for stage, free_s in enumerate(self.free_s):
             at_s = (at_s if at_s > free_s else free_s) + each_s

@@ -1,8 +1,9 @@
 """What is simulated: the engines of a plan or of a pool file, and requests on their way through them.
 
 An engine is a replica, with one queue of its own; of ``pp`` pipeline stages, as many batches are in flight
-(:mod:`planner.load.pipelined`). Requests go to engines at random, so that each has arrivals of its own, or in turn. Pools of prompts and of generation are two stages: a request leaves the first with its first token, and
-enters the second when its cache has come over.
+(:mod:`planner.load.pipelined`). Requests go to engines at random, so that each has arrivals of its own, or in turn. Pools of
+prompts and of generation are two stages: a request leaves the first with its first token, and enters the second when its cache
+has come over.
 """
 
 from __future__ import annotations
@@ -162,8 +163,13 @@ def _stage_run(
         )
         runs.append(
             simulate(
-                part, stage.iteration, stage.rules, stage.pool,
-                stages=stage.stages, concurrency=loop, on_progress=tell,
+                part,
+                stage.iteration,
+                stage.rules,
+                stage.pool,
+                stages=stage.stages,
+                concurrency=loop,
+                on_progress=tell,
             )
         )
         finished += len(share)

@@ -3,8 +3,8 @@
 The search ranks thousands of candidates by means; what it lists is put through the chains, and carries the rate at which *their*
 latencies keep the limits. A replica with ``pp`` stages has as many batches under way. To a prompt that is one engine that
 begins an iteration ``pp`` times as often: its iterations take a ``pp``-th of a batch's way through the stages and advance a
-``pp``-th of the requests, and the way itself is added once to the first token. To an answer it is a round of all batches, which one
-with prompt tokens holds up.
+``pp``-th of the requests, and the way itself is added once to the first token. To an answer it is a round of all batches, which
+one with prompt tokens holds up.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Line:
         return seconds
 
     def round_s(self, traffic: Traffic, slots: float, rate_per_s: float) -> float:
-        """Mean seconds in which all batches of a pipeline generate once: that of prompts where one is about, of all others without.
+        """Mean seconds in which all batches of a pipeline generate once: a prompt's pass where one is about, or one without.
 
         The time that a round takes says how many requests are there, and they say how long it takes: bisection.
         """
