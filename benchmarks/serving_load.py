@@ -4,8 +4,8 @@ Settings are drawn at random: an affine iteration time from small to large model
 20 to 1,000 tokens with squared coefficients of variation from 0 to 4, prefix hits, three iteration-level policies with
 their limits, and Poisson arrivals at 10 to 90 % of the bound. ``--stages`` draws replicas of 2, 4 or 8 pipeline stages
 instead, whose batches share a queue and cannot overtake; prompts are all alike and cut to the budget. Simulated runs go on
-until the error of the 99th percentile (95 % confidence) is below 5 %, or the requests are used up; settings with a larger error are scored apart: there the
-simulator knows no better.
+until the error of the 99th percentile (95 % confidence) is below 5 %, or the requests are used up; settings with a larger error
+are scored apart: there the simulator knows no better.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import numpy as np
 from planner.costs.serving import held_up_share
 from planner.errors import Infeasible, Problem
 from planner.load.balance import Balance
-from planner.load.chain import Percentiles, generation, percentiles, summary
+from planner.load.chain import generation, percentiles, summary
+from planner.load.fixed_point import steady_load
 from planner.load.iteration_time import Array, Price, Sampled
 from planner.load.length_law import LengthLaw
 from planner.load.prefill_queue import PrefillQueue
@@ -165,22 +166,21 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
     rules = replace(_rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p)), mixed=line.beside)
 
-    def chains(rounds: float) -> Percentiles:
+    def engine(rounds: float) -> tuple[Price, Lengths]:
         """An answer stays for so many iterations of the engine that begins them ``p`` times as often."""
         longer = Lengths(float(traffic.isl), rounds + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
-        price = line.price(float(true.context_tokens / longer.context_tokens))
-        return percentiles(price, rules, longer, rate_per_s, _asked(traffic))
+        return line.price(float(true.context_tokens / longer.context_tokens)), longer
 
-    found, slower = chains(steps * p), 1.0
-    if p > 1.0:
-        round_s = max(line.round_s(traffic, slots, rate_per_s), found.tpot_s["mean"] * p)
-        slower = round_s / (found.tpot_s["mean"] * p)
-        found = replace(chains(steps * p * slower), tpot_s=found.tpot_s)
-    way_s = line.way_s(traffic, found.decodes)
+    price, lengths = engine(steps * p)
+    round_s = 0.0
+    if p > 1.0:  # answers stay longer than it takes that engine: its queue meets as many of them
+        paced_s = p * float(steady_load(price, rules, lengths, rate_per_s).tpot_s[0])
+        round_s = max(line.round_s(traffic, slots, rate_per_s), paced_s)
+        price, lengths = engine(steps * p * round_s / paced_s)
+    found = percentiles(price, rules, lengths, rate_per_s, _asked(traffic))
+    way_s, scale = line.way_s(traffic, found.decodes), max(p, round_s / found.tpot_s["mean"])
     ttft = {name: seconds + way_s for name, seconds in found.ttft_s.items()}
-    return Latencies(
-        ttft, {name: seconds * p * slower / line.accepted for name, seconds in found.tpot_s.items()}
-    )
+    return Latencies(ttft, {name: seconds * scale / line.accepted for name, seconds in found.tpot_s.items()})
 
 
 def prefill_pool(line: Line, traffic: Traffic, rate_per_s: float) -> dict[str, float]:
