@@ -138,6 +138,14 @@ def serve(
         list[str] | None,
         _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
     ] = None,
+    explore: Annotated[
+        list[str] | None,
+        _option(
+            "--explore",
+            text="Try choices that are left aside otherwise: 'cache_copies=*', or all. Repeatable.",
+            metavar="GLOB",
+        ),
+    ] = None,
     objective: Annotated[
         str,
         _option(
@@ -193,6 +201,7 @@ def serve(
         usd_per_hour,
         _speculation(faults, draft, acceptance, draft_tokens),
         objective,
+        explore or [],
     )
     day = _day(faults, daily, headroom, rate, concurrency)
     wanted = attempt(faults, whole_number, "--top", top)
@@ -253,7 +262,7 @@ def _traffic(
 def _problem(
     faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
     cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
-    speculation: Speculation | None, objective: str,
+    speculation: Speculation | None, objective: str, explore: list[str],
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
     from planner.serving.space import MODES
@@ -290,7 +299,7 @@ def _problem(
     return attempt(
         faults, ServeProblem, spec, machines[0], traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
         objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation,
-        others=tuple(machines[1:]), flags=_FLAGS,
+        others=tuple(machines[1:]), explore=tuple(explore), flags=_FLAGS,
     )  # fmt: skip
 
 

@@ -301,7 +301,9 @@ def _searcher(
     explores = bool(problems[0].explore)
     if degrees not in (None, *_DEGREES):
         raise SpecError(
-            Fault("--degrees", repr(degrees), f"one of {', '.join(_DEGREES)}", did_you_mean(degrees, _DEGREES))
+            Fault(
+                "--degrees", repr(degrees), f"one of {', '.join(_DEGREES)}", did_you_mean(degrees, _DEGREES)
+            )
         )
     own = degrees in ("stage", "layer")
     plain = not layerwise and not own and not any(problem.cluster.mixed for problem in problems)

@@ -1,10 +1,9 @@
 """What is simulated: the engines of a plan or of a pool file, and requests on their way through them.
 
-An engine forms batches of its own. A replica of ``pp`` pipeline stages is as many engines, each with its share of the
-cache, since that many batches are in flight at once; one that runs prompts alone is a single engine that begins an iteration when
-the first stage is free. Requests go to replicas at random, so that each has arrivals of its own, or in turn, and to a
-replica's engines in turn. Pools of prompts and of generation are two stages: a request leaves the first with its first token, and
-enters the second when its cache has come over.
+An engine is a replica, with one queue of its own; of ``pp`` pipeline stages, as many batches are in flight
+(:mod:`planner.load.pipelined`). Requests go to engines at random, so that each has arrivals of its own, or in turn. Pools of
+prompts and of generation are two stages: a request leaves the first with its first token, and enters the second when its cache
+has come over.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Stage:
 
     Attributes:
         role: ``aggregated``, ``prefill`` or ``decode``.
-        engines: how many; ``together`` of them are one replica.
-        at_random: whether requests go to replicas at random, not in turn.
-        way_s: what a request's way through later pipeline stages adds to its first token, by prompt length.
+        engines: how many; each has so many pipeline ``stages``.
+        at_random: whether requests go to engines at random, not in turn.
         accepted: tokens that a request gains in an iteration, of drafts that are as good as on average.
     """
 
@@ -53,9 +51,8 @@ class Stage:
     iteration: IterationTime
     rules: Scheduler
     pool: KvPool
-    together: int = 1
+    stages: int = 1
     at_random: bool = False
-    way_s: Callable[[Array], Array] | None = None
     accepted: float = 1.0
 
 
@@ -104,8 +101,6 @@ def run(
     one_token = replace(requests, output_tokens=np.ones_like(requests.output_tokens))
     prompts = _stage_run(first, one_token, None, on_progress)
     arrives_s = prompts.first_token_s + deployment.transfer_s(requests.prompt_tokens)
-    if first.way_s is not None:
-        arrives_s = arrives_s + first.way_s(requests.prompt_tokens)
     longer = np.flatnonzero(requests.output_tokens > 1)
     order = longer[np.argsort(arrives_s[longer], kind="stable")]
     answers = _stage_run(
@@ -167,7 +162,15 @@ def _stage_run(
             requests.priority[share],
         )
         runs.append(
-            simulate(part, stage.iteration, stage.rules, stage.pool, concurrency=loop, on_progress=tell)
+            simulate(
+                part,
+                stage.iteration,
+                stage.rules,
+                stage.pool,
+                stages=stage.stages,
+                concurrency=loop,
+                on_progress=tell,
+            )
         )
         finished += len(share)
     return _together(requests, shares, runs)
@@ -183,11 +186,8 @@ def _shares(stage: Stage, count: int, concurrency: int | None) -> list[Array]:
     if not stage.at_random or concurrency is not None:
         engines = min(stage.engines, count)
         return [np.arange(i, count, engines) for i in range(engines)]
-    chosen = np.random.default_rng(_ROUTER_SEED).integers(stage.engines // stage.together, size=count)
-    found = []
-    for replica in range(stage.engines // stage.together):
-        own = np.flatnonzero(chosen == replica)
-        found += [own[i :: stage.together] for i in range(stage.together)]
+    chosen = np.random.default_rng(_ROUTER_SEED).integers(stage.engines, size=count)
+    found = [np.flatnonzero(chosen == engine) for engine in range(stage.engines)]
     return [share for share in found if len(share)]
 
 
@@ -278,9 +278,9 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
     budget = int(chunk) * ranks
     held = capacity(iterations, isl, osl, chunk)
     block = int(float(iterations.software.block_tokens))
-    blocks = int(held.tokens[0] / block / pp)
+    blocks = int(held.tokens[0] / block)
     most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
-    rules = scheduler(policy or "sarathi", max(most // pp, 1), budget)
+    rules = scheduler(policy or "sarathi", max(most, 1), budget)
     if policy is None:
         rules = replace(rules, mixed=iterations.software.prompts == "beside")
 
@@ -289,16 +289,7 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
     cache = KvPool(blocks, block, int(_WATERMARK * blocks))
-    if pool.role != "prefill" or pp == 1:
-        return Stage(pool.role, pool.replicas * pp, table, rules, cache, pp, accepted=iterations.accepted)
-
-    def way_s(tokens: Array) -> Array:
-        each = np.minimum(tokens, budget)
-        return np.asarray((1.0 - 1.0 / pp) * table(0.0, 0.0, each, each * (tokens - (each - 1.0) / 2.0)))
-
-    paced = replace(table, lines=table.lines / pp)
-    whole = KvPool(blocks * pp, block, int(_WATERMARK * blocks * pp))
-    return Stage(pool.role, pool.replicas, paced, rules, whole, way_s=way_s)
+    return Stage(pool.role, pool.replicas, table, rules, cache, pp, accepted=iterations.accepted)
 
 
 def _transfer(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
