@@ -51,6 +51,7 @@ TECHNIQUE = Technique(
             1e-9,
             "Li, Hoefler 2021 (arXiv:2107.06925), Table 2, for the placement that both share",
             lambda order: figures.makespan_s(order, 8, 8, 2),
+            second_hand=True,
         ),
     ),
     valid=accepts(ORDER),
