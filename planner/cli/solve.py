@@ -348,7 +348,8 @@ def blocks(
 ) -> None:  # fmt: skip
     """Which devices of a pipeline hold which half layers, neighbours or not; the busiest device has the least work."""
     from planner.report.blocks import show_blocks
-    from planner.solve.blocks import contiguous, deal_blocks, model_blocks
+    from planner.solve.block_costs import model_blocks
+    from planner.solve.combinatorial.blocks import contiguous, deal_blocks
 
     job = SolveJob(None, model, cluster, batch, seq_len, fix, stack, memory, deadline, backend)
     job.raise_if_any()

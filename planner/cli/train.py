@@ -311,12 +311,17 @@ def _searcher(
         given = {
             "--stages": stages != "uneven",
             "--solver": solver != "auto",
-            "--time-limit": time_limit is not None and not explores,
+            "--time-limit": time_limit is not None and not (explores and problems[0].deadline_s is None),
             "--exact": exact,
         }
-        expected = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
+        others = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
+        expected = {"--time-limit": f"--explore or {others}"}
         raise_if_any(
-            [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
+            [
+                Fault(flag, "has no meaning here", expected.get(flag, others))
+                for flag, is_given in given.items()
+                if is_given
+            ]
         )
         if not explores:
             return None
@@ -352,10 +357,10 @@ def _searcher(
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
     limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
+    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
     if plain:
-        return partial(search_widening, **limit)
+        return alike
     chosen: dict[str, Any] = {"solver": solver} | limit
-    alike: Callable[..., SearchResult] = search
     if layerwise:
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
 

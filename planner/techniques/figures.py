@@ -6,7 +6,7 @@ Everything heavy is imported when a figure is computed, so that finding the tech
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "in_flight",
     "in_flight_to_backward",
     "makespan_s",
+    "page_faults",
     "parameters",
     "recipe",
     "run",
@@ -218,7 +219,25 @@ def graham_figure(what: str, machines: int, compute: Callable[[Any], float]) -> 
 
     jobs = ", ".join(map(str, graham_jobs(machines)))
     source = "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached"
-    return Figure(f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute)
+    return Figure(
+        f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute, second_hand=True
+    )
+
+
+def page_faults(
+    solver: Callable[[Any], float], pages: Sequence[int], frames: int, moves: str = "serial"
+) -> float:
+    """Faults of a string of references with some frames: the first of each page, and one for every rest outside of them.
+
+    ``solver``: seconds of a problem of tensors and tiers, where a page comes in within a second and goes out for nothing.
+    """
+    from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
+
+    known = sorted(set(pages))
+    kernels = tuple(Kernel(f"reference {i}", 0.0, (known.index(page),)) for i, page in enumerate(pages))
+    tensors = tuple(Tensor(f"page {page}", 1.0, constant=True) for page in known)
+    tiers = (Tier("frames", float(frames)), Tier("disk", float(len(known)), 1.0, 1.0))
+    return len(known) + float(solver(TieringProblem(kernels, tensors, tiers, moves)))
 
 
 # -- schedules -----------------------------------------------------------------------------------------------------------

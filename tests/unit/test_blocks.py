@@ -9,7 +9,8 @@ import pytest
 
 from planner import TrainWorkload, load_cluster, load_model, load_stack
 from planner.errors import Infeasible
-from planner.solve.blocks import Block, contiguous, deal_blocks, model_blocks
+from planner.solve.block_costs import model_blocks
+from planner.solve.combinatorial.blocks import Block, contiguous, deal_blocks
 
 
 def brute(blocks: list[Block], devices: int, room: float, *, runs: bool) -> float:

@@ -19,19 +19,19 @@ _DEVICES = 3  # whose best three runs of neighbours take 10
 
 
 def _deal(blocks: Any, devices: int) -> float:
-    from planner.solve.blocks import deal_blocks
+    from planner.solve.combinatorial.blocks import deal_blocks
 
     return deal_blocks(blocks, devices).time_s
 
 
 def _runs(blocks: Any, devices: int) -> float:
-    from planner.solve.blocks import contiguous
+    from planner.solve.combinatorial.blocks import contiguous
 
     return contiguous(blocks, devices).time_s
 
 
 def _makespan(subject: Any) -> float:
-    from planner.solve.blocks import Block
+    from planner.solve.combinatorial.blocks import Block
 
     return float(
         subject(
