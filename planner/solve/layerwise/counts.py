@@ -35,7 +35,7 @@ _Column: TypeAlias = tuple[float, list[float], list[float]]  # a strategy's redu
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
-_FEW_NODES = 600  # where the best need not be found to the last digit
+_FEW_NODES = 2500  # where the best need not be found to the last digit
 
 SLACK = 1e-12
 """Relative excess of a budget that counts as rounding."""
@@ -224,6 +224,9 @@ class _Search:
             np.minimum.accumulate(h[:, ranks[::-1]], axis=1).T[::-1].tolist()
             for h, ranks in zip(self.held, self.ranks, strict=True)
         ]
+        self.likely = [
+            shares[ranks].tolist() for shares, ranks in zip(self.relaxed.shares, self.ranks, strict=True)
+        ]
         self.offsets, self.rooms = self.problem.offset.tolist(), self.room.tolist()
         return True
 
@@ -258,14 +261,21 @@ class _Search:
             return
         extra, cost, held = columns[i]
         later, least = self.after[g + 1], self.least_from[g][i + 1]
-        for n in range(left + 1):
+        for n in self._near(g, i, left, extra, bound):
             now = bound + n * extra
             if now >= self.limit:
-                break
+                continue
             room = [r - n * h for r, h in zip(rooms, held, strict=True)]
             if all(r >= x + (left - n) * y for r, x, y in zip(room, later, least, strict=True)):
                 total = [c + n * x for c, x in zip(costs, cost, strict=True)]
                 self._descend(g, i + 1, left - n, now, total, room, [*taken, n])
+
+    def _near(self, g: int, i: int, left: int, extra: float, bound: float) -> Sequence[int]:
+        """Numbers of layers that the i-th strategy of group g may take, those close to the relaxation's share first."""
+        spare = self.limit - bound
+        most = left if extra * left < spare else floor(spare / extra)
+        share = self.likely[g][i]
+        return range(most + 1) if share == 0.0 else sorted(range(most + 1), key=lambda n: abs(n - share))
 
     def _shares(
         self, g: int, left: int, one: _Column, other: _Column, costs: list[float], rooms: list[float]

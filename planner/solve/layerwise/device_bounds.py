@@ -22,7 +22,8 @@ from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
-from planner.solve.layerwise.duals import Cells, duals
+from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
@@ -34,24 +35,7 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 """Fields of device memory that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
-_DEARER = (
-    1.0,
-    16.0,
-    256.0,
-    4096.0,
-)  # prices of a byte, in fastest strategies of all layers per byte of the budget
-_SIZES = (
-    -8.0,
-    -4.0,
-    -2.0,
-    -1.0,
-    0.0,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-)  # layers more than even stages have at which stages are bounded best
-_LONGEST_S = 1e7  # stands for strategies that are not allowed
+_SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
 class DeviceBounds:
@@ -73,6 +57,7 @@ class DeviceBounds:
         }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
+        self._least: dict[int, tuple[Layout, Array, Array]] = {}  # by the layout's id, which is held
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -84,6 +69,8 @@ class DeviceBounds:
 
         First their work, and on the first device what follows it; then their work with all that follows it.
         """
+        if id(layout) in self._least:
+            return self._least[id(layout)][1:]
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells = self._cells(layout, m * once, m * once)
         s, kind = self.useful, cells.kind
@@ -92,6 +79,7 @@ class DeviceBounds:
         whole_s = self._within_limits(alone + after[3], cells)
         work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
         work_s[0] = max(work_s[0], whole_s[0])
+        self._least[id(layout)] = layout, work_s, whole_s
         return work_s, whole_s
 
     def along_s(self, layout: Layout, path: Path) -> float:
@@ -102,10 +90,18 @@ class DeviceBounds:
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        after = np.where(
-            cells.device == path.device, self._after(layout.device_counts, cells.device, kind), 0.0
-        )
-        return max(float(self._within_limits(cost + each, cells).sum()) for each in after)
+        # Devices, and beside the one on which the path ends copies of it, one for each sum that may follow.
+        at_end = np.flatnonzero(cells.device == path.device)
+        after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
+        sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
+        copies = np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))])
+        every = cells.take(copies)
+        devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
+        every = replace(every, device=np.concatenate([cells.device, devices]))
+        costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
+        least = self._within_limits(costs, every)
+        least[path.device] = least[layout.pp :].max()
+        return float(least[: layout.pp].sum())
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
@@ -135,27 +131,31 @@ class DeviceBounds:
     def _within_limits(self, cost: Array, cells: Cells) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
         low, high = self._limits(np.unique(cells.kind).tolist())
-        found, _ = self._duals(cost, cells, low, high)
-        least: Array = found.min(axis=0)
-        return least
-
-    def _duals(self, cost: Array, cells: Cells, low: Array, high: Array) -> tuple[Array, Array]:
-        """The dual of every device under each range of limits, (limits, devices), and its prices, (budgets, limits, devices)."""
-        transient = self.transient[self.useful][:, cells.kind]
+        allowed = self.transient[self.useful][:, cells.kind] <= high[:, None, None]
+        held = self._held(cells.kind, cells.flights)
         many, devices = len(low), int(cells.device[-1]) + 1
-        costs = np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2)
         every = replace(
             cells,
             device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
             number=np.tile(cells.number, many),
         )
-        room = np.array(
-            [np.repeat(self.room - self.growth * low, devices)]
-            + [np.full(many * devices, capacity) for capacity in self.slower.values()]
+        costs = np.where(allowed, cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
+        rooms = np.repeat(self.room - self.growth * low, devices)
+        found = dual_s(costs, np.tile(held[0], many), every, rooms).reshape(many, devices)
+        least: Array = found.min(axis=0)
+        if self.slower:
+            for device in np.flatnonzero(np.isfinite(least)).tolist():
+                own = cells.device == device
+                ranges = Ranges(cost[None][:, :, own], held[:, :, own], allowed[:, :, own], self._rooms(low))
+                number = cells.number[own]
+                least[device] = max(least[device], Planes(ranges, number[None], steep=False).bound(number))
+        return least
+
+    def _rooms(self, low: Array) -> Array:
+        """Budgets under each range of the largest transient, (budgets, ranges)."""
+        return np.array(
+            [self.room - self.growth * low, *(np.full(len(low), size) for size in self.slower.values())]
         )
-        held = np.tile(self._held(cells.kind, cells.flights), many)
-        found, prices = duals(costs.reshape(len(cost), -1), held, every, room)
-        return found.reshape(many, devices), prices.reshape(len(room), many, devices)
 
     def _held(self, kind: NDArray[np.intp], flights: Array) -> Array:
         """Bytes of one block of some kinds against each budget: the device's, and of the slower tiers, (budgets, useful
@@ -185,8 +185,7 @@ class DeviceBounds:
     def line(self, device: int, order: Sequence[int], ends: Sequence[int], work_only: bool = False) -> Line:
         """A lower bound of a device's seconds by the layers it holds, for pipelines with one stage per device.
 
-        The dual of the linear relaxation at every price that some trade of memory for time would fetch, under every limit on the
-        transient.
+        Planes of the linear relaxation's dual for as many layers as it may well hold, under every limit on the transient.
 
         Args:
             order: kind of every layer.
@@ -197,32 +196,23 @@ class DeviceBounds:
         if not work_only:
             functions = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
         functions = functions[:, self.useful]
-        kinds = np.array(sorted({*order, *ends}))
+        kinds = sorted({*order, *ends})
         functions = functions[
             largest(np.zeros(len(functions)), list(functions[:, :, kinds].transpose(2, 0, 1)))
         ]
-        flights = np.full(len(functions[0, 0]), float(self.flights(device).max()))
-        held = self._held(np.arange(len(flights)), flights)
-        low, high = self._limits(kinds.tolist())
-        room = np.array(
-            [self.room - self.growth * low, *(np.full(len(low), c) for c in self.slower.values())]
-        )
-        small = self.transient[self.useful] <= high[:, None, None]
-        offsets, sums = [], []
-        for cost in functions:
-            prices = self._prices(cost, held, self._samples(device, order, ends), len(order), low, high)
-            paid = cost + (prices[..., None, None] * held[:, None, None]).sum(axis=0)
-            # (prices, limits, kinds)
-            least = np.where(small, paid, _LONGEST_S).min(axis=2)
-            offsets.append(least[:, :, list(ends)].sum(axis=2) - (prices * room[:, None]).sum(axis=0))
-            sums.append(np.cumsum(least[:, :, list(order)], axis=2))
-        found = np.concatenate(sums).transpose(1, 0, 2)
-        lines = np.concatenate([np.zeros((*found.shape[:2], 1)), found], axis=2)
-        return Line(np.concatenate(offsets).T, lines)
+        every = np.arange(len(self.mesh.kinds) - 1)
+        held = self._held(every, np.full(len(every), float(self.flights(device).max())))
+        low, high = self._limits(kinds)
+        allowed = self.transient[self.useful][:, :-1] <= high[:, None, None]
+        ranges = Ranges(functions[:, :, :-1], held, allowed, self._rooms(low))
+        planes = Planes(ranges, self._samples(device, order, ends), steep=True)
+        offset = planes.least[:, :, list(ends)].sum(axis=2) - planes.paid
+        sums = np.cumsum(planes.least[:, :, list(order)], axis=2)
+        lines = np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+        return Line(np.ascontiguousarray(offset.T), np.ascontiguousarray(lines.transpose(1, 0, 2)))
 
-    def _samples(self, device: int, order: Sequence[int], ends: Sequence[int]) -> Cells:
-        """As many layers as a device may well hold, from where it may well begin, with what it holds besides: cells of one
-        device per sample."""
+    def _samples(self, device: int, order: Sequence[int], ends: Sequence[int]) -> Array:
+        """As many layers as a device may well hold, from where it may well begin, with its ends: (samples, kinds)."""
         layers, pp = len(order), self.mesh.pp
         begin = round(layers * device / pp)
         sizes = np.unique(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
@@ -230,21 +220,7 @@ class DeviceBounds:
         for sample, n in enumerate(sizes.tolist()):
             start = min(begin, layers - n)
             np.add.at(counts[sample], [*order[start : start + n], *ends], 1.0)
-        once = np.ones((1, len(sizes)))
-        return Cells.of(counts[None], float(self.flights(device).max()) * once, once, once)
-
-    def _prices(self, cost: Array, held: Array, cells: Cells, layers: int, low: Array, high: Array) -> Array:
-        """Prices of a byte of every budget that prove most of some samples of layers under each limit; with them those of free
-        bytes, and ones that no plan pays for a budget: (budgets, prices, limits)."""
-        _, found = self._duals(cost[:, cells.kind], cells, low, high)
-        dear = (
-            float(cost.min(axis=0)[:-1].max()) * layers / np.maximum([self.room, *self.slower.values()], 1.0)
-        )
-        steep = np.zeros((len(held), 1 + len(held) * len(_DEARER)))
-        for budget in range(len(held)):
-            steep[budget, 1 + budget * len(_DEARER) :][: len(_DEARER)] = dear[budget] * np.array(_DEARER)
-        every = np.broadcast_to(steep[:, :, None], (*steep.shape, len(low)))
-        return np.concatenate([found.transpose(0, 2, 1), every], axis=1)
+        return counts
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:

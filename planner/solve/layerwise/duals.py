@@ -11,7 +11,7 @@ that a few tangents find it, for all devices side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK
 
-__all__ = ["Cells", "dual_s", "duals"]
+__all__ = ["Cells", "dual_s"]
 
 _TANGENTS = 30  # at most: a handful is enough for most devices, and any price bounds
 _PRECISION = 1e-12
-
-# Prices of a byte of a slower tier: first in seconds of a device per byte of its capacity, up to what no plan pays; then between
-# the neighbours of the best.
-_GRID = np.array([0.0, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 4.0, 64.0])
-_BETWEEN = np.array([0.2, 0.4, 0.5, 0.6, 0.8])
-_CLOSER = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +62,17 @@ class Cells:
             one[0].astype(np.intp), one[1].astype(np.intp), np.add.reduceat(number, starts), one[2], one[3], one[4]
         )  # fmt: skip
 
+    def take(self, index: NDArray[np.intp]) -> Cells:
+        """Some of the cells."""
+        parts = (self.device, self.kind, self.number, self.flights, self.forwards, self.backwards)
+        return Cells(*(x[index] for x in parts))
+
 
 def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
     """What each device costs at least, infinite where nothing keeps its room: (devices,).
+
+    Two lines bound the dual from above: its tangents at a price where the cheapest strategies exceed the room, and at one where
+    they keep it. Where they meet, the next tangent replaces one of them, until it meets both: then it is the largest value.
 
     Args:
         cost, held: (strategies, cells) seconds and bytes of one block; infinite cost where a strategy is not allowed.
@@ -81,64 +83,6 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
     >>> cells = Cells.of(5.0 * one[None], one, one, one)
     >>> dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0])).tolist()  # 2.5 of each
     [17.5]
-    """
-    return _dual(cost, held, cells, room)[0]
-
-
-def duals(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, Array]:
-    """The same under several budgets, the first of which is the device's own: what each device costs at least, and the prices
-    that prove it, (devices,) and (budgets, devices).
-
-    Any prices of the other budgets bound. They are looked for one budget after the other: on a grid in units of a device's
-    seconds per byte of the budget, then beside the best of it, where a concave function is largest.
-
-    Args:
-        cost: as above.
-        held: (budgets, strategies, cells).
-        room: (budgets, devices).
-    """
-    least, own = _dual(cost, held[0], cells, room[0])
-    prices = np.zeros_like(room)
-    prices[0] = own
-    for budget in range(1, len(room)):
-        base = cost + (prices[1:, cells.device][:, None] * held[1:]).sum(axis=0)
-        paid = (prices[1:] * room[1:]).sum(axis=0)
-        unit = np.where(np.isfinite(least), least, 0.0) / np.maximum(room[budget], 1.0)
-        grid = _GRID[:, None] * unit
-        for _ in range(_CLOSER):
-            tried, of_device = _along(base, held[[0, budget]], cells, room[[0, budget]], grid)
-            value = tried - paid
-            at, every = value.argmax(axis=0), np.arange(value.shape[1])
-            better = value[at, every] > least
-            least = np.where(better, value[at, every], least)
-            prices[budget] = np.where(better, grid[at, every], prices[budget])
-            prices[0] = np.where(better, of_device[at, every], prices[0])
-            low, high = grid[np.maximum(at - 1, 0), every], grid[np.minimum(at + 1, len(grid) - 1), every]
-            grid = low + (high - low) * _BETWEEN[:, None]
-    return least, prices
-
-
-# -- details ---------------------------------------------------------------------------------------------------------
-
-
-def _along(cost: Array, held: Array, cells: Cells, room: Array, grid: Array) -> tuple[Array, Array]:
-    """The dual under a budget for each of some prices of another one, and what the budget's own bytes cost: (prices, devices)."""
-    many, devices = grid.shape
-    every = replace(
-        cells,
-        device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
-        number=np.tile(cells.number, many),
-    )
-    costs = cost[:, None] + grid[:, cells.device] * held[1][:, None]
-    value, price = _dual(costs.reshape(len(cost), -1), np.tile(held[0], many), every, np.tile(room[0], many))
-    return value.reshape(many, devices) - grid * room[1], price.reshape(many, devices)
-
-
-def _dual(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, Array]:
-    """The largest value of each device's dual, and the price at which it is reached.
-
-    Two lines bound the dual from above: its tangents at a price where the cheapest strategies exceed the room, and at one where
-    they keep it. Where they meet, the next tangent replaces one of them, until it meets both: then it is the largest value.
     """
     starts = np.searchsorted(cells.device, np.arange(len(room)))
     place = np.arange(cost.shape[1])
@@ -154,7 +98,7 @@ def _dual(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, A
     kept_s, kept = at(np.where(smallest == smallest.min(axis=0), cost, np.inf))
     fits = np.isfinite(over_s) & (kept <= SLACK * np.abs(room))
     over_s, kept_s = np.where(fits, over_s, 0.0), np.where(fits, kept_s, 0.0)
-    best, best_price = over_s.copy(), np.zeros_like(over_s)  # without a price
+    best = over_s.copy()  # without a price
     open_ = fits & (over > 0.0)
     for _ in range(_TANGENTS):
         if not open_.any():
@@ -162,10 +106,9 @@ def _dual(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, A
         price = np.where(open_, (kept_s - over_s) / np.where(open_, over - kept, 1.0), 0.0)
         seconds, beyond = at(cost + price[cells.device] * held)
         value = seconds + price * beyond
-        better = open_ & (value > best)
-        best, best_price = np.where(better, value, best), np.where(better, price, best_price)
+        best = np.where(open_, np.maximum(best, value), best)
         open_ &= value < (over_s + price * over) * (1.0 - _PRECISION)
         up, down = open_ & (beyond > 0.0), open_ & (beyond <= 0.0)
         over_s, over = np.where(up, seconds, over_s), np.where(up, beyond, over)
         kept_s, kept = np.where(down, seconds, kept_s), np.where(down, beyond, kept)
-    return np.where(fits, best, np.inf), best_price
+    return np.where(fits, best, np.inf)

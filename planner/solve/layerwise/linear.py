@@ -37,7 +37,7 @@ class Relaxed:
     Attributes:
         bound: no counts that fit cost less; infinite where none do.
         weights: of the cost functions, which sum to 1.
-        prices: of a byte of each budget.
+        prices: of a byte of each budget; where nothing fits, such that what exceeds budgets costs much.
         shares: layers under each strategy, per group.
     """
 
@@ -66,7 +66,7 @@ def relaxed(
     fits = tableau.solve()
     weights, prices = tableau.duals()
     if not fits:
-        return Relaxed(np.inf, weights, prices, [])
+        return Relaxed(np.inf, weights, prices * (_PENALTIES[0] / _PENALTIES[-1]), [])
     least = [n * float((weights @ c + prices @ h).min()) for n, c, h in zip(sizes, cost, held, strict=True)]
     bound = sum(least) + float(weights @ offset) - float(prices @ room)
     return Relaxed(bound, weights, prices, tableau.shares())

@@ -7,7 +7,7 @@ states the gap to the smallest one that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -23,7 +23,7 @@ from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
-from planner.solve.layerwise.strategies import Mesh
+from planner.solve.layerwise.walks import Paths
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -110,13 +110,14 @@ class _Search:
         self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
         self._done: list[float] = []
+        self._paths: Paths = {}
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = dict(self.space.least_s)
-        for pp in self.space.least_s:
+        for pp in sorted(self.space.least_s, key=lambda pp: self.space.least_s[pp]):
             if self.account.late(self.end_s):
                 return
             self._left += [
@@ -154,20 +155,26 @@ class _Search:
 
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
-        deal = open_.deal
-        mesh = self.space.mesh(deal)
-        launcher = self.problem.launcher
-        meshes = [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches)
-        bound_s = min((self._with(deal, some, open_.looks) for some in meshes), default=np.inf)
+        if not open_.settlers:
+            open_.settlers.extend(self._settlers(open_.deal))
+        bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
         return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
-    def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
+    def _settlers(self, deal: Deal) -> Iterator[Settler]:
+        """What bounds a deal and finds its plans: one, or one per mixture of strategies that a launcher runs."""
+        mesh, launcher = self.space.mesh(deal), self.problem.launcher
+        chunks = 1 if deal.layout is None else deal.layout.virtual_stages
+        for some in [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches):
+            costs = DeviceCosts(self.problem, some, deal.order, chunks, self.solver, self.tolerance)
+            yield Settler(
+                deal, some, costs, self.space.order, self.space.kinds, self.uniform.branches, self._paths
+            )
+
+    def _with(self, settler: Settler, look: int) -> float:
         """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""
-        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver, self.tolerance)
-        settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
         bound_s = settler.bound_s(self.best_s)
         if look > _BOUND and bound_s < self.best_s:
-            bound_s = max(bound_s, settler.path_s())
+            bound_s = max(bound_s, settler.path_s(self.best_s))
         if look < _PLANS or bound_s >= self.best_s:
             return bound_s
         self.account.settled += 1
@@ -175,8 +182,8 @@ class _Search:
             if found.step_s < self.best_s:
                 self.best, self.best_s = found, found.step_s
             if bound_s < self.best_s:
-                bound_s = max(bound_s, settler.path_s(found))
-        return bound_s
+                bound_s = max(bound_s, settler.path_s(self.best_s, found))
+        return max(bound_s, settler.proved_s()) if bound_s < self.best_s else bound_s
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -189,10 +196,7 @@ class _Open:
     number: int
     deal: Deal = field(compare=False)
     looks: int = field(default=0, compare=False)
-
-
-def _chunks(deal: Deal) -> int:
-    return 1 if deal.layout is None else deal.layout.virtual_stages
+    settlers: list[Settler] = field(default_factory=list, compare=False)
 
 
 def _plans(
