@@ -89,7 +89,17 @@ def test_even_stages_and_launchers_keep_to_one_mesh(planner):
 def test_nothing_fits_either_way(planner):
     """405B parameters: 810 GB in bf16 alone, of which 16 consumer devices hold less than half."""
     few = ("--fix", "cp=1", "--fix", "tensor_overlap=none", "--fix", "micro_batch_size=1")
-    job = ("--model", "llama3.1-405b", "--global-batch", "64", "--seq-len", "4096", "--forbid", "*_offload", *few)
+    job = (
+        "--model",
+        "llama3.1-405b",
+        "--global-batch",
+        "64",
+        "--seq-len",
+        "4096",
+        "--forbid",
+        "*_offload",
+        *few,
+    )
     clusters = ("--cluster", "rtx-4090:1x8+l4:1x8", "--json")
     assert planner("train", *job, *clusters, "--time-limit", "none").code == 3
     # Out of time, nobody knows.

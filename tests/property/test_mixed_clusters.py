@@ -33,10 +33,9 @@ _CLOSED = {
     "sequence_parallel": "false", "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "cp": "1",
     "zero_stage": "1", "parameter_offload": "none", "optimizer_offload": "none", "activation_offload": "none",
 }  # fmt: skip
-# Recompute all or nothing; two micro-batches or more, so that a step is more than the traffic after its only backward, of which
-# the choice of strategies knows the many-bucket limit.
+# Recompute all or nothing.
 _RECOMPUTE = ("norm", "act", "norm+act", "selective", "mlp", "block", "norm+mla_up")
-_FEW = (*(f"recompute={choice}" for choice in _RECOMPUTE), "micro_batch_size=4", "micro_batch_size=8")
+_FEW = tuple(f"recompute={choice}" for choice in _RECOMPUTE)
 _DEVICES = ("a100-sxm-80gb", "rtx-4090", "h100-sxm", "l4", "a100-pcie-40gb")
 
 
@@ -61,7 +60,8 @@ def random_problem(seed: int) -> Problem:
         f"{name}:{nodes}x{each}"
         for name, (nodes, each) in zip(names, draw.choice([(1, 1), (1, 2), (2, 1)], 2), strict=True)
     ]
-    return small("+".join(groups), int(draw.integers(3, 5)), float(draw.choice([0.0, 0.4, 0.6, 0.7])), 8)
+    layers, reserve = int(draw.integers(3, 5)), float(draw.choice([0.0, 0.4, 0.6, 0.7]))
+    return small("+".join(groups), layers, reserve, int(draw.choice([2, 8])))  # of one micro-batch or more
 
 
 def found(problem: Problem, solver: str = "brute") -> MixedSearch:

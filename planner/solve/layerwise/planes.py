@@ -74,13 +74,14 @@ class Planes:
 
     def bound(self, number: Array) -> float:
         """What some blocks cost at least."""
-        return float(self._of_ranges(number).min())
+        return float(self.of_ranges(number).min())
 
-    # -- details -------------------------------------------------------------------------------------------------------
-
-    def _of_ranges(self, number: Array) -> Array:
+    def of_ranges(self, number: Array) -> Array:
+        """The same under each range alone, (ranges,)."""
         value: Array = (np.array(self._least) @ number - np.array(self._paid)).max(axis=0)
         return value
+
+    # -- details -------------------------------------------------------------------------------------------------------
 
     def _add(self, weights: Array, prices: Array) -> None:
         ranges = self.ranges
@@ -93,7 +94,7 @@ class Planes:
         kinds = np.flatnonzero(number)
         done: set[int] = set()
         for _ in range(_ROUNDS):
-            which = int(np.argmin(self._of_ranges(number)))
+            which = int(np.argmin(self.of_ranges(number)))
             if which in done:
                 return
             done.add(which)

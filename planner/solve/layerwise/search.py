@@ -20,9 +20,10 @@ from planner.errors import Infeasible, Interrupted
 from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.layerwise.devices import DeviceCosts
-from planner.solve.layerwise.settle import Candidate, Paths, Settler
+from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
+from planner.solve.layerwise.walks import Paths
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -182,7 +183,7 @@ class _Search:
                 self.best, self.best_s = found, found.step_s
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
-        return bound_s
+        return max(bound_s, settler.proved_s()) if bound_s < self.best_s else bound_s
 
 
 @dataclass(frozen=True, slots=True, order=True)

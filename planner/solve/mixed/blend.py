@@ -17,7 +17,7 @@ from planner.assignment import Runs
 from planner.engine import COMPACT, tabulate
 from planner.ledger import Array
 from planner.place import Place
-from planner.solve.layerwise.devices import Device, DeviceCosts, DeviceGroup, Solved
+from planner.solve.layerwise.devices import Device, DeviceCosts, DeviceGroup, Goal, Solved
 from planner.solve.mixed.members import Option, side_by_side
 from planner.transition import CHANGE, communicators, transition
 
@@ -89,7 +89,7 @@ class _Costs(DeviceCosts):
         self._changes = 1
         self._ends: dict[int, int] = {}
 
-    def _solve(self, device: Device, ramp_s: float) -> Solved | None:
+    def _solve(self, device: Device, goal: Goal) -> Solved | None:
         best: Solved | None = None
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         ways: list[tuple[int, dict[int, int]]] = [(1, {})]
@@ -97,19 +97,24 @@ class _Costs(DeviceCosts):
             ways = [(1, {embedding: a, head: 1 - a}) for a in (0, 1)]
             ways += [(2, {embedding: a, head: a}) for a in (0, 1)]
         for self._changes, self._ends in ways:
-            found = super()._solve(device, ramp_s)
+            found = super()._solve(device, goal)
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
         return best
 
-    def _sums(self, groups: Sequence[DeviceGroup], ramp_s: float) -> tuple[Array, Array]:
-        offset, sums = super()._sums(groups, ramp_s)
+    def _sums(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
+        offset, sums = super()._sums(groups, goal)
         forward_s, backward_s = (self._changes * seconds for seconds in self.blend.change_s)
-        # What a change takes hides traffic too: gradients beside the last backward, weights beside the first forward.
-        gradients, weights = self._buckets(groups)
-        hides = itertools.product((0.0, (1.0 - gradients) * backward_s), (0.0, (1.0 - weights) * forward_s))
-        beside = np.array([*map(sum, hides), 0.0])
-        return offset + self.mesh.micro_batches * (forward_s + backward_s) - beside, sums
+        beside = np.zeros(len(offset))
+        if goal.after:
+            # What a change takes hides traffic too: gradients beside the last backward, weights beside the first forward.
+            gradients, weights = self._buckets(groups)
+            hides = itertools.product(
+                (0.0, (1.0 - gradients) * backward_s), (0.0, (1.0 - weights) * forward_s)
+            )
+            beside[:4] = [*map(sum, hides)]
+        passed_s = goal.forwards[0] * forward_s + goal.backwards[0] * backward_s
+        return offset + passed_s - beside, sums
 
     def _small(self, groups: Sequence[DeviceGroup], limit: float) -> list[list[int]]:
         small = super()._small(groups, limit)
