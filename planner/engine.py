@@ -278,13 +278,9 @@ def tabulate(
     """
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
-        if fields is TIMES and isinstance(item, Resident):
-            continue
-        where = (item.block, "resident" if isinstance(item, Resident) else item.phase)
-        if where in parts:
-            parts[where].append(item)
-        else:
-            parts[where] = [item]
+        held = isinstance(item, Resident)
+        if not (held and fields is TIMES):
+            parts.setdefault((item.block, "resident" if held else item.phase), []).append(item)
     known = ledger.axes.sums
     keys = {(block, part): (part, *map(id, items)) for (block, part), items in parts.items()}
     new = [where for where, key in keys.items() if key not in known]

@@ -371,10 +371,7 @@ class Ledger:
 
     def edit(self, kind: type[ItemT], change: Callable[[ItemT], Item | None]) -> Ledger:
         """Replaces each item of a kind by what ``change`` returns for it; None leaves it as it is."""
-        items = []
-        for item in self.items:
-            new = change(item) if isinstance(item, kind) else None
-            items.append(item if new is None else new)
+        items = [(change(item) or item) if isinstance(item, kind) else item for item in self.items]
         return replace(self, items=tuple(items))
 
     def copy_to_phase(self, where: Callable[[Item], bool], phase: Phase, by: str) -> Ledger:
