@@ -58,7 +58,9 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     parts = flags.integer("--decode-context-parallel-size", 1)
     if parts > 1:
         fixed["cache_copies"] = "dcp"
-        notes.append(f"--decode-context-parallel-size {parts}: taken as tp over the key heads, all copies of a cache.")
+        notes.append(
+            f"--decode-context-parallel-size {parts}: taken as tp over the key heads, all copies of a cache."
+        )
     fixed |= _weights(flags, notes)
     tokens, sequences = flags.integer("--max-num-batched-tokens", None), flags.integer("--max-num-seqs", None)
     context = flags.integer("--max-model-len", None)

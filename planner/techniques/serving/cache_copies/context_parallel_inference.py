@@ -56,7 +56,9 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     added: list[Item] = []
 
     def cache(item: Resident) -> Item | None:
-        return replace(item, size=times(item.size, _PART), by=TECHNIQUE.key) if item.pool == "kv_cache" else None
+        return (
+            replace(item, size=times(item.size, _PART), by=TECHNIQUE.key) if item.pool == "kv_cache" else None
+        )
 
     def core(item: AttentionCore) -> Item | None:
         if not item.decode:
@@ -98,7 +100,15 @@ TECHNIQUE = Technique(
     source="vLLM, docs/serving/context_parallel_deployment.md",
     summary="Ranks that would copy a cache split its tokens",
     knobs=(Knob("cache_copies", "what tensor ranks hold of the same keys and values", ("kept", "dcp")),),
-    figures=(Figure("tokens in the caches, 46.80 GiB on each of 8 ranks, split over all", 5721088.0, 1e-3, _LOGS, _tokens),),
+    figures=(
+        Figure(
+            "tokens in the caches, 46.80 GiB on each of 8 ranks, split over all",
+            5721088.0,
+            1e-3,
+            _LOGS,
+            _tokens,
+        ),
+    ),
     valid=valid,
     apply=apply,
     searched=False,
@@ -114,7 +124,9 @@ TECHNIQUES = (
         default=True,
         source="arXiv:1909.08053",
         summary="Key heads that ranks share are held by each",
-        figures=(Figure("tokens in the caches, 46.80 GiB on each of 8 ranks", 715072.0, 1e-3, _LOGS, _tokens),),
+        figures=(
+            Figure("tokens in the caches, 46.80 GiB on each of 8 ranks", 715072.0, 1e-3, _LOGS, _tokens),
+        ),
     ),
     TECHNIQUE,
 )
