@@ -24,8 +24,8 @@ def requests(arrival_s, prompt, output):
 def test_a_long_iteration_holds_up_those_behind_it():
     """Two stages, 1 s each without prompts; B's prompt takes 5 s at each.
 
-    B enters behind A's second iteration at 3.8 s and leaves at 13.8 s. A has its second token at 4.8 s, finds the first stage taken until
-    8.8 s, waits for the second one until 13.8 s, and has its third token at 14.8 s; then two more, 2 s apart.
+    B enters behind A's second iteration at 3.8 s and leaves at 13.8 s. A has its second token at 4.8 s, finds the first stage
+    taken until 8.8 s, waits for the second one until 13.8 s, and has its third token at 14.8 s; then two more, 2 s apart.
     """
     done = simulate(
         requests([0.0, 3.0], [1, 10], [5, 2]), Affine(2.0, per_prefill_token_s=0.8), RULES, stages=2
