@@ -69,17 +69,17 @@ def test_one_stage_is_no_pipeline():
     assert apart.finish_s.tolist() == simulate(asked, price, replace(RULES, max_requests=1)).finish_s.tolist()
 
 
-@pytest.mark.parametrize(("stages", "rate"), [(2, 3.0), (4, 4.0), (8, 3.0)])
+@pytest.mark.parametrize(("stages", "rate"), [(2, 3.0), (4, 3.0), (8, 3.0)])
 def test_the_closed_form_is_near(stages, rate):
-    """70B-like: 30 ms a round, 150 ms with a prompt of 1,000 tokens. Both within a fifth."""
+    """70B-like: 30 ms a round, 150 ms with a prompt of 1,000 tokens. A tenth and a twentieth."""
     price, lengths = Affine(0.03, 5e-5, 0.0, 1.2e-4), Lengths(1000, 200)
     found = summarize(
         simulate(draw(lengths, 4000, rate_per_s=rate, seed=2), price, RULES, stages=stages), 0.1
     )
     line = Line(price, float(stages), 1024.0)
     said = mixed_pool(line, Traffic(1000, 200, rate_per_s=rate), 64.0, 20.0, rate)
-    assert said.ttft_s["mean"] == pytest.approx(found.ttft_s.mean, rel=0.2)
-    assert said.tpot_s["mean"] == pytest.approx(found.tpot_s.mean, rel=0.2)
+    assert said.ttft_s["mean"] == pytest.approx(found.ttft_s.mean, rel=0.1)
+    assert said.tpot_s["mean"] == pytest.approx(found.tpot_s.mean, rel=0.05)
 
 
 def test_rounds_that_are_held_up():
