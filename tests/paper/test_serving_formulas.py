@@ -21,7 +21,7 @@ from planner.technique import ServingContext, discover
 def test_overhead_that_a_shared_pipeline_may_have(load, communication, imbalance):
     """Two models on a device each wait as long as on a pipeline of both with so much longer stages.
 
-    AlpaServe (Li et al., OSDI 2023), queueing_theory_plot.py of its repository (alpa-projects/mms): D = 1, half of all requests each.
+    AlpaServe (Li et al., OSDI 2023), queueing_theory_plot.py of alpa-projects/mms: D = 1, half of the requests each.
     """
     apart_s = 1.0 + mg1_wait_s(load / 2.0, 1.0, 0.0)
     assert tandem_response_s(load, communication, communication / 2.0) == pytest.approx(apart_s, rel=1e-3)
@@ -62,7 +62,7 @@ def test_a_step_of_offloaded_bloom(bits_per_s, expected_s):
 
 @pytest.mark.parametrize(("batch", "expected_ms"), [(4, 2.5), (256, 21.0)])
 def test_steps_of_a_30b_model(batch, expected_ms):
-    """How to Scale Your Model (jax-ml.github.io/scaling-book, inference), a problem: int8, 100 kB a token, 8,192 of them, 16 v5e."""
+    """How to Scale Your Model (jax-ml.github.io/scaling-book, inference): int8, 100 kB a token, 8,192 of them, 16 v5e."""
     memory_bytes_per_s, flop_per_s = 16 * 8.1e11, 16 * 1.97e14
     cache_s = memory_bound_s(batch * 8192 * 100e3, memory_bytes_per_s)
     weights_s = roofline_s(2.0 * batch * 30e9 / flop_per_s, memory_bound_s(30e9, memory_bytes_per_s))
