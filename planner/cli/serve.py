@@ -122,7 +122,8 @@ def serve(
         _option("--draft-tokens", text="Tokens per step to choose from [1,2,3,4,5,7].", metavar="LIST"),
     ] = None,
     engine: Annotated[
-        str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
+        str,
+        _option("--engine", "--for", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME"),
     ] = "vllm",
     mode: Annotated[
         str | None,
@@ -250,13 +251,28 @@ def _traffic(
     values["percentile"] = optional_number(
         faults, "--percentile", percentile and percentile.lower().removeprefix("p")
     )
-    values["rate_per_s"] = optional_number(faults, "--rate", rate)
+    values["rate_per_s"] = _rate(faults, rate)
     values["concurrency"] = optional_whole(faults, "--concurrency", concurrency)
     values["prefix_hit"] = optional_number(faults, "--prefix-hit", prefix_hit) or 0.0
     values["length_scv"] = optional_number(faults, "--length-scv", length_scv) or 0.0
     if values["isl"] is None or values["osl"] is None:
         return None
     return attempt(faults, Traffic, flags=_FLAGS, **values)
+
+
+def _rate(faults: list[Fault], text: str | None) -> float | None:
+    rate = optional_number(faults, "--rate", text)
+    if rate is None or rate > 0.0:
+        return rate
+    faults.append(
+        Fault(
+            "--rate",
+            str(text),
+            "requests per second above 0",
+            "Leave it out for the highest load that keeps the limits.",
+        )
+    )
+    return None
 
 
 def _problem(

@@ -315,10 +315,10 @@ def _searcher(
             "--exact": exact,
         }
         others = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
-        expected = {"--time-limit": f"--explore or {others}"}
+        where = {"--time-limit": f"--explore or {others}"}
         raise_if_any(
             [
-                Fault(flag, "has no meaning here", expected.get(flag, others))
+                Fault(flag, "has no meaning here", where.get(flag, others))
                 for flag, is_given in given.items()
                 if is_given
             ]

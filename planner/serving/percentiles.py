@@ -163,24 +163,34 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     """
     p, steps = line.stages, (traffic.osl - 1.0) / line.accepted
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv, traffic.prefix_hit)
+    slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
+    price = line.price(float(true.context_tokens / slower.context_tokens))
     # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
-    rules = replace(_rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p)), mixed=line.beside)
-
-    def engine(rounds: float) -> tuple[Price, Lengths]:
-        """An answer stays for so many iterations of the engine that begins them ``p`` times as often."""
-        longer = Lengths(float(traffic.isl), rounds + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
-        return line.price(float(true.context_tokens / longer.context_tokens)), longer
-
-    price, lengths = engine(steps * p)
+    budget = line.budget + decodes * (1.0 - line.step_tokens / p)
     round_s = 0.0
-    if p > 1.0:  # answers stay longer than it takes that engine: its queue meets as many of them
-        paced_s = p * float(steady_load(price, rules, lengths, rate_per_s).tpot_s[0])
+    if p > 1.0:  # prompts meet more decodes than one engine that begins iterations p times as often has
+        paced_s = p * float(steady_load(price, _rules(slots, budget), slower, rate_per_s).tpot_s[0])
         round_s = max(line.round_s(traffic, slots, rate_per_s), paced_s)
-        price, lengths = engine(steps * p * round_s / paced_s)
-    found = percentiles(price, rules, lengths, rate_per_s, _asked(traffic))
+        held = rate_per_s * steps * round_s
+        if held >= slots:
+            raise _beyond(rate_per_s, slots / (steps * round_s))
+        price = _beside_more(price, round_s / paced_s, slots)
+        budget = line.budget + held * (paced_s / round_s - line.step_tokens / p)
+    rules = replace(_rules(slots, budget), mixed=line.beside)
+    found = percentiles(price, rules, slower, rate_per_s, _asked(traffic))
     way_s, scale = line.way_s(traffic, found.decodes), max(p, round_s / found.tpot_s["mean"])
     ttft = {name: seconds + way_s for name, seconds in found.ttft_s.items()}
     return Latencies(ttft, {name: seconds * scale / line.accepted for name, seconds in found.tpot_s.items()})
+
+
+def _beside_more(price: Price, times: float, slots: float) -> Price:
+    """A price whose iterations hold some times the decodes that they are asked for, up to the slots."""
+
+    def seconds(n: Array, context: Array, prefill: Array, seen: Array) -> Array:
+        more = np.maximum(np.minimum(times, slots / np.maximum(n, 1e-9)), 1.0)
+        return price(n * more, context * more, prefill, seen)
+
+    return seconds
 
 
 def prefill_pool(line: Line, traffic: Traffic, rate_per_s: float) -> dict[str, float]:

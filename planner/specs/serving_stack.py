@@ -69,7 +69,7 @@ class ServingSoftware:
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
         prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
         all_reduce: small messages go through kernels of the engine's ``own`` where the link allows it, or the ``library``'s.
-        context_parallel: caches that it splits over tensor ranks: ``any`` that grows with the context, ``latent`` ones, or ``none``.
+        context_parallel: caches that it splits over tensor ranks: ``any`` that grows, ``latent`` ones, or ``none``.
     """
 
     iteration_s: Sourced

@@ -28,7 +28,9 @@ def test_what_a_published_overload_gains():
     answers of the second run were longer)."""
     mesh = {"tp": 8, "pp": 1, "dp": 1, "ep": 1, "chunk_tokens": 8192, "replicas": 1}
     rates = [
-        plan_of("kimi-k2", "h200-sxm:1x8", weights="int4_wo", cache_copies=choice, **mesh).estimate.goodput_requests_per_s
+        plan_of(
+            "kimi-k2", "h200-sxm:1x8", weights="int4_wo", cache_copies=choice, **mesh
+        ).estimate.goodput_requests_per_s
         for choice in ("kept", "dcp")
     ]
     assert 1.57 / 1.25 <= rates[1] / rates[0] <= 695 / 486
@@ -37,7 +39,9 @@ def test_what_a_published_overload_gains():
 def test_as_many_times_the_sequences_fit():
     """Llama-3.1 8B has 8 key heads: of 16 ranks two share one, so that dcp 2 holds twice the requests (blocks round down)."""
     held = [
-        plan_of("llama3.1-8b", "h100-sxm:2x8", isl=100_000, tp=16, pp=1, replicas=1, cache_copies=choice).estimate.max_concurrency
+        plan_of(
+            "llama3.1-8b", "h100-sxm:2x8", isl=100_000, tp=16, pp=1, replicas=1, cache_copies=choice
+        ).estimate.max_concurrency
         for choice in ("kept", "dcp")
     ]
     assert held[1] == pytest.approx(2 * held[0], abs=1)
@@ -57,9 +61,13 @@ def test_it_is_refused_by_name(engine, model, mesh, reason):
         plan_of(model, "h200-sxm:2x8", engine, **mesh, cache_copies="dcp")
 
 
-@pytest.mark.parametrize(("engine", "flag"), [("vllm", "decode-context-parallel-size"), ("sglang", "dcp-size")])
+@pytest.mark.parametrize(
+    ("engine", "flag"), [("vllm", "decode-context-parallel-size"), ("sglang", "dcp-size")]
+)
 def test_engines_are_told_and_read_back(engine, flag, tmp_path):
-    plan = plan_of("deepseek-v3", "h200-sxm:1x8", engine, tp=8, pp=1, dp=1, ep=8, etp=1, replicas=1, cache_copies="dcp")
+    plan = plan_of(
+        "deepseek-v3", "h200-sxm:1x8", engine, tp=8, pp=1, dp=1, ep=8, etp=1, replicas=1, cache_copies="dcp"
+    )
     for name, text in export_serving(plan, engine).items():
         (tmp_path / name).write_text(text)
     assert f"{flag}: 8" in (tmp_path / f"{engine}.yaml").read_text()
@@ -74,4 +82,6 @@ def test_the_search_tries_it_when_it_may():
     assert plain.pools[0].knobs["cache_copies"] == "kept"
     assert found.pools[0].knobs["cache_copies"] == "dcp"
     assert found.estimate.goodput_requests_per_s > plain.estimate.goodput_requests_per_s
-    assert np.isclose(found.pools[0].knobs["max_sequences"], 8 * plain.pools[0].knobs["max_sequences"], rtol=0.2)
+    assert np.isclose(
+        found.pools[0].knobs["max_sequences"], 8 * plain.pools[0].knobs["max_sequences"], rtol=0.2
+    )

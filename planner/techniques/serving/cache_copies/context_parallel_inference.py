@@ -1,13 +1,14 @@
 """Decode context parallelism: ranks that would hold the same keys and values hold every so-manieth token instead.
 
-What it does: where tensor parallelism copies key heads (more ranks than heads, or a latent that is whole on every rank), the copies
-    are split over the context. Generation gathers its queries, each rank attends to its own tokens for all heads of the group, and
-    partial outputs are weighed by their log-sum-exp and summed where their heads belong.
+What it does: where tensor parallelism copies key heads (more ranks than heads, or a latent that is whole on every rank), the
+    copies are split over the context. Generation gathers its queries, each rank attends to its own tokens for all heads of the
+    group, and partial outputs are weighed by their log-sum-exp and summed where their heads belong.
 Saves: the cache, divided by the copies; as many times the tokens fit, and each step reads a part of them.
 Costs: an all-gather of queries, one of sums and a reduce-scatter of outputs per layer of every generating step.
-Assumes: as many parts as there were copies (``dcp = tp/key heads``); a prompt's chunks find earlier ones gathered at no cost, which
-    are small beside its products; caches that grow with the context only.
-Source: vLLM, docs/serving/context_parallel_deployment.md (``--decode-context-parallel-size``); SGLang, docs/advanced_features/dcp.
+Assumes: as many parts as there were copies (``dcp = tp/key heads``); a prompt's chunks find earlier ones gathered at no cost,
+    which is small beside its products; caches that grow with the context only.
+Source: vLLM, docs/serving/context_parallel_deployment.md (``--decode-context-parallel-size``); SGLang,
+    docs/advanced_features/dcp.md.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _exchanges(core: AttentionCore, group: Any, dtype: str) -> Iterator[Collecti
         yield Collective(
             what=f"attention.{what}", block=core.block, tags=frozenset({"cp"}), by=TECHNIQUE.key, source=TECHNIQUE.source,
             kind=kind, group=group, size=size, dtype=number,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def _tokens(subject: Pass) -> float:
