@@ -122,7 +122,8 @@ def train(
 
     job, histogram = _packed(job, lengths)
     problems, wanted = _problems(job, top, deadline, time_limit, explore or (), layerwise)
-    searcher = _searcher(
+    plain = not layerwise and not exact and (stages, solver) == ("uneven", "auto")
+    searcher = _explorer(problems, plain, time_limit) or _searcher(
         problems,
         stages,
         solver,
@@ -264,6 +265,35 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
+def _explorer(
+    problems: Sequence[Problem], plain: bool, time_limit: str | None
+) -> Callable[..., SearchResult] | None:
+    """What searches the choices that --explore opens, on clusters of one kind; None where it opens none, or more is asked.
+
+    Raises:
+        SpecError: the time limit is none.
+    """
+    alike = not any(problem.cluster.mixed for problem in problems)
+    if not (plain and alike and problems[0].explore and problems[0].deadline_s is None):
+        return None
+    from functools import partial
+
+    from planner.cli.values import optional_quantity, raise_if_any
+    from planner.errors import Problem as Fault
+    from planner.solve.widening import search_widening
+    from planner.units import parse_seconds
+
+    faults: list[Fault] = []
+    asked = None if time_limit == "none" else time_limit or _EXPLORATION
+    limit_s = optional_quantity(
+        faults, "--time-limit", asked, parse_seconds, "a duration such as 30s, or none"
+    )
+    if limit_s is not None and limit_s <= 0.0:
+        faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
+    raise_if_any(faults)
+    return partial(search_widening, time_limit_s=float("inf") if limit_s is None else limit_s)
+
+
 def _searcher(
     problems: Sequence[Problem],
     stages: str,
@@ -291,7 +321,6 @@ def _searcher(
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
-    explores = bool(problems[0].explore)
     for flag, value, known in (
         ("--stages", stages, ("uneven", "even")),
         ("--solver", solver, tuple(SOLVERS)),
@@ -299,26 +328,19 @@ def _searcher(
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
     raise_if_any(faults)
-    plain = not layerwise and not any(problem.cluster.mixed for problem in problems)
-    if plain:
+    if not layerwise and not any(problem.cluster.mixed for problem in problems):
         given = {
             "--stages": stages != "uneven",
             "--solver": solver != "auto",
-            "--time-limit": time_limit is not None and not (explores and problems[0].deadline_s is None),
+            "--time-limit": time_limit is not None,
             "--exact": exact,
         }
-        others = "--layerwise beside it, or a cluster of several kinds of devices"
-        expected = {"--time-limit": f"--explore or {others}"}
+        expected = "--layerwise beside it, or a cluster of several kinds of devices"
         raise_if_any(
-            [
-                Fault(flag, "has no meaning here", expected.get(flag, others))
-                for flag, is_given in given.items()
-                if is_given
-            ]
+            [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
         )
-        if not explores:
-            return None
-    asked = "none" if exact else time_limit or (_EXPLORATION if plain else _TIME_LIMIT)
+        return None
+    asked = "none" if exact else time_limit or _TIME_LIMIT
     limit_s = optional_quantity(
         faults,
         "--time-limit",
@@ -329,11 +351,9 @@ def _searcher(
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
-    limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
-    if plain:
-        return alike
-    chosen: dict[str, Any] = {"solver": solver} | limit
+    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
+    wide = partial(search_widening, time_limit_s=float("inf") if limit_s is None else limit_s)
+    alike: Callable[..., SearchResult] = wide if problems[0].explore else search
     if layerwise:
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
 
