@@ -43,7 +43,8 @@ def train(
         typer.Option(
             "--explore",
             metavar="GLOB",
-            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
+            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all; the best so far after "
+            "--time-limit [60s], with its gap. Repeatable.",
         ),
     ] = None,
     lengths: Annotated[
@@ -88,8 +89,7 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise or unlike devices [10s], or --explore [60s]: the best so far after this, with its gap; none "
-            "waits for the proof.",
+            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
             show_default=False,
         ),
     ] = None,
@@ -111,8 +111,10 @@ def train(
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
     what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
-    stages may run each on one kind, with degrees and layers of their own. --explore searches the default space first, then what
-    it opens slot by slot, then everything together, and says what it left when --time-limit was over.
+    stages may run each on one kind, with degrees and layers of their own.
+
+    --explore searches the default space first, then what it opens slot by slot, then everything together, and says what it left
+    when the time was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -317,7 +319,6 @@ def _searcher(
     from planner.solve.layerwise.solvers import SOLVERS
     from planner.solve.mixed.search import applies, search_mixed
     from planner.solve.train import search
-    from planner.solve.widening import search_widening
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
@@ -352,6 +353,8 @@ def _searcher(
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
     chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
+    from planner.solve.widening import search_widening
+
     wide = partial(search_widening, time_limit_s=float("inf") if limit_s is None else limit_s)
     alike: Callable[..., SearchResult] = wide if problems[0].explore else search
     if layerwise:
