@@ -107,14 +107,14 @@ def train(
 ) -> None:
     """Find the best plans for a training job, with proof.
 
+    --explore searches the default space first, then what it opens slot by slot, then everything together, and says what it left
+    when the time was over.
+
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
     what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
     stages may run each on one kind, with degrees and layers of their own.
-
-    --explore searches the default space first, then what it opens slot by slot, then everything together, and says what it left
-    when the time was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
