@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
 _MOST_PLANS = 1000
+_DEGREES = ("plan", "stage", "layer")
 _TIME_LIMIT = "10s"
 _EXPLORATION = "60s"
 _DEALING_S = 10.0
@@ -43,8 +44,7 @@ def train(
         typer.Option(
             "--explore",
             metavar="GLOB",
-            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all; the best so far after "
-            "--time-limit [60s], with its gap. Repeatable.",
+            help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
         ),
     ] = None,
     lengths: Annotated[
@@ -66,6 +66,15 @@ def train(
             "--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."
         ),
     ] = False,
+    degrees: Annotated[
+        str | None,
+        typer.Option(
+            "--degrees",
+            metavar="OF",
+            help="Also plans with tensor, context, expert and data degrees of every stage, or of every layer [plan].",
+            show_default=False,
+        ),
+    ] = None,
     stages: Annotated[
         str,
         typer.Option(
@@ -80,7 +89,7 @@ def train(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="With --layerwise or unlike devices: auto, dp, ilp or brute [auto].",
+            help="With --layerwise, --degrees or unlike devices: auto, dp, ilp or brute [auto].",
             show_default=False,
         ),
     ] = "auto",
@@ -89,7 +98,8 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
+            help="With --layerwise, --degrees or unlike devices [10s], or --explore [60s]: the best so far after this, with its "
+            "gap; none waits for the proof.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +107,7 @@ def train(
         bool,
         typer.Option(
             "--exact",
-            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit; not beside --time-limit.",
         ),
     ] = False,
     out: Annotated[
@@ -107,14 +117,13 @@ def train(
 ) -> None:
     """Find the best plans for a training job, with proof.
 
-    --explore searches the default space first, then what it opens slot by slot, then everything together, and says what it left
-    when the time was over.
-
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
-    what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
-    stages may run each on one kind, with degrees and layers of their own.
+    what a better one could still gain; Ctrl-C ends the search with the best so far. With --degrees stage or layer, work may be
+    cut otherwise in every stage or layer. On a cluster of several kinds of devices, stages may run each on one kind, with degrees
+    and layers of their own. --explore searches the default space first, then what it opens slot by slot, then everything
+    together, and says what it left when --time-limit was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -124,12 +133,12 @@ def train(
 
     job, histogram = _packed(job, lengths)
     problems, wanted = _problems(job, top, deadline, time_limit, explore or (), layerwise)
-    plain = not layerwise and not exact and (stages, solver) == ("uneven", "auto")
-    searcher = _explorer(problems, plain, time_limit) or _searcher(
+    searcher = _searcher(
         problems,
         stages,
         solver,
         (deadline if layerwise else None) or time_limit,
+        degrees,
         layerwise=layerwise,
         exact=exact,
     )
@@ -267,45 +276,17 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
     return replace(fleet, result=replace(fleet.result, pareto=front))
 
 
-def _explorer(
-    problems: Sequence[Problem], plain: bool, time_limit: str | None
-) -> Callable[..., SearchResult] | None:
-    """What searches the choices that --explore opens, on clusters of one kind; None where it opens none, or more is asked.
-
-    Raises:
-        SpecError: the time limit is none.
-    """
-    alike = not any(problem.cluster.mixed for problem in problems)
-    if not (plain and alike and problems[0].explore and problems[0].deadline_s is None):
-        return None
-    from functools import partial
-
-    from planner.cli.values import optional_quantity, raise_if_any
-    from planner.errors import Problem as Fault
-    from planner.solve.widening import search_widening
-    from planner.units import parse_seconds
-
-    faults: list[Fault] = []
-    asked = None if time_limit == "none" else time_limit or _EXPLORATION
-    limit_s = optional_quantity(
-        faults, "--time-limit", asked, parse_seconds, "a duration such as 30s, or none"
-    )
-    if limit_s is not None and limit_s <= 0.0:
-        faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
-    raise_if_any(faults)
-    return partial(search_widening, time_limit_s=float("inf") if limit_s is None else limit_s)
-
-
 def _searcher(
     problems: Sequence[Problem],
     stages: str,
     solver: str,
     time_limit: str | None,
+    degrees: str | None,
     *,
     layerwise: bool,
     exact: bool,
 ) -> Callable[..., SearchResult] | None:
-    """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
+    """What searches a cluster layer by layer, or over degrees and node groups that differ; None where neither is wanted.
 
     Raises:
         SpecError: an option is none of those there are, or means nothing for this search.
@@ -314,34 +295,57 @@ def _searcher(
 
     from planner.cli.values import optional_quantity, raise_if_any
     from planner.errors import Problem as Fault
-    from planner.errors import did_you_mean
+    from planner.errors import SpecError, did_you_mean
+
+    faults: list[Fault] = []
+    explores = bool(problems[0].explore)
+    if degrees not in (None, *_DEGREES):
+        raise SpecError(
+            Fault(
+                "--degrees", repr(degrees), f"one of {', '.join(_DEGREES)}", did_you_mean(degrees, _DEGREES)
+            )
+        )
+    own = degrees in ("stage", "layer")
+    plain = not layerwise and not own and not any(problem.cluster.mixed for problem in problems)
+    if plain:
+        given = {
+            "--stages": stages != "uneven",
+            "--solver": solver != "auto",
+            "--time-limit": time_limit is not None and not (explores and problems[0].deadline_s is None),
+            "--exact": exact,
+        }
+        others = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
+        where = {"--time-limit": f"--explore or {others}"}
+        raise_if_any(
+            [
+                Fault(flag, "has no meaning here", where.get(flag, others))
+                for flag, is_given in given.items()
+                if is_given
+            ]
+        )
+        if not explores:
+            return None
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.layerwise.solvers import SOLVERS
     from planner.solve.mixed.search import applies, search_mixed
     from planner.solve.train import search
+    from planner.solve.widening import search_widening
     from planner.units import parse_seconds
 
-    faults: list[Fault] = []
     for flag, value, known in (
         ("--stages", stages, ("uneven", "even")),
         ("--solver", solver, tuple(SOLVERS)),
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    if own and not all(applies(problem) for problem in problems):
+        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
+        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     raise_if_any(faults)
-    if not layerwise and not any(problem.cluster.mixed for problem in problems):
-        given = {
-            "--stages": stages != "uneven",
-            "--solver": solver != "auto",
-            "--time-limit": time_limit is not None,
-            "--exact": exact,
-        }
-        expected = "--layerwise beside it, or a cluster of several kinds of devices"
-        raise_if_any(
-            [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
-        )
-        return None
-    asked = "none" if exact else time_limit or _TIME_LIMIT
+    asked = "none" if exact else time_limit or (_EXPLORATION if plain else _TIME_LIMIT)
     limit_s = optional_quantity(
         faults,
         "--time-limit",
@@ -352,17 +356,18 @@ def _searcher(
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
-    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
-    from planner.solve.widening import search_widening
-
-    wide = partial(search_widening, time_limit_s=float("inf") if limit_s is None else limit_s)
-    alike: Callable[..., SearchResult] = wide if problems[0].explore else search
+    limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
+    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
+    if plain:
+        return alike
+    chosen: dict[str, Any] = {"solver": solver} | limit
     if layerwise:
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
-        if stages == "uneven" and applies(problem):
-            return search_mixed(problem, top, progress, base=alike, **chosen)
+        unlike = problem.cluster.mixed and degrees != "plan" and stages == "uneven" and applies(problem)
+        if own or unlike:
+            return search_mixed(problem, top, progress, base=alike, mixing=degrees == "layer", **chosen)
         return alike(problem, top, progress)
 
     return searched

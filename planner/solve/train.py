@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
+from planner.parts import Priced, price_alike
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults
@@ -26,6 +28,7 @@ from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
+from planner.transition import meets
 from planner.units import format_bytes
 
 __all__ = ["estimate", "examine", "search", "search_until"]
@@ -105,21 +108,33 @@ def _assembled(
     """The ranked choices as plans, with what was proved of each."""
     useful_flop = model_flop(problem.model, problem.workload)
     unproved = Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
-    for step_s, scored in ranked:
-        knobs = uniform.space.knobs(scored.recipe)
-        optimality = unproved if stopped else _proved(step_s, ranked[0][0])
-        layers = scored.recompute_layers
+    priced = _priced(problem, uniform.space, [scored for _, scored in ranked])
+    for (step_s, scored), known in zip(ranked, priced, strict=True):
         yield assemble(
             problem,
             scored.recipe,
-            knobs,
+            uniform.space.knobs(scored.recipe),
             scored.row,
             scored.layout,
-            layers,
-            optimality,
+            scored.recompute_layers,
+            unproved if stopped else _proved(step_s, ranked[0][0]),
             useful_flop,
             step_s=step_s,
+            priced=known,
         ).plan
+
+
+def _priced(problem: Problem, space: Space, plans: Sequence[Scored]) -> list[Priced]:
+    """Each choice in full; those of one recipe are priced together."""
+    alike: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for scored in plans:
+        alike[tuple(choice.value for choice in scored.recipe.values())].append(scored)
+    found: dict[int, Priced] = {}
+    for members in alike.values():
+        recipe = members[0].recipe
+        each = price_alike(problem, recipe, space.knobs(recipe), [scored.row for scored in members])
+        found |= zip(map(id, members), each, strict=True)
+    return [found[id(scored)] for scored in plans]
 
 
 class _OutOfTimeError(Exception):
@@ -199,7 +214,7 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
     """The plan whose stages run on node groups that differ."""
     assignment = read_assignment(layerwise, problem)
     stages = assignment.stage_places()
-    first = stages[0]
+    first = stages[0][0]
     fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
     space = Space(replace(first.problem, fixed=fixed, forbidden=()))
     schedule = {"schedule": space.choices["schedule"][0]}
@@ -212,6 +227,9 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
             reasons.append(
                 f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
             )
+    for one, other in (pair for places in stages for pair in pairwise(places)):
+        if not meets(one, other):
+            reasons.append("neighbouring layers of one stage whose degrees do not refine each other")
     if reasons:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])

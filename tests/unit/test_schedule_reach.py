@@ -54,7 +54,14 @@ class Case:
     )  # where ends cannot be shared, but for the cases that are about that
 
 
-ONE_CHUNK = ("schedule=*_vocab", "schedule=chimera*", "schedule=mixpipe", "schedule=dualpipe*", "schedule=*v*", "schedule=v_*")
+ONE_CHUNK = (
+    "schedule=*_vocab",
+    "schedule=chimera*",
+    "schedule=mixpipe",
+    "schedule=dualpipe*",
+    "schedule=*v*",
+    "schedule=v_*",
+)
 CASES = [
     # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
     Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
