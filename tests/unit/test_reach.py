@@ -81,7 +81,7 @@ CASES = [
         for name, by, cluster in (
             ("adam8bit", "adam8bit", "a100-sxm-80gb:1x1"), ("adafactor", "adafactor", "a100-sxm-80gb:1x1"),
             ("adamw_fp8", "fp8_lm", "h100-sxm:1x1"), ("lion", "lion", "h100-sxm:1x1"), ("muon", "muon", "h100-sxm:1x1"),
-            ("lars", "layerwise", "h100-sxm:1x1"),
+            ("lars", "layerwise", "h100-sxm:1x1"), ("adamw_16bit", "lightseq2", "h100-sxm:1x1"),
         )
     ),
     # The default search: formats that the device multiplies faster, and what memory asks for.
