@@ -1,5 +1,4 @@
-"""The ledgers behind a plan, and the table of all of its blocks: what its passes make of its rows, and what the engine makes of
-that."""
+"""The ledgers behind plans, and the table of all of a plan's blocks."""
 
 from __future__ import annotations
 
