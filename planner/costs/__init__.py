@@ -7,8 +7,6 @@ multiply–add; collective bytes are bytes sent per rank; bandwidth is per direc
 
 from __future__ import annotations
 
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -370,6 +368,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Formulas are imported when first used: most of what runs needs a few of these modules."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
     if name in __all__:
         for info in iter_modules(__path__, f"{__name__}."):
             module = import_module(info.name)
