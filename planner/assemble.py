@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
+from planner.transition import communicators
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
@@ -111,11 +113,11 @@ def assemble(
     assert schedule is not None
     order = generator_of(schedule.order)
     everywhere, hops = Place(problem, 0, {}, row), None
-    stage_places = [everywhere] * layout.pp
+    stage_places = [[everywhere]] * layout.pp
     if assignment is not None and assignment.places:
         stage_places = assignment.stage_places()
-        hops = hops_s(problem.cluster, stage_places)
-    ctx = stage_places[0].context(knobs)
+        hops = hops_s(problem.cluster, [(one[-1], other[0]) for one, other in pairwise(stage_places)])
+    ctx = stage_places[0][0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
     if assignment is not None:
         priced = price_by_strategy(recipe, knobs, assignment, everywhere)
@@ -124,15 +126,15 @@ def assemble(
         step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
-    homes = [stage_places[run] for run in layout.run_first]
-    communicators = np.array([[home.communicators] for home in homes])
+    homes = [stage_places[run][0] for run in layout.run_first]
+    communicators_held = np.array([[communicators(stage_places[run])] for run in layout.run_first])
     held_parts = memory_parts(
         table,
         layout,
         order,
         np.array([float(micro_batches)]),
         problem.stack,
-        communicators,
+        communicators_held,
         recompute_layers,
     )
     slower, cached = {tier: held_parts.pop(tier)[:, 0] for tier in SLOWER}, held_parts.pop("cached")
@@ -168,7 +170,7 @@ def assemble(
         fits=peak <= budget and slower_fits,
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
-    judged = judgement(stage_places[device].problem, mesh, step_s, peak, spends, budget)
+    judged = judgement(stage_places[device][0].problem, mesh, step_s, peak, spends, budget)
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
@@ -176,10 +178,13 @@ def assemble(
         workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
         mesh=mesh,
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
-        stages=tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1)),
+        stages=_sizes(layout, assignment),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
-        assumptions=(*assumptions(problem, stage_places), weakest_text(judged["provenance"])),
+        assumptions=(
+            *assumptions(problem, [place for some in stage_places for place in some]),
+            weakest_text(judged["provenance"]),
+        ),
         stack=problem.stack.name,
         permissions=_permissions(recipe, assignment),
         layerwise=None if assignment is None else _layerwise(assignment),
@@ -230,6 +235,13 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
 
 
+def _sizes(layout: Layout, assignment: Assignment | None) -> tuple[int, ...]:
+    """Layers of every virtual stage."""
+    if assignment is not None:
+        return tuple(sum(n for _, n in runs) for runs in assignment.stages)
+    return tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1))
+
+
 def _shares(parts: Sequence[Part]) -> list[Share]:
     """Shares of all items that the plan holds, by the plan's names of their blocks."""
     return [
@@ -253,7 +265,7 @@ def _layerwise(assignment: Assignment) -> dict[str, Any]:
     placed: dict[str, Any] = {}
     if assignment.places:
         homes = assignment.stage_places()
-        stages = [[i for i, home in enumerate(homes) if home is place] for place in assignment.places]
+        stages = [[i for i, own in enumerate(homes) if place in own] for place in assignment.places]
         places = [place.as_dict(own) for place, own in zip(assignment.places, stages, strict=True)]
         placed = {"places": places, "at": list(assignment.at)}
     return {

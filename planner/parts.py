@@ -1,4 +1,4 @@
-"""The ledgers behind plans, and the table of all of a plan's blocks."""
+"""The ledgers behind a plan, which its passes make of its rows, and the table that the engine makes of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from planner.place import Place
 from planner.solve.space import DEGREES, Choice, Rows
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
+from planner.transition import CHANGE, transition
 
 __all__ = ["Part", "Priced", "price_alike", "price_by_strategy"]
 
@@ -81,6 +82,12 @@ def price_by_strategy(
         ledger = _ledger(place.problem, {**recipe, **place.recipe, **strategy}, ctx)
         parts.append(Part(ledger, own, pricers[id(place)], place.ranks))
         tables.append(tabulate(ledger, pricers[id(place)], _kinds(everywhere.problem), 1))
+    for number, (a, b) in enumerate(assignment.kinds_of_change(), len(assignment.strategies)):
+        one, other = assignment.places[a], assignment.places[b]
+        pricer = pricers.setdefault(id(other), Pricer(other.problem.cluster, other.problem.stack))
+        ledger = transition(one, other)
+        parts.append(Part(ledger, {CHANGE: names[columns.index((CHANGE, number))]}, pricer, other.ranks))
+        tables.append(tabulate(ledger, pricer, (CHANGE,), 1))
     return parts, joined(tables, columns, names)
 
 

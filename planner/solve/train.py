@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -27,9 +28,10 @@ from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
+from planner.transition import meets
 from planner.units import format_bytes
 
-__all__ = ["estimate", "examine", "search"]
+__all__ = ["estimate", "examine", "search", "search_until"]
 
 _SOLVER = "branch and bound over the uniform space"
 
@@ -57,15 +59,23 @@ def search(
         Infeasible: nothing fits; says what binds, by how much, and what would fit.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far, as heuristic ones.
     """
+    return search_until(problem, top, on_progress, limit_s, perf_counter() + time_limit_s)[0]
+
+
+def search_until(
+    problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float
+) -> tuple[SearchResult, bool]:
+    """:func:`search` up to a reading of the clock; with whether the space was searched to its end.
+
+    Under a limit it may end without plans.
+    """
     start = perf_counter()
 
     def reprice(batch: list[Scored]) -> list[float]:
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
-    uniform.ranking = _Limited(
-        top, problem.workload.global_batch_size, reprice, limit_s, start + time_limit_s
-    )
+    uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s, end_s)
     stopped = late = False
     try:
         priced = uniform.run()
@@ -77,7 +87,7 @@ def search(
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
     if not ranked and stopped:
         raise Interrupted(None, _before_any(counts, uniform.nearest))
-    if not ranked and not too_slow:
+    if not (ranked or too_slow or late):
         raise _infeasible(problem, uniform.nearest, counts.rejected)
     excluded, rejected = (
         {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
@@ -89,7 +99,7 @@ def search(
     result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
-    return result
+    return result, not late
 
 
 def _assembled(
@@ -128,7 +138,7 @@ def _priced(problem: Problem, space: Space, plans: Sequence[Scored]) -> list[Pri
 
 
 class _OutOfTimeError(Exception):
-    """The time is over, and there is a plan."""
+    """The time is over, and there is a plan, or a limit that one was found under."""
 
 
 class _Limited(Ranking):
@@ -143,7 +153,7 @@ class _Limited(Ranking):
     @property
     def bar(self) -> float:
         """What a candidate's bound has to beat: asked for between one part of the work and the next."""
-        if self.best and perf_counter() > self.end_s:
+        if (self.best or self.limit_s < np.inf) and perf_counter() > self.end_s:
             raise _OutOfTimeError
         return min(super().bar, self.limit_s)
 
@@ -204,7 +214,7 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
     """The plan whose stages run on node groups that differ."""
     assignment = read_assignment(layerwise, problem)
     stages = assignment.stage_places()
-    first = stages[0]
+    first = stages[0][0]
     fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
     space = Space(replace(first.problem, fixed=fixed, forbidden=()))
     schedule = {"schedule": space.choices["schedule"][0]}
@@ -217,6 +227,9 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
             reasons.append(
                 f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
             )
+    for one, other in (pair for places in stages for pair in pairwise(places)):
+        if not meets(one, other):
+            reasons.append("neighbouring layers of one stage whose degrees do not refine each other")
     if reasons:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])

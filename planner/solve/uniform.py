@@ -173,6 +173,8 @@ class UniformSearch:
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(whole)
         open_ = np.flatnonzero(active)
+        if not len(open_):
+            return
         fault = self.faults(recipe, whole.take(open_))
         activity = self.branches.activity(rows.take(open_), knobs)
         self._reject_rows(fault, rows.values["pp"][open_], activity)

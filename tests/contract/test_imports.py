@@ -40,6 +40,7 @@ LAYERS = (
     "uncertainty",
     "solve.space",
     "place",
+    "transition",
     "assignment",
     "parts",
     "assemble",
