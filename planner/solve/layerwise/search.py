@@ -105,6 +105,7 @@ class _Search:
         self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
+        self.near = 0.0 if exact else _NEAR
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
@@ -199,7 +200,9 @@ class _Search:
                 self.best, self.best_s = found, found.step_s
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
-        return max(bound_s, settler.proved_s()) if bound_s < self.best_s else bound_s
+            if settler.walks is not None and bound_s >= self.best_s * (1.0 - self.near):
+                return bound_s
+        return max(bound_s, settler.proved_s())
 
 
 @dataclass(frozen=True, slots=True, order=True)
