@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from planner.errors import Infeasible, Problem, SolverError
 from planner.plan import Optimality
 
 __all__ = ["Account"]
@@ -17,6 +18,7 @@ class Account:
 
     Attributes:
         solver: of what is chosen within a part.
+        space: what is searched, in words.
         parts: what the space falls into: meshes layer by layer, shapes (orders and numbers of stages) over node groups.
         excluded: parts or their deals by what excluded them: ``work`` (all devices' work without any limit of memory),
             ``memory`` (the same with their budgets), ``stages`` (the dearest stage of every partition).
@@ -28,6 +30,7 @@ class Account:
     """
 
     solver: str
+    space: str
     parts: int = 0
     excluded: dict[str, int] = field(default_factory=dict)
     settled: int = 0
@@ -52,16 +55,20 @@ class Account:
         self.open, self.bound_s = len(below), min(below, default=best_s)
         self.wall_s = perf_counter() - start_s
 
-    def proved(self, step_s: float, space: str, others: Optimality | None = None) -> Optimality:
-        """What is known of a plan.
-
-        Args:
-            space: what was searched, in words.
-            others: what is known of plans outside that space.
-        """
+    def proved(self, step_s: float, others: Optimality | None = None) -> Optimality:
+        """What is known of a plan; ``others`` is what is known of plans outside the space."""
         known = [self.bound_s] + ([] if others is None or others.bound_s is None else [others.bound_s])
         bound_s = min(step_s, *known)
         gap = (step_s - bound_s) / step_s
         return Optimality(
-            "gap" if gap else "exact", gap, bound_s, f"branch and bound over {space} ({self.solver})"
+            "gap" if gap else "exact", gap, bound_s, f"branch and bound over {self.space} ({self.solver})"
+        )
+
+    def failure(self, refusal: Infeasible) -> Infeasible | SolverError:
+        """What to say where nothing was found, and no plan of a smaller space fits: so much alone, if the time was over."""
+        if not self.stopped:
+            return refusal
+        found = f"is over before a plan was found that fits, or before it is sure that none does; {refusal.problems[0].found}"
+        return SolverError(
+            Problem("--time-limit", found, "more time", "With --time-limit none the search goes to its end.")
         )

@@ -21,7 +21,7 @@ from planner.solve.layerwise.solvers import Solver, proved
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["Device", "DeviceCosts", "Goal", "Solved"]
+__all__ = ["Device", "DeviceCosts", "DeviceGroup", "Goal", "Solved"]
 
 _LIMITS = 3  # on the transient that are solved where a tolerance is given: the first is nearly always best
 _PROVED = 6  # limits under which whole counts are proved
@@ -110,27 +110,27 @@ class DeviceCosts(DeviceBounds):
         """The moment that stands for all until another proves to be fuller."""
         return int(np.argmax(self.flights(device).sum(axis=1)))
 
-    def _groups(self, device: Device, moments: Sequence[int], goal: Goal) -> list[_Group]:
+    def _groups(self, device: Device, moments: Sequence[int], goal: Goal) -> list[DeviceGroup]:
         """Layers of one kind in chunks that are in flight and passed alike at some moments; what stands at the ends."""
         flights = self.flights(device.number)[list(moments)]
         passes = list(zip(goal.forwards, goal.backwards, strict=True))
-        alike: dict[tuple[object, ...], _Group] = {}
+        alike: dict[tuple[object, ...], DeviceGroup] = {}
         for chunk, layers in enumerate(device.layers):
             for kind, n in enumerate(layers):
                 if n:
                     key = (flights[:, chunk].tobytes(), passes[chunk], kind)
-                    group = alike.get(key, _Group(kind, (), 0, flights[:, chunk], passes[chunk]))
+                    group = alike.get(key, DeviceGroup(kind, (), 0, flights[:, chunk], passes[chunk]))
                     alike[key] = replace(group, chunks=(*group.chunks, chunk), size=group.size + n)
         groups = list(alike.values())
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         if device.embedding:
-            groups.append(_Group(embedding, (0,), 1, flights[:, 0], passes[0]))
+            groups.append(DeviceGroup(embedding, (0,), 1, flights[:, 0], passes[0]))
         if device.head:
-            groups.append(_Group(head, (self.virtual_stages - 1,), 1, flights[:, -1], passes[-1]))
+            groups.append(DeviceGroup(head, (self.virtual_stages - 1,), 1, flights[:, -1], passes[-1]))
         return groups
 
     def _problem(
-        self, groups: Sequence[_Group], small: Sequence[Sequence[int]], limit: float, goal: Goal
+        self, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], limit: float, goal: Goal
     ) -> CountProblem:
         """The choice among some strategies of every group, with transients up to a limit."""
         mesh = self.mesh
@@ -187,7 +187,7 @@ class DeviceCosts(DeviceBounds):
             least = min(least, proved(problem, least, self.tolerance))
         return least
 
-    def _limit_bounds(self, groups: Sequence[_Group], goal: Goal) -> tuple[Array, Array]:
+    def _limit_bounds(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         """Limits on the transient, and what the relaxation proves of each."""
         kinds = np.array([group.kind for group in groups])
         limits = np.unique(
@@ -224,7 +224,7 @@ class DeviceCosts(DeviceBounds):
         bounds: Array = (found.reshape(len(some), -1) + offset[:, None]).max(axis=0)
         return limits, bounds
 
-    def _sums(self, groups: Sequence[_Group], goal: Goal) -> tuple[Array, Array]:
+    def _sums(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         """The sums whose largest counts: what is added to each, and (sums, strategies, groups) of one block."""
         kinds = np.array([group.kind for group in groups])
         forwards, backwards = np.array([group.passes for group in groups]).T
@@ -232,10 +232,7 @@ class DeviceCosts(DeviceBounds):
         passed = forwards * forward_s + backwards * (self.mesh.micro_batch_s[:, kinds] - forward_s)
         sums, offset = [], []
         if goal.after:
-            counts = np.zeros(len(self.mesh.kinds))
-            for group in groups:
-                counts[group.kind] += group.size
-            gradients, weights = (1.0 / max(float(counts @ each), 1.0) for each in self.buckets)
+            gradients, weights = self._buckets(groups)
             sums.append(passed + exposed(self.mesh, gradients, weights, kinds))
             offset += [0.0] * 4
         if goal.ramp_s is not None or not goal.after:
@@ -243,7 +240,15 @@ class DeviceCosts(DeviceBounds):
             offset.append(goal.ramp_s or 0.0)
         return np.array(offset), np.concatenate(sums)
 
-    def _small(self, groups: Sequence[_Group], limit: float) -> list[list[int]]:
+    def _buckets(self, groups: Sequence[DeviceGroup]) -> tuple[float, float]:
+        """Share of one bucket in the traffic of gradients and of weights."""
+        counts = np.zeros(len(self.mesh.kinds))
+        for group in groups:
+            counts[group.kind] += group.size
+        gradients, weights = (1.0 / max(float(counts @ each), 1.0) for each in self.buckets)
+        return gradients, weights
+
+    def _small(self, groups: Sequence[DeviceGroup], limit: float) -> list[list[int]]:
         """Strategies of every group whose transients keep a limit."""
         return [[s for s in self.fronts[g.kind] if self.transient[s, g.kind] <= limit] for g in groups]
 
@@ -286,7 +291,7 @@ class DeviceCosts(DeviceBounds):
         return worst if held[worst] > 1.0 + SLACK * 10 else None
 
     def _named(
-        self, device: Device, groups: Sequence[_Group], small: Sequence[Sequence[int]], seconds: float, counts: Counts
+        self, device: Device, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], seconds: float, counts: Counts
     ) -> Solved:  # fmt: skip
         """Counts per group as runs per chunk and kind; the strategies that save least come first."""
         saved = self.mesh["saved_bytes"]
@@ -315,7 +320,7 @@ class DeviceCosts(DeviceBounds):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Group:
+class DeviceGroup:
     """Layers of one kind in some chunks: their micro-batches in flight at some moments, and their forwards and backwards."""
 
     kind: int

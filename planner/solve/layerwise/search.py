@@ -65,6 +65,7 @@ def search_layerwise(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, layer-wise or not.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     uniform: SearchResult | None = None
@@ -87,7 +88,7 @@ def search_layerwise(
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise account.failure(refusal)
     report = SearchReport(0, 0, 0, {}, {}, 0.0) if uniform is None else uniform.search
     report = replace(report, wall_s=report.wall_s + account.wall_s)
     front = () if uniform is None else uniform.pareto
@@ -110,7 +111,7 @@ class _Search:
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
-        self.account = Account(solver)
+        self.account = Account(solver, _SPACE)
         self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
         self._done: list[float] = []
@@ -226,9 +227,7 @@ def _plans(
     if best is not None:
         plans.append(_assembled(problem, best))
     plans += [] if uniform is None else uniform.plans
-    return tuple(
-        replace(plan, optimality=account.proved(plan.estimate.step_time_s, _SPACE)) for plan in plans[:top]
-    )
+    return tuple(replace(plan, optimality=account.proved(plan.estimate.step_time_s)) for plan in plans[:top])
 
 
 def _assembled(problem: Problem, best: Candidate) -> Plan:

@@ -28,7 +28,6 @@ __all__ = ["MixedSearch", "applies", "search_mixed"]
 _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
 _PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
 _AHEAD = 400  # shapes whose members are priced together
-_SPACE = "stages on node groups"
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
 
@@ -39,9 +38,12 @@ def search_mixed(
     *,
     base: Callable[..., SearchResult] = search,
     solver: str = "auto",
+    mixing: bool = False,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The plans of a search that treats all devices alike, and before them the best one that does not, where it is faster.
+
+    On a cluster of one kind of devices that is a plan whose stages or layers have degrees of their own.
 
     Args:
         problem: what to plan.
@@ -49,11 +51,13 @@ def search_mixed(
         on_progress: as for :func:`planner.solve.train.search`.
         base: the search that treats all devices alike.
         solver: of the strategies of a stage: one of :data:`~planner.solve.layerwise.solvers.SOLVERS`.
+        mixing: whether layers of one stage may be cut in different ways, and not stages alone.
         time_limit_s: of the search over node groups; the best plan so far then states its gap.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, neither way.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     alike: SearchResult | None = None
@@ -63,7 +67,11 @@ def search_mixed(
     except Infeasible as error:
         refusal = error
     run = MixedSearch(
-        problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s
+        problem,
+        _LONGEST_S if alike is None else alike.best.estimate.step_time_s,
+        solver,
+        time_limit_s,
+        mixing=mixing,
     )
     try:
         run.go()
@@ -76,7 +84,7 @@ def search_mixed(
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise account.failure(refusal)
     result = SearchResult(plans, SearchReport(0, 0, 0, {}, {}, 0.0)) if alike is None else alike
     report = replace(result.search, wall_s=result.search.wall_s + account.wall_s)
     result = replace(result, plans=plans, search=report, mixed=asdict(account))
@@ -86,14 +94,15 @@ def search_mixed(
 
 
 def applies(problem: Problem) -> bool:
-    """Whether stages may run on node groups of their own: groups differ, and nothing that is fixed forbids it.
+    """Whether stages may differ in where they run and how their work is cut: nothing that is fixed forbids it.
 
     Launchers take one mesh for all stages; named layouts and virtual stages are of pipelines of equal devices.
     """
     fixed = problem.fixed
     plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
-    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE and str(fixed.get("pp", "2")) != "1"
-    return problem.cluster.mixed and problem.launcher is None and plain and named
+    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE
+    long = not problem.cluster.mixed or str(fixed.get("pp", "2")) != "1"
+    return problem.launcher is None and plain and named and long
 
 
 class MixedSearch:
@@ -104,23 +113,27 @@ class MixedSearch:
         below_s: plans that are not faster are of no interest.
         solver: of the strategies of a stage.
         time_limit_s: when to stop.
+        mixing: whether layers of one stage may be cut in different ways.
     """
 
-    def __init__(self, problem: Problem, below_s: float, solver: str, time_limit_s: float) -> None:
+    def __init__(
+        self, problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool = False
+    ) -> None:
+        self.mixing = mixing
         self.start_s = perf_counter()
         self.end_s = self.start_s + time_limit_s
         self.problem, self.best_s = problem, below_s
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
-        self.account = Account(solver)
+        self.account = Account(solver, _space(problem, mixing=mixing))
         self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
         self._open: list[float] = []
         self._looks = 0
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        self.ground = Ground(self.problem, self.solver)
+        self.ground = Ground(self.problem, self.solver, mixing=self.mixing)
         layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
         lengths = None if fixed is None else (int(str(fixed)),)
@@ -150,7 +163,7 @@ class MixedSearch:
             if not at_once:
                 break
         if (settles or at_once) and bounds.shape_s < self.best_s:
-            for found in Settler(bounds).plans(self.best_s):
+            for found in Settler(bounds, lambda: self.account.late(self.end_s)).plans(self.best_s):
                 self.best, self.best_s = found, found.step_s
                 if at_once:
                     break
@@ -188,6 +201,12 @@ class MixedSearch:
 # -- details ---------------------------------------------------------------------------------------------------------
 
 
+def _space(problem: Problem, *, mixing: bool) -> str:
+    """What is searched, in words."""
+    on = " over all node groups" if len(problem.cluster.groups) > 1 else ""
+    return f"1F1B pipelines{on}, degrees of every {'layer' if mixing else 'stage'}"
+
+
 def _plans(
     problem: Problem, best: Found | None, account: Account, alike: SearchResult | None, top: int
 ) -> tuple[Plan, ...]:
@@ -202,14 +221,13 @@ def _plans(
 def _held(plans: Sequence[Plan], account: Account) -> tuple[Plan, ...]:
     """The plans with the gap that the search over node groups leaves: no plan is faster, whichever way it treats them."""
     return tuple(
-        replace(plan, optimality=account.proved(plan.estimate.step_time_s, _SPACE, plan.optimality))
-        for plan in plans
+        replace(plan, optimality=account.proved(plan.estimate.step_time_s, plan.optimality)) for plan in plans
     )
 
 
 def _assembled(problem: Problem, best: Found) -> Plan:
     """The plan priced anew, from ledgers of its own."""
-    first = best.assignment.stage_places()[0]
+    first = best.assignment.stage_places()[0][0]
     space = Space(first.problem)
     schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == SCHEDULE)
     recipe = {**first.recipe, **best.assignment.strategies[0], "schedule": schedule}
