@@ -13,6 +13,7 @@ Source: Jain et al. 2020 (Checkmate, arXiv:1910.02653) §4, on the layer's graph
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from planner.ledger import Item, Ledger, Matmul, Resident
 from planner.technique import Check, Context, Figure, Technique
@@ -56,7 +57,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 def _kept(subject: Pass) -> float:
     """Bytes saved per layer of Llama-3 8B with the last of the points, in units of sbh."""
-    case = {"model": "llama3-8b", "seq": 8192, "attention_kernel": "flash", "recompute": "norm+qkv+fc1"}
+    case: dict[str, Any] = {
+        "model": "llama3-8b",
+        "seq": 8192,
+        "attention_kernel": "flash",
+        "recompute": "norm+qkv+fc1",
+    }
     ledger, _ = figures.run("recompute", subject, **case)
     return figures.saved_bytes(ledger) / (8192 * 4096)
 
