@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from planner.assignment import Assignment, joined
+from planner.assignment import Assignment
 from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.layout import BOUNDARY, Layout
+from planner.engine import BlockTable
+from planner.layout import Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
+from planner.parts import Part, Priced, price_alike, price_by_strategy
 from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
@@ -31,24 +32,11 @@ from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
-from planner.transition import CHANGE, communicators, transition
+from planner.transition import communicators
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "Part", "assemble", "model_flop"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
-
-    A stage's blocks run on ``ranks`` devices.
-    """
-
-    ledger: Ledger
-    names: Mapping[str, str]
-    pricer: Pricer
-    ranks: int
+__all__ = ["Assembly", "assemble", "model_flop"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +91,7 @@ def assemble(
     useful_flop: float | None = None,
     assignment: Assignment | None = None,
     step_s: float | None = None,
+    priced: Priced | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -117,6 +106,7 @@ def assemble(
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
         step_s: the schedule engine's step time, where it is already known.
+        priced: of :func:`~planner.parts.price_alike`, where the choice was priced beside others.
     """
     workload = problem.workload
     schedule = recipe["schedule"].technique
@@ -129,7 +119,9 @@ def assemble(
         hops = hops_s(problem.cluster, [(one[-1], other[0]) for one, other in pairwise(stage_places)])
     ctx = stage_places[0][0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
-    parts, table = _priced(recipe, knobs, assignment, everywhere)
+    if assignment is not None:
+        priced = price_by_strategy(recipe, knobs, assignment, everywhere)
+    parts, table = priced or price_alike(problem, recipe, knobs, [row])[0]
     if step_s is None:
         step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
@@ -243,57 +235,11 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
 
 
-def _priced(
-    recipe: Mapping[str, Choice], knobs: Mapping[str, Any], assignment: Assignment | None, everywhere: Place
-) -> tuple[list[Part], BlockTable]:
-    """The plan's ledgers, and the table of all of its blocks; ``everywhere`` is where all of them run unless they have places."""
-    order = block_order(everywhere.problem.model)
-    kinds = (*dict.fromkeys(order), EMBEDDING, HEAD, BOUNDARY)
-    strategies = ({},) if assignment is None else assignment.strategies
-    at = [everywhere] * len(strategies)
-    if assignment is None:
-        columns, names = [(kind, 0) for kind in kinds], list(kinds)
-    else:
-        columns, names = assignment.columns(order), assignment.names(order)
-        at = [assignment.places[number] for number in assignment.at] or at
-    pricers = {id(place): Pricer(place.problem.cluster, place.problem.stack) for place in at}
-    parts, tables = [], []
-    for number, (place, strategy) in enumerate(zip(at, strategies, strict=True)):
-        own = {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number}
-        ctx = place.context({**knobs, **{slot: choice.value for slot, choice in strategy.items()}})
-        ledger = _ledger(place.problem, {**recipe, **place.recipe, **strategy}, ctx)
-        parts.append(Part(ledger, own, pricers[id(place)], place.ranks))
-        tables.append(tabulate(ledger, pricers[id(place)], kinds, 1))
-    changes = [] if assignment is None else assignment.kinds_of_change()
-    for number, (a, b) in enumerate(changes, len(strategies)):
-        assert assignment is not None
-        one, other = assignment.places[a], assignment.places[b]
-        pricer = pricers.setdefault(id(other), Pricer(other.problem.cluster, other.problem.stack))
-        ledger = transition(one, other)
-        parts.append(Part(ledger, {CHANGE: names[columns.index((CHANGE, number))]}, pricer, other.ranks))
-        tables.append(tabulate(ledger, pricer, (CHANGE,), 1))
-    return parts, joined(tables, columns, names)
-
-
 def _sizes(layout: Layout, assignment: Assignment | None) -> tuple[int, ...]:
     """Layers of every virtual stage."""
     if assignment is not None:
         return tuple(sum(n for _, n in runs) for runs in assignment.stages)
     return tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1))
-
-
-def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Ledger:
-    """The one-row ledger of a recipe."""
-    workload = problem.workload
-    ledger = baseline(
-        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
-        document_len=workload.document_len,
-    )  # fmt: skip
-    for slot in SLOTS:
-        technique = recipe[slot].technique
-        if technique is not None:
-            ledger = technique.apply(ledger, ctx)
-    return ledger
 
 
 def _shares(parts: Sequence[Part]) -> list[Share]:

@@ -42,6 +42,7 @@ LAYERS = (
     "place",
     "transition",
     "assignment",
+    "parts",
     "assemble",
     "holdings",
     "solve",

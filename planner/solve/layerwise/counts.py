@@ -35,7 +35,7 @@ _Column: TypeAlias = tuple[float, list[float], list[float]]  # a strategy's redu
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
-_FEW_NODES = 2500  # where the best need not be found to the last digit
+_FEW_NODES = 1500  # where the best need not be found to the last digit
 
 SLACK = 1e-12
 """Relative excess of a budget that counts as rounding."""
