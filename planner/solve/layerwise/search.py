@@ -32,10 +32,11 @@ __all__ = ["search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
+_NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
 _PATIENCE = (
-    40  # looks without a plan, after which the most promising deal that was looked at is settled at once,
+    40  # looks without a plan, after which the most promising deal that was looked at is settled at once
 )
-_FAR = 0.02  # while the best plan is further than this from the smallest bound
+_FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
