@@ -356,6 +356,7 @@ class Launcher:
         native: slot → values that it works with by itself: a search for it tries them without being asked.
         per_layer: slot → sets of values that layers of one plan may have side by side.
         alike_at_ends: those of them in which embedding and head are alike.
+        own_degrees: whether layers of one plan may have tensor, context and data degrees of their own, and the ends others.
     """
 
     name: str
@@ -365,6 +366,7 @@ class Launcher:
     native: Mapping[str, frozenset[str]] = field(default_factory=dict)
     per_layer: Mapping[str, tuple[frozenset[str], ...]] = field(default_factory=dict)
     alike_at_ends: frozenset[str] = frozenset()
+    own_degrees: bool = False
 
     def side_by_side(self, slot: str, values: Collection[str]) -> bool:
         """Whether layers of one plan may have these values of a slot."""

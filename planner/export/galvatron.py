@@ -1,8 +1,9 @@
 """A plan as Galvatron's strategy per layer: ``galvatron.json`` and the launch of its Llama or GPT training script.
 
-The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer: layers of a plan may differ in whether
-they shard their weights (``zero3`` beside the default of all others) and whether they are recomputed. Keys and rules are those of
-hetu-galvatron 2.4.0 (``utils/config_utils.py``, ``core/runtime/hybrid_parallel_config.py``, ``core/runtime/arguments.py``).
+The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer: layers of a plan may differ in their
+degrees (tensor parallelism or Ulysses; data parallelism has the other ranks), in whether they shard their weights (``zero3``
+beside the default of all others) and whether they are recomputed. Keys and rules are those of hetu-galvatron 2.4.0
+(``utils/config_utils.py``, ``core/runtime/hybrid_parallel_config.py``, ``core/runtime/arguments.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
-from planner.export.layers import of_ends, of_layers
+from planner.export.layers import meshes_of_ends, meshes_of_layers, of_ends, of_layers
 from planner.export.rules import ALL_LAYOUTS, COMMON, has_experts, make_launcher
 from planner.export.target import Target, summary
 from planner.specs.model import Model
@@ -81,39 +82,39 @@ LAUNCHER = make_launcher(
     ALL_LAYOUTS,
     per_layer={"zero_stage": ("0 3", "2 3"), "recompute": ("none full",)},
     alike_at_ends="zero_stage",
+    own_degrees=True,
 )
 
 
 def strategy(target: Target) -> dict[str, Any]:
     """The JSON's content for a plan that keeps the rules."""
-    plan, knobs, mesh = target.plan, target.knobs, target.plan.mesh
-    layers, ulysses = target.model.n_layers, mesh["cp"] > 1
+    plan, knobs = target.plan, target.knobs
+    meshes, (end, _) = meshes_of_layers(plan), meshes_of_ends(plan)
     stages = of_layers(plan, "zero_stage")
     ends = of_ends(plan, "zero_stage")
     # What the layers do that do not shard their weights; of those that all do, nothing is said.
     default = next((stage for stage in (*stages, *ends) if stage != "3"), "0")
 
-    def each(value: int) -> str:
-        return ",".join([str(value)] * layers)
+    def listed(values: Iterable[int]) -> str:
+        return ",".join(map(str, values))
 
     def where(slot: str, value: str) -> str:
-        return ",".join(str(int(own == value)) for own in of_layers(plan, slot))
+        return listed(int(own == value) for own in of_layers(plan, slot))
 
-    degree = mesh["cp"] if ulysses else mesh["tp"]
     return {
-        "pp_deg": mesh["pp"],
-        "tp_sizes_enc": each(degree),
-        "tp_consecutive_flags": each(1),
+        "pp_deg": plan.mesh["pp"],
+        "tp_sizes_enc": listed(max(mesh["tp"], mesh["cp"]) for mesh in meshes),
+        "tp_consecutive_flags": listed(1 for _ in meshes),
         "dp_types_enc": where("zero_stage", "3"),
-        "use_sp": each(int(ulysses)),
+        "use_sp": listed(int(mesh["cp"] > 1) for mesh in meshes),
         "checkpoint": where("recompute", "full"),
         "global_bsz": target.workload.global_batch_size,
         "chunks": plan.micro_batches,
         "pp_division": ",".join(map(str, plan.stages)),
         "pipeline_type": PIPELINES[knobs["schedule"]],
         "default_dp_type": DEFAULT_TYPES[default],
-        "vtp": degree,
-        "vsp": int(ulysses),
+        "vtp": max(end["tp"], end["cp"]),
+        "vsp": int(end["cp"] > 1),
         "embed_sdp": int(ends[0] == "3"),
     }
 
@@ -133,7 +134,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         f"--seq-length {target.workload.seq_len} --train-iters ${{STEPS:-30}} --lr 1e-5",
         "--use-flash-attn --initialize_on_meta 1 --profile 1 --exit_after_profiling 0",
     ]
-    if knobs["sequence_parallel"] == "true" and target.plan.mesh["tp"] > 1:
+    if any(ctx.knobs["sequence_parallel"] == "true" for ctx in target.contexts()):
         options.append("--sequence-parallel")
     if knobs["gradient_dtype"] == "fp32":
         options.append("--reduce_in_fp32")

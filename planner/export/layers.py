@@ -9,7 +9,7 @@ from typing import Any
 from planner.plan import Plan
 from planner.technique import ADDITIVE_SLOTS, off
 
-__all__ = ["layerwise_of", "of_ends", "of_layers"]
+__all__ = ["layerwise_of", "meshes_of_ends", "meshes_of_layers", "of_ends", "of_layers"]
 
 
 def of_layers(plan: Plan, slot: str) -> list[str]:
@@ -27,6 +27,27 @@ def of_ends(plan: Plan, slot: str) -> tuple[str, str]:
         return value, value
     values = [str(strategy[slot]) for strategy in plan.layerwise["strategies"]]
     return values[plan.layerwise["embedding"]], values[plan.layerwise["head"]]
+
+
+def meshes_of_layers(plan: Plan) -> list[Mapping[str, int]]:
+    """Degrees of every layer, in the model's order."""
+    if plan.layerwise is None or not plan.places:
+        return [plan.mesh] * sum(plan.stages)
+    runs = (run for stage in plan.layerwise["stages"] for run in stage)
+    return [_mesh(plan, s) for s, n in runs for _ in range(n)]
+
+
+def meshes_of_ends(plan: Plan) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Degrees of the embedding and of the head."""
+    if plan.layerwise is None or not plan.places:
+        return plan.mesh, plan.mesh
+    return _mesh(plan, plan.layerwise["embedding"]), _mesh(plan, plan.layerwise["head"])
+
+
+def _mesh(plan: Plan, strategy: int) -> Mapping[str, int]:
+    assert plan.layerwise is not None
+    mesh: Mapping[str, int] = plan.places[plan.layerwise["at"][strategy]]["mesh"]
+    return mesh
 
 
 def layerwise_of(

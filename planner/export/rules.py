@@ -46,6 +46,8 @@ def make_launcher(
     native: Mapping[str, str] | None = None,
     per_layer: Mapping[str, Sequence[str]] | None = None,
     alike_at_ends: str = "",
+    *,
+    own_degrees: bool = False,
 ) -> Launcher:
     """A launcher from its tables.
 
@@ -57,6 +59,7 @@ def make_launcher(
         native: slot → values that it works with by itself, so that a search for it tries them unasked.
         per_layer: slot → texts of values that layers of one plan may have side by side.
         alike_at_ends: slots among them in which embedding and head are alike.
+        own_degrees: whether layers may have degrees of their own.
     """
 
     def allows(slot: str, value: str) -> bool:
@@ -66,7 +69,7 @@ def make_launcher(
     mixed = {
         slot: tuple(frozenset(text.split()) for text in texts) for slot, texts in (per_layer or {}).items()
     }
-    return Launcher(name, allows, valid, layouts, own, mixed, frozenset(alike_at_ends.split()))
+    return Launcher(name, allows, valid, layouts, own, mixed, frozenset(alike_at_ends.split()), own_degrees)
 
 
 def per_model(find: Callable[[Model], T]) -> Callable[[Model], T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.assignment import UNEVEN
 from planner.errors import ExportError, Problem
-from planner.export.layers import of_ends
+from planner.export.layers import meshes_of_ends, of_ends
 from planner.mesh import Mesh
 from planner.plan import Plan
 from planner.specs.cluster import Cluster
@@ -25,6 +25,8 @@ from planner.units import format_bytes
 __all__ = ["Target", "recomputed_layers", "summary"]
 
 _DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp")
+# Slots that do nothing on a degree of 1, which then need no word of the launcher's.
+_ACTS_ON = {"sequence_parallel": "tp", "tensor_overlap": "tp", "expert_overlap": "ep", "context": "cp"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,13 +52,7 @@ class Target:
         # A plan from before a slot existed does without it.
         stated = {name: str(value).lower() for name, value in plan.knobs.items()}
         knobs = {slot: off(slot) for slot in SLOTS} | stated
-        # What acts on a degree of 1 does nothing, and needs no word of the launcher's.
-        if plan.mesh["tp"] == 1:
-            knobs |= {"sequence_parallel": off("sequence_parallel"), "tensor_overlap": off("tensor_overlap")}
-        if plan.mesh["ep"] == 1:
-            knobs["expert_overlap"] = off("expert_overlap")
-        if plan.mesh["cp"] == 1:
-            knobs["context"] = "p2p"
+        knobs = _without_idle(knobs, plan.mesh)
         return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)
 
     @property
@@ -68,11 +64,15 @@ class Target:
 
     def context(self) -> Context:
         """The one row that launchers judge."""
-        tp, cp, pp, dp, ep, etp = (np.array([float(self.plan.mesh[name])]) for name in _DEGREES)
-        batch = np.array([float(self.plan.knobs["micro_batch_size"])])
-        mesh = Mesh(tp, cp, dp, pp, ep, etp)
+        return self._context(self.plan.mesh, self.plan.knobs["micro_batch_size"], self.knobs)
+
+    def _context(self, mesh: Mapping[str, int], micro_batch_size: int, knobs: Mapping[str, str]) -> Context:
+        tp, cp, dp, ep, etp = (np.array([float(mesh[name])]) for name in ("tp", "cp", "dp", "ep", "etp"))
+        pp = np.array([float(self.plan.mesh["pp"])])
+        batch = np.array([float(micro_batch_size)])
+        stack = load_stack(self.plan.stack)
         return Context(
-            self.model, self.cluster, self.workload, load_stack(self.plan.stack), mesh, batch, self.knobs
+            self.model, self.cluster, self.workload, stack, Mesh(tp, cp, dp, pp, ep, etp), batch, knobs
         )
 
     def refused(self, launcher: Launcher) -> list[Problem]:
@@ -86,22 +86,27 @@ class Target:
         layout = self.knobs.get("pipeline_layout", "even")
         if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
             problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
-        problems += [*self.differing(where, launcher), *self.placed(where)]
+        problems += [*self.differing(where, launcher), *self.placed(where, launcher)]
         reasons = [
-            check.reason
-            for knobs in self.strategies()
-            for check in launcher.valid(replace(self.context(), knobs=knobs))
-            if not np.all(check.ok)
+            check.reason for ctx in self.contexts() for check in launcher.valid(ctx) if not np.all(check.ok)
         ]
         return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
 
-    def strategies(self) -> Iterator[Mapping[str, str]]:
-        """The knobs, with the choices of every strategy that layers have."""
-        if self.plan.layerwise is None:
-            yield self.knobs
+    def contexts(self) -> Iterator[Context]:
+        """What launchers judge: one row for every strategy that layers have, with the degrees of its layers."""
+        layerwise = self.plan.layerwise
+        if layerwise is None:
+            yield self.context()
             return
-        for strategy in self.plan.layerwise["strategies"]:
-            yield {**self.knobs, **{slot: str(value) for slot, value in strategy.items()}}
+        for number, strategy in enumerate(layerwise["strategies"]):
+            own = {slot: str(value) for slot, value in strategy.items()}
+            if not self.plan.places:
+                yield replace(self.context(), knobs={**self.knobs, **own})
+                continue
+            place = self.plan.places[layerwise["at"][number]]
+            chosen = {slot: str(value).lower() for slot, value in place["choices"].items()}
+            knobs = _without_idle({**self.knobs, **chosen, **own}, place["mesh"])
+            yield self._context(place["mesh"], place["micro_batch_size"], knobs)
 
     def differing(self, where: str, launcher: Launcher | None = None) -> Iterator[Problem]:
         """Choices that differ between layers, but for those in which a launcher lets them.
@@ -127,14 +132,26 @@ class Target:
                     where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
                 )
 
-    def placed(self, where: str) -> Iterator[Problem]:
-        """Stages on node groups: one mesh for all of them, and ranks in the order of the nodes, are what launchers start."""
+    def _matters(self, slot: str, ways: Sequence[Mapping[str, object]]) -> bool:
+        """Whether a choice differs between places whose degrees make use of it."""
+        degree = _ACTS_ON.get(slot)
+        return len({way[slot] for way in ways if degree is None or way[degree] != 1}) > 1
+
+    def placed(self, where: str, launcher: Launcher | None = None) -> Iterator[Problem]:
+        """Stages on node groups, layers with degrees of their own: one mesh for all of them, and ranks in the order of the nodes,
+        are what most launchers start."""
         places = self.plan.places
-        ways = [
-            {**place["mesh"], "micro_batch_size": place["micro_batch_size"], **place["choices"]}
-            for place in places
-        ]
+        own = launcher is not None and launcher.own_degrees and len(self.cluster.groups) == 1
+        ways = []
+        for place in places:
+            chosen = {slot: str(value).lower() for slot, value in place["choices"].items()}
+            ways.append({**place["mesh"], "micro_batch_size": place["micro_batch_size"], **chosen})
         differ = [name for name in (ways[0] if ways else ()) if len({str(way[name]) for way in ways}) > 1]
+        if own:
+            differ = [name for name in differ if name in SLOTS and self._matters(name, ways)]
+            ends = [(mesh["tp"], mesh["cp"]) for mesh in meshes_of_ends(self.plan)]
+            if ends[0] != ends[1]:
+                yield Problem(where, "cannot express degrees that differ between embedding and head")
         for name in differ:
             values = ", ".join(str(way[name]) for way in ways)
             yield Problem(where, f"cannot express {name} that differs between stages ({values})")
@@ -199,3 +216,11 @@ def summary(plan: Plan) -> list[str]:
         f"Predicted: {estimate.step_time_s:.4g} s per step, {tokens} tokens/s per device, "
         f"{format_bytes(estimate.memory_bytes['peak'])} per device.",
     ]
+
+
+def _without_idle(knobs: Mapping[str, str], mesh: Mapping[str, int]) -> dict[str, str]:
+    """The knobs, with those off that do nothing on these degrees."""
+    idle = {
+        slot: "p2p" if slot == "context" else off(slot) for slot, name in _ACTS_ON.items() if mesh[name] == 1
+    }
+    return {**knobs, **idle}

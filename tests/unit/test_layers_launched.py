@@ -12,6 +12,7 @@ from planner.export.launchers import launcher
 from planner.export.layers import layerwise_of, of_layers
 from planner.export.readers import read_launched
 from planner.solve.layerwise.search import search_layerwise
+from planner.technique import ADDITIVE_SLOTS, SLOTS
 
 LAYERS = 32  # of Llama-2-7B
 
@@ -60,6 +61,52 @@ def test_galvatron_says_what_every_layer_does_and_is_read_back_equal(tmp_path):
     assert back.stages == plan.stages == tuple(stages)
     assert back.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-9)
     assert back.estimate.memory_bytes["peak"] == pytest.approx(plan.estimate.memory_bytes["peak"], rel=1e-9)
+
+
+def cut(tp: int, other: int, end: int, **choices: str) -> planner.Plan:
+    """Llama-2-7B in two stages of eight devices: the first half of each over ``tp`` ranks, the second over another number."""
+    shaping = [slot for slot in SLOTS if slot not in ADDITIVE_SLOTS]
+    additive = [slot for slot in ADDITIVE_SLOTS if slot != "schedule"]
+    plans = [
+        planner.estimate(problem(tp=str(n), pp="2", micro_batch_size=str(n), zero_stage="3", **choices))
+        for n in (tp, other)
+    ]
+    places = [
+        {
+            "group": 0,
+            "mesh": plan.mesh,
+            "micro_batch_size": plan.knobs["micro_batch_size"],
+            "choices": {slot: plan.knobs[slot] for slot in shaping},
+        }
+        for plan in plans
+    ]
+    strategy = {slot: plans[0].knobs[slot] for slot in additive}
+    layerwise = {
+        "strategies": [strategy, strategy], "stages": [[[0, 8], [1, 8]], [[0, 8], [1, 8]]], "embedding": 0, "head": end,
+        "places": places, "at": [0, 1],
+    }  # fmt: skip
+    return planner.estimate(
+        replace(problem(tp=str(tp), pp="2", zero_stage="3", **choices), layerwise=layerwise)
+    )
+
+
+def test_galvatron_is_told_the_degrees_of_every_layer():
+    """Keys of hetu-galvatron 2.4.0, utils/config_utils.py: a size per layer in the model's order, one for embedding and head."""
+    plan = cut(2, 4, 0)
+    assert plan.estimate.breakdown_s["resharding"] > 0.0
+    found = json.loads(export(plan, "galvatron")["galvatron.json"])
+    assert found["tp_sizes_enc"] == ",".join((["2"] * 8 + ["4"] * 8) * 2)
+    assert (found["pp_deg"], found["pp_division"], found["vtp"]) == (2, "16,16", 2)
+    assert found["chunks"] == 128 // (4 * 2)  # sequences of a step by those of a micro-batch: 4 replicas of 2
+    ulysses = cut(1, 2, 0)
+    assert json.loads(export(ulysses, "galvatron")["galvatron.json"])["use_sp"] == ",".join(["0"] * LAYERS)
+
+
+def test_degrees_that_galvatron_has_no_words_for_are_refused():
+    with pytest.raises(ExportError, match="degrees that differ between embedding and head"):
+        export(cut(2, 4, 1), "galvatron")
+    with pytest.raises(ExportError, match="cannot express tp that differs"):
+        export(cut(2, 4, 0), "megatron")
 
 
 def test_what_galvatron_has_no_words_for_is_refused():

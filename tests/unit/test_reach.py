@@ -223,9 +223,19 @@ CASES = [
         )
     ),
     # The same where everything is recomputed, attention included or not: arXiv:2310.03294, section 3.3.
-    Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 32768,
+    Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 49152,
          {"tp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "parameter_offload": "none",
           "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore=("all",)),
+    # Between the named modules and everything, where memory is short: Jain et al. 2020 (arXiv:1910.02653).
+    *(
+        Case(f"recompute={choice}", "recompute_front", model, cluster, 16, 16384,
+             {"tp": 1, "cp": 1, "pp": 1, "optimizer_offload": "none", "activation_offload": "none", "parameter_offload": "none"},
+             explore=("recompute=*",))
+        for choice, model, cluster in (
+            ("norm+qkv+fc1", "llama2-7b", "a100-sxm-40gb:1x8"), ("norm+fc1", "llama2-13b", "a100-sxm-80gb:1x8"),
+            ("norm+act+qkv", "llama-7b", "a100-sxm-80gb:1x4"),
+        )
+    ),
     # Two pipelines that take turns, where late gradients are not wanted: Chen et al. 2023 (PPoPP).
     Case("schedule=avgpipe", "avgpipe", "gpt3-1.3b", "a100-sxm-40gb:1x8", 16, 2048,
          {**PLAIN, "pp": 8, "micro_batch_size": 1, "zero_stage": 1}, allowed=("staleness",), explore=("schedule=avgpipe",),
