@@ -145,13 +145,11 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         min(1.0, _ROWS_OF_A_MODEL / rows[key]) ** 0.5 for key in zip(at.tolist(), families, strict=True)
     ]
     weight = np.array([WEIGHTS[metric] for _, metric, _ in cases]) * shares
+    slopes = None
     for _ in range(rounds):
         now = _predicted(cells, theta, cases)
-        slopes = np.zeros((len(cases), len(NAMES)))
-        for index in range(len(NAMES)):
-            moved = theta.copy()
-            moved[:, index] += _STEP
-            slopes[:, index] = (_predicted(cells, moved, cases) - now) / _STEP
+        if slopes is None:  # they hardly change in the following rounds, and take all the time
+            slopes = _slopes(cells, theta, cases, now)
         told = np.isfinite(now) & np.isfinite(slopes).all(axis=1)
         slopes[~told] = 0.0
         gap = np.where(told, measured - now, 0.0)
@@ -172,6 +170,16 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         moved_by = np.clip(others - before, -_LONGEST, _LONGEST)[at[own]]
         left_out[own] = (now - measured)[own] + np.einsum("ij,ij->i", slopes[own], moved_by)
     return Fit(cases, cells, theta, centre, _predicted(cells, theta, cases) - measured, left_out)
+
+
+def _slopes(cells: list[Cell], theta: Any, cases: list[Case], now: Any) -> Any:
+    """How the logarithms of predictions move with those of the constants."""
+    slopes = np.zeros((len(cases), len(NAMES)))
+    for index in range(len(NAMES)):
+        moved = theta.copy()
+        moved[:, index] += _STEP
+        slopes[:, index] = (_predicted(cells, moved, cases) - now) / _STEP
+    return slopes
 
 
 def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[Any, Any]:

@@ -123,9 +123,14 @@ class Iterations:
                 device_s = np.where(small, device_s, self._passed_s(self._eager, batch, rows))
         prompts = batch.prefill_tokens > 0.0
         device_s = np.where(prompts, device_s * float(self.software.prompt_slowdown), device_s)
+        occupied = batch.decodes + batch.prefill_tokens > 0.0
+        # Every stage issues each of as many batches as there are stages.
+        return np.asarray(np.where(occupied, device_s + self.ctx.mesh.pp * self.host_s(batch), 0.0))
+
+    def host_s(self, batch: Composition) -> Array:
+        """Seconds that a stage's device waits for the host, per batch that it runs."""
         sequences = batch.decodes + np.minimum(batch.prefill_tokens, 1.0)
-        host_s = float(self.software.iteration_s) + float(self.software.sequence_s) * sequences
-        return np.asarray(np.where(batch.decodes + batch.prefill_tokens > 0.0, device_s + host_s, 0.0))
+        return np.asarray(float(self.software.iteration_s) + float(self.software.sequence_s) * sequences)
 
     def sized(self, batch: Composition, *, captured: bool = True) -> Ledger:
         """The ledger of a batch."""

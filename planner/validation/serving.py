@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.composition import Composition
 from planner.costs.queueing import clients_wait_s
 from planner.costs.serving import kv_transfer_s
 from planner.iteration import Iterations
@@ -315,12 +316,24 @@ def _transfer_s(prefill: Iterations, decode: Iterations, traffic: Traffic, promp
 
 
 def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
-    """All requests are there: the caches, the engine's cap or the run's length say how many run at once."""
+    """All requests are there: the caches, the engine's cap or the run's length say how many run at once.
+
+    Answers of one length end together where they began together: the run is as many full waves as there are, and a last one.
+    """
+    launch, requests = runs[0].launch, runs[0].requests
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    held = capacity(iterations, traffic.isl, traffic.osl, chunk)
-    most = np.clip(held.sequences, 1.0, runs[0].requests)
-    state = steady(iterations, traffic, most, chunk)
-    return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
+    held = capacity(
+        iterations, traffic.isl, traffic.osl, chunk, cache_fraction=launch.cache_fraction or None
+    )
+    most = np.clip(held.sequences, 1.0, requests)
+    state = steady(iterations, traffic, most, chunk, queued=True)
+    if not np.isfinite(requests):
+        return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
+    waves = np.floor(requests / most)
+    rest = requests - waves * most
+    last = steady(iterations, traffic, np.maximum(rest, 1.0), chunk, queued=True)
+    run_s = waves * most / state.requests_per_s + rest / last.requests_per_s
+    return {"output_tokens_per_s": requests / run_s * traffic.osl}
 
 
 def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
@@ -364,6 +377,9 @@ def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     batch = np.maximum(load / iterations.ctx.mesh.pp, np.minimum(load, 1.0))
     prefill_s = iterations(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
     step_s = iterations(batch, batch * (traffic.isl + traffic.osl / 2.0), zero, zero)
+    # Fewer sequences than stages: some have no batch to issue.
+    stages = iterations.ctx.mesh.pp
+    step_s = step_s - np.maximum(stages - load, 0.0) * iterations.host_s(Composition(batch, zero, zero, zero))
     latency_s = prefill_s + (traffic.osl - 1.0) * step_s
     footprint = iterations.footprint()
     cache = footprint.cache_bytes(traffic.isl + traffic.osl) * load / iterations.ctx.mesh.dp
