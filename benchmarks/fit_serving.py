@@ -25,7 +25,7 @@ import numpy as np
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
-from planner.validation.serving import contradicted, predict, served_runs
+from planner.validation.serving import contradicted, excluded, predict, served_runs
 from planner.validation.serving_bars import bar_of
 from planner.validation.serving_runs import ServedRun
 from planner.validation.table import read_table
@@ -126,9 +126,13 @@ def read_cases(files: list[str], every: int = 1) -> list[Case]:
         apart = contradicted(runs)
         groups = {group: index for index, group in enumerate(dict.fromkeys(run.group for run, _ in runs))}
         for run, measured in runs:
-            unclear = run.may_speculate or run.row.row_id in apart
-            if groups[run.group] % every == 0 and not unclear:
-                cases += [(run, metric, value) for metric, value in measured.items() if metric in WEIGHTS]
+            if groups[run.group] % every:
+                continue
+            cases += [
+                (run, metric, value)
+                for metric, value in measured.items()
+                if metric in WEIGHTS and not excluded(run, metric, measured, run.row.row_id in apart)
+            ]
     rows = Counter(_cell(run) for run, _, _ in cases)
     return [case for case in cases if rows[_cell(case[0])] * every >= _FEWEST]
 

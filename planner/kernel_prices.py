@@ -20,6 +20,7 @@ from planner.specs.stack import Stack
 
 __all__ = ["KernelPrices"]
 
+_SCALED_BEFORE = ("fp8",)  # vLLM docs/design/fusions.md: fuse_norm_quant and fuse_act_quant of static fp8 scales
 _INSTRUCTION_ROWS = 16.0  # PTX mma.m16n8k16
 _FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows
 
@@ -93,7 +94,8 @@ class KernelPrices:
     ) -> Array:
         """Seconds of a library's small kernels beside its products; the two products of experts are one call.
 
-        Engines fuse those of a plain product into the kernels around it; routing and summing stay what they are.
+        Engines fuse those of a plain product into the kernels around it, wholly where a tensor's one scale is known beforehand;
+        routing and summing stay what they are.
         """
         call = _column(
             [
@@ -107,7 +109,10 @@ class KernelPrices:
                 for i, x in zip(items, libraries, strict=True)
             ]
         )
-        share = _column([1.0 if i.grouped else self._call_share for i in items])
+        known = 1.0 if self.stack.serving is None else 0.0
+        share = _column(
+            [1.0 if i.grouped else known if i.format in _SCALED_BEFORE else self._call_share for i in items]
+        )
         return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:

@@ -25,7 +25,7 @@ from planner.validation.scores import ScoredRow
 from planner.validation.serving_runs import ServedRun, served_run
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["ServingScores", "contradicted", "predict", "score_serving", "served_runs"]
+__all__ = ["ServingScores", "contradicted", "excluded", "predict", "score_serving", "served_runs"]
 
 Runs: TypeAlias = Sequence[ServedRun]
 _GROUPS = ("accelerator", "model", "engine", "quality")
@@ -140,25 +140,39 @@ def _scored(
             )
             entries.append(ScoredRow(row.row_id, row.file, metric, "unsupported", reason, groups=groups))
             continue
-        status, reason = "scored", ""
-        if row.text("quality") == "C":
-            status, reason = "excluded", "quality C at its source"
-        elif run.may_speculate and metric in ("tpot", "ttft"):
-            status, reason = (
-                "excluded",
-                "whether multi-token prediction was on is not stated, and both were run",
-            )
-        elif contradicted and metric in ("tpot", "ttft"):
-            status, reason = (
-                "excluded",
-                "repeats of the stated configuration differ: something unstated tells them apart",
-            )
+        reason = excluded(run, metric, asked, contradicted)
+        status = "excluded" if reason else "scored"
         entries.append(
             ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups)
         )
         if metric == "output_tokens_per_s" and run.driver == "offline":
             scores.runs.append(_comparison(run, entries[-1]))
     return entries
+
+
+def excluded(run: ServedRun, metric: str, asked: Mapping[str, float], contradicted: bool) -> str:
+    """Why a value is not counted; empty if it is."""
+    if run.row.text("quality") == "C":
+        return "quality C at its source"
+    if metric in ("tpot", "ttft"):
+        if run.may_speculate:
+            return "whether multi-token prediction was on is not stated, and both were run"
+        if contradicted:
+            return "repeats of the stated configuration differ: something unstated tells them apart"
+    if metric == "latency" and _ended_early(run, asked):
+        return "answers ended before their stated length, by the row's own times"
+    return ""
+
+
+def _ended_early(run: ServedRun, asked: Mapping[str, float]) -> bool:
+    """Whether a latency is shorter than the row's own first token and its stated number of further ones take."""
+    if not {"latency", "ttft", "tpot"} <= set(asked):
+        return False
+    stated_s = asked["ttft"] + (run.osl - 1.0) * asked["tpot"]
+    return asked["latency"] < _CUT_SHORT * stated_s
+
+
+_CUT_SHORT = 0.9
 
 
 def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
