@@ -20,7 +20,9 @@ from planner.specs.stack import Stack
 
 __all__ = ["KernelPrices"]
 
-_SCALED_BEFORE = ("fp8",)  # vLLM docs/design/fusions.md: fuse_norm_quant and fuse_act_quant of static fp8 scales
+_SCALED_BEFORE = (
+    "fp8",
+)  # vLLM docs/design/fusions.md: fuse_norm_quant and fuse_act_quant of static fp8 scales
 _INSTRUCTION_ROWS = 16.0  # PTX mma.m16n8k16
 _FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows
 

@@ -299,24 +299,29 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         each = n / iterations.ctx.mesh.pp
         return np.asarray(iterations(each, each * context, zero, zero))
 
-    def before_s(rate: Array) -> Array:
-        """Seconds until a prompt's cache has arrived, at a rate."""
+    def before_s(rate: Array, token_s: Array) -> Array:
+        """Seconds until the worker for generation returns the first token, with its first iteration, at a rate."""
         wait_s = clients_wait_s(others, prompt_s / prompts, np.minimum(rate / most, 1.0))
         wait_s = (1.0 - first) * wait_s + first * others / 2.0 * prompt_s / prompts
-        outside_s = float(iterations.software.admission_s) + runs[0].frontend_s
-        return np.asarray(prompt_s + wait_s + transfer_s + outside_s)
+        outside_s = (
+            2.0 * float(iterations.software.admission_s) + runs[0].frontend_s
+        )  # by one worker, then by the other
+        return np.asarray(
+            prompt_s + wait_s + transfer_s + outside_s + 2.0 * token_s
+        )  # one iteration had begun
 
     low, high = zero, load / counts[:, 1]
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
-        rate = middle / (answer * step_s(middle)) * counts[:, 1]
-        room = (rate <= most) & (rate * before_s(rate) + middle * counts[:, 1] <= load)
+        token_s = step_s(middle)
+        rate = middle / (answer * token_s) * counts[:, 1]
+        room = (rate <= most) & (rate * before_s(rate, token_s) + middle * counts[:, 1] <= load)
         low, high = np.where(room, middle, low), np.where(room, high, middle)
     tpot_s = step_s(high)
     rate = high * counts[:, 1] / (answer * tpot_s)
     return {
         "tpot": tpot_s,
-        "ttft": np.maximum(before_s(rate), load / rate - answer * tpot_s),
+        "ttft": np.maximum(before_s(rate, tpot_s), load / rate - answer * tpot_s),
         "output_tokens_per_s": rate * traffic.osl,
     }
 
@@ -336,9 +341,7 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) 
     """
     launch, requests = runs[0].launch, runs[0].requests
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    held = capacity(
-        iterations, traffic.isl, traffic.osl, chunk, cache_fraction=launch.cache_fraction or None
-    )
+    held = capacity(iterations, traffic.isl, traffic.osl, chunk, cache_fraction=launch.cache_fraction or None)
     most = np.clip(held.sequences, 1.0, requests)
     state = steady(iterations, traffic, most, chunk, queued=True)
     if not np.isfinite(requests):

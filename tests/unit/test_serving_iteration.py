@@ -1,13 +1,17 @@
 """Iterations and caches of a serving replica, against arithmetic and published figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from planner.composition import Composition, composition_axes
 from planner.costs.moe import distinct_experts
 from planner.iteration import Iterations
+from planner.ledger import Matmul
 from planner.mesh import Mesh
 from planner.serving.capacity import capacity
+from planner.specs.device import Sourced
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
 from planner.specs.stack import load_stack
@@ -120,10 +124,11 @@ def test_attention_ranks_share_the_work():
 
 
 def test_a_tree_of_stages_passes_every_layer():
-    """Four stages of eight layers take as long as thirty-two layers, and three hops and more."""
+    """Four stages of eight layers take as long as thirty-two layers, three hops, and the host of every stage."""
     one, four = iterations("llama3.1-8b"), iterations("llama3.1-8b", pp=4)
+    host_s = 3.0 * float(one.host_s(Composition(*(np.array([x]) for x in (8.0, 8000.0, 0.0, 0.0))))[0])
     assert float(four(8.0, 8000.0, 0.0, 0.0)) > float(one(8.0, 8000.0, 0.0, 0.0))
-    assert float(four(8.0, 8000.0, 0.0, 0.0)) < 1.2 * float(one(8.0, 8000.0, 0.0, 0.0))
+    assert float(four(8.0, 8000.0, 0.0, 0.0)) < 1.2 * float(one(8.0, 8000.0, 0.0, 0.0)) + host_s
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------------
@@ -178,3 +183,30 @@ def test_capacity_is_what_is_left():
     assert held.sequences[0] == min(
         np.floor(held.cache_bytes[0] / (1104 * 131072)), float(software.max_sequences)
     )
+
+
+def test_every_stage_issues_each_batch():
+    """Batches in flight are as many as stages, and each costs a stage's host the same: four times one stage's, of four stages."""
+    batch = Composition(*(np.array([x]) for x in (8.0, 8000.0, 0.0, 1.0)))
+    one, four = (iterations("llama3.1-8b", pp=pp) for pp in (1, 4))
+    device_s = [float(x.seconds(batch)[0] - pp * x.host_s(batch)[0]) for x, pp in ((one, 1), (four, 4))]
+    host_s = float(one.software.iteration_s) + 8 * float(one.software.sequence_s)
+    assert float(one.host_s(batch)[0]) == pytest.approx(host_s)
+    assert device_s[1] > device_s[0]  # the same layers, and three transfers
+    assert float(four.seconds(batch)[0]) == pytest.approx(device_s[1] + 4 * host_s)
+
+
+def test_scales_known_beforehand_cost_no_kernel_of_their_own():
+    """Static fp8 scales are applied by the kernel before the product; one finds the scales of blocks, which is fused in part."""
+    batch = Composition(*(np.array([x]) for x in (8.0, 8000.0, 0.0, 1.0)))
+
+    def product_s(weights, share):
+        each = iterations("llama3.1-8b", stack="trtllm", weights=weights)
+        served = replace(each.ctx.stack.serving, call_share=Sourced(share, "assumed", "test"), on={})
+        other = Iterations(replace(each.ctx, stack=replace(each.ctx.stack, serving=served, on={})))
+        ledger = other.sized(batch)
+        (item,) = [i for i in ledger.of(Matmul) if i.what == "mlp.fc1"]
+        return float(np.ravel(other.pricer.prices([item], ledger.axes)[0])[0])
+
+    assert product_s("fp8", 1.0) == product_s("fp8", 0.5)
+    assert product_s("fp8_block", 1.0) > product_s("fp8_block", 0.5)
