@@ -169,7 +169,7 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     rows.append(
         {
             "what": "host", "block": "", "by": "stack", "source": host.iteration_s.source,
-            "seconds": float(host.iteration_s) + float(host.sequence_s) * float(batch.decodes[0]),
+            "seconds": float(iterations.ctx.mesh.pp[0] * iterations.host_s(batch)[0]),
         }
     )  # fmt: skip
     return {

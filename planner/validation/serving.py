@@ -285,11 +285,13 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
     knobs = {**iterations.ctx.knobs, "experts": "gathered"}  # workers for prompts may have another layout
     prefill = Iterations(replace(iterations.ctx, mesh=mesh, knobs=knobs), iterations.pricer)
-    zero = np.zeros_like(load)
-    batch = prompts * dp
-    prompt_s = prefill(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
+    zero, keys = np.zeros_like(load), np.full_like(load, traffic.prompt_context)
+    prompt_s = prefill(zero, zero, prompts * dp * traffic.isl, keys)
+    # Where prompts wait, an iteration takes as many as it has room for.
+    several = np.maximum(prompts, np.floor(float(iterations.software.chunk_tokens) / traffic.isl))
+    several_s = prefill(zero, zero, several * dp * traffic.isl, keys)
     lanes = counts[:, 0] * pp * dp  # ranks that take a batch of prompts each, one after the other
-    most = lanes * prompts / prompt_s
+    most = lanes * several / several_s
     context, answer = traffic.isl + traffic.osl / 2.0, max(traffic.osl - 1.0, 1.0)
     transfer_s = _transfer_s(prefill, iterations, traffic, prompt_s)
     others = np.maximum(load / lanes - 1.0, 0.0)
@@ -301,14 +303,13 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
 
     def before_s(rate: Array, token_s: Array) -> Array:
         """Seconds until the worker for generation returns the first token, with its first iteration, at a rate."""
-        wait_s = clients_wait_s(others, prompt_s / prompts, np.minimum(rate / most, 1.0))
-        wait_s = (1.0 - first) * wait_s + first * others / 2.0 * prompt_s / prompts
-        outside_s = (
-            2.0 * float(iterations.software.admission_s) + runs[0].frontend_s
-        )  # by one worker, then by the other
-        return np.asarray(
-            prompt_s + wait_s + transfer_s + outside_s + 2.0 * token_s
-        )  # one iteration had begun
+        busy = np.minimum(rate / most, 1.0)
+        wait_s = (1.0 - first) * clients_wait_s(others, several_s / several, busy)
+        wait_s = wait_s + first * others / 2.0 * several_s / several
+        own_s = prompt_s + busy * (several_s - prompt_s)
+        # By one worker, then by the other, which has begun an iteration without it.
+        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s) + runs[0].frontend_s
+        return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]
     for _ in range(_BISECTIONS):
