@@ -38,7 +38,15 @@ STACK = (
     "collective_slowdown",
     "dispatch_s",
 )
-SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "prompt_slowdown", "admission_s")
+SERVING = (
+    "iteration_s",
+    "sequence_s",
+    "start_share",
+    "call_share",
+    "prompt_slowdown",
+    "experts_prompt_slowdown",
+    "admission_s",
+)
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
     "matmul_slowdown": (0.9, 0.25, 0.15),
@@ -52,6 +60,7 @@ PRIORS = {
     "start_share": (0.6, 0.4, 0.25),
     "call_share": (0.4, 0.6, 0.3),
     "prompt_slowdown": (1.0, 0.2, 0.2),
+    "experts_prompt_slowdown": (1.0, 0.3, 0.15),
     "admission_s": (0.03, 0.7, 0.7),
 }
 NAMES = (*STACK, *SERVING)
