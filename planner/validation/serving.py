@@ -252,7 +252,9 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     """Clients that replace every answer at once; those whose requests the caches cannot hold wait outside."""
     launch = runs[0].launch
     chunk = _chunk_tokens(runs, iterations, load)
-    held = capacity(iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None)
+    held = capacity(
+        iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None, preempting=True
+    )
     # It ran: where not one request is predicted to fit, the prediction is wrong.
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
     state = steady(iterations, traffic, inside, chunk)
