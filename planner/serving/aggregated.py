@@ -221,8 +221,8 @@ def _ahead_s(
 ) -> Array:  # fmt: skip
     """What is left of the iteration that runs when a prompt comes.
 
-    Of independent arrivals, half. A client that replaces its answer finds the next iteration begun without it, and waits for all
-    of it: one with the prompts of those whose answers ended just before, where answers end in step.
+    Of independent arrivals, half. A client that replaces its answer finds the next iteration begun without it, if there are other
+    clients, and waits for all of it: one with the prompts of those whose answers ended just before, where answers end in step.
     """
     if traffic.concurrency is None:
         return np.asarray(0.5 * token_s)
@@ -230,7 +230,8 @@ def _ahead_s(
     together = np.maximum(cohort.prompts, 1.0 / passes)
     others = np.clip(1.0 - together / np.maximum(batch, 1.0), 0.0, 1.0)
     full = apart * mixed + (1.0 - apart) * others
-    return np.asarray(decode_s + full * (mixed_s - decode_s))
+    running = np.clip(batch - 1.0, 0.0, 1.0)
+    return np.asarray(running * (decode_s + full * (mixed_s - decode_s)))
 
 
 def _means(
