@@ -40,7 +40,10 @@ TAIL = """
   25 % in the time between tokens.
 - **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
 - **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
-- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can.
+- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can, those for prompts to take as many that
+  wait as their budget has room for: the batch of prompts that rows state is always one, and was passed by what they measured.
+- **Fixed lengths.** Where all answers are equally long, how clients fall in step depends on milliseconds between their prompts.
+- **Frontends.** A frontend of its own (Dynamo, Triton) adds some tens of milliseconds per token stream that grow with the clients.
 - **Skewed experts.** Routing is uniform; the busiest rank follows from chance alone.
 - **Mixed lengths.** Prompts and answers have their mean lengths, but for the variation of answers that `--length-scv` states.
 - **Preemption.** A request is admitted when its final length fits.
