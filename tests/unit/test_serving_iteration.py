@@ -218,7 +218,7 @@ def test_scales_known_beforehand_cost_no_kernel_of_their_own():
 def test_a_part_with_more_memory_than_multiprocessors_is_not_read_in_full(cluster, least, most):
     """Products by vectors in llama.cpp draw 9.1 GB/s per multiprocessor: of A100's 2,039 GB/s, 108 draw 982; RTX 4090's 128, all.
 
-    Measured by XiongjieDai/GPU-Benchmarks-on-LLM-Inference (LLaMA 3 8B, F16): 53.5 tokens of 16.06 GB a second, 42 %, and 54.8, 87 %.
+    XiongjieDai/GPU-Benchmarks-on-LLM-Inference, LLaMA 3 8B in F16: 53.5 tokens of 16.06 GB a second, 42 %, and 54.8, 87 %.
     """
     ctx = iterations("llama3-8b", cluster, "llama-cpp", weights="fp16", activations="fp16").ctx
     plain = replace(
