@@ -85,6 +85,7 @@ SERVING_SLOTS = (
     "latent",  # how latent attention generates
     "fusion",
     "shards",  # tensor parallelism
+    "cache_copies",  # what tensor ranks hold of the same keys and values
     "experts",
     "stages",  # pipeline parallelism
     "graphs",

@@ -98,6 +98,7 @@ def _completed(pool: LaunchedPool, model: Model) -> dict[str, Any]:
     found["etp"] = max(ranks // found["ep"], 1) if moe else ranks
     if not moe:
         found["experts"] = "gathered"
+    found.setdefault("cache_copies", "kept")
     found.setdefault("weights", named_precision(pool.model) or model.checkpoint)
     if found["weights"] == "fp8" and model.checkpoint == "fp8_block":
         found["weights"] = "fp8_block"

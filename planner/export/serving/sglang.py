@@ -37,6 +37,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "context-length": target.context_tokens,
         "mem-fraction-static": _static_fraction(target, pool),
     }
+    if target.cache_parts(pool) > 1:
+        found["dcp-size"] = target.cache_parts(pool)
     if knobs["experts"] == "exchanged":
         found["moe-a2a-backend"] = "deepep"
         found["deepep-mode"] = "low_latency" if pool.role == "decode" else "normal"

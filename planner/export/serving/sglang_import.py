@@ -19,7 +19,6 @@ _SHORT = {
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
     "--speculative-algorithm": "speculative decoding",
-    "--dcp-size": "context parallelism",
     "--attn-cp-size": "context parallelism",
     "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
@@ -62,6 +61,10 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         flags.fault("--attn-dp-size", str(attention), f"a divisor of --tp-size ({ranks})")
         attention = 1
     fixed: dict[str, Any] = {"tp": ranks // attention, "pp": pp, "dp": attention, "ep": ep}
+    parts = flags.integer("--dcp-size", 1)
+    if parts > 1:
+        fixed["cache_copies"] = "dcp"
+        notes.append(f"--dcp-size {parts}: taken as the ranks of an attention group, all copies of a latent.")
     if replicas > 1:
         notes.append(
             f"--dp-size {replicas} without attention ranks: {replicas} replicas of {ranks * pp} devices."

@@ -11,17 +11,18 @@ import numpy as np
 
 from planner.engine import Pricer
 from planner.errors import ExportError, Problem
+from planner.mesh import Mesh
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
 from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import DEGREES, mesh_of, recipe_of
 from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
-from planner.technique import SERVING_SLOTS
+from planner.techniques.serving.cache_copies.context_parallel_inference import copies
 
 __all__ = ["FIRST_PORT", "Seat", "ServingTarget", "pool_name", "summary"]
 
@@ -105,10 +106,14 @@ class ServingTarget:
         found = pool.knobs.get("max_sequences")
         return None if found is None else -(-int(found) // pool.mesh["dp"])
 
+    def cache_parts(self, pool: Pool) -> int:
+        """Into how many parts tensor ranks split what they would hold copies of."""
+        return int(copies(self.model, _mesh(pool))[0]) if pool.knobs.get("cache_copies") == "dcp" else 1
+
     def capacity(self, pool: Pool) -> Capacity:
         """What a device of the pool holds."""
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        mesh = mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))
+        recipe = recipe_of(pool.knobs)
+        mesh = _mesh(pool)
         traffic = self.problem.traffic
         iterations = iterations_of(self.problem, recipe, mesh, Pricer(self.cluster, self.problem.stack))
         return capacity(iterations, traffic.isl, traffic.osl, float(self.iteration_tokens(pool)))
@@ -221,3 +226,7 @@ def summary(plan: ServePlan) -> list[str]:
         f"{estimate.goodput_requests_per_s:.4g} requests/s, {estimate.output_tokens_per_s_per_device:.4g} tokens/s per device, "
         f"first token {estimate.ttft_s['mean'] * 1e3:.4g} ms, then {estimate.tpot_s['mean'] * 1e3:.4g} ms per token (means).",
     ]
+
+
+def _mesh(pool: Pool) -> Mesh:
+    return mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))

@@ -44,6 +44,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "max-num-batched-tokens": target.iteration_tokens(pool),
         "gpu-memory-utilization": float(target.software("vllm").memory_fraction),
     }
+    if target.cache_parts(pool) > 1:
+        found["decode-context-parallel-size"] = target.cache_parts(pool)
     if mesh["ep"] > 1:
         found["enable-expert-parallel"] = True
     if knobs["experts"] == "exchanged":

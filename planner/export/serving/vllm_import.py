@@ -23,7 +23,6 @@ _SHORT = {
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
     "--speculative-config": "speculative decoding",
-    "--decode-context-parallel-size": "context parallelism",
     "--prefill-context-parallel-size": "context parallelism",
     "--cpu-offload-gb": "weights on the host",
     "--kv-offloading-size": "caches on the host",
@@ -56,6 +55,12 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
     fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
+    parts = flags.integer("--decode-context-parallel-size", 1)
+    if parts > 1:
+        fixed["cache_copies"] = "dcp"
+        notes.append(
+            f"--decode-context-parallel-size {parts}: taken as tp over the key heads, all copies of a cache."
+        )
     fixed |= _weights(flags, notes)
     tokens, sequences = flags.integer("--max-num-batched-tokens", None), flags.integer("--max-num-seqs", None)
     context = flags.integer("--max-model-len", None)
