@@ -53,6 +53,8 @@ def pipelined_s(streams: Sequence[Real], chunks: Real, contention: Real = 1.0) -
     >>> float(pipelined_s([8.0, 4.0], 1))
     12.0
     """
+    if len(streams) == 1:
+        return streams[0]
     longest, second, total = _longest_second_total(streams)
     overlapped = longest + (contention - 1.0) * second
     return np.minimum(overlapped + (total - overlapped) * np.divide(1.0, chunks), total)

@@ -69,7 +69,7 @@ def _static_fraction(target: ServingTarget, pool: Pool) -> float:
     """Weights and caches of a device's memory, rounded down."""
     held = target.capacity(pool)
     static = float(held.weights_bytes[0]) + max(float(held.cache_bytes[0]), 0.0)
-    return math.floor(static / float(target.cluster.device.memory_bytes) * 1000) / 1000
+    return math.floor(static / float(target.cluster(pool).device.memory_bytes) * 1000) / 1000
 
 
 def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
