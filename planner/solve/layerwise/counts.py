@@ -107,8 +107,12 @@ def solve(
     (18.0, ((2, 3),))
     """
     best: tuple[float, Counts] | None = None
-    for classes in _class_sets(problem):
+    sets = _class_sets(problem)
+    least = bound(problem) if len(sets) > 1 else -np.inf  # whatever the classes
+    for classes in sets:
         paid = problem.switch * (len(classes) - 1) if classes else 0.0
+        if least + paid >= (under if best is None else best[0]):
+            continue
         kept = [_kept(group, classes) for group in problem.groups]
         if not all(kept):
             continue
