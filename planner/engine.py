@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,13 @@ from planner.ledger import (
     Group,
     Index,
     Item,
-    Kernel,
     Ledger,
     Matmul,
     Resident,
     Stream,
     Transfer,
 )
+from planner.phases import Lanes, lanes, phase_s, shares_backward
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.stack import Stack
 
@@ -56,7 +57,6 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
-    "dispatches",
     "tabulate",
 ]
 
@@ -113,6 +113,24 @@ class Pricer:
                     )
                     known.update(zip(batch, slowed, strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
+
+    def lanes(self, items: Sequence[Item], ledger: Ledger) -> Lanes:
+        """The streams of one phase of one block."""
+        axes, innermost = ledger.axes, self.cluster.tiers[0].effective_bytes_per_s
+
+        def contended_s(item: Item, price: Array) -> Array:
+            """What an item's bytes would take on the innermost link: beyond that it waits, and slows nothing."""
+            if isinstance(item, Collective):
+                sends = 2.0 if item.kind == "all_reduce" else 1.0
+                moved = axes[item.size] * (sends * dtype_bytes(item.dtype) * self._slowdown(item))
+            elif isinstance(item, Transfer):
+                moved = axes[item.size] * item.bytes_per_element
+            else:
+                return price
+            return np.minimum(price, moved / innermost)
+
+        slowdown = self.stack.overlap_slowdown.value
+        return lanes(items, self.prices(items, axes), ledger, contended_s, slowdown)
 
     def key(self, item: Item) -> Any:
         """What the item's price depends on besides the axes, remembered per item (whose id stays its own while held)."""
@@ -279,16 +297,20 @@ def tabulate(
     at = _ROWS[fields]
     position = {kind: index for index, kind in enumerate(kinds)}
     for (block, part), items in parts.items():
-        key = (part, *map(id, items))
+        beside = shares_backward(parts, block, part)
+        key = (part, *map(id, items), *(id(item) for others in beside for item in others))
         known = ledger.axes.sums.get(key)
         if known is None:
             if part == "resident":
                 totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
             else:
-                summarise = _step if part == "step" else _phase
-                totals = summarise(items, pricer.prices(items, ledger.axes), ledger, pricer)
-                sizes = "|".join(pricer.key(item)[0] for item in items)
-            known = ledger.axes.sums[key] = (sizes, (totals, items))  # the items keep their ids alive
+                totals = (
+                    _step(items, pricer.prices(items, ledger.axes), ledger, pricer)
+                    if part == "step"
+                    else _phase(part, items, beside, ledger, pricer)
+                )
+                sizes = "|".join(pricer.key(item)[0] for item in chain(items, *beside))
+            known = ledger.axes.sums[key] = (sizes, (totals, items, beside))  # the items keep their ids alive
         for name, total in known[1][0].items():
             if name in at:
                 table.values[at[name], position[block]] = total
@@ -297,43 +319,12 @@ def tabulate(
     return table
 
 
-def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
-    windows: dict[str, dict[str, Any]] = defaultdict(dict)
-    launches: Array | float = 0.0
-    waits: Array | float = 0.0
-    for item, price in zip(items, prices, strict=True):
-        tracks = windows[item.window]
-        tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        if isinstance(item, Kernel) and not item.captured:
-            launches = launches + dispatches(item, ledger.axes) * (
-                price > 0
-            )  # without work it is not launched
-        if item.waited:
-            waits = waits + dispatches(item, ledger.axes) * (price > 0)
-    slowdown = pricer.stack.overlap_slowdown.value
-    serial = windows[""]
-    for window, tracks in windows.items():
-        if window:
-            inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
-            serial["main"] = serial["main"] + inside if "main" in serial else inside
-    device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    dispatch_s = float(pricer.stack.dispatch_s)
-    paced_s = np.maximum(device_s, launches * dispatch_s)
-    return {f"{items[0].phase}_s": paced_s + waits * (float(pricer.stack.waited_dispatches) * dispatch_s)}
-
-
-def dispatches(item: Item, axes: Axes) -> Array | float:
-    """Kernels that the host issues for an item.
-
-    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
-    """
-    if isinstance(item, Stream) and item.calls is not None:
-        return axes[item.calls]
-    if isinstance(item, Matmul) and item.grouped and not item.format:
-        each: Array = axes[item.groups] * item.launches
-        return each
-    return item.launches if isinstance(item, Kernel) else 1.0
+def _phase(
+    phase: str, items: list[Item], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
+) -> dict[str, Array]:
+    """Seconds of one phase of one block, and the items of other phases that it is priced with."""
+    own, *others = (pricer.lanes(each, ledger) for each in (items, *beside))
+    return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 import planner
-from planner.engine import dispatches
 from planner.ledger import Collective, Kernel, Matmul, Stream
+from planner.phases import dispatches
 from planner.solve.train import examine
 from planner.specs.device import Sourced
 from planner.specs.stack import load_stack

@@ -132,8 +132,7 @@ class LayerwiseSpace:
             at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
             totals = self.parts[part].take(at).totals()
             table = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, at]))
-            slowdown = self.problem.stack.overlap_slowdown.value
-            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
+            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster)
             self._priced[part] = at, relaxed
         return self._priced[part]
 
