@@ -60,7 +60,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("internlm", "ampere", "matmul_slowdown"),
     ("pytorch-fsdp", "", "matmul_slowdown"),
     ("pytorch-fsdp", "", "stream_slowdown"),
-    ("pytorch-fsdp", "", "collective_slowdown"),
     ("pytorch-fsdp", "", "overlap_slowdown"),
     ("composer", "", "attention_slowdown"),
     ("composer", "hopper", "attention_slowdown"),

@@ -122,12 +122,12 @@ class Pricer:
             """What an item's bytes would take on the innermost link: beyond that it waits, and slows nothing."""
             if isinstance(item, Collective):
                 sends = 2.0 if item.kind == "all_reduce" else 1.0
-                moved = axes[item.size] * (sends * dtype_bytes(item.dtype) * self._slowdown(item))
+                each = sends * dtype_bytes(item.dtype) * self._slowdown(item)
             elif isinstance(item, Transfer):
-                moved = axes[item.size] * item.bytes_per_element
+                each = item.bytes_per_element
             else:
                 return price
-            return np.minimum(price, moved / innermost)
+            return np.minimum(price, axes[item.size] * (each / innermost))
 
         slowdown = self.stack.overlap_slowdown.value
         return lanes(items, self.prices(items, axes), ledger, contended_s, slowdown)
@@ -323,7 +323,17 @@ def _phase(
     phase: str, items: list[Item], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
 ) -> dict[str, Array]:
     """Seconds of one phase of one block, and the items of other phases that it is priced with."""
-    own, *others = (pricer.lanes(each, ledger) for each in (items, *beside))
+    if not beside:
+        return {f"{phase}_s": phase_s(phase, pricer.lanes(items, ledger), (), pricer.stack)}
+    sums = ledger.axes.sums
+    found = []
+    for each in (items, *beside):  # priced alone once for all phases that are priced with them
+        key = ("lanes", *map(id, each))
+        if key not in sums:
+            sizes = "|".join(pricer.key(item)[0] for item in each)
+            sums[key] = (sizes, (pricer.lanes(each, ledger), each))
+        found.append(sums[key][1][0])
+    own, *others = found
     return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
 
 

@@ -40,13 +40,17 @@ Contended: TypeAlias = Callable[[Item, Array], Array]
 """Of an item and its seconds: in how many of them it slows what runs beside it."""
 
 _BACKWARD = ("backward", "weight", "recompute")
+_SHORT = (
+    "main",
+    "regather",
+)  # a gather of an input runs beside its own product, and is over before the phase is
 
 
 class Lane(NamedTuple):
     """Seconds of a stream beside the main one, and in how many of them it slows that."""
 
-    seconds: Array | float = 0.0
-    contended_s: Array | float = 0.0
+    seconds: Array | float
+    contended_s: Array | float
 
 
 class Lanes(NamedTuple):
@@ -68,17 +72,20 @@ def lanes(
     items: Iterable[Item], prices: Iterable[Array], ledger: Ledger, contended: Contended, slowdown: float
 ) -> Lanes:
     """The streams of one phase of one block."""
-    main: dict[str, Array | float] = defaultdict(float)  # by window
+    main: dict[str, Array] = {}  # by window
     beside: dict[str, dict[str, Lane]] = defaultdict(dict)
     launches: Array | float = 0.0
     waits: Array | float = 0.0
     for item, price in zip(items, prices, strict=True):
         if item.track == "main":
-            main[item.window] = main[item.window] + price
+            main[item.window] = main[item.window] + price if item.window in main else price
         else:
-            lane = beside[item.window].get(item.track, Lane())
-            beside[item.window][item.track] = Lane(
-                lane.seconds + price, lane.contended_s + contended(item, price)
+            inside, slows_s = beside[item.window], contended(item, price)
+            known = inside.get(item.track)
+            inside[item.track] = (
+                Lane(price, slows_s)
+                if known is None
+                else Lane(known.seconds + price, known.contended_s + slows_s)
             )
         if isinstance(item, Kernel) and not item.captured:
             launches = launches + dispatches(item, ledger.axes) * (
@@ -86,7 +93,8 @@ def lanes(
             )  # without work it is not launched
         if item.waited:
             waits = waits + dispatches(item, ledger.axes) * (price > 0)
-    serial, others = main.pop("", 0.0), beside.pop("", {})
+    serial: Array | float = main.pop("", 0.0)
+    others = beside.pop("", {})
     for window in dict.fromkeys((*main, *beside)):
         chunks = ledger.chunks.get(window, np.inf)
         serial = serial + together_s(
@@ -103,7 +111,7 @@ def together_s(
     >>> float(together_s(4.0, [Lane(2.0, 2.0)], 1.5)), float(together_s(4.0, [Lane(2.0, 0.5)], 1.5))  # + 0.5 * 2 and * 0.5
     (5.0, 4.25)
     """
-    contended_s: Any = sum((lane.contended_s for lane in others), start=0.0)
+    contended_s: Any = others[0].contended_s if len(others) == 1 else sum(lane.contended_s for lane in others)
     streams = [main, *(lane.seconds for lane in others)]
     return np.asarray(pipelined_s(streams, chunks, slowdown, contended_s))
 
@@ -117,8 +125,8 @@ def shares_backward(parts: Mapping[tuple[str, str], list[Item]], block: str, pha
 
 
 def loose(items: Iterable[Item]) -> bool:
-    """Whether some of a phase's items run beside the block's own serial order."""
-    return any(item.track != "main" and not item.window for item in items)
+    """Whether some of a phase's items run beside the block's own serial order, for longer than a product."""
+    return any(item.track not in _SHORT and not item.window for item in items)
 
 
 def phase_s(phase: str, own: Lanes, others: Sequence[Lanes], stack: Stack) -> Array:
@@ -131,7 +139,7 @@ def phase_s(phase: str, own: Lanes, others: Sequence[Lanes], stack: Stack) -> Ar
         stack: what the host takes per kernel, and how much streams slow each other.
     """
     slowdown = stack.overlap_slowdown.value
-    work_s: Any = sum((other.main for other in others), start=0.0)
+    work_s: Any = sum(other.main for other in others)
     if others and phase == "recompute":
         beside = [lane for other in others for lane in other.others]
         alone_s = together_s(own.main, own.others, slowdown)
