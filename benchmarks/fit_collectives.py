@@ -5,15 +5,15 @@
 FOLDER holds tables of collectives as ``planner validate --operators`` reads them. Every link that a table's devices have is
 fitted by least squares (soft L1) of the logarithm of time, over calls inside one node, each file with the same weight. Three
 errors are printed: in sample; with all rows of one GPU left out (constants from the other GPUs on the link or, where it has
-none, the geometric mean of the other generations of its kind); with all rows of one source left out. ``--write`` puts the
-constants that were fitted on everything into the link files.
+none, from other links: :func:`carried_over`); with all rows of one source left out. ``--write`` puts the constants that were
+fitted on everything into the link files.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -31,7 +31,8 @@ from planner.specs.links import link_table
 from planner.validation.call_machine import Machine, cluster_of, device_name
 from planner.validation.collectives import SMALL_BYTES, Call, call_s, calls
 
-# Links in the order of fitting: those that are met inside others come first; and what a link's constants fall back on.
+# Links in the order of fitting: those that are met inside others come first; and those of its kind, which its rates and the
+# hops over its wires fall back on.
 LINKS = {
     "nvlink-3": ("nvlink-4", "nvlink-5"),
     "nvlink-4": ("nvlink-3", "nvlink-5"),
@@ -40,6 +41,11 @@ LINKS = {
     "pcie": ("nvlink-3", "nvlink-4", "nvlink-5"),
     "pcie-host": ("nvlink-3", "nvlink-4", "nvlink-5"),
 }
+# Of them, what the device does and not the wire: a link that was never measured takes it from all links.
+OF_DEVICE = ("launch_s", "bulk_hop_s", "exchange_s", "bulk_exchange_s", "peer_s")
+ENOUGH = 30  # calls below 64 KiB: twice as many as there are constants of a link
+# fp32 lanes of a multiprocessor (NVIDIA, CUDA C++ Programming Guide, throughput of native arithmetic instructions).
+LANES = {"ampere": 64, "hopper": 128, "blackwell": 128, "blackwell-rtx": 128}
 Constants = dict[str, dict[str, float]]
 Batch = tuple[str, Machine, str]
 Place = tuple[str, int]
@@ -215,26 +221,62 @@ def left_out(
 ) -> dict[Place, Constants]:
     """Constants for every row from the rows of other groups alone."""
     found: dict[Place, Constants] = {}
+    clocks = clocks_of(rows)
     # Nothing of what the left-out rows taught may stay: fits begin at what other links have.
-    start = {link: mean_of([start[o] for o in others], start[link]) for link, others in LINKS.items()}
+    start = {link: carried_over(link, start, rows, clocks) for link in LINKS}
     for value in values:
         rest = [call for call in rows if by(call) != value]
         constants = fit(rest, start)
-        known = {path_of(call)[-1] for call in rest}
-        for link, others in LINKS.items():
-            if link not in known:
-                constants[link] = mean_of([constants[o] for o in others if o in known], start[link])
+        for link in LINKS.keys() - clocks_of(rest).keys():
+            constants[link] = carried_over(link, constants | {link: start[link]}, rest, clocks)
         found.update({place(call): constants for call in rows if by(call) == value})
     return found
 
 
-def mean_of(others: Sequence[Mapping[str, float]], own: Mapping[str, float]) -> dict[str, float]:
-    """Geometric mean, constant by constant, over the links that have it; the link's own where none has."""
-    known = {name: [other[name] for other in others if name in other] for name in own}
-    return {
-        name: float(np.exp(np.mean(np.log(values)))) if values else own[name]
-        for name, values in known.items()
-    }
+def clocks_of(rows: Iterable[Call]) -> dict[str, float]:
+    """Clock of the devices that a link was measured on, Hz: the geometric mean over its calls."""
+    logs: dict[str, list[float]] = defaultdict(list)
+    for call in rows:
+        logs[path_of(call)[-1]].append(np.log(clock_hz(device_of(call.machine))))
+    return {link: float(np.exp(np.mean(found))) for link, found in logs.items()}
+
+
+def clock_hz(device: Device) -> float:
+    """Highest clock of a data sheet: its fp32 rate over two operations per lane."""
+    lanes = LANES[device.generation] * float(device.multiprocessors)
+    return float(device.vector_flop_per_s) / (2.0 * lanes)
+
+
+def carried_over(
+    link: str, constants: Constants, rows: Sequence[Call], clocks: Mapping[str, float]
+) -> dict[str, float]:
+    """What is expected of a link that nobody has measured: geometric means over measured ones, constant by constant.
+
+    A call's fixed costs are instructions: they last about as many cycles on one device as on another (13,500 of a launch on A100,
+    11,900 on H100, 15,800 on B200 and 13,400 on RTX PRO 6000, while its seconds differ by a factor of 1.8). So seconds are
+    carried over in cycles, those of the device (:data:`OF_DEVICE`) from every link with enough small calls to tell them. What
+    no other link has stays its own.
+
+    Args:
+        link: which.
+        constants: of the link, where its own may stay, and of others.
+        rows: what was measured.
+        clocks: of the devices that have each link, Hz.
+    """
+    known = clocks_of(rows)
+    small = Counter(path_of(call)[-1] for call in rows if call.n_bytes <= SMALL_BYTES)
+    found = {}
+    for name, own in constants[link].items():
+        links = (
+            {other for other in known if small[other] >= ENOUGH} if name in OF_DEVICE else set(LINKS[link])
+        )
+        values = [
+            constants[other][name] * (known[other] / clocks[link] if name.endswith("_s") else 1.0)
+            for other in sorted(links & known.keys() - {link})
+            if name in constants[other]
+        ]
+        found[name] = float(np.exp(np.mean(np.log(values)))) if values else own
+    return found
 
 
 def report(title: str, rows: Sequence[Call], constants: Mapping[Place, Constants]) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/fit_kernels.py FOLDER            # fit on everything, leave out GPUs and libraries, print the errors
     python benchmarks/fit_kernels.py FOLDER --write    # fit on everything and write the constants into hardware_profiles
+    python benchmarks/fit_kernels.py FOLDER --write --libraries    # the libraries' alone; the devices keep what they have
 
 FOLDER holds tables that ``planner validate --operators`` understands. Constants of a generation go to its file, constants of a
 kernel library to ``kernel_libraries.toml``. Robust least squares (soft L1) on the logarithm of time; every constant is held to
@@ -15,7 +16,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ FIRM_PRIOR_ROWS = {
     "matmul_burst": 25.0,
 }  # what others can stand in for
 PRIOR_WIDTH = 0.5  # log
+FEW = 12  # calls of each kernel and number format that describe a library to whoever never saw it
 
 Key = tuple[str, str, str]  # ("hopper", "", "matmul") or ("", "gemm fp8", "rate")
 
@@ -51,7 +53,7 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
     "gemm": (
         ("gemm",),
         ("matmul", "matmul_8bit", "matmul_4bit", "matmul_burst", "overlap_loss", "split_s", "memory", "launch_s"),
-        ("rate", "call_s", "launch"),
+        ("rate", "call_s", "launch", "row_s"),
     ),
     "elementwise": (("elementwise",), (), ("passes", "call_s", "launch")),
     "attention": (
@@ -60,7 +62,10 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
             "attention", "attention_8bit", "attention_backward", "softmax_flop", "attention_straggler", "attention_tile_s",
             "l2_speedup",
         ),
-        ("rate", "call_s", "decode_call_s", "cast_s", "split_s", "prefill_tile", "decode_tile", "wide_head"),
+        (
+            "rate", "call_s", "decode_call_s", "cast_s", "window_s", "decode_window_s", "split_s", "splits", "prefill_tile",
+            "decode_tile", "wide_head",
+        ),
     ),
     "moe": (("moe",), ("grouped_matmul",), ("rate", "call_s")),
 }  # fmt: skip
@@ -70,14 +75,15 @@ HIGHEST = {
     "memory": 0.93, "l2_speedup": 8.0, "launch_s": 2e-5, "attention": 0.95, "attention_8bit": 0.95,
     "attention_backward": 0.95, "softmax_flop": 30.0, "attention_straggler": 4.0, "attention_tile_s": 3e-5,
     "grouped_matmul": 1.0, "rate": 1.5, "launch": 1.5, "call_s": 1e-3, "decode_call_s": 1e-3, "cast_s": 3e-5,
-    "wide_head": 4.0, "decode_tile": 3.0, "prefill_tile": 20.0, "passes": 20.0,
+    "wide_head": 4.0, "decode_tile": 3.0, "prefill_tile": 20.0, "passes": 20.0, "row_s": 1e-7, "window_s": 5e-5,
+    "decode_window_s": 5e-5, "splits": 1e3,
 }  # fmt: skip
 PRIORS = {
     "matmul": 0.75, "matmul_8bit": 0.65, "matmul_4bit": 0.5, "matmul_burst": 1.1, "overlap_loss": 0.2, "split_s": 5e-8,
     "memory": 0.88, "l2_speedup": 2.5, "launch_s": 2.5e-6, "attention": 0.65, "attention_8bit": 0.4, "attention_backward": 0.55,
     "softmax_flop": 5.0, "attention_straggler": 1.3, "attention_tile_s": 2.5e-6, "grouped_matmul": 0.85, "rate": 0.85,
     "launch": 0.8, "call_s": 1e-5, "decode_call_s": 6e-6, "cast_s": 2e-6, "prefill_tile": 2.0, "decode_tile": 0.5,
-    "wide_head": 1.2, "passes": 2.0,
+    "wide_head": 1.2, "passes": 2.0, "row_s": 5e-10, "window_s": 4e-6, "decode_window_s": 4e-6, "splits": 16.0,
 }  # fmt: skip
 OWN_PRIORS = {("gemm", "call_s"): 2e-6, ("moe", "call_s"): 3e-5, ("stream", "call_s"): 2e-6}
 LOWEST = {"matmul_burst": 1.0, "l2_speedup": 1.0, "overlap_loss": 0.02, "split_s": 5e-9}
@@ -145,15 +151,17 @@ def keys_of(batch: Batch, family: str) -> list[Key]:
     return told + [("", library_key(batch.library), name) for name in free]
 
 
-def fit(data: Sequence[Batch], family: str, known: Mapping[Key, float], fixed: Iterable[Key] = ()) -> Fit:
-    """Constants of one family from its batches, on top of what is known."""
+def fit(data: Sequence[Batch], family: str, known: Mapping[Key, float], devices: bool = True) -> Fit:
+    """Constants of one family from its batches, on top of what is known; those of libraries alone unless ``devices``."""
     users: dict[Key, list[int]] = defaultdict(list)
     start: dict[Key, float] = {}
     for index, batch in enumerate(data):
         for key in keys_of(batch, family):
             users[key].append(index)
             start[key] = prior_of(key)
-    keys = [key for key in users if key not in set(fixed)]
+    keys = [key for key in users if devices or key[1]]
+    if not keys:
+        return Fit(dict(known))
     prior = np.log([start[key] for key in keys])
     begin = np.concatenate([[0], np.cumsum([len(batch.rows) for batch in data])]).astype(int)
     measured = [np.log(batch.measured_s) for batch in data]
@@ -208,15 +216,15 @@ def fit(data: Sequence[Batch], family: str, known: Mapping[Key, float], fixed: I
     return Fit(fitted(solved.x).values, *above)
 
 
-def fit_all(data: Sequence[Batch]) -> Fit:
-    """All families, one after another."""
-    known: dict[Key, float] = {}
+def fit_all(data: Sequence[Batch], devices: bool = True, before: Mapping[Key, float] | None = None) -> Fit:
+    """All families, one after another, on top of what is known before; see :func:`fit`."""
+    known = dict(before or {})
     last: dict[str, Fit] = {}
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if devices else 1):
         for family, (metrics, _, _) in FAMILIES.items():
             mine = [batch for batch in data if batch.metric in metrics]
             if mine:
-                last[family] = fit(mine, family, known)
+                last[family] = fit(mine, family, known, devices)
                 known = last[family].values
     told, moved = (
         frozenset().union(*(getattr(each, name) for each in last.values())) for name in ("told", "moved")
@@ -289,17 +297,47 @@ def report(data: Sequence[Batch], everything: Fit) -> None:
         for name in sorted(names) if len(names) > 1 else ():
             found = fit_all([b for b in data if b.device.name != name])
             print(line(name, errors(found, [b for b in data if b.device.name == name])))
-    print("\n" + HEADER.format("library left out"))
-    for name in sorted({framework(batch) for batch in data}):
-        rest = [b for b in data if framework(b) != name]
-        found = fit_all(rest)
-        generations = {b.device.generation for b in rest}
-        unknown = [
-            replace(b, library=stranger(b, rest, found))
-            for b in data
-            if framework(b) == name and b.device.generation in generations
-        ]
-        print(line(name, errors(found, unknown)))
+    report_libraries(data, everything)
+
+
+def report_libraries(data: Sequence[Batch], everything: Fit) -> None:
+    """Errors on kernels of a library that the constants of its GPUs were not fitted to: unheard of, and after a few calls."""
+    unheard: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+    sampled: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+    pairs = sorted({(framework(b), b.device.generation) for b in data})
+    for name, generation in pairs:
+        here = [b for b in data if b.device.generation == generation]
+        mine, rest = ([b for b in here if (framework(b) == name) is same] for same in (True, False))
+        if not {b.metric for b in mine} & {b.metric for b in rest}:
+            continue  # no one else's kernels tell the constants of this GPU
+        calibrated = fit_all(rest)
+        others = [b for b in data if framework(b) != name]
+        known = Fit({**everything.values, **calibrated.values})
+        unheard[name].append(errors(known, [replace(b, library=stranger(b, others, known)) for b in mine]))
+        parts = [few_calls(b) for b in mine if len(b.rows) > 2 * FEW]
+        devices = {key: value for key, value in calibrated.values.items() if not key[1]}
+        told = fit_all([few for few, _ in parts], devices=False, before=devices)
+        sampled[name].append(errors(told, [left for _, left in parts]))
+    for title, found in (
+        ("library left out", unheard),
+        (f"left out but for {FEW} calls of each kernel", sampled),
+    ):
+        print("\n" + HEADER.format(title))
+        for name in [*found, "all"]:
+            print(line(name, joined([e for n, each in found.items() if name in (n, "all") for e in each])))
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Errors of several groups of rows as one, by metric."""
+    return {m: np.concatenate([p[m] for p in parts if m in p]) for m in {m for p in parts for m in p}}
+
+
+def few_calls(batch: Batch) -> tuple[Batch, Batch]:
+    """A few calls of a kernel, from its shortest to its longest at even ranks, as one would measure them; and the others."""
+    ranks = np.linspace(0, len(batch.rows) - 1, FEW).round().astype(int)
+    mask = np.zeros(len(batch.rows), dtype=bool)
+    mask[np.argsort(batch.measured_s, kind="stable")[ranks]] = True
+    return batch.take(mask), batch.take(~mask)
 
 
 def stranger(batch: Batch, rest: Sequence[Batch], found: Fit) -> KernelLibrary:
@@ -367,10 +405,11 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--libraries", action="store_true", help="keep the constants of devices")
     parser.add_argument("--no-report", action="store_true")
     arguments = parser.parse_args()
     data = load(arguments.folder)
-    everything = fit_all(data)
+    everything = fit_all(data, devices=not arguments.libraries)
     rows = sum(len(batch.rows) for batch in data)
     for key, value in everything.values.items():
         print(f"{key[0] or key[1]}: {key[2]} = {value:.3g}", file=sys.stderr)

@@ -37,18 +37,20 @@ class KernelPrices:
     def matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
         """Seconds of products."""
         found: dict[int, Array] = {}
-        by_tile: dict[float, list[tuple[Matmul, KernelLibrary | None]]] = {}
+        by_tile: dict[tuple[float, bool], list[tuple[Matmul, KernelLibrary | None]]] = {}
         for item in items:
             library = self._library("moe" if item.grouped else "gemm", item.format)
-            by_tile.setdefault(0.0 if library is None else library["tile"], []).append((item, library))
-        for tile, group in by_tile.items():
-            found |= zip((id(i) for i, _ in group), self._products(group, axes, tile or None), strict=True)
+            tiling = (0.0, True) if library is None else (library["tile"], not library["unsplit"])
+            by_tile.setdefault(tiling, []).append((item, library))
+        for (tile, split), group in by_tile.items():
+            priced = self._products(group, axes, tile or None, split)
+            found |= zip((id(i) for i, _ in group), priced, strict=True)
         return [found[id(item)] for item in items]
 
     def _products(
-        self, items: list[tuple[Matmul, KernelLibrary | None]], axes: Axes, tile: float | None
+        self, items: list[tuple[Matmul, KernelLibrary | None]], axes: Axes, tile: float | None, split: bool
     ) -> Iterable[Array]:
-        """Products whose kernels have tiles of one size."""
+        """Products whose kernels have tiles of one size, and split contractions or not."""
         formats = [KERNEL_FORMATS.get(item.format) for item, _ in items]
         plain = [item for item, _ in items]
         width = _column(
@@ -73,12 +75,13 @@ class KernelPrices:
             own = [0.0 if x is None else x["weight_bytes"] for x in libraries]
             stored = np.where(_column(own) > 0.0, _column(own), stored)
         aligned = aligned * self._few_rows(plain, m)
-        price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored)
-        seconds: Array = price() * launches
-        if tile is not None:  # a library with wide tiles has narrow ones as well, for few rows
+        price = partial(self.kernels.matmul_s, m, n, k, groups, aligned, width, out, stored, split=split)
+        narrow = tile is not None and tile < float(self.device.efficiency.matmul_tile)
+        seconds: Array = price(tile=tile if narrow else None) * launches
+        if tile is not None and not narrow:  # a library with wide tiles has narrow ones as well, for few rows
             seconds = np.where(m > _FEW_ROWS, price(tile=tile) * launches, seconds)
         if any(libraries):
-            seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m * k)
+            seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m, k)
         return seconds
 
     def _few_rows(self, items: list[Matmul], m: Array) -> Array:
@@ -89,7 +92,7 @@ class KernelPrices:
         return np.asarray(np.where((narrow < half) & ~grouped, half / narrow, 1.0))
 
     def _beside_products(
-        self, items: list[Matmul], libraries: list[KernelLibrary | None], inputs: Array
+        self, items: list[Matmul], libraries: list[KernelLibrary | None], m: Array, k: Array
     ) -> Array:
         """Seconds of a library's small kernels beside its products; the two products of experts are one call.
 
@@ -101,14 +104,14 @@ class KernelPrices:
                 for i, x in zip(items, libraries, strict=True)
             ]
         )
-        quantised = _column(
-            [
-                0.0 if x is None or i.grouped else x["quantise_bytes"]
-                for i, x in zip(items, libraries, strict=True)
-            ]
+        quantised, row_s = (
+            _column(
+                [0.0 if x is None or i.grouped else x[name] for i, x in zip(items, libraries, strict=True)]
+            )
+            for name in ("quantise_bytes", "row_s")
         )
         share = _column([1.0 if i.grouped else self._call_share for i in items])
-        return np.asarray((call + self.kernels.stream_s(inputs * quantised, 0.0)) * share)
+        return np.asarray((call + row_s * m + self.kernels.stream_s(m * k * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
         """Seconds of memory-bound kernels."""
@@ -153,6 +156,7 @@ class KernelPrices:
         )
         extra |= {
             "split_s": library["split_s"] or None,
+            "splits": library["splits"] or np.inf,
             "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
         }
         width = np.maximum(np.maximum(qk_dim, v_dim) / WIDE_HEAD, 1.0)

@@ -94,16 +94,20 @@ class Kernels:
         weight_bytes_per_element: Real | None = None,
         working_set_bytes: Real | None = None,
         tile: float | None = None,
+        split: bool = True,
     ) -> Real:
         """Seconds of ``groups`` products of (m, k) by (k, n) in one kernel, at a rate of :meth:`product_flop_per_s`.
 
         ``working_set_bytes`` is what a kernel timed alone reads before it comes back to the same operands; left out: its own.
-        ``tile`` is the edge of a library's output tiles; left out: the device's.
+        ``tile`` is the edge of a library's output tiles; left out: the device's. ``split``: idle multiprocessors share a
+        contraction; else every tile is one multiprocessor's, so that few of them take as long as a wave.
         """
         n_bytes = matmul_bytes(
             m, n, k, groups, bytes_per_element, out_bytes_per_element, weight_bytes_per_element
         )
         waves = self.waves(m, n, groups, tile)
+        if not split:
+            waves = np.maximum(waves, 1.0)
         return self.product_s(waves, k, n_bytes, flop_per_s, working_set_bytes)
 
     def product_s(
@@ -147,6 +151,7 @@ class Kernels:
         bytes_per_element: Real = 2.0,
         kv_bytes_per_element: Real | None = None,
         split_s: float | None = None,
+        splits: float = np.inf,
         tile_share: float = 1.0,
         working_set_bytes: Real | None = None,
     ) -> Real:
@@ -154,7 +159,8 @@ class Kernels:
 
         ``passes`` is 1 forward and 2.5 backward, whose tensors are twice as many. ``keys`` are those that any query sees: where
         a window hides the first of them from all, they do not count. ``split_s`` replaces the device's (infinite: the walk over
-        keys is never split), ``tile_share`` scales what a tile costs, and ``working_set_bytes`` is as in :meth:`matmul_s`.
+        keys is never split), ``splits`` is how many share it at most, ``tile_share`` scales
+        what a tile costs, and ``working_set_bytes`` is as in :meth:`matmul_s`.
         """
         n_bytes = attention_bytes(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, bytes_per_element,
@@ -165,7 +171,8 @@ class Kernels:
             constants["split_s"] = split_s
         return attention_s(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, visible=visible, passes=passes,
-            peak_flop_per_s=flop_per_s, bytes_=self._moved(n_bytes, working_set_bytes), launch_s=self.launch_s, **constants,
+            peak_flop_per_s=flop_per_s, bytes_=self._moved(n_bytes, working_set_bytes), launch_s=self.launch_s, splits=splits,
+            **constants,
         )  # fmt: skip
 
     def _moved(self, bytes_: Real, working_set_bytes: Real | None = None) -> Real:

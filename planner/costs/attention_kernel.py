@@ -123,6 +123,7 @@ def attention_s(
     straggler: Real = 0.0,
     tile_s: Real = 0.0,
     split_s: Real = 0.0,
+    splits: float = np.inf,
     memory: Real = 1.0,
     overlap_loss: Real = 0.0,
     launch_s: Real = 0.0,
@@ -136,7 +137,7 @@ def attention_s(
     fraction v is visible ``v + (1 − v)·min(1, T/queries)`` is paid. Then the time is::
 
         launch + roofline_s(scores·s + walk, bytes/(memory·bandwidth)) + n·tile_s/S
-        walk = straggler·T·longest·s·S, with one query: at most split_s·√longest
+        walk = straggler·T·longest·s·S, with one query: at most split_s·√longest, at least walk/splits
 
     The bound of list scheduling: all multiprocessors are busy until the last tile starts, and it is among the longest. The walk
     matters while there are few tiles, and vanishes among many; ``longest = min(keys, 2·v·keys + T)`` keys of the last tile (all
@@ -151,6 +152,7 @@ def attention_s(
             the device's rate says, because one tile does not fill it.
         tile_s: start and end of a tile on its multiprocessor.
         split_s: seconds per √key of a walk that idle multiprocessors share.
+        splits: among how many of them at most.
         boost: see :func:`planner.costs.compute.cool_compute_s`; 0 in a training step.
 
     >>> ideal = dict(peak_flop_per_s=1e15, vector_flop_per_s=6e13, bytes_=0.0, memory_bytes_per_s=3e12,
@@ -169,7 +171,10 @@ def attention_s(
     compute_s = sharers * tiles * keys * paid * (tile * per_score_s)
     longest = np.minimum(keys, 2.0 * visible * keys + tile)
     walk_s = longest * (straggler * tile * multiprocessors * per_score_s)
-    walk_s = np.where(queries > 1.0, walk_s, np.minimum(walk_s, split_s * np.sqrt(longest)))
+    shared_s = np.minimum(walk_s, split_s * np.sqrt(longest))
+    if splits < np.inf:
+        shared_s = np.maximum(shared_s, walk_s / splits)
+    walk_s = np.where(queries > 1.0, walk_s, shared_s)
     arithmetic_s = compute_s + walk_s
     if np.any(boost):
         arithmetic_s = cool_compute_s(arithmetic_s, boost)

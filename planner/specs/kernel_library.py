@@ -36,12 +36,18 @@ DEFAULTS: Mapping[str, float] = {
     "rate": 1.0,  # of the rate that the device's constants give
     "tile": 0.0,  # edge of its output tiles, elements, where it pads to other ones than the device's constants say
     "quantise_bytes": 0.0,  # traffic before the call, per element of its input
+    "row_s": 0.0,  # of a quantised product, per row of its input: the kernel that quantises starts a block for each
+    "unsplit": 0.0,  # 1: the contraction of a product is never split, so that few tiles take as long as a wave of them
     "weight_bytes": 0.0,  # per element of the weights as the kernel reads them; 0: as they are stored
     "split_s": 0.0,  # of an attention over few queries, where its splitting is not the device's; 0: it is
+    "splits": 0.0,  # among how many multiprocessors at most it splits a walk over keys; 0: as many as there are
     "prefill_tile": 1.0,  # of an attention: what a tile costs relative to the device's constant
     "decode_tile": 1.0,  # the same with one query per sequence
     "wide_head": 0.0,  # the rate falls with (128 / width of a head) to this power beyond 128
+    "window_s": 0.0,  # more of call_s with a sliding window
+    "decode_window_s": 0.0,  # more of decode_call_s with one
     "unskipped_window": 0.0,  # 1: a prefill computes the scores that a sliding window masks
+    "all_choices": 0.0,  # 1: of experts spread over ranks, the streaming kernels go over the choices of other ranks' too
     "passes": 1.0,  # how often a streaming kernel goes over its tensors
 }
 

@@ -201,7 +201,7 @@ def _experts(row: Row) -> Call:
     loads = _loads(row.text("distribution").lower(), tokens, top_k, int(experts), int(ep))
     wide = 1.0 if "nongated" in row.text("kernel_source") else 2.0
     fixed = (form.dtype, form.inputs, form.weights, wide)
-    return _call(row, "moe", label, Experts, fixed, (tokens, hidden, ffn / tp, loads))
+    return _call(row, "moe", label, Experts, fixed, (tokens, hidden, ffn / tp, tokens * top_k, loads))
 
 
 def _mixed(row: Row) -> Call:
@@ -358,6 +358,6 @@ _WORKS: Mapping[type, Callable[[tuple[Any, ...], Sequence[Any]], Work]] = {
     Attention: lambda fixed, columns: Attention(*fixed, *_arrays(columns)),
     Mixed: _mixed_work,
     Product: lambda fixed, columns: Product(*fixed, *_arrays(columns)),
-    Experts: lambda fixed, columns: Experts(*(*fixed, *_arrays(columns[:3]), _padded(columns[3]))),
+    Experts: lambda fixed, columns: Experts(*(*fixed, *_arrays(columns[:4]), _padded(columns[4]))),
     Stream: lambda fixed, columns: Stream(*_arrays(columns)),
 }

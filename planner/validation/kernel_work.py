@@ -77,8 +77,9 @@ class Product:
         product_s = kernels.matmul_s(
             self.m, self.n, self.k, 1.0, kernels.product_flop_per_s(self.dtype) * library["rate"],
             dtype_bytes(self.inputs), 2.0, stored, self.copies * stored * self.n * self.k, library["tile"] or None,
+            not library["unsplit"],
         )  # fmt: skip
-        beside_s: Any = library["call_s"] + _uncounted_s(kernels, library)
+        beside_s: Any = library["call_s"] + library["row_s"] * self.m + _uncounted_s(kernels, library)
         if library["quantise_bytes"]:
             beside_s = beside_s + kernels.stream_s(self.m * self.k * library["quantise_bytes"], 0.0)
         return np.asarray(product_s + beside_s)
@@ -123,10 +124,14 @@ class Attention:
         """The attention kernel and the small ones before it."""
         return np.asarray(self.core_s(kernels, library) + self.beside_s(kernels, library))
 
-    def beside_s(self, kernels: Kernels, library: KernelLibrary) -> float:
+    def beside_s(self, kernels: Kernels, library: KernelLibrary) -> Array:
         """Seconds of the small kernels, and what of the main one's launch does not count."""
         cast_s = library["cast_s"] if dtype_bytes(self.stored) < dtype_bytes(self.dtype) else 0.0
-        return library["decode_call_s" if self.decode else "call_s"] + cast_s + _uncounted_s(kernels, library)
+        always_s = (
+            library["decode_call_s" if self.decode else "call_s"] + cast_s + _uncounted_s(kernels, library)
+        )
+        window_s = library["decode_window_s" if self.decode else "window_s"]
+        return np.asarray(always_s + window_s * np.isfinite(self.window))
 
     def core_s(self, kernels: Kernels, library: KernelLibrary, *, shared: bool = False) -> Array:
         """Seconds of the attention kernel itself; ``shared``: decoding inside a kernel for prompts.
@@ -150,6 +155,7 @@ class Attention:
             bytes_per_element=dtype_bytes(self.dtype),
             kv_bytes_per_element=dtype_bytes(self.stored) * read * self.kv_heads / sharing,
             split_s=np.inf if shared else library["split_s"] or None,
+            splits=library["splits"] or np.inf,
             tile_share=library["decode_tile" if self.decode else "prefill_tile"],
             working_set_bytes=np.inf if self.cold else None,
         )  # fmt: skip
@@ -188,8 +194,8 @@ class Mixed:
 class Experts:
     """The routed experts of one layer on one rank: products of the tokens that each expert got.
 
-    ``loads`` are tokens per local expert, (experts, rows), zero beyond a row's number of experts; ``wide`` is 2 for gated
-    networks, whose first matrix is twice as wide.
+    ``loads`` are tokens per local expert, (experts, rows), zero beyond a row's number of experts; ``choices`` are those of all
+    tokens, whichever rank has the expert; ``wide`` is 2 for gated networks, whose first matrix is twice as wide.
     """
 
     dtype: str
@@ -199,6 +205,7 @@ class Experts:
     tokens: Array
     hidden: Array
     ffn: Array
+    choices: Array
     loads: Array
 
     def take(self, keep: Array) -> Experts:
@@ -216,8 +223,9 @@ class Experts:
         rate = kernels.product_flop_per_s(self.dtype, grouped=True) * library["rate"]
         products_s = self._product_s(kernels, library, self.wide * self.ffn, self.hidden, rate)
         products_s = products_s + self._product_s(kernels, library, self.hidden, self.ffn, rate)
-        moved = 2.0 * (self.hidden * (self.tokens + routed) + (self.wide + 1.0) * self.ffn * routed)
-        moved = moved + 2.0 * self.hidden * (routed + self.tokens)
+        passed = self.choices if library["all_choices"] else routed
+        moved = 2.0 * (self.hidden * (self.tokens + passed) + (self.wide + 1.0) * self.ffn * passed)
+        moved = moved + 2.0 * self.hidden * (passed + self.tokens)
         return np.asarray(products_s + kernels.stream_s(moved, 0.0) + library["call_s"])
 
     def _product_s(self, kernels: Kernels, library: KernelLibrary, n: Array, k: Array, rate: float) -> Array:
@@ -225,7 +233,7 @@ class Experts:
         busy = (self.loads > 0).sum(axis=0)
         routed = self.loads.sum(axis=0)
         n_bytes = busy * n * k * stored + routed * (dtype_bytes(self.inputs) * k + 2.0 * n)
-        waves = np.asarray(kernels.waves(self.loads, n)).sum(axis=0)
+        waves = np.asarray(kernels.waves(self.loads, n, tile=library["tile"] or None)).sum(axis=0)
         return np.asarray(kernels.product_s(waves, k, n_bytes, rate))
 
 

@@ -165,7 +165,7 @@ def test_imbalance_costs_time():
     uneven = np.array([[8185.0], *[[1.0]] * 7])
     one = np.array([1.0])
     seconds = [
-        Experts("bf16", "bf16", "bf16", 2.0, 4096 * one, 4096 * one, 14336 * one, loads).seconds(
+        Experts("bf16", "bf16", "bf16", 2.0, 4096 * one, 4096 * one, 14336 * one, 8192 * one, loads).seconds(
             kernels, library
         )[0]
         for loads in (even, uneven)
@@ -188,6 +188,41 @@ def test_more_of_anything_is_never_faster():
         shape = (8 * ones, 32 * ones, 8 * ones, queries, sizes, 128 * ones, 128 * ones, np.inf * ones)
         seconds = Attention("bf16", "bf16", decode, True, 1.0, True, False, *shape).seconds(kernels, rule)
         assert (np.diff(seconds) >= 0).all()
+
+
+def alone_s(device: str, work: Product | Attention, kernel: str, dtype: str) -> np.ndarray:
+    """Seconds of a work of a library's kernels, timed alone."""
+    operation = "gemm" if isinstance(work, Product) else "attention"
+    found = load_device(device)
+    return work.seconds(Kernels(found, alone=True), library_for(operation, kernel, dtype, found.generation))
+
+
+def test_a_contraction_that_is_not_split_takes_as_long_for_few_rows_as_for_many():
+    # aiconfigurator@095f58a, RTX PRO 6000, SGLang 0.5.14 fp8, n 2048, k 3584: 28.9 us for 3 rows, 29.4 us for 160.
+    rows = np.array([3.0, 160.0])
+    work = Product("fp8", "fp8", "fp8", 6.0, rows, np.full(2, 2048.0), np.full(2, 3584.0))
+    kernel = "sglang sglang_sgl_kernel_fp8_scaled_mm"
+    seconds = alone_s("rtx-pro-6000-server", work, kernel, "fp8")
+    assert seconds == pytest.approx([28.9e-6, 29.4e-6], rel=0.35)
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.05)
+
+
+def test_a_quantising_kernel_starts_a_block_for_every_row():
+    # The same, RTX PRO 6000, TensorRT-LLM nvfp4, n = k = 128: 1.1 ns more per row, from 17 rows to 4,352 (4.3 to 9.2 us).
+    rows = np.array([17.0, 4352.0])
+    work = Product("fp4", "nvfp4", "nvfp4", 6.0, rows, np.full(2, 128.0), np.full(2, 128.0))
+    few, many = alone_s("rtx-pro-6000-server", work, "trtllm torch_flow", "nvfp4")
+    assert (many - few) / (rows[1] - rows[0]) == pytest.approx(1.1e-9, rel=0.2)
+
+
+def test_a_walk_over_keys_is_split_among_a_few_blocks_only():
+    # The same, RTX PRO 6000, SGLang's Triton, one head of 64: 37 us for 4 walks of 8,192 keys, 500 us for 2 of 131,072.
+    keys = np.array([8192.0, 131072.0])
+    one, width = np.ones(2), np.full(2, 64.0)
+    shape = (np.array([4.0, 2.0]), one, one, one, keys, width, width, np.full(2, np.inf))
+    work = Attention("bf16", "bf16", True, True, 1.0, False, False, *shape)
+    seconds = alone_s("rtx-pro-6000-server", work, "sglang triton", "bf16")
+    assert seconds == pytest.approx([37e-6, 500e-6], rel=0.35)
 
 
 def test_library_rules_are_known_constants_and_the_first_that_fits_decides():
