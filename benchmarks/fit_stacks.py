@@ -226,6 +226,8 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
 def _kind(spend: Spend, stack: Stack) -> str | None:
     item = spend.share.item
     if isinstance(item, Matmul):
+        if item.single:
+            return None
         return stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     if isinstance(item, AttentionCore):
         return "attention_slowdown"

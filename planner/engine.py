@@ -161,6 +161,8 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
+            if item.single:  # the kernel that the device's profile was measured on
+                return 1.0
             return float(
                 getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
             )
@@ -390,7 +392,7 @@ def _key(item: Item) -> Any:
         sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
         if isinstance(item.out_bytes, str):
             sizes = f"{sizes}|{item.out_bytes}"
-        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
+        return (sizes, item.grouped, item.single, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
         return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)

@@ -156,11 +156,12 @@ def phase_s(phase: str, own: Lanes, others: Sequence[Lanes], stack: Stack) -> Ar
 def dispatches(item: Item, axes: Axes) -> Array | float:
     """Kernels that the host issues for an item.
 
-    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
+    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one, as is
+    one whose sizes stay on the device.
     """
     if isinstance(item, Stream) and item.calls is not None:
         return axes[item.calls]
-    if isinstance(item, Matmul) and item.grouped and not item.format:
+    if isinstance(item, Matmul) and item.grouped and not (item.format or item.single):
         each: Array = axes[item.groups] * item.launches
         return each
     return item.launches if isinstance(item, Kernel) else 1.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import planner
@@ -141,3 +142,24 @@ def test_gathers_of_eight_bits_are_half_as_long():
         {"bf16"},
         {"bf16"},
     ]  # one scale per tensor alone can be agreed on before the gather
+
+
+def test_a_graph_of_a_whole_iteration_has_one_product_for_all_experts():
+    fixed = {"ep": 8, "precision": "bf16"}
+    eager, captured = (
+        assembly("qwen3-30b-a3b", "gb200-nvl72:2x4", "megatron-bridge", cuda_graph=how, **fixed)
+        for how in ("none", "full")
+    )
+    slower = float(load_stack("megatron-bridge").grouped_matmul_slowdown)
+    assert slower > 1.0
+
+    def products(one):
+        part = one.parts[0]
+        items = [i for i in part.ledger.of(Matmul, phase="forward") if i.grouped]
+        seconds = sum(float(np.ravel(s)[0]) for s in part.pricer.prices(items, part.ledger.axes))
+        return [float(np.ravel(dispatches(i, part.ledger.axes))[0]) for i in items], seconds
+
+    (each, eager_s), (single, captured_s) = products(eager), products(captured)
+    assert each == [128 / 8] * 2  # one per expert of the rank, for each of the two products
+    assert single == [1.0, 1.0]
+    assert eager_s / captured_s == pytest.approx(slower)  # the device's own grouped kernel
