@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -101,7 +101,8 @@ def spend(
     fraction = float(recomputed_fraction(layout, recompute_layers))
     counts = layout.device_counts[device]
     exposed = _exposed_tracks(table, counts, fraction)
-    spends = []
+    spends: list[Spend] = []
+    less_s: dict[tuple[int, str], float] = defaultdict(float)  # what other phases hide of an item's traffic
     for share in shares:
         if share.block == BOUNDARY:
             continue
@@ -112,8 +113,13 @@ def spend(
         else:
             times *= micro_batches * (fraction if share.phase == "recompute" else 1.0)
             left = 1.0
-        spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
-    return spends
+        if share.price_s or share.exposed_s >= 0.0:
+            spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
+        else:
+            less_s[id(share.item), share.block] += times * share.exposed_s
+    return [
+        replace(s, seconds=s.seconds + less_s.pop((id(s.share.item), s.share.block), 0.0)) for s in spends
+    ]
 
 
 def _inside(priced: list[tuple[Item, float]], slowdown: float) -> dict[str, float]:
