@@ -106,7 +106,7 @@ def test_rows_scaled_apart_cost_pytorch_what_torchtitan_measured():
         ).plan.estimate.tokens_per_s_per_device
         for format in ("fp8", "fp8_rowwise")
     )  # fmt: skip
-    assert rowwise / tensorwise == pytest.approx(6424 / 7186, rel=0.05)
+    assert rowwise / tensorwise == pytest.approx(6424 / 7186, rel=0.06)
 
 
 @pytest.mark.parametrize(("precision", "forward", "backward"), [("fp8", 2, 1), ("mxfp8", 4, 5)])

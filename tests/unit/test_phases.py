@@ -52,7 +52,7 @@ def test_a_slow_network_slows_work_by_its_bytes_alone():
     inner, outer = (tier.effective_bytes_per_s for tier in part.pricer.cluster.tiers[:2])
     # A rank receives 7/8 of the weights through its interface; inside a node all of them take 8/7 x outer/inner of that.
     assert float(np.ravel(gather.contended_s / gather.seconds)[0]) == pytest.approx(
-        8 / 7 * outer / inner, rel=0.1
+        8 / 7 * outer / inner, rel=0.15
     )
     name, slowdown = a.table.kinds.index("dense"), STACK.overlap_slowdown.value
     own_s = float(a.table["forward_s"][name, 0]) - (slowdown - 1.0) * float(np.ravel(gather.contended_s)[0])
