@@ -100,7 +100,7 @@ def main(jobs: tuple[tuple[str, str, str, int, int], ...] = JOBS) -> None:
         )
         if run.best is not None:
             stages = zip(run.best.sizes, run.best.assignment.stage_places(), strict=True)
-            for n, place in stages:
+            for n, (place, *_) in stages:
                 degrees = " ".join(
                     f"{name} {int(v)}" for name, v in place.row.items() if v > 1 and name != "pp"
                 )

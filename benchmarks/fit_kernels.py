@@ -324,7 +324,9 @@ def report_libraries(data: Sequence[Batch], everything: Fit) -> None:
     ):
         print("\n" + HEADER.format(title))
         for name in [*found, "all"]:
-            print(line(name, joined([e for n, each in found.items() if name in (n, "all") for e in each])))
+            rows = joined([e for n, each in found.items() if name in (n, "all") for e in each])
+            if rows:
+                print(line(name, rows))
 
 
 def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

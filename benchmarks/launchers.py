@@ -233,9 +233,15 @@ def launch_read_back(name: str, files: dict[str, str], plan: ServePlan) -> str:
     moe = any(block.moe for block in load_model(plan.model).blocks.values())
     for meant, found in zip(plan.pools, pools, strict=True):
         names = ("tp", "pp", "dp", "ep") if moe else ("tp", "pp", "dp")
-        was = {**meant.mesh, **meant.knobs, "role": meant.role}
-        now = {**found.fixed, "role": found.role}
-        compared = [*names, "role", "cache", *(["experts"] if moe and meant.mesh["ep"] > 1 else [])]
+        was = {**meant.mesh, "draft_tokens": None, **meant.knobs, "role": meant.role}
+        now = {**found.fixed, "role": found.role, "draft_tokens": found.drafts and found.drafts.tokens}
+        compared = [
+            *names,
+            "role",
+            "cache",
+            "draft_tokens",
+            *(["experts"] if moe and meant.mesh["ep"] > 1 else []),
+        ]
         if meant.role == "aggregated" and meant.knobs["chunk_tokens"] > meant.knobs["max_sequences"]:
             compared.append("chunk_tokens")
         wrong += [

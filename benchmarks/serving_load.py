@@ -2,20 +2,23 @@
 
 Settings are drawn at random: an affine iteration time from small to large models, prompts of 50 to 4,000 and outputs of
 20 to 1,000 tokens with squared coefficients of variation from 0 to 4, prefix hits, three iteration-level policies with
-their limits, and Poisson arrivals at 10 to 90 % of the bound. Simulated runs go on until the error of the 99th percentile
-(95 % confidence) is below 5 %, or the requests are used up; settings with a larger error are scored apart: there the
-simulator knows no better.
+their limits, and Poisson arrivals at 10 to 90 % of the bound. ``--stages`` draws replicas of 2, 4 or 8 pipeline stages
+instead, whose batches share a queue and cannot overtake; prompts are all alike and cut to the budget. Simulated runs go on
+until the error of the 99th percentile (95 % confidence) is below 5 %, or the requests are used up; settings with a larger error
+are scored apart: there the simulator knows no better.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
+from planner.errors import Infeasible
 from planner.load.chain import percentiles
 from planner.load.fixed_point import steady_load
 from planner.load.iteration_time import Affine
@@ -23,6 +26,8 @@ from planner.load.requests import Lengths, draw
 from planner.load.results import summarize
 from planner.load.scheduler import Scheduler, scheduler
 from planner.load.simulator import simulate
+from planner.serving.percentiles import Line, mixed_pool
+from planner.specs.traffic import Traffic
 
 SETTLING = 0.1
 FIRST_REQUESTS = 40_000
@@ -56,13 +61,41 @@ def random_setting(seed: int) -> tuple[Affine, Scheduler, Lengths, float]:
     return price, rules, lengths, float(random.uniform(0.1, 0.9)) * most_per_s
 
 
-def measured(seed: int, most_requests: int) -> dict[str, float]:
+def random_pipeline(seed: int) -> tuple[Line, Scheduler, Lengths, float]:
+    """A replica of several stages, its policy, its requests, and their rate.
+
+    The bound is that of slots or tokens while prompts hold up every round.
+    """
+    price, drawn, lengths, _ = random_setting(seed)
+    random = np.random.default_rng([seed, 1])
+    stages = int(random.choice([2, 4, 8]))
+    rules = scheduler("sarathi", drawn.max_requests, round(float(np.exp(random.uniform(6.2, 8.3)))))
+    lengths = replace(lengths, prompt_cv2=0.0)
+    slots, room = float(rules.max_requests), max(rules.token_budget - rules.max_requests / stages, 64.0)
+    each, part = slots / stages, min(room, float(lengths.computed_tokens))
+    per_token = float(lengths.prefill_context_tokens / lengths.computed_tokens)
+    held_s, full_s = (
+        float(price(each, each * lengths.context_tokens, m, m * per_token)) for m in (part, room)
+    )
+    most_per_s = min(
+        slots / (float(lengths.decodes) * held_s), stages * room / full_s / float(lengths.computed_tokens)
+    )
+    line = Line(price, float(stages), float(rules.token_budget))
+    return line, rules, lengths, float(random.uniform(0.1, 0.9)) * most_per_s
+
+
+def measured(seed: int, most_requests: int, pipeline: bool) -> dict[str, float]:
     """One setting, simulated."""
-    price, rules, lengths, rate = random_setting(seed)
+    stages = 1
+    if pipeline:
+        line, rules, lengths, rate = random_pipeline(seed)
+        price, stages = line.table, int(line.stages)
+    else:
+        price, rules, lengths, rate = random_setting(seed)
     count = min(FIRST_REQUESTS, most_requests)
     while True:
         start = perf_counter()
-        run = simulate(draw(lengths, count, rate_per_s=rate, seed=seed), price, rules)
+        run = simulate(draw(lengths, count, rate_per_s=rate, seed=seed), price, rules, stages=stages)
         seconds = perf_counter() - start
         found = summarize(run, SETTLING)
         assert found.ttft_s is not None
@@ -101,6 +134,34 @@ def errors(seed: int, truth: dict[str, float]) -> dict[str, float]:
     }
 
 
+def pipeline_errors(seed: int, truth: dict[str, float]) -> dict[str, float]:
+    """Relative errors of a pipeline's closed form at a setting; of 1 where it finds no steady state."""
+    line, rules, lengths, rate = random_pipeline(seed)
+    traffic = Traffic(
+        int(lengths.prompt_tokens), int(lengths.output_tokens), prefix_hit=float(lengths.prefix_hit),
+        length_scv=float(lengths.output_cv2), rate_per_s=rate,
+    )  # fmt: skip
+    start = perf_counter()
+    try:
+        found = mixed_pool(
+            line, traffic, float(rules.max_requests), rate * truth["tpot_s"] * traffic.osl, rate
+        )
+    except Infeasible:
+        found = None
+    seconds = perf_counter() - start
+    pairs = {
+        "round, TPOT": ("tpot_s", "mean", "tpot_s"),
+        "chain, mean TTFT": ("ttft_s", "mean", "ttft_s"),
+        "chain, p50 TTFT": ("ttft_s", "p50", "ttft_p50_s"),
+        "chain, p99 TTFT": ("ttft_s", "p99", "ttft_p99_s"),
+    }
+    row = {
+        name: 1.0 if found is None else getattr(found, part)[which] / truth[known] - 1.0
+        for name, (part, which, known) in pairs.items()
+    }
+    return row | {"seconds": seconds}
+
+
 def report(rows: list[dict[str, float]], title: str) -> None:
     """Medians, 90th percentiles and shares within the limits."""
     if not rows:
@@ -119,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", type=int, default=500)
     parser.add_argument("--requests", type=int, default=400_000, help="of a setting, at most")
+    parser.add_argument("--stages", action="store_true", help="replicas of several pipeline stages")
     parser.add_argument(
         "--runs", type=Path, help="keep simulated runs in this JSON file, and take those in it as they are"
     )
@@ -128,11 +190,12 @@ def main() -> None:
         runs = json.loads(options.runs.read_text())
     for seed in range(options.settings):
         if str(seed) not in runs:
-            runs[str(seed)] = measured(seed, options.requests)
+            runs[str(seed)] = measured(seed, options.requests, options.stages)
             if options.runs:
                 options.runs.write_text(json.dumps(runs, indent=1))
     truths = [runs[str(seed)] for seed in range(options.settings)]
-    rows = [errors(seed, truth) for seed, truth in enumerate(truths)]
+    level = pipeline_errors if options.stages else errors
+    rows = [level(seed, truth) for seed, truth in enumerate(truths)]
     known = [truth["error"] < WANTED_ERROR for truth in truths]
     report([row for row, k in zip(rows, known, strict=True) if k], "p99 TTFT simulated within 5 %")
     report([row for row, k in zip(rows, known, strict=True) if not k], "the others")

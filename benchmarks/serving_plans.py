@@ -17,6 +17,7 @@ from planner.export.serving.target import ServingTarget
 from planner.serving.plan import ServePlan
 from planner.serving.serve import serve
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import Speculation
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 
@@ -83,9 +84,15 @@ def _draw(exporter: str, drawn: random.Random) -> ServePlan | None:
         ),
     )
     caches = (drawn.choice(("bf16", "bf16", "fp8")),)
+    drafts = None  # from the prompt: a draft model or modules would need a checkpoint of their own
+    if drawn.random() < 0.15:
+        fixed["draft_tokens"] = drawn.choice((2, 3, 5))
+        drafts = Speculation("ngram", 0.4, (fixed["draft_tokens"],))
     try:
         traffic = Traffic(isl, osl, concurrency=concurrency, ttft_s=20.0, tpot_s=0.5)
-        problem = ServeProblem(model, cluster, traffic, stack, formats, caches, (fixed["mode"],), fixed)
+        problem = ServeProblem(
+            model, cluster, traffic, stack, formats, caches, (fixed["mode"],), fixed, speculation=drafts
+        )
         return serve(problem, top=1).best
     except PlannerError:
         return None

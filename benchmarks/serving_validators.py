@@ -97,6 +97,8 @@ class Vllm:
             _context(plan),
         ]
         meant.append(pool.role != "aggregated")
+        found.append(config.speculative_config and config.speculative_config.num_speculative_tokens)
+        meant.append(pool.knobs.get("draft_tokens"))
         if "max_sequences" in pool.knobs:
             found.append(scheduler.max_num_seqs)
             meant.append(-(-pool.knobs["max_sequences"] // mesh["dp"]))
@@ -152,6 +154,8 @@ class Sglang:
             "fp8_e4m3" if pool.knobs["cache"] == "fp8" else "auto",
         ]
         meant.append(pool.knobs["experts"] == "exchanged")
+        found.append(args.speculative_num_draft_tokens)
+        meant.append(pool.knobs["draft_tokens"] + 1 if "draft_tokens" in pool.knobs else None)
         if "chunk_tokens" in pool.knobs:
             found.append(args.chunked_prefill_size)
             meant.append(pool.knobs["chunk_tokens"] * mesh["dp"])

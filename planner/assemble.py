@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from planner.assignment import Assignment, joined
+from planner.assignment import Assignment
 from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.layout import BOUNDARY, Layout
+from planner.engine import BlockTable
+from planner.layout import Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
+from planner.parts import Part, Priced, price_alike, price_by_strategy
 from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
@@ -30,23 +32,11 @@ from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
+from planner.transition import communicators
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
-__all__ = ["Assembly", "Part", "assemble", "model_flop"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
-
-    A stage's blocks run on ``ranks`` devices.
-    """
-
-    ledger: Ledger
-    names: Mapping[str, str]
-    pricer: Pricer
-    ranks: int
+__all__ = ["Assembly", "assemble", "model_flop"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +91,7 @@ def assemble(
     useful_flop: float | None = None,
     assignment: Assignment | None = None,
     step_s: float | None = None,
+    priced: Priced | None = None,
 ) -> Assembly:
     """Prices one choice in full.
 
@@ -115,32 +106,35 @@ def assemble(
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
         step_s: the schedule engine's step time, where it is already known.
+        priced: of :func:`~planner.parts.price_alike`, where the choice was priced beside others.
     """
     workload = problem.workload
     schedule = recipe["schedule"].technique
     assert schedule is not None
     order = generator_of(schedule.order)
     everywhere, hops = Place(problem, 0, {}, row), None
-    stage_places = [everywhere] * layout.pp
+    stage_places = [[everywhere]] * layout.pp
     if assignment is not None and assignment.places:
         stage_places = assignment.stage_places()
-        hops = hops_s(problem.cluster, stage_places)
-    ctx = stage_places[0].context(knobs)
+        hops = hops_s(problem.cluster, [(one[-1], other[0]) for one, other in pairwise(stage_places)])
+    ctx = stage_places[0][0].context(knobs)
     micro_batches = round(float(ctx.micro_batches[0]))
-    parts, table = _priced(recipe, knobs, assignment, everywhere)
+    if assignment is not None:
+        priced = price_by_strategy(recipe, knobs, assignment, everywhere)
+    parts, table = priced or price_alike(problem, recipe, knobs, [row])[0]
     if step_s is None:
         step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
-    homes = [stage_places[run] for run in layout.run_first]
-    communicators = np.array([[home.communicators] for home in homes])
+    homes = [stage_places[run][0] for run in layout.run_first]
+    communicators_held = np.array([[communicators(stage_places[run])] for run in layout.run_first])
     held_parts = memory_parts(
         table,
         layout,
         order,
         np.array([float(micro_batches)]),
         problem.stack,
-        communicators,
+        communicators_held,
         recompute_layers,
     )
     slower, cached = {tier: held_parts.pop(tier)[:, 0] for tier in SLOWER}, held_parts.pop("cached")
@@ -176,7 +170,7 @@ def assemble(
         fits=peak <= budget and slower_fits,
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
-    judged = judgement(stage_places[device].problem, mesh, step_s, peak, spends, budget)
+    judged = judgement(stage_places[device][0].problem, mesh, step_s, peak, spends, budget)
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
@@ -184,10 +178,13 @@ def assemble(
         workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
         mesh=mesh,
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
-        stages=tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1)),
+        stages=_sizes(layout, assignment),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
-        assumptions=(*assumptions(problem, stage_places), weakest_text(judged["provenance"])),
+        assumptions=(
+            *assumptions(problem, [place for some in stage_places for place in some]),
+            weakest_text(judged["provenance"]),
+        ),
         stack=problem.stack.name,
         permissions=_permissions(recipe, assignment),
         layerwise=None if assignment is None else _layerwise(assignment),
@@ -238,42 +235,11 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
 
 
-def _priced(
-    recipe: Mapping[str, Choice], knobs: Mapping[str, Any], assignment: Assignment | None, everywhere: Place
-) -> tuple[list[Part], BlockTable]:
-    """The plan's ledgers, and the table of all of its blocks; ``everywhere`` is where all of them run unless they have places."""
-    order = block_order(everywhere.problem.model)
-    kinds = (*dict.fromkeys(order), EMBEDDING, HEAD, BOUNDARY)
-    strategies = ({},) if assignment is None else assignment.strategies
-    at = [everywhere] * len(strategies)
-    if assignment is None:
-        columns, names = [(kind, 0) for kind in kinds], list(kinds)
-    else:
-        columns, names = assignment.columns(order), assignment.names(order)
-        at = [assignment.places[number] for number in assignment.at] or at
-    pricers = {id(place): Pricer(place.problem.cluster, place.problem.stack) for place in at}
-    parts, tables = [], []
-    for number, (place, strategy) in enumerate(zip(at, strategies, strict=True)):
-        own = {kind: name for (kind, s), name in zip(columns, names, strict=True) if s == number}
-        ctx = place.context({**knobs, **{slot: choice.value for slot, choice in strategy.items()}})
-        ledger = _ledger(place.problem, {**recipe, **place.recipe, **strategy}, ctx)
-        parts.append(Part(ledger, own, pricers[id(place)], place.ranks))
-        tables.append(tabulate(ledger, pricers[id(place)], kinds, 1))
-    return parts, joined(tables, columns, names)
-
-
-def _ledger(problem: Problem, recipe: Mapping[str, Choice], ctx: Context) -> Ledger:
-    """The one-row ledger of a recipe."""
-    workload = problem.workload
-    ledger = baseline(
-        problem.model, batch=ctx.micro_batch_size, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len,
-        document_len=workload.document_len,
-    )  # fmt: skip
-    for slot in SLOTS:
-        technique = recipe[slot].technique
-        if technique is not None:
-            ledger = technique.apply(ledger, ctx)
-    return ledger
+def _sizes(layout: Layout, assignment: Assignment | None) -> tuple[int, ...]:
+    """Layers of every virtual stage."""
+    if assignment is not None:
+        return tuple(sum(n for _, n in runs) for runs in assignment.stages)
+    return tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1))
 
 
 def _shares(parts: Sequence[Part]) -> list[Share]:
@@ -299,7 +265,7 @@ def _layerwise(assignment: Assignment) -> dict[str, Any]:
     placed: dict[str, Any] = {}
     if assignment.places:
         homes = assignment.stage_places()
-        stages = [[i for i, home in enumerate(homes) if home is place] for place in assignment.places]
+        stages = [[i for i, own in enumerate(homes) if place in own] for place in assignment.places]
         places = [place.as_dict(own) for place, own in zip(assignment.places, stages, strict=True)]
         placed = {"places": places, "at": list(assignment.at)}
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ from planner.place import Place, of_group
 from planner.solve.space import Choice
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
+from planner.transition import CHANGE
 
 __all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
 
@@ -42,7 +44,7 @@ class Assignment:
         strategies: additive choices by slot (all but the schedule); what is common to all layers is the plan's recipe.
         stages: runs of layers under one strategy, per virtual stage.
         embedding, head: their strategies.
-        places: where stages run, if node groups differ; then every strategy has one of them.
+        places: how work is cut, and where, if that differs between stages or layers; then every strategy has one of them.
         at: the place of every strategy, by its number.
     """
 
@@ -53,17 +55,39 @@ class Assignment:
     places: tuple[Place, ...] = ()
     at: tuple[int, ...] = ()
 
-    def stage_places(self) -> list[Place]:
-        """The place of every stage."""
-        ends = {0: self.embedding, len(self.stages) - 1: self.head}
-        return [self.places[self.at[runs[0][0] if runs else ends[i]]] for i, runs in enumerate(self.stages)]
+    def stage_places(self) -> list[list[Place]]:
+        """The places of every stage in the order of its layers, embedding and head included; none twice in a row."""
+        return [[self.places[number] for number in numbers] for numbers in self._place_numbers()]
+
+    def changes(self) -> list[list[tuple[int, int]]]:
+        """Numbers of the places on either side of every change inside a virtual stage."""
+        return [list(pairwise(numbers)) for numbers in self._place_numbers()]
+
+    def _place_numbers(self) -> list[list[int]]:
+        if not self.places:
+            return [[] for _ in self.stages]
+        found = []
+        for stage, runs in enumerate(self.stages):
+            strategies = [s for s, _ in runs]
+            strategies = [self.embedding] * (stage == 0) + strategies
+            strategies += [self.head] * (stage == len(self.stages) - 1)
+            found.append([number for number, _ in groupby(self.at[s] for s in strategies)])
+        return found
 
     def columns(self, order: Sequence[str]) -> list[tuple[str, int]]:
-        """(kind, strategy) of every column of the table, in order; ``order`` is the model's layers."""
+        """(kind, strategy) of every column of the table, in order; ``order`` is the model's layers.
+
+        Changes between places follow the layers, numbered on from the strategies.
+        """
         layers = (pair for stage in self.of_layers(order) for pair in stage)
+        changes = ((CHANGE, len(self.strategies) + n) for n in range(len(self.kinds_of_change())))
         return [
-            *dict.fromkeys(layers), (EMBEDDING, self.embedding), (HEAD, self.head), (BOUNDARY, 0),
+            *dict.fromkeys(layers), *changes, (EMBEDDING, self.embedding), (HEAD, self.head), (BOUNDARY, 0),
         ]  # fmt: skip
+
+    def kinds_of_change(self) -> list[tuple[int, int]]:
+        """Every pair of places between which layers change, once."""
+        return list(dict.fromkeys(pair for stage in self.changes() for pair in stage))
 
     def of_layers(self, order: Sequence[str]) -> list[list[tuple[str, int]]]:
         """(kind, strategy) of every layer, per virtual stage."""
@@ -73,10 +97,16 @@ class Assignment:
     def names(self, order: Sequence[str]) -> list[str]:
         """The columns' names: a kind, with its strategy where there are several."""
         several = len(self.strategies) > 1
-        return [
-            f"{kind}·{label(s)}" if several and kind not in (EMBEDDING, HEAD, BOUNDARY) else kind
-            for kind, s in self.columns(order)
-        ]
+        changes = self.kinds_of_change()
+        found = []
+        for kind, s in self.columns(order):
+            if kind == CHANGE:
+                one, other = changes[s - len(self.strategies)]
+                found.append(f"{CHANGE}·{one}→{other}")
+            else:
+                plain = not several or kind in (EMBEDDING, HEAD, BOUNDARY)
+                found.append(kind if plain else f"{kind}·{label(s)}")
+        return found
 
     def layout(self, order: Sequence[str], pp: int, virtual_stages: int, split: str) -> Layout:
         """Counts per virtual stage over the columns."""
@@ -86,6 +116,10 @@ class Assignment:
         for stage, layers in enumerate(self.of_layers(order)):
             for column in layers:
                 counts[stage, position[column]] += 1.0
+        kinds = {pair: len(self.strategies) + n for n, pair in enumerate(self.kinds_of_change())}
+        for stage, changes in enumerate(self.changes()):
+            for pair in changes:
+                counts[stage, position[CHANGE, kinds[pair]]] += 1.0
         counts[0, -3] = counts[-1, -2] = 1.0
         return layout_of(counts, pp, virtual_stages, split)
 
@@ -107,9 +141,9 @@ def read_assignment(data: Mapping[str, Any], problem: Problem) -> Assignment:
 
 def _place(data: Mapping[str, Any], problem: Problem, stages: int) -> Place:
     group = int(data["group"])
-    if not 0 <= group < len(problem.cluster.parts):
+    if not 0 <= group < len(problem.cluster.groups):
         found = f"node group {group} of {problem.cluster.name}"
-        raise SpecError(Fault("plan: layerwise.places", found, f"one of {len(problem.cluster.parts)}"))
+        raise SpecError(Fault("plan: layerwise.places", found, f"one of {len(problem.cluster.groups)}"))
     recipe = {slot: _choice(slot, value, "places") for slot, value in data["choices"].items()}
     row = {**data["mesh"], "pp": stages, "micro_batch_size": data["micro_batch_size"]}
     return Place(of_group(problem, group), group, recipe, {name: float(n) for name, n in row.items()})

@@ -163,6 +163,7 @@ def category(share: Share) -> str:
             "cp": "context_parallel",
             "pp": "pipeline_hops",
             "ends": "tied_embedding",
+            "change": "resharding",
         }.get(group, "expert_parallel")
     if share.phase == "step":
         return "optimizer"

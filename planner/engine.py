@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ from planner.ledger import (
     Resident,
     Stream,
     Transfer,
+    at,
 )
 from planner.phases import Lanes, lanes, phase_s, shares_backward
 from planner.specs.cluster import Cluster, Tier
@@ -85,7 +86,7 @@ class Pricer:
         self._kernels = KernelPrices(self.device, self.stack)
         self._transports = [_transport(tier) for tier in cluster.tiers]
         self._levels: dict[int, tuple[Group, list[Level]]] = {}
-        self._costs: dict[tuple[int, str, str], tuple[MessageCost, ...]] = {}
+        self._costs: dict[tuple[int, str, str], tuple[Group, tuple[MessageCost, ...]]] = {}
         self._keys: dict[int, tuple[Any, Item]] = {}
 
     def prices(self, items: Sequence[Item], axes: Axes) -> list[Array]:
@@ -114,8 +115,8 @@ class Pricer:
                     known.update(zip(batch, slowed, strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
 
-    def lanes(self, items: Sequence[Item], ledger: Ledger) -> Lanes:
-        """The streams of one phase of one block."""
+    def lanes(self, items: Sequence[Item], ledger: Ledger, prices: Sequence[Array] | None = None) -> Lanes:
+        """The streams of one phase of one block; ``prices``, where the items are priced already."""
         axes, innermost = ledger.axes, self.cluster.tiers[0].effective_bytes_per_s
 
         def contended_s(item: Item, price: Array) -> Array:
@@ -130,7 +131,9 @@ class Pricer:
             return np.minimum(price, axes[item.size] * (each / innermost))
 
         slowdown = self.stack.overlap_slowdown.value
-        return lanes(items, self.prices(items, axes), ledger, contended_s, slowdown)
+        return lanes(
+            items, self.prices(items, axes) if prices is None else prices, ledger, contended_s, slowdown
+        )
 
     def key(self, item: Item) -> Any:
         """What the item's price depends on besides the axes, remembered per item (whose id stays its own while held)."""
@@ -194,8 +197,13 @@ class Pricer:
     def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:
         where = (id(group), kind, algorithm)
         if where not in self._costs:
-            self._costs[where] = collective_costs(kind, self.levels(group), algorithm)  # type: ignore[arg-type]
-        return self._costs[where]
+            if group.whole is None:
+                costs = collective_costs(kind, self.levels(group), algorithm)  # type: ignore[arg-type]
+            else:
+                whole, rows = group.whole
+                costs = tuple(_cost_at(cost, rows) for cost in self._costs_of(whole, kind, algorithm))
+            self._costs[where] = (group, costs)  # which keeps the group's id its own
+        return self._costs[where][1]
 
     def _transfers(self, items: list[Transfer], axes: Axes) -> Iterable[Array]:
         rate = {
@@ -267,10 +275,13 @@ class BlockTable:
         field: Array = self.values[_ROWS[self.fields][name]]
         return field
 
-    def times(self, rows: Index) -> BlockTable:
-        """The ``TIMES`` of some rows."""
-        fields = np.array([_ROWS[self.fields][name] for name in TIMES])[:, None, None]
-        return BlockTable(self.kinds, self.values[fields, np.arange(len(self.kinds))[:, None], rows], TIMES)
+    def times(self) -> BlockTable:
+        """The ``TIMES`` alone."""
+        return BlockTable(self.kinds, self.values[[_ROWS[self.fields][name] for name in TIMES]], TIMES)
+
+    def take(self, rows: Index) -> BlockTable:
+        """Some of the rows."""
+        return BlockTable(self.kinds, self.values.take(rows, axis=2), self.fields)
 
     @staticmethod
     def compact(kinds: tuple[str, ...], values: Array) -> BlockTable:
@@ -288,54 +299,54 @@ def tabulate(
     """
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
-        if fields is TIMES and isinstance(item, Resident):
-            continue
-        where = (item.block, "resident" if isinstance(item, Resident) else item.phase)
-        if where in parts:
-            parts[where].append(item)
+        held = isinstance(item, Resident)
+        if not (held and fields is TIMES):
+            parts.setdefault((item.block, "resident" if held else item.phase), []).append(item)
+    known = ledger.axes.sums
+    beside = {where: shares_backward(parts, *where) for where in parts}
+    keys = {
+        where: (where[1], *map(id, items), *(id(item) for others in beside[where] for item in others))
+        for where, items in parts.items()
+    }
+    new = [where for where, key in keys.items() if key not in known]
+    priced = [item for where in new if where[1] != "resident" for item in parts[where]]
+    prices = iter(pricer.prices(priced, ledger.axes))  # all at once: a call costs more than most items
+    for where in new:
+        items, part, others = parts[where], where[1], beside[where]
+        if part == "resident":
+            totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
         else:
-            parts[where] = [item]
+            own = list(islice(prices, len(items)))
+            totals = (
+                _step(items, own, ledger, pricer)
+                if part == "step"
+                else _phase(part, items, own, others, ledger, pricer)
+            )
+            sizes = "|".join(pricer.key(item)[0] for item in chain(items, *others))
+        known[keys[where]] = (sizes, (totals, items, others))  # the items keep their ids alive
     table = BlockTable(kinds, np.zeros((len(fields), len(kinds), rows)), fields)
-    at = _ROWS[fields]
+    places = _ROWS[fields]
     position = {kind: index for index, kind in enumerate(kinds)}
-    for (block, part), items in parts.items():
-        beside = shares_backward(parts, block, part)
-        key = (part, *map(id, items), *(id(item) for others in beside for item in others))
-        known = ledger.axes.sums.get(key)
-        if known is None:
-            if part == "resident":
-                totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
-            else:
-                totals = (
-                    _step(items, pricer.prices(items, ledger.axes), ledger, pricer)
-                    if part == "step"
-                    else _phase(part, items, beside, ledger, pricer)
-                )
-                sizes = "|".join(pricer.key(item)[0] for item in chain(items, *beside))
-            known = ledger.axes.sums[key] = (sizes, (totals, items, beside))  # the items keep their ids alive
-        for name, total in known[1][0].items():
-            if name in at:
-                table.values[at[name], position[block]] = total
-            if name in _ALWAYS and "always_bytes" in at:
+    for (block, _), key in keys.items():
+        for name, total in known[key][1][0].items():
+            if name in places:
+                table.values[places[name], position[block]] = total
+            if name in _ALWAYS and "always_bytes" in places:
                 table["always_bytes"][position[block]] += total
     return table
 
 
 def _phase(
-    phase: str, items: list[Item], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
-) -> dict[str, Array]:
+    phase: str, items: list[Item], prices: list[Array], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
+) -> dict[str, Array]:  # fmt: skip
     """Seconds of one phase of one block, and the items of other phases that it is priced with."""
-    if not beside:
-        return {f"{phase}_s": phase_s(phase, pricer.lanes(items, ledger), (), pricer.stack)}
-    sums = ledger.axes.sums
-    found = []
-    for each in (items, *beside):  # priced alone once for all phases that are priced with them
+    own, others, sums = pricer.lanes(items, ledger, prices), [], ledger.axes.sums
+    for each in beside:  # once for all phases that are priced with them
         key = ("lanes", *map(id, each))
         if key not in sums:
             sizes = "|".join(pricer.key(item)[0] for item in each)
             sums[key] = (sizes, (pricer.lanes(each, ledger), each))
-        found.append(sums[key][1][0])
-    own, *others = found
+        others.append(sums[key][1][0])
     return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
 
 
@@ -384,6 +395,11 @@ def _transport(tier: Tier) -> Transport | None:
     known = ((field.name, getattr(constants, field.name)) for field in fields(constants))
     scale_out = tier.topology == "fabric"
     return Transport(**{n: float(v) for n, v in known if v is not None}, scale_out=scale_out)
+
+
+def _cost_at(cost: MessageCost, rows: Index) -> MessageCost:
+    """What an algorithm costs on some of the rows."""
+    return MessageCost(*(None if part is None else at(np.asarray(part), rows) for part in cost))  # type: ignore[arg-type]
 
 
 def _key(item: Item) -> Any:

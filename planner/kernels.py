@@ -159,8 +159,8 @@ class Kernels:
 
         ``passes`` is 1 forward and 2.5 backward, whose tensors are twice as many. ``keys`` are those that any query sees: where
         a window hides the first of them from all, they do not count. ``split_s`` replaces the device's (infinite: the walk over
-        keys is never split), ``splits`` is how many share it at most, ``tile_share`` scales
-        what a tile costs, and ``working_set_bytes`` is as in :meth:`matmul_s`.
+        keys is never split), ``splits`` is how many share it at most, ``tile_share`` scales what a tile costs, and
+        ``working_set_bytes`` is as in :meth:`matmul_s`.
         """
         n_bytes = attention_bytes(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, bytes_per_element,

@@ -31,6 +31,7 @@ __all__ = [
     "Resident",
     "Stream",
     "Transfer",
+    "at",
     "role",
     "times",
 ]
@@ -43,17 +44,29 @@ Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logi
 CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
 
 
+def at(values: Array, index: Index) -> Array:
+    """Values of some rows; what is the same on all rows stays one value."""
+    return values[index] if values.size > 1 else values
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """Ranks that communicate: ``size`` ranks, ``stride`` apart in the mesh order (innermost first); arrays over rows.
 
-    ``key`` is the group's own, and the same on any part of its rows.
+    ``key`` is the group's own, and the same on any part of its rows; ``whole`` is the group that this one is a part of, and its
+    rows there.
     """
 
     name: str
     size: Array
     stride: Array
     key: object = field(default_factory=object, repr=False)
+    whole: tuple[Group, Index] | None = field(default=None, repr=False)
+
+    def take(self, index: Index) -> Group:
+        """The group on the rows at ``index``."""
+        whole, rows = (self, index) if self.whole is None else (self.whole[0], self.whole[1][index])
+        return Group(self.name, at(self.size, index), at(self.stride, index), self.key, (whole, rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +250,9 @@ class Axes:
         """A copy with some axes set; what is known of expressions without them stays known."""
         axes = Axes({**self._sizes, **sizes})
         changed = [name for name in sizes if name in self._sizes]
+        if not changed:
+            axes._memo, axes.prices, axes.sums = self._memo.copy(), self.prices.copy(), self.sums.copy()
+            return axes
 
         def kept(expression: str) -> bool:
             return not any(name in expression for name in changed)
@@ -248,8 +264,8 @@ class Axes:
 
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
-        axes = Axes({name: _at(size, index) for name, size in self._sizes.items()})
-        axes.prices = {key: _at(np.asarray(price), index) for key, price in self.prices.items()}
+        axes = Axes({name: at(size, index) for name, size in self._sizes.items()})
+        axes.prices = {key: at(np.asarray(price), index) for key, price in self.prices.items()}
         return axes
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
@@ -276,11 +292,6 @@ class Axes:
             total = value if total is None else total + value
         assert total is not None
         return np.asarray(total)
-
-
-def _at(values: Array, index: Index) -> Array:
-    """Values of some rows; what is the same on all rows stays one value."""
-    return values[index] if values.size > 1 else values
 
 
 def times(size: str, factor: str) -> str:
@@ -339,7 +350,7 @@ class Ledger:
             replace(item, group=regroup(item.group, index)) if isinstance(item, Collective) else item
             for item in self.items
         ]
-        chunks = {window: _at(np.asarray(n), index) for window, n in self.chunks.items()}
+        chunks = {window: at(np.asarray(n), index) for window, n in self.chunks.items()}
         return Ledger(self.axes.take(index), tuple(items), chunks)
 
     def shard(self, **degrees: Array | float) -> Ledger:
@@ -364,10 +375,7 @@ class Ledger:
 
     def edit(self, kind: type[ItemT], change: Callable[[ItemT], Item | None]) -> Ledger:
         """Replaces each item of a kind by what ``change`` returns for it; None leaves it as it is."""
-        items = []
-        for item in self.items:
-            new = change(item) if isinstance(item, kind) else None
-            items.append(item if new is None else new)
+        items = [(change(item) or item) if isinstance(item, kind) else item for item in self.items]
         return replace(self, items=tuple(items))
 
     def copy_to_phase(self, where: Callable[[Item], bool], phase: Phase, by: str) -> Ledger:

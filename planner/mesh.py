@@ -29,6 +29,7 @@ class Mesh:
     etp: Array
     _groups: dict[str, Group] = field(default_factory=dict, init=False)
     _counterparts: dict[int, tuple[Group, Group]] = field(default_factory=dict, init=False)
+    _whole: tuple[Mesh, Index] | None = None
 
     @property
     def edp(self) -> Array:
@@ -44,24 +45,24 @@ class Mesh:
     def group(self, name: str) -> Group:
         """A named group: ``tp cp dp pp dp_cp etp ep edp``; the same object every time, so that prices are shared."""
         if name not in self._groups:
-            size, stride = _GROUPS[name](self)
-            self._groups[name] = Group(name, size, stride)
+            self._groups[name] = (
+                Group(name, *_GROUPS[name](self))
+                if self._whole is None
+                else self.counterpart(self._whole[0].group(name), self._whole[1])
+            )
         return self._groups[name]
 
     def take(self, index: Index) -> Mesh:
-        """The mesh on the rows at ``index``, with the groups that were named so far."""
+        """The mesh on the rows at ``index``."""
         tp, cp, dp, pp, ep, etp = (
             degree[index] for degree in (self.tp, self.cp, self.dp, self.pp, self.ep, self.etp)
         )
-        mesh = Mesh(tp, cp, dp, pp, ep, etp)
-        mesh._groups.update({name: mesh.counterpart(group, index) for name, group in self._groups.items()})
-        return mesh
+        return Mesh(tp, cp, dp, pp, ep, etp, (self, index))
 
     def counterpart(self, group: Group, index: Index) -> Group:
         """A group of the mesh that this one was taken from, on the rows at ``index``; the same object every time."""
         if id(group) not in self._counterparts:
-            size, stride = (v[index] if v.size > 1 else v for v in (group.size, group.stride))
-            self._counterparts[id(group)] = group, Group(group.name, size, stride, group.key)
+            self._counterparts[id(group)] = group, group.take(index)
         return self._counterparts[id(group)][1]
 
     def subgroup(self, of: str, name: str, size: Array, *, inner: bool) -> Group:

@@ -64,8 +64,9 @@ def step_bound(
     forward, backward, again = phase_seconds(table)
     backward = backward + again * recomputed_fraction(layout, recompute_layers)
     hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
-    forward_work_s, backward_work_s = (over_blocks(layout.last_counts, each) for each in (forward, backward))
-    tail_s = tail_seconds(table, layout.last_counts, forward_work_s, backward_work_s)
+    last_counts, ramp = layout.last_counts, layout.ramp
+    forward_work_s, backward_work_s = (over_blocks(last_counts, each) for each in (forward, backward))
+    tail_s = tail_seconds(table, last_counts, forward_work_s, backward_work_s)
     share = micro_batches if np.all(np.equal(layout.copies, 1)) else micro_batches / layout.copies
     work_s = share * (forward_work_s + backward_work_s)
     if not generator.barrier:
@@ -80,12 +81,12 @@ def step_bound(
         )[0]
     hops_s = per_row(layout.ramp_hops) * hop_s
     before_s, after_s = (
-        over_blocks(layout.ramp, forward) + hops_s,
-        over_blocks(layout.ramp, backward) + hops_s,
+        over_blocks(ramp, forward) + hops_s,
+        over_blocks(ramp, backward) + hops_s,
     )
     if generator.splits_backward:
         weight = table["weight_s"]
-        after_s = after_s - over_blocks(layout.ramp, weight) - share * over_blocks(layout.last_counts, weight)
+        after_s = after_s - over_blocks(ramp, weight) - share * over_blocks(last_counts, weight)
     bound_s: Array = np.max(before_s + work_s + np.maximum(tail_s, after_s + first_tail_s), axis=0)
     return bound_s
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from planner.specs.cluster import Cluster
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
-__all__ = ["Place", "hops_s", "of_group"]
+__all__ = ["Place", "activation_elements", "hops_s", "of_group"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +52,11 @@ class Place:
         """Per step, of the global batch."""
         return self.problem.workload.global_batch_size / (self.row["dp"] * self.row["micro_batch_size"])
 
-    @property
-    def communicators(self) -> float:
-        """Groups with more than one rank."""
-        return sum(float(self.row[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+    def groups(self) -> set[tuple[str, int, int]]:
+        """Groups of more than one rank that a device is part of: name, ranks, and how far apart they are."""
+        tp, cp, dp, pp, ep, etp = (round(self.row[name]) for name in ("tp", "cp", "dp", "pp", "ep", "etp"))
+        every = (("tp", tp, 1), ("cp", cp, tp), ("dp", dp, tp * cp), ("pp", pp, self.ranks), ("ep", ep, etp))
+        return {group for group in every if group[1] > 1}
 
     def context(self, knobs: Mapping[str, Any]) -> Context:
         """What passes see there; the place's own choices come before ``knobs``."""
@@ -86,27 +86,40 @@ def of_group(problem: Problem, group: int) -> Problem:
     """The job on one node group alone; what is fixed of the pipeline's length is left open there."""
     fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_THE_PIPELINE}
     forbidden = tuple(glob for glob in problem.forbidden if glob.partition("=")[0] not in _OF_THE_PIPELINE)
-    part = problem.cluster.parts[group]
+    part = problem.cluster.part(group)
     return replace(problem, cluster=part, fixed=fixed, forbidden=forbidden, layerwise=None)
 
 
 _OF_THE_PIPELINE = ("pp", "virtual_stages", "pipeline_layout")
 
 
-def hops_s(cluster: Cluster, stages: Sequence[Place]) -> Array:
+def hops_s(cluster: Cluster, edges: Sequence[tuple[Place, Place]]) -> Array:
     """Seconds from every stage to the next one, (stages − 1), the slower of activations down and gradients up.
 
     A rank receives its own slice of a micro-batch. Where the receiving stage has more ranks than the sending one, a sender serves
     several: it sends ``ranks / senders`` times what one receives.
+
+    Args:
+        cluster: all groups, and how they meet.
+        edges: the last layer's place of every stage, and the first one's of the next.
     """
     known: dict[tuple[int, int], float] = {}
     found = []
-    for one, other in pairwise(stages):
+    for one, other in edges:
         for sender, receiver in ((one, other), (other, one)):
             if (id(sender), id(receiver)) not in known:
                 known[id(sender), id(receiver)] = _message_s(cluster, sender, receiver)
         found.append(max(known[id(one), id(other)], known[id(other), id(one)]))
     return np.array(found)
+
+
+def activation_elements(place: Place) -> float:
+    """Elements of a micro-batch's residual stream on one rank."""
+    axes = _boundary(place).axes
+    size = "batch*residual_seq*hidden" + " + batch*encoder_residual_seq*hidden" * bool(
+        place.problem.model.encoder_layers
+    )
+    return float(np.ravel(axes[size])[0])
 
 
 def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:

@@ -85,6 +85,7 @@ SERVING_SLOTS = (
     "latent",  # how latent attention generates
     "fusion",
     "shards",  # tensor parallelism
+    "cache_copies",  # what tensor ranks hold of the same keys and values
     "experts",
     "stages",  # pipeline parallelism
     "graphs",
@@ -158,7 +159,8 @@ class Figure:
 
     ``compute(subject)`` exercises what the technique brings (:meth:`Technique.subject`) on the source's inputs and returns
     the number; with :meth:`Technique.absence` in its place it must return another one. ``tolerance`` is relative. Of a technique
-    that brings an order and a pass, ``of_pass`` says which of them the figure is about.
+    that brings an order and a pass, ``of_pass`` says which of them the figure is about. Of a source that could not be opened the
+    number is ``second_hand``: other authors' accounts of it have it.
     """
 
     what: str
@@ -167,6 +169,7 @@ class Figure:
     source: str
     compute: Callable[[Any], float]
     of_pass: bool = False
+    second_hand: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -329,7 +332,13 @@ class Technique:
             "knobs": [knob.name for knob in self.knobs],
             "fixes": dict(self.fixes),
             "figures": [
-                {"what": f.what, "published": f.published, "tolerance": f.tolerance, "source": f.source}
+                {
+                    "what": f.what,
+                    "published": f.published,
+                    "tolerance": f.tolerance,
+                    "source": f.source,
+                    "second_hand": f.second_hand,
+                }
                 for f in self.figures
             ],
         }

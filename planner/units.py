@@ -17,6 +17,7 @@ __all__ = [
     "MIB",
     "TB",
     "format_bytes",
+    "format_chance",
     "format_count",
     "format_seconds",
     "parse_bytes",
@@ -103,7 +104,22 @@ def format_seconds(value: float) -> str:
     for limit, scale, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (600.0, 1.0, "s")):
         if abs(value) < limit:
             return f"{value * scale:.3g} {unit}"
+    if abs(value) < 3600.0:
+        return f"{value / 60:.1f} min"
     return f"{value / 3600:.2f} h" if value < 2 * 86400 else f"{value / 86400:.1f} days"
+
+
+def format_chance(probability: float | None) -> str:
+    """A probability in percent, nothing claimed below one of a hundred.
+
+    >>> format_chance(0.123), format_chance(1e-9), format_chance(0.9999), format_chance(None)
+    ('12%', '<1%', '>99%', '-')
+    """
+    if probability is None:
+        return "-"
+    if probability < 0.01:
+        return "<1%"
+    return ">99%" if probability > 0.99 else f"{probability:.0%}"
 
 
 def format_count(value: float) -> str:

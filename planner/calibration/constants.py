@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from planner.calibration.robust_fit import Constant
 from planner.specs.device import Sourced
+from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import Stack
 
 __all__ = ["changed", "constant_at", "constants_of"]
@@ -46,7 +47,7 @@ def changed(spec: SpecT, values: Mapping[str, float]) -> SpecT:
             new[name] = _renumbered(_get(spec, name), value)
     for name, part in inner.items():
         new[name] = changed(_get(spec, name), part)
-    if isinstance(spec, Stack):
+    if isinstance(spec, Stack | ServingSoftware):
         new["on"] = {
             generation: {name: constant for name, constant in constants.items() if name not in values}
             for generation, constants in spec.on.items()

@@ -82,7 +82,13 @@ def stack_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenance
     table["name"] = name
     for found in fits:
         for constant in found.fitted:
-            table[constant.name] = _sourced(constant.value, provenance.source(found, constant.name))
+            *path, last = constant.name.split(".")
+            inner = table
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
+            for constants in inner.get("on", {}).values():
+                constants.pop(last, None)  # of one generation: the fitted one holds on all
     return _toml(table)
 
 

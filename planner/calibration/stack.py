@@ -22,7 +22,15 @@ from planner.validation.plans import run_of
 from planner.validation.table import Row, Unsupported, read_table
 from planner.validation.training import MEMORY_KINDS
 
-__all__ = ["MEMORY_CONSTANTS", "TIME_CONSTANTS", "MeasuredRun", "fit_memory", "fit_time", "read_runs"]
+__all__ = [
+    "MEMORY_CONSTANTS",
+    "TIME_CONSTANTS",
+    "MeasuredRun",
+    "fit_constants",
+    "fit_memory",
+    "fit_time",
+    "read_runs",
+]
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -136,9 +144,8 @@ def fit_time(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tu
     def seconds(candidate: Stack) -> Array:
         return np.array([run.estimate(candidate).step_time_s for run in timed])
 
-    return _fit(
-        stack, timed, [run.step_time_s for run in timed], seconds, TIME_CONSTANTS, folds, "a step time"
-    )
+    times = [run.step_time_s for run in timed if run.step_time_s is not None]
+    return fit_constants(stack, [run.model for run in timed], times, seconds, TIME_CONSTANTS, folds)
 
 
 def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tuple[Stack, Fit]:
@@ -152,28 +159,41 @@ def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> 
     def held(candidate: Stack) -> Array:
         return np.array([run.held_bytes(run.estimate(candidate)) for run in measured])
 
-    peaks = [run.peak_bytes for run in measured]
-    return _fit(stack, measured, peaks, held, MEMORY_CONSTANTS, folds, "a peak memory")
+    peaks = [run.peak_bytes for run in measured if run.peak_bytes is not None]
+    return fit_constants(stack, [run.model for run in measured], peaks, held, MEMORY_CONSTANTS, folds)
 
 
-def _fit(
+def fit_constants(
     stack: Stack,
-    runs: Sequence[MeasuredRun],
-    measured: Sequence[float | None],
+    groups: Sequence[str],
+    measured: Sequence[float],
     predict: Callable[[Stack], Array],
     bounds: Sequence[tuple[str, float, float]],
     folds: int,
-    what: str,
+    weights: Array | None = None,
 ) -> tuple[Stack, Fit]:
-    if not runs:
-        raise SpecError(Problem("measurements", f"no run has {what}", f"rows with {what}"))
+    """The stack with fitted constants, and the fit.
+
+    Args:
+        stack: where constants start.
+        groups: per measurement, what it is left out together with.
+        measured: positive values.
+        predict: the planner's value of each under a stack.
+        bounds: constants (path, least, most), the most telling first.
+        folds: parts for the left-out error.
+        weights: per measurement; None: all alike.
+
+    Raises:
+        SpecError: nothing is measured.
+    """
+    if not measured:
+        raise SpecError(Problem("measurements", "none can be fitted to", "rows with a time or a memory"))
     constants = constants_of(stack, bounds)
-    groups = [run.model for run in runs]
     priors = {constant.name: constant.prior for constant in constants}
     values = priors
     for _ in range(_ROUNDS):
         near = _linear(lambda new: predict(changed(stack, new)), constants, values)
-        found = fit(near, measured, constants, groups, folds=folds)
+        found = fit(near, measured, constants, groups, folds=folds, weights=weights)
         moved = max((abs(found.values[name] / old - 1.0) for name, old in values.items()), default=0.0)
         values = found.values
         if moved < _SETTLED:

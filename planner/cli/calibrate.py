@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,12 +147,21 @@ def fabric(
 
 def stack(
     files: Annotated[
-        list[str], typer.Argument(metavar="RUNS.csv…", help="Training runs.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="RUNS.csv…", help="Training runs, or serving runs of one engine.", show_default=False
+        ),
     ],
     out: _Out,
     base: Annotated[
-        str, typer.Option("--base", metavar="STACK", help="A stack or file: all that is not fitted.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="STACK",
+            help="A stack or file: all that is not fitted [default; the engine's, of serving runs].",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -164,27 +173,22 @@ def stack(
     conditions: _Conditions = "",
     as_json: _Json = False,
 ) -> None:
-    """Fit what overlap costs and what memory the framework takes to measured training runs; writes a stack.
+    """Fit what a framework costs to measured runs: kernels, overlap, host and memory; writes a stack.
 
-    Rows of one model are left out together.
+    Of training runs or of deployments, as the files' columns say. Rows of one model are left out together.
     """
     from planner.calibration.profile import stack_toml
-    from planner.calibration.stack import fit_memory, fit_time, read_runs
     from planner.cli.output import OutputFile
     from planner.specs.stack import load_stack
 
     parts = _folds(folds)
-    start = load_stack(base)
+    if base is not None:
+        load_stack(base)
     with OutputFile(_toml(out)) as file:
-        read = read_runs(files, device)
-        fits = {}
-        if any(run.step_time_s is not None for run in read.runs):
-            fits["time"] = fit_time(start, read.runs, folds=parts)[1]
-        if any(run.peak_bytes is not None for run in read.runs):
-            fits["memory"] = fit_memory(start, read.runs, folds=parts)[1]
-        file.write(stack_toml(base, name or _stem(out), list(fits.values()), _provenance(files, conditions)))
+        start, fits, left_out = (_serving if _of_serving(files) else _training)(files, base, device, parts)
+        file.write(stack_toml(start, name or _stem(out), list(fits.values()), _provenance(files, conditions)))
     load_stack(out)
-    _report(fits, out, as_json, [f"{row}: {reason}" for row, reason in read.left_out.items()])
+    _report(fits, out, as_json, [f"{row}: {reason}" for row, reason in left_out.items()])
 
 
 def measure(
@@ -246,6 +250,45 @@ VERBS = {"device": device, "fabric": fabric, "stack": stack, "measure": measure}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------------------
+
+
+def _of_serving(files: Sequence[str]) -> bool:
+    """Whether the files hold deployments; both kinds beside each other are a mistake."""
+    from planner.errors import Problem, SpecError
+    from planner.validation.table import read_table
+
+    kinds = {path: read_table(path).kind for path in files}
+    serving = [path for path, kind in kinds.items() if kind == "serving"]
+    if serving and len(serving) < len(kinds):
+        other = next(path for path in kinds if path not in serving)
+        raise SpecError(Problem(other, f"holds {kinds[other]} rows", f"serving rows, as {serving[0]} does"))
+    return bool(serving)
+
+
+def _training(
+    files: Sequence[str], base: str | None, device: str | None, parts: int
+) -> tuple[str, dict[str, Fit], Mapping[str, str]]:
+    from planner.calibration.stack import fit_memory, fit_time, read_runs
+    from planner.specs.stack import load_stack
+
+    name = base or "default"
+    start, read = load_stack(name), read_runs(files, device)
+    fits = {}
+    if any(run.step_time_s is not None for run in read.runs):
+        fits["time"] = fit_time(start, read.runs, folds=parts)[1]
+    if any(run.peak_bytes is not None for run in read.runs):
+        fits["memory"] = fit_memory(start, read.runs, folds=parts)[1]
+    return name, fits, read.left_out
+
+
+def _serving(
+    files: Sequence[str], base: str | None, device: str | None, parts: int
+) -> tuple[str, dict[str, Fit], Mapping[str, str]]:
+    from planner.calibration.serving import fit_serving, read_served
+
+    served = read_served(files, device)
+    name = base or served.engine
+    return name, {"times and rates": fit_serving(name, served, folds=parts)[1]}, served.left_out
 
 
 def _read(files: Sequence[str], dtype: str | None, only: str, accelerator: str | None) -> list[Measurement]:

@@ -33,6 +33,7 @@ def check(
     concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
     ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
     tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
+    acceptance: Annotated[str | None, traffic_option("acceptance")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
 ) -> None:
     """Say what is wrong or wasteful in a launcher's configuration.
@@ -51,6 +52,7 @@ def check(
         "concurrency": concurrency,
         "ttft_ms": ttft_ms,
         "tpot_ms": tpot_ms,
+        "acceptance": acceptance,
     }
     if serves(source[0]):
         if check_served(job, source, traffic, as_json):

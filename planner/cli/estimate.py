@@ -51,6 +51,7 @@ def estimate(
     concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
     ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
     tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
+    acceptance: Annotated[str | None, traffic_option("acceptance")] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +82,7 @@ def estimate(
         "concurrency": concurrency,
         "ttft_ms": ttft_ms,
         "tpot_ms": tpot_ms,
+        "acceptance": acceptance,
     }
     if given is not None and serves(given[0]):
         estimate_served(job, given, traffic, out, as_json)

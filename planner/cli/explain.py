@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,19 +108,29 @@ def _measured(time: str | None, memory: str | None) -> tuple[float | None, float
     return found
 
 
-def subject(job: JobOptions, reference: str | None) -> tuple[Plan | None, Problem]:
-    """The plan as written (None where flags name it) and the problem that prices it."""
+def subject(
+    job: JobOptions, reference: str | None, beside: Sequence[str] = ()
+) -> tuple[Plan | None, Problem]:
+    """The plan as written (None where flags name it) and the problem that prices it.
+
+    Args:
+        job: the options.
+        reference: a stored plan, which says its whole job itself.
+        beside: options (names of fields) that the command takes beside a stored plan.
+
+    Raises:
+        SpecError: there is neither a plan nor a job, or there are both.
+    """
     from planner.errors import Problem as Fault
     from planner.errors import SpecError
     from planner.solve.replay import replay
 
     if reference is not None:
-        if job.given:
-            raise SpecError(
-                Fault(
-                    "PLAN", "a file and a job", "one of them", "Leave out the file, or --model and the like."
-                )
-            )
+        extra = [flag for name, flag in job.flags_given().items() if name not in beside]
+        if extra:
+            found = f"stands beside {reference}, which says its whole job"
+            hint = "Leave out the file to name the plan by options."
+            raise SpecError([Fault(flag, found, "nothing", hint) for flag in extra])
         written = read_plan(reference)
         return written, replay(written)
     if not job.given:

@@ -9,6 +9,7 @@ import typer
 from planner.cli.job import JobOptions, with_job
 from planner.cli.plan_file import PLAN_HELP
 
+_SITE = ("tokens", "usd_per_hour", "pue", "carbon")  # what a stored plan leaves open
 _MAY_BE_ZERO = ("restart_s", "detect_s", "replace_s")
 
 
@@ -116,7 +117,7 @@ def goodput(
     failures = Failures(
         mode=checkpoint, recovery=recovery, **{k: v for k, (_, v) in given.items() if v is not None}
     )
-    written, problem = subject(job, plan)
+    written, problem = subject(job, plan, beside=_SITE)
     if written is not None:
         problem = job.at_site(problem)
     assembly = examine(problem)

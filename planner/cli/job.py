@@ -213,6 +213,14 @@ class JobOptions:
         """Whether a job was named at all."""
         return any((self.model, self.cluster, self.global_batch, self.seq_len))
 
+    def flags_given(self) -> dict[str, str]:
+        """Every option that is not at its default: its field and how it is spelt."""
+        return {
+            field.name: "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) not in (field.default, [])
+        }
+
     def problems(
         self,
         extra: Sequence[Fault] = (),

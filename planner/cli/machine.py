@@ -184,9 +184,15 @@ def _write(
     if as_json:
         print_json({"cluster": text, "assumed": said})
         return
-    print(text if out is None else out)
+    if out is None:  # to be copied into a file: comments of TOML, as long as they are
+        print(text)
+        print("\n".join(f"# {sentence}" for sentence in said))
+        return
+    from planner.report.terminal import Screen
+
+    print(out)
     for sentence in said:
-        print(f"# {sentence}" if out is None else sentence)
+        Screen().line(sentence)
 
 
 def _devices(found: dict[str, Any]) -> int | None:

@@ -122,7 +122,8 @@ def serve(
         _option("--draft-tokens", text="Tokens per step to choose from [1,2,3,4,5,7].", metavar="LIST"),
     ] = None,
     engine: Annotated[
-        str, _option("--engine", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME")
+        str,
+        _option("--engine", "--for", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME"),
     ] = "vllm",
     mode: Annotated[
         str | None,
@@ -137,6 +138,14 @@ def serve(
     forbid: Annotated[
         list[str] | None,
         _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
+    ] = None,
+    explore: Annotated[
+        list[str] | None,
+        _option(
+            "--explore",
+            text="Try choices that are left aside otherwise: 'cache_copies=*', or all. Repeatable.",
+            metavar="GLOB",
+        ),
     ] = None,
     objective: Annotated[
         str,
@@ -193,6 +202,7 @@ def serve(
         usd_per_hour,
         _speculation(faults, draft, acceptance, draft_tokens),
         objective,
+        explore or [],
     )
     day = _day(faults, daily, headroom, rate, concurrency)
     wanted = attempt(faults, whole_number, "--top", top)
@@ -241,7 +251,7 @@ def _traffic(
     values["percentile"] = optional_number(
         faults, "--percentile", percentile and percentile.lower().removeprefix("p")
     )
-    values["rate_per_s"] = optional_number(faults, "--rate", rate)
+    values["rate_per_s"] = _rate(faults, rate)
     values["concurrency"] = optional_whole(faults, "--concurrency", concurrency)
     values["prefix_hit"] = optional_number(faults, "--prefix-hit", prefix_hit) or 0.0
     values["length_scv"] = optional_number(faults, "--length-scv", length_scv) or 0.0
@@ -250,10 +260,25 @@ def _traffic(
     return attempt(faults, Traffic, flags=_FLAGS, **values)
 
 
+def _rate(faults: list[Fault], text: str | None) -> float | None:
+    rate = optional_number(faults, "--rate", text)
+    if rate is None or rate > 0.0:
+        return rate
+    faults.append(
+        Fault(
+            "--rate",
+            str(text),
+            "requests per second above 0",
+            "Leave it out for the highest load that keeps the limits.",
+        )
+    )
+    return None
+
+
 def _problem(
     faults: list[Fault], model: str | None, cluster: str | None, traffic: Traffic | None, engine: str, precision: str | None,
     cache: str | None, allow: list[str], mode: str | None, fix: list[str] | None, forbid: list[str] | None, price: str | None,
-    speculation: Speculation | None, objective: str,
+    speculation: Speculation | None, objective: str, explore: list[str],
 ) -> ServeProblem | None:  # fmt: skip
     from planner.errors import did_you_mean
     from planner.serving.space import MODES
@@ -290,7 +315,7 @@ def _problem(
     return attempt(
         faults, ServeProblem, spec, machines[0], traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
         objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation,
-        others=tuple(machines[1:]), flags=_FLAGS,
+        others=tuple(machines[1:]), explore=tuple(explore), flags=_FLAGS,
     )  # fmt: skip
 
 

@@ -31,6 +31,11 @@ _TRAFFIC = {
     "osl": ("--osl", "N", "Answer tokens, mean: for vllm and sglang."),
     "rate": ("--rate", "R", "Requests per second, for vllm and sglang [highest load]."),
     "concurrency": ("--concurrency", "C", "Requests in flight that clients keep up: for vllm and sglang."),
+    "acceptance": (
+        "--acceptance",
+        "P",
+        "Probability that a drafted token is accepted, measured: for launches that draft.",
+    ),
     "ttft_ms": ("--ttft-ms", "MS", "Limit of the time to the first token: for vllm and sglang."),
     "tpot_ms": ("--tpot-ms", "MS", "Limit of the time between tokens: for vllm and sglang."),
 }
@@ -81,6 +86,7 @@ def served_problem(
     for name in ("ttft", "tpot"):
         limit = optional_number(faults, f"--{name}-ms", traffic[f"{name}_ms"])
         numbers[f"{name}_s"] = None if limit is None else limit * 1e-3
+    acceptance = optional_number(faults, "--acceptance", traffic["acceptance"])
     named = job.model or pools[0].model
     model = attempt(faults, read_model, named or None, flags={"model": "--model"})
     machines = None
@@ -99,7 +105,7 @@ def served_problem(
     assert model is not None
     assert machines is not None
     assert asked is not None
-    problem = problem_of_launch(pools, model, machines, asked, usd)
+    problem = problem_of_launch(pools, model, machines, asked, usd, acceptance)
     if given:
         from dataclasses import replace
 

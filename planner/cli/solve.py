@@ -338,7 +338,37 @@ def micro_batches(
     _show(content, show_micro_batches, as_json)
 
 
+def blocks(
+    model: _Model = None, cluster: _Cluster = None, seq_len: Annotated[
+        str | None, _option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
+    ] = None, batch: Annotated[
+        str, _option("--batch", text="Sequences of a micro-batch [1].", metavar="N")
+    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy",
+    deadline: _Deadline = "60s", as_json: _Json = False,
+) -> None:  # fmt: skip
+    """Which devices of a pipeline hold which half layers, neighbours or not; the busiest device has the least work."""
+    from planner.report.blocks import show_blocks
+    from planner.solve.block_costs import model_blocks
+    from planner.solve.combinatorial.blocks import contiguous, deal_blocks
+
+    job = SolveJob(None, model, cluster, batch, seq_len, fix, stack, memory, deadline, backend)
+    job.raise_if_any()
+    devices = job.cluster.devices
+    room = job.memory_bytes or float(job.cluster.device.memory_bytes) - float(job.stack.framework_bytes)
+    found = model_blocks(job.model, job.cluster, job.stack, job.workload(), job.knobs)
+    dealt = deal_blocks(found, devices, room, backend=backend, time_limit_s=job.deadline_s)
+    runs = contiguous(found, devices)
+    assert dealt.certificate is not None
+    content = {
+        "time_s": dealt.time_s, "runs_s": runs.time_s, "messages": dealt.cuts, "runs_messages": runs.cuts,
+        "blocks": [{**asdict(block), "device": device} for block, device in zip(found, dealt.device, strict=True)],
+        "certificate": dealt.certificate.as_dict(),
+    }  # fmt: skip
+    _show(content, show_blocks, as_json)
+
+
 VERBS = {
+    "blocks": blocks,
     "sharding": sharding,
     "recompute": recompute,
     "tiers": tiers,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
 _MOST_PLANS = 1000
+_DEGREES = ("plan", "stage", "layer")
 _TIME_LIMIT = "10s"
+_EXPLORATION = "60s"
+_DEALING_S = 10.0
 
 
 @with_job
@@ -44,6 +47,15 @@ def train(
             help="Also try these choices, left aside as they hardly ever win, e.g. 'schedule=*' or all. Repeatable.",
         ),
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="LIST",
+            help="Sequences of every length in a step, e.g. 4096:128,65536:4, in place of --global-batch and --seq-len: packed "
+            "for the plans, and dealt to groups of unlike sizes beside them.",
+        ),
+    ] = None,
     pareto: Annotated[
         bool,
         typer.Option("--pareto", help="Also the best plan under each of several smaller memory budgets."),
@@ -54,6 +66,15 @@ def train(
             "--layerwise", help="Also plans whose layers differ in what they recompute, shard and offload."
         ),
     ] = False,
+    degrees: Annotated[
+        str | None,
+        typer.Option(
+            "--degrees",
+            metavar="OF",
+            help="Also plans with tensor, context, expert and data degrees of every stage, or of every layer [plan].",
+            show_default=False,
+        ),
+    ] = None,
     stages: Annotated[
         str,
         typer.Option(
@@ -68,7 +89,7 @@ def train(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="With --layerwise or unlike devices: auto, dp, ilp or brute [auto].",
+            help="With --layerwise, --degrees or unlike devices: auto, dp, ilp or brute [auto].",
             show_default=False,
         ),
     ] = "auto",
@@ -77,7 +98,8 @@ def train(
         typer.Option(
             "--time-limit",
             metavar="TIME",
-            help="With --layerwise or unlike devices: the best so far after this, with its gap; none waits for the proof [10s].",
+            help="With --layerwise, --degrees or unlike devices [10s], or --explore [60s]: the best so far after this, with its "
+            "gap; none waits for the proof.",
             show_default=False,
         ),
     ] = None,
@@ -85,7 +107,7 @@ def train(
         bool,
         typer.Option(
             "--exact",
-            help="With --layerwise: no time limit, and strategies that are the best to the last digit.",
+            help="With --layerwise: no time limit, and strategies that are the best to the last digit; not beside --time-limit.",
         ),
     ] = False,
     out: Annotated[
@@ -98,8 +120,10 @@ def train(
     With several --cluster, plans of all of them are ranked together by --objective. With --deadline, every
     number of nodes up to the one given is searched or excluded by a bound, until one finishes in time. With --layerwise, every
     layer may have a strategy of its own and stages any size; the plan is never slower than the best uniform one, and states
-    what a better one could still gain; Ctrl-C ends the search with the best so far. On a cluster of several kinds of devices,
-    stages may run each on one kind, with degrees and layers of their own.
+    what a better one could still gain; Ctrl-C ends the search with the best so far. With --degrees stage or layer, work may be
+    cut otherwise in every stage or layer. On a cluster of several kinds of devices, stages may run each on one kind, with degrees
+    and layers of their own. --explore searches the default space first, then what it opens slot by slot, then everything
+    together, and says what it left when --time-limit was over.
     """
     from planner.cli.output import OutputFile, Stopped, json_text, print_json
     from planner.cli.progress import Progress
@@ -107,12 +131,14 @@ def train(
     from planner.report.totals import document
     from planner.solve.fleet import Fleet
 
+    job, histogram = _packed(job, lengths)
     problems, wanted = _problems(job, top, deadline, time_limit, explore or (), layerwise)
     searcher = _searcher(
         problems,
         stages,
         solver,
         (deadline if layerwise else None) or time_limit,
+        degrees,
         layerwise=layerwise,
         exact=exact,
     )
@@ -128,6 +154,8 @@ def train(
         if pareto and not stopped:
             fleet = _with_front(fleet, problems)
         content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
+        if histogram is not None:
+            content["sequences"] = _sequences(fleet, problems, histogram)
         if file is not None:
             file.write(json_text(content) + "\n")
     if as_json:
@@ -136,8 +164,67 @@ def train(
         from planner.report.ranking import show_ranking
 
         show_ranking(fleet, problems, out)
+        if histogram is not None:
+            from planner.report.optimum import show_dealt
+
+            show_dealt(content["sequences"])
     if stopped:
         raise Stopped("these are the best plans so far", printed=True)
+
+
+def _packed(job: JobOptions, lengths: str | None) -> tuple[JobOptions, dict[int, int] | None]:
+    """The job of packed sequences that a histogram of lengths makes, and the histogram; the job itself without one."""
+    if lengths is None:
+        return job, None
+    from dataclasses import replace
+
+    from planner.cli.solve_job import read_histogram
+    from planner.errors import Problem as Fault
+    from planner.errors import SpecError
+    from planner.solve.lengths import packed
+    from planner.specs.workload import TrainWorkload
+
+    beside = {
+        "--global-batch": job.global_batch,
+        "--seq-len": job.seq_len,
+        "--document-len": job.document_len,
+    }
+    faults = [
+        Fault(flag, "is given beside --lengths", "one of them")
+        for flag, value in beside.items()
+        if value is not None
+    ]
+    if faults:
+        raise SpecError(faults)
+    histogram = read_histogram(lengths)
+    whole = packed(TrainWorkload(1, 1), histogram)
+    batch, seq_len, document_len = whole.global_batch_size, whole.seq_len, whole.document_len
+    job = replace(job, global_batch=str(batch), seq_len=str(seq_len), document_len=str(document_len))
+    return job, histogram
+
+
+def _sequences(fleet: Fleet, problems: list[Problem], histogram: dict[int, int]) -> dict[str, Any]:
+    """The sequences of a step in groups of unlike sizes, on the best plan's cluster; or why there are none."""
+    from planner.errors import PlannerError
+    from planner.solve.lengths import deal
+
+    best = fleet.result.best
+    problem = next((p for p in problems if p.cluster.name == best.cluster), problems[0])
+    try:
+        dealt = deal(problem, best, histogram, _DEALING_S)
+    except PlannerError as error:
+        return {"refused": str(error)}
+    groups = [
+        {"degree": degree, "sequences": [int(n) for n in row], "time_s": seconds}
+        for degree, row, seconds in zip(
+            dealt.groups.degrees, dealt.groups.counts, dealt.groups.group_s, strict=True
+        )
+    ]
+    equal = None if dealt.equal is None else {"degree": dealt.equal.degrees[0], "time_s": dealt.equal.time_s}
+    return {
+        "time_s": dealt.groups.time_s, "lengths": list(dealt.lengths), "groups": groups, "equal": equal,
+        "certificate": dealt.groups.certificate.as_dict(),
+    }  # fmt: skip
 
 
 def _problems(
@@ -194,11 +281,12 @@ def _searcher(
     stages: str,
     solver: str,
     time_limit: str | None,
+    degrees: str | None,
     *,
     layerwise: bool,
     exact: bool,
 ) -> Callable[..., SearchResult] | None:
-    """What searches a cluster layer by layer, or over its node groups where these differ; None where neither is wanted.
+    """What searches a cluster layer by layer, or over degrees and node groups that differ; None where neither is wanted.
 
     Raises:
         SpecError: an option is none of those there are, or means nothing for this search.
@@ -207,34 +295,57 @@ def _searcher(
 
     from planner.cli.values import optional_quantity, raise_if_any
     from planner.errors import Problem as Fault
-    from planner.errors import did_you_mean
+    from planner.errors import SpecError, did_you_mean
+
+    faults: list[Fault] = []
+    explores = bool(problems[0].explore)
+    if degrees not in (None, *_DEGREES):
+        raise SpecError(
+            Fault(
+                "--degrees", repr(degrees), f"one of {', '.join(_DEGREES)}", did_you_mean(degrees, _DEGREES)
+            )
+        )
+    own = degrees in ("stage", "layer")
+    plain = not layerwise and not own and not any(problem.cluster.mixed for problem in problems)
+    if plain:
+        given = {
+            "--stages": stages != "uneven",
+            "--solver": solver != "auto",
+            "--time-limit": time_limit is not None and not (explores and problems[0].deadline_s is None),
+            "--exact": exact,
+        }
+        others = "--layerwise or --degrees beside it, or a cluster of several kinds of devices"
+        where = {"--time-limit": f"--explore or {others}"}
+        raise_if_any(
+            [
+                Fault(flag, "has no meaning here", where.get(flag, others))
+                for flag, is_given in given.items()
+                if is_given
+            ]
+        )
+        if not explores:
+            return None
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.layerwise.solvers import SOLVERS
     from planner.solve.mixed.search import applies, search_mixed
     from planner.solve.train import search
+    from planner.solve.widening import search_widening
     from planner.units import parse_seconds
 
-    faults: list[Fault] = []
     for flag, value, known in (
         ("--stages", stages, ("uneven", "even")),
         ("--solver", solver, tuple(SOLVERS)),
     ):
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
+    if own and not all(applies(problem) for problem in problems):
+        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
+        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+    if exact and time_limit not in (None, "none"):
+        found = f"is given beside a time limit of {time_limit[:40]}"
+        faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     raise_if_any(faults)
-    if not layerwise and not any(problem.cluster.mixed for problem in problems):
-        given = {
-            "--stages": stages != "uneven",
-            "--solver": solver != "auto",
-            "--time-limit": time_limit is not None,
-            "--exact": exact,
-        }
-        expected = "--layerwise beside it, or a cluster of several kinds of devices"
-        raise_if_any(
-            [Fault(flag, "has no meaning here", expected) for flag, is_given in given.items() if is_given]
-        )
-        return None
-    asked = "none" if exact else time_limit or _TIME_LIMIT
+    asked = "none" if exact else time_limit or (_EXPLORATION if plain else _TIME_LIMIT)
     limit_s = optional_quantity(
         faults,
         "--time-limit",
@@ -245,14 +356,18 @@ def _searcher(
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
-    chosen: dict[str, Any] = {"solver": solver} | ({} if limit_s is None else {"time_limit_s": limit_s})
-    alike: Callable[..., SearchResult] = search
+    limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
+    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
+    if plain:
+        return alike
+    chosen: dict[str, Any] = {"solver": solver} | limit
     if layerwise:
         alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
-        if stages == "uneven" and applies(problem):
-            return search_mixed(problem, top, progress, base=alike, **chosen)
+        unlike = problem.cluster.mixed and degrees != "plan" and stages == "uneven" and applies(problem)
+        if own or unlike:
+            return search_mixed(problem, top, progress, base=alike, mixing=degrees == "layer", **chosen)
         return alike(problem, top, progress)
 
     return searched

@@ -177,7 +177,7 @@ from planner.costs.reliability import (
     young_interval_s,
 )
 from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
-from planner.costs.serving import kv_transfer_s, queue_load, replicas_needed
+from planner.costs.serving import held_up_share, kv_transfer_s, queue_load, replicas_needed
 from planner.costs.speculation import accepted_tokens, speculation_gain
 from planner.costs.state_sharding import (
     cross_host_traffic,
@@ -277,6 +277,7 @@ __all__ = [
     "gpt_iteration_flop",
     "gpt_parameters",
     "group_members",
+    "held_up_share",
     "host_adam_s",
     "hybrid_shard_traffic",
     "in_flight_1f1b",

@@ -57,6 +57,8 @@ def pipelined_s(
     >>> float(pipelined_s([8.0, 4.0], np.inf, 1.5, contended_s=1.0))  # a slow network's traffic: 8 + 0.5 * 1
     8.5
     """
+    if len(streams) == 1:
+        return streams[0]
     longest, second, total = _longest_second_total(streams)
     overlapped = longest + (contention - 1.0) * np.minimum(second, contended_s)
     return np.minimum(overlapped + (total - overlapped) * np.divide(1.0, chunks), total)

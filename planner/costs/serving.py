@@ -1,7 +1,8 @@
-"""Closed forms of a split deployment: how full a prefill queue may be, and how long keys and values travel.
+"""Closed forms of serving deployments: prefill queues, the way of keys and values, batches of a pipeline in each other's way.
 
 Sources: Y. Zhong et al., "DistServe", OSDI 2024, section 3.1 (prefill as M/D/1); L. Kleinrock, Queueing Systems, vol. 1, 1975,
-section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer).
+section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer);
+A. Agrawal et al., "SARATHI", arXiv:2308.16369, section 3.3 (bubbles between unlike batches of a pipeline).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["kv_transfer_s", "queue_load", "replicas_needed"]
+__all__ = ["held_up_share", "kv_transfer_s", "queue_load", "replicas_needed"]
 
 _BISECTIONS = 50
 
@@ -69,3 +70,21 @@ def replicas_needed(rate_per_s: Real, replica_per_s: Real, headroom: Real = 0.0)
     """
     needed: Real = np.ceil(np.multiply(rate_per_s, 1.0 + np.asarray(headroom)) / replica_per_s - 1e-9) + 0.0
     return needed
+
+
+def held_up_share(prompts: Real, parts: Real, stages: Real) -> Real:
+    """Fraction of the rounds of a pipeline's batches in which a prompt holds them up: ``1 − exp(−x(1 + (k − 1)/p))``.
+
+    Batches cannot overtake, so that one with prompt tokens delays a round of all others to its own. The ``k`` parts of a prompt
+    go with batches one behind the other, of which ``p`` make a round.
+
+    Args:
+        prompts: that come in a round, on average, as a Poisson stream.
+        parts: that a prompt is cut into; below 1 where several run together.
+        stages: of the pipeline.
+
+    >>> round(float(held_up_share(0.5, 1.0, 4.0)), 4)  # 1 − e^{−1/2}
+    0.3935
+    """
+    rounds = np.where(np.asarray(parts) > 1.0, 1.0 + (parts - 1.0) / stages, parts)
+    return -np.expm1(-prompts * rounds)

@@ -16,7 +16,7 @@ from planner.export.run_row import run_row
 from planner.export.slurm import slurm_files
 from planner.export.target import Target, summary
 from planner.specs.cluster import Cluster
-from planner.units import format_bytes
+from planner.units import format_bytes, format_chance
 
 __all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check", "page"]
 
@@ -192,7 +192,7 @@ def _first(target: Target) -> list[str]:
     risk = (
         ""
         if estimate.oom_probability is None
-        else f", {estimate.oom_probability:.0%} risk of running out of memory"
+        else f", {format_chance(estimate.oom_probability)} risk of running out of memory"
     )
     if (estimate.oom_probability or 0.0) > _RISKY:
         risk += "; `planner train --reserve 5%` leaves more room"

@@ -1,23 +1,22 @@
-"""The state of a serving engine between two iterations, and what changes it: admissions, iterations, ends and preemptions."""
+"""A batch between two of its iterations, and what changes it: admissions, iterations, ends and preemptions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappop, heappush
-from math import ceil, inf, sqrt
+from math import ceil, sqrt
 
-import numpy as np
-
+from planner.load.intake import Intake
 from planner.load.iteration_time import IterationTime
-from planner.load.requests import Requests
-from planner.load.scheduler import KvPool, Scheduler
+from planner.load.scheduler import Scheduler
 
-__all__ = ["Engine"]
+__all__ = ["Batch"]
 
 _FOREVER = 2**62
 
 
-class Engine:
-    """The state of a pool between two iterations, and what changes it.
+class Batch:
+    """A batch of running requests: the only one of a replica, or one of those in its pipeline.
 
     A decode that joined after ``D0`` decode iterations ends after ``D0 + its tokens``: the running batch is a heap of ends,
     and its context ``Σ(tokens held − D0)`` plus ``n`` times the count of iterations.
@@ -25,81 +24,81 @@ class Engine:
 
     def __init__(
         self,
-        requests: Requests,
+        intake: Intake,
         iteration: IterationTime,
         scheduler: Scheduler,
-        pool: KvPool,
-        concurrency: int | None,
+        ends_s: Callable[[float, float], float] | None = None,
     ) -> None:
-        count = len(requests)
-        self.requests, self.iteration, self.rules, self.pool = requests, iteration, scheduler, pool
-        self.arrival: list[float] = requests.arrival_s.tolist()
-        self.prompt: list[int] = requests.prompt_tokens.tolist()
-        self.output: list[int] = requests.output_tokens.tolist()
-        self.cached: list[int] = requests.cached_tokens.tolist()
-        urgency = requests.priority if scheduler.order == "priority" else np.zeros(count, dtype=np.int64)
-        self.priority: list[int] = urgency.tolist()
-        self.first = [-1.0] * count
-        self.finish = [0.0] * count
-        self.gave_way = [0] * count
-        self.made = [0] * count  # output tokens so far
-        self.computed = list(self.cached)  # tokens of the prompt (and of what is made again) in the KV cache
-        self.held = [0] * count  # blocks
-        self.swapped: set[int] = set()
-        self.closed = concurrency is not None
-        self.coming = min(concurrency, count) if concurrency is not None else 0
-        self.arrived = 0
-        if concurrency is not None:
-            self.arrival = [0.0] * self.coming + [inf] * (count - self.coming)
+        self.ends_s = (
+            ends_s  # when work that starts then and lasts so long is done, if others may be in its way
+        )
+        self.intake, self.iteration, self.rules, self.pool = intake, iteration, scheduler, intake.pool
+        # The same lists in every batch of a replica.
+        self.arrival, self.prompt, self.output = intake.arrival, intake.prompt, intake.output
+        self.priority, self.computed = intake.priority, intake.computed
+        self.made, self.held, self.swapped = intake.made, intake.held, intake.swapped
+        self.waiting, self.prefilling = intake.waiting, intake.prefilling
         self.now_s = self.busy_s = 0.0
-        self.waiting: list[tuple[int, int]] = []  # a heap of (priority, request)
-        self.prefilling: list[int] = []
         self.decoding: dict[int, int] = {}  # request -> decode iteration in which it joined
         self.ends: list[
             tuple[int, int, int]
         ] = []  # a heap of (last decode iteration, request, when it joined)
         self.steps = 0  # decode iterations so far
         self.offset = 0  # Σ over decodes of tokens attended to at the next step, minus the steps so far
-        self.free = pool.blocks
-        self.phase = [0] * pool.block_tokens  # decodes that enter a block, by (steps mod block)
-        self.swap_s = 0.0
-        self.done = self.iterations = self.request_iterations = 0
+        self.phase = [0] * self.pool.block_tokens  # decodes that enter a block, by (steps mod block)
+        self.swap_s = self.ended_s = 0.0
+        self.stepped = 0  # decode iterations under way
+        self.ended: list[int] = []  # requests whose prompts end with the iteration under way
+        self.iterations = self.request_iterations = 0
         self.log: list[tuple[float, float, int]] = []
 
     # -- one iteration, or a stretch of equal ones -----------------------------------------------------------------------
 
     def advance(self) -> None:
         """Runs up to the next moment at which the batch may change."""
-        self._take_arrivals()
         if not (self.waiting or self.prefilling or self.decoding):
-            self.now_s = self.arrival[self.arrived]
-            self._take_arrivals()
+            self.now_s = max(self.now_s, self.arrival[self.intake.arrived])
+        begun = self.begin(_FOREVER)
+        assert begun, "an iteration holds something"
+        self.complete()
+
+    def begin(self, most: int) -> bool:
+        """Takes up an iteration, or up to ``most`` equal ones in a row; whether there was anything to do."""
+        self.intake.take_arrivals(self.now_s)
         displaced = self.rules.mixed and self._make_room()
         chunks = self._chunks(admits=not displaced)
         if chunks:
             self._iterate(chunks, len(self.decoding) if self.rules.mixed else 0)
-        else:
-            displaced = self._make_room() or displaced
-            self._stretch(len(self.decoding), 1 if displaced else _FOREVER)
+            return True
+        displaced = self._make_room() or displaced
+        if not self.decoding:
+            return False
+        self._stretch(len(self.decoding), 1 if displaced else most)
+        return True
 
-    def _take_arrivals(self) -> None:
-        last = len(self.arrival)
-        while self.arrived < last and self.arrival[self.arrived] <= self.now_s:
-            heappush(self.waiting, (self.priority[self.arrived], self.arrived))
-            self.arrived += 1
+    def complete(self) -> None:
+        """What ends with what was begun: decodes, and prompts, whose requests decode from now on."""
+        self.steps += self.stepped
+        self._end_decodes()
+        if self.ended:
+            self._end_prefills()
 
     def _iterate(self, chunks: list[tuple[int, int]], decodes: int) -> None:
         tokens, attended = self._prefill_load(chunks)
         base_s, per_context_s, per_prefill_s = self.iteration.line(decodes, tokens)
         context = self.offset + decodes * self.steps if decodes else 0
         seconds = base_s + per_context_s * context + per_prefill_s * attended
-        self._pass(seconds + self.swap_s, 1, decodes + len(chunks))
+        late_s = self._pass(seconds + self.swap_s, 1, decodes + len(chunks))
+        self.stepped = 1 if decodes else 0
         if decodes:
-            self.log.append((seconds, seconds, decodes))
-            self.free -= self._growth(1)
-            self.steps += 1
-            self._end_decodes()
-        self._end_prefills(chunks)
+            self.log.append((seconds + late_s, seconds + late_s, decodes))
+            self.intake.free -= self._growth(1)
+        for request, tokens in chunks:
+            self.computed[request] += tokens
+        self.ended = [request for request, _ in chunks if self._missing(request) == 0]
+        if self.ended:
+            over = set(self.ended)
+            self.prefilling[:] = [request for request in self.prefilling if request not in over]
 
     def _prefill_load(self, chunks: list[tuple[int, int]]) -> tuple[int, float]:
         """Prompt tokens of the chunks and what they attend to; a gated batch is padded to its longest prompt."""
@@ -119,24 +118,27 @@ class Engine:
         first_s = base_s + per_context_s * (self.offset + decodes * self.steps)
         slope_s = per_context_s * decodes
         count = min(self.ends[0][0] - self.steps, most)
-        if self._growth(count) > self.free:
+        if self._growth(count) > self.intake.free:
             count = self._affordable()
         heeds_arrivals = not self.waiting or self.rules.order == "priority"
-        if heeds_arrivals and not self.rules.gated and self.arrived < len(self.arrival):
-            count = _steps_until(self.arrival[self.arrived] - self.now_s, first_s, slope_s, count)
+        if heeds_arrivals and not self.rules.gated and self.intake.arrived < len(self.arrival):
+            count = _steps_until(self.arrival[self.intake.arrived] - self.now_s, first_s, slope_s, count)
         seconds = count * first_s + slope_s * (count * (count - 1) // 2)
-        self.log.append((first_s, first_s + slope_s * (count - 1), decodes * count))
-        self._pass(seconds + self.swap_s, count, decodes)
-        self.free -= self._growth(count)
-        self.steps += count
-        self._end_decodes()
+        late_s = self._pass(seconds + self.swap_s, count, decodes)
+        self.log.append((first_s + late_s, first_s + slope_s * (count - 1) + late_s, decodes * count))
+        self.intake.free -= self._growth(count)
+        self.stepped, self.ended = count, []
 
-    def _pass(self, seconds: float, iterations: int, requests: int) -> None:
-        self.now_s += seconds
+    def _pass(self, seconds: float, iterations: int, requests: int) -> float:
+        """Lets so many seconds of work pass; by how much others have held up the tokens that end with it."""
+        before_s = self.ended_s if self.decoding else self.now_s
+        self.now_s = self.now_s + seconds if self.ends_s is None else self.ends_s(self.now_s, seconds)
+        self.ended_s = self.now_s
         self.busy_s += seconds
         self.swap_s = 0.0
         self.iterations += iterations
         self.request_iterations += iterations * requests
+        return 0.0 if self.ends_s is None else self.now_s - before_s - seconds
 
     # -- admission ---------------------------------------------------------------------------------------------------------
 
@@ -182,15 +184,16 @@ class Engine:
         blocks = self.pool.blocks_of(self.prompt[request] + made)
         margin = self.pool.watermark_blocks
         while (
-            len(self.decoding) + len(self.prefilling) >= self.rules.max_requests
-            or self.free - blocks - (self._growth(1) if self.rules.mixed else 0) < margin
+            self.intake.running >= self.rules.max_requests
+            or self.intake.free - blocks - (self._growth(1) if self.rules.mixed else 0) < margin
         ):
             if self.rules.order != "priority" or not self._displace(self.priority[request]):
                 return False
         heappop(self.waiting)
+        self.intake.running += 1
         if request not in self.swapped:
             self.held[request] = blocks
-        self.free -= self.held[request]
+        self.intake.free -= self.held[request]
         return True
 
     def _resume(self, request: int) -> None:
@@ -200,20 +203,12 @@ class Engine:
 
     # -- ends ------------------------------------------------------------------------------------------------------------
 
-    def _end_prefills(self, chunks: list[tuple[int, int]]) -> None:
-        ended = []
-        for request, tokens in chunks:
-            self.computed[request] += tokens
-            if self._missing(request) == 0:
-                ended.append(request)
-        if not ended:
-            return
-        over = set(ended)
-        self.prefilling = [request for request in self.prefilling if request not in over]
+    def _end_prefills(self) -> None:
+        ended, self.ended = self.ended, []
         for request in ended:
             self.made[request] += 1
-            if self.first[request] < 0.0:
-                self.first[request] = self.now_s
+            if self.intake.first[request] < 0.0:
+                self.intake.first[request] = self.now_s
         if self.rules.gated:
             longest = max(self.output[request] for request in ended)
             for request in ended:
@@ -260,13 +255,7 @@ class Engine:
             self.held[request] = self.pool.blocks_of(stored + self.steps - joined)
 
     def _end(self, request: int) -> None:
-        self.free += self.held[request]
-        self.held[request] = 0
-        self.finish[request] = self.now_s
-        self.done += 1
-        if self.closed and self.coming < len(self.arrival):
-            self.arrival[self.coming] = self.now_s
-            self.coming += 1
+        self.intake.end(request, self.now_s)
 
     # -- memory ------------------------------------------------------------------------------------------------------------
 
@@ -282,15 +271,15 @@ class Engine:
 
     def _affordable(self) -> int:
         """Decode iterations until the pool is full; one is known to fit."""
-        count = max(self.free // len(self.decoding) * self.pool.block_tokens, 1)
-        while self._growth(count + 1) <= self.free:
+        count = max(self.intake.free // len(self.decoding) * self.pool.block_tokens, 1)
+        while self._growth(count + 1) <= self.intake.free:
             count += 1
         return count
 
     def _make_room(self) -> bool:
         """Requests give way until all others can decode a token; whether any did."""
         displaced = False
-        while self._growth(1) > self.free:
+        while self._growth(1) > self.intake.free:
             displaced = self._displace(None)
             assert displaced, "every request fits alone"
         return displaced
@@ -303,8 +292,9 @@ class Engine:
         request = max(running, key=lambda r: (self.priority[r], r))
         if urgency is not None and self.priority[request] <= urgency:
             return False
-        self.gave_way[request] += 1
-        self.computed[request] = self.cached[request]
+        self.intake.gave_way[request] += 1
+        self.intake.running -= 1
+        self.computed[request] = self.intake.cached[request]
         if request in self.decoding:
             self._leave(request)
             self._forget_ends()
@@ -313,7 +303,7 @@ class Engine:
                 self.swap_s += self.held[request] * self.pool.swap_s_per_block
         else:
             self.prefilling.remove(request)
-        self.free += self.held[request]
+        self.intake.free += self.held[request]
         heappush(self.waiting, (self.priority[request], request))
         return True
 

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import Infeasible, Problem
-from planner.load.engine import Engine
+from planner.load.engine import Batch
+from planner.load.intake import Intake
 from planner.load.iteration_time import IterationTime
+from planner.load.pipelined import Pipeline
 from planner.load.requests import Requests
 from planner.load.scheduler import KvPool, Scheduler
 
@@ -57,12 +59,15 @@ def simulate(
     scheduler: Scheduler,
     pool: KvPool | None = None,
     *,
+    stages: int = 1,
     concurrency: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Serves all requests.
 
     Args:
+        iteration: seconds of a batch's way through all stages.
+        stages: pipeline stages, and batches under way; slots and blocks are those of all together.
         concurrency: a closed loop: so many requests are in the pool at all times, the next enters when one ends, and
             arrivals are made by the loop.
         on_progress: called with requests done and in all.
@@ -72,14 +77,20 @@ def simulate(
     """
     pool = pool or KvPool()
     _check_sizes(requests, pool)
-    engine = Engine(requests, iteration, scheduler, pool, concurrency)
+    intake = Intake(requests, pool, scheduler.order == "priority", concurrency)
+    if stages == 1:
+        batches = [Batch(intake, iteration, scheduler)]
+        advance = batches[0].advance
+    else:
+        pipeline = Pipeline(intake, iteration, scheduler, stages)
+        batches, advance = pipeline.batches, pipeline.advance
     total, shown = len(requests), 0
-    while engine.done < total:
-        engine.advance()
-        if on_progress is not None and engine.done >= shown + _REPORT_EVERY:
-            shown = engine.done
+    while intake.done < total:
+        advance()
+        if on_progress is not None and intake.done >= shown + _REPORT_EVERY:
+            shown = intake.done
             on_progress(shown, total)
-    return _outcome(engine)
+    return _outcome(intake, batches)
 
 
 def _check_sizes(requests: Requests, pool: KvPool) -> None:
@@ -96,16 +107,16 @@ def _check_sizes(requests: Requests, pool: KvPool) -> None:
         )
 
 
-def _outcome(engine: Engine) -> Run:
-    assert engine.free == engine.pool.blocks, "every block is given back"
+def _outcome(intake: Intake, batches: list[Batch]) -> Run:
+    assert intake.free == intake.pool.blocks, "every block is given back"
     return Run(
-        replace(engine.requests, arrival_s=np.array(engine.arrival)),
-        np.array(engine.first),
-        np.array(engine.finish),
-        np.array(engine.gave_way),
-        engine.iterations,
-        engine.request_iterations,
-        engine.now_s - engine.arrival[0],
-        engine.busy_s,
-        np.array(engine.log, dtype=float).reshape(-1, 3).T,
+        replace(intake.requests, arrival_s=np.array(intake.arrival)),
+        np.array(intake.first),
+        np.array(intake.finish),
+        np.array(intake.gave_way),
+        sum(batch.iterations for batch in batches),
+        sum(batch.request_iterations for batch in batches),
+        max(intake.finish) - intake.arrival[0],
+        sum(batch.busy_s for batch in batches) / len(batches),
+        np.concatenate([np.array(batch.log, dtype=float).reshape(-1, 3) for batch in batches]).T,
     )

@@ -103,6 +103,7 @@ _COMMUNICATION = (
     "tensor_parallel",
     "context_parallel",
     "expert_parallel",
+    "resharding",
     "data_parallel",
     "tied_embedding",
     "offload",

@@ -28,11 +28,17 @@ def show_techniques(techniques: Sequence[Technique], everything: bool) -> None:
     modelled.sort(key=lambda t: (order.get(t.slot or "", len(order)), t.key))
     if modelled:
         screen.line(f"{len(modelled)} modelled", "bold")
-        rows = [(t.slot or t.kind, t.key, str(len(t.figures))) for t in modelled]
+        marks = ["*" if any(figure.second_hand for figure in t.figures) else "" for t in modelled]
+        rows = [
+            (t.slot or t.kind, t.key, f"{len(t.figures)}{mark}")
+            for t, mark in zip(modelled, marks, strict=True)
+        ]
         tails = [" · ".join(part for part in (_what(t), t.source) if part) for t in modelled]
         screen.grid(
             ("slot", "key", "figures"), rows, ("slot", "key"), "choices of --fix SLOT=… · source", tails
         )
+        if any(marks):
+            screen.line("* from other authors' accounts of a source that could not be opened")
     declared = [t for t in techniques if t.status != "modelled"]
     if declared and everything:
         screen.line()

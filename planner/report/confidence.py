@@ -14,7 +14,7 @@ from planner.uncertainty.ties import ties_with_first
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
-__all__ = ["TIE", "chance_text", "confidence", "interval_text", "out_of_memory_matters"]
+__all__ = ["TIE", "confidence", "interval_text", "out_of_memory_matters"]
 
 TIE = "~"
 """Stands before the distance of a plan whose place behind the first one is noise."""
@@ -38,19 +38,6 @@ def interval_text(estimate: Estimate, quantity: str = "step_time_s") -> str:
     if low < 0.0 < high and abs(low + high) < _EVEN:
         return f"±{max(-low, high):.0%}"
     return f"{100.0 * low:+.0f}/{100.0 * high:+.0f}%"
-
-
-def chance_text(probability: float | None) -> str:
-    """A probability in percent, nothing claimed below one of a hundred.
-
-    >>> chance_text(0.123), chance_text(1e-9), chance_text(0.9999)
-    ('12%', '<1%', '>99%')
-    """
-    if probability is None:
-        return "-"
-    if probability < _NOTABLE_CHANCE:
-        return "<1%"
-    return ">99%" if probability > 1.0 - _NOTABLE_CHANCE else f"{probability:.0%}"
 
 
 def out_of_memory_matters(plans: Sequence[Plan]) -> bool:

@@ -30,6 +30,10 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
     rate = f"{format_seconds(estimate.step_time_s)}/step · {estimate.tokens_per_s_per_device:,.0f} tokens/s/device"
     peak = f"peak {gib(estimate.memory_bytes['peak'])} of {gib(estimate.memory_budget_bytes)} GiB"
     screen.line(f"{rate} · MFU {estimate.mfu:.1%}, HFU {estimate.hfu:.1%} · {peak}")
+    if estimate.hfu < estimate.mfu:
+        screen.line(
+            "MFU counts attention over every pair of tokens, HFU what is executed: causal kernels skip half of it."
+        )
     if not estimate.fits:
         screen.line(does_not_fit(plan), "bold red")
     if content["changed"]:

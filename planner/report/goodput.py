@@ -259,7 +259,7 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
 
     screen, plan = Screen(), assembly.plan
     lost = content["lost"]
-    screen.line(f"{plan.model} on {plan.cluster}: goodput {content['goodput']:.1%}", "bold")
+    screen.line(f"{plan.model} on {plan.cluster}: goodput {_nearly_all(content['goodput'])}", "bold")
     away = f" and {lost['devices_away']:.2%} to devices that are away" if lost["devices_away"] > 0.0 else ""
     screen.line(
         f"step {format_seconds(plan.estimate.step_time_s)}, {format_seconds(content['expected_step_s'])} with failures; "
@@ -290,7 +290,7 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
         )
         screen.section("The run", [text + price])
     told = [
-        f"{name} ({RECOVERIES[name]}): {value:.1%}" if isinstance(value, float) else value
+        f"{name} ({RECOVERIES[name]}): {_nearly_all(value)}" if isinstance(value, float) else value
         for name, value in content.get("other_recoveries", {}).items()
     ]
     screen.section(
@@ -303,6 +303,16 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
         ("restart", RESTART_S),
     )
     screen.section("Rests on (unless given)", [f"{name}: {x.kind}, {x.source}" for name, x in defaults])
+
+
+def _nearly_all(share: float) -> str:
+    """A share with the decimals that keep it from reading 100 %.
+
+    >>> _nearly_all(0.912), _nearly_all(0.99984)
+    ('91.2%', '99.98%')
+    """
+    texts = (f"{share:.{decimals}%}" for decimals in (1, 2, 3, 4))
+    return next((text for text in texts if not text.startswith("100")), "100%")
 
 
 def _failures(expected: float) -> str:

@@ -19,33 +19,29 @@ def layers(plans: Sequence[Plan]) -> tuple[str, list[str]]:
     for number, plan in enumerate(plans, 1):
         if plan.layerwise is not None:
             which = f"plan {number}" if len(plans) > 1 else "the plan"
-            return f"Layers of {which}", [*_places(plan), *_strategies(plan.layerwise), *_stages(plan)]
+            return f"Layers of {which}", [*_places(plan), *_strategies(plan), *_stages(plan)]
     return "", []
 
 
 def layerwise_proof(result: SearchResult) -> list[str]:
     """How the layer-wise space was exhausted, in words."""
-    account = result.layerwise
-    if account is None:
-        return []
-    excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
-    told = (
-        f"Layer by layer: {account['meshes']:,} meshes, {account['settled']:,} settled and priced by the schedule engine; "
-        f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
-        f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
-    )
-    return [told + _ENDED.get(account["stopped"], "")]
+    return _account(result.layerwise, "Layer by layer", "meshes")
 
 
 def mixed_proof(result: SearchResult) -> list[str]:
-    """How the space of stages on node groups was exhausted, in words."""
-    account = result.mixed
+    """How the space of stages and layers with degrees of their own was exhausted, in words."""
+    return _account(result.mixed, None, "orders, numbers of stages and of micro-batches")
+
+
+def _account(account: Mapping[str, Any] | None, which: str | None, parts: str) -> list[str]:
+    """How a space was exhausted, by the account of its search."""
     if account is None:
         return []
     excluded = "; ".join(f"{name} {n:,}" for name, n in account["excluded"].items() if n)
+    which = which or f"Over {account['space']}"
     told = (
-        f"Over node groups: {account['shapes']:,} orders, numbers of stages and of micro-batches; {account['settled']:,} settled "
-        f"and priced by the schedule engine; excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
+        f"{which}: {account['parts']:,} {parts}, {account['settled']:,} settled and priced by the schedule engine; "
+        f"excluded by a bound: {excluded or 'none'}; {account['open']:,} left open; "
         f"solver {account['solver']}, {format_seconds(account['wall_s'])}."
     )
     return [told + _ENDED.get(account["stopped"], "")]
@@ -55,9 +51,9 @@ _ENDED = {"time": " Stopped by --time-limit.", "interrupted": " Interrupted."}
 
 
 def _places(plan: Plan) -> list[str]:
-    """Which stages run on which node group, and how their work is cut there."""
+    """How work is cut and on which node group, by the stages or, where layers of a stage differ, by number."""
     lines = []
-    for place in plan.places:
+    for number, place in enumerate(plan.places):
         first, last = place["stages"][0], place["stages"][-1]
         which = f"stage {first}" if first == last else f"stages {first}-{last}"
         degrees = [f"{name} {n}" for name, n in place["mesh"].items() if n > 1] + [
@@ -69,12 +65,23 @@ def _places(plan: Plan) -> list[str]:
             if str(value).lower() != off(slot) and plan.knobs.get(slot) != value
         ]
         ranks = place["mesh"]["tp"] * place["mesh"]["cp"] * place["mesh"]["dp"]
+        if _numbered(plan):
+            which = f"degrees {number}"
         lines.append(f"{which} on {ranks} × {place['device']}: {' · '.join([*degrees, *chosen])}")
     return lines
 
 
-def _strategies(layerwise: Mapping[str, Any]) -> list[str]:
+def _numbered(plan: Plan) -> bool:
+    """Whether the same degrees return in the pipeline, or several stand in one stage."""
+    assert plan.layerwise is not None
+    stages = [stage for place in plan.places for stage in place["stages"]]
+    return stages != sorted(set(stages))
+
+
+def _strategies(plan: Plan) -> list[str]:
     """One line per strategy: its letter, how many layers take it, and what it chooses."""
+    assert plan.layerwise is not None
+    layerwise, numbered = plan.layerwise, _numbered(plan)
     counts: dict[int, int] = {}
     for runs in layerwise["stages"]:
         for s, n in runs:
@@ -86,6 +93,7 @@ def _strategies(layerwise: Mapping[str, Any]) -> list[str]:
         ]
         where = [f"{counts[s]} layers"] if s in counts else []
         where += [end for end in ("embedding", "head") if layerwise[end] == s]
+        where += [f"degrees {layerwise['at'][s]}"] if numbered else []
         lines.append(
             f"{label(s)}  {', '.join(where)}: {' · '.join(chosen) or 'nothing sharded, recomputed or offloaded'}"
         )

@@ -12,6 +12,7 @@ from planner.units import format_bytes, format_count, format_seconds
 __all__ = [
     "show_alignment",
     "show_balance",
+    "show_dealt",
     "show_groups",
     "show_placement",
     "show_ranks",
@@ -95,6 +96,24 @@ def show_groups(content: Mapping[str, Any]) -> None:
     ]
     screen.grid(("groups", "ranks", *lengths, "time"), rows)
     show_proof(screen, content["certificate"], format_seconds)
+
+
+def show_dealt(content: Mapping[str, Any]) -> None:
+    """Prints the groups beside a ranking, and what groups of one size take."""
+    screen = Screen()
+    screen.line()
+    screen.line("Sequences in groups of unlike sizes (forward and backward alone)", "bold")
+    if "refused" in content:
+        screen.line(content["refused"])
+        return
+    equal = content["equal"]
+    if equal is not None:
+        ratio = equal["time_s"] / content["time_s"]
+        told = f"{format_seconds(equal['time_s'])} in groups of {equal['degree']}, the best of one size: {ratio:.2f}×"
+        screen.line(told if ratio > 1.0 else f"groups of {equal['degree']} for all are as fast")
+    else:
+        screen.line("no one size has room for all sequences")
+    show_groups(content)
 
 
 def show_micro_batches(content: Mapping[str, Any]) -> None:

@@ -16,17 +16,17 @@ def show_peers(content: Mapping[str, Any]) -> None:
     screen = Screen()
     rate = content["rate"]
     screen.line(
-        f"{rate:.6g} micro-batches per unit of time; {content['longest_first_rate'] / rate:.1%} of that if the fastest go first",
+        f"{rate:,.6g} micro-batches per unit of time; {content['longest_first_rate'] / rate:.1%} of that if the fastest go first",
         "bold",
     )
     screen.line()
     speeds = content["speeds"]
     rows = [
         (
-            str(stage), f"{work:g}", *(str(n) if n else "-" for n in counts),
-            f"{sum(n * speed for n, speed in zip(counts, speeds, strict=True)) / work:.6g}",
+            str(stage), f"{work:,g}", *(str(n) if n else "-" for n in counts),
+            f"{sum(n * speed for n, speed in zip(counts, speeds, strict=True)) / work:,.6g}",
         )
         for stage, (work, counts) in enumerate(zip(content["works"], content["counts"], strict=True))
     ]  # fmt: skip
-    screen.grid(("stage", "work", *(f"of {speed:g}" for speed in speeds), "rate"), rows)
-    show_proof(screen, content["certificate"], lambda value: f"{value:.6g}")
+    screen.grid(("stage", "work", *(f"of {speed:,g}" for speed in speeds), "rate"), rows)
+    show_proof(screen, content["certificate"], lambda value: f"{value:,.6g}")

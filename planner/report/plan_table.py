@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.plan import Plan
-from planner.report.confidence import TIE, chance_text, interval_text, out_of_memory_matters
+from planner.report.confidence import TIE, interval_text, out_of_memory_matters
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, told_knobs, words
 from planner.solve.fleet import objective_value
 from planner.technique import SLOTS, off
 from planner.uncertainty.ties import ties_with_first
-from planner.units import format_seconds
+from planner.units import format_chance, format_seconds
 
 __all__ = ["Row", "rows", "show_plans", "unusual_knobs", "why_not"]
 
@@ -155,7 +155,7 @@ def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str, 
     else:
         cells["peak GiB"] = f"{peak}/{budget}"
     if out_of_memory_matters(plans):
-        cells["OOM"] = chance_text(e.oom_probability)
+        cells["OOM"] = format_chance(e.oom_probability)
     if objective in _OBJECTIVES:
         cells[_OBJECTIVES[objective]] = _objective_text(plan, objective)
     return cells

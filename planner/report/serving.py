@@ -9,6 +9,7 @@ from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
+from planner.units import format_bytes, format_seconds
 
 __all__ = [
     "pool_text",
@@ -38,6 +39,9 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         "bold",
     )
     screen.line()
+    if result.days and result.days[0]["missing_devices"]:
+        screen.line(f"{_day(result)[0]}; plans are of this cluster, their day of a larger one", "red")
+        screen.line()
     rows = [_row(index, plan) for index, plan in enumerate(result.plans, 1)]
     headings = (
         "#",
@@ -157,13 +161,38 @@ def show_serving_comparison(content: Mapping[str, Any]) -> None:
         )
     screen.line()
     rows = [
-        (name, f"{v['a']:.4g}", f"{v['b']:.4g}", "" if v["ratio"] is None else f"{v['ratio']:.2f}")
+        (
+            _words(name),
+            *(_value(name, v[side]) for side in ("a", "b")),
+            "" if v["ratio"] is None else f"{v['ratio']:.2f}",
+        )
         for name, v in content["quantities"].items()
     ]
     screen.grid(("quantity", "a", "b", "b/a"), rows, ("quantity",))
 
 
 _SMALL = 0.005
+_WORDS = {
+    "output_tokens_per_s_per_device": "output tokens/s per device", "goodput_requests_per_s": "requests/s",
+    "max_concurrency": "requests at once, at most", "joules_per_output_token": "joules per output token",
+    "ttft_s": "time to first token", "tpot_s": "time between tokens", "e2e_s": "answer", "memory_bytes": "memory",
+}  # fmt: skip
+
+
+def _words(quantity: str) -> str:
+    """
+    >>> _words("ttft_s.p99"), _words("memory_bytes.kv_cache")
+    ('time to first token, p99', 'memory, kv cache')
+    """
+    name, _, part = quantity.partition(".")
+    return _WORDS[name] + (f", {part.replace('_', ' ')}" if part else "")
+
+
+def _value(quantity: str, value: float) -> str:
+    name = quantity.partition(".")[0]
+    if name == "memory_bytes":
+        return format_bytes(value)
+    return format_seconds(value) if name.endswith("_s") and "." in quantity else f"{value:.4g}"
 
 
 def pool_text(pool: Pool) -> str:
@@ -177,6 +206,7 @@ def pool_text(pool: Pool) -> str:
     ]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     role += f"{pool.cluster}: " if pool.cluster else ""
+    degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
     draft = (
@@ -209,6 +239,10 @@ def _day(result: ServeResult) -> list[str]:
         f"{day['device_hours']:,.0f} device hours{price} a day: {day['mean_devices']:.1f} devices on average, "
         f"{day['peak_devices']} at the peak; {day['saved']:.0%} less than that many all day; headroom {day['headroom']:.0%}"
     ]
+    if day["missing_devices"]:
+        lines.insert(
+            0, f"not on this cluster: the peak takes {_devices(day['missing_devices'])} more than there are"
+        )
     hours = 24.0 / len(periods)
     return lines + [
         f"{_clock(index * hours)}: {period['rate_per_s']:g} requests/s, replicas {' + '.join(map(str, period['replicas']))}, "

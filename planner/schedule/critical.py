@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from planner.schedule.order import Op, Order
 from planner.schedule.program import messages
 
-__all__ = ["Path", "critical_path"]
+__all__ = ["Path", "critical_path", "interleaved_paths"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -72,7 +73,52 @@ def critical_path(order: Order, seconds: npt.ArrayLike, hop_s: float, tail_s: np
     return Path(counts.reshape(len(Op), order.n_virtual).astype(float), float(hops), device)
 
 
+@lru_cache(maxsize=256)
+def interleaved_paths(p: int, v: int, m: int) -> tuple[Path, ...]:
+    """Paths through interleaved 1F1B that need no order: those of :func:`planner.costs.pipeline_bounds.bound_interleaved_s`.
+
+    One micro-batch up and down; and all work of every device ``r``, after its ramp of first forwards or instead of its warm-up
+    the way of the first micro-batch up to its first backward, and the mirror image at the end.
+
+    >>> from planner.schedule.engine import simulate
+    >>> from planner.schedule.order import make_order
+    >>> forward, backward = [1.0, 2.0, 1.5, 1.0], [2.0, 3.0, 2.5, 2.0]
+    >>> took = float(simulate(make_order("interleaved", 2, 4, 2), forward, backward).makespan_s)
+    >>> seconds = [forward, backward, [0.0] * 4]
+    >>> max(path.seconds(seconds, 0.0, [0.0, 0.0]) for path in interleaved_paths(2, 2, 4)) <= took
+    True
+    """
+    found = [Path(_shaped(np.ones((2, v, p))), 2.0 * (p * v - 1), 0)]
+    for r in range(p):
+        beyond = p - 1 - r
+        extra = 2 * beyond + 1
+        warm_up = np.full(v, float(p))
+        warm_up[-1] = min(p, extra)
+        warm_up[0] += max(extra - p, 0)
+        known = m % p == 0 and m * v - (v - 1) * p >= extra + 1
+        for around in product((False, True), repeat=2) if known else ((False, False),):
+            counts, hops = np.zeros((2, v, p)), 0.0
+            counts[:, :, r] = m
+            for phase, instead in enumerate(around):
+                if instead:
+                    counts[phase, :, r] -= warm_up
+                    counts[phase] += 1.0
+                    counts[1 - phase, -1, r + 1 :] += 1.0
+                    hops += p * v - 1 + beyond
+                else:
+                    counts[phase, 0, :r] += 1.0
+                    hops += r
+            found.append(Path(_shaped(counts), hops, 0))
+    return tuple(found)
+
+
 # -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _shaped(counts: Floats) -> Floats:
+    """Counts of forward and backward per chunk and device as those of a path, without weight gradients."""
+    flat = counts.reshape(2, -1)
+    return np.concatenate([flat, np.zeros_like(flat[:1])])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from planner.costs.queueing import clients_wait_s, wait_quantile_s
+from planner.costs.serving import held_up_share
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.specs.traffic import Traffic
@@ -225,18 +226,25 @@ def _means(
         beside = np.minimum(cohort.prompts, cohort.served / prompt)
         strangers = np.clip(1.0 - cohort.prompts / np.maximum(batch, 1.0), 0.0, 1.0)
         seen = (cohort.prompts - beside) / 2.0 + strangers * decodes
-    token_s = decode_s + np.minimum(passes * seen / max(steps, 1.0), 1.0) * (mixed_s - decode_s)
+    token, stages = np.minimum(passes * seen / max(steps, 1.0), 1.0), np.ones_like(batch)
+    if traffic.concurrency is None and np.any(iterations.ctx.mesh.pp > 1.0):
+        stages = iterations.ctx.mesh.pp
+        held = held_up_share(stages * decodes / max(steps, 1.0), passes, stages)
+        mixed, token = (np.where(stages > 1.0, held, share) for share in (mixed, token))
+    token_s = decode_s + token * (mixed_s - decode_s)
     mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s
     # Between two answers there are (O - 1)/d iterations, or as many as a prompt takes.
     between_s = np.maximum(steps / np.maximum(decodes, 1e-9) * mean_s, busy_s) if steps > 0.0 else busy_s
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
-    wait_s = 0.5 * token_s + _wait_s(
+    # Whichever batch of a pipeline is next begins a prompt, and the next one its next part.
+    wait_s = 0.5 * token_s / stages + _wait_s(
         iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
     )
     alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
-    prefill_s = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0) * alone_s
+    parts = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0)
+    prefill_s = (1.0 + (parts - 1.0) / stages) * alone_s
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
         requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,

@@ -78,13 +78,10 @@ def over_a_day(
     order = sorted(
         range(len(days)), key=lambda index: (days[index]["device_hours"], days[index]["peak_devices"])
     )
-    peak, there = days[order[0]]["peak_devices"], problem.cluster.devices
-    notes = (
-        (f"the day's peak takes {peak} devices, {peak - there} more than there are",) if peak > there else ()
-    )
+    there = sum(cluster.devices for cluster in problem.clusters)
+    days = [{**day, "missing_devices": max(day["peak_devices"] - there, 0)} for day in days]
     return replace(
         result,
-        notes=(*result.notes, *notes),
         plans=tuple(result.plans[index] for index in order),
         days=tuple(days[index] for index in order),
     )

@@ -1,10 +1,9 @@
 """What is simulated: the engines of a plan or of a pool file, and requests on their way through them.
 
-An engine forms batches of its own. A replica of ``pp`` pipeline stages is as many engines, each with its share of the
-cache, since that many batches are in flight at once; one that runs prompts alone is a single engine that begins an iteration when
-the first stage is free. Requests go to replicas at random, so that each has arrivals of its own, or in turn, and to a
-replica's engines in turn. Pools of prompts and of generation are two stages: a request leaves the first with its first token, and
-enters the second when its cache has come over.
+An engine is a replica, with one queue of its own; of ``pp`` pipeline stages, as many batches are in flight
+(:mod:`planner.load.pipelined`). Requests go to engines at random, so that each has arrivals of its own, or in turn. Pools of
+prompts and of generation are two stages: a request leaves the first with its first token, and enters the second when its cache
+has come over.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from planner.load.simulator import Run, simulate
 if TYPE_CHECKING:
     from planner.iteration import Iterations
     from planner.serving.plan import Pool, ServePlan
+    from planner.specs.traffic import Traffic
 
 __all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
 
 _WATERMARK = 0.01
 """Of the blocks, kept free at an admission: vLLM's ``CacheConfig.watermark``."""
 _ROUTER_SEED = 1
-_STAGES = 2
 _ALL_TOKENS = 1024.0
 """Prompt tokens that the capacity of a decode pool leaves activations for, as its search does."""
 
@@ -42,10 +41,10 @@ class Stage:
 
     Attributes:
         role: ``aggregated``, ``prefill`` or ``decode``.
-        engines: how many; ``together`` of them are one replica.
-        at_random: whether requests go to replicas at random, not in turn.
-        way_s: what a request's way through later pipeline stages adds to its first token, by prompt length.
+        engines: how many; each has so many pipeline ``stages``.
+        at_random: whether requests go to engines at random, not in turn.
         accepted: tokens that a request gains in an iteration, of drafts that are as good as on average.
+        weight: of several pools of one phase, the part of the requests that goes to this one, relative to the others.
     """
 
     role: str
@@ -53,15 +52,15 @@ class Stage:
     iteration: IterationTime
     rules: Scheduler
     pool: KvPool
-    together: int = 1
+    stages: int = 1
     at_random: bool = False
-    way_s: Callable[[Array], Array] | None = None
     accepted: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One stage, or a prefill stage and a decode stage.
+    """One stage, or prefill stages and decode stages.
 
     Attributes:
         admission_s: added to every request by what is around the engines.
@@ -86,9 +85,12 @@ def run(
         SpecError: a closed loop over two stages.
         Infeasible: a request is larger than a cache.
     """
-    first, *rest = deployment.stages
-    if not rest:
-        done = _stage_run(first, requests, concurrency, on_progress)
+    first, second = (
+        tuple(stage for stage in deployment.stages if (stage.role == "decode") == later)
+        for later in (False, True)
+    )
+    if not second:
+        done = _phase_run(first, requests, concurrency, on_progress)
         return _later(done, deployment.admission_s)
     if concurrency is not None:
         raise SpecError(
@@ -99,16 +101,13 @@ def run(
                 "Give --rate instead.",
             )
         )
-    (second,) = rest
     assert deployment.transfer_s is not None
     one_token = replace(requests, output_tokens=np.ones_like(requests.output_tokens))
-    prompts = _stage_run(first, one_token, None, on_progress)
+    prompts = _phase_run(first, one_token, None, on_progress)
     arrives_s = prompts.first_token_s + deployment.transfer_s(requests.prompt_tokens)
-    if first.way_s is not None:
-        arrives_s = arrives_s + first.way_s(requests.prompt_tokens)
     longer = np.flatnonzero(requests.output_tokens > 1)
     order = longer[np.argsort(arrives_s[longer], kind="stable")]
-    answers = _stage_run(
+    answers = _phase_run(
         second,
         Requests(
             arrives_s[order],
@@ -141,6 +140,44 @@ def _later(done: Run, seconds: float) -> Run:
     return replace(done, first_token_s=done.first_token_s + seconds, finish_s=done.finish_s + seconds)
 
 
+def _phase_run(
+    stages: tuple[Stage, ...],
+    requests: Requests,
+    concurrency: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Run:
+    """Requests at random over pools of one phase, by what each of them carries."""
+    if len(stages) == 1:
+        return _stage_run(stages[0], requests, concurrency, on_progress)
+    weights = np.array([stage.weight for stage in stages])
+    chosen = np.random.default_rng(_ROUTER_SEED + 1).choice(
+        len(stages), len(requests), p=weights / weights.sum()
+    )
+    shares, runs, before = [], [], 0
+    for index, stage in enumerate(stages):
+        own = np.flatnonzero(chosen == index)
+        if not len(own):
+            continue
+
+        def tell(done: int, _: int, before: int = before) -> None:
+            if on_progress is not None:
+                on_progress(before + done, len(requests))
+
+        shares.append(own)
+        runs.append(_stage_run(stage, _part(requests, own), None, tell))
+        before += len(own)
+    return _together(requests, shares, runs)
+
+
+def _part(requests: Requests, index: Array) -> Requests:
+    return Requests(
+        *(
+            getattr(requests, name)[index]
+            for name in ("arrival_s", "prompt_tokens", "output_tokens", "cached_tokens", "priority")
+        )
+    )
+
+
 def _stage_run(
     stage: Stage,
     requests: Requests,
@@ -159,15 +196,18 @@ def _stage_run(
             if on_progress is not None:
                 on_progress(before + done, len(requests))
 
-        part = Requests(
-            requests.arrival_s[share],
-            requests.prompt_tokens[share],
-            _iterations(requests.output_tokens[share], stage.accepted),
-            requests.cached_tokens[share],
-            requests.priority[share],
-        )
+        part = _part(requests, share)
+        part = replace(part, output_tokens=_iterations(part.output_tokens, stage.accepted))
         runs.append(
-            simulate(part, stage.iteration, stage.rules, stage.pool, concurrency=loop, on_progress=tell)
+            simulate(
+                part,
+                stage.iteration,
+                stage.rules,
+                stage.pool,
+                stages=stage.stages,
+                concurrency=loop,
+                on_progress=tell,
+            )
         )
         finished += len(share)
     return _together(requests, shares, runs)
@@ -183,11 +223,8 @@ def _shares(stage: Stage, count: int, concurrency: int | None) -> list[Array]:
     if not stage.at_random or concurrency is not None:
         engines = min(stage.engines, count)
         return [np.arange(i, count, engines) for i in range(engines)]
-    chosen = np.random.default_rng(_ROUTER_SEED).integers(stage.engines // stage.together, size=count)
-    found = []
-    for replica in range(stage.engines // stage.together):
-        own = np.flatnonzero(chosen == replica)
-        found += [own[i :: stage.together] for i in range(stage.together)]
+    chosen = np.random.default_rng(_ROUTER_SEED).integers(stage.engines, size=count)
+    found = [np.flatnonzero(chosen == engine) for engine in range(stage.engines)]
     return [share for share in found if len(share)]
 
 
@@ -238,7 +275,7 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
     """
     from planner.engine import Pricer
-    from planner.serving.replay import problem_of
+    from planner.serving.replay import part_of, problem_of
     from planner.serving.search import iterations_of
     from planner.serving.space import DEGREES, mesh_of, recipe_of
 
@@ -246,28 +283,34 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         raise SpecError(
             Problem("plan", "is offloaded: it answers a block at a time", "a plan that serves arrivals")
         )
-    if len(plan.pools) > _STAGES or any(pool.cluster for pool in plan.pools):
-        found = f"{len(plan.pools)} pools on {plan.cluster}"
-        raise SpecError(
-            Problem("plan", found, "one pool, or one of prompts and one of generation, on one cluster")
-        )
     problem = problem_of(plan)
-    pricer = Pricer(problem.cluster, problem.stack)
     stages, all_iterations = [], []
     for pool in plan.pools:
+        part = part_of(problem, pool)
         row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
-        iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
+        iterations = iterations_of(
+            part, recipe_of(pool.knobs), mesh_of(row), Pricer(part.cluster, part.stack)
+        )
+        stage = _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy)
         stages.append(
-            replace(
-                _stage(pool, iterations, float(problem.traffic.isl), float(problem.traffic.osl), policy),
-                at_random=routing == "random",
-            )
+            replace(stage, at_random=routing == "random", weight=_weight(pool, stage, problem.traffic))
         )
         all_iterations.append(iterations)
     admission_s = float(all_iterations[0].software.admission_s)
-    if len(stages) == 1:
-        return Deployment(tuple(stages), admission_s)
-    return Deployment(tuple(stages), admission_s, _transfer(*all_iterations))
+    senders, receivers = (
+        [i for i, pool in zip(all_iterations, plan.pools, strict=True) if pool.role == role]
+        for role in ("prefill", "decode")
+    )
+    return Deployment(tuple(stages), admission_s, _transfer(senders, receivers) if receivers else None)
+
+
+def _weight(pool: Pool, stage: Stage, traffic: Traffic) -> float:
+    """What a pool carries beside others of its phase: answers in proportion to those in flight, prompts to its pace."""
+    if pool.role == "decode":
+        return float(pool.replicas * pool.in_flight)
+    budget = float(stage.rules.token_budget)
+    full_s = float(stage.iteration(0.0, 0.0, budget, budget * traffic.prompt_context))
+    return pool.replicas * stage.stages * budget / full_s
 
 
 def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: str | None) -> Stage:
@@ -278,9 +321,9 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
     budget = int(chunk) * ranks
     held = capacity(iterations, isl, osl, chunk)
     block = int(float(iterations.software.block_tokens))
-    blocks = int(held.tokens[0] / block / pp)
+    blocks = int(held.tokens[0] / block)
     most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
-    rules = scheduler(policy or "sarathi", max(most // pp, 1), budget)
+    rules = scheduler(policy or "sarathi", max(most, 1), budget)
     if policy is None:
         rules = replace(rules, mixed=iterations.software.prompts == "beside")
 
@@ -289,24 +332,22 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
     cache = KvPool(blocks, block, int(_WATERMARK * blocks))
-    if pool.role != "prefill" or pp == 1:
-        return Stage(pool.role, pool.replicas * pp, table, rules, cache, pp, accepted=iterations.accepted)
-
-    def way_s(tokens: Array) -> Array:
-        each = np.minimum(tokens, budget)
-        return np.asarray((1.0 - 1.0 / pp) * table(0.0, 0.0, each, each * (tokens - (each - 1.0) / 2.0)))
-
-    paced = replace(table, lines=table.lines / pp)
-    whole = KvPool(blocks * pp, block, int(_WATERMARK * blocks * pp))
-    return Stage(pool.role, pool.replicas, paced, rules, whole, way_s=way_s)
+    return Stage(pool.role, pool.replicas, table, rules, cache, pp, accepted=iterations.accepted)
 
 
-def _transfer(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
-    """Seconds that a cache's way adds to a prompt of its own: every sender's link, or every receiver's if they are fewer."""
+def _transfer(senders: list[Iterations], receivers: list[Iterations]) -> Callable[[Array], Array]:
+    """Seconds that a cache's way adds to a prompt of its own, from any pool to any: the slowest of their ways."""
+    ways = [_way(prefill, decode) for prefill in senders for decode in receivers]
+    return lambda prompt_tokens: np.asarray(np.max([way(prompt_tokens) for way in ways], axis=0))
+
+
+def _way(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
+    """Every sender's link, or every receiver's if they are fewer, of the slower network."""
     from planner.costs.serving import kv_transfer_s
 
     senders, receivers = (float(i.ctx.mesh.tp[0] * i.ctx.mesh.pp[0]) for i in (prefill, decode))
-    bytes_per_s = prefill.ctx.cluster.tiers[-1].effective_bytes_per_s * min(senders, receivers)
+    slower = min(i.ctx.cluster.tiers[-1].effective_bytes_per_s for i in (prefill, decode))
+    bytes_per_s = slower * min(senders, receivers)
     layers = float(prefill.ctx.model.n_layers)
 
     def seconds(prompt_tokens: Array) -> Array:

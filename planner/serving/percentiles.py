@@ -1,9 +1,10 @@
 """What requests that arrive on their own see of a pool: mean and percentiles by the chains of :mod:`planner.load.chain`.
 
 The search ranks thousands of candidates by means; what it lists is put through the chains, and carries the rate at which *their*
-latencies keep the limits. A replica with ``pp`` stages has as many batches under way. To a request that is one engine that
+latencies keep the limits. A replica with ``pp`` stages has as many batches under way. To a prompt that is one engine that
 begins an iteration ``pp`` times as often: its iterations take a ``pp``-th of a batch's way through the stages and advance a
-``pp``-th of the requests, and the way itself is added once to the first token.
+``pp``-th of the requests, and the way itself is added once to the first token. To an answer it is a round of all batches, which
+one with prompt tokens holds up.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planner.costs.serving import held_up_share
 from planner.errors import Infeasible, Problem
 from planner.load.balance import Balance
 from planner.load.chain import generation, percentiles, summary
+from planner.load.fixed_point import steady_load
 from planner.load.iteration_time import Array, Price, Sampled
 from planner.load.length_law import LengthLaw
 from planner.load.prefill_queue import PrefillQueue
@@ -32,6 +35,7 @@ __all__ = ["NEARLY", "Latencies", "Line", "decode_pool", "highest_rate", "mixed_
 _NODES = (14, 40)
 """Of the tables of a plan's iterations: decodes, prompt tokens."""
 _TRIES = 6
+_BISECTIONS = 30
 _CLOSE = 0.96
 _SAME = 0.99
 NEARLY = 0.9
@@ -109,6 +113,30 @@ class Line:
 
         return seconds
 
+    def round_s(self, traffic: Traffic, slots: float, rate_per_s: float) -> float:
+        """Mean seconds in which all batches of a pipeline generate once: a prompt's pass where one is about, or one without.
+
+        The time that a round takes says how many requests are there, and they say how long it takes: bisection.
+        """
+        steps = (traffic.osl - 1.0) / self.accepted
+        context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
+
+        def found_s(round_s: float) -> float:
+            each = min(rate_per_s * steps * round_s, slots) / self.stages
+            room = max(self.budget - each * self.step_tokens, 1.0)
+            part = min(traffic.computed_isl, room)
+            alone_s, held_s = (
+                float(self.table(each, each * context, m, m * traffic.prompt_context)) for m in (0.0, part)
+            )
+            share = held_up_share(rate_per_s * round_s, traffic.computed_isl / part, self.stages)
+            return alone_s + float(share) * (held_s - alone_s)
+
+        low, high = found_s(0.0), found_s(np.inf)
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if found_s(middle) > middle else (low, middle)
+        return high
+
     def way_s(self, traffic: Traffic, decodes: float = 0.0) -> float:
         """What pipeline stages and attention ranks add to the first token, beside the queue.
 
@@ -136,13 +164,33 @@ def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_
     p, steps = line.stages, (traffic.osl - 1.0) / line.accepted
     true = Lengths(float(traffic.isl), float(traffic.osl), 0.0, traffic.length_scv, traffic.prefix_hit)
     slower = Lengths(float(traffic.isl), steps * p + 1.0, 0.0, traffic.length_scv, traffic.prefix_hit)
-    # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
-    rules = replace(_rules(slots, line.budget + decodes * (1.0 - line.step_tokens / p)), mixed=line.beside)
     price = line.price(float(true.context_tokens / slower.context_tokens))
+    # A pp-th of the decodes take a place in the budget, or as many as a step checks tokens.
+    budget = line.budget + decodes * (1.0 - line.step_tokens / p)
+    round_s = 0.0
+    if p > 1.0:  # prompts meet more decodes than one engine that begins iterations p times as often has
+        paced_s = p * float(steady_load(price, _rules(slots, budget), slower, rate_per_s).tpot_s[0])
+        round_s = max(line.round_s(traffic, slots, rate_per_s), paced_s)
+        held = rate_per_s * steps * round_s
+        if held >= slots:
+            raise _beyond(rate_per_s, slots / (steps * round_s))
+        price = _beside_more(price, round_s / paced_s, slots)
+        budget = line.budget + held * (paced_s / round_s - line.step_tokens / p)
+    rules = replace(_rules(slots, budget), mixed=line.beside)
     found = percentiles(price, rules, slower, rate_per_s, _asked(traffic))
-    way_s = line.way_s(traffic, found.decodes)
+    way_s, scale = line.way_s(traffic, found.decodes), max(p, round_s / found.tpot_s["mean"])
     ttft = {name: seconds + way_s for name, seconds in found.ttft_s.items()}
-    return Latencies(ttft, {name: seconds * p / line.accepted for name, seconds in found.tpot_s.items()})
+    return Latencies(ttft, {name: seconds * scale / line.accepted for name, seconds in found.tpot_s.items()})
+
+
+def _beside_more(price: Price, times: float, slots: float) -> Price:
+    """A price whose iterations hold some times the decodes that they are asked for, up to the slots."""
+
+    def seconds(n: Array, context: Array, prefill: Array, seen: Array) -> Array:
+        more = np.maximum(np.minimum(times, slots / np.maximum(n, 1e-9)), 1.0)
+        return price(n * more, context * more, prefill, seen)
+
+    return seconds
 
 
 def prefill_pool(line: Line, traffic: Traffic, rate_per_s: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 from planner.technique import SERVING_SLOTS
 
-__all__ = ["account", "problem_of", "reprice"]
+__all__ = ["account", "part_of", "problem_of", "reprice"]
 
 
 def problem_of(plan: ServePlan) -> ServeProblem:
@@ -69,7 +69,7 @@ def _formats(plan: ServePlan) -> dict[str, Any]:
     return {"precisions": weights, "caches": caches}
 
 
-def _part(problem: ServeProblem, pool: Pool) -> ServeProblem:
+def part_of(problem: ServeProblem, pool: Pool) -> ServeProblem:
     """The problem on a pool's own cluster."""
     own = next((c for c in problem.clusters if c.name == pool.cluster), problem.cluster)
     return replace(problem, cluster=own, others=())
@@ -100,7 +100,7 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
     whole = problem_of(plan)
     found = []
     for pool in plan.pools:
-        problem = _part(whole, pool)
+        problem = part_of(whole, pool)
         pricer = Pricer(problem.cluster, problem.stack)
         if plan.mode == "offloaded":
             from planner.serving.offloaded import offloaded_streams

@@ -27,6 +27,10 @@ CHUNKS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
 
 
+_HANDED_OVER = {"cache_copies": ("kept",)}
+"""Choices of pools between which caches travel: engines hand over whole ones."""
+
+
 class ServeSpace:
     """The candidates of one pool.
 
@@ -40,7 +44,7 @@ class ServeSpace:
 
     def __init__(self, problem: ServeProblem, role: str = "aggregated") -> None:
         self.problem, self.role = problem, role
-        self._unmatched = set(problem.forbidden)
+        self._unmatched = {*problem.forbidden, *problem.explore} - {"all"}
         self.fixed = self._checked(problem.fixed)
         self.choices = {slot: self._slot(slot) for slot in SERVING_SLOTS}
         self.meshes = self._meshes()
@@ -50,7 +54,7 @@ class ServeSpace:
             raise SpecError(
                 [
                     Fault(
-                        f"--forbid {glob}",
+                        f"--{'forbid' if glob in problem.forbidden else 'explore'} {glob}",
                         "matches no knob or choice",
                         "",
                         did_you_mean(glob, [*known, *DEGREES]),
@@ -77,12 +81,19 @@ class ServeSpace:
     def _slot(self, slot: str) -> list[str]:
         techniques = [t for t in discover("serving").values() if t.slot == slot]
         known = [choice for t in sorted(techniques, key=lambda t: not t.default) for choice in t.choices]
-        searched = {choice for t in techniques if t.searched or slot in self.fixed for choice in t.choices}
+        searched = {
+            choice
+            for t in techniques
+            for choice in t.choices
+            if t.searched or slot in self.fixed or self._explored(f"{slot}={choice}")
+        }
         wanted: tuple[str, ...] = tuple(choice for choice in known if choice in searched)
         if slot == "weights":
             wanted = self.problem.precisions
         if slot == "cache":
             wanted = self.problem.caches
+        if self.role != "aggregated":
+            wanted = _HANDED_OVER.get(slot, wanted)
         if slot in self.fixed:
             wanted = (str(self.fixed[slot]).lower(),)
         for value in wanted:
@@ -93,7 +104,8 @@ class ServeSpace:
                 raise SpecError(
                     Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
                 )
-        kept = [value for value in wanted if not self._forbidden(f"{slot}={value}")]
+        hidden = {value for value in known if self._forbidden(f"{slot}={value}")}
+        kept = [value for value in wanted if value not in hidden]
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
@@ -147,6 +159,11 @@ class ServeSpace:
         self._unmatched.difference_update(hits)
         return bool(hits)
 
+    def _explored(self, text: str) -> bool:
+        hits = [glob for glob in self.problem.explore if glob == "all" or fnmatchcase(text, glob)]
+        self._unmatched.difference_update(hits)
+        return bool(hits)
+
     def _checked(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
         known = (*SERVE_NUMBERS, *SERVING_SLOTS, "mode")
         faults: list[Fault] = []
@@ -178,9 +195,10 @@ class ServeSpace:
 
 
 def recipe_of(knobs: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe among a pool's knobs."""
-    names = (*SERVING_SLOTS, *(name for name in ("draft_tokens",) if name in knobs))
-    return {name: str(knobs[name]) for name in names}
+    """The recipe among a pool's knobs; of slots that an older plan does not know, the default."""
+    usual = {t.slot: t.choices[0] for t in discover("serving").values() if t.default}
+    recipe = {name: str(knobs.get(name, usual[name])) for name in SERVING_SLOTS}
+    return recipe | {name: str(knobs[name]) for name in ("draft_tokens",) if name in knobs}
 
 
 def mesh_of(rows: NDArray[Any]) -> Mesh:

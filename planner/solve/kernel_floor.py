@@ -18,6 +18,7 @@ from planner.pipeline import phase_seconds
 from planner.solve.space import DEGREES, Rows
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
+from planner.technique import Context, Technique
 
 __all__ = ["kernel_floor_s"]
 
@@ -40,8 +41,16 @@ def kernel_floor_s(problem: Problem) -> float:
     each = np.array([float(blocks[kind]) for kind in search.kinds])
     least_s = np.inf
     for recipe in search.space.prefixes():
-        ledger = search.ledger(recipe, rows.context(problem, search.space.knobs(recipe)))
+        ctx = rows.context(problem, search.space.knobs(recipe))
+        if any(_repeats(choice.technique, ctx) for slot, choice in recipe.items() if slot not in free):
+            continue
+        ledger = search.ledger(recipe, ctx)
         kernels = ledger.drop(lambda item: not isinstance(item, Kernel))
         forward, backward, _ = phase_seconds(tabulate(kernels, search.pricer, search.kinds, 1))
         least_s = min(least_s, float(each @ (forward + backward)[:, 0]))
     return problem.workload.global_batch_size * least_s / _ENDLESS * (1.0 - _ROUNDING)
+
+
+def _repeats(technique: Technique | None, ctx: Context) -> bool:
+    """Whether a technique is about ranks that work together, and so does nothing on one."""
+    return technique is not None and technique.active is not None and not np.any(technique.active(ctx))

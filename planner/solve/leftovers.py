@@ -61,6 +61,7 @@ def _try(pairs: _Pairs, swaps: Sequence[int], ranking: Ranking) -> None:
     for pending, at, _ in pairs:
         for batch in pending.expansion.rest(pending, at, swaps, bar):
             ranking.add(batch)
+        _ = ranking.bar  # ends a search whose time is over
     ranking.settle()
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import TIMES, BlockTable
 from planner.layout import Layout, Layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound
@@ -114,14 +113,15 @@ def sift(work: Expansion, parts: Sequence[Pairs], bar: float) -> tuple[list[Pair
     plain = [part for part in parts if not any(part is other for other in edited)]
     bounds_s = [np.full(part.open.shape, np.inf) for part in plain]
     for state in range(len(work.states)):
-        times = work.times(state).values
+        times = work.times(state)
         if work.branches.any_saves:  # updates may hide
-            times[TIMES.index("main_step_s")] = 0.0
+            times["main_step_s"][:] = 0.0
         for part, bound_s in zip(plain, bounds_s, strict=True):
             at = np.flatnonzero(part.open[state])
             rows, layout, order = part.rows[at], part.layouts.deal(part.of[at]), order_of(part.schedule)
-            table = BlockTable(work.kinds, np.ascontiguousarray(times[:, :, rows]), TIMES)
-            bound_s[state, at] = step_bound(table, layout, work.micro_batches[rows], schedule=order)
+            bound_s[state, at] = step_bound(
+                times.take(rows), layout, work.micro_batches[rows], schedule=order
+            )
     left, lost = edited, 0
     for part, bound_s in zip(plain, bounds_s, strict=True):
         lost += part.candidates(bound_s >= bar)

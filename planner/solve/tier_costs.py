@@ -23,7 +23,7 @@ from planner.specs.model import Model
 from planner.specs.stack import Stack
 from planner.specs.workload import TrainWorkload
 
-__all__ = ["tier_problem"]
+__all__ = ["elements_of", "seconds_of", "tier_problem"]
 
 
 def tier_problem(
@@ -54,10 +54,12 @@ def tier_problem(
     forward, backward, update = [], [], []
     largest = 0.0
     for name, operators in parts.items():
-        elements = sum(_elements(graph, operator.weight) for operator in operators if operator.weight)
+        elements = sum(elements_of(graph, operator.weight) for operator in operators if operator.weight)
         largest = max(largest, elements * graph.weight_bytes)
         share = elements / cluster.devices
-        kept = sum(_elements(graph, item.size) * item.bytes_per_element for o in operators for item in o.held)
+        kept = sum(
+            elements_of(graph, item.size) * item.bytes_per_element for o in operators for item in o.held
+        )
         first = len(tensors)
         tensors += [
             Tensor(f"weights {name}", share * graph.weight_bytes, persists=True),
@@ -67,7 +69,7 @@ def tier_problem(
         ]
         weights, held, gradients, states = range(first, first + 4)
         seconds = {
-            phase: _seconds(graph, pricer, operators, phase) for phase in ("forward", "backward", "weight")
+            phase: seconds_of(graph, pricer, operators, phase) for phase in ("forward", "backward", "weight")
         }
         forward.append(Kernel(f"forward {name}", seconds["forward"], (weights, held)))
         backward.append(
@@ -87,11 +89,13 @@ def tier_problem(
     return TieringProblem((*forward, *reversed(backward), *update), tuple(tensors), tuple(tiers), moves)
 
 
-def _elements(graph: OperatorGraph, size: str) -> float:
+def elements_of(graph: OperatorGraph, size: str) -> float:
+    """Elements that an expression of a graph says."""
     return float(np.ravel(graph.axes[size])[0])
 
 
-def _seconds(graph: OperatorGraph, pricer: Pricer, operators: list[Operator], phase: str) -> float:
+def seconds_of(graph: OperatorGraph, pricer: Pricer, operators: list[Operator], phase: str) -> float:
+    """Seconds of some operators' kernels in one phase."""
     kernels: list[Item] = [item for o in operators for item in o.kernels if item.phase == phase]
     return sum(float(np.ravel(price)[0]) for price in pricer.prices(kernels, graph.axes))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
+from planner.parts import Priced, price_alike
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults
@@ -26,9 +28,10 @@ from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, off
+from planner.transition import meets
 from planner.units import format_bytes
 
-__all__ = ["estimate", "examine", "search"]
+__all__ = ["estimate", "examine", "search", "search_until"]
 
 _SOLVER = "branch and bound over the uniform space"
 
@@ -56,15 +59,23 @@ def search(
         Infeasible: nothing fits; says what binds, by how much, and what would fit.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far, as heuristic ones.
     """
+    return search_until(problem, top, on_progress, limit_s, perf_counter() + time_limit_s)[0]
+
+
+def search_until(
+    problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float
+) -> tuple[SearchResult, bool]:
+    """:func:`search` up to a reading of the clock; with whether the space was searched to its end.
+
+    Under a limit it may end without plans.
+    """
     start = perf_counter()
 
     def reprice(batch: list[Scored]) -> list[float]:
         return _reprice(batch, problem.workload.global_batch_size)
 
     uniform = UniformSearch(problem, top, reprice, on_progress)
-    uniform.ranking = _Limited(
-        top, problem.workload.global_batch_size, reprice, limit_s, start + time_limit_s
-    )
+    uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s, end_s)
     stopped = late = False
     try:
         priced = uniform.run()
@@ -76,7 +87,7 @@ def search(
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
     if not ranked and stopped:
         raise Interrupted(None, _before_any(counts, uniform.nearest))
-    if not ranked and not too_slow:
+    if not (ranked or too_slow or late):
         raise _infeasible(problem, uniform.nearest, counts.rejected)
     excluded, rejected = (
         {k: n for k, n in sorted(c.items()) if n} for c in (counts.excluded_by_bound, counts.rejected)
@@ -88,7 +99,7 @@ def search(
     result = SearchResult(plans, report)
     if stopped:
         raise Interrupted(result)
-    return result
+    return result, not late
 
 
 def _assembled(
@@ -97,25 +108,37 @@ def _assembled(
     """The ranked choices as plans, with what was proved of each."""
     useful_flop = model_flop(problem.model, problem.workload)
     unproved = Optimality("heuristic", None, None, f"{_SOLVER}, interrupted")
-    for step_s, scored in ranked:
-        knobs = uniform.space.knobs(scored.recipe)
-        optimality = unproved if stopped else _proved(step_s, ranked[0][0])
-        layers = scored.recompute_layers
+    priced = _priced(problem, uniform.space, [scored for _, scored in ranked])
+    for (step_s, scored), known in zip(ranked, priced, strict=True):
         yield assemble(
             problem,
             scored.recipe,
-            knobs,
+            uniform.space.knobs(scored.recipe),
             scored.row,
             scored.layout,
-            layers,
-            optimality,
+            scored.recompute_layers,
+            unproved if stopped else _proved(step_s, ranked[0][0]),
             useful_flop,
             step_s=step_s,
+            priced=known,
         ).plan
 
 
+def _priced(problem: Problem, space: Space, plans: Sequence[Scored]) -> list[Priced]:
+    """Each choice in full; those of one recipe are priced together."""
+    alike: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for scored in plans:
+        alike[tuple(choice.value for choice in scored.recipe.values())].append(scored)
+    found: dict[int, Priced] = {}
+    for members in alike.values():
+        recipe = members[0].recipe
+        each = price_alike(problem, recipe, space.knobs(recipe), [scored.row for scored in members])
+        found |= zip(map(id, members), each, strict=True)
+    return [found[id(scored)] for scored in plans]
+
+
 class _OutOfTimeError(Exception):
-    """The time is over, and there is a plan."""
+    """The time is over, and there is a plan, or a limit that one was found under."""
 
 
 class _Limited(Ranking):
@@ -130,7 +153,7 @@ class _Limited(Ranking):
     @property
     def bar(self) -> float:
         """What a candidate's bound has to beat: asked for between one part of the work and the next."""
-        if self.best and perf_counter() > self.end_s:
+        if (self.best or self.limit_s < np.inf) and perf_counter() > self.end_s:
             raise _OutOfTimeError
         return min(super().bar, self.limit_s)
 
@@ -191,7 +214,7 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
     """The plan whose stages run on node groups that differ."""
     assignment = read_assignment(layerwise, problem)
     stages = assignment.stage_places()
-    first = stages[0]
+    first = stages[0][0]
     fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
     space = Space(replace(first.problem, fixed=fixed, forbidden=()))
     schedule = {"schedule": space.choices["schedule"][0]}
@@ -204,6 +227,9 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
             reasons.append(
                 f"{place.micro_batches:g} and {first.micro_batches:g} micro-batches in one pipeline"
             )
+    for one, other in (pair for places in stages for pair in pairwise(places)):
+        if not meets(one, other):
+            reasons.append("neighbouring layers of one stage whose degrees do not refine each other")
     if reasons:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])

@@ -167,6 +167,8 @@ class UniformSearch:
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(whole)
         open_ = np.flatnonzero(active)
+        if not len(open_):
+            return
         fault = self.faults(recipe, whole.take(open_))
         activity = self.branches.activity(rows.take(open_), knobs)
         self._reject_rows(fault, rows.values["pp"][open_], activity)
@@ -200,8 +202,8 @@ class UniformSearch:
         if self.problem.launcher is not None:
             for check in self.problem.launcher.valid(ctx):
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
-        dealt = {pp: bool(self.layouts_of(int(pp))) for pp in distinct(ctx.mesh.pp)}
-        faults.check(NOT_DEALT, np.array([dealt[pp] for pp in ctx.mesh.pp]))
+        dealt = [pp for pp in distinct(ctx.mesh.pp) if self.layouts_of(int(pp))]
+        faults.check(NOT_DEALT, np.isin(ctx.mesh.pp, dealt))
         assert np.all(ctx.mesh.devices == devices)
         return faults
 
@@ -261,7 +263,7 @@ class UniformSearch:
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
         """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
         micro_batches, pp = ctx.micro_batches, rows.values["pp"]
-        likely = self._likely(ctx, table)
+        likely, timed = self._likely(ctx, table), table.times()
         for schedule, dealings in groupby(self.dealings(), key=lambda dealing: dealing.schedule):
             each = list(dealings)
             works = self._works(schedule, rows, ctx.knobs, activity, each)
@@ -270,7 +272,7 @@ class UniformSearch:
                 at, of = dealing.pairs(pp[works])
                 for begin in range(0, len(at), _TOGETHER):
                     where, layouts = works[at[begin : begin + _TOGETHER]], of[begin : begin + _TOGETHER]
-                    times = table.times(where)
+                    times = timed.take(where)
                     if hides:  # the update's time
                         times["main_step_s"][:] = 0.0
                     bound_s = step_bound(

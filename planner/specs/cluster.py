@@ -86,6 +86,10 @@ class Cluster:
         first, *others = {group.device.name: group.device for group in self.groups}.values()
         return reduce(_weaker, others, first)
 
+    def part(self, group: int) -> Cluster:
+        """The nodes of one group by themselves; a cluster of one group is its own part."""
+        return self.parts[group] if self.parts else self
+
     @property
     def mixed(self) -> bool:
         """Whether the cluster holds more than one kind of device."""

@@ -33,6 +33,7 @@ class ServeProblem:
         modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``; or ``offloaded`` alone.
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value``, none of which a plan may match.
+        explore: globs over ``slot=choice``, or ``all``: choices to search that are left aside otherwise.
         objective: what the ranking maximises: answers of all machines (``throughput``), or tokens per dollar or joule of those
             that a plan uses. At a given rate all of them are the least of devices, dollars or watts.
         usd_per_device_hour: price; None takes the device profile's.
@@ -56,6 +57,7 @@ class ServeProblem:
     usd_per_device_hour: float | None = None
     speculation: Speculation | None = None
     others: tuple[Cluster, ...] = ()
+    explore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())

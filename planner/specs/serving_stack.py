@@ -69,6 +69,7 @@ class ServingSoftware:
         headroom: fraction of a request's final length that the cache must hold when it is admitted; 1: it is never preempted.
         prompts: ``beside`` generation in one iteration, or ``first``: in iterations of their own while generation waits.
         all_reduce: small messages go through kernels of the engine's ``own`` where the link allows it, or the ``library``'s.
+        context_parallel: caches that it splits over tensor ranks: ``any`` that grows, ``latent`` ones, or ``none``.
     """
 
     iteration_s: Sourced
@@ -87,6 +88,7 @@ class ServingSoftware:
     headroom: Sourced
     prompts: str = "beside"
     all_reduce: str = "own"
+    context_parallel: str = "none"
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
 
     def on_generation(self, generation: str) -> ServingSoftware:
@@ -104,6 +106,7 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
     }
     prompts = reader.text("prompts", "beside", choices=("beside", "first"))
     all_reduce = reader.text("all_reduce", "own", choices=("own", "library"))
+    context_parallel = reader.text("context_parallel", "none", choices=("any", "latent", "none"))
     on: dict[str, dict[str, Sourced]] = {}
     generations: Reader | None = reader.table("on", None)
     for generation in () if generations is None else generations.keys():
@@ -113,7 +116,9 @@ def read_serving(reader: Reader | None) -> ServingSoftware | None:
         on[generation] = {name: read_sourced(entry, name) for name in _CONSTANTS if name in present}
         entry.finish()
     reader.finish()
-    return ServingSoftware(on=on, prompts=prompts, all_reduce=all_reduce, **values)
+    return ServingSoftware(
+        on=on, prompts=prompts, all_reduce=all_reduce, context_parallel=context_parallel, **values
+    )
 
 
 def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
@@ -132,4 +137,5 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
     return tuple(found)
 
 
-_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in ("on", "prompts", "all_reduce"))
+_WORDS = ("on", "prompts", "all_reduce", "context_parallel")
+_CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in _WORDS)

@@ -241,11 +241,17 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         raise SpecError(Problem(f"{path}: extends", found, f"one of {', '.join(known)}"))
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
+    merged = _over(under, table)
+    if isinstance(table.get("knobs"), dict):
+        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    if isinstance(table.get("serving"), dict):
+        merged["serving"] = _over(under.get("serving", {}), table["serving"])
+    return merged
+
+
+def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Constants over those of a stack below: what is said of all generations goes before what that one says of one."""
     merged = {**under, **table}
-    for part in ("knobs", "serving"):
-        if isinstance(table.get(part), dict):
-            merged[part] = {**under.get(part, {}), **table[part]}
-    # What a stack says of all generations goes before what the one under it says of one.
     by_generation = {
         generation: {name: value for name, value in constants.items() if name not in table}
         for generation, constants in under.get("on", {}).items()

@@ -6,7 +6,7 @@ Everything heavy is imported when a figure is computed, so that finding the tech
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from planner.schedule.engine import Timeline
     from planner.schedule.order import Generator, Op
     from planner.specs.model import Model
-    from planner.technique import Context
+    from planner.technique import Context, Figure
 
 __all__ = [
     "Pass",
     "between_replicas",
     "bubble_s",
     "flop",
+    "graham_figure",
+    "graham_jobs",
     "held_bytes",
     "in_flight",
     "in_flight_to_backward",
     "makespan_s",
+    "page_faults",
     "parameters",
     "recipe",
     "run",
@@ -195,6 +198,46 @@ def transferred_bytes(ledger: Ledger, tier: str = "host_link") -> float:
     """Bytes over a host link."""
     items = ledger.of(Transfer, tier=tier)
     return sum(_value(ledger, item.size) * item.bytes_per_element for item in items)
+
+
+# -- solvers --------------------------------------------------------------------------------------------------------------
+
+
+def graham_jobs(machines: int) -> tuple[int, ...]:
+    """Jobs with which longest-first takes 4m − 1 on m machines, and the best dealing 3m: its bound 4/3 − 1/(3m) is reached.
+
+    >>> graham_jobs(3)
+    (5, 5, 4, 4, 3, 3, 3)
+    """
+    pairs = [length for length in range(2 * machines - 1, machines, -1) for _ in range(2)]
+    return (*pairs, machines, machines, machines)
+
+
+def graham_figure(what: str, machines: int, compute: Callable[[Any], float]) -> Figure:
+    """The optimum of :func:`graham_jobs` as a figure; ``compute`` has the subject deal them."""
+    from planner.technique import Figure
+
+    jobs = ", ".join(map(str, graham_jobs(machines)))
+    source = "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached"
+    return Figure(
+        f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute, second_hand=True
+    )
+
+
+def page_faults(
+    solver: Callable[[Any], float], pages: Sequence[int], frames: int, moves: str = "serial"
+) -> float:
+    """Faults of a string of references with some frames: the first of each page, and one for every rest outside of them.
+
+    ``solver``: seconds of a problem of tensors and tiers, where a page comes in within a second and goes out for nothing.
+    """
+    from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
+
+    known = sorted(set(pages))
+    kernels = tuple(Kernel(f"reference {i}", 0.0, (known.index(page),)) for i, page in enumerate(pages))
+    tensors = tuple(Tensor(f"page {page}", 1.0, constant=True) for page in known)
+    tiers = (Tier("frames", float(frames)), Tier("disk", float(len(known)), 1.0, 1.0))
+    return len(known) + float(solver(TieringProblem(kernels, tensors, tiers, moves)))
 
 
 # -- schedules -----------------------------------------------------------------------------------------------------------

@@ -85,6 +85,12 @@ TIME_TERMS = (
         "tokens per expert and rank; time of all-to-all and permute kernels",
     ),
     Term(
+        "resharding",
+        "activations between layers of unlike degrees",
+        "the ranks of both layers are further apart than their links are fast",
+        "time of the all-to-alls and all-gathers between these layers",
+    ),
+    Term(
         "data_parallel",
         "gradient and weight traffic that nothing hides",
         "network contention: other jobs, a rail or a NIC that is down, GPUDirect that is off",

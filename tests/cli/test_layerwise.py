@@ -90,6 +90,8 @@ def test_a_launcher_gets_stages_of_any_size(planner, tmp_path):
         (("--time-limit", "0"), "--time-limit"),
         (("--deadline", "5s", "--time-limit", "5s"), "--deadline"),
         (("--deadline", "30d", "--tokens", "1T"), "--deadline"),
+        (("--exact", "--time-limit", "5s"), "--exact"),
+        (("--exact", "--deadline", "5s"), "--exact"),
     ],
 )
 def test_wrong_options_are_named(planner, wrong, where):
@@ -121,9 +123,9 @@ def test_a_deadline_is_a_time_limit_of_the_whole_search(planner):
 
 
 def test_exact_waits(planner):
-    """Whatever the limit, and with the best strategies there are: no worse than what a ten-thousandth may lose."""
+    """For the proof, with the best strategies there are: no worse than what a ten-thousandth may lose."""
     waited = planner(
-        "train", *TIGHT, "--layerwise", "--exact", "--time-limit", "1us", "--top", "1", "--json"
+        "train", *TIGHT, "--layerwise", "--exact", "--time-limit", "none", "--top", "1", "--json"
     ).json
     assert waited["layerwise"]["stopped"] == ""
     usual = planner("train", *TIGHT, "--layerwise", "--top", "1", "--json").json

@@ -328,3 +328,11 @@ def test_wrong_measurements_are_refused(planner, plans, options, where):
     found = planner("explain", f"{plans}:1", *options, "--json")
     assert found.code == 2
     assert [fault["where"] for fault in found.faults] == [where]
+
+
+@pytest.mark.parametrize("command", ["explain", "goodput", "trace"])
+def test_a_stored_plan_says_its_whole_job(planner, plans, command):
+    found = planner(command, f"{plans}:1", "--fix", "tp=2", "--reserve", "5%")
+    assert found.code == 2
+    assert "--fix: stands beside" in found.err
+    assert "--reserve: stands beside" in found.err

@@ -80,6 +80,7 @@ def test_rate_and_concurrency(planner):
         (("--ttft-ms", 0.01), 3, "--ttft-ms"),
         (("--rate", 100000, "--tpot-ms", 20), 3, "--rate"),
         (("--rate", 0), 2, "--rate"),
+        (("--rate", -1, "--for", "sglang"), 2, "--rate"),
         (("--rate", 2, "--concurrency", 3), 2, "--rate"),
         (("--isl", -1), 2, "--isl"),
         (("--precision", "fp3"), 2, "--precision"),
@@ -120,6 +121,8 @@ def test_screens_print(planner, plans):
         result = planner(*arguments)
         assert result.code == 0, result.err
         assert len(result.out.splitlines()) > 5
+    assert "time to first token, p99" in result.out
+    assert "GiB" in result.out
 
 
 def test_a_written_plan_is_priced_alike(planner, plans):
@@ -286,6 +289,8 @@ def test_a_day_is_shown_and_written(planner, tmp_path):
         assert [period["rate_per_s"] for period in found["days"][0]["periods"]] == [2.0, 5.0, 20.0]
         assert len(found["days"]) == len(found["plans"])
     assert "device hours" in planner(*SERVE, *LIMITS, "--daily", "2,5,20").out
+    shown = planner(*SERVE, *LIMITS, "--daily", "2,50000").out
+    assert "not on this cluster" in shown[: shown.index("tok/s/device")]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +323,9 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     refused = planner("export", path, "--to", "vllm")
     assert refused.code == 5
     assert "pools on h100-sxm:1x4+l40s:1x8; expected pools on one cluster" in refused.err
-    assert planner("simulate", path, "--json").code == 2
+    simulated = planner("simulate", path, "--requests", 3000, "--json").json
+    assert simulated["simulated"]["tpot_s"]["mean"] == pytest.approx(now["tpot_s"]["mean"], rel=0.1)
+    assert simulated["simulated"]["ttft_s"]["mean"] < 1.1 * now["ttft_s"]["mean"]  # of its slowest pool
     assert planner(*base, "--mode", "aggregated", "--json").code == 2
     assert planner(*base[:-1], "h100-sxm:1x4+no-such:1x8", "--json").code == 2
     jsonschema = pytest.importorskip("jsonschema")

@@ -88,7 +88,7 @@ def test_a_plan_is_simulated_at_its_own_traffic(planner, serving_plans):
 def test_a_plan_foretells_what_is_simulated(mode, tmp_path):
     """Arrivals of their own at the load that a plan promises: what the chains foretell is what is simulated, limits included."""
     path = tmp_path / "plans.json"
-    fixed = ("--fix", "pp=1")  # batches of later stages are engines of their own in the simulator
+    fixed = ("--fix", "pp=1")  # stages are foretold less closely: tests/unit/test_pipelined_load.py
     limits = ("--ttft-ms", "300", "--tpot-ms", "25", "--mode", mode)
     assert main(["serve", *SERVE[:8], *limits, *fixed, "--json", "-o", str(path)]) == 0
     plan = read_serving_plan(str(path))

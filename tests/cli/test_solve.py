@@ -216,3 +216,15 @@ def test_what_does_not_fit_has_its_own_exit_code(planner, problem):
         ).code
         == 3
     )
+
+
+def test_blocks_of_a_pipeline(planner):
+    job = ("solve", "blocks", "--model", "gpt2", "--cluster", "a100:1x4", "--seq-len", "1024")
+    found = planner(*job, "--json").json
+    assert len(found["blocks"]) == 2 * 12 + 2
+    loads = [sum(b["time_s"] for b in found["blocks"] if b["device"] == device) for device in range(4)]
+    assert max(loads) == pytest.approx(found["time_s"])
+    assert found["time_s"] <= found["runs_s"]
+    assert "in the best runs of neighbours" in planner(*job).out
+    refused = planner(*job, "--memory", "1GiB", "--json")
+    assert (refused.code, refused.faults[0]["where"]) == (3, "memory")

@@ -259,3 +259,38 @@ def test_interrupted_deadline_says_how_far_it_is_proved(planner, monkeypatch):
     found = planner("train", *job)
     assert found.code == 130
     assert re.search(r"up to \d+ devices nothing is in time", found.faults[0]["found"])
+
+
+def test_lengths_are_packed_for_plans_and_dealt_beside_them(planner):
+    job = (
+        "--model",
+        "gpt2",
+        "--cluster",
+        "a100:1x4",
+        "--lengths",
+        "1024:24,4096:2",
+        "--fix",
+        "tp=1",
+        "--top",
+        "1",
+    )
+    found = planner("train", *job, "--json").json
+    # (24·1024 + 2·4096) / 4096 = 8 sequences; their tokens see (24·1024² + 2·4096²) / 32768 of them on the average.
+    workload = found["plans"][0]["workload"]
+    assert [workload[name] for name in ("global_batch_size", "seq_len", "document_len")] == [8, 4096, 1792]
+    dealt = found["sequences"]
+    assert dealt["lengths"] == [1024, 4096]
+    assert [sum(group["sequences"][i] for group in dealt["groups"]) for i in (0, 1)] == [24, 2]
+    assert dealt["time_s"] <= dealt["equal"]["time_s"]
+    shown = planner("train", *job)
+    assert "Sequences in groups of unlike sizes" in shown.out
+    both = planner("train", *job, "--seq-len", "1024", "--json")
+    assert [fault["where"] for fault in both.faults] == ["--seq-len"]
+
+
+def test_exploring_ends_in_time_with_what_is_known(planner):
+    found = planner("train", *SMALL, "--explore", "all", "--time-limit", "1ms", "--top", "1", "--json").json
+    assert found["plans"][0]["optimality"]["status"] == "gap"
+    assert "all choices together" in found["notes"][0]
+    refused = planner("train", *SMALL, "--time-limit", "1s", "--json")
+    assert [fault["where"] for fault in refused.faults] == ["--time-limit"]

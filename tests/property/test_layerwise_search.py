@@ -94,7 +94,7 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
         bound_s = max(settler.bound_s(1e9), deal.bound_s)
         for found in settler.candidates(1e9):
             seen += 1
-            bound_s = max(bound_s, settler.path_s(), settler.path_s(found))
+            bound_s = max(bound_s, settler.path_s(np.inf), settler.path_s(np.inf, found))
             assert bound_s <= found.step_s * (1 + 1e-9)
             plan = assembled(problem, uniform, found)
             assert plan.estimate.step_time_s == pytest.approx(found.step_s, rel=1e-9)

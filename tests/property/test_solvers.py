@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from planner.errors import Infeasible
+from planner.solve.combinatorial.certificate import Clock
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.elimination import eliminate
 from planner.solve.combinatorial.experts import align, balance, moved
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
+from planner.solve.combinatorial.rank_limits import Limits
 from planner.solve.combinatorial.ranks import Group, RankProblem, map_ranks, pipeline_phases
 from planner.solve.combinatorial.recompute import SOLVERS, ComputeGraph, cheapest_schedule, keep_all
 from planner.solve.combinatorial.sequences import SequenceProblem, assign_sequences, micro_batches
@@ -395,6 +397,20 @@ def test_rank_maps_agree_with_enumeration(stages, replicas):
         assert found.certificate.status == "exact"
         assert close(found.time_s, best)
         assert close(problem.seconds(found.node), best)
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 4), (4, 2), (3, 3)])
+def test_limits_bound_every_map_and_find_good_ones(stages, replicas):
+    """Without branch and bound over single ranks: maps of a few per cent from the optimum, and bounds below it."""
+    rng = np.random.default_rng(stages)
+    ranks = stages * replicas
+    rates = rng.uniform(5.0, 25.0, (ranks, ranks))
+    problem = RankProblem((rates + rates.T) / 2, pipeline_phases(stages, replicas, 0.1, 4.0, 32), 1e-3)
+    best = map_ranks(problem).time_s
+    _, value, bound = Limits(problem, ranks, Clock()).search(range(ranks), problem.seconds(range(ranks)))
+    assert bound <= best * (1.0 + 1e-12)
+    assert best * (1.0 - 1e-12) <= value <= 1.1 * best
+    assert bound >= 0.9 * best
 
 
 def test_bound_of_many_ranks_is_below_every_map():

@@ -12,10 +12,12 @@ from planner.calibration.fabric import fit_fabric
 from planner.calibration.measurements import Attention, Measurement, Message, Product, Stream
 from planner.calibration.predict import kernels_s, messages_s
 from planner.calibration.profile import Provenance, cluster_toml, device_toml, stack_toml
+from planner.calibration.serving import fit_serving, read_served
 from planner.calibration.stack import fit_memory, fit_time, read_runs
 from planner.errors import SpecError
 from planner.specs.hardware import load_cluster, load_device
 from planner.specs.stack import load_stack
+from planner.validation.serving import predict
 
 ORIGIN = Provenance(("synthetic.csv",), date(2026, 11, 21), "a test")
 NOISE = 0.03
@@ -177,6 +179,60 @@ def test_a_stack_gets_its_planted_constants_back(tmp_path):
     assert loaded.matmul_slowdown.value == pytest.approx(1.6, rel=0.03)
     assert loaded.framework_bytes.kind == "fitted"
     assert loaded.gradient_bucket_bytes == base.gradient_bucket_bytes
+
+
+SERVED = (
+    "row_id,engine,engine_version,model,accelerator,n_devices,tp,pp,ep,dp,weight_dtype,kv_dtype,input_len,output_len,"
+    "concurrency,features,ttft_ms,tpot_ms\n"
+)
+
+
+def serving_table(tmp_path, stack):
+    """Deployments of four models with the times that a stack predicts."""
+    shapes = [
+        (model, tp, clients)
+        for model, tp in (("llama3.1-8b", 1), ("llama3.1-70b", 4), ("qwen3-32b", 2), ("qwen3-8b", 1))
+        for clients in (1, 4, 16, 64)
+    ]
+    blank = [
+        f"r{i},vLLM,0.11,{model},H100-SXM-80GB,{tp},{tp},1,1,1,bf16,bf16,1000,200,{clients},continuous batching,{{}},{{}}\n"
+        for i, (model, tp, clients) in enumerate(shapes)
+    ]
+    path = tmp_path / "served.csv"
+    path.write_text(SERVED + "".join(row.format(1.0, 1.0) for row in blank))
+    runs = [replace(run, stack=stack) for run, _ in read_served([path]).runs]
+    found = predict(runs, {stack.name: stack})
+    rows = [text.format(1e3 * one["ttft"], 1e3 * one["tpot"]) for text, one in zip(blank, found, strict=True)]
+    path.write_text(SERVED + "".join(rows))
+    return path
+
+
+def test_an_engine_gets_its_planted_constants_back(tmp_path):
+    base = load_stack("vllm").on_generation("hopper")
+    planted = {"serving.iteration_s": 6e-3}
+    served = read_served([serving_table(tmp_path, changed(base, planted))])
+    assert (served.engine, served.generation) == ("vllm", "hopper")
+    _, found = fit_serving("vllm", served, folds=4)
+    assert found.groups == 4  # runs of one model are left out together
+    assert found.values["serving.iteration_s"] == pytest.approx(6e-3, rel=0.03)
+    assert found.left_out.p90 < 0.03
+    out = tmp_path / "mine.toml"
+    out.write_text(stack_toml("vllm", "mine", [found], ORIGIN))
+    loaded = load_stack(out).on_generation("hopper").serving
+    assert loaded.iteration_s.value == pytest.approx(
+        6e-3, rel=0.03
+    )  # though vllm's own file says it of hopper alone
+    assert loaded.iteration_s.kind == "fitted"
+    assert loaded.block_tokens == base.serving.block_tokens
+
+
+def test_deployments_of_several_engines_are_fitted_one_by_one(tmp_path):
+    path = serving_table(tmp_path, load_stack("vllm"))
+    path.write_text(path.read_text().replace("r0,vLLM,0.11", "r0,SGLang,0.5"))
+    with pytest.raises(SpecError, match="engines: sglang, vllm; expected one"):
+        read_served([path])
+    with pytest.raises(SpecError, match="is a stack that trains; expected one that serves, such as vllm"):
+        fit_serving("megatron-core", read_served([serving_table(tmp_path, load_stack("vllm"))]))
 
 
 def test_rows_that_cannot_be_priced_are_named_and_a_table_of_none_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import planner
-from planner.report.confidence import chance_text, confidence, interval_text, out_of_memory_matters
+from planner.report.confidence import confidence, interval_text, out_of_memory_matters
 from planner.report.plan_table import show_plans
 from planner.report.terminal import Screen
 from planner.report.totals import confidence_fields
@@ -75,7 +75,6 @@ def test_probability_of_running_out_is_shown_where_it_matters(plan, monkeypatch)
     assert "OOM" in shown
     assert "<1%" in shown
     assert "30%" in shown
-    assert chance_text(None) == "-"
 
 
 def test_plans_without_an_interval_are_shown_without_one(plan, monkeypatch):

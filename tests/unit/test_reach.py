@@ -23,7 +23,8 @@ GB = 1e9
 class Case:
     """A problem, and the choice that wins it.
 
-    ``by``: the technique that the plan's account of seconds or bytes must name; ``host_gb``: host memory of the one device;
+    ``by``: the technique that the plan's account of seconds or bytes must name (messages between stages are part of the
+    schedule's bubble); ``host_gb``: host memory of the one device;
     ``nvme``: its drives, GB and GB/s.
     """
 
@@ -157,6 +158,13 @@ CASES = [
              {**PLAIN, "zero_stage": 1, "synchronisation": name}, allowed=("staleness",))
         for name in ("diloco", "noloco")
     ),
+    # Many replicas behind slow links, and nothing to hide a whole reduction behind: Lian et al. 2017 (arXiv:1705.09056). It needs
+    # replicated states.
+    *(
+        Case(choice, "neighbours", "gpt3-1.3b", "rtx-4090:32x1", 64, 512, PLAIN, allowed=("staleness",),
+             forbidden=("co2", "diloco", "noloco"))
+        for choice in ("synchronisation=neighbours", "zero_stage=0")
+    ),
     # Gradients over a slow network: Wang et al. 2023 (arXiv:2306.10209), Vogels et al. 2019 (arXiv:1905.13727).
     Case("compression=qgz", "zeropp", "gpt3-2.7b", SLOW, 256, 2048, PLAIN, allowed=("lossy",)),
     # A tenth of the elements in a few bits, a step late: Wang et al. 2023 (ICML); both copies of a tied embedding and their
@@ -182,6 +190,21 @@ CASES = [
              explore=(f"tensor={choice}",))
         for choice, by, cluster, tp in (
             ("2d", "optimus_2d", "gb200-nvl72:16x4", 64), ("2.5d", "tesseract_25d", "gb200-nvl72:8x4", 32),
+        )
+    ),
+    # What came before sequence parallelism: messages between stages that cross nodes whole on every tensor rank (Narayanan et al.
+    # 2021, arXiv:2104.04473, section 4.1), and checkpoints that every tensor rank keeps whole (arXiv:1910.02054, section 6.1).
+    Case("pipeline=scatter_gather", "megatron_interleaved", "gpt3-13b", "a100-sxm-40gb:4x8", 32, 2048,
+         {**K, "tp": 8, "cp": 1, "pp": 4, "sequence_parallel": "false", "micro_batch_size": 1}, explore=("pipeline=*",)),
+    Case("recompute=partitioned", "zero_r", "llama2-13b", "a100-sxm-40gb:1x8", 8, 32768,
+         {**K, **ON_DEVICE, "tp": 8, "sequence_parallel": "false"}, explore=("recompute=partitioned",)),
+    # Layers wider than a device's memory, and experts beside them: what is tried first also wins.
+    *(
+        Case(choice, by, "mixtral-8x7b", "h100-sxm:4x8", 256, 4096, {**K, "tp": 2})
+        for choice, by in (
+            ("tensor=1d", "megatron_tp_1d"), ("expert=folded", "moe_folding"), ("pipeline=stages", "megatron_interleaved"),
+            ("optimizer=adamw", "optimizer_bytes"), ("attention_kernel=flash", "flash_attention"), ("zero_stage=1", "zero1"),
+            ("loss_kernel=fused", "fused_cross_entropy"), ("precision=bf16", "flash_attention"),
         )
     ),
     # All-reduces on PCIe without sequence parallelism: Wang et al. 2024 (arXiv:2409.15241).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -35,6 +35,8 @@ ELSEWHERE = tuple(
         "zb_*p",
     )
 )
+SPLIT = tuple(f"schedule={name}" for name in ("zb*", "v_*", "dualpipe*", "*_vocab", "ooo"))
+UNSPLIT = (*SPLIT, "schedule=interleaved", "schedule=breadth_first")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,14 @@ class Case:
     )  # where ends cannot be shared, but for the cases that are about that
 
 
-ONE_CHUNK = ("schedule=*_vocab", "schedule=chimera*", "schedule=dualpipe*", "schedule=*v*", "schedule=v_*")
+ONE_CHUNK = (
+    "schedule=*_vocab",
+    "schedule=chimera*",
+    "schedule=mixpipe",
+    "schedule=dualpipe*",
+    "schedule=*v*",
+    "schedule=v_*",
+)
 CASES = [
     # Few micro-batches: arXiv:2107.06925, section 4, is about N = D; two copies of the weights fit.
     Case("chimera", "llama3-8b", "a100-sxm-80gb:1x8", 8, 4096),
@@ -77,8 +86,20 @@ CASES = [
     # Without schedules that need their authors' runtimes: weight gradients behind the others alone, and the V of both directions.
     Case("ooo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 4, 1024, forbidden=ELSEWHERE),
     Case("dualpipev", "gpt3-6.7b", "a100-sxm-40gb:1x8", 16, 1024, forbidden=ELSEWHERE),
-    # No flush at all, where late gradients are allowed: arXiv:2006.09503.
+    # No flush at all, where late gradients are allowed: arXiv:2006.09503; with fewer micro-batches than stages, which
+    # PipeDream-2BW cannot run: doi:10.1145/3341301.3359646.
     Case("2bw", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 2048, ("staleness",)),
+    Case("pipedream", "gpt2-xl", "a100-sxm-80gb:1x8", 2, 8192, ("staleness",)),
+    # Room for a third of 1F1B's activations: arXiv:2405.15362.
+    Case("v_min", "gpt3-6.7b", "a100-sxm-40gb:1x8", 32, 6144),
+    # A slow network between the stages: 1F1B's alternation waits for the message there and back, all forwards in a row do not;
+    # with as few micro-batches as stages nothing alternates, and 1F1B holds less (arXiv:1811.06965, arXiv:2007.01045).
+    Case("gpipe", "gpt3-2.7b", "examples/slow_network.toml", 16, 2048),
+    Case("1f1b", "gpt3-2.7b", "examples/slow_network.toml", 8, 1024),
+    # Without schedules that split the backward, and without room for forward doubling: between Chimera and it (DAC 2023).
+    Case("mixpipe", "gpt3-2.7b", "a100-sxm-40gb:1x8", 32, 5120, forbidden=SPLIT),
+    # What its paper compares it with, where a second copy of the weights does not fit: arXiv:2308.15762, section 2.
+    Case("hanayo", "gpt3-6.7b", "a100-sxm-40gb:1x8", 8, 2048, forbidden=UNSPLIT),
     # A large vocabulary at the end of few layers: arXiv:2411.05288, section 6, V-Half and 1F1B.
     Case("v_half_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 32, 4096, forbidden=()),
     Case("1f1b_vocab", "llama3-8b", "a100-sxm-80gb:1x8", 64, 2048, forbidden=("schedule=v_half_vocab",)),
@@ -93,8 +114,9 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.schedule)
 def test_the_search_chooses_it_where_it_wins(case):
+    cluster = replace(load_cluster(case.cluster), name=case.cluster)
     problem = Problem(
-        load_model(case.model), load_cluster(case.cluster), TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
+        load_model(case.model), cluster, TrainWorkload(case.batch, case.seq), load_stack(), fixed=ELSE,
         explore=("schedule=*",), allowed=case.allowed, forbidden=case.forbidden,
     )  # fmt: skip
     found = search(problem, top=2)

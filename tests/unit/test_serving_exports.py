@@ -20,6 +20,7 @@ from planner.export.serving.readers import problem_of_launch, read_launch
 from planner.export.serving.target import ServingTarget
 from planner.serving.serve import serve
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import Speculation
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
 from planner.validation.report import validate
@@ -27,12 +28,14 @@ from planner.validation.report import validate
 
 def plan_of(model="llama3.1-8b", cluster="h100-sxm:1x8", mode="aggregated", engine="vllm", **fixed):
     traffic, weights = fixed.pop("traffic", None), fixed.pop("weights", None)
+    speculation = fixed.pop("speculation", None)
     loaded = planner.load_model(model)
     asked = traffic or Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
     formats = (weights or loaded.checkpoint,)
     problem = ServeProblem(
-        loaded, planner.load_cluster(cluster), asked, load_stack(engine), formats, ("bf16",), (mode,), fixed
-    )
+        loaded, planner.load_cluster(cluster), asked, load_stack(engine), formats, ("bf16",), (mode,), fixed,
+        speculation=speculation,
+    )  # fmt: skip
     return serve(problem, top=1).best
 
 
@@ -47,6 +50,20 @@ def pair():
         "decode.replicas": 1,
     }
     return plan_of(mode="disaggregated", **fixed)
+
+
+@pytest.fixture(scope="module")
+def two_kinds():
+    """Prompts on one node of H100, generation on one of A100."""
+    loaded, fixed = planner.load_model("llama3.1-70b"), {"prefill.tp": 2, "decode.tp": 4, "pp": 1}
+    clusters = [planner.load_cluster(name) for name in ("h100-sxm:1x8", "a100-sxm-80gb:1x8")]
+    problem = ServeProblem(
+        loaded, clusters[0], Traffic(4000, 500, ttft_s=2.0, tpot_s=0.06), load_stack("vllm"), ("bf16",), ("bf16",),
+        ("disaggregated",), fixed, others=(clusters[1],),
+    )  # fmt: skip
+    plans = serve(problem, top=10).plans
+    wanted = {"prefill": clusters[0].name, "decode": clusters[1].name}
+    return next(plan for plan in plans if {pool.role: pool.cluster for pool in plan.pools} == wanted)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +104,7 @@ def test_sixteen_bit_checkpoints_are_narrowed_by_the_engine():
 def test_three_meanings_of_a_memory_fraction():
     plan = plan_of(tp=2, replicas=1)
     target = ServingTarget(plan)
-    memory = float(target.cluster.device.memory_bytes)
+    memory = float(target.clusters[0].device.memory_bytes)
     vllm, sglang, trtllm = (
         yaml.safe_load(export_serving(plan, engine)[f"{engine}.yaml"])
         for engine in ("vllm", "sglang", "trtllm")
@@ -158,6 +175,44 @@ def test_every_replica_stands_on_devices_of_its_own(pair):
     taken = [(seat.node, device) for seat in seats for device in seat.devices]
     assert len(taken) == len(set(taken)) == pair.devices == 8
     assert len({(seat.node, seat.port) for seat in seats}) == len(seats)
+
+
+def test_pools_stand_on_nodes_of_their_own_kind(two_kinds):
+    target = ServingTarget(two_kinds)
+    nodes = {
+        role: {s.node for s in target.seats if two_kinds.pools[s.pool].role == role}
+        for role in ("prefill", "decode")
+    }
+    assert nodes == {"prefill": {0}, "decode": {1}}
+    files = export_serving(two_kinds, "vllm", around=["kubernetes"])
+    assert "1 node of 8 × h100-sxm (NODE_RANK 0)" in files["README.md"]
+    assert "1 node of 8 × a100-sxm-80gb (NODE_RANK 1)" in files["README.md"]
+    sets = [
+        document
+        for document in yaml.safe_load_all(files["leaderworkerset.yaml"])
+        if document["kind"] == "LeaderWorkerSet"
+    ]
+    asked = {
+        document["metadata"]["name"].rsplit("-", 1)[1]: document["spec"]["leaderWorkerTemplate"][
+            "workerTemplate"
+        ]["spec"]["nodeSelector"]
+        for document in sets
+    }
+    assert asked == {"prefill": {"accelerator": "h100-sxm"}, "decode": {"accelerator": "a100-sxm-80gb"}}
+    for to, around, why in (("vllm", ["slurm"], "nodes of one kind"), ("dynamo", [], "on one kind of node")):
+        with pytest.raises(ExportError, match=why):
+            export_serving(two_kinds, to, around=around)
+
+
+def test_each_pool_is_told_the_memory_of_its_own_devices(two_kinds):
+    weights = {"prefill": 2, "decode": 4}  # tensor-parallel ranks that share 141 GB
+    for pool in two_kinds.pools:
+        total = float(ServingTarget(two_kinds).cluster(pool).device.memory_bytes)
+        held = ServingTarget(two_kinds).capacity(pool)
+        assert float(held.weights_bytes[0]) == pytest.approx(141e9 / weights[pool.role], rel=0.01)
+        text = export_serving(two_kinds, "sglang")[f"sglang-{pool.role}.yaml"]
+        fraction = float(yaml.safe_load(text)["mem-fraction-static"])
+        assert fraction * total == pytest.approx(float(held.weights_bytes[0] + held.cache_bytes[0]), rel=2e-3)
 
 
 def test_replicas_that_do_not_divide_a_node_are_refused_where_they_do_not_fit():
@@ -404,6 +459,30 @@ def test_a_launch_is_priced_as_the_plan_was(engine, tmp_path):
     assert again.estimate.memory_budget_bytes == pytest.approx(plan.estimate.memory_budget_bytes, rel=2e-3)
 
 
+DRAFTS = {
+    "a model's own modules": ("deepseek-v3", Speculation("mtp", 0.8, (2,))),
+    "the prompt": ("llama3.1-8b", Speculation("ngram", 0.3, (3,))),
+    "a smaller model": ("llama3.1-8b", Speculation("draft", 0.7, (4,), planner.load_model("llama3.2-1b"))),
+}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("who", DRAFTS)
+def test_drafts_are_read_back_and_need_to_be_told_how_good_they_are(engine, who, tmp_path):
+    name, speculation = DRAFTS[who]
+    fixed = {"tp": 8, "pp": 1, "dp": 1, "ep": 1, "replicas": 1, "draft_tokens": speculation.tokens[0]}
+    traffic = Traffic(2000, 200, concurrency=16)
+    plan = plan_of(name, "h200-sxm:1x8", engine=engine, traffic=traffic, speculation=speculation, **fixed)
+    pools = read_launch(engine, str(written(plan, engine, tmp_path) / "serve.sh"))
+    asked = (pools, planner.load_model(name), planner.load_cluster(plan.cluster), traffic, None)
+    again = serve(problem_of_launch(*asked, acceptance=speculation.acceptance), top=1).best
+    drafts = ("draft", "draft_tokens", "acceptance")
+    assert [again.pools[0].knobs[knob] for knob in drafts] == [plan.pools[0].knobs[knob] for knob in drafts]
+    assert again.estimate.tpot_s["mean"] == pytest.approx(plan.estimate.tpot_s["mean"])
+    with pytest.raises(SpecError, match="a measured probability"):
+        problem_of_launch(*asked)
+
+
 LAUNCHES = [
     ("vllm", "vllm serve m -tp 2 --max-num-seqs 64 --max-num-batched-tokens 32", "is less than max-num-seqs"),
     (
@@ -428,12 +507,15 @@ BAD = {
         "": "is empty",
         "echo hi": "starts no serve",
         "vllm serve m --tensor-parallel-size two": "expected a whole number",
-        "vllm serve m --speculative-config '{}'": "speculative decoding: not modelled",
+        "vllm serve m --speculative-config '{}'": "a JSON object with num_speculative_tokens",
         "vllm serve m --kv-transfer-config x": "expected a JSON object",
+        """vllm serve m --speculative-config '{"method": "eagle3", "num_speculative_tokens": 2}'""": "not modelled",
     },
     "sglang": {
         "echo hi": "starts no sglang.launch_server",
         "python -m sglang.launch_server --tp 4 --attn-dp-size 3": "a divisor of --tp-size",
+        "python -m sglang.launch_server --speculative-algorithm NGRAM": "drafted tokens of a step",
+        "python -m sglang.launch_server --speculative-algorithm EAGLE3 --speculative-num-steps 3": "not modelled",
         "python -m sglang.launch_server --disaggregation-mode prefil": "Did you mean prefill",
         "python -m sglang.launch_server --disaggregation-mode prefill": "is one pool of a pair",
     },

@@ -6,7 +6,7 @@ from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight
 from planner.schedule.order import Op, make_order
 from planner.techniques.training.schedule.zero_bubble import H1, H2
-from planner.techniques.training.schedule.zero_bubble_auto import Durations, automatic
+from planner.techniques.training.schedule.zero_bubble_auto import NOMINAL, Durations, automatic
 
 ROWS = [  # p, m; F, B, W and message in milliseconds; rates of 1F1B, ZB-H1, ZB-H2, ZB-1p, ZB-2p
     (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1585, 0.1083, 0.1585, 0.0433),
@@ -41,3 +41,16 @@ def test_bubble_rates_are_those_of_table_5(row):
         assert found == pytest.approx(published, abs=6e-5)  # printed to four digits
     for generator, limit in zip(made_for, (1, 2), strict=True):
         assert in_flight(make_order(generator, p, m), Op.B).max() <= limit * p
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize(
+    "times", [(1.0, 1.0, 1.0), (1.0, 1.1, 0.9), (1.0, 1.4, 0.6), (1.0, 1.2, 0.4), (1.0, 1.8, 0.9)]
+)
+def test_an_order_made_for_other_durations_loses_little(limit, times):
+    """Against the order made for a plan's own durations, at which both are priced."""
+    own = Durations(*times, 0.02)
+    kept, fitted = (
+        rate(make_order(automatic("order", limit, made_for), 8, 24), own) for made_for in (NOMINAL, own)
+    )
+    assert kept <= fitted + 0.015

@@ -92,9 +92,26 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
     from planner.errors import Problem
 
     plan = target.plan
-    if plan.mode == "offloaded" or any(pool.cluster for pool in plan.pools):
-        found = "an offloaded plan" if plan.mode == "offloaded" else f"pools on {plan.cluster}"
-        return [Problem(f"--to {exporter.name}", found, "pools on one cluster that serve arrivals")]
+    where = f"--to {exporter.name}"
+    if plan.mode == "offloaded":
+        return [Problem(where, "an offloaded plan", "pools that serve arrivals")]
+    vendors = sorted({cluster.device.vendor for cluster in target.clusters})
+    if len(vendors) > 1:
+        return [
+            Problem(
+                where,
+                f"devices of {' and '.join(vendors)}",
+                "devices of one vendor, which one build of an engine runs on",
+            )
+        ]
+    if len(target.clusters) > 1 and not exporter.around:
+        return [
+            Problem(
+                where,
+                f"pools on {plan.cluster}",
+                "pools on one kind of node; vllm, sglang and trtllm start on each",
+            )
+        ]
     engine = exporter.engine(target)
     problems = [problem for pool in plan.pools for problem in engine.rules(target, pool)]
     return [*problems, *exporter.rules(target)]

@@ -16,16 +16,32 @@ from planner.export.serving.target import FIRST_PORT, ServingTarget, pool_name, 
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
 
-__all__ = ["AROUND"]
+__all__ = ["AROUND", "DEVICE_LABEL"]
+
+DEVICE_LABEL = "accelerator"
+"""Label of a node whose value is its devices' name; asked for where nodes are of several kinds."""
 
 
 def _slurm(target: ServingTarget, image: str) -> Mapping[str, str]:
+    """``job.sbatch``.
+
+    Raises:
+        ExportError: nodes of several kinds; a job's ``--nodes`` are of one.
+    """
+    if len(target.machines) > 1:
+        found = f"nodes of {' and '.join(target.machines)}"
+        raise ExportError(
+            Problem(
+                "--with slurm", found, "nodes of one kind; without it, run.sh starts on every node by itself"
+            )
+        )
+    per_node = target.per_node(target.cluster(target.plan.pools[0]))
     lines = [
         "#!/usr/bin/env bash",
         f"#SBATCH --job-name=plan-{target.plan.id}",
         f"#SBATCH --nodes={target.nodes}",
         "#SBATCH --ntasks-per-node=1",
-        f"#SBATCH --gpus-per-node={target.per_node}",
+        f"#SBATCH --gpus-per-node={per_node}",
         "#SBATCH --exclusive",
         "#SBATCH --output=serve-%j.log",
         *(f"# {line}" for line in summary(target.plan)),
@@ -99,6 +115,9 @@ def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str
         {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
     ]
     labels = {"app": own, "role": "leader"}
+    spec: dict[str, Any] = {"volumes": volumes}
+    if len(target.clusters) > 1:
+        spec["nodeSelector"] = {DEVICE_LABEL: target.cluster(pool).device.name}
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
@@ -110,9 +129,9 @@ def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": {
                     "metadata": {"labels": labels},
-                    "spec": {"containers": [leader], "volumes": volumes},
+                    "spec": {"containers": [leader], **spec},
                 },
-                "workerTemplate": {"spec": {"containers": [container], "volumes": volumes}},
+                "workerTemplate": {"spec": {"containers": [container], **spec}},
             },
         },
     }

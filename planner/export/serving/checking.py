@@ -18,7 +18,12 @@ from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["Step", "best_of_engine", "serving_findings", "steps_to"]
 
-_GROUPS = (("tp", "dp", "pp", "ep", "etp", "replicas", "experts"), ("chunk_tokens",), ("max_sequences",))
+_GROUPS = (
+    ("tp", "dp", "pp", "ep", "etp", "replicas", "experts"),
+    ("chunk_tokens",),
+    ("max_sequences",),
+    ("draft_tokens",),
+)
 _UNUSED = (
     1.25  # of the sequences that the engine is allowed: caches hold that many more before it is worth a word
 )
@@ -104,6 +109,9 @@ def steps_to(problem: ServeProblem, plan: ServePlan, best: ServePlan) -> list[St
             [Step({"pools": (pools[0], pools[1])}, _rate(plan), _rate(best))] if pools[0] != pools[1] else []
         )
     current, goal = _choices(plan), _choices(best)
+    if not any(block.moe for block in problem.model.blocks.values()):
+        for choices in (current, goal):
+            choices |= {"ep": None, "etp": None}  # a dense model has no such degrees, whatever its mesh says
     groups = [group for group in _GROUPS if any(current.get(name) != goal.get(name) for name in group)]
 
     def price(choices: Mapping[str, Any]) -> tuple[float, bool] | None:
@@ -125,6 +133,7 @@ def _choices(plan: ServePlan) -> dict[str, Any]:
     """A plan's choices of one pool, as ``ServeProblem.fixed`` names them."""
     pool = plan.pools[0]
     found = {**pool.mesh, "replicas": pool.replicas, "experts": pool.knobs["experts"]}
+    found["draft_tokens"] = int(pool.knobs.get("draft_tokens", 0))
     found["chunk_tokens"] = pool.knobs.get("chunk_tokens")
     cap = pool.knobs.get("max_sequences")
     found["max_sequences"] = None if cap is None else -(-int(cap) // (pool.mesh["dp"] * pool.mesh["pp"]))

@@ -46,7 +46,7 @@ class ServingExporter:
 
 def resource_of(target: ServingTarget, where: str) -> Problem | str:
     """The resource that pods ask for; a problem where no device plugin is known."""
-    vendor = target.cluster.device.vendor
+    vendor = target.clusters[0].device.vendor
     if vendor not in RESOURCES:
         return Problem(
             where, f"no device plugin is known for devices of {vendor}", f"devices of {', '.join(RESOURCES)}"

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from importlib.resources import files
 
 from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check, page
-from planner.export.serving.around import AROUND
+from planner.export.serving.around import AROUND, DEVICE_LABEL
 from planner.export.serving.bare import ROUTER_PORT, routed
 from planner.export.serving.engine import Engine, quantized_checkpoint
 from planner.export.serving.exporter import ServingExporter
 from planner.export.serving.row import serving_row
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
+from planner.specs.cluster import Cluster
 from planner.units import format_bytes
 
 __all__ = ["folder_files"]
@@ -114,10 +115,10 @@ def _read_me(
     differs = _differs(target, engine)
     closing = [
         f"Then `python measure.py {url}`: predicted beside measured at the plan's load, and `measured.csv` for",
-        "`planner validate measured.csv`.",
+        "`planner validate measured.csv`; those of several deployments fit a stack, `planner calibrate stack`.",
         *_clients(target),
     ]
-    title = f"{plan.model} on {target.cluster.name}, with {exporter.title} {version}{with_engine}"
+    title = f"{plan.model} on {target.plan.cluster}, with {exporter.title} {version}{with_engine}"
     return page(title, summary(plan), rows, first, start, closing, differs)
 
 
@@ -150,6 +151,9 @@ def _around_first(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
         target.nodes > 1 or target.plan.mode == "disaggregated"
     ):
         checks.append(ADAPTERS_IN_PODS)
+    if "leaderworkerset.yaml" in found and len(target.clusters) > 1:
+        labels = ", ".join(f"`{DEVICE_LABEL}={cluster.device.name}`" for cluster in target.clusters)
+        checks.append(f"Labels: nodes say which devices they have, {labels} (`kubectl label node NAME …`).")
     if "leaderworkerset.yaml" in found:
         checks.append(
             "`kubectl get crd leaderworkersets.leaderworkerset.x-k8s.io`, and where the checkpoint is gated a secret `hf-token`"
@@ -172,11 +176,9 @@ def _around(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
 
 def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> list[str]:
     """What to check before any start."""
-    plan, device = target.plan, target.cluster.device
-    estimate = plan.estimate
+    plan, estimate = target.plan, target.plan.estimate
     found = [
-        f"Machines: {target.nodes} node{'s' * (target.nodes > 1)} of {target.per_node} × {device.name} with "
-        f"{format_bytes(float(device.memory_bytes))} each (`nvidia-smi --query-gpu=name,memory.total --format=csv`).",
+        *(_machines(target, cluster) for cluster in target.clusters),
         f"Versions: `pip show {_PACKAGES[engine.name]}` says {engine.versions[0]}; flags change between minor versions.",
     ]
     needed = quantized_checkpoint(engine, target)
@@ -196,8 +198,20 @@ def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> 
         f"the engine's first log lines should name as much, room for {estimate.max_concurrency:,} requests over all replicas."
     )
     if target.nodes > 1 or plan.mode == "disaggregated":
-        found.append(network_check(target.cluster))
+        found += [network_check(cluster) for cluster in target.clusters]
     return [*found, *engine.needs(target)]
+
+
+def _machines(target: ServingTarget, cluster: Cluster) -> str:
+    """The nodes of one kind; which they are, where there are several kinds."""
+    nodes, device = target.machines[cluster.name], cluster.device
+    which = (
+        "" if len(target.clusters) == 1 else f" (NODE_RANK {nodes[0]}{f' to {nodes[-1]}' * (len(nodes) > 1)})"
+    )
+    return (
+        f"Machines: {len(nodes)} node{'s' * (len(nodes) > 1)} of {target.per_node(cluster)} × {device.name}{which} with "
+        f"{format_bytes(float(device.memory_bytes))} each (`nvidia-smi --query-gpu=name,memory.total --format=csv`)."
+    )
 
 
 _PACKAGES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt-llm"}

@@ -14,7 +14,7 @@ from planner.export.launched import read_text
 from planner.export.shell import read_script
 from planner.export.yaml_text import read_yaml
 
-__all__ = ["FORMATS", "LaunchedPool", "read_flags"]
+__all__ = ["FORMATS", "Drafts", "LaunchedPool", "read_flags"]
 
 FORMATS: Mapping[str, str] = {
     "fp8": "fp8", "modelopt": "fp8", "modelopt_fp8": "fp8", "modelopt_fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4",
@@ -22,6 +22,21 @@ FORMATS: Mapping[str, str] = {
 }  # fmt: skip
 """What an engine's option for the weights' format says → the planner's name."""
 _MAX_PARTS = 1000  # of a map that is one option
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Speculative decoding as a launch asks for it.
+
+    Attributes:
+        method: one of :data:`planner.specs.speculation.METHODS`.
+        tokens: drafted tokens per step.
+        model: the smaller model of ``draft``, as the launch names it.
+    """
+
+    method: str
+    tokens: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +56,7 @@ class LaunchedPool:
         wasteful: what costs time or memory for nothing, one sentence each.
         notes: what was taken for granted, left out or ignored, one sentence each.
         ignored: flags that were not understood, or say nothing about time and memory.
+        drafts: who drafts tokens, and how many; None: nobody.
     """
 
     launcher: str
@@ -54,6 +70,7 @@ class LaunchedPool:
     wasteful: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     ignored: tuple[str, ...] = field(default=())
+    drafts: Drafts | None = None
 
 
 def read_flags(

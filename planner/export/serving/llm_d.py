@@ -38,7 +38,7 @@ def _write(target: ServingTarget, engine: Engine, image: str, version: str) -> M
             "authSecretName": "llm-d-hf-token",
             "labels": {"llm-d.ai/inference-serving": "true", "llm-d.ai/model": name},
         },
-        "accelerator": {"type": _TYPES[target.cluster.device.vendor]},
+        "accelerator": {"type": _TYPES[target.clusters[0].device.vendor]},
         "routing": {
             "servicePort": _SERVICE,
             "proxy": {"enabled": split, "targetPort": _BEHIND_SIDECAR, "connector": "nixlv2"},

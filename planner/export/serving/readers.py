@@ -20,8 +20,9 @@ from planner.serving.space import DEGREES, mesh_of
 from planner.specs.cluster import Cluster
 from planner.specs.device import Sourced
 from planner.specs.model import Model
-from planner.specs.models import named_precision
+from planner.specs.models import load_model, named_precision
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.speculation import Speculation
 from planner.specs.stack import Stack, load_stack
 from planner.specs.traffic import Traffic
 from planner.technique import SERVING_SLOTS, discover
@@ -62,16 +63,29 @@ def problem_of_launch(
     cluster: Cluster,
     traffic: Traffic,
     usd_per_device_hour: float | None,
+    acceptance: float | None = None,
 ) -> ServeProblem:
     """The problem whose only candidate is what was launched.
 
+    Args:
+        pools: what was launched.
+        model: what it serves.
+        cluster: where.
+        traffic: what it has to answer.
+        usd_per_device_hour: price; None: the cluster's.
+        acceptance: probability that a drafted token is the model's, of launches that draft.
+
     Raises:
-        SpecError: its replicas do not fit on the cluster, or it cannot serve the traffic's lengths.
+        SpecError: its replicas do not fit on the cluster, it cannot serve the traffic's lengths, or it drafts tokens and
+            nothing says how good they are (or the other way round).
     """
+    speculation = _speculation(pools[-1], acceptance)
     fixed: dict[str, Any] = {"mode": "aggregated" if len(pools) == 1 else "disaggregated"}
     formats: dict[str, Any] = {"weights": [], "cache": []}
     for pool in pools:
         mine = _completed(pool, model)
+        if pool.drafts is not None and pool.role != "prefill":
+            mine["draft_tokens"] = pool.drafts.tokens
         if pool.role != "decode":
             mine.setdefault("chunk_tokens", _default_chunk(pool, cluster))
         prefix = "" if len(pools) == 1 else f"{pool.role}."
@@ -87,7 +101,23 @@ def problem_of_launch(
     return ServeProblem(
         model, cluster, traffic, stack, tuple(dict.fromkeys(formats["weights"])), tuple(dict.fromkeys(formats["cache"])),
         (str(fixed["mode"]),), fixed, usd_per_device_hour=usd_per_device_hour,
+        speculation=speculation,
     )  # fmt: skip
+
+
+def _speculation(pool: LaunchedPool, acceptance: float | None) -> Speculation | None:
+    drafts = pool.drafts
+    if drafts is None:
+        if acceptance is not None:
+            raise SpecError(
+                Problem("--acceptance", "is given, and the launch drafts nothing", "no --acceptance")
+            )
+        return None
+    if acceptance is None:
+        found = f"is missing; the launch drafts {drafts.tokens} tokens a step"
+        raise SpecError(Problem("--acceptance", found, "a measured probability, such as 0.7"))
+    model = load_model(drafts.model) if drafts.model else None
+    return Speculation(drafts.method, acceptance, (drafts.tokens,), model)
 
 
 def _completed(pool: LaunchedPool, model: Model) -> dict[str, Any]:
@@ -98,6 +128,7 @@ def _completed(pool: LaunchedPool, model: Model) -> dict[str, Any]:
     found["etp"] = max(ranks // found["ep"], 1) if moe else ranks
     if not moe:
         found["experts"] = "gathered"
+    found.setdefault("cache_copies", "kept")
     found.setdefault("weights", named_precision(pool.model) or model.checkpoint)
     if found["weights"] == "fp8" and model.checkpoint == "fp8_block":
         found["weights"] = "fp8_block"

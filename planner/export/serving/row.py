@@ -29,7 +29,7 @@ def serving_row(target: ServingTarget, engine: Engine, version: str) -> dict[str
     generating = pools.get("decode") or pools["aggregated"]
     row: dict[str, Any] = {
         "row_id": f"plan-{plan.id}", "source": "own measurement", "quality": "A", "engine": engine.title,
-        "engine_version": version, "model": plan.model, "accelerator": target.cluster.device.name,
+        "engine_version": version, "model": plan.model, "accelerator": _accelerators(target),
         "weight_dtype": generating.knobs["weights"], "kv_dtype": generating.knobs["cache"],
         "input_len": plan.traffic["isl"], "output_len": plan.traffic["osl"],
     }  # fmt: skip
@@ -42,6 +42,11 @@ def serving_row(target: ServingTarget, engine: Engine, version: str) -> dict[str
         for role, pool in pools.items():
             row |= _pool(role, pool)
     return row
+
+
+def _accelerators(target: ServingTarget) -> str:
+    """The devices' names, one per kind; ``planner validate`` passes rows of several kinds over, and says so."""
+    return "+".join(dict.fromkeys(target.cluster(pool).device.name for pool in target.plan.pools))
 
 
 def _pool(role: str, pool: Pool) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "context-length": target.context_tokens,
         "mem-fraction-static": _static_fraction(target, pool),
     }
+    if target.cache_parts(pool) > 1:
+        found["dcp-size"] = target.cache_parts(pool)
     if knobs["experts"] == "exchanged":
         found["moe-a2a-backend"] = "deepep"
         found["deepep-mode"] = "low_latency" if pool.role == "decode" else "normal"
@@ -67,7 +69,7 @@ def _static_fraction(target: ServingTarget, pool: Pool) -> float:
     """Weights and caches of a device's memory, rounded down."""
     held = target.capacity(pool)
     static = float(held.weights_bytes[0]) + max(float(held.cache_bytes[0]), 0.0)
-    return math.floor(static / float(target.cluster.device.memory_bytes) * 1000) / 1000
+    return math.floor(static / float(target.cluster(pool).device.memory_bytes) * 1000) / 1000
 
 
 def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError
+from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
 
 __all__ = ["read_sglang"]
 
@@ -18,8 +19,6 @@ _SHORT = {
     "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--speculative-algorithm": "speculative decoding",
-    "--dcp-size": "context parallelism",
     "--attn-cp-size": "context parallelism",
     "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
@@ -62,6 +61,10 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         flags.fault("--attn-dp-size", str(attention), f"a divisor of --tp-size ({ranks})")
         attention = 1
     fixed: dict[str, Any] = {"tp": ranks // attention, "pp": pp, "dp": attention, "ep": ep}
+    parts = flags.integer("--dcp-size", 1)
+    if parts > 1:
+        fixed["cache_copies"] = "dcp"
+        notes.append(f"--dcp-size {parts}: taken as the ranks of an attention group, all copies of a latent.")
     if replicas > 1:
         notes.append(
             f"--dp-size {replicas} without attention ranks: {replicas} replicas of {ranks * pp} devices."
@@ -98,7 +101,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         "--disaggregation-mode", "null", {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
     )
     context = flags.integer("--context-length", None)
-    wasteful = _wasteful(flags.flags, chunk)
+    wasteful, drafts = _wasteful(flags.flags, chunk), _drafts(flags)
     flags.read |= _PASSIVE | {"--disable-cuda-graph", "--disable-radix-cache"}
     model = flags.text("--model-path", "")
     flags.raise_if_any()
@@ -108,8 +111,36 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of SGLang"))
     return LaunchedPool(
         "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
-        (*notes, *ignored_note(ignored)), ignored,
+        (*notes, *ignored_note(ignored)), ignored, drafts,
     )  # fmt: skip
+
+
+def _drafts(flags: FlagReader) -> Drafts | None:
+    """Drafts in a chain; EAGLE without a draft's path is the model's own prediction modules."""
+    flag, path = "--speculative-algorithm", "--speculative-draft-model-path"
+    algorithm, model = str(flags.text(flag, "")).upper(), str(flags.text(path, ""))
+    steps, wide = flags.integer("--speculative-num-steps", None), flags.integer("--speculative-eagle-topk", 1)
+    checked = flags.integer("--speculative-num-draft-tokens", None)
+    if not algorithm:
+        return None
+    if wide != 1:
+        flags.fault("--speculative-eagle-topk", f"{wide}: trees of drafts are not modelled", "1")
+    tokens = steps if steps is not None else None if checked is None else checked - 1
+    if tokens is None:
+        flags.fault("--speculative-num-steps", "is missing", "the drafted tokens of a step")
+        return None
+    if algorithm == "NGRAM":
+        return Drafts("ngram", tokens)
+    if algorithm in ("NEXTN", "EAGLE") and not model:
+        return Drafts("mtp", tokens)
+    if algorithm == "STANDALONE" and model:
+        return Drafts("draft", tokens, model)
+    flags.fault(
+        flag,
+        f"{algorithm}{' with a draft of its own' * bool(model)}: not modelled",
+        "NEXTN, NGRAM or STANDALONE",
+    )
+    return None
 
 
 def _wasteful(flags: Mapping[str, list[str]], chunk: int | None) -> list[str]:

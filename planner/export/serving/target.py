@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from planner.engine import Pricer
 from planner.errors import ExportError, Problem
+from planner.mesh import Mesh
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
 from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
-from planner.technique import SERVING_SLOTS
+from planner.techniques.serving.cache_copies.context_parallel_inference import copies
 
 __all__ = ["FIRST_PORT", "Seat", "ServingTarget", "pool_name", "summary"]
 
@@ -68,12 +70,18 @@ class ServingTarget:
     def __init__(self, plan: ServePlan) -> None:
         self.plan = plan
         self.problem: ServeProblem = problem_of(plan)
-        self.model, self.cluster = self.problem.model, self.problem.cluster
+        self.model = self.problem.model
+        taken = {pool.cluster for pool in plan.pools}
+        self.clusters = tuple(c for c in self.problem.clusters if c.name in taken) or (self.problem.cluster,)
 
-    def software(self, engine: str) -> ServingSoftware:
-        """An engine's constants on these devices: the plan's stack where it is that engine's, else the shipped one."""
+    def cluster(self, pool: Pool) -> Cluster:
+        """The cluster that a pool stands on."""
+        return next((c for c in self.clusters if c.name == pool.cluster), self.clusters[0])
+
+    def software(self, engine: str, pool: Pool) -> ServingSoftware:
+        """An engine's constants on a pool's devices: the plan's stack where it is that engine's, else the shipped one."""
         stack = self.problem.stack if self.plan.stack.startswith(engine) else load_stack(engine)
-        found = stack.on_generation(self.cluster.device.generation).serving
+        found = stack.on_generation(self.cluster(pool).device.generation).serving
         assert found is not None
         return found
 
@@ -105,29 +113,32 @@ class ServingTarget:
         found = pool.knobs.get("max_sequences")
         return None if found is None else -(-int(found) // pool.mesh["dp"])
 
+    def cache_parts(self, pool: Pool) -> int:
+        """Into how many parts tensor ranks split what they would hold copies of."""
+        return int(copies(self.model, _mesh(pool))[0]) if pool.knobs.get("cache_copies") == "dcp" else 1
+
     def capacity(self, pool: Pool) -> Capacity:
         """What a device of the pool holds."""
-        recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
-        mesh = mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))
+        recipe = recipe_of(pool.knobs)
+        mesh = _mesh(pool)
         traffic = self.problem.traffic
-        iterations = iterations_of(self.problem, recipe, mesh, Pricer(self.cluster, self.problem.stack))
+        own = replace(self.problem, cluster=self.cluster(pool), others=())
+        iterations = iterations_of(own, recipe, mesh, Pricer(own.cluster, own.stack))
         return capacity(iterations, traffic.isl, traffic.osl, float(self.iteration_tokens(pool)))
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def per_node(self) -> int:
+    @staticmethod
+    def per_node(cluster: Cluster) -> int:
         """Devices of a node.
 
         Raises:
             ExportError: nodes differ in size.
         """
-        sizes = {group.devices_per_node for group in self.cluster.groups}
+        sizes = {group.devices_per_node for group in cluster.groups}
         if len(sizes) > 1:
             found = f"nodes of {' and '.join(map(str, sorted(sizes)))} devices"
-            raise ExportError(
-                Problem(self.cluster.name, found, "nodes of one size, as engines start on them")
-            )
+            raise ExportError(Problem(cluster.name, found, "nodes of one size, as engines start on them"))
         return sizes.pop()
 
     def size(self, pool: Pool) -> int:
@@ -140,48 +151,59 @@ class ServingTarget:
         Raises:
             ExportError: it takes a part of its last node.
         """
-        size = self.size(pool)
-        nodes, left = divmod(size, self.per_node)
+        size, per_node = self.size(pool), self.per_node(self.cluster(pool))
+        nodes, left = divmod(size, per_node)
         if nodes and left:
-            found = f"a replica of {size} devices on nodes of {self.per_node}"
+            found = f"a replica of {size} devices on nodes of {per_node}"
             raise ExportError(Problem(pool.role, found, "replicas of whole nodes, or within one"))
         return max(nodes, 1)
 
     @cached_property
     def seats(self) -> tuple[Seat, ...]:
-        """Where every replica stands: the largest first, next to each other, none across a node's edge.
+        """Where every replica stands: the largest first, next to each other, none across a node's edge. Nodes of the first
+        cluster come first.
 
         Raises:
-            ExportError: they do not fit on the cluster's nodes, or a replica takes a part of its last node.
+            ExportError: they do not fit on a cluster's nodes, or a replica takes a part of its last node.
         """
-        found = sorted(self._seats(), key=lambda seat: (seat.node, seat.port))
-        most = self.cluster.devices // self.per_node
-        if found[-1].node >= most:
-            raise ExportError(
-                Problem(
-                    self.cluster.name,
-                    f"replicas stand on {found[-1].node + 1} nodes, as none goes across a node's edge",
-                    f"{most} nodes",
-                    "Plan with degrees that divide a node: serve --fix tp=N.",
-                )
+        found: list[Seat] = []
+        for cluster in self.clusters:
+            first = found[-1].node + 1 if found else 0
+            seats = sorted(self._seats(cluster, first), key=lambda seat: (seat.node, seat.port))
+            taken, most = (
+                seats[-1].node + 1 - first if seats else 0,
+                cluster.devices // self.per_node(cluster),
             )
+            if taken > most:
+                raise ExportError(
+                    Problem(
+                        cluster.name,
+                        f"replicas stand on {taken} nodes, as none goes across a node's edge",
+                        f"{most} nodes",
+                        "Plan with degrees that divide a node: serve --fix tp=N.",
+                    )
+                )
+            found += seats
         return tuple(found)
 
-    def _seats(self) -> Iterator[Seat]:
-        pools = sorted(enumerate(self.plan.pools), key=lambda item: -self.size(item[1]))
-        node, free, seated = 0, self.per_node, 0
+    def _seats(self, cluster: Cluster, node: int) -> Iterator[Seat]:
+        """Seats of the pools of one cluster, from this node on."""
+        own = [item for item in enumerate(self.plan.pools) if self.cluster(item[1]) is cluster]
+        pools = sorted(own, key=lambda item: -self.size(item[1]))
+        per_node = self.per_node(cluster)
+        free, seated = per_node, 0
         for index, pool in pools:
             size, span = self.size(pool), self.span(pool)
             each = size // span
             for replica in range(pool.replicas):
-                if each > free or (span > 1 and free < self.per_node):
-                    node, free, seated = node + 1, self.per_node, 0
-                start = self.per_node - free
+                if each > free or (span > 1 and free < per_node):
+                    node, free, seated = node + 1, per_node, 0
+                start = per_node - free
                 devices = tuple(range(start, start + each))
                 for rank in range(span):
                     yield Seat(node + rank, index, replica, rank, FIRST_PORT + seated, devices, node)
                 if span > 1:
-                    node, free, seated = node + span, self.per_node, 0
+                    node, free, seated = node + span, per_node, 0
                 else:
                     free, seated = free - each, seated + 1
 
@@ -189,6 +211,16 @@ class ServingTarget:
     def nodes(self) -> int:
         """Nodes that replicas stand on."""
         return self.seats[-1].node + 1
+
+    @property
+    def machines(self) -> dict[str, range]:
+        """Nodes of every cluster that a replica stands on, by the cluster's name."""
+        found: dict[str, range] = {}
+        for seat in self.seats:
+            name = self.cluster(self.plan.pools[seat.pool]).name
+            first = found[name].start if name in found else seat.node
+            found[name] = range(first, seat.node + 1)
+        return found
 
 
 def published_name(model: Model) -> str:
@@ -221,3 +253,7 @@ def summary(plan: ServePlan) -> list[str]:
         f"{estimate.goodput_requests_per_s:.4g} requests/s, {estimate.output_tokens_per_s_per_device:.4g} tokens/s per device, "
         f"first token {estimate.ttft_s['mean'] * 1e3:.4g} ms, then {estimate.tpot_s['mean'] * 1e3:.4g} ms per token (means).",
     ]
+
+
+def _mesh(pool: Pool) -> Mesh:
+    return mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))

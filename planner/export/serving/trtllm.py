@@ -23,7 +23,7 @@ _DRAFTS = {"mtp": ("MTP", "num_nextn_predict_layers"), "ngram": ("NGram", "max_d
 def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     mesh, knobs = pool.mesh, pool.knobs
     ranks = mesh["tp"] * mesh["dp"]
-    sequences = target.sequences(pool) or int(float(target.software("trtllm").max_sequences))
+    sequences = target.sequences(pool) or int(float(target.software("trtllm", pool).max_sequences))
     found: dict[str, Any] = {
         "backend": "pytorch",
         "tensor_parallel_size": ranks,
@@ -39,7 +39,7 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "enable_chunked_prefill": True,
         "kv_cache_config": {
             "dtype": "fp8" if knobs["cache"] == "fp8" else "auto",
-            "free_gpu_memory_fraction": float(target.software("trtllm").free_fraction),
+            "free_gpu_memory_fraction": float(target.software("trtllm", pool).free_fraction),
         },
     }
     if "draft" in knobs:
@@ -90,7 +90,9 @@ def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
     if target.span(pool) > 1:
         found = f"a replica over {target.span(pool)} nodes"
         hint = "Ranks on several nodes are started by the site's MPI (trtllm-llmapi-launch)."
-        yield Problem(where, found, f"replicas of at most {target.per_node} devices", hint)
+        yield Problem(
+            where, found, f"replicas of at most {target.per_node(target.cluster(pool))} devices", hint
+        )
     yield from uneven_heads(target, where, mesh["tp"])
 
 

@@ -42,8 +42,10 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "kv-cache-dtype": "fp8" if knobs["cache"] == "fp8" else "auto",
         "max-model-len": target.context_tokens,
         "max-num-batched-tokens": target.iteration_tokens(pool),
-        "gpu-memory-utilization": float(target.software("vllm").memory_fraction),
+        "gpu-memory-utilization": float(target.software("vllm", pool).memory_fraction),
     }
+    if target.cache_parts(pool) > 1:
+        found["decode-context-parallel-size"] = target.cache_parts(pool)
     if mesh["ep"] > 1:
         found["enable-expert-parallel"] = True
     if knobs["experts"] == "exchanged":
@@ -55,7 +57,9 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     if (
         sequences is None
     ):  # a pool of prompts; the default is more than one iteration has tokens for in small ones
-        sequences = min(int(float(target.software("vllm").max_sequences)), target.iteration_tokens(pool))
+        sequences = min(
+            int(float(target.software("vllm", pool).max_sequences)), target.iteration_tokens(pool)
+        )
     found["max-num-seqs"] = sequences
     if "draft" in knobs:
         found["speculative-config"] = {

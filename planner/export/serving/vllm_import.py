@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
 
 __all__ = ["read_vllm"]
 
@@ -22,8 +22,6 @@ _SHORT = {
     "--model-tag": "--model",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--speculative-config": "speculative decoding",
-    "--decode-context-parallel-size": "context parallelism",
     "--prefill-context-parallel-size": "context parallelism",
     "--cpu-offload-gb": "weights on the host",
     "--kv-offloading-size": "caches on the host",
@@ -56,6 +54,12 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
     fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
+    parts = flags.integer("--decode-context-parallel-size", 1)
+    if parts > 1:
+        fixed["cache_copies"] = "dcp"
+        notes.append(
+            f"--decode-context-parallel-size {parts}: taken as tp over the key heads, all copies of a cache."
+        )
     fixed |= _weights(flags, notes)
     tokens, sequences = flags.integer("--max-num-batched-tokens", None), flags.integer("--max-num-seqs", None)
     context = flags.integer("--max-model-len", None)
@@ -68,7 +72,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
         notes.append(f"--gpu-memory-utilization is left out: {_DEFAULT_FRACTION}, as vLLM 0.32 has it.")
     if tokens is None:
         notes.append("--max-num-batched-tokens is left out: taken as the stack has it.")
-    role = _role(flags)
+    role, drafts = _role(flags), _drafts(flags)
     model = flags.text("--model", before[0] if before else "")
     errors, wasteful = _errors(tokens, sequences, context, flags), _wasteful(flags)
     flags.read |= _PASSIVE
@@ -79,8 +83,29 @@ def read_vllm(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of vLLM"))
     return LaunchedPool(
         "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
-        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored,
+        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts,
     )  # fmt: skip
+
+
+def _drafts(flags: FlagReader) -> Drafts | None:
+    flag = "--speculative-config"
+    text = flags.text(flag, None)
+    if text is None:
+        return None
+    try:
+        said = json.loads(text)
+        tokens = int(said["num_speculative_tokens"])
+    except (ValueError, TypeError, KeyError):
+        flags.fault(flag, repr(text[:60]), "a JSON object with num_speculative_tokens and a method or model")
+        return None
+    model = str(said.get("model") or "")
+    method = str(said.get("method") or ("draft_model" if model else ""))
+    if method.endswith("mtp"):  # deepseek_mtp, qwen3_next_mtp, …: the model's own modules under earlier names
+        return Drafts("mtp", tokens)
+    if method == "ngram" or (method == "draft_model" and model):
+        return Drafts("ngram", tokens) if method == "ngram" else Drafts("draft", tokens, model)
+    flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, or a draft model")
+    return None
 
 
 def _weights(flags: FlagReader, notes: list[str]) -> dict[str, str]:

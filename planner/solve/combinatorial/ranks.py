@@ -5,11 +5,12 @@ phases. A ``ring`` passes its bytes from each member to the next and round, all 
 2(n − 1)/n of its tensor), so its slowest link decides; a ``chain`` passes them from the first to the last, link after link
 (the hops of a pipeline). Groups of two are single pairs: a quadratic assignment problem is a sum of phases of one pair each.
 
-Small problems are solved by depth-first branch and bound: ranks are placed in order, and every group's unplaced links are
-taken at the best rate that is left. Larger ones by exchanges of two ranks from deterministic starts, with the bound at
-the root.
+Exchanges of two ranks from deterministic starts and, above ten nodes, annealing of every phase's slow links find maps; limits
+on the slowest link of every phase, split until nothing keeps them, find better ones and bound what is left
+(:mod:`planner.solve.combinatorial.rank_limits`). Small problems go on to depth-first branch and bound: ranks are placed in
+order, and every group's unplaced links are taken at the best rate that is left.
 
-Source: J. Yim et al. 2024 (Pipette, arXiv:2405.18093) §V, which anneals instead.
+Source: J. Yim et al. 2024 (Pipette, arXiv:2405.18093) §V, which anneals alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from planner.errors import Problem, SpecError
 from planner.solve.combinatorial.certificate import Certificate, Clock, certify
+from planner.solve.combinatorial.rank_limits import Limits
 
 __all__ = ["Group", "RankMap", "RankProblem", "in_order", "map_ranks", "pipeline_phases"]
 
@@ -31,6 +33,10 @@ Floats: TypeAlias = NDArray[np.float64]
 
 _EXACT_RANKS = 10  # so many are searched to the end unless time runs out
 _STARTS = 8
+_MOVES = 100_000  # of annealing
+_POWER = 12.0  # of the mean that stands for the largest of a phase's links
+_HOT = 0.1  # of the seconds, at which worse maps are taken at first
+_COOLING = 1e-2 ** (1.0 / _MOVES)  # to a hundredth at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +139,19 @@ def map_ranks(problem: RankProblem, *, time_limit_s: float | None = None) -> Ran
     nodes = len(problem.bytes_per_s)
     best = _exchanged(problem, ranks, clock)
     value = problem.seconds(best)
+    if nodes > _EXACT_RANKS:
+        annealed = _annealed(problem, best, clock)
+        best, value = min(((best, value), annealed), key=lambda found: found[1])
+    limits = Limits(problem, ranks, clock)
+    best, value, bound = limits.search(best, value)
     search = _Search(problem, ranks, value, best, clock)
-    bound = max(search.bound((), tuple(range(nodes))), _every_node_bound(problem, ranks))
+    bound = max(bound, search.bound((), tuple(range(nodes))), _every_node_bound(problem, ranks))
     exact = value <= bound * (1.0 + 1e-12)
-    solver = "exchanges, best-rate bound"
+    solver = "exchanges and annealing, limits per phase"
     if not exact and nodes <= _EXACT_RANKS:
         exact = search.run()
         best, value, solver = search.best, search.value, "branch and bound"
-    notes = {"placements": search.placements}
+    notes = {"placements": search.placements + limits.placed}
     return RankMap(
         tuple(best), value, certify(value, value if exact else min(bound, value), solver, clock, notes)
     )
@@ -266,3 +277,66 @@ def _exchanged(problem: RankProblem, ranks: int, clock: Clock) -> list[int]:
         if clock.over:
             break
     return best[:ranks]
+
+
+def _annealed(problem: RankProblem, start: Sequence[int], clock: Clock) -> tuple[list[int], float]:
+    """A map by annealing from another one, and its seconds; the same one every time.
+
+    What is annealed is the sum over phases of a high power mean of their links' seconds, so that every slow link counts and not
+    the slowest alone. The best map by the true seconds is kept.
+    """
+    rng = np.random.default_rng(0)
+    nodes = len(problem.bytes_per_s)
+    now = [*start, *(node for node in range(nodes) if node not in set(start))]
+    links: list[
+        tuple[int, int, int, list[list[float]]]
+    ] = []  # phase, ranks, (seconds / scale)^power by nodes
+    touching: list[list[int]] = [[] for _ in range(nodes)]
+    scales: list[float] = []
+    for number, phase in enumerate(problem.phases):
+        scale = max((problem._group_s(group, now) for group in phase), default=0.0) or 1.0
+        scales.append(scale)
+        for group in phase:
+            seconds = (problem.latency_s + group.n_bytes / problem.bytes_per_s) / scale
+            power = (seconds**_POWER).tolist()
+            for a, b in group.links:
+                touching[a].append(len(links))
+                touching[b].append(len(links))
+                links.append((number, a, b, power))
+    sums = [0.0] * len(scales)
+    for number, a, b, power in links:
+        sums[number] += power[now[a]][now[b]]
+
+    def energy(totals: Sequence[float]) -> float:
+        return sum(
+            scale * float(total ** (1.0 / _POWER)) for scale, total in zip(scales, totals, strict=True)
+        )
+
+    best, value, held = list(now), problem.seconds(now), energy(sums)
+    heat = _HOT * held
+    swaps = rng.integers(0, nodes, (_MOVES, 2)).tolist()
+    chances = np.log(rng.random(_MOVES)).tolist()
+    for move, ((a, b), chance) in enumerate(zip(swaps, chances, strict=True)):
+        if move % 256 == 0 and clock.over:
+            break
+        heat *= _COOLING
+        if a == b:
+            continue
+        some = {*touching[a], *touching[b]}
+        after = list(sums)
+        for link in some:
+            number, x, y, power = links[link]
+            after[number] -= power[now[x]][now[y]]
+        now[a], now[b] = now[b], now[a]
+        for link in some:
+            number, x, y, power = links[link]
+            after[number] += power[now[x]][now[y]]
+        there = energy([max(total, 0.0) for total in after])
+        if there < held or (held - there) / heat > chance:
+            sums, held = [max(total, 0.0) for total in after], there
+            if (reached := problem.seconds(now)) < value:
+                best, value = list(now), reached
+        else:
+            now[a], now[b] = now[b], now[a]
+    ranks = len(start)
+    return [int(node) for node in best[:ranks]], value

@@ -22,7 +22,15 @@ from planner.errors import Infeasible, Problem, SolverError, SpecError
 from planner.solve.combinatorial.certificate import Certificate, Clock, certify
 from planner.solve.combinatorial.milp import Program, solve
 
-__all__ = ["Groups", "MicroBatches", "SequenceProblem", "assign_sequences", "longest_first", "micro_batches"]
+__all__ = [
+    "Groups",
+    "MicroBatches",
+    "SequenceProblem",
+    "assign_sequences",
+    "longest_first",
+    "micro_batches",
+    "one_size",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -82,7 +90,7 @@ def assign_sequences(
         SolverError: the solver fails, or finds nothing in time.
     """
     clock = Clock(time_limit_s)
-    known = _best_uniform(problem)
+    known = one_size(problem)
     slots = [d for d, degree in enumerate(problem.degrees) for _ in range(problem.devices // degree)]
     degree = np.array([problem.degrees[d] for d in slots], dtype=float)
     time_s, memory = problem.time_s[:, slots].T, problem.memory_bytes[:, slots].T  # (groups, buckets)
@@ -160,7 +168,8 @@ def longest_first(problem: SequenceProblem, degree: int) -> Groups | None:
     return _evaluated(problem, [d] * groups, table)
 
 
-def _best_uniform(problem: SequenceProblem) -> Groups | None:
+def one_size(problem: SequenceProblem) -> Groups | None:
+    """The fastest groups that are all of one size, dealt longest first; None: none has room for all sequences."""
     found = [longest_first(problem, degree) for degree in problem.degrees if degree <= problem.devices]
     return min((groups for groups in found if groups is not None), key=lambda g: g.time_s, default=None)
 

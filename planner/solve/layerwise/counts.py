@@ -8,40 +8,37 @@ strategy, not which. With ``x`` layers of group ``g`` under strategy ``s``:
 
 Several costs whose largest counts are a convex objective (traffic that work hides, or does not). Memory is never rounded.
 
-:func:`solve` is a branch and bound by reduced costs. Prices ``λ ≥ 0`` of the budgets give a lower bound ``L = Σ n_g·min_s(cost
-+ λ·held) − λ·budget`` (weak duality), and a layer that does not take its group's cheapest strategy adds at least its reduced
-cost to ``L``. So all that can beat an incumbent ``U`` has ``Σ x·reduced < U − L``, which leaves few counts to try. The prices
-are those of the linear relaxation, found on the lower convex hull of (held, cost), and exact for one budget.
+:func:`solve` is a branch and bound by reduced costs. The duals of the linear relaxation (:mod:`planner.solve.layerwise.linear`),
+weights ``μ`` of the costs and prices ``λ`` of the budgets, give a lower bound ``L``, and a layer that does not take the strategy
+of its group with the smallest ``μ·cost + λ·held`` adds at least the difference, its reduced cost, to ``L``. So all that can beat
+an incumbent ``U`` has ``Σ x·reduced < U − L``, which leaves few counts to try.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from math import ceil, floor
 from typing import TypeAlias
 
 import numpy as np
 
 from planner.ledger import Array
+from planner.solve.layerwise.linear import relaxed
 from planner.solve.layerwise.rounding import repaired
 
 __all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
 
 Counts: TypeAlias = tuple[tuple[int, ...], ...]  # per group, layers under each of its strategies
-_Column: TypeAlias = tuple[
-    list[float], list[float], list[float]
-]  # a strategy's reduced costs, costs and bytes
+_Column: TypeAlias = tuple[float, list[float], list[float]]  # a strategy's reduced cost, costs and bytes
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
-_FEW_NODES = 600  # where the best need not be found to the last digit
+_FEW_NODES = 2500  # where the best need not be found to the last digit
 
 SLACK = 1e-12
 """Relative excess of a budget that counts as rounding."""
-
-_ROUNDS = 4  # of coordinate ascent over the prices of several budgets
 
 
 class OutOfNodesError(Exception):
@@ -140,14 +137,8 @@ def _class_sets(problem: CountProblem) -> list[frozenset[int] | None]:
 
 
 def _kept(group: Group, classes: frozenset[int] | None) -> list[int]:
-    """Strategies of some classes that no other is at least as good as in everything."""
-    open_ = [s for s in range(group.cost.shape[1]) if classes is None or group.classes[s] in classes]
-    columns = np.concatenate([group.cost, group.held])[:, open_].T
-    order = np.lexsort(columns.T[::-1])
-    ranked = columns[order]
-    # In this order a strategy can only be beaten by one before it; of equals the first is kept.
-    beaten = np.tril((ranked[None] <= ranked[:, None]).all(axis=2), -1).any(axis=1)
-    return sorted(open_[i] for i in order[~beaten].tolist())
+    """Strategies of some classes."""
+    return [s for s in range(group.cost.shape[1]) if classes is None or group.classes[s] in classes]
 
 
 class _Search:
@@ -159,8 +150,8 @@ class _Search:
         self.cost = [group.cost[:, k] for group, k in zip(problem.groups, kept, strict=True)]
         self.held = [group.held[:, k] for group, k in zip(problem.groups, kept, strict=True)]
         self.room = problem.budget + SLACK * np.abs(problem.budget)
-        self.bounds, self.reduced, self.rounded = self._relaxed()
-        self.bound = max(self.bounds)
+        self.relaxed = relaxed(self.sizes, self.cost, self.held, problem.offset, self.room)
+        self.bound = self.relaxed.bound
 
     def run(self, limit: float) -> tuple[float, Counts] | None:
         """The best counts below a limit."""
@@ -169,16 +160,15 @@ class _Search:
         self.best: tuple[float, list[list[int]]] | None = None
         self.nodes = 0
         self._lower(limit)
-        for counts in self.rounded:
-            self._offer(counts)
-            if self.best is None or self.best[0] - self.bound > self.tolerance * abs(self.bound):
-                lead = int(np.argmax(self.bounds))
-                near = repaired(counts, [c[lead] for c in self.cost], self.held, self.room)
-                if near is not None:
-                    self._offer(near)
-        if not self._order():
-            return None if self.best is None else (self.best[0], self._whole(self.best[1]))
-        self._descend(0, 0, self.sizes[0] if self.sizes else 0, self.bounds, self.offsets, self.rooms, [])
+        counts = [_rounded(n, shares) for n, shares in zip(self.sizes, self.relaxed.shares, strict=True)]
+        self._offer(counts)
+        weights = self.relaxed.weights
+        if self.best is None or self.best[0] - self.bound > self.tolerance * abs(self.bound):
+            near = repaired(counts, [weights @ c for c in self.cost], self.held, self.room)
+            if near is not None:
+                self._offer(near)
+        if self.bound < self.limit and self._order():
+            self._descend(0, 0, self.sizes[0], self.bound, self.offsets, self.rooms, [])
         return None if self.best is None else (self.best[0], self._whole(self.best[1]))
 
     def _lower(self, limit: float) -> None:
@@ -195,86 +185,53 @@ class _Search:
             whole.append(tuple(row))
         return tuple(whole)
 
-    # -- the relaxation ------------------------------------------------------------------------------------------------
-
-    def _relaxed(self) -> tuple[list[float], list[list[list[float]]], list[list[list[int]]]]:
-        """Per cost function: its bound, reduced costs (group, strategy), and the relaxation's counts rounded down."""
-        bounds, reduced, rounded = [], [], []
-        for f in range(len(self.problem.offset)):
-            cost = [c[f] for c in self.cost]
-            prices, counts = self._prices(cost)
-            if np.isinf(prices).any():
-                return [np.inf], [], []
-            priced = [c + prices @ h for c, h in zip(cost, self.held, strict=True)]
-            least = [float(p.min()) for p in priced]
-            value = float(self.problem.offset[f]) - float(prices @ self.room)
-            bounds.append(value + sum(n * x for n, x in zip(self.sizes, least, strict=True)))
-            reduced.append([(p - x).tolist() for p, x in zip(priced, least, strict=True)])
-            rounded.append(counts)
-        return bounds, reduced, rounded
-
-    def _prices(self, cost: list[Array]) -> tuple[Array, list[list[int]]]:
-        """Prices of the budgets that (nearly) maximise the bound, and counts that round the relaxation down."""
-        prices = np.zeros(len(self.room))
-        counts: list[list[int]] = []
-        for _ in range(_ROUNDS if len(self.room) > 1 else 1):
-            before = prices.copy()
-            for d in range(len(self.room)):
-                others = prices.copy()
-                others[d] = 0.0
-                base = [c + others @ h for c, h in zip(cost, self.held, strict=True)]
-                price, found = _hull_price(self.sizes, base, [h[d] for h in self.held], float(self.room[d]))
-                prices[d] = price
-                if price == np.inf:
-                    return prices, found
-                if d == 0 or price > 0.0:
-                    counts = found
-            if np.array_equal(prices, before):
-                break
-        return prices, counts
-
     # -- the tree --------------------------------------------------------------------------------------------------------
 
     def _order(self) -> bool:
         """Strategies of each group with the largest reduced cost first: the cheapest takes whatever layers are left.
 
-        Without those that one layer can no more afford; false where a group has none left, so that nothing is better.
+        Without those that one layer can no more afford, or that another beats; false where a group has none left, so that
+        nothing is better.
         """
-        lead = int(np.argmax(self.bounds))
-        self.ranks = []
-        for g, reduced in enumerate(self.reduced[lead]):
-            least = np.max(
-                [b + np.array(r[g]) for b, r in zip(self.bounds, self.reduced, strict=True)], axis=0
+        weights, prices = self.relaxed.weights, self.relaxed.prices
+        self.ranks, self.columns = [], []
+        for cost, held in zip(self.cost, self.held, strict=True):
+            priced = weights @ cost + prices @ held
+            reduced = priced - priced.min()
+            open_ = np.flatnonzero(self.bound + reduced < self.limit)
+            if not len(open_):
+                return False
+            open_ = open_[_unbeaten(np.concatenate([cost, held])[:, open_].T)]
+            ranks = open_[np.argsort(-reduced[open_], kind="stable")]
+            self.ranks.append(ranks.tolist())
+            self.columns.append(
+                list(
+                    zip(
+                        reduced[ranks].tolist(),
+                        cost[:, ranks].T.tolist(),
+                        held[:, ranks].T.tolist(),
+                        strict=True,
+                    )
+                )
             )
-            order = np.argsort(-np.array(reduced), kind="stable")
-            self.ranks.append(order[least[order] < self.limit].tolist())
-        if not all(self.ranks):
-            return False
-        self.columns: list[list[_Column]] = [
-            [
-                ([r[g][s] for r in self.reduced], self.cost[g][:, s].tolist(), self.held[g][:, s].tolist())
-                for s in ranks
-            ]
-            for g, ranks in enumerate(self.ranks)
-        ]
         # What the groups from here on hold at least, per budget.
         least = [
             n * h[:, ranks].min(axis=1) for n, h, ranks in zip(self.sizes, self.held, self.ranks, strict=True)
         ]
-        after = [np.zeros(len(self.room))]
-        for held in reversed(least):
-            after.append(after[-1] + held)
-        self.after = [x.tolist() for x in reversed(after)]
+        self.after = np.cumsum([np.zeros(len(self.room)), *least[::-1]], axis=0)[::-1].tolist()
         # And the strategies of a group from here on, per layer.
         self.least_from = [
-            [np.min([c[2] for c in columns[i:]], axis=0).tolist() for i in range(len(columns))]
-            for columns in self.columns
+            np.minimum.accumulate(h[:, ranks[::-1]], axis=1).T[::-1].tolist()
+            for h, ranks in zip(self.held, self.ranks, strict=True)
+        ]
+        self.likely = [
+            shares[ranks].tolist() for shares, ranks in zip(self.relaxed.shares, self.ranks, strict=True)
         ]
         self.offsets, self.rooms = self.problem.offset.tolist(), self.room.tolist()
         return True
 
     def _descend(
-        self, g: int, i: int, left: int, bounds: list[float], costs: list[float], rooms: list[float], taken: list[int]
+        self, g: int, i: int, left: int, bound: float, costs: list[float], rooms: list[float], taken: list[int]
     ) -> None:  # fmt: skip
         """Tries counts of the i-th strategy of group g, ``left`` of whose layers are open."""
         if g == len(self.sizes):
@@ -292,29 +249,33 @@ class _Search:
         if i >= len(columns) - 2:
             one, other = columns[i], columns[-1]
             for n in self._shares(g, left, one, other, costs, rooms) if one is not other else (left,):
-                now, total, room = (
-                    [v + n * x + (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)]
-                    if k < 2
-                    else [
-                        v - n * x - (left - n) * y for v, x, y in zip(values, one[k], other[k], strict=True)
-                    ]
-                    for k, values in enumerate((bounds, costs, rooms))
-                )
-                fits = all(r >= x for r, x in zip(room, self.after[g + 1], strict=True))
-                if fits and max(now) < self.limit:
-                    row = [n, left - n] if one is not other else [left]
+                rest = left - n
+                now = bound + n * one[0] + rest * other[0]
+                if now >= self.limit:
+                    continue
+                room = [r - n * x - rest * y for r, x, y in zip(rooms, one[2], other[2], strict=True)]
+                if all(r >= x for r, x in zip(room, self.after[g + 1], strict=True)):
+                    total = [c + n * x + rest * y for c, x, y in zip(costs, one[1], other[1], strict=True)]
+                    row = [n, rest] if one is not other else [left]
                     self._descend(g + 1, 0, left_for, now, total, room, taken + row)
             return
         extra, cost, held = columns[i]
-        later, rest = self.after[g + 1], self.least_from[g][i + 1]
-        for n in range(left + 1):
-            now = [b + n * x for b, x in zip(bounds, extra, strict=True)]
-            if max(now) >= self.limit:
-                break
+        later, least = self.after[g + 1], self.least_from[g][i + 1]
+        for n in self._near(g, i, left, extra, bound):
+            now = bound + n * extra
+            if now >= self.limit:
+                continue
             room = [r - n * h for r, h in zip(rooms, held, strict=True)]
-            if all(r >= x + (left - n) * y for r, x, y in zip(room, later, rest, strict=True)):
+            if all(r >= x + (left - n) * y for r, x, y in zip(room, later, least, strict=True)):
                 total = [c + n * x for c, x in zip(costs, cost, strict=True)]
                 self._descend(g, i + 1, left - n, now, total, room, [*taken, n])
+
+    def _near(self, g: int, i: int, left: int, extra: float, bound: float) -> Sequence[int]:
+        """Numbers of layers that the i-th strategy of group g may take, those close to the relaxation's share first."""
+        spare = self.limit - bound
+        most = left if extra * left < spare else floor(spare / extra)
+        share = self.likely[g][i]
+        return range(most + 1) if share == 0.0 else sorted(range(most + 1), key=lambda n: abs(n - share))
 
     def _shares(
         self, g: int, left: int, one: _Column, other: _Column, costs: list[float], rooms: list[float]
@@ -368,35 +329,22 @@ class _Search:
             self._lower(value)
 
 
-def _hull_price(
-    sizes: Sequence[int], cost: Sequence[Array], held: Sequence[Array], room: float
-) -> tuple[float, list[list[int]]]:
-    """The price of one budget in the linear relaxation, and its counts with the mixed layer on the side that holds less.
+def _rounded(size: int, shares: Array) -> list[int]:
+    """Shares rounded down, and the layers that are left under the strategies with the largest remainders."""
+    whole = np.floor(shares + 1e-9)
+    left = size - int(whole.sum())
+    if left > 0:
+        whole[np.argsort(whole - shares, kind="stable")[:left]] += 1.0
+    return whole.astype(int).tolist()  # type: ignore[no-any-return]
 
-    Every layer starts at its cheapest strategy; layers then move along their group's lower hull towards less memory, the
-    smallest cost per byte first, until the budget is kept. The price is what the last byte cost: infinite where even the
-    smallest strategies do not fit.
-    """
-    counts = [[0] * len(c) for c in cost]
-    steps: list[tuple[float, int, int, int]] = []
-    used = 0.0
-    for g, (size, c, h) in enumerate(zip(sizes, cost, held, strict=True)):
-        chain = hull(c, h)
-        counts[g][chain[0]] = size
-        used += size * float(h[chain[0]])
-        for a, b in pairwise(chain):
-            steps.append((float(c[b] - c[a]) / float(h[a] - h[b]), g, a, b))
-    price = 0.0
-    for slope, g, a, b in sorted(steps):
-        if used <= room:
-            break
-        price = slope
-        saved = float(held[g][a] - held[g][b])
-        moved = min(counts[g][a], int(np.ceil((used - room) / saved)))
-        counts[g][a] -= moved
-        counts[g][b] += moved
-        used -= moved * saved
-    return (price if used <= room else np.inf), counts
+
+def _unbeaten(columns: Array) -> Array:
+    """Rows, in their order, that no other row is as small as everywhere; of equal ones the first."""
+    order = np.lexsort(columns.T[::-1])
+    ranked = columns[order]
+    # In this order a row can only be beaten by one before it.
+    beaten = np.tril((ranked[None] <= ranked[:, None]).all(axis=2), -1).any(axis=1)
+    return np.sort(order[~beaten])
 
 
 def hull(cost: Array, held: Array) -> list[int]:

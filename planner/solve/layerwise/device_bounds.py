@@ -15,14 +15,15 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
-from planner.solve.layerwise.counts import hull
 from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
@@ -34,9 +35,7 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 """Fields of device memory that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
-_DEARER = (2.0, 4.0, 16.0, 1e6)  # prices of a byte, in terms of the dearest trade on a hull of all strategies
-_APART = 1.1  # ratio of prices that are looked at
-_LONGEST_S = 1e12  # stands for strategies that are not allowed
+_SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
 class DeviceBounds:
@@ -51,8 +50,14 @@ class DeviceBounds:
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
+        self.slower = {
+            tier: float(capacity)
+            for tier, capacity in problem.cluster.slower_bytes.items()
+            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
+        }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
+        self._least: dict[int, tuple[Layout, Array, Array]] = {}  # by the layout's id, which is held
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -64,6 +69,8 @@ class DeviceBounds:
 
         First their work, and on the first device what follows it; then their work with all that follows it.
         """
+        if id(layout) in self._least:
+            return self._least[id(layout)][1:]
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells = self._cells(layout, m * once, m * once)
         s, kind = self.useful, cells.kind
@@ -72,6 +79,7 @@ class DeviceBounds:
         whole_s = self._within_limits(alone + after[3], cells)
         work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
         work_s[0] = max(work_s[0], whole_s[0])
+        self._least[id(layout)] = layout, work_s, whole_s
         return work_s, whole_s
 
     def along_s(self, layout: Layout, path: Path) -> float:
@@ -82,10 +90,18 @@ class DeviceBounds:
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        after = np.where(
-            cells.device == path.device, self._after(layout.device_counts, cells.device, kind), 0.0
-        )
-        return max(float(self._within_limits(cost + each, cells).sum()) for each in after)
+        # Devices, and beside the one on which the path ends copies of it, one for each sum that may follow.
+        at_end = np.flatnonzero(cells.device == path.device)
+        after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
+        sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
+        copies = np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))])
+        every = cells.take(copies)
+        devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
+        every = replace(every, device=np.concatenate([cells.device, devices]))
+        costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
+        least = self._within_limits(costs, every)
+        least[path.device] = least[layout.pp :].max()
+        return float(least[: layout.pp].sum())
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
@@ -114,23 +130,47 @@ class DeviceBounds:
 
     def _within_limits(self, cost: Array, cells: Cells) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
-        always, saved = (
-            self.mesh[name][self.useful][:, cells.kind] for name in ("always_bytes", "saved_bytes")
-        )
-        held = always + self.growth * cells.flights * saved
-        transient = self.transient[self.useful][:, cells.kind]
         low, high = self._limits(np.unique(cells.kind).tolist())
+        allowed = self.transient[self.useful][:, cells.kind] <= high[:, None, None]
+        held = self._held(cells.kind, cells.flights)
         many, devices = len(low), int(cells.device[-1]) + 1
-        costs = np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2)
         every = replace(
             cells,
             device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
             number=np.tile(cells.number, many),
         )
+        costs = np.where(allowed, cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
         rooms = np.repeat(self.room - self.growth * low, devices)
-        found = dual_s(costs.reshape(len(cost), -1), np.tile(held, many), every, rooms)
-        least: Array = found.reshape(many, devices).min(axis=0)
+        found = dual_s(costs, np.tile(held[0], many), every, rooms).reshape(many, devices)
+        least: Array = found.min(axis=0)
+        if self.slower:
+            for device in np.flatnonzero(np.isfinite(least)).tolist():
+                own = cells.device == device
+                ranges = Ranges(cost[None][:, :, own], held[:, :, own], allowed[:, :, own], self._rooms(low))
+                number = cells.number[own]
+                least[device] = max(least[device], Planes(ranges, number[None], steep=False).bound(number))
         return least
+
+    def _rooms(self, low: Array) -> Array:
+        """Budgets under each range of the largest transient, (budgets, ranges)."""
+        return np.array(
+            [self.room - self.growth * low, *(np.full(len(low), size) for size in self.slower.values())]
+        )
+
+    def _held(self, kind: NDArray[np.intp], flights: Array) -> Array:
+        """Bytes of one block of some kinds against each budget: the device's, and of the slower tiers, (budgets, useful
+        strategies, places)."""
+        names = [
+            ("always_bytes", "saved_bytes", self.growth),
+            *((*in_tier(tier), 1.0) for tier in self.slower),
+        ]
+        return np.stack(
+            [
+                self.mesh[always][self.useful][:, kind]
+                + growth * flights * self.mesh[saved][self.useful][:, kind]
+                for always, saved, growth in names
+            ]
+        )
 
     def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
         """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
@@ -145,50 +185,42 @@ class DeviceBounds:
     def line(self, device: int, order: Sequence[int], ends: Sequence[int], work_only: bool = False) -> Line:
         """A lower bound of a device's seconds by the layers it holds, for pipelines with one stage per device.
 
-        The dual of the linear relaxation at every price that some trade of memory for time would fetch, under every limit on the
-        transient.
+        Planes of the linear relaxation's dual for as many layers as it may well hold, under every limit on the transient.
 
         Args:
             order: kind of every layer.
             ends: kinds of what the device holds besides: embedding, head.
             work_only: the micro-batches' work without what follows the last.
         """
-        weight = float(self.flights(device).max())
-        held = self.mesh["always_bytes"] + self.growth * weight * self.mesh["saved_bytes"]
-        kinds = sorted({*order, *ends})
-        costs = self.work[None]
+        functions = self.work[None]
         if not work_only:
-            costs = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
-            costs = costs[largest(np.zeros(4), list(costs[:, self.useful][:, :, kinds].transpose(2, 0, 1)))]
+            functions = self.work + exposed(self.mesh, 0.0, 0.0, np.arange(len(self.mesh.kinds)))
+        functions = functions[:, self.useful]
+        kinds = sorted({*order, *ends})
+        functions = functions[
+            largest(np.zeros(len(functions)), list(functions[:, :, kinds].transpose(2, 0, 1)))
+        ]
+        every = np.arange(len(self.mesh.kinds) - 1)
+        held = self._held(every, np.full(len(every), float(self.flights(device).max())))
         low, high = self._limits(kinds)
-        prices = self._prices(costs, held, kinds)[:, None, None, None]
-        small = self.transient[self.useful] <= high[:, None, None]
-        offsets, sums = [], []
-        for cost in costs[:, self.useful]:
-            # (prices, limits, kinds)
-            priced = np.where(small, cost + prices * held[self.useful], _LONGEST_S).min(axis=2)
-            offsets.append(
-                priced[:, :, list(ends)].sum(axis=2) - prices[:, :, 0, 0] * (self.room - self.growth * low)
-            )
-            sums.append(np.cumsum(priced[:, :, list(order)], axis=2))
-        zero = np.zeros((len(low), len(prices) * len(sums), 1))
-        lines = np.concatenate([zero, np.concatenate(sums).transpose(1, 0, 2)], axis=2)
-        return Line(np.concatenate(offsets).T, lines)
+        allowed = self.transient[self.useful][:, :-1] <= high[:, None, None]
+        ranges = Ranges(functions[:, :, :-1], held, allowed, self._rooms(low))
+        planes = Planes(ranges, self._samples(device, order, ends), steep=True)
+        offset = planes.least[:, :, list(ends)].sum(axis=2) - planes.paid
+        sums = np.cumsum(planes.least[:, :, list(order)], axis=2)
+        lines = np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+        return Line(np.ascontiguousarray(offset.T), np.ascontiguousarray(lines.transpose(1, 0, 2)))
 
-    def _prices(self, costs: Array, held: Array, kinds: Sequence[int]) -> Array:
-        """Of every trade of bytes for seconds on a hull, dearer ones for where limits leave no others, one that no plan pays."""
-        found = {0.0}
-        for cost in costs:
-            for kind in kinds:
-                c, h = cost[:, kind], held[:, kind]
-                chain = hull(c, h)
-                found |= {float((c[b] - c[a]) / (h[a] - h[b])) for a, b in itertools.pairwise(chain)}
-        most = max(max(found), 1.0 / self.room)
-        kept: list[float] = []
-        for price in sorted(found | {most * x for x in _DEARER}):
-            if not kept or price > _APART * kept[-1]:
-                kept.append(price)
-        return np.array(kept)
+    def _samples(self, device: int, order: Sequence[int], ends: Sequence[int]) -> Array:
+        """As many layers as a device may well hold, from where it may well begin, with its ends: (samples, kinds)."""
+        layers, pp = len(order), self.mesh.pp
+        begin = round(layers * device / pp)
+        sizes = np.unique(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
+        counts = np.zeros((len(sizes), len(self.mesh.kinds) - 1))
+        for sample, n in enumerate(sizes.tolist()):
+            start = min(begin, layers - n)
+            np.add.at(counts[sample], [*order[start : start + n], *ends], 1.0)
+        return counts
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:

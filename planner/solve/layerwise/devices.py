@@ -7,22 +7,24 @@ moment; whatever moment the answer does not fit in is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.assignment import Runs
 from planner.ledger import Array
-from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
+from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, OutOfNodesError, solve
 from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, in_tier, largest
 from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
-__all__ = ["Device", "DeviceCosts", "Solved"]
+__all__ = ["Device", "DeviceCosts", "DeviceGroup", "Goal", "Solved"]
 
 _LIMITS = 3  # on the transient that are solved where a tolerance is given: the first is nearly always best
+_PROVED = 6  # limits under which whole counts are proved
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,22 @@ class Device:
     layers: tuple[tuple[int, ...], ...]
     embedding: bool
     head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the strategies of a device are to minimise: some passes through its chunks, and what follows the last.
+
+    Attributes:
+        forwards, backwards: of every chunk.
+        after: whether the update and what nothing hides of gradients and weights follows.
+        ramp_s: what follows the passes beside that, if that is longer; None where nothing does.
+    """
+
+    forwards: tuple[float, ...]
+    backwards: tuple[float, ...]
+    after: bool = True
+    ramp_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,50 +77,64 @@ class DeviceCosts(DeviceBounds):
     ) -> None:  # fmt: skip
         super().__init__(problem, mesh, schedule, virtual_stages)
         self.solver, self.tolerance = solver, tolerance
-        self.slower = {
-            tier: float(capacity)
-            for tier, capacity in problem.cluster.slower_bytes.items()
-            if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
-        }
         self._solved: dict[tuple[object, ...], Solved | None] = {}
+        self._proved: dict[tuple[object, ...], float] = {}
 
-    def solve(self, device: Device, ramp_s: float = 0.0) -> Solved | None:
-        """The best strategies that fit; None where none do."""
-        key = (self.flights(device.number).tobytes(), device.layers, device.embedding, device.head, ramp_s)
+    def in_step(self, ramp_s: float | None = 0.0) -> Goal:
+        """A device's time in a step: all its micro-batches."""
+        passes = (float(self.mesh.micro_batches),) * self.virtual_stages
+        return Goal(passes, passes, True, ramp_s)
+
+    def solve(self, device: Device, goal: Goal | float = 0.0) -> Solved | None:
+        """The best strategies that fit; None where none do. A number stands for a device's time with that ramp."""
+        goal = goal if isinstance(goal, Goal) else self.in_step(goal)
+        key = self._key(device, goal)
         if key not in self._solved:
-            self._solved[key] = self._solve(device, ramp_s)
+            self._solved[key] = self._solve(device, goal)
         return self._solved[key]
 
+    def proved_s(self, device: Device, goal: Goal) -> float:
+        """What no strategies undercut, whole layers each, as far as branch and bound gets; infinite where none fit."""
+        key = self._key(device, goal)
+        if key not in self._proved:
+            self._proved[key] = self._prove(device, goal)
+        return self._proved[key]
+
     # -- details ---------------------------------------------------------------------------------------------------
+
+    def _key(self, device: Device, goal: Goal) -> tuple[object, ...]:
+        """What the best strategies depend on."""
+        return (self.flights(device.number).tobytes(), device.layers, device.embedding, device.head, goal)
 
     def _fullest(self, device: int) -> int:
         """The moment that stands for all until another proves to be fuller."""
         return int(np.argmax(self.flights(device).sum(axis=1)))
 
-    def _groups(self, device: Device, moments: Sequence[int]) -> list[_Group]:
-        """Layers of one kind in chunks that are in flight alike at some moments; what stands at the ends."""
+    def _groups(self, device: Device, moments: Sequence[int], goal: Goal) -> list[DeviceGroup]:
+        """Layers of one kind in chunks that are in flight and passed alike at some moments; what stands at the ends."""
         flights = self.flights(device.number)[list(moments)]
-        alike: dict[tuple[bytes, int], _Group] = {}
+        passes = list(zip(goal.forwards, goal.backwards, strict=True))
+        alike: dict[tuple[object, ...], DeviceGroup] = {}
         for chunk, layers in enumerate(device.layers):
             for kind, n in enumerate(layers):
                 if n:
-                    key = (flights[:, chunk].tobytes(), kind)
-                    group = alike.get(key, _Group(kind, (), 0, flights[:, chunk]))
-                    alike[key] = _Group(kind, (*group.chunks, chunk), group.size + n, group.flights)
+                    key = (flights[:, chunk].tobytes(), passes[chunk], kind)
+                    group = alike.get(key, DeviceGroup(kind, (), 0, flights[:, chunk], passes[chunk]))
+                    alike[key] = replace(group, chunks=(*group.chunks, chunk), size=group.size + n)
         groups = list(alike.values())
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         if device.embedding:
-            groups.append(_Group(embedding, (0,), 1, flights[:, 0]))
+            groups.append(DeviceGroup(embedding, (0,), 1, flights[:, 0], passes[0]))
         if device.head:
-            groups.append(_Group(head, (self.virtual_stages - 1,), 1, flights[:, -1]))
+            groups.append(DeviceGroup(head, (self.virtual_stages - 1,), 1, flights[:, -1], passes[-1]))
         return groups
 
     def _problem(
-        self, groups: Sequence[_Group], small: Sequence[Sequence[int]], limit: float, ramp_s: float
+        self, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], limit: float, goal: Goal
     ) -> CountProblem:
         """The choice among some strategies of every group, with transients up to a limit."""
         mesh = self.mesh
-        offset, sums = self._sums(groups, ramp_s)
+        offset, sums = self._sums(groups, goal)
         costs = [sums[:, some, place] for place, some in enumerate(small)]
         kept = largest(offset, costs)
         made = []
@@ -120,72 +152,118 @@ class DeviceCosts(DeviceBounds):
             budget += [capacity] * moments
         return CountProblem(tuple(made), np.array(budget), offset[kept])
 
-    def _solve(self, device: Device, ramp_s: float) -> Solved | None:
+    def _solve(self, device: Device, goal: Goal) -> Solved | None:
         """Solves under each limit on the transient that may hold the best, in the order of their bounds; some of them, where the
         best need not be found to the last digit."""
-        groups = self._groups(device, [self._fullest(device.number)])
+        groups = self._groups(device, [self._fullest(device.number)], goal)
         if not groups:
             return None  # no device is left without work
         best: Solved | None = None
-        limits, bounds = self._limit_bounds(groups, ramp_s)
+        limits, bounds = self._limit_bounds(groups, goal)
         most = len(limits) if self.tolerance == 0.0 else _LIMITS
         for index in np.argsort(bounds, kind="stable").tolist()[:most]:
             if bounds[index] >= (np.inf if best is None else best.seconds * (1.0 - self.tolerance)):
                 break
-            found = self._within(device, float(limits[index]), ramp_s)
+            found = self._within(device, float(limits[index]), goal)
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
         return best
 
-    def _limit_bounds(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
+    def _prove(self, device: Device, goal: Goal) -> float:
+        """The relaxation's bound under each limit on the transient, and for the smallest of them that of whole counts."""
+        groups = self._groups(device, [self._fullest(device.number)], goal)
+        if not groups:
+            return np.inf
+        limits, bounds = self._limit_bounds(groups, goal)
+        rank = np.argsort(bounds, kind="stable").tolist()
+        least = np.inf
+        for place, index in enumerate(rank):
+            if bounds[index] >= least or place == _PROVED:
+                return min(least, float(bounds[index]))
+            small = self._small(groups, float(limits[index]))
+            if not all(small):
+                continue
+            problem = self._problem(groups, small, float(limits[index]), goal)
+            try:
+                found = solve(problem, least / (1.0 - self.tolerance), self.tolerance)
+            except OutOfNodesError as stop:
+                least = min(least, stop.bound)
+            else:
+                least = min(least, np.inf if found is None else found[0] * (1.0 - self.tolerance))
+        return least
+
+    def _limit_bounds(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         """Limits on the transient, and what the relaxation proves of each."""
         kinds = np.array([group.kind for group in groups])
         limits = np.unique(
             np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()])
         )
-        always, saved = (self.mesh[name][self.useful][:, kinds] for name in ("always_bytes", "saved_bytes"))
-        held = always + self.growth * np.array([group.flights[0] for group in groups]) * saved
+        held = self._held(kinds, np.array([group.flights[0] for group in groups]))
         allowed = self.transient[self.useful][:, kinds] <= limits[:, None, None]
-        offset, sums = self._sums(groups, ramp_s)
-        some = largest(offset, list(sums[:, self.useful].transpose(2, 0, 1)))
-        cost = np.where(
-            allowed, sums[some][:, None, self.useful], np.inf
-        )  # (sums, limits, strategies, groups)
-        many = cost.shape[0] * cost.shape[1]
+        offset, sums = self._sums(groups, goal)
+        sums = sums[:, self.useful]
+        some = largest(offset, list(sums.transpose(2, 0, 1)))
+        offset, sums = offset[some], sums[some]
         size = np.array([float(group.size) for group in groups])
+        if self.slower:
+            # What is added is a block of its own, without bytes.
+            alone = np.broadcast_to(offset[:, None, None], (*sums.shape[:2], 1))
+            beside = [(0, 0), (0, 0), (0, 1)]
+            ranges = Ranges(
+                np.concatenate([sums, alone], axis=2), np.pad(held, beside),
+                np.pad(allowed, beside, constant_values=True), self._rooms(limits),
+            )  # fmt: skip
+            number = np.array([*size, 1.0])
+            return limits, Planes(ranges, number[None], steep=False).of_ranges(number)
+        cost = np.where(allowed, sums[:, None], np.inf)  # (sums, limits, strategies, groups)
+        many = cost.shape[0] * cost.shape[1]
         cells = Cells(
             np.repeat(np.arange(many), len(groups)), np.tile(kinds, many), np.tile(size, many), *[size] * 3
         )
         found = dual_s(
-            cost.transpose(2, 0, 1, 3).reshape(len(self.useful), -1), np.tile(held, many), cells,
+            cost.transpose(2, 0, 1, 3).reshape(len(self.useful), -1), np.tile(held[0], many), cells,
             np.tile(self.room - self.growth * limits, len(some)),
         )  # fmt: skip
-        bounds: Array = (found.reshape(len(some), -1) + offset[some][:, None]).max(axis=0)
+        bounds: Array = (found.reshape(len(some), -1) + offset[:, None]).max(axis=0)
         return limits, bounds
 
-    def _sums(self, groups: Sequence[_Group], ramp_s: float) -> tuple[Array, Array]:
-        """The sums whose largest a device takes: what is added to each, and (5, strategies, groups) of one block."""
+    def _sums(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
+        """The sums whose largest counts: what is added to each, and (sums, strategies, groups) of one block."""
+        kinds = np.array([group.kind for group in groups])
+        forwards, backwards = np.array([group.passes for group in groups]).T
+        forward_s = self.mesh["forward_s"][:, kinds]
+        passed = forwards * forward_s + backwards * (self.mesh.micro_batch_s[:, kinds] - forward_s)
+        sums, offset = [], []
+        if goal.after:
+            gradients, weights = self._buckets(groups)
+            sums.append(passed + exposed(self.mesh, gradients, weights, kinds))
+            offset += [0.0] * 4
+        if goal.ramp_s is not None or not goal.after:
+            sums.append(passed[None])
+            offset.append(goal.ramp_s or 0.0)
+        return np.array(offset), np.concatenate(sums)
+
+    def _buckets(self, groups: Sequence[DeviceGroup]) -> tuple[float, float]:
+        """Share of one bucket in the traffic of gradients and of weights."""
         counts = np.zeros(len(self.mesh.kinds))
         for group in groups:
             counts[group.kind] += group.size
         gradients, weights = (1.0 / max(float(counts @ each), 1.0) for each in self.buckets)
-        kinds = np.array([group.kind for group in groups])
-        whole = self.work[:, kinds] + exposed(self.mesh, gradients, weights, kinds)
-        return np.array([0.0] * 4 + [ramp_s]), np.concatenate([whole, self.work[None, :, kinds]])
+        return gradients, weights
 
-    def _small(self, groups: Sequence[_Group], limit: float) -> list[list[int]]:
+    def _small(self, groups: Sequence[DeviceGroup], limit: float) -> list[list[int]]:
         """Strategies of every group whose transients keep a limit."""
         return [[s for s in self.fronts[g.kind] if self.transient[s, g.kind] <= limit] for g in groups]
 
-    def _within(self, device: Device, limit: float, ramp_s: float) -> Solved | None:
+    def _within(self, device: Device, limit: float, goal: Goal) -> Solved | None:
         """The best strategies under a limit on the transient."""
         moments = [self._fullest(device.number)]
         while True:
-            groups = self._groups(device, moments)
+            groups = self._groups(device, moments, goal)
             small = self._small(groups, limit)
             if not all(small):
                 return None
-            found = self.solver(self._problem(groups, small, limit, ramp_s))
+            found = self.solver(self._problem(groups, small, limit, goal))
             if found is None:
                 return None
             solved = self._named(device, groups, small, *found)
@@ -216,7 +294,7 @@ class DeviceCosts(DeviceBounds):
         return worst if held[worst] > 1.0 + SLACK * 10 else None
 
     def _named(
-        self, device: Device, groups: Sequence[_Group], small: Sequence[Sequence[int]], seconds: float, counts: Counts
+        self, device: Device, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], seconds: float, counts: Counts
     ) -> Solved:  # fmt: skip
         """Counts per group as runs per chunk and kind; the strategies that save least come first."""
         saved = self.mesh["saved_bytes"]
@@ -245,10 +323,11 @@ class DeviceCosts(DeviceBounds):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """Layers of one kind in some chunks, and their micro-batches in flight at some moments."""
+class DeviceGroup:
+    """Layers of one kind in some chunks: their micro-batches in flight at some moments, and their forwards and backwards."""
 
     kind: int
     chunks: tuple[int, ...]
     size: int
     flights: Array
+    passes: tuple[float, float]

@@ -62,6 +62,11 @@ class Cells:
             one[0].astype(np.intp), one[1].astype(np.intp), np.add.reduceat(number, starts), one[2], one[3], one[4]
         )  # fmt: skip
 
+    def take(self, index: NDArray[np.intp]) -> Cells:
+        """Some of the cells."""
+        parts = (self.device, self.kind, self.number, self.flights, self.forwards, self.backwards)
+        return Cells(*(x[index] for x in parts))
+
 
 def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
     """What each device costs at least, infinite where nothing keeps its room: (devices,).

@@ -178,26 +178,37 @@ class Relaxation:
         best: Array = total.max(axis=0)
         return best
 
-    def dearest_s(self, layout: Layout, flights: Array, alone: BlockTable) -> Array:
+    def work_at_prices(self) -> tuple[Array, Array]:
+        """Prices of a byte, and the least work of one block with its bytes at each: what layouts have in common."""
+        prices = self._prices()
+        return prices, self._least(self.micro_batches[:, None] * self.seconds, prices, self._samples())
+
+    def dearest_s(
+        self, priced: tuple[Array, Array], rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
+    ) -> Array:  # fmt: skip
         """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
-        the last one after it, when the first device updates."""
-        prices, samples = self._prices(), self._samples()
-        least = self._least(self.micro_batches[:, None] * self.seconds, prices, samples)
-        sample = np.searchsorted(samples, flights, side="right") - 1
-        rows = np.arange(sample.shape[1])
-        forward, backward = alone["forward_s"], alone["backward_s"] + alone["weight_s"]
-        smallest, update = self.transient.min(axis=0), self.step.min(axis=0)
-        waits_s = update @ layout.device_counts[0, :-1]
-        best = np.zeros(sample.shape[1])
-        for device in range(layout.pp):
-            counts: Array = layout.chunks[:, device, :-1]
-            at_work = np.max(smallest[:, layout.device_counts[device, :-1] > 0], axis=1)
-            total = -prices * (self.budget - self.growth * at_work)
-            for chunk in range(layout.virtual_stages):
-                total = total + least[:, sample[chunk * layout.pp + device], rows] @ counts[chunk]
-            best = np.maximum(best, waits_s + total.max(axis=0))
-            first = layout.chunks[0, device]
-            waits_s = waits_s + first @ forward + first @ backward
+        the last one after it, when the first device updates.
+
+        Args:
+            priced: :meth:`work_at_prices`.
+            rows: which.
+            flights: (virtual stages, rows) micro-batches in flight.
+            alone: the rows' tables without strategies.
+        """
+        prices, least = priced[0][:, rows], priced[1][:, :, rows]
+        sample = np.searchsorted(self._samples(), flights, side="right") - 1
+        counts: Array = layout.counts[:, :-1]
+        # (prices, virtual stages, rows)
+        work_s = np.einsum("psrk,sk->psr", least[:, sample, np.arange(len(rows))], counts)
+        work_s = work_s.reshape(len(prices), layout.virtual_stages, layout.pp, len(rows)).sum(axis=1)
+        smallest = self.transient[:, rows].min(axis=0)
+        there = layout.device_counts[:, :-1] > 0
+        at_work = np.where(there[:, None], smallest, -np.inf).max(axis=2)
+        total = work_s - prices[:, None] * (self.budget[rows] - self.growth * at_work)
+        once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
+        waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
+        waits_s = waits_s + self.step[:, rows].min(axis=0) @ layout.device_counts[0, :-1]
+        best: Array = (waits_s + total.max(axis=0)).max(axis=0)
         return best
 
     def _samples(self) -> Array:

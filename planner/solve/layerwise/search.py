@@ -7,7 +7,7 @@ states the gap to the smallest one that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -17,46 +17,23 @@ import numpy as np
 
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
-from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.plan import Plan, SearchReport, SearchResult
+from planner.solve.account import Account
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
-from planner.solve.layerwise.strategies import Mesh
+from planner.solve.layerwise.walks import Paths
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
-__all__ = ["Certificate", "search_layerwise"]
+__all__ = ["search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
+_SPACE = "layer-wise plans"
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
-
-
-@dataclass(slots=True)
-class Certificate:
-    """How the layer-wise space was exhausted.
-
-    Attributes:
-        meshes: rows of all prefixes that keep the rules.
-        excluded: meshes or deals by what excluded them: ``work`` (all devices' work without any limit of memory), ``memory`` (the
-            same with their budgets), ``stages`` (the dearest stage of every partition), ``strategies`` (the exact choice).
-        settled: deals whose strategies were chosen exactly and priced by the schedule engine.
-        open: deals whose bound is below the best plan's step time at the end.
-        bound_s: no plan of the space is faster.
-        wall_s: of the layer-wise part alone.
-        stopped: why it ended before it was done: ``time``, ``interrupted``, or not at all.
-    """
-
-    solver: str
-    meshes: int = 0
-    excluded: dict[str, int] = field(default_factory=dict)
-    settled: int = 0
-    open: int = 0
-    bound_s: float = 0.0
-    wall_s: float = 0.0
-    stopped: str = ""
 
 
 def search_layerwise(
@@ -84,6 +61,7 @@ def search_layerwise(
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, layer-wise or not.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     uniform: SearchResult | None = None
@@ -98,19 +76,19 @@ def search_layerwise(
     try:
         run.go()
     except KeyboardInterrupt:
-        run.certificate.stopped = "interrupted"
-    certificate = run.finished()
-    plans = _plans(problem, run.best, certificate, uniform, top)
-    stopped = certificate.stopped == "interrupted"
+        run.account.stopped = "interrupted"
+    account = run.finished()
+    plans = _plans(problem, run.best, account, uniform, top)
+    stopped = account.stopped == "interrupted"
     if not plans:
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise account.failure(refusal)
     report = SearchReport(0, 0, 0, {}, {}, 0.0) if uniform is None else uniform.search
-    report = replace(report, wall_s=report.wall_s + certificate.wall_s)
+    report = replace(report, wall_s=report.wall_s + account.wall_s)
     front = () if uniform is None else uniform.pareto
-    result = SearchResult(plans, report, front, layerwise=asdict(certificate))
+    result = SearchResult(plans, report, front, layerwise=asdict(account))
     if stopped:
         raise Interrupted(result)
     return result
@@ -128,18 +106,19 @@ class _Search:
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
-        self.certificate = Certificate(solver)
+        self.account = Account(solver, _SPACE)
         self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
         self._done: list[float] = []
+        self._paths: Paths = {}
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = dict(self.space.least_s)
-        for pp in self.space.least_s:
-            if self._late():
+        for pp in sorted(self.space.least_s, key=lambda pp: self.space.least_s[pp]):
+            if self.account.late(self.end_s):
                 return
             self._left += [
                 _Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)
@@ -147,68 +126,64 @@ class _Search:
             del self._unbounded[pp]
         heapify(self._left)
         while self._left and self._left[0].bound_s < self.best_s:
-            if self._late():
+            if self.account.late(self.end_s):
                 return
             first = self._left[0]
             bound_s, more = self._closer(first)
             # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
-            while more and bound_s < self.best_s and not self.certificate.settled:
+            while more and bound_s < self.best_s and not self.account.settled:
                 first = replace(first, bound_s=bound_s, looks=first.looks + 1)
                 bound_s, more = self._closer(first)
             heappop(self._left)
             if bound_s >= self.best_s:
-                self.certificate.excluded["stages"] = self.certificate.excluded.get("stages", 0) + 1
+                self.account.exclude("stages")
             elif more:
                 heappush(self._left, replace(first, bound_s=bound_s, looks=first.looks + 1))
             else:
                 self._done.append(bound_s)
 
-    def _late(self) -> bool:
-        """Whether the time is over, which the certificate then says."""
-        if perf_counter() > self.end_s:
-            self.certificate.stopped = "time"
-        return bool(self.certificate.stopped)
-
-    def finished(self) -> Certificate:
+    def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
-        certificate = self.certificate
         bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
-        below = [bound_s for bound_s in bounds if bound_s < self.best_s]
-        certificate.open = len(below)
-        certificate.bound_s = min(below, default=self.best_s)
         if hasattr(self, "space"):
-            certificate.meshes = self.space.meshes
-            certificate.excluded = {**self.space.excluded, **certificate.excluded}
-        elif certificate.stopped:
-            certificate.bound_s = 0.0
-        certificate.wall_s = perf_counter() - self.start_s
-        return certificate
+            self.account.parts = self.space.meshes
+            self.account.excluded = {**self.space.excluded, **self.account.excluded}
+        elif self.account.stopped:
+            bounds = [0.0]
+        self.account.close(bounds, self.best_s, self.start_s)
+        return self.account
 
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
-        deal = open_.deal
-        mesh = self.space.mesh(deal)
-        launcher = self.problem.launcher
-        meshes = [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches)
-        bound_s = min((self._with(deal, some, open_.looks) for some in meshes), default=np.inf)
+        if not open_.settlers:
+            open_.settlers.extend(self._settlers(open_.deal))
+        bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
         return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
-    def _with(self, deal: Deal, mesh: Mesh, look: int) -> float:
+    def _settlers(self, deal: Deal) -> Iterator[Settler]:
+        """What bounds a deal and finds its plans: one, or one per mixture of strategies that a launcher runs."""
+        mesh, launcher = self.space.mesh(deal), self.problem.launcher
+        chunks = 1 if deal.layout is None else deal.layout.virtual_stages
+        for some in [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches):
+            costs = DeviceCosts(self.problem, some, deal.order, chunks, self.solver, self.tolerance)
+            yield Settler(
+                deal, some, costs, self.space.order, self.space.kinds, self.uniform.branches, self._paths
+            )
+
+    def _with(self, settler: Settler, look: int) -> float:
         """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""
-        costs = DeviceCosts(self.problem, mesh, deal.order, _chunks(deal), self.solver, self.tolerance)
-        settler = Settler(deal, mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
         bound_s = settler.bound_s(self.best_s)
         if look > _BOUND and bound_s < self.best_s:
-            bound_s = max(bound_s, settler.path_s())
+            bound_s = max(bound_s, settler.path_s(self.best_s))
         if look < _PLANS or bound_s >= self.best_s:
             return bound_s
-        self.certificate.settled += 1
+        self.account.settled += 1
         for found in settler.candidates(self.best_s):
             if found.step_s < self.best_s:
                 self.best, self.best_s = found, found.step_s
             if bound_s < self.best_s:
-                bound_s = max(bound_s, settler.path_s(found))
-        return bound_s
+                bound_s = max(bound_s, settler.path_s(self.best_s, found))
+        return max(bound_s, settler.proved_s()) if bound_s < self.best_s else bound_s
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -221,29 +196,18 @@ class _Open:
     number: int
     deal: Deal = field(compare=False)
     looks: int = field(default=0, compare=False)
-
-
-def _chunks(deal: Deal) -> int:
-    return 1 if deal.layout is None else deal.layout.virtual_stages
+    settlers: list[Settler] = field(default_factory=list, compare=False)
 
 
 def _plans(
-    problem: Problem, best: Candidate | None, certificate: Certificate, uniform: SearchResult | None, top: int
+    problem: Problem, best: Candidate | None, account: Account, uniform: SearchResult | None, top: int
 ) -> tuple[Plan, ...]:
     """The layer-wise plan, if there is one, before the uniform ones; each with what is proved of it."""
     plans: list[Plan] = []
     if best is not None:
         plans.append(_assembled(problem, best))
     plans += [] if uniform is None else uniform.plans
-    return tuple(
-        replace(plan, optimality=_proved(plan.estimate.step_time_s, certificate)) for plan in plans[:top]
-    )
-
-
-def _proved(step_s: float, certificate: Certificate) -> Optimality:
-    solver = f"branch and bound over layer-wise plans ({certificate.solver})"
-    gap = max(0.0, (step_s - certificate.bound_s) / step_s)
-    return Optimality("gap" if gap else "exact", gap, certificate.bound_s, solver)
+    return tuple(replace(plan, optimality=account.proved(plan.estimate.step_time_s)) for plan in plans[:top])
 
 
 def _assembled(problem: Problem, best: Candidate) -> Plan:

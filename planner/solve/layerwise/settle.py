@@ -11,14 +11,13 @@ from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import phase_seconds
-from planner.schedule.critical import critical_path
-from planner.schedule.order import make_order
 from planner.solve.branches import Branches
-from planner.solve.layerwise.devices import Device, DeviceCosts, Solved
+from planner.solve.layerwise.devices import Device, DeviceCosts, Goal, Solved
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
+from planner.solve.layerwise.walks import Paths, Walks
 from planner.step_time import exact_step_s
 
 __all__ = ["Candidate", "Settler", "in_order"]
@@ -47,22 +46,31 @@ class Settler:
         costs: of the mesh's devices under the deal's schedule.
         order, kinds: the model's layers and block kinds.
         choices: what strategies are called.
+        paths: critical ones through schedules; grows.
     """
 
     def __init__(
-        self, deal: Deal, mesh: Mesh, costs: DeviceCosts, order: tuple[str, ...], kinds: tuple[str, ...], choices: Branches
+        self, deal: Deal, mesh: Mesh, costs: DeviceCosts, order: tuple[str, ...], kinds: tuple[str, ...], choices: Branches,
+        paths: Paths | None = None,
     ) -> None:  # fmt: skip
         self.deal, self.mesh, self.costs, self.order, self.kinds = deal, mesh, costs, order, kinds
         self.choices = choices
         self.pp = mesh.pp
         self.stack = [kinds.index(kind) for kind in order]
         self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
+        layout, known = deal.layout, {} if paths is None else paths
+        self.walks = None
+        if layout is not None and mesh.pp > 1:
+            self.walks = Walks(costs, mesh, layout, deal.order, self.hop_s, known)
         self._limit: tuple[float, float] | None = None
+        self._bound_s: float | None = None  # limits only fall, so that it holds for all later ones
 
     def bound_s(self, below_s: float) -> float:
         """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
-        layout = self.deal.layout
-        return self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+        if self._bound_s is None:
+            layout = self.deal.layout
+            self._bound_s = self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+        return self._bound_s
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
         """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
@@ -91,26 +99,19 @@ class Settler:
             best = better
             yield best
 
-    def path_s(self, candidate: Candidate | None = None) -> float:
-        """No plan of the deal's layout is faster than the path that is critical under some seconds of its stages lets it.
-
-        Any seconds lead to a path that bounds: a candidate's, or fastest forwards, and backwards that add up to the work.
-        """
-        layout = self.deal.layout
-        if layout is None or self.pp == 1:
+    def path_s(self, below_s: float, candidate: Candidate | None = None) -> float:
+        """No plan of the deal's layout is faster than paths through its schedule let it: those that are critical in other deals,
+        or under a candidate's seconds, or under the fastest ones. 0 where cuts are open."""
+        if self.walks is None:
             return 0.0
-        if candidate is None:
-            least = [layout.counts @ x.min(axis=0) for x in (self.mesh["forward_s"], self._backward_s())]
-            forward, backward = (x.reshape(layout.virtual_stages, self.pp) for x in least)
-            work_s, _ = self.costs.least_s(layout)
-            spare = (work_s / self.mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
-            stages_s = np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
-        else:
-            stages_s = candidate.stages_s
-        order = make_order(self.deal.order, self.pp, self.mesh.micro_batches, layout.virtual_stages)
-        seconds = np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
-        path = critical_path(order, seconds, self.hop_s, np.zeros(self.pp))
-        return self.costs.along_s(layout, path) + path.hops * self.hop_s
+        return self.walks.critical(below_s, None if candidate is None else candidate.stages_s)
+
+    def proved_s(self) -> float:
+        """The same with whole counts of layers for the best of these paths."""
+        layout = self.deal.layout
+        if self.walks is None or layout is None:
+            return 0.0
+        return self.walks.proved(lambda number: self._device(layout, number))
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
@@ -118,6 +119,7 @@ class Settler:
         """Every device works, and waits for the first micro-batch before and for the last one after.
 
         The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
+        Interleaved, the longest of the paths that are known without the order bounds too.
         """
         forward, backward = self._least(layout)
         hops_s = np.arange(self.pp) * self.hop_s
@@ -125,7 +127,8 @@ class Settler:
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
         behind[1:] += self.costs.update_s(layout.device_counts[0])
         work_s, whole_s = self.costs.least_s(layout)
-        return float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        return max(bound_s, self.walks.without_order()) if self.walks and np.isfinite(bound_s) else bound_s
 
     def _backward_s(self) -> Array:
         return self.mesh.micro_batch_s - self.mesh["forward_s"]
@@ -137,11 +140,12 @@ class Settler:
         return layout.chunks[0] @ forward, layout.chunks[0] @ backward
 
     def _bound_of_cuts(self, below_s: float) -> float:
-        """Of every partition into stages: what its dearest stage costs, and the paths of 1F1B through all of them.
+        """Of every partition into stages: what its dearest stage costs, and paths through all of them.
 
-        With ``X`` the most that a stage works on a micro-batch and ``S`` what all do, the path that begins with the first
+        With ``X`` the most that a stage works on a micro-batch and ``S`` what all do, the path of 1F1B that begins with the first
         micro-batch down the pipeline, stays on the dearest stage and ends with the last one back up takes at least
-        ``2S + (m − p − 1)·X``; besides see :func:`~planner.solve.layerwise.relaxation.path_factor`.
+        ``2S + (m − p − 1)·X``; GPipe's, which does all forwards of the dearest stage and then all its backwards on the way,
+        ``S + (m − 1)·X``. Besides see :func:`~planner.solve.layerwise.relaxation.path_factor`.
         """
         m, p = self.mesh.micro_batches, self.pp
         whole = self._lines(work_only=False)
@@ -150,7 +154,7 @@ class Settler:
             return np.inf
         self._limit = found
         least_s = found[0]
-        if p == 1 or self.deal.order != "1f1b":
+        if p == 1:
             return least_s
         alone = self._lines(work_only=True)
         within = [line.ends(below_s) for line in whole]
@@ -158,6 +162,10 @@ class Settler:
         hops_s = 2.0 * (p - 1) * self.hop_s
         factor = float(path_factor(self.deal.order, p, np.array([float(m)]))[0])
         bound_s = max(least_s, through_s * factor + hops_s)
+        work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
+        dearest_s = 0.0 if work is None else work[0] / m
+        if self.deal.order != "1f1b":
+            return max(bound_s, through_s + (m - 1.0) * dearest_s + hops_s)
         # Every p-th micro-batch waits for a round trip, the last one for as many stages as are left (costs.pipeline_bounds).
         laps = int(np.ceil((m - 1.0) / p))
         rest = m - 1 - (laps - 1) * p
@@ -166,8 +174,6 @@ class Settler:
             rounds_s = least_sum(alone, within, (laps + again) / m)
             bound_s = max(bound_s, rounds_s + laps * hops_s + 2.0 * (rest - 1) * self.hop_s)
         if m > p:
-            work = smallest_limit(line_cost(alone), p, len(self.stack), 0.0, 2.0 * below_s, _PRECISION)
-            dearest_s = 0.0 if work is None else work[0] / m
             bound_s = max(bound_s, 2.0 * through_s + (m - p - 1.0) * dearest_s + hops_s)
         return bound_s
 
@@ -232,13 +238,17 @@ class Settler:
         return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, UNEVEN, sizes))
 
     def _priced(self, layout: Layout) -> Candidate | None:
-        """The best strategies of every device of a layout, priced together; None where a device has none."""
+        """The strategies of every device of a layout with which it is done soonest, priced together; None where a device has
+        none."""
         _, backward = self._least(layout)
-        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])])
-        devices = [self._device(layout, d) for d in range(self.pp)]
+        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]).tolist()
+        return self._together(layout, [self.costs.in_step(ramp_s) for ramp_s in behind])
+
+    def _together(self, layout: Layout, goals: Sequence[Goal]) -> Candidate | None:
+        """The best strategies of every device for its goal, priced together; None where a device has none."""
         solved: list[Solved] = []
-        for number in range(self.pp - 1, -1, -1):  # the last ones hold least, the first ones fail first
-            found = self.costs.solve(devices[self.pp - 1 - number], float(behind[self.pp - 1 - number]))
+        for number in range(self.pp):  # the first ones hold most, and fail first
+            found = self.costs.solve(self._device(layout, number), goals[number])
             if found is None:
                 return None
             solved.append(found)

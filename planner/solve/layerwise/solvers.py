@@ -34,27 +34,24 @@ _MARGINS = (
     2e-5,
 )  # by which budgets are lowered, where the solver takes their violation for rounding
 _FEW_NODES = 10  # of the integer program
-_NEAR = 20.0  # tolerances above the relaxation at which counts are good enough for a search that states its gap anyway
 _MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
 def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
     """Branch and bound; the integer program where that grows too large.
 
-    With a ``tolerance``, for a search that states its gap anyway: what the tree has found if it is near the relaxation, or else
-    the better of it and of what a few nodes of the integer program find, if they find any. Nodes are counted and not seconds, so
-    that the answer is the same every time.
+    With a ``tolerance``, for a search that states its gap anyway: what the tree has found until then, or else what a few nodes of
+    the integer program find. Nodes are counted and not seconds, so that the answer is the same every time.
     """
     try:
         return solve(problem, tolerance=tolerance)
     except OutOfNodesError as stop:
         if not tolerance:
             return by_highs(problem)
-        if stop.best is not None and stop.best[0] <= stop.bound * (1.0 + _NEAR * tolerance):
+        if stop.best is not None:
             return stop.best
         found, fits = _by_highs(problem, tolerance, _MARGINS[1], _FEW_NODES)
-        answers = [answer for answer in (stop.best, found if fits else None) if answer is not None]
-        return min(answers, key=lambda answer: answer[0], default=None)
+        return found if fits else None
 
 
 def by_brute_force(problem: CountProblem) -> Answer:

@@ -69,7 +69,7 @@ class LayerwiseSpace:
         """By pipeline degree, what none of its deals is faster than."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
-        self._priced: dict[int, tuple[Array, tuple[Array, ...]]] = {}
+        self._priced: dict[int, tuple[Array, tuple[Array, ...], Strategies]] = {}
         self._meshes: dict[tuple[int, int], Mesh] = {}
         self._rows_in_use: dict[int, set[int]] = {}
         launcher = self.problem.launcher
@@ -82,7 +82,8 @@ class LayerwiseSpace:
         return sorted(found, key=Deal.rank)
 
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
-        """The same of one pipeline degree, in no order: first without, then with limits of memory."""
+        """The same of one pipeline degree, in no order: first without limits of memory, then all devices' memory together, then
+        the schedule's own paths and every device's memory."""
         rows, cuts, free_s = self._open(pp, below_s)
         if not cuts:
             return
@@ -98,16 +99,20 @@ class LayerwiseSpace:
         if not len(rows.row):
             return
         bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
+        priced = bounds.work_at_prices()
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
             bound_s = np.maximum(alone_s, pooled_s)
             if layout is not None:
                 open_ = np.flatnonzero(bound_s < below_s)
+                if not len(open_):
+                    continue
                 some, _ = rows.take(open_)
+                paths_s = tight_bound(some.table, layout, _order(schedule), some.micro_batches)
+                self.excluded["work"] += int((paths_s >= below_s).sum())
                 flights = in_flight(pp, v, some.micro_batches)
-                bound_s[open_] = np.maximum(
-                    bound_s[open_], bounds.take(open_).dearest_s(layout, flights, some.table)
-                )
-            self.excluded["memory"] += int((np.isfinite(alone_s) & (bound_s >= below_s)).sum())
+                dearest_s = bounds.dearest_s(priced, open_, layout, flights, some.table)
+                self.excluded["memory"] += int(((dearest_s >= below_s) & (paths_s < below_s)).sum())
+                bound_s[open_] = np.maximum(bound_s[open_], np.maximum(paths_s, dearest_s))
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
                 self._rows_in_use.setdefault(where[0], set()).add(where[1])
@@ -125,15 +130,17 @@ class LayerwiseSpace:
         rows, free_s, those = self._opened[pp]
         return rows, those, free_s
 
-    def _totals(self, part: int, below_s: float) -> tuple[Array, tuple[Array, ...]]:
-        """Rows of a prefix that are open at any pipeline degree, and what its strategies take on them: priced once for all."""
+    def _totals(self, part: int, below_s: float) -> tuple[Array, tuple[Array, ...], Strategies]:
+        """Rows of a prefix that are open at any pipeline degree, what its strategies take on them, and these: priced once for
+        all."""
         if part not in self._priced:
             opened = [self._open(pp, below_s)[0] for pp in self.least_s]
             at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
-            totals = self.parts[part].take(at).totals()
+            taken = self.parts[part].take(at)
+            totals = taken.totals()
             table = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, at]))
             relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster)
-            self._priced[part] = at, relaxed
+            self._priced[part] = at, relaxed, taken
         return self._priced[part]
 
     def _relaxation(self, rows: _Rows, below_s: float) -> Relaxation:
@@ -141,7 +148,7 @@ class LayerwiseSpace:
         stack, pp = self.problem.stack, rows.pp
         parts: list[tuple[Array, ...]] = []
         for part in np.unique(rows.part).tolist():
-            among, relaxed = self._totals(part, below_s)
+            among, relaxed, _ = self._totals(part, below_s)
             at = np.searchsorted(among, rows.row[rows.part == part])
             parts.append(tuple(values[:, at] for values in relaxed))
         most = max(len(values[0]) for values in parts)
@@ -168,10 +175,10 @@ class LayerwiseSpace:
         key = (deal.part, deal.row)
         if key not in self._meshes:
             # Most of what tables cost does not depend on how many rows they have: those of all open deals are made at once.
-            part = self.parts[deal.part]
-            rows = sorted(self._rows_in_use.get(deal.part, set()) | {deal.row})
-            every = part.take(np.array(rows)).with_swaps()
-            for row, mesh in zip(rows, every.meshes(range(len(rows))), strict=True):
+            among, _, taken = self._priced[deal.part]
+            rows = sorted(self._rows_in_use[deal.part])
+            places = np.searchsorted(among, rows).tolist()
+            for row, mesh in zip(rows, taken.with_swaps().meshes(places), strict=True):
                 self._meshes[deal.part, row] = mesh
         return self._meshes[key]
 
@@ -251,11 +258,6 @@ class LayerwiseSpace:
                 free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
             else:
                 free_s = step_bound(rows.table, layout, micro_batches)
-                some = np.flatnonzero(runs[schedule.value] & (free_s < below_s))
-                if len(some):
-                    table = BlockTable(self.kinds, rows.table.values[:, :, some])
-                    paths_s = tight_bound(table, layout, _order(schedule), micro_batches[some])
-                    free_s[some] = np.maximum(free_s[some], paths_s)
             late = runs[schedule.value] & (free_s >= below_s)
             self.excluded["work"] += int(late.sum())
             yield schedule, layout, v, np.where(runs[schedule.value] & ~late, free_s, np.inf)

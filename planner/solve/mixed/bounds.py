@@ -98,7 +98,7 @@ class Bounds:
 @lru_cache(maxsize=16)
 def _shares(layers: int, groups: int) -> NDArray[np.int64]:
     """Every way to deal a number of layers to some groups, (ways, groups)."""
-    grid = np.indices((layers + 1,) * (groups - 1)).reshape(groups - 1, -1).T
+    grid = np.indices((layers + 1,) * (groups - 1)).reshape(groups - 1, (layers + 1) ** (groups - 1)).T
     last = layers - grid.sum(axis=1)
     kept: NDArray[np.int64] = np.concatenate([grid, last[:, None]], axis=1)[last >= 0]
     return kept

@@ -58,26 +58,53 @@ class Bundle:
         idle = np.array([framework + each * mesh.communicators for mesh in meshes])
         least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
         self.room = problem.memory_budget_bytes - idle - self.growth * least
+        self._least_held: dict[tuple[float, tuple[int, ...]], Array] = {}
         self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
 
     def least(self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool) -> Array:
         """The bound of any 0, 1, … neighbouring layers, of the best member: some micro-batches, and perhaps the update."""
         offset, sums = self.lines(flights, ends, passes, update=update)
+        held = self._held(flights, ends)
         layers = len(self.stack)
         if len(set(self.stack)) == 1:
-            alike: Array = (offset[:, :, None] + sums).max(axis=1).min(axis=0)
+            some = np.where(held <= self.room[:, None], (offset[:, :, None] + sums).max(axis=1), np.inf)
+            alike: Array = some.min(axis=0)
             return alike
-        some = [
-            (offset[:, :, None] + sums[:, :, n:] - sums[:, :, : layers + 1 - n]).max(axis=1).min()
-            for n in range(layers + 1)
-        ]
-        return np.array(some)
+        each = []
+        for n in range(layers + 1):
+            found = (offset[:, :, None] + sums[:, :, n:] - sums[:, :, : layers + 1 - n]).max(axis=1)
+            fits = held[:, n:] - held[:, : layers + 1 - n] + held[:, :1] <= self.room[:, None]
+            each.append(np.where(fits, found, np.inf).min())
+        return np.array(each)
 
     def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
         """The bound of some layers in a step, of every member."""
         offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
-        found: Array = (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1)
+        held = self._held(flights, ends)
+        fits = held[:, end] - held[:, start] + held[:, 0] <= self.room
+        found: Array = np.where(fits, (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1), np.inf)
         return found
+
+    def together(self, start: int, end: int, flights: float, ends: tuple[int, ...], most: int) -> list[int]:
+        """Members that stand together best: the cheapest ones at the prices of memory at which the best of them costs most.
+
+        There the linear relaxation of a stage that holds layers of any members mixes the cheapest.
+        """
+        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
+        cost = offset + sums[:, :, end] - sums[:, :, start]
+        price = int(np.argmax(cost.min(axis=0)))
+        chosen: list[int] = np.argsort(cost[:, price], kind="stable")[:most].tolist()
+        return sorted(chosen)
+
+    def _held(self, flights: float, ends: tuple[int, ...]) -> Array:
+        """(members, layers + 1): the fewest bytes of the ends and the first 0, 1, … layers."""
+        key = flights, ends
+        if key not in self._least_held:
+            every = self.always + self.growth * flights * self.saved
+            each = np.min(np.where(np.isfinite(self.work), every, np.inf), axis=1)
+            columns = [each[:, list(ends)].sum(axis=1)[:, None], each[:, self.stack]]
+            self._least_held[key] = np.cumsum(np.concatenate(columns, axis=1), axis=1)
+        return self._least_held[key]
 
     def lines(
         self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 
 from planner.baseline import block_order
+from planner.engine import COMPACT, tabulate
 from planner.ledger import Array
 from planner.pipeline import saturated
 from planner.place import Place, hops_s
 from planner.schedule.order import generator_of
 from planner.solve.layerwise.solvers import Solver
-from planner.solve.mixed.members import Class, Members
+from planner.solve.mixed.blend import Blend
+from planner.solve.mixed.bundle import Bundle
+from planner.solve.mixed.members import Class, Members, Option
 from planner.solve.mixed.shapes import Shape
 from planner.solve.mixed.stretch import Stretch
 from planner.specs.problem import Problem
+from planner.transition import CHANGE, meets, transition
 
 __all__ = ["SCHEDULE", "Ground"]
 
@@ -29,21 +33,26 @@ class Ground:
     Args:
         problem: the whole problem.
         solver: of the strategies of a stage.
+        mixing: whether layers of one stage may be cut in different ways.
 
     Raises:
         SpecError: a group has no mesh with the degrees that are fixed.
     """
 
-    def __init__(self, problem: Problem, solver: Solver) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, solver: Solver, *, mixing: bool = False) -> None:
+        self.problem, self.mixing = problem, mixing
         self.groups = [
-            Members(problem, group, SCHEDULE, solver) for group in range(len(problem.cluster.groups))
+            Members(problem, group, SCHEDULE, solver, mixing=mixing)
+            for group in range(len(problem.cluster.groups))
         ]
         self.order = tuple(block_order(problem.model))
         self.kinds = self.groups[0].kinds
         self.stack = [self.kinds.index(kind) for kind in self.order]
         self._hops: dict[tuple[int, int], tuple[float, Place, Place]] = {}
+        self._changes: dict[tuple[int, int], tuple[Array, Place, Place]] = {}
         self._stretches: dict[tuple[object, ...], Stretch] = {}
+        self._blends: dict[tuple[int, int], Blend | None] = {}
+        self._pairs: dict[tuple[int, ...], tuple[list[Blend], Bundle | None]] = {}
 
     def class_of(self, shape: Shape, group: int) -> Class:
         """The class of a group's members that a shape takes."""
@@ -79,12 +88,38 @@ class Ground:
             start += n
         return found
 
-    def hops_s(self, stages: Sequence[Place]) -> Array:
+    def blends(self, group: int, options: Sequence[Option]) -> tuple[list[Blend], Bundle | None]:
+        """Every two of some options of a group that may be neighbours, and their bounds."""
+        key = tuple(id(option) for option in options)
+        if key not in self._pairs:
+            found = [self._blend(one, other) for one, other in combinations(options, 2)]
+            pairs = [blend for blend in found if blend is not None]
+            problem = self.groups[group].problem
+            bundle = Bundle(problem, [blend.mesh for blend in pairs], self.stack) if pairs else None
+            self._pairs[key] = pairs, bundle
+        return self._pairs[key]
+
+    def _blend(self, one: Option, other: Option) -> Blend | None:
+        key = id(one), id(other)
+        if key not in self._blends:
+            self._blends[key] = Blend(one, other) if meets(one.place, other.place) else None
+        return self._blends[key]
+
+    def change(self, one: Place, other: Place) -> Array:
+        """Compact fields of a change between two places of a group."""
+        key = id(one), id(other)
+        if key not in self._changes:
+            pricer = self.groups[one.group].uniform.pricer
+            table = tabulate(transition(one, other), pricer, (CHANGE,), 1, COMPACT)
+            self._changes[key] = table.values[:, 0, 0], one, other
+        return self._changes[key][0]
+
+    def hops_s(self, edges: Iterable[tuple[Place, Place]]) -> Array:
         """As :func:`planner.place.hops_s`, remembered."""
         found = []
-        for one, other in pairwise(stages):
+        for one, other in edges:
             key = (id(one), id(other))
             if key not in self._hops:
-                self._hops[key] = (float(hops_s(self.problem.cluster, (one, other))[0]), one, other)
+                self._hops[key] = (float(hops_s(self.problem.cluster, [(one, other)])[0]), one, other)
             found.append(self._hops[key][0])
         return np.array(found)

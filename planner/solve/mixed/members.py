@@ -10,10 +10,11 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.assignment import Runs
 from planner.engine import COMPACT, tabulate
 from planner.ledger import Array
 from planner.place import Place, of_group
-from planner.solve.layerwise.devices import DeviceCosts
+from planner.solve.layerwise.devices import DeviceCosts, Solved
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.mixed.bundle import Bundle
@@ -25,7 +26,7 @@ from planner.specs.problem import Problem
 _ANY = 2  # stages, where their number makes no difference
 _SAMPLE = 8  # members by which that is judged
 
-__all__ = ["ALIKE", "Class", "Member", "Members", "Option"]
+__all__ = ["ALIKE", "Class", "Member", "Members", "Option", "side_by_side"]
 
 ALIKE = ("adaptation", "precision", "optimizer")
 """Slots whose choice is common to all stages: what is computed does not depend on where."""
@@ -55,6 +56,14 @@ class Option:
         self.members, self.mesh = members, mesh
         self.place = Place(members.problem, members.group, mesh.recipe, mesh.row)
 
+    def place_of(self, strategy: int) -> Place:
+        """Where a strategy's layers are."""
+        return self.place
+
+    def ordered(self, solved: Solved, kinds: Sequence[int], before: Place | None) -> Sequence[Runs]:
+        """Runs of every kind in the order of their layers; ``kinds`` of all layers, ``before`` the place of the layer before."""
+        return solved.runs[0]
+
     @cached_property
     def costs(self) -> DeviceCosts:
         """Costs and budgets of stages that are cut so."""
@@ -74,10 +83,13 @@ class Members:
         group: number of the node group.
         schedule: name of the order.
         solver: of strategies.
+        mixing: whether layers of one stage may be cut in different ways.
     """
 
-    def __init__(self, problem: Problem, group: int, schedule: str, solver: Solver) -> None:
-        self.group, self.schedule, self.solver = group, schedule, solver
+    def __init__(
+        self, problem: Problem, group: int, schedule: str, solver: Solver, *, mixing: bool = False
+    ) -> None:
+        self.group, self.schedule, self.solver, self.mixing = group, schedule, solver, mixing
         self.problem = of_group(problem, group)
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.kinds = self.uniform.kinds
@@ -87,7 +99,7 @@ class Members:
         self._meshes: dict[tuple[int, int], Mesh | None] = {}
         self._options: dict[tuple[int, int], Option | None] = {}
         self._free: dict[Class, Array] = {}
-        self._bundles: dict[tuple[Class, int, int], Bundle | None] = {}
+        self._bundles: dict[tuple[Class, int, int, bool], Bundle | None] = {}
         made: dict[tuple[str, ...], object] = {}
         space = self.uniform.space
         mesh = space.rows.context(self.problem, {}).mesh
@@ -168,19 +180,41 @@ class Members:
         free = self._free[of]
         return free[first] if first < len(free) else np.full(free.shape[1], np.inf)
 
+    def freest_s(self, of: Class) -> Array:
+        """What any members side by side take for a micro-batch in 0, 1, … layers, without limits of memory."""
+        least = np.min([member.seconds for member in self.classes[of]], axis=0)
+        found: Array = _windows(least[None, [self.kinds.index(kind) for kind in self.uniform.order]])[0]
+        return found
+
     def bundle(self, of: Class, pp: int, first: int) -> Bundle | None:
         """The bounds of the first members of a class; None where none of them has a valid strategy."""
-        key = of, pp if self.by_length else _ANY, first
+        return self._bundle(of, pp, first, mixed=False)
+
+    def mixture(self, of: Class, pp: int, first: int) -> Bundle | None:
+        """The bounds of stages whose layers are cut as any members cut them; those behind the first ones, if there are any, as
+        if they held nothing. What a change between neighbours takes is left out."""
+        return self._bundle(of, pp, first, mixed=True)
+
+    def _bundle(self, of: Class, pp: int, first: int, *, mixed: bool) -> Bundle | None:
+        key = of, self._length(pp), first, mixed
         if key not in self._bundles:
             members = self.classes[of][:first]
             self.price((member, pp) for member in members)
             meshes = [mesh for mesh in (self.mesh(member, pp) for member in members) if mesh is not None]
             stack = [self.kinds.index(kind) for kind in self.uniform.order]
+            if mixed and meshes:
+                behind = self.classes[of][first:]
+                free = [_weightless(meshes[0], np.min([m.seconds for m in behind], axis=0))] if behind else []
+                meshes = [side_by_side([*meshes, *free], min(mesh.communicators for mesh in meshes))]
             self._bundles[key] = Bundle(self.problem, meshes, stack) if meshes else None
         return self._bundles[key]
 
+    def _length(self, pp: int) -> int:
+        """A pipeline's length, as far as it makes a difference."""
+        return pp if self.by_length or pp == 1 else _ANY
+
     def _key(self, member: Member, pp: int) -> tuple[int, int]:
-        return id(member), pp if self.by_length else _ANY
+        return id(member), self._length(pp)
 
     def _depends_on_length(self) -> bool:
         """Whether stacks or models make a stage's price depend on how many there are, beyond what is in flight."""
@@ -205,6 +239,23 @@ class Members:
         if not strategies.branches:
             return [None] * len(pairs)
         return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(pairs)))]
+
+
+def side_by_side(meshes: Sequence[Mesh], communicators: float) -> Mesh:
+    """The strategies of several meshes as those of one."""
+    return replace(
+        meshes[0],
+        branches=[branch for mesh in meshes for branch in mesh.branches],
+        values=np.concatenate([mesh.values for mesh in meshes]),
+        communicators=communicators,
+    )
+
+
+def _weightless(like: Mesh, seconds: Array) -> Mesh:
+    """A strategy that takes some seconds for a micro-batch in one block of each kind, and holds nothing."""
+    values = np.zeros((1, *like.values.shape[1:]))
+    values[0, COMPACT.index("forward_s"), :-1] = seconds
+    return replace(like, branches=like.branches[:1], values=values)
 
 
 def _windows(seconds: Array) -> Array:

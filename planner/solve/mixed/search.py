@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from heapq import heapify, heappop, heappush, nsmallest
 from time import perf_counter
@@ -12,7 +12,8 @@ import numpy as np
 
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
-from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.plan import Plan, SearchReport, SearchResult
+from planner.solve.account import Account
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.ground import SCHEDULE, Ground
@@ -22,37 +23,12 @@ from planner.solve.space import Space, order_of
 from planner.solve.train import search
 from planner.specs.problem import Problem
 
-__all__ = ["MixedCertificate", "MixedSearch", "applies", "search_mixed"]
+__all__ = ["MixedSearch", "applies", "search_mixed"]
 
 _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
 _PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
 _AHEAD = 400  # shapes whose members are priced together
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
-
-
-@dataclass(slots=True)
-class MixedCertificate:
-    """How the space of pipelines over node groups was exhausted.
-
-    Attributes:
-        shapes: orders of groups, stages of each and micro-batches.
-        excluded: shapes by what excluded them: ``work`` (without limits of memory), ``stages`` (the dearest stage of every
-            partition, with budgets).
-        settled: shapes whose stages were chosen and priced by the schedule engine.
-        open: shapes whose bound is below the best plan's step time at the end.
-        bound_s: no plan of the space is faster.
-        wall_s: of this part alone.
-        stopped: why it ended before it was done: ``time``, ``interrupted``, or not at all.
-    """
-
-    solver: str
-    shapes: int = 0
-    excluded: dict[str, int] = field(default_factory=dict)
-    settled: int = 0
-    open: int = 0
-    bound_s: float = 0.0
-    wall_s: float = 0.0
-    stopped: str = ""
 
 
 def search_mixed(
@@ -62,9 +38,12 @@ def search_mixed(
     *,
     base: Callable[..., SearchResult] = search,
     solver: str = "auto",
+    mixing: bool = False,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
     """The plans of a search that treats all devices alike, and before them the best one that does not, where it is faster.
+
+    On a cluster of one kind of devices that is a plan whose stages or layers have degrees of their own.
 
     Args:
         problem: what to plan.
@@ -72,11 +51,13 @@ def search_mixed(
         on_progress: as for :func:`planner.solve.train.search`.
         base: the search that treats all devices alike.
         solver: of the strategies of a stage: one of :data:`~planner.solve.layerwise.solvers.SOLVERS`.
+        mixing: whether layers of one stage may be cut in different ways, and not stages alone.
         time_limit_s: of the search over node groups; the best plan so far then states its gap.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
         Infeasible: nothing fits, neither way.
+        SolverError: the time was over before a plan was found that fits, or before it was known that there is none.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far.
     """
     alike: SearchResult | None = None
@@ -86,37 +67,42 @@ def search_mixed(
     except Infeasible as error:
         refusal = error
     run = MixedSearch(
-        problem, _LONGEST_S if alike is None else alike.best.estimate.step_time_s, solver, time_limit_s
+        problem,
+        _LONGEST_S if alike is None else alike.best.estimate.step_time_s,
+        solver,
+        time_limit_s,
+        mixing=mixing,
     )
     try:
         run.go()
     except KeyboardInterrupt:
-        run.certificate.stopped = "interrupted"
-    certificate = run.finished()
-    plans = _plans(problem, run.best, certificate, alike, top)
-    stopped = certificate.stopped == "interrupted"
+        run.account.stopped = "interrupted"
+    account = run.finished()
+    plans = _plans(problem, run.best, account, alike, top)
+    stopped = account.stopped == "interrupted"
     if not plans:
         if stopped:
             raise Interrupted(None, "before any plan was priced that fits")
         assert refusal is not None
-        raise refusal
+        raise account.failure(refusal)
     result = SearchResult(plans, SearchReport(0, 0, 0, {}, {}, 0.0)) if alike is None else alike
-    report = replace(result.search, wall_s=result.search.wall_s + certificate.wall_s)
-    result = replace(result, plans=plans, search=report, mixed=asdict(certificate))
+    report = replace(result.search, wall_s=result.search.wall_s + account.wall_s)
+    result = replace(result, plans=plans, search=report, mixed=asdict(account))
     if stopped:
         raise Interrupted(result)
     return result
 
 
 def applies(problem: Problem) -> bool:
-    """Whether stages may run on node groups of their own: groups differ, and nothing that is fixed forbids it.
+    """Whether stages may differ in where they run and how their work is cut: nothing that is fixed forbids it.
 
     Launchers take one mesh for all stages; named layouts and virtual stages are of pipelines of equal devices.
     """
     fixed = problem.fixed
     plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
-    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE and str(fixed.get("pp", "2")) != "1"
-    return problem.cluster.mixed and problem.launcher is None and plain and named
+    named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE
+    long = not problem.cluster.mixed or str(fixed.get("pp", "2")) != "1"
+    return problem.launcher is None and plain and named and long
 
 
 class MixedSearch:
@@ -127,38 +113,39 @@ class MixedSearch:
         below_s: plans that are not faster are of no interest.
         solver: of the strategies of a stage.
         time_limit_s: when to stop.
+        mixing: whether layers of one stage may be cut in different ways.
     """
 
-    def __init__(self, problem: Problem, below_s: float, solver: str, time_limit_s: float) -> None:
-        self.start, self.problem, self.best_s, self.time_limit_s = (
-            perf_counter(),
-            problem,
-            below_s,
-            time_limit_s,
-        )
+    def __init__(
+        self, problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool = False
+    ) -> None:
+        self.mixing = mixing
+        self.start_s = perf_counter()
+        self.end_s = self.start_s + time_limit_s
+        self.problem, self.best_s = problem, below_s
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
-        self.certificate = MixedCertificate(solver)
+        self.account = Account(solver, _space(problem, mixing=mixing))
         self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
         self._open: list[float] = []
         self._looks = 0
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        self.ground = Ground(self.problem, self.solver)
+        self.ground = Ground(self.problem, self.solver, mixing=self.mixing)
         layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
         lengths = None if fixed is None else (int(str(fixed)),)
         every = sorted(shapes(self.ground.groups, layers, lengths), key=Shape.rank)
-        self.certificate.shapes = len(every)
+        self.account.parts = len(every)
         self._heap = [(shape.bound_s, number, shape, None) for number, shape in enumerate(every)]
         heapify(self._heap)
         while self._heap and self._heap[0][0] < self.best_s:
-            if self._late():
+            if self.account.late(self.end_s):
                 return
             self._look()
-        self._exclude("work", sum(bounds is None for *_, bounds in self._heap))
+        self.account.exclude("work", sum(bounds is None for *_, bounds in self._heap))
 
     def _look(self) -> None:
         """Bounds the most promising shape more tightly, or settles it.
@@ -176,18 +163,18 @@ class MixedSearch:
             if not at_once:
                 break
         if (settles or at_once) and bounds.shape_s < self.best_s:
-            for found in Settler(bounds).plans(self.best_s):
+            for found in Settler(bounds, lambda: self.account.late(self.end_s)).plans(self.best_s):
                 self.best, self.best_s = found, found.step_s
                 if at_once:
                     break
         heappop(self._heap)
         if settles:
-            self.certificate.settled += 1
+            self.account.settled += 1
             self._open.append(bounds.shape_s)
         elif bounds.shape_s < self.best_s:
             heappush(self._heap, (bounds.shape_s, number, shape, bounds))
         else:
-            self._exclude("stages", 1)
+            self.account.exclude("stages", 1)
 
     def _price_ahead(self, bounds: Bounds) -> None:
         """Prices the members that a shape asks for, together with those that the next shapes will ask for."""
@@ -204,59 +191,43 @@ class MixedSearch:
             wanted = dict.fromkeys((self.ground.class_of(shape, group), shape.pp) for shape in several)
             members.price((member, pp) for of, pp in wanted for member in members.classes[of][:asked])
 
-    def finished(self) -> MixedCertificate:
+    def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
-        certificate = self.certificate
         bounds = [bound_s for bound_s, *_ in self._heap] + self._open
-        below = [bound_s for bound_s in bounds if bound_s < self.best_s]
-        certificate.open = len(below)
-        certificate.bound_s = min(below, default=self.best_s if self._heap or self._open else 0.0)
-        certificate.wall_s = perf_counter() - self.start
-        return certificate
-
-    def _late(self) -> bool:
-        if perf_counter() - self.start > self.time_limit_s:
-            self.certificate.stopped = "time"
-        return bool(self.certificate.stopped)
-
-    def _exclude(self, reason: str, count: int) -> None:
-        self.certificate.excluded[reason] = self.certificate.excluded.get(reason, 0) + count
+        self.account.close(bounds or [0.0], self.best_s, self.start_s)
+        return self.account
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
 
 
+def _space(problem: Problem, *, mixing: bool) -> str:
+    """What is searched, in words."""
+    on = " over all node groups" if len(problem.cluster.groups) > 1 else ""
+    return f"1F1B pipelines{on}, degrees of every {'layer' if mixing else 'stage'}"
+
+
 def _plans(
-    problem: Problem, best: Found | None, certificate: MixedCertificate, alike: SearchResult | None, top: int
+    problem: Problem, best: Found | None, account: Account, alike: SearchResult | None, top: int
 ) -> tuple[Plan, ...]:
     """The plan over node groups, if there is one, before those that treat devices alike; each with what is proved of it."""
     others = () if alike is None else alike.plans
     if best is None:
-        settled = not others or certificate.bound_s >= others[0].estimate.step_time_s
-        return others if settled else _held(others, certificate)
-    return _held((_assembled(problem, best), *others)[:top], certificate)
+        settled = not others or account.bound_s >= others[0].estimate.step_time_s
+        return others if settled else _held(others, account)
+    return _held((_assembled(problem, best), *others)[:top], account)
 
 
-def _held(plans: Sequence[Plan], certificate: MixedCertificate) -> tuple[Plan, ...]:
-    """The plans with the gap that the search over node groups leaves."""
+def _held(plans: Sequence[Plan], account: Account) -> tuple[Plan, ...]:
+    """The plans with the gap that the search over node groups leaves: no plan is faster, whichever way it treats them."""
     return tuple(
-        replace(plan, optimality=_proved(plan.estimate.step_time_s, plan.optimality, certificate))
-        for plan in plans
+        replace(plan, optimality=account.proved(plan.estimate.step_time_s, plan.optimality)) for plan in plans
     )
-
-
-def _proved(step_s: float, alone: Optimality, certificate: MixedCertificate) -> Optimality:
-    """No plan is faster, whichever way it treats the node groups."""
-    known = [certificate.bound_s] + ([] if alone.bound_s is None else [alone.bound_s])
-    bound_s = min(step_s, *known)
-    gap = (step_s - bound_s) / step_s
-    solver = f"branch and bound over stages on node groups ({certificate.solver})"
-    return Optimality("gap" if gap else "exact", gap, bound_s, solver)
 
 
 def _assembled(problem: Problem, best: Found) -> Plan:
     """The plan priced anew, from ledgers of its own."""
-    first = best.assignment.stage_places()[0]
+    first = best.assignment.stage_places()[0][0]
     space = Space(first.problem)
     schedule = next(choice for choice in space.choices["schedule"] if order_of(choice).name == SCHEDULE)
     recipe = {**first.recipe, **best.assignment.strategies[0], "schedule": schedule}

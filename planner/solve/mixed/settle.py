@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, pairwise, product
 from math import comb, prod
 from typing import TypeAlias
 
@@ -19,19 +19,24 @@ from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
 from planner.solve.layerwise.devices import Device, Solved
 from planner.solve.layerwise.settle import in_order
+from planner.solve.layerwise.strategies import Branch
 from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.ground import SCHEDULE
 from planner.solve.mixed.members import Option
 from planner.solve.mixed.shapes import Shape
 from planner.step_time import stage_seconds
+from planner.transition import CHANGE
 
 __all__ = ["Found", "Settler"]
 
 Way: TypeAlias = tuple[Option, Solved]  # how a stage is done: a member, and its strategies
 
+_Cell: TypeAlias = tuple[int, Branch]  # a place and a strategy there
+
 _MISSES = 8  # shares of the groups that are tried in vain before others are left to the gap
 _FEW = 500  # partitions, or combinations of stages' ways, that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
+_TOGETHER = 6  # members of which every two are tried side by side in a stage
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
 
@@ -52,9 +57,11 @@ class Settler:
 
     Args:
         bounds: of the shape.
+        late: whether the time is over: what is not priced by then is left.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, late: Callable[[], bool] = lambda: False) -> None:
+        self.late = late
         self.bounds, self.shape, self.ground = bounds, bounds.shape, bounds.ground
         self.pp, self.m = self.shape.pp, self.shape.micro_batches
         self.kinds, self.order, self.stack = self.ground.kinds, self.ground.order, self.ground.stack
@@ -64,7 +71,8 @@ class Settler:
             self.ground.groups[g].classes[self.ground.class_of(self.shape, g)] for g in self.shape.order
         )
         partitions = comb(len(self.stack) + self.pp - 1, self.pp - 1)
-        self._few = partitions * prod(len(some) for some in members) <= _FEW
+        ways = [len(some) ** 2 if self.ground.mixing else len(some) for some in members]
+        self._few = partitions * prod(ways) <= _FEW
 
     def plans(self, below_s: float) -> Iterator[Found]:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
@@ -133,7 +141,7 @@ class Settler:
 
     def priced(self, partitions: Sequence[tuple[int, ...]], below_s: float) -> list[Found]:
         """Plans of some partitions, priced together."""
-        built = [plan for sizes in partitions for plan in self._built(sizes, below_s)]
+        built = [plan for sizes in partitions if not self.late() for plan in self._built(sizes, below_s)]
         if not built:
             return []
         generator = generator_of(SCHEDULE)
@@ -141,7 +149,8 @@ class Settler:
         stages_s = [np.concatenate([part[0][op] for part in parts], axis=1) for op in range(2)]
         work_s = stages_s[0] + stages_s[1]
         tail_s = np.concatenate([part[2] for part in parts], axis=1)
-        hops = [self.ground.hops_s(assignment.stage_places()) for _, assignment, _, _ in built]
+        between = [pairwise(assignment.stage_places()) for _, assignment, _, _ in built]
+        hops = [self.ground.hops_s((one[-1], other[0]) for one, other in edges) for edges in between]
         order = make_order(generator, self.pp, self.m, 1)
         steps_s = simulate(order, *stages_s, hop_s=np.stack(hops, axis=1), tail_s=tail_s).makespan_s
         return [
@@ -168,12 +177,11 @@ class Settler:
             if before is None:
                 behind_s += solved.seconds - self.m * work_s
             else:
-                behind_s += float(self.ground.hops_s([before, option.place])[0])
+                behind_s += float(self.ground.hops_s([(before, option.place)])[0])
         for chosen in _together(ways):
-            assignment, columns = self._assignment(chosen, ends)
+            assignment, values = self._assignment(chosen, ends)
             layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
-            values = np.stack([option.mesh.values[s, :, kind] for option, s, kind in columns], axis=1)
-            names = tuple(f"{self.kinds[kind]}/{i}" for i, (_, _, kind) in enumerate(columns[:-3]))
+            names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
             yield (
                 sizes,
                 assignment,
@@ -192,9 +200,9 @@ class Settler:
         found: list[Way] = []
         limit_s = below_s
         for bound_s, option in self.options(stage, a, b):
-            if bound_s >= limit_s:
+            if bound_s >= limit_s or (found and self.late()):
                 break
-            up_s = behind_s + (float(self.ground.hops_s([before, option.place])[0]) if before else 0.0)
+            up_s = behind_s + (float(self.ground.hops_s([(before, option.place)])[0]) if before else 0.0)
             solved = option.costs.solve(device, up_s)
             if solved is not None and solved.seconds < below_s:
                 found.append((option, solved))
@@ -211,43 +219,70 @@ class Settler:
             return []
         every = (members.option(member, self.pp) for member in members.classes[of][: self.bounds.level])
         valid = [option for option in every if option is not None]
-        bounds = bundle.cost(a, b, self._flights[stage], self.ground.ends(stage, self.pp))
-        return [(float(bounds[at]), valid[at]) for at in np.argsort(bounds, kind="stable").tolist()]
+        flight, ends = self._flights[stage], self.ground.ends(stage, self.pp)
+        bounds = bundle.cost(a, b, flight, ends).tolist()
+        if self.ground.mixing:
+            some = (
+                valid if self._few else [valid[at] for at in bundle.together(a, b, flight, ends, _TOGETHER)]
+            )
+            blends, of_blends = self.ground.blends(members.group, some)
+            if of_blends is not None:
+                valid = [*valid, *blends]
+                bounds += of_blends.cost(a, b, flight, ends).tolist()
+        return [(bounds[at], valid[at]) for at in np.argsort(bounds, kind="stable").tolist()]
 
-    def _assignment(
-        self, chosen: Sequence[Way], ends: Sequence[int]
-    ) -> tuple[Assignment, list[tuple[Option, int, int]]]:
-        """The chosen strategies as an assignment, and its columns as (option, strategy there, kind)."""
+    def _assignment(self, chosen: Sequence[Way], ends: Sequence[int]) -> tuple[Assignment, Array]:
+        """The chosen strategies as an assignment, and the values of its columns, (fields, columns)."""
         runs: list[Runs] = []
-        for (_, solved), a, b in zip(chosen, [0, *ends], ends, strict=False):
-            runs.append(in_order(solved.runs[0], self.stack[a:b]))
+        before: Place | None = None
+        for (option, solved), a, b in zip(chosen, [0, *ends], ends, strict=False):
+            stack = self.stack[a:b]
+            runs.append(in_order(option.ordered(solved, stack, before), stack))
+            before = option.place_of(runs[-1][-1][0] if runs[-1] else _end(solved))
         (first, opening), (last, closing) = chosen[0], chosen[-1]
         assert opening.embedding is not None
         assert closing.head is not None
-        layers: dict[tuple[int, int], int] = {}
-        options = {id(option): option for option, _ in chosen}
-        for (option, _), mine in zip(chosen, runs, strict=True):
-            for s, n in mine:
-                layers[id(option), s] = layers.get((id(option), s), 0) + n
-        for option, s in ((first, opening.embedding), (last, closing.head)):
-            layers.setdefault((id(option), s), 0)
-        rank = {key: index for index, key in enumerate(layers)}
-        used = sorted(layers, key=lambda key: (-layers[key], rank[key]))
+        # A strategy at a place is one, whichever option it comes from.
+        layers: dict[_Cell, int] = {}
+        priced: dict[_Cell, Array] = {}
+
+        def cell(option: Option, s: int) -> _Cell:
+            key = id(option.place_of(s)), option.mesh.branches[s]
+            priced.setdefault(key, option.mesh.values[s])
+            places.setdefault(key[0], option.place_of(s))
+            return key
+
+        places: dict[int, Place] = {}
+        stages = [
+            [(cell(option, s), n) for s, n in mine] for (option, _), mine in zip(chosen, runs, strict=True)
+        ]
+        embedding, head = cell(first, opening.embedding), cell(last, closing.head)
+        for mine in stages:
+            for key, n in mine:
+                layers[key] = layers.get(key, 0) + n
+        for key in (embedding, head):
+            layers.setdefault(key, 0)
+        used = sorted(layers, key=lambda key: -layers[key])
         number = {key: index for index, key in enumerate(used)}
-        places = list(dict.fromkeys(id(option) for option, _ in chosen))
+        branches = self.seats[0].uniform.branches
+        at = list(places)
         assignment = Assignment(
-            tuple(options[o].choices(s) for o, s in used),
-            tuple(tuple((number[id(option), s], n) for s, n in mine) for (option, _), mine in zip(chosen, runs, strict=True)),
-            number[id(first), opening.embedding],
-            number[id(last), closing.head],
-            tuple(options[o].place for o in places),
-            tuple(places.index(o) for o, _ in used),
+            tuple(branches.recipe(*branch) for _, branch in used),
+            tuple(tuple((number[key], n) for key, n in mine) for mine in stages),
+            number[embedding],
+            number[head],
+            tuple(places.values()),
+            tuple(at.index(place) for place, _ in used),
         )  # fmt: skip
-        columns = [
-            (options[used[s][0]], used[s][1], self.kinds.index(kind))
+        changes = [
+            self.ground.change(assignment.places[a], assignment.places[b])
+            for a, b in assignment.kinds_of_change()
+        ]
+        values = [
+            changes[s - len(used)] if kind == CHANGE else priced[used[s]][:, self.kinds.index(kind)]
             for kind, s in assignment.columns(self.order)
         ]
-        return assignment, columns
+        return assignment, np.stack(values, axis=1)
 
 
 def _together(ways: Sequence[Sequence[Way]]) -> Iterator[Sequence[Way]]:
@@ -260,6 +295,13 @@ def _together(ways: Sequence[Sequence[Way]]) -> Iterator[Sequence[Way]]:
     for stage, some in enumerate(ways):
         for way in some[1:]:
             yield [*first[:stage], way, *first[stage + 1 :]]
+
+
+def _end(solved: Solved) -> int:
+    """The strategy of an embedding or a head that has a stage for itself."""
+    end = solved.embedding if solved.embedding is not None else solved.head
+    assert end is not None
+    return end
 
 
 def _passes_s(option: Option, solved: Solved, ends: Sequence[int]) -> tuple[float, float]:

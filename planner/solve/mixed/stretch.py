@@ -78,17 +78,38 @@ class Stretch:
         """Seconds of a stage for some micro-batches, perhaps with the update, and whether they are final, by number of layers."""
         key = (flight, ends, passes, update)
         if key not in self._known:
-            free_s = self.members.free_s(self.of, self.priced) * passes
-            bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
-            found_s = np.full(len(free_s), np.inf)
-            if bundle is not None:
-                found_s = bundle.least(flight, ends, passes, update=update)
-            final = found_s <= free_s
-            found_s = np.minimum(found_s, free_s)
+            found_s, final = (self._mixed_s if self.members.mixing else self._alike_s)(
+                flight, ends, passes, update
+            )
             if not ends:  # no device is left without work
                 found_s[0] = np.inf
             self._known[key] = found_s, final
         return self._known[key]
+
+    def _alike_s(
+        self, flight: float, ends: tuple[int, ...], passes: float, update: bool
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Of stages that are cut as one member."""
+        free_s = self.members.free_s(self.of, self.priced) * passes
+        bundle = self.members.bundle(self.of, self.pp, self.priced) if self.priced else None
+        found_s = np.full(len(free_s), np.inf)
+        if bundle is not None:
+            found_s = bundle.least(flight, ends, passes, update=update)
+        return np.minimum(found_s, free_s), found_s <= free_s
+
+    def _mixed_s(
+        self, flight: float, ends: tuple[int, ...], passes: float, update: bool
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Of stages whose layers are cut as any members."""
+        final = self.priced >= len(self.members.classes[self.of])
+        if not self.priced:
+            found_s = self.members.freest_s(self.of) * passes
+        else:
+            bundle = self.members.mixture(self.of, self.pp, self.priced)
+            found_s = np.full(len(self.members.uniform.order) + 1, np.inf if final else 0.0)
+            if bundle is not None:
+                found_s = bundle.least(flight, ends, passes, update=update)
+        return found_s, np.full(len(found_s), final)
 
 
 def _folded(each: Sequence[Array], join: np.ufunc) -> tuple[Array, list[Array]]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from planner.technique import Figure, Technique
+from planner.technique import Technique
+from planner.techniques import figures
 
-_SECONDS = (5, 5, 4, 4, 3, 3, 3)
 _DEVICES = 3
 
 
@@ -38,7 +38,7 @@ def _period(subject: Any) -> float:
         Call(
             str(i), str(i), tuple(Option(d, 1, "", float(s)) for d in range(_DEVICES)), (i - 1,) if i else ()
         )
-        for i, s in enumerate(_SECONDS)
+        for i, s in enumerate(figures.graham_jobs(_DEVICES))
     )
     return float(subject(CallProblem(calls, _DEVICES, staleness=len(calls))))
 
@@ -51,15 +51,7 @@ TECHNIQUE = Technique(
     source="arXiv:2507.01663",
     summary="Generation beside the training of earlier answers, and how many devices for each",
     needs=("staleness",),
-    figures=(
-        Figure(
-            "busiest of three machines with jobs 5, 5, 4, 4, 3, 3, 3: the period of steps that do not wait for each other",
-            9.0,
-            1e-9,
-            "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached",
-            _period,
-        ),
-    ),
+    figures=(figures.graham_figure("period of steps that do not wait for each other", _DEVICES, _period),),
     solve=_plan,
     naive=_one_at_a_time,
 )

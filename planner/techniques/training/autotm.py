@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques import figures
 
 _PAGES = (7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1)
-_FRAMES = 3.0
 
 
 def _place(problem: Any) -> float:
@@ -29,17 +29,6 @@ def _swap_all(problem: Any) -> float:
     from planner.solve.combinatorial.tiering import swap_all
 
     return swap_all(problem).time_s
-
-
-def _faults(subject: Any) -> float:
-    """Faults of a reference string: the first of each page, and one for every rest outside the fast memory."""
-    from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
-
-    pages = sorted(set(_PAGES))
-    kernels = tuple(Kernel(f"reference {i}", 0.0, (pages.index(page),)) for i, page in enumerate(_PAGES))
-    tensors = tuple(Tensor(f"page {page}", 1.0, constant=True) for page in pages)
-    tiers = (Tier("frames", _FRAMES), Tier("disk", float(len(pages)), 1.0, 1.0))
-    return len(pages) + float(subject(TieringProblem(kernels, tensors, tiers)))
 
 
 TECHNIQUE = Technique(
@@ -55,7 +44,7 @@ TECHNIQUE = Technique(
             9.0,
             1e-9,
             "Silberschatz, Galvin, Gagne, Operating System Concepts, 9th edition, section 9.4.3",
-            _faults,
+            lambda subject: figures.page_faults(subject, _PAGES, 3),
         ),
     ),
     solve=_place,

@@ -62,6 +62,7 @@ TECHNIQUE = Technique(
             1e-9,
             "Griewank, Walther 2000 (revolve, doi:10.1145/347837.347846), section 2",
             _advances,
+            second_hand=True,
         ),
     ),
     solve=_cheapest,

@@ -10,11 +10,12 @@ Source: Wang et al. 2025 (FlexSP, arXiv:2412.01523) §4; one assignment of it is
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from planner.technique import Figure, Technique
+from planner.technique import Technique
+from planner.techniques import figures
 
-_SEQUENCES = {5: 2, 4: 2, 3: 3}
 _GROUPS = 3
 
 
@@ -38,9 +39,9 @@ def _makespan(subject: Any) -> float:
 
     from planner.solve.combinatorial.sequences import SequenceProblem
 
-    lengths = tuple(_SEQUENCES)
-    seconds = np.array([[float(length)] for length in lengths])
-    problem = SequenceProblem(lengths, tuple(_SEQUENCES.values()), (1,), seconds, seconds, _GROUPS)
+    jobs = Counter(figures.graham_jobs(_GROUPS))
+    seconds = np.array([[float(length)] for length in jobs])
+    problem = SequenceProblem(tuple(jobs), tuple(jobs.values()), (1,), seconds, seconds, _GROUPS)
     return float(subject(problem))
 
 
@@ -51,15 +52,7 @@ TECHNIQUE = Technique(
     kind="solver",
     source="arXiv:2412.01523",
     summary="Sequences of a step to groups of several sizes",
-    figures=(
-        Figure(
-            "makespan of jobs 5, 5, 4, 4, 3, 3, 3 on three machines, where longest-first takes 11",
-            9.0,
-            1e-9,
-            "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached",
-            _makespan,
-        ),
-    ),
+    figures=(figures.graham_figure("seconds of the busiest group", _GROUPS, _makespan),),
     solve=_assign,
     naive=_longest_first,
 )

@@ -67,6 +67,7 @@ TECHNIQUE = Technique(
             1e-9,
             "Graham 1969 (doi:10.1137/0117039), the anomaly of one machine more: 12 on three machines is the longest path",
             _makespan,
+            second_hand=True,
         ),
     ),
     solve=_plan,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.technique import Figure, Technique
+from planner.technique import Technique
+from planner.techniques import figures
 
-_LOADS = (7.0, 7.0, 6.0, 6.0, 5.0, 5.0, 4.0, 4.0, 4.0)
 _DEVICES = 4
 
 
@@ -41,12 +41,10 @@ TECHNIQUE = Technique(
     source="USENIX ATC 2023 (Zhai et al.)",
     summary="Experts to devices by load, or by affinity between layers",
     figures=(
-        Figure(
-            "makespan of jobs 7, 7, 6, 6, 5, 5, 4, 4, 4 on four machines, where longest-first takes 15",
-            12.0,
-            1e-9,
-            "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached",
-            lambda subject: float(subject(_LOADS, _DEVICES)),
+        figures.graham_figure(
+            "load of the busiest device",
+            _DEVICES,
+            lambda subject: float(subject(figures.graham_jobs(_DEVICES), _DEVICES)),
         ),
     ),
     solve=_balance,

@@ -3,7 +3,8 @@
 What it does: a replica has as many batches under way as stages; each passes all stages per token.
 Saves: weights and cache per device, divided by pp.
 Costs: one message of a batch's hidden states per hop; a token takes the time of all stages.
-Assumes: batches are equal, so that no stage waits; the stage with most layers sets the pace.
+Assumes: the stage with most layers sets the pace; under arrivals, a batch with prompt tokens holds up a round of all others,
+    whose way is as long as its own; in a closed loop batches are equal.
 Source: Aminabadi et al. 2022 (DeepSpeed Inference, arXiv:2207.00032) §4.
 """
 

@@ -76,6 +76,7 @@ TECHNIQUE = Technique(
             0.05,
             "K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon), runtime analysis: at most Tm/B, 0.7 %",
             _overhead,
+            second_hand=True,
         ),
     ),
     apply=apply,

@@ -73,6 +73,7 @@ TECHNIQUE = Technique(
             1e-9,
             "Kim et al. 2023 (ICML, PMLR 202:16639), section 3",
             lambda order: _most(order),
+            second_hand=True,
         ),
     ),
     apply=apply,

@@ -40,6 +40,7 @@ TECHNIQUE = Technique(
             1e-9,
             "Lamy-Poirier 2023 (arXiv:2211.05953), bubble of a looped pipeline",
             lambda order: figures.bubble_s(order, 8, 8, 4) / (8 * 3.0),
+            second_hand=True,
         ),
     ),
     order=ORDER,

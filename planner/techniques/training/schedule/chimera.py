@@ -76,6 +76,7 @@ TECHNIQUES = (
                     figures.bubble_s(order, 8, 16, 2, 1.0, 1.0)
                     / figures.makespan_s(order, 8, 16, 2, 1.0, 1.0)
                 ),
+                second_hand=True,
             ),
             Figure(
                 "micro-batches held by the first device, D = 8: D/2 + 1",
@@ -83,6 +84,7 @@ TECHNIQUES = (
                 1e-9,
                 "Li, Hoefler 2021 (arXiv:2107.06925), Table 2",
                 lambda order: figures.in_flight(order, 8, 16, 2),
+                second_hand=True,
             ),
         ),
         valid=accepts(CONCATENATED),
@@ -105,6 +107,7 @@ TECHNIQUES = (
                 1e-9,
                 "Li, Hoefler 2021 (arXiv:2107.06925), section 3.5: two micro-batches per forward double the activations",
                 lambda order: figures.in_flight(order, 8, 32, 2),
+                second_hand=True,
             ),
         ),
         valid=accepts(DOUBLED),

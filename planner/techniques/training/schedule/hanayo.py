@@ -54,6 +54,7 @@ TECHNIQUE = Technique(
             0.01,
             "Liu et al. 2023 (arXiv:2308.15762), section 3.4, without communication, T_B = 2T_F",
             lambda order: figures.bubble_s(order, 8, 8, 8) / figures.makespan_s(order, 8, 8, 8),
+            second_hand=True,
         ),
     ),
     order=ORDER,

@@ -1,0 +1,117 @@
+"""What no strategies of some blocks undercut, under several budgets and ranges of the largest transient: planes of the dual.
+
+Weights ``μ`` of the costs and prices ``λ`` of the budgets make a plane: ``n`` blocks of kind ``k`` in a range ``i`` cost at least
+
+    Σ_k n_k·min_s (μ·cost_ks + λ·held_ks) − λ·room_i,    s among the strategies whose transients the range allows,
+
+and the largest plane bounds (weak duality). The planes are those of the linear relaxation at some numbers of blocks, each in the
+range that is cheapest so far, until the cheapest one has a plane of its own: there the bound is the relaxation's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.ledger import Array
+from planner.solve.layerwise.linear import relaxed
+
+__all__ = ["Planes", "Ranges"]
+
+_ROUNDS = 12  # planes for one number of blocks, at most
+_DEARER = (1.0, 16.0, 256.0, 4096.0)  # prices of a byte, in seconds of all blocks per byte of the budget
+_LONGEST_S = 1e7  # stands for strategies that are not allowed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """The blocks' strategies.
+
+    Attributes:
+        cost: (functions, strategies, kinds) of one block; the largest function counts.
+        held: (budgets, strategies, kinds).
+        allowed: (ranges, strategies, kinds) which strategies a range allows.
+        room: (budgets, ranges).
+    """
+
+    cost: Array
+    held: Array
+    allowed: Array
+    room: Array
+
+
+class Planes:
+    """Planes for some numbers of blocks.
+
+    Attributes:
+        least: (planes, ranges, kinds) seconds of one block with its bytes at their prices.
+        paid: (planes, ranges) what the budgets are worth.
+
+    Args:
+        ranges: the strategies.
+        numbers: (samples, kinds) blocks for which the bound is to be tight.
+        steep: whether numbers that no strategies fit need a bound: prices that no plan pays.
+    """
+
+    def __init__(self, ranges: Ranges, numbers: Array, *, steep: bool) -> None:
+        self.ranges = ranges
+        self._least: list[Array] = []
+        self._paid: list[Array] = []
+        functions, budgets = len(ranges.cost), len(ranges.held)
+        even = np.full(functions, 1.0 / functions)
+        self._add(even, np.zeros(budgets))
+        if steep:
+            total_s = float((numbers.max(axis=0) * ranges.cost.max(axis=0).min(axis=0)).sum())
+            for budget in range(budgets):
+                unit = total_s / max(float(ranges.room[budget].max()), 1.0)
+                for times in _DEARER:
+                    self._add(even, times * unit * (np.arange(budgets) == budget))
+        for number in numbers:
+            self._tighten(number)
+        self.least, self.paid = np.array(self._least), np.array(self._paid)
+
+    def bound(self, number: Array) -> float:
+        """What some blocks cost at least."""
+        return float(self.of_ranges(number).min())
+
+    def of_ranges(self, number: Array) -> Array:
+        """The same under each range alone, (ranges,)."""
+        value: Array = (np.array(self._least) @ number - np.array(self._paid)).max(axis=0)
+        return value
+
+    # -- details -------------------------------------------------------------------------------------------------------
+
+    def _add(self, weights: Array, prices: Array) -> None:
+        ranges = self.ranges
+        priced = np.tensordot(weights, ranges.cost, 1) + np.tensordot(prices, ranges.held, 1)
+        self._least.append(np.where(ranges.allowed, priced, _LONGEST_S).min(axis=1))
+        self._paid.append(prices @ ranges.room)
+
+    def _tighten(self, number: Array) -> None:
+        """Adds the relaxation's plane in the cheapest range, until that range has one."""
+        kinds = np.flatnonzero(number)
+        done: set[int] = set()
+        for _ in range(_ROUNDS):
+            which = int(np.argmin(self.of_ranges(number)))
+            if which in done:
+                return
+            done.add(which)
+            found = self._relaxed(which, kinds, number[kinds].astype(int).tolist())
+            if found is None:
+                return
+            self._add(*found)
+
+    def _relaxed(self, which: int, kinds: Array, sizes: Sequence[int]) -> tuple[Array, Array] | None:
+        """The relaxation's weights and prices in one range; None where it allows no strategy of a kind."""
+        ranges = self.ranges
+        open_ = [np.flatnonzero(ranges.allowed[which, :, kind]) for kind in kinds]
+        if not all(len(some) for some in open_):
+            return None
+        cost, held = (
+            [x[:, some, kind] for some, kind in zip(open_, kinds, strict=True)]
+            for x in (ranges.cost, ranges.held)
+        )
+        found = relaxed(sizes, cost, held, np.zeros(len(ranges.cost)), ranges.room[:, which])
+        return found.weights, found.prices

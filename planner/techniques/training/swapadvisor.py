@@ -1,0 +1,53 @@
+"""SwapAdvisor: swaps of tensors that are planned on the graph, and run beside the kernels on streams of their own.
+
+What it does: chooses for every rest of every tensor whether it is swapped out, so that the longest of kernels, link out and link
+    in is as short as can be; ``planner solve tiers --moves overlapped``.
+Saves: device memory, as AutoTM; the step is as long as its kernels as long as the links keep up.
+Costs: link traffic. With kernels that wait for their tensors the same choice is AutoTM's.
+Assumes: kernels in a given order, and memory without fragments, both of which the authors let evolve as well; links that are free
+    whenever a tensor is.
+Source: Huang et al. 2020 (SwapAdvisor, ASPLOS 2020, doi:10.1145/3373376.3378530), abstract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.technique import Figure, Technique
+from planner.techniques import figures
+
+_PAGES = (1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5)
+
+
+def _plan(problem: Any) -> float:
+    from planner.solve.combinatorial.tiering import place
+
+    return place(problem).time_s
+
+
+def _swap_all(problem: Any) -> float:
+    from planner.solve.combinatorial.tiering import swap_all
+
+    return swap_all(problem).time_s
+
+
+TECHNIQUE = Technique(
+    key="swapadvisor",
+    name="SwapAdvisor",
+    slot=None,
+    kind="solver",
+    source="doi:10.1145/3373376.3378530",
+    summary="Swaps beside the kernels, planned on the graph",
+    figures=(
+        Figure(
+            "swaps in, first ones included, by furthest next use: 12 references of Belady's anomaly, room for 3",
+            7.0,
+            1e-9,
+            "Belady 1966 (IBM Systems Journal 5(2)): the optimum, on the references of Belady, Nelson, Shedler 1969",
+            lambda subject: figures.page_faults(subject, _PAGES, 3, "overlapped"),
+            second_hand=True,
+        ),
+    ),
+    solve=_plan,
+    naive=_swap_all,
+)

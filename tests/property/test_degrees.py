@@ -1,0 +1,309 @@
+"""Layers with degrees of their own: the search finds what trying everything finds, changes cost what they send, one engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations_with_replacement, pairwise, product
+
+import numpy as np
+import pytest
+
+from planner.costs.overlap import uniform_bucket_exposure_s
+from planner.costs.resharding import reshard_bytes
+from planner.ledger import Collective
+from planner.place import Place
+from planner.solve.mixed.ground import Ground
+from planner.solve.mixed.search import MixedSearch, search_mixed
+from planner.solve.train import examine
+from planner.specs.hardware import load_cluster
+from planner.specs.model import Attention, Block, Mlp, Model
+from planner.specs.problem import Problem
+from planner.specs.stack import load_stack
+from planner.specs.workload import TrainWorkload
+from planner.transition import communicators, meets, transition, transition_s
+
+_CLOSED = {
+    "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "zero_stage": "1", "cp": "1",
+    "parameter_offload": "none", "optimizer_offload": "none", "activation_offload": "none",
+}  # fmt: skip
+_RECOMPUTE = ("norm", "act", "norm+act", "selective", "mlp", "block", "norm+mla_up")
+_FEW = tuple(f"recompute={choice}" for choice in _RECOMPUTE)
+
+
+def small(cluster: str, layers: int = 4, reserve: float = 0.0, batch: int = 8, **fixed: str) -> Problem:
+    """A model of some gigabytes on a few devices."""
+    block = Block(attention=Attention(16, 16, 128), mlp=Mlp(8192, gated=True))
+    model = Model(
+        name="small", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
+        layers=(("decoder", layers),), tied_embeddings=False, dropout=False,
+    )  # fmt: skip
+    return Problem(
+        model, load_cluster(cluster), TrainWorkload(batch, 4096), load_stack(), fixed={**_CLOSED, **fixed}, reserve=reserve,
+        forbidden=_FEW,
+    )  # fmt: skip
+
+
+def found(problem: Problem, *, mixing: bool = True) -> MixedSearch:
+    run = MixedSearch(problem, 1e9, "brute", np.inf, mixing=mixing)
+    run.go()
+    return run
+
+
+def places(problem: Problem) -> list[Place]:
+    """Every way to cut a stage with some number of micro-batches and devices."""
+    members = Ground(problem, None).groups[0]
+    return [
+        members.option(member, 2).place
+        for some in members.classes.values()
+        for member in some
+        if members.option(member, 2) is not None
+    ]
+
+
+# -- everything is tried ---------------------------------------------------------------------------------------------
+
+
+def everything(problem: Problem) -> float:
+    """The best step of one stage: degrees and recomputation of every layer, in every order, and of both ends; what fits only."""
+    members = Ground(problem, None).groups[0]
+    best = np.inf
+    for (_, m, ranks), some in members.classes.items():
+        options = [members.option(member, 1) for member in some]
+        valid = [option for option in options if option is not None]
+        if ranks == problem.cluster.devices:
+            for one, other in combinations_with_replacement(valid, 2):
+                if one is other or meets(one.place, other.place):
+                    best = min(best, of_two(problem, members, m, one, other))
+    return best
+
+
+def of_two(problem: Problem, members, m: int, one, other) -> float:
+    """The best of all orders of layers of two members."""
+    stack, pricer = problem.stack, members.uniform.pricer
+    change_s, pieces = (0.0, 0.0), 0.0
+    if one is not other:
+        ledger = transition(one.place, other.place)
+        seconds = dict.fromkeys(("forward", "backward"), 0.0)
+        for item, price in zip(ledger.items, pricer.prices(ledger.items, ledger.axes), strict=True):
+            if isinstance(item, Collective):
+                seconds[item.phase] += float(np.ravel(price)[0])
+            else:
+                pieces += float(np.ravel(ledger.axes[item.size])[0]) * item.bytes_per_element
+        change_s = seconds["forward"], seconds["backward"]
+    ways = []  # (member, strategy): recompute nothing or all
+    for option in dict.fromkeys((one, other)):
+        names = [option.choices(s)["recompute"].value for s in range(len(option.mesh.branches))]
+        ways += [(option, names.index(name)) for name in ("none", "full") if name in names]
+    best = np.inf
+    layers = len(members.uniform.order)
+    for chosen in product(ways, repeat=layers + 2):
+        if any(names_of(option, s) == "full" for option, s in (chosen[0], chosen[-1])):
+            continue  # an end has nothing to recompute
+        columns = [(chosen[0], -3), *((way, 0) for way in chosen[1:-1]), (chosen[-1], -2)]
+        changes = [a[0] for a, b in pairwise(chosen) if a[0] is not b[0]]
+        # To the second way and back send the same, activations one way and gradients the other.
+        there = sum(option is one for option in changes)
+        back = len(changes) - there
+        forward_s = there * change_s[0] + back * change_s[1]
+        backward_s = there * change_s[1] + back * change_s[0]
+
+        def total(name: str, columns=columns) -> float:
+            return float(sum(option.mesh[name][s, kind] for (option, s), kind in columns))
+
+        transient = max(
+            option.mesh["block_bytes"][s, kind] + option.mesh["recomputed_bytes"][s, kind]
+            for (option, s), kind in columns
+        )
+        transient = max(transient, pieces) if changes else transient
+        passes = (1.0 + stack.fragmentation.value) * (total("saved_bytes") + transient)
+        used = list(dict.fromkeys(option.place for option, _ in chosen))
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators(used)
+        if total("always_bytes") + max(passes, total("step_bytes")) + idle > problem.memory_budget_bytes:
+            continue
+        forward_s += total("forward_s")
+        backward_s += total("backward_s") + total("weight_s") + total("recompute_s")
+        best = min(best, m * (forward_s + backward_s) + tail_s(total, forward_s, backward_s))
+    return best
+
+
+def names_of(option, s: int) -> str:
+    return option.choices(s)["recompute"].value
+
+
+def tail_s(total, forward_s: float, backward_s: float) -> float:
+    """The update, and what backward and forward do not hide of gradients and weights: all but the last of equal messages."""
+    exposed = total("main_step_s")
+    for track, beside in (("gradients", backward_s), ("weights", forward_s)):
+        messages = max(total(f"{track}_messages"), 1.0)
+        exposed += float(uniform_bucket_exposure_s(total(f"{track}_step_s"), beside, messages))
+    return exposed
+
+
+@pytest.mark.parametrize("reserve", [0.0, 0.55, 0.62, 0.66, 0.7, 0.74])
+@pytest.mark.parametrize("device", ["rtx-4090:1x2", "rtx-4090:2x2", "l4:1x2"])
+def test_the_search_finds_what_trying_everything_finds(device, reserve):
+    problem = small(device, layers=3, reserve=reserve, pp="1")
+    run, best_s = found(problem), everything(problem)
+    if run.best is None:
+        assert best_s == np.inf
+        return
+    assert run.best_s == pytest.approx(best_s, rel=1e-9)
+    assert run.finished().bound_s <= best_s * (1.0 + 1e-12)
+
+
+def test_a_plan_may_need_layers_of_other_degrees():
+    """Two nodes with slow network: the ends over four ranks spare their gradients' way, layers over one spare activations'."""
+    problem = small("rtx-4090:2x2", layers=3, pp="1")
+    mixed, alike = found(problem), found(problem, mixing=False)
+    assert mixed.best_s < 0.8 * alike.best_s
+    assert mixed.best_s == pytest.approx(everything(problem), rel=1e-9)
+
+
+# -- the engine prices everything ------------------------------------------------------------------------------------
+
+
+def wide() -> Problem:
+    """Eight layers of Llama 2 13B's width on four devices, whose memory is nearly too small for two of them per layer."""
+    problem = small("rtx-4090:1x4", layers=8, reserve=0.05, batch=32)
+    block = Block(attention=Attention(40, 40, 128), mlp=Mlp(13824, gated=True))
+    model = replace(problem.model, name="wide", hidden=5120, blocks={"decoder": block})
+    fixed = {
+        name: value for name, value in problem.fixed.items() if name not in ("zero_stage", "tensor_overlap")
+    }
+    return replace(problem, model=model, fixed=fixed)
+
+
+TIGHT = wide()
+
+
+def planned(problem: Problem):
+    """The best plan with degrees of every layer, and what it is priced at anew from its JSON fields."""
+    plan = search_mixed(problem, 1, mixing=True).best
+    fixed = {name: str(value).lower() for name, value in {**plan.knobs, **plan.mesh}.items()}
+    return plan, examine(replace(problem, fixed=fixed, forbidden=(), layerwise=plan.layerwise))
+
+
+def test_layers_are_priced_as_in_a_plan_that_has_their_degrees_throughout():
+    """Decision 3: columns of the table add up; a layer's column is that of the uniform plan with its degrees and choices."""
+    plan, again = planned(TIGHT)
+    assert again.plan.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-9)
+    assert plan.estimate.fits
+    meshes = [{**place["mesh"], "micro_batch_size": place["micro_batch_size"]} for place in plan.places]
+    assert len({tuple(mesh.items()) for mesh in meshes}) > 1, "degrees differ"
+    assert len({mesh["dp"] * mesh["micro_batch_size"] for mesh in meshes}) == 1, "the same micro-batches"
+    compared = 0
+    for number, (strategy, at) in enumerate(
+        zip(plan.layerwise["strategies"], plan.layerwise["at"], strict=True)
+    ):
+        if not any(s == number for runs in plan.layerwise["stages"] for s, _ in runs):
+            continue
+        fixed = {
+            **meshes[at],
+            **plan.places[at]["choices"],
+            **strategy,
+            "pp": plan.mesh["pp"],
+            "schedule": "1f1b",
+        }
+        alone = examine(
+            replace(TIGHT, fixed={k: str(v).lower() for k, v in fixed.items()}, forbidden=())
+        ).table
+        here = again.table.kinds.index(f"decoder·{chr(ord('A') + number)}")
+        there = alone.kinds.index("decoder")
+        assert again.table.values[:, here] == pytest.approx(alone.values[:, there], rel=1e-9)
+        compared += 1
+    assert compared
+
+
+def test_seconds_and_changes_add_up():
+    plan, again = planned(TIGHT)
+    changes = [name for name in again.table.kinds if name.startswith("change")]
+    assert changes
+    assert plan.estimate.breakdown_s["resharding"] > 0.0
+    assert sum(plan.estimate.breakdown_s.values()) == pytest.approx(plan.estimate.step_time_s, rel=1e-9)
+    assert sum(plan.stages) == 8, "a change is no layer"
+
+
+def test_the_answer_is_never_worse_and_its_bound_holds():
+    for problem in (TIGHT, small("l4:2x2", layers=6, reserve=0.68, batch=16)):
+        alike, stage, layer = (
+            search_mixed(problem, 1, mixing=False, base=search_alike).best,
+            search_mixed(problem, 1, mixing=False).best,
+            search_mixed(problem, 1, mixing=True).best,
+        )
+        assert layer.estimate.step_time_s <= alike.estimate.step_time_s * (1.0 + 1e-9)
+        assert layer.optimality.bound_s <= min(stage.estimate.step_time_s, layer.estimate.step_time_s)
+
+
+def search_alike(problem: Problem, top: int, on_progress):
+    from planner.solve.train import search
+
+    return search(problem, top, on_progress)
+
+
+# -- what a change costs ---------------------------------------------------------------------------------------------
+
+
+def of_degrees(problem: Problem, tp: int, *, sharded: bool) -> Place:
+    wanted = "true" if sharded else "false"
+    return next(
+        p for p in places(problem)
+        if p.row["tp"] == tp and p.ranks == 4 and p.micro_batches == 2 and p.recipe["sequence_parallel"].value == wanted
+    )  # fmt: skip
+
+
+def test_a_change_sends_what_the_boxing_table_says():
+    """OneFlow's Table 2 (arXiv:2110.15032): split to another split is an all-to-all of (G − 1)/G² of the tensor per rank; split
+    to whole an all-gather of (G − 1)/G, and back nothing."""
+    problem = small("a100-sxm-80gb:1x4")
+    elements = 4 * 4096 * 2048.0  # of a micro-batch on all ranks: four sequences
+
+    def sent(one: Place, other: Place) -> list[tuple[str, str, float, float]]:
+        ledger = transition(one, other)
+        return [
+            (item.phase, item.kind, float(item.group.size[0]), float(np.ravel(ledger.axes[item.size])[0]))
+            for item in ledger.of(Collective)
+        ]
+
+    one, two, four = (of_degrees(problem, tp, sharded=tp > 1) for tp in (1, 2, 4))
+    assert sent(one, two) == [
+        ("forward", "all_to_all", 2.0, elements / 4),
+        ("backward", "all_to_all", 2.0, elements / 4),
+    ]
+    assert (
+        reshard_bytes("batch", "sequence", elements / 2, 2) == elements / 4 / 2
+    )  # half of what a rank holds
+    whole = of_degrees(problem, 2, sharded=False)
+    assert sent(one, whole) == [("forward", "all_gather", 2.0, elements / 2)]
+    assert sent(whole, one) == [("backward", "all_gather", 2.0, elements / 2)]
+    assert [kind for _, kind, *_ in sent(two, four)] == ["all_to_all"] * 2
+    assert sent(two, two) == []
+
+
+def test_changes_cost_the_same_either_way():
+    """So that layers of either of two ways stand together: every order has a change at least, and one suffices."""
+    for cluster in ("a100-sxm-80gb:1x4", "rtx-4090:2x2"):
+        problem = small(cluster)
+        pricer = Ground(problem, None).groups[0].uniform.pricer
+        some = [place for place in places(problem) if place.ranks == 4 and place.micro_batches == 2]
+        cost = np.array([[transition_s(one, other, pricer) for other in some] for one in some])
+        assert len(some) > 3
+        assert cost == pytest.approx(cost.T, rel=1e-12)
+        assert np.all((cost > 0.0) | (np.diag(np.ones(len(some))) > 0.0))
+
+
+def test_degrees_that_do_not_refine_each_other_are_no_neighbours():
+    problem = small("a100-sxm-80gb:1x4")
+    two = of_degrees(problem, 2, sharded=False)
+    three = replace(two, row={**two.row, "tp": 3.0, "dp": 4.0 / 3.0})
+    assert not meets(two, three)
+    assert meets(two, of_degrees(problem, 4, sharded=False))
+
+
+def test_groups_of_a_stage_are_counted_once():
+    """Tensor and data groups of either way, and the pairs between which a change sends."""
+    problem = small("a100-sxm-80gb:1x4")
+    one, two = of_degrees(problem, 1, sharded=False), of_degrees(problem, 2, sharded=True)
+    pipeline = 1  # of the two stages that these places are made for
+    assert communicators([one]) == 1 + pipeline  # dp 4
+    assert communicators([two]) == 2 + pipeline  # tp 2, dp 2
+    assert communicators([one, two]) == communicators([one, two, one]) == 4 + pipeline
