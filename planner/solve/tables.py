@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from planner.engine import COMPACT, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
+from planner.phases import loose
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
 from planner.technique import SLOTS, Context
@@ -185,7 +186,9 @@ def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozense
     old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
     removed = frozenset(old.keys() - new.keys())
     changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
-    timed = frozenset(
-        (i.block, i.phase) for i in changed if i.phase != "step" and not isinstance(i, Resident)
-    )
-    return removed, timed
+    paced = [i for i in changed if i.phase != "step" and not isinstance(i, Resident)]
+    timed = {(i.block, i.phase) for i in paced}
+    # What runs beside a backward hides behind its weight gradients and recomputation as well.
+    beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
+    timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
+    return removed, frozenset(timed)
