@@ -110,6 +110,7 @@ class Mesh:
         """The same mesh with strategies that a launcher lets stand side by side: as many as it does, and what embedding and head
         may have beside them."""
         recipes = [{slot: c.value for slot, c in choices.recipe(*branch).items()} for branch in self.branches]
+        at_both = sorted(launcher.alike_at_ends & launcher.per_layer.keys())
         families: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for sets in product(*launcher.per_layer.values()):
             mixed = dict(zip(launcher.per_layer, sets, strict=True))
@@ -121,7 +122,7 @@ class Mesh:
             for members in alike.values():
                 ends: dict[tuple[str, ...], list[int]] = {}
                 for s in members:
-                    at_ends = tuple(recipes[s][slot] for slot in sorted(launcher.alike_at_ends))
+                    at_ends = tuple(recipes[s][slot] for slot in at_both)
                     ends.setdefault(at_ends, []).append(s)
                 families[tuple(members)] = [tuple(some) for some in ends.values()]
         largest = [one for one in families if not any(set(one) < set(other) for other in families)]
