@@ -59,13 +59,13 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     stage = own[0]["zero_stage"]
     notes = ["Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."]
     fixed: dict[str, Any] = {
-        "pp": pp, "tp": ways[0][0], "cp": ways[0][1], "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full",
+        "pp": pp, "tp": end[0], "cp": end[1], "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full",
         "recompute": own[0]["recompute"],
         "schedule": {word: knob for knob, word in PIPELINES.items()}[pipeline] if pp > 1 else "1f1b", "virtual_stages": 1,
         "optimizer": "adamw", "optimizer_offload": "none", "parameter_offload": "none", "tensor_overlap": "none",
     }  # fmt: skip
-    fixed |= _cut(ways[0])
-    fixed["context"] = "a2a" if ulysses[0] == 1 else "p2p"
+    fixed |= _cut(end)  # as in a plan whose layers differ: what stands first is the embedding
+    fixed["context"] = "a2a" if 1 in ulysses or end[1] > 1 else "p2p"
     if any(tp > 1 for tp, _ in (*ways, end)):
         notes.append(
             "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."

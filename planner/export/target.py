@@ -225,7 +225,7 @@ def summary(plan: Plan) -> list[str]:
     """The plan in two lines: what runs where, and what it is predicted to cost."""
     degrees = " · ".join(f"{name} {plan.mesh[name]}" for name in _DEGREES)
     unlike = len({str(place["mesh"]) for place in plan.places}) > 1
-    degrees += " in the first layer; layers differ" if unlike else ""
+    degrees += " for the embedding; layers differ" if unlike else ""
     estimate = plan.estimate
     tokens = f"{estimate.tokens_per_s_per_device:,.0f}"
     return [

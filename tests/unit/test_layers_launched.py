@@ -69,10 +69,10 @@ WAYS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "u2": (1, 2), "u4": (1, 4)}
 def cut(ways, ends, stages=(LAYERS,), layers=None, shared="true", **fixed) -> planner.Plan:
     """The plan on sixteen devices whose layers are cut in these ways, embedding and head in another."""
     used = list(dict.fromkeys([*ways, ends]))
-    first = WAYS[ways[0]]
+    first = WAYS[ends]
     fixed = {
         "tp": first[0], "cp": first[1], "pp": len(stages), "zero_stage": "3", "recompute": "none", "optimizer": "adamw",
-        "schedule": "1f1b", "micro_batch_size": max(WAYS[ways[0]]), **fixed,
+        "schedule": "1f1b", "micro_batch_size": max(first), **fixed,
     }  # fmt: skip
     numbers = [used.index(way) for way in (*ways, ends)]
     found = layerwise_of(fixed, layers or [{}] * LAYERS, list(stages), {}, numbers)
@@ -142,7 +142,7 @@ def test_degrees_that_do_not_divide_the_devices_are_refused():
     with pytest.raises(InvalidPlan, match="devices do not divide"):
         cut(["1"] * 16 + ["4"] * 16, "1", [6, 5, 5, 5, 5, 6])
     with pytest.raises(InvalidPlan, match="no whole number of sequences on 16 replicas"):
-        cut(["4"] * 16 + ["1"] * 16, "1", micro_batch_size=1)
+        cut(["4"] * 16 + ["1"] * 16, "4", micro_batch_size=1)
 
 
 def test_what_galvatron_has_no_words_for_is_refused():

@@ -132,6 +132,16 @@ class Mesh:
             alone for alone in self.alone() if alone.branches[0] not in {self.branches[s] for s in covered}
         ]
 
+    def barred(self, at_ends: Mapping[str, str], choices: Branches) -> Mesh:
+        """The same mesh, whose embedding and head take no strategy but those with some values, by slot."""
+        if not at_ends:
+            return self
+        recipes = [choices.recipe(*branch) for branch in self.branches]
+        ends = [
+            s for s, own in enumerate(recipes) if all(own[slot].value == at_ends[slot] for slot in at_ends)
+        ]
+        return self._some(range(len(self.branches)), ends)
+
     def _some(self, members: Sequence[int], ends: Sequence[int]) -> Mesh:
         """Some of the strategies, of which embedding and head take some: any other takes for ever there."""
         values = self.values[list(members)].copy()
