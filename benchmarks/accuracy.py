@@ -47,6 +47,7 @@ THREE: Mapping[str, Errors] = {
 }
 _OF_MEMORY = ("framework_bytes", "communicator_bytes", "fragmentation", "bucket_copies")
 _SAID = {"oom": "out of memory"}
+_TIME = "tokens_per_s_per_device"
 _TELLING = (
     "recompute",
     "zero_stage",
@@ -80,7 +81,7 @@ def main() -> None:
         "outcomes": "\n".join(_outcomes(report)),
         "kernels": "\n".join(_kernels(kernels)),
         "runs": _output("sanity_korthikanti.py"),
-        "worst_times": "\n".join(_worst(report, notes, "tokens_per_s_per_device", 20)),
+        "worst_times": "\n".join(_worst(report, notes, _TIME, 20)),
         "worst_peaks": "\n".join(_worst(report, notes, "peak_memory", 10)),
         "uncounted": "\n".join(_uncounted(report)),
     }
@@ -178,7 +179,7 @@ def _fitted_constants() -> set[tuple[str, str, float]]:
 
 
 def _grouped(report: Report, by: str) -> Iterator[str]:
-    yield from _statistics(by, report.summary(by)["tokens_per_s_per_device"][f"by_{by}"])
+    yield from _statistics(by, report.summary(by)[_TIME][f"by_{by}"])
 
 
 def _statistics(what: str, groups: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
@@ -270,7 +271,7 @@ def _worst(report: Report, notes: Sequence[Mapping[str, Any]], metric: str, coun
     yield _row("---", "---", "---:", "---")
     for row, error in sorted(scored, key=lambda one: -abs(one[1] or 0.0))[:count]:
         one, off = by_row[row.row_id], error or 0.0
-        why = _noted(one, notes) or "; ".join(
+        why = _noted(one, notes, metric) or "; ".join(
             _shown(one, off, float(np.median(errors[row.file])), report.priced, metric)
         )
         yield _row(row.row_id, _what(one), f"{off:+.0%}", why or "not known")
@@ -282,11 +283,12 @@ def _what(one: Priced) -> str:
     return f"{row.text('model')}, {plan.devices} × {row.text('accelerator')}, {degrees}, {plan.knobs['precision']}"
 
 
-def _noted(one: Priced, notes: Sequence[Mapping[str, Any]]) -> str:
-    """The note on a row; empty where there is none."""
+def _noted(one: Priced, notes: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """The note on a row's metric; empty where there is none."""
     experts = any(block.moe for block in one.run.problem.model.blocks.values())
     for note in notes:
-        if re.fullmatch(note["rows"], one.run.row.row_id) and note.get("experts", experts) == experts:
+        fits = note.get("experts", experts) == experts and note.get("metric", _TIME) == metric
+        if fits and re.fullmatch(note["rows"], one.run.row.row_id):
             return str(note["text"])
     return ""
 

@@ -30,7 +30,7 @@ percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants
 `benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. How a benchmark
 drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published
 by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise, llama.cpp
-users, APEX and LLMServingSim; half of their rows were seen.
+users, APEX and LLMServingSim; half of their rows were seen. Errors of models left out are those of every third set of rows.
 """
 TAIL = """
 ## What the model leaves out
@@ -40,7 +40,10 @@ TAIL = """
   25 % in the time between tokens.
 - **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
 - **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
-- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can.
+- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can, those for prompts to take
+  as many that wait as their budget has room for: rows state a batch of one prompt throughout, and measured more than it allows.
+- **Fixed lengths.** Where all answers are equally long, milliseconds between their prompts decide how clients fall in step.
+- **Frontends.** A frontend of its own (Dynamo, Triton) costs some tens of milliseconds, and more with many streams.
 - **Skewed experts.** Routing is uniform; the busiest rank follows from chance alone.
 - **Mixed lengths.** Prompts and answers have their mean lengths, but for the variation of answers that `--length-scv` states.
 - **Preemption.** A request is admitted when its final length fits.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,17 @@ from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
 from planner.plan import Plan
 from planner.solve.layerwise.alpa import descended, enumerated
 from planner.solve.layerwise.counts import CountProblem, Group, bound, solve
+from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.galvatron import galvatron
 from planner.solve.layerwise.search import search_layerwise
-from planner.solve.layerwise.solvers import by_highs
+from planner.solve.layerwise.settle import Settler
+from planner.solve.layerwise.solvers import automatic, by_highs
+from planner.solve.layerwise.space import LayerwiseSpace
 from planner.solve.train import search
+from planner.solve.uniform import UniformSearch
 
 MB = 2.0**20
+_TOLERANCE = 1e-4  # of a device's time, as in the search
 # Ten public models on clusters where memory, layers or stages do not come out even.
 PAIRS = (
     ("llama3-70b", "h100-sxm:4x8", 64, 8192),
@@ -120,8 +126,33 @@ def job(model: str, cluster: str, batch: int, seq: int, forbidden: tuple[str, ..
     return Problem(load_model(model), load_cluster(cluster), workload, load_stack(), forbidden=forbidden)
 
 
+def one_device() -> None:
+    """Llama-3.1-405B on 1,024 H100, 64 to 72 strategies: the strategies of a device under one limit on its transient, warm."""
+    problem = replace(job(*PAIRS[-1], ("*_offload",)), explore=("recompute=*", "zero_group=*"))
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    below_s = search(problem, 1).best.estimate.step_time_s
+    space = LayerwiseSpace(uniform, below_s, True)
+    solved: list[CountProblem] = []
+
+    def recorded(one: CountProblem) -> Any:
+        solved.append(one)
+        return automatic(one, _TOLERANCE)
+
+    for deal in [deal for deal in space.deals(below_s) if deal.layout is not None][:4]:
+        mesh = space.mesh(deal)
+        costs = DeviceCosts(problem, mesh, deal.order, deal.layout.virtual_stages, recorded, _TOLERANCE)
+        list(Settler(deal, mesh, costs, space.order, space.kinds, uniform.branches).candidates(np.inf))
+    times = [cpu_s(lambda one=one: automatic(one, _TOLERANCE), 3)[0] for one in solved]
+    bounds = [cpu_s(lambda one=one: bound(one), 3)[0] for one in solved]
+    print(
+        f"inner solve: {len(times)} problems | bound {1e3 * np.median(bounds):.2f} ms, bound and counts "
+        f"{1e3 * np.median(times):.2f} ms (median), {1e3 * np.quantile(times, 0.9):.2f} ms (nine in ten)"
+    )
+
+
 def one_search() -> None:
     """Llama-3.1-405B on 1,024 H100: the layer-wise part alone, by what it is given."""
+    one_device()
     print("search: llama3.1-405b on 1,024 H100 | limit s | uniform CPU s, all CPU s | gap")
     problem = job(*PAIRS[-1])
     uniform_s, _ = cpu_s(lambda: search(problem, 1))

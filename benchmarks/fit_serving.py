@@ -4,7 +4,7 @@
 
 One fit of all stacks: logarithms of the constants are a common centre, which is drawn to physical expectations, and a deviation
 per stack and generation of accelerators, drawn to zero, so that a stack with few models leans on the others: Gauss-Newton
-steps on the logarithms of measured over predicted values: times between tokens, times to the first token (at a third of the
+steps on the logarithms of measured over predicted values: times between tokens, times to the first token (at less
 weight), latencies and rates. Large residuals count with a weight that falls (soft L1); a model counts as at most so many
 rows, since what its rows miss they mostly miss together. A model is left out by solving the last step again without
 its rows, on every stack. ``--write`` puts the results behind the line ``# -- fitted`` of the stacks' files.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import numpy as np
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
-from planner.validation.serving import contradicted, predict, served_runs
+from planner.validation.serving import contradicted, excluded, predict, served_runs
 from planner.validation.serving_bars import bar_of
 from planner.validation.serving_runs import ServedRun
 from planner.validation.table import read_table
@@ -38,7 +39,15 @@ STACK = (
     "collective_slowdown",
     "dispatch_s",
 )
-SERVING = ("iteration_s", "sequence_s", "start_share", "call_share", "prompt_slowdown", "admission_s")
+SERVING = (
+    "iteration_s",
+    "sequence_s",
+    "start_share",
+    "call_share",
+    "prompt_slowdown",
+    "experts_prompt_slowdown",
+    "admission_s",
+)
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
     "matmul_slowdown": (0.9, 0.25, 0.15),
@@ -52,10 +61,11 @@ PRIORS = {
     "start_share": (0.6, 0.4, 0.25),
     "call_share": (0.4, 0.6, 0.3),
     "prompt_slowdown": (1.0, 0.2, 0.2),
+    "experts_prompt_slowdown": (1.0, 0.3, 0.15),
     "admission_s": (0.03, 0.7, 0.7),
 }
 NAMES = (*STACK, *SERVING)
-WEIGHTS = {"tpot": 1.0, "ttft": 0.35, "latency": 1.0, "output_tokens_per_s": 1.0}
+WEIGHTS = {"tpot": 1.0, "ttft": 0.7, "latency": 1.0, "output_tokens_per_s": 1.0}
 MARK = "# -- fitted by benchmarks/fit_serving.py"
 _STEP, _LONGEST, _SCALE, _FEWEST = 0.06, 0.7, 0.1, 20
 _RESIDUAL = 0.2  # typical: what a standard deviation of a constant weighs against a row's
@@ -126,9 +136,13 @@ def read_cases(files: list[str], every: int = 1) -> list[Case]:
         apart = contradicted(runs)
         groups = {group: index for index, group in enumerate(dict.fromkeys(run.group for run, _ in runs))}
         for run, measured in runs:
-            unclear = run.may_speculate or run.row.row_id in apart
-            if groups[run.group] % every == 0 and not unclear:
-                cases += [(run, metric, value) for metric, value in measured.items() if metric in WEIGHTS]
+            if groups[run.group] % every:
+                continue
+            cases += [
+                (run, metric, value)
+                for metric, value in measured.items()
+                if metric in WEIGHTS and not excluded(run, metric, measured, run.row.row_id in apart)
+            ]
     rows = Counter(_cell(run) for run, _, _ in cases)
     return [case for case in cases if rows[_cell(case[0])] * every >= _FEWEST]
 
@@ -145,13 +159,11 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         min(1.0, _ROWS_OF_A_MODEL / rows[key]) ** 0.5 for key in zip(at.tolist(), families, strict=True)
     ]
     weight = np.array([WEIGHTS[metric] for _, metric, _ in cases]) * shares
+    slopes = None
     for _ in range(rounds):
         now = _predicted(cells, theta, cases)
-        slopes = np.zeros((len(cases), len(NAMES)))
-        for index in range(len(NAMES)):
-            moved = theta.copy()
-            moved[:, index] += _STEP
-            slopes[:, index] = (_predicted(cells, moved, cases) - now) / _STEP
+        if slopes is None:  # they hardly change in the following rounds, and take all the time
+            slopes = _slopes(cells, theta, cases, now)
         told = np.isfinite(now) & np.isfinite(slopes).all(axis=1)
         slopes[~told] = 0.0
         gap = np.where(told, measured - now, 0.0)
@@ -172,6 +184,29 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         moved_by = np.clip(others - before, -_LONGEST, _LONGEST)[at[own]]
         left_out[own] = (now - measured)[own] + np.einsum("ij,ij->i", slopes[own], moved_by)
     return Fit(cases, cells, theta, centre, _predicted(cells, theta, cases) - measured, left_out)
+
+
+def _slopes(cells: list[Cell], theta: Any, cases: list[Case], now: Any) -> Any:
+    """How the logarithms of predictions move with those of the constants."""
+    slopes = np.zeros((len(cases), len(NAMES)))
+    for index, name in enumerate(NAMES):
+        moved = theta.copy()
+        moved[:, index] += _STEP
+        own = [at for at, (run, _, _) in enumerate(cases) if _moves(name, run)]
+        slopes[own, index] = (_predicted(cells, moved, [cases[at] for at in own]) - now[own]) / _STEP
+    return slopes
+
+
+def _moves(name: str, run: ServedRun) -> bool:
+    """Whether a run can depend on a constant at all."""
+    if name in ("grouped_matmul_slowdown", "experts_prompt_slowdown"):
+        return any(block.moe is not None for block in run.model.blocks.values())
+    if name == "collective_slowdown":
+        return math.prod(run.degrees[:3]) > 1
+    if name == "dispatch_s":  # where graphs hide it, it sets no pace
+        assert run.stack.serving is not None
+        return float(run.stack.serving.graph_sequences) == 0.0
+    return name != "admission_s" or run.driver in ("concurrency", "pools", "rate")
 
 
 def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[Any, Any]:

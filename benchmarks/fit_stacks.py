@@ -60,7 +60,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("internlm", "ampere", "matmul_slowdown"),
     ("pytorch-fsdp", "", "matmul_slowdown"),
     ("pytorch-fsdp", "", "stream_slowdown"),
-    ("pytorch-fsdp", "", "collective_slowdown"),
     ("pytorch-fsdp", "", "overlap_slowdown"),
     ("composer", "", "attention_slowdown"),
     ("composer", "hopper", "attention_slowdown"),
@@ -227,6 +226,8 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
 def _kind(spend: Spend, stack: Stack) -> str | None:
     item = spend.share.item
     if isinstance(item, Matmul):
+        if item.single:
+            return None
         return stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     if isinstance(item, AttentionCore):
         return "attention_slowdown"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
@@ -57,22 +58,11 @@ class Assignment:
 
     def stage_places(self) -> list[list[Place]]:
         """The places of every stage in the order of its layers, embedding and head included; none twice in a row."""
-        return [[self.places[number] for number in numbers] for numbers in self._place_numbers()]
+        return [[self.places[number] for number in numbers] for numbers in _place_numbers(self)]
 
     def changes(self) -> list[list[tuple[int, int]]]:
         """Numbers of the places on either side of every change inside a virtual stage."""
-        return [list(pairwise(numbers)) for numbers in self._place_numbers()]
-
-    def _place_numbers(self) -> list[list[int]]:
-        if not self.places:
-            return [[] for _ in self.stages]
-        found = []
-        for stage, runs in enumerate(self.stages):
-            strategies = [s for s, _ in runs]
-            strategies = [self.embedding] * (stage == 0) + strategies
-            strategies += [self.head] * (stage == len(self.stages) - 1)
-            found.append([number for number, _ in groupby(self.at[s] for s in strategies)])
-        return found
+        return [list(pairwise(numbers)) for numbers in _place_numbers(self)]
 
     def columns(self, order: Sequence[str]) -> list[tuple[str, int]]:
         """(kind, strategy) of every column of the table, in order; ``order`` is the model's layers.
@@ -122,6 +112,20 @@ class Assignment:
                 counts[stage, position[CHANGE, kinds[pair]]] += 1.0
         counts[0, -3] = counts[-1, -2] = 1.0
         return layout_of(counts, pp, virtual_stages, split)
+
+
+@lru_cache(maxsize=256)
+def _place_numbers(assignment: Assignment) -> list[list[int]]:
+    """Numbers of the places of every stage in the order of its layers, embedding and head included; none twice in a row."""
+    if not assignment.places:
+        return [[] for _ in assignment.stages]
+    found = []
+    for stage, runs in enumerate(assignment.stages):
+        strategies = [s for s, _ in runs]
+        strategies = [assignment.embedding] * (stage == 0) + strategies
+        strategies += [assignment.head] * (stage == len(assignment.stages) - 1)
+        found.append([number for number, _ in groupby(assignment.at[s] for s in strategies)])
+    return found
 
 
 def completed(layerwise: Mapping[str, Any], problem: Problem, common: Mapping[str, str]) -> Mapping[str, Any]:

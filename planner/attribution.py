@@ -7,14 +7,16 @@ other tracks, shared among their items in proportion to their length. So exposed
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.costs.overlap import pipelined_s, uniform_bucket_exposure_s
-from planner.engine import PHASES, BlockTable, Pricer, dispatches
+from planner.engine import PHASES, BlockTable, Pricer
 from planner.layout import BOUNDARY, Layout
-from planner.ledger import Array, AttentionCore, Collective, Item, Kernel, Ledger, Resident, Stream, Transfer
+from planner.ledger import Array, AttentionCore, Collective, Item, Ledger, Resident, Stream, Transfer
+from planner.phases import Lanes, loose, phase_s, shares_backward, together_s
 from planner.pipeline import phase_seconds, recomputed_fraction
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
@@ -52,7 +54,7 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
     phases: dict[tuple[str, str], list[tuple[Item, float]]] = defaultdict(list)
     for item, price in zip(ledger.items, pricer.prices(ledger.items, ledger.axes), strict=True):
         if not isinstance(item, Resident):
-            phases[item.block, item.phase].append((item, float(np.ravel(price)[0])))
+            phases[item.block, item.phase].append((item, _first(price)))
     shares: list[Share] = []
     for (block, phase), priced in phases.items():
         if phase not in PHASES:  # once per step: the caller knows what hides it
@@ -61,17 +63,26 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
                 Share(item, block, phase, price, price * inside[item.window]) for item, price in priced
             ]
             continue
-        factors, total_s = _factors(priced, ledger, pricer.stack.overlap_slowdown.value)
+        own = pricer.lanes([item for item, _ in priced], ledger)
+        shares += _beside_main(priced, own, ledger, pricer)
+        items = {key: [item for item, _ in some] for key, some in phases.items()}
+        others = [pricer.lanes(which, ledger) for which in shares_backward(items, block, phase)]
+        total_s, alone_s = (
+            _first(phase_s(phase, own._replace(launches=0.0, waits=0.0), beside, pricer.stack))
+            for beside in (others, [])
+        )
+        # What the other phases of the backward hide of the traffic beside it counts below zero.
+        traffic = [(i, price) for i, price in phases[block, "backward"] if loose([i])] if others else []
+        whole_s = sum(price for _, price in traffic)
         shares += [
-            Share(i, block, phase, price, price * f) for (i, price), f in zip(priced, factors, strict=True)
+            Share(i, block, phase, 0.0, (total_s - alone_s) * price / whole_s)
+            for i, price in traffic
+            if whole_s
         ]
-        issued = (i for i, price in priced if isinstance(i, Kernel) and price > 0 and not i.captured)
-        launches = sum(float(np.ravel(dispatches(item, ledger.axes))[0]) for item in issued)
-        dispatch_s = launches * float(pricer.stack.dispatch_s)
+        dispatch_s = _first(own.launches) * float(pricer.stack.dispatch_s)
         if dispatch_s > total_s:
             shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))
-        waited = (i for i, price in priced if price > 0 and i.waited)
-        if waits := sum(float(np.ravel(dispatches(item, ledger.axes))[0]) for item in waited):
+        if waits := _first(own.waits):
             waited_s = waits * float(pricer.stack.waited_dispatches) * float(pricer.stack.dispatch_s)
             shares.append(Share(None, block, phase, waited_s, waited_s))
     return shares
@@ -90,7 +101,8 @@ def spend(
     fraction = float(recomputed_fraction(layout, recompute_layers))
     counts = layout.device_counts[device]
     exposed = _exposed_tracks(table, counts, fraction)
-    spends = []
+    spends: list[Spend] = []
+    less_s: dict[tuple[int, str], float] = defaultdict(float)  # what other phases hide of an item's traffic
     for share in shares:
         if share.block == BOUNDARY:
             continue
@@ -101,8 +113,13 @@ def spend(
         else:
             times *= micro_batches * (fraction if share.phase == "recompute" else 1.0)
             left = 1.0
-        spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
-    return spends
+        if share.price_s or share.exposed_s >= 0.0:
+            spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
+        else:
+            less_s[id(share.item), share.block] += times * share.exposed_s
+    return [
+        replace(s, seconds=s.seconds + less_s.pop((id(s.share.item), s.share.block), 0.0)) for s in spends
+    ]
 
 
 def _inside(priced: list[tuple[Item, float]], slowdown: float) -> dict[str, float]:
@@ -157,26 +174,22 @@ def category(share: Share) -> str:
     return "memory_bound" if isinstance(item, Stream) else "matmul"
 
 
-def _factors(priced: list[tuple[Item, float]], ledger: Ledger, slowdown: float) -> tuple[list[float], float]:
-    """Exposed fraction of each item of one block and phase, and their total."""
-    tracks: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+def _beside_main(
+    priced: list[tuple[Item, float]], own: Lanes, ledger: Ledger, pricer: Pricer
+) -> Iterator[Share]:
+    """Shares of one block's phase by itself: main keeps its time, other tracks share what their window takes beyond it."""
+    rest = {"": _first(together_s(own.main, own.others, pricer.stack.overlap_slowdown.value) - own.main)}
+    others: dict[str, float] = defaultdict(float)
     for item, price in priced:
-        tracks[item.window][item.track] += price
-    exposed: dict[tuple[str, str], float] = {}
-    serial = tracks[""]
-    for window, inside in tracks.items():
-        if window:
-            chunks = float(np.ravel(ledger.chunks.get(window, np.inf))[0])
-            total_s = float(pipelined_s([*inside.values()], chunks, slowdown))
-            exposed.update(_beyond_main(window, inside, total_s))
-            serial["main"] += total_s
-    total_s = float(pipelined_s([*serial.values()], np.inf, slowdown))
-    exposed.update(_beyond_main("", serial, total_s))
-    return [exposed[item.window, item.track] for item, _ in priced], total_s
+        others[item.window] += price if item.track != "main" else 0.0
+    for window in others.keys() - {""}:
+        inside = [(item, price) for item, price in priced if item.window == window]
+        whole_s = _first(pricer.lanes([item for item, _ in inside], ledger).main)
+        rest[window] = whole_s - sum(price for item, price in inside if item.track == "main")
+    for item, price in priced:
+        part = 1.0 if item.track == "main" else rest[item.window] / (others[item.window] or 1.0)
+        yield Share(item, item.block, item.phase, price, price * part)
 
 
-def _beyond_main(window: str, tracks: dict[str, float], total_s: float) -> dict[tuple[str, str], float]:
-    """Main keeps its time; the other tracks share what the window takes beyond it."""
-    others = sum(seconds for track, seconds in tracks.items() if track != "main")
-    rest = (total_s - tracks.get("main", 0.0)) / others if others else 0.0
-    return {(window, track): 1.0 if track == "main" else rest for track in tracks}
+def _first(value: Array | float) -> float:
+    return float(np.ravel(value)[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ from planner.ledger import (
     Group,
     Index,
     Item,
-    Kernel,
     Ledger,
     Matmul,
     Resident,
@@ -46,6 +45,7 @@ from planner.ledger import (
     Transfer,
     at,
 )
+from planner.phases import Lanes, lanes, phase_s, shares_backward
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.stack import Stack
 
@@ -58,7 +58,6 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
-    "dispatches",
     "tabulate",
 ]
 
@@ -116,6 +115,26 @@ class Pricer:
                     known.update(zip(batch, slowed, strict=True))
         return [_ZERO if key is None else known[key] for key in keys]
 
+    def lanes(self, items: Sequence[Item], ledger: Ledger, prices: Sequence[Array] | None = None) -> Lanes:
+        """The streams of one phase of one block; ``prices``, where the items are priced already."""
+        axes, innermost = ledger.axes, self.cluster.tiers[0].effective_bytes_per_s
+
+        def contended_s(item: Item, price: Array) -> Array:
+            """What an item's bytes would take on the innermost link: beyond that it waits, and slows nothing."""
+            if isinstance(item, Collective):
+                sends = 2.0 if item.kind == "all_reduce" else 1.0
+                each = sends * dtype_bytes(item.dtype) * self._slowdown(item)
+            elif isinstance(item, Transfer):
+                each = item.bytes_per_element
+            else:
+                return price
+            return np.minimum(price, axes[item.size] * (each / innermost))
+
+        slowdown = self.stack.overlap_slowdown.value
+        return lanes(
+            items, self.prices(items, axes) if prices is None else prices, ledger, contended_s, slowdown
+        )
+
     def key(self, item: Item) -> Any:
         """What the item's price depends on besides the axes, remembered per item (whose id stays its own while held)."""
         known = self._keys.get(id(item))
@@ -145,6 +164,8 @@ class Pricer:
         """What the stack makes of an item's seconds alone."""
         stack = self.stack
         if isinstance(item, Matmul):
+            if item.single:  # the kernel that the device's profile was measured on
+                return 1.0
             return float(
                 getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
             )
@@ -282,19 +303,27 @@ def tabulate(
         if not (held and fields is TIMES):
             parts.setdefault((item.block, "resident" if held else item.phase), []).append(item)
     known = ledger.axes.sums
-    keys = {(block, part): (part, *map(id, items)) for (block, part), items in parts.items()}
+    beside = {where: shares_backward(parts, *where) for where in parts}
+    keys = {
+        where: (where[1], *map(id, items), *(id(item) for others in beside[where] for item in others))
+        for where, items in parts.items()
+    }
     new = [where for where, key in keys.items() if key not in known]
     priced = [item for where in new if where[1] != "resident" for item in parts[where]]
     prices = iter(pricer.prices(priced, ledger.axes))  # all at once: a call costs more than most items
     for where in new:
-        items, part = parts[where], where[1]
+        items, part, others = parts[where], where[1], beside[where]
         if part == "resident":
             totals, sizes = _residents(items, ledger), "|".join(item.size for item in items)  # type: ignore[attr-defined]
         else:
-            summarise = _step if part == "step" else _phase
-            totals = summarise(items, list(islice(prices, len(items))), ledger, pricer)
-            sizes = "|".join(pricer.key(item)[0] for item in items)
-        known[keys[where]] = (sizes, (totals, items))  # the items keep their ids alive
+            own = list(islice(prices, len(items)))
+            totals = (
+                _step(items, own, ledger, pricer)
+                if part == "step"
+                else _phase(part, items, own, others, ledger, pricer)
+            )
+            sizes = "|".join(pricer.key(item)[0] for item in chain(items, *others))
+        known[keys[where]] = (sizes, (totals, items, others))  # the items keep their ids alive
     table = BlockTable(kinds, np.zeros((len(fields), len(kinds), rows)), fields)
     places = _ROWS[fields]
     position = {kind: index for index, kind in enumerate(kinds)}
@@ -307,43 +336,18 @@ def tabulate(
     return table
 
 
-def _phase(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds of one phase of one block: windows first, then what runs beside the block's own serial order."""
-    windows: dict[str, dict[str, Any]] = defaultdict(dict)
-    launches: Array | float = 0.0
-    waits: Array | float = 0.0
-    for item, price in zip(items, prices, strict=True):
-        tracks = windows[item.window]
-        tracks[item.track] = tracks[item.track] + price if item.track in tracks else price
-        if isinstance(item, Kernel) and not item.captured:
-            launches = launches + dispatches(item, ledger.axes) * (
-                price > 0
-            )  # without work it is not launched
-        if item.waited:
-            waits = waits + dispatches(item, ledger.axes) * (price > 0)
-    slowdown = pricer.stack.overlap_slowdown.value
-    serial = windows[""]
-    for window, tracks in windows.items():
-        if window:
-            inside = pipelined_s(list(tracks.values()), ledger.chunks.get(window, np.inf), slowdown)
-            serial["main"] = serial["main"] + inside if "main" in serial else inside
-    device_s = pipelined_s(list(serial.values()), np.inf, slowdown)
-    dispatch_s = float(pricer.stack.dispatch_s)
-    paced_s = np.maximum(device_s, launches * dispatch_s)
-    return {f"{items[0].phase}_s": paced_s + waits * (float(pricer.stack.waited_dispatches) * dispatch_s)}
-
-
-def dispatches(item: Item, axes: Axes) -> Array | float:
-    """Kernels that the host issues for an item.
-
-    A grouped product is one per expert, as Transformer Engine issues them; a serving engine's (in a kernel format) is one.
-    """
-    if isinstance(item, Stream) and item.calls is not None:
-        return axes[item.calls]
-    if isinstance(item, Matmul) and item.grouped and not item.format:
-        each: Array = axes[item.groups] * item.launches
-        return each
-    return item.launches if isinstance(item, Kernel) else 1.0
+def _phase(
+    phase: str, items: list[Item], prices: list[Array], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
+) -> dict[str, Array]:  # fmt: skip
+    """Seconds of one phase of one block, and the items of other phases that it is priced with."""
+    own, others, sums = pricer.lanes(items, ledger, prices), [], ledger.axes.sums
+    for each in beside:  # once for all phases that are priced with them
+        key = ("lanes", *map(id, each))
+        if key not in sums:
+            sizes = "|".join(pricer.key(item)[0] for item in each)
+            sums[key] = (sizes, (pricer.lanes(each, ledger), each))
+        others.append(sums[key][1][0])
+    return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
 
 
 def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
@@ -404,7 +408,7 @@ def _key(item: Item) -> Any:
         sizes = f"{item.m}|{item.n}|{item.k}|{item.groups}"
         if isinstance(item.out_bytes, str):
             sizes = f"{sizes}|{item.out_bytes}"
-        return (sizes, item.grouped, item.dtype, item.out_bytes, item.launches, item.format)
+        return (sizes, item.grouped, item.single, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
         return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)

@@ -57,6 +57,7 @@ class Iterations:
         pricer: shared between recipes on the same machines and stack.
 
     Attributes:
+        prompt_slowdown: seconds of an iteration with prompts relative to its kernels' alone.
         step_tokens, accepted: tokens that a generating sequence passes through the model in an iteration, and that it gains.
     """
 
@@ -75,6 +76,10 @@ class Iterations:
             if technique.slot != "graphs":
                 ledger = technique.apply(ledger, ctx)
         self._eager = ledger
+        experts = any(block.moe is not None for block in ctx.model.blocks.values())
+        self.prompt_slowdown = float(software.prompt_slowdown) * (
+            float(software.experts_prompt_slowdown) if experts else 1.0
+        )
         graphs = next((t for t in serving_choices(ctx.knobs) if t.slot == "graphs"), None)
         self._captured = None if graphs is None else graphs.apply(ledger, ctx)
 
@@ -122,10 +127,15 @@ class Iterations:
             if not small.all():
                 device_s = np.where(small, device_s, self._passed_s(self._eager, batch, rows))
         prompts = batch.prefill_tokens > 0.0
-        device_s = np.where(prompts, device_s * float(self.software.prompt_slowdown), device_s)
+        device_s = np.where(prompts, device_s * self.prompt_slowdown, device_s)
+        occupied = batch.decodes + batch.prefill_tokens > 0.0
+        # Every stage issues each of as many batches as there are stages.
+        return np.asarray(np.where(occupied, device_s + self.ctx.mesh.pp * self.host_s(batch), 0.0))
+
+    def host_s(self, batch: Composition) -> Array:
+        """Seconds that a stage's device waits for the host, per batch that it runs."""
         sequences = batch.decodes + np.minimum(batch.prefill_tokens, 1.0)
-        host_s = float(self.software.iteration_s) + float(self.software.sequence_s) * sequences
-        return np.asarray(np.where(batch.decodes + batch.prefill_tokens > 0.0, device_s + host_s, 0.0))
+        return np.asarray(float(self.software.iteration_s) + float(self.software.sequence_s) * sequences)
 
     def sized(self, batch: Composition, *, captured: bool = True) -> Ledger:
         """The ledger of a batch."""

@@ -20,6 +20,10 @@ from planner.specs.stack import Stack
 
 __all__ = ["KernelPrices"]
 
+_VECTORS = 8.0  # rows of a product by vectors: llama.cpp ggml/src/ggml-cuda/mmvq.cuh (MMVQ_MAX_BATCH_SIZE)
+_SCALED_BEFORE = (
+    "fp8",
+)  # vLLM docs/design/fusions.md: fuse_norm_quant and fuse_act_quant of static fp8 scales
 _INSTRUCTION_ROWS = 16.0  # PTX mma.m16n8k16
 _FEW_ROWS = 64.0  # vLLM csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh: tiles of 64 rows up to 64 rows
 
@@ -81,8 +85,15 @@ class KernelPrices:
         if tile is not None and not narrow:  # a library with wide tiles has narrow ones as well, for few rows
             seconds = np.where(m > _FEW_ROWS, price(tile=tile) * launches, seconds)
         if any(libraries):
+            drawn_s = self._drawn_s(libraries, n * k * groups * stored) * launches
+            seconds = np.where((m <= _VECTORS) & (seconds > 0.0), np.maximum(seconds, drawn_s), seconds)
             seconds = seconds + (seconds > 0.0) * self._beside_products(plain, libraries, m, k)
         return seconds
+
+    def _drawn_s(self, libraries: list[KernelLibrary | None], weight_bytes: Array) -> Array:
+        """Seconds in which the multiprocessors draw the weights, where a library's kernels have too few loads in flight."""
+        each_s = _column([0.0 if x is None else x["byte_s"] for x in libraries])
+        return np.asarray(weight_bytes * each_s / float(self.device.multiprocessors))
 
     def _few_rows(self, items: list[Matmul], m: Array) -> Array:
         """How much less than half a tile of rows a plain product multiplies that has fewer: its kernels' tiles have 16."""
@@ -96,7 +107,8 @@ class KernelPrices:
     ) -> Array:
         """Seconds of a library's small kernels beside its products; the two products of experts are one call.
 
-        Engines fuse those of a plain product into the kernels around it; routing and summing stay what they are.
+        Engines fuse those of a plain product into the kernels around it, wholly where a tensor's one scale is known beforehand;
+        routing and summing stay what they are.
         """
         call = _column(
             [
@@ -110,7 +122,10 @@ class KernelPrices:
             )
             for name in ("quantise_bytes", "row_s")
         )
-        share = _column([1.0 if i.grouped else self._call_share for i in items])
+        known = 1.0 if self.stack.serving is None else 0.0
+        share = _column(
+            [1.0 if i.grouped else known if i.format in _SCALED_BEFORE else self._call_share for i in items]
+        )
         return np.asarray((call + row_s * m + self.kernels.stream_s(m * k * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:

@@ -110,13 +110,17 @@ class Kernel(Item):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matmul(Kernel):
-    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM."""
+    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM.
+
+    ``single``: its groups' sizes stay on the device, so that it is one kernel, and not one that the host issues per group.
+    """
 
     m: str
     n: str
     k: str
     groups: str = "1"
     grouped: bool = False
+    single: bool = False
     out_bytes: float | str | None = (
         None  # bytes per output element, or what they are on each row; None follows dtype
     )

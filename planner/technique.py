@@ -80,6 +80,7 @@ SLOTS = (
 
 SERVING_SLOTS = (
     "weights",  # number formats of linear layers
+    "adapters",  # of customers, beside the model
     "cache",  # number format of what is kept of the tokens seen
     "attention",  # kernels of attention and of recurrent mixers
     "latent",  # how latent attention generates

@@ -35,7 +35,8 @@ _HEADROOM, _MOST_HEADROOM = 0.2, 100.0
 _FLAGS = {
     "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
     "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
-    "length_scv": "--length-scv", "model": "--model", "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
+    "length_scv": "--length-scv", "adapters": "--lora", "adapter_rank": "--lora-rank", "model": "--model",
+    "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour", "acceptance": "--acceptance", "tokens": "--draft-tokens", "draft": "--draft",
 }  # fmt: skip
 _PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w4a16_mxfp4"}
@@ -139,6 +140,13 @@ def serve(
         list[str] | None,
         _option("--forbid", text="No plan may match this, e.g. 'pp=*'. Repeatable.", metavar="GLOB"),
     ] = None,
+    lora: Annotated[
+        str | None,
+        _option("--lora", text="Low-rank adapters that run at once beside the model.", metavar="N"),
+    ] = None,
+    lora_rank: Annotated[
+        str | None, _option("--lora-rank", text="Their rank, at most [16].", metavar="R")
+    ] = None,
     explore: Annotated[
         list[str] | None,
         _option(
@@ -185,7 +193,19 @@ def serve(
 
     faults: list[Fault] = []
     traffic = _traffic(
-        faults, isl, osl, ttft_ms, tpot_ms, e2e_ms, percentile, rate, concurrency, prefix_hit, length_scv
+        faults,
+        isl,
+        osl,
+        ttft_ms,
+        tpot_ms,
+        e2e_ms,
+        percentile,
+        rate,
+        concurrency,
+        prefix_hit,
+        length_scv,
+        lora,
+        lora_rank,
     )
     problem = _problem(
         faults,
@@ -233,6 +253,7 @@ def serve(
 def _traffic(
     faults: list[Fault], isl: str | None, osl: str | None, ttft: str | None, tpot: str | None, e2e: str | None,
     percentile: str | None, rate: str | None, concurrency: str | None, prefix_hit: str | None, length_scv: str | None,
+    lora: str | None, lora_rank: str | None,
 ) -> Traffic | None:  # fmt: skip
     from planner.specs.traffic import Traffic
 
@@ -255,6 +276,8 @@ def _traffic(
     values["concurrency"] = optional_whole(faults, "--concurrency", concurrency)
     values["prefix_hit"] = optional_number(faults, "--prefix-hit", prefix_hit) or 0.0
     values["length_scv"] = optional_number(faults, "--length-scv", length_scv) or 0.0
+    values["adapters"] = optional_whole(faults, "--lora", lora)
+    values["adapter_rank"] = optional_whole(faults, "--lora-rank", lora_rank)
     if values["isl"] is None or values["osl"] is None:
         return None
     return attempt(faults, Traffic, flags=_FLAGS, **values)

@@ -4,7 +4,8 @@ Bytes are per parameter and come on top of the 16-bit weight and its gradient. T
 algorithms, kind "datasheet": Adam arXiv:1412.6980; Adafactor arXiv:1804.04235; 8-bit Adam arXiv:2110.02861
 (blocks of 2048, one FP32 scale each); Lion arXiv:2302.06675; LAMB arXiv:1904.00962; Muon, K. Jordan et al.,
 2024, https://kellerjordan.github.io/posts/muon/; FP8 AdamW arXiv:2310.18313; LOMO arXiv:2306.09782; AdaLomo
-arXiv:2310.10195; INT8 Lion arXiv:2310.07147; MeZO arXiv:2305.17333
+arXiv:2310.10195; INT8 Lion arXiv:2310.07147; AdamW on 16-bit weights (LightSeq2) arXiv:2110.05722; MeZO
+arXiv:2305.17333
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KNOWN_OPTIMIZERS: Mapping[str, float] = MappingProxyType(
         # One row and one column of second moments per matrix, 4(r + c)/(rc) bytes: neglected.
         "adafactor": 0.0,
         "adamw_fp8": 2.0,
+        "adamw_16bit": 2.0,
         "lion_int8": 1.0,
         "lomo": 0.0,
         "adalomo": 0.0,
@@ -54,7 +56,14 @@ _MOMENT_BYTES = {
     "adamw_fp8": (1.0 + 2.0) / 2.0,  # first moment FP8, second FP16
     "lion_int8": 1.0,
 }
-_MASTER_BYTES = {"adamw_fp8": 2.0, "lion_int8": 0.0, "lomo": 0.0, "adalomo": 0.0, "mezo": 0.0}
+_MASTER_BYTES = {
+    "adamw_fp8": 2.0,
+    "adamw_16bit": 0.0,
+    "lion_int8": 0.0,
+    "lomo": 0.0,
+    "adalomo": 0.0,
+    "mezo": 0.0,
+}
 _FP32_BYTES = 4.0
 
 

@@ -37,13 +37,15 @@ def overlapped_s(streams: Sequence[Real], contention: Real = 1.0) -> Real:
     return np.minimum(longest + (contention - 1.0) * second, total)
 
 
-def pipelined_s(streams: Sequence[Real], chunks: Real, contention: Real = 1.0) -> Real:
+def pipelined_s(
+    streams: Sequence[Real], chunks: Real, contention: Real = 1.0, contended_s: Real = np.inf
+) -> Real:
     """Seconds of a chain of streams that pass a job on in ``chunks`` equal parts.
 
     ``longest·(N−1)/N + Σ/N``: exact for a flow shop of equal jobs, here ``N`` chunks through any number of
     streams. With one chunk the streams run one after the other, with infinitely many they only overlap. The
-    overlapped share ``(N−1)/N`` of the second longest stream costs ``κ − 1`` more; the total never exceeds
-    the sum.
+    overlapped share ``(N−1)/N`` of the second longest stream costs ``κ − 1`` more, but of no more than
+    ``contended_s``; the total never exceeds the sum.
 
     Wang et al., "Overlap Communication with Dependent Computation via Decomposition", ASPLOS 2023, for two
     streams.
@@ -52,11 +54,13 @@ def pipelined_s(streams: Sequence[Real], chunks: Real, contention: Real = 1.0) -
     9.0
     >>> float(pipelined_s([8.0, 4.0], 1))
     12.0
+    >>> float(pipelined_s([8.0, 4.0], np.inf, 1.5, contended_s=1.0))  # a slow network's traffic: 8 + 0.5 * 1
+    8.5
     """
     if len(streams) == 1:
         return streams[0]
     longest, second, total = _longest_second_total(streams)
-    overlapped = longest + (contention - 1.0) * second
+    overlapped = longest + (contention - 1.0) * np.minimum(second, contended_s)
     return np.minimum(overlapped + (total - overlapped) * np.divide(1.0, chunks), total)
 
 

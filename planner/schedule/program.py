@@ -25,6 +25,8 @@ __all__ = ["Program", "Segment", "compile_order", "messages", "operation_counts"
 # A fold of fewer periods saves nothing over running them.
 MIN_REPEATS = 3
 
+_Place = np.int32  # of an operation in an order: hundreds of thousands where a batch is large
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
@@ -107,7 +109,7 @@ def operation_counts(order: Order) -> Ints:
 
 
 def _opcode(order: Order) -> Ints:
-    return order.kind * np.int64(order.n_virtual) + order.stage
+    return order.kind * _Place(order.n_virtual) + order.stage
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -135,8 +137,8 @@ class _Graph:
         sender, sent, hop = messages(order)
         p, n = order.kind.shape
         period = order.period_ops
-        zone_end = np.tile(np.arange(n), (p, 1))
-        shift = np.zeros((p, n), dtype=np.int64)
+        zone_end = np.tile(np.arange(n, dtype=_Place), (p, 1))
+        shift = np.zeros((p, n), dtype=_Place)
         if 0 < period < n:
             now, later = np.s_[:, : n - period], np.s_[:, period:]
             same = (order.kind[now] == order.kind[later]) & (order.stage[now] == order.stage[later])
@@ -182,15 +184,17 @@ def messages(order: Order) -> tuple[Ints, Ints, Ints]:
     """Sender's device and position (the device itself and −1 where there is none), and row of the hop table, of each operation's
     input from another device: (p, n) each."""
     p, n = order.kind.shape
-    n_virtual, stage, kind = order.n_virtual, order.stage.astype(np.int64), order.kind
-    position = np.full((3, n_virtual, order.shape.m), -1, dtype=np.int64)
+    n_virtual, stage, kind = order.n_virtual, order.stage.astype(_Place), order.kind
+    position = np.full((3, n_virtual, order.shape.m), -1, dtype=_Place)
     position[kind, stage, order.micro_batch] = np.arange(n)
-    downstream = np.full(n_virtual, -1)
+    downstream = np.full(n_virtual, -1, dtype=_Place)
     fed = np.flatnonzero(order.upstream >= 0)
     downstream[order.upstream[fed]] = fed
-    source = np.where(kind == Op.F, order.upstream[stage], np.where(kind == Op.B, downstream[stage], -1))
-    own = np.broadcast_to(np.arange(p)[:, None], (p, n))
-    sender = np.where(source >= 0, order.device_of_stage[source], own)
+    source = np.where(
+        kind == Op.F, order.upstream.astype(_Place)[stage], np.where(kind == Op.B, downstream[stage], -1)
+    )
+    own = np.broadcast_to(np.arange(p, dtype=_Place)[:, None], (p, n))
+    sender = np.where(source >= 0, order.device_of_stage.astype(_Place)[source], own)
     remote = sender != own
     sent = np.where(remote, position[kind, source, order.micro_batch], -1)
     if order.leaves_after is not None:
@@ -209,9 +213,7 @@ class _Builder:
     def __init__(self, order: Order, graph: _Graph, start: Ints) -> None:
         self.graph, self.cut = graph, start
         self.opcode = _opcode(order)
-        self.at = np.full(
-            order.kind.shape, -1, dtype=np.int64
-        )  # buffer position of this segment's operations
+        self.at = np.full(order.kind.shape, -1, dtype=_Place)  # buffer position of this segment's operations
         self.waiting: tuple[Ints, Ints] = (np.empty(0, np.int64), np.empty(0, np.int64))
         self.segments: list[Segment] = []
         self.first_op: Ints = start

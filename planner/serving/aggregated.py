@@ -92,7 +92,9 @@ def normal_quantile(quantile: float) -> float:
     return NormalDist().inv_cdf(quantile)
 
 
-def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array) -> Steady:
+def steady(
+    iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array, *, queued: bool = False
+) -> Steady:
     """The steady state of every row with so many requests in flight per replica.
 
     Args:
@@ -100,13 +102,14 @@ def steady(iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tok
         traffic: lengths of prompts and answers.
         in_flight: requests in flight per replica.
         chunk_tokens: tokens of an iteration, per attention rank.
+        queued: others always wait outside, so that an iteration that takes prompts takes all that it can, on every rank.
     """
     mesh = iterations.ctx.mesh
     batch = in_flight / mesh.pp  # sequences of one of the batches on a pipeline
     budget = np.maximum(chunk_tokens * mesh.dp - (iterations.step_tokens - 1.0) * batch, 1.0)
-    state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch))
-    decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state))
-    state = _balance(iterations, traffic, batch, budget, decodes)
+    state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch), queued)
+    decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state, queued))
+    state = _balance(iterations, traffic, batch, budget, decodes, queued)
     per_token = {
         name: getattr(state, name) / iterations.accepted
         for name in ("tpot_s", "tpot_deviation_s", "decode_s")
@@ -140,9 +143,11 @@ class _Cohort:
     served: Array
 
 
-def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> Steady:
+def _balance(
+    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array, queued: bool
+) -> Steady:
     """The state with a given number of generating sequences: two iterations are priced."""
-    cohort = _cohort(iterations, traffic, batch, budget, decodes)
+    cohort = _cohort(iterations, traffic, batch, budget, decodes, queued)
     context = decodes * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
     zero = np.zeros_like(batch)
     decode_s = iterations(decodes, context, zero, zero)
@@ -154,13 +159,18 @@ def _balance(iterations: Iterations, traffic: Traffic, batch: Array, budget: Arr
     return _means(iterations, traffic, batch, budget, cohort, decodes, decode_s, mixed_s)
 
 
-def _cohort(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array) -> _Cohort:
+def _cohort(
+    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array, queued: bool
+) -> _Cohort:
     """What a mixed iteration takes along: the prompts that come while one passes, and those that come in step."""
     ranks, steps, prompt = (
         iterations.ctx.mesh.dp,
         max(iterations.steps(traffic.osl), 1.0),
         traffic.computed_isl,
     )
+    if queued:
+        full = np.minimum(np.maximum(budget - decodes, ranks), prompt * np.maximum(batch, 1.0))
+        return _Cohort(np.ones_like(batch), np.full_like(batch, np.inf), full, full)
     arriving = np.maximum(1.0, decodes / steps)
     scatter, together = np.full_like(batch, np.inf), np.ones_like(batch)
     if traffic.concurrency is not None:
@@ -206,6 +216,25 @@ def _wait_s(
     return np.asarray(first * others / 2.0 * together_s + (1.0 - first) * wait_s)
 
 
+def _ahead_s(
+    traffic: Traffic, batch: Array, cohort: _Cohort, passes: Array, mixed: Array, token_s: Array, decode_s: Array,
+    mixed_s: Array,
+) -> Array:  # fmt: skip
+    """What is left of the iteration that runs when a prompt comes.
+
+    Of independent arrivals, half. A client that replaces its answer finds the next iteration begun without it, if there are other
+    clients, and waits for all of it: one with the prompts of those whose answers ended just before, where answers end in step.
+    """
+    if traffic.concurrency is None:
+        return np.asarray(0.5 * token_s)
+    apart = np.minimum(cohort.scatter / (_UNIFORM * passes), 1.0)
+    together = np.maximum(cohort.prompts, 1.0 / passes)
+    others = np.clip(1.0 - together / np.maximum(batch, 1.0), 0.0, 1.0)
+    full = apart * mixed + (1.0 - apart) * others
+    running = np.clip(batch - 1.0, 0.0, 1.0)
+    return np.asarray(running * (decode_s + full * (mixed_s - decode_s)))
+
+
 def _means(
     iterations: Iterations,
     traffic: Traffic,
@@ -239,7 +268,7 @@ def _means(
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
     # Whichever batch of a pipeline is next begins a prompt, and the next one its next part.
-    wait_s = 0.5 * token_s / stages + _wait_s(
+    wait_s = _ahead_s(traffic, batch, cohort, passes, mixed, token_s, decode_s, mixed_s) / stages + _wait_s(
         iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
     )
     alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
@@ -253,16 +282,17 @@ def _means(
     )  # fmt: skip
 
 
-def _settled(iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, state: Steady) -> Array:
+def _settled(
+    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, state: Steady, queued: bool
+) -> Array:
     """Generating sequences by Little's law for those that do not generate, with iterations that take what they took.
 
     Iterations are nearly constant in the few per cent by which the number moves; the caller prices the result anew.
     """
     decodes = state.decodes
     for _ in range(_ROUNDS):
-        cohort = _cohort(iterations, traffic, batch, budget, decodes)
+        cohort = _cohort(iterations, traffic, batch, budget, decodes, queued)
         found = _means(iterations, traffic, batch, budget, cohort, decodes, state.decode_s, state.mixed_s)
-        decodes = 0.5 * decodes + 0.5 * _generating(
-            traffic, batch, batch - found.requests_per_s * found.ttft_s
-        )
+        inside_s = found.prefill_s if queued else found.ttft_s  # others take a place as soon as it is free
+        decodes = 0.5 * decodes + 0.5 * _generating(traffic, batch, batch - found.requests_per_s * inside_s)
     return np.asarray(decodes)

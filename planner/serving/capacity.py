@@ -40,6 +40,8 @@ def capacity(
     osl: float,
     chunk_tokens: Array | float,
     max_sequences: float | None = None,
+    cache_fraction: float | None = None,
+    preempting: bool = False,
 ) -> Capacity:
     """The capacity of a recipe's meshes for requests of ``isl`` prompt and ``osl`` answer tokens.
 
@@ -48,6 +50,8 @@ def capacity(
         isl, osl: lengths.
         chunk_tokens: tokens of the largest iteration, per attention rank.
         max_sequences: cap per attention rank; None: the stack's.
+        preempting: whether requests are counted as the engine admits them, which may have to give way later.
+        cache_fraction: of the memory left for the cache, what it takes; None: the stack's.
     """
     software, ctx = iterations.software, iterations.ctx
     footprint = iterations.footprint()
@@ -55,9 +59,11 @@ def capacity(
     activation = _activation_bytes(iterations, chunk_tokens)
     reserved = float(software.reserved_bytes)
     left = memory - reserved - footprint.weights_bytes - activation
-    left = np.where(left > 0.0, left * float(software.free_fraction), left)
+    share = float(software.free_fraction) if cache_fraction is None else cache_fraction
+    left = np.where(left > 0.0, left * share, left)
     block = float(software.block_tokens)
-    length = isl + float(software.headroom) * osl + iterations.step_tokens - 1.0
+    kept = float(software.headroom) if preempting else 1.0
+    length = isl + kept * osl + iterations.step_tokens - 1.0
     each = footprint.cache_bytes(length, block)
     cap = float(software.max_sequences) if max_sequences is None else max_sequences
     held = np.floor(np.clip(left, 0.0, None) / np.maximum(each, 1.0))

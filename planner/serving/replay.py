@@ -145,7 +145,7 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     ledger = iterations.sized(batch, captured=bool(batch.prefill_tokens[0] <= 0.0))
     items = [item for item in ledger.items if not isinstance(item, Resident)]
     repeats = iterations.repeats()
-    slowdown = float(iterations.software.prompt_slowdown) if batch.prefill_tokens[0] > 0.0 else 1.0
+    slowdown = iterations.prompt_slowdown if batch.prefill_tokens[0] > 0.0 else 1.0
     rows = [
         {
             "what": item.what, "block": item.block, "by": item.by, "source": item.source,
@@ -169,7 +169,7 @@ def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[st
     rows.append(
         {
             "what": "host", "block": "", "by": "stack", "source": host.iteration_s.source,
-            "seconds": float(host.iteration_s) + float(host.sequence_s) * float(batch.decodes[0]),
+            "seconds": float(iterations.ctx.mesh.pp[0] * iterations.host_s(batch)[0]),
         }
     )  # fmt: skip
     return {

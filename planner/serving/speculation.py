@@ -97,7 +97,8 @@ def _drafting(ctx: ServingContext, model: Model, pricer: Pricer) -> Iterations:
     mixture = any(block.moe for block in model.blocks.values())
     ep, etp = (mesh.ep, mesh.etp) if mixture else (one, tp * mesh.dp)
     smaller = replace(mesh, tp=tp, pp=one, ep=ep, etp=etp)
-    drafting = Iterations(replace(ctx, model=model, mesh=smaller), pricer)
+    plain = replace(ctx.traffic, adapters=None, adapter_rank=None)  # adapters are the model's own
+    drafting = Iterations(replace(ctx, model=model, mesh=smaller, traffic=plain), pricer)
     free = {
         name: replace(getattr(drafting.software, name), value=0.0) for name in ("iteration_s", "sequence_s")
     }

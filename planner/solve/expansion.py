@@ -118,11 +118,14 @@ class Expansion:
         layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
         jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
-        fit, bound_s, batch = self.evaluate(jobs)
+        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+        fit, bound_s, batch = self.evaluate(jobs, table)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
-        return batch, Pending(self, jobs, bounds_s, fits, self._overfull(jobs), self._saving_s(jobs))
+        return batch, Pending(
+            self, jobs, bounds_s, fits, self._overfull(jobs, table), self._saving_s(jobs, table)
+        )
 
     def open_pairs(self, pending: Pending, bar: float) -> Index:
         """Pairs whose other branches are worth a look; those of the others are counted as excluded or rejected.
@@ -198,10 +201,9 @@ class Expansion:
         width: NDArray[np.int64] = self.recomputes[recompute, rows] * each
         return width
 
-    def _overfull(self, jobs: Jobs) -> NDArray[np.bool_]:
+    def _overfull(self, jobs: Jobs, table: BlockTable) -> NDArray[np.bool_]:
         """Jobs that exceed the device by what no recompute or swap of the space moves: gradients, optimizer states, framework."""
         stack = self.problem.stack
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         fixed = [
             table[f"{pool}_bytes"] for pool in ("gradients", "optimizer") if pool not in self.branches.moved
         ]
@@ -216,29 +218,29 @@ class Expansion:
             )
         return full
 
-    def _saving_s(self, jobs: Jobs) -> Array:
+    def _saving_s(self, jobs: Jobs, table: BlockTable) -> Array:
         """What a swap may save of the plain branches' time: their updates, on the device where they take longest."""
         if not self.branches.any_saves:
             return np.zeros(len(jobs.rows))
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         saving: Array = held_bytes(jobs.layout, table["main_step_s"]).max(axis=0)
         return saving
 
-    def evaluate(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
+    def evaluate(self, jobs: Jobs, table: BlockTable | None = None) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
 
-        Recompute by layers is priced apart from other choices.
+        Recompute by layers is priced apart from other choices. ``table``: their columns, where these are known.
         """
         counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
         if not (counted and self.branches.moves_activations(jobs.swap, jobs.schedule)):
-            return self._priced(jobs)
+            return self._priced(jobs, table)
         # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
         fit, bound_s, batch = self._priced(jobs.with_every_count())
         first = np.cumsum(jobs.width) - jobs.width
         return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
 
-    def _priced(self, jobs: Jobs) -> tuple[NDArray[np.bool_], Array, Batch]:
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
+    def _priced(self, jobs: Jobs, table: BlockTable | None = None) -> tuple[NDArray[np.bool_], Array, Batch]:
+        if table is None:
+            table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
         micro_batches = self.micro_batches[jobs.rows]
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):

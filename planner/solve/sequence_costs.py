@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD, block_order
-from planner.costs.optimizer import optimizer_state_bytes
+from planner.costs.optimizer import FUSED_UPDATES, optimizer_state_bytes
 from planner.costs.precision import dtype_bytes
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible, Problem, SpecError
@@ -73,8 +73,9 @@ def sequence_problem(
         forward, backward, _ = phase_seconds(table)
         seconds.append(np.where(allowed, each @ (forward + backward), np.inf))
         held.append(each @ (table["saved_bytes"] + table["recomputed_bytes"]))
-        master = dtype_bytes("fp32") if ctx.format.master else 0.0
-        states = dtype_bytes(ctx.format.activation) + dtype_bytes(ctx.gradient_dtype) + float(
+        master = None if ctx.format.master else 0.0  # None: as wide as the optimizer keeps them
+        gradient = 0.0 if workload.optimizer in FUSED_UPDATES else dtype_bytes(ctx.gradient_dtype)
+        states = dtype_bytes(ctx.format.activation) + gradient + float(
             optimizer_state_bytes(workload.optimizer, master_bytes=master)
         )  # fmt: skip
     sharded = states * parameter_count(model) / cluster.devices

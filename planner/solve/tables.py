@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from planner.engine import COMPACT, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
+from planner.phases import loose
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
 from planner.technique import SLOTS, Context
@@ -70,17 +71,16 @@ class BranchTables:
 
         A schedule that edits the ledger sees the state's items, and makes one part with it unless it looks at none of them.
         """
-        total: Array = self._change({}).values[rows]
+        base: Array = self._change({}).values[rows]
+        total = base
         for part in self._parts(state, recompute, swap, schedule):
-            total = total + part.delta[rows]
+            total = total + (part.values[rows] - base)
         return total
 
     def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
         """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
-        return [
-            self._change({}).values,
-            *(part.delta for part in self._parts(state, recompute, swap)),
-        ]
+        base = self._change({}).values
+        return [base, *(part.values - base for part in self._parts(state, recompute, swap))]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """The same on all rows, from a ledger of the branch's own."""
@@ -103,7 +103,7 @@ class BranchTables:
                     parts.remove(clash)
                     part = self._together(clash[0], part)
                     change = self._unit(part)
-                if change.removed or change.timed or change.delta.any():
+                if change.removed or change.timed or change.differs:
                     parts.append((part, change))
             self._divided[key] = [change for _, change in parts]
         return self._divided[key]
@@ -140,12 +140,8 @@ class BranchTables:
             ledger = self._ledger(recipe)
             table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
             values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
-            base = self._change({}) if key else None
-            if base is None:
-                change = _Change(values, np.zeros_like(values), frozenset(), frozenset())
-            else:
-                change = _Change(values, values - base.values, *_difference(self._ledgers[()], ledger))
-            self._changes[key] = change
+            differs = bool(key) and not np.array_equal(values, self._change({}).values)
+            self._changes[key] = _Change(values, *_difference(self._ledgers[()], ledger), differs)
         return self._changes[key]
 
     def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
@@ -168,16 +164,16 @@ class BranchTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Change:
-    """A partial recipe's block table (rows, fields, kinds), its difference to the prefix's, and what it touched.
+    """A partial recipe's block table (rows, fields, kinds), and what it touched.
 
     ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
-    where overlap makes changes interact.
+    where overlap makes changes interact. ``differs``: whether its table is not the prefix's.
     """
 
     values: Array
-    delta: Array
     removed: frozenset[int]
     timed: frozenset[tuple[str, str]]
+    differs: bool
 
 
 def _clash(one: _Change, other: _Change) -> bool:
@@ -190,7 +186,9 @@ def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozense
     old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
     removed = frozenset(old.keys() - new.keys())
     changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
-    timed = frozenset(
-        (i.block, i.phase) for i in changed if i.phase != "step" and not isinstance(i, Resident)
-    )
-    return removed, timed
+    paced = [i for i in changed if i.phase != "step" and not isinstance(i, Resident)]
+    timed = {(i.block, i.phase) for i in paced}
+    # What runs beside a backward hides behind its weight gradients and recomputation as well.
+    beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
+    timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
+    return removed, frozenset(timed)

@@ -278,7 +278,10 @@ def _whole(fixed: Mapping[str, Any], name: str) -> int:
 
 def _named(problem: Problem) -> Problem:
     """The problem with every open knob at its default."""
-    fixed = {**defaults(problem.fixed), **problem.stack.knobs, **problem.fixed}
+    chosen = defaults(problem.fixed)
+    alone = chosen["sequence_parallel"] == off("sequence_parallel")  # no ranks to cut a sequence over
+    own = {k: v for k, v in problem.stack.knobs.items() if not (alone and k == "sequence_parallel")}
+    fixed = {**chosen, **own, **problem.fixed}
     return replace(problem, fixed=fixed, forbidden=())
 
 

@@ -75,6 +75,12 @@ class _Prefix:
     ledger: Ledger
     activity: Activity
 
+    def take(self, index: Index) -> _Prefix:
+        """The prefix on some of its rows."""
+        ctx = self.ctx.take(index)
+        ledger = self.ledger.take(index, ctx.mesh.counterpart)
+        return _Prefix(self.recipe, self.rows.take(index), ctx, ledger, self.activity.take(index))
+
 
 class UniformSearch:
     """Searches the uniform space of one problem.
@@ -184,11 +190,10 @@ class UniformSearch:
                 return
             # Only the rows that are still open are kept, without the prices of all the others.
             used = distinct(np.concatenate([deal.rows for deal in deals]))
-            ctx = ctx.take(used)
+            prefix = _Prefix(recipe, rows, ctx, ledger, activity)
+            self._prefixes.append(prefix if len(used) == len(rows) else prefix.take(used))
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             self._waiting += sum(len(deal.rows) for deal in deals)
-            ledger = ledger.take(used, ctx.mesh.counterpart)
-            self._prefixes.append(_Prefix(recipe, rows.take(used), ctx, ledger, activity.take(used)))
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
@@ -378,14 +383,20 @@ class UniformSearch:
         }
         tables, rows, activities = [], [], []
         for number, used in open_.items():
-            prefix = self._prefixes[number]
-            ctx = prefix.ctx.take(used)
-            ledger = prefix.ledger.take(used, ctx.mesh.counterpart)
+            prefix = self._prefixes[number].take(used)
             tables.append(
-                BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
+                BranchTables(
+                    self.space,
+                    self.branches,
+                    self.pricer,
+                    self.kinds,
+                    prefix.recipe,
+                    prefix.ctx,
+                    prefix.ledger,
+                )
             )
-            rows.append(prefix.rows.take(used))
-            activities.append(prefix.activity.take(used))
+            rows.append(prefix.rows)
+            activities.append(prefix.activity)
         work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
         by_dealing: dict[int, list[tuple[Deal, Index, Index]]] = defaultdict(list)

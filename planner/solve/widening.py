@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from time import perf_counter
 
 import numpy as np
@@ -24,6 +25,7 @@ from planner.specs.problem import Problem
 __all__ = ["search_widening"]
 
 _EVERYTHING = "all choices together"
+_AT_ONCE = 8  # times the recipes of the default space: up to there, narrower searches first only take time
 
 
 def search_widening(
@@ -63,7 +65,7 @@ class _Widening:
 
     def __init__(self, problem: Problem, top: int) -> None:
         self.problem, self.top, self.start_s = problem, top, perf_counter()
-        self.opened = _opened(problem)
+        self.opened, self.times = _opened(problem)
         self.won: list[str] = []
         self.done: set[str] = set()
         self.plans: list[Plan] = []
@@ -89,7 +91,7 @@ class _Widening:
 
     def _spaces(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names of spaces, and what opens in each."""
-        if len(self.opened) > 1:
+        if len(self.opened) > 1 and self.times > _AT_ONCE:
             yield "the default space", ()
             yield from self.opened.items()
             if 1 < len(self.won) < len(self.opened):
@@ -124,14 +126,17 @@ class _Widening:
         return SearchResult(tuple(_known(plan, bound_s) for plan in self.plans), report, notes=tuple(notes))
 
 
-def _opened(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """Choices that a problem opens beyond the default ones, by slot; slots with few of them first."""
+def _opened(problem: Problem) -> tuple[dict[str, tuple[str, ...]], float]:
+    """Choices that a problem opens beyond the default ones, by slot, slots with few of them first; how many times the recipes of
+    the default space they make."""
     plain, wide = Space(replace(problem, explore=())), Space(problem)
     found = {
         slot: tuple(f"{slot}={choice.value}" for choice in choices if choice not in plain.choices[slot])
         for slot, choices in wide.choices.items()
     }
-    return {slot: found[slot] for slot in sorted(found, key=lambda slot: len(found[slot])) if found[slot]}
+    few_first = sorted(found, key=lambda slot: len(found[slot]))
+    wider = prod(len(wide.choices[slot]) / len(plain.choices[slot]) for slot in found)
+    return {slot: found[slot] for slot in few_first if found[slot]}, wider
 
 
 def _known(plan: Plan, bound_s: float) -> Plan:

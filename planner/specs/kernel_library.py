@@ -38,6 +38,7 @@ DEFAULTS: Mapping[str, float] = {
     "quantise_bytes": 0.0,  # traffic before the call, per element of its input
     "row_s": 0.0,  # of a quantised product, per row of its input: the kernel that quantises starts a block for each
     "unsplit": 0.0,  # 1: the contraction of a product is never split, so that few tiles take as long as a wave of them
+    "byte_s": 0.0,  # that a multiprocessor takes per byte of weights where few rows are multiplied; 0: as the memory delivers
     "weight_bytes": 0.0,  # per element of the weights as the kernel reads them; 0: as they are stored
     "split_s": 0.0,  # of an attention over few queries, where its splitting is not the device's; 0: it is
     "splits": 0.0,  # among how many multiprocessors at most it splits a walk over keys; 0: as many as there are

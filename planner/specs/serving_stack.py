@@ -58,6 +58,8 @@ class ServingSoftware:
         call_share: the same of the small kernels that a library's call holds beside its main one: engines fuse most of them.
         prompt_slowdown: seconds of an iteration that holds prompt tokens, relative to its kernels' alone: it is not captured, and
             batches of prompts are uneven.
+        experts_prompt_slowdown: the same again of models with experts: tokens of one text choose alike, and the kernels around
+            experts are many.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
@@ -77,6 +79,7 @@ class ServingSoftware:
     start_share: Sourced
     call_share: Sourced
     prompt_slowdown: Sourced
+    experts_prompt_slowdown: Sourced
     admission_s: Sourced
     memory_fraction: Sourced
     free_fraction: Sourced

@@ -93,7 +93,7 @@ class Stack:
         dispatch_s: host time to issue one kernel.
         waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
             the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.
-        overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all).
+        overlap_slowdown: κ, how much compute and communication stretch while they share the device (1: not at all), by bytes.
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from planner.errors import Problem, SpecError
 
-__all__ = ["Traffic"]
+__all__ = ["ADAPTER_RANK", "Traffic"]
 
 # Field → (least, most, whole number?). Far beyond any real deployment: they catch a slip of the keyboard.
+ADAPTER_RANK = 16
+"""Largest rank of adapters where none is given: vLLM's ``--max-lora-rank``."""
 _LIMITS = {
     "isl": (1, 10**8, True),
     "osl": (1, 10**7, True),
@@ -23,6 +25,8 @@ _LIMITS = {
     "length_scv": (0, 100, False),
     "expert_load_factor": (1, 10**4, False),
     "requests_per_client": (1, 10**7, False),
+    "adapters": (1, 10**4, True),
+    "adapter_rank": (1, 10**4, True),
 }
 
 
@@ -41,6 +45,7 @@ class Traffic:
         requests_per_client: requests that each of ``concurrency`` clients sends in all, the first of all clients at once; None: a
             run without an end, whose beginning does not count.
         length_scv: squared coefficient of variation of answers' lengths; 0: all are equal.
+        adapters: low-rank adapters that run at once, of rank up to ``adapter_rank`` (16 unless given); None: none.
         expert_load_factor: busiest expert rank relative to the mean, where it is measured; None: random routing's own.
 
     Raises:
@@ -59,6 +64,8 @@ class Traffic:
     length_scv: float = 0.0
     expert_load_factor: float | None = None
     requests_per_client: float | None = None
+    adapters: int | None = None
+    adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
         faults = [
@@ -72,6 +79,8 @@ class Traffic:
             faults.append(
                 Problem("rate_per_s", "is given beside a concurrency", "one of them", "Leave one out.")
             )
+        if self.adapter_rank is not None and self.adapters is None:
+            faults.append(Problem("adapter_rank", "is given without adapters", "how many run at once"))
         if faults:
             raise SpecError(faults)
 

@@ -119,7 +119,8 @@ def _product(device: Device, stack: Stack, item: Matmul) -> Iterator[Named]:
     if item.grouped:
         yield from _of_efficiency(device, ("grouped_matmul",))
     yield from _of_efficiency(device, (reached + width,))
-    yield f"stack.{slower}", getattr(stack, slower)
+    if not item.single:
+        yield f"stack.{slower}", getattr(stack, slower)
 
 
 def _attention(device: Device, stack: Stack, dtype: str) -> Iterator[Named]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 
@@ -24,6 +24,8 @@ class Launch:
         clients_beside: whether a token of every client comes on top of it.
         max_sequences: sequences in one batch; 0: the engine's default.
         held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
+        cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
+        ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
     """
 
     cache: str = ""
@@ -32,6 +34,8 @@ class Launch:
     clients_beside: bool = False
     max_sequences: int = 0
     held_back_iterations: int = 0
+    cache_fraction: float = 0.0
+    ranks_attend: bool = False
 
 
 DEFAULTS = Launch()
@@ -43,19 +47,23 @@ class Suite:
 
     Attributes:
         upstream: how the column of that name begins in its rows.
+        page: what its rows' source names, where they have no such column.
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
         frontend_s: seconds that the suite's own frontend adds to the first token.
         launches: options, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
+        requests: of a run in all, by lengths of prompts and answers.
     """
 
     upstream: tuple[str, ...] = ()
+    page: str = ""
     shortest_length: float = 1.0
     requests_per_client: int = 0
     frontend_s: float = 0.0
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
+    requests: Mapping[tuple[float, float], float] = field(default_factory=dict)
 
     @property
     def mean_length(self) -> float:
@@ -88,8 +96,11 @@ class Suite:
 
 def suite_of(row: Row) -> Suite:
     """The suite of a row; one that says nothing where none is known."""
-    upstream = row.text("upstream")
-    return next((suite for suite in _suites() if upstream and upstream.startswith(suite.upstream)), Suite())
+    upstream, source = row.text("upstream"), row.text("source")
+    for suite in _suites():
+        if (upstream and upstream.startswith(suite.upstream)) or (suite.page and suite.page in source):
+            return suite
+    return Suite()
 
 
 @lru_cache(maxsize=1)
@@ -103,12 +114,17 @@ def _suites() -> tuple[Suite, ...]:
         entry.text("source")
         found.append(
             Suite(
-                entry.texts("upstream"),
+                entry.texts("upstream", ()),
+                entry.text("page", ""),
                 entry.number("shortest_length", 1.0),
                 entry.integer("requests_per_client", 0, minimum=0),
                 entry.number("frontend_s", 0.0),
                 tuple(_launch(each) for each in entry.tables("launch", [])),
                 tuple(_speculation(each) for each in entry.tables("speculation", [])),
+                {
+                    (run.number("input_len"), run.number("output_len")): run.number("count")
+                    for run in entry.tables("requests", [])
+                },
             )
         )
         entry.finish()
@@ -132,7 +148,7 @@ def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | 
 
 def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
     conditions: dict[str, str | bool | float] = {
-        name: reader.text(name) for name in ("engine", "generation") if reader.has(name)
+        name: reader.text(name) for name in ("engine", "engine_version", "generation") if reader.has(name)
     }
     conditions |= {name: reader.boolean(name) for name in ("experts", "attention_ranks") if reader.has(name)}
     bounds = ("input_len", "output_len", "most_tp", "least_concurrency")
@@ -144,6 +160,8 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
         reader.boolean("clients_beside", False),
         reader.integer("max_sequences", 0, minimum=0),
         reader.integer("held_back_iterations", 0, minimum=0),
+        reader.number("cache_fraction", 0.0, maximum=1.0),
+        reader.boolean("ranks_attend", False),
     )
     reader.text("source")
     reader.finish()

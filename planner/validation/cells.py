@@ -35,6 +35,7 @@ _MOST_OF_ANYTHING = 10**9
 
 # Frameworks that train GPT models with dropout unless they are told otherwise.
 _WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
+_REDUCES_AS_COMPUTED = "pytorch fsdp1"  # MixedPrecision.reduce_dtype is param_dtype where it is not given
 _MAKES_SHARED_TENSORS = ("megatron-core", "pytorch fsdp2")
 
 
@@ -122,6 +123,8 @@ def _expert_ranks(cells: Cells) -> int:
 
 def _gradients(cells: Cells) -> str:
     dtype = cells.text("dtype")
+    if cells.framework.startswith(_REDUCES_AS_COMPUTED):
+        return dtype if dtype in ("fp16", "bf16") else "fp32"
     narrow = ("fp16", "bf16") if "deepspeed" in cells.framework else ("fp16",)
     return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
 
@@ -186,8 +189,10 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else the weights' 16 bits under DeepSpeed, and under Megatron-LM with fp16 weights; else fp32",
-        "ZeRO counts 2 bytes (arXiv:1910.02054); Megatron-LM adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
+        "what the stack says; else the weights' 16 bits under DeepSpeed and FSDP1, and under Megatron-LM with fp16 weights; else "
+        "fp32",
+        "ZeRO counts 2 bytes (arXiv:1910.02054); FSDP1 reduces in MixedPrecision.param_dtype unless told otherwise; Megatron-LM "
+        "adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
         _gradients,
     ),
     Default(

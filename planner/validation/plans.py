@@ -80,6 +80,8 @@ def run_of(row: Row) -> Run:
     model, cluster = model_of(cells, flags), cluster_of(cells)
     stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
     fixed = _fixed(cells, flags, model, cluster)
+    if fixed.get("sequence_parallel") == "true":  # which kind, the stack says
+        fixed["sequence_parallel"] = stack.knobs.get("sequence_parallel", "true")
     for knob, default in (("gradient_dtype", "(gradients)"), ("loss_kernel", "(loss)")):
         if knob not in {**stack.knobs, **fixed}:
             fixed[knob] = cells.default(default)

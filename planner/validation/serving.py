@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.composition import Composition
 from planner.costs.queueing import clients_wait_s
 from planner.costs.serving import kv_transfer_s
 from planner.iteration import Iterations
@@ -24,7 +25,7 @@ from planner.validation.scores import ScoredRow
 from planner.validation.serving_runs import ServedRun, served_run
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["ServingScores", "contradicted", "predict", "score_serving", "served_runs"]
+__all__ = ["ServingScores", "contradicted", "excluded", "predict", "score_serving", "served_runs"]
 
 Runs: TypeAlias = Sequence[ServedRun]
 _GROUPS = ("accelerator", "model", "engine", "quality")
@@ -139,25 +140,39 @@ def _scored(
             )
             entries.append(ScoredRow(row.row_id, row.file, metric, "unsupported", reason, groups=groups))
             continue
-        status, reason = "scored", ""
-        if row.text("quality") == "C":
-            status, reason = "excluded", "quality C at its source"
-        elif run.may_speculate and metric in ("tpot", "ttft"):
-            status, reason = (
-                "excluded",
-                "whether multi-token prediction was on is not stated, and both were run",
-            )
-        elif contradicted and metric in ("tpot", "ttft"):
-            status, reason = (
-                "excluded",
-                "repeats of the stated configuration differ: something unstated tells them apart",
-            )
+        reason = excluded(run, metric, asked, contradicted)
+        status = "excluded" if reason else "scored"
         entries.append(
             ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups)
         )
         if metric == "output_tokens_per_s" and run.driver == "offline":
             scores.runs.append(_comparison(run, entries[-1]))
     return entries
+
+
+def excluded(run: ServedRun, metric: str, asked: Mapping[str, float], contradicted: bool) -> str:
+    """Why a value is not counted; empty if it is."""
+    if run.row.text("quality") == "C":
+        return "quality C at its source"
+    if metric in ("tpot", "ttft"):
+        if run.may_speculate:
+            return "whether multi-token prediction was on is not stated, and both were run"
+        if contradicted:
+            return "repeats of the stated configuration differ: something unstated tells them apart"
+    if metric == "latency" and _ended_early(run, asked):
+        return "answers ended before their stated length, by the row's own times"
+    return ""
+
+
+def _ended_early(run: ServedRun, asked: Mapping[str, float]) -> bool:
+    """Whether a latency is shorter than the row's own first token and its stated number of further ones take."""
+    if not {"latency", "ttft", "tpot"} <= set(asked):
+        return False
+    stated_s = asked["ttft"] + (run.osl - 1.0) * asked["tpot"]
+    return asked["latency"] < _CUT_SHORT * stated_s
+
+
+_CUT_SHORT = 0.9
 
 
 def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
@@ -237,7 +252,9 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     """Clients that replace every answer at once; those whose requests the caches cannot hold wait outside."""
     launch = runs[0].launch
     chunk = _chunk_tokens(runs, iterations, load)
-    held = capacity(iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None)
+    held = capacity(
+        iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None, preempting=True
+    )
     # It ran: where not one request is predicted to fit, the prediction is wrong.
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
     state = steady(iterations, traffic, inside, chunk)
@@ -270,11 +287,13 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     mesh = Mesh(tp, np.ones_like(tp), dp, pp, ep, tp * dp / ep)
     knobs = {**iterations.ctx.knobs, "experts": "gathered"}  # workers for prompts may have another layout
     prefill = Iterations(replace(iterations.ctx, mesh=mesh, knobs=knobs), iterations.pricer)
-    zero = np.zeros_like(load)
-    batch = prompts * dp
-    prompt_s = prefill(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
+    zero, keys = np.zeros_like(load), np.full_like(load, traffic.prompt_context)
+    prompt_s = prefill(zero, zero, prompts * dp * traffic.isl, keys)
+    # Where prompts wait, an iteration takes as many as it has room for.
+    several = np.maximum(prompts, np.floor(float(iterations.software.chunk_tokens) / traffic.isl))
+    several_s = prefill(zero, zero, several * dp * traffic.isl, keys)
     lanes = counts[:, 0] * pp * dp  # ranks that take a batch of prompts each, one after the other
-    most = lanes * prompts / prompt_s
+    most = lanes * several / several_s
     context, answer = traffic.isl + traffic.osl / 2.0, max(traffic.osl - 1.0, 1.0)
     transfer_s = _transfer_s(prefill, iterations, traffic, prompt_s)
     others = np.maximum(load / lanes - 1.0, 0.0)
@@ -284,24 +303,28 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         each = n / iterations.ctx.mesh.pp
         return np.asarray(iterations(each, each * context, zero, zero))
 
-    def before_s(rate: Array) -> Array:
-        """Seconds until a prompt's cache has arrived, at a rate."""
-        wait_s = clients_wait_s(others, prompt_s / prompts, np.minimum(rate / most, 1.0))
-        wait_s = (1.0 - first) * wait_s + first * others / 2.0 * prompt_s / prompts
-        outside_s = float(iterations.software.admission_s) + runs[0].frontend_s
-        return np.asarray(prompt_s + wait_s + transfer_s + outside_s)
+    def before_s(rate: Array, token_s: Array) -> Array:
+        """Seconds until the worker for generation returns the first token, with its first iteration, at a rate."""
+        busy = np.minimum(rate / most, 1.0)
+        wait_s = (1.0 - first) * clients_wait_s(others, several_s / several, busy)
+        wait_s = wait_s + first * others / 2.0 * several_s / several
+        own_s = prompt_s + busy * (several_s - prompt_s)
+        # By one worker, then by the other, which has begun an iteration without it.
+        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s) + runs[0].frontend_s
+        return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
-        rate = middle / (answer * step_s(middle)) * counts[:, 1]
-        room = (rate <= most) & (rate * before_s(rate) + middle * counts[:, 1] <= load)
+        token_s = step_s(middle)
+        rate = middle / (answer * token_s) * counts[:, 1]
+        room = (rate <= most) & (rate * before_s(rate, token_s) + middle * counts[:, 1] <= load)
         low, high = np.where(room, middle, low), np.where(room, high, middle)
     tpot_s = step_s(high)
     rate = high * counts[:, 1] / (answer * tpot_s)
     return {
         "tpot": tpot_s,
-        "ttft": np.maximum(before_s(rate), load / rate - answer * tpot_s),
+        "ttft": np.maximum(before_s(rate, tpot_s), load / rate - answer * tpot_s),
         "output_tokens_per_s": rate * traffic.osl,
     }
 
@@ -315,12 +338,22 @@ def _transfer_s(prefill: Iterations, decode: Iterations, traffic: Traffic, promp
 
 
 def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
-    """All requests are there: the caches, the engine's cap or the run's length say how many run at once."""
+    """All requests are there: the caches, the engine's cap or the run's length say how many run at once.
+
+    Answers of one length end together where they began together: the run is as many full waves as there are, and a last one.
+    """
+    launch, requests = runs[0].launch, runs[0].requests
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    held = capacity(iterations, traffic.isl, traffic.osl, chunk)
-    most = np.clip(held.sequences, 1.0, runs[0].requests)
-    state = steady(iterations, traffic, most, chunk)
-    return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
+    held = capacity(iterations, traffic.isl, traffic.osl, chunk, cache_fraction=launch.cache_fraction or None)
+    most = np.clip(held.sequences, 1.0, requests)
+    state = steady(iterations, traffic, most, chunk, queued=True)
+    if not np.isfinite(requests):
+        return {"output_tokens_per_s": state.requests_per_s * traffic.osl}
+    waves = np.floor(requests / most)
+    rest = requests - waves * most
+    last = steady(iterations, traffic, np.maximum(rest, 1.0), chunk, queued=True)
+    run_s = waves * most / state.requests_per_s + rest / last.requests_per_s
+    return {"output_tokens_per_s": requests / run_s * traffic.osl}
 
 
 def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
@@ -364,6 +397,9 @@ def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     batch = np.maximum(load / iterations.ctx.mesh.pp, np.minimum(load, 1.0))
     prefill_s = iterations(zero, zero, batch * traffic.isl, np.full_like(load, traffic.prompt_context))
     step_s = iterations(batch, batch * (traffic.isl + traffic.osl / 2.0), zero, zero)
+    # Fewer sequences than stages: some have no batch to issue.
+    stages = iterations.ctx.mesh.pp
+    step_s = step_s - np.maximum(stages - load, 0.0) * iterations.host_s(Composition(batch, zero, zero, zero))
     latency_s = prefill_s + (traffic.osl - 1.0) * step_s
     footprint = iterations.footprint()
     cache = footprint.cache_bytes(traffic.isl + traffic.osl) * load / iterations.ctx.mesh.dp

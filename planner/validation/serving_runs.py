@@ -16,7 +16,7 @@ from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.models import load_model
 from planner.specs.stack import Stack, stack_for
 from planner.specs.tiers import Network
-from planner.validation.benchmark_suites import DEFAULTS, Launch, suite_of
+from planner.validation.benchmark_suites import DEFAULTS, Launch, Suite, suite_of
 from planner.validation.table import Row, Unsupported
 
 __all__ = ["DRIVERS", "ServedRun", "served_run"]
@@ -77,9 +77,10 @@ class ServedRun:
 
     @property
     def exchanged(self) -> bool:
-        """Whether tokens travel to experts: attention ranks of their own, whole experts on every rank."""
+        """Whether tokens travel to experts one by one: attention ranks of their own, whole experts on every rank."""
         tp, _, dp, ep = self.degrees
-        return dp > 1 and ep == tp * dp
+        gathered = self.driver == "offline" and self.stack.knobs.get("experts") == "gathered"
+        return dp > 1 and ep == tp * dp and not gathered
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -122,6 +123,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     launch = suite.launch(
         {
             "engine": row.text("engine").lower(),
+            "engine_version": row.text("engine_version"),
             "generation": cluster.device.generation,
             "experts": any(block.moe is not None for block in model.blocks.values()),
             "attention_ranks": dp > 1,
@@ -131,6 +133,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
             "concurrency": row.number("concurrency") or 0.0,
         }
     )
+    if launch.ranks_attend and degrees[2] == 1:
+        degrees = (1, pp, tp, tp)
     isl, osl = (round(_length(row, column) * suite.mean_length) for column in ("input_len", "output_len"))
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
@@ -139,7 +143,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
         driver, load,
         cap=row.number("concurrency") if driver == "rate" else None,
-        requests=_requests(row),
+        requests=_requests(row, suite),
         workers=workers,
         prefill=prefill,
         launch=launch,
@@ -212,10 +216,13 @@ def _driver(row: Row) -> tuple[str, float]:
     raise Unsupported("the load is not stated")
 
 
-def _requests(row: Row) -> float:
+def _requests(row: Row, suite: Suite) -> float:
     """Requests of the whole run."""
     said = re.search(r"(\d+) requests", row.text("features"))
-    return float(said[1]) if said else row.number("requests_completed") or math.inf
+    if said:
+        return float(said[1])
+    lengths = row.number("input_len") or 0.0, row.number("output_len") or 0.0
+    return row.number("requests_completed") or suite.requests.get(lengths, math.inf)
 
 
 def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:

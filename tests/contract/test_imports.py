@@ -25,6 +25,7 @@ LAYERS = (
     "baseline",
     "composition",
     "kernel_prices",
+    "phases",
     "engine",
     "schedule",
     "solve.combinatorial",

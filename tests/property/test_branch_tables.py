@@ -52,4 +52,4 @@ def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
                     slot: choice.value for slot, choice in branches.recipe(state, recompute, swap).items()
                 }
                 assert np.all(np.abs(total - whole)[on] <= 1e-12 * scale), names
-    assert added > 100
+    assert added > 40

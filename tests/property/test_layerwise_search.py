@@ -14,9 +14,10 @@ from planner.export import export
 from planner.layout import layouts
 from planner.pipeline import memory
 from planner.plan import Plan
-from planner.schedule.critical import critical_path
+from planner.schedule.critical import critical_path, interleaved_paths
 from planner.schedule.engine import simulate
 from planner.schedule.order import make_order
+from planner.solve.layerwise.device_bounds import exposed
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.layerwise.search import search_layerwise
@@ -94,7 +95,7 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
         bound_s = max(settler.bound_s(1e9), deal.bound_s)
         for found in settler.candidates(1e9):
             seen += 1
-            bound_s = max(bound_s, settler.path_s(np.inf), settler.path_s(np.inf, found))
+            bound_s = max(bound_s, settler.path_s(np.inf), settler.path_s(np.inf, found), settler.proved_s())
             assert bound_s <= found.step_s * (1 + 1e-9)
             plan = assembled(problem, uniform, found)
             assert plan.estimate.step_time_s == pytest.approx(found.step_s, rel=1e-9)
@@ -189,6 +190,77 @@ def test_a_critical_path_is_as_long_as_the_step_and_bounds_every_other():
             cases.append((path, seconds, tail_s, took))
         for (path, *_), (_, seconds, tail_s, took) in product(cases, cases):
             assert path.seconds(seconds, 0.3, tail_s) <= took * (1 + 1e-12)
+
+
+def test_paths_without_an_order_are_no_longer_than_the_step():
+    """Random stages of interleaved schedules, micro-batches that fill groups or do not."""
+    draw = np.random.default_rng(8)
+    for _ in range(60):
+        p, v, m = (int(draw.integers(low, high)) for low, high in ((2, 6), (2, 5), (6, 20)))
+        if m % p and draw.random() < 0.7:
+            m = p * (m // p + 1)
+        stages_s, tail_s, hop_s = (
+            draw.uniform(0.5, 1.5, (2, p * v)),
+            draw.uniform(0.0, 2.0, p),
+            float(draw.uniform(0.0, 0.3)),
+        )
+        took = float(
+            simulate(make_order("interleaved", p, m, v), *stages_s, hop_s=hop_s, tail_s=tail_s).makespan_s
+        )
+        seconds = np.concatenate([stages_s, np.zeros((1, p * v))])
+        for path in interleaved_paths(p, v, m):
+            assert path.seconds(seconds, hop_s, tail_s) <= took * (1 + 1e-12)
+
+
+def unlike_layers(host_memory: float) -> Problem:
+    """Two kinds of layers, of which the one works on tensors several times as large as the other's."""
+    attention = Attention(16, 16, 128)
+    wide, slim = (Block(attention=attention, mlp=Mlp(width, gated=True)) for width in (16384, 2048))
+    model = Model(
+        name="unlike", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096,
+        blocks={"wide": wide, "slim": slim}, layers=(("wide", 2), ("slim", 3)), tied_embeddings=False, dropout=False,
+    )  # fmt: skip
+    cluster = load_cluster("rtx-4090:1x4")
+    cluster = replace(cluster, host_memory_bytes=cluster.host_memory_bytes * host_memory)
+    fixed = {**_CLOSED, "pp": "4", "micro_batch_size": "1", "schedule": "1f1b", "zero_stage": "1"}
+    return Problem(model, cluster, TrainWorkload(8, 4096), load_stack(), fixed=fixed, reserve=0.55)
+
+
+@pytest.mark.parametrize("host_memory", [1.0, 0.05])
+def test_no_strategies_of_a_few_layers_undercut_a_devices_line(host_memory):
+    """Every strategy of every layer of one or two neighbours: the largest transient, the update and host memory as the engine
+    counts them, which are sums over blocks, and one block at work. Budgets are what some choices need, to the byte."""
+    problem = unlike_layers(host_memory)
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    deal = next(deal for deal in space.deals(1e9) if deal.layout is None)
+    mesh = space.mesh(deal)
+    costs = DeviceCosts(problem, mesh, deal.order, 1, automatic)
+    stack = [space.kinds.index(kind) for kind in space.order]
+    ends = {0: [len(space.kinds) - 3], 3: [len(space.kinds) - 2]}
+    draw, tight = np.random.default_rng(2), 0
+    for device, (a, b) in product((0, 1, 3), ((0, 1), (1, 3), (3, 5), (4, 5))):
+        kinds = np.array([*stack[a:b], *ends.get(device, [])])
+        flights = float(costs.flights(device).max())
+        choices = np.array(list(product(*(costs.fronts[kind] for kind in kinds))))
+
+        def held(name, choices=choices, kinds=kinds):
+            return mesh[f"{name}_bytes"][choices, kinds].sum(axis=1)
+
+        transient = costs.transient[choices, kinds].max(axis=1)
+        need = held("always") + np.maximum(costs.growth * (flights * held("saved") + transient), held("step"))
+        host = held("host") + flights * held("host_saved")
+        need = np.where(host <= problem.cluster.slower_bytes["host"], need, np.inf)
+        after = exposed(mesh, 0.0, 0.0, kinds)[:, choices, np.arange(len(kinds))].sum(axis=2)
+        device_s = (costs.work[choices, kinds].sum(axis=1) + after).max(axis=0)
+        fastest = int(np.argmin(np.where(np.isfinite(need), device_s, np.inf)))
+        for one in (fastest, *draw.choice(np.flatnonzero(np.isfinite(need)), 4)):
+            costs.room = float(need[one]) * (1 + 1e-12)
+            best_s = float(device_s[need <= costs.room].min())
+            found_s = costs.line(device, stack, ends.get(device, [])).cost(a, b)
+            assert found_s <= best_s * (1 + 1e-9)
+            tight += found_s >= best_s * (1 - 1e-9)
+    assert tight > 10  # otherwise there is little that would show a bound that is too large
 
 
 def test_the_same_input_gives_the_same_plan():

@@ -1,5 +1,7 @@
 """Counts of layers per strategy: four solvers, one answer; and the published formulations that they replace."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,9 @@ from planner.solve.layerwise.alpa import descended, enumerated
 from planner.solve.layerwise.counts import CountProblem, Group, bound, solve
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.galvatron import galvatron
-from planner.solve.layerwise.solvers import SOLVERS, by_brute_force, by_dynamic_programming
+from planner.solve.layerwise.linear import relaxed
+from planner.solve.layerwise.planes import Planes, Ranges
+from planner.solve.layerwise.solvers import SOLVERS, by_brute_force, by_dynamic_programming, proved
 from planner.solve.layerwise.stages import Line, cut, line_cost, smallest_limit
 
 INSTANCES = 1000
@@ -131,6 +135,73 @@ def test_the_dual_is_the_linear_relaxation():
         )
         found = dual_s(np.tile(cost, 3), np.tile(held, 3), cells, rooms)
         assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_relaxation_is_that_of_linear_programming():
+    """HiGHS's simplex method solves the same program; where it finds none, neither do we."""
+    from scipy.optimize import linprog
+
+    draw = np.random.default_rng(7)
+    infeasible = 0
+    for _ in range(200):
+        problem = random_problem(draw)
+        groups, functions = problem.groups, len(problem.offset)
+        cost, held = ([getattr(group, name) for group in groups] for name in ("cost", "held"))
+        sizes = [group.size for group in groups]
+        found = relaxed(sizes, cost, held, problem.offset, problem.budget)
+        width = sum(c.shape[1] for c in cost)
+        above = np.hstack([np.concatenate(cost, axis=1), -np.ones((functions, 1))])
+        within = np.hstack([np.concatenate(held, axis=1), np.zeros((len(problem.budget), 1))])
+        of_group = (
+            np.repeat(np.arange(len(groups)), [c.shape[1] for c in cost]) == np.arange(len(groups))[:, None]
+        )
+        expected = linprog(
+            np.eye(width + 1)[-1], np.vstack([above, within]), np.concatenate([-problem.offset, problem.budget]),
+            np.hstack([of_group, np.zeros((len(groups), 1))]), sizes, [(0, None)] * width + [(None, None)],
+        )  # fmt: skip
+        infeasible += expected.status == 2
+        assert found.bound == (pytest.approx(expected.fun, rel=1e-9) if expected.status == 0 else np.inf)
+    assert 0 < infeasible < 100
+
+
+def test_planes_bound_blocks_under_every_range_of_transients():
+    """Against the relaxation of each range by itself: equal for the numbers that were asked for, no larger for others."""
+    draw = np.random.default_rng(12)
+    for _ in range(60):
+        functions, budgets, strategies, kinds, many = (
+            int(n) for n in draw.integers((1, 1, 3, 1, 1), (4, 4, 10, 4, 5))
+        )
+        cost = draw.uniform(1.0, 9.0, (functions, strategies, kinds))
+        held = draw.uniform(1.0, 9.0, (budgets, strategies, kinds))
+        transient = draw.uniform(0.0, 1.0, (strategies, kinds))
+        high = np.sort(draw.uniform(0.4, 1.0, many))
+        asked, other = draw.integers(1, 9, (2, kinds)).astype(float)
+        room = draw.uniform(3.0, 7.0, (budgets, many)) * asked.sum()
+        planes = Planes(Ranges(cost, held, transient, high, room), asked[None], steep=True)
+        for number in (asked, other):
+            expected = np.inf
+            for i in range(many):
+                open_ = [np.flatnonzero(transient[:, k] <= high[i]) for k in range(kinds)]
+                if all(len(some) for some in open_):
+                    costs, helds = ([x[:, some, k] for k, some in enumerate(open_)] for x in (cost, held))
+                    found = relaxed(
+                        number.astype(int).tolist(), costs, helds, np.zeros(functions), room[:, i]
+                    )
+                    expected = min(expected, found.bound)
+            assert planes.bound(number) <= expected * (1 + 1e-9)
+            if number is asked and np.isfinite(expected):
+                assert planes.bound(number) == pytest.approx(expected, rel=1e-9)
+
+
+def test_proofs_of_counts_hold():
+    draw = np.random.default_rng(21)
+    for _ in range(100):
+        problem = replace(random_problem(draw), switch=0.0)
+        exact = solve(problem)
+        least = np.inf if exact is None else exact[0]
+        assert proved(problem, np.inf, 0.0) == pytest.approx(least, rel=1e-9)
+        assert proved(problem, np.inf, 0.05) <= least
+        assert proved(problem, 0.9 * least, 0.05) <= least
 
 
 def test_the_smallest_limit_is_that_of_enumerated_partitions():

@@ -7,6 +7,8 @@ import pytest
 from planner import Problem, TrainWorkload, estimate, load_cluster, load_model, load_stack
 from planner.errors import Infeasible
 from planner.solve.lengths import deal, packed
+from planner.solve.sequence_costs import sequence_problem
+from planner.specs.parameters import parameter_count
 
 HISTOGRAM = {1024: 512, 32768: 2, 131072: 1}
 
@@ -53,3 +55,14 @@ def test_what_fits_no_group_is_refused():
     job = problem("a100-sxm-40gb:1x8", {1024: 8})
     with pytest.raises(Infeasible):
         deal(job, estimate(job), histogram, 30.0)
+
+
+def test_states_are_those_of_the_optimizer():
+    # Weights of 65B in 16 bits over eight devices are 16.25 GB each; LOMO keeps nothing else (arXiv:2306.09782).
+    model, cluster = load_model("llama-65b"), load_cluster("rtx-3090:1x8")
+    job = TrainWorkload(1, 512, optimizer="lomo")
+    left = sequence_problem(model, cluster, load_stack(), job, {512: 8}, [1], {}).budget_bytes
+    held = float(cluster.device.memory_bytes) - float(load_stack().framework_bytes) - left
+    assert held == pytest.approx(2 * parameter_count(model) / 8)
+    with pytest.raises(Infeasible, match="states take"):
+        sequence_problem(model, cluster, load_stack(), TrainWorkload(1, 512), {512: 8}, [1], {})

@@ -81,7 +81,7 @@ CASES = [
         for name, by, cluster in (
             ("adam8bit", "adam8bit", "a100-sxm-80gb:1x1"), ("adafactor", "adafactor", "a100-sxm-80gb:1x1"),
             ("adamw_fp8", "fp8_lm", "h100-sxm:1x1"), ("lion", "lion", "h100-sxm:1x1"), ("muon", "muon", "h100-sxm:1x1"),
-            ("lars", "layerwise", "h100-sxm:1x1"),
+            ("lars", "layerwise", "h100-sxm:1x1"), ("adamw_16bit", "lightseq2", "h100-sxm:1x1"),
         )
     ),
     # The default search: formats that the device multiplies faster, and what memory asks for.
@@ -99,7 +99,7 @@ CASES = [
     Case("zero_stage=2", "zero2", "gpt3-13b", "a100-sxm-80gb:1x8", 8, 2048, {**FLAT, **ON_DEVICE}),
     Case("zero_stage=3", "zero3", "gpt3-13b", "a100-sxm-40gb:1x8", 64, 2048, {**FLAT, **ON_DEVICE}),
     Case("zero_stage=fsdp", "fsdp", "gpt3-13b", "a100-sxm-40gb:1x8", 64, 2048, {**FLAT, **ON_DEVICE}, explore=("zero_stage=*",)),
-    Case("zero_group=node", "hsdp", "gpt3-2.7b", SLOW, 256, 2048, {**FLAT, "zero_stage": 3}),
+    Case("zero_group=node", "hsdp", "gpt3-2.7b", SLOW, 64, 2048, {**FLAT, "zero_stage": 3}),
     # Heads enough for all ranks, and NVLink: all-to-alls (arXiv:2309.14509); 25 heads on 8 ranks: a ring (arXiv:2310.01889); more
     # ranks than a node and than heads of keys: both (arXiv:2405.07719).
     *(
@@ -112,7 +112,7 @@ CASES = [
     ),
     Case("tensor_overlap=chunked", "async_tp", "llama2-70b", "h100-sxm:4x8", 64, 4096, {**K, "tp": 8}),
     Case("sequence_parallel=true", "megatron_sp", "llama2-70b", "h100-sxm:4x8", 64, 4096, {**K, "tp": 8}),
-    Case("sequence_parallel=gathered", "kept_gather", "llama2-70b", "h100-sxm:4x8", 64, 4096, {**K, "tp": 8},
+    Case("sequence_parallel=gathered", "kept_gather", "llama2-70b", "h100-sxm:4x8", 64, 4096, {**K, "tp": 8, "recompute": "full"},
          explore=("sequence_parallel=*",)),
     # A vocabulary of 256,000: logits are what memory and time go to (arXiv:2410.10989).
     Case("loss_kernel=linear_fused", "fused_cross_entropy", "gemma2-9b", "a100-sxm-80gb:1x8", 64, 8192,
@@ -223,17 +223,27 @@ CASES = [
         )
     ),
     # The same where everything is recomputed, attention included or not: arXiv:2310.03294, section 3.3.
-    Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 32768,
+    Case("recompute=but_attention", "but_attention", "llama-7b", "a100-sxm-80gb:1x1", 1, 49152,
          {"tp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused", "parameter_offload": "none",
           "activation_offload": "none", "optimizer_offload": "cpu", "zero_stage": 0}, host_gb=300, explore=("all",)),
+    # Between the named modules and everything, where memory is short: Jain et al. 2020 (arXiv:1910.02653).
+    *(
+        Case(f"recompute={choice}", "recompute_front", model, cluster, 16, 16384,
+             {"tp": 1, "cp": 1, "pp": 1, "optimizer_offload": "none", "activation_offload": "none", "parameter_offload": "none"},
+             explore=("recompute=*",))
+        for choice, model, cluster in (
+            ("norm+qkv+fc1", "llama2-7b", "a100-sxm-40gb:1x8"), ("norm+fc1", "llama2-13b", "a100-sxm-80gb:1x8"),
+            ("norm+act+qkv", "llama-7b", "a100-sxm-80gb:1x4"),
+        )
+    ),
     # Two pipelines that take turns, where late gradients are not wanted: Chen et al. 2023 (PPoPP).
     Case("schedule=avgpipe", "avgpipe", "gpt3-1.3b", "a100-sxm-40gb:1x8", 16, 2048,
          {**PLAIN, "pp": 8, "micro_batch_size": 1, "zero_stage": 1}, allowed=("staleness",), explore=("schedule=avgpipe",),
          forbidden=("co2", "diloco", "noloco", "neighbours")),
     # 65B on eight 24 GB cards behind PCIe: Feng et al. 2023 (ASPLOS) is about such servers.
     Case("schedule=mobius", "mobius", "llama-65b", "rtx-3090:1x8", 64, 512,
-         {"gradient_dtype": "fp16", "cp": 1, "loss_kernel": "fused", "gradient_accumulation": "fused"}, {"precisions": ("fp16",)},
-         host_gb=256, explore=("schedule=mobius", "optimizer_offload=*")),
+         {**K, "gradient_dtype": "fp16", "cp": 1, "parameter_offload": "none"},
+         {"precisions": ("fp16",)}, host_gb=256, explore=("schedule=mobius", "optimizer_offload=*")),
     # Experts as unlike as 1/j on ranks that share them: Liu et al. 2023 (SIGCOMM) where they are small, He et al. 2022 (PPoPP)
     # where they are large and copies wait, Qing et al. 2025 (arXiv:2502.02581) where they come beside attention.
     *(

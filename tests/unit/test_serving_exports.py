@@ -383,7 +383,11 @@ class Server:
 
 @pytest.mark.parametrize("which", ["aggregated", "pair"])
 def test_what_is_measured_is_a_row_that_validate_reads(which, pair, tmp_path):
-    plan = pair if which == "pair" else plan_of(tp=2, replicas=2, traffic=Traffic(2000, 200, concurrency=8))
+    plan = (
+        pair
+        if which == "pair"
+        else plan_of(tp=2, replicas=2, chunk_tokens=8192, traffic=Traffic(2000, 200, concurrency=8))
+    )
     folder = written(plan, "vllm", tmp_path)
     with Server() as server:
         url = f"http://127.0.0.1:{server.port}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner import TrainWorkload, load_cluster, load_model, load_stack
+from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
 from planner.baseline import EMBEDDING, HEAD
 from planner.costs import all_gather_bytes, all_reduce_bytes, reshard_bytes, resharding_steps
 from planner.costs.resharding import PARTIAL, WHOLE
@@ -26,6 +26,7 @@ from planner.solve.graph.sharding import ShardingProblem, shard
 from planner.solve.passes import run_passes
 from planner.solve.sequence_costs import sequence_problem
 from planner.solve.tier_costs import tier_problem
+from planner.solve.train import examine
 from planner.specs.device import Sourced
 
 # Operator graphs know kernels, but not the host that issues them.
@@ -332,6 +333,25 @@ def test_front_of_a_layer_ends_in_nothing_kept():
     assert kept[-1] == 0.0
     assert extra == sorted(extra)
     assert extra[-1] <= sum(graph.time_s[: graph.boundary])
+
+
+@pytest.mark.parametrize("choice", ["norm+act+qkv", "norm+fc1", "norm+qkv+fc1"])
+@pytest.mark.parametrize("model", ["llama3-8b", "llama2-13b"])
+def test_points_of_the_front_are_choices_of_plans(model, choice):
+    """No schedule of a layer's kernels that keeps as little as the choice runs less again."""
+    cluster = load_cluster("h100-sxm:1x8")
+    fixed = {"dp": "8", "zero_stage": "1", "recompute": choice}
+    problem = Problem(load_model(model), cluster, TrainWorkload(8, 4096), load_stack(), fixed=fixed)
+    table = examine(problem).table
+    kept, again = float(table["saved_bytes"][0, 0]), float(table["recompute_s"][0, 0])
+    given = 4096.0 * problem.model.hidden * 2  # a layer's input, which the graph has anyway
+    graph = layer_graph(graph_of(model, seq=4096), 0, cluster, STACK)
+    best = cheapest_schedule(graph, kept_limit_bytes=kept - given)
+    assert best.certificate.status == "exact"
+    assert 0.9 * best.recompute_s <= again <= best.recompute_s * (1.0 + 1e-9)
+    # The graph keeps what rotary embeddings read apart from what they make; a plan has them in one tensor.
+    rotary = graph.time_s[graph.names.index("attention.rope")]
+    assert again >= best.recompute_s - rotary * (1.0 + 1e-9)
 
 
 def test_attention_is_recomputed_first_where_its_scores_are_kept():

@@ -31,7 +31,7 @@ def test_published_runs_are_predicted_by_the_planner_itself():
     fixed |= {"gradient_dtype": "fp16", "zero_stage": "0", "loss_kernel": "eager"}
     problem = planner.Problem(
         planner.load_model("megatron-22b"), planner.load_cluster("a100-sxm-80gb:1x8"), planner.TrainWorkload(4, 2048),
-        planner.load_stack("megatron-eager"), fixed,
+        planner.load_stack("megatron-2022"), fixed,
     )  # fmt: skip
     assert scored.predicted == pytest.approx(planner.estimate(problem).estimate.tokens_per_s_per_device)
 

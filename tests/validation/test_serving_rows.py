@@ -1,6 +1,7 @@
 """Serving rows: how a row is read, what it is priced as, and how far off published runs are."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,64 @@ def test_batches_take_their_prompts_and_their_steps():
     assert entry.metric == "latency"
     assert entry.predicted > 8 * 40e9 / 2.039e12
     assert abs(entry.error) < 0.15
+
+
+OVERVIEW = {
+    "source": "NVIDIA/TensorRT-LLM@00f3768 docs/source/performance/perf-overview.md", "engine": "TensorRT-LLM",
+    "engine_version": "1.0", "concurrency": "", "request_rate": "inf", "output_tokens_per_s": "1000", "ttft_ms": "",
+    "tpot_ms": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cells", "requests"),
+    [
+        ({"input_len": "128", "output_len": "4096"}, 1500),
+        ({"input_len": "500", "output_len": "2000"}, 3000),
+        ({"input_len": "777", "output_len": "2000"}, float("inf")),
+    ],
+)
+def test_a_page_says_how_many_requests_its_runs_had(cells, requests):
+    """The table of $num_requests in TensorRT-LLM's docs/source/performance/perf-overview.md."""
+    run = served_run(row(**OVERVIEW, **cells), Counter())
+    assert (run.requests, run.launch.cache_fraction) == (requests, 0.95)
+
+
+def test_attention_of_mixtures_is_data_parallel_where_the_page_says_so():
+    """llm_options.yml for models with experts of v1.0: enable_attention_dp; dense models have no such option."""
+    mixture = served_run(row(**OVERVIEW, model="Qwen/Qwen3-30B-A3B", tp="4", n_devices="4"), Counter())
+    dense = served_run(row(**OVERVIEW, tp="4", n_devices="4"), Counter())
+    assert mixture.degrees == (1, 1, 4, 4)
+    assert not mixture.exchanged  # TensorRT-LLM gathers tokens unless it is asked for more
+    assert dense.degrees == (4, 1, 1, 1)
+
+
+def test_a_run_of_stated_length_is_full_waves_and_a_last_one():
+    """A short last wave: 3000 requests take longer each than endless ones do, and no more than a wave in all."""
+    cells = {**OVERVIEW, "input_len": "500", "output_len": "2000", "tp": "1", "n_devices": "1"}
+    finite = served_run(row(**cells), Counter())
+    endless = replace(finite, requests=float("inf"))
+    found, most = (each["output_tokens_per_s"] for each in predict([finite, endless]))
+    assert 0.5 * most < found < most
+    many = replace(finite, requests=3e6)
+    (long,) = predict([many])
+    assert long["output_tokens_per_s"] == pytest.approx(most, rel=0.01)
+
+
+def test_the_first_release_on_pytorch_has_its_constants():
+    """docs/source/performance/perf-overview.md of v0.20: from v0.19 on, tests ran on the PyTorch backend."""
+    stacks = [
+        served_run(row(engine="TensorRT-LLM", engine_version=version), Counter()).stack.name
+        for version in ("0.18.1", "0.19", "0.20")
+    ]
+    assert stacks == ["trtllm-engine", "trtllm", "trtllm"]
+
+
+def test_a_latency_that_ends_before_the_answer_does_not_count():
+    """100 ms and 99 tokens of 8 ms are 0.9 s: 0.4 s are half an answer, 0.85 s are not."""
+    entries = [
+        {e.metric: e for e in score_serving(table(row(latency_ms=latency))).rows}
+        for latency in ("400", "850")
+    ]
+    assert [found["latency"].status for found in entries] == ["excluded", "scored"]
+    assert [found["tpot"].status for found in entries] == ["scored", "scored"]

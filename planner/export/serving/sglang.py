@@ -17,6 +17,7 @@ from planner.errors import Problem
 from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
+from planner.specs.traffic import ADAPTER_RANK
 
 __all__ = ["ENGINE"]
 
@@ -50,6 +51,13 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     sequences = target.sequences(pool)
     if sequences is not None:
         found["max-running-requests"] = sequences * mesh["dp"]
+    traffic = target.problem.traffic
+    if traffic.adapters is not None:
+        found |= {
+            "enable-lora": True,
+            "max-loras-per-batch": traffic.adapters,
+            "max-lora-rank": traffic.adapter_rank or ADAPTER_RANK,
+        }
     if "draft" in knobs:
         drafted = int(knobs["draft_tokens"])
         found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")

@@ -87,6 +87,8 @@ def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
     where, mesh = f"--to trtllm: {pool.role} pool", pool.mesh
     if mesh["dp"] > 1 and mesh["tp"] > 1:
         yield Problem(where, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each")
+    if target.problem.traffic.adapters is not None:
+        yield Problem(where, "low-rank adapters", "none: this export does not say how it is told of them")
     if target.span(pool) > 1:
         found = f"a replica over {target.span(pool)} nodes"
         hint = "Ranks on several nodes are started by the site's MPI (trtllm-llmapi-launch)."

@@ -15,6 +15,7 @@ from planner.errors import Problem
 from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
+from planner.specs.traffic import ADAPTER_RANK
 
 __all__ = ["ENGINE"]
 
@@ -61,6 +62,13 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
             int(float(target.software("vllm", pool).max_sequences)), target.iteration_tokens(pool)
         )
     found["max-num-seqs"] = sequences
+    traffic = target.problem.traffic
+    if traffic.adapters is not None:
+        found |= {
+            "enable-lora": True,
+            "max-loras": traffic.adapters,
+            "max-lora-rank": traffic.adapter_rank or ADAPTER_RANK,
+        }
     if "draft" in knobs:
         found["speculative-config"] = {
             **(_DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}),

@@ -26,8 +26,8 @@ __all__ = ["Limits"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
-_NODES = 1500  # ranks placed to answer one question; beyond them the answer is unknown
-_BOXES = 400  # boxes that are looked at
+_NODES = 6000  # ranks placed to answer one question; beyond them the answer is unknown
+_BOXES = 150  # boxes that are looked at
 _NEAR = 1e-9  # relative width of a box that is not cut
 
 

@@ -153,7 +153,7 @@ def model_graph(
         operators += _layer(ledger, ctx, block, prefix, len(operators), before)
         before = len(operators) - 1
     name = workload.optimizer
-    master = dtype_bytes("fp32") if ctx.format.master else 0.0
+    master = None if ctx.format.master else 0.0  # None: as wide as the optimizer keeps them
     return OperatorGraph(
         tuple(operators), ledger.axes, DIMENSIONS, frozenset({"vocab"}), dtype_bytes(ctx.format.activation),
         dtype_bytes(ctx.gradient_dtype), float(optimizer_state_bytes(name, master_bytes=master)),

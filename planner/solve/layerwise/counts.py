@@ -35,7 +35,7 @@ _Column: TypeAlias = tuple[float, list[float], list[float]]  # a strategy's redu
 
 _MOST_NODES = 20_000  # of one branch and bound: random problems with one budget take some dozens
 
-_FEW_NODES = 2500  # where the best need not be found to the last digit
+_FEW_NODES = 1500  # where the best need not be found to the last digit
 
 SLACK = 1e-12
 """Relative excess of a budget that counts as rounding."""
@@ -107,8 +107,12 @@ def solve(
     (18.0, ((2, 3),))
     """
     best: tuple[float, Counts] | None = None
-    for classes in _class_sets(problem):
+    sets = _class_sets(problem)
+    least = bound(problem) if len(sets) > 1 else -np.inf  # whatever the classes
+    for classes in sets:
         paid = problem.switch * (len(classes) - 1) if classes else 0.0
+        if least + paid >= (under if best is None else best[0]):
+            continue
         kept = [_kept(group, classes) for group in problem.groups]
         if not all(kept):
             continue

@@ -10,6 +10,7 @@ range is taken in turn.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -35,6 +36,7 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 """Fields of device memory that are held to budgets."""
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
+_KEPT = 8  # prices of a device that are tried first the next time
 _SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
@@ -57,6 +59,9 @@ class DeviceBounds:
         }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
+        self._prices: dict[int, list[Array]] = defaultdict(
+            list
+        )  # of bytes, that proved most of a device before
         self._least: dict[int, tuple[Layout, Array, Array]] = {}  # by the layout's id, which is held
         self.useful = sorted({s for front in self.fronts for s in front})
 
@@ -64,10 +69,11 @@ class DeviceBounds:
         """Micro-batches in flight of each chunk at each of the device's fullest moments, (moments, chunks)."""
         return _flights(self.schedule, self.mesh.pp, self.depth, self.virtual_stages, device)
 
-    def least_s(self, layout: Layout) -> tuple[Array, Array]:
+    def least_s(self, layout: Layout, enough_s: float = np.inf) -> tuple[Array, Array]:
         """No strategies make a layout's devices faster, (devices,) each; infinite where none fit.
 
-        First their work, and on the first device what follows it; then their work with all that follows it.
+        First their work, and on the first device what follows it; then their work with all that follows it. Once one of them
+        takes ``enough_s``, the others are not bounded more closely.
         """
         if id(layout) in self._least:
             return self._least[id(layout)][1:]
@@ -76,8 +82,8 @@ class DeviceBounds:
         s, kind = self.useful, cells.kind
         alone = self.work[s][:, kind]
         after = self._after(layout.device_counts, cells.device, kind)
-        whole_s = self._within_limits(alone + after[3], cells)
-        work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells)
+        work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells, enough_s)
+        whole_s = self._within_limits(alone + after[3], cells, enough_s if work_s.max() < enough_s else 0.0)
         work_s[0] = max(work_s[0], whole_s[0])
         self._least[id(layout)] = layout, work_s, whole_s
         return work_s, whole_s
@@ -128,10 +134,10 @@ class DeviceBounds:
             flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
         return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
 
-    def _within_limits(self, cost: Array, cells: Cells) -> Array:
+    def _within_limits(self, cost: Array, cells: Cells, enough_s: float = np.inf) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
         low, high = self._limits(np.unique(cells.kind).tolist())
-        allowed = self.transient[self.useful][:, cells.kind] <= high[:, None, None]
+        transient = self.transient[self.useful][:, cells.kind]
         held = self._held(cells.kind, cells.flights)
         many, devices = len(low), int(cells.device[-1]) + 1
         every = replace(
@@ -139,16 +145,23 @@ class DeviceBounds:
             device=(cells.device + devices * np.arange(many)[:, None]).ravel(),
             number=np.tile(cells.number, many),
         )
-        costs = np.where(allowed, cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
+        costs = (
+            np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
+        )
         rooms = np.repeat(self.room - self.growth * low, devices)
         found = dual_s(costs, np.tile(held[0], many), every, rooms).reshape(many, devices)
         least: Array = found.min(axis=0)
         if self.slower:
             for device in np.flatnonzero(np.isfinite(least)).tolist():
+                if least.max() >= enough_s:
+                    break
                 own = cells.device == device
-                ranges = Ranges(cost[None][:, :, own], held[:, :, own], allowed[:, :, own], self._rooms(low))
-                number = cells.number[own]
-                least[device] = max(least[device], Planes(ranges, number[None], steep=False).bound(number))
+                ranges = Ranges(
+                    cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low)
+                )
+                planes = Planes(ranges, cells.number[own][None], steep=False, prices=self._prices[device])
+                least[device] = max(least[device], planes.bound(cells.number[own]))
+                self._prices[device] = planes.prices[-_KEPT:]
         return least
 
     def _rooms(self, low: Array) -> Array:
@@ -203,8 +216,8 @@ class DeviceBounds:
         every = np.arange(len(self.mesh.kinds) - 1)
         held = self._held(every, np.full(len(every), float(self.flights(device).max())))
         low, high = self._limits(kinds)
-        allowed = self.transient[self.useful][:, :-1] <= high[:, None, None]
-        ranges = Ranges(functions[:, :, :-1], held, allowed, self._rooms(low))
+        transient = self.transient[self.useful][:, :-1]
+        ranges = Ranges(functions[:, :, :-1], held, transient, high, self._rooms(low))
         planes = Planes(ranges, self._samples(device, order, ends), steep=True)
         offset = planes.least[:, :, list(ends)].sum(axis=2) - planes.paid
         sums = np.cumsum(planes.least[:, :, list(order)], axis=2)

@@ -13,11 +13,11 @@ import numpy as np
 
 from planner.assignment import Runs
 from planner.ledger import Array
-from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group, OutOfNodesError, solve
+from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
 from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, in_tier, largest
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.planes import Planes, Ranges
-from planner.solve.layerwise.solvers import Solver
+from planner.solve.layerwise.solvers import Solver, proved
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
@@ -184,12 +184,7 @@ class DeviceCosts(DeviceBounds):
             if not all(small):
                 continue
             problem = self._problem(groups, small, float(limits[index]), goal)
-            try:
-                found = solve(problem, least / (1.0 - self.tolerance), self.tolerance)
-            except OutOfNodesError as stop:
-                least = min(least, stop.bound)
-            else:
-                least = min(least, np.inf if found is None else found[0] * (1.0 - self.tolerance))
+            least = min(least, proved(problem, least, self.tolerance))
         return least
 
     def _limit_bounds(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
@@ -199,7 +194,7 @@ class DeviceCosts(DeviceBounds):
             np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()])
         )
         held = self._held(kinds, np.array([group.flights[0] for group in groups]))
-        allowed = self.transient[self.useful][:, kinds] <= limits[:, None, None]
+        transient = self.transient[self.useful][:, kinds]
         offset, sums = self._sums(groups, goal)
         sums = sums[:, self.useful]
         some = largest(offset, list(sums.transpose(2, 0, 1)))
@@ -210,12 +205,14 @@ class DeviceCosts(DeviceBounds):
             alone = np.broadcast_to(offset[:, None, None], (*sums.shape[:2], 1))
             beside = [(0, 0), (0, 0), (0, 1)]
             ranges = Ranges(
-                np.concatenate([sums, alone], axis=2), np.pad(held, beside),
-                np.pad(allowed, beside, constant_values=True), self._rooms(limits),
+                np.concatenate([sums, alone], axis=2), np.pad(held, beside), np.pad(transient, beside[1:]), limits,
+                self._rooms(limits),
             )  # fmt: skip
             number = np.array([*size, 1.0])
             return limits, Planes(ranges, number[None], steep=False).of_ranges(number)
-        cost = np.where(allowed, sums[:, None], np.inf)  # (sums, limits, strategies, groups)
+        cost = np.where(
+            transient <= limits[:, None, None], sums[:, None], np.inf
+        )  # (sums, limits, strategies, groups)
         many = cost.shape[0] * cost.shape[1]
         cells = Cells(
             np.repeat(np.arange(many), len(groups)), np.tile(kinds, many), np.tile(size, many), *[size] * 3

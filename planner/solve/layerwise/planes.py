@@ -32,13 +32,15 @@ class Ranges:
     Attributes:
         cost: (functions, strategies, kinds) of one block; the largest function counts.
         held: (budgets, strategies, kinds).
-        allowed: (ranges, strategies, kinds) which strategies a range allows.
+        transient: (strategies, kinds) bytes of a block at work.
+        high: (ranges) the largest transient that a range allows.
         room: (budgets, ranges).
     """
 
     cost: Array
     held: Array
-    allowed: Array
+    transient: Array
+    high: Array
     room: Array
 
 
@@ -53,15 +55,23 @@ class Planes:
         ranges: the strategies.
         numbers: (samples, kinds) blocks for which the bound is to be tight.
         steep: whether numbers that no strategies fit need a bound: prices that no plan pays.
+        prices: of the budgets, that may prove much; those found beside them are added to :attr:`prices`.
     """
 
-    def __init__(self, ranges: Ranges, numbers: Array, *, steep: bool) -> None:
+    def __init__(self, ranges: Ranges, numbers: Array, *, steep: bool, prices: Sequence[Array] = ()) -> None:
         self.ranges = ranges
+        # With strategies in the order of their transients, those that a range allows are the first ones.
+        self._order = np.argsort(ranges.transient, axis=0, kind="stable")
+        self._kinds = np.arange(ranges.transient.shape[1])
+        self._allowed = (ranges.transient <= ranges.high[:, None, None]).sum(axis=1)
         self._least: list[Array] = []
         self._paid: list[Array] = []
+        self.prices: list[Array] = list(prices)
         functions, budgets = len(ranges.cost), len(ranges.held)
         even = np.full(functions, 1.0 / functions)
         self._add(even, np.zeros(budgets))
+        for known in prices:
+            self._add(even, known)
         if steep:
             total_s = float((numbers.max(axis=0) * ranges.cost.max(axis=0).min(axis=0)).sum())
             for budget in range(budgets):
@@ -86,7 +96,9 @@ class Planes:
     def _add(self, weights: Array, prices: Array) -> None:
         ranges = self.ranges
         priced = np.tensordot(weights, ranges.cost, 1) + np.tensordot(prices, ranges.held, 1)
-        self._least.append(np.where(ranges.allowed, priced, _LONGEST_S).min(axis=1))
+        least = np.minimum.accumulate(priced[self._order, self._kinds], axis=0)
+        least = least[np.maximum(self._allowed, 1) - 1, self._kinds]
+        self._least.append(np.where(self._allowed > 0, least, _LONGEST_S))
         self._paid.append(prices @ ranges.room)
 
     def _tighten(self, number: Array) -> None:
@@ -102,11 +114,12 @@ class Planes:
             if found is None:
                 return
             self._add(*found)
+            self.prices.append(found[1])
 
     def _relaxed(self, which: int, kinds: Array, sizes: Sequence[int]) -> tuple[Array, Array] | None:
         """The relaxation's weights and prices in one range; None where it allows no strategy of a kind."""
         ranges = self.ranges
-        open_ = [np.flatnonzero(ranges.allowed[which, :, kind]) for kind in kinds]
+        open_ = [self._order[: self._allowed[which, kind], kind] for kind in kinds]
         if not all(len(some) for some in open_):
             return None
         cost, held = (

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.costs.overlap import pipelined_s
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
@@ -72,24 +71,21 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
     return np.where(m > pp, even, np.where(m > 1.0, few, 1.0))
 
 
-def with_swaps(
-    totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster, contention: float
-) -> tuple[Array, ...]:
+def with_swaps(totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster) -> tuple[Array, ...]:
     """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated.
 
     A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
-    forward and in the backward pass, saved activations go down in the one and come up in the other, beside a block's own work
-    of that phase. The host reads the optimizer's states at least once, and a quarter of their bytes (16-bit gradients down,
+    forward and in the backward pass, saved activations go down in the one and come up in the other, at best hidden by a block's
+    own work there. The host reads the optimizer's states at least once, and a quarter of their bytes (16-bit gradients down,
     weights up, of at most 16 bytes per parameter) passes the link.
 
     Args:
         totals: strategies without swaps.
-        alone: the prefix's table: what a block works in any case, and its weights before anything is sharded.
-        contention: slowdown of two streams that run side by side.
+        alone: the prefix's table: a block's weights before anything is sharded.
     """
     link, host = max(cluster.host_link_bytes_per_s, 1.0), max(cluster.host_memory_bytes_per_s, 1.0)
     beside = totals.held_bytes - totals.gradients_bytes - totals.optimizer_bytes
-    own, forward, backward = (alone[name][:-1].T for name in ("parameters_bytes", "forward_s", "backward_s"))
+    own = alone["parameters_bytes"][:-1].T
     weights = np.minimum(beside, own)
     found: list[tuple[Array, ...]] = []
     for swap in choices.swaps:
@@ -105,14 +101,12 @@ def with_swaps(
             held, moved = held - weights, moved + weights * on["parameter_offload"]
         if swap["activation_offload"].technique is not None:
             moved, saved = moved + saved * on["activation_offload"], np.zeros_like(saved)
-        seconds = totals.forward_s + totals.backward_s
+        again = totals.backward_s + totals.rest_s
+        seconds = totals.forward_s + again
         if moved.any():
-            seconds = np.maximum(totals.forward_s, pipelined_s([forward, moved / link], np.inf, contention))
-            seconds = seconds + np.maximum(
-                totals.backward_s, pipelined_s([backward, moved / link], np.inf, contention)
-            )
+            seconds = np.maximum(totals.forward_s, moved / link) + np.maximum(again, moved / link)
         # A block whose activations or weights are under way has them at work; no swap makes its own tensors smaller.
-        found.append((seconds + totals.rest_s, step, held, saved, totals.transient_bytes))
+        found.append((seconds, step, held, saved, totals.transient_bytes))
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 

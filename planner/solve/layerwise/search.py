@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from heapq import heapify, heappop, heappush
+from heapq import heapify
 from time import perf_counter
 
 import numpy as np
@@ -32,6 +32,11 @@ __all__ = ["search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
+_NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
+_PATIENCE = (
+    40  # looks without a plan, after which the most promising deal that was looked at is settled at once
+)
+_FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
@@ -102,6 +107,7 @@ class _Search:
         self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
+        self.near = 0.0 if exact else _NEAR
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
@@ -125,22 +131,35 @@ class _Search:
             ]
             del self._unbounded[pp]
         heapify(self._left)
+        looks = 0  # since strategies were chosen
         while self._left and self._left[0].bound_s < self.best_s:
             if self.account.late(self.end_s):
                 return
-            first = self._left[0]
-            bound_s, more = self._closer(first)
+            first, settled = self._left[0], self.account.settled
+            if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
+                first = min((deal for deal in self._left if deal.looks), default=first)
+                looks = 0
             # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
-            while more and bound_s < self.best_s and not self.account.settled:
-                first = replace(first, bound_s=bound_s, looks=first.looks + 1)
-                bound_s, more = self._closer(first)
-            heappop(self._left)
-            if bound_s >= self.best_s:
-                self.account.exclude("stages")
-            elif more:
-                heappush(self._left, replace(first, bound_s=bound_s, looks=first.looks + 1))
-            else:
-                self._done.append(bound_s)
+            self._look(first, to_the_end=not settled or not looks)
+            looks = looks + 1 if self.account.settled == settled else 1
+
+    def _look(self, deal: _Open, *, to_the_end: bool) -> None:
+        """Looks closer at a deal, and keeps, settles or excludes it; its old bound counts until the new one does."""
+        seen = deal
+        bound_s, more = self._closer(seen)
+        while to_the_end and more and bound_s < self.best_s:
+            seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
+            bound_s, more = self._closer(seen)
+        at = self._left.index(deal)
+        if more and bound_s < self.best_s:
+            self._left[at] = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
+        else:
+            self._done.append(bound_s)
+            self._left[at] = self._left[-1]
+            self._left.pop()
+        if bound_s >= self.best_s:
+            self.account.exclude("stages")
+        heapify(self._left)
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
@@ -183,7 +202,9 @@ class _Search:
                 self.best, self.best_s = found, found.step_s
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
-        return max(bound_s, settler.proved_s()) if bound_s < self.best_s else bound_s
+            if settler.walks is not None and bound_s >= self.best_s * (1.0 - self.near):
+                return bound_s
+        return max(bound_s, settler.proved_s())
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -69,17 +69,17 @@ class Settler:
         """No plan of the deal is faster (with the mesh's strategies); infinite where none is below a limit."""
         if self._bound_s is None:
             layout = self.deal.layout
-            self._bound_s = self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout)
+            self._bound_s = (
+                self._bound_of_cuts(below_s) if layout is None else self._bound_of(layout, below_s)
+            )
         return self._bound_s
 
     def candidates(self, below_s: float) -> Iterator[Candidate]:
         """Plans that fit: of open cuts several partitions and their neighbours, each faster than a limit and the ones before;
-        of a layout the best strategies."""
+        of a layout the strategies with which every device is done soonest, and those that are best along critical paths."""
         layout = self.deal.layout
         if layout is not None:
-            found = self._priced(layout)
-            if found is not None:
-                yield found
+            yield from self._of_layout(layout)
             return
         tried: set[tuple[int, ...]] = set()
         best: Candidate | None = None
@@ -99,6 +99,17 @@ class Settler:
             best = better
             yield best
 
+    def _of_layout(self, layout: Layout) -> Iterator[Candidate]:
+        """Plans of a layout; each time one is taken, its own critical path joins those that the next one is best along."""
+        found, best_s = self._priced(layout), np.inf
+        while found is not None and found.step_s < best_s:
+            best_s = found.step_s
+            yield found
+            goals = self.walks.goals() if self.walks else []
+            found = self._together(layout, goals) if goals else None
+        if found is not None:
+            yield found
+
     def path_s(self, below_s: float, candidate: Candidate | None = None) -> float:
         """No plan of the deal's layout is faster than paths through its schedule let it: those that are critical in other deals,
         or under a candidate's seconds, or under the fastest ones. 0 where cuts are open."""
@@ -115,7 +126,7 @@ class Settler:
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _bound_of(self, layout: Layout) -> float:
+    def _bound_of(self, layout: Layout, below_s: float) -> float:
         """Every device works, and waits for the first micro-batch before and for the last one after.
 
         The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
@@ -126,9 +137,11 @@ class Settler:
         ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])]) + hops_s
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
         behind[1:] += self.costs.update_s(layout.device_counts[0])
-        work_s, whole_s = self.costs.least_s(layout)
+        work_s, whole_s = self.costs.least_s(layout, below_s)
         bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
-        return max(bound_s, self.walks.without_order()) if self.walks and np.isfinite(bound_s) else bound_s
+        if self.walks is None or bound_s >= below_s:
+            return bound_s
+        return max(bound_s, self.walks.without_order())
 
     def _backward_s(self) -> Array:
         return self.mesh.micro_batch_s - self.mesh["forward_s"]
@@ -154,7 +167,7 @@ class Settler:
             return np.inf
         self._limit = found
         least_s = found[0]
-        if p == 1:
+        if p == 1 or least_s >= below_s:
             return least_s
         alone = self._lines(work_only=True)
         within = [line.ends(below_s) for line in whole]

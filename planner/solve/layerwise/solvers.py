@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ __all__ = [
     "by_brute_force",
     "by_dynamic_programming",
     "by_highs",
+    "proved",
 ]
 
 Answer = tuple[float, Counts] | None
@@ -34,6 +36,7 @@ _MARGINS = (
     2e-5,
 )  # by which budgets are lowered, where the solver takes their violation for rounding
 _FEW_NODES = 10  # of the integer program
+_PROOF_NODES = 100  # of the same, for a bound alone
 _MOST_STATES = 20_000  # that the dynamic program is willing to hold
 
 
@@ -52,6 +55,16 @@ def automatic(problem: CountProblem, tolerance: float = 0.0) -> Answer:
             return stop.best
         found, fits = _by_highs(problem, tolerance, _MARGINS[1], _FEW_NODES)
         return found if fits else None
+
+
+def proved(problem: CountProblem, under: float, tolerance: float) -> float:
+    """What no counts undercut, to a tolerance; or that they are not below ``under``. Where the tree grows too large, what the
+    integer program has proved after some nodes."""
+    try:
+        found = solve(problem, under / (1.0 - tolerance), tolerance)
+    except OutOfNodesError as stop:
+        return max(stop.bound, _Program.of(problem, 0.0).bound(_PROOF_NODES))
+    return under if found is None else found[0] * (1.0 - tolerance)
 
 
 def by_brute_force(problem: CountProblem) -> Answer:
@@ -148,19 +161,7 @@ def _by_highs(
     problem: CountProblem, tolerance: float, margin: float, nodes: int | None = None
 ) -> tuple[Answer, bool]:
     """HiGHS's answer under budgets lower by a margin, and whether it keeps them; with a limit on its nodes, perhaps none."""
-    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-
-    program = _Program.of(problem, margin)
-    rows = [LinearConstraint(program.matrix, program.low, program.high)] if len(program.matrix) else []
-    integrality = np.ones(len(program.objective))
-    integrality[-1] = 0
-    done = milp(
-        program.objective,
-        constraints=rows,
-        integrality=integrality,
-        bounds=Bounds(program.floor, program.ceiling),
-        options={"mip_rel_gap": tolerance} | ({} if nodes is None else {"node_limit": nodes}),
-    )
+    done = _Program.of(problem, margin).solve(tolerance, nodes)
     if done.status == 2:
         return None, True
     if done.x is None and nodes is not None:
@@ -225,8 +226,16 @@ class _Program:
     """``min z + switch·(Σ used − 1)`` with a column per (group, strategy), per class, and z; rows scaled to about 1."""
 
     def __init__(
-        self, matrix: Array, low: Array, high: Array, ceiling: Array, classes: int, switch: float
+        self,
+        matrix: Array,
+        low: Array,
+        high: Array,
+        ceiling: Array,
+        classes: int,
+        switch: float,
+        scale: float,
     ) -> None:
+        self.scale = scale
         self.matrix, self.low, self.high, self.ceiling = matrix, low, high, ceiling
         width = matrix.shape[1]
         self.objective = np.zeros(width)
@@ -234,6 +243,28 @@ class _Program:
         self.objective[-1] = 1.0
         self.floor = np.zeros(width)
         self.floor[-1] = -np.inf
+
+    def solve(self, tolerance: float, nodes: int | None) -> Any:
+        """What HiGHS makes of it; stopped after some nodes, if there is a limit."""
+        from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+
+        rows = [LinearConstraint(self.matrix, self.low, self.high)] if len(self.matrix) else []
+        integrality = np.ones(len(self.objective))
+        integrality[-1] = 0
+        return milp(
+            self.objective,
+            constraints=rows,
+            integrality=integrality,
+            bounds=Bounds(self.floor, self.ceiling),
+            options={"mip_rel_gap": tolerance} | ({} if nodes is None else {"node_limit": nodes}),
+        )
+
+    def bound(self, nodes: int) -> float:
+        """What HiGHS proves within some nodes, in the problem's unit; infinite where nothing fits."""
+        done = self.solve(0.0, nodes)
+        if done.status == 2:
+            return np.inf
+        return -np.inf if done.mip_dual_bound is None else float(done.mip_dual_bound) * self.scale
 
     @staticmethod
     def of(problem: CountProblem, margin: float) -> _Program:
@@ -272,7 +303,7 @@ class _Program:
             start += strategies
         ceilings = np.array([*ceiling, *(1.0 for _ in names), np.inf])
         return _Program(
-            np.array(rows), np.array(low), np.array(high), ceilings, len(names), problem.switch / scale
+            np.array(rows), np.array(low), np.array(high), ceilings, len(names), problem.switch / scale, scale
         )
 
 

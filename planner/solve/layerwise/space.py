@@ -139,8 +139,7 @@ class LayerwiseSpace:
             taken = self.parts[part].take(at)
             totals = taken.totals()
             table = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, at]))
-            slowdown = self.problem.stack.overlap_slowdown.value
-            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster, slowdown)
+            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster)
             self._priced[part] = at, relaxed, taken
         return self._priced[part]
 

@@ -24,7 +24,7 @@ __all__ = ["Paths", "Walks"]
 Paths: TypeAlias = dict[tuple[str, int, int, int], list[Path]]
 """Critical paths by schedule, stages, micro-batches and chunks."""
 
-_MOST = 4  # known paths that are mixed
+_MOST = 3  # known paths that are mixed
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _SECTIONS = 7  # to a share within three percent
 
@@ -71,17 +71,24 @@ class Walks:
             self._mix(below_s)
         return self.bound_s
 
-    def proved(self, device: Callable[[int], Device]) -> float:
-        """The best mixture so far with the best whole counts of layers for it, device by device."""
+    def goals(self) -> list[Goal]:
+        """What the best mixture so far passes on every device; nothing where there is none."""
         if self._best is None:
-            return self.bound_s
+            return []
         passes = self._best.counts[:2].reshape(2, self.layout.virtual_stages, self.mesh.pp)
-        found = self._best.hops * self.hop_s
+        found = []
         for number in range(self.mesh.pp):
             forwards, backwards = passes[:, :, number].tolist()
-            goal = Goal(tuple(forwards), tuple(backwards), after=number == self._best.device)
-            found += self.costs.proved_s(device(number), goal)
-        self.bound_s = max(self.bound_s, found)
+            found.append(Goal(tuple(forwards), tuple(backwards), after=number == self._best.device))
+        return found
+
+    def proved(self, device: Callable[[int], Device]) -> float:
+        """The best mixture so far with the best whole counts of layers for it, device by device."""
+        if self._best is not None:
+            found = self._best.hops * self.hop_s
+            for number, goal in enumerate(self.goals()):
+                found += self.costs.proved_s(device(number), goal)
+            self.bound_s = max(self.bound_s, found)
         return self.bound_s
 
     def fastest_s(self) -> Array:

@@ -39,7 +39,7 @@ def run(
 ) -> Ledger:  # fmt: skip
     """The ledger of one iteration with ``subject`` as the pass of ``slot``; all other slots have their defaults.
 
-    ``choices`` are degrees (1 unless given) and knobs.
+    ``choices`` are degrees (1 unless given), knobs, and the adapters that the traffic asks for.
     """
     from planner.composition import Composition, composition_axes, iteration_ledger
     from planner.mesh import Mesh
@@ -50,11 +50,13 @@ def run(
 
     spec = load_model(model) if isinstance(model, str) else model
     degrees: dict[str, Any] = {name: np.array([float(choices.pop(name, 1))]) for name in _DEGREES}
+    asked = {
+        name: choices.pop(name) for name in ("adapters", "adapter_rank") if isinstance(choices.get(name), int)
+    }
+    traffic = Traffic(1, 1, **asked)
     defaults = {t.slot: t for t in discover("serving").values() if t.default}
     knobs = {name: t.choices[0] for name, t in defaults.items() if name is not None} | choices
-    ctx = ServingContext(
-        spec, load_cluster(cluster), Traffic(1, 1), load_stack("vllm"), Mesh(**degrees), knobs
-    )
+    ctx = ServingContext(spec, load_cluster(cluster), traffic, load_stack("vllm"), Mesh(**degrees), knobs)
     ledger = iteration_ledger(spec)
     for name in SERVING_SLOTS:
         apply = subject if name == slot else defaults[name].apply

@@ -2,17 +2,20 @@
 
 What it does: marks the kernels of the captured modules; the host spends nothing on them. ``full`` captures the whole iteration,
     ``attn``, ``router`` and ``mlp`` those modules of every layer.
-Saves: host time per kernel, where the host and not the device sets the pace (small micro-batches, many small experts).
+Saves: host time per kernel, where the host and not the device sets the pace (small micro-batches, many small experts). A graph of
+    the whole iteration cannot ask the host for the number of tokens per expert: experts' products are one kernel that reads it
+    on the device, in place of one that the host issues per expert.
 Costs: nothing here; static buffers of a graph are not counted.
 Assumes: shapes that do not change between iterations (no dynamic number of tokens in a captured module).
-Source: Megatron-Core ``--cuda-graph-impl`` and ``--cuda-graph-scope`` (megatron/core/transformer/cuda_graphs.py).
+Source: Megatron-Core ``--cuda-graph-impl`` and ``--cuda-graph-scope`` (megatron/core/transformer/cuda_graphs.py); experts under a
+    graph: its user guide, MoE paged stash ("sync-free": ``--use-transformer-engine-op-fuser``, fused grouped experts).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.ledger import Item, Kernel, Ledger
+from planner.ledger import Item, Kernel, Ledger, Matmul
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -31,6 +34,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     tags = None if scope == "full" else frozenset().union(*(_MODULES[name] for name in scope.split("+")))
 
     def capture(item: Kernel) -> Item | None:
+        if tags is None and isinstance(item, Matmul) and item.grouped:
+            return replace(item, captured=True, single=True)
         return replace(item, captured=True) if tags is None or item.tags & tags else None
 
     return ledger.edit(Kernel, capture)

@@ -1,21 +1,23 @@
 """Tensor-parallel communication overlap: a collective and the product beside it are cut into chunks that pipeline.
 
 What it does: all-gather → product and product → reduce-scatter pairs run as tp chunks on two streams.
-Saves: all but one chunk of the shorter of the two.
-Costs: compute and communication share the device while they overlap.
+Saves: all but one chunk of the shorter of the two; where a stack copies what it gathers, that copy.
+Costs: compute and communication share the device while they overlap; where a stack copies what it scatters, a sum of tp parts.
 Assumes: one pair per gather or scatter; a chunk of a product runs as efficiently as the whole; sequence parallelism
     (Megatron's requirement).
-Source: Wang et al. 2023 (ASPLOS, doi:10.1145/3567955.3567959); Megatron ``--tp-comm-overlap``; PyTorch asynchronous TP.
+Source: Wang et al. 2023 (ASPLOS, doi:10.1145/3567955.3567959); Megatron ``--tp-comm-overlap``; PyTorch asynchronous TP
+    (``torch/distributed/_symmetric_memory``: a reduction of the stacked parts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from planner.ledger import Array, Collective, Item, Ledger, Matmul
+from planner.costs.precision import dtype_bytes
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Stream, times
 from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -42,15 +44,26 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             chunks[window] = ctx.mesh.tp
             changed[id(item)] = replace(item, window=window, track="tp", by="async_tp")
             changed[id(product)] = replace(product, window=window)
-    paired = {
-        f"{item.what}.copy" for item in changed.values() if isinstance(item, Collective)
-    }  # chunks are written in place
-    items = tuple(
-        changed.get(id(item), item)
-        for item in ledger.items
-        if not ("sequence_copy" in item.tags and item.what in paired)
-    )
-    return replace(ledger, items=items, chunks={**ledger.chunks, **chunks})
+    copied = {
+        (item.block, item.phase, f"{item.what}.copy"): item
+        for item in changed.values()
+        if isinstance(item, Collective)
+    }
+
+    def without_copies() -> Iterator[Item]:
+        for item in ledger.items:
+            of = copied.get((item.block, item.phase, item.what))
+            if of is None or not isinstance(item, Stream):
+                yield changed.get(id(item), item)
+            elif "tp_scatter" in of.tags:
+                # Every rank's part of the sum arrives by itself: one kernel reads them all, and writes the sum.
+                yield replace(
+                    item, size=times(of.size, "summed_parts"), bytes_per_element=dtype_bytes(of.dtype)
+                )
+            # What is gathered is written in place, chunk by chunk.
+
+    chunked = replace(ledger, items=tuple(without_copies()), chunks={**ledger.chunks, **chunks})
+    return chunked.set_axes(summed_parts=1.0 + 1.0 / ctx.mesh.tp)
 
 
 def _pipelined(subject: Pass) -> float:
