@@ -17,8 +17,8 @@ import numpy as np
 
 from planner.baseline import EMBEDDING, HEAD
 from planner.engine import BlockTable
+from planner.errors import InvalidPlan, SpecError
 from planner.errors import Problem as Fault
-from planner.errors import SpecError
 from planner.layout import BOUNDARY, Layout, layout_of
 from planner.ledger import Array
 from planner.place import Place, of_group
@@ -27,7 +27,7 @@ from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
 from planner.transition import CHANGE
 
-__all__ = ["UNEVEN", "Assignment", "Runs", "joined", "label", "read_assignment"]
+__all__ = ["UNEVEN", "Assignment", "Runs", "completed", "group_of", "joined", "label", "read_assignment"]
 
 Runs: TypeAlias = tuple[
     tuple[int, int], ...
@@ -128,6 +128,39 @@ def _place_numbers(assignment: Assignment) -> list[list[int]]:
     return found
 
 
+def completed(layerwise: Mapping[str, Any], problem: Problem, common: Mapping[str, str]) -> Mapping[str, Any]:
+    """A plan's ``layerwise`` field, whose places say all that they may leave open.
+
+    The data degree is what remains of the devices, the size of micro-batches the one that makes as many of them as the problem's
+    knobs do, and choices are those that are common to all places.
+
+    Raises:
+        InvalidPlan: devices or micro-batches do not divide.
+    """
+    stages, devices = len(layerwise["stages"]), problem.cluster.devices
+    knobs = {name: int(str(problem.fixed.get(name, 1))) for name in ("tp", "cp", "pp", "micro_batch_size")}
+    places, faults = [], []
+    for place in layerwise["places"]:
+        mesh, choices = dict(place["mesh"]), {**common, **place["choices"]}
+        size = place.get("micro_batch_size")
+        if "dp" not in mesh:
+            mesh["dp"], left = divmod(devices, stages * mesh["tp"] * mesh["cp"])
+            if left or not mesh["dp"]:
+                found = f"devices do not divide among tp · cp · pp = {stages * mesh['tp'] * mesh['cp']}"
+                faults.append(Fault("plan", f"{found}: there are {devices:,}", "degrees that divide them"))
+        if size is None:
+            ranks = knobs["tp"] * knobs["cp"] * knobs["pp"]
+            # All places see the same sequences: those of a micro-batch, on all ranks of a stage.
+            size, left = divmod(devices * knobs["micro_batch_size"], ranks * max(mesh["dp"], 1))
+            if left or not size:
+                found = f"a micro-batch is no whole number of sequences on {mesh['dp']} replicas"
+                faults.append(Fault("plan", found, "as many sequences, or a multiple"))
+        places.append({**place, "mesh": mesh, "micro_batch_size": size, "choices": choices})
+    if faults:
+        raise InvalidPlan(faults)
+    return {**layerwise, "places": places}
+
+
 def read_assignment(data: Mapping[str, Any], problem: Problem) -> Assignment:
     """The assignment that a plan's ``layerwise`` field describes.
 
@@ -143,11 +176,21 @@ def read_assignment(data: Mapping[str, Any], problem: Problem) -> Assignment:
     return Assignment(tuple(strategies), stages, int(data["embedding"]), int(data["head"]), places, at)
 
 
-def _place(data: Mapping[str, Any], problem: Problem, stages: int) -> Place:
-    group = int(data["group"])
+def group_of(place: Mapping[str, Any], problem: Problem) -> int:
+    """The number of a place's node group.
+
+    Raises:
+        SpecError: the cluster has no such group.
+    """
+    group = int(place["group"])
     if not 0 <= group < len(problem.cluster.groups):
         found = f"node group {group} of {problem.cluster.name}"
         raise SpecError(Fault("plan: layerwise.places", found, f"one of {len(problem.cluster.groups)}"))
+    return group
+
+
+def _place(data: Mapping[str, Any], problem: Problem, stages: int) -> Place:
+    group = group_of(data, problem)
     recipe = {slot: _choice(slot, value, "places") for slot, value in data["choices"].items()}
     row = {**data["mesh"], "pp": stages, "micro_batch_size": data["micro_batch_size"]}
     return Place(of_group(problem, group), group, recipe, {name: float(n) for name, n in row.items()})

@@ -356,8 +356,9 @@ class Launcher:
         layouts: names of the pipeline layouts that it can express.
         native: slot → values that it works with by itself: a search for it tries them without being asked.
         per_layer: slot → sets of values that layers of one plan may have side by side.
-        alike_at_ends: those of them in which embedding and head are alike.
-        own_degrees: whether layers of one plan may have tensor, context and data degrees of their own, and the ends others.
+        alike_at_ends: those of them, and of the degrees, in which embedding and head are alike.
+        per_place: degrees, and slots that cut the work, that layers of one plan may have of their own; empty: one mesh for all.
+        families: rules besides ``valid``, of which all layers of a plan keep one set together.
     """
 
     name: str
@@ -367,7 +368,8 @@ class Launcher:
     native: Mapping[str, frozenset[str]] = field(default_factory=dict)
     per_layer: Mapping[str, tuple[frozenset[str], ...]] = field(default_factory=dict)
     alike_at_ends: frozenset[str] = frozenset()
-    own_degrees: bool = False
+    per_place: frozenset[str] = frozenset()
+    families: tuple[Callable[[Context], Iterable[Check]], ...] = ()
 
     def side_by_side(self, slot: str, values: Collection[str]) -> bool:
         """Whether layers of one plan may have these values of a slot."""

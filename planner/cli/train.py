@@ -339,8 +339,13 @@ def _searcher(
         if value not in known:
             faults.append(Fault(flag, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known)))
     if own and not all(applies(problem) for problem in problems):
-        expected = "no launcher, and a pipeline of free layout under 1F1B: one stage per device"
-        faults.append(Fault("--degrees", f"{degrees!r} goes with neither --for nor this --fix", expected))
+        expected = (
+            "no launcher or one whose layers differ in degrees (galvatron), and a pipeline of free layout under 1F1B: "
+            "one stage per device"
+        )
+        faults.append(
+            Fault("--degrees", f"{degrees!r} goes with neither this --for nor this --fix", expected)
+        )
     if exact and time_limit not in (None, "none"):
         found = f"is given beside a time limit of {time_limit[:40]}"
         faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))

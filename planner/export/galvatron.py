@@ -1,9 +1,10 @@
 """A plan as Galvatron's strategy per layer: ``galvatron.json`` and the launch of its Llama or GPT training script.
 
-The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer: layers of a plan may differ in their
-degrees (tensor parallelism or Ulysses; data parallelism has the other ranks), in whether they shard their weights (``zero3``
-beside the default of all others) and whether they are recomputed. Keys and rules are those of hetu-galvatron 2.4.0
-(``utils/config_utils.py``, ``core/runtime/hybrid_parallel_config.py``, ``core/runtime/arguments.py``).
+The JSON holds a degree, a kind of data parallelism and a recompute flag for each layer: layers of a plan may differ in how many
+ranks they are cut to, by tensor parallelism or by Ulysses, in whether they shard their weights (``zero3`` beside the default of
+all others) and whether they are recomputed. All take the same micro-batches (``chunks``), so that sizes follow from degrees. Keys
+and rules are those of hetu-galvatron 2.4.0 (``utils/config_utils.py``, ``core/runtime/hybrid_parallel_config.py``,
+``comm_groups.py``, ``redistribute.py``, ``arguments.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
-from planner.export.layers import meshes_of_ends, meshes_of_layers, of_ends, of_layers
+from planner.export.layers import of_ends, of_layers, ways_of_ends, ways_of_layers
 from planner.export.rules import ALL_LAYOUTS, COMMON, has_experts, make_launcher
-from planner.export.target import Target, summary
+from planner.export.target import Target, broken, summary
 from planner.specs.model import Model
 from planner.technique import Check, Context
 
@@ -75,46 +76,61 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("ZeRO-2 with pipelines keeps whole gradients", mesh.pp == 1)
 
 
+def _sharing(ctx: Context) -> Iterable[Check]:
+    """Of layers under ``--sequence-parallel``, which Ulysses needs for its positions, its messages, and what it meets."""
+    yield Check(
+        "some tensor-parallel layers share the sequence or stand beside Ulysses, and others keep it whole: one flag for all",
+        (ctx.mesh.tp == 1) | (ctx.knobs["sequence_parallel"] == "true"),
+    )
+
+
+def _whole(ctx: Context) -> Iterable[Check]:
+    """Of layers without the flag."""
+    shared = ctx.knobs["sequence_parallel"] == "true"
+    yield Check(
+        "some layers share the sequence (tensor-parallel ranks, or Ulysses), and others keep it whole: one flag for all",
+        (ctx.mesh.cp == 1) & ((ctx.mesh.tp == 1) | (not shared)),
+    )
+
+
 LAUNCHER = make_launcher(
     "galvatron",
     CHOICES,
     _valid,
     ALL_LAYOUTS,
     per_layer={"zero_stage": ("0 3", "2 3"), "recompute": ("none full",)},
-    alike_at_ends="zero_stage",
-    own_degrees=True,
+    alike_at_ends="zero_stage tp cp",
+    per_place="tp cp dp micro_batch_size sequence_parallel context",
+    families=(_sharing, _whole),
 )
 
 
 def strategy(target: Target) -> dict[str, Any]:
     """The JSON's content for a plan that keeps the rules."""
     plan, knobs = target.plan, target.knobs
-    meshes, (end, _) = meshes_of_layers(plan), meshes_of_ends(plan)
     stages = of_layers(plan, "zero_stage")
     ends = of_ends(plan, "zero_stage")
     # What the layers do that do not shard their weights; of those that all do, nothing is said.
     default = next((stage for stage in (*stages, *ends) if stage != "3"), "0")
 
-    def listed(values: Iterable[int]) -> str:
-        return ",".join(map(str, values))
+    def each(values: Iterable[object]) -> str:
+        return ",".join(str(int(value)) for value in values)  # type: ignore[call-overload]
 
-    def where(slot: str, value: str) -> str:
-        return listed(int(own == value) for own in of_layers(plan, slot))
-
+    ways, vocabulary = ways_of_layers(plan), ways_of_ends(plan)[0]
     return {
         "pp_deg": plan.mesh["pp"],
-        "tp_sizes_enc": listed(max(mesh["tp"], mesh["cp"]) for mesh in meshes),
-        "tp_consecutive_flags": listed(1 for _ in meshes),
-        "dp_types_enc": where("zero_stage", "3"),
-        "use_sp": listed(int(mesh["cp"] > 1) for mesh in meshes),
-        "checkpoint": where("recompute", "full"),
+        "tp_sizes_enc": each(way["tp"] * way["cp"] for way in ways),
+        "tp_consecutive_flags": each(1 for _ in ways),
+        "dp_types_enc": each(stage == "3" for stage in stages),
+        "use_sp": each(way["cp"] > 1 for way in ways),
+        "checkpoint": each(own == "full" for own in of_layers(plan, "recompute")),
         "global_bsz": target.workload.global_batch_size,
         "chunks": plan.micro_batches,
         "pp_division": ",".join(map(str, plan.stages)),
         "pipeline_type": PIPELINES[knobs["schedule"]],
         "default_dp_type": DEFAULT_TYPES[default],
-        "vtp": max(end["tp"], end["cp"]),
-        "vsp": int(end["cp"] > 1),
+        "vtp": vocabulary["tp"] * vocabulary["cp"],
+        "vsp": int(vocabulary["cp"] > 1),
         "embed_sdp": int(ends[0] == "3"),
     }
 
@@ -134,7 +150,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         f"--seq-length {target.workload.seq_len} --train-iters ${{STEPS:-30}} --lr 1e-5",
         "--use-flash-attn --initialize_on_meta 1 --profile 1 --exit_after_profiling 0",
     ]
-    if any(ctx.knobs["sequence_parallel"] == "true" for ctx in target.contexts()):
+    if broken(_whole, target.contexts()):
         options.append("--sequence-parallel")
     if knobs["gradient_dtype"] == "fp32":
         options.append("--reduce_in_fp32")
@@ -169,6 +185,16 @@ def _first(target: Target) -> list[str]:
     ]
 
 
+def _differs(target: Target) -> list[str]:
+    degrees = {(way["tp"], way["cp"]) for way in (*ways_of_layers(target.plan), *ways_of_ends(target.plan))}
+    if len(degrees) == 1:
+        return []
+    return [
+        "Between layers of unlike degrees, Galvatron gathers whole sequences and slices them; the plan is priced with the "
+        "collectives that send least. `resharding` in `planner explain` is a lower bound of it."
+    ]
+
+
 EXPORTER = Exporter(
     name="galvatron",
     title="Galvatron",
@@ -180,4 +206,5 @@ EXPORTER = Exporter(
     framework="Galvatron",
     log=Log(step=r"Elapsed time per iteration \(ms\): ([\d.]+)", step_unit_s=1e-3),
     first=_first,
+    differs=_differs,
 )

@@ -1,6 +1,7 @@
-"""A Galvatron strategy file as the choices of a plan; layers may differ in what they shard and whether they are recomputed.
+"""A Galvatron strategy file as the choices of a plan; layers may differ in degrees, sharding and recomputation.
 
-The file names neither model, sequence nor precision, and leaves the number of devices to the launch.
+The file names neither model, sequence nor precision, and leaves the number of devices to the launch: data degrees and sizes of
+micro-batches follow from these.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     """The run that a Galvatron JSON describes.
 
     Raises:
-        SpecError: the file cannot be read, keys are wrong, or layers differ in their degrees; all at once.
+        SpecError: the file cannot be read, or keys are wrong; all at once.
     """
     data = read_json(path, "a Galvatron strategy")
     reader = Reader(data, str(path))
     pp, batch, chunks = (reader.integer(key) for key in ("pp_deg", "global_bsz", "chunks"))
     degrees = _per_layer(reader, "tp_sizes_enc")
     layers = len(degrees)
-    degree = _same(reader, "tp_sizes_enc", degrees)
-    context = _same(reader, "cp_sizes_enc", _per_layer(reader, "cp_sizes_enc", layers, 1))
-    ulysses = _same(reader, "use_sp", _per_layer(reader, "use_sp", layers, 0)) == 1
+    ulysses = _per_layer(reader, "use_sp", layers, 0)
+    ways = [_way(degree, by) for degree, by in zip(degrees, ulysses, strict=False)]
+    end = _way(
+        reader.integer("vtp", degrees[0]), reader.integer("vsp", int(ulysses[0] == 1), minimum=0, maximum=1)
+    )
+    unlike = len({*ways, end}) > 1
+    context = max(_per_layer(reader, "cp_sizes_enc", layers, 1))
     sharded = _per_layer(reader, "dp_types_enc", layers, 0)
     again = _per_layer(reader, "checkpoint", layers, 0)
     if 0 in _per_layer(reader, "tp_consecutive_flags", layers, 1):
@@ -54,32 +59,42 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     stage = own[0]["zero_stage"]
     notes = ["Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."]
     fixed: dict[str, Any] = {
-        "pp": pp, "tp": 1 if ulysses else degree, "cp": degree if ulysses else 1, "context": "a2a" if ulysses else "p2p",
-        "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full", "recompute": own[0]["recompute"],
+        "pp": pp, "tp": end[0], "cp": end[1], "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full",
+        "recompute": own[0]["recompute"],
         "schedule": {word: knob for knob, word in PIPELINES.items()}[pipeline] if pp > 1 else "1f1b", "virtual_stages": 1,
         "optimizer": "adamw", "optimizer_offload": "none", "parameter_offload": "none", "tensor_overlap": "none",
     }  # fmt: skip
-    if ulysses or degree == 1:
-        fixed["sequence_parallel"] = "false"
-    else:
+    fixed |= _cut(end)  # as in a plan whose layers differ: what stands first is the embedding
+    fixed["context"] = "a2a" if 1 in ulysses or end[1] > 1 else "p2p"
+    if any(tp > 1 for tp, _ in (*ways, end)):
         notes.append(
             "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."
         )
-        fixed["sequence_parallel"] = "true"
     fixed |= _layout(reader, layers, pp)
     alike = all(mine == own[0] for mine in own) and ends == stage
     layerwise = None
-    if not alike or fixed["pipeline_layout"] == UNEVEN:
+    if unlike and fixed["schedule"] == "gpipe":
+        reader.problem(
+            "pipeline_type", "gpipe with layers of unlike degrees: not modelled", PIPELINES["1f1b"]
+        )
+    if unlike or not alike or fixed["pipeline_layout"] == UNEVEN:
         stages = _stages(reader, layers, pp)
-        layerwise = layerwise_of(fixed, own, stages, {"zero_stage": ends, "recompute": own[-1]["recompute"]})
+        at_ends = {"zero_stage": ends, "recompute": own[-1]["recompute"]}
+        places = list(dict.fromkeys([*ways, end]))
+        numbers = [places.index(way) for way in (*ways, end)] if unlike else []
+        layerwise = layerwise_of(fixed, own, stages, at_ends, numbers)
+        if unlike:
+            layerwise["places"] = [
+                {"group": 0, "mesh": {"tp": tp, "cp": cp, "ep": 1, "etp": 1}, "choices": _cut((tp, cp))}
+                for tp, cp in places
+            ]
         del fixed["pipeline_layout"]  # the layers say where they are
     ignored = tuple(sorted(key for key in data if key not in _KNOWN))
     for key in ignored:
         hint = did_you_mean(key, _KNOWN)
         notes += [f"{key}: {hint}"] if hint else []
-    for key in ("vtp", "vcp"):
-        if reader.integer(key, 1) != (degree if key == "vtp" else 1):
-            notes.append(f"{key} = {data[key]}: embedding and head are priced as the layers are.")
+    if reader.integer("vcp", 1) != 1:
+        notes.append(f"vcp = {data['vcp']}: embedding and head are priced without it.")
     reader.raise_if_any()
     wasteful = []
     if stage == "0":
@@ -119,15 +134,15 @@ def _per_layer(reader: Reader, key: str, layers: int | None = None, default: int
     return [int(part) for part in parts]
 
 
-def _same(reader: Reader, key: str, values: list[int]) -> int:
-    """The number that all layers have."""
-    if len(set(values)) > 1:
-        reader.problem(
-            key,
-            f"differs between layers ({', '.join(map(str, sorted(set(values))))})",
-            "one value for all layers",
-        )
-    return max(values[0], 1) if key == "tp_sizes_enc" else values[0]
+def _way(degree: int, ulysses: int) -> tuple[int, int]:
+    """Tensor and context degree."""
+    return (1, max(degree, 1)) if ulysses == 1 else (max(degree, 1), 1)
+
+
+def _cut(way: tuple[int, int]) -> dict[str, str]:
+    """How layers of some degrees cut their work."""
+    tp, cp = way
+    return {"sequence_parallel": str(tp > 1).lower(), "context": "a2a" if cp > 1 else "p2p"}
 
 
 def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:

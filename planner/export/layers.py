@@ -9,7 +9,7 @@ from typing import Any
 from planner.plan import Plan
 from planner.technique import ADDITIVE_SLOTS, off
 
-__all__ = ["layerwise_of", "meshes_of_ends", "meshes_of_layers", "of_ends", "of_layers"]
+__all__ = ["layerwise_of", "of_ends", "of_layers", "ways_of_ends", "ways_of_layers"]
 
 
 def of_layers(plan: Plan, slot: str) -> list[str]:
@@ -29,25 +29,33 @@ def of_ends(plan: Plan, slot: str) -> tuple[str, str]:
     return values[plan.layerwise["embedding"]], values[plan.layerwise["head"]]
 
 
-def meshes_of_layers(plan: Plan) -> list[Mapping[str, int]]:
-    """Degrees of every layer, in the model's order."""
-    if plan.layerwise is None or not plan.places:
-        return [plan.mesh] * sum(plan.stages)
-    runs = (run for stage in plan.layerwise["stages"] for run in stage)
-    return [_mesh(plan, s) for s, n in runs for _ in range(n)]
-
-
-def meshes_of_ends(plan: Plan) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Degrees of the embedding and of the head."""
-    if plan.layerwise is None or not plan.places:
-        return plan.mesh, plan.mesh
-    return _mesh(plan, plan.layerwise["embedding"]), _mesh(plan, plan.layerwise["head"])
-
-
-def _mesh(plan: Plan, strategy: int) -> Mapping[str, int]:
+def ways_of_layers(plan: Plan) -> list[Mapping[str, Any]]:
+    """Degrees, micro-batch size and choices of every layer's place, in the model's order."""
+    if not plan.places:
+        return [{**plan.mesh, **plan.knobs}] * sum(plan.stages)
     assert plan.layerwise is not None
-    mesh: Mapping[str, int] = plan.places[plan.layerwise["at"][strategy]]["mesh"]
-    return mesh
+    ways = _ways(plan)
+    return [ways[s] for runs in plan.layerwise["stages"] for s, n in runs for _ in range(n)]
+
+
+def ways_of_ends(plan: Plan) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """As :func:`ways_of_layers`, of the embedding and of the head."""
+    if not plan.places:
+        way = {**plan.mesh, **plan.knobs}
+        return way, way
+    assert plan.layerwise is not None
+    ways = _ways(plan)
+    return ways[plan.layerwise["embedding"]], ways[plan.layerwise["head"]]
+
+
+def _ways(plan: Plan) -> list[Mapping[str, Any]]:
+    """By strategy."""
+    assert plan.layerwise is not None
+    ways = [
+        {**place["mesh"], **place["choices"], "micro_batch_size": place["micro_batch_size"]}
+        for place in plan.places
+    ]
+    return [ways[number] for number in plan.layerwise["at"]]
 
 
 def layerwise_of(
@@ -55,6 +63,7 @@ def layerwise_of(
     layers: Sequence[Mapping[str, str]],
     stages: Sequence[int],
     ends: Mapping[str, str],
+    places: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The ``layerwise`` field of a plan.
 
@@ -63,22 +72,24 @@ def layerwise_of(
         layers: of every layer, what it chooses itself, by slot.
         stages: layers of every virtual stage.
         ends: what embedding and head choose.
+        places: where layers are cut in different ways, the number of each one's place, and at last that of embedding and head.
 
     >>> found = layerwise_of({"zero_stage": "1"}, [{"recompute": "full"}, {"recompute": "none"}], [1, 1], {"recompute": "none"})
     >>> found["stages"], found["embedding"], [strategy["recompute"] for strategy in found["strategies"]]
     ([[[0, 1]], [[1, 1]]], 1, ['full', 'none'])
     """
     common = {slot: str(fixed.get(slot, off(slot))) for slot in ADDITIVE_SLOTS if slot != "schedule"}
-    each = [tuple({**common, **own}.items()) for own in layers]
-    end = tuple({**common, **ends}.items())
-    strategies = list(dict.fromkeys([*each, end]))
+    at = list(places) or [0] * (len(layers) + 1)
+    each = [(place, tuple({**common, **own}.items())) for place, own in zip(at, [*layers, ends], strict=True)]
+    strategies = list(dict.fromkeys(each))
     number = {strategy: index for index, strategy in enumerate(strategies)}
     runs, start = [], 0
     for size in stages:
         mine = [number[strategy] for strategy in each[start : start + size]]
         runs.append([[s, len(list(alike))] for s, alike in groupby(mine)])
         start += size
-    return {
-        "strategies": [dict(strategy) for strategy in strategies], "stages": runs,
-        "embedding": number[end], "head": number[end],
+    found = {
+        "strategies": [dict(choices) for _, choices in strategies], "stages": runs,
+        "embedding": number[each[-1]], "head": number[each[-1]],
     }  # fmt: skip
+    return found | ({"at": [place for place, _ in strategies]} if places else {})

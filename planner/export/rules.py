@@ -46,8 +46,8 @@ def make_launcher(
     native: Mapping[str, str] | None = None,
     per_layer: Mapping[str, Sequence[str]] | None = None,
     alike_at_ends: str = "",
-    *,
-    own_degrees: bool = False,
+    per_place: str = "",
+    families: Sequence[Callable[[Context], Iterable[Check]]] = (),
 ) -> Launcher:
     """A launcher from its tables.
 
@@ -58,8 +58,9 @@ def make_launcher(
         layouts: pipeline layouts that it can express.
         native: slot → values that it works with by itself, so that a search for it tries them unasked.
         per_layer: slot → texts of values that layers of one plan may have side by side.
-        alike_at_ends: slots among them in which embedding and head are alike.
-        own_degrees: whether layers may have degrees of their own.
+        alike_at_ends: slots among them, and degrees, in which embedding and head are alike.
+        per_place: degrees, and slots that cut the work, that layers may have of their own.
+        families: rules of which all layers of a plan keep one set together.
     """
 
     def allows(slot: str, value: str) -> bool:
@@ -69,7 +70,8 @@ def make_launcher(
     mixed = {
         slot: tuple(frozenset(text.split()) for text in texts) for slot, texts in (per_layer or {}).items()
     }
-    return Launcher(name, allows, valid, layouts, own, mixed, frozenset(alike_at_ends.split()), own_degrees)
+    ends, places = frozenset(alike_at_ends.split()), frozenset(per_place.split())
+    return Launcher(name, allows, valid, layouts, own, mixed, ends, places, tuple(families))
 
 
 def per_model(find: Callable[[Model], T]) -> Callable[[Model], T]:

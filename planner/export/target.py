@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from planner.assignment import UNEVEN
 from planner.errors import ExportError, Problem
-from planner.export.layers import meshes_of_ends, of_ends
+from planner.export.layers import of_ends, ways_of_ends, ways_of_layers
 from planner.mesh import Mesh
 from planner.plan import Plan
 from planner.specs.cluster import Cluster
@@ -19,14 +20,12 @@ from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS, Context, Launcher, off
+from planner.technique import SLOTS, Check, Context, Launcher, off
 from planner.units import format_bytes
 
-__all__ = ["Target", "recomputed_layers", "summary"]
+__all__ = ["Target", "broken", "recomputed_layers", "summary"]
 
 _DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp")
-# Slots that do nothing on a degree of 1, which then need no word of the launcher's.
-_ACTS_ON = {"sequence_parallel": "tp", "tensor_overlap": "tp", "expert_overlap": "ep", "context": "cp"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +51,7 @@ class Target:
         # A plan from before a slot existed does without it.
         stated = {name: str(value).lower() for name, value in plan.knobs.items()}
         knobs = {slot: off(slot) for slot in SLOTS} | stated
-        knobs = _without_idle(knobs, plan.mesh)
+        knobs = _effective(knobs, plan.mesh)
         return Target(plan, model or load_model(plan.model), cluster or load_cluster(plan.cluster), knobs)
 
     @property
@@ -63,50 +62,51 @@ class Target:
         return TrainWorkload(**{**values, "precisions": tuple(values.get("precisions", ("bf16",)))})
 
     def context(self) -> Context:
-        """The one row that launchers judge."""
-        return self._context(self.plan.mesh, self.plan.knobs["micro_batch_size"], self.knobs)
+        """The plan's degrees and choices as a row; where layers differ, those of the first stage."""
+        return self._row({**self.plan.mesh, **self.plan.knobs}, self.knobs)
 
-    def _context(self, mesh: Mapping[str, int], micro_batch_size: int, knobs: Mapping[str, str]) -> Context:
-        tp, cp, dp, ep, etp = (np.array([float(mesh[name])]) for name in ("tp", "cp", "dp", "ep", "etp"))
-        pp = np.array([float(self.plan.mesh["pp"])])
-        batch = np.array([float(micro_batch_size)])
-        stack = load_stack(self.plan.stack)
+    def contexts(self) -> list[Context]:
+        """The rows that launchers judge: of every strategy, with the degrees, micro-batch size and choices of its place."""
+        if self.plan.layerwise is None:
+            return [self.context()]
+        strategies, places = self.plan.layerwise["strategies"], self.plan.places
+        at = self.plan.layerwise["at"] if places else [None] * len(strategies)
+        found = []
+        for strategy, number in zip(strategies, at, strict=True):
+            degrees, knobs = {**self.plan.mesh, **self.plan.knobs}, dict(self.knobs)
+            if number is not None:
+                place = places[number]
+                degrees |= {**place["mesh"], "micro_batch_size": place["micro_batch_size"]}
+                own = {slot: str(value).lower() for slot, value in place["choices"].items()}
+                knobs = _effective({**knobs, **own}, degrees)
+            found.append(self._row(degrees, knobs | {slot: str(value) for slot, value in strategy.items()}))
+        return found
+
+    def _row(self, degrees: Mapping[str, Any], knobs: Mapping[str, str]) -> Context:
+        tp, cp, pp, dp, ep, etp = (np.array([float(degrees[name])]) for name in _DEGREES)
+        mesh, batch = Mesh(tp, cp, dp, pp, ep, etp), np.array([float(degrees["micro_batch_size"])])
         return Context(
-            self.model, self.cluster, self.workload, stack, Mesh(tp, cp, dp, pp, ep, etp), batch, knobs
+            self.model, self.cluster, self.workload, load_stack(self.plan.stack), mesh, batch, knobs
         )
 
     def refused(self, launcher: Launcher) -> list[Problem]:
         """Every feature of the plan that the launcher cannot express, and every rule of the launcher that it breaks."""
         where = f"--to {launcher.name}"
+        contexts = self.contexts()
         problems = [
-            Problem(where, f"cannot express {slot}={self.knobs[slot]}")
+            Problem(where, f"cannot express {slot}={value}")
             for slot in SLOTS
-            if slot in self.knobs and not launcher.allows(slot, self.knobs[slot])
+            for value in dict.fromkeys(ctx.knobs[slot] for ctx in contexts if slot in ctx.knobs)
+            if not launcher.allows(slot, value)
         ]
         layout = self.knobs.get("pipeline_layout", "even")
         if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
             problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
         problems += [*self.differing(where, launcher), *self.placed(where, launcher)]
-        reasons = [
-            check.reason for ctx in self.contexts() for check in launcher.valid(ctx) if not np.all(check.ok)
-        ]
+        reasons = broken(launcher.valid, contexts)
+        families = sorted((broken(rules, contexts) for rules in launcher.families), key=len)
+        reasons += families[0] if families else []
         return problems + [Problem(where, reason) for reason in dict.fromkeys(reasons)]
-
-    def contexts(self) -> Iterator[Context]:
-        """What launchers judge: one row for every strategy that layers have, with the degrees of its layers."""
-        layerwise = self.plan.layerwise
-        if layerwise is None:
-            yield self.context()
-            return
-        for number, strategy in enumerate(layerwise["strategies"]):
-            own = {slot: str(value) for slot, value in strategy.items()}
-            if not self.plan.places:
-                yield replace(self.context(), knobs={**self.knobs, **own})
-                continue
-            place = self.plan.places[layerwise["at"][number]]
-            chosen = {slot: str(value).lower() for slot, value in place["choices"].items()}
-            knobs = _without_idle({**self.knobs, **chosen, **own}, place["mesh"])
-            yield self._context(place["mesh"], place["micro_batch_size"], knobs)
 
     def differing(self, where: str, launcher: Launcher | None = None) -> Iterator[Problem]:
         """Choices that differ between layers, but for those in which a launcher lets them.
@@ -121,40 +121,30 @@ class Target:
             allowed = launcher.side_by_side(slot, values) if launcher is not None else len(values) == 1
             blocks = slot == "recompute" and recomputed_layers(self.plan) is not None
             if launcher is not None and slot in launcher.alike_at_ends:
-                ends = of_ends(self.plan, slot)
-                if ends[0] != ends[1]:
-                    yield Problem(
-                        where,
-                        f"cannot express {slot} that differs between embedding and head ({', '.join(ends)})",
-                    )
+                yield from _unlike_ends(where, slot, of_ends(self.plan, slot))
             if not (allowed or blocks):
                 yield Problem(
                     where, f"cannot express {slot} that differs between layers ({', '.join(values)})"
                 )
 
-    def _matters(self, slot: str, ways: Sequence[Mapping[str, object]]) -> bool:
-        """Whether a choice differs between places whose degrees make use of it."""
-        degree = _ACTS_ON.get(slot)
-        return len({way[slot] for way in ways if degree is None or way[degree] != 1}) > 1
-
     def placed(self, where: str, launcher: Launcher | None = None) -> Iterator[Problem]:
-        """Stages on node groups, layers with degrees of their own: one mesh for all of them, and ranks in the order of the nodes,
-        are what most launchers start."""
+        """Layers on node groups, or cut in different ways: one mesh for all of them, unless a launcher lets layers differ, stages
+        of equal size, and ranks in the order of the nodes are what launchers start."""
         places = self.plan.places
-        own = launcher is not None and launcher.own_degrees and len(self.cluster.groups) == 1
-        ways = []
-        for place in places:
-            chosen = {slot: str(value).lower() for slot, value in place["choices"].items()}
-            ways.append({**place["mesh"], "micro_batch_size": place["micro_batch_size"], **chosen})
+        own = frozenset() if launcher is None else launcher.per_place
+        ways = [*ways_of_layers(self.plan), *ways_of_ends(self.plan)] if places else []
         differ = [name for name in (ways[0] if ways else ()) if len({str(way[name]) for way in ways}) > 1]
-        if own:
-            differ = [name for name in differ if name in SLOTS and self._matters(name, ways)]
-            ends = [(mesh["tp"], mesh["cp"]) for mesh in meshes_of_ends(self.plan)]
-            if ends[0] != ends[1]:
-                yield Problem(where, "cannot express degrees that differ between embedding and head")
         for name in differ:
-            values = ", ".join(str(way[name]) for way in ways)
-            yield Problem(where, f"cannot express {name} that differs between stages ({values})")
+            values = ", ".join(dict.fromkeys(str(way[name]) for way in ways))
+            what = "layers" if len({place["group"] for place in places}) == 1 else "stages"
+            if name not in own:
+                yield Problem(where, f"cannot express {name} that differs between {what} ({values})")
+            elif launcher is not None and name in launcher.alike_at_ends:
+                ends = ways_of_ends(self.plan)
+                yield from _unlike_ends(where, name, (str(ends[0][name]), str(ends[1][name])))
+        ranks = dict.fromkeys(way["tp"] * way["cp"] * way["dp"] for way in ways)
+        if own and len(ranks) > 1:
+            yield Problem(where, f"stages of {' and '.join(map(str, ranks))} devices", "equal stages")
         order = [place["group"] for place in places]
         if order != sorted(order):
             names = "+".join(self.cluster.parts[group].name for group in order)
@@ -184,6 +174,12 @@ class Target:
         return nodes, per_node
 
 
+def broken(rules: Callable[[Context], Iterable[Check]], contexts: Iterable[Context]) -> list[str]:
+    """Reasons of the rules that any of some rows breaks, each once."""
+    reasons = (check.reason for ctx in contexts for check in rules(ctx) if not np.all(check.ok))
+    return list(dict.fromkeys(reasons))
+
+
 def recomputed_layers(plan: Plan) -> int | None:
     """How many layers of every virtual stage, its first ones (all, where it has fewer), a layer-wise plan recomputes in full.
 
@@ -206,9 +202,30 @@ def recomputed_layers(plan: Plan) -> int | None:
     )
 
 
+def _effective(knobs: Mapping[str, str], mesh: Mapping[str, int]) -> dict[str, str]:
+    """The choices without those that act on a degree of 1: they do nothing, and need no word of the launcher's."""
+    idle: dict[str, str] = {}
+    if mesh["tp"] == 1:
+        idle = {slot: off(slot) for slot in ("sequence_parallel", "tensor_overlap")}
+    if mesh["ep"] == 1:
+        idle["expert_overlap"] = off("expert_overlap")
+    if mesh["cp"] == 1:
+        idle["context"] = "p2p"
+    return {**knobs, **idle}
+
+
+def _unlike_ends(where: str, name: str, ends: tuple[str, str]) -> Iterator[Problem]:
+    """What is to be said where embedding and head differ."""
+    if ends[0] != ends[1]:
+        found = f"cannot express {name} that differs between embedding and head ({', '.join(ends)})"
+        yield Problem(where, found)
+
+
 def summary(plan: Plan) -> list[str]:
     """The plan in two lines: what runs where, and what it is predicted to cost."""
     degrees = " · ".join(f"{name} {plan.mesh[name]}" for name in _DEGREES)
+    unlike = len({str(place["mesh"]) for place in plan.places}) > 1
+    degrees += " for the embedding; layers differ" if unlike else ""
     estimate = plan.estimate
     tokens = f"{estimate.tokens_per_s_per_device:,.0f}"
     return [
@@ -216,11 +233,3 @@ def summary(plan: Plan) -> list[str]:
         f"Predicted: {estimate.step_time_s:.4g} s per step, {tokens} tokens/s per device, "
         f"{format_bytes(estimate.memory_bytes['peak'])} per device.",
     ]
-
-
-def _without_idle(knobs: Mapping[str, str], mesh: Mapping[str, int]) -> dict[str, str]:
-    """The knobs, with those off that do nothing on these degrees."""
-    idle = {
-        slot: "p2p" if slot == "context" else off(slot) for slot, name in _ACTS_ON.items() if mesh[name] == 1
-    }
-    return {**knobs, **idle}

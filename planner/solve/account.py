@@ -43,6 +43,14 @@ class Account:
         """Counts what a bound excluded."""
         self.excluded[reason] = self.excluded.get(reason, 0) + count
 
+    def add(self, other: Account) -> None:
+        """Counts what the search of another part of the space counted."""
+        self.parts += other.parts
+        self.settled += other.settled
+        self.stopped = other.stopped or self.stopped
+        for reason, count in other.excluded.items():
+            self.exclude(reason, count)
+
     def late(self, end_s: float) -> bool:
         """Whether the clock is past an end, which the account then says."""
         if perf_counter() > end_s:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from planner.assemble import Assembly, assemble, model_flop
-from planner.assignment import UNEVEN, read_assignment
+from planner.assignment import UNEVEN, completed, group_of, read_assignment
 from planner.baseline import block_order
 from planner.errors import Infeasible, Interrupted, InvalidPlan
 from planner.errors import Problem as Fault
 from planner.layout import Layout
 from planner.parts import Priced, price_alike
+from planner.place import of_group
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.branches import Faults
@@ -27,7 +28,7 @@ from planner.solve.space import DEGREES, Choice, Space
 from planner.solve.uniform import NOT_DEALT, SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
-from planner.technique import SLOTS, off
+from planner.technique import ADDITIVE_SLOTS, SLOTS, off
 from planner.transition import meets
 from planner.units import format_bytes
 
@@ -212,11 +213,14 @@ def examine(problem: Problem) -> Assembly:
 
 def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
     """The plan whose stages run on node groups that differ."""
-    assignment = read_assignment(layerwise, problem)
+    named = {name: value for name, value in _named(problem).fixed.items() if name not in _OF_A_STAGE}
+    space = Space(
+        replace(of_group(problem, group_of(layerwise["places"][0], problem)), fixed=named, forbidden=())
+    )
+    common = {slot: space.choices[slot][0].value for slot in SLOTS if slot not in ADDITIVE_SLOTS}
+    assignment = read_assignment(completed(layerwise, problem, common), problem)
     stages = assignment.stage_places()
     first = stages[0][0]
-    fixed = {name: value for name, value in problem.fixed.items() if name not in _OF_A_STAGE}
-    space = Space(replace(first.problem, fixed=fixed, forbidden=()))
     schedule = {"schedule": space.choices["schedule"][0]}
     reasons: list[str] = []
     for place in assignment.places:

@@ -55,6 +55,46 @@ def test_a_stored_plan_is_explained_as_it_was_found(planner, plans):
     assert planner("trace", f"{path}:1", "--json").code == 0
 
 
+# Nodes of two devices: some layers share weights over a node, others over both.
+SMALL = (
+    "--model", "llama2-7b", "--cluster", "a100-sxm-40gb:4x2", "--global-batch", "16", "--seq-len", "2048",
+)  # fmt: skip
+
+
+def test_a_search_for_galvatron_finds_degrees_that_it_runs_and_that_are_read_back(planner, tmp_path):
+    kept = ("--fix", "pp=2", "--fix", "cp=1", "--fix", "zero_stage=0")
+    found = planner(
+        "train", *SMALL, "--reserve", "10%", *kept, "--degrees", "layer", "--for", "galvatron", "--top", "1",
+        "-o", tmp_path / "plans.json",
+    )  # fmt: skip
+    assert (found.code, found.err) == (0, "")
+    best = json.loads((tmp_path / "plans.json").read_text())["plans"][0]
+    layerwise = best["layerwise"]
+    places, at = layerwise["places"], layerwise["at"]
+    assert len({place["mesh"]["tp"] for place in places}) == 2
+    ends = [places[at[layerwise[end]]]["mesh"] for end in ("embedding", "head")]
+    assert ends[0] == ends[1]
+    assert (
+        planner("export", f"{tmp_path}/plans.json:1", "--to", "galvatron", "-o", tmp_path / "run").code == 0
+    )
+    told = json.loads((tmp_path / "run" / "galvatron.json").read_text())
+    of_layers = [places[at[s]]["mesh"] for runs in layerwise["stages"] for s, n in runs for _ in range(n)]
+    assert told["tp_sizes_enc"] == ",".join(str(mesh["tp"]) for mesh in of_layers)
+    assert told["vtp"] == ends[0]["tp"]
+    assert "gathers whole sequences" in (tmp_path / "run" / "README.md").read_text()
+    knobs = [f"--fix={knob}={str(best['knobs'][knob]).lower()}" for knob in ("gradient_dtype", "loss_kernel")]
+    again = planner(
+        "estimate", "--from", "galvatron", tmp_path / "run" / "galvatron.json", *SMALL, *knobs, "--json",
+    )  # fmt: skip
+    read = again.json["plans"][0]
+    assert [place["mesh"] for place in read["layerwise"]["places"]] == [place["mesh"] for place in places]
+    assert read["estimate"]["step_time_s"] == pytest.approx(best["estimate"]["step_time_s"], rel=1e-9)
+    refused = planner("export", f"{tmp_path}/plans.json:1", "--to", "megatron")
+    assert refused.code == 5
+    assert "cannot express tp that differs between layers" in refused.err
+    assert "Closest plan that it can run" in refused.err
+
+
 @pytest.mark.parametrize("other", [("--for", "megatron"), ("--fix", "schedule=gpipe"), ("--degrees", "rank")])
 def test_what_goes_without_it_is_refused(planner, other):
     found = planner("train", *JOB, *other)

@@ -8,6 +8,7 @@ from planner.export import export
 from planner.export.launchers import LAUNCHERS, launcher
 from planner.export.megatron_import import read_megatron
 from planner.export.target import Target
+from planner.solve.mixed.search import search_mixed
 
 JOBS = {
     "dense": ("llama3-8b", "h100-sxm:8x8", 256, 8192),
@@ -56,3 +57,16 @@ def test_a_launcher_makes_no_plan_better(job):
     counts = bound.search
     lost = sum(counts.rejected.values()) + sum(counts.excluded_by_bound.values())
     assert counts.candidates == counts.scored + lost
+
+
+@pytest.mark.parametrize("fixed", [{"pp": "1"}, {"pp": "2", "zero_stage": "0"}])
+def test_every_plan_found_over_degrees_keeps_galvatrons_rules(fixed):
+    """Layers with degrees of their own, and a bound that no plan of the space for Galvatron is below."""
+    tight = planner.Problem(
+        planner.load_model("llama2-7b"), planner.load_cluster("a100-sxm-40gb:4x2"), planner.TrainWorkload(16, 2048),
+        planner.load_stack(), reserve=0.1, launcher=launcher("galvatron"), fixed=fixed,
+    )  # fmt: skip
+    found = search_mixed(tight, 3, mixing=True, time_limit_s=6.0)
+    for plan in found.plans:
+        assert not Target.of(plan).refused(launcher("galvatron"))
+        assert found.mixed["bound_s"] <= plan.estimate.step_time_s * (1.0 + 1e-9)

@@ -330,16 +330,16 @@ def test_galvatron_comes_back(tmp_path):
     assert run.micro_batches == plan.micro_batches
 
 
-def test_layers_that_differ_are_named(tmp_path):
+def test_layers_that_differ_in_a_schedule_that_is_not_theirs_are_named(tmp_path):
     strategy = {
-        "pp_deg": 1,
+        "pp_deg": 2,
         "tp_sizes_enc": "1,2",
         "tp_consecutive_flags": "1,1",
         "global_bsz": 8,
         "chunks": 1,
     }
     (tmp_path / "g.json").write_text(json.dumps(strategy))
-    with pytest.raises(SpecError, match="tp_sizes_enc: differs between layers"):
+    with pytest.raises(SpecError, match="pipeline_type: gpipe with layers of unlike degrees"):
         read_launched("galvatron", tmp_path / "g.json")
 
 

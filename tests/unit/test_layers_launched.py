@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 
 import planner
-from planner.errors import ExportError
+from planner.errors import ExportError, InvalidPlan
 from planner.export import export
 from planner.export.launchers import launcher
-from planner.export.layers import layerwise_of, of_layers
+from planner.export.layers import layerwise_of, of_layers, ways_of_layers
 from planner.export.readers import read_launched
 from planner.solve.layerwise.search import search_layerwise
-from planner.technique import ADDITIVE_SLOTS, SLOTS
 
 LAYERS = 32  # of Llama-2-7B
 
@@ -63,50 +62,87 @@ def test_galvatron_says_what_every_layer_does_and_is_read_back_equal(tmp_path):
     assert back.estimate.memory_bytes["peak"] == pytest.approx(plan.estimate.memory_bytes["peak"], rel=1e-9)
 
 
-def cut(tp: int, other: int, end: int, **choices: str) -> planner.Plan:
-    """Llama-2-7B in two stages of eight devices: the first half of each over ``tp`` ranks, the second over another number."""
-    shaping = [slot for slot in SLOTS if slot not in ADDITIVE_SLOTS]
-    additive = [slot for slot in ADDITIVE_SLOTS if slot != "schedule"]
-    plans = [
-        planner.estimate(problem(tp=str(n), pp="2", micro_batch_size=str(n), zero_stage="3", **choices))
-        for n in (tp, other)
-    ]
-    places = [
-        {
-            "group": 0,
-            "mesh": plan.mesh,
-            "micro_batch_size": plan.knobs["micro_batch_size"],
-            "choices": {slot: plan.knobs[slot] for slot in shaping},
-        }
-        for plan in plans
-    ]
-    strategy = {slot: plans[0].knobs[slot] for slot in additive}
-    layerwise = {
-        "strategies": [strategy, strategy], "stages": [[[0, 8], [1, 8]], [[0, 8], [1, 8]]], "embedding": 0, "head": end,
-        "places": places, "at": [0, 1],
+# Of every way to cut the work: tensor and Ulysses degree, as Galvatron's lists have them.
+WAYS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "u2": (1, 2), "u4": (1, 4)}
+
+
+def cut(ways, ends, stages=(LAYERS,), layers=None, shared="true", **fixed) -> planner.Plan:
+    """The plan on sixteen devices whose layers are cut in these ways, embedding and head in another."""
+    used = list(dict.fromkeys([*ways, ends]))
+    first = WAYS[ends]
+    fixed = {
+        "tp": first[0], "cp": first[1], "pp": len(stages), "zero_stage": "3", "recompute": "none", "optimizer": "adamw",
+        "schedule": "1f1b", "micro_batch_size": max(first), **fixed,
     }  # fmt: skip
-    return planner.estimate(
-        replace(problem(tp=str(tp), pp="2", zero_stage="3", **choices), layerwise=layerwise)
-    )
+    numbers = [used.index(way) for way in (*ways, ends)]
+    found = layerwise_of(fixed, layers or [{}] * LAYERS, list(stages), {}, numbers)
+    found["places"] = [
+        {
+            "group": 0, "mesh": {"tp": WAYS[way][0], "cp": WAYS[way][1], "ep": 1, "etp": 1},
+            "choices": {
+                "sequence_parallel": shared if WAYS[way][0] > 1 else "false",
+                "context": "a2a" if WAYS[way][1] > 1 else "p2p",
+            },
+        }
+        for way in used
+    ]  # fmt: skip
+    texts = {name: str(value) for name, value in fixed.items()}
+    return planner.estimate(replace(problem(**texts), layerwise=found))
 
 
-def test_galvatron_is_told_the_degrees_of_every_layer():
-    """Keys of hetu-galvatron 2.4.0, utils/config_utils.py: a size per layer in the model's order, one for embedding and head."""
-    plan = cut(2, 4, 0)
-    assert plan.estimate.breakdown_s["resharding"] > 0.0
-    found = json.loads(export(plan, "galvatron")["galvatron.json"])
-    assert found["tp_sizes_enc"] == ",".join((["2"] * 8 + ["4"] * 8) * 2)
-    assert (found["pp_deg"], found["pp_division"], found["vtp"]) == (2, "16,16", 2)
-    assert found["chunks"] == 128 // (4 * 2)  # sequences of a step by those of a micro-batch: 4 replicas of 2
-    ulysses = cut(1, 2, 0)
-    assert json.loads(export(ulysses, "galvatron")["galvatron.json"])["use_sp"] == ",".join(["0"] * LAYERS)
+@pytest.mark.parametrize(
+    ("ways", "ends", "stages"),
+    [
+        (["2"] * 20 + ["1"] * 12, "2", [32]),
+        (["1"] * 8 + ["4"] * 8 + ["2"] * 16, "4", [16, 16]),
+        (["u4"] * 5 + ["2"] * 27, "1", [7, 9, 9, 7]),
+        (["1"] * 32, "u2", [32]),
+    ],
+)
+def test_galvatron_is_told_the_degrees_of_every_layer_and_is_read_back_equal(ways, ends, stages, tmp_path):
+    layers = [
+        {"recompute": "full" if n < 6 else "none", "zero_stage": "3" if n % 3 else "0"} for n in range(LAYERS)
+    ]
+    plan = cut(ways, ends, stages, layers)
+    files = export(plan, "galvatron")
+    found = json.loads(files["galvatron.json"])
+    assert found["tp_sizes_enc"] == ",".join(way[-1] for way in ways)
+    assert found["use_sp"] == ",".join(str(int(way[0] == "u")) for way in ways)
+    assert (found["vtp"], found["vsp"]) == (int(ends[-1]), int(ends[0] == "u"))
+    # Sixteen devices; a micro-batch has as many sequences as ranks of a stage, so that none is cut below one.
+    assert found["chunks"] == 128 * len(stages) // 16
+    assert ("--sequence-parallel" in files["run.sh"]) is (set(ways) != {"1"} or ends != "1")
+    (tmp_path / "g.json").write_text(json.dumps(found))
+    run = read_launched("galvatron", tmp_path / "g.json")
+    back = again(run, plan)
+    names = ("tp", "cp", "dp", "micro_batch_size", "sequence_parallel", "context")
+    for mine, read in zip(ways_of_layers(plan), ways_of_layers(back), strict=True):
+        assert [str(mine[name]) for name in names] == [str(read[name]) for name in names]
+    for slot in ("recompute", "zero_stage"):
+        assert of_layers(back, slot) == of_layers(plan, slot)
+    assert back.stages == plan.stages
+    assert back.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s, rel=1e-9)
+    assert back.estimate.memory_bytes["peak"] == pytest.approx(plan.estimate.memory_bytes["peak"], rel=1e-9)
 
 
-def test_degrees_that_galvatron_has_no_words_for_are_refused():
-    with pytest.raises(ExportError, match="degrees that differ between embedding and head"):
-        export(cut(2, 4, 1), "galvatron")
-    with pytest.raises(ExportError, match="cannot express tp that differs"):
-        export(cut(2, 4, 0), "megatron")
+def test_galvatron_refuses_what_its_layers_cannot_differ_in():
+    """One flag says for all layers whether the sequence is shared, and the vocabulary has one degree."""
+    with pytest.raises(ExportError, match="one flag for all"):
+        export(cut(["u2"] * 16 + ["2"] * 16, "2", shared="false"), "galvatron")
+    export(cut(["1"] * 16 + ["2"] * 16, "2", shared="false"), "galvatron")
+    unlike = cut(["1"] * 16 + ["2"] * 16, "1")
+    layerwise = {**unlike.layerwise, "head": unlike.layerwise["stages"][0][-1][0]}
+    with pytest.raises(ExportError, match="cannot express tp that differs between embedding and head"):
+        export(replace(unlike, layerwise=layerwise), "galvatron")
+    with pytest.raises(ExportError, match=r"cannot express tp that differs between layers \(1, 2\)"):
+        export(cut(["1"] * 16 + ["2"] * 16, "1"), "megatron")
+
+
+def test_degrees_that_do_not_divide_the_devices_are_refused():
+    with pytest.raises(InvalidPlan, match="devices do not divide"):
+        cut(["1"] * 16 + ["4"] * 16, "1", [6, 5, 5, 5, 5, 6])
+    with pytest.raises(InvalidPlan, match="no whole number of sequences on 16 replicas"):
+        cut(["4"] * 16 + ["1"] * 16, "4", micro_batch_size=1)
 
 
 def test_what_galvatron_has_no_words_for_is_refused():

@@ -110,6 +110,7 @@ class Mesh:
         """The same mesh with strategies that a launcher lets stand side by side: as many as it does, and what embedding and head
         may have beside them."""
         recipes = [{slot: c.value for slot, c in choices.recipe(*branch).items()} for branch in self.branches]
+        at_both = sorted(launcher.alike_at_ends & launcher.per_layer.keys())
         families: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for sets in product(*launcher.per_layer.values()):
             mixed = dict(zip(launcher.per_layer, sets, strict=True))
@@ -121,7 +122,7 @@ class Mesh:
             for members in alike.values():
                 ends: dict[tuple[str, ...], list[int]] = {}
                 for s in members:
-                    at_ends = tuple(recipes[s][slot] for slot in sorted(launcher.alike_at_ends))
+                    at_ends = tuple(recipes[s][slot] for slot in at_both)
                     ends.setdefault(at_ends, []).append(s)
                 families[tuple(members)] = [tuple(some) for some in ends.values()]
         largest = [one for one in families if not any(set(one) < set(other) for other in families)]
@@ -130,6 +131,16 @@ class Mesh:
         return found + [
             alone for alone in self.alone() if alone.branches[0] not in {self.branches[s] for s in covered}
         ]
+
+    def barred(self, at_ends: Mapping[str, str], choices: Branches) -> Mesh:
+        """The same mesh, whose embedding and head take no strategy but those with some values, by slot."""
+        if not at_ends:
+            return self
+        recipes = [choices.recipe(*branch) for branch in self.branches]
+        ends = [
+            s for s, own in enumerate(recipes) if all(own[slot].value == at_ends[slot] for slot in at_ends)
+        ]
+        return self._some(range(len(self.branches)), ends)
 
     def _some(self, members: Sequence[int], ends: Sequence[int]) -> Mesh:
         """Some of the strategies, of which embedding and head take some: any other takes for ever there."""

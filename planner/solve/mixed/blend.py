@@ -94,8 +94,9 @@ class _Costs(DeviceCosts):
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         ways: list[tuple[int, dict[int, int]]] = [(1, {})]
         if device.embedding and device.head:
-            ways = [(1, {embedding: a, head: 1 - a}) for a in (0, 1)]
-            ways += [(2, {embedding: a, head: a}) for a in (0, 1)]
+            ways = [(2, {embedding: a, head: a}) for a in (0, 1)]
+            if not self.blend.members.ends.alike:
+                ways += [(1, {embedding: a, head: 1 - a}) for a in (0, 1)]
         for self._changes, self._ends in ways:
             found = super()._solve(device, goal)
             if found is not None and (best is None or found.seconds < best.seconds):

@@ -16,6 +16,7 @@ from planner.schedule.order import generator_of
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.mixed.blend import Blend
 from planner.solve.mixed.bundle import Bundle
+from planner.solve.mixed.families import FREE, Ends
 from planner.solve.mixed.members import Class, Members, Option
 from planner.solve.mixed.shapes import Shape
 from planner.solve.mixed.stretch import Stretch
@@ -34,15 +35,16 @@ class Ground:
         problem: the whole problem.
         solver: of the strategies of a stage.
         mixing: whether layers of one stage may be cut in different ways.
+        ends: what embedding and head share.
 
     Raises:
         SpecError: a group has no mesh with the degrees that are fixed.
     """
 
-    def __init__(self, problem: Problem, solver: Solver, *, mixing: bool = False) -> None:
-        self.problem, self.mixing = problem, mixing
+    def __init__(self, problem: Problem, solver: Solver, *, mixing: bool = False, ends: Ends = FREE) -> None:
+        self.problem, self.mixing, self.ends_alike = problem, mixing, ends.alike
         self.groups = [
-            Members(problem, group, SCHEDULE, solver, mixing=mixing)
+            Members(problem, group, SCHEDULE, solver, mixing=mixing, ends=ends)
             for group in range(len(problem.cluster.groups))
         ]
         self.order = tuple(block_order(problem.model))

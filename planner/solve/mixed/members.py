@@ -18,6 +18,7 @@ from planner.solve.layerwise.devices import DeviceCosts, Solved
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.mixed.bundle import Bundle
+from planner.solve.mixed.families import FREE, Ends
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch
@@ -84,13 +85,21 @@ class Members:
         schedule: name of the order.
         solver: of strategies.
         mixing: whether layers of one stage may be cut in different ways.
+        ends: what embedding and head share.
     """
 
     def __init__(
-        self, problem: Problem, group: int, schedule: str, solver: Solver, *, mixing: bool = False
+        self,
+        problem: Problem,
+        group: int,
+        schedule: str,
+        solver: Solver,
+        *,
+        mixing: bool = False,
+        ends: Ends = FREE,
     ) -> None:
         self.group, self.schedule, self.solver, self.mixing = group, schedule, solver, mixing
-        self.problem = of_group(problem, group)
+        self.ends, self.problem = ends, of_group(problem, group)
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.kinds = self.uniform.kinds
         self.classes: dict[Class, list[Member]] = defaultdict(list)
@@ -238,7 +247,8 @@ class Members:
         strategies = Strategies(tables, rows, branches, [0])
         if not strategies.branches:
             return [None] * len(pairs)
-        return [mesh if len(mesh.branches) else None for mesh in strategies.meshes(range(len(pairs)))]
+        meshes = [mesh.barred(self.ends.values, branches) for mesh in strategies.meshes(range(len(pairs)))]
+        return [mesh if len(mesh.branches) else None for mesh in meshes]
 
 
 def side_by_side(meshes: Sequence[Mesh], communicators: float) -> Mesh:

@@ -16,6 +16,7 @@ from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.bounds import Bounds
+from planner.solve.mixed.families import FREE, Ends, families
 from planner.solve.mixed.ground import SCHEDULE, Ground
 from planner.solve.mixed.settle import Found, Settler
 from planner.solve.mixed.shapes import Shape, shapes
@@ -66,19 +67,9 @@ def search_mixed(
         alike = base(problem, top, on_progress)
     except Infeasible as error:
         refusal = error
-    run = MixedSearch(
-        problem,
-        _LONGEST_S if alike is None else alike.best.estimate.step_time_s,
-        solver,
-        time_limit_s,
-        mixing=mixing,
-    )
-    try:
-        run.go()
-    except KeyboardInterrupt:
-        run.account.stopped = "interrupted"
-    account = run.finished()
-    plans = _plans(problem, run.best, account, alike, top)
+    below_s = _LONGEST_S if alike is None else alike.best.estimate.step_time_s
+    best, account = _searched(problem, below_s, solver, time_limit_s, mixing=mixing)
+    plans = _plans(problem, best, account, alike, top)
     stopped = account.stopped == "interrupted"
     if not plans:
         if stopped:
@@ -96,13 +87,16 @@ def search_mixed(
 def applies(problem: Problem) -> bool:
     """Whether stages may differ in where they run and how their work is cut: nothing that is fixed forbids it.
 
-    Launchers take one mesh for all stages; named layouts and virtual stages are of pipelines of equal devices.
+    Most launchers take one mesh for all stages, and those that do not start one kind of devices; named layouts and virtual stages
+    are of pipelines of equal devices.
     """
     fixed = problem.fixed
     plain = "pipeline_layout" not in fixed and str(fixed.get("virtual_stages", "1")) == "1"
     named = str(fixed.get("schedule", SCHEDULE)).lower() == SCHEDULE
     long = not problem.cluster.mixed or str(fixed.get("pp", "2")) != "1"
-    return problem.launcher is None and plain and named and long
+    launcher = problem.launcher
+    runs = launcher is None or (bool(launcher.per_place) and not problem.cluster.mixed)
+    return runs and plain and named and long
 
 
 class MixedSearch:
@@ -114,26 +108,35 @@ class MixedSearch:
         solver: of the strategies of a stage.
         time_limit_s: when to stop.
         mixing: whether layers of one stage may be cut in different ways.
+        ends: what embedding and head share.
     """
 
     def __init__(
-        self, problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool = False
+        self,
+        problem: Problem,
+        below_s: float,
+        solver: str,
+        time_limit_s: float,
+        *,
+        mixing: bool = False,
+        ends: Ends = FREE,
     ) -> None:
         self.mixing = mixing
         self.start_s = perf_counter()
         self.end_s = self.start_s + time_limit_s
-        self.problem, self.best_s = problem, below_s
+        self.problem, self.best_s, self._ends = problem, below_s, ends
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
         self.best: Found | None = None
         self.account = Account(solver, _space(problem, mixing=mixing))
+        self._started = False
         self._heap: list[tuple[float, int, Shape, Bounds | None]] = []
         self._open: list[float] = []
         self._looks = 0
 
     def go(self) -> None:
         """Runs until the end, or until the time is over."""
-        self.ground = Ground(self.problem, self.solver, mixing=self.mixing)
+        self.ground = Ground(self.problem, self.solver, mixing=self.mixing, ends=self._ends)
         layers = np.array([float(self.ground.order.count(kind)) for kind in self.ground.kinds[:-3]])
         fixed = self.problem.fixed.get("pp")
         lengths = None if fixed is None else (int(str(fixed)),)
@@ -141,6 +144,7 @@ class MixedSearch:
         self.account.parts = len(every)
         self._heap = [(shape.bound_s, number, shape, None) for number, shape in enumerate(every)]
         heapify(self._heap)
+        self._started = True
         while self._heap and self._heap[0][0] < self.best_s:
             if self.account.late(self.end_s):
                 return
@@ -191,14 +195,43 @@ class MixedSearch:
             wanted = dict.fromkeys((self.ground.class_of(shape, group), shape.pp) for shape in several)
             members.price((member, pp) for of, pp in wanted for member in members.classes[of][:asked])
 
+    def open_s(self) -> list[float]:
+        """Bounds of all parts that no bound has excluded, when the search has ended for whatever reason."""
+        return [bound_s for bound_s, *_ in self._heap] + self._open if self._started else [0.0]
+
     def finished(self) -> Account:
-        """The account of the search, when it has ended for whatever reason."""
-        bounds = [bound_s for bound_s, *_ in self._heap] + self._open
-        self.account.close(bounds or [0.0], self.best_s, self.start_s)
+        """The account of the search, when it has ended."""
+        self.account.close(self.open_s(), self.best_s, self.start_s)
         return self.account
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
+
+
+def _searched(
+    problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool
+) -> tuple[Found | None, Account]:
+    """The best plan of all families, each searched below the ones before, and the account of all together."""
+    start_s = perf_counter()
+    several = list(families(problem))
+    best: Found | None = None
+    total, open_s = Account(solver, _space(problem, mixing=mixing)), [0.0] if not several else []
+    for number, family in enumerate(several):
+        left_s = (start_s + time_limit_s - perf_counter()) / (len(several) - number)
+        run = MixedSearch(family.problem, below_s, solver, left_s, mixing=mixing, ends=family.ends)
+        try:
+            run.go()
+        except KeyboardInterrupt:
+            run.account.stopped = "interrupted"
+        if run.best is not None:
+            best, below_s = run.best, run.best_s
+        open_s += run.open_s()
+        total.add(run.account)
+        if run.account.stopped == "interrupted":
+            open_s += [0.0] * (number + 1 < len(several))
+            break
+    total.close(open_s, below_s, start_s)
+    return best, total
 
 
 def _space(problem: Problem, *, mixing: bool) -> str:

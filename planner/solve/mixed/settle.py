@@ -178,7 +178,7 @@ class Settler:
                 behind_s += solved.seconds - self.m * work_s
             else:
                 behind_s += float(self.ground.hops_s([(before, option.place)])[0])
-        for chosen in _together(ways):
+        for chosen in _together(ways, ends_alike=self.ground.ends_alike):
             assignment, values = self._assignment(chosen, ends)
             layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
             names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
@@ -285,16 +285,33 @@ class Settler:
         return assignment, np.stack(values, axis=1)
 
 
-def _together(ways: Sequence[Sequence[Way]]) -> Iterator[Sequence[Way]]:
-    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other."""
+def _together(ways: Sequence[Sequence[Way]], *, ends_alike: bool) -> Iterator[Sequence[Way]]:
+    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other.
+
+    Where embedding and head are cut alike, those of the first and of the last stage go together.
+    """
+
+    def runs(chosen: Sequence[Way]) -> bool:
+        return not ends_alike or _cut(chosen[0], "embedding") == _cut(chosen[-1], "head")
+
     if prod(len(some) for some in ways) <= _FEW:
-        yield from product(*ways)
+        yield from filter(runs, product(*ways))
         return
     first = [some[0] for some in ways]
-    yield first
-    for stage, some in enumerate(ways):
-        for way in some[1:]:
-            yield [*first[:stage], way, *first[stage + 1 :]]
+    if ends_alike:
+        pairs = ([a, *first[1:-1], b] for a, b in product(ways[0], ways[-1]))
+        first = next(filter(runs, pairs), first)
+    every = [
+        [*first[:stage], way, *first[stage + 1 :]] for stage, some in enumerate(ways) for way in some[1:]
+    ]
+    yield from filter(runs, [first, *every])
+
+
+def _cut(way: Way, end: str) -> tuple[float, float]:
+    """Degrees of a stage's embedding or head."""
+    option, solved = way
+    row = option.place_of(getattr(solved, end)).row
+    return row["tp"], row["cp"]
 
 
 def _end(solved: Solved) -> int:
