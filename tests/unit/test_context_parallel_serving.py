@@ -11,6 +11,7 @@ from planner.serving.serve import serve
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.stack import load_stack
 from planner.specs.traffic import Traffic
+from planner.techniques.serving import runs
 
 
 def plan_of(model, cluster, engine="vllm", isl=8000, osl=390, weights=None, explore=(), **fixed):
@@ -20,6 +21,12 @@ def plan_of(model, cluster, engine="vllm", isl=8000, osl=390, weights=None, expl
         modes=("aggregated",), fixed=fixed, explore=explore,
     )  # fmt: skip
     return serve(problem, top=1).best
+
+
+def test_whole_caches_hold_what_the_logs_say():
+    """Kimi-K2-Thinking on 8 H200 without dcp: 715,072 tokens in 46.80 GiB (vllm-project/recipes, start-up logs)."""
+    each = runs.cache_bytes_per_token(runs.run("cache_copies", lambda ledger, _: ledger, model="kimi-k2", tp=8))
+    assert 46.80 * 2**30 / each == pytest.approx(715_072, rel=1e-3)
 
 
 def test_what_a_published_overload_gains():

@@ -203,10 +203,12 @@ CASES = [
         Case(choice, by, "mixtral-8x7b", "h100-sxm:4x8", 256, 4096, {**K, "tp": 2})
         for choice, by in (
             ("tensor=1d", "megatron_tp_1d"), ("expert=folded", "moe_folding"), ("pipeline=stages", "megatron_interleaved"),
-            ("optimizer=adamw", "optimizer_bytes"), ("attention_kernel=flash", "flash_attention"), ("zero_stage=1", "zero1"),
+            ("optimizer=adamw", "optimizer_bytes"), ("attention_kernel=flash", "flash_attention"),
             ("loss_kernel=fused", "fused_cross_entropy"), ("precision=bf16", "flash_attention"),
         )
     ),
+    # In a pipeline gradients add up over micro-batches; sharded ones would be sent after each.
+    Case("zero_stage=1", "zero1", "mixtral-8x7b", "h100-sxm:4x8", 256, 4096, {**K, "tp": 2, "pp": 4}),
     # All-reduces on PCIe without sequence parallelism: Wang et al. 2024 (arXiv:2409.15241).
     Case("tensor_overlap=domino", "domino", "llama2-13b", "a6000:1x8", 16, 2048,
          {"tp": 8, "tensor": "1d", "sequence_parallel": "false", "loss_kernel": "fused", "gradient_accumulation": "fused"},

@@ -57,13 +57,16 @@ CASES = [
     # 13B in one 24 GB card, half of the layers on the host: arXiv:2410.08791.
     Asked("parameter_offload=window", "none", on("gpt3-13b", "rtx-4090:1x1", 1, 512, {"gradient_dtype": "fp16", **K},
           job={"precisions": ("fp16",), "optimizer": "lomo"}, host_gb=256), {"resident_layers": 20}, fits=False),
-    Asked("zero_group=ranks", "full", on("gpt3-2.7b", SLOW, 256, 2048, {**FLAT, "zero_stage": 3}), {"zero_group_ranks": 8}),
+    Asked("zero_group=ranks", "full", on("gpt3-2.7b", SLOW, 32, 2048, {**FLAT, "zero_stage": 3}), {"zero_group_ranks": 8}),
     Asked("checkpoint_end=early_stop", "whole",
           on("llama3-8b", "a100-sxm-40gb:1x8", 8, 32768, {**TP8, "recompute": "full"})),
     # Scores that exceed memory: arXiv:2205.05198, section 5; less to run again than all of a layer.
     Asked("recompute=modules", "none", on("gpt3-13b", "a100-sxm-80gb:1x8", 32, 8192, EAGER),
           {"recompute_modules": "core_attn"}, fits=False),
     Asked("recompute=per_op", "full", on("llama3-8b", "a100-sxm-80gb:1x8", 8, 65536, TP8)),
+    # Sums without sequence parallelism over PCIe: arXiv:2205.05198, section 4.2.2.
+    Asked("tensor_overlap=weight_gradient", "none",
+          on("gpt3-2.7b", "a6000:1x8", 32, 2048, {**K, **ON_DEVICE, "tp": 8, "sequence_parallel": "false"})),
     # Experts as unlike as 1/j, and as many tokens for every rank: arXiv:2505.21411.
     Asked("expert=grouped", "folded", on("mixtral-8x7b", "h100-sxm:1x8", 64, 4096,
           {**K, "ep": 2, "cp": 1, "tp": 2, "pp": 2, "sequence_parallel": "true"}, job={"expert_zipf": 1.0})),

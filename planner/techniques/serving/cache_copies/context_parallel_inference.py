@@ -125,9 +125,6 @@ TECHNIQUES = (
         default=True,
         source="arXiv:1909.08053",
         summary="Key heads that ranks share are held by each",
-        figures=(
-            Figure("tokens in the caches, 46.80 GiB on each of 8 ranks", 715072.0, 1e-3, _LOGS, _tokens),
-        ),
     ),
     TECHNIQUE,
 )
