@@ -5,10 +5,11 @@ gradients and, where the block is recomputed, that. So the three phases are pric
 
     backward = T(b + w) − w        recompute = T(b + w + r) − T(b + w)        weight = w
 
-with ``b``, ``w`` and ``r`` their own work and ``T(x)`` the window in which ``x`` seconds of work and the traffic share the
-device. A recomputation lengthens a backward by what it takes, or by less where traffic waits for something to hide behind.
-Only the sum of the three is a time that a clock could take, and it never grows with bandwidth; what is left of traffic after
-all of them counts as the backward's, so a faster weight gradient beside slow traffic moves seconds to it.
+with ``b``, ``w`` and ``r`` their own work (the latter two no faster than the host issues it) and ``T(x)`` the window in which
+``x`` seconds of work and the traffic share the device. A recomputation lengthens a backward by what it takes, or by less where
+traffic waits for something to hide behind. Only the sum of the three is a time that a clock could take, and it never grows
+with bandwidth. What is left of traffic after all of them counts as the backward's, so a faster weight gradient beside slow
+traffic moves seconds to it.
 
 What runs beside work slows it by the device memory, caches and multiprocessors that it takes, which go by bytes: traffic that
 waits for a slow network slows work less per second than traffic inside a node does.
@@ -144,7 +145,9 @@ def phase_s(phase: str, own: Lanes, others: Sequence[Lanes], stack: Stack) -> Ar
         backward, *rest = others
         paced_s = _paced_s(backward, [*rest, own], stack) - _paced_s(backward, rest, stack)
     else:
-        paced_s = _paced_s(own, others, stack) - sum(_paced_s(other, (), stack) for other in others)
+        paced_s = _paced_s(own, others, stack)
+        for other in others:
+            paced_s = paced_s - _paced_s(other, (), stack)
     return paced_s + own.waits * (float(stack.waited_dispatches) * float(stack.dispatch_s))
 
 
@@ -153,9 +156,11 @@ def _paced_s(first: Lanes, others: Sequence[Lanes], stack: Stack) -> Array:
 
     The others count with what the host takes to issue their kernels: traffic goes on while the device waits for it.
     """
-    after_s = sum(_paced_s(other, (), stack) for other in others)
-    device_s = together_s(first.main + after_s, first.others, stack.overlap_slowdown.value)
-    paced_s: Array = np.maximum(device_s, first.launches * float(stack.dispatch_s) + after_s)
+    work_s, issued_s = first.main, first.launches * float(stack.dispatch_s)
+    for other in others:
+        alone_s = _paced_s(other, (), stack)
+        work_s, issued_s = work_s + alone_s, issued_s + alone_s
+    paced_s: Array = np.maximum(together_s(work_s, first.others, stack.overlap_slowdown.value), issued_s)
     return paced_s
 
 
