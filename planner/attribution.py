@@ -79,9 +79,10 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
             for i, price in traffic
             if whole_s
         ]
-        dispatch_s = _first(own.launches) * float(pricer.stack.dispatch_s)
-        if dispatch_s > total_s:
-            shares.append(Share(None, block, phase, dispatch_s, dispatch_s - total_s))
+        paced_s = _first(phase_s(phase, own._replace(waits=0.0), others, pricer.stack))
+        if paced_s > total_s:
+            dispatch_s = _first(own.launches) * float(pricer.stack.dispatch_s)
+            shares.append(Share(None, block, phase, dispatch_s, paced_s - total_s))
         if waits := _first(own.waits):
             waited_s = waits * float(pricer.stack.waited_dispatches) * float(pricer.stack.dispatch_s)
             shares.append(Share(None, block, phase, waited_s, waited_s))

@@ -7,6 +7,8 @@ gradients and, where the block is recomputed, that. So the three phases are pric
 
 with ``b``, ``w`` and ``r`` their own work and ``T(x)`` the window in which ``x`` seconds of work and the traffic share the
 device. A recomputation lengthens a backward by what it takes, or by less where traffic waits for something to hide behind.
+Only the sum of the three is a time that a clock could take, and it never grows with bandwidth; what is left of traffic after
+all of them counts as the backward's, so a faster weight gradient beside slow traffic moves seconds to it.
 
 What runs beside work slows it by the device memory, caches and multiprocessors that it takes, which go by bytes: traffic that
 waits for a slow network slows work less per second than traffic inside a node does.
@@ -138,19 +140,23 @@ def phase_s(phase: str, own: Lanes, others: Sequence[Lanes], stack: Stack) -> Ar
         others: those of the phases that :func:`shares_backward` names.
         stack: what the host takes per kernel, and how much streams slow each other.
     """
-    slowdown = stack.overlap_slowdown.value
-    work_s: Any = sum(other.main for other in others)
     if others and phase == "recompute":
-        beside = [lane for other in others for lane in other.others]
-        alone_s = together_s(own.main, own.others, slowdown)
-        device_s = together_s(work_s + alone_s, beside, slowdown) - together_s(work_s, beside, slowdown)
-    elif own.others:
-        device_s = together_s(own.main + work_s, own.others, slowdown) - work_s
+        backward, *rest = others
+        paced_s = _paced_s(backward, [*rest, own], stack) - _paced_s(backward, rest, stack)
     else:
-        device_s = np.asarray(own.main)
-    dispatch_s = float(stack.dispatch_s)
-    paced_s: Array = np.maximum(device_s, own.launches * dispatch_s)
-    return paced_s + own.waits * (float(stack.waited_dispatches) * dispatch_s)
+        paced_s = _paced_s(own, others, stack) - sum(_paced_s(other, (), stack) for other in others)
+    return paced_s + own.waits * (float(stack.waited_dispatches) * float(stack.dispatch_s))
+
+
+def _paced_s(first: Lanes, others: Sequence[Lanes], stack: Stack) -> Array:
+    """Seconds of a phase and of others after it, which also hide what runs beside the first, on the device or for the host.
+
+    The others count with what the host takes to issue their kernels: traffic goes on while the device waits for it.
+    """
+    after_s = sum(_paced_s(other, (), stack) for other in others)
+    device_s = together_s(first.main + after_s, first.others, stack.overlap_slowdown.value)
+    paced_s: Array = np.maximum(device_s, first.launches * float(stack.dispatch_s) + after_s)
+    return paced_s
 
 
 def dispatches(item: Item, axes: Axes) -> Array | float:

@@ -56,6 +56,15 @@ DETAILS = {
 LAUNCHES_S = 5e-6  # of an update on the device, which one on the host does without
 SENDING = (*GROUPS, "zero_stage", "optimizer_offload", "activation_offload", "parameter_offload")
 TIMES = ("forward_s", "backward_s", "weight_s", "recompute_s", "main_step_s")
+PRICED_TOGETHER = (
+    ("forward_s",),
+    ("backward_s", "weight_s"),
+    ("backward_s", "weight_s", "recompute_s"),
+    ("main_step_s",),
+)
+"""Sums of times that a clock could take. Traffic beside a backward hides behind its weight gradients and recomputation too and
+what outlasts them counts as the backward's: that share grows where a faster link makes a weight gradient faster beside a drive
+that is as slow as before. With some layers recomputed the time lies between the two sums."""
 
 
 def model(experts: int) -> Model:
@@ -226,8 +235,9 @@ def test_pairs_that_send_are_never_slower_on_faster_links(slot: str) -> None:
         run = Run(experts, pair, MESHES)
         if run.valid.any():
             table, faster = run.table(), Run(experts, pair, MESHES, 2.0).table()
-            for name in TIMES:
-                assert (faster[name] <= table[name] * (1 + 1e-9)).all(), (named(pair), name)
+            for names in PRICED_TOGETHER:
+                before_s, after_s = (sum(each[name] for name in names) for each in (table, faster))
+                assert (after_s <= before_s * (1 + 1e-9)).all(), (named(pair), names)
 
 
 @pytest.mark.parametrize("slot", GROUPS)

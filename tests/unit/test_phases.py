@@ -44,6 +44,35 @@ def test_traffic_hides_behind_the_whole_backward_of_a_block(traffic_s, backward_
     assert float(phase_s("recompute", again, [backward, weight], STACK)) == pytest.approx(recompute_s)
 
 
+def test_traffic_hides_behind_what_the_host_takes_to_issue_weight_gradients():
+    traffic = Lane(np.array(9.0), np.array(0.0))
+    backward = Lanes(np.array(4.0), (traffic,))
+    # One second of weight gradients that the host takes three to issue.
+    weight = Lanes(np.array(1.0), launches=3.0 / float(STACK.dispatch_s))
+    assert float(phase_s("weight", weight, [], STACK)) == pytest.approx(3.0)
+    assert float(phase_s("backward", backward, [weight], STACK)) == pytest.approx(9.0 - 3.0)
+
+
+def test_a_backward_with_its_weight_gradients_and_recomputation_never_gains_from_slower_streams():
+    """Slower links lengthen traffic, what of it slows work, and work that waits for collectives: no sum of phases may fall."""
+    rng = np.random.default_rng(7)
+
+    def phases(each, launches):
+        work_s, traffic_s, contended_s, gather_s = each[:3], each[3:5], each[5:7], each[7]
+        beside = tuple(map(Lane, traffic_s, np.minimum(contended_s, traffic_s)))
+        backward = Lanes(work_s[0], beside, launches[0])
+        weight = Lanes(work_s[1], (), launches[1])
+        again = Lanes(work_s[2], (Lane(gather_s, gather_s),), launches[2])
+        gradients_s = phase_s("backward", backward, [weight], STACK) + phase_s("weight", weight, [], STACK)
+        return gradients_s, gradients_s + phase_s("recompute", again, [backward, weight], STACK)
+
+    fast = rng.exponential(1.0, (8, 10_000)) * rng.choice([0.0, 1.0, 10.0], (8, 10_000))
+    slow = fast * np.where(rng.random(fast.shape) < 0.5, 1.0, rng.uniform(1.0, 3.0, fast.shape))
+    launches = rng.exponential(1.0 / float(STACK.dispatch_s), (3, 10_000))
+    for before_s, after_s in zip(phases(fast, launches), phases(slow, launches), strict=True):
+        assert (after_s >= before_s * (1 - 1e-9)).all()
+
+
 def test_a_slow_network_slows_work_by_its_bytes_alone():
     a = assembly("llama3-8b", "h100-sxm:8x8", zero_stage="fsdp", tp=8)  # eight replicas, one in each node
     part = a.parts[0]
