@@ -193,6 +193,39 @@ def test_planes_bound_blocks_under_every_range_of_transients():
                 assert planes.bound(number) == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_range_that_is_closed_to_a_kind_keeps_the_digits_of_the_others():
+    """Sums over a chain, whose differences bound its parts: two blocks whose only strategy the range does not allow, then one of
+    0.1 s. Its bound is 0.1 s to the digits of 0.1, not to those of what keeps the others out."""
+    ranges = Ranges(
+        np.array([[[0.3, 0.1]]]), np.zeros((1, 1, 2)), np.array([[2.0, 1.0]]), np.ones(1), np.ones((1, 1))
+    )
+    planes = Planes(ranges, np.array([[0.0, 1.0]]), steep=True)
+    sums = np.cumsum(planes.least[:, 0, [0, 0, 1]], axis=1)
+    closed, last = ((sums[:, b] - sums[:, b - 1] - planes.paid[:, 0]).max() for b in (1, 2))
+    assert last == pytest.approx(0.1, rel=1e-15)
+    assert closed > 1e6
+
+
+def test_a_relaxation_that_ends_early_bounds_all_the_same(monkeypatch):
+    """Against the optimum: wherever the simplex method stops, its bound is no larger, nor infinite where something fits."""
+    draw = np.random.default_rng(31)
+    below = 0
+    for pivots in (0, 1, 2, 5):
+        for _ in range(40):
+            problem = random_problem(draw)
+            given = (
+                [group.size for group in problem.groups], [group.cost for group in problem.groups],
+                [group.held for group in problem.groups], problem.offset, problem.budget,
+            )  # fmt: skip
+            optimum = relaxed(*given).bound
+            with monkeypatch.context() as early:
+                early.setattr("planner.solve.layerwise.linear._MOST_PIVOTS", pivots)
+                found = relaxed(*given).bound
+            assert found <= optimum * (1 + 1e-12)
+            below += found < optimum * (1 - 1e-6)
+    assert below > 20  # otherwise none of them ended early
+
+
 def test_proofs_of_counts_hold():
     draw = np.random.default_rng(21)
     for _ in range(100):

@@ -222,6 +222,8 @@ class DeviceBounds:
         offset = planes.least[:, :, list(ends)].sum(axis=2) - planes.paid
         sums = np.cumsum(planes.least[:, :, list(order)], axis=2)
         lines = np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+        # Differences of sums over all layers keep no more digits than the sums, which are larger than a device's share of them.
+        offset = offset - np.finfo(float).eps * (len(order) + 2) * lines[:, :, -1]
         return Line(np.ascontiguousarray(offset.T), np.ascontiguousarray(lines.transpose(1, 0, 2)))
 
     def _samples(self, device: int, order: Sequence[int], ends: Sequence[int]) -> Array:

@@ -6,7 +6,8 @@ The blocks of a device that may take the same strategies at the same cost are a 
 
 bounds the device's cost from below, whichever strategies keep its memory (weak duality), and its largest value over ``λ`` is
 what the linear relaxation costs: mixtures on the lower convex hull of (held, cost). It is concave and made of lines in ``λ``, so
-that a few tangents find it, for all devices side by side.
+that a few tangents find it, for all devices side by side. Rooms are taken with the excess that counts as rounding, which is more
+than rounding makes of ``λ·held − λ·room``, however steep the price.
 """
 
 from __future__ import annotations
@@ -81,9 +82,10 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
 
     >>> one = np.ones((1, 1))
     >>> cells = Cells.of(5.0 * one[None], one, one, one)
-    >>> dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0])).tolist()  # 2.5 of each
+    >>> dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0])).round(9).tolist()  # 2.5 each
     [17.5]
     """
+    room = room + SLACK * np.abs(room)
     starts = np.searchsorted(cells.device, np.arange(len(room)))
     place = np.arange(cost.shape[1])
 
@@ -96,7 +98,7 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
     over_s, over = at(cost)
     smallest = np.where(np.isfinite(cost), held, np.inf)
     kept_s, kept = at(np.where(smallest == smallest.min(axis=0), cost, np.inf))
-    fits = np.isfinite(over_s) & (kept <= SLACK * np.abs(room))
+    fits = np.isfinite(over_s) & (kept <= 0.0)
     over_s, kept_s = np.where(fits, over_s, 0.0), np.where(fits, kept_s, 0.0)
     best = over_s.copy()  # without a price
     open_ = fits & (over > 0.0)

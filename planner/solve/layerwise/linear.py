@@ -8,7 +8,9 @@ duals are, they bound: weights ``μ`` of the costs (which sum to 1) and prices `
 
     Σ_g n_g·min_s (μ·cost_gs + λ·held_gs) + μ·offset − λ·room
 
-(weak duality), so that neither rounding nor an early end makes the bound wrong.
+(weak duality), so that neither rounding in the pivots nor an early end makes the bound wrong: where budgets seem too small, that
+is taken for proved only if the duals bound the cost by more than any counts cost. What rounding makes of the sum itself is below
+1e-12 of its parts (a thousand layers at 1e-16): a caller that adds that much to the room stays below every price.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _MOST_PIVOTS = 200
 _OPTIMAL = 1e-11  # reduced cost of a column, in units of the dearest layer, that is taken for none
 _SMALLEST_PIVOT = 1e-10
 _EXCEEDED = 1e-9  # part of a budget by which counts may exceed it and still be taken to keep it
+_BEYOND = 2.0  # times what any counts cost: more than rounding makes of it
 _PENALTIES = (1e4, 1e8, 1e12)  # of a budget exceeded by its whole, in units of the dearest layer
 
 
@@ -65,11 +68,17 @@ def relaxed(
     tableau = _Tableau(sizes, cost, held, offset, room)
     fits = tableau.solve()
     weights, prices = tableau.duals()
-    if not fits:
-        return Relaxed(np.inf, weights, prices * (_PENALTIES[0] / _PENALTIES[-1]), [])
     least = [n * float((weights @ c + prices @ h).min()) for n, c, h in zip(sizes, cost, held, strict=True)]
     bound = sum(least) + float(weights @ offset) - float(prices @ room)
+    if not fits and bound > _BEYOND * _dearest(sizes, cost, offset):
+        return Relaxed(np.inf, weights, prices * (_PENALTIES[0] / _PENALTIES[-1]), [])
     return Relaxed(bound, weights, prices, tableau.shares())
+
+
+def _dearest(sizes: Sequence[int], cost: Sequence[Array], offset: Array) -> float:
+    """No counts cost more: if those that fit cost more than this, none fit."""
+    layers = sum(n * float(np.abs(c).max()) for n, c in zip(sizes, cost, strict=True))
+    return layers + float(np.abs(offset).max())
 
 
 class _Tableau:

@@ -6,6 +6,10 @@ Weights ``μ`` of the costs and prices ``λ`` of the budgets make a plane: ``n``
 
 and the largest plane bounds (weak duality). The planes are those of the linear relaxation at some numbers of blocks, each in the
 range that is cheapest so far, until the cheapest one has a plane of its own: there the bound is the relaxation's value.
+
+Budgets are taken with the excess that counts as rounding: what rounding makes of ``λ·held − λ·room`` is smaller than that. A
+range that allows no strategy of a kind is closed to its blocks by a plane of its own: sums in which a huge number stood for these
+blocks would lose the last digits of the others.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.ledger import Array
+from planner.solve.layerwise.counts import SLACK
 from planner.solve.layerwise.linear import relaxed
 
 __all__ = ["Planes", "Ranges"]
 
 _ROUNDS = 12  # planes for one number of blocks, at most
 _DEARER = (1.0, 16.0, 256.0, 4096.0)  # prices of a byte, in seconds of all blocks per byte of the budget
-_LONGEST_S = 1e7  # stands for strategies that are not allowed
+_LONGEST_S = 1e7  # of a block of which a range allows no strategy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,11 +69,15 @@ class Planes:
         self._order = np.argsort(ranges.transient, axis=0, kind="stable")
         self._kinds = np.arange(ranges.transient.shape[1])
         self._allowed = (ranges.transient <= ranges.high[:, None, None]).sum(axis=1)
+        self._room = ranges.room + SLACK * np.abs(ranges.room)
         self._least: list[Array] = []
         self._paid: list[Array] = []
         self.prices: list[Array] = list(prices)
         functions, budgets = len(ranges.cost), len(ranges.held)
         even = np.full(functions, 1.0 / functions)
+        if not self._allowed.all():
+            self._least.append(np.where(self._allowed > 0, 0.0, _LONGEST_S))
+            self._paid.append(np.zeros(len(ranges.high)))
         self._add(even, np.zeros(budgets))
         for known in prices:
             self._add(even, known)
@@ -98,8 +107,8 @@ class Planes:
         priced = np.tensordot(weights, ranges.cost, 1) + np.tensordot(prices, ranges.held, 1)
         least = np.minimum.accumulate(priced[self._order, self._kinds], axis=0)
         least = least[np.maximum(self._allowed, 1) - 1, self._kinds]
-        self._least.append(np.where(self._allowed > 0, least, _LONGEST_S))
-        self._paid.append(prices @ ranges.room)
+        self._least.append(np.where(self._allowed > 0, least, 0.0))
+        self._paid.append(prices @ self._room)
 
     def _tighten(self, number: Array) -> None:
         """Adds the relaxation's plane in the cheapest range, until that range has one."""
@@ -126,5 +135,5 @@ class Planes:
             [x[:, some, kind] for some, kind in zip(open_, kinds, strict=True)]
             for x in (ranges.cost, ranges.held)
         )
-        found = relaxed(sizes, cost, held, np.zeros(len(ranges.cost)), ranges.room[:, which])
+        found = relaxed(sizes, cost, held, np.zeros(len(ranges.cost)), self._room[:, which])
         return found.weights, found.prices

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.ledger import Array
+from planner.solve.layerwise.counts import SLACK
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 
@@ -57,7 +58,9 @@ class Bundle:
         framework, each = problem.stack.framework_bytes.value, problem.stack.communicator_bytes.value
         idle = np.array([framework + each * mesh.communicators for mesh in meshes])
         least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
-        self.room = problem.memory_budget_bytes - idle - self.growth * least
+        # Wider by what differences of sums round off: a stage that fills its memory to the byte is none that holds too much.
+        budget = problem.memory_budget_bytes
+        self.room = budget * (1.0 + SLACK) - idle - self.growth * least
         self._least_held: dict[tuple[float, tuple[int, ...]], Array] = {}
         self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
 
