@@ -126,8 +126,9 @@ def _drafts(flags: FlagReader) -> Drafts | None:
     if wide != 1:
         flags.fault("--speculative-eagle-topk", f"{wide}: trees of drafts are not modelled", "1")
     tokens = steps if steps is not None else None if checked is None else checked - 1
-    if tokens is None:
-        flags.fault("--speculative-num-steps", "is missing", "the drafted tokens of a step")
+    if tokens is None or tokens < 1:
+        found = "is missing" if tokens is None else f"{tokens} drafted tokens"
+        flags.fault("--speculative-num-steps", found, "the drafted tokens of a step, from 1")
         return None
     if algorithm == "NGRAM":
         return Drafts("ngram", tokens)
