@@ -32,7 +32,7 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
     screen.line(f"{rate} · MFU {estimate.mfu:.1%}, HFU {estimate.hfu:.1%} · {peak}")
     if estimate.hfu < estimate.mfu:
         screen.line(
-            "MFU counts attention over every pair of tokens, HFU what is executed: causal kernels skip half of it."
+            "MFU counts attention over every pair of tokens of a document, HFU what is executed: causal kernels skip half of it."
         )
     if not estimate.fits:
         screen.line(does_not_fit(plan), "bold red")
