@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.plan import Plan
 from planner.report.discrepancy import show_discrepancy
+from planner.report.layers import layers
 from planner.report.plan_table import unusual_knobs
 from planner.report.ranking import does_not_fit
 from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, told_knobs, words
@@ -32,12 +33,14 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
     screen.line(f"{rate} · MFU {estimate.mfu:.1%}, HFU {estimate.hfu:.1%} · {peak}")
     if estimate.hfu < estimate.mfu:
         screen.line(
-            "MFU counts attention over every pair of tokens of a document, HFU what is executed: causal kernels skip half of it."
+            "MFU counts attention over every pair of tokens, HFU what is executed: causal kernels skip half of it."
         )
     if not estimate.fits:
         screen.line(does_not_fit(plan), "bold red")
     if content["changed"]:
         screen.section("Changed since the plan was written", _changes(content["changed"]))
+    if plan.layerwise is not None:
+        screen.section(*layers([plan]))
     if content["discrepancy"] is not None:
         show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)
