@@ -346,6 +346,24 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     jsonschema.validate(json.loads(path.read_text()), planner("schema", "--serving").json)
 
 
+@pytest.mark.parametrize(
+    ("limits", "where"),
+    [
+        (("--ttft-ms", 0.01, "--tpot-ms", 50), "--ttft-ms"), (("--ttft-ms", 1000, "--tpot-ms", 0.5), "--tpot-ms"),
+        (("--ttft-ms", 1000, "--tpot-ms", 50, "--rate", 1e5), "--rate"), (("--ttft-ms", 40, "--tpot-ms", 50), "--ttft-ms"),
+    ],
+)  # fmt: skip
+def test_pools_on_two_types_say_which_limit_nothing_keeps(planner, limits, where):
+    clusters = ("--cluster", "h100-sxm:1x4+l40s:1x8")
+    result = planner(
+        "serve", "--model", "llama3.1-8b", "--isl", 2000, "--osl", 200, *clusters, *limits, "--json"
+    )
+    assert result.code == 3
+    (fault,) = result.faults
+    assert fault["where"] == where
+    assert "fits" in fault["try"]
+
+
 def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
     path = tmp_path / "plans.json"
     base = (
