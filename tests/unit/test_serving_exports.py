@@ -522,6 +522,20 @@ def test_drafts_are_read_back_and_need_to_be_told_how_good_they_are(engine, who,
         problem_of_launch(*asked)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_slots_for_adapters_are_read_back(engine, tmp_path):
+    traffic = Traffic(2000, 200, concurrency=16, adapters=8, adapter_rank=32)
+    plan = plan_of(
+        "llama3.1-8b", "h100-sxm:1x8", engine=engine, traffic=traffic, tp=8, pp=1, dp=1, replicas=1
+    )
+    pools = read_launch(engine, str(written(plan, engine, tmp_path) / "serve.sh"))
+    assert [pool.adapters for pool in pools] == [(8, 32)]
+    job = (planner.load_model("llama3.1-8b"), planner.load_cluster(plan.cluster))
+    again = serve(problem_of_launch(pools, *job, Traffic(2000, 200, concurrency=16), None), top=1).best
+    assert again.traffic["adapters"] == 8
+    assert again.estimate.tpot_s["mean"] == pytest.approx(plan.estimate.tpot_s["mean"])
+
+
 def test_keys_of_an_object_may_be_flags_of_their_own(tmp_path):
     """vLLM's parser takes ``--speculative-config.method mtp`` for ``--speculative-config '{"method": "mtp"}'``."""
     (tmp_path / "run.sh").write_text(

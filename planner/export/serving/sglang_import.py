@@ -9,7 +9,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
 
 __all__ = ["read_sglang"]
 
@@ -102,6 +102,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     )
     context = flags.integer("--context-length", None)
     wasteful, drafts = _wasteful(flags.flags, chunk), _drafts(flags)
+    adapters = launched_adapters(flags, "--max-loras-per-batch", 8)
     flags.read |= _PASSIVE | {"--disable-cuda-graph", "--disable-radix-cache"}
     model = flags.text("--model-path", "")
     flags.raise_if_any()
@@ -111,7 +112,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of SGLang"))
     return LaunchedPool(
         "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
-        (*notes, *ignored_note(ignored)), ignored, drafts,
+        (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
     )  # fmt: skip
 
 

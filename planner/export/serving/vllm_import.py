@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
 
 __all__ = ["read_vllm"]
 
@@ -73,6 +73,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     if tokens is None:
         notes.append("--max-num-batched-tokens is left out: taken as the stack has it.")
     role, drafts = _role(flags), _drafts(flags)
+    adapters = launched_adapters(flags, "--max-loras", 1)
     model = flags.text("--model", before[0] if before else "")
     errors, wasteful = _errors(tokens, sequences, context, flags), _wasteful(flags)
     flags.read |= _PASSIVE
@@ -83,7 +84,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of vLLM"))
     return LaunchedPool(
         "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
-        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts,
+        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
     )  # fmt: skip
 
 
