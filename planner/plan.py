@@ -206,6 +206,9 @@ class Plan:
             SpecError: fields are missing or wrong, or the major version is another.
         """
 
+        if "pools" in data and "knobs" not in data:
+            raise SpecError(Fault(where, "is a serving plan", "a training plan", "planner train makes them."))
+
         def build() -> Plan:
             estimate = Estimate(**known_fields(data["estimate"], Estimate))
             optimality = Optimality(**known_fields(data["optimality"], Optimality))

@@ -154,6 +154,12 @@ def test_explain_accounts_for_an_iteration(planner, plans):
             assert all(item["by"] for item in iteration["items"])
 
 
+def test_a_plan_that_serves_is_no_plan_that_trains(planner, plans):
+    result = planner("goodput", plans, "--json")
+    (fault,) = result.faults
+    assert (result.code, fault["found"], fault["expected"]) == (2, "is a serving plan", "a training plan")
+
+
 def test_a_plan_that_trains_is_no_plan_that_serves(planner, plans, tmp_path):
     other = tmp_path / "train.json"
     planner(
