@@ -222,8 +222,15 @@ def _of_machine(cluster: Cluster, *, named: bool) -> tuple[str, str]:
 
 
 def model_flop(model: Model, workload: TrainWorkload) -> float:
-    """FLOP of one sequence, forward and backward, with full (non-causal) attention and no recompute."""
-    ledger = baseline(model, batch=1.0, seq=float(workload.seq_len), encoder_seq=workload.encoder_seq_len)
+    """FLOP of one sequence, forward and backward, with full (non-causal) attention inside documents and no recompute."""
+    seq, encoder_seq = float(workload.seq_len), workload.encoder_seq_len
+    documents = max(seq / (workload.document_len or seq), 1.0)
+    ledger = baseline(
+        model,
+        batch=documents,
+        seq=seq / documents,
+        encoder_seq=None if encoder_seq is None else encoder_seq / documents,
+    )
     repeats = {EMBEDDING: 1, HEAD: 1}
     for name in block_order(model):
         repeats[name] = repeats.get(name, 0) + 1

@@ -53,7 +53,7 @@ class Estimate:
     Attributes:
         step_time_s: one optimizer step.
         tokens_per_s_per_device: throughput.
-        mfu: model FLOP (full, non-causal attention) over the dense peak of the precision; a fraction.
+        mfu: model FLOP (full, non-causal attention inside documents) over the dense peak of the precision; a fraction.
         hfu: the same with the FLOP that are executed (recompute included, masked attention left out).
         memory_bytes: ``peak`` and its pools on the device that holds most.
         breakdown_s: seconds of the step on the busiest device by what they are spent on; they add up to ``step_time_s``.
@@ -205,6 +205,9 @@ class Plan:
         Raises:
             SpecError: fields are missing or wrong, or the major version is another.
         """
+
+        if "pools" in data and "knobs" not in data:
+            raise SpecError(Fault(where, "is a serving plan", "a training plan", "planner train makes them."))
 
         def build() -> Plan:
             estimate = Estimate(**known_fields(data["estimate"], Estimate))

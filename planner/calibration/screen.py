@@ -30,7 +30,8 @@ def show_fits(fits: Mapping[str, Fit], path: str, notes: Sequence[str] = ()) -> 
 def _show(screen: Screen, name: str, found: Fit) -> None:
     screen.line()
     folds = f"left out in {found.folds} parts" if found.left_out else "one group: nothing could be left out"
-    screen.line(f"{name}: {found.rows} rows in {found.groups} groups, {folds}", "bold")
+    groups = f" in {found.groups} groups" if found.groups > 1 else ""
+    screen.line(f"{name}: {found.rows} rows{groups}, {folds}", "bold")
     if found.fitted:
         rows = [
             [c.name, f"{c.prior:.4g}", f"{c.value:.4g}", f"{c.low:.4g} to {c.high:.4g}", str(c.rows), _BOUND * c.at_bound]

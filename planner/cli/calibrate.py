@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from planner.cli.values import whole_number
+from planner.cli.values import attempt, raise_if_any, whole_number
 
 if TYPE_CHECKING:
     from planner.calibration.measurements import Measurement
     from planner.calibration.profile import Provenance
     from planner.calibration.robust_fit import Fit
+    from planner.errors import Problem
 
+_T = TypeVar("_T")
 _Files = Annotated[
     list[str],
     typer.Argument(
@@ -97,7 +99,7 @@ def device(
     from planner.specs.device_file import load_device
 
     parts = _folds(folds)
-    start = load_device(base)
+    start = _named("--base", load_device, base)
     with OutputFile(_toml(out)) as file:
         measurements = _read(files, dtype, only, accelerator)
         fits = {}
@@ -136,7 +138,7 @@ def fabric(
     from planner.specs.hardware import load_cluster
 
     parts = _folds(folds)
-    start = load_cluster(cluster)
+    start = _named("--cluster", load_cluster, cluster)
     with OutputFile(_toml(out)) as file:
         fitted, found, unplaced = fit_fabric(start, _read(files, None, only, accelerator), folds=parts)
         file.write(cluster_toml(fitted, name or _stem(out), found, _provenance(files, conditions)))
@@ -183,7 +185,7 @@ def stack(
 
     parts = _folds(folds)
     if base is not None:
-        load_stack(base)
+        _named("--base", load_stack, base)
     with OutputFile(_toml(out)) as file:
         start, fits, left_out = (_serving if _of_serving(files) else _training)(files, base, device, parts)
         file.write(stack_toml(start, name or _stem(out), list(fits.values()), _provenance(files, conditions)))
@@ -323,6 +325,15 @@ def _of_one(found: list[Measurement], accelerator: str | None) -> list[Measureme
             Problem("--accelerator", repr(accelerator[:40]), expected, did_you_mean(accelerator, names))
         )
     return [m for m in found if m.accelerator == accelerator]
+
+
+def _named(flag: str, load: Callable[[str], _T], text: str) -> _T:
+    """What an option names; what is wrong with it is said of the option."""
+    faults: list[Problem] = []
+    found = attempt(faults, load, text, flags=dict.fromkeys(("device", "stack", "cluster"), flag))
+    raise_if_any(faults)
+    assert found is not None
+    return found
 
 
 def _folds(text: str) -> int:

@@ -87,6 +87,8 @@ def served_problem(
         limit = optional_number(faults, f"--{name}-ms", traffic[f"{name}_ms"])
         numbers[f"{name}_s"] = None if limit is None else limit * 1e-3
     acceptance = optional_number(faults, "--acceptance", traffic["acceptance"])
+    if acceptance is not None and not 0.0 <= acceptance <= 1.0:
+        faults.append(Fault("--acceptance", repr(acceptance), "a probability from 0 to 1"))
     named = job.model or pools[0].model
     model = attempt(faults, read_model, named or None, flags={"model": "--model"})
     machines = None

@@ -48,6 +48,8 @@ class SolveJob:
         self._seq_len = 1 if seq_len is None else self.whole("--seq-len", seq_len)
         self.knobs: dict[str, str] = self.attempt(parse_fixed, fix or []) or {}
         self.memory_bytes = optional_quantity(self.faults, "--memory", memory, parse_bytes)
+        if self.memory_bytes is not None and self.memory_bytes <= 0.0:
+            self.faults.append(Problem("--memory", repr(memory), "a size above 0, such as 60GiB"))
         self.deadline_s: float | None = self.attempt(read_deadline, deadline)
 
     def attempt(self, make: Callable[..., Any], *values: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.plan import Plan
-from planner.report.terminal import Screen, gib, words
+from planner.report.terminal import Screen, gib, told_knobs, words
 from planner.units import GIB
 
 __all__ = ["comparison", "show_comparison"]
@@ -14,7 +14,7 @@ __all__ = ["comparison", "show_comparison"]
 
 def comparison(a: Plan, b: Plan) -> dict[str, Any]:
     """Differences of plan ``b`` from plan ``a``; ``delta`` is b − a."""
-    choices_a, choices_b = {**a.mesh, **a.knobs}, {**b.mesh, **b.knobs}
+    choices_a, choices_b = {**a.mesh, **told_knobs(a)}, {**b.mesh, **told_knobs(b)}
     return {
         "schema_version": a.schema_version,
         "a": _summary(a),

@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.plan import Plan
 from planner.report.discrepancy import show_discrepancy
+from planner.report.layers import layers
 from planner.report.plan_table import unusual_knobs
 from planner.report.ranking import does_not_fit
 from planner.report.terminal import Screen, gib, knob_text, mesh_text, percent, told_knobs, words
@@ -38,6 +39,8 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
         screen.line(does_not_fit(plan), "bold red")
     if content["changed"]:
         screen.section("Changed since the plan was written", _changes(content["changed"]))
+    if plan.layerwise is not None:
+        screen.section(*layers([plan]))
     if content["discrepancy"] is not None:
         show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)

@@ -268,7 +268,7 @@ def show_goodput(assembly: Assembly, content: Mapping[str, Any]) -> None:
     rows = [
         ("a failure every", format_seconds(content["mtbf_s"])),
         ("a restart costs", format_seconds(content["restart_s"])),
-        ("  every", format_seconds(content["restarts_every_s"])),
+        ("  restarts every", format_seconds(content["restarts_every_s"])),
         ("a checkpoint holds, per device", format_bytes(content["checkpoint_bytes_per_device"])),
         (f"  stalls training ({content['mode']})", format_seconds(content["stall_s"])),
         ("  is stored after", format_seconds(content["stored_s"])),

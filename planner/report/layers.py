@@ -91,7 +91,7 @@ def _strategies(plan: Plan) -> list[str]:
         chosen = [
             knob_text(slot, value) for slot, value in choices.items() if str(value).lower() != off(slot)
         ]
-        where = [f"{counts[s]} layers"] if s in counts else []
+        where = [_layers(counts[s])] if s in counts else []
         where += [end for end in ("embedding", "head") if layerwise[end] == s]
         where += [f"degrees {layerwise['at'][s]}"] if numbered else []
         lines.append(
@@ -108,8 +108,12 @@ def _stages(plan: Plan) -> list[str]:
     lines, start = [], 0
     for stage in range(1, len(texts) + 1):
         if stage == len(texts) or texts[stage] != texts[start]:
-            which = f"{start}" if stage - start == 1 else f"{start}-{stage - 1}"
+            which = f"stage {start}" if stage - start == 1 else f"stages {start}-{stage - 1}"
             total = sum(n for _, n in stages[start])
-            lines.append(f"stage {which}: " * (not single) + f"{total} layers: {texts[start]}")
+            lines.append(f"{which}: " * (not single) + f"{_layers(total)}: {texts[start]}")
             start = stage
     return lines
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"

@@ -86,7 +86,8 @@ def show_placement(content: Mapping[str, Any]) -> None:
 def show_groups(content: Mapping[str, Any]) -> None:
     """Prints the groups and the sequences of each; groups that are alike stand once."""
     screen = Screen()
-    screen.line(f"{format_seconds(content['time_s'])}, {len(content['groups'])} groups", "bold")
+    count = len(content["groups"])
+    screen.line(f"{format_seconds(content['time_s'])}, {count} group{'s' * (count != 1)}", "bold")
     screen.line()
     alike = Counter((g["degree"], tuple(g["sequences"]), g["time_s"]) for g in content["groups"])
     lengths = [format_count(length) for length in content["lengths"]]

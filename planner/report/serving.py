@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
-from planner.serving.plan import Pool, ServePlan, ServeResult
+from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
 from planner.units import format_bytes, format_seconds
 
@@ -80,13 +80,7 @@ def show_serve_plan(plan: ServePlan) -> None:
             ("answer", e.e2e_s),
         )
     ]
-    if e.interval:
-        bounds = {name: [value * 1e3 for value in e.interval[name]] for name in ("ttft_s", "tpot_s")}
-        (first, last), (low, high) = bounds.values()
-        times.append(
-            f"80 % of published runs: first token {first:.0f} to {last:.0f} ms, between tokens {low:.1f} to {high:.1f} ms"
-        )
-    screen.section("Latency", times)
+    screen.section("Latency", times + _spread(e))
     price = (
         ""
         if e.usd_per_million_output_tokens is None
@@ -105,6 +99,25 @@ def show_serve_plan(plan: ServePlan) -> None:
         [", ".join(f"{name} {gib(size)}" for name, size in e.memory_bytes.items())],
     )
     screen.section("Rests on", plan.assumptions)
+
+
+def _spread(e: ServeEstimate) -> list[str]:
+    """What holds 80 % of published runs; said aloud where the prediction is not among it."""
+    if not e.interval:
+        return []
+    (first, last), (low, high) = ([v * 1e3 for v in e.interval[name]] for name in ("ttft_s", "tpot_s"))
+    lines = [
+        f"80 % of published runs: first token {first:.0f} to {last:.0f} ms, between tokens {low:.1f} to {high:.1f} ms"
+    ]
+    for what, name, values in (
+        ("first tokens", "ttft_s", e.ttft_s),
+        ("times between tokens", "tpot_s", e.tpot_s),
+    ):
+        shortest, longest = e.interval[name]
+        if not shortest <= values["mean"] <= longest:
+            side = "longer" if values["mean"] < shortest else "shorter"
+            lines.append(f"{what} of such pools were {side} than predicted in nine of ten published runs")
+    return lines
 
 
 def show_account(pools: Sequence[Mapping[str, Any]], everything: bool) -> None:

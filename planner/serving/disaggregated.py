@@ -29,7 +29,15 @@ from planner.serving.search import Account, Candidates, candidates, iterations_o
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["Decode", "Prefill", "Split", "decode_kinds", "prefill_kinds", "search_disaggregated"]
+__all__ = [
+    "Decode",
+    "Prefill",
+    "Split",
+    "decode_kinds",
+    "note_missed",
+    "prefill_kinds",
+    "search_disaggregated",
+]
 
 _MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
 _BISECTIONS = 40
@@ -250,7 +258,8 @@ def _pairs(
     late, slow = load <= 0.0, (decode_rate <= 0.0) & (load > 0.0)
     account.rejected["ttft limit"] += int(late.sum())
     account.rejected["tpot limit"] += int(slow.sum())
-    _missed(problem, account, p, d, transfer + admission)
+    first_s = float((p.batch_s[:, None] + transfer + admission).min())
+    note_missed(problem, account, first_s, float(d.steps_s[0].min()))
     able = ~late & ~slow
     sizes = (
         np.broadcast_to(p.kind.size[:, None], able.shape),
@@ -303,11 +312,9 @@ def _pairs(
     ]
 
 
-def _missed(problem: ServeProblem, account: Account, p: Prefill, d: Decode, way_s: Array) -> None:
-    """Remembers by how much the lightest loads miss the limits."""
+def note_missed(problem: ServeProblem, account: Account, first_s: float, between_s: float) -> None:
+    """Remembers by how much the lightest loads, with these times to the first token and between tokens, miss the limits."""
     traffic = problem.traffic
-    first_s = float((p.batch_s[:, None] + way_s).min())
-    between_s = float(d.steps_s[0].min())
     for name, limit, found in (
         ("ttft", traffic.ttft_s, first_s),
         ("tpot", traffic.tpot_s, between_s),

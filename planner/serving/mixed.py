@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
-from planner.serving.disaggregated import decode_kinds, prefill_kinds
+from planner.serving.disaggregated import decode_kinds, note_missed, prefill_kinds
 from planner.serving.matching import Fleet, Numbers, match
 from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
 from planner.serving.plan import Pool
@@ -106,6 +106,7 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
     account.nearest.update(scratch.nearest)
     if not left or not right:
         account.rejected.update(scratch.rejected)
+        _note_missed(problem, parts, pricers, account)
         return []
     transfer = _transfers(problem, clusters, left, right)
     fleet = _fleet(problem, parts, left, right, transfer)
@@ -126,7 +127,36 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
             found.setdefault(
                 tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
             )
+    if not found:
+        _note_missed(problem, parts, pricers, account)
     return list(found.values())
+
+
+def _note_missed(
+    problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], account: Account
+) -> None:
+    """Remembers by how much the lightest loads miss the limits; where they keep them, the rate that is answered at most."""
+    scratch, first_s, between_s = Account(), [], []
+    for part, pricer in zip(parts, pricers, strict=True):
+        prompts = prefill_kinds(part, ServeSpace(part, "prefill"), pricer, scratch)
+        first_s += [float(p.batch_s.min()) + _admission_s(pricer) for p in prompts]
+        answers = decode_kinds(part, ServeSpace(part, "decode"), pricer, scratch)
+        between_s += [float(d.steps_s[0].min()) for d in answers]
+    if not first_s or not between_s:
+        return
+    note_missed(problem, account, min(first_s), min(between_s))
+    if set(account.nearest) - {"memory"}:
+        return
+    traffic, most = problem.traffic, 0.0
+    if traffic.rate_per_s is not None:
+        free = replace(problem, objective="throughput", traffic=replace(traffic, rate_per_s=None))
+        most = max((one.requests_per_s for one in search_mixed(free, Account())), default=0.0)
+    if traffic.rate_per_s is not None and most > 0.0:
+        account.miss("rate", max(traffic.rate_per_s / most, 1.0), "pools on several clusters")
+        return
+    for name, limit in (("ttft", traffic.ttft_s), ("e2e", traffic.e2e_s)):
+        if limit is not None:  # the way from pool to pool is the little that is too much
+            account.miss(name, 1.0, "prompts and generation apart")
 
 
 def _counts(

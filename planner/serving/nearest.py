@@ -87,7 +87,8 @@ def _rate(problem: ServeProblem, ratio: float, where: str, fits: Fits) -> Fault:
             break
     larger = _more_nodes(problem, ratio, fits)
     changes += [f"--cluster {larger} fits"] if larger else []
-    found = f"{problem.cluster.devices} devices answer at most {most:.4g} requests/s, {1.0 / ratio:.3g} of it ({where})"
+    devices = sum(cluster.devices for cluster in problem.clusters)
+    found = f"{devices} devices answer at most {most:.4g} requests/s, {1.0 / ratio:.3g} of it ({where})"
     return Fault(
         "--rate", found, f"{wanted:g} requests/s", f"{', or '.join(changes)}." if changes else "More devices."
     )

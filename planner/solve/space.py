@@ -153,9 +153,11 @@ class Space:
             found = [choice for choice in found if choice.value in self.problem.workload.precisions]
         if slot == "optimizer":
             found = [choice for choice in found if choice.value == self.problem.workload.optimizer]
+        # What a launcher cannot run may be forbidden as well: globs are held against every choice.
+        forbidden = {c.value for c in found if self._matches("--forbid", self.problem.forbidden, slot, c)}
         if launcher is not None:
             found = [choice for choice in found if launcher.allows(slot, choice.value)]
-        kept = [c for c in found if not self._matches("--forbid", self.problem.forbidden, slot, c)]
+        kept = [choice for choice in found if choice.value not in forbidden]
         if not kept and launcher is not None and not found:
             raise SpecError(
                 Fault(

@@ -82,7 +82,7 @@ def test_a_fabric_from_output_of_nccl_tests(planner, tmp_path):
     ("arguments", "words"),
     [
         (("device", "none.csv", "--base", "h100-sxm", "-o", "x.toml"), "no such file"),
-        (("device", NCCL, "--base", "h1000", "-o", "x.toml"), "unknown device"),
+        (("device", NCCL, "--base", "h1000", "-o", "x.toml"), "--base: unknown device"),
         (("device", NCCL, "--base", "h100-sxm", "-o", "x.json"), "ends in .toml"),
         (("device", NCCL, "--base", "h100-sxm", "-o", "none/x.toml"), "cannot be written"),
         (("device", NCCL, "--base", "h100-sxm", "-o", "x.toml", "--folds", "1"), "2 to 100"),
@@ -91,7 +91,10 @@ def test_a_fabric_from_output_of_nccl_tests(planner, tmp_path):
         (("fabric", NCCL, "--cluster", "h100-sxm:1x8", "-o", "x.toml"), "none of which fits"),
         (("fabric", "streams", "--cluster", "h100-sxm:2x8", "-o", "x.toml"), "0 collectives"),
         (("stack", "streams", "-o", "x.toml"), "a training table"),
-        (("stack", "none.csv", "-o", "x.toml", "--base", "nonesuch"), "a .toml file, or one of"),
+        (
+            ("stack", "none.csv", "-o", "x.toml", "--base", "nonesuch"),
+            "--base: 'nonesuch'; expected a .toml file, or one of",
+        ),
         (
             ("device", "streams", "--base", "h100-sxm", "-o", "x.toml", "--only", "streams"),
             "expected of stream",

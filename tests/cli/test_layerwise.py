@@ -38,6 +38,8 @@ def test_the_table_names_strategies_and_stages(planner, plans):
     assert "  A  " in shown
     assert "stage 0: " in shown
     assert "Layer by layer: " in shown
+    assert "recompute: per layer → " in planner("compare", f"{path}:1", f"{path}:2").out
+    assert "Layers of the plan" in planner("explain", f"{path}:1").out
     explained = planner("explain", f"{path}:1", "--json").json
     assert explained["changed"] is None
     assert explained["plan"]["layerwise"] == content["plans"][0]["layerwise"]

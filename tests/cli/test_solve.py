@@ -167,6 +167,8 @@ WRONG = {
     "backend": ("sharding", *JOB, "--mesh", "4", "--backend", "cplex"),
     "deadline": ("sharding", *JOB, "--mesh", "4", "--deadline", "soon"),
     "memory": ("sharding", *JOB, "--mesh", "4", "--memory", "much"),
+    "no memory": ("recompute", *JOB, "--memory", "0"),
+    "less memory": ("sharding", *JOB, "--mesh", "4", "--memory", "-1GiB"),
     "knob": ("sharding", *JOB, "--mesh", "4", "--fix", "tp=2"),
     "other training": ("sharding", *JOB, "--mesh", "4", "--fix", "adaptation=lora"),
     "choice": ("sharding", *JOB, "--mesh", "4", "--fix", "attention_kernel=fast"),

@@ -23,6 +23,25 @@ def test_result_is_that_of_the_library(planner):
     assert without_wall({name: found.json[name] for name in expected}) == without_wall(expected)
 
 
+def test_what_a_launcher_cannot_run_may_be_forbidden_as_well(planner):
+    """Galvatron has no words for offloading: to forbid it besides is no slip of the keyboard."""
+    job = (
+        "train",
+        "--model",
+        "llama2-7b",
+        "--cluster",
+        "a100:1x4",
+        "--global-batch",
+        "16",
+        "--seq-len",
+        "1024",
+    )
+    asked = planner(*job, "--for", "galvatron", "--json").json
+    besides = planner(*job, "--for", "galvatron", "--forbid", "*_offload", "--json").json
+    assert besides["plans"][0]["knobs"] == asked["plans"][0]["knobs"]
+    assert planner(*job, "--for", "galvatron", "--forbid", "*_ofload").code == 2
+
+
 def test_every_candidate_is_accounted_for(planner):
     account = planner("train", *SMALL, "--json").json["search"]
     fates = account["scored"] + sum(account["excluded_by_bound"].values()) + sum(account["rejected"].values())

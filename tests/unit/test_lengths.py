@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner import Problem, TrainWorkload, estimate, load_cluster, load_model, load_stack
+from planner.assemble import model_flop
 from planner.errors import Infeasible
 from planner.solve.lengths import deal, packed
 from planner.solve.sequence_costs import sequence_problem
@@ -29,6 +30,14 @@ def test_packing_keeps_tokens_and_what_they_see():
     assert job.document_len == (512 * 1024**2 + 2 * 32768**2 + 131072**2) // tokens
     alike = packed(TrainWorkload(1, 1), {4096: 64})
     assert (alike.global_batch_size, alike.seq_len, alike.document_len) == (64, 4096, 4096)
+
+
+def test_model_flop_count_attention_inside_documents():
+    model = load_model("llama2-7b")
+    # Two documents of 4,096 tokens are the products of two sequences: pairs of tokens across documents are nobody's work.
+    alone, packed_ = TrainWorkload(1, 4096), TrainWorkload(1, 8192, document_len=4096)
+    assert model_flop(model, packed_) == pytest.approx(2 * model_flop(model, alone))
+    assert model_flop(model, TrainWorkload(1, 4096, document_len=8192)) == model_flop(model, alone)
 
 
 def test_groups_of_unlike_sizes_win_where_lengths_are_unlike():

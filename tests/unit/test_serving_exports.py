@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -248,6 +249,40 @@ def written(plan, to, folder, **options):
     return folder
 
 
+def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kinds, tmp_path):
+    """A role with two kinds of replicas: neither's configuration may take the other's place."""
+    prompts, answers = two_kinds.pools
+    small = replace(prompts, replicas=1)
+    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4})
+    plan = replace(two_kinds, pools=(small, large, answers))
+    folder = written(plan, "vllm", tmp_path, around=["kubernetes"])
+    degrees = {
+        name: yaml.safe_load((folder / f"vllm-{name}.yaml").read_text())["tensor-parallel-size"]
+        for name in ("prefill-1", "prefill-2", "decode")
+    }
+    assert degrees == {"prefill-1": 2, "prefill-2": 4, "decode": 4}
+    hosts = {"MODEL": "/weights", "HOSTS": "a b", "NODE_RANK": "0"}
+    assert run(folder, "run.sh", ["vllm"], hosts).returncode == 0
+    logs = {path.name: path.read_text() for path in folder.glob("engine*.log")}
+    assert "0,1,2,3 " in logs["engine-prefill-2-0-0.log"]
+    assert "--config vllm-prefill-1.yaml" in logs["engine-prefill-1-0-0.log"]
+    routes = run(folder, "router.sh", ["vllm-router"], hosts).stdout
+    assert "--prefill=http://a:8000 --prefill=http://a:8001 --decode=http://b:8000" in routes
+    documents = list(yaml.safe_load_all((folder / "leaderworkerset.yaml").read_text()))
+    sets = [item["metadata"]["name"] for item in documents if item["kind"] == "LeaderWorkerSet"]
+    assert len(set(sets)) == 3
+    (deployment,) = (item for item in documents if item["kind"] == "Deployment")
+    addresses = {
+        item["name"]: item["value"] for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert [url.split(".")[1].split(":")[0] for url in addresses["PREFILL"].split()] == sets[:2]
+    assert "every replica the same share" in (folder / "README.md").read_text()
+    one_kind = replace(plan, pools=(small, large, replace(answers, cluster=prompts.cluster, replicas=1)))
+    for to in ("dynamo", "llm-d"):  # a component per role
+        with pytest.raises(ExportError, match="unlike prefill pools"):
+            export_serving(one_kind, to)
+
+
 def test_a_node_starts_its_replicas(pair, tmp_path):
     folder = written(pair, "vllm", tmp_path)
     done = run(folder, "run.sh", ["vllm"], {"MODEL": "/weights"})
@@ -487,6 +522,33 @@ def test_drafts_are_read_back_and_need_to_be_told_how_good_they_are(engine, who,
         problem_of_launch(*asked)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_slots_for_adapters_are_read_back(engine, tmp_path):
+    traffic = Traffic(2000, 200, concurrency=16, adapters=8, adapter_rank=32)
+    plan = plan_of(
+        "llama3.1-8b", "h100-sxm:1x8", engine=engine, traffic=traffic, tp=8, pp=1, dp=1, replicas=1
+    )
+    pools = read_launch(engine, str(written(plan, engine, tmp_path) / "serve.sh"))
+    assert [pool.adapters for pool in pools] == [(8, 32)]
+    job = (planner.load_model("llama3.1-8b"), planner.load_cluster(plan.cluster))
+    again = serve(problem_of_launch(pools, *job, Traffic(2000, 200, concurrency=16), None), top=1).best
+    assert again.traffic["adapters"] == 8
+    assert again.estimate.tpot_s["mean"] == pytest.approx(plan.estimate.tpot_s["mean"])
+
+
+def test_keys_of_an_object_may_be_flags_of_their_own(tmp_path):
+    """vLLM's parser takes ``--speculative-config.method mtp`` for ``--speculative-config '{"method": "mtp"}'``."""
+    (tmp_path / "run.sh").write_text(
+        "vllm serve m --speculative-config.method mtp --speculative-config.num_speculative_tokens 2"
+        " --kv-transfer-config.kv_role kv_consumer"
+    )
+    (tmp_path / "first.sh").write_text("vllm serve m --kv-transfer-config.kv_role kv_producer")
+    first, pool = read_launch("vllm", f"{tmp_path / 'first.sh'},{tmp_path / 'run.sh'}")
+    assert (first.role, pool.role) == ("prefill", "decode")
+    assert pool.drafts is not None
+    assert (pool.drafts.method, pool.drafts.tokens, pool.ignored) == ("mtp", 2, ())
+
+
 LAUNCHES = [
     ("vllm", "vllm serve m -tp 2 --max-num-seqs 64 --max-num-batched-tokens 32", "is less than max-num-seqs"),
     (
@@ -512,6 +574,8 @@ BAD = {
         "echo hi": "starts no serve",
         "vllm serve m --tensor-parallel-size two": "expected a whole number",
         "vllm serve m --speculative-config '{}'": "a JSON object with num_speculative_tokens",
+        "vllm serve m --speculative-config.method mtp --speculative-config.num_speculative_tokens 0": "expected num_spec",
+        "vllm serve m --speculative-config.method mtp": "a JSON object with num_speculative_tokens",
         "vllm serve m --kv-transfer-config x": "expected a JSON object",
         """vllm serve m --speculative-config '{"method": "eagle3", "num_speculative_tokens": 2}'""": "not modelled",
     },
@@ -519,6 +583,7 @@ BAD = {
         "echo hi": "starts no sglang.launch_server",
         "python -m sglang.launch_server --tp 4 --attn-dp-size 3": "a divisor of --tp-size",
         "python -m sglang.launch_server --speculative-algorithm NGRAM": "drafted tokens of a step",
+        "python -m sglang.launch_server --speculative-algorithm NGRAM --speculative-num-steps 0": "0 drafted tokens",
         "python -m sglang.launch_server --speculative-algorithm EAGLE3 --speculative-num-steps 3": "not modelled",
         "python -m sglang.launch_server --disaggregation-mode prefil": "Did you mean prefill",
         "python -m sglang.launch_server --disaggregation-mode prefill": "is one pool of a pair",

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,10 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
                 "pools on one kind of node; vllm, sglang and trtllm start on each",
             )
         ]
+    several = [role for role, count in Counter(pool.role for pool in plan.pools).items() if count > 1]
+    if several and not exporter.around:
+        expected = "one of each role; vllm, sglang and trtllm start several"
+        return [Problem(where, f"unlike {' and '.join(several)} pools", expected)]
     engine = exporter.engine(target)
     problems = [problem for pool in plan.pools for problem in engine.rules(target, pool)]
     return [*problems, *exporter.rules(target)]

@@ -12,7 +12,7 @@ from typing import Any
 from planner.errors import ExportError, Problem
 from planner.export.serving.bare import ROUTER_PORT, routed
 from planner.export.serving.exporter import resource_of
-from planner.export.serving.target import FIRST_PORT, ServingTarget, pool_name, summary
+from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
 
@@ -76,9 +76,7 @@ def _kubernetes(target: ServingTarget, image: str) -> Mapping[str, str]:
     documents = []
     for pool in target.plan.pools:
         documents += [_set(target, pool, name, image, resource)]
-    documents += (
-        [_service(target.plan.pools[0], name)] if not routed(target) else _routers(target, name, image)
-    )
+    documents += [_service(target, name)] if not routed(target) else _routers(target, name, image)
     head = [f"# {line}" for line in summary(target.plan)]
     head.append(f"# kubectl create configmap {name} --from-file=. && kubectl apply -f leaderworkerset.yaml")
     return {
@@ -90,12 +88,12 @@ def _kubernetes(target: ServingTarget, image: str) -> Mapping[str, str]:
 
 def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str) -> dict[str, Any]:
     span = target.span(pool)
-    own = f"{name}{pool_name(pool)}"
+    own = f"{name}{target.suffix(pool)}"
     container: dict[str, Any] = {
         "name": "engine",
         "image": image,
         "workingDir": "/plan",
-        "command": ["bash", f"serve{pool_name(pool)}.sh"],
+        "command": ["bash", f"serve{target.suffix(pool)}.sh"],
         "env": [
             {
                 "name": "HF_TOKEN",
@@ -137,13 +135,14 @@ def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str
     }
 
 
-def _service(pool: Pool, name: str) -> dict[str, Any]:
+def _service(target: ServingTarget, name: str) -> dict[str, Any]:
+    """The address of the only replica."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": f"{name}-front"},
         "spec": {
-            "selector": {"app": f"{name}{pool_name(pool)}", "role": "leader"},
+            "selector": {"app": f"{name}{target.suffix(target.plan.pools[0])}", "role": "leader"},
             "ports": [{"port": ROUTER_PORT, "targetPort": FIRST_PORT}],
         },
     }
@@ -151,18 +150,19 @@ def _service(pool: Pool, name: str) -> dict[str, Any]:
 
 def _routers(target: ServingTarget, name: str, image: str) -> list[dict[str, Any]]:
     """The router as a deployment of one pod, and its address."""
-    addresses = {"PREFILL": "", "DECODE": ""}
+    addresses: dict[str, list[str]] = {"PREFILL": [], "DECODE": []}
     for pool in target.plan.pools:
-        own = f"{name}{pool_name(pool)}"
-        urls = " ".join(f"http://{own}-{replica}.{own}:{FIRST_PORT}" for replica in range(pool.replicas))
-        addresses["PREFILL" if pool.role == "prefill" else "DECODE"] = urls
+        own = f"{name}{target.suffix(pool)}"
+        addresses["PREFILL" if pool.role == "prefill" else "DECODE"] += [
+            f"http://{own}-{replica}.{own}:{FIRST_PORT}" for replica in range(pool.replicas)
+        ]
     container = {
         "name": "router",
         "image": image,
         "workingDir": "/plan",
         # The configuration that it writes needs a folder of its own: a ConfigMap cannot be written.
         "command": ["bash", "-c", "cp router.sh /tmp && exec bash /tmp/router.sh"],
-        "env": [{"name": key, "value": value} for key, value in addresses.items() if value],
+        "env": [{"name": key, "value": " ".join(urls)} for key, urls in addresses.items() if urls],
         "ports": [{"containerPort": ROUTER_PORT}],
         "volumeMounts": [{"name": "plan", "mountPath": "/plan"}],
     }

@@ -11,7 +11,7 @@ from dataclasses import replace
 from planner.export.serving import sglang, trtllm, vllm
 from planner.export.serving.engine import Engine
 from planner.export.serving.exporter import ServingExporter
-from planner.export.serving.target import FIRST_PORT, ServingTarget, pool_name, summary
+from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
 
@@ -31,9 +31,10 @@ def pool_files(target: ServingTarget, engine: Engine, version: str) -> dict[str,
     """Configuration and start script of every pool."""
     found = {}
     for pool in target.plan.pools:
-        name = pool_name(pool)
+        name = target.suffix(pool)
         size = target.size(pool)
-        head = f"# {engine.title} {version}, {pool.role} pool of plan {target.plan.id}: {pool.replicas} x {size} devices.\n"
+        what = f"{target.pool_name(pool)} pool of plan {target.plan.id}: {pool.replicas} x {size} devices"
+        head = f"# {engine.title} {version}, {what}.\n"
         found[f"{engine.name}{name}.yaml"] = head + yaml_text(engine.settings(target, pool))
         found[f"serve{name}.sh"] = serve_script(target, engine, pool)
     return found
@@ -44,7 +45,7 @@ def serve_script(target: ServingTarget, engine: Engine, pool: Pool) -> str:
     span = target.span(pool)
     lines = [
         "#!/usr/bin/env bash",
-        f"# One replica of the {pool.role} pool"
+        f"# One replica of the {target.pool_name(pool)} pool"
         + (f", or one of its {span} nodes" if span > 1 else "")
         + ".",
         "# MODEL: checkpoint, a hub id or a folder. PORT: where it answers."
@@ -58,7 +59,7 @@ def serve_script(target: ServingTarget, engine: Engine, pool: Pool) -> str:
         lines.append("RANK=${RANK:-${LWS_WORKER_INDEX:-0}}")
         lines.append("LEADER=${LEADER:-${LWS_LEADER_ADDRESS:?the first node of the replica}}")
     lines += engine.environment(target, pool)
-    command = engine.command(target, pool, f"{engine.name}{pool_name(pool)}.yaml")
+    command = engine.command(target, pool, f"{engine.name}{target.suffix(pool)}.yaml")
     lines += ["", " \\\n    ".join([f"exec {command[0]}", *command[1:], '"$@"'])]
     return "\n".join(lines) + "\n"
 
@@ -83,7 +84,7 @@ def _placement(target: ServingTarget) -> str:
     rows = [
         (
             seat.node,
-            target.plan.pools[seat.pool].role,
+            target.pool_name(target.plan.pools[seat.pool]),
             seat.replica,
             seat.rank,
             seat.port,
@@ -150,7 +151,7 @@ def _router(target: ServingTarget, engine: Engine) -> str:
         "    while read -r node pool replica rank port devices leader; do",
         "        [[ $rank == 0 ]] || continue",
         "        url=http://${HOSTS[node]}:$port",
-        '        if [[ $pool == prefill ]]; then PREFILL+=" $url"; else DECODE+=" $url"; fi',
+        '        if [[ $pool == prefill* ]]; then PREFILL+=" $url"; else DECODE+=" $url"; fi',
         "    done < placement.tsv",
         "fi",
         'read -ra PREFILL <<< "${PREFILL:-}"',

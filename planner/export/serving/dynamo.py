@@ -15,7 +15,7 @@ from typing import Any
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.engine import Engine
 from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
-from planner.export.serving.target import ServingTarget, pool_name, summary
+from planner.export.serving.target import ServingTarget, summary
 from planner.export.yaml_text import yaml_text
 from planner.serving.plan import Pool
 
@@ -71,7 +71,7 @@ def _write(target: ServingTarget, engine: Engine, image: str, version: str) -> M
     found = {"dynamo.yaml": "\n".join(head) + "\n" + yaml_text(manifest)}
     if engine.name == "trtllm":
         found |= {
-            f"trtllm{pool_name(pool)}.yaml": yaml_text(engine.settings(target, pool))
+            f"trtllm{target.suffix(pool)}.yaml": yaml_text(engine.settings(target, pool))
             for pool in target.plan.pools
         }
     found["deploy.sh"] = _deploy(name, [file for file in found if file.startswith("trtllm")])
@@ -122,7 +122,7 @@ def _arguments(target: ServingTarget, engine: Engine, pool: Pool) -> list[str]:
             "--served-model-name",
             model,
             "--extra-engine-args",
-            f"/plan/trtllm{pool_name(pool)}.yaml",
+            f"/plan/trtllm{target.suffix(pool)}.yaml",
         ]
         return words if pool.role == "aggregated" else [*words, "--disaggregation-mode", pool.role]
     settings = dict(engine.settings(target, pool))

@@ -223,6 +223,10 @@ def _differs(target: ServingTarget, engine: Engine) -> list[str]:
         found.append(
             f"The plan was made for the stack {target.plan.stack}: `planner serve --engine {engine.name}` prices {engine.title}."
         )
+    if any(len(target.alike(pool)) > 1 for pool in target.plan.pools):
+        found.append(
+            "The plan gives unlike pools of one role what each can carry; `router.sh` gives every replica the same share."
+        )
     if target.plan.traffic.get("prefix_hit"):
         hit = target.plan.traffic["prefix_hit"]
         found.append(

@@ -13,8 +13,9 @@ from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import read_text
 from planner.export.shell import read_script
 from planner.export.yaml_text import read_yaml
+from planner.specs.traffic import ADAPTER_RANK
 
-__all__ = ["FORMATS", "Drafts", "LaunchedPool", "read_flags"]
+__all__ = ["FORMATS", "Drafts", "LaunchedPool", "launched_adapters", "read_flags"]
 
 FORMATS: Mapping[str, str] = {
     "fp8": "fp8", "modelopt": "fp8", "modelopt_fp8": "fp8", "modelopt_fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4",
@@ -57,6 +58,7 @@ class LaunchedPool:
         notes: what was taken for granted, left out or ignored, one sentence each.
         ignored: flags that were not understood, or say nothing about time and memory.
         drafts: who drafts tokens, and how many; None: nobody.
+        adapters: slots for low-rank adapters beside the model, and their largest rank; None: none.
     """
 
     launcher: str
@@ -71,6 +73,13 @@ class LaunchedPool:
     notes: tuple[str, ...] = field(default=())
     ignored: tuple[str, ...] = field(default=())
     drafts: Drafts | None = None
+    adapters: tuple[int, int] | None = None
+
+
+def launched_adapters(flags: FlagReader, slots: str, default: int) -> tuple[int, int] | None:
+    """Slots for low-rank adapters (the flag ``slots``) and their largest rank, of a launch with ``--enable-lora``."""
+    asked = flags.integer(slots, default), flags.integer("--max-lora-rank", ADAPTER_RANK)
+    return asked if flags.present("--enable-lora") else None
 
 
 def read_flags(

@@ -97,6 +97,9 @@ def problem_of_launch(
             formats[name].append(mine[name])
     if len(pools) == 1:
         fixed["replicas"] = _replicas(pools[0], cluster)
+    adapters = next((pool.adapters for pool in pools if pool.adapters is not None), None)
+    if adapters is not None:
+        traffic = replace(traffic, adapters=adapters[0], adapter_rank=adapters[1])
     stack = _stack(pools, model, cluster, traffic, fixed)
     return ServeProblem(
         model, cluster, traffic, stack, tuple(dict.fromkeys(formats["weights"])), tuple(dict.fromkeys(formats["cache"])),

@@ -26,6 +26,7 @@ _POOL_COLUMNS = {
 def serving_row(target: ServingTarget, engine: Engine, version: str) -> dict[str, Any]:
     """Cells of the plan's row, by column; cells of what is measured are left out."""
     plan, pools = target.plan, {pool.role: pool for pool in target.plan.pools}
+    unlike = len(pools) < len(plan.pools)
     generating = pools.get("decode") or pools["aggregated"]
     row: dict[str, Any] = {
         "row_id": f"plan-{plan.id}", "source": "own measurement", "quality": "A", "engine": engine.title,
@@ -39,7 +40,9 @@ def serving_row(target: ServingTarget, engine: Engine, version: str) -> dict[str
         row |= {"n_devices": target.size(generating), "features": "aggregated; continuous batching"}
     else:
         row |= {"n_devices": plan.devices, "features": "disaggregated prefill/decode"}
-        for role, pool in pools.items():
+        # A row has columns for one pool of a role: of several it says so, and no degrees.
+        row["features"] += "; unlike pools of one role" * unlike
+        for role, pool in pools.items() if not unlike else ():
             row |= _pool(role, pool)
     return row
 

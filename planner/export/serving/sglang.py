@@ -110,7 +110,7 @@ def _router(target: ServingTarget) -> list[str]:
 
 
 def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to sglang: {pool.role} pool", pool.mesh
+    where, mesh = f"--to sglang: {target.pool_name(pool)} pool", pool.mesh
     if pool.knobs["experts"] == "exchanged" and mesh["ep"] != mesh["tp"] * mesh["dp"]:
         yield Problem(
             where,
@@ -118,9 +118,11 @@ def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
             f"all {mesh['tp'] * mesh['dp']} ranks of a stage",
         )
     yield from uneven_heads(target, where, mesh["tp"])
-    stages = {other.role: other.mesh["pp"] for other in target.plan.pools}
-    if pool.role == "decode" and stages["decode"] not in (1, stages["prefill"]):
-        yield Problem(where, f"pp={stages['decode']}", f"1, or {stages['prefill']} as the prefill pool has")
+    if pool.role == "decode" and mesh["pp"] > 1:
+        stages = {other.mesh["pp"] for other in target.plan.pools if other.role == "prefill"}
+        if stages != {mesh["pp"]}:
+            had = " and ".join(map(str, sorted(stages)))
+            yield Problem(where, f"pp={mesh['pp']}", f"1, or {had} as prefill has")
 
 
 ENGINE = Engine(

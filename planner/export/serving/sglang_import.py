@@ -9,7 +9,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
 
 __all__ = ["read_sglang"]
 
@@ -102,6 +102,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     )
     context = flags.integer("--context-length", None)
     wasteful, drafts = _wasteful(flags.flags, chunk), _drafts(flags)
+    adapters = launched_adapters(flags, "--max-loras-per-batch", 8)
     flags.read |= _PASSIVE | {"--disable-cuda-graph", "--disable-radix-cache"}
     model = flags.text("--model-path", "")
     flags.raise_if_any()
@@ -111,7 +112,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of SGLang"))
     return LaunchedPool(
         "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
-        (*notes, *ignored_note(ignored)), ignored, drafts,
+        (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
     )  # fmt: skip
 
 
@@ -126,8 +127,9 @@ def _drafts(flags: FlagReader) -> Drafts | None:
     if wide != 1:
         flags.fault("--speculative-eagle-topk", f"{wide}: trees of drafts are not modelled", "1")
     tokens = steps if steps is not None else None if checked is None else checked - 1
-    if tokens is None:
-        flags.fault("--speculative-num-steps", "is missing", "the drafted tokens of a step")
+    if tokens is None or tokens < 1:
+        found = "is missing" if tokens is None else f"{tokens} drafted tokens"
+        flags.fault("--speculative-num-steps", found, "the drafted tokens of a step, from 1")
         return None
     if algorithm == "NGRAM":
         return Drafts("ngram", tokens)

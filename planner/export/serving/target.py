@@ -25,7 +25,7 @@ from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
 from planner.techniques.serving.cache_copies.context_parallel_inference import copies
 
-__all__ = ["FIRST_PORT", "Seat", "ServingTarget", "pool_name", "summary"]
+__all__ = ["FIRST_PORT", "Seat", "ServingTarget", "summary"]
 
 FIRST_PORT = 8000
 """Port of the first replica on a node; the next ones count up from it."""
@@ -77,6 +77,20 @@ class ServingTarget:
     def cluster(self, pool: Pool) -> Cluster:
         """The cluster that a pool stands on."""
         return next((c for c in self.clusters if c.name == pool.cluster), self.clusters[0])
+
+    def alike(self, pool: Pool) -> tuple[Pool, ...]:
+        """The pools of a pool's role, itself included: several where devices, degrees or budgets of one role differ."""
+        return tuple(other for other in self.plan.pools if other.role == pool.role)
+
+    def pool_name(self, pool: Pool) -> str:
+        """What a pool is called: its role, and its number where several have that role (``prefill-2``)."""
+        alike = self.alike(pool)
+        number = next(count for count, other in enumerate(alike, start=1) if other is pool)
+        return pool.role if len(alike) == 1 else f"{pool.role}-{number}"
+
+    def suffix(self, pool: Pool) -> str:
+        """What ends the names of a pool's files: nothing where there is one pool."""
+        return "" if pool.role == "aggregated" else f"-{self.pool_name(pool)}"
 
     def software(self, engine: str, pool: Pool) -> ServingSoftware:
         """An engine's constants on a pool's devices: the plan's stack where it is that engine's, else the shipped one."""
@@ -227,15 +241,6 @@ def published_name(model: Model) -> str:
     """The hub's name of a model's published weights; empty where its file does not name them."""
     found = _HUB_NAME.search(model.source)
     return found[1] if found else ""
-
-
-def pool_name(pool: Pool) -> str:
-    """What files of a pool are called after: nothing where there is one pool.
-
-    >>> pool_name(Pool("decode", 1, {}, {}, 1)), pool_name(Pool("aggregated", 1, {}, {}, 1))
-    ('-decode', '')
-    """
-    return "" if pool.role == "aggregated" else f"-{pool.role}"
 
 
 def summary(plan: ServePlan) -> list[str]:

@@ -84,7 +84,7 @@ def _router(target: ServingTarget) -> list[str]:
 
 
 def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to trtllm: {pool.role} pool", pool.mesh
+    where, mesh = f"--to trtllm: {target.pool_name(pool)} pool", pool.mesh
     if mesh["dp"] > 1 and mesh["tp"] > 1:
         yield Problem(where, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each")
     if target.problem.traffic.adapters is not None:

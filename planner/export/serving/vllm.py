@@ -110,7 +110,7 @@ def _router(target: ServingTarget) -> list[str]:
 
 
 def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to vllm: {pool.role} pool", pool.mesh
+    where, mesh = f"--to vllm: {target.pool_name(pool)} pool", pool.mesh
     ranks = mesh["tp"] * mesh["dp"]
     moe = any(block.moe for block in target.model.blocks.values())
     if moe and mesh["ep"] not in (1, ranks):

@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, read_flags
+from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
 
 __all__ = ["read_vllm"]
 
@@ -73,6 +73,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     if tokens is None:
         notes.append("--max-num-batched-tokens is left out: taken as the stack has it.")
     role, drafts = _role(flags), _drafts(flags)
+    adapters = launched_adapters(flags, "--max-loras", 1)
     model = flags.text("--model", before[0] if before else "")
     errors, wasteful = _errors(tokens, sequences, context, flags), _wasteful(flags)
     flags.read |= _PASSIVE
@@ -83,20 +84,37 @@ def read_vllm(path: str | Path) -> LaunchedPool:
         raise SpecError(Problem(str(path), found, "a launch of vLLM"))
     return LaunchedPool(
         "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
-        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts,
+        tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
     )  # fmt: skip
 
 
-def _drafts(flags: FlagReader) -> Drafts | None:
-    flag = "--speculative-config"
+def _object(flags: FlagReader, flag: str) -> dict[str, Any] | None:
+    """A JSON object, given whole or key by key (``--speculative-config.method mtp``); None where it is not given.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     text = flags.text(flag, None)
-    if text is None:
-        return None
+    found = json.loads(text) if text is not None else {}
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    keys = [name for name in flags.flags if name.startswith(f"{flag}.")]
+    found |= {key[len(flag) + 1 :].replace("-", "_"): flags.text(key) for key in keys}
+    return found if text is not None or keys else None
+
+
+def _drafts(flags: FlagReader) -> Drafts | None:
+    flag, expected = "--speculative-config", "num_speculative_tokens from 1 and a method or model"
     try:
-        said = json.loads(text)
-        tokens = int(said["num_speculative_tokens"])
+        said = _object(flags, flag)
+        tokens = int(said["num_speculative_tokens"]) if said is not None else 0
     except (ValueError, TypeError, KeyError):
-        flags.fault(flag, repr(text[:60]), "a JSON object with num_speculative_tokens and a method or model")
+        flags.fault(flag, repr(flags.text(flag, "")[:60]), f"a JSON object with {expected}")
+        return None
+    if said is None:
+        return None
+    if tokens < 1:
+        flags.fault(flag, f"num_speculative_tokens {tokens}", expected)
         return None
     model = str(said.get("model") or "")
     method = str(said.get("method") or ("draft_model" if model else ""))
@@ -119,15 +137,15 @@ def _weights(flags: FlagReader, notes: list[str]) -> dict[str, str]:
 
 
 def _role(flags: FlagReader) -> str:
-    text = flags.text("--kv-transfer-config", None)
-    if text is None:
-        return "aggregated"
+    flag = "--kv-transfer-config"
     try:
-        role = json.loads(text).get("kv_role", "kv_both")
-    except (ValueError, AttributeError):
-        flags.fault("--kv-transfer-config", repr(text[:60]), "a JSON object")
+        said = _object(flags, flag)
+    except ValueError:
+        flags.fault(flag, repr(flags.text(flag, "")[:60]), "a JSON object")
         return ""
-    return {"kv_producer": "prefill", "kv_consumer": "decode"}.get(role, "")
+    if said is None:
+        return "aggregated"
+    return {"kv_producer": "prefill", "kv_consumer": "decode"}.get(str(said.get("kv_role")), "")
 
 
 def _errors(
