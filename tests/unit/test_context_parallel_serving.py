@@ -25,7 +25,9 @@ def plan_of(model, cluster, engine="vllm", isl=8000, osl=390, weights=None, expl
 
 def test_whole_caches_hold_what_the_logs_say():
     """Kimi-K2-Thinking on 8 H200 without dcp: 715,072 tokens in 46.80 GiB (vllm-project/recipes, start-up logs)."""
-    each = runs.cache_bytes_per_token(runs.run("cache_copies", lambda ledger, _: ledger, model="kimi-k2", tp=8))
+    each = runs.cache_bytes_per_token(
+        runs.run("cache_copies", lambda ledger, _: ledger, model="kimi-k2", tp=8)
+    )
     assert 46.80 * 2**30 / each == pytest.approx(715_072, rel=1e-3)
 
 
