@@ -58,7 +58,7 @@ from planner.export.megatron import RECOMPUTE
 from planner.export.readers import READERS, read_launched
 from planner.export.serving import SERVING_EXPORTERS, export_serving, find_serving_exporter
 from planner.export.serving.readers import SERVING_READERS, read_launch
-from planner.export.serving.target import pool_name
+from planner.export.serving.target import ServingTarget
 from planner.plan import Plan
 from planner.serving.plan import ServePlan
 from planner.specs.models import load_model
@@ -228,7 +228,9 @@ def launch_read_back(name: str, files: dict[str, str], plan: ServePlan) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for file, text in files.items():
             (Path(folder) / file).write_text(text)
-        pools = read_launch(name, ",".join(f"{folder}/serve{pool_name(pool)}.sh" for pool in plan.pools))
+        pools = read_launch(
+            name, ",".join(f"{folder}/serve{ServingTarget(plan).suffix(pool)}.sh" for pool in plan.pools)
+        )
     wrong = []
     moe = any(block.moe for block in load_model(plan.model).blocks.values())
     for meant, found in zip(plan.pools, pools, strict=True):

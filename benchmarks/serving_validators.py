@@ -22,7 +22,7 @@ import yaml
 import planner
 from benchmarks.serving_plans import ARCHITECTURES
 from planner.export.hf_model import hf_model
-from planner.export.serving.target import pool_name
+from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool, ServePlan
 
 __all__ = ["Dynamo", "LeaderWorkerSets", "LlmD", "Sglang", "TensorRtLlm", "Vllm"]
@@ -69,8 +69,8 @@ class Vllm:
 
     def judged(self, files: Mapping[str, str], plan: ServePlan, pool: Pool, folder: str) -> str:
         config = Path(folder) / "vllm.yaml"
-        config.write_text(files[f"vllm{pool_name(pool)}.yaml"])
-        more = re.findall(r"--nnodes \d+", files[f"serve{pool_name(pool)}.sh"])
+        config.write_text(files[f"vllm{ServingTarget(plan).suffix(pool)}.yaml"])
+        more = re.findall(r"--nnodes \d+", files[f"serve{ServingTarget(plan).suffix(pool)}.sh"])
         words = [word for option in more for word in option.split()] + (["--node-rank", "0"] if more else [])
         return self.taken(["--config", str(config), *words], plan, pool, folder)
 
@@ -130,7 +130,7 @@ class Sglang:
 
     def _judged(self, files: Mapping[str, str], plan: ServePlan, pool: Pool, folder: str) -> str:
         config = Path(folder) / "sglang.yaml"
-        config.write_text(files[f"sglang{pool_name(pool)}.yaml"])
+        config.write_text(files[f"sglang{ServingTarget(plan).suffix(pool)}.yaml"])
         own = ["--model-path", folder, "--device", "cpu", "--load-format", "dummy", "--skip-tokenizer-init"]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -200,7 +200,7 @@ class TensorRtLlm:
     def refusal(self, files: Mapping[str, str], plan: ServePlan) -> str:
         wrong = []
         for pool in plan.pools:
-            settings = yaml.safe_load(files[f"trtllm{pool_name(pool)}.yaml"])
+            settings = yaml.safe_load(files[f"trtllm{ServingTarget(plan).suffix(pool)}.yaml"])
             wrong += sorted(set(_keys(settings)) - self.known)
             ranks = pool.mesh["tp"] * pool.mesh["dp"]
             found = (settings.get("tensor_parallel_size"), settings.get("pipeline_parallel_size"))
