@@ -145,6 +145,18 @@ REFUSED = [
     ("vllm", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 1}, "pp=2"),
     ("sglang", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4}, "expected 1, or 4"),
     ("trtllm", {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16}, "a replica over 2 nodes"),
+    (
+        "sglang",
+        {
+            "model": "deepseek-v3",
+            "cluster": "h200-sxm:1x8",
+            "tp": 4,
+            "dp": 2,
+            "speculation": Speculation("ngram", 0.4, (3,)),
+            "draft_tokens": 3,
+        },
+        "drafted from the prompt beside dp=2",
+    ),
     ("vllm", {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2}, "ep=2; expected 1, or all 4"),
 ]
 

@@ -117,6 +117,10 @@ def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
             f"tokens travel to experts with ep={mesh['ep']}",
             f"all {mesh['tp'] * mesh['dp']} ranks of a stage",
         )
+    if pool.knobs.get("draft") == "ngram" and mesh["dp"] > 1:
+        yield Problem(
+            where, f"tokens drafted from the prompt beside dp={mesh['dp']}", "dp=1, or another draft"
+        )
     yield from uneven_heads(target, where, mesh["tp"])
     if pool.role == "decode" and mesh["pp"] > 1:
         stages = {other.mesh["pp"] for other in target.plan.pools if other.role == "prefill"}
