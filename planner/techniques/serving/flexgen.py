@@ -15,22 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from planner.technique import Figure, Knob, Technique
+from planner.techniques.solvers import solver
 
 GIB = 2.0**30
-
-
-def _best(*block: Any) -> Any:
-    """The placement that a linear program finds."""
-    from planner.solve.combinatorial.block_placement import best_placement
-
-    return best_placement(*block)
-
-
-def _disk(*block: Any) -> Any:
-    """Everything on the disk."""
-    from planner.solve.combinatorial.block_placement import on_disk
-
-    return on_disk(*block)
 
 
 def _opt_30b(subject: Callable[..., Any]) -> float:
@@ -80,6 +67,6 @@ TECHNIQUE = Technique(
             _opt_30b,
         ),
     ),
-    solve=_best,
-    naive=_disk,
+    solve=solver("block_placement.best_placement"),
+    naive=solver("block_placement.on_disk"),
 )

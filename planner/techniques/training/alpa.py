@@ -11,26 +11,12 @@ Source: Zheng et al. 2022 (Alpa, arXiv:2201.12023) §4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _LAYERS = 2
-
-
-def _minimise(problem: Any) -> Sequence[int]:
-    """The chosen strategy of every operator."""
-    from planner.solve.combinatorial.choices import minimise
-
-    return minimise(problem).choice
-
-
-def _alone(problem: Any) -> Sequence[int]:
-    """Every operator's own fastest strategy."""
-    from planner.solve.combinatorial.choices import cheapest_alone
-
-    return cheapest_alone(problem)
 
 
 def _sent_elements(subject: Any) -> float:
@@ -69,6 +55,6 @@ TECHNIQUE = Technique(
             _sent_elements,
         ),
     ),
-    solve=_minimise,
-    naive=_alone,
+    solve=solver("choices.minimise", "choice"),
+    naive=solver("choices.cheapest_alone"),
 )

@@ -11,24 +11,11 @@ Source: Hildebrand et al. 2020 (AutoTM, doi:10.1145/3373376.3378465) §3; tiers 
 
 from __future__ import annotations
 
-from typing import Any
-
 from planner.technique import Figure, Technique
 from planner.techniques import figures
+from planner.techniques.solvers import solver
 
 _PAGES = (7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1)
-
-
-def _place(problem: Any) -> float:
-    from planner.solve.combinatorial.tiering import place
-
-    return place(problem).time_s
-
-
-def _swap_all(problem: Any) -> float:
-    from planner.solve.combinatorial.tiering import swap_all
-
-    return swap_all(problem).time_s
 
 
 TECHNIQUE = Technique(
@@ -47,6 +34,6 @@ TECHNIQUE = Technique(
             lambda subject: figures.page_faults(subject, _PAGES, 3),
         ),
     ),
-    solve=_place,
-    naive=_swap_all,
+    solve=solver("tiering.place", "time_s"),
+    naive=solver("tiering.swap_all", "time_s"),
 )

@@ -13,16 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _RANKS = 8
 _LONG, _SHORT = 5, 3  # capacities of the long sequence; short ones
 _EXCHANGE = 0.01  # of a short sequence's time, per further rank of its group
-
-
-def _assign(problem: Any) -> Any:
-    from planner.solve.combinatorial.sequences import assign_sequences
-
-    return assign_sequences(problem).degrees
 
 
 def _mesh(problem: Any) -> Any:
@@ -63,6 +58,6 @@ TECHNIQUE = Technique(
             _largest,
         ),
     ),
-    solve=_assign,
+    solve=solver("sequences.assign_sequences", "degrees"),
     naive=_mesh,
 )

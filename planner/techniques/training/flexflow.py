@@ -14,20 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _OPERATORS, _CHOICES = 6, 4
-
-
-def _minimise(problem: Any) -> Any:
-    from planner.solve.combinatorial.choices import minimise
-
-    return minimise(problem).choice
-
-
-def _alone(problem: Any) -> Any:
-    from planner.solve.combinatorial.choices import cheapest_alone
-
-    return cheapest_alone(problem)
 
 
 def _above_the_best(subject: Any) -> float:
@@ -64,6 +53,6 @@ TECHNIQUE = Technique(
             _above_the_best,
         ),
     ),
-    solve=_minimise,
-    naive=_alone,
+    solve=solver("choices.minimise", "choice"),
+    naive=solver("choices.cheapest_alone"),
 )

@@ -15,14 +15,9 @@ from typing import Any
 
 from planner.technique import Technique
 from planner.techniques import figures
+from planner.techniques.solvers import solver
 
 _GROUPS = 3
-
-
-def _assign(problem: Any) -> float:
-    from planner.solve.combinatorial.sequences import assign_sequences
-
-    return assign_sequences(problem).time_s
 
 
 def _longest_first(problem: Any) -> float:
@@ -53,6 +48,6 @@ TECHNIQUE = Technique(
     source="arXiv:2412.01523",
     summary="Sequences of a step to groups of several sizes",
     figures=(figures.graham_figure("seconds of the busiest group", _GROUPS, _makespan),),
-    solve=_assign,
+    solve=solver("sequences.assign_sequences", "time_s"),
     naive=_longest_first,
 )

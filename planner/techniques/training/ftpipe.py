@@ -14,20 +14,9 @@ from typing import Any
 
 from planner.technique import Technique
 from planner.techniques import figures
+from planner.techniques.solvers import solver
 
 _DEVICES = 3  # whose best three runs of neighbours take 10
-
-
-def _deal(blocks: Any, devices: int) -> float:
-    from planner.solve.combinatorial.blocks import deal_blocks
-
-    return deal_blocks(blocks, devices).time_s
-
-
-def _runs(blocks: Any, devices: int) -> float:
-    from planner.solve.combinatorial.blocks import contiguous
-
-    return contiguous(blocks, devices).time_s
 
 
 def _makespan(subject: Any) -> float:
@@ -48,6 +37,6 @@ TECHNIQUE = Technique(
     source="USENIX ATC 2021 (Eliad et al.)",
     summary="Blocks of a pipeline to devices, neighbours or not",
     figures=(figures.graham_figure("seconds of the busiest device", _DEVICES, _makespan),),
-    solve=_deal,
-    naive=_runs,
+    solve=solver("blocks.deal_blocks", "time_s"),
+    naive=solver("blocks.contiguous", "time_s"),
 )

@@ -14,17 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 # The instance P01 of the 0-1 knapsack problem: what is left out costs its profit, what is kept its weight.
 _WEIGHTS = (23, 31, 29, 44, 53, 38, 63, 85, 89, 82)
 _PROFITS = (92, 57, 49, 68, 60, 43, 67, 84, 87, 72)
 _CAPACITY = 165.0
-
-
-def _minimise(problem: Any) -> float:
-    from planner.solve.combinatorial.choices import minimise
-
-    return float(minimise(problem).time_s)
 
 
 def _same_for_all(problem: Any) -> float:
@@ -61,6 +56,6 @@ TECHNIQUE = Technique(
             _profit,
         ),
     ),
-    solve=_minimise,
+    solve=solver("choices.minimise", "time_s"),
     naive=_same_for_all,
 )

@@ -13,21 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _RDMA, _ETHERNET = 8.0, 1.0  # of a link; only their order matters
 _NODES = 4
-
-
-def _map(problem: Any) -> Any:
-    from planner.solve.combinatorial.ranks import map_ranks
-
-    return map_ranks(problem).node
-
-
-def _in_order(problem: Any) -> Any:
-    from planner.solve.combinatorial.ranks import in_order
-
-    return in_order(problem)
 
 
 def _slower(subject: Any) -> float:
@@ -61,6 +50,6 @@ TECHNIQUE = Technique(
             _slower,
         ),
     ),
-    solve=_map,
-    naive=_in_order,
+    solve=solver("ranks.map_ranks", "node"),
+    naive=solver("ranks.in_order"),
 )

@@ -13,16 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 # Nugent et al.'s problem of five facilities, as QAPLIB has it: distances on a grid of rooms, flows between facilities.
 _DISTANCES = ((0, 1, 1, 2, 3), (1, 0, 2, 1, 2), (1, 2, 0, 1, 2), (2, 1, 1, 0, 1), (3, 2, 2, 1, 0))
 _FLOWS = {(0, 1): 5, (0, 2): 2, (0, 3): 4, (0, 4): 1, (1, 2): 3, (1, 4): 2, (3, 4): 5}
-
-
-def _map(problem: Any) -> float:
-    from planner.solve.combinatorial.ranks import map_ranks
-
-    return map_ranks(problem).time_s
 
 
 def _in_order(problem: Any) -> float:
@@ -59,6 +54,6 @@ TECHNIQUE = Technique(
             _cost,
         ),
     ),
-    solve=_map,
+    solve=solver("ranks.map_ranks", "time_s"),
     naive=_in_order,
 )

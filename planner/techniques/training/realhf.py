@@ -14,16 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _SECONDS = (3, 2, 2, 2, 4, 4, 4, 4, 9)
 _AFTER: dict[int, tuple[int, ...]] = {8: (0,), 4: (3,), 5: (3,), 6: (3,), 7: (3,)}
 _MACHINES = 4
-
-
-def _plan(problem: Any) -> float:
-    from planner.solve.combinatorial.calls import plan_calls
-
-    return plan_calls(problem).time_s
 
 
 def _as_they_come(problem: Any) -> float:
@@ -70,6 +65,6 @@ TECHNIQUE = Technique(
             second_hand=True,
         ),
     ),
-    solve=_plan,
+    solve=solver("calls.plan_calls", "time_s"),
     naive=_as_they_come,
 )

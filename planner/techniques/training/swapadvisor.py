@@ -11,24 +11,11 @@ Source: Huang et al. 2020 (SwapAdvisor, ASPLOS 2020, doi:10.1145/3373376.3378530
 
 from __future__ import annotations
 
-from typing import Any
-
 from planner.technique import Figure, Technique
 from planner.techniques import figures
+from planner.techniques.solvers import solver
 
 _PAGES = (1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5)
-
-
-def _plan(problem: Any) -> float:
-    from planner.solve.combinatorial.tiering import place
-
-    return place(problem).time_s
-
-
-def _swap_all(problem: Any) -> float:
-    from planner.solve.combinatorial.tiering import swap_all
-
-    return swap_all(problem).time_s
 
 
 TECHNIQUE = Technique(
@@ -48,6 +35,6 @@ TECHNIQUE = Technique(
             second_hand=True,
         ),
     ),
-    solve=_plan,
-    naive=_swap_all,
+    solve=solver("tiering.place", "time_s"),
+    naive=solver("tiering.swap_all", "time_s"),
 )
