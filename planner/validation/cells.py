@@ -190,8 +190,8 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else the weights' 16 bits under FSDP1, under Megatron-LM and DeepSpeed with fp16 weights, and under "
-        "DeepSpeed where ZeRO shards gradients; else fp32",
+        "what the stack says; else the weights' 16 bits under FSDP1, under Megatron-LM and DeepSpeed with fp16 weights, and "
+        "under DeepSpeed where ZeRO shards gradients; else fp32",
         "ZeRO counts 2 bytes (arXiv:1910.02054); FSDP1 reduces in MixedPrecision.param_dtype unless told otherwise; Megatron-LM "
         "and DeepSpeed's BF16_Optimizer add gradients of bf16 weights up in fp32, of fp16 ones if asked",
         _gradients,
