@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from planner.cli.options import flag
 
 
 def schema(
-    serving: Annotated[bool, typer.Option("--serving", help="Of the plans that serve writes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The schema is JSON already.")] = False,
+    serving: Annotated[bool, flag("--serving", "Of the plans that serve writes.")] = False,
+    as_json: Annotated[bool, flag("--json", "The schema is JSON already.")] = False,
 ) -> None:
     """Print the JSON schema of plans.
 
