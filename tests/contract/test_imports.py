@@ -44,6 +44,7 @@ LAYERS = (
     "transition",
     "assignment",
     "parts",
+    "device_memory",
     "assemble",
     "holdings",
     "solve",
