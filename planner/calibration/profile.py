@@ -18,7 +18,7 @@ from planner.specs.cluster import Cluster, Tier
 from planner.specs.device import Sourced, Transport
 from planner.specs.device_file import find_device
 from planner.specs.library import hardware_folder
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 
 __all__ = ["Provenance", "cluster_toml", "device_toml", "stack_toml"]
 

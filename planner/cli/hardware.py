@@ -93,7 +93,7 @@ def _load(name: str) -> Device | Cluster:
     from planner.errors import Problem, SpecError, did_you_mean
     from planner.specs.device_file import aliases, find_device
     from planner.specs.hardware import list_clusters, list_devices, load_cluster, load_device
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     if find_device(name) is not None:
         return load_device(name)

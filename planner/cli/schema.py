@@ -18,7 +18,7 @@ def schema(
     from importlib.resources import files
 
     from planner.cli.output import print_json
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     folder = files("planner") / "serving" if serving else files("planner")
     print_json(read_file(str(folder / "plan_schema.json")))
