@@ -261,3 +261,9 @@ def test_example_of_ranks_keeps_replicas_of_a_stage_in_one_rack(planner):
     assert found["time_in_order_s"] == pytest.approx(1.024, rel=1e-3)
     assert found["time_s"] == pytest.approx(0.496, rel=1e-3)
     assert {node % 2 for node in found["node"][:4]} != {0, 1}
+
+
+def test_example_of_experts_parts_the_popular_ones(planner):
+    """Two experts a device: the most popular one's 70 tokens stand beside 4 at least, and so they do; in order 130 would."""
+    found = planner("solve", "experts", EXAMPLES / "experts.json", "--json").json
+    assert max(found["loads"]) == 74
