@@ -14,7 +14,7 @@ from planner.ledger import Collective
 from planner.place import Place
 from planner.solve.mixed.ground import Ground
 from planner.solve.mixed.search import MixedSearch, search_mixed
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.model import Attention, Block, Mlp
 from planner.specs.problem import Problem
 from planner.transition import communicators, meets, transition, transition_s

@@ -330,7 +330,7 @@ def test_a_layerwise_plan_that_does_not_add_up_is_refused(wrong):
 
 def test_holdings_and_seconds_add_up_over_strategies():
     from planner.report.account import byte_tree, second_tree
-    from planner.solve.train import examine
+    from planner.solve.named import examine
 
     plan = search_layerwise(TIGHT[0], 1).best
     problem = replace(

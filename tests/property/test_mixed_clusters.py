@@ -22,7 +22,7 @@ from planner.solve.mixed.ground import Ground
 from planner.solve.mixed.search import MixedSearch, search_mixed
 from planner.solve.mixed.settle import Settler
 from planner.solve.mixed.shapes import Shape, shapes
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.problem import Problem
 from tests.property.small_problem import ALL_OR_NOTHING, small_problem
 
