@@ -247,7 +247,7 @@ class Expansion:
         fit = self._within(jobs, needs, self._launchable(jobs))
         if not fit.all():
             self._note_nearest(jobs, needs)
-        if jobs.layers is None and layers is not None and self._counts_matter(jobs):
+        if jobs.layers is None and layers is not None and fit.any() and self._counts_matter(jobs):
             return self._every_count(jobs, layers, fit, bar)
         bound_s, late = self._bounds(jobs, layers, fit, bar, table)
         scored = fit & ~late
@@ -265,9 +265,8 @@ class Expansion:
         self.counts.rejected["device memory"] += int(jobs.width[at].sum()) - len(every.rows)
         bound_s = np.zeros(len(fit))
         _, each_s, batch = self.evaluate(every, bar)
-        if len(at):
-            ends = np.cumsum(jobs.width[at] - fewest[at].astype(np.int64) + 1)
-            bound_s[at] = np.minimum.reduceat(each_s, np.concatenate([[0], ends[:-1]]))
+        ends = np.cumsum(jobs.width[at] - fewest[at].astype(np.int64) + 1)
+        bound_s[at] = np.minimum.reduceat(each_s, np.concatenate([[0], ends[:-1]]))
         return fit, bound_s, batch
 
     def _counts_matter(self, jobs: Jobs) -> bool:
@@ -372,16 +371,18 @@ class Expansion:
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
             return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
-        low, high = (
-            np.ones(len(jobs.rows)),
-            np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0)),
-        )
+        budget = self.problem.memory_budget_bytes
+        most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
+        fewest = most.copy()
+        at = np.flatnonzero(self._memory(jobs, held, most)[0] <= budget)
+        few, column = jobs.take(at), held.take(at)
+        low, high = np.ones(len(at)), most[at]
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
-            peak = self._memory(jobs, held, middle)[0]
-            fit = peak <= self.problem.memory_budget_bytes
+            fit = self._memory(few, column, middle)[0] <= budget
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
-        return high
+        fewest[at] = high
+        return fewest
 
     def _memory(self, jobs: Jobs, held: BlockTable, layers: Array | None) -> tuple[Array, dict[str, Array]]:
         return memory(
