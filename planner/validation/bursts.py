@@ -47,8 +47,10 @@ def _simulated(iterations: Iterations, traffic: Traffic, run: ServedRun) -> tupl
     chunk = launch.chunk_tokens or float(software.chunk_tokens)
     most = int(launch.max_sequences or float(software.max_sequences)) * int(iterations.ctx.mesh.dp[0])
     stage = stage_of(iterations, traffic.isl, traffic.osl, chunk, most)
-    lengths = Lengths(traffic.isl, traffic.osl, traffic.length_scv, traffic.length_scv)
+    uncut = _uncut(traffic.osl, run.longest_answer) if traffic.length_scv else traffic.osl
+    lengths = Lengths(traffic.isl, uncut, traffic.length_scv, traffic.length_scv)
     asked = draw(lengths, round(run.load))
+    asked = replace(asked, output_tokens=np.minimum(asked.output_tokens, run.longest_answer).astype(np.int64))
     try:
         done = simulate(asked, stage.iteration, stage.rules, stage.pool, stages=stage.stages)
     except Infeasible:
@@ -61,3 +63,18 @@ def _simulated(iterations: Iterations, traffic: Traffic, run: ServedRun) -> tupl
         float(np.mean(done.first_token_s)) + around_s,
         float(np.sum(asked.output_tokens) / (done.span_s + around_s)),
     )
+
+
+def _uncut(mean: float, longest: float) -> float:
+    """Mean of an exponential law that has the given one where it is cut: ``m·(1 − exp(−longest/m)) = mean``.
+
+    >>> round(_uncut(100.0, 1e9)), round(_uncut(345.0, 512.0))
+    (100, 603)
+    """
+    if not np.isfinite(longest) or mean >= longest:
+        return min(mean, longest)
+    low, high = mean, 1e3 * longest
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if -middle * np.expm1(-longest / middle) < mean else (low, middle)
+    return low
