@@ -49,6 +49,7 @@ class Suite:
         upstream: how the column of that name begins in its rows.
         page: what its rows' source names, where they have no such column.
         feature: what its rows' features name, where neither tells: a data set that several benchmarks draw from.
+        measured_date: when its runs were made, at the latest, where they do not say.
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         natural_lengths: squared coefficient of variation of lengths that are told by their mean; 0: they are as stated.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
@@ -61,6 +62,7 @@ class Suite:
     upstream: tuple[str, ...] = ()
     page: str = ""
     feature: str = ""
+    measured_date: str = ""
     shortest_length: float = 1.0
     natural_lengths: float = 0.0
     requests_per_client: int = 0
@@ -125,6 +127,7 @@ def _suites() -> tuple[Suite, ...]:
                 entry.texts("upstream", ()),
                 entry.text("page", ""),
                 entry.text("feature", ""),
+                entry.text("measured_date", ""),
                 entry.number("shortest_length", 1.0),
                 entry.number("natural_lengths", 0.0),
                 entry.integer("requests_per_client", 0, minimum=0),

@@ -120,14 +120,15 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     tp, pp, dp, _ = degrees
     model = _model(row)
     cluster = _cluster(row.text("accelerator"), tp * pp * dp)
-    stack = stack_for(row.text("engine"), row.text("engine_version"), row.text("measured_date"))
+    suite = suite_of(row)
+    date = row.text("measured_date") or suite.measured_date
+    stack = stack_for(row.text("engine"), row.text("engine_version"), date)
     if stack.serving is None:
         defaults["engine"] += 1
         stack = load_stack(_ANY_ENGINE)
     weights = _weights(row, model, defaults)
     if weights in _NEEDS_FP8 and not cluster.device.supports("fp8"):
         weights = "int8_wo"  # engines unpack such weights for 16-bit products (Marlin kernels): as many bytes as int8 ones
-    suite = suite_of(row)
     driver, load = _driver(row, suite)
     launch = suite.launch(
         {
