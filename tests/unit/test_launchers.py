@@ -139,6 +139,24 @@ def test_bridge_recipe_is_python_over_the_same_fields():
         assert line in text
 
 
+def test_bridge_builds_the_model_of_the_plan():
+    """AutoBridge looks classes up by ``architectures`` (megatron-bridge 0.6.2, auto_bridge.py: it refuses a config without).
+
+    Transformers' DeepseekV3Config has one MTP module unless told, and DeepSeekV3Bridge turns shared experts' overlap on; the plan
+    has neither.
+    """
+    files = export(plan_of("deepseek-v3", "h100-sxm:32x8", ep=32, pp=8, precision="fp8"), "megatron-bridge")
+    config = json.loads(files["config.json"])
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert config["num_nextn_predict_layers"] == 0
+    assert "cfg.model.moe_shared_expert_overlap = False" in files["recipe.py"]
+    classes = {
+        name: hf_model(planner.load_model(name)).config["architectures"]
+        for name in ("qwen2.5-7b", "mixtral-8x7b")
+    }
+    assert classes == {"qwen2.5-7b": ["Qwen2ForCausalLM"], "mixtral-8x7b": ["MixtralForCausalLM"]}
+
+
 def test_any_modules_are_recomputed_by_megatron():
     plan = plan_of("mixtral-8x7b", tp=8, recompute="modules", recompute_modules="moe_act+core_attn")
     assert "--recompute-modules core_attn moe_act" in export(plan, "megatron")["args.txt"]
@@ -205,6 +223,22 @@ def test_the_closest_plan_keeps_what_the_launcher_can_say():
     assert found.plan.knobs["recompute"] == "full"
     assert found.changes["zero_stage"][0] in ("1", 1)
     export(found.plan, "accelerate")
+
+
+def test_the_closest_plan_gives_up_one_choice_where_that_is_enough():
+    """Transformer Engine has buffers for qkv, proj, fc1 and fc2 (TELinear in megatron-core 0.19.2): none for latent attention."""
+    plan = plan_of(
+        "deepseek-v2-lite",
+        tp=2,
+        ep=8,
+        tensor_overlap="chunked",
+        recompute="modules",
+        recompute_modules="mla_up_proj",
+    )
+    with pytest.raises(ExportError, match="no buffers for latent attention"):
+        export(plan, "megatron")
+    found = closest_plan(plan, "megatron")
+    assert dict(found.changes) == {"tensor_overlap": ("chunked", "none")}
 
 
 def test_versions_are_checked():
