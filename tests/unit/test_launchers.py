@@ -46,7 +46,7 @@ PLAIN = {"elementwise_kernel": "eager", "loss_kernel": "log_softmax"}
 def test_deepspeed_writes_what_its_config_takes():
     plan = plan_of(
         zero_stage=3,
-        optimizer_offload="cpu",
+        optimizer_offload="cpu+gradients",
         parameter_offload="cpu",
         micro_batch_size=2,
         gradient_dtype="bf16",
@@ -194,6 +194,11 @@ def test_stages_are_dealt_as_torchtitan_deals_them():
     [
         ("deepspeed", {"pp": 2}, "pipelines are written in Python"),
         ("deepspeed", {"zero_stage": 0}, "accumulated in the format of the weights"),
+        (
+            "deepspeed",
+            {"zero_stage": 2, "optimizer_offload": "cpu"},
+            "gradients go to the host with the optimizer",
+        ),
         ("accelerate", {"tp": 2, "zero_stage": 0, "sequence_parallel": "false"}, "needs sharded states"),
         ("accelerate", {"zero_stage": 3}, "cannot express zero_stage=3"),
         ("torchtitan", {"precision": "fp8"}, "cannot express precision=fp8"),
@@ -315,6 +320,33 @@ def test_the_measuring_script_writes_a_row_that_validate_reads(plain_plan, tmp_p
     assert float(row.text("step_time_s")) == pytest.approx(14.1)
 
 
+@pytest.mark.parametrize(
+    ("choices", "cell"),
+    [
+        ({}, None),
+        ({"optimizer_offload": "cpu", "zero_stage": 1}, "optimizer"),
+        ({"parameter_offload": "cpu", "zero_stage": 3}, "params"),
+        ({"optimizer_offload": "cpu+gradients", "zero_stage": 2}, "optimizer_offload=cpu+gradients"),
+        (
+            {"optimizer_offload": "nvme", "parameter_offload": "nvme", "zero_stage": 3},
+            "optimizer_offload=nvme; parameter_offload=nvme",
+        ),
+    ],
+)
+def test_a_row_says_what_was_offloaded_and_reads_so(choices, cell, tmp_path):
+    plan = plan_of(zero_group="full", sequence_parallel="false", micro_batch_size=2, **choices)
+    text = export_folder(plan, "deepspeed")["measure.py"]
+    settings = json.loads(text.split("'''")[1].replace("\\\\", "\\"))
+    row = {key: str(value) for key, value in settings["row"].items()} | {"step_time_s": "1.0"}
+    assert row.get("offload") == (cell or "none")
+    (tmp_path / "rows.csv").write_text(",".join(row) + "\n" + ",".join(f'"{v}"' for v in row.values()) + "\n")
+    fixed = run_of(read_table(tmp_path / "rows.csv").rows[0]).problem.fixed
+    wanted = {name: value for name, value in choices.items() if name.endswith("_offload")}
+    assert {
+        name: fixed[name] for name in fixed if name.endswith("_offload") and fixed[name] != "none"
+    } == wanted
+
+
 # -- and back ---------------------------------------------------------------------------------------------------------
 
 ROUND_TRIPS = [
@@ -323,6 +355,8 @@ ROUND_TRIPS = [
         "deepspeed.json",
         {"zero_stage": 2, "micro_batch_size": 2, "tp": 2, "sequence_parallel": "false"},
     ),
+    ("deepspeed", "deepspeed.json", {"zero_stage": 2, "optimizer_offload": "cpu+gradients"}),
+    ("deepspeed", "deepspeed.json", {"zero_stage": 1, "optimizer_offload": "cpu"}),
     ("deepspeed", "deepspeed.json", {"zero_stage": 1, "cp": 4, "context": "a2a", "optimizer": "lion"}),
     ("accelerate", "accelerate.yaml", {"tp": 2, "recompute": "full", "gradient_dtype": "bf16", **SHARDED}),
     (
