@@ -264,8 +264,8 @@ def written(plan, to, folder, **options):
 def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kinds, tmp_path):
     """A role with two kinds of replicas: neither's configuration may take the other's place."""
     prompts, answers = two_kinds.pools
-    small = replace(prompts, replicas=1)
-    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4})
+    small = replace(prompts, replicas=1, share=0.3)
+    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4}, share=0.7)
     plan = replace(two_kinds, pools=(small, large, answers))
     folder = written(plan, "vllm", tmp_path, around=["kubernetes"])
     degrees = {
@@ -288,7 +288,11 @@ def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kind
         item["name"]: item["value"] for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     }
     assert [url.split(".")[1].split(":")[0] for url in addresses["PREFILL"].split()] == sets[:2]
-    assert "every replica the same share" in (folder / "README.md").read_text()
+    assert "prefill-1 30%, prefill-2 70%" in (folder / "README.md").read_text()
+    assert (
+        "--policy power_of_two" in routes
+    )  # turn by turn, the slower kind would get as much as the faster one
+    assert "type: load_balancing" in export_serving(plan, "trtllm")["router.sh"]
     one_kind = replace(plan, pools=(small, large, replace(answers, cluster=prompts.cluster, replicas=1)))
     for to in ("dynamo", "llm-d"):  # a component per role
         with pytest.raises(ExportError, match="unlike prefill pools"):

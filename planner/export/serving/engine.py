@@ -32,6 +32,7 @@ class Engine:
         online: number formats that it makes of a 16-bit checkpoint while it loads it → the value of its setting.
         differs: where it runs otherwise than the plan, one sentence each.
         needs: what has to be installed beside it, one sentence each.
+        router_package: what has to be installed for its router; empty where nothing has.
     """
 
     name: str
@@ -46,17 +47,16 @@ class Engine:
     environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
     differs: Callable[[ServingTarget], list[str]] = lambda target: []
     needs: Callable[[ServingTarget], list[str]] = lambda target: []
+    router_package: str = ""
 
 
-def needed_beside(target: ServingTarget, router: str) -> list[str]:
-    """What an engine of Python packages needs for pools, replicas and expert exchange; ``router`` is its router's package."""
+def needed_beside(target: ServingTarget) -> list[str]:
+    """What an engine of Python packages needs for pools and expert exchange."""
     found = []
     if target.plan.mode == "disaggregated":
         found.append(
             "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
         )
-    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
-        found.append(f"`pip show {router}`: `router.sh` spreads requests with it.")
     if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
         found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
     return found
