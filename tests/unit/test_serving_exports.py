@@ -102,6 +102,24 @@ def test_sixteen_bit_checkpoints_are_narrowed_by_the_engine():
     assert "has to be one in fp8" in export_serving(plan, "trtllm")["README.md"]
 
 
+def test_a_format_that_no_engine_makes_has_no_checkpoint_to_fall_back_on():
+    """TensorRT-LLM reads fp8 from the checkpoint: the model's 16-bit one would be served as it is, and may not fit."""
+    files = export_serving(plan_of(weights="fp8", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "MODEL=${MODEL:?a checkpoint of this model in fp8}" in files["serve.sh"]
+    assert "name-your-checkpoint" in files["leaderworkerset.yaml"]
+    assert "name-your-checkpoint" in files["README.md"]
+    plain = export_serving(plan_of(weights="bf16", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "name-your-checkpoint" not in plain["leaderworkerset.yaml"]
+
+
+def test_a_page_names_no_file_that_is_not_there():
+    for to in ("dynamo", "llm-d"):
+        files = export_serving(plan_of(replicas=2), to)
+        assert "router.sh" not in files
+        assert "router.sh" not in files["README.md"]
+        assert "MODEL=" not in files["README.md"]
+
+
 def test_three_meanings_of_a_memory_fraction():
     plan = plan_of(tp=2, replicas=1)
     target = ServingTarget(plan)

@@ -10,7 +10,18 @@ from planner.errors import Problem
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
-__all__ = ["Engine", "needed_beside", "number_format", "quantized_checkpoint", "uneven_heads"]
+__all__ = [
+    "NO_CHECKPOINT",
+    "Engine",
+    "checkpoint_of",
+    "needed_beside",
+    "number_format",
+    "quantized_checkpoint",
+    "uneven_heads",
+]
+
+NO_CHECKPOINT = "name-your-checkpoint"
+"""What a manifest says where the plan does not know which checkpoint is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,11 @@ def quantized_checkpoint(engine: Engine, target: ServingTarget) -> str:
         if name not in ("bf16", "fp16", target.model.checkpoint) and name not in engine.online
     ]
     return ", ".join(missing)
+
+
+def checkpoint_of(engine: Engine, target: ServingTarget) -> str:
+    """The hub id of what is served; empty where none is known, or where the plan's format is that of another checkpoint."""
+    return "" if quantized_checkpoint(engine, target) else target.checkpoint
 
 
 def uneven_heads(target: ServingTarget, where: str, tp: int) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check, page
 from planner.export.serving.around import AROUND, DEVICE_LABEL
 from planner.export.serving.bare import ROUTER_PORT, routed
-from planner.export.serving.engine import Engine, quantized_checkpoint
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, quantized_checkpoint
 from planner.export.serving.exporter import ServingExporter
 from planner.export.serving.row import serving_row
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
@@ -57,7 +57,7 @@ def folder_files(
     """
     found = dict(exporter.write(target, engine, image, version))
     for name in around:
-        found |= AROUND[name](target, image)
+        found |= AROUND[name](target, engine, image)
     found["plan.json"] = json.dumps(target.plan.as_dict(), indent=2) + "\n"
     engine_version = version if exporter.name == engine.name else engine.versions[0]
     found["measure.py"] = _measure(target, engine, engine_version)
@@ -105,6 +105,8 @@ def _read_me(
         first.append(
             f"The manifests say `image: {NO_IMAGE}`: export with `--image` and the container that holds the engine."
         )
+    if any(NO_CHECKPOINT in text for name, text in found.items() if name.endswith(".yaml")):
+        first.append(f"The manifests say `{NO_CHECKPOINT}`: put the checkpoint in its place.")
     start = [*exporter.start(target), *_around(target, found)]
     url = (
         f"http://localhost:{ROUTER_PORT}"
