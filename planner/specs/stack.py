@@ -29,7 +29,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.serving_stack import KernelRule, ServingSoftware, read_kernel_rules, read_serving
 from planner.specs.sourced import read_optional, read_sourced
 

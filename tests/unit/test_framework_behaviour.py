@@ -13,7 +13,7 @@ import pytest
 import planner
 from planner.ledger import Collective, Kernel, Matmul, Resident, Stream
 from planner.phases import dispatches
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.device import Sourced
 from planner.specs.stack import load_stack
 from planner.techniques.figures import held_bytes, total_bytes
