@@ -23,6 +23,7 @@ from planner.cli.values import (
 from planner.errors import Problem as Fault
 
 if TYPE_CHECKING:
+    from planner.serving.launcher import ServingLauncher
     from planner.specs.model import Model
     from planner.specs.serve_problem import ServeProblem
     from planner.specs.speculation import Speculation
@@ -124,7 +125,12 @@ def serve(
     ] = None,
     engine: Annotated[
         str,
-        _option("--engine", "--for", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME"),
+        _option(
+            "--engine",
+            "--for",
+            text="vllm, sglang, trtllm: their times and rules; or a stack's .toml [vllm].",
+            metavar="NAME",
+        ),
     ] = "vllm",
     mode: Annotated[
         str | None,
@@ -338,8 +344,15 @@ def _problem(
     return attempt(
         faults, ServeProblem, spec, machines[0], traffic, stack, formats, caches, modes, fixed, tuple(forbid or ()),
         objective=objective.lower(), usd_per_device_hour=usd, speculation=speculation,
-        others=tuple(machines[1:]), explore=tuple(explore), flags=_FLAGS,
+        others=tuple(machines[1:]), explore=tuple(explore), launcher=_launcher(stack.name, modes), flags=_FLAGS,
     )  # fmt: skip
+
+
+def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
+    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's."""
+    from planner.export.serving.rules import SERVING_LAUNCHERS
+
+    return None if modes == ("offloaded",) else SERVING_LAUNCHERS.get(stack)
 
 
 def _day(

@@ -251,7 +251,7 @@ def _fleet(
         room = np.minimum(room, traffic.e2e_s - answers_s - batch_s - transfer)
     quantile = None if traffic.percentile is None else traffic.percentile / 100.0
     load = np.asarray(queue_load(room, pace_s * prompts, quantile, MOST_LOAD))
-    alike = np.array([[p.recipe["cache"] == d.recipe["cache"] for d in right] for p in left])
+    alike = np.array([[_together(problem, parts, p, d) for d in right] for p in left])
     cost = np.array([_cost(part) for part in parts])
     sizes, places = (
         [np.array([float(getattr(k, n)) for k in kinds]) for kinds in (left, right)]
@@ -262,6 +262,17 @@ def _fleet(
         [part.cluster.devices for part in parts], sizes[0], places[0], costs[0], sizes[1], places[1], costs[1],
         np.where(alike, load / pace_s, 0.0), np.array([d.rate for d in right]),
     )  # fmt: skip
+
+
+def _together(problem: ServeProblem, parts: list[ServeProblem], p: _Kind, d: _Kind) -> bool:
+    """Whether prompts of one kind may go on to another: the cache's format is one, and so says the engine."""
+    if p.recipe["cache"] != d.recipe["cache"] or problem.launcher is None:
+        return p.recipe["cache"] == d.recipe["cache"]
+    vendors = {
+        parts[kind.cluster].cluster.device.vendor for kind in (p, d)
+    }  # one build of an engine runs on one
+    rules = problem.launcher.pairs(mesh_of(p.row[None, None, :]), mesh_of(d.row[None, None, :]))
+    return len(vendors) == 1 and all(bool(np.all(rule.ok)) for rule in rules)
 
 
 def _cost(part: ServeProblem) -> float:

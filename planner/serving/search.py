@@ -8,7 +8,7 @@ cannot beat the best so far even at the upper end of its bracket is excluded by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.front import Curve
+from planner.serving.launcher import Replicas, seated
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of
@@ -151,12 +152,11 @@ def candidates(
         problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
     )
     alive = np.ones(len(meshes), dtype=bool)
-    for technique in serving_choices(recipe):
-        for check in technique.valid(ctx):
-            broken = alive & ~np.broadcast_to(check.ok, alive.shape)
-            if broken.any():
-                account.rejected[check.reason] += int(broken.sum())
-                alive &= ~broken
+    for reason, ok in _rules(problem, space.role, ctx):
+        broken = alive & ~np.broadcast_to(ok, alive.shape)
+        if broken.any():
+            account.rejected[reason] += int(broken.sum())
+            alive &= ~broken
     if not alive.any():
         return None
     meshes, chunks = meshes[alive], chunks[alive]
@@ -185,6 +185,19 @@ def candidates(
         held.sequences[index], held.tokens[index], held.request_bytes[index],
     )  # fmt: skip
     return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
+
+
+def _rules(
+    problem: ServeProblem, role: str, ctx: ServingContext
+) -> Iterator[tuple[str, NDArray[np.bool_] | bool]]:
+    """What techniques, and the engine where one is given, say of rows."""
+    for technique in serving_choices(ctx.knobs):
+        yield from ((check.reason, check.ok) for check in technique.valid(ctx))
+    if problem.launcher is not None:
+        told = problem.speculation
+        draft = told.method if told is not None and "draft_tokens" in ctx.knobs else ""
+        for rule in problem.launcher.rules(Replicas(ctx, role, draft)):
+            yield f"{problem.launcher.name}: {rule.reason}", rule.ok
 
 
 def limits_kept(problem: ServeProblem, state: Steady) -> tuple[NDArray[np.bool_], NDArray[np.str_], Array]:
@@ -222,7 +235,11 @@ class _Bracket:
 
 def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
     """Replicas that the machines hold, or that are asked for."""
-    room = np.floor(problem.cluster.devices / size)
+    room = (
+        np.floor(problem.cluster.devices / size)
+        if problem.launcher is None
+        else seated(problem.cluster, size)
+    )
     return np.asarray(room if fixed is None else np.minimum(room, float(fixed)))
 
 
@@ -356,7 +373,7 @@ def _refine(
         state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
     )
     account.repriced += len(index)
-    usable = replicas * size <= problem.cluster.devices
+    usable = replicas <= _replicas(problem, size, None)
     short = int((~usable).sum())
     account.scored -= short
     account.rejected["rate"] += short

@@ -105,7 +105,20 @@ class ServeSpace:
                     Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
                 )
         hidden = {value for value in known if self._forbidden(f"{slot}={value}")}
-        kept = [value for value in wanted if value not in hidden]
+        launcher = self.problem.launcher
+        if launcher is not None and not any(launcher.allows(slot, value) for value in wanted):
+            raise SpecError(
+                Fault(
+                    f"--engine {launcher.name}",
+                    f"has no words for {slot}={', '.join(wanted)}",
+                    "another engine",
+                )
+            )
+        kept = [
+            value
+            for value in wanted
+            if value not in hidden and (launcher is None or launcher.allows(slot, value))
+        ]
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
@@ -203,6 +216,6 @@ def recipe_of(knobs: Mapping[str, Any]) -> dict[str, str]:
 
 def mesh_of(rows: NDArray[Any]) -> Mesh:
     """Rows of :data:`DEGREES` as a mesh."""
-    tp, pp, dp, ep, etp = (np.ascontiguousarray(rows[:, index]) for index in range(len(DEGREES)))
+    tp, pp, dp, ep, etp = (np.ascontiguousarray(rows[..., index]) for index in range(len(DEGREES)))
     one: Array = np.ones_like(tp)
     return Mesh(tp, one, dp, pp, ep, etp)

@@ -143,8 +143,16 @@ def test_nodes_of_a_replica_are_told_their_rank(two_nodes, engine):
 
 REFUSED = [
     ("vllm", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 1}, "pp=2"),
-    ("sglang", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4}, "expected 1, or 4"),
-    ("trtllm", {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16}, "a replica over 2 nodes"),
+    (
+        "sglang",
+        {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4},
+        "pp=2: stages in a pool that generates; expected stages in none, or as many",
+    ),
+    (
+        "trtllm",
+        {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16},
+        "a replica over several nodes",
+    ),
     (
         "sglang",
         {
@@ -155,9 +163,13 @@ REFUSED = [
             "speculation": Speculation("ngram", 0.4, (3,)),
             "draft_tokens": 3,
         },
-        "drafted from the prompt beside dp=2",
+        "dp=2.*: tokens drafted from the prompt beside attention ranks",
     ),
-    ("vllm", {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2}, "ep=2; expected 1, or all 4"),
+    (
+        "vllm",
+        {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2},
+        "ep=2 etp=2: experts over some ranks of a stage; expected ep of 1, or of all",
+    ),
 ]
 
 
@@ -230,7 +242,7 @@ def test_each_pool_is_told_the_memory_of_its_own_devices(two_kinds):
 
 def test_replicas_that_do_not_divide_a_node_are_refused_where_they_do_not_fit():
     plan = plan_of("llama3.1-8b", "h100-sxm:2x4", tp=2, pp=3, dp=1, replicas=1)
-    with pytest.raises(ExportError, match="on nodes of 4"):
+    with pytest.raises(ExportError, match="nodes of 4; expected replicas of whole nodes"):
         export_serving(plan, "vllm")
 
 

@@ -9,12 +9,11 @@ holds besides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from planner.errors import Problem
-from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
+from planner.export.serving.engine import Engine, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -109,26 +108,6 @@ def _router(target: ServingTarget) -> list[str]:
     ]
 
 
-def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to sglang: {target.pool_name(pool)} pool", pool.mesh
-    if pool.knobs["experts"] == "exchanged" and mesh["ep"] != mesh["tp"] * mesh["dp"]:
-        yield Problem(
-            where,
-            f"tokens travel to experts with ep={mesh['ep']}",
-            f"all {mesh['tp'] * mesh['dp']} ranks of a stage",
-        )
-    if pool.knobs.get("draft") == "ngram" and mesh["dp"] > 1:
-        yield Problem(
-            where, f"tokens drafted from the prompt beside dp={mesh['dp']}", "dp=1, or another draft"
-        )
-    yield from uneven_heads(target, where, mesh["tp"])
-    if pool.role == "decode" and mesh["pp"] > 1:
-        stages = {other.mesh["pp"] for other in target.plan.pools if other.role == "prefill"}
-        if stages != {mesh["pp"]}:
-            had = " and ".join(map(str, sorted(stages)))
-            yield Problem(where, f"pp={mesh['pp']}", f"1, or {had} as prefill has")
-
-
 ENGINE = Engine(
     name="sglang",
     title="SGLang",
@@ -137,7 +116,6 @@ ENGINE = Engine(
     settings=_settings,
     command=_command,
     router=_router,
-    rules=_rules,
     online={"fp8": "fp8"},
     needs=partial(needed_beside, router="sglang-router"),
 )

@@ -13,6 +13,7 @@ from planner.engine import Pricer
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
 from planner.serving.capacity import Capacity, capacity
+from planner.serving.launcher import Replicas
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
 from planner.serving.search import iterations_of
@@ -23,6 +24,7 @@ from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
+from planner.technique import ServingContext
 from planner.techniques.serving.cache_copies.context_parallel_inference import copies
 
 __all__ = ["FIRST_PORT", "Seat", "ServingTarget", "summary"]
@@ -130,6 +132,27 @@ class ServingTarget:
     def cache_parts(self, pool: Pool) -> int:
         """Into how many parts tensor ranks split what they would hold copies of."""
         return int(copies(self.model, _mesh(pool))[0]) if pool.knobs.get("cache_copies") == "dcp" else 1
+
+    def degrees(self, pool: Pool) -> str:
+        """A pool's degrees as they are fixed: those above 1, or its single device."""
+        shown = [n for n in pool.mesh if n != "etp" or any(block.moe for block in self.model.blocks.values())]
+        return " ".join(f"{name}={pool.mesh[name]}" for name in shown if pool.mesh[name] > 1) or "1 device"
+
+    def replicas(self, pool: Pool) -> Replicas:
+        """The pool as an engine's rules see it."""
+        problem = self.problem
+        ctx = ServingContext(
+            problem.model,
+            self.cluster(pool),
+            problem.traffic,
+            problem.stack,
+            _mesh(pool),
+            recipe_of(pool.knobs),
+        )
+        drafting = problem.speculation is not None and "draft" in pool.knobs
+        return Replicas(
+            ctx, pool.role, problem.speculation.method if drafting and problem.speculation else ""
+        )
 
     def capacity(self, pool: Pool) -> Capacity:
         """What a device of the pool holds."""

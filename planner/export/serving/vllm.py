@@ -7,12 +7,11 @@ whole memory that the engine may use for everything, which is what the planner's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from planner.errors import Problem
-from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
+from planner.export.serving.engine import Engine, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -109,28 +108,6 @@ def _router(target: ServingTarget) -> list[str]:
     ]
 
 
-def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to vllm: {target.pool_name(pool)} pool", pool.mesh
-    ranks = mesh["tp"] * mesh["dp"]
-    moe = any(block.moe for block in target.model.blocks.values())
-    if moe and mesh["ep"] not in (1, ranks):
-        yield Problem(where, f"ep={mesh['ep']}", f"1, or all {ranks} ranks of a stage")
-    if pool.knobs["experts"] == "exchanged" and mesh["dp"] == 1:
-        yield Problem(
-            where, "tokens travel to experts without data parallelism", "dp from 2, or experts=gathered"
-        )
-    yield from uneven_heads(target, where, mesh["tp"])
-    if mesh["pp"] > 1 and pool.role == "decode":
-        yield Problem(where, f"pp={mesh['pp']}", "1: NixlConnector counts caches per rank of one stage")
-    windowed = any(b.attention and b.attention.window for b in target.model.blocks.values())
-    if mesh["pp"] > 1 and pool.role == "prefill" and windowed:
-        yield Problem(
-            where,
-            f"pp={mesh['pp']} with windows in the cache",
-            "1: NixlConnector moves such caches of one stage alone",
-        )
-
-
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
@@ -139,7 +116,6 @@ ENGINE = Engine(
     settings=_settings,
     command=_command,
     router=_router,
-    rules=_rules,
     online={"fp8": "fp8"},
     environment=_environment,
     needs=partial(needed_beside, router="vllm-router"),
