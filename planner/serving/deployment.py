@@ -277,7 +277,7 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.engine import Pricer
     from planner.serving.replay import part_of, problem_of
     from planner.serving.search import iterations_of
-    from planner.serving.space import DEGREES, mesh_of, recipe_of
+    from planner.serving.space import mesh_of, recipe_of, row_of
 
     if plan.mode == "offloaded":
         raise SpecError(
@@ -287,7 +287,7 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     stages, all_iterations = [], []
     for pool in plan.pools:
         part = part_of(problem, pool)
-        row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
+        row = row_of(pool.mesh)
         iterations = iterations_of(
             part, recipe_of(pool.knobs), mesh_of(row), Pricer(part.cluster, part.stack)
         )
@@ -346,6 +346,7 @@ def _way(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
     from planner.costs.serving import kv_transfer_s
 
     senders, receivers = (float(i.ctx.mesh.tp[0] * i.ctx.mesh.pp[0]) for i in (prefill, decode))
+    senders *= float(prefill.ctx.mesh.cp[0]) if prefill.ctx.knobs["prompt_ranks"] == "pass_kv" else 1.0
     slower = min(i.ctx.cluster.tiers[-1].effective_bytes_per_s for i in (prefill, decode))
     bytes_per_s = slower * min(senders, receivers)
     layers = float(prefill.ctx.model.n_layers)

@@ -27,7 +27,7 @@ from planner.serving.front import Curve
 from planner.serving.numbers import numbers_of, seated_numbers
 from planner.serving.percentiles import Latencies
 from planner.serving.search import Account, Candidates, candidates, iterations_of
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import ServeSpace, links_of, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
 
 __all__ = [
@@ -117,7 +117,7 @@ class Split:
     @property
     def devices(self) -> int:
         """Devices of both pools."""
-        return int(sum(n * row[0] * row[1] * row[2] for n, row in zip(self.replicas, self.rows, strict=True)))
+        return int(sum(n * size_of(row) for n, row in zip(self.replicas, self.rows, strict=True)))
 
     def ttft_at(self, quantile: float | None) -> float:
         """Mean (None) or quantile of the time to the first token."""
@@ -234,8 +234,8 @@ def _pairs(
     """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
     traffic, devices = problem.traffic, problem.cluster.devices
     tier = problem.cluster.tiers[-1]
-    senders = (p.kind.rows[:, 0] * p.kind.rows[:, 1])[:, None]
-    receivers = (d.kind.rows[:, 0] * d.kind.rows[:, 1])[None, :]
+    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
+    senders, receivers = senders[:, None], receivers[None, :]
     rate = tier.effective_bytes_per_s * np.minimum(senders, receivers)
     transfer = np.asarray(
         kv_transfer_s(p.bytes_[:, None] * senders, rate, p.batch_s[:, None], float(problem.model.n_layers))
@@ -353,7 +353,11 @@ def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> 
     answered = np.minimum(x * rate, y * answers)
     per_device = np.where(room, answered * traffic.osl / np.maximum(x * left + y * right, 1.0), 0.0)
     rows = np.stack(
-        [np.broadcast_to(p.kind.rows[best], (len(rate), 5)), np.tile(d.kind.rows, (len(d.loads), 1))], axis=1
+        [
+            np.broadcast_to(p.kind.rows[best], (len(rate), len(p.kind.rows[best]))),
+            np.tile(d.kind.rows, (len(d.loads), 1)),
+        ],
+        axis=1,
     )
     replicas = np.stack([x, y], axis=1)
     return Curve(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.specs.cluster import Cluster
+from planner.specs.model import Model
 from planner.technique import ServingContext
 
 __all__ = ["Replicas", "Rule", "ServingLauncher", "nodes_taken", "seated", "whole_nodes"]
@@ -53,6 +54,10 @@ def _none(prefill: Mesh, decode: Mesh) -> Iterable[Rule]:
     return ()
 
 
+def _nothing(slot: str, value: str, model: Model) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ServingLauncher:
     """An engine's abilities.
@@ -62,12 +67,14 @@ class ServingLauncher:
         replicas: its rules over replicas of one pool.
         pairs: its rules over a prefill and a decode pool: arrays of both meshes broadcast against each other.
         choices: slot → values that it has words for; of slots that are left out, all.
+        native: whether it works with a slot's value for a model by itself: a search for it tries that without being asked.
     """
 
     name: str
     replicas: Callable[[Replicas], Iterable[Rule]]
     pairs: Callable[[Mesh, Mesh], Iterable[Rule]] = _none
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    native: Callable[[str, str, Model], bool] = _nothing
 
     def allows(self, slot: str, value: str) -> bool:
         """Whether it has words for a slot's value."""

@@ -25,7 +25,7 @@ from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, hi
 from planner.serving.plan import Pool
 from planner.serving.search import Account, iterations_of
 from planner.serving.slots import MOST_LOAD
-from planner.serving.space import DEGREES, ServeSpace, mesh_of, recipe_of
+from planner.serving.space import ServeSpace, degrees_of, links_of, mesh_of, recipe_of, size_of
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
 
@@ -54,13 +54,13 @@ class _Kind:
     @property
     def size(self) -> float:
         """Devices of a replica."""
-        return float(self.row[0] * self.row[1] * self.row[2])
+        return float(size_of(self.row))
 
     def is_of(self, pool: Pool) -> bool:
         """Whether a pool's replicas are of this kind."""
         return (
             pool.role == self.role
-            and all(pool.mesh[name] == value for name, value in zip(DEGREES, self.row, strict=True))
+            and dict(pool.mesh) == degrees_of(self.row)
             and dict(self.recipe) == recipe_of(pool.knobs)
             and (self.role == "decode" or pool.knobs["chunk_tokens"] == self.chunk)
         )
@@ -68,7 +68,7 @@ class _Kind:
     @property
     def links(self) -> float:
         """Devices that send or receive a request's cache."""
-        return float(self.row[0] * self.row[1])
+        return float(links_of(self.row, self.recipe))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -367,7 +367,7 @@ def _index(parts: list[ServeProblem], pool: Pool) -> int:
 def _pool(
     problem: ServeProblem, part: ServeProblem, kind: _Kind, count: int, rate_per_s: float, found: Latencies
 ) -> Pool:
-    mesh = {name: int(value) for name, value in zip(DEGREES, kind.row, strict=True)}
+    mesh = degrees_of(kind.row)
     if kind.role == "prefill":
         return Pool(
             "prefill", count, mesh, {**kind.recipe, "chunk_tokens": int(kind.chunk)}, 1, part.cluster.name

@@ -22,7 +22,7 @@ from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.serving.plan import Pool, ServeEstimate
 from planner.serving.search import iterations_of
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import DEGREES, ServeSpace, mesh_of
 from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPlacement, Room, best_placement
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
@@ -49,7 +49,7 @@ def search_offloaded(
     """The best placement of every number of sequences in a block, most tokens per second first; of one block alone if given."""
     space = ServeSpace(problem)
     recipe = next(space.recipes())
-    one = np.ones((1, 5))
+    one = np.ones((1, len(DEGREES)))
     iterations = iterations_of(problem, recipe, mesh_of(one), pricer)
     cluster = problem.cluster
     room = Room(
@@ -131,7 +131,9 @@ def offloaded_streams(problem: ServeProblem, pricer: Pricer, pool: Pool) -> list
             problem, pricer, (int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"]))
         )
     )
-    iterations = iterations_of(problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, 5))), pricer)
+    iterations = iterations_of(
+        problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, len(DEGREES)))), pricer
+    )
     layers = float(sum(iterations.repeats().values()))
     work, _ = _work(problem, iterations, f.batch, f.batches, layers)
     prefill, in_s, step = block_layer_s(work, links_of(problem.cluster), f.placed)

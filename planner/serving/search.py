@@ -25,7 +25,7 @@ from planner.serving.front import Curve
 from planner.serving.launcher import Replicas, seated
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import ServeSpace, mesh_of, size_of
 from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
@@ -72,7 +72,7 @@ class Candidates:
     @property
     def size(self) -> Array:
         """Devices of a replica."""
-        return np.asarray(self.rows[:, 0] * self.rows[:, 1] * self.rows[:, 2])
+        return size_of(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +100,7 @@ class Found:
     @property
     def devices(self) -> int:
         """Devices of all replicas."""
-        return int(self.replicas * self.row[0] * self.row[1] * self.row[2])
+        return int(self.replicas * size_of(self.row))
 
 
 def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
@@ -175,7 +175,7 @@ def candidates(
         account.miss(
             "memory",
             needed / budget,
-            f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices",
+            f"{recipe['weights']} weights on {int(size_of(meshes[index]))} devices",
         )
     if not fits.any():
         return None
@@ -327,7 +327,7 @@ def _curve(problem: ServeProblem, c: Candidates, state: Steady, replicas: Array)
 
 
 def _named(c: Candidates, index: int) -> str:
-    tp, pp, dp, ep, _ = (int(x) for x in c.rows[index])
+    tp, pp, dp, ep = (int(x) for x in c.rows[index][:4])
     shape = (
         f"tp={tp}"
         + (f" pp={pp}" if pp > 1 else "")

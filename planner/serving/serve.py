@@ -17,7 +17,7 @@ from planner.serving.listed import Listing
 from planner.serving.nearest import reasons
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Account, Found, search_aggregated
-from planner.serving.space import DEGREES, ServeSpace
+from planner.serving.space import ServeSpace, degrees_of
 from planner.specs.serve_problem import ServeProblem
 from planner.uncertainty.serving import serving_interval
 
@@ -225,7 +225,7 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
 
 
 def _mesh(row: Any) -> dict[str, int]:
-    return {name: int(value) for name, value in zip(DEGREES, row, strict=True)}
+    return degrees_of(row)
 
 
 def _pools(problem: ServeProblem, f: Found) -> tuple[Pool, ...]:

@@ -14,13 +14,14 @@ import numpy as np
 
 from planner.mesh import Mesh
 from planner.serving.launcher import Replicas, Rule, ServingLauncher
+from planner.specs.model import Model
 
 __all__ = ["SERVING_LAUNCHERS"]
 
 
 def _vllm(pool: Replicas) -> Iterator[Rule]:
     mesh, ranks = pool.ctx.mesh, pool.ranks
-    if _experts(pool):
+    if _experts(pool.ctx.model):
         yield Rule(
             "experts over some ranks of a stage",
             "ep of 1, or of all ranks",
@@ -28,7 +29,7 @@ def _vllm(pool: Replicas) -> Iterator[Rule]:
         )
     if pool.ctx.knobs["experts"] == "exchanged":
         expected = "dp from 2, or experts=gathered"
-        yield Rule("tokens travel to experts without data parallelism", expected, mesh.dp > 1)
+        yield Rule("tokens travel to experts without data parallelism", expected, mesh.cp * mesh.dp > 1)
     yield from _heads(pool)
     if pool.role == "decode":
         yield Rule(
@@ -36,7 +37,14 @@ def _vllm(pool: Replicas) -> Iterator[Rule]:
             "pp of 1: NixlConnector counts caches per rank of one stage",
             mesh.pp == 1,
         )
-    if pool.role == "prefill" and _windowed(pool):
+    shared = mesh.cp > 1
+    if np.any(shared):
+        yield Rule(
+            "prompts shared by ranks without a latent cache",
+            "cp of 1: PCP runs on MLA backends",
+            ~shared | _latent(pool.ctx.model),
+        )
+    if pool.role == "prefill" and _windowed(pool.ctx.model):
         expected = "pp of 1: NixlConnector moves such caches of one stage alone"
         yield Rule("stages in a pool of prompts with windows in the cache", expected, mesh.pp == 1)
 
@@ -45,6 +53,19 @@ def _sglang(pool: Replicas) -> Iterator[Rule]:
     mesh, ranks = pool.ctx.mesh, pool.ranks
     if pool.ctx.knobs["experts"] == "exchanged":
         yield Rule("tokens travel to experts on some ranks of a stage", "ep of all ranks", mesh.ep == ranks)
+    shared = mesh.cp > 1
+    if np.any(shared):
+        expected = (
+            "cp of 1, or latent attention and experts on all ranks (--moe-dense-tp-size 1), tp and pp of 1"
+        )
+        able = (
+            _latent(pool.ctx.model)
+            & _experts(pool.ctx.model)
+            & (mesh.tp == 1)
+            & (mesh.pp == 1)
+            & (mesh.ep == ranks)
+        )
+        yield Rule("prompts shared by ranks that cut dense layers", expected, ~shared | able)
     if pool.draft == "ngram":
         expected = "dp of 1, or another draft"
         yield Rule("tokens drafted from the prompt beside attention ranks", expected, mesh.dp == 1)
@@ -70,12 +91,21 @@ def _trtllm(pool: Replicas) -> Iterator[Rule]:
     yield from _heads(pool)
 
 
-def _experts(pool: Replicas) -> bool:
-    return any(block.moe for block in pool.ctx.model.blocks.values())
+def _experts(model: Model) -> bool:
+    return any(block.moe for block in model.blocks.values())
 
 
-def _windowed(pool: Replicas) -> bool:
-    return any(b.attention and b.attention.window for b in pool.ctx.model.blocks.values())
+def _latent(model: Model) -> bool:
+    return all(block.attention is not None and block.attention.latent for block in model.blocks.values())
+
+
+def _windowed(model: Model) -> bool:
+    return any(block.attention and block.attention.window for block in model.blocks.values())
+
+
+def _shares_prompts(slot: str, value: str, model: Model) -> bool:
+    """Ranks that share prompts, of models for which an engine has the kernels."""
+    return (slot, value) == ("prompt_ranks", "all_gather") and _latent(model)
 
 
 def _heads(pool: Replicas) -> Iterator[Rule]:
@@ -96,11 +126,13 @@ def _heads(pool: Replicas) -> Iterator[Rule]:
             yield Rule(reason, "a divisor or a multiple", np.asarray(shared))
 
 
-_CACHES = {"cache": frozenset({"bf16", "fp8"})}
+_ALONE, _GATHERED = frozenset({"alone"}), frozenset({"all_gather"})
+_CHOICES = {"cache": frozenset({"bf16", "fp8"}), "prompt_ranks": _ALONE | _GATHERED}
+_NO_EXCHANGE = {"prompt_ranks": _ALONE, "cache_copies": frozenset({"kept"})}
 
 SERVING_LAUNCHERS: Mapping[str, ServingLauncher] = {
-    "sglang": ServingLauncher("sglang", _sglang, _sglang_pairs, _CACHES),
-    "trtllm": ServingLauncher("trtllm", _trtllm, choices={**_CACHES, "cache_copies": frozenset({"kept"})}),
-    "vllm": ServingLauncher("vllm", _vllm, choices=_CACHES),
+    "sglang": ServingLauncher("sglang", _sglang, _sglang_pairs, _CHOICES, _shares_prompts),
+    "trtllm": ServingLauncher("trtllm", _trtllm, choices=_CHOICES | _NO_EXCHANGE),
+    "vllm": ServingLauncher("vllm", _vllm, choices=_CHOICES, native=_shares_prompts),
 }
 """By the name that ``--to`` takes, which the stack of the engine's present version has as well."""

@@ -1,9 +1,9 @@
 """SGLang: ``python -m sglang.launch_server --config``, one file per pool.
 
 Keys are the flags of SGLang 0.5.23 without their dashes. Its ``tp-size`` counts all ranks of a stage: attention ranks
-(``attn-dp-size``) lie inside, and both ``chunked-prefill-size`` and ``max-running-requests`` are shared out among them.
-``mem-fraction-static`` is the part of a device's memory for weights and caches alone, without activations and what the process
-holds besides.
+(``attn-dp-size``) and those that share prompts (``attn-cp-size``) lie inside, and both ``chunked-prefill-size`` and
+``max-running-requests`` are shared out among attention ranks. ``mem-fraction-static`` is the part of a device's memory for
+weights and caches alone, without activations and what the process holds besides.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _BOOTSTRAP = 8998
 
 
 def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
-    mesh, knobs = pool.mesh, pool.knobs
+    mesh, knobs, shared = pool.mesh, pool.knobs, pool.mesh.get("cp", 1)
     found: dict[str, Any] = {
-        "tp-size": mesh["tp"] * mesh["dp"],
+        "tp-size": mesh["tp"] * mesh["dp"] * shared,
         "pp-size": mesh["pp"],
         "attn-dp-size": mesh["dp"],
         "ep-size": mesh["ep"],
@@ -37,6 +37,15 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "context-length": target.context_tokens,
         "mem-fraction-static": _static_fraction(target, pool),
     }
+    if shared > 1:
+        # An indexer's keys are dealt token by token; dense layers lie whole on every rank.
+        indexed = any(b.attention and b.attention.index_heads for b in target.model.blocks.values())
+        found |= {
+            "attn-cp-size": shared,
+            "enable-prefill-cp": True,
+            "cp-strategy": "interleave" if indexed else "zigzag",
+            "moe-dense-tp-size": 1,
+        }
     if target.cache_parts(pool) > 1:
         found["dcp-size"] = target.cache_parts(pool)
     if knobs["experts"] == "exchanged":

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from planner.engine import Pricer
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
@@ -17,7 +15,7 @@ from planner.serving.launcher import Replicas
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
 from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.serving.space import mesh_of, recipe_of, row_of
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.models import load_model
@@ -284,4 +282,4 @@ def summary(plan: ServePlan) -> list[str]:
 
 
 def _mesh(pool: Pool) -> Mesh:
-    return mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))
+    return mesh_of(row_of(pool.mesh))

@@ -44,6 +44,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "max-num-batched-tokens": target.iteration_tokens(pool),
         "gpu-memory-utilization": float(target.software("vllm", pool).memory_fraction),
     }
+    if mesh.get("cp", 1) > 1:
+        found["prefill-context-parallel-size"] = mesh["cp"]
     if target.cache_parts(pool) > 1:
         found["decode-context-parallel-size"] = target.cache_parts(pool)
     if mesh["ep"] > 1:
@@ -74,7 +76,9 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
             "num_speculative_tokens": int(knobs["draft_tokens"]),
         }
     if pool.role != "aggregated":
-        found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        # Ranks that share prompts may only send; the role of either side is none of the connector's business otherwise.
+        role = "kv_producer" if mesh.get("cp", 1) > 1 else "kv_both"
+        found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": role}
     return found
 
 
