@@ -12,7 +12,7 @@ from planner.errors import Infeasible, SpecError
 from planner.serving.aggregated import steady
 from planner.serving.capacity import capacity
 from planner.serving.daily import daily_fleet, over_a_day
-from planner.serving.disaggregated import _thriftiest
+from planner.serving.numbers import _thriftiest
 from planner.serving.search import Account, iterations_of, search_aggregated
 from planner.serving.serve import serve
 from planner.serving.slots import Arrivals
