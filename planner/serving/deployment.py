@@ -275,8 +275,8 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
     """
     from planner.engine import Pricer
+    from planner.serving.candidates import iterations_of
     from planner.serving.replay import part_of, problem_of
-    from planner.serving.search import iterations_of
     from planner.serving.space import mesh_of, recipe_of, row_of
 
     if plan.mode == "offloaded":

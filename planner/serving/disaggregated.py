@@ -22,11 +22,11 @@ from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.ledger import Array
+from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.front import Curve
 from planner.serving.numbers import numbers_of, seated_numbers
 from planner.serving.percentiles import Latencies
-from planner.serving.search import Account, Candidates, candidates, iterations_of
 from planner.serving.space import ServeSpace, links_of, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
+from planner.serving.candidates import Account, iterations_of
 from planner.serving.disaggregated import decode_kinds, note_missed, prefill_kinds
 from planner.serving.matching import Fleet, Numbers, match
 from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
 from planner.serving.plan import Pool
-from planner.serving.search import Account, iterations_of
 from planner.serving.slots import MOST_LOAD
 from planner.serving.space import ServeSpace, degrees_of, links_of, mesh_of, recipe_of, size_of
 from planner.specs.cluster import Cluster

@@ -20,8 +20,8 @@ from planner.costs.block_schedule import BlockLinks, BlockWork, block_layer_s
 from planner.costs.kv_cache import iteration_activation_bytes
 from planner.engine import Pricer
 from planner.iteration import Iterations
+from planner.serving.candidates import iterations_of
 from planner.serving.plan import Pool, ServeEstimate
-from planner.serving.search import iterations_of
 from planner.serving.space import DEGREES, ServeSpace, mesh_of
 from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPlacement, Room, best_placement
 from planner.specs.cluster import Cluster

@@ -13,8 +13,8 @@ from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.ledger import Resident
 from planner.serving.aggregated import steady
+from planner.serving.candidates import iterations_of
 from planner.serving.plan import Pool, ServePlan
-from planner.serving.search import iterations_of
 from planner.serving.serve import serve
 from planner.serving.space import mesh_of, recipe_of, row_of
 from planner.serving.speculation import Speculating

@@ -1,78 +1,43 @@
 """The exact search of one pool: the highest load that every candidate carries within its promises, and the best of them.
 
 A candidate is a recipe on a mesh with an iteration budget. Its load is the number of requests in flight: throughput and latencies
-grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever
+grow with it but for small dips where a tile of a kernel begins, so the best is the largest that keeps the limits or lies just
+below such a dip. A coarse grid brackets it for all candidates at once; whatever
 cannot beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import Pricer
-from planner.iteration import Iterations, serving_choices
 from planner.ledger import Array
-from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
-from planner.serving.capacity import Capacity, capacity
+from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.front import Curve
-from planner.serving.launcher import Replicas, seated
+from planner.serving.launcher import seated
+from planner.serving.limits import limits_kept
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of, size_of
-from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
-from planner.technique import ServingContext
 
-__all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
+__all__ = ["Found", "search_aggregated"]
 
 _GRID = 10  # points of the bracketing grid
 _MORE = 1.0 + 1e-9  # steps that two loads differ by at least, where one may lie between them
 _QUARTERS = np.array([0.25, 0.5, 0.75])
+_DIP = 0.01  # part of its rate that a replica may lose where a request more begins another tile of a kernel
+_NEARER = 1.0 - np.array(
+    [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64]
+)  # parts of a load, where it is searched for dips
+_WINDOW = 512  # loads below a replica's largest that are tried at most
 _FEW = 16.0  # slots below which a load is no whole number of requests
-
-
-@dataclass(slots=True)
-class Account:
-    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
-
-    ``curves`` are the loads that were priced on the way.
-    """
-
-    candidates: int = 0
-    scored: int = 0
-    repriced: int = 0
-    excluded: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
-    curves: list[Curve] = field(default_factory=list)
-
-    def miss(self, limit: str, ratio: float, text: str) -> None:
-        """Remembers the candidate that came closest to a limit: ``ratio`` is found over allowed."""
-        if limit not in self.nearest or ratio < self.nearest[limit][0]:
-            self.nearest[limit] = (ratio, text)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidates:
-    """Rows of one recipe: meshes and budgets that are valid and fit."""
-
-    recipe: Mapping[str, str]
-    rows: NDArray[Any]
-    chunks: Array
-    capacity: Capacity
-    most: Array  # requests in flight per replica
-
-    @property
-    def size(self) -> Array:
-        """Devices of a replica."""
-        return size_of(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,14 +68,6 @@ class Found:
         return int(self.replicas * size_of(self.row))
 
 
-def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
-    """The iterations of a recipe on meshes."""
-    ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
-    if problem.speculation is not None and "draft_tokens" in recipe:
-        return Speculating(ctx, pricer, problem.speculation, int(recipe["draft_tokens"]))
-    return Iterations(ctx, pricer)
-
-
 def search_aggregated(
     problem: ServeProblem, space: ServeSpace, pricer: Pricer, top: int, account: Account
 ) -> list[Found]:
@@ -127,95 +84,13 @@ def search_aggregated(
     bar = np.sort(lower[lower > 0.0])[::-1][: top * 3][-1]
     found: list[Found] = []
     for c, b in brackets:
-        alive = (b.low > 0) & (b.high_value >= bar)
+        alive = (b.low > 0) & ((1.0 + _DIP) * b.high_value >= bar)
         account.excluded["throughput"] += int(((b.low > 0) & ~alive).sum())
         if alive.any():
             found += _refine(problem, c, b, np.flatnonzero(alive), pricer, account)
     return sorted(
         found, key=lambda f: (-f.tokens_per_s / _cost(problem, f), float(f.state.tpot_s[0]), f.devices)
     )
-
-
-def candidates(
-    problem: ServeProblem,
-    space: ServeSpace,
-    recipe: Mapping[str, str],
-    pricer: Pricer,
-    account: Account,
-    traffic_osl: float | None = None,
-) -> Candidates | None:
-    """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
-    meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
-    chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
-    account.candidates += len(meshes)
-    ctx = ServingContext(
-        problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
-    )
-    alive = np.ones(len(meshes), dtype=bool)
-    for reason, ok in _rules(problem, space.role, ctx):
-        broken = alive & ~np.broadcast_to(ok, alive.shape)
-        if broken.any():
-            account.rejected[reason] += int(broken.sum())
-            alive &= ~broken
-    if not alive.any():
-        return None
-    meshes, chunks = meshes[alive], chunks[alive]
-    iterations = iterations_of(problem, recipe, mesh_of(meshes), pricer)
-    traffic = problem.traffic
-    held = capacity(
-        iterations, traffic.isl, traffic.osl if traffic_osl is None else traffic_osl, chunks,
-        space.fixed.get("max_sequences"),
-    )  # fmt: skip
-    fits = held.sequences >= 1.0
-    account.rejected["device memory"] += int((~fits).sum())
-    for index in np.flatnonzero(~fits)[:2000]:
-        needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
-        needed += held.request_bytes[index] / float(iterations.software.free_fraction)
-        budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
-        account.miss(
-            "memory",
-            needed / budget,
-            f"{recipe['weights']} weights on {int(size_of(meshes[index]))} devices",
-        )
-    if not fits.any():
-        return None
-    index = np.flatnonzero(fits)
-    kept = Capacity(
-        held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index], held.request_bytes[index],
-    )  # fmt: skip
-    return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
-
-
-def _rules(
-    problem: ServeProblem, role: str, ctx: ServingContext
-) -> Iterator[tuple[str, NDArray[np.bool_] | bool]]:
-    """What techniques, and the engine where one is given, say of rows."""
-    for technique in serving_choices(ctx.knobs):
-        yield from ((check.reason, check.ok) for check in technique.valid(ctx))
-    if problem.launcher is not None:
-        told = problem.speculation
-        draft = told.method if told is not None and "draft_tokens" in ctx.knobs else ""
-        for rule in problem.launcher.rules(Replicas(ctx, role, draft)):
-            yield f"{problem.launcher.name}: {rule.reason}", rule.ok
-
-
-def limits_kept(problem: ServeProblem, state: Steady) -> tuple[NDArray[np.bool_], NDArray[np.str_], Array]:
-    """Rows that keep every limit; the limit that is missed by most, and found over allowed of it."""
-    traffic = problem.traffic
-    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
-    ttft = state.ttft_s if quantile is None else state.ttft_at(quantile)
-    tpot = state.tpot_s if quantile is None else state.tpot_at(quantile)
-    ratios = np.zeros((3, len(ttft)))
-    if traffic.ttft_s is not None:
-        ratios[0] = ttft / traffic.ttft_s
-    if traffic.tpot_s is not None and traffic.osl > 1:
-        ratios[1] = tpot / traffic.tpot_s
-    if traffic.e2e_s is not None:
-        ratios[2] = (ttft + (traffic.osl - 1.0) * tpot) / traffic.e2e_s
-    worst = ratios.argmax(axis=0)
-    most = ratios.max(axis=0)
-    return most <= 1.0, np.array(["ttft", "tpot", "e2e"])[worst], most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -368,6 +243,8 @@ def _refine(
     binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
     if traffic.rate_per_s is not None:
         low, replicas, binding = _at_rate(problem, at, low, step, binding)
+    elif traffic.concurrency is None:
+        low = _crest(problem, c, rows, chunks, arrivals, (low, step, replicas), pricer)
     state = at(low)
     rate = (
         state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
@@ -409,6 +286,41 @@ def _sections(
         binding = np.where(passed < count, worst[np.minimum(passed, count - 1), at], binding)
         low, high = ends[passed, at], ends[passed + 1, at]
     return low, high, binding
+
+
+def _crest(
+    problem: ServeProblem, c: Candidates, rows: NDArray[Any], chunks: Array, arrivals: Arrivals,
+    loads: tuple[Array, Array, Array], pricer: Pricer,
+) -> Array:  # fmt: skip
+    """The load, up to the largest that keeps the limits, at which a replica serves most.
+
+    A tile that one request more begins may cost more than the request brings. Rows that are further than such a dip
+    from the best of the recipe keep their load, and loads below which no dip can make up for the rest are not tried.
+    """
+    most, step, replicas = loads
+
+    def rates(load: Array, index: NDArray[Any]) -> Array:
+        iterations = iterations_of(problem, c.recipe, mesh_of(rows[index]), pricer)
+        state = arrivals.take(index).meet(steady(iterations, problem.traffic, load, chunks[index]))
+        return np.asarray(np.where(limits_kept(problem, state)[0], state.requests_per_s, 0.0))
+
+    every = np.arange(len(most))
+    rate = rates(most, every)
+    value = _value(problem, rate, replicas, np.prod(rows[:, :3], axis=1))
+    near = np.flatnonzero((1.0 + _DIP) * value >= value.max())
+    marks = np.floor(most[near, None] * _NEARER / step[near, None]) * step[near, None]
+    marks = np.maximum(marks, step[near, None])
+    reached = rates(marks.reshape(-1), np.repeat(near, len(_NEARER))).reshape(marks.shape)
+    below = (1.0 + _DIP) * reached < rate[near, None]
+    start = np.where(below, marks, 0.0).max(axis=1)
+    tried = [
+        np.arange(most[row], first, -step[row])[:_WINDOW] for row, first in zip(near, start, strict=True)
+    ]
+    served = rates(np.concatenate(tried), np.repeat(near, [len(x) for x in tried]))
+    best, parts = most.copy(), np.cumsum([len(x) for x in tried])[:-1]
+    for row, load, found in zip(near, tried, np.split(served, parts), strict=True):
+        best[row] = load[found.argmax()]
+    return best
 
 
 def _at_rate(

@@ -11,12 +11,13 @@ from planner.engine import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
+from planner.serving.candidates import Account
 from planner.serving.disaggregated import Split, search_disaggregated
 from planner.serving.front import pareto
 from planner.serving.listed import Listing
 from planner.serving.nearest import reasons
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
-from planner.serving.search import Account, Found, search_aggregated
+from planner.serving.search import Found, search_aggregated
 from planner.serving.space import ServeSpace, degrees_of
 from planner.specs.serve_problem import ServeProblem
 from planner.uncertainty.serving import serving_interval

@@ -13,9 +13,9 @@ from planner.load.requests import Lengths, draw
 from planner.load.results import summarize
 from planner.load.scheduler import KvPool, scheduler
 from planner.load.simulator import simulate
+from planner.serving.candidates import iterations_of
 from planner.serving.deployment import Deployment, Stage, deployment_of, run
 from planner.serving.replay import problem_of
-from planner.serving.search import iterations_of
 from planner.serving.space import mesh_of, row_of
 from planner.technique import SERVING_SLOTS
 

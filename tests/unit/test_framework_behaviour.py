@@ -163,3 +163,18 @@ def test_a_graph_of_a_whole_iteration_has_one_product_for_all_experts():
     assert each == [128 / 8] * 2  # one per expert of the rank, for each of the two products
     assert single == [1.0, 1.0]
     assert eager_s / captured_s == pytest.approx(slower)  # the device's own grouped kernel
+
+
+@pytest.mark.parametrize(
+    ("phase", "n_bytes", "calls"), [("forward", 28.0, 2 * 4 + 2), ("backward", 40.0, 6 * 4 + 2)]
+)
+def test_biases_of_experts_are_scaled_in_fp32_expert_by_expert(phase, n_bytes, calls):
+    ledger = assembly("gpt-oss-20b", "h100-sxm:1x8", ep=8, precision="bf16").parts[0].ledger
+    (bias,) = (i for i in ledger.of(Stream, phase=phase, block="moe") if i.what == "moe.bias")
+    # Forward, in bytes of bf16 and fp32: product 4 written, sum 2 + 4 read and 4 written, concatenation 4 + 4, cast 4 + 2.
+    # Backward: cast 2 + 4, the output's gradient 4 + 2 and put together 2 + 2, two products of 4 + 4 and their sums of 4 each.
+    elements = 1024 * 4 * 2880  # a micro-batch of one sequence, four experts a token
+    assert float(np.ravel(ledger.axes[bias.size])[0]) * bias.bytes_per_element == pytest.approx(
+        n_bytes * elements
+    )
+    assert float(np.ravel(dispatches(bias, ledger.axes))[0]) == calls  # 4 of 32 experts on a rank

@@ -13,8 +13,8 @@ from planner.export.serving import export_serving
 from planner.export.serving.readers import read_launch
 from planner.export.serving.rules import SERVING_LAUNCHERS
 from planner.mesh import Mesh
+from planner.serving.candidates import iterations_of
 from planner.serving.replay import account, reprice
-from planner.serving.search import iterations_of
 from planner.serving.serve import serve
 from planner.serving.space import recipe_of
 from planner.specs.serve_problem import ServeProblem

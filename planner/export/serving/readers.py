@@ -12,8 +12,8 @@ from planner.errors import Problem, SpecError
 from planner.export.serving.launched import LaunchedPool
 from planner.export.serving.sglang_import import read_sglang
 from planner.export.serving.vllm_import import read_vllm
+from planner.serving.candidates import iterations_of
 from planner.serving.capacity import capacity
-from planner.serving.search import iterations_of
 from planner.serving.space import DEGREES, mesh_of, row_of
 from planner.specs.cluster import Cluster
 from planner.specs.device import Sourced

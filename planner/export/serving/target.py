@@ -10,11 +10,11 @@ from functools import cached_property
 from planner.engine import Pricer
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
+from planner.serving.candidates import iterations_of
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.launcher import Replicas
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
-from planner.serving.search import iterations_of
 from planner.serving.space import mesh_of, recipe_of, row_of
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
