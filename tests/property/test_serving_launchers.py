@@ -55,14 +55,11 @@ def test_drafts_of_the_prompt_keep_to_the_engine_as_well():
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_rules_only_take_away(name):
-    """What is best without rules and exported all the same is found under them. Ten of the best by means are ranked by chains,
-    and fewer compete for those places under rules: half a per cent."""
+def test_what_is_best_without_rules_and_exported_all_the_same_is_found_under_them(name):
     problem = problem_of(name, "vllm")
     free = serve(replace(problem, launcher=None), top=1).best
     bound = serve(problem, top=1).best
     most, found = (plan.estimate.goodput_requests_per_s for plan in (free, bound))
-    assert found <= most * 1.005
     if not serving_problems(ServingTarget(free), find_serving_exporter("vllm")):
         assert found >= most * (1.0 - 1e-9)
 
