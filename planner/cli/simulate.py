@@ -129,7 +129,7 @@ def simulate(
 
     chosen, deployment = _deployment(plan, policy, routing)
     if trace is None and clients is None and numbers["rate"] is None:
-        clients = None if chosen is None else chosen.traffic.get("concurrency")
+        clients = None if chosen is None else _clients(chosen)
         numbers["rate"] = (
             None if chosen is None or clients is not None else chosen.estimate.goodput_requests_per_s
         )
@@ -169,6 +169,14 @@ def _deployment(reference: str, policy: str | None, routing: str) -> tuple[Serve
     if plan is None:
         raise SpecError(Fault(reference, "is a training plan", "a serving plan", "planner serve makes them."))
     return plan, deployment_of(plan, policy, routing)
+
+
+def _clients(plan: ServePlan) -> int | None:
+    """Clients of a plan for a number of them; of one that answers a block at a time, as many as keep every block full."""
+    asked = plan.traffic.get("concurrency")
+    return (
+        plan.estimate.max_concurrency if plan.mode == "offloaded" else None if asked is None else int(asked)
+    )
 
 
 def _requests(

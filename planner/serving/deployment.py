@@ -24,6 +24,7 @@ from planner.load.simulator import Run, simulate
 if TYPE_CHECKING:
     from planner.iteration import Iterations
     from planner.serving.plan import Pool, ServePlan
+    from planner.specs.serve_problem import ServeProblem
     from planner.specs.traffic import Traffic
 
 __all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
@@ -279,11 +280,9 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     from planner.serving.replay import part_of, problem_of
     from planner.serving.space import mesh_of, recipe_of, row_of
 
-    if plan.mode == "offloaded":
-        raise SpecError(
-            Problem("plan", "is offloaded: it answers a block at a time", "a plan that serves arrivals")
-        )
     problem = problem_of(plan)
+    if plan.mode == "offloaded":
+        return Deployment((_blocks(plan.pools[0], problem, policy, routing),))
     stages, all_iterations = [], []
     for pool in plan.pools:
         part = part_of(problem, pool)
@@ -302,6 +301,21 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         for role in ("prefill", "decode")
     )
     return Deployment(tuple(stages), admission_s, _transfer(senders, receivers) if receivers else None)
+
+
+def _blocks(pool: Pool, problem: ServeProblem, policy: str | None, routing: str) -> Stage:
+    """Devices that answer a block at a time: a static batch of all its sequences."""
+    from planner.engine import Pricer
+    from planner.serving.offloaded import block_time
+
+    if policy not in (None, "static"):
+        raise SpecError(
+            Problem("scheduler", repr(policy), "static: an offloaded plan answers a block at a time")
+        )
+    times = block_time(problem, Pricer(problem.cluster, problem.stack), pool)
+    most = int(pool.knobs["gpu_batch_size"]) * int(pool.knobs["gpu_batches"])
+    rules = scheduler("static", max_requests=most)
+    return Stage(pool.role, pool.replicas, times, rules, KvPool(), at_random=routing == "random")
 
 
 def _weight(pool: Pool, stage: Stage, traffic: Traffic) -> float:

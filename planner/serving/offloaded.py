@@ -20,6 +20,7 @@ from planner.costs.block_schedule import BlockLinks, BlockWork, block_layer_s
 from planner.costs.kv_cache import iteration_activation_bytes
 from planner.engine import Pricer
 from planner.iteration import Iterations
+from planner.serving.block_time import BlockTime
 from planner.serving.candidates import iterations_of
 from planner.serving.plan import Pool, ServeEstimate
 from planner.serving.space import DEGREES, ServeSpace, mesh_of
@@ -27,7 +28,7 @@ from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPla
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["links_of", "offloaded_plan", "offloaded_streams", "search_offloaded"]
+__all__ = ["block_time", "links_of", "offloaded_plan", "offloaded_streams", "search_offloaded"]
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -121,6 +122,17 @@ def offloaded_plan(problem: ServeProblem, f: BlockPlacement) -> tuple[Pool, Serv
         binding=f.binding,
     )
     return Pool("aggregated", count, mesh, knobs, block), estimate
+
+
+def block_time(problem: ServeProblem, pricer: Pricer, pool: Pool) -> BlockTime:
+    """Seconds of the iterations of a plan's block, whole or in part."""
+    batch, batches = int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"])
+    (f,) = search_offloaded(problem, pricer, (batch, batches))
+    recipe = next(ServeSpace(problem).recipes())
+    iterations = iterations_of(problem, recipe, mesh_of(np.ones((1, len(DEGREES)))), pricer)
+    layers = float(sum(iterations.repeats().values()))
+    work, _ = _work(problem, iterations, batch, batches, layers)
+    return BlockTime(work, links_of(problem.cluster), f.placed, layers, batch)
 
 
 def offloaded_streams(problem: ServeProblem, pricer: Pricer, pool: Pool) -> list[dict[str, Any]]:

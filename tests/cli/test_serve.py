@@ -401,4 +401,7 @@ def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
     assert now["estimate"] == plan["estimate"]
     assert "disk reads" in planner("explain", path).out
     assert planner("export", path, "--to", "vllm", "--json").code == 5
-    assert planner("simulate", path, "--json").code == 2
+    simulated = planner("simulate", path, "--requests", 2000, "--json").json["simulated"]
+    expected = plan["estimate"]["output_tokens_per_s_per_device"] * 2
+    assert simulated["output_tokens_per_s"] == pytest.approx(expected, rel=0.02)
+    assert planner("simulate", path, "--scheduler", "orca").code == 2
