@@ -31,6 +31,8 @@ from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["MixedFound", "search_mixed"]
 
+_LIGHT = 1e-3  # of the rate that pools carry: next to nobody waits
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
@@ -122,7 +124,7 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
         )  # fmt: skip
         if numbers is None:
             continue
-        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers)
+        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers, account)
         if one is not None:
             found.setdefault(
                 tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
@@ -136,14 +138,20 @@ def _note_missed(
     problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], account: Account
 ) -> None:
     """Remembers by how much the lightest loads miss the limits; where they keep them, the rate that is answered at most."""
-    scratch, first_s, between_s = Account(), [], []
+    scratch = Account()
+    prompts, answers = [], []
     for part, pricer in zip(parts, pricers, strict=True):
-        prompts = prefill_kinds(part, ServeSpace(part, "prefill"), pricer, scratch)
-        first_s += [float(p.batch_s.min()) + _admission_s(pricer) for p in prompts]
-        answers = decode_kinds(part, ServeSpace(part, "decode"), pricer, scratch)
-        between_s += [float(d.steps_s[0].min()) for d in answers]
-    if not first_s or not between_s:
+        found = prefill_kinds(part, ServeSpace(part, "prefill"), pricer, scratch)
+        prompts += [(part, pricer, p) for p in found]
+        answers += [(part, d) for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, scratch)]
+    if not prompts or not answers:
         return
+    first_s = [
+        _first_s(problem, (part, p), (other, d)) + _admission_s(pricer)
+        for part, pricer, p in prompts
+        for other, d in answers
+    ]
+    between_s = [float(d.steps_s[0].min()) for _, d in answers]
     note_missed(problem, account, min(first_s), min(between_s))
     if set(account.nearest) - {"memory"}:
         return
@@ -153,10 +161,18 @@ def _note_missed(
         most = max((one.requests_per_s for one in search_mixed(free, Account())), default=0.0)
     if traffic.rate_per_s is not None and most > 0.0:
         account.miss("rate", max(traffic.rate_per_s / most, 1.0), "pools on several clusters")
-        return
-    for name, limit in (("ttft", traffic.ttft_s), ("e2e", traffic.e2e_s)):
-        if limit is not None:  # the way from pool to pool is the little that is too much
-            account.miss(name, 1.0, "prompts and generation apart")
+
+
+def _first_s(
+    problem: ServeProblem, sender: tuple[ServeProblem, Any], receiver: tuple[ServeProblem, Any]
+) -> float:
+    """The shortest time to the first token from one cluster's prefill replicas to the other's decode replicas, at no load."""
+    (part, p), (other, d) = sender, receiver
+    senders, receivers = (links_of(kind.kind.rows, kind.kind.recipe) for kind in (p, d))
+    slower = min(each.cluster.tiers[-1].effective_bytes_per_s for each in (part, other))
+    rate = slower * np.minimum(senders, receivers.max())
+    layers = float(problem.model.n_layers)
+    return float(np.min(p.batch_s + kv_transfer_s(p.bytes_ * senders, rate, p.batch_s, layers)))
 
 
 def _counts(
@@ -292,7 +308,7 @@ def _choices(count: int, left: list[_Kind], right: list[_Kind]) -> Iterator[NDAr
 
 def _found(
     problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], kinds: tuple[list[_Kind], list[_Kind]],
-    fleet: Fleet, transfer: Array, numbers: Numbers,
+    fleet: Fleet, transfer: Array, numbers: Numbers, account: Account,
 ) -> MixedFound | None:  # fmt: skip
     """The pools of an answer at the load at which chains keep the limits."""
     left, right = kinds
@@ -332,6 +348,8 @@ def _found(
 
     kept = highest_rate(latencies, problem.traffic, total, total)
     if kept is None:
+        ratio, limit = latencies(_LIGHT * total).missed(problem.traffic)
+        account.miss(limit, ratio, "prompts and generation apart")
         return None
     rate, found = kept
     pools = []
