@@ -127,7 +127,10 @@ def _heads(pool: Replicas) -> Iterator[Rule]:
 
 
 _ALONE, _GATHERED = frozenset({"alone"}), frozenset({"all_gather"})
-_CHOICES = {"cache": frozenset({"bf16", "fp8"}), "prompt_ranks": _ALONE | _GATHERED}
+_FORMATS = frozenset(
+    ["bf16", "fp16", "fp8", "fp8_block", "nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8", "int4_wo", "int8_wo"]
+)
+_CHOICES = {"weights": _FORMATS, "cache": frozenset({"bf16", "fp8"}), "prompt_ranks": _ALONE | _GATHERED}
 _NO_EXCHANGE = {"prompt_ranks": _ALONE, "cache_copies": frozenset({"kept"})}
 
 SERVING_LAUNCHERS: Mapping[str, ServingLauncher] = {
