@@ -107,7 +107,7 @@ def serve(
         str | None,
         _option(
             "--draft",
-            text="Who drafts tokens: a smaller model, mtp, or ngram; needs --acceptance.",
+            text="Who drafts tokens: a smaller model, eagle[:HUB_NAME], mtp, or ngram; needs --acceptance.",
             metavar="WHO",
         ),
     ] = None,
@@ -394,7 +394,7 @@ def _speculation(
     chance = optional_number(faults, "--acceptance", acceptance)
     if draft is None:
         faults += [
-            Fault(flag, "is given without a draft", "--draft mtp, ngram or a smaller model")
+            Fault(flag, "is given without a draft", "--draft eagle, mtp, ngram or a smaller model")
             for flag, value in (("--acceptance", acceptance), ("--draft-tokens", tokens))
             if value is not None
         ]
@@ -402,11 +402,12 @@ def _speculation(
     if acceptance is None:
         faults.append(Fault("--acceptance", "is missing", "a measured probability, such as 0.7"))
     counts = [optional_whole(faults, "--draft-tokens", text) for text in read_list(tokens or "1,2,3,4,5,7")]
-    method = draft.lower() if draft.lower() in METHODS else "draft"
+    named, _, head = draft.partition(":")  # eagle:HUB_NAME
+    method = named.lower() if named.lower() in METHODS else "draft"
     model = attempt(faults, read_model, draft, flags={"model": "--draft"}) if method == "draft" else None
     if chance is None or None in counts or (method == "draft" and model is None):
         return None
-    return attempt(faults, Speculation, method, chance, tuple(counts), model, flags=_FLAGS)
+    return attempt(faults, Speculation, method, chance, tuple(counts), model, head, flags=_FLAGS)
 
 
 def _formats(spec: Model, given: str, precision: str | None, rates: Any) -> tuple[str, ...]:

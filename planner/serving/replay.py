@@ -80,7 +80,8 @@ def _speculation(knobs: Mapping[str, Any]) -> Speculation | None:
         return None
     method = knobs["draft"] if knobs["draft"] in METHODS else "draft"
     model = load_model(str(knobs["draft"])) if method == "draft" else None
-    return Speculation(method, float(knobs["acceptance"]), (int(knobs["draft_tokens"]),), model)
+    tokens = (int(knobs["draft_tokens"]),)
+    return Speculation(method, float(knobs["acceptance"]), tokens, model, str(knobs.get("draft_head", "")))
 
 
 def reprice(plan: ServePlan) -> ServePlan:

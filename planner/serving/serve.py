@@ -247,6 +247,7 @@ def _recipe(problem: ServeProblem, recipe: Mapping[str, str]) -> dict[str, Any]:
     return {
         **recipe,
         "draft": draft,
+        **({"draft_head": told.head} if told.head else {}),
         "acceptance": told.acceptance,
         "draft_tokens": int(recipe["draft_tokens"]),
     }

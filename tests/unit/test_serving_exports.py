@@ -682,3 +682,42 @@ def test_gains_lead_to_the_best_plan(tmp_path):
     assert steps[0].before_tokens_per_s == pytest.approx(plan.estimate.output_tokens_per_s_per_device)
     assert steps[-1].after_tokens_per_s == pytest.approx(best.estimate.output_tokens_per_s_per_device)
     assert best.estimate.output_tokens_per_s_per_device > plan.estimate.output_tokens_per_s_per_device
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            "vllm",
+            {
+                "speculative-config": {
+                    "method": "eagle3",
+                    "model": "me/EAGLE3-head",
+                    "num_speculative_tokens": 3,
+                }
+            },
+        ),
+        ("sglang", {"speculative-algorithm": "EAGLE3", "speculative-draft-model-path": "me/EAGLE3-head"}),
+    ],
+)
+def test_draft_heads_are_told_and_read_back(engine, said, tmp_path):
+    drafts = Speculation("eagle", 0.7, (3,), head="me/EAGLE3-head")
+    plan = plan_of(tp=1, pp=1, replicas=1, speculation=drafts, draft_tokens=3)
+    files = export_serving(plan, engine)
+    found = yaml.safe_load(files[f"{engine}.yaml"])
+    assert {name: found[name] for name in said} == said
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (pool,) = read_launch(engine, str(tmp_path / "serve.sh"))
+    assert (pool.drafts.method, pool.drafts.tokens, pool.drafts.model) == ("eagle", 3, "me/EAGLE3-head")
+    asked = Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
+    problem = problem_of_launch(
+        (pool,), planner.load_model("llama3.1-8b"), planner.load_cluster("h100-sxm:1x1"), asked, None, 0.7
+    )
+    assert serve(problem, top=1).best.pools[0].knobs["draft_head"] == "me/EAGLE3-head"
+
+
+def test_a_draft_head_without_a_name_is_not_exported():
+    plan = plan_of(tp=1, replicas=1, speculation=Speculation("eagle", 0.7, (3,)), draft_tokens=3)
+    with pytest.raises(ExportError, match="eagle:HUB_NAME"):
+        export_serving(plan, "vllm")

@@ -131,6 +131,8 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
         for rule in _rules(target, launcher, pool)
         if not np.all(rule.ok)
     ]
+    if any(pool.knobs.get("draft") == "eagle" and "draft_head" not in pool.knobs for pool in plan.pools):
+        problems.append(Problem(where, "a draft head that is not named", "serve --draft eagle:HUB_NAME"))
     return [*problems, *exporter.rules(target)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
-__all__ = ["Engine", "needed_beside", "number_format", "quantized_checkpoint"]
+__all__ = ["Engine", "eagle_method", "needed_beside", "number_format", "quantized_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,15 @@ class Engine:
     environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
     differs: Callable[[ServingTarget], list[str]] = lambda target: []
     needs: Callable[[ServingTarget], list[str]] = lambda target: []
+
+
+def eagle_method(head: str) -> str:
+    """Which kind of draft head a checkpoint is, by its name: ``eagle``, or ``eagle3``, which reads hidden states of three layers.
+
+    >>> eagle_method("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")
+    'eagle3'
+    """
+    return "eagle3" if "eagle3" in head.lower().replace("-", "") else "eagle"
 
 
 def needed_beside(target: ServingTarget, router: str) -> list[str]:

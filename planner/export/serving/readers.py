@@ -117,8 +117,9 @@ def _speculation(pool: LaunchedPool, acceptance: float | None) -> Speculation | 
     if acceptance is None:
         found = f"is missing; the launch drafts {drafts.tokens} tokens a step"
         raise SpecError(Problem("--acceptance", found, "a measured probability, such as 0.7"))
-    model = load_model(drafts.model) if drafts.model else None
-    return Speculation(drafts.method, acceptance, (drafts.tokens,), model)
+    head = drafts.model if drafts.method == "eagle" else ""
+    model = load_model(drafts.model) if drafts.method == "draft" else None
+    return Speculation(drafts.method, acceptance, (drafts.tokens,), model, head)
 
 
 def _completed(pool: LaunchedPool, model: Model) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _sglang_pairs(prefill: Mesh, decode: Mesh) -> Iterator[Rule]:
 
 def _trtllm(pool: Replicas) -> Iterator[Rule]:
     mesh, cluster = pool.ctx.mesh, pool.ctx.cluster
+    if pool.draft == "eagle":
+        yield Rule("a draft head", "another draft: this export does not say how it is told of one", False)
     expected = "attention ranks of one device each"
     yield Rule("tensor beside data parallelism of attention", expected, (mesh.tp == 1) | (mesh.dp == 1))
     if pool.ctx.traffic.adapters is not None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from planner.export.serving.engine import Engine, needed_beside, number_format
+from planner.export.serving.engine import Engine, eagle_method, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -68,7 +68,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         }
     if "draft" in knobs:
         drafted = int(knobs["draft_tokens"])
-        found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")
+        heads = {"eagle": eagle_method(target.draft(pool)).upper()} if knobs["draft"] == "eagle" else {}
+        found["speculative-algorithm"] = {**_DRAFTS, **heads}.get(knobs["draft"], "STANDALONE")
         if knobs["draft"] not in _DRAFTS:
             found["speculative-draft-model-path"] = target.draft(pool)
         found |= {

@@ -144,12 +144,14 @@ def _drafts(flags: FlagReader) -> Drafts | None:
         return Drafts("ngram", tokens)
     if algorithm in ("NEXTN", "EAGLE") and not model:
         return Drafts("mtp", tokens)
+    if algorithm in ("EAGLE", "EAGLE3") and model:
+        return Drafts("eagle", tokens, model)
     if algorithm == "STANDALONE" and model:
         return Drafts("draft", tokens, model)
     flags.fault(
         flag,
         f"{algorithm}{' with a draft of its own' * bool(model)}: not modelled",
-        "NEXTN, NGRAM or STANDALONE",
+        "EAGLE, NEXTN, NGRAM or STANDALONE",
     )
     return None
 

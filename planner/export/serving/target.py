@@ -105,7 +105,9 @@ class ServingTarget:
         return published_name(self.model) or (self.plan.model if "/" in self.plan.model else "")
 
     def draft(self, pool: Pool) -> str:
-        """The hub's name of a pool's draft model, or the model's own where no name is known."""
+        """The hub's name of a pool's draft head or model, or the model's own where no name is known."""
+        if "draft_head" in pool.knobs:
+            return str(pool.knobs["draft_head"])
         name = str(pool.knobs["draft"])
         return published_name(load_model(name)) or name
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from planner.export.serving.engine import Engine, needed_beside, number_format
+from planner.export.serving.engine import Engine, eagle_method, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -71,8 +71,11 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
             "max-lora-rank": traffic.adapter_rank or ADAPTER_RANK,
         }
     if "draft" in knobs:
+        own = _DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}
+        if knobs["draft"] == "eagle":
+            own |= {"method": eagle_method(target.draft(pool))}
         found["speculative-config"] = {
-            **(_DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}),
+            **own,
             "num_speculative_tokens": int(knobs["draft_tokens"]),
         }
     if pool.role != "aggregated":

@@ -122,9 +122,11 @@ def _drafts(flags: FlagReader) -> Drafts | None:
     method = str(said.get("method") or ("draft_model" if model else ""))
     if method.endswith("mtp"):  # deepseek_mtp, qwen3_next_mtp, …: the model's own modules under earlier names
         return Drafts("mtp", tokens)
+    if method in ("eagle", "eagle3") and model:
+        return Drafts("eagle", tokens, model)
     if method == "ngram" or (method == "draft_model" and model):
         return Drafts("ngram", tokens) if method == "ngram" else Drafts("draft", tokens, model)
-    flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, or a draft model")
+    flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, eagle with its head, or a draft model")
     return None
 
 
