@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from planner.export.serving.engine import Engine, eagle_method, needed_beside, number_format
@@ -104,7 +103,8 @@ def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
 
 
 def _router(target: ServingTarget) -> list[str]:
-    head = ["python3 -m sglang_router.launch_router --host 0.0.0.0 --port $PORT --policy round_robin"]
+    policy = "power_of_two" if target.unlike else "round_robin"
+    head = [f"python3 -m sglang_router.launch_router --host 0.0.0.0 --port $PORT --policy {policy}"]
     if target.plan.mode == "aggregated":
         return [*head, '    --worker-urls "${DECODE[@]}"']
     return [
@@ -127,5 +127,6 @@ ENGINE = Engine(
     command=_command,
     router=_router,
     online={"fp8": "fp8"},
-    needs=partial(needed_beside, router="sglang-router"),
+    needs=needed_beside,
+    router_package="sglang-router",
 )
