@@ -145,7 +145,11 @@ def _virtual_stages(cells: Cells) -> int:
     schedule = cells.row.text("schedule")
     if cells.whole("pp") == 1 or left:
         return 1
-    if not schedule and cells.of_container and not re.search(r"\blora\b", cells.row.text("other_flags"), re.I):
+    if (
+        not schedule
+        and cells.of_container
+        and not re.search(r"\blora\b", cells.row.text("other_flags"), re.I)
+    ):
         return stages
     if not schedule.startswith("interleaved"):
         return 1
