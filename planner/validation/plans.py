@@ -31,8 +31,6 @@ _PRECISIONS = {
 }  # fmt: skip
 _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()} | {
     frozenset({"mlp_act"}): "act",
-    frozenset({"moe"}): "mlp",
-    frozenset({"mlp"}): "mlp",
 }
 _PER_OPERATOR = "per_op_sac"
 _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
