@@ -131,8 +131,7 @@ def _gradients(cells: Cells) -> str:
     dtype = cells.text("dtype")
     if cells.framework.startswith(_REDUCES_AS_COMPUTED):
         return dtype if dtype in ("fp16", "bf16") else "fp32"
-    narrow = ("fp16", "bf16") if "deepspeed" in cells.framework else ("fp16",)
-    return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
+    return "fp16" if dtype == "fp16" and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
 
 
 def _expert_tensor(cells: Cells) -> int:
@@ -203,7 +202,8 @@ DEFAULTS = (
     Default(
         "recompute",
         f"the first of {', '.join(WHERE_SILENT)} that fits in memory",
-        "runs that are published have run; launchers recompute no more than they must",
+        "runs that are published have run; launchers recompute no more than they must. So do PyTorch's wrappers with selective, "
+        "which is a quarter of the layers or more there",
         lambda c: WHERE_SILENT[0],
     ),
     Default("offload", "none", "off unless asked for", lambda c: "none"),
@@ -215,16 +215,29 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else the weights' 16 bits under DeepSpeed and FSDP1, and under Megatron-LM with fp16 weights; else "
-        "fp32",
+        "what the stack says; else the weights' 16 bits under FSDP1, and under DeepSpeed and Megatron-LM with fp16 weights; else "
+        "fp32, under DeepSpeed beside all of a micro-batch's own",
         "ZeRO counts 2 bytes (arXiv:1910.02054); FSDP1 reduces in MixedPrecision.param_dtype unless told otherwise; Megatron-LM "
-        "adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
+        "adds gradients of bf16 weights up in fp32, of fp16 ones if asked; DeepSpeed's BF16_Optimizer does once the backward is "
+        "through",
         _gradients,
     ),
     Default(
         "(loss)",
         "what the stack says; else eager cross-entropy, unless a fused one is named",
         "Megatron-LM's --cross-entropy-loss-fusion and PyTorch's fused losses are asked for",
+        lambda c: "eager",
+    ),
+    Default(
+        "(optimizer)",
+        "AdamW; on 16-bit weights where a NeMo container of 2024 fine-tunes them all",
+        "NeMo-Framework-Launcher launcher_scripts/conf/peft/llama/sft.yaml @8f797426: distributed_fused_adam, dtype bf16",
+        lambda c: "adamw_16bit",
+    ),
+    Default(
+        "(elementwise)",
+        "eager under FSDP2 where neither torch.compile nor what needs or replaces it is named",
+        "torchtitan train_configs/*.toml @1ea476e9f: compile = false",
         lambda c: "eager",
     ),
     Default(

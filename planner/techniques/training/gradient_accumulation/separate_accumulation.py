@@ -60,7 +60,7 @@ TECHNIQUE = Technique(
         Knob(
             "gradient_accumulation",
             "whether the weight-gradient product accumulates in place",
-            ("fused", "in_place", "placeholders", "separate"),
+            ("fused", "after_backward", "in_place", "placeholders", "separate"),
             "fused",
         ),
     ),
