@@ -4,8 +4,8 @@ What it does: every rank keeps experts/ep experts (1/etp of each); tokens travel
 Saves: expert weights, divided by ep·etp.
 Costs: dispatch and combine, k·T·h elements each way, forward and backward (``expert_copies=domain``: a token once to every
     scale-up domain, or to every rank of one, that has any of its k experts, as DeepEP and HybridEP send it); with etp > 1 an
-    all-gather of the dispatched tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean,
-    times what experts of unlike popularity (``expert_zipf``) add.
+    all-gather of the dispatched tokens and a reduce-scatter of the results; the busiest rank works and waits
+    ``expert_load_factor`` times the mean, times what experts of unlike popularity (``expert_zipf``) add.
 Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
     them up to it; all-to-alls are exposed.
 Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960);
@@ -93,8 +93,7 @@ def _copies(ctx: Context) -> Array:
     inside = group_members(group.size, group.stride, domain, float(ctx.cluster.devices))
     domains = group.size / np.asarray(inside)
     top_k = max(block.moe.top_k for block in ctx.model.blocks.values() if block.moe)
-    found: Array = distinct_domains(top_k, np.where(domains > 1, domains, group.size)) / top_k
-    return found
+    return np.asarray(distinct_domains(top_k, np.where(domains > 1, domains, group.size)) / top_k)
 
 
 def _parameters(subject: Pass) -> float:

@@ -54,9 +54,11 @@ def _beside_stages(ledger: Ledger, whole: Ledger, ctx: Context) -> Ledger:
     """Where there are stages, what is gathered per micro-batch and held per block is so per step and throughout."""
 
     def alone(item: Item) -> Item | None:
-        held = isinstance(item, Resident) and item.pool == "gathered"
-        sent = isinstance(item, Collective) and item.track == "gather" and "data_parallel" in item.tags
-        return replace(item, size=times(item.size, "unstaged")) if held or sent else None  # type: ignore[call-arg]
+        if isinstance(item, Resident) and item.pool == "gathered":
+            return replace(item, size=times(item.size, "unstaged"))
+        if isinstance(item, Collective) and item.track == "gather" and "data_parallel" in item.tags:
+            return replace(item, size=times(item.size, "unstaged"))
+        return None
 
     staged = np.asarray(ctx.mesh.pp > 1, dtype=np.float64)
     per_step = [*gather_weights(whole, ctx, _KEY), *synchronise(whole, ctx, "reduce_scatter", _KEY)]
