@@ -49,7 +49,7 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "attention_slowdown"),
     ("default", "", "collective_slowdown"),
     ("default", "", "exchange_slowdown"),
-    ("megatron-core", "", "narrow_matmul_slowdown"),
+    ("megatron-bridge", "", "narrow_matmul_slowdown"),
     ("megatron-bridge", "", "grouped_matmul_slowdown"),
     ("megatron-eager", "ampere", "matmul_slowdown"),
     ("megatron-eager", "", "collective_slowdown"),

@@ -72,8 +72,8 @@ def _counts(report: Report) -> Iterator[str]:
         )
     if (ranking := summary.get("ranking")) is not None:
         yield (
-            f"Over {ranking['sweeps']} sweeps of four plans or more, Kendall's τ-b is {ranking['kendall_tau_mean']:.2f} and the plan "
-            f"that would have been picked {ranking['top1_regret_mean']:.1%} slower than the best (means)."
+            f"Over {ranking['sweeps']} sweeps of four plans or more, Kendall's τ-b is {ranking['kendall_tau_mean']:.2f} and the "
+            f"plan that would have been picked {ranking['top1_regret_mean']:.1%} slower than the best (means)."
         )
 
 

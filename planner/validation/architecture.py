@@ -56,14 +56,18 @@ def _model(cells: Cells, flags: Flags) -> Model:
 
 
 def _modules(model: Model, cells: Cells, flags: Flags) -> int:
-    """How many of the model's multi-token-prediction modules were trained: as the flags say, else as the printed FLOP count."""
+    """How many of the model's multi-token-prediction modules were trained: as the flags say, else as the printed FLOP count.
+
+    Sources count attention in full or, under its causal mask, by half, which is as much as in full over half the length.
+    """
     named, row = flags.whole("mtp-num-layers"), cells.row
     rate, achieved = row.number("tokens_per_s_per_device"), row.number("tflops_per_device")
     if named is not None or not (model.mtp_layers and rate and achieved and row.text("tflops_convention")):
         return named or 0
     printed, seq_len = achieved * _TERA / rate, cells.whole("seq_len")
-    ways = {n: flop_per_token(row, replace(model, mtp_modules=n), seq_len) for n in (0, model.mtp_layers)}
-    return min(ways, key=lambda n: abs(ways[n] - printed))
+    ways = [(n, length) for n in (0, model.mtp_layers) for length in (seq_len, seq_len // 2)]
+    found = [flop_per_token(row, replace(model, mtp_modules=n), length) for n, length in ways]
+    return min(zip(found, ways, strict=True), key=lambda one: abs(one[0] - printed))[1][0]
 
 
 # -- a shipped model as template ---------------------------------------------------------------------------------------

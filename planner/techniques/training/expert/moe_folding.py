@@ -2,14 +2,12 @@
 
 What it does: every rank keeps experts/ep experts (1/etp of each); tokens travel to their experts and back by all-to-all.
 Saves: expert weights, divided by ep·etp.
-Costs: dispatch and combine, k·T·h elements each way, forward and backward (``expert_copies=domain``: a token once to every
-    scale-up domain, or to every rank of one, that has any of its k experts, as DeepEP and HybridEP send it); with etp > 1 an
-    all-gather of the dispatched tokens and a reduce-scatter of the results; the busiest rank works and waits
-    ``expert_load_factor`` times the mean, times what experts of unlike popularity (``expert_zipf``) add.
+Costs: dispatch and combine, k·T·h elements each way, forward and backward; with etp > 1 an all-gather of the dispatched
+    tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean,
+    times what experts of unlike popularity (``expert_zipf``) add.
 Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
     them up to it; all-to-alls are exposed.
-Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960);
-    DeepSeek-V3 (arXiv:2412.19437) §3.2.2 for one copy per node.
+Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960).
 """
 
 from __future__ import annotations
@@ -17,17 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import numpy as np
-
-from planner.costs.collectives import group_members
-from planner.costs.moe import distinct_domains
-from planner.ledger import Array, Collective, Item, Ledger, Resident, Stream, times
-from planner.technique import Check, Context, Detail, Figure, Knob, Technique, off
+from planner.ledger import Collective, Item, Ledger, Resident, Stream, times
+from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.expert.load import loads
-
-_COPIES = "expert_copies"
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -57,8 +49,6 @@ def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger
         return ledger
     ep, etp = ctx.mesh.ep, ctx.mesh.etp
     rows, sent = loads(ctx, replicated)
-    if ctx.knobs.get(_COPIES) == "domain":
-        sent = sent * _copies(ctx)
     ledger = (
         ledger.shard(experts=ep, expert_ffn=etp)
         .scale(expert_rows=ep * etp * rows)
@@ -82,18 +72,6 @@ def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger
         )  # fmt: skip
         added += [all_to_all, cut]
     return ledger.add(added)
-
-
-def _copies(ctx: Context) -> Array:
-    """Copies of a token that are sent, relative to one for each of its experts.
-
-    Over several scale-up domains, the traffic between them is what counts: one copy per domain. Inside one, one per rank.
-    """
-    group, domain = ctx.mesh.group("ep"), ctx.cluster.tiers[0].size
-    inside = group_members(group.size, group.stride, domain, float(ctx.cluster.devices))
-    domains = group.size / np.asarray(inside)
-    top_k = max(block.moe.top_k for block in ctx.model.blocks.values() if block.moe)
-    return np.asarray(distinct_domains(top_k, np.where(domains > 1, domains, group.size)) / top_k)
 
 
 def _parameters(subject: Pass) -> float:
@@ -126,11 +104,6 @@ TECHNIQUE = Technique(
             "whether tokens travel to experts or experts to tokens",
             ("folded", "shadow1", "shadow4", "sparse1", "sparse4", "fetched", "grouped"),
             "folded",
-        ),
-        Detail(
-            _COPIES,
-            "what a token is sent to once: each of its experts, or each domain (or rank of one) that has any",
-            ("expert", "domain"),
         ),
     ),
     figures=(
