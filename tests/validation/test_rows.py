@@ -166,8 +166,8 @@ def test_fully_sharded_stages_keep_what_they_gather(row):
     # torchtitan benchmarks/llama3_h100_202412_torchtitan.md, Table 5: 405B on 512 H100, FSDP 8, TP 8, PP 8, 1F1B, local batch 32
     # in eight micro-batches, full recompute: 82.5 GiB reserved. Sharded throughout it would hold 33.
     cells = {
-        "model": "Llama-3.1-405B", "n_layers": "126", "hidden": "16384", "ffn_hidden": "53248", "n_heads": "128", "n_kv_heads": "8",
-        "accelerator": "H100-HBM2e-96GB", "n_devices": "512", "tp": "8", "pp": "8", "zero_stage": "3", "micro_batch": "4",
+        "model": "Llama-3.1-405B", "n_layers": "126", "hidden": "16384", "ffn_hidden": "53248", "n_heads": "128",
+        "n_kv_heads": "8", "accelerator": "H100-HBM2e-96GB", "n_devices": "512", "tp": "8", "pp": "8", "zero_stage": "3", "micro_batch": "4",
         "global_batch": "256", "dtype": "fp8_tensorwise", "framework": "PyTorch FSDP2", "sharding_as_printed": "fsdp (FSDP2)",
         "other_flags": "torch.compile=True; async TP",
     }  # fmt: skip
@@ -235,7 +235,9 @@ def test_state_space_layers_come_with_the_shipped_model(row):
 @pytest.mark.parametrize(
     ("cells", "knobs"),
     [
-        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2"}, {"zero_stage": "fsdp"}),
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2", "pp": "1"},
+         {"zero_stage": "fsdp"}),
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2"}, {"zero_stage": "1"}),
         ({"zero_stage": "3", "sharding_as_printed": "fsdp (Megatron FSDP)"}, {"zero_stage": "3"}),
         ({"zero_stage": ""}, {"zero_stage": "1"}),
         ({"shard_group": "node"}, {"zero_group": "full"}),  # dp is 4, and a node of 8 holds them all at tp 2
@@ -256,7 +258,8 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
         ({"dtype": "bf16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp32"}),
-        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp32", "gradient_accumulation": "after_backward"}),
+        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp32"}),
+        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed", "zero_stage": "2"}, {"gradient_dtype": "bf16"}),
         ({"dtype": "fp16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp16"}),
         ({"recompute": "selective:mlp"}, {"recompute": "modules", "recompute_modules": "mlp"}),
         ({"recompute": "selective", "framework": "PyTorch FSDP1", "pp": "1"}, {"recompute": "block", "recompute_layers": 8}),
@@ -388,7 +391,8 @@ def test_printed_flop_tell_whether_a_module_predicts_more_tokens(row, tflops, mo
     # Megatron-Bridge, container 25.11: DeepSeekV3 on GB300, "w/o MTP" 3848 tokens/s at 961 TFLOP/s; "w/ MTP" 557/2139 of those.
     cells = {
         "model": "DeepSeekV3", "n_layers": "61", "hidden": "7168", "n_heads": "128", "n_kv_heads": "128", "head_dim": "",
-        "ffn_hidden": "18432", "vocab": "129280", "n_experts": "256", "top_k": "8", "n_shared_experts": "1", "tp": "1", "vpp": "1",
+        "ffn_hidden": "18432", "vocab": "129280", "n_experts": "256", "top_k": "8", "n_shared_experts": "1", "tp": "1",
+        "vpp": "1",
         "expert_ffn_hidden": "2048", "moe_layers": "58", "seq_len": "4096", "ep": "8", "tokens_per_s_per_device": "3848",
         "tflops_per_device": tflops, "tflops_convention": "model_flops",
     }  # fmt: skip
