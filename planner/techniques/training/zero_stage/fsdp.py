@@ -4,40 +4,23 @@ What it does: each rank holds fp32 shards of weights, gradients and moments; a b
     when used, forward and backward, and dropped after use; gradients are reduce-scattered per block. One block is one unit.
 Saves: all states, divided by the replicas; 2 bytes per parameter less than stage 3 with separate master weights.
 Costs: 3Ψ elements per micro-batch; the gathered weights of the block at work and of the next one, and one block's whole
-    gradients. Beside pipeline stages 3Ψ per step, and all of a stage's weights and gradients whole: they stay gathered from the
-    first micro-batch on, and are reduced after the last.
+    gradients.
 Assumes: a block's gathers run beside a block's work; two gathers are in flight at most (the rate limiter).
-Source: Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277) §3.2, §3.4; PyTorch ``torch/distributed/pipelining/stage.py``
-    (``backward_maybe_with_nosync``) and torchtitan ``parallelize_llama.py`` (``apply_fsdp``) beside a pipeline.
+Source: Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277) §3.2, §3.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
-import numpy as np
-
-from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Item, Ledger, Resident, times
+from planner.ledger import Ledger, Resident
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.zero_stage.states import (
-    gather_weights,
-    mesh_of,
-    shard_everything,
-    synchronise,
-)
-
-_KEY = "fsdp"
+from planner.techniques.training.zero_stage.states import shard_everything
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards every state; the master weights serve as the sharded weights."""
-    whole, ledger = ledger, shard_everything(ledger, ctx, _KEY)
-    if np.any(ctx.mesh.pp > 1):
-        ledger = _beside_stages(ledger, whole, ctx)
+    ledger = shard_everything(ledger, ctx, "fsdp")
     if not any(item.what.endswith("master_weights") for item in ledger.of(Resident, pool="optimizer")):
         return ledger  # nothing else holds the weights
     return ledger.drop(
@@ -48,37 +31,6 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             and "frozen" not in i.tags
         )
     )
-
-
-def _beside_stages(ledger: Ledger, whole: Ledger, ctx: Context) -> Ledger:
-    """Where there are stages, what is gathered per micro-batch and held per block is so per step and throughout."""
-
-    def alone(item: Item) -> Item | None:
-        if isinstance(item, Resident) and item.pool == "gathered":
-            return replace(item, size=times(item.size, "unstaged"))
-        if isinstance(item, Collective) and item.track == "gather" and "data_parallel" in item.tags:
-            return replace(item, size=times(item.size, "unstaged"))
-        return None
-
-    staged = np.asarray(ctx.mesh.pp > 1, dtype=np.float64)
-    per_step = [*gather_weights(whole, ctx, _KEY), *synchronise(whole, ctx, "reduce_scatter", _KEY)]
-    return (
-        ledger.set_axes(staged=staged, unstaged=1.0 - staged)
-        .edit(Item, alone)
-        .add([*(replace(item, size=times(item.size, "staged")) for item in per_step), *_held(whole, ctx)])
-    )
-
-
-def _held(whole: Ledger, ctx: Context) -> Iterator[Resident]:
-    """A stage's gathered weights, and its gradients as they are summed."""
-    for pool, dtype in (("parameters", ctx.format.activation), ("gradients", ctx.gradient_dtype)):
-        for item in whole.of(Resident, pool=pool, lifetime="always"):
-            if mesh_of(item) is not None:
-                size = times(item.size, "staged")
-                yield replace(
-                    item, what=f"{item.what}.gathered", pool="gathered", size=size, by=_KEY,
-                    bytes_per_element=dtype_bytes(dtype),
-                )  # fmt: skip
 
 
 def _states(subject: Pass) -> float:
@@ -96,7 +48,7 @@ def _volume(subject: Pass) -> float:
 
 
 TECHNIQUE = Technique(
-    key=_KEY,
+    key="fsdp",
     name="Fully sharded data parallelism (FSDP, fp32 shards)",
     slot="zero_stage",
     choices=("fsdp",),
