@@ -391,7 +391,7 @@ def read_pool(path: str | Path, policy: str | None = None) -> Deployment:
     Raises:
         SpecError: the file is wrong (all of its problems at once).
     """
-    from planner.specs.load import Reader, read_file
+    from planner.specs.reader import Reader, read_file
 
     reader = Reader(read_file(path), str(path))
     times = reader.table("iteration")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 
-from planner.specs.load import Reader, read_file
 from planner.specs.model import Model
+from planner.specs.reader import Reader, read_file
 from planner.validation.table import Row
 
 __all__ = ["DEFAULTS", "Launch", "Suite", "suite_of"]
