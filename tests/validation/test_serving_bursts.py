@@ -1,4 +1,4 @@
-"""Serving rows of benchmarks that the stacks' constants have not seen: bursts, lengths that vary, engines and formats without rules."""
+"""Serving rows of kinds that the stacks' constants have not seen: bursts, lengths that vary, engines without rules."""
 
 import csv
 from collections import Counter
