@@ -54,6 +54,7 @@ class Assembly:
         micro_batches: per pipeline and step.
         recompute_layers: layers recomputed per device, where only some are.
         device_memory: bytes by pool on the first device of each run of equal devices (``layout.run_first``).
+        device_cached: what the allocator keeps beyond that on each, as long as there is room.
         fullest: the run with least room left.
         hops_s: from every stage to the next one, where they differ.
     """
@@ -68,6 +69,7 @@ class Assembly:
     micro_batches: int
     recompute_layers: int | None
     device_memory: Sequence[Mapping[str, float]]
+    device_cached: Sequence[float]
     fullest: int
     hops_s: Array | None = None
 
@@ -145,8 +147,13 @@ def assemble(
     budgets = [home.problem.memory_budget_bytes for home in homes]
     fullest = max(range(len(devices)), key=lambda run: sum(devices[run].values()) - budgets[run])
     peak, budget = sum(devices[fullest].values()), budgets[fullest]
-    alike = [run for run in range(len(devices)) if budgets[run] == budget]
-    kept = (sum(devices[run].values()) + float(cached[run, 0]) for run in alike)
+    kept = [
+        max(min(float(more), may - held), 0.0)
+        for more, may, held in zip(cached[:, 0], budgets, (sum(d.values()) for d in devices), strict=True)
+    ]
+    shown = max(
+        sum(devices[run].values()) + kept[run] for run in range(len(devices)) if budgets[run] == budget
+    )
     slower_fits = all(
         float(slower[tier][run]) <= capacity
         for run, home in enumerate(homes)
@@ -166,11 +173,11 @@ def assemble(
         {"peak": peak, **devices[fullest]},
         budget,
         {tier: float(held.max()) for tier, held in slower.items()},
-        max(min(max(kept), budget) - peak, 0.0),
+        max(shown - peak, 0.0),
         fits=peak <= budget and slower_fits,
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
-    judged = judgement(stage_places[device][0].problem, mesh, step_s, peak, spends, budget)
+    judged = judgement(stage_places[device][0].problem, step_s, devices[fullest], spends, budget)
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
@@ -190,7 +197,7 @@ def assemble(
         layerwise=None if assignment is None else _layerwise(assignment),
     )
     return Assembly(
-        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices, fullest, hops
+        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices, kept, fullest, hops
     )  # fmt: skip
 
 
