@@ -7,7 +7,7 @@ has, and a weak prior pulls every constant towards "as the best library's kernel
 
     python benchmarks/fit_stacks.py TRAINING.csv…              # three tables: fitted on all, one model, one source left out
     python benchmarks/fit_stacks.py TRAINING.csv… --write      # and writes the constants into the stacks' files
-    python benchmarks/fit_stacks.py TRAINING.csv… --json FIT.json    # errors and spreads by row, for `planner validate --refitted`
+    python benchmarks/fit_stacks.py TRAINING.csv… --json FIT.json  # errors and spreads by row: `planner validate --refitted`
 
 Rows whose source contradicts itself (the validation's list) are left out of the fit.
 """
@@ -33,7 +33,7 @@ from planner.errors import PlannerError
 from planner.ledger import Collective
 from planner.solve.train import examine
 from planner.specs.library import hardware_folder
-from planner.specs.stack import Stack
+from planner.specs.stack import load_stack
 from planner.uncertainty.constants import constant_shares, constants_spread, slowed_by
 from planner.validation.exclusions import read_exclusions
 from planner.validation.measured import asks_for, tokens_per_s_per_device
@@ -70,7 +70,7 @@ LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7, "exchange_slowd
 PRIORS = {"waited_dispatches": 5.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
 HIGHEST = {"waited_dispatches": 10.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
 _SPREAD = 0.35  # of the prior, in logarithms
-_PRIOR_WEIGHT = 0.5
+_PRIOR_WEIGHT = 0.5  # in the fit, which only holds to it where rows tell nothing
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 8
 _HIDDEN = ("collective_slowdown", "exchange_slowdown", "overlap_slowdown")
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the three results as JSON")
     options = parser.parse_args()
     rows = read_rows(options.files)
-    values = {key: _value_of(rows, key) for key in CONSTANTS}
+    values = {key: _value_of(key) for key in CONSTANTS}
     values, errors, shares = _fitted(rows, values)
     everything = np.ones(len(rows), dtype=bool)
     spread = dict(zip(CONSTANTS, map(float, _spreads(rows, shares, everything)), strict=True))
@@ -162,9 +162,7 @@ def main() -> None:
             name: dict(zip((r.run.row.row_id for r in rows), map(float, e), strict=True))
             for name, e in results.items()
         }
-        table["spread"] = {
-            name: _left_out_spreads(rows, shares, group) for name, group in left_out.items()
-        }
+        table["spread"] = {name: _left_out_spreads(rows, shares, group) for name, group in left_out.items()}
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     if options.write:
         write(values, spread, rows)
@@ -324,13 +322,16 @@ def _left_out(
 
 
 def _spreads(rows: Sequence[Row], shares: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Standard error of each constant's logarithm: of the fit's own normal equations, at errors too small to weigh less."""
+    """Standard error of each constant's logarithm, by the fit's normal equations at errors too small to weigh less.
+
+    What no used row tells of is as uncertain as its prior.
+    """
     slopes = shares * _weights(rows, used)[:, None] / _SOFT
     drawn = np.eye(len(CONSTANTS))
     for index, key in enumerate(CONSTANTS):
         if (above := _above(key)) >= 0:
             drawn[index, above] -= 1.0
-    drawn *= _PRIOR_WEIGHT / _SPREAD
+    drawn /= _SPREAD
     found: np.ndarray = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes + drawn.T @ drawn)))
     return found
 
@@ -376,13 +377,11 @@ def _print(rows: Sequence[Row], results: dict[str, np.ndarray]) -> None:
     print(line + "".join(f"{np.mean(medians[n]):14.1%} /{np.mean(tails[n]):7.1%}" for n in results))
 
 
-def _value_of(rows: Sequence[Row], key: Key) -> float:
-    """What the shipped files say of a constant."""
-    for row in rows:
-        if row.constants().get(key[2]) == key:
-            stack: Stack = row.run.problem.stack.on_generation(row.run.problem.cluster.device.generation)
-            return float(getattr(stack, key[2]))
-    return 1.0  # only the constants that are drawn to it tell anything of it
+def _value_of(key: Key) -> float:
+    """What the shipped files say of a constant; 1 of one that they do not have yet."""
+    stack, generation, name = key
+    constant = getattr(load_stack(stack).on_generation(generation), name)
+    return 1.0 if constant is None else float(constant)
 
 
 def write(values: dict[Key, float], spread: dict[Key, float], rows: Sequence[Row]) -> None:

@@ -53,7 +53,9 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     times, peaks = residuals.step_time, residuals.peak
     stack, generation = problem.stack.name, problem.cluster.device.generation
     known = (stack, generation) in times.measured
-    basis = "its constants are fitted to published runs there" if known else "of which there is no published run"
+    basis = (
+        "its constants are fitted to published runs there" if known else "of which there is no published run"
+    )
     told = [
         f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction, as of {_runs(times.rows)} of "
         f"{times.models} models, each predicted without its model's and without its source's; {stack} on {generation}: {basis}",

@@ -170,7 +170,10 @@ def _spreads(reader: Reader) -> Spreads:
     if len(quantiles) != len(PROBABILITIES) or list(quantiles) != sorted(quantiles):
         reader.problem("quantiles", repr(quantiles)[:80], f"{len(PROBABILITIES)} numbers that do not fall")
         quantiles = (0.0,) * len(PROBABILITIES)
-    measured = {(stack, generation) for stack, _, generation in (t.partition(" on ") for t in reader.texts("measured", ()))}
+    measured = {
+        (stack, generation)
+        for stack, _, generation in (t.partition(" on ") for t in reader.texts("measured", ()))
+    }
     spreads = Spreads(
         quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
         reader.texts("sources", ()), frozenset(measured),

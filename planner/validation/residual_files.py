@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError
 from planner.specs.load import read_file
-from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
 from planner.uncertainty.constants import constant_shares, constants_spread
+from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
 from planner.uncertainty.residuals import QUANTITIES, Residuals, Spreads
 from planner.uncertainty.terms import peak_parts, time_parts
 from planner.validation.pairs import PairNoise, RankedRun, pair_noise_of
@@ -30,7 +30,6 @@ __all__ = [
 _RATE, _PEAK = "tokens_per_s_per_device", "peak_memory"
 _FOLDS = {"model": "model left out", "source": "source left out"}
 _VERSION = re.compile(r"^(\S+/\S+).*?@ ?(\w+)|^(.*?arXiv:\S+)")
-
 
 
 class LeftOut(NamedTuple):
@@ -92,12 +91,13 @@ def read_left_out(path: str | Path | None) -> LeftOut:
     if path is None:
         return LeftOut()
     table = read_file(path)
-    found = [table, table.get("spread")]
-    if not all(isinstance(t, dict) and isinstance(t.get(name), dict) for t in found for name in _FOLDS.values()):
+    found = [table, table.get("spread") or {}]
+    if not all(isinstance(part.get(name), dict) for part in found for name in _FOLDS.values()):
         expected = f"{', '.join(_FOLDS.values())}, and the same under spread, as fit_stacks.py writes them"
         raise SpecError(Problem(str(path), f"has {', '.join(table) or 'nothing'}", expected))
     errors, spreads = (
-        {by: {str(row): float(x) for row, x in t[name].items()} for by, name in _FOLDS.items()} for t in found
+        {by: {str(row): float(x) for row, x in part[name].items()} for by, name in _FOLDS.items()}
+        for part in found
     )
     return LeftOut(errors, spreads)
 
@@ -113,7 +113,9 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
         plan, device = one.assembly.plan, one.run.problem.cluster.device
         error = None if rate is None else rate[1] / rate[0] - 1.0
         without = {
-            by: exp(refitted.errors[by][row.row_id]) ** -1.0 - 1.0 if row.row_id in refitted.errors.get(by, {}) else error
+            by: exp(refitted.errors[by][row.row_id]) ** -1.0 - 1.0
+            if row.row_id in refitted.errors.get(by, {})
+            else error
             for by in _FOLDS
         }
         uncertain = {

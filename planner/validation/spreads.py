@@ -1,10 +1,10 @@
 """Fits the spread of measurements around predictions, and verifies it on rows that the fit did not see.
 
 A residual is held against how uncertain its prediction was: a floor, which all predictions have, and what its own constants bring
-(``planner.uncertainty.constants``), as two independent errors. Quantiles of residuals relative to that are those of normalised conformal prediction (Lei et al. 2018,
-arXiv:1604.04173, section 5.2), of every run twice: by constants that were fitted without its model, and without its source.
-Software that stays known is only uncertain by its spreads then; software that nothing else tells of, by the prior of its
-constants. One set of quantiles serves both, because the scale knows the difference.
+(``planner.uncertainty.constants``), as two independent errors. Quantiles of residuals relative to that are those of normalised
+conformal prediction (Lei et al. 2018, arXiv:1604.04173, section 5.2), of every run twice: by constants that were fitted without
+its model, and without its source. Software that stays known is only uncertain by its spreads then; software that nothing else
+tells of, by the prior of its constants. One set of quantiles serves both, because the scale knows the difference.
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
         ]
         return
     scores.defaults.update(run.defaults)
-    held = {
-        metric: _held(run, predicted, metric, groups, exclusion.reason(metric)) for metric in metrics
-    }
+    held = {metric: _held(run, predicted, metric, groups, exclusion.reason(metric)) for metric in metrics}
     scores.rows += held.values()
     sweep = None
     if "ranking" in held and row.text("sweep_id"):
