@@ -203,7 +203,7 @@ def _statistics(what: str, groups: Mapping[str, Mapping[str, float]]) -> Iterato
 
 
 def _never_measured(report: Report) -> str:
-    """The interval that the published runs' steps would have on software of which nothing is known, the median of their widths."""
+    """The interval that the median published step would have on software of which nothing is known."""
     residuals, found = load_residuals(), []
     if residuals is None:
         return "there is none yet"
@@ -211,7 +211,7 @@ def _never_measured(report: Report) -> str:
         problem = one.run.problem
         stack = problem.stack.on_generation(problem.cluster.device.generation)
         shares = constant_shares(one.assembly.spends, stack)
-        found.append(constants_spread(shares, stack, measured=False))
+        found.append(constants_spread(shares, stack, residuals.step_time.between))
     ends = residuals.step_time.at(float(np.median(found))).interval(1.0)
     low, high = (100.0 * (end - 1.0) for end in ends)
     return f"{low:+.0f} to {high:+.0f} % of the predicted step"

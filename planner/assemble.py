@@ -35,6 +35,7 @@ from planner.technique import SLOTS, Context, details
 from planner.transition import communicators
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
+from planner.units import counted
 
 __all__ = ["Assembly", "assemble", "model_flop"]
 
@@ -216,7 +217,8 @@ def _of_machine(cluster: Cluster, *, named: bool) -> tuple[str, str]:
     """Its fabric and its kernels, with its name where there are several."""
     device, of = cluster.device, f" of {cluster.name}" if named else ""
     tiers = "; ".join(
-        f"{t.name}: {t.size} devices at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, {t.latency_s * 1e6:.1f} µs"
+        f"{t.name}: {counted(t.size, 'device')} at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, "
+        f"{t.latency_s * 1e6:.1f} µs"
         for t in cluster.tiers
     )
     eff = device.efficiency

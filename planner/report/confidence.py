@@ -13,7 +13,7 @@ from planner.uncertainty.ties import ties_with_first
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
-__all__ = ["TIE", "confidence", "interval_text", "out_of_memory_matters"]
+__all__ = ["TIE", "confidence", "interval_text", "out_of_memory_matters", "relative_interval"]
 
 TIE = "~"
 """Stands before the distance of a plan whose place behind the first one is noise."""
@@ -30,13 +30,22 @@ def interval_text(estimate: Estimate, quantity: str = "step_time_s") -> str:
     >>> interval_text(one), interval_text(replace(one, interval={"step_time_s": (9.5, 12.0)}))
     ('±9%', '-5/+20%')
     """
-    if estimate.interval is None:
+    ends = relative_interval(estimate, quantity)
+    if ends is None:
         return ""
-    predicted = estimate.step_time_s if quantity == "step_time_s" else estimate.memory_bytes[quantity]
-    low, high = (end / predicted - 1.0 for end in estimate.interval[quantity])
+    low, high = ends
     if low < 0.0 < high and abs(low + high) < _EVEN:
         return f"±{max(-low, high):.0%}"
     return f"{100.0 * low:+.0f}/{100.0 * high:+.0f}%"
+
+
+def relative_interval(estimate: Estimate, quantity: str = "step_time_s") -> tuple[float, float] | None:
+    """Ends of the interval of a quantity, relative to its prediction; None where the plan has none."""
+    if estimate.interval is None:
+        return None
+    predicted = estimate.step_time_s if quantity == "step_time_s" else estimate.memory_bytes[quantity]
+    low, high = (end / predicted - 1.0 for end in estimate.interval[quantity])
+    return low, high
 
 
 def out_of_memory_matters(plans: Sequence[Plan]) -> bool:

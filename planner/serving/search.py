@@ -28,6 +28,7 @@ from planner.serving.space import ServeSpace, mesh_of
 from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
+from planner.units import counted
 
 __all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
 
@@ -175,7 +176,7 @@ def candidates(
         account.miss(
             "memory",
             needed / budget,
-            f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices",
+            f"{recipe['weights']} weights on {counted(int(np.prod(meshes[index, :3])), 'device')}",
         )
     if not fits.any():
         return None

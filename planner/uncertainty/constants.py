@@ -17,12 +17,9 @@ from planner.ledger import AttentionCore, Collective, Matmul, Stream
 from planner.specs.device import Sourced
 from planner.specs.stack import Stack
 
-__all__ = ["BETWEEN_SOFTWARE", "constant_shares", "constants_spread", "share_of_software", "slowed_by"]
+__all__ = ["constant_shares", "constants_spread", "share_of_software", "slowed_by"]
 
-BETWEEN_SOFTWARE = 0.26
-"""How far a constant of one kind of software lies from what it would be taken from, in logarithms: root mean square over the
-twenty that ``benchmarks/fit_stacks.py`` fits."""
-
+_PUBLISHED = "published-training-runs"
 _OF_SOFTWARE = ("framework", "communicators", "fragmentation", "buffers")
 
 
@@ -67,16 +64,16 @@ def constant_shares(spends: Iterable[Spend], stack: Stack) -> dict[str, float]:
     return {name: spent_s / busy_s for name, spent_s in seconds.items()} if busy_s else {}
 
 
-def constants_spread(shares: Mapping[str, float], stack: Stack, *, measured: bool = True) -> float:
+def constants_spread(shares: Mapping[str, float], stack: Stack, between: float | None = None) -> float:
     """Standard deviation of the logarithm of a step time, as far as it comes from the stack's constants.
 
     Args:
         shares: :func:`constant_shares`.
         stack: the software, as it is on the device's generation.
-        measured: whether runs of this software on this generation were measured. Where not, every constant is as uncertain as
-            constants differ between kinds of software.
+        between: for software that was never measured, how far its constants may lie from those that it takes over
+            (:class:`~planner.uncertainty.residuals.Spreads`); what its user has fitted is as certain as the fit says.
     """
-    return hypot(*(share * _spread(getattr(stack, name), measured) for name, share in shares.items()))
+    return hypot(*(share * _spread(getattr(stack, name), between) for name, share in shares.items()))
 
 
 def share_of_software(pools: Mapping[str, float], cached_bytes: float = 0.0) -> float:
@@ -87,13 +84,15 @@ def share_of_software(pools: Mapping[str, float], cached_bytes: float = 0.0) -> 
         cached_bytes: freed bytes that the allocator keeps, where they are counted.
 
     >>> share_of_software({"parameters": 6e9, "framework": 1e9, "buffers": 2e9}, 1e9)
-    0.3
+    0.4
     """
     soft = sum(held for pool, held in pools.items() if pool in _OF_SOFTWARE) + cached_bytes
     return soft / (sum(pools.values()) + cached_bytes)
 
 
-def _spread(constant: Sourced | None, measured: bool) -> float:
-    if not measured:
-        return BETWEEN_SOFTWARE
-    return 0.0 if constant is None or constant.spread is None else constant.spread
+def _spread(constant: Sourced | None, between: float | None) -> float:
+    known = None if constant is None else constant.spread
+    fitted_by_user = constant is not None and constant.source != _PUBLISHED
+    if known is not None and (between is None or fitted_by_user):
+        return known
+    return between or 0.0

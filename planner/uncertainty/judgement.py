@@ -24,9 +24,9 @@ def time_spread(residuals: Residuals, problem: Problem, spends: Iterable[Spend])
     """
     generation = problem.cluster.device.generation
     stack = problem.stack.on_generation(generation)
-    measured = (stack.name, generation) in residuals.step_time.measured
-    shares = constant_shares(spends, stack)
-    return residuals.step_time.at(constants_spread(shares, stack, measured=measured))
+    known, shares = residuals.step_time, constant_shares(spends, stack)
+    between = None if (stack.name, generation) in known.measured else known.between
+    return known.at(constants_spread(shares, stack, between))
 
 
 def judgement(

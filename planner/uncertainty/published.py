@@ -45,6 +45,7 @@ class PublishedRun(NamedTuple):
         error: of the predicted rate, ``predicted / measured - 1``, with constants fitted to all runs.
         error_without_model, error_without_source: the same with constants fitted without this model's, or this source's, runs.
         uncertain_without_model, uncertain_without_source: how uncertain those constants left the step, as a logarithm.
+        constants_share: how much a step moves with one error in all constants at once: √Σ share² of the shares that they slow.
         peak_bytes: measured peak memory; None where the run is not scored for memory.
         peak_counts: ``allocated``, ``reserved``, ``smi`` or empty: which meter read it.
         peak_error: of the predicted peak.
@@ -73,6 +74,7 @@ class PublishedRun(NamedTuple):
     error_without_source: float | None = None
     uncertain_without_model: float | None = None
     uncertain_without_source: float | None = None
+    constants_share: float | None = None
     peak_bytes: float | None = None
     peak_counts: str = ""
     peak_error: float | None = None

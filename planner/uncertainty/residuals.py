@@ -82,6 +82,7 @@ class Spreads(NamedTuple):
         rows, models: how many measurements of how many models they come from.
         sources: files of the measurements.
         measured: stacks and generations of accelerators that they were on.
+        between: how far a constant of software that was never measured may lie from what stands in for it; a logarithm.
     """
 
     quantiles: tuple[float, ...]
@@ -90,6 +91,7 @@ class Spreads(NamedTuple):
     models: int = 0
     sources: tuple[str, ...] = ()
     measured: frozenset[tuple[str, str]] = frozenset()
+    between: float = 0.0
 
     def at(self, uncertain: float) -> Spread:
         """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
@@ -170,13 +172,11 @@ def _spreads(reader: Reader) -> Spreads:
     if len(quantiles) != len(PROBABILITIES) or list(quantiles) != sorted(quantiles):
         reader.problem("quantiles", repr(quantiles)[:80], f"{len(PROBABILITIES)} numbers that do not fall")
         quantiles = (0.0,) * len(PROBABILITIES)
-    measured = {
-        (stack, generation)
-        for stack, _, generation in (t.partition(" on ") for t in reader.texts("measured", ()))
-    }
+    measured = (text.partition(" on ") for text in reader.texts("measured", ()))
     spreads = Spreads(
         quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
-        reader.texts("sources", ()), frozenset(measured),
+        reader.texts("sources", ()), frozenset((stack, generation) for stack, _, generation in measured),
+        reader.number("between", 0.0),
     )  # fmt: skip
     reader.finish()
     return spreads

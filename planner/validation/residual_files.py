@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp, log, log1p
+from math import exp, hypot, log, log1p
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -118,11 +118,10 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
             else error
             for by in _FOLDS
         }
-        uncertain = {
-            by: refitted.spreads.get(by, {}).get(row.row_id, shipped)
-            for shipped in [_uncertain(one)]
-            for by in _FOLDS
-        }
+        stack = problem.stack.on_generation(device.generation)
+        shares = constant_shares(one.assembly.spends, stack)
+        shipped = constants_spread(shares, stack)
+        uncertain = {by: refitted.spreads.get(by, {}).get(row.row_id, shipped) for by in _FOLDS}
         reading = memory_reading(one.assembly, row.text("peak_memory_kind")) if peak else None
         runs.append(
             PublishedRun(
@@ -137,6 +136,7 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
                 error_without_source=None if rate is None else without["source"],
                 uncertain_without_model=None if rate is None else uncertain["model"],
                 uncertain_without_source=None if rate is None else uncertain["source"],
+                constants_share=None if rate is None else hypot(*shares.values()),
                 peak_bytes=None if peak is None else peak[0],
                 peak_counts="" if peak is None else row.text("peak_memory_kind"),
                 peak_error=None if peak is None else peak[1] / peak[0] - 1.0,
@@ -151,7 +151,7 @@ def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     return [
         Residual(
             run.source, run.model, run.stack, run.generation, log1p(without_model), log1p(without_source),
-            run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0,
+            run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0, run.constants_share or 0.0,
         )
         for run in runs
         if (without_model := run.error_without_model) is not None
@@ -172,13 +172,6 @@ def peak_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
-
-
-def _uncertain(one: Priced) -> float:
-    """How uncertain the shipped constants leave a step."""
-    problem = one.run.problem
-    stack = problem.stack.on_generation(problem.cluster.device.generation)
-    return constants_spread(constant_shares(one.assembly.spends, stack), stack)
 
 
 def _scored(one: Priced, metric: str) -> tuple[float, float] | None:
@@ -246,7 +239,8 @@ def _terms(priced: Sequence[Priced], runs: Sequence[PublishedRun]) -> dict[str, 
 _ABOUT = (
     "What published runs measured, relative to what was predicted of them: planner validate --residuals writes this file. "
     "quantiles: of log(measured/predicted) over how uncertain the prediction was, at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 "
-    "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by. "
+    "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by; "
+    "between: how uncertain constants of software that was never measured are, as logarithms. "
     "pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
     "plans are. terms: standard deviation of each term's logarithm. sources: documents and versions of the files' rows."
 )
@@ -274,6 +268,7 @@ def _spreads_json(spreads: Spreads) -> dict[str, Any]:
         "sources": list(spreads.sources),
         "measured": [" on ".join(pair) for pair in sorted(spreads.measured)],
         "floor": round(spreads.floor, 4),
+        **({"between": round(spreads.between, 4)} if spreads.between else {}),
         "quantiles": _rounded(spreads.quantiles),
     }
 

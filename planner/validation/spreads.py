@@ -9,6 +9,7 @@ tells of, by the prior of its constants. One set of quantiles serves both, becau
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ _TINY = 1e-12
 class Residual:
     """log(measured/predicted) of one run, by constants fitted without its model, and without its source.
 
-    ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on.
+    ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on, ``share`` how
+    much it moves with an error of all constants.
     """
 
     source: str
@@ -39,6 +41,7 @@ class Residual:
     without_source: float
     uncertain_without_model: float = 0.0
     uncertain_without_source: float = 0.0
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,15 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
     both = [_arrays(residuals, by) for by in ("model", "source")]
     floor = _floor(both)
     scores = np.concatenate([errors / np.hypot(floor, uncertain) for errors, uncertain in both])
+    quantiles = _quantiles(scores)
     return Spreads(
-        tuple(float(quantile) for quantile in _quantiles(scores)),
+        tuple(float(quantile) for quantile in quantiles),
         floor,
         len(residuals),
         len({(r.source, r.model) for r in residuals}),
         tuple(sorted({r.source for r in residuals})),
         frozenset((r.stack, r.generation) for r in residuals),
+        _between(residuals, floor, quantiles),
     )  # fmt: skip
 
 
@@ -143,6 +148,25 @@ def _floor(both: Sequence[tuple[Array, Array]]) -> float:
         return float(np.log(np.mean(np.abs(errors) / scales) + _TINY) + np.mean(np.log(scales)))
 
     return float(min(_FLOORS, key=lambda floor: (apart(floor), unlikely(floor))))
+
+
+def _between(residuals: Sequence[Residual], floor: float, quantiles: Array) -> float:
+    """How uncertain constants of unknown software are: so that 80 % of the runs are held whose source alone knows their software.
+
+    They are taken as an unknown stack's would be, with their source left out; 0 where there are none.
+    """
+    knows: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for r in residuals:
+        knows[r.stack, r.generation].add(r.source)
+    alone = [r for r in residuals if len(knows[r.stack, r.generation]) == 1 and r.share > 0.0]
+    if not alone:
+        return 0.0
+    errors, shares = np.array([r.without_source for r in alone]), np.array([r.share for r in alone])
+    needed = np.where(
+        errors > 0.0, errors / quantiles[_HIGH], errors / quantiles[_LOW]
+    )  # the scale that just holds each
+    between = np.sqrt(np.maximum(needed**2 - floor**2, 0.0)) / shares
+    return float(np.quantile(between, COVERAGE))
 
 
 def _quantiles(scores: Array) -> Array:

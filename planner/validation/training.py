@@ -143,9 +143,9 @@ class Reading(NamedTuple):
 def memory_reading(assembly: Assembly, kind: str) -> Reading:
     """What a peak of some kind is predicted to be.
 
-    PyTorch's counters are of the fullest rank. ``nvidia-smi`` shows a device that somebody looked at, which is the first one:
-    so BLOOM's chronicle says, and a run that reads 15 GB there needed more than 16 GB on the last, for twice its micro-batch
-    ran out of 32 GB.
+    PyTorch's counters are of the fullest rank. ``nvidia-smi`` shows devices that somebody looked at: BLOOM's chronicle those of
+    the first and the last node, of which the first hold more; and a table of pipelines on V100 the first, for it reads 15 GB of
+    a run whose twice as large micro-batch ran out of 32 GB, which the logits on the last device explain.
     """
     outside, estimate = MEMORY_KINDS[kind], assembly.plan.estimate
     pools, cached = assembly.device_memory[assembly.fullest], estimate.cached_bytes
