@@ -31,7 +31,7 @@ from scipy.optimize import least_squares
 
 from planner.errors import PlannerError
 from planner.ledger import Collective
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.library import hardware_folder
 from planner.specs.stack import load_stack
 from planner.uncertainty.constants import constant_shares, constants_spread, slowed_by

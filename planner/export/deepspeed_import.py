@@ -14,7 +14,7 @@ from typing import Any
 from planner.errors import did_you_mean
 from planner.export.deepspeed import OPTIMIZERS
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
-from planner.specs.load import Reader
+from planner.specs.reader import Reader
 
 __all__ = ["read_deepspeed"]
 

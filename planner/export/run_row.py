@@ -17,14 +17,17 @@ _MODULES = {
 }  # fmt: skip
 
 
-def run_row(target: Target, framework: str, version: str) -> dict[str, Any]:
-    """Cells of the plan's row, by column; cells of what is measured are left out.
+def run_row(target: Target, framework: str, version: str) -> dict[str, Any] | None:
+    """Cells of the plan's row, by column; cells of what is measured are left out. None where layers differ: a row says one
+    strategy and one mesh of all of them.
 
     Args:
         target: the plan.
         framework, version: as the columns of these names have them; they choose the software stack.
     """
     plan, model, knobs = target.plan, target.model, target.knobs
+    if target.layers_differ:
+        return None
     mesh, device = plan.mesh, target.cluster.device
     row: dict[str, Any] = {"row_id": f"plan-{plan.id}", "source": "own measurement", "family": "own"}
     row |= _architecture(target)

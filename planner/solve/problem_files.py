@@ -17,7 +17,7 @@ from planner.solve.combinatorial.ranks import Group, RankProblem, pipeline_phase
 from planner.solve.combinatorial.recompute import ComputeGraph
 from planner.solve.combinatorial.sequences import SequenceProblem
 from planner.solve.combinatorial.tiering import MOVES, Kernel, Tensor, Tier, TieringProblem
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 
 __all__ = [
     "ExpertProblem",

@@ -15,7 +15,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import ScaleUp, Sourced, Transport
 from planner.specs.library import hardware_folder
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["link_table", "list_links", "read_transport", "relinked", "with_link"]

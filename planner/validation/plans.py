@@ -153,6 +153,8 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
     printed = cells.row.text("sharding_as_printed").lower()
     fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
+    if fsdp and stage > 1 and cells.whole("pp") > 1:
+        stage = 1  # PyTorch's pipelines keep weights gathered and gradients whole until the last micro-batch
     choice: dict[str, Any] = {
         "zero_stage": "fsdp" if stage == 3 and fsdp else str(stage),
         "zero_group": "full",

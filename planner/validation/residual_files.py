@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
 from planner.uncertainty.residuals import QUANTITIES, Residuals, Spreads

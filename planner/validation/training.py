@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from planner.assemble import Assembly
 from planner.errors import PlannerError
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.uncertainty.constants import share_of_software
 from planner.uncertainty.judgement import time_spread
 from planner.uncertainty.residuals import Residuals, load_residuals

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import planner
-from planner.ledger import Collective, Kernel, Matmul, Stream
+from planner.ledger import Collective, Kernel, Matmul, Resident, Stream
 from planner.phases import dispatches
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.device import Sourced
 from planner.specs.stack import load_stack
+from planner.techniques.figures import held_bytes, total_bytes
 
 JOB = planner.TrainWorkload(8, 1024)
 
@@ -178,3 +179,21 @@ def test_biases_of_experts_are_scaled_in_fp32_expert_by_expert(phase, n_bytes, c
         n_bytes * elements
     )
     assert float(np.ravel(dispatches(bias, ledger.axes))[0]) == calls  # 4 of 32 experts on a rank
+
+
+@pytest.mark.parametrize(
+    ("fixed", "gradients", "update"),
+    [
+        # BF16_Optimizer: 2 bytes of .grad beside accumulators of 4, which the update reads as they are; flat buffers of 2.
+        ({"precision": "bf16", "gradient_dtype": "fp32"}, 6.0, 2.0),
+        # fp16: 2 bytes, which the update copies in fp32 beside the flat buffers.
+        ({"precision": "fp16", "gradient_dtype": "fp16"}, 2.0, 6.0),
+    ],
+)
+def test_deepspeed_keeps_gradients_of_16_bits_beside_accumulators_in_fp32(fixed, gradients, update):
+    job = planner.TrainWorkload(8, 1024, precisions=(fixed["precision"],))
+    ledger = assembly(stack="megatron-deepspeed", job=job, zero_stage="0", **fixed).parts[0].ledger
+    weights = held_bytes(ledger, "parameters") / 2.0
+    assert held_bytes(ledger, "gradients") / weights == pytest.approx(gradients)
+    copies = [item for item in ledger.of(Resident) if "update" in item.tags]
+    assert total_bytes(ledger, copies) / weights == pytest.approx(update)

@@ -23,10 +23,10 @@ from planner.solve.graph.graph_file import read_graph
 from planner.solve.graph.operators import model_graph
 from planner.solve.graph.recompute import layer_graph
 from planner.solve.graph.sharding import ShardingProblem, shard
+from planner.solve.named import examine
 from planner.solve.passes import run_passes
 from planner.solve.sequence_costs import sequence_problem
 from planner.solve.tier_costs import tier_problem
-from planner.solve.train import examine
 from planner.specs.device import Sourced
 
 # Operator graphs know kernels, but not the host that issues them.
