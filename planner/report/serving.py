@@ -9,7 +9,7 @@ from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
-from planner.units import format_bytes, format_seconds
+from planner.units import counted, format_bytes, format_seconds
 
 __all__ = [
     "pool_text",
@@ -169,9 +169,8 @@ def show_serving_comparison(content: Mapping[str, Any]) -> None:
     """Prints a comparison."""
     screen = Screen()
     for side in ("a", "b"):
-        screen.line(
-            f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}"
-        )
+        where = counted(content[side]["devices"], "device")
+        screen.line(f"{side}: {content[side]['id']} on {where}: {' | '.join(content[side]['pools'])}")
     screen.line()
     rows = [
         (

@@ -21,6 +21,7 @@ from planner.serving.space import ServeSpace, mesh_of, size_of
 from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
+from planner.units import counted
 
 __all__ = ["Account", "Candidates", "candidates", "iterations_of"]
 
@@ -109,7 +110,7 @@ def candidates(
         account.miss(
             "memory",
             needed / budget,
-            f"{recipe['weights']} weights on {int(size_of(meshes[index]))} devices",
+            f"{recipe['weights']} weights on {counted(int(size_of(meshes[index])), 'device')}",
         )
     if not fits.any():
         return None

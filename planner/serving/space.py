@@ -16,6 +16,7 @@ from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import SERVING_SLOTS, discover
+from planner.units import counted
 
 __all__ = [
     "CHUNKS",
@@ -184,7 +185,7 @@ class ServeSpace:
             raise SpecError(
                 Fault(
                     "--fix",
-                    f"no replica on {devices} devices has {wanted or 'these degrees'}",
+                    f"no replica on {counted(devices, 'device')} has {wanted or 'these degrees'}",
                     "other degrees",
                 )
             )

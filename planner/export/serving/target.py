@@ -24,6 +24,7 @@ from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
 from planner.technique import ServingContext
 from planner.techniques.serving.cache_copies.context_parallel_inference import copies
+from planner.units import counted
 
 __all__ = ["FIRST_PORT", "Seat", "ServingTarget", "summary"]
 
@@ -281,7 +282,7 @@ def summary(plan: ServePlan) -> list[str]:
         pools.append(f"{pool.role}: {pool.replicas} x {degrees or '1 device'}, {pool.knobs['weights']}")
     estimate = plan.estimate
     return [
-        f"Plan {plan.id}: {plan.model} on {plan.devices} devices of {plan.cluster}; {'; '.join(pools)}.",
+        f"Plan {plan.id}: {plan.model} on {counted(plan.devices, 'device')} of {plan.cluster}; {'; '.join(pools)}.",
         f"Predicted for {plan.traffic['isl']} tokens in, {plan.traffic['osl']} out: "
         f"{estimate.goodput_requests_per_s:.4g} requests/s, {estimate.output_tokens_per_s_per_device:.4g} tokens/s per device, "
         f"first token {estimate.ttft_s['mean'] * 1e3:.4g} ms, then {estimate.tpot_s['mean'] * 1e3:.4g} ms per token (means).",
