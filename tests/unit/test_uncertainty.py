@@ -131,9 +131,7 @@ def test_a_fuller_device_is_likelier_to_run_out_of_memory(problem):
     pools = dict(assembly.plan.estimate.memory_bytes)
     peak = pools.pop("peak")
     roomy, tight = (
-        judgements.judgement(problem, 1.0, pools, assembly.spends, factor * pools["parameters"])[
-            "oom_probability"
-        ]
+        judgements.judgement(problem, 1.0, pools, assembly.spends, factor * peak)["oom_probability"]
         for factor in (1.6, 1.05)
     )
     assert roomy < 0.05 < tight
