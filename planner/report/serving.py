@@ -213,9 +213,9 @@ def pool_text(pool: Pool) -> str:
     >>> pool_text(Pool("aggregated", 4, {"tp": 2, "pp": 1, "dp": 1, "ep": 1, "etp": 2}, {"weights": "fp8"}, 30))
     '4 x tp 2, 30 in flight, fp8'
     """
-    degrees = [f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1] or [
-        "1 device"
-    ]
+    degrees = [
+        f"{name} {pool.mesh[name]}" for name in ("tp", "cp", "pp", "dp", "ep") if pool.mesh.get(name, 1) > 1
+    ] or ["1 device"]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     role += f"{pool.cluster}: " if pool.cluster else ""
     degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []

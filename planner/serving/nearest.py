@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from planner.errors import Problem as Fault
-from planner.serving.search import Account
+from planner.serving.candidates import Account
 from planner.specs.cluster_file import load_cluster
 from planner.specs.serve_problem import ServeProblem
 from planner.units import counted

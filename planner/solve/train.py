@@ -184,12 +184,15 @@ def _before_any(counts: SearchCounts, nearest: Shortfall | None) -> str:
 def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[str, int]) -> Infeasible:
     """What binds, by how much, and the nearest change that would fit."""
     if nearest is None:
-        ranked = sorted(rejected.items(), key=lambda reason: -reason[1])
+        ranked = sorted(((why, n) for why, n in rejected.items() if n), key=lambda reason: -reason[1])
         counted = [f"{reason} ({count:,})" for reason, count in ranked[:4]]
+        broken = "; ".join(counted) if len(ranked) > 1 else ranked[0][0] if ranked else ""
         return Infeasible(
             Fault(
                 "search",
-                f"every candidate breaks a rule: {'; '.join(counted) if len(ranked) > 1 else ranked[0][0]}",
+                f"every candidate breaks a rule: {broken}"
+                if ranked
+                else "no candidate has all that is fixed: a choice lacks its detail, or its detail does not suit the degrees",
                 "at least one valid plan",
                 "Change the job (--global-batch, --precision, …), or loosen --fix and --forbid.",
             )

@@ -13,7 +13,6 @@ from planner.solve.named import examine
 from planner.uncertainty.constants import share_of_software
 from planner.uncertainty.judgement import time_spread
 from planner.uncertainty.residuals import Residuals, load_residuals
-from planner.validation.cells import WHERE_SILENT
 from planner.validation.exclusions import Exclusion
 from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
@@ -156,16 +155,17 @@ def memory_reading(assembly: Assembly, kind: str) -> Reading:
 
 
 def predicted_run(run: Run) -> tuple[Run, Assembly]:
-    """The run and its plan, priced. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits.
+    """The run and its plan, priced. Where the row leaves recompute open, the least that fits in memory.
 
     Raises:
         PlannerError: the problem cannot be priced.
     """
     first = examine(run.problem)
-    if first.plan.estimate.fits or "recompute" not in run.defaults:
+    if first.plan.estimate.fits:
         return run, first
-    for choice in WHERE_SILENT[1:]:
-        other = replace(run.problem, fixed={**run.problem.fixed, "recompute": choice})
+    for knobs in run.otherwise:
+        kept = {k: v for k, v in run.problem.fixed.items() if not k.startswith("recompute")}
+        other = replace(run.problem, fixed={**kept, **knobs})
         assembly = examine(other)
         if assembly.plan.estimate.fits:
             return replace(run, problem=other), assembly
