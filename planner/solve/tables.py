@@ -77,10 +77,10 @@ class BranchTables:
             total = total + (part.values[rows] - base)
         return total
 
-    def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
-        """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each."""
-        base = self._change({}).values
-        return [base, *(part.values - base for part in self._parts(state, recompute, swap))]
+    def parts(self, state: int, recompute: int, swap: int) -> tuple[Array, list[Array]]:
+        """What :meth:`of_branch` adds up: the prefix's table, and those of the branch's parts alone, (rows, compact fields, kinds)
+        each; the same objects every time."""
+        return self._change({}).values, [part.values for part in self._parts(state, recompute, swap)]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """The same on all rows, from a ledger of the branch's own."""

@@ -153,6 +153,32 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
     assert result.best.estimate.step_time_s <= best_s * (1 + 2e-4)
 
 
+def test_what_bounds_begin_from_is_what_the_tables_of_rows_say():
+    """Every strategy without swaps that can be explored, summed for all rows of a prefix at once, and from each row's own table."""
+    problem = replace(TIGHT[3], explore=("recompute=*",))
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    seen = 0
+    for part in space.parts:
+        totals, meshes = part.totals(), part.meshes(range(len(part)))
+        for row, mesh in enumerate(meshes):
+            on = np.flatnonzero(part.active[:, row])
+            names = ("always_bytes", "saved_bytes", "gradients_bytes", "optimizer_bytes", "main_step_s")
+            found = (
+                totals.held_bytes,
+                totals.saved_bytes,
+                totals.gradients_bytes,
+                totals.optimizer_bytes,
+                totals.step_s,
+            )
+            for name, total in zip(names, found, strict=True):
+                np.testing.assert_allclose(total[on, row], mesh[name][:, :-1], rtol=1e-9, atol=1e-6)
+            whole_s = totals.forward_s + totals.backward_s + totals.rest_s
+            np.testing.assert_allclose(whole_s[on, row], mesh.micro_batch_s[:, :-1], rtol=1e-9)
+            seen += len(on)
+    assert seen > 50
+
+
 def test_equal_stages_are_the_least_that_paths_allow():
     """Whatever the cuts of a chain, the engine takes no less than the factor says; random cuts of unequal layers."""
     from planner.schedule.engine import simulate

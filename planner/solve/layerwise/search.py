@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from heapq import heapify
+from heapq import heapify, heappop, heappush
 from time import perf_counter
 
 import numpy as np
@@ -150,16 +150,17 @@ class _Search:
         while to_the_end and more and bound_s < self.best_s:
             seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
             bound_s, more = self._closer(seen)
-        at = self._left.index(deal)
+        if self._left[0] is deal:
+            heappop(self._left)
+        else:
+            self._left.remove(deal)
+            heapify(self._left)
         if more and bound_s < self.best_s:
-            self._left[at] = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
+            heappush(self._left, replace(seen, bound_s=bound_s, looks=seen.looks + 1))
         else:
             self._done.append(bound_s)
-            self._left[at] = self._left[-1]
-            self._left.pop()
         if bound_s >= self.best_s:
             self.account.exclude("stages")
-        heapify(self._left)
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""

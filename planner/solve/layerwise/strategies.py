@@ -220,7 +220,7 @@ class Strategies:
 
     def totals(self) -> Totals:
         """What bounds need of every strategy on every row."""
-        known: dict[int, Array] = {}
+        known: dict[int, Array] = {}  # by the table's id, which its tables hold
 
         def reduced(values: Array) -> Array:
             if id(values) not in known:
@@ -232,8 +232,10 @@ class Strategies:
         shape = (len(_TOTALS), len(self.branches), len(self), len(self.tables.kinds) - 1)
         total = np.zeros(shape)
         for s, branch in enumerate(self.branches):
-            for values in self.tables.changes(*branch):
-                total[:, s] += reduced(values)
+            base, parts = self.tables.parts(*branch)
+            total[:, s] = reduced(base)
+            for values in parts:
+                total[:, s] += reduced(values) - reduced(base)
         total[0][~self.active] = np.inf
         return Totals(*total)
 
