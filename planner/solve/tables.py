@@ -78,8 +78,8 @@ class BranchTables:
         return total
 
     def parts(self, state: int, recompute: int, swap: int) -> tuple[Array, list[Array]]:
-        """What :meth:`of_branch` adds up: the prefix's table, and those of the branch's parts alone, (rows, compact fields, kinds)
-        each; the same objects every time."""
+        """What :meth:`of_branch` adds up: the prefix's table and those of the branch's parts alone, (rows, compact fields, kinds)
+        each, the same objects every time."""
         return self._change({}).values, [part.values for part in self._parts(state, recompute, swap)]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:

@@ -39,6 +39,7 @@ _PATIENCE = (
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
+_UNIFORM = 0.35  # of a time limit, after which the uniform search makes way with the plans that it has
 
 
 def search_layerwise(
@@ -60,8 +61,8 @@ def search_layerwise(
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
         exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
-        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search looks for one plan
-            at least, however long that takes.
+        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search ends after a third
+            of it, but looks for one plan at least, however long that takes.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -73,11 +74,12 @@ def search_layerwise(
     refusal: Infeasible | None = None
     end_s = perf_counter() + time_limit_s
     try:
-        uniform = search(problem, top, on_progress, time_limit_s=time_limit_s)
+        uniform = search(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    run = _Search(problem, best_s, solver, uneven, exact, end_s)
+    proved = uniform is not None and uniform.best.optimality.status != "heuristic"
+    run = _Search(problem, best_s, proved, solver, uneven, exact, end_s)
     try:
         run.go()
     except KeyboardInterrupt:
@@ -100,8 +102,17 @@ def search_layerwise(
 
 
 class _Search:
+    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``proved`` whether no uniform plan does."""
+
     def __init__(
-        self, problem: Problem, best_s: float, solver: str, uneven: bool, exact: bool, end_s: float
+        self,
+        problem: Problem,
+        best_s: float,
+        proved: bool,
+        solver: str,
+        uneven: bool,
+        exact: bool,
+        end_s: float,
     ) -> None:
         self.start_s, self.end_s = perf_counter(), end_s
         self.problem, self.best_s = problem, best_s
@@ -113,23 +124,28 @@ class _Search:
         self.uneven = uneven
         self.best: Candidate | None = None
         self.account = Account(solver, _SPACE)
+        self.proved = proved
         self._left: list[_Open] = []
         self._unbounded: dict[int, float] = {}
         self._done: list[float] = []
+        self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
         self._paths: Paths = {}
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        self._unbounded = dict(self.space.least_s)
-        for pp in sorted(self.space.least_s, key=lambda pp: self.space.least_s[pp]):
+        self._unbounded = self.space.without_memory_s(self.best_s)
+        for pp in list(self._unbounded):
             if self.account.late(self.end_s):
                 return
-            self._left += [
-                _Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)
-            ]
+            for deal in self.space.deals_of(pp, self.best_s):
+                self._left.append(_Open(*deal.rank(), len(self._left), deal))
             del self._unbounded[pp]
+            if self._left and self.best is None and not self.proved:
+                # Any plan that is nearly as good as the best one saves the bounds of many meshes.
+                heapify(self._left)
+                self._look(self._left[0], to_the_end=True)
         heapify(self._left)
         looks = 0  # since strategies were chosen
         while self._left and self._left[0].bound_s < self.best_s:
@@ -139,9 +155,23 @@ class _Search:
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks), default=first)
                 looks = 0
+            if first.part not in self._sharp:
+                self._sharpen(first.part)
+                continue
             # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
             self._look(first, to_the_end=not settled or not looks)
             looks = looks + 1 if self.account.settled == settled else 1
+
+    def _sharpen(self, part: int) -> None:
+        """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
+        several = [deal for deal in self._left if deal.part == part]
+        bounds = self.space.sharper(part, [open_.deal for open_ in several], self.best_s)
+        new = {open_.number: bound_s for open_, bound_s in zip(several, bounds, strict=True)}
+        left = [replace(open_, bound_s=new.get(open_.number, open_.bound_s)) for open_ in self._left]
+        self._left = [open_ for open_ in left if open_.bound_s < self.best_s]
+        self.account.exclude("memory", len(left) - len(self._left))
+        self._sharp.add(part)
+        heapify(self._left)
 
     def _look(self, deal: _Open, *, to_the_end: bool) -> None:
         """Looks closer at a deal, and keeps, settles or excludes it; its old bound counts until the new one does."""
@@ -167,7 +197,8 @@ class _Search:
         bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
         if hasattr(self, "space"):
             self.account.parts = self.space.meshes
-            self.account.excluded = {**self.space.excluded, **self.account.excluded}
+            for reason, count in self.space.excluded.items():
+                self.account.exclude(reason, count)
         elif self.account.stopped:
             bounds = [0.0]
         self.account.close(bounds, self.best_s, self.start_s)
