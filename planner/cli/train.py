@@ -328,6 +328,7 @@ def _searcher(
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.layerwise.solvers import SOLVERS
     from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.time_limit import TimeLimit
     from planner.solve.train import search
     from planner.solve.widening import search_widening
     from planner.units import parse_seconds
@@ -361,19 +362,21 @@ def _searcher(
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(asked), "more than 0, or none"))
     raise_if_any(faults)
-    limit: dict[str, Any] = {} if limit_s is None else {"time_limit_s": limit_s}
-    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
-    if plain:
-        return alike
-    chosen: dict[str, Any] = {"solver": solver} | limit
+    limit = TimeLimit() if limit_s is None else TimeLimit(limit_s)
+    left = [id(problem) for problem in problems]
+    alike: Callable[..., SearchResult] = search_widening if explores else search
     if layerwise:
-        alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, **chosen)
+        alike = partial(search_layerwise, uneven=stages == "uneven", exact=exact, solver=solver)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
+        own_s = limit.share(len(left) - left.index(id(problem))).left_s
         unlike = problem.cluster.mixed and degrees != "plan" and stages == "uneven" and applies(problem)
         if own or unlike:
-            return search_mixed(problem, top, progress, base=alike, mixing=degrees == "layer", **chosen)
-        return alike(problem, top, progress)
+            mixing = degrees == "layer"
+            return search_mixed(
+                problem, top, progress, base=alike, mixing=mixing, solver=solver, time_limit_s=own_s
+            )
+        return alike(problem, top, progress, time_limit_s=own_s)
 
     return searched
 

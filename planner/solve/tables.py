@@ -14,6 +14,7 @@ from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
+from planner.solve.time_limit import ask
 from planner.technique import SLOTS, Context
 
 __all__ = ["BranchTables"]
@@ -137,6 +138,7 @@ class BranchTables:
             f"{slot}={choice.value}" for slot, choice in recipe.items() if choice.technique is not None
         )
         if key not in self._changes:
+            ask()
             ledger = self._ledger(recipe)
             table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
             values = np.ascontiguousarray(table.values.transpose(2, 0, 1))

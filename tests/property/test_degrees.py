@@ -8,6 +8,7 @@ from itertools import combinations_with_replacement, pairwise, product
 import numpy as np
 import pytest
 
+from planner import load_model
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.costs.resharding import reshard_bytes
 from planner.ledger import Collective
@@ -44,7 +45,7 @@ def small(cluster: str, layers: int = 4, reserve: float = 0.0, batch: int = 8, *
 
 
 def found(problem: Problem, *, mixing: bool = True) -> MixedSearch:
-    run = MixedSearch(problem, 1e9, "brute", np.inf, mixing=mixing)
+    run = MixedSearch(problem, 1e9, "brute", mixing=mixing)
     run.go()
     return run
 
@@ -234,7 +235,7 @@ def test_the_answer_is_never_worse_and_its_bound_holds():
         assert layer.optimality.bound_s <= min(stage.estimate.step_time_s, layer.estimate.step_time_s)
 
 
-def search_alike(problem: Problem, top: int, on_progress):
+def search_alike(problem: Problem, top: int, on_progress, time_limit_s: float):
     from planner.solve.train import search
 
     return search(problem, top, on_progress)
@@ -307,3 +308,16 @@ def test_groups_of_a_stage_are_counted_once():
     assert communicators([one]) == 1 + pipeline  # dp 4
     assert communicators([two]) == 2 + pipeline  # tp 2, dp 2
     assert communicators([one, two]) == communicators([one, two, one]) == 4 + pipeline
+
+
+def test_ends_that_share_weights_are_priced_on_the_network_that_lies_between_them():
+    """In two stages embedding and head stand in one node, in four in two nodes: the exchange of their gradients costs otherwise."""
+    fixed = {"tp": "1", "cp": "1", "pp": "4", "sequence_parallel": "false", "tensor_overlap": "none"}
+    problem = Problem(
+        load_model("opt-1.3b"), load_cluster("rtx-4090:2x2"), TrainWorkload(16, 2048), load_stack(), fixed=fixed, reserve=0.5,
+        forbidden=("*_offload",),
+    )  # fmt: skip
+    run = MixedSearch(problem, 1e9, "auto")
+    run.go()
+    best = search_mixed(problem, 1).best  # which prices the plan anew
+    assert best.estimate.step_time_s == pytest.approx(run.best.step_s, rel=1e-9)

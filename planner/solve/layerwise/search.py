@@ -19,11 +19,13 @@ from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
+from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.walks import Paths
+from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -72,16 +74,19 @@ def search_layerwise(
     """
     uniform: SearchResult | None = None
     refusal: Infeasible | None = None
-    end_s = perf_counter() + time_limit_s
+    limit = TimeLimit(time_limit_s)
     try:
         uniform = search(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
     proved = uniform is not None and uniform.best.optimality.status != "heuristic"
-    run = _Search(problem, best_s, proved, solver, uneven, exact, end_s)
+    run = _Search(problem, best_s, proved, solver, uneven, exact)
     try:
-        run.go()
+        with limit.enforced():
+            run.go()
+    except OutOfTimeError:
+        run.account.stopped = "time"
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
     account = run.finished()
@@ -112,9 +117,8 @@ class _Search:
         solver: str,
         uneven: bool,
         exact: bool,
-        end_s: float,
     ) -> None:
-        self.start_s, self.end_s = perf_counter(), end_s
+        self.start_s = perf_counter()
         self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
@@ -126,7 +130,7 @@ class _Search:
         self.account = Account(solver, _SPACE)
         self.proved = proved
         self._left: list[_Open] = []
-        self._unbounded: dict[int, float] = {}
+        self._unbounded: dict[int, float] | None = None
         self._done: list[float] = []
         self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
         self._paths: Paths = {}
@@ -137,8 +141,7 @@ class _Search:
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = self.space.without_memory_s(self.best_s)
         for pp in list(self._unbounded):
-            if self.account.late(self.end_s):
-                return
+            ask()
             for deal in self.space.deals_of(pp, self.best_s):
                 self._left.append(_Open(*deal.rank(), len(self._left), deal))
             del self._unbounded[pp]
@@ -149,8 +152,7 @@ class _Search:
         heapify(self._left)
         looks = 0  # since strategies were chosen
         while self._left and self._left[0].bound_s < self.best_s:
-            if self.account.late(self.end_s):
-                return
+            ask()
             first, settled = self._left[0], self.account.settled
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks), default=first)
@@ -194,13 +196,13 @@ class _Search:
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
+        if self._unbounded is None:
+            self._unbounded = {0: kernel_floor_s(self.problem) / self.problem.cluster.devices}
         bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
         if hasattr(self, "space"):
             self.account.parts = self.space.meshes
             for reason, count in self.space.excluded.items():
                 self.account.exclude(reason, count)
-        elif self.account.stopped:
-            bounds = [0.0]
         self.account.close(bounds, self.best_s, self.start_s)
         return self.account
 

@@ -22,6 +22,7 @@ from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_facto
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
+from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
 
 __all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
@@ -113,6 +114,7 @@ class LayerwiseSpace:
         bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
         priced = bounds.work_at_prices()
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
+            ask()
             bound_s = np.maximum(alone_s, pooled_s)
             if layout is not None:
                 open_ = np.flatnonzero(bound_s < below_s)
