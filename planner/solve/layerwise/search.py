@@ -40,6 +40,7 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
+_TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 _UNIFORM = 0.35  # of a time limit, after which the uniform search makes way with the plans that it has
 
@@ -90,7 +91,12 @@ def search_layerwise(
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
     account = run.finished()
-    plans = _plans(problem, run.best, account, uniform, top)
+    best = run.simplest(best_s)
+    plans = _plans(problem, best, account, uniform, top)
+    if plans and (best is None or best is not run.best) and run.best is not None:
+        first = plans[0].optimality
+        told = f"{first.solver}; the simplest of those within {run.tie:.1%} of the fastest"
+        plans = replace(plans[0], optimality=replace(first, solver=told)), *plans[1:]
     stopped = account.stopped == "interrupted"
     if not plans:
         if stopped:
@@ -123,10 +129,12 @@ class _Search:
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         self.near = 0.0 if exact else _NEAR
+        self.tie = _TIE if self.tolerance else 0.0
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
+        self._from: Settler | None = None
         self.account = Account(solver, _SPACE)
         self.proved = proved
         self._left: list[_Open] = []
@@ -163,6 +171,14 @@ class _Search:
             # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
             self._look(first, to_the_end=not settled or not looks)
             looks = looks + 1 if self.account.settled == settled else 1
+
+    def simplest(self, alike_s: float) -> Candidate | None:
+        """The simplest plan that is as fast as the best one, as far as a tie goes; None where a uniform plan (whose step time is
+        given) is that simple."""
+        if self.best is None or self._from is None or not self.tie:
+            return self.best
+        within_s = self.best_s * (1.0 + self.tie)
+        return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
 
     def _sharpen(self, part: int) -> None:
         """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
@@ -233,7 +249,7 @@ class _Search:
         self.account.settled += 1
         for found in settler.candidates(self.best_s):
             if found.step_s < self.best_s:
-                self.best, self.best_s = found, found.step_s
+                self.best, self.best_s, self._from = found, found.step_s, settler
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
             if settler.walks is not None and bound_s >= self.best_s * (1.0 - self.near):
