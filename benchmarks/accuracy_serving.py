@@ -30,7 +30,7 @@ percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants
 `benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. How a benchmark
 drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published
 by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise, llama.cpp
-users, APEX and LLMServingSim; half of their rows were seen. Errors of models left out are those of every third set of rows.
+users, APEX and LLMServingSim; half of their rows were seen.
 """
 TAIL = """
 ## What the model leaves out

@@ -32,7 +32,7 @@ from planner.attribution import Spend
 from planner.costs.precision import FORMAT_BITS
 from planner.errors import PlannerError
 from planner.ledger import AttentionCore, Collective, Matmul, Stream
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack
 from planner.validation.exclusions import read_exclusions

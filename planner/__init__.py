@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from planner.plan import Plan, SearchResult
     from planner.serving.plan import ServePlan, ServeResult
     from planner.serving.serve import serve
-    from planner.solve.train import estimate, examine, search
+    from planner.solve.named import estimate, examine
+    from planner.solve.train import search
     from planner.specs.hardware import load_cluster, load_device
     from planner.specs.models import load_model
     from planner.specs.problem import Problem
@@ -37,8 +38,8 @@ _HOMES = {
     "Traffic": "planner.specs.traffic",
     "TrainWorkload": "planner.specs.workload",
     "costs": "planner",
-    "estimate": "planner.solve.train",
-    "examine": "planner.solve.train",
+    "estimate": "planner.solve.named",
+    "examine": "planner.solve.named",
     "load_cluster": "planner.specs.hardware",
     "load_device": "planner.specs.hardware",
     "load_model": "planner.specs.models",

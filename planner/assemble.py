@@ -16,11 +16,12 @@ import numpy as np
 from planner.assignment import Assignment
 from planner.attribution import Share, Spend, attribute, spend
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.device_memory import DeviceMemory, device_memory
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
 from planner.parts import Part, Priced, price_alike, price_by_strategy
-from planner.pipeline import SLOWER, memory_parts, phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline import phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
 from planner.schedule.order import Generator, generator_of
@@ -32,7 +33,6 @@ from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
-from planner.transition import communicators
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
 
@@ -126,51 +126,18 @@ def assemble(
         step_s = float(exact_step_s([table], layout, order, micro_batches, [recompute_layers], hops)[0])
     device = _busiest(table, layout, recompute_layers, micro_batches / layout.copies)
     spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
-    homes = [stage_places[run][0] for run in layout.run_first]
-    communicators_held = np.array([[communicators(stage_places[run])] for run in layout.run_first])
-    held_parts = memory_parts(
-        table,
-        layout,
-        order,
-        np.array([float(micro_batches)]),
-        problem.stack,
-        communicators_held,
-        recompute_layers,
-    )
-    slower, cached = {tier: held_parts.pop(tier)[:, 0] for tier in SLOWER}, held_parts.pop("cached")
-    devices = [
-        {pool: float(held[run, 0]) for pool, held in held_parts.items() if held[run, 0]}
-        for run in range(len(layout.run_first))
-    ]
-    budgets = [home.problem.memory_budget_bytes for home in homes]
-    fullest = max(range(len(devices)), key=lambda run: sum(devices[run].values()) - budgets[run])
-    peak, budget = sum(devices[fullest].values()), budgets[fullest]
-    alike = [run for run in range(len(devices)) if budgets[run] == budget]
-    kept = (sum(devices[run].values()) + float(cached[run, 0]) for run in alike)
-    slower_fits = all(
-        float(slower[tier][run]) <= capacity
-        for run, home in enumerate(homes)
-        for tier, capacity in home.problem.cluster.slower_bytes.items()
-    )
+    memory = device_memory(problem, table, layout, order, micro_batches, recompute_layers, stage_places)
     repeats = dict(zip(table.kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
     fraction = float(recomputed_fraction(layout, recompute_layers))
     executed = sum(_executed_flop(part, repeats, fraction) * part.ranks for part in parts)
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
-        problem,
-        ctx,
-        useful,
-        executed * micro_batches,
-        step_s,
-        _breakdown(spends, step_s),
-        {"peak": peak, **devices[fullest]},
-        budget,
-        {tier: float(held.max()) for tier, held in slower.items()},
-        max(min(max(kept), budget) - peak, 0.0),
-        fits=peak <= budget and slower_fits,
+        problem, ctx, useful, executed * micro_batches, step_s, _breakdown(spends, step_s), memory
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
-    judged = judgement(stage_places[device][0].problem, mesh, step_s, peak, spends, budget)
+    judged = judgement(
+        stage_places[device][0].problem, mesh, step_s, memory.peak_bytes, spends, memory.budget_bytes
+    )
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,
@@ -190,7 +157,8 @@ def assemble(
         layerwise=None if assignment is None else _layerwise(assignment),
     )
     return Assembly(
-        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, devices, fullest, hops
+        plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, memory.devices,
+        memory.fullest, hops,
     )  # fmt: skip
 
 
@@ -309,7 +277,7 @@ def _breakdown(spends: Sequence[Spend], step_s: float) -> dict[str, float]:
 
 def _estimate(
     problem: Problem, ctx: Context, useful_flop: float, executed_flop: float, step_s: float, breakdown: Mapping[str, float],
-    memory_bytes: Mapping[str, float], budget: float, slower: Mapping[str, float], cached_bytes: float, *, fits: bool,
+    memory: DeviceMemory,
 ) -> Estimate:  # fmt: skip
     workload, devices, groups = problem.workload, problem.cluster.devices, problem.cluster.groups
     peak = sum(group.devices * _peak_flop_per_s(group.device, ctx.format.matmul) for group in groups)
@@ -321,13 +289,13 @@ def _estimate(
         tokens_per_s_per_device=workload.tokens_per_step / step_s / devices,
         mfu=useful / (step_s * peak),
         hfu=executed_flop / (step_s * peak),
-        memory_bytes=memory_bytes,
+        memory_bytes={"peak": memory.peak_bytes, **memory.devices[memory.fullest]},
         breakdown_s=breakdown,
-        fits=fits,
-        memory_budget_bytes=budget,
-        host_bytes=slower["host"],
-        nvme_bytes=slower["nvme"],
-        cached_bytes=cached_bytes,
+        fits=memory.fits,
+        memory_budget_bytes=memory.budget_bytes,
+        host_bytes=max(memory.slower["host"]),
+        nvme_bytes=max(memory.slower["nvme"]),
+        cached_bytes=memory.cached_bytes,
         joules_per_step=step_s * sum(group.devices * float(group.device.power_w) for group in groups),
         usd_per_step=step_s * sum(usd) / 3600.0 if len(usd) == len(groups) else None,
     )

@@ -52,6 +52,9 @@ from planner.specs.stack import Stack
 __all__ = [
     "COMPACT",
     "FIELDS",
+    "HELD",
+    "ONCE",
+    "PACED",
     "PHASES",
     "POOLS",
     "TIMES",
@@ -232,8 +235,9 @@ FIELDS = (
     *(f"{track}_messages" for track in TRACKS),
     "always_bytes",
 )
-COMPACT = (
-    *(f"{phase}_s" for phase in PHASES),
+PACED = tuple(f"{phase}_s" for phase in PHASES)
+ONCE = (*(f"{track}_step_s" for track in TRACKS), *(f"{track}_messages" for track in TRACKS[1:]))
+HELD = (
     "saved_bytes",
     "recomputed_bytes",
     "weight_input_bytes",
@@ -246,11 +250,13 @@ COMPACT = (
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
-    *(f"{track}_step_s" for track in TRACKS),
-    *(f"{track}_messages" for track in TRACKS[1:]),
 )
-TIMES = tuple(name for name in COMPACT if not name.endswith("_bytes"))
-_ROWS = {fields: {name: index for index, name in enumerate(fields)} for fields in (FIELDS, COMPACT, TIMES)}
+TIMES = (*PACED, *ONCE)
+COMPACT = (*TIMES, *HELD)
+_ROWS = {
+    fields: {name: index for index, name in enumerate(fields)}
+    for fields in (FIELDS, COMPACT, TIMES, PACED, ONCE, HELD)
+}
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
@@ -294,14 +300,16 @@ def tabulate(
 ) -> BlockTable:
     """Prices a ledger, resolves overlap window by window, and sums it per block kind.
 
-    Ledgers that share items on the same axes share the sums of whatever did not change between them. What is held is not summed
-    where ``fields`` ask for times alone.
+    Ledgers that share items on the same axes share the sums of whatever did not change between them. Items that no field is
+    about are passed over.
     """
+    wanted = {"resident": HELD[0] in fields, "step": ONCE[0] in fields}
+    paced = PACED[0] in fields
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
-        held = isinstance(item, Resident)
-        if not (held and fields is TIMES):
-            parts.setdefault((item.block, "resident" if held else item.phase), []).append(item)
+        part = "resident" if isinstance(item, Resident) else item.phase
+        if wanted.get(part, paced):
+            parts.setdefault((item.block, part), []).append(item)
     known = ledger.axes.sums
     beside = {where: shares_backward(parts, *where) for where in parts}
     keys = {

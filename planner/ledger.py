@@ -262,6 +262,10 @@ class Axes:
         axes.sums = {key: value for key, value in self.sums.items() if kept(value[0])}
         return axes
 
+    def extends(self, other: Axes) -> bool:
+        """Whether the other's axes are all among these, as they are."""
+        return all(self._sizes.get(name) is size for name, size in other._sizes.items())
+
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
         axes = Axes({name: at(size, index) for name, size in self._sizes.items()})

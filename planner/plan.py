@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 
 __all__ = [
     "SCHEMA_VERSION",

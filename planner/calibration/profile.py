@@ -18,7 +18,7 @@ from planner.specs.cluster import Cluster, Tier
 from planner.specs.device import Sourced, Transport
 from planner.specs.device_file import find_device
 from planner.specs.library import hardware_folder
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 
 __all__ = ["Provenance", "cluster_toml", "device_toml", "stack_toml"]
 
@@ -56,10 +56,7 @@ def device_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenanc
     table["name"] = name
     for found in fits:
         for constant in found.fitted:
-            *path, last = constant.name.replace(".transport.", ".").split(".")
-            inner = table
-            for part in path:
-                inner = inner.setdefault(part, {})
+            inner, last = _place(table, constant.name.replace(".transport.", "."))
             inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
     return _toml(table)
 
@@ -82,14 +79,19 @@ def stack_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenance
     table["name"] = name
     for found in fits:
         for constant in found.fitted:
-            *path, last = constant.name.split(".")
-            inner = table
-            for part in path:
-                inner = inner.setdefault(part, {})
+            inner, last = _place(table, constant.name)
             inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
             for constants in inner.get("on", {}).values():
                 constants.pop(last, None)  # of one generation: the fitted one holds on all
     return _toml(table)
+
+
+def _place(table: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The inner table that a dotted name leads to, made where it is missing, and the key in it."""
+    *path, last = name.split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+    return table, last
 
 
 def _tier(tier: Tier, fitted: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from planner.cli.options import Json, flag, option
 from planner.cli.values import attempt, raise_if_any, whole_number
 
 if TYPE_CHECKING:
@@ -25,58 +26,44 @@ _Files = Annotated[
         show_default=False,
     ),
 ]
-_Out = Annotated[
-    str, typer.Option("-o", "--out", metavar="FILE.toml", help="The profile to write.", show_default=False)
-]
-_Name = Annotated[
-    str | None, typer.Option("--name", metavar="NAME", help="Its name [the file's].", show_default=False)
-]
-_Folds = Annotated[
-    str, typer.Option("--folds", metavar="K", help="Parts for the left-out error [5].", show_default=False)
-]
+_Out = Annotated[str, option("-o", "--out", metavar="FILE.toml", text="The profile to write.")]
+_Name = Annotated[str | None, option("--name", metavar="NAME", text="Its name [the file's].")]
+_Folds = Annotated[str, option("--folds", metavar="K", text="Parts for the left-out error [5].")]
 _Conditions = Annotated[
     str,
-    typer.Option(
+    option(
         "--conditions",
         metavar="TEXT",
-        help="What it was measured with; goes into the profile.",
-        show_default=False,
+        text="What it was measured with; goes into the profile.",
     ),
 ]
 _Dtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", metavar="DTYPE", help="Of a profiler's table, which does not say.", show_default=False
-    ),
+    option("--dtype", metavar="DTYPE", text="Of a profiler's table, which does not say."),
 ]
 _Only = Annotated[
     str,
-    typer.Option(
+    option(
         "--only",
         metavar="LIST",
-        help="Families to fit to, such as product,all_reduce [all].",
-        show_default=False,
+        text="Families to fit to, such as product,all_reduce [all].",
     ),
 ]
 _Accelerator = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--accelerator",
         metavar="NAME",
-        help="Rows of this one, where a table has several.",
-        show_default=False,
+        text="Rows of this one, where a table has several.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
 def device(
     files: _Files,
     base: Annotated[
         str,
-        typer.Option(
-            "--base", metavar="DEVICE", help="A device or file: all that is not fitted.", show_default=False
-        ),
+        option("--base", metavar="DEVICE", text="A device or file: all that is not fitted."),
     ],
     out: _Out,
     name: _Name = None,
@@ -85,7 +72,7 @@ def device(
     dtype: _Dtype = None,
     only: _Only = "",
     accelerator: _Accelerator = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Fit kernel efficiencies, launch time and the links inside a node; writes a device profile.
 
@@ -119,9 +106,7 @@ def fabric(
     files: _Files,
     cluster: Annotated[
         str,
-        typer.Option(
-            "--cluster", metavar="CLUSTER", help="A cluster: all that is not fitted.", show_default=False
-        ),
+        option("--cluster", metavar="CLUSTER", text="A cluster: all that is not fitted."),
     ],
     out: _Out,
     name: _Name = None,
@@ -129,7 +114,7 @@ def fabric(
     conditions: _Conditions = "",
     only: _Only = "",
     accelerator: _Accelerator = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Fit latency and bandwidth of a cluster's tiers to collectives inside and between nodes; writes a cluster profile."""
     from planner.calibration.fabric import fit_fabric
@@ -157,23 +142,20 @@ def stack(
     out: _Out,
     base: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--base",
             metavar="STACK",
-            help="A stack or file: all that is not fitted [default; the engine's, of serving runs].",
-            show_default=False,
+            text="A stack or file: all that is not fitted [default; the engine's, of serving runs].",
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(
-            "--device", metavar="DEVICE", help="Instead of the rows' accelerator.", show_default=False
-        ),
+        option("--device", metavar="DEVICE", text="Instead of the rows' accelerator."),
     ] = None,
     name: _Name = None,
     folds: _Folds = "5",
     conditions: _Conditions = "",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Fit what a framework costs to measured runs: kernels, overlap, host and memory; writes a stack.
 
@@ -196,23 +178,22 @@ def stack(
 def measure(
     out: Annotated[
         str,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the CSV files.", show_default=False),
+        option("-o", "--out", metavar="FOLDER", text="Folder for the CSV files."),
     ],
     what: Annotated[
         str,
-        typer.Option(
+        option(
             "--what",
             metavar="LIST",
-            help="Of gemm, attention, stream, collectives; all if left out.",
-            show_default=False,
+            text="Of gemm, attention, stream, collectives; all if left out.",
         ),
     ] = "",
     on: Annotated[str, typer.Option("--on", metavar="DEVICE", help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16 or fp16.")] = "fp32",
     processes: Annotated[str, typer.Option("--processes", metavar="N", help="Of collectives.")] = "2",
     threads: Annotated[str, typer.Option("--threads", metavar="N", help="Of a process on a CPU.")] = "1",
-    quick: Annotated[bool, typer.Option("--quick", help="A coarse grid: a minute.")] = False,
-    as_json: _Json = False,
+    quick: Annotated[bool, flag("--quick", "A coarse grid: a minute.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run microbenchmarks with PyTorch and write them as operators CSV files.
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.job import JobOptions, with_job
+from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
-from planner.cli.served import check_served, refuse_traffic, serves, traffic_option
+from planner.cli.options import Json, with_options
+from planner.cli.served import TrafficOptions, check_served, serves
 
 if TYPE_CHECKING:
     from planner.export.checking import Change
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _WRONG = 1
 
 
-@with_job
+@with_options
 def check(
     job: JobOptions,
     source: Annotated[
@@ -27,14 +28,8 @@ def check(
             help="The configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
         ),
     ],
-    isl: Annotated[str | None, traffic_option("isl")] = None,
-    osl: Annotated[str | None, traffic_option("osl")] = None,
-    rate: Annotated[str | None, traffic_option("rate")] = None,
-    concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
-    ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
-    tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
-    acceptance: Annotated[str | None, traffic_option("acceptance")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    traffic: TrafficOptions,
+    as_json: Json = False,
 ) -> None:
     """Say what is wrong or wasteful in a launcher's configuration.
 
@@ -45,20 +40,11 @@ def check(
     from planner.cli.output import print_json
     from planner.export.checking import findings, path_to
 
-    traffic = {
-        "isl": isl,
-        "osl": osl,
-        "rate": rate,
-        "concurrency": concurrency,
-        "ttft_ms": ttft_ms,
-        "tpot_ms": tpot_ms,
-        "acceptance": acceptance,
-    }
     if serves(source[0]):
         if check_served(job, source, traffic, as_json):
             raise typer.Exit(_WRONG)
         return
-    refuse_traffic(source[0], traffic)
+    traffic.refuse(source[0])
     problem, run = launched_problem(job, *source)
     found, plan = findings(problem, run)
     best = best_of_launcher(problem, run.launcher)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from planner.cli.options import Json
 from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def compare(
     a: Annotated[str, typer.Argument(help=PLAN_HELP)],
     b: Annotated[str, typer.Argument(help=PLAN_HELP)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare two plans term by term.
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.explain import single
-from planner.cli.job import JobOptions, with_job
+from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
+from planner.cli.options import Json, option, with_options
 from planner.cli.plan_file import PLAN_HELP
-from planner.cli.served import estimate_served, refuse_traffic, serves, traffic_option
+from planner.cli.served import TrafficOptions, estimate_served, serves
 
 if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.specs.problem import Problem
 
 
-@with_job
+@with_options
 def estimate(
     job: JobOptions,
+    *,
     plan_file: Annotated[
         str | None,
         typer.Argument(
@@ -29,36 +30,26 @@ def estimate(
     ] = None,
     source: Annotated[
         tuple[str, str] | None,
-        typer.Option(
+        option(
             "--from",
             metavar="LAUNCHER FILE",
-            help="Price this configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
-            show_default=False,
+            text="Price this configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
         ),
     ] = None,
     script: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--from-megatron",
             metavar="RUN.sh",
-            help="As --from megatron RUN.sh.",
-            show_default=False,
+            text="As --from megatron RUN.sh.",
         ),
     ] = None,
-    isl: Annotated[str | None, traffic_option("isl")] = None,
-    osl: Annotated[str | None, traffic_option("osl")] = None,
-    rate: Annotated[str | None, traffic_option("rate")] = None,
-    concurrency: Annotated[str | None, traffic_option("concurrency")] = None,
-    ttft_ms: Annotated[str | None, traffic_option("ttft_ms")] = None,
-    tpot_ms: Annotated[str | None, traffic_option("tpot_ms")] = None,
-    acceptance: Annotated[str | None, traffic_option("acceptance")] = None,
+    traffic: TrafficOptions,
     out: Annotated[
         str | None,
-        typer.Option(
-            "-o", "--out", metavar="FILE", help="Write the plan as JSON to a file.", show_default=False
-        ),
+        option("-o", "--out", metavar="FILE", text="Write the plan as JSON to a file."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Price the one plan that --fix names.
 
@@ -67,7 +58,7 @@ def estimate(
     for the same job is searched too; --model and the like say what the file does not.
     """
     from planner import estimate as price
-    from planner.cli.output import OutputFile, json_text, print_json
+    from planner.cli.output import json_text, plans_file, print_json
     from planner.plan import SCHEMA_VERSION
     from planner.report.totals import confidence_fields, run_totals
 
@@ -75,21 +66,12 @@ def estimate(
         _again(plan_file, as_json)
         return
     given = ("megatron", script) if script is not None and source is None else source
-    traffic = {
-        "isl": isl,
-        "osl": osl,
-        "rate": rate,
-        "concurrency": concurrency,
-        "ttft_ms": ttft_ms,
-        "tpot_ms": tpot_ms,
-        "acceptance": acceptance,
-    }
     if given is not None and serves(given[0]):
         estimate_served(job, given, traffic, out, as_json)
         return
-    refuse_traffic(None if given is None else given[0], traffic)
+    traffic.refuse(None if given is None else given[0])
     problem, notes = _named(job, given)
-    with OutputFile(out) if out is not None else nullcontext() as file:
+    with plans_file(out) as file:
         plan = price(problem)
         best = best_of_launcher(problem, given[0]) if given is not None else None
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "plans": [plan.as_dict()]}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.job import JobOptions, with_job
+from planner.cli.job import JobOptions
+from planner.cli.options import Json, flag, option, with_options
 from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
 
-@with_job
+@with_options
 def explain(
     job: JobOptions,
     plan: Annotated[
@@ -23,24 +24,22 @@ def explain(
     ] = None,
     measured: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--measured",
             metavar="TIME",
-            help="A step took this long, e.g. 23.4s: what could make up the difference.",
-            show_default=False,
+            text="A step took this long, e.g. 23.4s: what could make up the difference.",
         ),
     ] = None,
     measured_memory: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--measured-memory",
             metavar="SIZE",
-            help="A process peaked at this, e.g. 71GiB: what could make up the difference.",
-            show_default=False,
+            text="A process peaked at this, e.g. 71GiB: what could make up the difference.",
         ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="List small items too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    everything: Annotated[bool, flag("--all", "List small items too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show where every second and byte of a plan goes.
 
@@ -102,9 +101,9 @@ def _measured(time: str | None, memory: str | None) -> tuple[float | None, float
         optional_quantity(faults, "--measured", time, parse_seconds),
         optional_quantity(faults, "--measured-memory", memory, parse_bytes),
     )
-    for flag, text, value in zip(("--measured", "--measured-memory"), (time, memory), found, strict=True):
+    for name, text, value in zip(("--measured", "--measured-memory"), (time, memory), found, strict=True):
         if value is not None and not value > 0.0:
-            faults.append(Fault(flag, repr(text), "more than 0"))
+            faults.append(Fault(name, repr(text), "more than 0"))
     raise_if_any(faults)
     return found
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.options import Json, option
 from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
@@ -24,41 +25,38 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="LAUNCHER", help=_TO)],
     out: Annotated[
         str | None,
-        typer.Option(
+        option(
             "-o",
             "--out",
             metavar="DIR",
-            help="Write a runnable folder instead of printing the launcher's files.",
-            show_default=False,
+            text="Write a runnable folder instead of printing the launcher's files.",
         ),
     ] = None,
     around: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--with",
             metavar="SYSTEM",
-            help="Batch system to start it under: slurm or kubernetes (k8s). Repeatable.",
-            show_default=False,
+            text="Batch system to start it under: slurm or kubernetes (k8s). Repeatable.",
         ),
     ] = None,
     version: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--launcher-version",
             metavar="V",
-            help="Version of the launcher to write for.",
-            show_default=False,
+            text="Version of the launcher to write for.",
         ),
     ] = None,
     image: Annotated[
         str | None,
-        typer.Option("--image", metavar="NAME", help="Container image, for kubernetes.", show_default=False),
+        option("--image", metavar="NAME", text="Container image, for kubernetes."),
     ] = None,
     script: Annotated[
         str | None,
-        typer.Option("--script", metavar="FILE", help="The training script to launch.", show_default=False),
+        option("--script", metavar="FILE", text="The training script to launch."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a plan as a launcher's own configuration and scripts.
 

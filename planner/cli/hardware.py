@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.machine import detect, read
+from planner.cli.options import Json
 
 if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.device import Device
 
 HELP = "List, show, check and import devices and clusters."
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
-def list_hardware(as_json: _Json = False) -> None:
+def list_hardware(as_json: Json = False) -> None:
     """List the shipped devices and clusters."""
     from planner.cli.output import print_json
     from planner.specs.hardware import list_clusters, list_devices, load_cluster, load_device
@@ -36,7 +36,7 @@ def show(
     name: Annotated[
         str, typer.Argument(help="A device, a cluster, NAME:NODESxDEVICES_PER_NODE, or a .toml file.")
     ],
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show a device or a cluster.
 
@@ -64,7 +64,7 @@ def check(
     files: Annotated[
         list[str] | None, typer.Argument(help="Device profiles; all shipped data if left out.")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check that profiles are plausible.
 
@@ -93,7 +93,7 @@ def _load(name: str) -> Device | Cluster:
     from planner.errors import Problem, SpecError, did_you_mean
     from planner.specs.device_file import aliases, find_device
     from planner.specs.hardware import list_clusters, list_devices, load_cluster, load_device
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     if find_device(name) is not None:
         return load_device(name)

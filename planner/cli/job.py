@@ -5,14 +5,11 @@ Numbers arrive as text and are read here, so that everything that is wrong is sa
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import typer
-
+from planner.cli.options import option
 from planner.cli.values import (
     attempt,
     check_objective,
@@ -40,10 +37,7 @@ if TYPE_CHECKING:
     from planner.specs.problem import Problem
     from planner.specs.workload import TrainWorkload
 
-__all__ = ["JobOptions", "with_job"]
-
-T = TypeVar("T")
-
+__all__ = ["JobOptions"]
 
 _SPEC_FLAGS = {name: f"--{name}" for name in ("model", "cluster", "stack")}
 _WORKLOAD_FLAGS = {
@@ -69,10 +63,6 @@ _PROBLEM_FLAGS = {
 }
 
 
-def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 class Described(Protocol):
     """A job that a launcher's configuration describes: its model if any, fields of the workload, and choices of the plan and of
     its layers."""
@@ -92,24 +82,24 @@ class JobOptions:
     """A job as the command line gives it; None and empty lists mean that the option was left out."""
 
     model: Annotated[
-        str | None, _option("--model", text="Shipped model, .toml, or config.json. Required.")
+        str | None, option("--model", text="Shipped model, .toml, or config.json. Required.")
     ] = None
     cluster: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--cluster",
             text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml. Required; repeat to compare.",
         ),
     ] = None
     global_batch: Annotated[
-        str | None, _option("--global-batch", text="Sequences per optimizer step. Required.", metavar="N")
+        str | None, option("--global-batch", text="Sequences per optimizer step. Required.", metavar="N")
     ] = None
     seq_len: Annotated[
-        str | None, _option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
+        str | None, option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
     ] = None
     fix: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--fix",
             text="Every plan must have this, e.g. tp=8 or zero_stage=3. Repeatable.",
             metavar="KNOB=VALUE",
@@ -117,20 +107,20 @@ class JobOptions:
     ] = None
     preset: Annotated[
         str | None,
-        _option(
+        option(
             "--preset",
             text="Start from a published combination, e.g. ptdp (planner techniques); --fix goes before it.",
         ),
     ] = None
     forbid: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--forbid", text="No plan may match this, e.g. '*_offload' or tp=16. Repeatable.", metavar="GLOB"
         ),
     ] = None
     allow: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--allow",
             text="Plans may do this, though it changes the result of training: staleness, lossy. Repeatable.",
             metavar="PERMISSION",
@@ -138,41 +128,41 @@ class JobOptions:
     ] = None
     precision: Annotated[
         str | None,
-        _option("--precision", text="Formats to choose from, e.g. bf16,fp8 [bf16].", metavar="LIST"),
+        option("--precision", text="Formats to choose from, e.g. bf16,fp8 [bf16].", metavar="LIST"),
     ] = None
     optimizer: Annotated[
-        str | None, _option("--optimizer", text="Optimizer, e.g. muon [adamw].", metavar="NAME")
+        str | None, option("--optimizer", text="Optimizer, e.g. muon [adamw].", metavar="NAME")
     ] = None
     reserve: Annotated[
-        str | None, _option("--reserve", text="Device memory to leave free: 5% or 4GiB [0].", metavar="SIZE")
+        str | None, option("--reserve", text="Device memory to leave free: 5% or 4GiB [0].", metavar="SIZE")
     ] = None
     objective: Annotated[
         str,
-        _option(
+        option(
             "--objective", text="Rank by step_time, usd, energy or gpu_hours [step_time].", metavar="NAME"
         ),
     ] = "step_time"
     tokens: Annotated[
         str | None,
-        _option(
+        option(
             "--tokens", text="Length of the run, e.g. 15T: adds days, device hours and dollars.", metavar="N"
         ),
     ] = None
     usd_per_hour: Annotated[
         str | None,
-        _option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
+        option("--usd-per-hour", text="Price per device and hour [the device profile's].", metavar="USD"),
     ] = None
     pue: Annotated[
         str | None,
-        _option("--pue", text="Energy at the meter over the devices', for run totals [1].", metavar="X"),
+        option("--pue", text="Energy at the meter over the devices', for run totals [1].", metavar="X"),
     ] = None
     carbon: Annotated[
         str | None,
-        _option("--carbon", text="Kilograms of CO2e per kWh, for run totals, e.g. 0.385.", metavar="KG"),
+        option("--carbon", text="Kilograms of CO2e per kWh, for run totals, e.g. 0.385.", metavar="KG"),
     ] = None
     launcher: Annotated[
         str | None,
-        _option(
+        option(
             "--for",
             text="Only plans that it can run, e.g. megatron, deepspeed or accelerate.",
             metavar="LAUNCHER",
@@ -180,21 +170,21 @@ class JobOptions:
     ] = None
     document_len: Annotated[
         str | None,
-        _option(
+        option(
             "--document-len", text="Mean document length where attention stops at documents.", metavar="N"
         ),
     ] = None
     encoder_seq_len: Annotated[
         str | None,
-        _option("--encoder-seq-len", text="Tokens per sequence of the encoder [as --seq-len].", metavar="N"),
+        option("--encoder-seq-len", text="Tokens per sequence of the encoder [as --seq-len].", metavar="N"),
     ] = None
     expert_load_factor: Annotated[
         str | None,
-        _option("--expert-load-factor", text="Busiest expert rank relative to the mean [1].", metavar="X"),
+        option("--expert-load-factor", text="Busiest expert rank relative to the mean [1].", metavar="X"),
     ] = None
     expert_zipf: Annotated[
         str | None,
-        _option(
+        option(
             "--expert-zipf",
             text="Popularity of the j-th expert falls off as j^-X [0: all alike].",
             metavar="X",
@@ -202,10 +192,10 @@ class JobOptions:
     ] = None
     capacity_factor: Annotated[
         str | None,
-        _option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
+        option("--capacity-factor", text="Cap tokens per expert at this multiple of the mean.", metavar="X"),
     ] = None
     stack: Annotated[
-        str, _option("--stack", text="Software stack: shipped, or .toml [default].", metavar="NAME")
+        str, option("--stack", text="Software stack: shipped, or .toml [default].", metavar="NAME")
     ] = "default"
 
     @property
@@ -354,30 +344,3 @@ class JobOptions:
         if "optimizer" in given:
             attempt(faults, check_optimizer, given["optimizer"])
         return attempt(faults, make_workload, flags=_WORKLOAD_FLAGS, **given)
-
-
-def with_job(command: Callable[..., T]) -> Callable[..., T]:
-    """Gives a command the options of a job; it receives them as its argument ``job``."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "job"]
-    parameters = [*_shared_parameters(), *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
-
-    def run(**values: Any) -> T:
-        job = JobOptions(**{field.name: values.pop(field.name) for field in fields(JobOptions)})
-        return command(job=job, **values)
-
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
-
-
-@cache
-def _shared_parameters() -> tuple[inspect.Parameter, ...]:
-    """The options of a job as parameters of a function, which is where typer looks for options."""
-    hints = get_type_hints(JobOptions, include_extras=True)
-    return tuple(
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(JobOptions)
-    )

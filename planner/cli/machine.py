@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-_Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="The accelerator, where the reports do not name it.",
-        show_default=False,
-    ),
-]
-_Nodes = Annotated[
-    str | None, typer.Option("--nodes", metavar="N", help="Nodes, all like this one [1].", show_default=False)
-]
-_NodeList = Annotated[
-    str | None,
-    typer.Option(
-        "--nodelist",
-        metavar="LIST",
-        help="Nodes as SLURM lists them, e.g. 'gpu[001-016]'.",
-        show_default=False,
-    ),
-]
-_Nic = Annotated[
-    str | None,
-    typer.Option("--nic-gbit", metavar="X", help="Rate of one network adapter, Gb/s.", show_default=False),
-]
-_Out = Annotated[
-    str | None,
-    typer.Option("-o", "--out", metavar="FILE.toml", help="Write the cluster file.", show_default=False),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+from planner.cli.options import Json, option, with_options
+from planner.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    import subprocess
+
 _QUERIES = {
     "nvidia-smi --query-gpu": ["nvidia-smi", "--query-gpu=name,memory.total,power.limit", "--format=csv"],
     "nvidia-smi topo -m": ["nvidia-smi", "topo", "-m"],
@@ -52,6 +29,50 @@ _EXPECTED = (
 _PATIENCE_S = 30
 
 
+@dataclass(frozen=True)
+class MachineOptions:
+    """What reports leave open, and the file to write; None means that the option was left out."""
+
+    device: Annotated[
+        str | None,
+        option("--device", text="The accelerator, where the reports do not name it.", metavar="NAME"),
+    ] = None
+    nodes: Annotated[str | None, option("--nodes", text="Nodes, all like this one [1].", metavar="N")] = None
+    nodelist: Annotated[
+        str | None,
+        option("--nodelist", text="Nodes as SLURM lists them, e.g. 'gpu[001-016]'.", metavar="LIST"),
+    ] = None
+    nic_gbit: Annotated[
+        str | None, option("--nic-gbit", text="Rate of one network adapter, Gb/s.", metavar="X")
+    ] = None
+    out: Annotated[str | None, option("-o", "--out", text="Write the cluster file.", metavar="FILE.toml")] = (
+        None
+    )
+
+    def numbers(self) -> tuple[int | None, float | None]:
+        """How many nodes there are, and the rate of an adapter in Gb/s, where they are given.
+
+        Raises:
+            SpecError: they are no numbers above 0, or contradict each other.
+        """
+        from planner.cli.values import optional_number, optional_whole, raise_if_any
+        from planner.specs.machine_report import expand_nodes
+
+        faults: list[Problem] = []
+        count = optional_whole(faults, "--nodes", self.nodes)
+        rate = optional_number(faults, "--nic-gbit", self.nic_gbit)
+        if self.nodes is not None and self.nodelist is not None:
+            faults.append(Problem("--nodelist", "beside --nodes", "one of them"))
+        faults += [
+            Problem(name, repr(value), "more than 0")
+            for name, value in (("--nodes", count), ("--nic-gbit", rate))
+            if value is not None and value <= 0
+        ]
+        raise_if_any(faults)
+        return (count if self.nodelist is None else len(expand_nodes(self.nodelist))), rate
+
+
+@with_options
 def read(
     files: Annotated[
         list[str],
@@ -61,12 +82,8 @@ def read(
             "sinfo -o '%N %G'; a node list; /proc/meminfo.",
         ),
     ],
-    device: _Device = None,
-    nodes: _Nodes = None,
-    nodelist: _NodeList = None,
-    nic_gbit: _Nic = None,
-    out: _Out = None,
-    as_json: _Json = False,
+    asked: MachineOptions,
+    as_json: Json = False,
 ) -> None:
     """Make a cluster file of what nvidia-smi, ibstat, lscpu and sinfo printed.
 
@@ -76,16 +93,13 @@ def read(
     from planner.export.launched import read_text
 
     texts = {name: read_text(name, _EXPECTED) for name in files}
-    _write(texts, device, nodes, nodelist, nic_gbit, out, as_json)
+    _write(texts, asked, as_json)
 
 
+@with_options
 def detect(
-    device: _Device = None,
-    nodes: _Nodes = None,
-    nodelist: _NodeList = None,
-    nic_gbit: _Nic = None,
-    out: _Out = None,
-    as_json: _Json = False,
+    asked: MachineOptions,
+    as_json: Json = False,
 ) -> None:
     """Make a cluster file of this machine.
 
@@ -93,89 +107,49 @@ def detect(
     says how many machines are like this one; inside a SLURM job, its node list does.
     """
     import os
-    import subprocess
-
-    from planner.errors import Problem, SpecError
 
     texts = {}
     for name, command in _QUERIES.items():
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-        except (OSError, subprocess.SubprocessError) as error:
-            found = f"cannot be asked ({getattr(error, 'strerror', None) or error})"
+        done = _answer(command)
+        if isinstance(done, Exception):
+            found = f"cannot be asked ({getattr(done, 'strerror', None) or done})"
             hint = "On a machine with accelerators, or from its output: planner hardware import."
-            raise SpecError(Problem("nvidia-smi", found, "NVIDIA's driver", hint)) from None
+            raise SpecError(Problem("nvidia-smi", found, "NVIDIA's driver", hint))
         if done.returncode:
             said = (done.stdout + done.stderr).strip().splitlines()[:1]
             raise SpecError(Problem(name, f"fails ({' '.join(said)})", "a driver that answers"))
         texts[name] = done.stdout
     silent = []
     for name, command in _ALSO.items():
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-        except (OSError, subprocess.SubprocessError):
+        done = _answer(command)
+        if isinstance(done, Exception) or done.returncode or not done.stdout.strip():
             silent.append(name)
-            continue
-        if done.returncode == 0 and done.stdout.strip():
-            texts[name] = done.stdout
         else:
-            silent.append(name)
-    if nodes is None and nodelist is None:
-        nodelist = next((os.environ[name] for name in _JOB_NODES if os.environ.get(name)), None)
-    said = [f"{name} did not answer: the device's profile stands in." for name in silent]
-    _write(texts, device, nodes, nodelist, nic_gbit, out, as_json, said)
+            texts[name] = done.stdout
+    if asked.nodes is None and asked.nodelist is None:
+        listed = next((os.environ[name] for name in _JOB_NODES if os.environ.get(name)), None)
+        asked = replace(asked, nodelist=listed)
+    noted = [f"{name} did not answer: the device's profile stands in." for name in silent]
+    _write(texts, asked, as_json, noted)
 
 
-def _write(
-    texts: dict[str, str],
-    device: str | None,
-    nodes: str | None,
-    nodelist: str | None,
-    nic_gbit: str | None,
-    out: str | None,
-    as_json: bool,
-    noted: Sequence[str] = (),
-) -> None:
+def _answer(command: list[str]) -> subprocess.CompletedProcess[str] | Exception:
+    """What a program of the machine says; why it cannot be asked."""
+    import subprocess
+
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return error
+
+
+def _write(texts: dict[str, str], asked: MachineOptions, as_json: bool, noted: Sequence[str] = ()) -> None:
+    """Writes and prints the cluster that the reports describe, and what had to be assumed of it."""
     from planner.cli.output import OutputFile, print_json
-    from planner.cli.values import optional_number, optional_whole, raise_if_any
-    from planner.errors import Problem, SpecError
-    from planner.specs.machine_cluster import cluster_toml, device_named
 
-    faults: list[Problem] = []
-    count = optional_whole(faults, "--nodes", nodes)
-    rate = optional_number(faults, "--nic-gbit", nic_gbit)
-    if nodes is not None and nodelist is not None:
-        faults.append(Problem("--nodelist", "beside --nodes", "one of them"))
-    faults += [
-        Problem(flag, repr(value), "more than 0")
-        for flag, value in (("--nodes", count), ("--nic-gbit", rate))
-        if value is not None and value <= 0
-    ]
-    raise_if_any(faults)
-    if nodelist is not None:
-        from planner.specs.machine_report import expand_nodes
-
-        count = len(expand_nodes(nodelist))
-    found = _reports(texts)
-    listed = found.get("nodes")
-    if listed is not None and count is None:
-        count = listed.count
-    profile = device_named(found.get("gpus"), device)
-    text, said = cluster_toml(
-        profile,
-        count or 1,
-        found.get("topology"),
-        found.get("gpus"),
-        rate,
-        ", ".join(Path(name).name for name in texts),
-        found.get("adapters"),
-        found.get("processor"),
-        found.get("memory"),
-    )
+    text, said = _cluster(texts, asked)
     said += noted
-    if listed is not None and listed.devices_per_node not in (None, _devices(found)):
-        expected = f"{_devices(found)}, as nvidia-smi says"
-        raise SpecError(Problem("reports", f"{listed.devices_per_node} GPUs per node in the list", expected))
+    out = asked.out
     if out is not None:
         if not out.lower().endswith(".toml"):
             raise SpecError(Problem("-o", repr(out[:80]), "a file name that ends in .toml"))
@@ -195,6 +169,32 @@ def _write(
         Screen().line(sentence)
 
 
+def _cluster(texts: dict[str, str], asked: MachineOptions) -> tuple[str, list[str]]:
+    """The cluster file, and what in it no report says."""
+    from planner.specs.machine_cluster import cluster_toml, device_named
+
+    count, gbit_per_s = asked.numbers()
+    found = _reports(texts)
+    listed = found.get("nodes")
+    if listed is not None and count is None:
+        count = listed.count
+    text, said = cluster_toml(
+        device_named(found.get("gpus"), asked.device),
+        count or 1,
+        found.get("topology"),
+        found.get("gpus"),
+        gbit_per_s,
+        ", ".join(Path(name).name for name in texts),
+        found.get("adapters"),
+        found.get("processor"),
+        found.get("memory"),
+    )
+    if listed is not None and listed.devices_per_node not in (None, _devices(found)):
+        expected = f"{_devices(found)}, as nvidia-smi says"
+        raise SpecError(Problem("reports", f"{listed.devices_per_node} GPUs per node in the list", expected))
+    return text, said
+
+
 def _devices(found: dict[str, Any]) -> int | None:
     """Accelerators of a node, as the driver's reports say; None without one."""
     if "topology" in found:
@@ -204,7 +204,6 @@ def _devices(found: dict[str, Any]) -> int | None:
 
 def _reports(texts: dict[str, str]) -> dict[str, Any]:
     """The reports by kind."""
-    from planner.errors import Problem, SpecError
     from planner.specs.host_report import (
         host_kinds,
         read_adapters,

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.options import Json, option
+
 if TYPE_CHECKING:
     from planner.specs.model import Model
 
 HELP = "List, show and import models."
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
-def list_shipped(as_json: _Json = False) -> None:
+def list_shipped(as_json: Json = False) -> None:
     """List the shipped models."""
     from planner.cli.output import print_json
     from planner.specs.models import list_models, load_model
@@ -30,7 +31,7 @@ def list_shipped(as_json: _Json = False) -> None:
 
 def show(
     name: Annotated[str, typer.Argument(help="A shipped model, a hub id, a .toml file, or a config.json.")],
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a model is made of.
 
@@ -50,11 +51,9 @@ def read(
     ],
     out: Annotated[
         str | None,
-        typer.Option(
-            "-o", "--out", metavar="FILE.toml", help="Write the model to a file.", show_default=False
-        ),
+        option("-o", "--out", metavar="FILE.toml", text="Write the model to a file."),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Read a Hugging Face config.
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "OutputFile",
     "Stopped",
     "json_text",
+    "plans_file",
     "print_json",
     "report_bug",
     "report_error",
@@ -27,6 +29,8 @@ __all__ = [
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 """Exit codes beside those of :class:`~planner.errors.PlannerError`."""
+_NO_PLANS = (".toml", ".yaml", ".yml", ".csv", ".sh", ".svg")
+"""Endings that other readers believe."""
 
 
 def json_text(value: Any) -> str:
@@ -75,6 +79,22 @@ class Stopped(Exception):
     def __init__(self, found: str, printed: bool = False) -> None:
         self.found, self.printed = found, printed
         super().__init__(found)
+
+
+def plans_file(path: str | None) -> AbstractContextManager[OutputFile | None]:
+    """The file that plans are written to as JSON; None without a path.
+
+    Raises:
+        SpecError: its name says that it holds something else.
+    """
+    if path is None:
+        return nullcontext()
+    if path.lower().endswith(_NO_PLANS):
+        hint = "planner export writes launchers' files."
+        raise SpecError(
+            Problem(f"-o {path!r}", "plans are written as JSON", "a name such as plans.json", hint)
+        )
+    return OutputFile(path)
 
 
 class OutputFile:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from planner.cli.options import flag
 
 
 def schema(
-    serving: Annotated[bool, typer.Option("--serving", help="Of the plans that serve writes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The schema is JSON already.")] = False,
+    serving: Annotated[bool, flag("--serving", "Of the plans that serve writes.")] = False,
+    as_json: Annotated[bool, flag("--json", "The schema is JSON already.")] = False,
 ) -> None:
     """Print the JSON schema of plans.
 
@@ -18,7 +18,7 @@ def schema(
     from importlib.resources import files
 
     from planner.cli.output import print_json
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     folder = files("planner") / "serving" if serving else files("planner")
     print_json(read_file(str(folder / "plan_schema.json")))

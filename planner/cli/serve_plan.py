@@ -25,7 +25,7 @@ def read_serving_plan(reference: str) -> ServePlan | None:
     from planner.cli.plan_file import split_reference
     from planner.errors import Problem, SpecError
     from planner.serving.plan import ServePlan
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     path, which = split_reference(reference)
     data = read_file(path)
@@ -49,7 +49,7 @@ def next_serving_plan(reference: str, plan: ServePlan, to: str) -> int | None:
     from planner.export.serving import find_serving_exporter, serving_problems
     from planner.export.serving.target import ServingTarget
     from planner.serving.plan import ServePlan
-    from planner.specs.load import read_file
+    from planner.specs.reader import read_file
 
     path, _ = split_reference(reference)
     data, exporter = read_file(path), find_serving_exporter(to)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from planner.cli.options import option
 from planner.cli.values import (
     attempt,
+    optional_milliseconds,
     optional_number,
     optional_whole,
     parse_fixed,
@@ -23,35 +24,87 @@ if TYPE_CHECKING:
     from planner.export.serving.checking import Step
     from planner.export.serving.launched import LaunchedPool
     from planner.specs.serve_problem import ServeProblem
+    from planner.specs.traffic import Traffic
 
-__all__ = ["check_served", "estimate_served", "refuse_traffic", "serves", "traffic_option"]
+__all__ = ["TrafficOptions", "check_served", "estimate_served", "serves"]
 
-_TRAFFIC = {
-    "isl": ("--isl", "N", "Prompt tokens, mean: for vllm and sglang."),
-    "osl": ("--osl", "N", "Answer tokens, mean: for vllm and sglang."),
-    "rate": ("--rate", "R", "Requests per second, for vllm and sglang [highest load]."),
-    "concurrency": ("--concurrency", "C", "Requests in flight that clients keep up: for vllm and sglang."),
-    "acceptance": (
-        "--acceptance",
-        "P",
-        "Probability that a drafted token is accepted, measured: for launches that draft.",
-    ),
-    "ttft_ms": ("--ttft-ms", "MS", "Limit of the time to the first token: for vllm and sglang."),
-    "tpot_ms": ("--tpot-ms", "MS", "Limit of the time between tokens: for vllm and sglang."),
-}
+_FLAGS = {
+    "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
+    "tpot_s": "--tpot-ms",
+}  # fmt: skip
 
 
-def traffic_option(name: str) -> Any:
-    """The option for a part of what a deployment has to answer."""
-    flag, metavar, text = _TRAFFIC[name]
-    return typer.Option(flag, help=text, metavar=metavar, show_default=False)
+@dataclass(frozen=True)
+class TrafficOptions:
+    """What a deployment has to answer, which its launch does not say; None means that the option was left out."""
 
+    isl: Annotated[
+        str | None, option("--isl", text="Prompt tokens, mean: for vllm and sglang.", metavar="N")
+    ] = None
+    osl: Annotated[
+        str | None, option("--osl", text="Answer tokens, mean: for vllm and sglang.", metavar="N")
+    ] = None
+    rate: Annotated[
+        str | None,
+        option("--rate", text="Requests per second, for vllm and sglang [highest load].", metavar="R"),
+    ] = None
+    concurrency: Annotated[
+        str | None,
+        option(
+            "--concurrency", text="Requests in flight that clients keep up: for vllm and sglang.", metavar="C"
+        ),
+    ] = None
+    ttft_ms: Annotated[
+        str | None,
+        option("--ttft-ms", text="Limit of the time to the first token: for vllm and sglang.", metavar="MS"),
+    ] = None
+    tpot_ms: Annotated[
+        str | None,
+        option("--tpot-ms", text="Limit of the time between tokens: for vllm and sglang.", metavar="MS"),
+    ] = None
+    acceptance: Annotated[
+        str | None,
+        option(
+            "--acceptance",
+            text="Probability that a drafted token is accepted, measured: for launches that draft.",
+            metavar="P",
+        ),
+    ] = None
 
-def refuse_traffic(launcher: str | None, traffic: dict[str, str | None]) -> None:
-    """Raises SpecError where a job that trains is given traffic."""
-    of = "a job that trains" if launcher is None else f"--from {launcher}, which trains"
-    given = [flag for name, (flag, _, _) in _TRAFFIC.items() if traffic[name] is not None]
-    raise_if_any([Fault(flag, f"beside {of}", "--from vllm or sglang") for flag in given])
+    def refuse(self, launcher: str | None) -> None:
+        """Raises SpecError where a job that trains is given traffic."""
+        of = "a job that trains" if launcher is None else f"--from {launcher}, which trains"
+        given = [
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) is not None
+        ]
+        raise_if_any([Fault(flag, f"beside {of}", "--from vllm or sglang") for flag in given])
+
+    def read(self, faults: list[Fault]) -> Traffic | None:
+        """The traffic; None where something of it is missing or wrong, which is noted."""
+        from planner.specs.traffic import Traffic
+
+        numbers: dict[str, Any] = {}
+        for name, text in (("isl", self.isl), ("osl", self.osl)):
+            if text is None:
+                expected = "tokens, such as 4000: a launch does not say what it is asked"
+                faults.append(Fault(f"--{name}", "is missing", expected))
+            numbers[name] = optional_whole(faults, f"--{name}", text)
+        numbers["rate_per_s"] = optional_number(faults, "--rate", self.rate)
+        numbers["concurrency"] = optional_whole(faults, "--concurrency", self.concurrency)
+        numbers["ttft_s"] = optional_milliseconds(faults, "--ttft-ms", self.ttft_ms)
+        numbers["tpot_s"] = optional_milliseconds(faults, "--tpot-ms", self.tpot_ms)
+        if numbers["isl"] is None or numbers["osl"] is None:
+            return None
+        return attempt(faults, Traffic, flags=_FLAGS, **numbers)
+
+    def read_acceptance(self, faults: list[Fault]) -> float | None:
+        """The probability that a drafted token is accepted; a fault is noted."""
+        acceptance = optional_number(faults, "--acceptance", self.acceptance)
+        if acceptance is not None and not 0.0 <= acceptance <= 1.0:
+            faults.append(Fault("--acceptance", repr(acceptance), "a probability from 0 to 1"))
+        return acceptance
 
 
 def serves(launcher: str) -> bool:
@@ -60,7 +113,7 @@ def serves(launcher: str) -> bool:
 
 
 def served_problem(
-    job: JobOptions, launcher: str, paths: str, traffic: dict[str, str | None]
+    job: JobOptions, launcher: str, paths: str, traffic: TrafficOptions
 ) -> tuple[ServeProblem, tuple[LaunchedPool, ...]]:
     """The problem that a launch describes, completed by the options.
 
@@ -68,27 +121,10 @@ def served_problem(
         SpecError: what is wrong with the file or the options, or missing from both, all at once.
     """
     from planner.export.serving.readers import problem_of_launch, read_launch
-    from planner.specs.traffic import Traffic
 
     pools = read_launch(launcher, paths)
     faults: list[Fault] = []
-    numbers: dict[str, Any] = {}
-    for name in ("isl", "osl"):
-        if traffic[name] is None:
-            faults.append(
-                Fault(
-                    f"--{name}", "is missing", "tokens, such as 4000: a launch does not say what it is asked"
-                )
-            )
-        numbers[name] = optional_whole(faults, f"--{name}", traffic[name])
-    numbers["rate_per_s"] = optional_number(faults, "--rate", traffic["rate"])
-    numbers["concurrency"] = optional_whole(faults, "--concurrency", traffic["concurrency"])
-    for name in ("ttft", "tpot"):
-        limit = optional_number(faults, f"--{name}-ms", traffic[f"{name}_ms"])
-        numbers[f"{name}_s"] = None if limit is None else limit * 1e-3
-    acceptance = optional_number(faults, "--acceptance", traffic["acceptance"])
-    if acceptance is not None and not 0.0 <= acceptance <= 1.0:
-        faults.append(Fault("--acceptance", repr(acceptance), "a probability from 0 to 1"))
+    asked, acceptance = traffic.read(faults), traffic.read_acceptance(faults)
     named = job.model or pools[0].model
     model = attempt(faults, read_model, named or None, flags={"model": "--model"})
     machines = None
@@ -97,11 +133,6 @@ def served_problem(
     else:
         machines = attempt(faults, read_cluster, job.cluster[0], flags={"cluster": "--cluster"})
     usd = optional_number(faults, "--usd-per-hour", job.usd_per_hour)
-    asked = None
-    if None not in (numbers["isl"], numbers["osl"]):
-        flags = {"isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency"}
-        flags |= {"ttft_s": "--ttft-ms", "tpot_s": "--tpot-ms"}
-        asked = attempt(faults, Traffic, flags=flags, **numbers)
     given = attempt(faults, parse_fixed, job.fix or [])
     raise_if_any(faults)
     assert model is not None
@@ -109,25 +140,21 @@ def served_problem(
     assert asked is not None
     problem = problem_of_launch(pools, model, machines, asked, usd, acceptance)
     if given:
-        from dataclasses import replace
-
         problem = replace(problem, fixed={**problem.fixed, **given})
     return problem, pools
 
 
 def estimate_served(
-    job: JobOptions, source: tuple[str, str], traffic: dict[str, str | None], out: str | None, as_json: bool
+    job: JobOptions, source: tuple[str, str], traffic: TrafficOptions, out: str | None, as_json: bool
 ) -> None:
     """Prices a launch, lists what was not understood in it, and names the best plan for the same traffic."""
-    from contextlib import nullcontext
-
-    from planner.cli.output import OutputFile, json_text, print_json
+    from planner.cli.output import json_text, plans_file, print_json
     from planner.export.serving.checking import best_of_engine
     from planner.plan import SCHEMA_VERSION
     from planner.serving.serve import serve
 
     problem, pools = served_problem(job, *source, traffic)
-    with OutputFile(out) if out is not None else nullcontext() as file:
+    with plans_file(out) as file:
         plan = serve(problem, top=1).best
         best = best_of_engine(problem, source[0])
         notes = _notes(pools)
@@ -149,9 +176,7 @@ def estimate_served(
         show_launch(plan, best, notes)
 
 
-def check_served(
-    job: JobOptions, source: tuple[str, str], traffic: dict[str, str | None], as_json: bool
-) -> bool:
+def check_served(job: JobOptions, source: tuple[str, str], traffic: TrafficOptions, as_json: bool) -> bool:
     """Says what is wrong or wasteful in a launch, and what the best plan would gain; True where something is wrong."""
     from planner.cli.output import print_json
     from planner.export.serving.checking import best_of_engine, serving_findings, steps_to

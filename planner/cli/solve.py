@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.cli.options import Json, option
 from planner.cli.solve_curriculum import curriculum
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
 from planner.cli.solve_peers import peers
@@ -26,55 +27,46 @@ _Optional_file = Annotated[
         show_default=False,
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 _Deadline = Annotated[
     str,
-    typer.Option(
-        "--deadline", metavar="TIME", help="Then the best so far, with its gap [60s].", show_default=False
-    ),
+    option("--deadline", metavar="TIME", text="Then the best so far, with its gap [60s]."),
 ]
 _Backend = Annotated[
     str,
-    typer.Option(
-        "--backend", metavar="NAME", help="Of integer programs: scipy or pulp [scipy].", show_default=False
-    ),
+    option("--backend", metavar="NAME", text="Of integer programs: scipy or pulp [scipy]."),
 ]
 
 
-def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
-_Model = Annotated[str | None, _option("--model", text="Shipped model, .toml, or config.json.")]
+_Model = Annotated[str | None, option("--model", text="Shipped model, .toml, or config.json.")]
 _Cluster = Annotated[
-    str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml.")
+    str | None, option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml.")
 ]
 _Batch = Annotated[
-    str, _option("--batch", text="Sequences in one micro-batch, before it is split [1].", metavar="N")
+    str, option("--batch", text="Sequences in one micro-batch, before it is split [1].", metavar="N")
 ]
-_SeqLen = Annotated[str | None, _option("--seq-len", text="Tokens per sequence.", metavar="N")]
+_SeqLen = Annotated[str | None, option("--seq-len", text="Tokens per sequence.", metavar="N")]
 _Fix = Annotated[
     list[str] | None,
-    _option("--fix", text="A choice of formats or kernels, e.g. precision=fp8.", metavar="KNOB=VALUE"),
+    option("--fix", text="A choice of formats or kernels, e.g. precision=fp8.", metavar="KNOB=VALUE"),
 ]
-_Memory = Annotated[str | None, _option("--memory", text="Limit, e.g. 60GiB.", metavar="SIZE")]
+_Memory = Annotated[str | None, option("--memory", text="Limit, e.g. 60GiB.", metavar="SIZE")]
 _Lengths = Annotated[
     str | None,
-    _option("--lengths", text="Sequences of one step, LENGTH:COUNT,… e.g. 4096:128,65536:4.", metavar="LIST"),
+    option("--lengths", text="Sequences of one step, LENGTH:COUNT,… e.g. 4096:128,65536:4.", metavar="LIST"),
 ]
-_Layers = Annotated[str | None, _option("--layers", text="The model's first N layers [all].", metavar="N")]
-_StackName = Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")]
+_Layers = Annotated[str | None, option("--layers", text="The model's first N layers [all].", metavar="N")]
+_StackName = Annotated[str, option("--stack", text="Software stack [default].", metavar="NAME")]
 
 
 def sharding(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, mesh: Annotated[
-        str | None, _option("--mesh", text="Axes of the device mesh, innermost last, e.g. 4x8.", metavar="AxB")
+        str | None, option("--mesh", text="Axes of the device mesh, innermost last, e.g. 4x8.", metavar="AxB")
     ] = None, layers: _Layers = None,
     batch: _Batch = "1", seq_len: _SeqLen = None, micro_batches: Annotated[
-        str, _option("--micro-batches", text="Per optimizer step, which share the sum of gradients [1].", metavar="N")
+        str, option("--micro-batches", text="Per optimizer step, which share the sum of gradients [1].", metavar="N")
     ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", elimination: Annotated[
         bool, typer.Option("--elimination/--no-elimination", help="Without: the whole problem as one integer program.")
-    ] = True, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: _Json = False,
+    ] = True, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """What every operator splits along every axis of a device mesh, at the least time within memory.
 
@@ -104,11 +96,11 @@ def sharding(
 
 def recompute(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, batch: _Batch = "1", seq_len: _SeqLen = None,
-    layer: Annotated[str, _option("--layer", text="Which layer of the model [0].", metavar="N")] = "0", memory: _Memory = None,
-    points: Annotated[str, _option("--points", text="Of the front, without --memory [8].", metavar="N")] = "8",
+    layer: Annotated[str, option("--layer", text="Which layer of the model [0].", metavar="N")] = "0", memory: _Memory = None,
+    points: Annotated[str, option("--points", text="Of the front, without --memory [8].", metavar="N")] = "8",
     fix: _Fix = None, stack: _StackName = "default", solver: Annotated[
-        str, _option("--solver", text="search or ilp; both give the same answer [search].", metavar="NAME")
-    ] = "search", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: _Json = False,
+        str, option("--solver", text="search or ilp; both give the same answer [search].", metavar="NAME")
+    ] = "search", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which tensors of a layer to keep and which to compute again.
 
@@ -149,15 +141,16 @@ def recompute(
 def tiers(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, layers: _Layers = None, batch: _Batch = "1",
     seq_len: _SeqLen = None, memory: _Memory = None, moves: Annotated[
-        str, _option("--moves", text="serial (kernels wait) or overlapped [serial].", metavar="NAME")
+        str, option("--moves", text="serial (kernels wait), overlapped or scheduled [serial].", metavar="NAME")
     ] = "serial", fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy", deadline: _Deadline = "60s",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Where tensors rest between the kernels that use them: device memory, host memory, CXL, NVMe.
 
     Of a model, every device of the cluster holds an equal share of the states; of a file, what it says.
     """
     from planner.report.optimum import show_placement
+    from planner.solve.combinatorial.migrations import SCHEDULED, migrate
     from planner.solve.combinatorial.tiering import MOVES, place
     from planner.solve.problem_files import read_tiers
     from planner.solve.tier_costs import tier_problem
@@ -166,7 +159,7 @@ def tiers(
         file, model, cluster, batch, seq_len, fix, stack, memory, deadline, backend, priced=file is None
     )
     count = None if layers is None else job.whole("--layers", layers)
-    job.check("--moves", moves, MOVES)
+    job.check("--moves", moves, (*MOVES, SCHEDULED))
     job.raise_if_any()
     if file is not None:
         problem = read_tiers(file)
@@ -175,7 +168,8 @@ def tiers(
             job.model, job.cluster, job.stack, job.workload(), layers=count, knobs=job.knobs, moves=moves,
             device_bytes=job.memory_bytes,
         )  # fmt: skip
-    found = place(problem, backend=backend, time_limit_s=job.deadline_s)
+    solve = migrate if problem.moves == SCHEDULED else place
+    found = solve(problem, backend=backend, time_limit_s=job.deadline_s)
     content = {
         "time_s": found.time_s, "kernels_s": found.kernels_s, "peak_bytes": found.peak_bytes,
         "rests": [asdict(rest) for rest in found.rests], "certificate": found.certificate.as_dict(),
@@ -185,10 +179,10 @@ def tiers(
 
 def sequences(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, lengths: _Lengths = None, degrees: Annotated[
-        str | None, _option("--degrees", text="Ranks that a group may have [powers of 2 to all].", metavar="LIST")
+        str | None, option("--degrees", text="Ranks that a group may have [powers of 2 to all].", metavar="LIST")
     ] = None, memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", gap: Annotated[
-        str, _option("--gap", text="Proof to stop at, e.g. 1% [0].", metavar="SHARE")
-    ] = "0", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: _Json = False,
+        str, option("--gap", text="Proof to stop at, e.g. 1% [0].", metavar="SHARE")
+    ] = "0", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which group of devices works on which sequences of a step.
 
@@ -247,7 +241,7 @@ def sequences(
 
 
 def experts(
-    file: _File, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: _Json = False
+    file: _File, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False
 ) -> None:
     """Which device holds which expert: even loads, or tokens that stay where they are from layer to layer."""
     from planner.report.optimum import show_alignment, show_balance
@@ -274,7 +268,7 @@ def experts(
     _show(content, show_alignment, as_json)
 
 
-def ranks(file: _File, deadline: _Deadline = "60s", as_json: _Json = False) -> None:
+def ranks(file: _File, deadline: _Deadline = "60s", as_json: Json = False) -> None:
     """Which rank runs on which node, where bandwidths between nodes differ."""
     from planner.report.optimum import show_ranks
     from planner.solve.combinatorial.ranks import in_order, map_ranks
@@ -291,8 +285,8 @@ def ranks(file: _File, deadline: _Deadline = "60s", as_json: _Json = False) -> N
 
 def micro_batches(
     model: _Model = None, cluster: _Cluster = None, lengths: _Lengths = None, stages: Annotated[
-        str, _option("--stages", text="Of the pipeline [1].", metavar="N")
-    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", as_json: _Json = False,
+        str, option("--stages", text="Of the pipeline [1].", metavar="N")
+    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which sequences of a step run together on a pipeline, each micro-batch padded to its longest.
 
@@ -340,13 +334,14 @@ def micro_batches(
 
 def blocks(
     model: _Model = None, cluster: _Cluster = None, seq_len: Annotated[
-        str | None, _option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
+        str | None, option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
     ] = None, batch: Annotated[
-        str, _option("--batch", text="Sequences of a micro-batch [1].", metavar="N")
+        str, option("--batch", text="Sequences of a micro-batch [1].", metavar="N")
     ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy",
-    deadline: _Deadline = "60s", as_json: _Json = False,
+    deadline: _Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which devices of a pipeline hold which half layers, neighbours or not; the busiest device has the least work."""
+    from planner.errors import Infeasible
     from planner.report.blocks import show_blocks
     from planner.solve.block_costs import model_blocks
     from planner.solve.combinatorial.blocks import contiguous, deal_blocks
@@ -357,10 +352,14 @@ def blocks(
     room = job.memory_bytes or float(job.cluster.device.memory_bytes) - float(job.stack.framework_bytes)
     found = model_blocks(job.model, job.cluster, job.stack, job.workload(), job.knobs)
     dealt = deal_blocks(found, devices, room, backend=backend, time_limit_s=job.deadline_s)
-    runs = contiguous(found, devices)
+    try:
+        runs = contiguous(found, devices, room)
+    except Infeasible:
+        runs = None
     assert dealt.certificate is not None
     content = {
-        "time_s": dealt.time_s, "runs_s": runs.time_s, "messages": dealt.cuts, "runs_messages": runs.cuts,
+        "time_s": dealt.time_s, "messages": dealt.cuts,
+        "runs_s": None if runs is None else runs.time_s, "runs_messages": None if runs is None else runs.cuts,
         "blocks": [{**asdict(block), "device": device} for block, device in zip(found, dealt.device, strict=True)],
         "certificate": dealt.certificate.as_dict(),
     }  # fmt: skip

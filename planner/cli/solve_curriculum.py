@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from planner.cli.options import Json, option
 
 __all__ = ["curriculum"]
 
 
-def _option(*names: str, text: str, metavar: str = "TEXT") -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 def curriculum(
-    model: Annotated[str | None, _option("--model", text="Shipped model, .toml, or config.json.")] = None,
+    model: Annotated[str | None, option("--model", text="Shipped model, .toml, or config.json.")] = None,
     cluster: Annotated[
-        str | None, _option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml.")
+        str | None, option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml.")
     ] = None,
     lengths: Annotated[
         str | None,
-        _option(
+        option(
             "--lengths",
             text="Tokens of every length, in order: LENGTH:TOKENS,… e.g. 128:10B,1024:90B.",
             metavar="LIST",
         ),
     ] = None,
     tokens_per_step: Annotated[
-        str | None, _option("--tokens-per-step", text="Of every phase, e.g. 4M. Required.", metavar="N")
+        str | None, option("--tokens-per-step", text="Of every phase, e.g. 4M. Required.", metavar="N")
     ] = None,
     store: Annotated[
         str | None,
-        _option(
+        option(
             "--store", text="What a device stores and loads per second [122 MB, Llama 3's].", metavar="SIZE"
         ),
     ] = None,
     restart: Annotated[
-        str | None, _option("--restart", text="To start again under another plan [9 min].", metavar="TIME")
+        str | None, option("--restart", text="To start again under another plan [9 min].", metavar="TIME")
     ] = None,
     fix: Annotated[
         list[str] | None,
-        _option("--fix", text="Every plan must have this. Repeatable.", metavar="KNOB=VALUE"),
+        option("--fix", text="Every plan must have this. Repeatable.", metavar="KNOB=VALUE"),
     ] = None,
-    stack: Annotated[str, _option("--stack", text="Software stack [default].", metavar="NAME")] = "default",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    stack: Annotated[str, option("--stack", text="Software stack [default].", metavar="NAME")] = "default",
+    as_json: Json = False,
 ) -> None:
     """A plan for every length of a run whose sequences grow, and the time of them all.
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from planner.cli.options import Json, option
 
 __all__ = ["peers"]
-
-
-def _option(*names: str, text: str, metavar: str) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
 def peers(
     speeds: Annotated[
         str | None,
-        _option("--peers", text="How many of every speed: SPEED:COUNT,… e.g. 65:8,312:2.", metavar="LIST"),
+        option("--peers", text="How many of every speed: SPEED:COUNT,… e.g. 65:8,312:2.", metavar="LIST"),
     ] = None,
     stages: Annotated[
-        str | None, _option("--stages", text="Work of every stage, e.g. 1,1,2.", metavar="LIST")
+        str | None, option("--stages", text="Work of every stage, e.g. 1,1,2.", metavar="LIST")
     ] = None,
     backend: Annotated[
-        str, _option("--backend", text="Of the integer program: scipy or pulp [scipy].", metavar="NAME")
+        str, option("--backend", text="Of the integer program: scipy or pulp [scipy].", metavar="NAME")
     ] = "scipy",
     deadline: Annotated[
-        str, _option("--deadline", text="Then the best so far, with its gap [60s].", metavar="TIME")
+        str, option("--deadline", text="Then the best so far, with its gap [60s].", metavar="TIME")
     ] = "60s",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Which unlike peers work on which stage of a pipeline.
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from planner.cli.options import Json, flag, option
 
 
 def techniques(
     job: Annotated[
         str | None,
-        typer.Option(
-            "--job", metavar="JOB", help="training or serving; both if left out.", show_default=False
-        ),
+        option("--job", metavar="JOB", text="training or serving; both if left out."),
     ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also say why the others are not modelled.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    everything: Annotated[bool, flag("--all", "Also say why the others are not modelled.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the techniques, and the choices of --fix that they serve.
 

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.job import JobOptions, with_job
+from planner.cli.job import JobOptions
+from planner.cli.options import Json, option, with_options
 from planner.cli.plan_file import PLAN_HELP
 
 _WRITERS = (".json", ".svg")
 
 
-@with_job
+@with_options
 def trace(
     job: JobOptions,
     plan: Annotated[
@@ -20,15 +21,14 @@ def trace(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
+        option(
             "-o",
             "--out",
             metavar="FILE",
-            help="Chrome trace events (.json, for ui.perfetto.dev) or a picture (.svg) [JSON on stdout].",
-            show_default=False,
+            text="Chrome trace events (.json, for ui.perfetto.dev) or a picture (.svg) [JSON on stdout].",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write when every pipeline rank of a plan computes, sends and holds what.
 

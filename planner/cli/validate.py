@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from planner.cli.options import Json, flag, option
+
 if TYPE_CHECKING:
     from planner.validation.report import Report
     from planner.validation.spreads import Coverage
@@ -16,7 +18,7 @@ def validate(
         list[str], typer.Argument(metavar="FILE.csv…", help="Tables of measurements.", show_default=False)
     ],
     operators: Annotated[
-        bool, typer.Option("--operators", help="Score kernels and collectives instead of training runs.")
+        bool, flag("--operators", "Score kernels and collectives instead of training runs.")
     ] = False,
     by: Annotated[
         str,
@@ -24,32 +26,29 @@ def validate(
     ] = "source",
     bounds: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--bounds",
             metavar="FILE",
-            help="Recorded bounds instead of the shipped ones.",
-            show_default=False,
+            text="Recorded bounds instead of the shipped ones.",
         ),
     ] = None,
     residuals: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--residuals",
             metavar="FOLDER",
-            help="Write there what the shipped intervals are made of, and verify it on runs left out.",
-            show_default=False,
+            text="Write there what the shipped intervals are made of, and verify it on runs left out.",
         ),
     ] = None,
     refitted: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--refitted",
             metavar="FILE.json",
-            help="Errors with constants fitted without a run's model or source, for --residuals.",
-            show_default=False,
+            text="Errors with constants fitted without a run's model or source, for --residuals.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict what published runs measured, and print how far off the predictions are.
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_optimizer",
     "make_problem",
     "make_workload",
+    "optional_milliseconds",
     "optional_number",
     "optional_quantity",
     "optional_whole",
@@ -37,10 +38,12 @@ __all__ = [
     "read_preset",
     "read_reserve",
     "read_stack",
+    "read_top",
     "whole_number",
 ]
 
 T = TypeVar("T")
+_MOST_PLANS = 1000
 
 
 def parse_fixed(pairs: Sequence[str]) -> dict[str, str]:
@@ -75,6 +78,18 @@ def whole_number(flag: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise SpecError(Fault(flag, repr(text[:40]), "a whole number")) from None
+
+
+def read_top(text: str) -> int:
+    """How many plans ``--top`` lists.
+
+    Raises:
+        SpecError: it is no such number.
+    """
+    wanted = whole_number("--top", text)
+    if not 1 <= wanted <= _MOST_PLANS:
+        raise SpecError(Fault("--top", text, f"a whole number from 1 to {_MOST_PLANS}"))
+    return wanted
 
 
 def attempt(
@@ -182,6 +197,12 @@ def optional_number(faults: list[Fault], flag: str, text: str | None) -> float |
         return value
 
     return optional_quantity(faults, flag, text, finite, "a number")
+
+
+def optional_milliseconds(faults: list[Fault], flag: str, text: str | None) -> float | None:
+    """A limit of so many milliseconds, in seconds, where the option is given; a fault is noted."""
+    number = optional_number(faults, flag, text)
+    return None if number is None else number * 1e-3
 
 
 def optional_quantity(

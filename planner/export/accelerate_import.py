@@ -14,7 +14,7 @@ from planner.errors import did_you_mean
 from planner.export.accelerate import COMM_STRATEGIES
 from planner.export.launched import LaunchedRun, degrees, ignored_note, names_in
 from planner.export.yaml_text import read_yaml
-from planner.specs.load import Reader
+from planner.specs.reader import Reader
 
 __all__ = ["read_accelerate"]
 

@@ -17,7 +17,7 @@ from planner.export.launchers import launcher as find_launcher
 from planner.export.steps import Price, way
 from planner.export.target import Target
 from planner.plan import Plan
-from planner.solve.train import estimate
+from planner.solve.named import estimate
 from planner.specs.problem import Problem
 
 __all__ = ["Change", "Finding", "findings", "path_to"]

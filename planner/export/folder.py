@@ -97,6 +97,11 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
         f"Then {_measured_by(found)}: predicted beside measured, and `measured.csv` for",
         "`planner validate measured.csv` and `planner calibrate stack measured.csv`.",
     ]
+    if target.layers_differ:
+        closing = [
+            f"Then {_measured_by(found)}: predicted beside measured. The layers differ, which no row for",
+            "`planner validate` can say: `planner explain plan.json --measured` takes the step time.",
+        ]
     return page(
         f"{target.plan.model} on {target.cluster.name}, with {exporter.title} {exporter.versions[0]}",
         summary(target.plan), rows, first,

@@ -5,6 +5,7 @@ The measuring script of an exported folder fills in what was measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from planner.export.target import Target
@@ -17,14 +18,17 @@ _MODULES = {
 }  # fmt: skip
 
 
-def run_row(target: Target, framework: str, version: str) -> dict[str, Any]:
-    """Cells of the plan's row, by column; cells of what is measured are left out.
+def run_row(target: Target, framework: str, version: str) -> dict[str, Any] | None:
+    """Cells of the plan's row, by column; cells of what is measured are left out. None where layers differ: a row says one
+    strategy and one mesh of all of them.
 
     Args:
         target: the plan.
         framework, version: as the columns of these names have them; they choose the software stack.
     """
     plan, model, knobs = target.plan, target.model, target.knobs
+    if target.layers_differ:
+        return None
     mesh, device = plan.mesh, target.cluster.device
     row: dict[str, Any] = {"row_id": f"plan-{plan.id}", "source": "own measurement", "family": "own"}
     row |= _architecture(target)
@@ -87,12 +91,22 @@ def _recompute(target: Target) -> str:
 
 
 def _offload(target: Target) -> str:
-    moved = {
-        name for name in ("optimizer", "parameter", "activation") if target.knobs[f"{name}_offload"] == "cpu"
-    }
-    if {"optimizer", "parameter"} <= moved:
-        return "optimizer+params"
-    return next((f"{name}s" if name == "activation" else name for name in sorted(moved)), "none")
+    """What is offloaded, in the words of published tables; knobs and values where these have none."""
+    slots = ("optimizer_offload", "parameter_offload", "activation_offload")
+    moved = {slot: target.knobs[slot] for slot in slots if target.knobs[slot] != "none"}
+    layers = {name: target.knobs[name] for name in ("activation_offload_layers",) if name in target.knobs}
+    if not layers and set(moved.values()) <= {"cpu"} and tuple(moved) in _OFFLOADED:
+        return _OFFLOADED[tuple(moved)]
+    return "; ".join(f"{slot}={value}" for slot, value in (moved | layers).items())
+
+
+_OFFLOADED: Mapping[tuple[str, ...], str] = {
+    (): "none",
+    ("optimizer_offload",): "optimizer",
+    ("parameter_offload",): "params",
+    ("optimizer_offload", "parameter_offload"): "optimizer+params",
+    ("activation_offload",): "activations",
+}
 
 
 def _flags(target: Target) -> list[str]:

@@ -61,6 +61,11 @@ class Target:
         values = {name: value for name, value in self.plan.workload.items() if name in known}
         return TrainWorkload(**{**values, "precisions": tuple(values.get("precisions", ("bf16",)))})
 
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers have more than one strategy, or more than one mesh."""
+        return self.plan.layerwise is not None and len(self.plan.layerwise["strategies"]) > 1
+
     def context(self) -> Context:
         """The plan's degrees and choices as a row; where layers differ, those of the first stage."""
         return self._row({**self.plan.mesh, **self.plan.knobs}, self.knobs)

@@ -36,7 +36,7 @@ CHOICES: Mapping[str, str] = {
     "context": "p2p all_gather",  # p2p is what a plan without context parallelism says
     "tensor_overlap": "none chunked",
     "optimizer": "adamw",
-    "zero_stage": "0 2 fsdp",
+    "zero_stage": "0 1 2 fsdp",
     "zero_group": "full node ranks",
     "recompute": "none full per_op",
     "optimizer_offload": "none cpu",
@@ -168,6 +168,14 @@ def _valid(ctx: Context) -> Iterable[Check]:
             "offload needs sharded states",
             knobs.get("zero_stage") != "0" or knobs["optimizer_offload"] == "none",
         )
+    if knobs.get("zero_stage") == "1":
+        yield Check("states alone are sharded beside a pipeline only (else ZeRO 2)", mesh.pp > 1)
+    if knobs.get("zero_stage") in ("2", "fsdp"):
+        # set_requires_gradient_sync(False), set_reshard_after_backward(False) in torch.distributed.pipelining.
+        yield Check(
+            "a pipeline keeps weights gathered and gradients whole until the last micro-batch (ZeRO 1)",
+            mesh.pp == 1,
+        )
     if knobs.get("zero_stage") == "0":
         # DDP is composed with nothing else (dp_replicate is a dimension of FSDP's mesh otherwise).
         yield Check(
@@ -202,7 +210,7 @@ def flags(target: Target) -> list[str]:
         "--training.disable-cuda-graphs",
         f"--parallelism.data-parallel-replicate-degree {sizes['dp_replicate']}",
         f"--parallelism.data-parallel-shard-degree {sizes['dp_shard']}",
-        f"--parallelism.fsdp-reshard-after-forward {'never' if knobs['zero_stage'] == '2' else 'always'}",
+        f"--parallelism.fsdp-reshard-after-forward {'never' if knobs['zero_stage'] in ('1', '2') else 'always'}",
         f"--parallelism.tensor-parallel-degree {sizes['tp']}",
         f"--parallelism.{'' if knobs['sequence_parallel'] == 'true' else 'no-'}enable-sequence-parallel",
         f"--parallelism.context-parallel-degree {sizes['cp']}",

@@ -57,7 +57,7 @@ def read_torchtitan(path: str | Path) -> LaunchedRun:
     _batches(flags, recipe, fixed, workload, notes)
     flags.raise_if_any()
     ignored = tuple(flags.unread())
-    wasteful = _wasteful(fixed)
+    wasteful = _wasteful(fixed, reshards=fixed["pp"] > 1 and _reshards(flags, fixed["pp"]))
     return LaunchedRun(
         "torchtitan", replace(model, name=recipe.model), workload, fixed, devices, (*notes, *ignored_note(ignored)),
         tuple(wasteful), ignored, {} if "global_batch_size" in workload else {"global_batch_size": "it follows from the devices"},
@@ -122,11 +122,6 @@ def _knobs(
     ep = flags.integer(f"{section}expert-parallel-degree", recipe.ep)
     replicate = flags.integer(f"{section}data-parallel-replicate-degree", 1)
     shard = flags.integer(f"{section}data-parallel-shard-degree", -1)
-    reshard = flags.choice(
-        f"{section}fsdp-reshard-after-forward",
-        "default",
-        {"default": pp == 1, "always": True, "never": False},
-    )
     words = {word: knob for knob, word in RECOMPUTE.items()}
     chosen = recompute_words[-1].removeprefix(_AC) if recompute_words else recipe.recompute
     if chosen not in words:
@@ -145,7 +140,7 @@ def _knobs(
         "tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": 1 if ep > 1 else tp, "context": "all_gather" if cp > 1 else "p2p",
         "sequence_parallel": "true" if _switch(flags, "parallelism.enable-sequence-parallel", True) and tp > 1 else "false",
         "tensor_overlap": "chunked" if _switch(flags, "compile.enable-async-tensor-parallel", False) and tp > 1 else "none",
-        "zero_stage": "fsdp" if reshard else "2", "zero_group": "full", "recompute": words.get(chosen, "none"),
+        "zero_stage": _stage(flags, pp), "zero_group": "full", "recompute": words.get(chosen, "none"),
         "elementwise_kernel": "fused" if compiled else "eager", "optimizer_offload": offload, "parameter_offload": offload,
         "precision": dtype, "gradient_dtype": "fp32", "optimizer": "adamw", "schedule": schedule, "attention_kernel": "flash",
     }  # fmt: skip
@@ -161,6 +156,18 @@ def _knobs(
         "seq_len": flags.integer("--training.seq-len", recipe.seq_len), "precisions": (dtype,), "optimizer": "adamw",
     }  # fmt: skip
     return fixed, workload
+
+
+def _reshards(flags: FlagReader, pp: int) -> bool:
+    """Whether weights are dropped after a block's forward, to be gathered again for its backward."""
+    policies = {"default": pp == 1, "always": True, "never": False}
+    return bool(flags.choice("--parallelism.fsdp-reshard-after-forward", "default", policies))
+
+
+def _stage(flags: FlagReader, pp: int) -> str:
+    """The ZeRO stage; PyTorch's pipelines keep weights gathered and gradients whole until the last micro-batch."""
+    reshards = _reshards(flags, pp)
+    return "1" if pp > 1 else "fsdp" if reshards else "2"
 
 
 def _batches(
@@ -223,7 +230,7 @@ def _whole(text: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _wasteful(fixed: Mapping[str, Any]) -> list[str]:
+def _wasteful(fixed: Mapping[str, Any], *, reshards: bool) -> list[str]:
     found = []
     if fixed["tp"] > 1 and fixed["sequence_parallel"] == "false":
         found.append(
@@ -231,8 +238,8 @@ def _wasteful(fixed: Mapping[str, Any]) -> list[str]:
         )
     if fixed["elementwise_kernel"] == "eager":
         found.append("Without --compile.enable, norms, rotations and activations are several kernels each.")
-    if fixed["pp"] > 1 and fixed["zero_stage"] == "fsdp":
+    if reshards:
         found.append(
-            "Resharding after forward beside a pipeline gathers the weights again for every micro-batch."
+            "Resharding after forward beside a pipeline gathers the weights again for every micro-batch: not priced."
         )
     return found

@@ -1,8 +1,8 @@
 """Feed-forward networks: two or three matrices around an activation, and mixtures of them.
 
 Sources: Korthikanti et al. 2022 (arXiv:2205.05198) §4.1; grouped experts behind a permutation, MegaBlocks (arXiv:2211.15841)
-§3; a shared expert, DeepSeekMoE (arXiv:2401.06066) §3.2, and its gate, Megatron-LM ``moe/shared_experts.py``; experts of latent
-width, Nemotron-3 Super as released.
+§3; a shared expert, DeepSeekMoE (arXiv:2401.06066) §3.2, and its gate, Megatron-LM ``moe/shared_experts.py``; experts' biases,
+``moe/experts.py`` there (``_apply_bias``, in NeMo Automodel as well); experts of latent width, Nemotron-3 Super as released.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def moe(graph: Graph, spec: Moe, keeps_input: bool) -> None:
     graph.save("moe.act_input", times(routed, wide), "moe")
     _activation(graph, "moe", times(routed, ffn), gated=spec.gated)
     graph.matmul("moe.fc2", per_expert, width, ffn, {"moe", "expert"}, experts, grouped=True)
+    if spec.bias and graph.training:
+        # Output biases, times the probabilities in fp32, expert by expert: product, sum, concatenation, cast; backward also both
+        # factors' gradients, each a product and a sum.
+        calls = (f"2*{experts} + 2", f"6*{experts} + 2")
+        graph.stream("moe.bias", times(routed, width), 14.0, 20.0, tags={"moe"}, calls=calls)
     if spec.gated and spec.expert_ffn >= (spec.latent or graph.model.hidden):
         graph.gradient("moe.act_input", times(routed, wide))
     else:  # most is held before, behind the second product's backward

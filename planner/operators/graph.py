@@ -85,18 +85,21 @@ class Graph:
 
     def stream(
         self, what: str, size: str, forward: float, backward: float, *, tags: set[str], launches: float = 1.0,
-        flop: float = 0.0, kind: str = "activation",
+        flop: float = 0.0, kind: str = "activation", calls: tuple[str | None, str | None] = (None, None),
     ) -> None:  # fmt: skip
-        """A memory-bound kernel and its backward (twice the ``flop``), in passes over ``size`` elements of 4 bytes."""
-        phases: list[tuple[Phase, float, float]] = [("forward", forward, flop)]
+        """A memory-bound kernel and its backward (twice the ``flop``), in passes over ``size`` elements of 4 bytes.
+
+        ``calls`` are the kernels that the host issues for either, where they are many.
+        """
+        phases: list[tuple[Phase, float, float, str | None]] = [("forward", forward, flop, calls[0])]
         if self.training:
-            phases.append(("backward", backward, 2 * flop))
+            phases.append(("backward", backward, 2 * flop, calls[1]))
         self._items += [
             Stream(
                 what=what, block=self.name, phase=phase, tags=frozenset(tags | {kind}), size=size,
-                bytes_per_element=4.0 * passes, launches=launches, flop_per_element=work,
+                bytes_per_element=4.0 * passes, launches=launches, flop_per_element=work, calls=issued,
             )
-            for phase, passes, work in phases
+            for phase, passes, work, issued in phases
         ]  # fmt: skip
 
     def norm(self, what: str, kind: str, *regions: str, size: str | None = None) -> None:

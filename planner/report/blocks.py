@@ -18,10 +18,7 @@ def show_blocks(content: Mapping[str, Any]) -> None:
     screen = Screen()
     messages = f"{content['messages']} messages per micro-batch and direction"
     screen.line(f"{format_seconds(content['time_s'])} on the busiest device · {messages}", "bold")
-    ratio = content["runs_s"] / content["time_s"]
-    screen.line(
-        f"{format_seconds(content['runs_s'])} in the best runs of neighbours, {content['runs_messages']} messages: {ratio:.3f}×"
-    )
+    screen.line(_runs(content))
     screen.line()
     rows = []
     for device in sorted({block["device"] for block in content["blocks"]}):
@@ -32,3 +29,11 @@ def show_blocks(content: Mapping[str, Any]) -> None:
         rows.append((str(device), told, format_seconds(seconds), format_bytes(n_bytes)))
     screen.grid(("device", "blocks", "time", "memory"), rows, ("blocks",))
     show_proof(screen, content["certificate"], format_seconds)
+
+
+def _runs(content: Mapping[str, Any]) -> str:
+    """What the best cut into runs of neighbours comes to."""
+    if content["runs_s"] is None:
+        return "no cut into runs of neighbours fits"
+    ratio, took = content["runs_s"] / content["time_s"], format_seconds(content["runs_s"])
+    return f"{took} in the best runs of neighbours, {content['runs_messages']} messages: {ratio:.3f}×"

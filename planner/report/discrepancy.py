@@ -15,7 +15,7 @@ from typing import Any
 from planner.assemble import Assembly
 from planner.errors import PlannerError
 from planner.report.terminal import Screen, gib
-from planner.solve.train import estimate
+from planner.solve.named import estimate
 from planner.specs.problem import Problem
 from planner.specs.stack import list_stacks, load_stack
 from planner.uncertainty.judgement import time_group

@@ -13,8 +13,9 @@ from typing import Any
 
 from planner.errors import PlannerError
 from planner.plan import Plan
+from planner.solve.named import estimate
 from planner.solve.space import DEGREES
-from planner.solve.train import estimate, search
+from planner.solve.train import search
 from planner.specs.cluster import Cluster, NodeGroup, Tier
 from planner.specs.device import Device, Sourced
 from planner.specs.problem import Problem

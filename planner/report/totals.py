@@ -71,7 +71,7 @@ def document(fleet: Fleet, problems: Sequence[Problem]) -> dict[str, Any]:
     """The JSON object of ``planner train``: plans and search, run totals of the best plan, and what else was asked."""
     found = fleet.result.as_dict()
     best = fleet.result.best
-    totals = run_totals(best, next((p for p in problems if p.cluster.name == best.cluster), problems[0]))
+    totals = run_totals(best, fleet.problem_of_best(problems))
     if totals is not None:
         found["run"] = totals
     found |= confidence_fields(fleet.result.plans, problems[0])

@@ -314,16 +314,40 @@ def _weight(pool: Pool, stage: Stage, traffic: Traffic) -> float:
 
 
 def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: str | None) -> Stage:
+    ranks = pool.mesh["dp"]
+    chunk = float(pool.knobs.get("chunk_tokens", _ALL_TOKENS))
+    most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
+    return stage_of(iterations, isl, osl, chunk, most, role=pool.role, engines=pool.replicas, policy=policy)
+
+
+def stage_of(
+    iterations: Iterations,
+    isl: float,
+    osl: float,
+    chunk_tokens: float,
+    max_sequences: int,
+    *,
+    role: str = "aggregated",
+    engines: int = 1,
+    policy: str | None = None,
+) -> Stage:
+    """Engines that run a recipe on one mesh, as the simulator takes them.
+
+    Args:
+        iterations: the recipe, on one row.
+        isl, osl: typical lengths.
+        chunk_tokens: tokens of an iteration, per attention rank.
+        max_sequences: requests that one engine runs at once.
+        policy: name of a batching policy; None: chunks of prompts, beside generation or first as the engine has it.
+    """
     from planner.serving.capacity import capacity
 
-    ranks, pp = pool.mesh["dp"], pool.mesh["pp"]
-    chunk = float(pool.knobs.get("chunk_tokens", _ALL_TOKENS))
-    budget = int(chunk) * ranks
-    held = capacity(iterations, isl, osl, chunk)
+    mesh = iterations.ctx.mesh
+    budget = int(chunk_tokens) * int(mesh.dp[0])
+    held = capacity(iterations, isl, osl, chunk_tokens)
     block = int(float(iterations.software.block_tokens))
     blocks = int(held.tokens[0] / block)
-    most = int(pool.knobs.get("max_sequences", int(float(iterations.software.max_sequences)) * ranks))
-    rules = scheduler(policy or "sarathi", max(most, 1), budget)
+    rules = scheduler(policy or "sarathi", max(max_sequences, 1), budget)
     if policy is None:
         rules = replace(rules, mixed=iterations.software.prompts == "beside")
 
@@ -332,7 +356,7 @@ def _stage(pool: Pool, iterations: Iterations, isl: float, osl: float, policy: s
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
     cache = KvPool(blocks, block, int(_WATERMARK * blocks))
-    return Stage(pool.role, pool.replicas, table, rules, cache, pp, accepted=iterations.accepted)
+    return Stage(role, engines, table, rules, cache, int(mesh.pp[0]), accepted=iterations.accepted)
 
 
 def _transfer(senders: list[Iterations], receivers: list[Iterations]) -> Callable[[Array], Array]:
@@ -367,7 +391,7 @@ def read_pool(path: str | Path, policy: str | None = None) -> Deployment:
     Raises:
         SpecError: the file is wrong (all of its problems at once).
     """
-    from planner.specs.load import Reader, read_file
+    from planner.specs.reader import Reader, read_file
 
     reader = Reader(read_file(path), str(path))
     times = reader.table("iteration")

@@ -330,9 +330,8 @@ def _found(
             if flow <= 0.0:
                 continue
             count = int(numbers.left[k] if of is left else numbers.right[k])
-            pools.append(
-                _pool(problem, parts[kind.cluster], kind, count, rate / total * float(flow) / count, found)
-            )
+            pool = _pool(problem, parts[kind.cluster], kind, count, rate / total * float(flow) / count, found)
+            pools.append(replace(pool, share=float(flow) / total if len(index) > 1 else 0.0))
     slow = max((right[j] for j in used[1][0]), key=lambda d: (d.memory or {}).get("peak", 0.0))
     ratio, limit = found.missed(problem.traffic)
     binding = "rate" if problem.traffic.rate_per_s is not None else limit if ratio > NEARLY else slow.binding

@@ -1,7 +1,8 @@
 """The exact search of one pool: the highest load that every candidate carries within its promises, and the best of them.
 
 A candidate is a recipe on a mesh with an iteration budget. Its load is the number of requests in flight: throughput and latencies
-grow with it, so the best is the largest that keeps the limits. A coarse grid brackets it for all candidates at once; whatever
+grow with it but for small dips where a tile of a kernel begins, so the best is the largest that keeps the limits or lies just
+below such a dip. A coarse grid brackets it for all candidates at once; whatever
 cannot beat the best so far even at the upper end of its bracket is excluded by that bound, the rest is bisected to the request.
 """
 
@@ -22,6 +23,7 @@ from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.front import Curve
+from planner.serving.limits import limits_kept
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
 from planner.serving.space import ServeSpace, mesh_of
@@ -29,11 +31,16 @@ from planner.serving.speculation import Speculating
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
 
-__all__ = ["Account", "Candidates", "Found", "iterations_of", "limits_kept", "search_aggregated"]
+__all__ = ["Account", "Candidates", "Found", "iterations_of", "search_aggregated"]
 
 _GRID = 10  # points of the bracketing grid
 _MORE = 1.0 + 1e-9  # steps that two loads differ by at least, where one may lie between them
 _QUARTERS = np.array([0.25, 0.5, 0.75])
+_DIP = 0.01  # part of its rate that a replica may lose where a request more begins another tile of a kernel
+_NEARER = 1.0 - np.array(
+    [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64]
+)  # parts of a load, where it is searched for dips
+_WINDOW = 512  # loads below a replica's largest that are tried at most
 _FEW = 16.0  # slots below which a load is no whole number of requests
 
 
@@ -126,7 +133,7 @@ def search_aggregated(
     bar = np.sort(lower[lower > 0.0])[::-1][: top * 3][-1]
     found: list[Found] = []
     for c, b in brackets:
-        alive = (b.low > 0) & (b.high_value >= bar)
+        alive = (b.low > 0) & ((1.0 + _DIP) * b.high_value >= bar)
         account.excluded["throughput"] += int(((b.low > 0) & ~alive).sum())
         if alive.any():
             found += _refine(problem, c, b, np.flatnonzero(alive), pricer, account)
@@ -185,24 +192,6 @@ def candidates(
         held.sequences[index], held.tokens[index], held.request_bytes[index],
     )  # fmt: skip
     return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
-
-
-def limits_kept(problem: ServeProblem, state: Steady) -> tuple[NDArray[np.bool_], NDArray[np.str_], Array]:
-    """Rows that keep every limit; the limit that is missed by most, and found over allowed of it."""
-    traffic = problem.traffic
-    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
-    ttft = state.ttft_s if quantile is None else state.ttft_at(quantile)
-    tpot = state.tpot_s if quantile is None else state.tpot_at(quantile)
-    ratios = np.zeros((3, len(ttft)))
-    if traffic.ttft_s is not None:
-        ratios[0] = ttft / traffic.ttft_s
-    if traffic.tpot_s is not None and traffic.osl > 1:
-        ratios[1] = tpot / traffic.tpot_s
-    if traffic.e2e_s is not None:
-        ratios[2] = (ttft + (traffic.osl - 1.0) * tpot) / traffic.e2e_s
-    worst = ratios.argmax(axis=0)
-    most = ratios.max(axis=0)
-    return most <= 1.0, np.array(["ttft", "tpot", "e2e"])[worst], most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -351,6 +340,8 @@ def _refine(
     binding = np.where((binding == "memory") & (c.most[index] >= cap), "sequences", binding)
     if traffic.rate_per_s is not None:
         low, replicas, binding = _at_rate(problem, at, low, step, binding)
+    elif traffic.concurrency is None:
+        low = _crest(problem, c, rows, chunks, arrivals, (low, step, replicas), pricer)
     state = at(low)
     rate = (
         state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
@@ -392,6 +383,41 @@ def _sections(
         binding = np.where(passed < count, worst[np.minimum(passed, count - 1), at], binding)
         low, high = ends[passed, at], ends[passed + 1, at]
     return low, high, binding
+
+
+def _crest(
+    problem: ServeProblem, c: Candidates, rows: NDArray[Any], chunks: Array, arrivals: Arrivals,
+    loads: tuple[Array, Array, Array], pricer: Pricer,
+) -> Array:  # fmt: skip
+    """The load, up to the largest that keeps the limits, at which a replica serves most.
+
+    A tile that one request more begins may cost more than the request brings. Rows that are further than such a dip
+    from the best of the recipe keep their load, and loads below which no dip can make up for the rest are not tried.
+    """
+    most, step, replicas = loads
+
+    def rates(load: Array, index: NDArray[Any]) -> Array:
+        iterations = iterations_of(problem, c.recipe, mesh_of(rows[index]), pricer)
+        state = arrivals.take(index).meet(steady(iterations, problem.traffic, load, chunks[index]))
+        return np.asarray(np.where(limits_kept(problem, state)[0], state.requests_per_s, 0.0))
+
+    every = np.arange(len(most))
+    rate = rates(most, every)
+    value = _value(problem, rate, replicas, np.prod(rows[:, :3], axis=1))
+    near = np.flatnonzero((1.0 + _DIP) * value >= value.max())
+    marks = np.floor(most[near, None] * _NEARER / step[near, None]) * step[near, None]
+    marks = np.maximum(marks, step[near, None])
+    reached = rates(marks.reshape(-1), np.repeat(near, len(_NEARER))).reshape(marks.shape)
+    below = (1.0 + _DIP) * reached < rate[near, None]
+    start = np.where(below, marks, 0.0).max(axis=1)
+    tried = [
+        np.arange(most[row], first, -step[row])[:_WINDOW] for row, first in zip(near, start, strict=True)
+    ]
+    served = rates(np.concatenate(tried), np.repeat(near, [len(x) for x in tried]))
+    best, parts = most.copy(), np.cumsum([len(x) for x in tried])[:-1]
+    for row, load, found in zip(near, tried, np.split(served, parts), strict=True):
+        best[row] = load[found.argmax()]
+    return best
 
 
 def _at_rate(

@@ -1,0 +1,1 @@
+"""Searches of whole plans, and of parts of them that are optimisation problems of their own."""

@@ -27,7 +27,7 @@ def model_blocks(
 ) -> list[Block]:
     """The blocks of a model in order; ``workload.global_batch_size`` sequences are a micro-batch.
 
-    A block holds weights, gradients, states, and what as many micro-batches keep as the cluster has devices.
+    A block holds weights, gradients, states, and its activations in a full pipeline: of one micro-batch in flight per device.
 
     Raises:
         SpecError: the model's data flow is not known.

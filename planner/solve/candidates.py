@@ -58,12 +58,12 @@ class Batch:
 
     def scored(self, index: int) -> Scored:
         """One of them on its own."""
-        jobs, one = self.jobs, slice(index, index + 1)
+        jobs = self.jobs
         return Scored(
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
             self.expansion.row(jobs, index), jobs.layout_of(index),
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.states[one], jobs.recomputes[one], jobs.swap, jobs.rows[one], jobs.schedule),
+            self.expansion.columns.of(jobs.take(np.array([index]))),
         )  # fmt: skip
 
 
@@ -139,9 +139,10 @@ class Jobs:
             rows=self.rows[index], width=self.width[index], layers=None if self.layers is None else self.layers[index],
         )  # fmt: skip
 
-    def with_every_count(self) -> Jobs:
-        """Every job with 1, 2, … recomputed layers, one for each candidate behind it, job after job."""
-        each = self.take(np.repeat(np.arange(len(self.rows)), self.width))
-        first = np.repeat(np.cumsum(self.width) - self.width, self.width)
-        layers = np.arange(len(first)) - first + 1.0
-        return replace(each, width=np.ones(len(first), dtype=np.int64), layers=layers)
+    def with_every_count(self, fewest: NDArray[np.int64]) -> Jobs:
+        """Every job with so many recomputed layers, and one more, and so on, as far as there are candidates behind it."""
+        counts = self.width - fewest + 1
+        each = self.take(np.repeat(np.arange(len(self.rows)), counts))
+        first = np.repeat(np.cumsum(counts) - counts - fewest, counts)
+        layers = np.arange(len(first)) - first
+        return replace(each, width=np.ones(len(first), dtype=np.int64), layers=layers.astype(np.float64))

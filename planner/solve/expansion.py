@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import COMPACT, TIMES, BlockTable
+from planner.engine import HELD, TIMES, BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
 from planner.pipeline import held_bytes, memory, step_bound
 from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
+from planner.solve.columns import Columns, editor_of
 from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
@@ -60,8 +60,6 @@ class Expansion:
         counts: SearchCounts,
     ) -> None:
         self.problem, self.branches, self.tables, self.counts = problem, branches, tables, counts
-        self.kinds = tables[0].kinds
-        self.starts = np.cumsum([0, *(len(part) for part in rows)])
         self.values = {name: np.concatenate([part.values[name] for part in rows]) for name in rows[0].values}
         self.micro_batches = np.concatenate([table.ctx.micro_batches for table in tables])
         self.activities = list(activities)
@@ -69,10 +67,9 @@ class Expansion:
         self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
         groups = [self.values[name] > 1 for name in ("tp", "cp", "dp", "pp", "ep")]
         self.communicators = np.stack(groups).astype(float).sum(axis=0)
-        self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
+        self.columns = Columns(branches, tables, self.states)
+        self.starts, self.prefix_of = self.columns.starts, self.columns.prefix_of
         self.nearest: Shortfall | None = None
-        self._of_states = np.zeros(0)
-        self._known: set[tuple[int, int]] = set()
         self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
 
     def __len__(self) -> int:
@@ -101,25 +98,14 @@ class Expansion:
     def _rows(self, index: Index) -> Rows:
         return Rows({name: column[index] for name, column in self.values.items()})
 
-    def times(self, state: int) -> BlockTable:
-        """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
-        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
-        each = [
-            table.times(state)
-            if self.states[state, start:stop].any()
-            else np.zeros((len(TIMES), len(self.kinds), len(table)))
-            for table, (start, stop) in parts
-        ]
-        return BlockTable(self.kinds, np.concatenate(each, axis=2), TIMES)
-
     def plain(self, pairs: Pairs) -> tuple[Batch, Pending]:
         """Scores the pairs' open states without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(pairs.open & (self._width(0, pairs.layouts.deal(pairs.of), pairs.rows) > 0))
         layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
         jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
-        table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
-        fit, bound_s, batch = self.evaluate(jobs, table)
+        table = self.columns.of(jobs)
+        fit, bound_s, batch = self.evaluate(jobs, table=table)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
         fits[0, 0], bounds_s[0, 0] = fit, bound_s
@@ -158,42 +144,45 @@ class Expansion:
         found: list[Batch] = []
         for swap, together in product(swaps, self.branches.waves):
             left = [self._undecided(pending, chosen, recompute, swap, bar) for recompute in together]
-            at, width = np.concatenate([at for at, _ in left]), np.concatenate([width for _, width in left])
+            at, width, least_s = (np.concatenate(each) for each in zip(*left, strict=True))
             if not len(at):
                 continue
-            recomputes = np.repeat(np.array(together), [len(at) for at, _ in left])
+            recomputes = np.repeat(np.array(together), [len(at) for at, *_ in left])
             pairs = chosen[at]
             jobs = replace(pending.jobs.take(pairs), recomputes=recomputes, swap=swap, width=width)
             most = max(1, _TOGETHER // int(width.max()))
             for begin in range(0, len(at), most):
                 some = np.arange(begin, min(begin + most, len(at)))
-                fit, bound_s, batch = self.evaluate(jobs.take(some))
+                fit, bound_s, batch = self.evaluate(jobs.take(some), bar)
                 where = (swap, recomputes[some], pairs[some])
-                pending.fits[where], pending.bounds_s[where] = fit, bound_s
+                pending.fits[where], pending.bounds_s[where] = fit, np.maximum(bound_s, least_s[some])
                 if len(batch.fitting):
                     found.append(batch)
         return found
 
     def _undecided(
         self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
-    ) -> tuple[Index, NDArray[np.int64]]:
-        """Chosen pairs whose branch has to be priced, and the candidates behind each; those of the others are counted."""
+    ) -> tuple[Index, NDArray[np.int64], Array]:
+        """Chosen pairs whose branch has to be priced, the candidates behind each, and the largest bound of branches that do less.
+
+        The candidates of the others are counted.
+        """
         jobs = pending.jobs.take(chosen)
         width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
-            return np.zeros(0, dtype=np.intp), width[:0]
-        dominated, late = np.zeros((2, len(chosen)), dtype=bool)
+            return np.zeros(0, dtype=np.intp), width[:0], np.zeros(0)
+        dominated, least_s = np.zeros(len(chosen), dtype=bool), np.zeros(len(chosen))
         for r, s in self.branches.no_more(recompute, swap, jobs.schedule):
             dominated |= pending.fits[s, r, chosen]
-            late |= pending.bounds_s[s, r, chosen] >= bar
+            least_s = np.maximum(least_s, pending.bounds_s[s, r, chosen])
         if self.branches.saves(swap):
-            late |= pending.floor_s[chosen] >= bar
-        full = pending.overfull[chosen]
+            least_s = np.maximum(least_s, pending.floor_s[chosen])
+        late, full = least_s >= bar, pending.overfull[chosen]
         self.counts.excluded_by_bound["dominated"] += int(width[dominated].sum())
         self.counts.excluded_by_bound["step time"] += int(width[late & ~dominated].sum())
         self.counts.rejected["device memory"] += int(width[full & ~late & ~dominated].sum())
         at = np.flatnonzero((width > 0) & ~(dominated | late | full))
-        return at, width[at]
+        return at, width[at], least_s[at]
 
     def _width(self, recompute: int, layout: Layout | Dealt, rows: Index) -> NDArray[np.int64]:
         """Candidates behind one recompute choice on each row."""
@@ -225,36 +214,83 @@ class Expansion:
         saving: Array = held_bytes(jobs.layout, table["main_step_s"]).max(axis=0)
         return saving
 
-    def evaluate(self, jobs: Jobs, table: BlockTable | None = None) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a schedule and a swap: which fit, their bounds, and all of them.
+    def evaluate(
+        self, jobs: Jobs, bar: float = np.inf, *, table: BlockTable | None = None
+    ) -> tuple[NDArray[np.bool_], Array, Batch]:
+        """Prices jobs that share a schedule and a swap: which fit, bounds (zero: not known), and all of them.
 
-        Recompute by layers is priced apart from other choices. ``table``: their columns, where these are known.
+        Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use. ``table``: the jobs' columns,
+        where these are known.
         """
-        counted = self._by_layers(jobs) and "recompute_layers" not in self.branches.space.fixed
-        if not (counted and self.branches.moves_activations(jobs.swap, jobs.schedule)):
-            return self._priced(jobs, table)
-        # Recomputing more layers leaves less to move, so that the fewest that fit need not be the fastest.
-        fit, bound_s, batch = self._priced(jobs.with_every_count())
-        first = np.cumsum(jobs.width) - jobs.width
-        return np.logical_or.reduceat(fit, first), np.minimum.reduceat(bound_s, first), batch
-
-    def _priced(self, jobs: Jobs, table: BlockTable | None = None) -> tuple[NDArray[np.bool_], Array, Batch]:
-        if table is None:
-            table = self.columns(jobs.states, jobs.recomputes, jobs.swap, jobs.rows, jobs.schedule)
-        micro_batches = self.micro_batches[jobs.rows]
+        held = table or self.columns.of(jobs, HELD)
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):
-            layers = self._fewest_layers(jobs, table, micro_batches)
-        bound_s = step_bound(table, jobs.layout, micro_batches, layers, order_of(jobs.schedule))
-        peak, slower = self._memory(jobs, table, micro_batches, layers)
-        held = {"device memory": (peak, self.problem.memory_budget_bytes)}
+            layers = self._fewest_layers(jobs, held)
+        # Memory first: most of what recomputes and swaps does not fit, and what is held adds up without any price.
+        peak, slower = self._memory(jobs, held, layers)
+        needs = {"device memory": (peak, self.problem.memory_budget_bytes)}
         for tier, capacity in self.problem.cluster.slower_bytes.items():
-            held[TIERS[tier]] = slower[tier], capacity
-        runs = self._launchable(jobs)
-        fit = self._count(jobs, held, runs)
+            needs[TIERS[tier]] = slower[tier], capacity
+        fit = self._within(jobs, needs, self._launchable(jobs))
         if not fit.all():
-            self._note_nearest(jobs, held)
-        return fit, bound_s, Batch(self, jobs, np.flatnonzero(fit), bound_s, peak, layers)
+            self._note_nearest(jobs, needs)
+        if jobs.layers is None and layers is not None and fit.any() and self._counts_matter(jobs):
+            return self._every_count(jobs, layers, fit, bar)
+        bound_s, late = self._bounds(jobs, layers, fit, bar, table)
+        scored = fit & ~late
+        self.counts.excluded_by_bound["step time"] += int(jobs.width[fit & late].sum())
+        self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[scored].sum())
+        self.counts.scored += int(scored.sum())
+        return fit, bound_s, Batch(self, jobs, np.flatnonzero(scored), bound_s, peak, layers)
+
+    def _every_count(
+        self, jobs: Jobs, fewest: Array, fit: NDArray[np.bool_], bar: float
+    ) -> tuple[NDArray[np.bool_], Array, Batch]:
+        """Prices jobs that fit with as many recomputed layers as they take, and with more."""
+        at = np.flatnonzero(fit)
+        every = jobs.take(at).with_every_count(fewest[at].astype(np.int64))
+        self.counts.rejected["device memory"] += int(jobs.width[at].sum()) - len(every.rows)
+        bound_s = np.zeros(len(fit))
+        _, each_s, batch = self.evaluate(every, bar)
+        ends = np.cumsum(jobs.width[at] - fewest[at].astype(np.int64) + 1)
+        bound_s[at] = np.minimum.reduceat(each_s, np.concatenate([[0], ends[:-1]]))
+        return fit, bound_s, batch
+
+    def _counts_matter(self, jobs: Jobs) -> bool:
+        """Whether the fewest recomputed layers that fit need not be the fastest: more of them leave less to move."""
+        searched = "recompute_layers" not in self.branches.space.fixed
+        return searched and self.branches.moves_activations(jobs.swap, jobs.schedule)
+
+    def _bounds(
+        self, jobs: Jobs, layers: Array | None, fit: NDArray[np.bool_], bar: float, table: BlockTable | None
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Lower bounds of the jobs' step times, and whether they are not under the bar, before they have a ledger of their own.
+
+        Of jobs that do not fit only recomputation alone is bounded, which says something of all that swaps as well.
+        """
+        bound_s, order = np.zeros(len(jobs.rows)), order_of(jobs.schedule)
+
+        def bound(at: Index, times: BlockTable) -> None:
+            some = None if layers is None else layers[at]
+            bound_s[at] = step_bound(
+                times, jobs.layout.take(at), self.micro_batches[jobs.rows[at]], some, order
+            )
+
+        if table is not None:
+            bound(np.arange(len(fit)), table)
+            return bound_s, np.zeros(len(fit), dtype=bool)
+        asked = fit | (jobs.swap == 0)
+        at, late, known = np.flatnonzero(asked), np.zeros(len(fit), dtype=bool), ~asked
+        if bar < np.inf and not (editor_of(jobs.schedule) or order.splits_backward):
+            some = jobs.take(at)
+            times, known[at] = self.columns.floors(some)
+            bound(at, times)
+            late = bound_s >= bar
+            known |= late | ~fit
+        left = np.flatnonzero(~known)
+        if len(left):
+            bound(left, self.columns.of(jobs.take(left), TIMES))
+        return bound_s, late
 
     def _by_layers(self, jobs: Jobs) -> bool:
         """Whether the jobs recompute some of a device's layers."""
@@ -308,76 +344,43 @@ class Expansion:
                     faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
-    def _count(self, jobs: Jobs, held: _Held, runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which jobs fit. One candidate per job is scored, or rejected for the first tier that it exceeds; the other layer
-        counts behind it are excluded or rejected with it."""
-        rejected: Counter[str] = self.counts.rejected
+    def _within(self, jobs: Jobs, held: _Held, runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which jobs fit; the others are rejected for the first tier that they exceed, with the layer counts behind them."""
         fitting = runs
         for tier, (n_bytes, capacity) in held.items():
             inside = n_bytes <= capacity
-            rejected[tier] += int(jobs.width[fitting & ~inside].sum())
+            self.counts.rejected[tier] += int(jobs.width[fitting & ~inside].sum())
             fitting = fitting & inside
-        self.counts.scored += int(fitting.sum())
-        self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[fitting].sum())
         return fitting
 
-    def _fewest_layers(self, jobs: Jobs, table: BlockTable, micro_batches: Array) -> Array:
+    def _fewest_layers(self, jobs: Jobs, held: BlockTable) -> Array:
         """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
             return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
-        low, high = (
-            np.ones(len(jobs.rows)),
-            np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0)),
-        )
+        budget = self.problem.memory_budget_bytes
+        most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
+        fewest = most.copy()
+        at = np.flatnonzero(self._memory(jobs, held, most)[0] <= budget)
+        few, column = jobs.take(at), held.take(at)
+        low, high = np.ones(len(at)), most[at]
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
-            peak = self._memory(jobs, table, micro_batches, middle)[0]
-            fit = peak <= self.problem.memory_budget_bytes
+            fit = self._memory(few, column, middle)[0] <= budget
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
-        return high
+        fewest[at] = high
+        return fewest
 
-    def _memory(
-        self, jobs: Jobs, table: BlockTable, micro_batches: Array, layers: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def _memory(self, jobs: Jobs, held: BlockTable, layers: Array | None) -> tuple[Array, dict[str, Array]]:
         return memory(
-            table,
+            held,
             jobs.layout,
             order_of(jobs.schedule),
-            micro_batches,
+            self.micro_batches[jobs.rows],
             self.problem.stack,
             self.communicators[jobs.rows],
             layers,
         )
-
-    def columns(
-        self, states: Index, recomputes: Index, swap: int, rows: Index, schedule: Choice
-    ) -> BlockTable:
-        """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
-        columns = self._columns_of_states(states, rows)
-        assert schedule.technique is not None
-        editor = schedule if schedule.technique.edits else None
-        if editor or not all(self.branches.idle(recompute, swap) for recompute in set(recomputes.tolist())):
-            shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
-            branches = np.ravel_multi_index((self.prefix_of[rows], states, recomputes), shape)
-            order = np.argsort(branches, kind="stable")
-            for at in np.split(order, np.flatnonzero(np.diff(branches[order])) + 1):
-                prefix, state, recompute = (int(i) for i in np.unravel_index(branches[at[0]], shape))
-                local = rows[at] - self.starts[prefix]
-                columns[at] = self.tables[prefix].of_branch(state, recompute, swap, local, editor)
-        return BlockTable.compact(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)))
-
-    def _columns_of_states(self, states: Index, rows: Index) -> Array:
-        """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
-        if not len(self._of_states):
-            self._of_states = np.zeros((len(self.states), len(self), len(COMPACT), len(self.kinds)))
-        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
-        for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
-            if (state, prefix) not in self._known:
-                self._known.add((state, prefix))
-                where = slice(self.starts[prefix], self.starts[prefix + 1])
-                self._of_states[state, where] = self.tables[prefix].of_state(state)
-        return self._of_states[states, rows]
 
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""

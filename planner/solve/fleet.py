@@ -67,6 +67,11 @@ class Fleet:
     result: SearchResult
     attempts: tuple[Attempt, ...]
 
+    def problem_of_best(self, problems: Sequence[Problem]) -> Problem:
+        """The problem that the best plan solves; the first where its cluster is a smaller one than any problem's."""
+        best = self.result.best
+        return next((p for p in problems if p.cluster.name == best.cluster), problems[0])
+
 
 def objective_value(plan: Plan, objective: str) -> float:
     """What a ranking minimises: seconds, dollars, joules or device hours of one optimizer step."""

@@ -22,7 +22,7 @@ _Pairs: TypeAlias = list[
     tuple[Pending, Index, Array]
 ]  # pending pairs, which of them, and what none of them is faster than
 
-_WAVE = 8
+_WAVE = 32
 _MANY = 4096  # rows from which tables of a part of them pay
 
 

@@ -289,6 +289,11 @@ class Space:
                     faults.append(
                         Fault(f"--fix {name}", repr(value), f"one of {', '.join(LAYOUT_NAMES)}", hint)
                     )
+        for detail in details().values():
+            slot, _, choice = detail.needed_by.partition("=")
+            if choice and checked.get(slot) == choice and detail.name not in fixed:
+                expected = f"--fix {detail.name}=… beside it: {detail.expected}"
+                faults.append(Fault(f"--fix {detail.needed_by}", "does not say enough alone", expected))
         if checked.get("gradient_dtype", "fp32") not in FORMATS:
             faults.append(Fault("--fix gradient_dtype", repr(fixed["gradient_dtype"]), "fp32, bf16 or fp16"))
         if faults:

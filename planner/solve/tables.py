@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, TIMES, Pricer, tabulate
+from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
 from planner.solve.branches import Branches
@@ -20,6 +20,8 @@ from planner.technique import SLOTS, Context
 __all__ = ["BranchTables"]
 
 Index = NDArray[np.intp]
+
+_ASPECTS = {COMPACT: (PACED, ONCE, HELD), TIMES: (PACED, ONCE), ONCE: (ONCE,), HELD: (HELD,)}
 
 
 class BranchTables:
@@ -40,8 +42,10 @@ class BranchTables:
         self.space, self.branches, self.pricer, self.kinds = space, branches, pricer, kinds
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
-        self._changes: dict[tuple[str, ...], _Change] = {}
-        self._divided: dict[tuple[int, int, int, int], list[_Change]] = {}
+        self._base = _change_of(ledger, ledger)
+        self._changes: dict[tuple[str, ...], _Change] = {(): self._base}
+        self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
+        self._added: dict[_Change, Array] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
@@ -57,7 +61,7 @@ class BranchTables:
 
     def of_state(self, state: int) -> Array:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
-        return self._change(self.branches.states[state]).values
+        return self._whole(self._unit(self.branches.states[state]))
 
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
@@ -66,32 +70,85 @@ class BranchTables:
         ).values
 
     def of_branch(
-        self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None
-    ) -> Array:
-        """The table of a branch on some rows: the prefix's, and what every part of the branch changes.
+        self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None,
+        fields: tuple[str, ...] = COMPACT,
+    ) -> Array:  # fmt: skip
+        """A branch on some rows: the prefix's table, and what every part of the branch changes; (rows, fields, kinds).
 
         A schedule that edits the ledger sees the state's items, and makes one part with it unless it looks at none of them.
-        """
-        base: Array = self._change({}).values[rows]
-        total = base
-        for part in self._parts(state, recompute, swap, schedule):
-            total = total + (part.values[rows] - base)
-        return total
 
-    def parts(self, state: int, recompute: int, swap: int) -> tuple[Array, list[Array]]:
-        """What :meth:`of_branch` adds up: the prefix's table and those of the branch's parts alone, (rows, compact fields, kinds)
-        each, the same objects every time."""
-        return self._change({}).values, [part.values for part in self._parts(state, recompute, swap)]
+        Args:
+            state, recompute, swap: the branch.
+            rows: which.
+            schedule: one that edits the ledger.
+            fields: ``COMPACT``, or some of its aspects: ``TIMES``, ``ONCE``, ``HELD``.
+        """
+        sums = []
+        for aspect in _ASPECTS[fields]:
+            parts = self._parts(state, recompute, swap, schedule, beside=aspect is PACED)
+            base: Array = self._values(self._base, aspect)[rows]
+            total = base
+            for part in parts:
+                if aspect in part.touched:
+                    total = total + (self._values(part, aspect)[rows] - base)
+            sums.append(total)
+        return sums[0] if len(sums) == 1 else np.concatenate(sums, axis=1)
+
+    def floor_of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> tuple[Array, bool]:
+        """Times that a branch is not faster than, (rows, time fields, kinds), from its parts; whether they are its own.
+
+        Parts that share nothing but the clock, as where traffic of one hides behind work of another, take together no less
+        than each of them alone. A step adds up blocks' forwards, backwards (weight gradients included), and these with what
+        runs again: of each of the three counts the largest among such parts. That needs no ledger of the branch's own.
+        """
+        base = self._values(self._base, PACED)[rows]
+        total, own = base, True
+        for beside in self._beside(state, recompute, swap):
+            each = [self._values(part, PACED)[rows] for part in beside]
+            own = own and len(each) == 1
+            largest = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
+            total = total + (largest - base)
+        once = self.of_branch(state, recompute, swap, rows, fields=ONCE)
+        return np.concatenate([total, once], axis=1), own
+
+    def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
+        """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each; always the same
+        arrays."""
+        found = [self._base, *self._parts(state, recompute, swap, beside=True)]
+        for part in found:
+            if part not in self._added:
+                self._added[part] = self._whole(part) - (
+                    0.0 if part is self._base else self._added[self._base]
+                )
+        return [self._added[part] for part in found]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
-        """The same on all rows, from a ledger of the branch's own."""
-        return self._change(self.branches.recipe(state, recompute, swap)).values
+        """:meth:`of_branch` on all rows, from a ledger of the branch's own."""
+        return self._whole(self._change(self.branches.recipe(state, recompute, swap)))
 
-    def _parts(self, state: int, recompute: int, swap: int, schedule: Choice | None = None) -> list[_Change]:
-        """What a branch changes, in parts that add up: choices that touch the same things make one part."""
+    def _whole(self, change: _Change) -> Array:
+        return np.concatenate([self._values(change, aspect) for aspect in _ASPECTS[COMPACT]], axis=1)
+
+    def _values(self, change: _Change, aspect: tuple[str, ...]) -> Array:
+        """One aspect of a partial recipe's table: (rows, fields, kinds)."""
+        if aspect not in change.touched:
+            change = self._base
+        if aspect not in change.tables:
+            table = tabulate(change.ledger, self.pricer, self.kinds, len(self), aspect)
+            change.tables[aspect] = np.ascontiguousarray(table.values.transpose(2, 0, 1))
+        return change.tables[aspect]
+
+    def _parts(
+        self, state: int, recompute: int, swap: int, schedule: Choice | None = None, *, beside: bool
+    ) -> list[_Change]:
+        """What a branch changes, in parts that add up: choices that touch the same items make one part.
+
+        ``beside``: also those whose work and traffic run side by side, and hide each other. What is held adds up without that.
+        """
         edits = None if schedule is None else self._edits(schedule)
-        key = (state, recompute, swap, id(edits))
+        key = (state, recompute, swap, id(edits), beside)
         if key not in self._divided:
+            clash = _clash if beside else _share
             parts: list[tuple[dict[str, Choice], _Change]] = []
             of_state, *units = self.branches.units(state, recompute, swap)
             if edits is not None and edits["schedule"].technique.apart:  # type: ignore[union-attr]
@@ -100,14 +157,23 @@ class BranchTables:
                 of_state = self._together(of_state, edits)
             for part in (of_state, *units):
                 change = self._unit(part)
-                while clash := next((other for other in parts if _clash(change, other[1])), None):
-                    parts.remove(clash)
-                    part = self._together(clash[0], part)
+                while other := next((other for other in parts if clash(change, other[1])), None):
+                    parts.remove(other)
+                    part = self._together(other[0], part)
                     change = self._unit(part)
-                if change.removed or change.timed or change.differs:
+                if change.touched:
                     parts.append((part, change))
             self._divided[key] = [change for _, change in parts]
         return self._divided[key]
+
+    def _beside(self, state: int, recompute: int, swap: int) -> list[list[_Change]]:
+        """Parts of a branch that touch no common item, those whose times interact together."""
+        found: list[list[_Change]] = []
+        for part in self._parts(state, recompute, swap, beside=False):
+            if PACED in part.touched:
+                joint = [group for group in found if any(_clash(part, other) for other in group)]
+                found = [group for group in found if group not in joint] + [sum(joint, [part])]
+        return found
 
     def _edits(self, schedule: Choice) -> dict[str, Choice]:
         """A schedule as a unit; schedules whose passes are one and look at the prefix alone are one unit."""
@@ -139,11 +205,7 @@ class BranchTables:
         )
         if key not in self._changes:
             ask()
-            ledger = self._ledger(recipe)
-            table = tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT)
-            values = np.ascontiguousarray(table.values.transpose(2, 0, 1))
-            differs = bool(key) and not np.array_equal(values, self._change({}).values)
-            self._changes[key] = _Change(values, *_difference(self._ledgers[()], ledger), differs)
+            self._changes[key] = _change_of(self._ledgers[()], self._ledger(recipe))
         return self._changes[key]
 
     def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
@@ -166,31 +228,52 @@ class BranchTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Change:
-    """A partial recipe's block table (rows, fields, kinds), and what it touched.
+    """What a partial recipe makes of the prefix's ledger.
 
     ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
-    where overlap makes changes interact. ``differs``: whether its table is not the prefix's.
+    where overlap makes changes interact. ``touched``: aspects in which its table may differ from the prefix's.
+    ``tables``: its table by aspects, (rows, fields, kinds), made when first asked for.
     """
 
-    values: Array
+    ledger: Ledger
     removed: frozenset[int]
     timed: frozenset[tuple[str, str]]
-    differs: bool
+    touched: frozenset[tuple[str, ...]]
+    tables: dict[tuple[str, ...], Array] = field(default_factory=dict)
+
+
+def _share(one: _Change, other: _Change) -> bool:
+    """Whether both touch an item: then their changes do not add up."""
+    return not one.removed.isdisjoint(other.removed)
 
 
 def _clash(one: _Change, other: _Change) -> bool:
-    """Whether both touch an item, or the timing of a block and phase: then their changes do not add up."""
-    return not (one.removed.isdisjoint(other.removed) and one.timed.isdisjoint(other.timed))
+    """Whether both touch an item, or the timing of a block and phase: then their times do not add up."""
+    return _share(one, other) or not one.timed.isdisjoint(other.timed)
 
 
-def _difference(before: Ledger, after: Ledger) -> tuple[frozenset[int], frozenset[tuple[str, str]]]:
-    """Items of ``before`` that are not in ``after``, and the blocks and phases where timed items differ."""
+def _change_of(before: Ledger, after: Ledger) -> _Change:
+    """The difference between two ledgers."""
     old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
     removed = frozenset(old.keys() - new.keys())
     changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
-    paced = [i for i in changed if i.phase != "step" and not isinstance(i, Resident)]
+    aspects = [HELD if isinstance(i, Resident) else ONCE if i.phase == "step" else PACED for i in changed]
+    paced = [i for i, aspect in zip(changed, aspects, strict=True) if aspect is PACED]
     timed = {(i.block, i.phase) for i in paced}
     # What runs beside a backward hides behind its weight gradients and recomputation as well.
     beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
     timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
-    return removed, frozenset(timed)
+    whole = not after.axes.extends(before.axes)  # every item may have another size
+    return _Change(after, removed, frozenset(timed), frozenset(_ASPECTS[COMPACT] if whole else aspects))
+
+
+def _added_up(paced: Array) -> Array:
+    """Forward, weight gradients, these with the backward, and all that with what runs again: of (rows, paced fields, kinds)."""
+    forward, backward, weight, again = paced.transpose(1, 0, 2)
+    return np.stack([forward, weight, weight + backward, weight + backward + again], axis=1)
+
+
+def _apart(added_up: Array) -> Array:
+    """The phases of such sums."""
+    forward, weight, backward, again = added_up.transpose(1, 0, 2)
+    return np.stack([forward, backward - weight, weight, again - backward], axis=1)

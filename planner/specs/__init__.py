@@ -1,0 +1,1 @@
+"""What is planned: models, machines, jobs and software, read strictly from files into frozen dataclasses."""

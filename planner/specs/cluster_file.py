@@ -13,7 +13,7 @@ from planner.specs.device import Device
 from planner.specs.device_file import TOPOLOGIES, aliases, find_device, list_devices, load_device
 from planner.specs.library import canonical, hardware_folder, resolve
 from planner.specs.links import read_transport
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 from planner.specs.tiers import Network, build_tiers, check_nesting, inside
 

@@ -12,8 +12,8 @@ from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import Device, Efficiency, ScaleUp, Sourced
 from planner.specs.library import canonical, hardware_folder, resolve
 from planner.specs.links import link_table, read_transport, with_link
-from planner.specs.load import Reader, read_file
 from planner.specs.power_limit import with_power_limit
+from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["DTYPES", "TOPOLOGIES", "aliases", "find_device", "list_devices", "load_device", "merged_profile"]

@@ -8,7 +8,7 @@ from functools import cache
 
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
 __all__ = ["COPIES", "ExchangeKernel", "exchange_libraries"]

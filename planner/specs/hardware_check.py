@@ -17,7 +17,7 @@ from planner.specs.cluster_file import list_clusters, load_cluster
 from planner.specs.device import KINDS, Device
 from planner.specs.device_file import aliases, find_device, list_devices, load_device, merged_profile
 from planner.specs.library import hardware_folder
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 from planner.units import GIB
 
 __all__ = ["CHECKS", "check_device", "check_hardware"]

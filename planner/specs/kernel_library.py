@@ -22,7 +22,7 @@ from pathlib import Path
 
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional
 
 __all__ = ["DEFAULTS", "OPERATIONS", "KernelLibrary", "kernel_libraries", "library_for"]

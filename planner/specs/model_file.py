@@ -31,11 +31,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from planner.errors import Problem
-from planner.specs.checks import violations
 from planner.specs.formats import KERNEL_FORMATS
 from planner.specs.layers import arrange
-from planner.specs.load import REQUIRED, Reader
 from planner.specs.model import Attention, Block, Mlp, Model, Moe, Ssm
+from planner.specs.model_checks import violations
+from planner.specs.reader import REQUIRED, Reader
 from planner.units import parse_count
 
 __all__ = ["model_from_table"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.library import canonical, models_folder, resolve
-from planner.specs.load import read_file
 from planner.specs.model import Model
 from planner.specs.model_file import model_from_table
+from planner.specs.reader import read_file
 
 __all__ = ["list_models", "load_model", "named_precision"]
 

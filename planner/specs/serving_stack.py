@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from planner.specs.device import Sourced
-from planner.specs.load import Reader
+from planner.specs.reader import Reader
 from planner.specs.sourced import read_sourced
 
 __all__ = ["KernelRule", "ServingSoftware", "read_kernel_rules", "read_serving"]

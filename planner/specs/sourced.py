@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.specs.device import KINDS, Sourced
-from planner.specs.load import Reader
+from planner.specs.reader import Reader
 
 __all__ = ["read_optional", "read_sourced"]
 

@@ -29,7 +29,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 from planner.specs.serving_stack import KernelRule, ServingSoftware, read_kernel_rules, read_serving
 from planner.specs.sourced import read_optional, read_sourced
 
@@ -101,7 +101,9 @@ class Stack:
         weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
-        update_bytes_per_parameter: what the update holds besides states, of the parameters that a rank updates.
+        update_bytes_per_parameter: what the update of 16-bit gradients holds besides states, of the parameters that a rank
+            updates: a copy in fp32, which accumulators in fp32 save, and flat buffers.
+        kept_gradients: copies of the products' gradients that stay beside accumulators of another format.
         sequence_copies: copies of what sequence parallelism gathers or scatters, where tensors have their sequences in the second
             dimension and collectives cut along the first.
         stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
@@ -130,6 +132,7 @@ class Stack:
     weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
+    kept_gradients: Sourced | None = None
     sequence_copies: Sourced | None = None
     stage_tensors: Sourced | None = None
     notes: str = ""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from planner.errors import Problem, SpecError
+from planner.specs.ranges import out_of_range
 
 __all__ = ["ADAPTER_RANK", "Traffic"]
 
-# Field → (least, most, whole number?). Far beyond any real deployment: they catch a slip of the keyboard.
 ADAPTER_RANK = 16
 """Largest rank of adapters where none is given: vLLM's ``--max-lora-rank``."""
+# Field → (least, most, whole number?). Far beyond any real deployment: they catch a slip of the keyboard.
 _LIMITS = {
     "isl": (1, 10**8, True),
     "osl": (1, 10**7, True),
@@ -68,13 +68,7 @@ class Traffic:
     adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
-        faults = [
-            Problem(
-                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:,} to {most:,}"
-            )
-            for name, (least, most, whole) in _LIMITS.items()
-            if (value := getattr(self, name)) is not None and not _inside(value, least, most, whole)
-        ]
+        faults = out_of_range(self, _LIMITS)
         if self.rate_per_s is not None and self.concurrency is not None:
             faults.append(
                 Problem("rate_per_s", "is given beside a concurrency", "one of them", "Leave one out.")
@@ -93,9 +87,3 @@ class Traffic:
     def prompt_context(self) -> float:
         """Keys that a computed prompt token attends to, itself included, mean."""
         return self.isl - self.computed_isl + (self.computed_isl + 1.0) / 2.0
-
-
-def _inside(value: object, least: float, most: float, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        return False
-    return math.isfinite(value) and least <= value <= most

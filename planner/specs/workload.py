@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.formats import FORMATS
+from planner.specs.ranges import out_of_range
 
 __all__ = ["TrainWorkload"]
 
@@ -56,13 +56,7 @@ class TrainWorkload:
     tokens: float | None = None
 
     def __post_init__(self) -> None:
-        faults = [
-            Problem(
-                name, repr(value), f"a {'whole number' if whole else 'number'} from {least:,} to {most:,}"
-            )
-            for name, (least, most, whole) in _LIMITS.items()
-            if (value := getattr(self, name)) is not None and not _inside(value, least, most, whole)
-        ]
+        faults = out_of_range(self, _LIMITS)
         faults += [
             Problem(
                 "precisions", repr(name), f"one of {', '.join(FORMATS)}", did_you_mean(str(name), FORMATS)
@@ -79,9 +73,3 @@ class TrainWorkload:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step consumes."""
         return self.global_batch_size * self.seq_len
-
-
-def _inside(value: object, least: float, most: float, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        return False
-    return math.isfinite(value) and least <= value <= most

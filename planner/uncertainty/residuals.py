@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 
 __all__ = [
     "COVERAGE",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 
 __all__ = ["FILE", "serving_interval"]
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from planner.errors import PlannerError
-from planner.specs.checks import violations
 from planner.specs.layers import arrange
 from planner.specs.model import Attention, Block, Mlp, Model, Moe
+from planner.specs.model_checks import violations
 from planner.specs.models import list_models, load_model
 from planner.specs.parameters import parameter_count
 from planner.validation.cells import Cells

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 
-from planner.specs.load import Reader, read_file
 from planner.specs.model import Model
+from planner.specs.reader import Reader, read_file
 from planner.validation.table import Row
 
 __all__ = ["DEFAULTS", "Launch", "Suite", "suite_of"]
@@ -48,7 +48,10 @@ class Suite:
     Attributes:
         upstream: how the column of that name begins in its rows.
         page: what its rows' source names, where they have no such column.
+        feature: what its rows' features name, where neither tells: a data set that several benchmarks draw from.
+        measured_date: when its runs were made, at the latest, where they do not say.
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
+        natural_lengths: squared coefficient of variation of lengths that are told by their mean; 0: they are as stated.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
         frontend_s: seconds that the suite's own frontend adds to the first token.
         launches: options, with the conditions under which they hold.
@@ -58,7 +61,10 @@ class Suite:
 
     upstream: tuple[str, ...] = ()
     page: str = ""
+    feature: str = ""
+    measured_date: str = ""
     shortest_length: float = 1.0
+    natural_lengths: float = 0.0
     requests_per_client: int = 0
     frontend_s: float = 0.0
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
@@ -77,7 +83,7 @@ class Suite:
         >>> round(Suite(shortest_length=0.8).length_scv, 5)
         0.00412
         """
-        return float((1.0 - self.shortest_length) ** 2 / 12.0 / self.mean_length**2)
+        return float((1.0 - self.shortest_length) ** 2 / 12.0 / self.mean_length**2) + self.natural_lengths
 
     def launch(self, run: Mapping[str, str | bool | float]) -> Launch:
         """The options of a run, by what conditions ask for."""
@@ -95,10 +101,14 @@ class Suite:
 
 
 def suite_of(row: Row) -> Suite:
-    """The suite of a row; one that says nothing where none is known."""
-    upstream, source = row.text("upstream"), row.text("source")
+    """The suite of a row, the first that fits; one that says nothing where none is known."""
+    upstream, source, features = (row.text(name) for name in ("upstream", "source", "features"))
     for suite in _suites():
-        if (upstream and upstream.startswith(suite.upstream)) or (suite.page and suite.page in source):
+        if (
+            (upstream and upstream.startswith(suite.upstream))
+            or (suite.page and suite.page in source)
+            or (suite.feature and suite.feature in features)
+        ):
             return suite
     return Suite()
 
@@ -116,7 +126,10 @@ def _suites() -> tuple[Suite, ...]:
             Suite(
                 entry.texts("upstream", ()),
                 entry.text("page", ""),
+                entry.text("feature", ""),
+                entry.text("measured_date", ""),
                 entry.number("shortest_length", 1.0),
+                entry.number("natural_lengths", 0.0),
                 entry.integer("requests_per_client", 0, minimum=0),
                 entry.number("frontend_s", 0.0),
                 tuple(_launch(each) for each in entry.tables("launch", [])),

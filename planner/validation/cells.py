@@ -125,7 +125,8 @@ def _gradients(cells: Cells) -> str:
     dtype = cells.text("dtype")
     if cells.framework.startswith(_REDUCES_AS_COMPUTED):
         return dtype if dtype in ("fp16", "bf16") else "fp32"
-    narrow = ("fp16", "bf16") if "deepspeed" in cells.framework else ("fp16",)
+    sharded = cells.row.text("zero_stage") in ("2", "3")  # without, BF16_Optimizer adds up in fp32
+    narrow = ("fp16", "bf16") if "deepspeed" in cells.framework and sharded else ("fp16",)
     return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
 
 
@@ -189,10 +190,10 @@ DEFAULTS = (
     ),
     Default(
         "(gradients)",
-        "what the stack says; else the weights' 16 bits under DeepSpeed and FSDP1, and under Megatron-LM with fp16 weights; else "
-        "fp32",
+        "what the stack says; else the weights' 16 bits under FSDP1, under Megatron-LM and DeepSpeed with fp16 weights, and "
+        "under DeepSpeed where ZeRO shards gradients; else fp32",
         "ZeRO counts 2 bytes (arXiv:1910.02054); FSDP1 reduces in MixedPrecision.param_dtype unless told otherwise; Megatron-LM "
-        "adds gradients of bf16 weights up in fp32, of fp16 ones if asked",
+        "and DeepSpeed's BF16_Optimizer add gradients of bf16 weights up in fp32, of fp16 ones if asked",
         _gradients,
     ),
     Default(

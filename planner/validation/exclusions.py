@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 
 __all__ = ["Exclusion", "read_exclusions"]
 

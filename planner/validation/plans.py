@@ -15,6 +15,7 @@ from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.stack import Stack, stack_for
 from planner.specs.workload import TrainWorkload
+from planner.technique import SLOTS
 from planner.techniques.training.recompute.selective_recompute import read_modules
 from planner.validation.architecture import model_of
 from planner.validation.cells import Cells
@@ -153,6 +154,8 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
     printed = cells.row.text("sharding_as_printed").lower()
     fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
+    if fsdp and stage > 1 and cells.whole("pp") > 1:
+        stage = 1  # PyTorch's pipelines keep weights gathered and gradients whole until the last micro-batch
     choice: dict[str, Any] = {
         "zero_stage": "fsdp" if stage == 3 and fsdp else str(stage),
         "zero_group": "full",
@@ -197,6 +200,15 @@ def _offload(text: str) -> Mapping[str, Any]:
     kind, _, layers = text.partition(":")
     if kind == "activations" and layers.isdecimal() and len(layers) < 6 and int(layers) > 0:
         return {"activation_offload": "cpu", "activation_offload_layers": int(layers)}
+    if "=" in text:  # as our own measuring scripts write what published tables have no word for
+        return dict(_knob(part, text) for part in text.split(";"))
     if text not in _OFFLOADS:
         raise Unsupported(f"offload {text!r}: not modelled")
     return _OFFLOADS[text]
+
+
+def _knob(part: str, text: str) -> tuple[str, str]:
+    name, _, value = part.strip().partition("=")
+    if name.removesuffix("_layers") not in SLOTS or not name.removesuffix("_layers").endswith("_offload"):
+        raise Unsupported(f"offload {text!r}: not modelled")
+    return name, value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError
-from planner.specs.load import read_file
+from planner.specs.reader import read_file
 from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
 from planner.uncertainty.residuals import GROUPED_BY, Residuals, Spread, Spreads, regime
 from planner.uncertainty.terms import peak_parts, time_parts

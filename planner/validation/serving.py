@@ -20,6 +20,7 @@ from planner.serving.capacity import capacity
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 from planner.technique import ServingContext, discover
+from planner.validation.bursts import burst
 from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
 from planner.validation.serving_runs import ServedRun, served_run
@@ -231,21 +232,10 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
     if first.weights == "fp16":
         knobs["activations"] = "fp16"
     ctx = ServingContext(first.model, first.cluster, traffic, stack, mesh, knobs)
-    broken = _broken(ctx)
-    if broken is not None:
-        return [broken] * len(runs)
     iterations = Iterations(ctx)
     columns = _DRIVERS[first.driver](iterations, traffic, load, runs)
     found = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
     return [{name: value for name, value in one.items() if np.isfinite(value)} for one in found]
-
-
-def _broken(ctx: ServingContext) -> str | None:
-    """The first rule that any of the rows breaks, none if all keep them."""
-    device = ctx.cluster.device
-    if ctx.knobs["weights"] in ("fp8", "fp8_block") and not device.supports("fp8"):
-        return f"{device.name} has no fp8 matrix rate"
-    return None
 
 
 def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> dict[str, Array]:
@@ -412,6 +402,7 @@ def _static(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
 _DRIVERS: Mapping[str, Callable[[Iterations, Traffic, Array, Runs], dict[str, Array]]] = {
     "concurrency": _closed,
     "offline": _offline,
+    "burst": lambda iterations, traffic, load, runs: burst(iterations, traffic, runs),
     "static": _static,
     "rate": _rate,
     "pools": _pools,

@@ -14,22 +14,25 @@ from planner.specs.cluster_file import build_cluster
 from planner.specs.device_file import load_device
 from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.models import load_model
-from planner.specs.stack import Stack, stack_for
+from planner.specs.stack import Stack, load_stack, stack_for
 from planner.specs.tiers import Network
 from planner.validation.benchmark_suites import DEFAULTS, Launch, Suite, suite_of
 from planner.validation.table import Row, Unsupported
 
 __all__ = ["DRIVERS", "ServedRun", "served_run"]
 
-DRIVERS = ("concurrency", "offline", "static", "rate", "pools")
-"""How a run was driven: clients that replace every answer, all requests at once, one batch, arrivals, or clients of a deployment
-with pools of their own for prompts and generation."""
+DRIVERS = ("concurrency", "offline", "burst", "static", "rate", "pools")
+"""How a run was driven: clients that replace every answer, all requests at once (a ``burst`` where their latencies are told or
+their lengths vary), one batch, arrivals, or clients of a deployment with pools of their own for prompts and generation."""
 
 _WEIGHTS = {
     "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "fp4": "nvfp4",
     "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4", "int8": "int8_wo", "int4": "int4_wo", "q4_k_m": "q4_k_m", "": "bf16",
 }  # fmt: skip
-_CACHES = {"fp8": "fp8", "": ""}
+_NEEDS_FP8 = ("fp8", "fp8_block")
+_ANY_ENGINE = "serving"
+"""The stack of a continuous-batching engine of no particular make, for those that no stack describes."""
+_TOLD, _CUT = re.compile(r"(\d+) requests"), re.compile(r"at most (\d+) tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class ServedRun:
         frontend_s: seconds that a frontend before the engine adds to the first token.
         requests_per_client: requests of every client, the first of all at once; None: not known.
         length_scv: squared coefficient of variation of answers' lengths.
+        longest_answer: at which answers are cut; infinite: they are not.
         may_speculate: whether multi-token prediction was on is not stated, and both were run.
     """
 
@@ -73,6 +77,7 @@ class ServedRun:
     frontend_s: float = 0.0
     requests_per_client: float | None = None
     length_scv: float = 0.0
+    longest_answer: float = math.inf
     may_speculate: bool = False
 
     @property
@@ -101,6 +106,7 @@ class ServedRun:
             self.frontend_s,
             self.requests_per_client,
             self.length_scv,
+            self.longest_answer,
         )
 
 
@@ -114,12 +120,16 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     tp, pp, dp, _ = degrees
     model = _model(row)
     cluster = _cluster(row.text("accelerator"), tp * pp * dp)
-    stack = stack_for(row.text("engine"), row.text("engine_version"), row.text("measured_date"))
-    if stack.serving is None:
-        raise Unsupported(f"no stack describes the engine {row.text('engine')!r}")
-    weights = _weights(row, model, defaults)
-    driver, load = _driver(row)
     suite = suite_of(row)
+    date = row.text("measured_date") or suite.measured_date
+    stack = stack_for(row.text("engine"), row.text("engine_version"), date)
+    if stack.serving is None:
+        defaults["engine"] += 1
+        stack = load_stack(_ANY_ENGINE)
+    weights = _weights(row, model, defaults)
+    if weights in _NEEDS_FP8 and not cluster.device.supports("fp8"):
+        weights = "int8_wo"  # engines unpack such weights for 16-bit products (Marlin kernels): as many bytes as int8 ones
+    driver, load = _driver(row, suite)
     launch = suite.launch(
         {
             "engine": row.text("engine").lower(),
@@ -148,8 +158,9 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         prefill=prefill,
         launch=launch,
         frontend_s=suite.frontend_s,
-        requests_per_client=suite.requests_per_client or None,
+        requests_per_client=suite.requests_per_client or _per_client(row, driver, load),
         length_scv=suite.length_scv,
+        longest_answer=_longest(row),
         may_speculate=suite.may_speculate(
             row.text("engine").lower(), weights, row.text("measured_date"), model
         ),
@@ -193,7 +204,7 @@ def _length(row: Row, column: str) -> int:
     return round(value)
 
 
-def _driver(row: Row) -> tuple[str, float]:
+def _driver(row: Row, suite: Suite) -> tuple[str, float]:
     """How the run was driven, and by how much."""
     features, rate = row.text("features").lower(), row.text("request_rate").lower()
     concurrency, batch = row.number("concurrency"), row.number("batch")
@@ -208,7 +219,9 @@ def _driver(row: Row) -> tuple[str, float]:
     if concurrency and not rate:
         return "concurrency", concurrency
     if rate == "inf":
-        return "offline", 0.0
+        told = _TOLD.search(features)
+        timed = row.text("ttft_ms") or row.text("tpot_ms")
+        return ("burst", float(told[1])) if told and (timed or suite.natural_lengths) else ("offline", 0.0)
     if rate:
         each = row.number("per_replica_request_rate") or row.number("request_rate")
         if each:
@@ -218,11 +231,23 @@ def _driver(row: Row) -> tuple[str, float]:
 
 def _requests(row: Row, suite: Suite) -> float:
     """Requests of the whole run."""
-    said = re.search(r"(\d+) requests", row.text("features"))
+    said = _TOLD.search(row.text("features"))
     if said:
         return float(said[1])
     lengths = row.number("input_len") or 0.0, row.number("output_len") or 0.0
     return row.number("requests_completed") or suite.requests.get(lengths, math.inf)
+
+
+def _longest(row: Row) -> float:
+    """The length at which answers are cut."""
+    cut = _CUT.search(row.text("features"))
+    return float(cut[1]) if cut else math.inf
+
+
+def _per_client(row: Row, driver: str, load: float) -> float | None:
+    """Requests of every client, where a row tells those of the whole run."""
+    said = _TOLD.search(row.text("features"))
+    return max(float(said[1]) / load, 1.0) if said and driver in ("concurrency", "pools") else None
 
 
 def _weights(row: Row, model: Model, defaults: Counter[str]) -> str:

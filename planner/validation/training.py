@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from planner.assemble import Assembly
 from planner.errors import PlannerError
 from planner.plan import Estimate, Plan
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.uncertainty.judgement import time_group
 from planner.uncertainty.residuals import PROCESS, Residuals, load_residuals
 from planner.validation.cells import WHERE_SILENT

@@ -31,7 +31,7 @@ BAD_OPTIONS = {
     "--stack": ("nope", "missing.toml"),
     "--for": ("slurmy", ""),
     "--fix": ("tp", "tp=", "=8", "tp=0", "tp=-1", "tp=nan", "tp=1.5", f"tp={HUGE}", "nope=1", "tp=3", "zero_stage=9",
-              "gradient_dtype=fp7"),
+              "gradient_dtype=fp7", "recompute=modules", "zero_group=ranks", "parameter_offload=window", "loss_kernel=masked"),
     "--forbid": ("", "nothing_like_this", "tpp=8"),
 }  # fmt: skip
 

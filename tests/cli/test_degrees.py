@@ -81,7 +81,10 @@ def test_a_search_for_galvatron_finds_degrees_that_it_runs_and_that_are_read_bac
     of_layers = [places[at[s]]["mesh"] for runs in layerwise["stages"] for s, n in runs for _ in range(n)]
     assert told["tp_sizes_enc"] == ",".join(str(mesh["tp"]) for mesh in of_layers)
     assert told["vtp"] == ends[0]["tp"]
-    assert "gathers whole sequences" in (tmp_path / "run" / "README.md").read_text()
+    page = (tmp_path / "run" / "README.md").read_text()
+    assert "gathers whole sequences" in page
+    assert "no row for" in page
+    assert '"row": null' in (tmp_path / "run" / "measure.py").read_text()
     knobs = [f"--fix={knob}={str(best['knobs'][knob]).lower()}" for knob in ("gradient_dtype", "loss_kernel")]
     again = planner(
         "estimate", "--from", "galvatron", tmp_path / "run" / "galvatron.json", *SMALL, *knobs, "--json",

@@ -33,6 +33,13 @@ def test_every_example_is_tried():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(PROMISES)
 
 
+def test_every_example_is_said_to_show_something():
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert [path.name for path in (ROOT / "examples").iterdir() if f"({path.name}" not in page] == [
+        "README.md"
+    ]
+
+
 @pytest.mark.parametrize("name", PROMISES)
 def test_example_prints_what_it_promises(name):
     assert re.search(PROMISES[name], output(ROOT / "examples" / name))

@@ -1,8 +1,11 @@
 """Does ``planner solve`` answer, in tables and in JSON, and say what is wrong with its input?"""
 
 import json
+from pathlib import Path
 
 import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 JOB = ("--model", "gpt2", "--cluster", "a100:1x4", "--seq-len", "1024")
 PROBLEMS = {
@@ -79,6 +82,8 @@ def test_problem_from_a_file_is_solved(planner, problem, verb):
 def test_answers_are_those_worked_by_hand(planner, problem):
     # Rests of a behind k1: there in 2 s, back in 1 s; k1 to k3 take 3 s.
     assert planner("solve", "tiers", problem("tiers"), "--json").json["time_s"] == 6.0
+    on_a_clock = planner("solve", "tiers", problem("tiers", moves="scheduled"), "--json").json
+    assert on_a_clock["certificate"]["bound"] <= on_a_clock["time_s"] <= 6.0
     # Graham 1969 (doi:10.1137/0117039): 9, where longest-first takes 11.
     assert planner("solve", "sequences", problem("sequences"), "--json").json["time_s"] == 9.0
     assert max(planner("solve", "experts", problem("experts"), "--json").json["loads"]) == 9.0
@@ -230,3 +235,37 @@ def test_blocks_of_a_pipeline(planner):
     assert "in the best runs of neighbours" in planner(*job).out
     refused = planner(*job, "--memory", "1GiB", "--json")
     assert (refused.code, refused.faults[0]["where"]) == (3, "memory")
+
+
+def test_runs_of_neighbours_keep_the_limit_of_memory_too(planner):
+    """Llama 3.2 1B's head is a third of its weights: under 14 GiB the other blocks have to make room for it."""
+    job = (
+        "solve",
+        "blocks",
+        "--model",
+        "llama3.2-1b",
+        "--cluster",
+        "h100-sxm:1x4",
+        "--seq-len",
+        "4096",
+        "--json",
+    )
+    free, tight = planner(*job).json, planner(*job, "--memory", "13.9GiB").json
+    assert free["time_s"] < tight["time_s"]
+    assert free["runs_s"] < tight["runs_s"]
+
+
+def test_example_of_ranks_keeps_replicas_of_a_stage_in_one_rack(planner):
+    """Two racks of nodes listed in turn. In order, rings of gradients cross them at 6.25 GB/s and activations do not:
+    2·¾·4 GB / 6.25 GB/s + (2·0.1 + 14·0.1) GB / 25 GB/s = 1.024 s. The other way round: 0.24 s + 0.256 s.
+    """
+    found = planner("solve", "ranks", EXAMPLES / "ranks.json", "--json").json
+    assert found["time_in_order_s"] == pytest.approx(1.024, rel=1e-3)
+    assert found["time_s"] == pytest.approx(0.496, rel=1e-3)
+    assert {node % 2 for node in found["node"][:4]} != {0, 1}
+
+
+def test_example_of_experts_parts_the_popular_ones(planner):
+    """Two experts a device: the most popular one's 70 tokens stand beside 4 at least, and so they do; in order 130 would."""
+    found = planner("solve", "experts", EXAMPLES / "experts.json", "--json").json
+    assert max(found["loads"]) == 74

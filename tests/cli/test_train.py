@@ -266,6 +266,13 @@ def test_interruption_before_the_first_plan(planner, monkeypatch):
     assert re.search(r"before any plan was priced, [\d,]+ candidates", found.faults[0]["found"])
 
 
+def test_exploring_and_looking_for_a_size_are_two_searches(planner):
+    job = (*SMALL[:2], "--cluster", "a100:8x1", *SMALL[4:], "--tokens", "10B", "--deadline", "9d")
+    found = planner("train", *job, "--explore", "all", "--json")
+    assert found.code == 2
+    assert [fault["where"] for fault in found.faults] == ["--explore"]
+
+
 def test_interrupted_deadline_says_how_far_it_is_proved(planner, monkeypatch):
     """The first size that its kernels do not exclude is searched, and then the user stops."""
     from planner.cli.progress import Progress

@@ -90,6 +90,8 @@ def test_read_me_names_every_part_of_the_package():
     for path in (ROOT / "planner").iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
             assert f"{path.name}/" in tree, path.name
+        if path.suffix == ".py" and not path.name.startswith("__"):
+            assert path.name in tree
 
 
 def shown(technique: Technique, choice: str) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import numpy as np
 import pytest
 
+from planner.engine import COMPACT, HELD, ONCE, TIMES, BlockTable
+from planner.pipeline import step_bound
+from planner.solve.space import Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.uniform import UniformSearch
 from planner.specs.hardware import load_cluster
@@ -12,13 +18,17 @@ from planner.specs.models import load_model
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
+from planner.step_time import exact_step_s
+
+JOBS = [
+    ("llama3.1-8b", "h100-sxm:4x8"),
+    ("deepseek-v2-lite", "h100-sxm:2x8"),
+    ("llama3.1-8b", "rtx-4090:4x8"),
+]
 
 
-@pytest.mark.parametrize(
-    ("model", "cluster"), [("llama3.1-8b", "h100-sxm:4x8"), ("deepseek-v2-lite", "h100-sxm:2x8")]
-)
-def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
-    """Every state with every recompute choice and swap, on a spread of meshes."""
+def tables_of(model: str, cluster: str) -> tuple[UniformSearch, Rows, BranchTables]:
+    """A search, a spread of meshes, and the tables of its first prefix on them."""
     problem = Problem(
         load_model(model), load_cluster(cluster), TrainWorkload(64, 4096), load_stack(),
         fixed={"sequence_parallel": "true", "tensor_overlap": "none", "context": "p2p"},
@@ -30,26 +40,71 @@ def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
     valid = np.flatnonzero(search.faults(prefix, ctx).first < 0)
     rows = search.space.rows.take(valid[:: max(1, len(valid) // 24)])
     ctx = rows.context(problem, knobs)
+    ledger = search.ledger(prefix, ctx)
+    tables = BranchTables(search.space, search.branches, search.pricer, search.kinds, prefix, ctx, ledger)
+    return search, rows, tables
+
+
+def every_branch(search: UniformSearch) -> Iterator[tuple[int, int, int]]:
+    """States, recompute choices and swaps by number."""
     branches = search.branches
-    tables = BranchTables(
-        search.space, branches, search.pricer, search.kinds, prefix, ctx, search.ledger(prefix, ctx)
-    )
-    active = branches.activity(rows, knobs)
+    return product(range(len(branches.states)), range(len(branches.recomputes)), range(len(branches.swaps)))
+
+
+@pytest.mark.parametrize(("model", "cluster"), JOBS[:2])
+def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
+    """Every state with every recompute choice and swap, on a spread of meshes; aspects apart say the same."""
+    search, rows, tables = tables_of(model, cluster)
+    branches = search.branches
+    active = branches.activity(rows, tables.ctx.knobs)
     added, every = 0, np.arange(len(rows))
-    for state in range(len(branches.states)):
+    for state, recompute, swap in every_branch(search):
         on = active.states[state]
-        for recompute in range(len(branches.recomputes)):
-            for swap in range(len(branches.swaps)):
-                if not on.any():
-                    continue
-                total = tables.of_branch(state, recompute, swap, every)
-                whole = tables.whole(state, recompute, swap)
-                added += len(tables._parts(state, recompute, swap)) > 1
-                scale = np.abs(whole).max(axis=(0, 2), keepdims=True) + np.abs(total).max(
-                    axis=(0, 2), keepdims=True
-                )
-                names = {
-                    slot: choice.value for slot, choice in branches.recipe(state, recompute, swap).items()
-                }
-                assert np.all(np.abs(total - whole)[on] <= 1e-12 * scale), names
+        if not on.any():
+            continue
+        total = tables.of_branch(state, recompute, swap, every)
+        whole = tables.whole(state, recompute, swap)
+        added += len(tables._parts(state, recompute, swap, beside=True)) > 1
+        scale = np.abs(whole).max(axis=(0, 2), keepdims=True) + np.abs(total).max(axis=(0, 2), keepdims=True)
+        names = {slot: choice.value for slot, choice in branches.recipe(state, recompute, swap).items()}
+        assert np.all(np.abs(total - whole)[on] <= 1e-12 * scale), names
+        assert np.all(np.abs(sum(tables.changes(state, recompute, swap)) - total) <= 1e-12 * scale), names
+        for fields in (TIMES, ONCE, HELD):
+            alone = tables.of_branch(state, recompute, swap, every, fields=fields)
+            assert np.array_equal(alone, total[:, [COMPACT.index(name) for name in fields]]), names
     assert added > 40
+
+
+@pytest.mark.parametrize(("model", "cluster"), JOBS)
+def test_floors_are_below_the_engine(model: str, cluster: str) -> None:
+    """What the parts of a branch say of its times is never above the schedule engine's price of the branch's own ledger, whatever
+    share of the layers is recomputed, and is the branch's own where it says so."""
+    search, rows, tables = tables_of(model, cluster)
+    active = search.branches.activity(rows, tables.ctx.knobs)
+    draw = np.random.default_rng(1)
+    below = 0
+    for state, recompute, swap in every_branch(search):
+        on = np.flatnonzero(active.states[state] & active.recomputes[recompute])
+        for row in draw.permutation(on)[:2].tolist():
+            at = np.array([row])
+            floor, own = tables.floor_of_branch(state, recompute, swap, at)
+            whole = tables.whole(state, recompute, swap)[at]
+            table, least = (
+                BlockTable(search.kinds, np.ascontiguousarray(values.transpose(1, 2, 0)), fields)
+                for values, fields in ((whole, COMPACT), (floor, TIMES))
+            )
+            if own:
+                times = whole[:, : len(TIMES)]
+                assert np.all(np.abs(floor - times) <= 1e-12 * np.abs(times).max(axis=(0, 2), keepdims=True))
+            micro_batches = tables.ctx.micro_batches[at]
+            plain = [d for d in search.layouts_of(int(rows.values["pp"][row])) if d[1].virtual_stages == 1]
+            schedule, layout = plain[draw.integers(len(plain))]
+            by_layers = search.branches.by_layers(search.branches.recomputes[recompute])
+            layers = int(draw.integers(1, layout.layers)) if by_layers and layout.layers > 1 else None
+            bound_s = float(step_bound(least, layout, micro_batches, layers, order_of(schedule))[0])
+            step_s = float(
+                exact_step_s([table], layout, order_of(schedule), round(float(micro_batches[0])), [layers])[0]
+            )
+            assert bound_s <= step_s * (1 + 1e-9)
+            below += not own
+    assert below > 40

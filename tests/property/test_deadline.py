@@ -10,7 +10,8 @@ from planner.errors import Infeasible, InvalidPlan, SpecError
 from planner.solve.deadline import fewest_devices
 from planner.solve.fleet import run_s
 from planner.solve.kernel_floor import kernel_floor_s
-from planner.solve.train import estimate, search
+from planner.solve.named import estimate
+from planner.solve.train import search
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
 from planner.specs.problem import Problem

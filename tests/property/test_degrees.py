@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement, pairwise, product
 import numpy as np
 import pytest
 
-from planner import load_model
+from planner import TrainWorkload, load_cluster, load_model, load_stack
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.costs.resharding import reshard_bytes
 from planner.errors import Infeasible
@@ -18,33 +18,19 @@ from planner.ledger import Collective
 from planner.place import Place
 from planner.solve.mixed.ground import Ground
 from planner.solve.mixed.search import MixedSearch, search_mixed
-from planner.solve.train import examine
-from planner.specs.hardware import load_cluster
-from planner.specs.model import Attention, Block, Mlp, Model
+from planner.solve.named import examine
+from planner.specs.model import Attention, Block, Mlp
 from planner.specs.problem import Problem
-from planner.specs.stack import load_stack
-from planner.specs.workload import TrainWorkload
 from planner.transition import communicators, meets, transition, transition_s
+from tests.property.small_problem import ALL_OR_NOTHING, small_problem
 
-_CLOSED = {
-    "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "zero_stage": "1", "cp": "1",
-    "parameter_offload": "none", "optimizer_offload": "none", "activation_offload": "none",
-}  # fmt: skip
-_RECOMPUTE = ("norm", "act", "norm+act", "selective", "mlp", "block", "norm+mla_up")
-_FEW = tuple(f"recompute={choice}" for choice in _RECOMPUTE)
+_CLOSED = {"zero_stage": "1", "activation_offload": "none"}
 
 
 def small(cluster: str, layers: int = 4, reserve: float = 0.0, batch: int = 8, **fixed: str) -> Problem:
-    """A model of some gigabytes on a few devices."""
-    block = Block(attention=Attention(16, 16, 128), mlp=Mlp(8192, gated=True))
-    model = Model(
-        name="small", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
-        layers=(("decoder", layers),), tied_embeddings=False, dropout=False,
-    )  # fmt: skip
-    return Problem(
-        model, load_cluster(cluster), TrainWorkload(batch, 4096), load_stack(), fixed={**_CLOSED, **fixed}, reserve=reserve,
-        forbidden=_FEW,
-    )  # fmt: skip
+    """Tensor and data degrees are open, and whether a layer is recomputed."""
+    closed = {**_CLOSED, **fixed}
+    return small_problem(cluster, layers, reserve=reserve, batch=batch, forbidden=ALL_OR_NOTHING, **closed)
 
 
 def found(problem: Problem, *, mixing: bool = True) -> MixedSearch:
@@ -188,7 +174,10 @@ def test_the_search_for_galvatron_finds_what_trying_everything_that_it_runs_find
     problem = small("rtx-4090:1x2", layers=2, reserve=reserve)
     kept = {slot: problem.fixed[slot] for slot in ("tensor_overlap", "zero_group")}
     problem = replace(
-        problem, fixed={**kept, **fixed}, forbidden=(*_FEW, "*_offload"), launcher=launcher("galvatron")
+        problem,
+        fixed={**kept, **fixed},
+        forbidden=(*ALL_OR_NOTHING, "*_offload"),
+        launcher=launcher("galvatron"),
     )
     found = search_mixed(problem, 1, base=none_fits, mixing=True, solver="brute")
     best_s, step_s = everything(problem, galvatron_runs), found.best.estimate.step_time_s

@@ -9,7 +9,7 @@ from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.engine import Pricer, tabulate
 from planner.layout import BOUNDARY
 from planner.mesh import Mesh
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
 from planner.specs.problem import Problem

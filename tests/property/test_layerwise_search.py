@@ -32,24 +32,14 @@ from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
+from tests.property.small_problem import CLOSED, small_problem
 
-# What stays out of small spaces: choices that multiply meshes, not strategies.
-_CLOSED = {
-    "sequence_parallel": "false", "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "cp": "1", "tp": "1",
-    "parameter_offload": "none", "optimizer_offload": "none",
-}  # fmt: skip
+_CLOSED = {**CLOSED, "sequence_parallel": "false", "tp": "1"}
 
 
 def small(layers: int = 6, cluster: str = "rtx-4090:1x4", reserve: float = 0.6, **fixed: str) -> Problem:
-    """A model of some gigabytes on four small devices, most of whose memory is taken."""
-    block = Block(attention=Attention(16, 16, 128), mlp=Mlp(8192, gated=True))
-    model = Model(
-        name="small", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
-        layers=(("decoder", layers),), tied_embeddings=False, dropout=False,
-    )  # fmt: skip
-    return Problem(
-        model, load_cluster(cluster), TrainWorkload(8, 4096), load_stack(), fixed={**_CLOSED, **fixed}, reserve=reserve
-    )  # fmt: skip
+    """Four small devices, most of whose memory is taken; strategies of the layers are open."""
+    return small_problem(cluster, layers, reserve=reserve, **{**_CLOSED, **fixed})
 
 
 TIGHT = [
@@ -398,7 +388,7 @@ def test_a_layerwise_plan_that_does_not_add_up_is_refused(wrong):
 
 def test_holdings_and_seconds_add_up_over_strategies():
     from planner.report.account import byte_tree, second_tree
-    from planner.solve.train import examine
+    from planner.solve.named import examine
 
     plan = search_layerwise(TIGHT[0], 1).best
     problem = replace(

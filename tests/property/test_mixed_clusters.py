@@ -22,34 +22,18 @@ from planner.solve.mixed.ground import Ground
 from planner.solve.mixed.search import MixedSearch, search_mixed
 from planner.solve.mixed.settle import Settler
 from planner.solve.mixed.shapes import Shape, shapes
-from planner.solve.train import examine
-from planner.specs.hardware import load_cluster
-from planner.specs.model import Attention, Block, Mlp, Model
+from planner.solve.named import examine
 from planner.specs.problem import Problem
-from planner.specs.stack import load_stack
-from planner.specs.workload import TrainWorkload
+from tests.property.small_problem import ALL_OR_NOTHING, small_problem
 
-_CLOSED = {
-    "sequence_parallel": "false", "context": "p2p", "tensor_overlap": "none", "zero_group": "full", "cp": "1",
-    "zero_stage": "1", "parameter_offload": "none", "optimizer_offload": "none", "activation_offload": "none",
-}  # fmt: skip
-# Recompute all or nothing.
-_RECOMPUTE = ("norm", "act", "norm+act", "selective", "mlp", "block", "norm+mla_up")
-_FEW = tuple(f"recompute={choice}" for choice in _RECOMPUTE)
+_CLOSED = {"sequence_parallel": "false", "zero_stage": "1", "activation_offload": "none"}
 _DEVICES = ("a100-sxm-80gb", "rtx-4090", "h100-sxm", "l4", "a100-pcie-40gb")
 
 
 def small(cluster: str, layers: int = 4, reserve: float = 0.0, batch: int = 4, **fixed: str) -> Problem:
-    """A model of some gigabytes on a few devices."""
-    block = Block(attention=Attention(16, 16, 128), mlp=Mlp(8192, gated=True))
-    model = Model(
-        name="small", family="small", arch="decoder", hidden=2048, vocab=32000, max_seq_len=4096, blocks={"decoder": block},
-        layers=(("decoder", layers),), tied_embeddings=False, dropout=False,
-    )  # fmt: skip
-    return Problem(
-        model, load_cluster(cluster), TrainWorkload(batch, 4096), load_stack(), fixed={**_CLOSED, **fixed}, reserve=reserve,
-        forbidden=_FEW,
-    )  # fmt: skip
+    """Degrees of every group are open, and whether a layer is recomputed."""
+    closed = {**_CLOSED, **fixed}
+    return small_problem(cluster, layers, reserve=reserve, batch=batch, forbidden=ALL_OR_NOTHING, **closed)
 
 
 def random_problem(seed: int) -> Problem:

@@ -160,3 +160,9 @@ def test_checkpoints_at_the_optimum_cost_twice_the_geometric_mean():
     assert best == 40.0  # √(64·25)
     assert checkpoint_bytes(64, 4.0, 100.0, best) == 320.0  # 2√(64·4·100)
     assert checkpoint_bytes(64, 4.0, 100.0, 20) > 320.0 < checkpoint_bytes(64, 4.0, 100.0, 64)
+
+
+@pytest.mark.parametrize(("shards", "bytes_per_parameter"), [(1, 18.0), (4, 9.0), (64, 6.1875)])
+def test_megatron_divides_what_only_the_optimizer_reads(shards, bytes_per_parameter):
+    """16-bit weights and fp32 gradients stay whole, 12 bytes are divided: Megatron-LM, theoretical_memory_usage.py."""
+    assert megatron_state_bytes(1e9, shards) == 1e9 * bytes_per_parameter

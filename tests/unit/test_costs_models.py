@@ -113,6 +113,11 @@ def test_rule_of_six():
     assert flop / six == pytest.approx(1.02744, abs=1e-5)
 
 
+def test_parameters_of_gpt_are_counted_to_the_last_one():
+    # GPT-2 as published has 124,439,808; the last normalisation's 2·768 are not in the paper's formula.
+    assert gpt_parameters(12, 768, 50257, 1024) == 124_439_808 - 2 * 768
+
+
 def test_optimizer_states():
     # AdamW 4 + 4 + 4 (ZeRO's K = 12); one moment 4 + 4; two 8-bit moments with an FP32 scale per 2048
     states = {name: optimizer_state_bytes(name) for name in KNOWN_OPTIMIZERS}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import planner
-from planner.ledger import Collective, Kernel, Matmul, Stream
+from planner.ledger import Collective, Kernel, Matmul, Resident, Stream
 from planner.phases import dispatches
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.device import Sourced
 from planner.specs.stack import load_stack
+from planner.techniques.figures import held_bytes, total_bytes
 
 JOB = planner.TrainWorkload(8, 1024)
 
@@ -163,3 +164,36 @@ def test_a_graph_of_a_whole_iteration_has_one_product_for_all_experts():
     assert each == [128 / 8] * 2  # one per expert of the rank, for each of the two products
     assert single == [1.0, 1.0]
     assert eager_s / captured_s == pytest.approx(slower)  # the device's own grouped kernel
+
+
+@pytest.mark.parametrize(
+    ("phase", "n_bytes", "calls"), [("forward", 28.0, 2 * 4 + 2), ("backward", 40.0, 6 * 4 + 2)]
+)
+def test_biases_of_experts_are_scaled_in_fp32_expert_by_expert(phase, n_bytes, calls):
+    ledger = assembly("gpt-oss-20b", "h100-sxm:1x8", ep=8, precision="bf16").parts[0].ledger
+    (bias,) = (i for i in ledger.of(Stream, phase=phase, block="moe") if i.what == "moe.bias")
+    # Forward, in bytes of bf16 and fp32: product 4 written, sum 2 + 4 read and 4 written, concatenation 4 + 4, cast 4 + 2.
+    # Backward: cast 2 + 4, the output's gradient 4 + 2 and put together 2 + 2, two products of 4 + 4 and their sums of 4 each.
+    elements = 1024 * 4 * 2880  # a micro-batch of one sequence, four experts a token
+    assert float(np.ravel(ledger.axes[bias.size])[0]) * bias.bytes_per_element == pytest.approx(
+        n_bytes * elements
+    )
+    assert float(np.ravel(dispatches(bias, ledger.axes))[0]) == calls  # 4 of 32 experts on a rank
+
+
+@pytest.mark.parametrize(
+    ("fixed", "gradients", "update"),
+    [
+        # BF16_Optimizer: 2 bytes of .grad beside accumulators of 4, which the update reads as they are; flat buffers of 2.
+        ({"precision": "bf16", "gradient_dtype": "fp32"}, 6.0, 2.0),
+        # fp16: 2 bytes, which the update copies in fp32 beside the flat buffers.
+        ({"precision": "fp16", "gradient_dtype": "fp16"}, 2.0, 6.0),
+    ],
+)
+def test_deepspeed_keeps_gradients_of_16_bits_beside_accumulators_in_fp32(fixed, gradients, update):
+    job = planner.TrainWorkload(8, 1024, precisions=(fixed["precision"],))
+    ledger = assembly(stack="megatron-deepspeed", job=job, zero_stage="0", **fixed).parts[0].ledger
+    weights = held_bytes(ledger, "parameters") / 2.0
+    assert held_bytes(ledger, "gradients") / weights == pytest.approx(gradients)
+    copies = [item for item in ledger.of(Resident) if "update" in item.tags]
+    assert total_bytes(ledger, copies) / weights == pytest.approx(update)

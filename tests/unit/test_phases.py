@@ -11,7 +11,7 @@ import pytest
 import planner
 from planner.ledger import Collective, Matmul, Stream
 from planner.phases import Lane, Lanes, phase_s
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.stack import load_stack
 
 STACK = load_stack("default")

@@ -14,7 +14,7 @@ from planner.costs.reliability import (
     young_interval_s,
 )
 from planner.report.goodput import Failures, checkpoint_bytes, goodput
-from planner.solve.train import examine
+from planner.solve.named import examine
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
 from planner.specs.problem import Problem

@@ -10,8 +10,8 @@ import pytest
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack, search
 from planner.holdings import holdings
 from planner.report.account import second_tree
+from planner.solve.named import examine
 from planner.solve.replay import replay
-from planner.solve.train import examine
 from planner.technique import discover
 
 # Eight stages in one node, micro-batches of one sequence; what is left to choose is the schedule and how layers are dealt.

@@ -102,6 +102,24 @@ def test_sixteen_bit_checkpoints_are_narrowed_by_the_engine():
     assert "has to be one in fp8" in export_serving(plan, "trtllm")["README.md"]
 
 
+def test_a_format_that_no_engine_makes_has_no_checkpoint_to_fall_back_on():
+    """TensorRT-LLM reads fp8 from the checkpoint: the model's 16-bit one would be served as it is, and may not fit."""
+    files = export_serving(plan_of(weights="fp8", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "MODEL=${MODEL:?a checkpoint of this model in fp8}" in files["serve.sh"]
+    assert "name-your-checkpoint" in files["leaderworkerset.yaml"]
+    assert "name-your-checkpoint" in files["README.md"]
+    plain = export_serving(plan_of(weights="bf16", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "name-your-checkpoint" not in plain["leaderworkerset.yaml"]
+
+
+def test_a_page_names_no_file_that_is_not_there():
+    for to in ("dynamo", "llm-d"):
+        files = export_serving(plan_of(replicas=2), to)
+        assert "router.sh" not in files
+        assert "router.sh" not in files["README.md"]
+        assert "MODEL=" not in files["README.md"]
+
+
 def test_three_meanings_of_a_memory_fraction():
     plan = plan_of(tp=2, replicas=1)
     target = ServingTarget(plan)
@@ -264,8 +282,8 @@ def written(plan, to, folder, **options):
 def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kinds, tmp_path):
     """A role with two kinds of replicas: neither's configuration may take the other's place."""
     prompts, answers = two_kinds.pools
-    small = replace(prompts, replicas=1)
-    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4})
+    small = replace(prompts, replicas=1, share=0.3)
+    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4}, share=0.7)
     plan = replace(two_kinds, pools=(small, large, answers))
     folder = written(plan, "vllm", tmp_path, around=["kubernetes"])
     degrees = {
@@ -288,7 +306,11 @@ def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kind
         item["name"]: item["value"] for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     }
     assert [url.split(".")[1].split(":")[0] for url in addresses["PREFILL"].split()] == sets[:2]
-    assert "every replica the same share" in (folder / "README.md").read_text()
+    assert "prefill-1 30%, prefill-2 70%" in (folder / "README.md").read_text()
+    assert (
+        "--policy power_of_two" in routes
+    )  # turn by turn, the slower kind would get as much as the faster one
+    assert "type: load_balancing" in export_serving(plan, "trtllm")["router.sh"]
     one_kind = replace(plan, pools=(small, large, replace(answers, cluster=prompts.cluster, replicas=1)))
     for to in ("dynamo", "llm-d"):  # a component per role
         with pytest.raises(ExportError, match="unlike prefill pools"):

@@ -614,3 +614,19 @@ def test_inactive_choices_do_nothing():
         technique = serve(slot, value)
         assert not np.any(technique.active(ctx))
         assert amounts(technique.apply(before, ctx)) == amounts(before)
+
+
+@pytest.mark.parametrize(("pp", "dp", "share"), [(2, 8, 0.5), (1, 8, 1.0), (2, 1, 1.0)])
+def test_an_embedding_is_summed_once_only_between_both_ends_and_replicas(pp, dp, share):
+    """Song et al. 2023 (arXiv:2301.09830), section 6: one sum over 2D ranks in place of one over D and one over 2."""
+
+    def sent(apply: figures.Pass) -> float:
+        ledger, _ = figures.run(
+            "compression", apply, model="gpt2-xl", pp=pp, dp=dp, zero_stage="0", compression="fused_embedding"
+        )
+        return figures.sent_bytes(
+            ledger, lambda i: i.block in ("embedding", "head") and {"data_parallel", "gradients"} <= i.tags
+        )
+
+    fused = next(t for t in MODELLED if "fused_embedding" in t.choices)
+    assert sent(fused.apply) == pytest.approx(share * sent(lambda ledger, ctx: ledger))

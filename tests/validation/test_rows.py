@@ -165,7 +165,9 @@ def test_state_space_layers_come_with_the_shipped_model(row):
 @pytest.mark.parametrize(
     ("cells", "knobs"),
     [
-        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2"}, {"zero_stage": "fsdp"}),
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2", "pp": "1"},
+         {"zero_stage": "fsdp"}),
+        ({"zero_stage": "3", "sharding_as_printed": "fsdp (FSDP2)", "framework": "PyTorch FSDP2"}, {"zero_stage": "1"}),
         ({"zero_stage": "3", "sharding_as_printed": "fsdp (Megatron FSDP)"}, {"zero_stage": "3"}),
         ({"zero_stage": ""}, {"zero_stage": "1"}),
         ({"shard_group": "node"}, {"zero_group": "full"}),  # dp is 4, and a node of 8 holds them all at tp 2
@@ -186,7 +188,8 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "", "accelerator": "V100-SXM2-32GB"}, {"precision": "fp16", "gradient_dtype": "fp32"}),
         ({"dtype": "fp16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp16"}),
         ({"dtype": "bf16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp32"}),
-        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "bf16"}),
+        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp32"}),
+        ({"dtype": "bf16", "framework": "Megatron-DeepSpeed", "zero_stage": "2"}, {"gradient_dtype": "bf16"}),
         ({"other_flags": "no-gradient-accumulation-fusion=True"}, {"gradient_accumulation": "separate"}),
         ({"other_flags": "FSDP mixed_precision=PURE"}, {"gradient_dtype": "bf16"}),
         ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),

@@ -10,7 +10,18 @@ from planner.errors import Problem
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
-__all__ = ["Engine", "needed_beside", "number_format", "quantized_checkpoint", "uneven_heads"]
+__all__ = [
+    "NO_CHECKPOINT",
+    "Engine",
+    "checkpoint_of",
+    "needed_beside",
+    "number_format",
+    "quantized_checkpoint",
+    "uneven_heads",
+]
+
+NO_CHECKPOINT = "name-your-checkpoint"
+"""What a manifest says where the plan does not know which checkpoint is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,7 @@ class Engine:
         online: number formats that it makes of a 16-bit checkpoint while it loads it → the value of its setting.
         differs: where it runs otherwise than the plan, one sentence each.
         needs: what has to be installed beside it, one sentence each.
+        router_package: what has to be installed for its router; empty where nothing has.
     """
 
     name: str
@@ -46,17 +58,16 @@ class Engine:
     environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
     differs: Callable[[ServingTarget], list[str]] = lambda target: []
     needs: Callable[[ServingTarget], list[str]] = lambda target: []
+    router_package: str = ""
 
 
-def needed_beside(target: ServingTarget, router: str) -> list[str]:
-    """What an engine of Python packages needs for pools, replicas and expert exchange; ``router`` is its router's package."""
+def needed_beside(target: ServingTarget) -> list[str]:
+    """What an engine of Python packages needs for pools and expert exchange."""
     found = []
     if target.plan.mode == "disaggregated":
         found.append(
             "`pip show nixl`: caches travel from prefill to decode through it (RDMA; `ucx_info -d` names the devices)."
         )
-    if target.plan.mode == "disaggregated" or target.plan.pools[0].replicas > 1:
-        found.append(f"`pip show {router}`: `router.sh` spreads requests with it.")
     if any(pool.knobs["experts"] == "exchanged" for pool in target.plan.pools):
         found.append("`python -c 'import deep_ep'`: tokens travel to experts through DeepEP.")
     return found
@@ -77,6 +88,11 @@ def quantized_checkpoint(engine: Engine, target: ServingTarget) -> str:
         if name not in ("bf16", "fp16", target.model.checkpoint) and name not in engine.online
     ]
     return ", ".join(missing)
+
+
+def checkpoint_of(engine: Engine, target: ServingTarget) -> str:
+    """The hub id of what is served; empty where none is known, or where the plan's format is that of another checkpoint."""
+    return "" if quantized_checkpoint(engine, target) else target.checkpoint
 
 
 def uneven_heads(target: ServingTarget, where: str, tp: int) -> Iterator[Problem]:

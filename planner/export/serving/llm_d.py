@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.dynamo import flag_words
-from planner.export.serving.engine import Engine
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, checkpoint_of
 from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
 from planner.export.serving.target import ServingTarget, summary
 from planner.export.yaml_text import yaml_text
@@ -27,13 +27,14 @@ _GIVEN_BY_CHART = ("tensor-parallel-size", "data-parallel-size")
 
 def _write(target: ServingTarget, engine: Engine, image: str, version: str) -> Mapping[str, str]:
     plan, name = target.plan, f"plan-{target.plan.id}"
+    served = checkpoint_of(engine, target) or NO_CHECKPOINT
     split = plan.mode == "disaggregated"
     values: dict[str, Any] = {
         "fullnameOverride": name,
         "multinode": _multinode(target),
         "modelArtifacts": {
-            "name": target.checkpoint,
-            "uri": f"hf://{target.checkpoint}",
+            "name": served,
+            "uri": f"hf://{served}",
             "size": _volume(target),
             "authSecretName": "llm-d-hf-token",
             "labels": {"llm-d.ai/inference-serving": "true", "llm-d.ai/model": name},
@@ -96,7 +97,12 @@ def _command(target: ServingTarget, engine: Engine, pool: Pool, port: int) -> di
     if not _multinode(target):
         own = {key: value for key, value in settings.items() if key not in _GIVEN_BY_CHART}
         return {"modelCommand": "vllmServe", "args": flag_words(own)}
-    words = ["vllm serve", target.checkpoint, f"--port {port}", *_quoted(flag_words(settings))]
+    words = [
+        "vllm serve",
+        checkpoint_of(engine, target) or NO_CHECKPOINT,
+        f"--port {port}",
+        *_quoted(flag_words(settings)),
+    ]
     if target.span(pool) > 1:
         words.append(
             f"--nnodes {target.span(pool)} --node-rank $LWS_WORKER_INDEX --master-addr $LWS_LEADER_ADDRESS"

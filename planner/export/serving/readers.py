@@ -47,8 +47,12 @@ def read_launch(launcher: str, paths: str) -> tuple[LaunchedPool, ...]:
     if len(pools) == 1 and pools[0].role == "aggregated":
         return tuple(pools)
     if len(pools) != 2:
-        expected = "both of them, PREFILL_FILE,DECODE_FILE"
-        raise SpecError(Problem(f"--from {launcher} {paths[:60]}", "is one pool of a pair", expected))
+        where, expected = f"--from {launcher} {paths[:60]}", "both of them, PREFILL_FILE,DECODE_FILE"
+        if len(pools) > 2:
+            unlike = f"{len(pools)} pools, and no file says how many replicas each has"
+            hint = "A plan that planner serve wrote (-o) has them: planner simulate, or explain, prices it."
+            raise SpecError(Problem(where, unlike, "one pool, or a pair: PREFILL_FILE,DECODE_FILE", hint))
+        raise SpecError(Problem(where, "is one pool of a pair", expected))
     for pool, role, name in zip(pools, _PAIR, names, strict=True):
         if pool.role not in ("", role):
             raise SpecError(

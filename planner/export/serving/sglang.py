@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from planner.errors import Problem
@@ -95,7 +94,8 @@ def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
 
 
 def _router(target: ServingTarget) -> list[str]:
-    head = ["python3 -m sglang_router.launch_router --host 0.0.0.0 --port $PORT --policy round_robin"]
+    policy = "power_of_two" if target.unlike else "round_robin"
+    head = [f"python3 -m sglang_router.launch_router --host 0.0.0.0 --port $PORT --policy {policy}"]
     if target.plan.mode == "aggregated":
         return [*head, '    --worker-urls "${DECODE[@]}"']
     return [
@@ -139,5 +139,6 @@ ENGINE = Engine(
     router=_router,
     rules=_rules,
     online={"fp8": "fp8"},
-    needs=partial(needed_beside, router="sglang-router"),
+    needs=needed_beside,
+    router_package="sglang-router",
 )

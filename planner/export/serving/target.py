@@ -82,6 +82,11 @@ class ServingTarget:
         """The pools of a pool's role, itself included: several where devices, degrees or budgets of one role differ."""
         return tuple(other for other in self.plan.pools if other.role == pool.role)
 
+    @property
+    def unlike(self) -> bool:
+        """Whether several pools share a role: replicas that carry more than others."""
+        return any(len(self.alike(pool)) > 1 for pool in self.plan.pools)
+
     def pool_name(self, pool: Pool) -> str:
         """What a pool is called: its role, and its number where several have that role (``prefill-2``)."""
         alike = self.alike(pool)

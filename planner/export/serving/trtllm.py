@@ -71,12 +71,14 @@ def _router(target: ServingTarget) -> list[str]:
             "} > nginx.conf",
             'exec nginx -c "$PWD/nginx.conf" -g "daemon off;"',
         ]
+    # tensorrt_llm/serve/router.py: round_robin unless told; load_balancing counts the tokens under way.
+    by_load = "  router:\\n    type: load_balancing\\n" if target.unlike else ""
     return [
         "{",
         "    printf 'hostname: 0.0.0.0\\nport: %s\\nbackend: pytorch\\n' $PORT",
-        "    printf 'context_servers:\\n  num_instances: %s\\n  urls:\\n' ${#PREFILL[@]}",
+        f"    printf 'context_servers:\\n{by_load}  num_instances: %s\\n  urls:\\n' ${{#PREFILL[@]}}",
         '    printf \'    - "%s"\\n\' "${PREFILL[@]#http://}"',
-        "    printf 'generation_servers:\\n  num_instances: %s\\n  urls:\\n' ${#DECODE[@]}",
+        f"    printf 'generation_servers:\\n{by_load}  num_instances: %s\\n  urls:\\n' ${{#DECODE[@]}}",
         '    printf \'    - "%s"\\n\' "${DECODE[@]#http://}"',
         "} > disaggregated.yaml",
         "exec trtllm-serve disaggregated --config_file disaggregated.yaml",

@@ -8,7 +8,6 @@ whole memory that the engine may use for everything, which is what the planner's
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from planner.errors import Problem
@@ -99,7 +98,8 @@ def _command(target: ServingTarget, pool: Pool, config: str) -> list[str]:
 
 
 def _router(target: ServingTarget) -> list[str]:
-    head = ["vllm-router --host 0.0.0.0 --port $PORT --policy round_robin"]
+    policy = "power_of_two" if target.unlike else "round_robin"
+    head = [f"vllm-router --host 0.0.0.0 --port $PORT --policy {policy}"]
     if target.plan.mode == "aggregated":
         return [*head, '    --worker-urls "${DECODE[@]}"']
     return [
@@ -142,5 +142,6 @@ ENGINE = Engine(
     rules=_rules,
     online={"fp8": "fp8"},
     environment=_environment,
-    needs=partial(needed_beside, router="vllm-router"),
+    needs=needed_beside,
+    router_package="vllm-router",
 )

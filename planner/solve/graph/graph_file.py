@@ -22,7 +22,7 @@ from planner.costs.precision import dtype_bytes
 from planner.ledger import Axes, Item, Matmul, Phase, Resident, Stream
 from planner.solve.graph.operators import Operator, OperatorGraph, Read
 from planner.specs.formats import FORMATS, Format
-from planner.specs.load import Reader, read_file
+from planner.specs.reader import Reader, read_file
 
 __all__ = ["read_graph"]
 

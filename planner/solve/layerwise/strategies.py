@@ -232,10 +232,8 @@ class Strategies:
         shape = (len(_TOTALS), len(self.branches), len(self), len(self.tables.kinds) - 1)
         total = np.zeros(shape)
         for s, branch in enumerate(self.branches):
-            base, parts = self.tables.parts(*branch)
-            total[:, s] = reduced(base)
-            for values in parts:
-                total[:, s] += reduced(values) - reduced(base)
+            for values in self.tables.changes(*branch):
+                total[:, s] += reduced(values)
         total[0][~self.active] = np.inf
         return Totals(*total)
 

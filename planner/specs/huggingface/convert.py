@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError
-from planner.specs.checks import violations
 from planner.specs.huggingface.families import FAMILIES, INEXPRESSIBLE, Family
 from planner.specs.huggingface.fields import Fields
 from planner.specs.huggingface.parts import Parts
@@ -15,6 +14,7 @@ from planner.specs.huggingface.pattern import layer_letters
 from planner.specs.huggingface.stacks import encoder_decoder, vision
 from planner.specs.layers import LayerPlan, arrange
 from planner.specs.model import Model
+from planner.specs.model_checks import violations
 
 __all__ = ["model_from_config"]
 

@@ -16,18 +16,14 @@ from typing import Any
 
 from planner.technique import Technique
 from planner.techniques import figures
+from planner.techniques.solvers import solver
 
 _DEVICES = 3
-
-
-def _plan(problem: Any) -> float:
-    from planner.solve.combinatorial.calls import plan_calls
-
-    return plan_calls(problem).time_s
+_PLAN = solver("calls.plan_calls", "time_s")
 
 
 def _one_at_a_time(problem: Any) -> float:
-    return _plan(replace(problem, staleness=0))
+    return float(_PLAN(replace(problem, staleness=0)))
 
 
 def _period(subject: Any) -> float:
@@ -52,6 +48,6 @@ TECHNIQUE = Technique(
     summary="Generation beside the training of earlier answers, and how many devices for each",
     needs=("staleness",),
     figures=(figures.graham_figure("period of steps that do not wait for each other", _DEVICES, _period),),
-    solve=_plan,
+    solve=_PLAN,
     naive=_one_at_a_time,
 )

@@ -13,19 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _STAGES, _MICRO_BATCHES = 4, 8
-
-
-def _cut(
-    lengths: Sequence[int],
-    seconds: Callable[[int, int], float],
-    fits: Callable[[int, int], bool],
-    stages: int,
-) -> float:
-    from planner.solve.combinatorial.sequences import micro_batches
-
-    return micro_batches(lengths, seconds, fits, stages).time_s
 
 
 def _together(
@@ -61,6 +51,6 @@ TECHNIQUE = Technique(
             _step,
         ),
     ),
-    solve=_cut,
+    solve=solver("sequences.micro_batches", "time_s"),
     naive=_together,
 )

@@ -11,25 +11,12 @@ Source: Ryabinin et al. 2023 (SWARM parallelism, ICML 2023, arXiv:2301.11913) §
 
 from __future__ import annotations
 
-from typing import Any
-
 from planner.technique import Figure, Technique
+from planner.techniques.solvers import solver
 
 _PEERS = {3.0: 2, 2.0: 3}
 _STAGES = (1.0, 1.0)
-
-
-def _staff(peers: Any, works: Any) -> float:
-    from planner.solve.combinatorial.peers import staff
-
-    return staff(peers, works).rate
-
-
-def _fastest_first(peers: Any, works: Any) -> float:
-    from planner.solve.combinatorial.peers import longest_first
-
-    return longest_first(peers, works)
-
+_LONGEST_FIRST = solver("peers.longest_first")
 
 TECHNIQUE = Technique(
     key="swarm",
@@ -44,9 +31,9 @@ TECHNIQUE = Technique(
             6.0 / 5.0,
             1e-9,
             "Csirik, Kellerer, Woeginger 1992 (Operations Research Letters 11): the exact bound, reached for m = 2",
-            lambda subject: float(subject(_PEERS, _STAGES)) / _fastest_first(_PEERS, _STAGES),
+            lambda subject: float(subject(_PEERS, _STAGES)) / _LONGEST_FIRST(_PEERS, _STAGES),
         ),
     ),
-    solve=_staff,
-    naive=_fastest_first,
+    solve=solver("peers.staff", "rate"),
+    naive=_LONGEST_FIRST,
 )

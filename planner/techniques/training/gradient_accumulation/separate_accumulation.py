@@ -3,12 +3,15 @@
 What it does: the weight-gradient product writes its own output; then a kernel reads it, and reads and writes the accumulated
     gradients. Without it (``fused``) the product accumulates in place, behind its arithmetic.
 Saves: nothing; it needs no kernels of its own making.
-Costs: traffic of a gradient in the product's dtype and of two accumulated ones per weight and micro-batch.
+Costs: traffic of a gradient in the product's dtype and of two accumulated ones per weight and micro-batch; where a framework
+    keeps the former (DeepSpeed's ``BF16_Optimizer``: a 16-bit ``.grad`` of every weight beside fp32 accumulators), its memory.
 Assumes: every micro-batch accumulates, the first included; gradients held whole on their rank.
 Source: Megatron-LM ``--no-gradient-accumulation-fusion``; NVIDIA Apex ``fused_weight_gradient_mlp_cuda``.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -19,7 +22,8 @@ from planner.techniques.figures import Pass
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """One kernel per block and mesh, over all weights that the block trains."""
-    moved = dtype_bytes(ctx.format.activation) + 2 * dtype_bytes(ctx.gradient_dtype)
+    width, kept = dtype_bytes(ctx.format.activation), ctx.stack.kept_gradients
+    moved = width + 2 * dtype_bytes(ctx.gradient_dtype)
     added: list[Item] = [
         Stream(
             what=f"{held.what}.accumulate", block=held.block, phase="weight", tags=frozenset({"gradients"}), size=held.size,
@@ -27,6 +31,16 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         )
         for held in ledger.of(Resident, pool="gradients", lifetime="always")
     ]  # fmt: skip
+    if kept and dtype_bytes(ctx.gradient_dtype) > width:
+        added += [
+            replace(
+                held,
+                what=f"{held.what}.kept",
+                bytes_per_element=kept.value * width,
+                by="separate_accumulation",
+            )
+            for held in ledger.of(Resident, pool="gradients", lifetime="always")
+        ]
     return ledger.add(added)
 
 

@@ -95,10 +95,12 @@ def _held(weights: Resident, ctx: Context, moments: float, by: str) -> Iterator[
     if moments:
         states = replace(weights, what=f"{what}moments", pool="optimizer", tags=tags)
         yield replace(states, bytes_per_element=moments, by=by)
-    if beside := ctx.stack.update_bytes_per_parameter:
+    beside = ctx.stack.update_bytes_per_parameter
+    made = beside.value - (dtype_bytes("fp32") if ctx.gradient_dtype == "fp32" else 0.0) if beside else 0.0
+    if made > 0.0:
         size = times(weights.size, f"/zero_{mesh_of(weights)}")
         held = replace(weights, what=f"{what}update", tags=tags | {"update"}, size=size, pool="workspace")
-        yield replace(held, bytes_per_element=beside.value, lifetime="step", by=by)
+        yield replace(held, bytes_per_element=made, lifetime="step", by=by)
 
 
 def _kernels(weights: Resident, n_bytes: dict[str, float], phase: str, by: str) -> Iterator[Stream]:

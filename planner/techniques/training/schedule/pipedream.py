@@ -25,11 +25,11 @@ ORDER = replace(ORDERS["1f1b"], name="pipedream", barrier=False, flushes=False, 
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """A version of the weights for each micro-batch in flight, and an update with each backward."""
+    """A version of the weights for each micro-batch in flight, where they live, and an update with each backward."""
 
     def stash(item: Item) -> Item | None:
         if isinstance(item, Resident):
-            if (item.pool, item.lifetime, item.tier) != ("parameters", "always", "device"):
+            if (item.pool, item.lifetime) != ("parameters", "always"):
                 return None
             return replace(item, what=f"{item.what}.stash", lifetime="micro_batch", by="pipedream")
         return replace(item, phase="backward", by="pipedream") if item.phase == "step" else None
