@@ -55,7 +55,7 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         if slot in fixed and drawn.random() < 0.5:
             fixed[slot] = value
     if "parameter_offload" in fixed and drawn.random() < 0.7:
-        fixed["parameter_offload"] = fixed["optimizer_offload"]
+        fixed["parameter_offload"] = fixed["optimizer_offload"].partition("+")[0]
     fixed |= {degree: drawn.choice(DEGREES) for degree in ("tp", "cp", "pp")}
     for degree in ("tp", "cp", "pp"):
         if drawn.random() < 0.4:

@@ -117,7 +117,7 @@ class DeepSpeed:
         knobs = knobs_of(plan)
         meant = (
             plan.micro_batches, plan.knobs["micro_batch_size"], plan.workload["global_batch_size"], int(knobs["zero_stage"]),
-            knobs["optimizer_offload"] == "cpu", knobs["parameter_offload"] == "cpu", plan.mesh["tp"], plan.mesh["ep"],
+            knobs["optimizer_offload"].startswith("cpu"), knobs["parameter_offload"] == "cpu", plan.mesh["tp"], plan.mesh["ep"],
             knobs["precision"] == "bf16", knobs["precision"] == "fp16", knobs["gradient_dtype"],
         )  # fmt: skip
         return "" if found == meant else f"taken for {found}, meant {meant}"

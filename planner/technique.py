@@ -87,6 +87,7 @@ SERVING_SLOTS = (
     "fusion",
     "shards",  # tensor parallelism
     "cache_copies",  # what tensor ranks hold of the same keys and values
+    "prompt_ranks",  # how ranks that share a prompt's tokens meet each other's keys
     "experts",
     "stages",  # pipeline parallelism
     "graphs",
@@ -135,11 +136,13 @@ class Knob:
 class Detail(Knob):
     """A knob that says more about a slot's choice: how many layers, which modules. It is open unless a plan names it.
 
-    ``read`` makes a value of what the user wrote, or raises ValueError; ``expected`` says what it takes.
+    ``read`` makes a value of what the user wrote, or raises ValueError; ``expected`` says what it takes. The choice
+    ``needed_by``, as ``slot=value``, means nothing without it.
     """
 
     read: Callable[[str], Any] = str
     expected: str = ""
+    needed_by: str = ""
 
 
 def whole_number(text: str) -> int:

@@ -141,7 +141,7 @@ def recompute(
 def tiers(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, layers: _Layers = None, batch: _Batch = "1",
     seq_len: _SeqLen = None, memory: _Memory = None, moves: Annotated[
-        str, option("--moves", text="serial (kernels wait) or overlapped [serial].", metavar="NAME")
+        str, option("--moves", text="serial (kernels wait), overlapped or scheduled [serial].", metavar="NAME")
     ] = "serial", fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy", deadline: _Deadline = "60s",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -150,6 +150,7 @@ def tiers(
     Of a model, every device of the cluster holds an equal share of the states; of a file, what it says.
     """
     from planner.report.optimum import show_placement
+    from planner.solve.combinatorial.migrations import SCHEDULED, migrate
     from planner.solve.combinatorial.tiering import MOVES, place
     from planner.solve.problem_files import read_tiers
     from planner.solve.tier_costs import tier_problem
@@ -158,7 +159,7 @@ def tiers(
         file, model, cluster, batch, seq_len, fix, stack, memory, deadline, backend, priced=file is None
     )
     count = None if layers is None else job.whole("--layers", layers)
-    job.check("--moves", moves, MOVES)
+    job.check("--moves", moves, (*MOVES, SCHEDULED))
     job.raise_if_any()
     if file is not None:
         problem = read_tiers(file)
@@ -167,7 +168,8 @@ def tiers(
             job.model, job.cluster, job.stack, job.workload(), layers=count, knobs=job.knobs, moves=moves,
             device_bytes=job.memory_bytes,
         )  # fmt: skip
-    found = place(problem, backend=backend, time_limit_s=job.deadline_s)
+    solve = migrate if problem.moves == SCHEDULED else place
+    found = solve(problem, backend=backend, time_limit_s=job.deadline_s)
     content = {
         "time_s": found.time_s, "kernels_s": found.kernels_s, "peak_bytes": found.peak_bytes,
         "rests": [asdict(rest) for rest in found.rests], "certificate": found.certificate.as_dict(),

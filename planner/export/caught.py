@@ -34,6 +34,7 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "more pipeline stages than layers": "validate_args",
         "layers to recompute are counted": _NOBODY,
         "tensor-parallel overlap needs": "validate_args",
+        "--tp-comm-overlap has no buffers": "nobody: Transformer Engine's layers warn, and turn the overlap off",
     },
     "deepspeed": {
         "a global batch of": "DeepSpeedConfig, which holds train_batch_size against the ranks",

@@ -12,7 +12,7 @@ from planner.plan import Plan
 from planner.solve.replay import replay
 from planner.solve.space import DEGREES
 from planner.solve.train import search
-from planner.technique import ADDITIVE_SLOTS, Launcher
+from planner.technique import ADDITIVE_SLOTS, SLOTS, Detail, Launcher, discover
 
 __all__ = ["Closest", "closest_plan"]
 
@@ -31,7 +31,7 @@ def closest_plan(plan: Plan, launcher: str) -> Closest | None:
     """The plan that a launcher can run and that gives up least of another one.
 
     Choices are given up in rounds until some plan is left, and the fastest of the round is taken: those that the launcher
-    has no word for; then also what is sharded, recomputed and scheduled; then kernels; then the mesh.
+    has no word for; then any one more; then all that is sharded, recomputed and scheduled; then kernels; then the mesh.
 
     Args:
         plan: a plan that the launcher refuses.
@@ -44,30 +44,52 @@ def closest_plan(plan: Plan, launcher: str) -> Closest | None:
         SpecError: the plan names a model, a cluster or a stack that cannot be found.
     """
     ability, problem = find_launcher(launcher), replay(plan)
-    for kept in _rounds(problem.fixed, ability):
-        try:
-            found = search(replace(problem, fixed=kept, launcher=ability), top=1).best
-        except (Infeasible, InvalidPlan, SpecError):
-            continue
-        return Closest(found, _changes(plan, found))
+    for rounds in _rounds(problem.fixed, ability):
+        found: Plan | None = None
+        for kept in rounds:
+            try:
+                best = search(replace(problem, fixed=kept, launcher=ability), top=1).best
+            except (Infeasible, InvalidPlan, SpecError):
+                continue
+            if found is None or best.estimate.step_time_s < found.estimate.step_time_s:
+                found = best
+        if found is not None:
+            return Closest(found, _changes(plan, found))
     return None
 
 
-def _rounds(fixed: Mapping[str, Any], launcher: Launcher) -> Iterator[dict[str, Any]]:
-    """Choices that are kept, fewer in every round."""
+def _rounds(fixed: Mapping[str, Any], launcher: Launcher) -> Iterator[list[dict[str, Any]]]:
+    """Choices that are kept, fewer in every round, and in how many ways."""
+    slots = {name: slot for name, slot in _slots_of_details().items() if name in fixed}
     sayable = {
         name: value
         for name, value in fixed.items()
         if launcher.allows(name, str(value))
         or name in DEGREES
-        or name in ("virtual_stages", "gradient_dtype")
+        or name in ("virtual_stages", "gradient_dtype", *slots)
     }
-    if sayable.get("virtual_stages") != "1" and "schedule" not in sayable:
-        del sayable["virtual_stages"]
-    yield sayable
-    yield {name: value for name, value in sayable.items() if name not in (*ADDITIVE_SLOTS, "virtual_stages")}
-    yield {name: value for name, value in sayable.items() if name in (*DEGREES, *_KEPT)}
-    yield {name: value for name, value in fixed.items() if name in _KEPT}
+    yield [_with_details(sayable, slots)]
+    single = [{n: v for n, v in sayable.items() if n != slot} for slot in SLOTS if slot in sayable]
+    yield [_with_details(kept, slots) for kept in single]
+    branch = {n: v for n, v in sayable.items() if n not in (*ADDITIVE_SLOTS, "virtual_stages")}
+    yield [_with_details(branch, slots)]
+    yield [{n: v for n, v in sayable.items() if n in (*DEGREES, *_KEPT)}]
+    yield [{n: v for n, v in fixed.items() if n in _KEPT}]
+
+
+def _with_details(kept: Mapping[str, Any], slots: Mapping[str, str | None]) -> dict[str, Any]:
+    """What is kept, without details of choices that are not, and without the chunks of an open schedule."""
+    return {
+        name: value
+        for name, value in kept.items()
+        if (name not in slots or slots[name] in kept) and (name != "virtual_stages" or "schedule" in kept)
+    }
+
+
+def _slots_of_details() -> dict[str, str | None]:
+    """Name of a detail → the slot of whose choice it says more."""
+    techniques = discover("training").values()
+    return {knob.name: t.slot for t in techniques for knob in t.knobs if isinstance(knob, Detail)}
 
 
 def _changes(plan: Plan, found: Plan) -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,7 @@ CHOICES: Mapping[str, str] = {
     "optimizer": "adamw sgd sgd_momentum lion muon",
     "zero_stage": "0 1 2 3",
     "recompute": "none full block",
-    "optimizer_offload": "none cpu nvme",
+    "optimizer_offload": "none cpu cpu+gradients nvme",
     "parameter_offload": "none cpu nvme",
     "schedule": "1f1b",
 }
@@ -42,7 +42,8 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
 }
 _KNOWN_TO_ZERO = ("adamw", "lion", "muon")  # is_zero_supported_optimizer; others need a permission
 
-_DEVICES = ("cpu", "nvme")
+_DEVICES: Mapping[str, str] = {"cpu": "cpu", "cpu+gradients": "cpu", "nvme": "nvme"}
+"""Choice of offload → ``device``; from ZeRO-2 on gradients lie beside the states (stage3.py: ``grad_partitions_flat_buffer``)."""
 _DRIVES = "/local_nvme"  # where nodes mount their drives, as in DeepSpeed's own examples
 
 SHORT_DTYPES: Mapping[str, str] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
@@ -81,6 +82,9 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("optimizer states on NVMe need ZeRO-3", stage == "3")
     if knobs.get("optimizer_offload") in _DEVICES:
         yield Check("optimizer offload needs ZeRO", stage != "0")
+        apart, sharded = knobs["optimizer_offload"] == "cpu", stage in ("2", "3")
+        yield Check("gradients go to the host with the optimizer from ZeRO-2 on", not (apart and sharded))
+        yield Check("gradients stay on the device under ZeRO-1", apart or sharded)
         yield Check("optimizer offload runs Adam and Lion only", knobs["optimizer"] in ("adamw", "lion"))
     if knobs.get("parameter_offload") in _DEVICES:
         yield Check("parameter offload needs ZeRO-3", stage == "3")
@@ -90,7 +94,9 @@ def _one(degree: Any) -> bool:
     return bool((degree == 1).all())
 
 
-LAUNCHER = make_launcher("deepspeed", CHOICES, _valid, frozenset({"even"}))
+LAUNCHER = make_launcher(
+    "deepspeed", CHOICES, _valid, frozenset({"even"}), native={"optimizer_offload": "cpu+gradients"}
+)
 
 
 def settings(target: Target) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _zero(knobs: Mapping[str, str]) -> dict[str, Any]:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
     for key, slot in (("offload_optimizer", "optimizer_offload"), ("offload_param", "parameter_offload")):
         if knobs[slot] in _DEVICES:
-            zero[key] = {"device": knobs[slot], "pin_memory": True}
+            zero[key] = {"device": _DEVICES[knobs[slot]], "pin_memory": True}
             if knobs[slot] == "nvme":
                 zero[key]["nvme_path"] = _DRIVES
     return zero

@@ -166,6 +166,8 @@ def _zero(reader: Reader) -> dict[str, Any]:
         choice[slot] = _offload(zero, key)
     if zero.data.get("cpu_offload") is True:
         choice["optimizer_offload"] = "cpu"
+    if choice["optimizer_offload"] == "cpu" and choice["zero_stage"] in ("2", "3"):
+        choice["optimizer_offload"] = "cpu+gradients"
     if choice["parameter_offload"] != "none" and choice["zero_stage"] != "3":
         zero.problem("offload_param", f"beside stage {choice['zero_stage']}", "stage 3")
     if choice["optimizer_offload"] == "nvme" and choice["zero_stage"] != "3":
@@ -278,9 +280,9 @@ def _wasteful(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
     found = []
     if fixed["zero_stage"] in ("1", "2") and zero.get("overlap_comm") is not True:
         found.append("Without overlap_comm, gradients are reduced after the backward instead of beside it.")
-    if fixed["optimizer_offload"] == "cpu" and not dict(zero.get("offload_optimizer") or {}).get(
-        "pin_memory"
-    ):
+    if fixed["optimizer_offload"] in ("cpu", "cpu+gradients") and not dict(
+        zero.get("offload_optimizer") or {}
+    ).get("pin_memory"):
         found.append("offload_optimizer without pin_memory copies through pageable memory.")
     if fixed["parameter_offload"] == "cpu" and not dict(zero.get("offload_param") or {}).get("pin_memory"):
         found.append("offload_param without pin_memory copies through pageable memory.")

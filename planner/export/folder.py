@@ -16,7 +16,7 @@ from planner.export.run_row import run_row
 from planner.export.slurm import slurm_files
 from planner.export.target import Target, summary
 from planner.specs.cluster import Cluster
-from planner.units import format_bytes, format_chance
+from planner.units import counted, format_bytes, format_chance
 
 __all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check", "page"]
 
@@ -173,7 +173,7 @@ _PURPOSE = {
 def network_check(cluster: Cluster) -> str:
     """How fast the network has to be for the prediction to hold."""
     tiers = "; ".join(
-        f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices"
+        f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {counted(tier.size, 'device')}"
         for tier in cluster.tiers
     )
     return (

@@ -48,7 +48,7 @@ def hf_model(model: Model) -> HfModel | None:
     if any(b.attention is None or b.ssm or (b.mlp is None) == (b.moe is None) for b in blocks):
         return None
     for family, (layer_class, cut, write) in _FAMILIES.items():
-        config = {"model_type": family, **write(model, blocks)}
+        config = {"model_type": family, "architectures": [_class_of(layer_class)], **write(model, blocks)}
         try:
             again = model_from_config(config)
         except SpecError:
@@ -56,6 +56,16 @@ def hf_model(model: Model) -> HfModel | None:
         if _shape(again) == _shape(model):
             return HfModel(config, layer_class, cut)
     return None
+
+
+def _class_of(layer_class: str) -> str:
+    """The language model whose layers are of a class.
+
+    >>> _class_of("Qwen3MoeDecoderLayer"), _class_of("GPT2Block")
+    ('Qwen3MoeForCausalLM', 'GPT2LMHeadModel')
+    """
+    family = layer_class.removesuffix("DecoderLayer")
+    return "GPT2LMHeadModel" if layer_class == "GPT2Block" else f"{family}ForCausalLM"
 
 
 def _shape(model: Model) -> tuple[Any, ...]:
@@ -140,6 +150,7 @@ def _deepseek(model: Model, blocks: list[Block]) -> dict[str, Any]:
         "v_head_dim": attention.value_dim, "n_routed_experts": moe.experts, "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_ffn, "n_shared_experts": moe.shared_ffn // max(moe.expert_ffn, 1),
         "first_k_dense_replace": dense, "moe_layer_freq": 1, "attention_bias": False,
+        "num_nextn_predict_layers": model.mtp_modules,  # one unless it says otherwise
     }  # fmt: skip
 
 

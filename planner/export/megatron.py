@@ -23,6 +23,8 @@ __all__ = [
     "OPTIMIZERS",
     "PRECISIONS",
     "RECOMPUTE",
+    "differs_of_core",
+    "first_of_core",
     "layout_text",
     "megatron_sections",
 ]
@@ -280,7 +282,7 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
         "# Run it once per node (job.sbatch does); MEGATRON_PATH leads to the Megatron-LM checkout. By default it",
         "# measures the plan on mock data; TRAIN_ARGS and DATA_ARGS replace that, and further arguments are passed on.",
     ]
-    head += [f"# {text}" for text in _differs(target)]
+    head += [f"# {text}" for text in differs_of_core(target)]
     launch = [
         "set -euo pipefail",
         "",
@@ -301,7 +303,8 @@ def _script(target: Target, sections: Mapping[str, Flags], script: str) -> str:
     return "\n".join([*head, *launch, *arrays, *run]) + "\n"
 
 
-def _differs(target: Target) -> list[str]:
+def differs_of_core(target: Target) -> list[str]:
+    """What a run of Megatron-Core does otherwise than the plan says, whoever configures it."""
     found = []
     if target.model.mtp_layers and not target.model.mtp_modules:
         found.append(
@@ -319,9 +322,13 @@ def _differs(target: Target) -> list[str]:
 
 
 def _first(target: Target) -> list[str]:
-    found = [
-        "Container: Transformer Engine and Megatron-LM 0.19 or 0.20; `MEGATRON_PATH` leads to the checkout."
-    ]
+    container = "Transformer Engine and Megatron-LM 0.19 or 0.20; `MEGATRON_PATH` leads to the checkout."
+    return [f"Container: {container}", *first_of_core(target)]
+
+
+def first_of_core(target: Target) -> list[str]:
+    """What to check before a run of Megatron-Core."""
+    found = []
     if "--tp-comm-overlap" in _kernels(target):
         found.append(
             "`--tp-comm-overlap` starts its own processes' bootstrap: Transformer Engine must be built with user buffers."
@@ -353,5 +360,5 @@ EXPORTER = Exporter(
     framework="Megatron-Core",
     log=ITERATION_LINES,
     first=_first,
-    differs=_differs,
+    differs=differs_of_core,
 )

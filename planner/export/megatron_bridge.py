@@ -16,7 +16,7 @@ from planner.export.exporter import ITERATION_LINES, Exporter, environment_of_to
 from planner.export.flags import Flags
 from planner.export.hf_model import hf_model
 from planner.export.hf_rules import shape_of
-from planner.export.megatron import megatron_sections
+from planner.export.megatron import differs_of_core, first_of_core, megatron_sections
 from planner.export.megatron_rules import CHOICES as MEGATRON
 from planner.export.megatron_rules import LAUNCHER as MEGATRON_LAUNCHER
 from planner.export.rules import ALL_LAYOUTS, make_launcher
@@ -135,6 +135,8 @@ def assignments(target: Target) -> dict[str, str]:
     for flag, fields in FIELDS.items():
         if flag in flags or flag in _OFF:
             found |= dict.fromkeys(fields, _expression(flag, flags.get(flag)))
+    if any(block.moe and block.moe.shared_ffn for block in target.model.blocks.values()):
+        found["model.moe_shared_expert_overlap"] = "False"  # some of the bridges turn it on
     fused = "--no-gradient-accumulation-fusion" not in flags
     found["model.gradient_accumulation_fusion"] = str(fused)
     found["model.attention_backend"] = f"AttnBackend.{flags['--attention-backend'][0]}"
@@ -255,6 +257,8 @@ EXPORTER = Exporter(
     framework="Megatron-Core",
     log=ITERATION_LINES,
     first=lambda target: [
-        "Container: one of NVIDIA's NeMo images with megatron-bridge 0.6 (`pip show megatron-bridge`)."
+        "Container: one of NVIDIA's NeMo images with megatron-bridge 0.6 (`pip show megatron-bridge`).",
+        *first_of_core(target),
     ],
+    differs=differs_of_core,
 )

@@ -1,6 +1,7 @@
 """What Megatron-LM can run: choices with flags, and its rules.
 
-Sources: Megatron-LM 0.19.2 (``megatron/training/arguments.py``, ``core/transformer/transformer_config.py``).
+Sources: Megatron-LM 0.19.2 (``megatron/training/arguments.py``, ``core/transformer/transformer_config.py``; buffers' names:
+``core/extensions/transformer_engine.py``, ``TELinear``).
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ def _megatron_attention(ctx: Context) -> Iterable[Check]:
             # Transformer Engine swaps whole KV heads: those of a tensor rank must divide among cp.
             heads = np.maximum(attention.kv_heads / tp, 1.0)
             yield Check("KV heads per rank not divisible by cp (a2a)", (cp == 1) | (heads % cp == 0))
+        if attention.latent:
+            # Its products have names that no user buffer has: the switch turns itself off for the layers behind them.
+            plain = ctx.knobs["tensor_overlap"] == "none"
+            yield Check("--tp-comm-overlap has no buffers for latent attention", plain | (tp == 1))
         if attention.window and context in ("p2p", "a2a+p2p"):
             yield Check("windowed attention does not travel a ring (Transformer Engine)", cp == 1)
         if block.moe is not None and block.moe.bias:

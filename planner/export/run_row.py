@@ -5,6 +5,7 @@ The measuring script of an exported folder fills in what was measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from planner.export.target import Target
@@ -90,12 +91,22 @@ def _recompute(target: Target) -> str:
 
 
 def _offload(target: Target) -> str:
-    moved = {
-        name for name in ("optimizer", "parameter", "activation") if target.knobs[f"{name}_offload"] == "cpu"
-    }
-    if {"optimizer", "parameter"} <= moved:
-        return "optimizer+params"
-    return next((f"{name}s" if name == "activation" else name for name in sorted(moved)), "none")
+    """What is offloaded, in the words of published tables; knobs and values where these have none."""
+    slots = ("optimizer_offload", "parameter_offload", "activation_offload")
+    moved = {slot: target.knobs[slot] for slot in slots if target.knobs[slot] != "none"}
+    layers = {name: target.knobs[name] for name in ("activation_offload_layers",) if name in target.knobs}
+    if not layers and set(moved.values()) <= {"cpu"} and tuple(moved) in _OFFLOADED:
+        return _OFFLOADED[tuple(moved)]
+    return "; ".join(f"{slot}={value}" for slot, value in (moved | layers).items())
+
+
+_OFFLOADED: Mapping[tuple[str, ...], str] = {
+    (): "none",
+    ("optimizer_offload",): "optimizer",
+    ("parameter_offload",): "params",
+    ("optimizer_offload", "parameter_offload"): "optimizer+params",
+    ("activation_offload",): "activations",
+}
 
 
 def _flags(target: Target) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2s
 from typing import Any
 
@@ -24,10 +24,11 @@ class Pool:
     Attributes:
         role: ``aggregated``, ``prefill`` or ``decode``.
         replicas: how many.
-        mesh: ``tp pp dp ep etp`` of one replica; its devices are tp · pp · dp.
+        mesh: ``tp pp dp ep etp`` of one replica, and ``cp`` where ranks share prompts; its devices are tp · pp · dp · cp.
         knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
         in_flight: requests in one replica at the predicted load, waiting ones included.
         cluster: which of a plan's clusters it runs on; empty where there is one.
+        share: of its role's requests, all replicas together; zero where no other pool has the role.
     """
 
     role: str
@@ -36,18 +37,20 @@ class Pool:
     knobs: Mapping[str, Any]
     in_flight: int
     cluster: str = ""
+    share: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The pool as JSON fields; its cluster only where a plan has several."""
+        """The pool as JSON fields; its cluster and its share only where a plan has several."""
         fields = asdict(self)
-        if not self.cluster:
-            del fields["cluster"]
+        for name in ("cluster", "share"):
+            if not fields[name]:
+                del fields[name]
         return fields
 
     @property
     def devices(self) -> int:
         """Devices of all replicas."""
-        return self.replicas * self.mesh["tp"] * self.mesh["pp"] * self.mesh["dp"]
+        return self.replicas * math.prod(self.mesh.get(name, 1) for name in ("tp", "pp", "dp", "cp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class ServePlan:
     @property
     def id(self) -> str:
         """Stable name of the choice (not of its estimate)."""
-        pools = [{**pool.as_dict(), "in_flight": None} for pool in self.pools]
+        pools = [{**replace(pool, share=0.0).as_dict(), "in_flight": None} for pool in self.pools]
         choice = [self.model, self.cluster, self.stack, dict(self.traffic), self.mode, pools]
         return blake2s(json.dumps(choice, sort_keys=True).encode(), digest_size=5).hexdigest()
 

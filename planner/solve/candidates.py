@@ -63,7 +63,7 @@ class Batch:
             float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
             self.expansion.row(jobs, index), jobs.layout_of(index),
             None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns(jobs.take(np.array([index]))),
+            self.expansion.columns.of(jobs.take(np.array([index]))),
         )  # fmt: skip
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import COMPACT, HELD, TIMES, BlockTable
+from planner.engine import HELD, TIMES, BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
 from planner.pipeline import held_bytes, memory, step_bound
 from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
+from planner.solve.columns import Columns, editor_of
 from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
@@ -59,8 +60,6 @@ class Expansion:
         counts: SearchCounts,
     ) -> None:
         self.problem, self.branches, self.tables, self.counts = problem, branches, tables, counts
-        self.kinds = tables[0].kinds
-        self.starts = np.cumsum([0, *(len(part) for part in rows)])
         self.values = {name: np.concatenate([part.values[name] for part in rows]) for name in rows[0].values}
         self.micro_batches = np.concatenate([table.ctx.micro_batches for table in tables])
         self.activities = list(activities)
@@ -68,10 +67,9 @@ class Expansion:
         self.recomputes = np.concatenate([activity.recomputes for activity in activities], axis=1)
         groups = [self.values[name] > 1 for name in ("tp", "cp", "dp", "pp", "ep")]
         self.communicators = np.stack(groups).astype(float).sum(axis=0)
-        self.prefix_of = np.repeat(np.arange(len(rows)), np.diff(self.starts))
+        self.columns = Columns(branches, tables, self.states)
+        self.starts, self.prefix_of = self.columns.starts, self.columns.prefix_of
         self.nearest: Shortfall | None = None
-        self._of_states = np.zeros(0)
-        self._known: set[tuple[int, int]] = set()
         self._launched: dict[tuple[str, int, str, int, int, int, int], Faults] = {}
 
     def __len__(self) -> int:
@@ -100,24 +98,13 @@ class Expansion:
     def _rows(self, index: Index) -> Rows:
         return Rows({name: column[index] for name, column in self.values.items()})
 
-    def times(self, state: int) -> BlockTable:
-        """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
-        parts = zip(self.tables, pairwise(self.starts.tolist()), strict=True)
-        each = [
-            table.times(state)
-            if self.states[state, start:stop].any()
-            else np.zeros((len(TIMES), len(self.kinds), len(table)))
-            for table, (start, stop) in parts
-        ]
-        return BlockTable(self.kinds, np.concatenate(each, axis=2), TIMES)
-
     def plain(self, pairs: Pairs) -> tuple[Batch, Pending]:
         """Scores the pairs' open states without recompute or swaps; returns it with what is left to try."""
         states, at = np.nonzero(pairs.open & (self._width(0, pairs.layouts.deal(pairs.of), pairs.rows) > 0))
         layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
         jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
-        table = self.columns(jobs)
+        table = self.columns.of(jobs)
         fit, bound_s, batch = self.evaluate(jobs, table=table)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
         fits, bounds_s = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -235,7 +222,7 @@ class Expansion:
         Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use. ``table``: the jobs' columns,
         where these are known.
         """
-        held = table or self.columns(jobs, HELD)
+        held = table or self.columns.of(jobs, HELD)
         layers = jobs.layers
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, held)
@@ -294,20 +281,21 @@ class Expansion:
             return bound_s, np.zeros(len(fit), dtype=bool)
         asked = fit | (jobs.swap == 0)
         at, late, known = np.flatnonzero(asked), np.zeros(len(fit), dtype=bool), ~asked
-        if bar < np.inf and not (_editor(jobs.schedule) or order.splits_backward):
+        if bar < np.inf and not (editor_of(jobs.schedule) or order.splits_backward):
             some = jobs.take(at)
-            times, known[at] = self._floors(some)
+            times, known[at] = self.columns.floors(some)
             bound(at, times)
             late = bound_s >= bar
             known |= late | ~fit
         left = np.flatnonzero(~known)
         if len(left):
-            bound(left, self.columns(jobs.take(left), TIMES))
+            bound(left, self.columns.of(jobs.take(left), TIMES))
         return bound_s, late
 
     def _by_layers(self, jobs: Jobs) -> bool:
         """Whether the jobs recompute some of a device's layers."""
-        return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
+        first = jobs.recomputes[:1]  # none where no state of the pairs keeps its rules
+        return bool(len(first)) and self.branches.by_layers(self.branches.recomputes[int(first[0])])
 
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""
@@ -395,49 +383,6 @@ class Expansion:
             layers,
         )
 
-    def columns(self, jobs: Jobs, fields: tuple[str, ...] = COMPACT) -> BlockTable:
-        """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
-        editor = _editor(jobs.schedule)
-        if editor is None and all(
-            self.branches.idle(r, jobs.swap) for r in distinct(jobs.recomputes).tolist()
-        ):
-            assert fields is COMPACT
-            columns = self._columns_of_states(jobs.states, jobs.rows)
-        else:
-            columns = np.empty((len(jobs.rows), len(fields), len(self.kinds)))
-            for at, tables, rows, (state, recompute) in self._by_branch(jobs):
-                columns[at] = tables.of_branch(state, recompute, jobs.swap, rows, editor, fields)
-        return BlockTable(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)), fields)
-
-    def _floors(self, jobs: Jobs) -> tuple[BlockTable, NDArray[np.bool_]]:
-        """Times that the jobs are not faster than, and whether they are their own."""
-        columns = np.empty((len(jobs.rows), len(TIMES), len(self.kinds)))
-        own = np.empty(len(jobs.rows), dtype=bool)
-        for at, tables, rows, (state, recompute) in self._by_branch(jobs):
-            columns[at], own[at] = tables.floor_of_branch(state, recompute, jobs.swap, rows)
-        return BlockTable(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)), TIMES), own
-
-    def _by_branch(self, jobs: Jobs) -> Iterator[tuple[Index, BranchTables, Index, tuple[int, int]]]:
-        """The jobs of each prefix, state and recompute choice: which, and their rows in the prefix's tables."""
-        shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
-        branches = np.ravel_multi_index((self.prefix_of[jobs.rows], jobs.states, jobs.recomputes), shape)
-        order = np.argsort(branches, kind="stable")
-        for at in filter(len, np.split(order, np.flatnonzero(np.diff(branches[order])) + 1)):
-            prefix, state, recompute = (int(i) for i in np.unravel_index(branches[at[0]], shape))
-            yield at, self.tables[prefix], jobs.rows[at] - self.starts[prefix], (state, recompute)
-
-    def _columns_of_states(self, states: Index, rows: Index) -> Array:
-        """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
-        if not len(self._of_states):
-            self._of_states = np.zeros((len(self.states), len(self), len(COMPACT), len(self.kinds)))
-        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
-        for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
-            if (state, prefix) not in self._known:
-                self._known.add((state, prefix))
-                where = slice(self.starts[prefix], self.starts[prefix + 1])
-                self._of_states[state, where] = self.tables[prefix].of_state(state)
-        return self._of_states[states, rows]
-
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""
         excess, first = np.ones(len(jobs.rows)), np.zeros(len(jobs.rows), dtype=np.intp)
@@ -469,9 +414,3 @@ class Expansion:
     def row(self, jobs: Jobs, index: int) -> dict[str, float]:
         """Degrees of one job."""
         return {name: float(column[jobs.rows[index]]) for name, column in self.values.items()}
-
-
-def _editor(schedule: Choice) -> Choice | None:
-    """The schedule, if it edits the ledger."""
-    assert schedule.technique is not None
-    return schedule if schedule.technique.edits else None

@@ -113,7 +113,7 @@ def sift(work: Expansion, parts: Sequence[Pairs], bar: float) -> tuple[list[Pair
     plain = [part for part in parts if not any(part is other for other in edited)]
     bounds_s = [np.full(part.open.shape, np.inf) for part in plain]
     for state in range(len(work.states)):
-        times = work.times(state)
+        times = work.columns.times(state)
         if work.branches.any_saves:  # updates may hide
             times["main_step_s"][:] = 0.0
         for part, bound_s in zip(plain, bounds_s, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from planner.errors import did_you_mean
+from planner.solve.combinatorial.migrations import SCHEDULED
 from planner.solve.combinatorial.ranks import Group, RankProblem, pipeline_phases
 from planner.solve.combinatorial.recompute import ComputeGraph
 from planner.solve.combinatorial.sequences import SequenceProblem
@@ -96,7 +97,7 @@ def read_tiers(path: str) -> TieringProblem:
         _fresh(entry, names[number], names[:number])
     steps = _some(reader, "kernels")
     kernels = [Kernel(e.text("name"), e.number("time_s"), tuple(_numbers(e, "uses", names))) for e in steps]
-    moves = reader.text("moves", MOVES[0], choices=MOVES)
+    moves = reader.text("moves", MOVES[0], choices=(*MOVES, SCHEDULED))
     _finish(reader, [*levels, *entries, *steps])
     return TieringProblem(tuple(kernels), tuple(tensors), tuple(tiers), moves)
 

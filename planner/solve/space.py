@@ -25,6 +25,7 @@ from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
+from planner.units import counted
 
 __all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
 
@@ -233,7 +234,7 @@ class Space:
             raise SpecError(
                 Fault(
                     "--fix",
-                    f"no mesh of {devices} devices has {wanted or 'these degrees'}",
+                    f"no mesh of {counted(devices, 'device')} has {wanted or 'these degrees'}",
                     "degrees whose product divides the devices",
                 )
             )
@@ -289,6 +290,11 @@ class Space:
                     faults.append(
                         Fault(f"--fix {name}", repr(value), f"one of {', '.join(LAYOUT_NAMES)}", hint)
                     )
+        for detail in details().values():
+            slot, _, choice = detail.needed_by.partition("=")
+            if choice and checked.get(slot) == choice and detail.name not in fixed:
+                expected = f"--fix {detail.name}=… beside it: {detail.expected}"
+                faults.append(Fault(f"--fix {detail.needed_by}", "does not say enough alone", expected))
         if checked.get("gradient_dtype", "fp32") not in FORMATS:
             faults.append(Fault("--fix gradient_dtype", repr(fixed["gradient_dtype"]), "fp32, bf16 or fp16"))
         if faults:

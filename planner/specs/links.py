@@ -8,17 +8,17 @@ collectives on it are priced by the textbook.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError, did_you_mean
-from planner.specs.device import ScaleUp, Sourced, Transport
+from planner.specs.device import Sourced, Transport
 from planner.specs.library import hardware_folder
 from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
-__all__ = ["link_table", "list_links", "read_transport", "relinked", "with_link"]
+__all__ = ["link_table", "list_links", "read_transport", "with_link"]
 
 
 def list_links() -> list[str]:
@@ -63,21 +63,3 @@ def read_transport(reader: Reader) -> Transport | None:
         for field in fields(Transport)
     }
     return Transport(**found)
-
-
-def relinked(up: ScaleUp, link: str, bytes_per_s: Sourced) -> ScaleUp:
-    """The same domain over another shipped link of this rate, bytes/s, with what that link costs.
-
-    Raises:
-        SpecError: there is no such link.
-    """
-    reader = Reader(link_table(link, "link"), f"links/{link}.toml")
-    changed = replace(
-        up,
-        bytes_per_s=bytes_per_s,
-        latency_s=read_sourced(reader, "latency_s"),
-        efficiency=read_sourced(reader, "efficiency"),
-        transport=read_transport(reader),
-    )
-    reader.raise_if_any()
-    return changed

@@ -54,15 +54,6 @@ class Attention:
         """Width of one head's value."""
         return self.v_head_dim or self.head_dim
 
-    @property
-    def cache_elements(self) -> int:
-        """Elements that one token leaves in one layer's KV cache (MLA: the latent and its rotary key)."""
-        if self.kv_lora_rank is not None:
-            return (
-                self.kv_lora_rank + self.qk_rope_head_dim + (self.index_head_dim if self.index_heads else 0)
-            )
-        return self.kv_heads * (self.head_dim + self.value_dim)
-
 
 @dataclass(frozen=True, slots=True)
 class Mlp:

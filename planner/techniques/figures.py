@@ -240,6 +240,22 @@ def page_faults(
     return len(known) + float(solver(TieringProblem(kernels, tensors, tiers, moves)))
 
 
+def stall_s(solver: Callable[[Any], float], pages: Sequence[Any], frames: int, fetch_s: float) -> float:
+    """Seconds that requests of a second each wait for their pages; the first distinct ones are there at the start.
+
+    ``solver``: seconds of a problem of tensors and tiers; every page is born before the first request, and goes out for nothing.
+    """
+    from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
+
+    known = list(dict.fromkeys(pages))
+    kernels = [Kernel(f"page {page}", 0.0, (number,)) for number, page in enumerate(known[frames:], frames)]
+    kernels.append(Kernel("start", 0.0, tuple(range(min(frames, len(known))))))
+    kernels += [Kernel(f"request {i}", 1.0, (known.index(page),)) for i, page in enumerate(pages)]
+    tensors = tuple(Tensor(f"page {page}", 1.0, constant=True) for page in known)
+    tiers = (Tier("frames", float(frames)), Tier("disk", float(len(known)), 1.0 / fetch_s, 1.0 / fetch_s))
+    return float(solver(TieringProblem(tuple(kernels), tensors, tiers, "scheduled"))) - len(pages)
+
+
 # -- schedules -----------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ BAD_OPTIONS = {
     "--stack": ("nope", "missing.toml"),
     "--for": ("slurmy", ""),
     "--fix": ("tp", "tp=", "=8", "tp=0", "tp=-1", "tp=nan", "tp=1.5", f"tp={HUGE}", "nope=1", "tp=3", "zero_stage=9",
-              "gradient_dtype=fp7"),
+              "gradient_dtype=fp7", "recompute=modules", "zero_group=ranks", "parameter_offload=window", "loss_kernel=masked"),
     "--forbid": ("", "nothing_like_this", "tpp=8"),
 }  # fmt: skip
 
@@ -50,6 +50,13 @@ def test_bad_value_of_an_option(planner, flag, value):
     job = [part for option in (MODEL, CLUSTER, BATCH, LENGTH) if option[0] != flag for part in option]
     verb = "train" if flag in ("--forbid", "--for") else "estimate"
     assert_refused(planner(verb, *job, f"{flag}={value}", "--json"))
+
+
+def test_a_detail_that_suits_no_mesh_is_one_message(planner):
+    fixed = ("--fix", "zero_group=ranks", "--fix", "zero_group_ranks=3")  # of two replicas
+    found = planner("train", *SMALL, *fixed, "--json")
+    assert_refused(found, 3)
+    assert "does not suit the degrees" in found.faults[0]["found"]
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "nan", "1.5", "x", "", HUGE])

@@ -82,6 +82,8 @@ def test_problem_from_a_file_is_solved(planner, problem, verb):
 def test_answers_are_those_worked_by_hand(planner, problem):
     # Rests of a behind k1: there in 2 s, back in 1 s; k1 to k3 take 3 s.
     assert planner("solve", "tiers", problem("tiers"), "--json").json["time_s"] == 6.0
+    on_a_clock = planner("solve", "tiers", problem("tiers", moves="scheduled"), "--json").json
+    assert on_a_clock["certificate"]["bound"] <= on_a_clock["time_s"] <= 6.0
     # Graham 1969 (doi:10.1137/0117039): 9, where longest-first takes 11.
     assert planner("solve", "sequences", problem("sequences"), "--json").json["time_s"] == 9.0
     assert max(planner("solve", "experts", problem("experts"), "--json").json["loads"]) == 9.0

@@ -20,7 +20,7 @@ COLLECTIVES = [
 ]
 ALGORITHMS = ["auto", "ring", "tree", "hierarchical", "direct"]
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 sizes = st.floats(1.0, 1e12)
 rates = st.floats(1e8, 1e13)
 latencies = st.floats(0.0, 1e-4)

@@ -43,7 +43,7 @@ CHOICES = {
 }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(["dense", "experts"]), st.fixed_dictionaries(CHOICES))
 def test_exported_or_refused_and_read_back(job, choices):
     """A plan either breaks a rule that is named, or its arguments mean the same plan again."""

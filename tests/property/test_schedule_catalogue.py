@@ -28,7 +28,7 @@ from planner.technique import discover
 GENERATORS = {
     generator_of(t.order).name: generator_of(t.order) for t in discover().values() if t.slot == "schedule"
 }
-SETTINGS = settings(max_examples=40, deadline=None)
+SETTINGS = settings(max_examples=40)
 
 
 def shapes(generator, most_chunks=4):

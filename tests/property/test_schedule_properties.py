@@ -18,7 +18,7 @@ from planner.schedule.program import compile_order
 from planner.techniques.training.schedule.zero_bubble import H1, H2
 
 ONE_CHUNK = ("gpipe", "1f1b", H1, H2)
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=60)
 
 
 @st.composite

@@ -120,6 +120,35 @@ def test_winner_is_brute_force_winner(batch: int) -> None:
         winner_is_brute_force_winner(random_problem(seed), seed)
 
 
+def test_the_best_step_never_grows_with_memory_or_with_faster_links() -> None:
+    """A machine that has more of one thing runs every plan of the smaller one no slower."""
+
+    def step_s(problem: Problem) -> float:
+        try:
+            return search(problem, top=1).best.estimate.step_time_s
+        except Infeasible:
+            return np.inf
+
+    faster_some = 0
+    for seed in range(24):
+        problem = random_problem(seed)
+        plain_s = step_s(problem)
+        tiers = tuple(
+            replace(t, bytes_per_s=2 * t.bytes_per_s, transport=None) for t in problem.cluster.tiers
+        )
+        same = tuple(replace(t, transport=None) for t in problem.cluster.tiers)
+        slow, fast = (
+            step_s(replace(problem, cluster=replace(problem.cluster, tiers=some))) for some in (same, tiers)
+        )
+        link = replace(problem.cluster, host_link_bytes_per_s=2 * problem.cluster.host_link_bytes_per_s)
+        assert fast <= slow * (1 + 1e-9), seed
+        assert step_s(replace(problem, cluster=link)) <= plain_s * (1 + 1e-9), seed
+        roomy_s = step_s(replace(problem, reserve=0.9 * problem.reserve))
+        assert roomy_s <= plain_s * (1 + 1e-9), seed
+        faster_some += fast < slow or roomy_s < plain_s
+    assert faster_some
+
+
 def test_an_update_that_hides_may_win_where_the_plain_plan_fits() -> None:
     """With a host that is half as fast as the device, updates beside the backward are faster than updates on the device."""
     won = 0

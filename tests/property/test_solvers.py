@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from planner.solve.combinatorial.certificate import Clock
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.elimination import eliminate
 from planner.solve.combinatorial.experts import align, balance, moved
+from planner.solve.combinatorial.migrations import migrate, migrate_all
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
 from planner.solve.combinatorial.rank_limits import Limits
 from planner.solve.combinatorial.ranks import Group, RankProblem, map_ranks, pipeline_phases
@@ -225,6 +227,33 @@ def test_placements_agree_with_enumeration():
         assert found.certificate.status == "exact"
         assert close(found.time_s, best)
         assert all(found.peak_bytes[tier.name] <= tier.capacity_bytes + CLOSE for tier in problem.tiers)
+
+
+def test_moves_on_a_clock_lie_between_those_that_are_free_of_it_and_those_that_stop_the_kernels():
+    rng = np.random.default_rng(11)
+    waited = 0
+    for _ in range(60):
+        kernels, tensors = int(rng.integers(2, 7)), int(rng.integers(1, 4))
+        uses = [tuple(i for i in range(tensors) if rng.random() < 0.5) for _ in range(kernels)]
+        problem = TieringProblem(
+            tuple(Kernel(str(k), float(rng.random()), uses[k]) for k in range(kernels)),
+            tuple(
+                Tensor(str(i), float(rng.integers(1, 6)), bool(rng.random() < 0.5)) for i in range(tensors)
+            ),
+            (Tier("a", float(rng.integers(5, 12))), Tier("b", 100.0, 2.0, 3.0)),
+        )
+        try:
+            serial_s = place(problem).time_s
+        except Infeasible:
+            continue
+        found = migrate(problem)
+        beside_s = place(replace(problem, moves="overlapped")).time_s
+        assert beside_s <= found.time_s * (1.0 + CLOSE)
+        assert found.time_s <= serial_s * (1.0 + CLOSE)
+        assert found.time_s <= migrate_all(problem).time_s * (1.0 + CLOSE)
+        assert all(found.peak_bytes[tier.name] <= tier.capacity_bytes + CLOSE for tier in problem.tiers)
+        waited += beside_s < found.time_s < serial_s
+    assert waited
 
 
 def placed_s(problem):

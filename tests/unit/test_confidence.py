@@ -88,7 +88,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
     told = " ".join(confidence([plan, slower(plan, 0.01)], job()))
     for words in (
         "80 % of measurements",
-        "pytorch-fsdp on ampere, dense, data-parallel",
+        "pytorch-fsdp on ampere: its constants are fitted",
         "~ ties with plan 1: plan 2",
         "near this job: ",
         "median",
@@ -99,7 +99,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
 def test_what_is_said_of_a_job_that_was_never_measured():
     problem = replace(job(cluster="mi300x:4x8"), fixed={"tp": 2, "zero_stage": 3, "recompute": "full"})
     told = " ".join(confidence([planner.estimate(problem)], problem))
-    assert "none with the stack pytorch-fsdp on cdna3" in told
+    assert "pytorch-fsdp on cdna3: of which there is no published run" in told
     assert "near this job: no published run" in told
 
 

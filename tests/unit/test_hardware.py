@@ -6,7 +6,6 @@ from planner.errors import SpecError
 from planner.specs import cluster_file, device_file, library
 from planner.specs.hardware import check_hardware, list_devices, load_cluster, load_device
 from planner.specs.library import canonical, hardware_folder, models_folder, resolve
-from planner.specs.links import relinked
 
 
 def tiers(spec):
@@ -150,13 +149,6 @@ def test_link_of_its_own_needs_no_more_than_rate_latency_and_efficiency(tmp_path
     plain = own_device(tmp_path, a=('link = "nvlink-4"', "latency_s = 1e-6\nefficiency = 0.8"))
     assert load_device(plain).scale_up.transport is None
     assert load_device("h100").scale_up.transport.launch_s.kind == "fitted"
-
-
-def test_the_same_domain_over_another_link():
-    up, pcie = load_device("h100").scale_up, load_device("l40s").scale_up
-    changed = relinked(up, "pcie", pcie.bytes_per_s)
-    assert (changed.domain, changed.kind) == (8, "nvlink")
-    assert (changed.transport, changed.efficiency) == (pcie.transport, pcie.efficiency)
 
 
 def test_reasons_for_oddities_are_text(tmp_path):

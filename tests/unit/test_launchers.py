@@ -46,7 +46,7 @@ PLAIN = {"elementwise_kernel": "eager", "loss_kernel": "log_softmax"}
 def test_deepspeed_writes_what_its_config_takes():
     plan = plan_of(
         zero_stage=3,
-        optimizer_offload="cpu",
+        optimizer_offload="cpu+gradients",
         parameter_offload="cpu",
         micro_batch_size=2,
         gradient_dtype="bf16",
@@ -139,6 +139,24 @@ def test_bridge_recipe_is_python_over_the_same_fields():
         assert line in text
 
 
+def test_bridge_builds_the_model_of_the_plan():
+    """AutoBridge looks classes up by ``architectures`` (megatron-bridge 0.6.2, auto_bridge.py: it refuses a config without).
+
+    Transformers' DeepseekV3Config has one MTP module unless told, and DeepSeekV3Bridge turns shared experts' overlap on; the plan
+    has neither.
+    """
+    files = export(plan_of("deepseek-v3", "h100-sxm:32x8", ep=32, pp=8, precision="fp8"), "megatron-bridge")
+    config = json.loads(files["config.json"])
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert config["num_nextn_predict_layers"] == 0
+    assert "cfg.model.moe_shared_expert_overlap = False" in files["recipe.py"]
+    classes = {
+        name: hf_model(planner.load_model(name)).config["architectures"]
+        for name in ("qwen2.5-7b", "mixtral-8x7b")
+    }
+    assert classes == {"qwen2.5-7b": ["Qwen2ForCausalLM"], "mixtral-8x7b": ["MixtralForCausalLM"]}
+
+
 def test_any_modules_are_recomputed_by_megatron():
     plan = plan_of("mixtral-8x7b", tp=8, recompute="modules", recompute_modules="moe_act+core_attn")
     assert "--recompute-modules core_attn moe_act" in export(plan, "megatron")["args.txt"]
@@ -176,6 +194,11 @@ def test_stages_are_dealt_as_torchtitan_deals_them():
     [
         ("deepspeed", {"pp": 2}, "pipelines are written in Python"),
         ("deepspeed", {"zero_stage": 0}, "accumulated in the format of the weights"),
+        (
+            "deepspeed",
+            {"zero_stage": 2, "optimizer_offload": "cpu"},
+            "gradients go to the host with the optimizer",
+        ),
         ("accelerate", {"tp": 2, "zero_stage": 0, "sequence_parallel": "false"}, "needs sharded states"),
         ("accelerate", {"zero_stage": 3}, "cannot express zero_stage=3"),
         ("torchtitan", {"precision": "fp8"}, "cannot express precision=fp8"),
@@ -205,6 +228,22 @@ def test_the_closest_plan_keeps_what_the_launcher_can_say():
     assert found.plan.knobs["recompute"] == "full"
     assert found.changes["zero_stage"][0] in ("1", 1)
     export(found.plan, "accelerate")
+
+
+def test_the_closest_plan_gives_up_one_choice_where_that_is_enough():
+    """Transformer Engine has buffers for qkv, proj, fc1 and fc2 (TELinear in megatron-core 0.19.2): none for latent attention."""
+    plan = plan_of(
+        "deepseek-v2-lite",
+        tp=2,
+        ep=8,
+        tensor_overlap="chunked",
+        recompute="modules",
+        recompute_modules="mla_up_proj",
+    )
+    with pytest.raises(ExportError, match="no buffers for latent attention"):
+        export(plan, "megatron")
+    found = closest_plan(plan, "megatron")
+    assert dict(found.changes) == {"tensor_overlap": ("chunked", "none")}
 
 
 def test_versions_are_checked():
@@ -281,6 +320,33 @@ def test_the_measuring_script_writes_a_row_that_validate_reads(plain_plan, tmp_p
     assert float(row.text("step_time_s")) == pytest.approx(14.1)
 
 
+@pytest.mark.parametrize(
+    ("choices", "cell"),
+    [
+        ({}, None),
+        ({"optimizer_offload": "cpu", "zero_stage": 1}, "optimizer"),
+        ({"parameter_offload": "cpu", "zero_stage": 3}, "params"),
+        ({"optimizer_offload": "cpu+gradients", "zero_stage": 2}, "optimizer_offload=cpu+gradients"),
+        (
+            {"optimizer_offload": "nvme", "parameter_offload": "nvme", "zero_stage": 3},
+            "optimizer_offload=nvme; parameter_offload=nvme",
+        ),
+    ],
+)
+def test_a_row_says_what_was_offloaded_and_reads_so(choices, cell, tmp_path):
+    plan = plan_of(zero_group="full", sequence_parallel="false", micro_batch_size=2, **choices)
+    text = export_folder(plan, "deepspeed")["measure.py"]
+    settings = json.loads(text.split("'''")[1].replace("\\\\", "\\"))
+    row = {key: str(value) for key, value in settings["row"].items()} | {"step_time_s": "1.0"}
+    assert row.get("offload") == (cell or "none")
+    (tmp_path / "rows.csv").write_text(",".join(row) + "\n" + ",".join(f'"{v}"' for v in row.values()) + "\n")
+    fixed = run_of(read_table(tmp_path / "rows.csv").rows[0]).problem.fixed
+    wanted = {name: value for name, value in choices.items() if name.endswith("_offload")}
+    assert {
+        name: fixed[name] for name in fixed if name.endswith("_offload") and fixed[name] != "none"
+    } == wanted
+
+
 # -- and back ---------------------------------------------------------------------------------------------------------
 
 ROUND_TRIPS = [
@@ -289,6 +355,8 @@ ROUND_TRIPS = [
         "deepspeed.json",
         {"zero_stage": 2, "micro_batch_size": 2, "tp": 2, "sequence_parallel": "false"},
     ),
+    ("deepspeed", "deepspeed.json", {"zero_stage": 2, "optimizer_offload": "cpu+gradients"}),
+    ("deepspeed", "deepspeed.json", {"zero_stage": 1, "optimizer_offload": "cpu"}),
     ("deepspeed", "deepspeed.json", {"zero_stage": 1, "cp": 4, "context": "a2a", "optimizer": "lion"}),
     ("accelerate", "accelerate.yaml", {"tp": 2, "recompute": "full", "gradient_dtype": "bf16", **SHARDED}),
     (

@@ -210,8 +210,6 @@ def test_latent_attention_parameters() -> None:
     ranks = {"q_lora_rank": 1536, "kv_lora_rank": 512}
     latent = Attention(128, 128, 192, **ranks, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     assert attention_parameters(latent, 7168) == expected == 187_107_328
-    # Its cache holds 512 + 64 elements per token and layer (arXiv:2405.04434 §2.1.4).
-    assert latent.cache_elements == 576
 
 
 def test_network_parameters() -> None:
@@ -327,7 +325,7 @@ scalars = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.dictionaries(
         st.sampled_from(
@@ -346,7 +344,7 @@ def test_no_table_causes_anything_but_a_spec_error(changes: dict[str, Any]) -> N
 # -- Hugging Face configs ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["Qwen--Qwen3.5-35B-A3B", "deepseek-ai--DeepSeek-V3", "nvidia--Nemotron-H-56B-Base-8K"]),
     st.integers(0, 200),

@@ -102,6 +102,24 @@ def test_sixteen_bit_checkpoints_are_narrowed_by_the_engine():
     assert "has to be one in fp8" in export_serving(plan, "trtllm")["README.md"]
 
 
+def test_a_format_that_no_engine_makes_has_no_checkpoint_to_fall_back_on():
+    """TensorRT-LLM reads fp8 from the checkpoint: the model's 16-bit one would be served as it is, and may not fit."""
+    files = export_serving(plan_of(weights="fp8", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "MODEL=${MODEL:?a checkpoint of this model in fp8}" in files["serve.sh"]
+    assert "name-your-checkpoint" in files["leaderworkerset.yaml"]
+    assert "name-your-checkpoint" in files["README.md"]
+    plain = export_serving(plan_of(weights="bf16", tp=1, replicas=1), "trtllm", around=["kubernetes"])
+    assert "name-your-checkpoint" not in plain["leaderworkerset.yaml"]
+
+
+def test_a_page_names_no_file_that_is_not_there():
+    for to in ("dynamo", "llm-d"):
+        files = export_serving(plan_of(replicas=2), to)
+        assert "router.sh" not in files
+        assert "router.sh" not in files["README.md"]
+        assert "MODEL=" not in files["README.md"]
+
+
 def test_three_meanings_of_a_memory_fraction():
     plan = plan_of(tp=2, replicas=1)
     target = ServingTarget(plan)
@@ -143,8 +161,16 @@ def test_nodes_of_a_replica_are_told_their_rank(two_nodes, engine):
 
 REFUSED = [
     ("vllm", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 1}, "pp=2"),
-    ("sglang", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4}, "expected 1, or 4"),
-    ("trtllm", {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16}, "a replica over 2 nodes"),
+    (
+        "sglang",
+        {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4},
+        "pp=2: stages in a pool that generates; expected stages in none, or as many",
+    ),
+    (
+        "trtllm",
+        {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16},
+        "a replica over several nodes",
+    ),
     (
         "sglang",
         {
@@ -155,9 +181,13 @@ REFUSED = [
             "speculation": Speculation("ngram", 0.4, (3,)),
             "draft_tokens": 3,
         },
-        "drafted from the prompt beside dp=2",
+        "dp=2.*: tokens drafted from the prompt beside attention ranks",
     ),
-    ("vllm", {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2}, "ep=2; expected 1, or all 4"),
+    (
+        "vllm",
+        {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2},
+        "ep=2 etp=2: experts over some ranks of a stage; expected ep of 1, or of all",
+    ),
 ]
 
 
@@ -230,7 +260,7 @@ def test_each_pool_is_told_the_memory_of_its_own_devices(two_kinds):
 
 def test_replicas_that_do_not_divide_a_node_are_refused_where_they_do_not_fit():
     plan = plan_of("llama3.1-8b", "h100-sxm:2x4", tp=2, pp=3, dp=1, replicas=1)
-    with pytest.raises(ExportError, match="on nodes of 4"):
+    with pytest.raises(ExportError, match="nodes of 4; expected replicas of whole nodes"):
         export_serving(plan, "vllm")
 
 
@@ -264,8 +294,8 @@ def written(plan, to, folder, **options):
 def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kinds, tmp_path):
     """A role with two kinds of replicas: neither's configuration may take the other's place."""
     prompts, answers = two_kinds.pools
-    small = replace(prompts, replicas=1)
-    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4})
+    small = replace(prompts, replicas=1, share=0.3)
+    large = replace(prompts, replicas=1, mesh={**prompts.mesh, "tp": 4}, share=0.7)
     plan = replace(two_kinds, pools=(small, large, answers))
     folder = written(plan, "vllm", tmp_path, around=["kubernetes"])
     degrees = {
@@ -288,7 +318,11 @@ def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kind
         item["name"]: item["value"] for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     }
     assert [url.split(".")[1].split(":")[0] for url in addresses["PREFILL"].split()] == sets[:2]
-    assert "every replica the same share" in (folder / "README.md").read_text()
+    assert "prefill-1 30%, prefill-2 70%" in (folder / "README.md").read_text()
+    assert (
+        "--policy power_of_two" in routes
+    )  # turn by turn, the slower kind would get as much as the faster one
+    assert "type: load_balancing" in export_serving(plan, "trtllm")["router.sh"]
     one_kind = replace(plan, pools=(small, large, replace(answers, cluster=prompts.cluster, replicas=1)))
     for to in ("dynamo", "llm-d"):  # a component per role
         with pytest.raises(ExportError, match="unlike prefill pools"):
@@ -670,3 +704,42 @@ def test_gains_lead_to_the_best_plan(tmp_path):
     assert steps[0].before_tokens_per_s == pytest.approx(plan.estimate.output_tokens_per_s_per_device)
     assert steps[-1].after_tokens_per_s == pytest.approx(best.estimate.output_tokens_per_s_per_device)
     assert best.estimate.output_tokens_per_s_per_device > plan.estimate.output_tokens_per_s_per_device
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            "vllm",
+            {
+                "speculative-config": {
+                    "method": "eagle3",
+                    "model": "me/EAGLE3-head",
+                    "num_speculative_tokens": 3,
+                }
+            },
+        ),
+        ("sglang", {"speculative-algorithm": "EAGLE3", "speculative-draft-model-path": "me/EAGLE3-head"}),
+    ],
+)
+def test_draft_heads_are_told_and_read_back(engine, said, tmp_path):
+    drafts = Speculation("eagle", 0.7, (3,), head="me/EAGLE3-head")
+    plan = plan_of(tp=1, pp=1, replicas=1, speculation=drafts, draft_tokens=3)
+    files = export_serving(plan, engine)
+    found = yaml.safe_load(files[f"{engine}.yaml"])
+    assert {name: found[name] for name in said} == said
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (pool,) = read_launch(engine, str(tmp_path / "serve.sh"))
+    assert (pool.drafts.method, pool.drafts.tokens, pool.drafts.model) == ("eagle", 3, "me/EAGLE3-head")
+    asked = Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
+    problem = problem_of_launch(
+        (pool,), planner.load_model("llama3.1-8b"), planner.load_cluster("h100-sxm:1x1"), asked, None, 0.7
+    )
+    assert serve(problem, top=1).best.pools[0].knobs["draft_head"] == "me/EAGLE3-head"
+
+
+def test_a_draft_head_without_a_name_is_not_exported():
+    plan = plan_of(tp=1, replicas=1, speculation=Speculation("eagle", 0.7, (3,)), draft_tokens=3)
+    with pytest.raises(ExportError, match="eagle:HUB_NAME"):
+        export_serving(plan, "vllm")

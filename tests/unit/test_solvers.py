@@ -15,10 +15,11 @@ from planner.errors import Infeasible, SolverError, SpecError
 from planner.mesh import Mesh
 from planner.solve.combinatorial.certificate import Clock, certify
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
+from planner.solve.combinatorial.migrations import migrate
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
 from planner.solve.combinatorial.recompute import ComputeGraph, cheapest_schedule, front, keep_all
 from planner.solve.combinatorial.sequences import assign_sequences, longest_first
-from planner.solve.combinatorial.tiering import place
+from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem, place
 from planner.solve.graph.graph_file import read_graph
 from planner.solve.graph.operators import model_graph
 from planner.solve.graph.recompute import layer_graph
@@ -379,6 +380,35 @@ def test_tensors_of_a_step_are_those_of_zero():
     }
     assert sizes == {"weights": weights * 2 / 8, "gradients": weights * 4 / 8, "states": weights * 12 / 8}
     assert [tier.name for tier in problem.tiers][:2] == ["device", "host"]
+
+
+def test_a_kernel_waits_for_what_its_gap_is_too_short_for():
+    """Two tensors of 4 B, room for one and links of 2 B/s: x leaves in 2 s beside nothing, y makes room and x returns in 2 s.
+
+    Kernel 1 waits for x to be gone (2 s), kernel 2 for y's end and the way back (2 s): 3 kernels of 1 s and 4 s of waiting. With
+    room for both nothing moves.
+    """
+    kernels = tuple(Kernel(f"k{i}", 1.0, (tensor,)) for i, tensor in enumerate((0, 1, 0)))
+    tensors = (Tensor("x", 4.0), Tensor("y", 4.0))
+
+    def step_s(room_bytes: float, bytes_per_s: float) -> float:
+        tiers = (Tier("near", room_bytes), Tier("far", 100.0, bytes_per_s, bytes_per_s))
+        return migrate(TieringProblem(kernels, tensors, tiers, "scheduled")).time_s
+
+    assert step_s(4.0, 2.0) == pytest.approx(7.0)
+    assert step_s(4.0, 8.0) == pytest.approx(4.0)  # half a second each way
+    assert step_s(8.0, 2.0) == pytest.approx(3.0)
+
+
+def test_a_return_begins_when_there_is_room_for_it():
+    """As above with a kernel of 3 s between y's last use and x's next: the way back hides behind it, the way out does not."""
+    kernels = tuple(
+        Kernel(f"k{i}", t, uses)
+        for i, (t, uses) in enumerate([(1.0, (0,)), (1.0, (1,)), (3.0, ()), (1.0, (0,))])
+    )
+    tiers = (Tier("near", 4.0), Tier("far", 100.0, 2.0, 2.0))
+    found = migrate(TieringProblem(kernels, (Tensor("x", 4.0), Tensor("y", 4.0)), tiers, "scheduled"))
+    assert found.time_s == pytest.approx(1.0 + 2.0 + 1.0 + 3.0 + 1.0)
 
 
 def test_with_room_for_all_nothing_moves_and_with_less_something_does():

@@ -11,6 +11,7 @@ from typing import Any
 
 from planner.errors import ExportError, Problem
 from planner.export.serving.bare import ROUTER_PORT, routed
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, checkpoint_of
 from planner.export.serving.exporter import resource_of
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.export.yaml_text import yaml_text
@@ -22,7 +23,7 @@ DEVICE_LABEL = "accelerator"
 """Label of a node whose value is its devices' name; asked for where nodes are of several kinds."""
 
 
-def _slurm(target: ServingTarget, image: str) -> Mapping[str, str]:
+def _slurm(target: ServingTarget, engine: Engine, image: str) -> Mapping[str, str]:
     """``job.sbatch``.
 
     Raises:
@@ -63,7 +64,7 @@ def _slurm(target: ServingTarget, image: str) -> Mapping[str, str]:
     return {"job.sbatch": "\n".join(lines) + "\n"}
 
 
-def _kubernetes(target: ServingTarget, image: str) -> Mapping[str, str]:
+def _kubernetes(target: ServingTarget, engine: Engine, image: str) -> Mapping[str, str]:
     """``leaderworkerset.yaml``; the folder's files reach the pods as a ConfigMap.
 
     Raises:
@@ -75,7 +76,7 @@ def _kubernetes(target: ServingTarget, image: str) -> Mapping[str, str]:
     name = f"plan-{target.plan.id}"
     documents = []
     for pool in target.plan.pools:
-        documents += [_set(target, pool, name, image, resource)]
+        documents += [_set(target, engine, pool, image, resource)]
     documents += [_service(target, name)] if not routed(target) else _routers(target, name, image)
     head = [f"# {line}" for line in summary(target.plan)]
     head.append(f"# kubectl create configmap {name} --from-file=. && kubectl apply -f leaderworkerset.yaml")
@@ -86,8 +87,8 @@ def _kubernetes(target: ServingTarget, image: str) -> Mapping[str, str]:
     }
 
 
-def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str) -> dict[str, Any]:
-    span = target.span(pool)
+def _set(target: ServingTarget, engine: Engine, pool: Pool, image: str, resource: str) -> dict[str, Any]:
+    span, name = target.span(pool), f"plan-{target.plan.id}"
     own = f"{name}{target.suffix(pool)}"
     container: dict[str, Any] = {
         "name": "engine",
@@ -98,7 +99,8 @@ def _set(target: ServingTarget, pool: Pool, name: str, image: str, resource: str
             {
                 "name": "HF_TOKEN",
                 "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "HF_TOKEN", "optional": True}},
-            }
+            },
+            *([] if checkpoint_of(engine, target) else [{"name": "MODEL", "value": NO_CHECKPOINT}]),
         ],
         "resources": {"limits": {resource: str(target.size(pool) // span)}},
         "volumeMounts": [
@@ -192,7 +194,7 @@ def _routers(target: ServingTarget, name: str, image: str) -> list[dict[str, Any
     return [deployment, service]
 
 
-AROUND: Mapping[str, Callable[[ServingTarget, str], Mapping[str, str]]] = {
+AROUND: Mapping[str, Callable[[ServingTarget, Engine, str], Mapping[str, str]]] = {
     "kubernetes": _kubernetes,
     "slurm": _slurm,
 }

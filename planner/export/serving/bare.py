@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from planner.export.serving import sglang, trtllm, vllm
-from planner.export.serving.engine import Engine
+from planner.export.serving.engine import Engine, checkpoint_of, quantized_checkpoint
 from planner.export.serving.exporter import ServingExporter
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
 from planner.export.yaml_text import yaml_text
@@ -52,7 +52,7 @@ def serve_script(target: ServingTarget, engine: Engine, pool: Pool) -> str:
         + (" RANK, LEADER: this node among the replica's." if span > 1 else ""),
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
-        *model_line(target),
+        *model_line(target, engine),
         f"PORT=${{PORT:-{FIRST_PORT}}}",
     ]
     if span > 1:
@@ -64,11 +64,12 @@ def serve_script(target: ServingTarget, engine: Engine, pool: Pool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def model_line(target: ServingTarget) -> list[str]:
+def model_line(target: ServingTarget, engine: Engine) -> list[str]:
     """The shell line that says which checkpoint is served."""
-    if target.checkpoint:
-        return [f"MODEL=${{MODEL:-{target.checkpoint}}}"]
-    return ["MODEL=${MODEL:?a checkpoint of this model}"]
+    known, needed = checkpoint_of(engine, target), quantized_checkpoint(engine, target)
+    if known:
+        return [f"MODEL=${{MODEL:-{known}}}"]
+    return [f"MODEL=${{MODEL:?a checkpoint of this model{f' in {needed}' if needed else ''}}}"]
 
 
 def _write(target: ServingTarget, engine: Engine, image: str, version: str) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from planner.export.serving.bare import ENGINES
-from planner.export.serving.engine import Engine
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, checkpoint_of
 from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
 from planner.export.serving.target import ServingTarget, summary
 from planner.export.yaml_text import yaml_text
@@ -114,7 +114,7 @@ def _component(target: ServingTarget, engine: Engine, pool: Pool, image: str, na
 
 
 def _arguments(target: ServingTarget, engine: Engine, pool: Pool) -> list[str]:
-    model = target.checkpoint
+    model = checkpoint_of(engine, target) or NO_CHECKPOINT
     if engine.name == "trtllm":
         words = [
             "--model",

@@ -10,7 +10,7 @@ from importlib.resources import files
 from planner.export.folder import ADAPTERS_IN_PODS, NO_IMAGE, network_check, page
 from planner.export.serving.around import AROUND, DEVICE_LABEL
 from planner.export.serving.bare import ROUTER_PORT, routed
-from planner.export.serving.engine import Engine, quantized_checkpoint
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, quantized_checkpoint
 from planner.export.serving.exporter import ServingExporter
 from planner.export.serving.row import serving_row
 from planner.export.serving.target import FIRST_PORT, ServingTarget, summary
@@ -57,7 +57,7 @@ def folder_files(
     """
     found = dict(exporter.write(target, engine, image, version))
     for name in around:
-        found |= AROUND[name](target, image)
+        found |= AROUND[name](target, engine, image)
     found["plan.json"] = json.dumps(target.plan.as_dict(), indent=2) + "\n"
     engine_version = version if exporter.name == engine.name else engine.versions[0]
     found["measure.py"] = _measure(target, engine, engine_version)
@@ -100,11 +100,13 @@ def _read_me(
 ) -> str:
     plan = target.plan
     rows = [f"| `{name}` | {_purpose(name)} |" for name in sorted({*found, "README.md"})]
-    first = [*_first(target, exporter, engine), *exporter.first(target), *_around_first(target, found)]
+    first = [*_first(target, engine, found), *exporter.first(target), *_around_first(target, found)]
     if image == NO_IMAGE and any(NO_IMAGE in text for name, text in found.items() if name.endswith(".yaml")):
         first.append(
             f"The manifests say `image: {NO_IMAGE}`: export with `--image` and the container that holds the engine."
         )
+    if any(NO_CHECKPOINT in text for name, text in found.items() if name.endswith(".yaml")):
+        first.append(f"The manifests say `{NO_CHECKPOINT}`: put the checkpoint in its place.")
     start = [*exporter.start(target), *_around(target, found)]
     url = (
         f"http://localhost:{ROUTER_PORT}"
@@ -174,22 +176,23 @@ def _around(target: ServingTarget, found: Mapping[str, str]) -> list[str]:
     return starts
 
 
-def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> list[str]:
+def _first(target: ServingTarget, engine: Engine, written: Mapping[str, str]) -> list[str]:
     """What to check before any start."""
     plan, estimate = target.plan, target.plan.estimate
     found = [
         *(_machines(target, cluster) for cluster in target.clusters),
         f"Versions: `pip show {_PACKAGES[engine.name]}` says {engine.versions[0]}; flags change between minor versions.",
     ]
-    needed = quantized_checkpoint(engine, target)
+    needed, by_script = quantized_checkpoint(engine, target), "run.sh" in written
     if needed:
+        what = "`MODEL`" if by_script else "the manifest's model"
         found.append(
-            f"Checkpoint: `MODEL` has to be one in {needed}; {engine.title} takes the format from it."
+            f"Checkpoint: {what} has to be one in {needed}; {engine.title} takes the format from it."
         )
     elif target.checkpoint:
-        found.append(
-            f"Checkpoint: `{target.checkpoint}`, or `MODEL=FOLDER`; its licence is accepted and its files are on every node."
-        )
+        other = ", or `MODEL=FOLDER`; its licence is accepted and its files are on every node."
+        pods = ": its licence is accepted, and pods may fetch it."
+        found.append(f"Checkpoint: `{target.checkpoint}`{other if by_script else pods}")
     else:
         found.append(f"Checkpoint: `MODEL=…`, weights of {plan.model}.")
     peak, budget = format_bytes(estimate.memory_bytes["peak"]), format_bytes(estimate.memory_budget_bytes)
@@ -199,7 +202,10 @@ def _first(target: ServingTarget, exporter: ServingExporter, engine: Engine) -> 
     )
     if target.nodes > 1 or plan.mode == "disaggregated":
         found += [network_check(cluster) for cluster in target.clusters]
-    return [*found, *engine.needs(target)]
+    found += engine.needs(target)
+    if engine.router_package and "router.sh" in written:
+        found.append(f"`pip show {engine.router_package}`: `router.sh` spreads requests with it.")
+    return found
 
 
 def _machines(target: ServingTarget, cluster: Cluster) -> str:
@@ -223,9 +229,12 @@ def _differs(target: ServingTarget, engine: Engine) -> list[str]:
         found.append(
             f"The plan was made for the stack {target.plan.stack}: `planner serve --engine {engine.name}` prices {engine.title}."
         )
-    if any(len(target.alike(pool)) > 1 for pool in target.plan.pools):
+    if target.unlike:
+        shares = ", ".join(f"{target.pool_name(p)} {p.share:.0%}" for p in target.plan.pools if p.share)
+        told = f" (of its role's requests {shares})" if shares else ""
         found.append(
-            "The plan gives unlike pools of one role what each can carry; `router.sh` gives every replica the same share."
+            f"The plan gives every pool what it can carry{told}. Routers know no weights: `router.sh` sends a request where less "
+            "is under way, so that slow replicas are not overrun; hold the engines' request counts against the shares."
         )
     if target.plan.traffic.get("prefix_hit"):
         hit = target.plan.traffic["prefix_hit"]

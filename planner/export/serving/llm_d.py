@@ -6,13 +6,13 @@ pods learn their rank from ``LWS_WORKER_INDEX``; the chart has one template for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from planner.errors import Problem
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.dynamo import flag_words
-from planner.export.serving.engine import Engine
+from planner.export.serving.engine import NO_CHECKPOINT, Engine, checkpoint_of
 from planner.export.serving.exporter import ServingExporter, in_pods, resource_of
 from planner.export.serving.target import ServingTarget, summary
 from planner.export.yaml_text import yaml_text
@@ -27,13 +27,14 @@ _GIVEN_BY_CHART = ("tensor-parallel-size", "data-parallel-size")
 
 def _write(target: ServingTarget, engine: Engine, image: str, version: str) -> Mapping[str, str]:
     plan, name = target.plan, f"plan-{target.plan.id}"
+    served = checkpoint_of(engine, target) or NO_CHECKPOINT
     split = plan.mode == "disaggregated"
     values: dict[str, Any] = {
         "fullnameOverride": name,
         "multinode": _multinode(target),
         "modelArtifacts": {
-            "name": target.checkpoint,
-            "uri": f"hf://{target.checkpoint}",
+            "name": served,
+            "uri": f"hf://{served}",
             "size": _volume(target),
             "authSecretName": "llm-d-hf-token",
             "labels": {"llm-d.ai/inference-serving": "true", "llm-d.ai/model": name},
@@ -96,7 +97,12 @@ def _command(target: ServingTarget, engine: Engine, pool: Pool, port: int) -> di
     if not _multinode(target):
         own = {key: value for key, value in settings.items() if key not in _GIVEN_BY_CHART}
         return {"modelCommand": "vllmServe", "args": flag_words(own)}
-    words = ["vllm serve", target.checkpoint, f"--port {port}", *_quoted(flag_words(settings))]
+    words = [
+        "vllm serve",
+        checkpoint_of(engine, target) or NO_CHECKPOINT,
+        f"--port {port}",
+        *_quoted(flag_words(settings)),
+    ]
     if target.span(pool) > 1:
         words.append(
             f"--nnodes {target.span(pool)} --node-rank $LWS_WORKER_INDEX --master-addr $LWS_LEADER_ADDRESS"
@@ -138,6 +144,13 @@ def _first(target: ServingTarget) -> list[str]:
     return found
 
 
+def _rules(target: ServingTarget) -> Iterator[Problem]:
+    yield from in_pods(target, "--to llm-d")
+    if any(pool.mesh.get("cp", 1) > 1 for pool in target.plan.pools):
+        found = "ranks that share prompts (cp)"
+        yield Problem("--to llm-d", found, "cp of 1: the chart counts tensor and data ranks")
+
+
 EXPORTER = ServingExporter(
     name="llm-d",
     title="llm-d-modelservice",
@@ -146,6 +159,6 @@ EXPORTER = ServingExporter(
     engine=lambda target: ENGINES["vllm"],
     write=_write,
     start=lambda target: ["`bash deploy.sh`, then measure the gateway's address"],
-    rules=partial(in_pods, where="--to llm-d"),
+    rules=_rules,
     first=_first,
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -91,14 +92,47 @@ def assign_sequences(
     """
     clock = Clock(time_limit_s)
     known = one_size(problem)
+    fits = (problem.memory_bytes <= problem.budget_bytes) & np.isfinite(problem.time_s)
+    fits &= np.array(problem.degrees) <= problem.devices
+    if not fits.any(axis=1).all():
+        raise _too_long(problem, int(np.flatnonzero(~fits.any(axis=1))[0]))
     slots = [d for d, degree in enumerate(problem.degrees) for _ in range(problem.devices // degree)]
+    bound = _work_bound(problem)
+    program, dealt = _program(problem, slots, (bound, np.inf if known is None else known.time_s))
+    answer = solve(program, backend=backend, time_limit_s=clock.left_s, gap=gap)
+    bound, solver = max(bound, answer.bound if np.isfinite(answer.bound) else 0.0), answer.solver
+    best = known
+    if answer.found:
+        table = np.rint(answer.values[dealt]).astype(np.intp)
+        found = _evaluated(problem, slots, table)
+        if best is None or found.time_s < best.time_s:
+            best = found
+    if best is None:
+        if answer.status == "infeasible":
+            too_many = "the sequences of one step do not fit on all devices together"
+            raise Infeasible(Problem("memory", too_many, "fewer of them"))
+        raise SolverError(Problem("solver", f"{solver} found no assignment in time", try_="Allow more time."))
+    certificate = certify(
+        best.time_s, min(bound, best.time_s), solver, clock, {"variables": program.n_variables}
+    )
+    return Groups(best.degrees, best.counts, best.group_s, best.time_s, certificate)
+
+
+def _program(
+    problem: SequenceProblem, slots: Sequence[int], within_s: tuple[float, float]
+) -> tuple[Program, NDArray[np.intp]]:
+    """The integer program, and its variables of how many sequences of every bucket a group gets: (groups, buckets).
+
+    Args:
+        problem: sequences and prices.
+        slots: of every group that there may be, the index of its degree.
+        within_s: what the slowest group is known to take at least and at most.
+    """
     degree = np.array([problem.degrees[d] for d in slots], dtype=float)
     time_s, memory = problem.time_s[:, slots].T, problem.memory_bytes[:, slots].T  # (groups, buckets)
     extra = np.array([(problem.group_s or (0.0,) * len(problem.degrees))[d] for d in slots])
     counts = np.array(problem.counts, dtype=float)
     possible = (memory <= problem.budget_bytes) & np.isfinite(time_s)
-    if not possible.any(axis=0).all():
-        raise _too_long(problem, int(np.flatnonzero(~possible.any(axis=0))[0]))
     program = Program()
     longest = program.variables([1.0], upper=np.inf)
     used = program.variables(np.zeros(len(slots)), integer=True)
@@ -112,42 +146,20 @@ def assign_sequences(
     )  # fmt: skip
     if problem.packed and np.isfinite(problem.budget_bytes):
         held = np.where(possible, memory, 0.0) / problem.budget_bytes
-        program.constrain(
-            np.column_stack([dealt, used]), np.column_stack([held, np.full(len(slots), -1.0)]), high=0.0
-        )
+        room = np.column_stack([held, np.full(len(slots), -1.0)])
     else:
-        program.constrain(
-            np.column_stack([dealt, used]), np.append(np.ones(len(counts)), -counts.sum()), high=0.0
-        )
-    for first, second in zip(range(len(slots)), range(1, len(slots)), strict=False):
+        room = np.append(np.ones(len(counts)), -counts.sum())
+    program.constrain(np.column_stack([dealt, used]), room, high=0.0)
+    for first, second in pairwise(range(len(slots))):
         if slots[first] == slots[second]:  # alike: the first is used before, and is no less busy
             program.constrain([used[first], used[second]], [1.0, -1.0], low=0.0)
             columns = np.concatenate([dealt[first], dealt[second]])
             program.constrain([columns], [np.concatenate([seconds[first], -seconds[second]])], low=0.0)
-    bound = _work_bound(problem)
-    program.constrain([longest], 1.0, low=bound)
-    if known is not None:
-        program.constrain([longest], 1.0, high=known.time_s * (1.0 + 1e-9))
-    answer = solve(program, backend=backend, time_limit_s=clock.left_s, gap=gap)
-    bound, solver = max(bound, answer.bound if np.isfinite(answer.bound) else 0.0), answer.solver
-    best = known
-    if answer.found:
-        table = np.rint(answer.values[dealt]).astype(np.intp)
-        found = _evaluated(problem, slots, table)
-        if best is None or found.time_s < best.time_s:
-            best = found
-    if best is None:
-        if answer.status == "infeasible":
-            raise Infeasible(
-                Problem(
-                    "memory", "the sequences of one step do not fit on all devices together", "fewer of them"
-                )
-            )
-        raise SolverError(Problem("solver", f"{solver} found no assignment in time", try_="Allow more time."))
-    certificate = certify(
-        best.time_s, min(bound, best.time_s), solver, clock, {"variables": program.n_variables}
-    )
-    return Groups(best.degrees, best.counts, best.group_s, best.time_s, certificate)
+    least_s, most_s = within_s
+    program.constrain([longest], 1.0, low=least_s)
+    if most_s < np.inf:
+        program.constrain([longest], 1.0, high=most_s * (1.0 + 1e-9))
+    return program, dealt
 
 
 def longest_first(problem: SequenceProblem, degree: int) -> Groups | None:

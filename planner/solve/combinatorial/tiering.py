@@ -24,7 +24,22 @@ from planner.solve.combinatorial.certificate import Certificate, Clock, certify
 from planner.solve.combinatorial.milp import Program, solve
 from planner.units import format_bytes
 
-__all__ = ["MOVES", "Kernel", "Placement", "Rest", "Tensor", "Tier", "TieringProblem", "place", "swap_all"]
+__all__ = [
+    "MOVES",
+    "Gap",
+    "Kernel",
+    "Placement",
+    "Rest",
+    "Tensor",
+    "Tier",
+    "TieringProblem",
+    "held_bytes",
+    "link_s",
+    "place",
+    "rests_of",
+    "swap_all",
+    "too_large",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -93,7 +108,7 @@ class TieringProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Gap:
+class Gap:
     """A tensor's rest behind one kernel and ahead of another, and the kernels in between."""
 
     tensor: int
@@ -110,13 +125,13 @@ def place(problem: TieringProblem, *, backend: str = "scipy", time_limit_s: floa
         SolverError: the integer program fails.
     """
     clock = Clock(time_limit_s)
-    gaps = _gaps(problem)
+    gaps = rests_of(problem)
     pinned = _pinned(problem)
     if max(pinned, default=0.0) > problem.tiers[0].capacity_bytes:
-        raise _too_large(problem)
+        raise too_large(problem)
     program = Program()
     serial = problem.moves == "serial"
-    out, back = _ways(problem, gaps)
+    out, back = link_s(problem, gaps)
     rest = program.variables(out + back if serial else np.zeros_like(out), integer=True)
     if len(gaps):
         program.constrain(rest, 1.0, low=1.0, high=1.0)
@@ -142,7 +157,7 @@ def place(problem: TieringProblem, *, backend: str = "scipy", time_limit_s: floa
             seen.add(key)
     answer = solve(program, backend=backend, time_limit_s=clock.left_s)
     if answer.status == "infeasible":
-        raise _too_large(problem)
+        raise too_large(problem)
     if not answer.found:
         found = swap_all(problem)
         bound = min(max(answer.bound + (kernels_s if serial else 0.0), kernels_s), found.time_s)
@@ -162,25 +177,25 @@ def swap_all(problem: TieringProblem) -> Placement:
         Infeasible: the outer tiers have no room.
     """
     clock = Clock()
-    gaps = _gaps(problem)
+    gaps = rests_of(problem)
     free = [np.full(len(problem.kernels), tier.capacity_bytes) for tier in problem.tiers]
     tiers = np.zeros(len(gaps), dtype=int)
     for index, gap in enumerate(gaps):
         size, inside = problem.tensors[gap.tensor].size_bytes, list(gap.inside)
         fitting = [tier for tier in range(1, len(free)) if free[tier][inside].min() >= size]
         if not fitting:
-            raise _too_large(problem)
+            raise too_large(problem)
         tiers[index] = fitting[0]
         free[fitting[0]][inside] -= size
     if max(_pinned(problem)) > problem.tiers[0].capacity_bytes:
-        raise _too_large(problem)
+        raise too_large(problem)
     return _evaluated(problem, gaps, tiers, 0.0, "swap all", clock, {"rests": len(gaps)})
 
 
 # -- details -----------------------------------------------------------------------------------------------------------------
 
 
-def _gaps(problem: TieringProblem) -> list[_Gap]:
+def rests_of(problem: TieringProblem) -> list[Gap]:
     """Every rest that spans at least one kernel."""
     n = len(problem.kernels)
     found = []
@@ -198,7 +213,7 @@ def _gaps(problem: TieringProblem) -> list[_Gap]:
             if not uses:
                 inside = tuple(range(n))
             if inside:
-                found.append(_Gap(number, after, before, inside))
+                found.append(Gap(number, after, before, inside))
     return found
 
 
@@ -207,7 +222,16 @@ def _pinned(problem: TieringProblem) -> list[float]:
     return [sum(problem.tensors[t].size_bytes for t in set(kernel.uses)) for kernel in problem.kernels]
 
 
-def _ways(problem: TieringProblem, gaps: Sequence[_Gap]) -> tuple[Floats, Floats]:
+def held_bytes(problem: TieringProblem, gaps: Sequence[Gap], tiers: NDArray[np.intp]) -> Floats:
+    """Bytes per tier and kernel of a choice of tiers: what the kernel uses in the first, and what rests meanwhile in each."""
+    held = np.zeros((len(problem.tiers), len(problem.kernels)))
+    held[0] = _pinned(problem)
+    for gap, tier in zip(gaps, tiers, strict=True):
+        held[tier, list(gap.inside)] += problem.tensors[gap.tensor].size_bytes
+    return held
+
+
+def link_s(problem: TieringProblem, gaps: Sequence[Gap]) -> tuple[Floats, Floats]:
     """Seconds out to every tier and back, per rest; a constant tensor has its copy outside already, an unused one never moves."""
     out, back = np.zeros((len(gaps), len(problem.tiers))), np.zeros((len(gaps), len(problem.tiers)))
     for row, gap in enumerate(gaps):
@@ -221,11 +245,11 @@ def _ways(problem: TieringProblem, gaps: Sequence[_Gap]) -> tuple[Floats, Floats
 
 
 def _evaluated(
-    problem: TieringProblem, gaps: Sequence[_Gap], tiers: NDArray[np.intp], bound: float, solver: str, clock: Clock,
+    problem: TieringProblem, gaps: Sequence[Gap], tiers: NDArray[np.intp], bound: float, solver: str, clock: Clock,
     notes: dict[str, int],
 ) -> Placement:  # fmt: skip
     """Time and memory of a choice of tiers."""
-    out, back = _ways(problem, gaps)
+    out, back = link_s(problem, gaps)
     at = np.arange(len(gaps)), tiers
     kernels_s = sum(kernel.time_s for kernel in problem.kernels)
     if problem.moves == "serial":
@@ -237,10 +261,7 @@ def _evaluated(
             for way in (out, back)
         ]
         time_s = max([kernels_s, *links])
-    held = np.zeros((len(problem.tiers), len(problem.kernels)))
-    held[0] = _pinned(problem)
-    for gap, tier in zip(gaps, tiers, strict=True):
-        held[tier, list(gap.inside)] += problem.tensors[gap.tensor].size_bytes
+    held = held_bytes(problem, gaps, tiers)
     rests = tuple(
         Rest(
             problem.tensors[gap.tensor].name, problem.kernels[gap.after].name, problem.kernels[gap.before].name,
@@ -254,7 +275,8 @@ def _evaluated(
     return Placement(rests, time_s, kernels_s, peaks, certificate)
 
 
-def _too_large(problem: TieringProblem) -> Infeasible:
+def too_large(problem: TieringProblem) -> Infeasible:
+    """The error of a problem whose tensors fit nowhere."""
     largest = max(_pinned(problem))
     total = sum(tensor.size_bytes for tensor in problem.tensors)
     room = sum(tier.capacity_bytes for tier in problem.tiers)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
-from planner.ledger import Ledger, Transfer
+from planner.ledger import Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -29,21 +27,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     return offload(ledger, ctx, _KEY, "nvme")
 
 
-def _rate(subject: Pass) -> float:
-    """Bytes per second of one device's activations, where 16 share drives of 28 GB/s."""
-    from planner.engine import Pricer
-
-    ledger, ctx = figures.run(
-        "activation_offload",
-        subject,
-        model="gpt2-xl",
-        activation_offload="nvme",
-        cluster="v100-sxm2-32gb:1x8",
-    )
-    pricer = Pricer(replace(ctx.cluster, nvme_bytes_per_s=28e9 / 16), ctx.stack)
-    moved = ledger.of(Transfer, tier="nvme")
-    seconds = sum(float(np.ravel(price)[0]) for price in pricer.prices(moved, ledger.axes))
-    return figures.transferred_bytes(ledger, "nvme") / seconds if seconds else 0.0
+def _visits(subject: Pass) -> float:
+    """Bytes of a layer of GPT-3 175B over the drives per micro-batch, in units of sbh."""
+    ledger, _ = figures.run("activation_offload", subject, model="gpt3-175b", activation_offload="nvme")
+    layers = [
+        item for item in ledger.items if getattr(item, "block", "") not in ("embedding", "head", "boundary")
+    ]
+    return figures.transferred_bytes(replace(ledger, items=tuple(layers)), "nvme") / (2048 * 12288)
 
 
 TECHNIQUE = Technique(
@@ -56,11 +46,11 @@ TECHNIQUE = Technique(
     summary="Saved activations wait on drives",
     figures=(
         Figure(
-            "bytes per second of one device's activations to the drives of a DGX-2: 1.75 GB/s",
-            1.75e9,
+            "bytes per layer of GPT-3 175B over the drives, in sbh: out and back, 34 + 5as/h each way",
+            2.0 * 114.0,
             1e-6,
-            "Rajbhandari et al. 2021 (ZeRO-Infinity), SC21 slides: required and available bandwidth, 64 DGX-2 nodes",
-            _rate,
+            "Bae et al. 2021, abstract: offloaded to the SSD; what is saved: Korthikanti et al. 2022 (arXiv:2205.05198), Table 2",
+            _visits,
         ),
     ),
     valid=nvme,

@@ -91,6 +91,7 @@ TECHNIQUE = Technique(
             "positions that count in the loss, per cent (loss_kernel=masked)",
             read=read_percent,
             expected="a number above 0 and up to 100",
+            needed_by="loss_kernel=masked",
         ),
     ),
     figures=(

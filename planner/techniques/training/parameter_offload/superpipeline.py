@@ -69,6 +69,7 @@ TECHNIQUE = Technique(
             "layers per device whose weights stay there (parameter_offload=window)",
             read=whole_number,
             expected="a whole number from 1",
+            needed_by="parameter_offload=window",
         ),
     ),
     figures=(

@@ -142,6 +142,7 @@ TECHNIQUES = (
                 f"modules that run again (recompute=modules): any of {', '.join(_OF_MEGATRON)}, joined by +",
                 read=read_modules,
                 expected=f"any of {', '.join(_OF_MEGATRON)}, joined by +",
+                needed_by="recompute=modules",
             ),
         ),
         figures=(_share("gpt3-175b", "true", 18.49, recompute="modules", recompute_modules="core_attn"),),

@@ -20,16 +20,17 @@ from planner.schedule.order import ORDERS
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.schedule.rules import accepts
 
 ORDER = replace(ORDERS["1f1b"], name="pipedream", barrier=False, flushes=False, bound_s=None)
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """A version of the weights for each micro-batch in flight, and an update with each backward."""
+    """A version of the weights for each micro-batch in flight, where they live, and an update with each backward."""
 
     def stash(item: Item) -> Item | None:
         if isinstance(item, Resident):
-            if (item.pool, item.lifetime, item.tier) != ("parameters", "always", "device"):
+            if (item.pool, item.lifetime) != ("parameters", "always"):
                 return None
             return replace(item, what=f"{item.what}.stash", lifetime="micro_batch", by="pipedream")
         return replace(item, phase="backward", by="pipedream") if item.phase == "step" else None
@@ -62,6 +63,7 @@ TECHNIQUE = Technique(
             of_pass=True,
         ),
     ),
+    valid=accepts(ORDER, copies=True),
     apply=apply,
     order=ORDER,
     searched=False,

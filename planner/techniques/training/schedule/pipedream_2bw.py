@@ -27,8 +27,8 @@ ORDER = replace(
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
-    """A second version of the weights."""
-    weights = ledger.of(Resident, pool="parameters", lifetime="always", tier="device")
+    """A second version of the weights, where the first one lives."""
+    weights = ledger.of(Resident, pool="parameters", lifetime="always")
     return ledger.add(replace(item, what=f"{item.what}.second", by="pipedream_2bw") for item in weights)
 
 
@@ -54,7 +54,7 @@ TECHNIQUE = Technique(
             of_pass=True,
         ),
     ),
-    valid=accepts(ORDER),
+    valid=accepts(ORDER, copies=True),
     apply=apply,
     order=ORDER,
     searched=False,

@@ -145,6 +145,7 @@ TECHNIQUES = (
                 "ranks that share one copy (zero_group=ranks)",
                 read=whole_number,
                 expected="a whole number from 1",
+                needed_by="zero_group=ranks",
             ),
         ),
         figures=(
