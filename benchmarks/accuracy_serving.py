@@ -40,9 +40,9 @@ TAIL = """
   without it and not counted from the day on which a suite ran both ways, nor are configurations whose repeats differ by more than
   25 % in the time between tokens.
 - **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
-  In pools, what is missing of a first token is what one stall of up to seventy seconds at the beginning of a run would add. It is
-  hardly a queue: the same pools and clients, simulated request by request with all of them at the door at first, wait at most half
-  as long again, mostly less than foretold (41 runs of up to 512 clients).
+  In pools, what is missing of a first token is what one stall of up to seventy seconds at the beginning of a run would add. It
+  is hardly a queue: the same pools and clients, simulated request by request with all of them at the door at first, wait at most
+  half as long again, mostly less than foretold (41 runs of up to 512 clients).
 - **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
 - **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can, those for prompts to take
   as many that wait as their budget has room for: rows state a batch of one prompt throughout, and measured more than it allows.

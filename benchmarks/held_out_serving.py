@@ -73,8 +73,8 @@ TAIL = """
 - **Idle engines** answer a short prompt in 10 to 30 ms; the admission that was fitted to loaded ones is 24 to 80 ms.
 - **Small models** (0.5B) generate a token in less than the host time that an iteration is charged with: newer engines
   schedule the next iteration while the device runs, which is not modelled.
-- **MI300X** is foretold 20 to 60 % too fast by two sources that agree, at any batch: an all-reduce is charged with 3.5 µs,
-  and the efficiency of products is assumed.
+- **MI300X** is foretold 20 to 60 % too fast by two sources that agree, more where its cache is full: an all-reduce is charged
+  with 3.5 µs, and the efficiency of products is assumed.
 - **Devices without kernels of their own in the tables** (Gaudi, Trainium, TPU, Ascend): products and attention carry over
   from assumed efficiencies. Decoding is mostly right within a third, prompts within a factor of two; on Ascend, throughput is
   not.
