@@ -15,17 +15,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.specs.device_file import load_device
-from planner.specs.models import load_model
 from planner.uncertainty.serving import serving_interval
 from planner.validation import validate
 from planner.validation.report import Report
 from planner.validation.scores import ScoredRow, coverage, error_statistics
+from planner.validation.serving import served_runs
+from planner.validation.serving_runs import ServedRun
+from planner.validation.table import read_table
 
 FOLDER = Path(__file__).parent / "held_out" / "serving"
 WORDS = {
     "tpot": "time between tokens", "ttft": "time to the first token", "output_tokens_per_s": "throughput",
     "latency": "latency of a batch",
+}  # fmt: skip
+LOADS = {
+    "concurrency": "clients", "offline": "all at once", "burst": "all at once", "static": "static batch", "rate": "arrivals",
+    "pools": "pools",
 }  # fmt: skip
 INTERVALS = {
     "tpot": "tpot_s", "ttft": "ttft_s", "output_tokens_per_s": "output_tokens_per_s_per_device"
@@ -76,7 +81,7 @@ def main() -> None:
     arguments.add_argument("-o", "--out")
     options = arguments.parse_args()
     files = options.files or sorted(str(path) for path in FOLDER.glob("*.csv"))
-    text = "\n".join(page(validate(files), read_cells(files))) + "\n"
+    text = "\n".join(page(validate(files), read_cells(files), read_runs(files))) + "\n"
     if options.out:
         Path(options.out).write_text(text, encoding="utf-8")
     else:
@@ -93,23 +98,33 @@ def read_cells(files: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def page(report: Report, cells: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def read_runs(files: list[str]) -> dict[str, ServedRun]:
+    """The rows that can be priced, by the same names."""
+    return {run.row.row_id: run for path in files for run, _ in served_runs(read_table(path))}
+
+
+def page(
+    report: Report, cells: Mapping[str, Mapping[str, str]], runs: Mapping[str, ServedRun]
+) -> Iterator[str]:
     """The page, line by line."""
     rows = [row for row in report.rows if row.status == "scored"]
     yield HEAD
-    yield from _table(rows, cells, "metric", lambda row: WORDS[row.metric])
+    yield from _table(rows, runs, "metric", lambda row: WORDS[row.metric])
     priced = ", ".join(f"{WORDS[m]} {part:.1%}" for m, part in coverage(report.rows).items() if m in WORDS)
     yield f"\n{len(cells):,} rows of {len(_sources(cells))} sources. Priced of what they ask for: {priced}."
     yield FIRST
     yield "## By source\n"
-    yield from _table(rows, cells, "source, metric", lambda row: f"{_source(row)}, {WORDS[row.metric]}")
+    yield from _table(rows, runs, "source, metric", lambda row: f"{_source(row)}, {WORDS[row.metric]}")
     yield "\n## By device\n"
     yield from _table(
-        rows, cells, "generation, metric", lambda row: f"{_generation(row, cells)}, {WORDS[row.metric]}"
+        rows,
+        runs,
+        "generation, metric",
+        lambda row: f"{runs[row.row_id].cluster.device.generation}, {WORDS[row.metric]}",
     )
     yield "\n## By how the engine was driven\n"
     yield from _table(
-        rows, cells, "load, metric", lambda row: f"{_load(cells[row.row_id])}, {WORDS[row.metric]}"
+        rows, runs, "load, metric", lambda row: f"{LOADS[runs[row.row_id].driver]}, {WORDS[row.metric]}"
     )
     yield TAIL
     yield "## What is not priced\n"
@@ -124,7 +139,7 @@ def page(report: Report, cells: Mapping[str, Mapping[str, str]]) -> Iterator[str
 
 
 def _table(
-    rows: list[ScoredRow], cells: Mapping[str, Mapping[str, str]], what: str, key: Callable[[ScoredRow], str]
+    rows: list[ScoredRow], runs: Mapping[str, ServedRun], what: str, key: Callable[[ScoredRow], str]
 ) -> Iterator[str]:
     """Errors of groups, and how many of their values lie inside the interval that goes with the prediction."""
     groups: dict[str, list[ScoredRow]] = defaultdict(list)
@@ -134,7 +149,7 @@ def _table(
     yield "|---|---:|---:|---:|---:|---:|"
     for name, own in sorted(groups.items()):
         values: Any = error_statistics([row.error for row in own if row.error is not None])
-        inside = [held for row in own if (held := _inside(row, cells[row.row_id])) is not None]
+        inside = [held for row in own if (held := _inside(row, runs[row.row_id])) is not None]
         share = f"{sum(inside) / len(inside):.0%}" if inside else ""
         yield (
             f"| {name} | {values['n']:,} | {values['median_ape']:.1%} | {values['p90_ape']:.1%} "
@@ -142,32 +157,18 @@ def _table(
         )
 
 
-def _inside(row: ScoredRow, cells: Mapping[str, str]) -> bool | None:
+def _inside(row: ScoredRow, run: ServedRun) -> bool | None:
     """Whether the measured value lies in the interval of the prediction; None: there is no interval for it."""
     if row.metric not in INTERVALS or row.predicted is None or row.measured is None:
         return None
-    experts = any(block.moe is not None for block in load_model(cells["model"]).blocks.values())
+    experts = any(block.moe is not None for block in run.model.blocks.values())
     name = INTERVALS[row.metric]
-    low, high = serving_interval(experts, bool(cells.get("prefill_tp_size")), {name: row.predicted})[name]
+    low, high = serving_interval(experts, run.driver == "pools", {name: row.predicted})[name]
     return low <= row.measured <= high
 
 
 def _source(row: ScoredRow) -> str:
     return row.file.removesuffix(".csv")
-
-
-def _generation(row: ScoredRow, cells: Mapping[str, Mapping[str, str]]) -> str:
-    return load_device(cells[row.row_id]["accelerator"]).generation
-
-
-def _load(cells: Mapping[str, str]) -> str:
-    if cells.get("prefill_tp_size"):
-        return "pools"
-    if "static" in cells["features"]:
-        return "static batch"
-    if cells["request_rate"] == "inf":
-        return "all at once"
-    return "arrivals" if cells["request_rate"] else "clients"
 
 
 def _sources(cells: Mapping[str, Mapping[str, str]]) -> Counter[str]:
