@@ -90,8 +90,8 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
     """Candidates, and candidates per second and core, of the 405B space with nothing excluded.
 
     Of every prefix ``rows_each`` random rows: their ledgers are built, and every layout, state, recompute choice and swap on
-    them goes through the full cost model (step bound, exact memory timeline, the launcher's and the host's limits). A recompute
-    by layers counts once, although its number of layers is searched.
+    them goes through the full cost model (exact memory timeline, the launcher's and the host's limits, and the step bound of what
+    fits). A recompute by layers counts once, although its number of layers is searched.
     """
     draw = np.random.default_rng()
     start = time.process_time()
@@ -108,21 +108,20 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
             for schedule, layout in search.layouts_of(int(pp)):
                 for recompute in range(len(branches.recomputes)):
                     on = np.flatnonzero(work.recomputes[recompute, at])
-                    for swap in range(len(branches.swaps)):
-                        if len(on):
-                            one_each = np.ones(len(on), dtype=np.int64)
-                            work.evaluate(
-                                Jobs(
-                                    schedule,
-                                    Layouts([layout]).deal(np.zeros(len(on), dtype=np.intp)),
-                                    np.full(len(on), recompute),
-                                    swap,
-                                    states[on],
-                                    at[on],
-                                    one_each,
-                                )
+                    behind = int(branches.widths(branches.recomputes[recompute], layout.layers))
+                    for swap in range(len(branches.swaps) if behind and len(on) else 0):
+                        work.evaluate(
+                            Jobs(
+                                schedule,
+                                Layouts([layout]).deal(np.zeros(len(on), dtype=np.intp)),
+                                np.full(len(on), recompute),
+                                swap,
+                                states[on],
+                                at[on],
+                                np.full(len(on), behind),
                             )
-                            priced += len(on)
+                        )
+                        priced += len(on)
     return priced, priced / (time.process_time() - start)
 
 
