@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from planner.plan import Estimate, Plan
 from planner.uncertainty.nearest import nearby
 from planner.uncertainty.residuals import load_residuals
 from planner.uncertainty.ties import ties_with_first
+from planner.units import format_chance
 
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
@@ -19,6 +21,7 @@ TIE = "~"
 """Stands before the distance of a plan whose place behind the first one is noise."""
 
 _NOTABLE_CHANCE = 0.01
+_RISKY = 0.1  # a chance of running out of memory that is said together with what to do about it
 _EVEN = 0.02  # sides of an interval that differ by less are printed as one
 
 
@@ -71,6 +74,13 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
         f"peak memory: 80 % within {interval_text(first.estimate, 'peak')}, as of {_runs(peaks.rows)}; wider the more of it is "
         "buffers, fragmentation and the framework's own",
     ]
+    chance = first.estimate.oom_probability or 0.0
+    if chance >= _RISKY:
+        _, high = relative_interval(first.estimate, "peak") or (0.0, 0.0)
+        told.append(
+            f"{'plan 1' if len(plans) > 1 else 'it'} may run out of memory ({format_chance(chance)}): --reserve "
+            f"{math.ceil(100.0 * high / (1.0 + high))}% asks for plans that do not in nine of ten"
+        )
     ties = set(ties_with_first(plans))
     numbers = [str(number) for number, plan in enumerate(plans, 1) if plan.id in ties]
     if numbers:

@@ -39,7 +39,8 @@ def judgement(
         step_time_s: what is predicted.
         pools: what the fullest device holds at its peak.
         spends: of the step on the busiest device.
-        budget_bytes: of the fullest device.
+        budget_bytes: of the fullest device. What is held in reserve on top of it is there to be run into: a process runs out
+            of memory at the end of the device's.
 
     Raises:
         SpecError: the shipped residuals are wrong.
@@ -53,5 +54,5 @@ def judgement(
         "step_time_s": list(time_spread(residuals, problem, spends).interval(step_time_s)),
         "peak": list(peak.interval(peak_bytes)),
     }
-    found["oom_probability"] = peak.probability_above(peak_bytes, budget_bytes)
+    found["oom_probability"] = peak.probability_above(peak_bytes, budget_bytes / (1.0 - problem.reserve))
     return found

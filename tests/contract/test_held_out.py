@@ -52,3 +52,14 @@ def test_the_page_counts_the_rows_that_are_scored():
     assert counted is not None
     assert int(counted[2]) == len(TABLES)
     assert abs(int(counted[1]) / asked - float(counted[3]) / 100) < 1e-3
+
+
+def test_the_readme_quotes_the_page():
+    means = re.search(
+        r"\*\*mean over (\d+) sources\*\* \| (\d+) \|.*\*\*([\d.]+)% / ([\d.]+)%\*\* \|  \|", PAGE
+    )
+    assert means is not None
+    sources, rows, median, p90 = means.groups()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"On {rows} published runs" in readme
+    assert f"off by {median} % (median) and {p90} % (90th percentile, means over {sources} sources)" in readme

@@ -77,6 +77,18 @@ def test_probability_of_running_out_is_shown_where_it_matters(plan, monkeypatch)
     assert "30%" in shown
 
 
+def test_a_plan_that_may_run_out_of_memory_comes_with_what_to_do(plan):
+    """Nine of ten peaks lie below the upper end of the interval: with a fifth more, a sixth is kept in reserve."""
+    peak = plan.estimate.memory_bytes["peak"]
+    interval = {**plan.estimate.interval, "peak": (0.9 * peak, 1.2 * peak)}
+    risky, safe = (
+        replace(plan, estimate=replace(plan.estimate, interval=interval, oom_probability=p))
+        for p in (0.27, 0.05)
+    )
+    assert any("(27%): --reserve 17%" in line for line in confidence([risky], job()))
+    assert not any("--reserve" in line for line in confidence([safe], job()))
+
+
 def test_plans_without_an_interval_are_shown_without_one(plan, monkeypatch):
     """As those that an earlier version wrote."""
     old = replace(plan, estimate=replace(plan.estimate, interval=None, oom_probability=None, provenance=None))

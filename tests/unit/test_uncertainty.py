@@ -127,13 +127,22 @@ def test_every_estimate_has_its_interval(problem):
 
 
 def test_a_fuller_device_is_likelier_to_run_out_of_memory(problem):
-    peak = planner.estimate(problem).estimate.memory_bytes["peak"]
-    total = float(problem.cluster.device.memory_bytes)
+    assembly = planner.examine(problem)
+    pools = dict(assembly.plan.estimate.memory_bytes)
+    peak = pools.pop("peak")
     roomy, tight = (
-        planner.estimate(replace(problem, reserve=1.0 - factor * peak / total)).estimate.oom_probability
+        judgements.judgement(problem, 1.0, pools, assembly.spends, factor * peak)["oom_probability"]
         for factor in (1.6, 1.05)
     )
     assert roomy < 0.05 < tight
+
+
+def test_memory_in_reserve_is_there_to_be_run_into(problem):
+    """The same plan on the same device: what may be planned with changes nothing about where its memory ends."""
+    chances = [
+        planner.estimate(replace(problem, reserve=reserve)).estimate.oom_probability for reserve in (0.0, 0.3)
+    ]
+    assert chances[0] == pytest.approx(chances[1])
 
 
 def test_without_residuals_an_estimate_says_nothing(problem, monkeypatch):
