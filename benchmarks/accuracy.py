@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from planner.specs.stack import list_stacks, load_stack
+from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import PublishedRun, read_published_runs, write_published_runs
 from planner.uncertainty.residuals import load_residuals
 from planner.uncertainty.terms import TIME_TERMS, time_parts
+from planner.validation.outcomes import reliability
 from planner.validation.report import Report, validate
 from planner.validation.residual_files import (
     peak_residuals,
@@ -35,7 +37,7 @@ from planner.validation.residual_files import (
     time_residuals,
 )
 from planner.validation.scores import coverage, error_statistics
-from planner.validation.spreads import left_out
+from planner.validation.spreads import Residual, left_out
 from planner.validation.training import Priced
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +78,7 @@ def main() -> None:
         "families": "\n".join(_grouped(report, "family")),
         "accelerators": "\n".join(_grouped(report, "accelerator")),
         "intervals": "\n".join(interval_table(runs)),
-        "pooled": _pooled(),
+        "never_measured": _never_measured(report),
         "memory": "\n".join(_memory(report)),
         "outcomes": "\n".join(_outcomes(report)),
         "kernels": "\n".join(_kernels(kernels)),
@@ -138,12 +140,22 @@ def step_time_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
 
 
 def interval_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
-    """Coverage and width of intervals on runs left out."""
+    """Coverage and width of intervals on runs left out; of memory, also by the meter that read it."""
     yield _row("quantity", "left out", "rows", "held", "median width", "median error", "width / error")
     yield _row("---", "---", *["---:"] * 5)
-    for what, residuals in (("step time", time_residuals(runs)), ("peak memory", peak_residuals(runs))):
+    timed = [run for run in runs if run.error is not None]
+    weighed = [run for run in runs if run.peak_error is not None]
+    cases: list[tuple[str, Sequence[Residual], list[bool]]] = [
+        ("step time", time_residuals(timed), [True] * len(timed)),
+        ("step time, experts", time_residuals(timed), [run.experts for run in timed]),
+        ("peak memory", peak_residuals(weighed), [True] * len(weighed)),
+    ]
+    for meter in sorted({run.peak_counts for run in weighed}):
+        of_meter = [run.peak_counts == meter for run in weighed]
+        cases.append((f"peak memory, {meter or 'unstated'}", peak_residuals(weighed), of_meter))
+    for what, residuals, among in cases:
         for by in ("model", "source"):
-            c = left_out(residuals, by)
+            c = left_out(residuals, by, among)
             numbers = (
                 f"{c.held:.1%}",
                 f"{c.median_width:.1%}",
@@ -190,11 +202,18 @@ def _statistics(what: str, groups: Mapping[str, Mapping[str, float]]) -> Iterato
         yield _row(name, f"{found['n']:,}", *errors)
 
 
-def _pooled() -> str:
-    residuals = load_residuals()
+def _never_measured(report: Report) -> str:
+    """The interval that the median published step would have on software of which nothing is known."""
+    residuals, found = load_residuals(), []
     if residuals is None:
         return "there is none yet"
-    low, high = (100.0 * (end - 1.0) for end in residuals.step_time.pooled.interval(1.0))
+    for one in report.priced:
+        problem = one.run.problem
+        stack = problem.stack.on_generation(problem.cluster.device.generation)
+        shares = constant_shares(one.assembly.spends, stack)
+        found.append(constants_spread(shares, stack, residuals.step_time.between))
+    ends = residuals.step_time.at(float(np.median(found))).interval(1.0)
+    low, high = (100.0 * (end - 1.0) for end in ends)
     return f"{low:+.0f} to {high:+.0f} % of the predicted step"
 
 
@@ -216,6 +235,7 @@ def _outcomes(report: Report) -> Iterator[str]:
     if (oom := summary.get("oom")) is not None:
         yield f"Of the runs that ran out of memory, {oom['tp']} were predicted to and {oom['fn']} were not; of the others,"
         yield f"{oom['tn']} were predicted to fit and {oom['fp']} were not: balanced accuracy {oom['balanced_accuracy']:.2f}.\n"
+        yield from _reliability(report)
     if (ranking := summary.get("ranking")) is not None:
         yield "Sweeps of four plans or more for one job; regret is how much slower the plan is that would have been picked.\n"
         yield _row("sweep", "plans", "Kendall τ-b", "top-1 regret")
@@ -231,6 +251,22 @@ def _outcomes(report: Report) -> Iterator[str]:
             f"{ranking['rows']} of the {asked} runs that ask to be ranked are in these sweeps; the others' have fewer than four"
         )
         yield "distinct plans. Runs that ask the same of every device are repeats of one plan and count by their mean."
+
+
+def _reliability(report: Report) -> Iterator[str]:
+    """Probabilities of running out of memory, held against what ran out."""
+    cases = [
+        (one.assembly.plan.estimate.oom_probability or 0.0, bool(score.measured))
+        for one in report.priced
+        if (score := one.scores.get("oom")) is not None and score.status == "scored"
+    ]
+    yield "How likely a plan was said to run out of memory, and how many did:\n"
+    yield _row("said to", "runs", "mean of what was said", "ran out")
+    yield _row("---", *["---:"] * 3)
+    for found in reliability(cases):
+        said = f"{found.low:.0%} to {found.high:.0%}"
+        yield _row(said, str(found.runs), f"{found.predicted:.1%}", f"{found.failed} ({found.observed:.1%})")
+    yield ""
 
 
 def _kernels(report: Report | None) -> Iterator[str]:

@@ -7,6 +7,7 @@ has, and a weak prior pulls every constant towards "as the best library's kernel
 
     python benchmarks/fit_stacks.py TRAINING.csv…              # three tables: fitted on all, one model, one source left out
     python benchmarks/fit_stacks.py TRAINING.csv… --write      # and writes the constants into the stacks' files
+    python benchmarks/fit_stacks.py TRAINING.csv… --json FIT.json  # errors and spreads by row: `planner validate --refitted`
 
 Rows whose source contradicts itself (the validation's list) are left out of the fit.
 """
@@ -28,13 +29,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from planner.attribution import Spend
-from planner.costs.precision import FORMAT_BITS
 from planner.errors import PlannerError
-from planner.ledger import AttentionCore, Collective, Matmul, Stream
+from planner.ledger import Collective
 from planner.solve.named import examine
 from planner.specs.library import hardware_folder
-from planner.specs.stack import Stack
+from planner.specs.stack import load_stack
+from planner.uncertainty.constants import constant_shares, constants_spread, slowed_by
 from planner.validation.exclusions import read_exclusions
 from planner.validation.measured import asks_for, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
@@ -70,6 +70,7 @@ LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7, "exchange_slowd
 PRIORS = {"waited_dispatches": 5.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
 HIGHEST = {"waited_dispatches": 10.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
 _SPREAD = 0.35  # of the prior, in logarithms
+_PRIOR_WEIGHT = 0.5  # in the fit, which only holds to it where rows tell nothing
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 8
 _HIDDEN = ("collective_slowdown", "exchange_slowdown", "overlap_slowdown")
@@ -138,19 +139,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the three results as JSON")
     options = parser.parse_args()
     rows = read_rows(options.files)
-    values = {key: _value_of(rows, key) for key in CONSTANTS}
+    values = {key: _value_of(key) for key in CONSTANTS}
     values, errors, shares = _fitted(rows, values)
-    spread = _standard_errors(rows, values, errors, shares)
+    everything = np.ones(len(rows), dtype=bool)
+    spread = dict(zip(CONSTANTS, map(float, _spreads(rows, shares, everything)), strict=True))
     print(
         f"{len(CONSTANTS)} constants, {len(rows)} rows: {len(rows) / len(CONSTANTS):.0f} rows per constant\n"
     )
     for key in CONSTANTS:
         used = sum(key in row.constants().values() for row in rows)
         print(f"  {' '.join(filter(None, key)):45} {values[key]:.3g}  ± {spread[key]:.1%}  ({used} rows)")
-    results = {
-        "all": errors,
-        "model left out": _left_out(rows, values, errors, shares, lambda row: row.model),
-        "source left out": _left_out(rows, values, errors, shares, lambda row: row.source),
+    left_out: dict[str, Callable[[Row], str]] = {
+        "model left out": lambda row: row.model,
+        "source left out": lambda row: row.source,
+    }
+    results = {"all": errors} | {
+        name: _left_out(rows, values, errors, shares, group) for name, group in left_out.items()
     }
     _print(rows, results)
     if options.json:
@@ -158,6 +162,7 @@ def main() -> None:
             name: dict(zip((r.run.row.row_id for r in rows), map(float, e), strict=True))
             for name, e in results.items()
         }
+        table["spread"] = {name: _left_out_spreads(rows, shares, group) for name, group in left_out.items()}
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     if options.write:
         write(values, spread, rows)
@@ -213,7 +218,7 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
     busy = sum(spend.seconds for spend in assembly.spends)
     for spend in assembly.spends:
         # Where the host sets the pace, its time is all that counts.
-        kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else _kind(spend, stack)
+        kind = "dispatch_s" if (spend.share.block, spend.share.phase) in paced else slowed_by(spend, stack)
         if kind is not None:
             kinds[kind] += (spend.alone_s if kind in _HIDDEN else spend.seconds) / busy
         if spend.share.item is None and kind is None:
@@ -221,21 +226,6 @@ def _evaluate(row: Row, values: dict[Key, float]) -> tuple[float, dict[str, floa
         if isinstance(spend.share.item, Collective):
             kinds["overlap_slowdown"] += spend.alone_s / busy
     return log(row.measured / assembly.plan.estimate.tokens_per_s_per_device), kinds
-
-
-def _kind(spend: Spend, stack: Stack) -> str | None:
-    item = spend.share.item
-    if isinstance(item, Matmul):
-        if item.single:
-            return None
-        return stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
-    if isinstance(item, AttentionCore):
-        return "attention_slowdown"
-    if isinstance(item, Stream):
-        return "stream_slowdown"
-    if isinstance(item, Collective):
-        return "exchange_slowdown" if item.kind == "all_to_all" else "collective_slowdown"
-    return None
 
 
 def _fitted(rows: Sequence[Row], values: dict[Key, float]) -> tuple[dict[Key, float], np.ndarray, np.ndarray]:
@@ -277,7 +267,7 @@ def _residuals(errors: np.ndarray, x: np.ndarray, weights: np.ndarray) -> np.nda
     drawn = x - np.array(
         [x[above] if (above := _above(key)) >= 0 else origin[i] for i, key in enumerate(CONSTANTS)]
     )
-    return np.concatenate([weights * robust, 0.5 * drawn / _SPREAD])
+    return np.concatenate([weights * robust, _PRIOR_WEIGHT * drawn / _SPREAD])
 
 
 def step(
@@ -331,18 +321,43 @@ def _left_out(
     return result
 
 
-def _standard_errors(
-    rows: Sequence[Row], values: dict[Key, float], errors: np.ndarray, shares: np.ndarray
-) -> dict[Key, float]:
-    """Spread of each constant over 40 bootstraps of the models."""
-    draw = np.random.default_rng(0)
-    models = np.array([row.model for row in rows])
-    names = sorted(set(models))
-    drawn = []
-    for _ in range(40):
-        kept = np.isin(models, draw.choice(names, len(names)))
-        drawn.append([log(v) for v in step(rows, values, errors, shares, kept).values()])
-    return {key: float(s) for key, s in zip(CONSTANTS, np.std(drawn, axis=0), strict=True)}
+def _spreads(rows: Sequence[Row], shares: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Standard error of each constant's logarithm, by the fit's normal equations at errors too small to weigh less.
+
+    What no used row tells of is as uncertain as its prior.
+    """
+    slopes = shares * _weights(rows, used)[:, None] / _SOFT
+    drawn = np.eye(len(CONSTANTS))
+    for index, key in enumerate(CONSTANTS):
+        if (above := _above(key)) >= 0:
+            drawn[index, above] -= 1.0
+    drawn /= _SPREAD
+    found: np.ndarray = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes + drawn.T @ drawn)))
+    return found
+
+
+def _left_out_spreads(
+    rows: Sequence[Row], shares: np.ndarray, group: Callable[[Row], str]
+) -> dict[str, float]:
+    """How uncertain each row's step is, in logarithms, by constants fitted on the rows of the other groups alone."""
+    groups, found = np.array([group(row) for row in rows]), {}
+    for name in sorted(set(groups)):
+        spreads = _spreads(rows, shares, groups != name)
+        for index in np.flatnonzero(groups == name):
+            found[rows[index].run.row.row_id] = _uncertain(rows[index], spreads)
+    return found
+
+
+def _uncertain(row: Row, spreads: np.ndarray) -> float:
+    """The same of one row; a constant that is not fitted has no spread."""
+    problem, keys = row.run.problem, row.constants()
+    stack = problem.stack.on_generation(problem.cluster.device.generation)
+    mine = {name: spreads[CONSTANTS.index(key)] for name, key in keys.items()}
+    stack = replace(
+        stack,
+        **{name: replace(getattr(stack, name), spread=float(value)) for name, value in mine.items()},
+    )
+    return constants_spread(constant_shares(examine(problem).spends, stack), stack)
 
 
 def _print(rows: Sequence[Row], results: dict[str, np.ndarray]) -> None:
@@ -362,13 +377,11 @@ def _print(rows: Sequence[Row], results: dict[str, np.ndarray]) -> None:
     print(line + "".join(f"{np.mean(medians[n]):14.1%} /{np.mean(tails[n]):7.1%}" for n in results))
 
 
-def _value_of(rows: Sequence[Row], key: Key) -> float:
-    """What the shipped files say of a constant."""
-    for row in rows:
-        if row.constants().get(key[2]) == key:
-            stack: Stack = row.run.problem.stack.on_generation(row.run.problem.cluster.device.generation)
-            return float(getattr(stack, key[2]))
-    return 1.0  # only the constants that are drawn to it tell anything of it
+def _value_of(key: Key) -> float:
+    """What the shipped files say of a constant; 1 of one that they do not have yet."""
+    stack, generation, name = key
+    constant = getattr(load_stack(stack).on_generation(generation), name)
+    return 1.0 if constant is None else float(constant)
 
 
 def write(values: dict[Key, float], spread: dict[Key, float], rows: Sequence[Row]) -> None:
@@ -382,8 +395,8 @@ def write(values: dict[Key, float], spread: dict[Key, float], rows: Sequence[Row
             for other, *_ in (k for k in CONSTANTS if _above(k) == CONSTANTS.index(key))
         ]
         entry = (
-            f'{constant} = {{ value = {values[key]:.3g}, kind = "fitted", source = "published-training-runs" }}'
-            f"  # ±{spread[key]:.0%}; {', '.join(used)}"
+            f'{constant} = {{ value = {values[key]:.3g}, kind = "fitted", spread = {spread[key]:.2g}, '
+            f'source = "published-training-runs" }}  # {", ".join(used)}'
         )
         text = path.read_text()
         head, table, tail = text.partition(f"[on.{generation}]\n") if generation else (text, "", "")

@@ -64,6 +64,7 @@ def _draw(exporter: str, drawn: random.Random) -> ServePlan | None:
     split = drawn.random() < 0.4
     fixed: dict[str, Any] = {"mode": "disaggregated" if split else "aggregated"}
     experts = any(block.moe for block in model.blocks.values())
+    latent = all(block.attention is not None and block.attention.latent for block in model.blocks.values())
     for role in ("prefill.", "decode.") if split else ("",):
         tp = drawn.choice((1, 2, 4, 8, 8))
         fixed |= {f"{role}tp": tp, f"{role}pp": drawn.choice((1, 1, 2, 4))}
@@ -72,6 +73,11 @@ def _draw(exporter: str, drawn: random.Random) -> ServePlan | None:
             ep = drawn.choice((1, tp * dp))
             fixed |= {f"{role}dp": dp, f"{role}ep": ep, f"{role}etp": tp * dp // ep}
             fixed[f"{role}experts"] = drawn.choice(("gathered", "exchanged"))
+        # Of vLLM, ranks that share prompts need a runner that does not start without an accelerator.
+        if role == "prefill." and latent and engine == "sglang" and drawn.random() < 0.5:
+            cp = drawn.choice((2, 4, 8))
+            own = {"tp": 1, "pp": 1, "dp": 8 // cp, "cp": cp, "ep": 8, "etp": 1, "prompt_ranks": "all_gather"}
+            fixed |= {f"{role}{name}": value for name, value in own.items()}
         if role != "decode.":
             fixed[f"{role}chunk_tokens"] = drawn.choice((1024, 2048, 8192, 16384))
     isl, osl = drawn.choice((128, 1024, 4000)), drawn.choice((32, 256, 1000))

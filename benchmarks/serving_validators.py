@@ -88,6 +88,7 @@ class Vllm:
         found += [parallel.enable_expert_parallel, str(config.cache_config.cache_dtype).startswith("fp8")]
         found += [config.model_config.max_model_len, config.kv_transfer_config is not None]
         mesh = pool.mesh
+        found.append(parallel.prefill_context_parallel_size)
         meant = [
             mesh["tp"],
             mesh["pp"],
@@ -96,7 +97,7 @@ class Vllm:
             pool.knobs["cache"] == "fp8",
             _context(plan),
         ]
-        meant.append(pool.role != "aggregated")
+        meant += [pool.role != "aggregated", mesh.get("cp", 1)]
         found.append(config.speculative_config and config.speculative_config.num_speculative_tokens)
         meant.append(pool.knobs.get("draft_tokens"))
         if "max_sequences" in pool.knobs:
@@ -138,7 +139,8 @@ class Sglang:
                 copy.deepcopy(args).resolve_once()
         except (Exception, SystemExit) as error:
             return f"{pool.role}: {type(error).__name__}: {str(error)[:300]}"
-        mesh, ranks = pool.mesh, pool.mesh["tp"] * pool.mesh["dp"]
+        mesh, shared = pool.mesh, pool.mesh.get("cp", 1)
+        ranks = mesh["tp"] * mesh["dp"] * shared
         found = [
             args.tp_size,
             args.pp_size,
@@ -153,7 +155,8 @@ class Sglang:
             "null" if pool.role == "aggregated" else pool.role,
             "fp8_e4m3" if pool.knobs["cache"] == "fp8" else "auto",
         ]
-        meant.append(pool.knobs["experts"] == "exchanged")
+        meant += [pool.knobs["experts"] == "exchanged", shared]
+        found.append(args.attn_cp_size)
         found.append(args.speculative_num_draft_tokens)
         meant.append(pool.knobs["draft_tokens"] + 1 if "draft_tokens" in pool.knobs else None)
         if "chunk_tokens" in pool.knobs:

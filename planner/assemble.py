@@ -35,6 +35,7 @@ from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
+from planner.units import counted
 
 __all__ = ["Assembly", "assemble", "model_flop"]
 
@@ -54,6 +55,7 @@ class Assembly:
         micro_batches: per pipeline and step.
         recompute_layers: layers recomputed per device, where only some are.
         device_memory: bytes by pool on the first device of each run of equal devices (``layout.run_first``).
+        device_cached: what the allocator keeps beyond that on each, as long as there is room.
         fullest: the run with least room left.
         hops_s: from every stage to the next one, where they differ.
     """
@@ -68,6 +70,7 @@ class Assembly:
     micro_batches: int
     recompute_layers: int | None
     device_memory: Sequence[Mapping[str, float]]
+    device_cached: Sequence[float]
     fullest: int
     hops_s: Array | None = None
 
@@ -136,7 +139,7 @@ def assemble(
     )
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
     judged = judgement(
-        stage_places[device][0].problem, mesh, step_s, memory.peak_bytes, spends, memory.budget_bytes
+        stage_places[device][0].problem, step_s, memory.devices[memory.fullest], spends, memory.budget_bytes
     )
     estimate = replace(estimate, **judged)
     plan = Plan(
@@ -158,7 +161,7 @@ def assemble(
     )
     return Assembly(
         plan, parts, table, spends, layout, order, device, micro_batches, recompute_layers, memory.devices,
-        memory.fullest, hops,
+        [memory.kept_bytes(run) for run in range(len(memory.devices))], memory.fullest, hops,
     )  # fmt: skip
 
 
@@ -177,7 +180,8 @@ def _of_machine(cluster: Cluster, *, named: bool) -> tuple[str, str]:
     """Its fabric and its kernels, with its name where there are several."""
     device, of = cluster.device, f" of {cluster.name}" if named else ""
     tiers = "; ".join(
-        f"{t.name}: {t.size} devices at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, {t.latency_s * 1e6:.1f} µs"
+        f"{t.name}: {counted(t.size, 'device')} at {t.effective_bytes_per_s / 1e9:.0f} GB/s per direction, "
+        f"{t.latency_s * 1e6:.1f} µs"
         for t in cluster.tiers
     )
     eff = device.efficiency

@@ -60,7 +60,7 @@ def iteration_ledger(model: Model) -> Ledger:
 def composition_axes(
     model: Model, mesh: Mesh, batch: Composition, expert_load_factor: float | None = None
 ) -> dict[str, Array]:
-    """Sizes, per rank, of the axes that an iteration's batch decides.
+    """Sizes, per rank, of the axes that an iteration's batch decides. Ranks of ``cp`` share the prompts' tokens evenly.
 
     Args:
         model: the model.
@@ -68,9 +68,9 @@ def composition_axes(
         batch: what the iteration holds.
         expert_load_factor: busiest expert rank relative to the mean; None: that of random routing.
     """
-    ranks = mesh.dp
+    ranks, shared = mesh.dp, mesh.cp
     decodes = np.maximum(batch.decodes / ranks, np.minimum(batch.decodes, 1.0))
-    prefill = batch.prefill_tokens / ranks
+    prefill = batch.prefill_tokens / (ranks * shared)
     steps = batch.step_tokens
     tokens = decodes * steps + prefill
     context = batch.context_tokens / np.maximum(batch.decodes, 1.0) + (steps + 1.0) / 2.0
@@ -86,7 +86,9 @@ def composition_axes(
     }
     for name, block in model.blocks.items():
         if block.attention is not None:
-            axes |= _keys(name, block.attention, context, prefill, batch.prefill_context)
+            axes |= _keys(name, block.attention, context, prefill * shared, batch.prefill_context)
+            if np.any(shared > 1.0):
+                axes[f"context_keys@{name}"] = np.maximum(prefill * shared, axes[f"prefill_keys@{name}"])
             if block.attention.index_heads:
                 axes[f"index_keys@{name}"] = axes["kv_seq"]
         if block.moe is not None:

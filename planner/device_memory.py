@@ -67,6 +67,10 @@ class DeviceMemory:
             for tier, capacity in capacities.items()
         )
 
+    def kept_bytes(self, run: int) -> float:
+        """What the allocator of a run keeps beside its peak, as far as there is room."""
+        return max(min(self.cached[run], self.budgets[run] - self._used(run)), 0.0)
+
     def _used(self, run: int) -> float:
         return sum(self.devices[run].values())
 

@@ -6,7 +6,7 @@ number of batches, it re-sizes the ledger's axes and prices them together; nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,11 @@ class Iterations:
         )
         graphs = next((t for t in serving_choices(ctx.knobs) if t.slot == "graphs"), None)
         self._captured = None if graphs is None else graphs.apply(ledger, ctx)
+
+    def widen(self, apply: Callable[[Ledger, ServingContext], Ledger]) -> None:
+        """Adds what is no technique's to every iteration."""
+        self._eager = apply(self._eager, self.ctx)
+        self._captured = None if self._captured is None else apply(self._captured, self.ctx)
 
     def __call__(
         self,

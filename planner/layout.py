@@ -143,12 +143,13 @@ def per_row(values: NDArray[Any]) -> Array:
 @lru_cache(maxsize=4096)
 def layouts(
     order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int, placement: Placement = LOOPED,
-    alike_in_order: bool = True,
+    alike_in_order: bool = True, room: int = 0,
 ) -> tuple[Layout, ...]:  # fmt: skip
     """Every way to deal the layers evenly to the stages of a pipeline: ``pp·virtual_stages`` of them, over its copies.
 
     Even, with one layer fewer on the first and/or last stage (which also hold embedding and head); where nothing divides, a
-    balanced split whose ends get the smaller share. Unless equal devices are ``alike_in_order``, each is a run of its own.
+    balanced split whose ends get the smaller share, and whose last stage has ``room`` layers fewer, for what else it does (as far
+    as it has any). Unless equal devices are ``alike_in_order``, each is a run of its own.
     """
     stages, n = pp * virtual_stages // placement.copies, len(order)
     found = []
@@ -163,9 +164,11 @@ def layouts(
             deal_layers(order, kinds, pp, virtual_stages, split.name, sizes, placement, alike_in_order)
         )
     if not found and n >= stages:
-        small, longer = divmod(n, stages)
+        room = min(room, n // stages)
+        small, longer = divmod(n + room, stages)
         start = (stages - longer) // 2
         sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
+        sizes[-1] -= room
         found.append(
             deal_layers(order, kinds, pp, virtual_stages, "balanced", sizes, placement, alike_in_order)
         )

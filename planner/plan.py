@@ -64,7 +64,7 @@ class Estimate:
         usd_per_step, joules_per_step: over all devices; None without a price.
         interval: what holds 80 % of measurements of such plans, ``step_time_s`` and ``peak``: lowest and highest; None in plans
             that were written without one.
-        oom_probability: how likely the measured peak is above the budget; None as above.
+        oom_probability: how likely the measured peak is above the device's memory; None as above.
         provenance: the weakest kind of constant behind ``step_time_s`` and ``peak``, and the names of those that are
             ``assumed``; None as above.
     """

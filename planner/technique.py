@@ -87,6 +87,7 @@ SERVING_SLOTS = (
     "fusion",
     "shards",  # tensor parallelism
     "cache_copies",  # what tensor ranks hold of the same keys and values
+    "prompt_ranks",  # how ranks that share a prompt's tokens meet each other's keys
     "experts",
     "stages",  # pipeline parallelism
     "graphs",

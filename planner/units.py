@@ -16,6 +16,7 @@ __all__ = [
     "MB",
     "MIB",
     "TB",
+    "counted",
     "format_bytes",
     "format_chance",
     "format_count",
@@ -38,6 +39,15 @@ _SECONDS = {
     "d": 86400.0, "day": 86400.0, "days": 86400.0, "w": 604800.0,
 }  # fmt: skip
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-zµ]*)\s*", re.IGNORECASE)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words that agree.
+
+    >>> counted(1, "device"), counted(1024, "device")
+    ('1 device', '1,024 devices')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def parse_bytes(text: str) -> float:

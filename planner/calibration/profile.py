@@ -11,9 +11,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
+from math import log
 from typing import Any
 
-from planner.calibration.robust_fit import Fit
+from planner.calibration.robust_fit import Fit, Fitted
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.device import Sourced, Transport
 from planner.specs.device_file import find_device
@@ -21,6 +22,8 @@ from planner.specs.library import hardware_folder
 from planner.specs.reader import read_file
 
 __all__ = ["Provenance", "cluster_toml", "device_toml", "stack_toml"]
+
+_NORMAL_95 = 1.96  # standard errors from the middle of a 95 % interval to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +60,13 @@ def device_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenanc
     for found in fits:
         for constant in found.fitted:
             inner, last = _place(table, constant.name.replace(".transport.", "."))
-            inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
+            inner[last] = _sourced(constant, provenance.source(found, constant.name))
     return _toml(table)
 
 
 def cluster_toml(cluster: Cluster, name: str, found: Fit, provenance: Provenance) -> str:
     """The cluster with its tiers written out, the fitted constants with their origin and the others with theirs."""
-    fitted = {c.name: _sourced(c.value, provenance.source(found, c.name)) for c in found.fitted}
+    fitted = {c.name: _sourced(c, provenance.source(found, c.name)) for c in found.fitted}
     groups = [
         {"device": group.device.name, "nodes": group.nodes, "devices_per_node": group.devices_per_node}
         for group in cluster.groups
@@ -80,7 +83,7 @@ def stack_toml(base: str, name: str, fits: Sequence[Fit], provenance: Provenance
     for found in fits:
         for constant in found.fitted:
             inner, last = _place(table, constant.name)
-            inner[last] = _sourced(constant.value, provenance.source(found, constant.name))
+            inner[last] = _sourced(constant, provenance.source(found, constant.name))
             for constants in inner.get("on", {}).values():
                 constants.pop(last, None)  # of one generation: the fitted one holds on all
     return _toml(table)
@@ -116,8 +119,12 @@ def _tier(tier: Tier, fitted: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-def _sourced(value: float, source: str) -> dict[str, Any]:
-    return {"value": float(f"{value:.4g}"), "kind": "fitted", "source": source}
+def _sourced(constant: Fitted, source: str) -> dict[str, Any]:
+    """The constant as a table; its spread is the standard error of its logarithm, by its 95 % interval."""
+    known = {}
+    if 0.0 < constant.low < constant.high:
+        known = {"spread": float(f"{log(constant.high / constant.low) / (2.0 * _NORMAL_95):.2g}")}
+    return {"value": float(f"{constant.value:.4g}"), "kind": "fitted", **known, "source": source}
 
 
 # -- TOML --------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import typer
 
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
+from planner.cli.launched_serving import TrafficOptions, check_served, serves
 from planner.cli.options import Json, with_options
-from planner.cli.served import TrafficOptions, check_served, serves
 
 if TYPE_CHECKING:
     from planner.export.checking import Change

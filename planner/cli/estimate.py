@@ -9,9 +9,9 @@ import typer
 from planner.cli.explain import single
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
+from planner.cli.launched_serving import TrafficOptions, estimate_served, serves
 from planner.cli.options import Json, option, with_options
 from planner.cli.plan_file import PLAN_HELP
-from planner.cli.served import TrafficOptions, estimate_served, serves
 
 if TYPE_CHECKING:
     from planner.plan import Plan

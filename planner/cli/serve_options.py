@@ -24,6 +24,7 @@ from planner.errors import Problem as Fault
 from planner.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from planner.serving.launcher import ServingLauncher
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
     from planner.specs.serve_problem import ServeProblem
@@ -106,7 +107,7 @@ class ServeOptions:
         str | None,
         option(
             "--draft",
-            text="Who drafts tokens: a smaller model, mtp, or ngram; needs --acceptance.",
+            text="Who drafts tokens: a smaller model, eagle[:HUB_NAME], mtp, or ngram; needs --acceptance.",
             metavar="WHO",
         ),
     ] = None
@@ -124,7 +125,12 @@ class ServeOptions:
     ] = None
     engine: Annotated[
         str,
-        option("--engine", "--for", text="vllm, sglang, trtllm, or a stack's .toml [vllm].", metavar="NAME"),
+        option(
+            "--engine",
+            "--for",
+            text="vllm, sglang, trtllm: their times and rules; or a stack's .toml [vllm].",
+            metavar="NAME",
+        ),
     ] = "vllm"
     mode: Annotated[
         str | None,
@@ -246,7 +252,7 @@ class ServeOptions:
         return attempt(
             faults, ServeProblem, model, first, traffic, stack, formats, caches, modes, fixed, tuple(self.forbid or ()),
             objective=self.objective.lower(), usd_per_device_hour=price, speculation=speculation,
-            others=tuple(others), explore=tuple(self.explore or ()), flags=_FLAGS,
+            others=tuple(others), explore=tuple(self.explore or ()), launcher=_launcher(stack.name, modes), flags=_FLAGS,
         )  # fmt: skip
 
     def _clusters(self, faults: list[Fault]) -> list[Cluster] | None:
@@ -289,7 +295,7 @@ class ServeOptions:
         chance = optional_number(faults, "--acceptance", self.acceptance)
         if self.draft is None:
             given = (("--acceptance", self.acceptance), ("--draft-tokens", self.draft_tokens))
-            expected = "--draft mtp, ngram or a smaller model"
+            expected = "--draft eagle, mtp, ngram or a smaller model"
             faults += [
                 Fault(flag, "is given without a draft", expected)
                 for flag, value in given
@@ -300,15 +306,23 @@ class ServeOptions:
             faults.append(Fault("--acceptance", "is missing", "a measured probability, such as 0.7"))
         choices = read_list(self.draft_tokens or "1,2,3,4,5,7")
         counts = [optional_whole(faults, "--draft-tokens", text) for text in choices]
-        model, method = None, self.draft.lower()
+        named, _, head = self.draft.partition(":")  # eagle:HUB_NAME
+        model, method = None, named.lower()
         if method not in METHODS or method == "draft":
             model, method = attempt(faults, read_model, self.draft, flags={"model": "--draft"}), "draft"
         if chance is None or None in counts or (method == "draft" and model is None):
             return None
-        return attempt(faults, Speculation, method, chance, tuple(counts), model, flags=_FLAGS)
+        return attempt(faults, Speculation, method, chance, tuple(counts), model, head, flags=_FLAGS)
 
 
 # -- details -----------------------------------------------------------------------------------------------------------------
+
+
+def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
+    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's."""
+    from planner.export.serving.rules import SERVING_LAUNCHERS
+
+    return None if modes == ("offloaded",) else SERVING_LAUNCHERS.get(stack)
 
 
 def _rate(faults: list[Fault], text: str | None) -> float | None:

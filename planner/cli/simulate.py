@@ -60,7 +60,8 @@ def simulate(
 def _deployment(reference: str, asked: SimulateOptions) -> tuple[ServePlan | None, Deployment]:
     """The plan that is named, and its engines; no plan of a pool's file."""
     from planner.cli.serve_plan import read_serving_plan
-    from planner.serving.deployment import deployment_of, read_pool
+    from planner.serving.deployment import deployment_of
+    from planner.serving.pool_file import read_pool
 
     if reference.endswith(".toml"):
         return None, read_pool(reference, asked.policy)

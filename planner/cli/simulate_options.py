@@ -157,6 +157,8 @@ class Load:
             expected = "requests per second, a --concurrency or a --trace"
             raise SpecError(Fault("--rate", "is missing", expected))
         clients = traffic.get("concurrency")
+        if plan.mode == "offloaded":
+            clients = plan.estimate.max_concurrency  # as many as keep every block full
         if clients is not None:
             return replace(found, clients=clients)
         return replace(found, rate_per_s=plan.estimate.goodput_requests_per_s)

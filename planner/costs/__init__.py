@@ -181,7 +181,7 @@ if TYPE_CHECKING:
     )
     from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
     from planner.costs.serving import held_up_share, kv_transfer_s, queue_load, replicas_needed
-    from planner.costs.speculation import accepted_tokens, speculation_gain
+    from planner.costs.speculation import accepted_tokens, draft_head_parameters, speculation_gain
     from planner.costs.state_sharding import (
         cross_host_traffic,
         hybrid_shard_traffic,
@@ -258,6 +258,7 @@ __all__ = [
     "dispatch_bytes",
     "distinct_domains",
     "distinct_experts",
+    "draft_head_parameters",
     "dtype_bytes",
     "emitted_kg",
     "end_activation_bytes",

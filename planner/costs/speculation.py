@@ -1,7 +1,7 @@
 """Tokens per step where a target model checks several drafted ones at once.
 
-Source: Y. Leviathan, M. Kalman, Y. Matias, "Fast inference from transformers via speculative decoding", ICML 2023,
-arXiv:2211.17192: drafted tokens are accepted independently of each other.
+Sources: Y. Leviathan, M. Kalman, Y. Matias, "Fast inference from transformers via speculative decoding", ICML 2023,
+arXiv:2211.17192: drafted tokens are accepted independently of each other; Y. Li et al., "EAGLE", ICML 2024, arXiv:2401.15077.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["accepted_tokens", "speculation_gain"]
+__all__ = ["accepted_tokens", "draft_head_parameters", "speculation_gain"]
 
 
 def accepted_tokens(acceptance: Real, drafted: Real) -> Real:
@@ -27,6 +27,15 @@ def accepted_tokens(acceptance: Real, drafted: Real) -> Real:
     steps = np.asarray(drafted, dtype=np.float64) + 1.0
     apart = np.where(alpha < 1.0, 1.0 - alpha, 1.0)
     return np.where(alpha < 1.0, (1.0 - alpha**steps) / apart, steps)[()]
+
+
+def draft_head_parameters(layer_parameters: Real, hidden: Real) -> Real:
+    """Parameters of a draft head: a layer, and the product that joins embedding and hidden state, ``2h·h`` (Li et al.).
+
+    >>> round(draft_head_parameters(4 * 4096**2 + 3 * 4096 * 11008, 4096) / 1e9, 3)  # Llama-2 7B
+    0.236
+    """
+    return layer_parameters + 2.0 * np.square(hidden)
 
 
 def speculation_gain(acceptance: Real, drafted: Real, cost: Real = 0.0) -> Real:

@@ -16,7 +16,7 @@ from planner.export.run_row import run_row
 from planner.export.slurm import slurm_files
 from planner.export.target import Target, summary
 from planner.specs.cluster import Cluster
-from planner.units import format_bytes, format_chance
+from planner.units import counted, format_bytes, format_chance
 
 __all__ = ["ADAPTERS_IN_PODS", "AROUND", "NO_IMAGE", "folder_files", "network_check", "page"]
 
@@ -173,7 +173,7 @@ _PURPOSE = {
 def network_check(cluster: Cluster) -> str:
     """How fast the network has to be for the prediction to hold."""
     tiers = "; ".join(
-        f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {tier.size} devices"
+        f"{tier.name} {tier.effective_bytes_per_s / 1e9:.0f} GB/s over {counted(tier.size, 'device')}"
         for tier in cluster.tiers
     )
     return (
@@ -200,7 +200,7 @@ def _first(target: Target) -> list[str]:
         else f", {format_chance(estimate.oom_probability)} risk of running out of memory"
     )
     if (estimate.oom_probability or 0.0) > _RISKY:
-        risk += "; `planner train --reserve 5%` leaves more room"
+        risk += "; `planner train --reserve 10%` asks for plans that leave more room"
     fits = "" if estimate.fits else " IT DOES NOT FIT."
     found.append(f"Memory: a peak of {peak} of {budget} per device is predicted{risk}.{fits}")
     return found

@@ -21,7 +21,7 @@ from planner.specs.models import load_model
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
 from planner.technique import SLOTS, Check, Context, Launcher, off
-from planner.units import format_bytes
+from planner.units import counted, format_bytes
 
 __all__ = ["Target", "broken", "recomputed_layers", "summary"]
 
@@ -234,7 +234,7 @@ def summary(plan: Plan) -> list[str]:
     estimate = plan.estimate
     tokens = f"{estimate.tokens_per_s_per_device:,.0f}"
     return [
-        f"Plan {plan.id}: {plan.model} on {plan.cluster}, {plan.devices} devices ({degrees}).",
+        f"Plan {plan.id}: {plan.model} on {plan.cluster}, {counted(plan.devices, 'device')} ({degrees}).",
         f"Predicted: {estimate.step_time_s:.4g} s per step, {tokens} tokens/s per device, "
         f"{format_bytes(estimate.memory_bytes['peak'])} per device.",
     ]

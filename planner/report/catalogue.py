@@ -13,7 +13,7 @@ from planner.specs.device import Device
 from planner.specs.model import Model
 from planner.specs.parameters import active_parameter_count, parameter_count
 from planner.technique import SLOTS, Technique
-from planner.units import GB, GIB, TB, format_count
+from planner.units import GB, GIB, TB, counted, format_count
 
 __all__ = ["show_cluster", "show_device", "show_hardware", "show_model", "show_models", "show_techniques"]
 
@@ -93,7 +93,7 @@ def show_cluster(cluster: Cluster) -> None:
         f"{g.nodes:,} node{'s' * (g.nodes > 1)} of {g.devices_per_node} × {g.device.name}"
         for g in cluster.groups
     )
-    screen.line(f"{cluster.name}: {cluster.devices:,} devices ({made_of})", "bold")
+    screen.line(f"{cluster.name}: {counted(cluster.devices, 'device')} ({made_of})", "bold")
     rows = [
         (
             t.name,

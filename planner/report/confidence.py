@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from planner.plan import Estimate, Plan
-from planner.uncertainty.judgement import time_group
 from planner.uncertainty.nearest import nearby
-from planner.uncertainty.residuals import PROCESS, Spreads, load_residuals
+from planner.uncertainty.residuals import load_residuals
 from planner.uncertainty.ties import ties_with_first
+from planner.units import format_chance
 
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
-__all__ = ["TIE", "confidence", "interval_text", "out_of_memory_matters"]
+__all__ = ["TIE", "confidence", "interval_text", "out_of_memory_matters", "relative_interval"]
 
 TIE = "~"
 """Stands before the distance of a plan whose place behind the first one is noise."""
 
 _NOTABLE_CHANCE = 0.01
+_RISKY = 0.1  # a chance of running out of memory that is said together with what to do about it
 _EVEN = 0.02  # sides of an interval that differ by less are printed as one
 
 
@@ -31,13 +33,22 @@ def interval_text(estimate: Estimate, quantity: str = "step_time_s") -> str:
     >>> interval_text(one), interval_text(replace(one, interval={"step_time_s": (9.5, 12.0)}))
     ('±9%', '-5/+20%')
     """
-    if estimate.interval is None:
+    ends = relative_interval(estimate, quantity)
+    if ends is None:
         return ""
-    predicted = estimate.step_time_s if quantity == "step_time_s" else estimate.memory_bytes[quantity]
-    low, high = (end / predicted - 1.0 for end in estimate.interval[quantity])
+    low, high = ends
     if low < 0.0 < high and abs(low + high) < _EVEN:
         return f"±{max(-low, high):.0%}"
     return f"{100.0 * low:+.0f}/{100.0 * high:+.0f}%"
+
+
+def relative_interval(estimate: Estimate, quantity: str = "step_time_s") -> tuple[float, float] | None:
+    """Ends of the interval of a quantity, relative to its prediction; None where the plan has none."""
+    if estimate.interval is None:
+        return None
+    predicted = estimate.step_time_s if quantity == "step_time_s" else estimate.memory_bytes[quantity]
+    low, high = (end / predicted - 1.0 for end in estimate.interval[quantity])
+    return low, high
 
 
 def out_of_memory_matters(plans: Sequence[Plan]) -> bool:
@@ -51,15 +62,25 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     first = plans[0]
     if residuals is None or first.estimate.interval is None:
         return []
-    stack, generation, kind = time_group(problem, first.mesh)
-    time = _basis(
-        residuals.step_time, (stack, generation, kind), f"the stack {stack} on {generation}, {kind}"
+    times, peaks = residuals.step_time, residuals.peak
+    stack, generation = problem.stack.name, problem.cluster.device.generation
+    known = (stack, generation) in times.measured
+    basis = (
+        "its constants are fitted to published runs there" if known else "of which there is no published run"
     )
-    peak = _basis(residuals.peak, (stack, PROCESS), f"the stack {stack}, read from nvidia-smi")
     told = [
-        f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction ({time})",
-        f"peak memory: 80 % within {interval_text(first.estimate, 'peak')} ({peak})",
+        f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction, as of {_runs(times.rows)} of "
+        f"{times.models} models, each predicted without its model's and without its source's; {stack} on {generation}: {basis}",
+        f"peak memory: 80 % within {interval_text(first.estimate, 'peak')}, as of {_runs(peaks.rows)}; wider the more of it is "
+        "buffers, fragmentation and the framework's own",
     ]
+    chance = first.estimate.oom_probability or 0.0
+    if chance >= _RISKY:
+        _, high = relative_interval(first.estimate, "peak") or (0.0, 0.0)
+        told.append(
+            f"{'plan 1' if len(plans) > 1 else 'it'} may run out of memory ({format_chance(chance)}): --reserve "
+            f"{math.ceil(100.0 * high / (1.0 + high))}% asks for plans that do not in nine of ten"
+        )
     ties = set(ties_with_first(plans))
     numbers = [str(number) for number, plan in enumerate(plans, 1) if plan.id in ties]
     if numbers:
@@ -77,14 +98,6 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
             f"{near.median_error:.1%}, worst {near.worst_error:.1%} ({worst.model} on {worst.devices} × {worst.accelerator})"
         )
     return told
-
-
-def _basis(spreads: Spreads, group: tuple[str, ...], said: str) -> str:
-    """Which runs an interval comes from."""
-    spread = spreads.of(*group)
-    if group in spreads.groups:
-        return f"{_runs(spread.rows)} of {spread.models} model{'s' * (spread.models > 1)} with {said}, and all others"
-    return f"{_runs(spread.rows)}, none with {said}"
 
 
 def _runs(count: int) -> str:

@@ -18,8 +18,9 @@ from planner.report.terminal import Screen, gib
 from planner.solve.named import estimate
 from planner.specs.problem import Problem
 from planner.specs.stack import list_stacks, load_stack
-from planner.uncertainty.judgement import time_group
-from planner.uncertainty.residuals import PROCESS, Residuals, Spread, load_residuals
+from planner.uncertainty.constants import share_of_software
+from planner.uncertainty.judgement import time_spread
+from planner.uncertainty.residuals import Residuals, Spread, load_residuals
 from planner.uncertainty.terms import OUTSIDE, PEAK_TERMS, TIME_TERMS, Term, peak_parts, time_parts
 from planner.units import format_seconds
 
@@ -48,18 +49,18 @@ def discrepancy(
     """
     residuals, now = load_residuals(), assembly.plan.estimate
     stack = problem.stack.on_generation(problem.cluster.device.generation)
-    group = time_group(problem, assembly.plan.mesh)
     found: dict[str, Any] = {"step_time": None, "peak": None, "stacks": {}}
     if measured_s is not None:
         parts = time_parts(now.step_time_s, now.breakdown_s, assembly.spends, float(stack.dispatch_s))
-        spread = None if residuals is None else residuals.step_time.of(*group)
+        spread = None if residuals is None else time_spread(residuals, problem, assembly.spends)
         terms = _terms(TIME_TERMS, parts, measured_s - now.step_time_s, _deviations(residuals, "step_time"))
         found["step_time"] = {**_compared(now.step_time_s, measured_s, spread), "terms": terms}
         found["stacks"] = _other_stacks(problem, assembly)
     if measured_bytes is not None:
         peak = now.memory_bytes["peak"]
-        spread = None if residuals is None else residuals.peak.of(problem.stack.name, PROCESS)
         held = peak_parts(now.memory_bytes)
+        pools = assembly.device_memory[assembly.fullest]
+        spread = None if residuals is None else residuals.peak.at(share_of_software(pools))
         terms = _terms(PEAK_TERMS, held, measured_bytes - peak, _deviations(residuals, "peak"))
         found["peak"] = {**_compared(peak, measured_bytes, spread), "terms": terms}
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.plan import Plan
-from planner.report.confidence import TIE, interval_text, out_of_memory_matters
+from planner.report.confidence import TIE, interval_text, out_of_memory_matters, relative_interval
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, told_knobs, words
 from planner.solve.fleet import objective_value
 from planner.technique import SLOTS, off
@@ -21,6 +21,7 @@ from planner.units import format_chance, format_seconds
 __all__ = ["Row", "rows", "show_plans", "unusual_knobs", "why_not"]
 
 _ALIKE = 0.005  # relative difference in what is ranked
+_ALIKE_INTERVALS = 0.05  # of the step: ends that differ by no more are told once
 _FEW = 2  # knobs in which near-twins may differ
 _OTHER_PEAK = 0.05  # a twin whose peak memory differs by more than this is shown with it
 _DEGREES = ("tp", "pp", "cp", "ep", "etp", "dp")
@@ -126,9 +127,18 @@ def _behind(plan: Plan, best: Plan, objective: str) -> float:
 
 
 def _shared_interval(plans: Sequence[Plan]) -> str:
-    """The interval of all steps, where it is the same for all."""
-    intervals = {interval_text(plan.estimate) for plan in plans}
-    return intervals.pop() if len(intervals) == 1 else ""
+    """The interval of all steps, where it is nearly the same for all: the widest of them."""
+    ends = [relative_interval(plan.estimate) for plan in plans]
+    known = [both for both in ends if both is not None]
+    if len(known) < len(plans):
+        return ""
+    apart = max(max(side) - min(side) for side in zip(*known, strict=True))
+    widest = max(plans, key=lambda plan: _width(relative_interval(plan.estimate)))
+    return interval_text(widest.estimate) if apart <= _ALIKE_INTERVALS else ""
+
+
+def _width(ends: tuple[float, float] | None) -> float:
+    return 0.0 if ends is None else ends[1] - ends[0]
 
 
 def _cells(row: Row, plans: Sequence[Plan], own: Sequence[str], objective: str, tie: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ from planner.errors import ExportError, SpecError
 from planner.report.terminal import Screen, gib
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.specs.serve_problem import ServeProblem
-from planner.units import format_bytes, format_seconds
+from planner.units import counted, format_bytes, format_seconds
 
 __all__ = [
     "pool_text",
@@ -169,9 +169,8 @@ def show_serving_comparison(content: Mapping[str, Any]) -> None:
     """Prints a comparison."""
     screen = Screen()
     for side in ("a", "b"):
-        screen.line(
-            f"{side}: {content[side]['id']} on {content[side]['devices']} devices: {' | '.join(content[side]['pools'])}"
-        )
+        where = counted(content[side]["devices"], "device")
+        screen.line(f"{side}: {content[side]['id']} on {where}: {' | '.join(content[side]['pools'])}")
     screen.line()
     rows = [
         (
@@ -214,9 +213,9 @@ def pool_text(pool: Pool) -> str:
     >>> pool_text(Pool("aggregated", 4, {"tp": 2, "pp": 1, "dp": 1, "ep": 1, "etp": 2}, {"weights": "fp8"}, 30))
     '4 x tp 2, 30 in flight, fp8'
     """
-    degrees = [f"{name} {pool.mesh[name]}" for name in ("tp", "pp", "dp", "ep") if pool.mesh[name] > 1] or [
-        "1 device"
-    ]
+    degrees = [
+        f"{name} {pool.mesh[name]}" for name in ("tp", "cp", "pp", "dp", "ep") if pool.mesh.get(name, 1) > 1
+    ] or ["1 device"]
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     role += f"{pool.cluster}: " if pool.cluster else ""
     degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []

@@ -99,13 +99,13 @@ def _activation_bytes(iterations: Iterations, chunk_tokens: Array | float) -> Ar
             widths.append((3.0 if block.mlp.gated else 2.0) * block.mlp.ffn / mesh.tp)
         if block.moe is not None:
             wide = (3.0 if block.moe.gated else 2.0) * block.moe.expert_ffn / mesh.etp + 2.0 * model.hidden
-            widths.append(block.moe.top_k * wide * mesh.dp / mesh.ep)
+            widths.append(block.moe.top_k * wide * mesh.dp * mesh.cp / mesh.ep)
         if block.ssm is not None:
             widths.append(4.0 * block.ssm.inner / mesh.tp)
         widest = np.maximum(widest, np.max(widths, axis=0))
     cap = float(iterations.software.max_sequences)
     return np.asarray(
         iteration_activation_bytes(
-            chunk_tokens, model.hidden, widest, np.minimum(cap, 256.0), model.vocab / mesh.tp
+            chunk_tokens / mesh.cp, model.hidden, widest, np.minimum(cap, 256.0), model.vocab / mesh.tp
         )
     )

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from planner.errors import Problem, SpecError
-from planner.load.iteration_time import Affine, Array, IterationTime, Sampled
+from planner.load.iteration_time import Array, IterationTime, Sampled
 from planner.load.requests import Requests
-from planner.load.scheduler import SCHEDULERS, KvPool, Scheduler, scheduler
+from planner.load.scheduler import KvPool, Scheduler, scheduler
 from planner.load.simulator import Run, simulate
 
 if TYPE_CHECKING:
     from planner.iteration import Iterations
     from planner.serving.plan import Pool, ServePlan
+    from planner.specs.serve_problem import ServeProblem
     from planner.specs.traffic import Traffic
 
-__all__ = ["Deployment", "Stage", "deployment_of", "read_pool", "run"]
+__all__ = ["Deployment", "Stage", "deployment_of", "run"]
 
 _WATERMARK = 0.01
 """Of the blocks, kept free at an admission: vLLM's ``CacheConfig.watermark``."""
@@ -275,19 +275,17 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
     """
     from planner.engine import Pricer
+    from planner.serving.candidates import iterations_of
     from planner.serving.replay import part_of, problem_of
-    from planner.serving.search import iterations_of
-    from planner.serving.space import DEGREES, mesh_of, recipe_of
+    from planner.serving.space import mesh_of, recipe_of, row_of
 
-    if plan.mode == "offloaded":
-        raise SpecError(
-            Problem("plan", "is offloaded: it answers a block at a time", "a plan that serves arrivals")
-        )
     problem = problem_of(plan)
+    if plan.mode == "offloaded":
+        return Deployment((_blocks(plan.pools[0], problem, policy, routing),))
     stages, all_iterations = [], []
     for pool in plan.pools:
         part = part_of(problem, pool)
-        row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
+        row = row_of(pool.mesh)
         iterations = iterations_of(
             part, recipe_of(pool.knobs), mesh_of(row), Pricer(part.cluster, part.stack)
         )
@@ -302,6 +300,21 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
         for role in ("prefill", "decode")
     )
     return Deployment(tuple(stages), admission_s, _transfer(senders, receivers) if receivers else None)
+
+
+def _blocks(pool: Pool, problem: ServeProblem, policy: str | None, routing: str) -> Stage:
+    """Devices that answer a block at a time: a static batch of all its sequences."""
+    from planner.engine import Pricer
+    from planner.serving.offloaded import block_time
+
+    if policy not in (None, "static"):
+        raise SpecError(
+            Problem("scheduler", repr(policy), "static: an offloaded plan answers a block at a time")
+        )
+    times = block_time(problem, Pricer(problem.cluster, problem.stack), pool)
+    most = int(pool.knobs["gpu_batch_size"]) * int(pool.knobs["gpu_batches"])
+    rules = scheduler("static", max_requests=most)
+    return Stage(pool.role, pool.replicas, times, rules, KvPool(), at_random=routing == "random")
 
 
 def _weight(pool: Pool, stage: Stage, traffic: Traffic) -> float:
@@ -370,6 +383,7 @@ def _way(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
     from planner.costs.serving import kv_transfer_s
 
     senders, receivers = (float(i.ctx.mesh.tp[0] * i.ctx.mesh.pp[0]) for i in (prefill, decode))
+    senders *= float(prefill.ctx.mesh.cp[0]) if prefill.ctx.knobs["prompt_ranks"] == "pass_kv" else 1.0
     slower = min(i.ctx.cluster.tiers[-1].effective_bytes_per_s for i in (prefill, decode))
     bytes_per_s = slower * min(senders, receivers)
     layers = float(prefill.ctx.model.n_layers)
@@ -380,57 +394,3 @@ def _way(prefill: Iterations, decode: Iterations) -> Callable[[Array], Array]:
         return np.asarray(kv_transfer_s(n_bytes, bytes_per_s, alone_s, layers))
 
     return seconds
-
-
-# -- of a file -----------------------------------------------------------------------------------------------------------------
-
-
-def read_pool(path: str | Path, policy: str | None = None) -> Deployment:
-    """Engines whose iteration time is given: tables ``[iteration]``, ``[scheduler]`` and ``[cache]`` of a TOML or JSON file.
-
-    Raises:
-        SpecError: the file is wrong (all of its problems at once).
-    """
-    from planner.specs.reader import Reader, read_file
-
-    reader = Reader(read_file(path), str(path))
-    times = reader.table("iteration")
-    base_s = times.number("base_s", positive=True)
-    names = ("per_decode_s", "per_context_token_s", "per_prefill_token_s", "per_prefill_context_token_s")
-    price = Affine(base_s, *(times.number(name, 0.0) for name in names))
-    times.finish()
-    engines = reader.integer("engines", 1, maximum=10**5)
-    rules = _read_rules(reader.table("scheduler", None), policy)
-    pool = _read_cache(reader.table("cache", None))
-    reader.finish()
-    reader.raise_if_any()
-    return Deployment((Stage("aggregated", engines, price, rules, pool),))
-
-
-def _read_rules(table: Any, policy: str | None) -> Scheduler:
-    if table is None:
-        return scheduler(policy or "sarathi")
-    name = table.text("policy", "sarathi", choices=SCHEDULERS)
-    plain = SCHEDULERS.get(policy or name, SCHEDULERS["sarathi"])
-    rules = replace(
-        plain,
-        max_requests=table.integer("max_requests", plain.max_requests),
-        token_budget=table.integer("token_budget", plain.token_budget, maximum=2**62),
-        order=table.text("order", plain.order, choices=("arrival", "priority")),
-        preemption=table.text("preemption", plain.preemption, choices=("recompute", "swap")),
-    )
-    table.finish()
-    return rules
-
-
-def _read_cache(table: Any) -> KvPool:
-    if table is None:
-        return KvPool()
-    pool = KvPool(
-        table.integer("blocks"),
-        table.integer("block_tokens", 16),
-        table.integer("watermark_blocks", 0, minimum=0),
-        table.number("swap_s_per_block", 0.0),
-    )
-    table.finish()
-    return pool

@@ -11,7 +11,7 @@ Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Pate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.ledger import Array
+from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.front import Curve
+from planner.serving.numbers import numbers_of, seated_numbers
 from planner.serving.percentiles import Latencies
-from planner.serving.search import Account, Candidates, candidates, iterations_of
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import ServeSpace, links_of, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 _MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
-_BISECTIONS = 40
 _SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
 """Loads that the front is drawn from: powers of the sequences that a replica holds."""
 
@@ -117,7 +117,7 @@ class Split:
     @property
     def devices(self) -> int:
         """Devices of both pools."""
-        return int(sum(n * row[0] * row[1] * row[2] for n, row in zip(self.replicas, self.rows, strict=True)))
+        return int(sum(n * size_of(row) for n, row in zip(self.replicas, self.rows, strict=True)))
 
     def ttft_at(self, quantile: float | None) -> float:
         """Mean (None) or quantile of the time to the first token."""
@@ -141,6 +141,8 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
         prefill_kinds(problem, left, pricer, scratch),
         decode_kinds(problem, right, pricer, scratch),
     )
+    if not (prefills and decodes) and not account.candidates:
+        account.rejected.update(scratch.rejected)  # what to tell where nothing is left
     asked = left.fixed.get("replicas"), right.fixed.get("replicas")
     found: list[Split] = []
     for p in prefills:
@@ -232,8 +234,8 @@ def _pairs(
     """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
     traffic, devices = problem.traffic, problem.cluster.devices
     tier = problem.cluster.tiers[-1]
-    senders = (p.kind.rows[:, 0] * p.kind.rows[:, 1])[:, None]
-    receivers = (d.kind.rows[:, 0] * d.kind.rows[:, 1])[None, :]
+    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
+    senders, receivers = senders[:, None], receivers[None, :]
     rate = tier.effective_bytes_per_s * np.minimum(senders, receivers)
     transfer = np.asarray(
         kv_transfer_s(p.bytes_[:, None] * senders, rate, p.batch_s[:, None], float(problem.model.n_layers))
@@ -261,6 +263,9 @@ def _pairs(
     first_s = float((p.batch_s[:, None] + transfer + admission).min())
     note_missed(problem, account, first_s, float(d.steps_s[0].min()))
     able = ~late & ~slow
+    for reason, ok in _pair_rules(problem, p, d):
+        account.rejected[reason] += int((able & ~ok).sum())
+        able &= ok
     sizes = (
         np.broadcast_to(p.kind.size[:, None], able.shape),
         np.broadcast_to(d.kind.size[None, :], able.shape),
@@ -273,8 +278,11 @@ def _pairs(
     if traffic.concurrency is None and wanted is None:
         account.curves.append(_curve(problem, p, d, np.where(able_room | slow, prompt_rate, 0.0)))
     i, j = np.nonzero(able_room)
-    x, y = _numbers(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
+    x, y = numbers_of(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
     x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
+    x, y = seated_numbers(
+        problem, x, y, (p.kind.size[i], d.kind.size[j]), (prompt_rate[i, j], decode_rate[i, j])
+    )
     answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
     if traffic.concurrency is not None:
         # So many requests in flight, most of them in decode replicas.
@@ -312,6 +320,15 @@ def _pairs(
     ]
 
 
+def _pair_rules(problem: ServeProblem, p: Prefill, d: Decode) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """What the engine says of every prefill row (down) beside every decode row (across)."""
+    if problem.launcher is None:
+        return
+    shape = len(p.kind.rows), len(d.kind.rows)
+    for rule in problem.launcher.pairs(mesh_of(p.kind.rows[:, None, :]), mesh_of(d.kind.rows[None, :, :])):
+        yield f"{problem.launcher.name}: {rule.reason}", np.broadcast_to(rule.ok, shape)
+
+
 def note_missed(problem: ServeProblem, account: Account, first_s: float, between_s: float) -> None:
     """Remembers by how much the lightest loads, with these times to the first token and between tokens, miss the limits."""
     traffic = problem.traffic
@@ -332,70 +349,20 @@ def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> 
     answers = (d.loads / ((traffic.osl - 1.0) * d.steps_s)).reshape(-1)
     left, right = np.full_like(rate, p.kind.size[best]), np.tile(d.kind.size, len(d.loads))
     room = (rate > 0.0) & (left + right <= devices)
-    x, y = _numbers(problem, np.where(room, rate, 1.0), answers, left, np.where(room, right, 1.0))
+    x, y = numbers_of(problem, np.where(room, rate, 1.0), answers, left, np.where(room, right, 1.0))
     answered = np.minimum(x * rate, y * answers)
     per_device = np.where(room, answered * traffic.osl / np.maximum(x * left + y * right, 1.0), 0.0)
     rows = np.stack(
-        [np.broadcast_to(p.kind.rows[best], (len(rate), 5)), np.tile(d.kind.rows, (len(d.loads), 1))], axis=1
+        [
+            np.broadcast_to(p.kind.rows[best], (len(rate), len(p.kind.rows[best]))),
+            np.tile(d.kind.rows, (len(d.loads), 1)),
+        ],
+        axis=1,
     )
     replicas = np.stack([x, y], axis=1)
     return Curve(
         "disaggregated", 1.0 / d.steps_s.reshape(-1), per_device, replicas, rows, ("prefill", "decode")
     )
-
-
-def _numbers(
-    problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
-) -> tuple[Array, Array]:
-    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
-
-    With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
-    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
-    """
-    devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
-    if wanted is None and not problem.machines_count:
-        return _thriftiest(devices, prompts, answers, left, right)
-    if wanted is not None:
-        x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
-        return np.where(x * left + y * right <= devices, x, 0.0), y
-
-    def beside(y: Array) -> Array:
-        return np.floor((devices - y * right) / left)
-
-    low, high = np.ones_like(left), np.floor((devices - left) / right)
-    for _ in range(_BISECTIONS):
-        if not np.any(high - low > 1.0):
-            break
-        middle = np.floor((low + high) / 2.0)
-        slower = middle * answers <= beside(middle) * prompts
-        low, high = np.where(slower, middle, low), np.where(slower, high, middle)
-    first, second = (np.minimum(y * answers, beside(y) * prompts) for y in (low, high))
-    y = np.where(second > first, high, low)
-    needed = np.ceil(y * answers / prompts - 1e-9)
-    return np.minimum(beside(y), needed), y
-
-
-def _thriftiest(
-    devices: int, prompts: Array, answers: Array, left: Array, right: Array
-) -> tuple[Array, Array]:
-    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
-
-    Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
-    """
-    best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
-    for count in range(1, int(np.max((devices - left) / right)) + 1):
-        needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
-        for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
-            beside = np.minimum(whole, room)
-            able, used = beside >= 1.0, np.maximum(beside * left + count * right, 1.0)
-            value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
-            better = value > best * (1.0 + 1e-9)
-            best, x, y = (
-                np.where(better, value, best),
-                np.where(better, beside, x),
-                np.where(better, float(count), y),
-            )
-    return x, y
 
 
 def _split(

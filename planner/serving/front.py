@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from planner.ledger import Array
-from planner.serving.space import DEGREES
+from planner.serving.space import degrees_of
 
 __all__ = ["Curve", "pareto"]
 
@@ -45,7 +45,7 @@ class Curve:
             {
                 "role": role,
                 "replicas": int(self.replicas[index, pool]),
-                "mesh": {n: int(v) for n, v in zip(DEGREES, self.rows[index, pool], strict=True)},
+                "mesh": degrees_of(self.rows[index, pool]),
             }
             for pool, role in enumerate(self.roles)
         ]

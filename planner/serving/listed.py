@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.engine import Pricer
+from planner.serving.candidates import iterations_of
 from planner.serving.disaggregated import Split
 from planner.serving.percentiles import (
     NEARLY,
@@ -19,7 +20,7 @@ from planner.serving.percentiles import (
     mixed_pool,
     prefill_pool,
 )
-from planner.serving.search import Found, iterations_of
+from planner.serving.search import Found
 from planner.serving.space import mesh_of
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.traffic import Traffic

@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
+from planner.serving.candidates import Account, iterations_of
 from planner.serving.disaggregated import decode_kinds, note_missed, prefill_kinds
 from planner.serving.matching import Fleet, Numbers, match
 from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
 from planner.serving.plan import Pool
-from planner.serving.search import Account, iterations_of
 from planner.serving.slots import MOST_LOAD
-from planner.serving.space import DEGREES, ServeSpace, mesh_of, recipe_of
+from planner.serving.space import ServeSpace, degrees_of, links_of, mesh_of, recipe_of, size_of
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["MixedFound", "search_mixed"]
+
+_LIGHT = 1e-3  # of the rate that pools carry: next to nobody waits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,13 +56,13 @@ class _Kind:
     @property
     def size(self) -> float:
         """Devices of a replica."""
-        return float(self.row[0] * self.row[1] * self.row[2])
+        return float(size_of(self.row))
 
     def is_of(self, pool: Pool) -> bool:
         """Whether a pool's replicas are of this kind."""
         return (
             pool.role == self.role
-            and all(pool.mesh[name] == value for name, value in zip(DEGREES, self.row, strict=True))
+            and dict(pool.mesh) == degrees_of(self.row)
             and dict(self.recipe) == recipe_of(pool.knobs)
             and (self.role == "decode" or pool.knobs["chunk_tokens"] == self.chunk)
         )
@@ -68,7 +70,7 @@ class _Kind:
     @property
     def links(self) -> float:
         """Devices that send or receive a request's cache."""
-        return float(self.row[0] * self.row[1])
+        return float(links_of(self.row, self.recipe))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +124,7 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
         )  # fmt: skip
         if numbers is None:
             continue
-        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers)
+        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers, account)
         if one is not None:
             found.setdefault(
                 tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
@@ -136,14 +138,20 @@ def _note_missed(
     problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], account: Account
 ) -> None:
     """Remembers by how much the lightest loads miss the limits; where they keep them, the rate that is answered at most."""
-    scratch, first_s, between_s = Account(), [], []
+    scratch = Account()
+    prompts, answers = [], []
     for part, pricer in zip(parts, pricers, strict=True):
-        prompts = prefill_kinds(part, ServeSpace(part, "prefill"), pricer, scratch)
-        first_s += [float(p.batch_s.min()) + _admission_s(pricer) for p in prompts]
-        answers = decode_kinds(part, ServeSpace(part, "decode"), pricer, scratch)
-        between_s += [float(d.steps_s[0].min()) for d in answers]
-    if not first_s or not between_s:
+        found = prefill_kinds(part, ServeSpace(part, "prefill"), pricer, scratch)
+        prompts += [(part, pricer, p) for p in found]
+        answers += [(part, d) for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, scratch)]
+    if not prompts or not answers:
         return
+    first_s = [
+        _first_s(problem, (part, p), (other, d)) + _admission_s(pricer)
+        for part, pricer, p in prompts
+        for other, d in answers
+    ]
+    between_s = [float(d.steps_s[0].min()) for _, d in answers]
     note_missed(problem, account, min(first_s), min(between_s))
     if set(account.nearest) - {"memory"}:
         return
@@ -153,10 +161,18 @@ def _note_missed(
         most = max((one.requests_per_s for one in search_mixed(free, Account())), default=0.0)
     if traffic.rate_per_s is not None and most > 0.0:
         account.miss("rate", max(traffic.rate_per_s / most, 1.0), "pools on several clusters")
-        return
-    for name, limit in (("ttft", traffic.ttft_s), ("e2e", traffic.e2e_s)):
-        if limit is not None:  # the way from pool to pool is the little that is too much
-            account.miss(name, 1.0, "prompts and generation apart")
+
+
+def _first_s(
+    problem: ServeProblem, sender: tuple[ServeProblem, Any], receiver: tuple[ServeProblem, Any]
+) -> float:
+    """The shortest time to the first token from one cluster's prefill replicas to the other's decode replicas, at no load."""
+    (part, p), (other, d) = sender, receiver
+    senders, receivers = (links_of(kind.kind.rows, kind.kind.recipe) for kind in (p, d))
+    slower = min(each.cluster.tiers[-1].effective_bytes_per_s for each in (part, other))
+    rate = slower * np.minimum(senders, receivers.max())
+    layers = float(problem.model.n_layers)
+    return float(np.min(p.batch_s + kv_transfer_s(p.bytes_ * senders, rate, p.batch_s, layers)))
 
 
 def _counts(
@@ -251,7 +267,7 @@ def _fleet(
         room = np.minimum(room, traffic.e2e_s - answers_s - batch_s - transfer)
     quantile = None if traffic.percentile is None else traffic.percentile / 100.0
     load = np.asarray(queue_load(room, pace_s * prompts, quantile, MOST_LOAD))
-    alike = np.array([[p.recipe["cache"] == d.recipe["cache"] for d in right] for p in left])
+    alike = np.array([[_together(problem, parts, p, d) for d in right] for p in left])
     cost = np.array([_cost(part) for part in parts])
     sizes, places = (
         [np.array([float(getattr(k, n)) for k in kinds]) for kinds in (left, right)]
@@ -262,6 +278,17 @@ def _fleet(
         [part.cluster.devices for part in parts], sizes[0], places[0], costs[0], sizes[1], places[1], costs[1],
         np.where(alike, load / pace_s, 0.0), np.array([d.rate for d in right]),
     )  # fmt: skip
+
+
+def _together(problem: ServeProblem, parts: list[ServeProblem], p: _Kind, d: _Kind) -> bool:
+    """Whether prompts of one kind may go on to another: the cache's format is one, and so says the engine."""
+    if p.recipe["cache"] != d.recipe["cache"] or problem.launcher is None:
+        return p.recipe["cache"] == d.recipe["cache"]
+    vendors = {
+        parts[kind.cluster].cluster.device.vendor for kind in (p, d)
+    }  # one build of an engine runs on one
+    rules = problem.launcher.pairs(mesh_of(p.row[None, None, :]), mesh_of(d.row[None, None, :]))
+    return len(vendors) == 1 and all(bool(np.all(rule.ok)) for rule in rules)
 
 
 def _cost(part: ServeProblem) -> float:
@@ -281,7 +308,7 @@ def _choices(count: int, left: list[_Kind], right: list[_Kind]) -> Iterator[NDAr
 
 def _found(
     problem: ServeProblem, parts: list[ServeProblem], pricers: list[Pricer], kinds: tuple[list[_Kind], list[_Kind]],
-    fleet: Fleet, transfer: Array, numbers: Numbers,
+    fleet: Fleet, transfer: Array, numbers: Numbers, account: Account,
 ) -> MixedFound | None:  # fmt: skip
     """The pools of an answer at the load at which chains keep the limits."""
     left, right = kinds
@@ -321,6 +348,8 @@ def _found(
 
     kept = highest_rate(latencies, problem.traffic, total, total)
     if kept is None:
+        ratio, limit = latencies(_LIGHT * total).missed(problem.traffic)
+        account.miss(limit, ratio, "prompts and generation apart")
         return None
     rate, found = kept
     pools = []
@@ -355,7 +384,7 @@ def _index(parts: list[ServeProblem], pool: Pool) -> int:
 def _pool(
     problem: ServeProblem, part: ServeProblem, kind: _Kind, count: int, rate_per_s: float, found: Latencies
 ) -> Pool:
-    mesh = {name: int(value) for name, value in zip(DEGREES, kind.row, strict=True)}
+    mesh = degrees_of(kind.row)
     if kind.role == "prefill":
         return Pool(
             "prefill", count, mesh, {**kind.recipe, "chunk_tokens": int(kind.chunk)}, 1, part.cluster.name

@@ -9,9 +9,10 @@ from math import ceil
 from typing import Any
 
 from planner.errors import Problem as Fault
-from planner.serving.search import Account
+from planner.serving.candidates import Account
 from planner.specs.cluster_file import load_cluster
 from planner.specs.serve_problem import ServeProblem
+from planner.units import counted
 
 __all__ = ["reasons"]
 
@@ -88,7 +89,7 @@ def _rate(problem: ServeProblem, ratio: float, where: str, fits: Fits) -> Fault:
     larger = _more_nodes(problem, ratio, fits)
     changes += [f"--cluster {larger} fits"] if larger else []
     devices = sum(cluster.devices for cluster in problem.clusters)
-    found = f"{devices} devices answer at most {most:.4g} requests/s, {1.0 / ratio:.3g} of it ({where})"
+    found = f"with {counted(devices, 'device')} at most {most:.4g} requests/s are answered, {1.0 / ratio:.3g} of it ({where})"
     return Fault(
         "--rate", found, f"{wanted:g} requests/s", f"{', or '.join(changes)}." if changes else "More devices."
     )

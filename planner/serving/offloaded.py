@@ -20,14 +20,15 @@ from planner.costs.block_schedule import BlockLinks, BlockWork, block_layer_s
 from planner.costs.kv_cache import iteration_activation_bytes
 from planner.engine import Pricer
 from planner.iteration import Iterations
+from planner.serving.block_time import BlockTime
+from planner.serving.candidates import iterations_of
 from planner.serving.plan import Pool, ServeEstimate
-from planner.serving.search import iterations_of
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import DEGREES, ServeSpace, mesh_of
 from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPlacement, Room, best_placement
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["links_of", "offloaded_plan", "offloaded_streams", "search_offloaded"]
+__all__ = ["block_time", "links_of", "offloaded_plan", "offloaded_streams", "search_offloaded"]
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -49,7 +50,7 @@ def search_offloaded(
     """The best placement of every number of sequences in a block, most tokens per second first; of one block alone if given."""
     space = ServeSpace(problem)
     recipe = next(space.recipes())
-    one = np.ones((1, 5))
+    one = np.ones((1, len(DEGREES)))
     iterations = iterations_of(problem, recipe, mesh_of(one), pricer)
     cluster = problem.cluster
     room = Room(
@@ -123,6 +124,17 @@ def offloaded_plan(problem: ServeProblem, f: BlockPlacement) -> tuple[Pool, Serv
     return Pool("aggregated", count, mesh, knobs, block), estimate
 
 
+def block_time(problem: ServeProblem, pricer: Pricer, pool: Pool) -> BlockTime:
+    """Seconds of the iterations of a plan's block, whole or in part."""
+    batch, batches = int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"])
+    (f,) = search_offloaded(problem, pricer, (batch, batches))
+    recipe = next(ServeSpace(problem).recipes())
+    iterations = iterations_of(problem, recipe, mesh_of(np.ones((1, len(DEGREES)))), pricer)
+    layers = float(sum(iterations.repeats().values()))
+    work, _ = _work(problem, iterations, batch, batches, layers)
+    return BlockTime(work, links_of(problem.cluster), f.placed, layers, batch)
+
+
 def offloaded_streams(problem: ServeProblem, pricer: Pricer, pool: Pool) -> list[dict[str, Any]]:
     """Streams of a block's prompts and of a step of its answers; they overlap, and the longest is what is waited for."""
     f = next(
@@ -131,7 +143,9 @@ def offloaded_streams(problem: ServeProblem, pricer: Pricer, pool: Pool) -> list
             problem, pricer, (int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"]))
         )
     )
-    iterations = iterations_of(problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, 5))), pricer)
+    iterations = iterations_of(
+        problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, len(DEGREES)))), pricer
+    )
     layers = float(sum(iterations.repeats().values()))
     work, _ = _work(problem, iterations, f.batch, f.batches, layers)
     prefill, in_s, step = block_layer_s(work, links_of(problem.cluster), f.placed)

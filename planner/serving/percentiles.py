@@ -35,6 +35,8 @@ __all__ = ["NEARLY", "Latencies", "Line", "decode_pool", "highest_rate", "mixed_
 _NODES = (14, 40)
 """Of the tables of a plan's iterations: decodes, prompt tokens."""
 _TRIES = 6
+_PARTS = (1.0, 0.2, 0.03)
+"""Of what means allow, where the rate that chains allow is looked for."""
 _BISECTIONS = 30
 _CLOSE = 0.96
 _SAME = 0.99
@@ -231,14 +233,29 @@ def decode_pool(line: Line, traffic: Traffic, slots: float, rate_per_s: float) -
 def highest_rate(
     latencies: Callable[[float], Latencies], traffic: Traffic, rate_per_s: float, most_per_s: float
 ) -> tuple[float, Latencies] | None:
-    """The rate, up to ``most_per_s``, at which the chains' latencies just keep the limits; None where none near it does.
+    """The rate, up to ``most_per_s``, at which the chains' latencies just keep the limits; None where no load to speak of does.
 
-    Begins at ``rate_per_s``, what means allow. A given rate of the traffic is kept, or it is not.
+    Begins at ``rate_per_s``, what means allow; where nothing near it keeps them, again at ever smaller parts of it. A given
+    rate of the traffic is kept, or it is not.
     """
+    if traffic.rate_per_s is not None:
+        return _nearby(latencies, traffic, rate_per_s, most_per_s, 1)
+    tries = (_nearby(latencies, traffic, part * rate_per_s, most_per_s, _TRIES) for part in _PARTS)
+    return next((found for found in tries if found is not None), None)
+
+
+def _nearby(
+    latencies: Callable[[float], Latencies],
+    traffic: Traffic,
+    rate_per_s: float,
+    most_per_s: float,
+    tries: int,
+) -> tuple[float, Latencies] | None:
+    """The rate that keeps the limits, beginning at one; None where so many tries find none."""
     kept: tuple[float, Latencies] | None = None
     low, high = (0.0, 0.0), (most_per_s, np.inf)  # rates, and found over allowed at them
     rate = min(rate_per_s, most_per_s)
-    for _ in range(_TRIES if traffic.rate_per_s is None else 1):
+    for _ in range(tries):
         try:
             found = latencies(rate)
             ratio = found.missed(traffic)[0]

@@ -24,7 +24,7 @@ class Pool:
     Attributes:
         role: ``aggregated``, ``prefill`` or ``decode``.
         replicas: how many.
-        mesh: ``tp pp dp ep etp`` of one replica; its devices are tp · pp · dp.
+        mesh: ``tp pp dp ep etp`` of one replica, and ``cp`` where ranks share prompts; its devices are tp · pp · dp · cp.
         knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
         in_flight: requests in one replica at the predicted load, waiting ones included.
         cluster: which of a plan's clusters it runs on; empty where there is one.
@@ -50,7 +50,7 @@ class Pool:
     @property
     def devices(self) -> int:
         """Devices of all replicas."""
-        return self.replicas * self.mesh["tp"] * self.mesh["pp"] * self.mesh["dp"]
+        return self.replicas * math.prod(self.mesh.get(name, 1) for name in ("tp", "pp", "dp", "cp"))
 
 
 @dataclass(frozen=True, slots=True)

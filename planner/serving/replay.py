@@ -13,10 +13,10 @@ from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.ledger import Resident
 from planner.serving.aggregated import steady
+from planner.serving.candidates import iterations_of
 from planner.serving.plan import Pool, ServePlan
-from planner.serving.search import iterations_of
 from planner.serving.serve import serve
-from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.serving.space import mesh_of, recipe_of, row_of
 from planner.serving.speculation import Speculating
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
@@ -80,7 +80,8 @@ def _speculation(knobs: Mapping[str, Any]) -> Speculation | None:
         return None
     method = knobs["draft"] if knobs["draft"] in METHODS else "draft"
     model = load_model(str(knobs["draft"])) if method == "draft" else None
-    return Speculation(method, float(knobs["acceptance"]), (int(knobs["draft_tokens"]),), model)
+    tokens = (int(knobs["draft_tokens"]),)
+    return Speculation(method, float(knobs["acceptance"]), tokens, model, str(knobs.get("draft_head", "")))
 
 
 def reprice(plan: ServePlan) -> ServePlan:
@@ -107,7 +108,7 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
 
             found.append({"role": plan.mode, "iterations": offloaded_streams(problem, pricer, pool)})
             continue
-        row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
+        row = row_of(pool.mesh)
         iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
         batches = _batches(problem.traffic, pool, iterations)
         found.append(

@@ -8,30 +8,26 @@ cannot beat the best so far even at the upper end of its bracket is excluded by 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import Pricer
-from planner.iteration import Iterations, serving_choices
 from planner.ledger import Array
-from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
-from planner.serving.capacity import Capacity, capacity
+from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.front import Curve
+from planner.serving.launcher import seated
 from planner.serving.limits import limits_kept
 from planner.serving.percentiles import Latencies
 from planner.serving.slots import MOST_LOAD, Arrivals
-from planner.serving.space import ServeSpace, mesh_of
-from planner.serving.speculation import Speculating
+from planner.serving.space import ServeSpace, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
-from planner.technique import ServingContext
 
-__all__ = ["Account", "Candidates", "Found", "iterations_of", "search_aggregated"]
+__all__ = ["Found", "search_aggregated"]
 
 _GRID = 10  # points of the bracketing grid
 _MORE = 1.0 + 1e-9  # steps that two loads differ by at least, where one may lie between them
@@ -42,43 +38,6 @@ _NEARER = 1.0 - np.array(
 )  # parts of a load, where it is searched for dips
 _WINDOW = 512  # loads below a replica's largest that are tried at most
 _FEW = 16.0  # slots below which a load is no whole number of requests
-
-
-@dataclass(slots=True)
-class Account:
-    """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
-
-    ``curves`` are the loads that were priced on the way.
-    """
-
-    candidates: int = 0
-    scored: int = 0
-    repriced: int = 0
-    excluded: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
-    curves: list[Curve] = field(default_factory=list)
-
-    def miss(self, limit: str, ratio: float, text: str) -> None:
-        """Remembers the candidate that came closest to a limit: ``ratio`` is found over allowed."""
-        if limit not in self.nearest or ratio < self.nearest[limit][0]:
-            self.nearest[limit] = (ratio, text)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidates:
-    """Rows of one recipe: meshes and budgets that are valid and fit."""
-
-    recipe: Mapping[str, str]
-    rows: NDArray[Any]
-    chunks: Array
-    capacity: Capacity
-    most: Array  # requests in flight per replica
-
-    @property
-    def size(self) -> Array:
-        """Devices of a replica."""
-        return np.asarray(self.rows[:, 0] * self.rows[:, 1] * self.rows[:, 2])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,15 +65,7 @@ class Found:
     @property
     def devices(self) -> int:
         """Devices of all replicas."""
-        return int(self.replicas * self.row[0] * self.row[1] * self.row[2])
-
-
-def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
-    """The iterations of a recipe on meshes."""
-    ctx = ServingContext(problem.model, problem.cluster, problem.traffic, problem.stack, mesh, recipe)
-    if problem.speculation is not None and "draft_tokens" in recipe:
-        return Speculating(ctx, pricer, problem.speculation, int(recipe["draft_tokens"]))
-    return Iterations(ctx, pricer)
+        return int(self.replicas * size_of(self.row))
 
 
 def search_aggregated(
@@ -142,58 +93,6 @@ def search_aggregated(
     )
 
 
-def candidates(
-    problem: ServeProblem,
-    space: ServeSpace,
-    recipe: Mapping[str, str],
-    pricer: Pricer,
-    account: Account,
-    traffic_osl: float | None = None,
-) -> Candidates | None:
-    """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
-    meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
-    chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
-    account.candidates += len(meshes)
-    ctx = ServingContext(
-        problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
-    )
-    alive = np.ones(len(meshes), dtype=bool)
-    for technique in serving_choices(recipe):
-        for check in technique.valid(ctx):
-            broken = alive & ~np.broadcast_to(check.ok, alive.shape)
-            if broken.any():
-                account.rejected[check.reason] += int(broken.sum())
-                alive &= ~broken
-    if not alive.any():
-        return None
-    meshes, chunks = meshes[alive], chunks[alive]
-    iterations = iterations_of(problem, recipe, mesh_of(meshes), pricer)
-    traffic = problem.traffic
-    held = capacity(
-        iterations, traffic.isl, traffic.osl if traffic_osl is None else traffic_osl, chunks,
-        space.fixed.get("max_sequences"),
-    )  # fmt: skip
-    fits = held.sequences >= 1.0
-    account.rejected["device memory"] += int((~fits).sum())
-    for index in np.flatnonzero(~fits)[:2000]:
-        needed = held.weights_bytes[index] + held.activation_bytes[index] + held.reserved_bytes
-        needed += held.request_bytes[index] / float(iterations.software.free_fraction)
-        budget = float(problem.stack.serving.memory_fraction) * float(problem.cluster.device.memory_bytes)  # type: ignore[union-attr]
-        account.miss(
-            "memory",
-            needed / budget,
-            f"{recipe['weights']} weights on {int(np.prod(meshes[index, :3]))} devices",
-        )
-    if not fits.any():
-        return None
-    index = np.flatnonzero(fits)
-    kept = Capacity(
-        held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index], held.request_bytes[index],
-    )  # fmt: skip
-    return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bracket:
     """Per row: the largest load of the grid that keeps the limits (0: none), the smallest that does not, and both values.
@@ -211,7 +110,11 @@ class _Bracket:
 
 def _replicas(problem: ServeProblem, size: Array, fixed: int | None) -> Array:
     """Replicas that the machines hold, or that are asked for."""
-    room = np.floor(problem.cluster.devices / size)
+    room = (
+        np.floor(problem.cluster.devices / size)
+        if problem.launcher is None
+        else seated(problem.cluster, size)
+    )
     return np.asarray(room if fixed is None else np.minimum(room, float(fixed)))
 
 
@@ -299,7 +202,7 @@ def _curve(problem: ServeProblem, c: Candidates, state: Steady, replicas: Array)
 
 
 def _named(c: Candidates, index: int) -> str:
-    tp, pp, dp, ep, _ = (int(x) for x in c.rows[index])
+    tp, pp, dp, ep = (int(x) for x in c.rows[index][:4])
     shape = (
         f"tp={tp}"
         + (f" pp={pp}" if pp > 1 else "")
@@ -347,7 +250,7 @@ def _refine(
         state.requests_per_s if traffic.rate_per_s is None else traffic.rate_per_s / np.maximum(replicas, 1.0)
     )
     account.repriced += len(index)
-    usable = replicas * size <= problem.cluster.devices
+    usable = replicas <= _replicas(problem, size, None)
     short = int((~usable).sum())
     account.scored -= short
     account.rejected["rate"] += short

@@ -11,13 +11,14 @@ from planner.engine import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
+from planner.serving.candidates import Account
 from planner.serving.disaggregated import Split, search_disaggregated
 from planner.serving.front import pareto
 from planner.serving.listed import Listing
 from planner.serving.nearest import reasons
 from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
-from planner.serving.search import Account, Found, search_aggregated
-from planner.serving.space import DEGREES, ServeSpace
+from planner.serving.search import Found, search_aggregated
+from planner.serving.space import ServeSpace, degrees_of
 from planner.specs.serve_problem import ServeProblem
 from planner.uncertainty.serving import serving_interval
 
@@ -225,7 +226,7 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
 
 
 def _mesh(row: Any) -> dict[str, int]:
-    return {name: int(value) for name, value in zip(DEGREES, row, strict=True)}
+    return degrees_of(row)
 
 
 def _pools(problem: ServeProblem, f: Found) -> tuple[Pool, ...]:
@@ -246,6 +247,7 @@ def _recipe(problem: ServeProblem, recipe: Mapping[str, str]) -> dict[str, Any]:
     return {
         **recipe,
         "draft": draft,
+        **({"draft_head": told.head} if told.head else {}),
         "acceptance": told.acceptance,
         "draft_tokens": int(recipe["draft_tokens"]),
     }

@@ -16,10 +16,24 @@ from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import SERVING_SLOTS, discover
+from planner.units import counted
 
-__all__ = ["CHUNKS", "DEGREES", "MODES", "ROLES", "SERVE_NUMBERS", "ServeSpace", "mesh_of", "recipe_of"]
+__all__ = [
+    "CHUNKS",
+    "DEGREES",
+    "MODES",
+    "ROLES",
+    "SERVE_NUMBERS",
+    "ServeSpace",
+    "degrees_of",
+    "links_of",
+    "mesh_of",
+    "recipe_of",
+    "row_of",
+    "size_of",
+]
 
-DEGREES = ("tp", "pp", "dp", "ep", "etp")
+DEGREES = ("tp", "pp", "dp", "ep", "etp", "cp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas", "draft_tokens")
 ROLES = ("aggregated", "prefill", "decode")
 MODES = ("aggregated", "disaggregated", "offloaded")
@@ -29,6 +43,8 @@ CHUNKS = (1024, 2048, 4096, 8192, 16384)
 
 _HANDED_OVER = {"cache_copies": ("kept",)}
 """Choices of pools between which caches travel: engines hand over whole ones."""
+_GENERATING = {"prompt_ranks": ("alone",)}
+"""Choices of pools that generate: a step has one token of a sequence, which nothing is gained by sharing."""
 
 
 class ServeSpace:
@@ -85,7 +101,10 @@ class ServeSpace:
             choice
             for t in techniques
             for choice in t.choices
-            if t.searched or slot in self.fixed or self._explored(f"{slot}={choice}")
+            if t.searched
+            or slot in self.fixed
+            or self._explored(f"{slot}={choice}")
+            or self._native(slot, choice)
         }
         wanted: tuple[str, ...] = tuple(choice for choice in known if choice in searched)
         if slot == "weights":
@@ -94,6 +113,10 @@ class ServeSpace:
             wanted = self.problem.caches
         if self.role != "aggregated":
             wanted = _HANDED_OVER.get(slot, wanted)
+        if self.role != "prefill":
+            wanted = _GENERATING.get(slot, wanted)
+        elif slot == "prompt_ranks" and self.fixed.get("cp", 1) > 1:
+            wanted = tuple(choice for choice in wanted if choice != "alone") or ("all_gather",)
         if slot in self.fixed:
             wanted = (str(self.fixed[slot]).lower(),)
         for value in wanted:
@@ -105,7 +128,20 @@ class ServeSpace:
                     Fault(where, repr(value), f"one of {', '.join(known)}", did_you_mean(value, known))
                 )
         hidden = {value for value in known if self._forbidden(f"{slot}={value}")}
-        kept = [value for value in wanted if value not in hidden]
+        launcher = self.problem.launcher
+        if launcher is not None and not any(launcher.allows(slot, value) for value in wanted):
+            raise SpecError(
+                Fault(
+                    f"--engine {launcher.name}",
+                    f"has no words for {slot}={', '.join(wanted)}",
+                    "another engine",
+                )
+            )
+        kept = [
+            value
+            for value in wanted
+            if value not in hidden and (launcher is None or launcher.allows(slot, value))
+        ]
         if not kept:
             raise SpecError(Fault("--forbid", f"nothing is left for {slot}", "at least one choice per slot"))
         return kept
@@ -123,11 +159,14 @@ class ServeSpace:
         pps = self._numbers("pp", [p for p in powers if p <= model.n_layers])
         # Without experts or a latent cache, attention ranks that share nothing are replicas.
         dps = self._numbers("dp", powers if experts or latent else [1])
+        cps = self._numbers("cp", [1] if self.choices["prompt_ranks"] == ["alone"] else powers)
+        if self.role != "prefill" and cps != [1]:
+            raise SpecError(Fault("--fix cp", f"{cps[0]} in a pool that generates", "--fix prefill.cp"))
         rows = []
-        for tp, pp, dp in product(tps, pps, dps):
-            if tp * pp * dp > devices:
+        for tp, pp, dp, cp in product(tps, pps, dps, cps):
+            if tp * pp * dp * cp > devices:
                 continue
-            ranks = tp * dp
+            ranks = tp * dp * cp
             eps = self._numbers(
                 "ep",
                 [e for e in powers if ranks % e == 0 and all(x % e == 0 for x in experts)]
@@ -137,18 +176,25 @@ class ServeSpace:
             etps = self._numbers(
                 "etp", sorted({ranks // e for e in eps if ranks % e == 0}) if experts else [ranks]
             )
-            found = [(tp, pp, dp, ep, etp) for ep in eps for etp in etps if not experts or ep * etp == ranks]
+            found = [
+                (tp, pp, dp, ep, etp, cp) for ep in eps for etp in etps if not experts or ep * etp == ranks
+            ]
             rows += found
         if not rows:
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
             raise SpecError(
                 Fault(
                     "--fix",
-                    f"no replica on {devices} devices has {wanted or 'these degrees'}",
+                    f"no replica on {counted(devices, 'device')} has {wanted or 'these degrees'}",
                     "other degrees",
                 )
             )
         return np.array(rows, dtype=np.float64)
+
+    def _native(self, slot: str, choice: str) -> bool:
+        """Whether the engine that the plan is for works with a choice by itself, so that it is tried unasked."""
+        launcher = self.problem.launcher
+        return launcher is not None and launcher.native(slot, choice, self.problem.model)
 
     def _numbers(self, name: str, values: Any) -> list[int]:
         kept = [value for value in values if not self._forbidden(f"{name}={value}")]
@@ -203,6 +249,27 @@ def recipe_of(knobs: Mapping[str, Any]) -> dict[str, str]:
 
 def mesh_of(rows: NDArray[Any]) -> Mesh:
     """Rows of :data:`DEGREES` as a mesh."""
-    tp, pp, dp, ep, etp = (np.ascontiguousarray(rows[:, index]) for index in range(len(DEGREES)))
-    one: Array = np.ones_like(tp)
-    return Mesh(tp, one, dp, pp, ep, etp)
+    tp, pp, dp, ep, etp, cp = (np.ascontiguousarray(rows[..., index]) for index in range(len(DEGREES)))
+    return Mesh(tp, cp, dp, pp, ep, etp)
+
+
+def row_of(mesh: Mapping[str, int]) -> NDArray[Any]:
+    """A pool's mesh as one row of :data:`DEGREES`; what it does not name is 1."""
+    return np.array([[float(mesh.get(name, 1)) for name in DEGREES]])
+
+
+def degrees_of(row: NDArray[Any]) -> dict[str, int]:
+    """A row of :data:`DEGREES` as a pool's mesh, which names ``cp`` where prompts are shared."""
+    found = {name: int(value) for name, value in zip(DEGREES, row, strict=True)}
+    return found if found["cp"] > 1 else {name: value for name, value in found.items() if name != "cp"}
+
+
+def links_of(rows: NDArray[Any], recipe: Mapping[str, str]) -> Array:
+    """Devices over which a request's cache is spread, per row: ranks that share a prompt by gathering all keep all of it."""
+    parts = rows[..., 5] if recipe.get("prompt_ranks") == "pass_kv" else 1.0
+    return np.asarray(rows[..., 0] * rows[..., 1] * parts)
+
+
+def size_of(rows: NDArray[Any]) -> Array:
+    """Devices of a replica, per row of :data:`DEGREES`."""
+    return np.asarray(rows[..., 0] * rows[..., 1] * rows[..., 2] * rows[..., 5])

@@ -8,6 +8,7 @@ themselves where batches grow: the tokens to check fill the matrix units, and to
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,14 @@ from planner.composition import Composition
 from planner.costs.speculation import accepted_tokens
 from planner.engine import Pricer
 from planner.iteration import Footprint, Iterations
-from planner.ledger import Array, Ledger, Resident
+from planner.ledger import Array, Ledger, Matmul, Resident
 from planner.specs.model import Model
 from planner.specs.speculation import Speculation
 from planner.technique import ServingContext
 
 __all__ = ["Speculating"]
+
+_BYTES = 2.0  # of an element of the draft head's own product
 
 
 class Speculating(Iterations):
@@ -36,14 +39,11 @@ class Speculating(Iterations):
         self.step_tokens = self.drafted + 1.0
         self.accepted = float(accepted_tokens(speculation.acceptance, drafted))
         self._own_ends = speculation.method == "draft"
-        model = (
-            speculation.model
-            if speculation.method == "draft"
-            else _module(ctx.model)
-            if speculation.method == "mtp"
-            else None
-        )
+        made = {"mtp": _module, "eagle": _head}.get(speculation.method)
+        model = made(ctx.model) if made is not None else speculation.model
         self._draft = None if model is None else _drafting(ctx, model, self.pricer)
+        if self._draft is not None and speculation.method == "eagle":
+            self._draft.widen(_joins)
 
     def seconds(self, batch: Composition) -> Array:
         """Seconds per row: the model's check, behind the draft's steps."""
@@ -86,6 +86,34 @@ def _module(model: Model) -> Model:
     return replace(
         model, name=f"{model.name} prediction module", layers=((name, 1),), blocks={name: model.blocks[name]}
     )
+
+
+def _head(model: Model) -> Model:
+    """A layer like the model's last dense one, between the model's own ends (EAGLE, arXiv:2401.15077, section 4.1)."""
+    name = next(name for name, _ in reversed(model.layers) if model.blocks[name].moe is None)
+    return replace(
+        model, name=f"{model.name} draft head", layers=((name, 1),), blocks={name: model.blocks[name]}
+    )
+
+
+def _joins(ledger: Ledger, ctx: ServingContext) -> Ledger:
+    """The product in front of a draft head's layer: a token's embedding and the model's hidden state, whole on every rank."""
+    block, dtype = ctx.model.layers[0][0], ctx.format.activation
+    common: dict[str, Any] = {
+        "what": "draft.join",
+        "block": block,
+        "by": "eagle",
+        "source": "arXiv:2401.15077",
+    }
+    return ledger.add(
+        [
+            Matmul(
+                m="batch*seq", n="hidden", k="2*hidden", dtype=dtype, out_bytes=_BYTES,
+                format="float16" if dtype == "fp16" else "bfloat16", **common,
+            ),
+            Resident(size="2*hidden*hidden", bytes_per_element=_BYTES, pool="parameters", lifetime="always", **common),
+        ]
+    )  # fmt: skip
 
 
 def _drafting(ctx: ServingContext, model: Model, pricer: Pricer) -> Iterations:

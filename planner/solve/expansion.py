@@ -294,7 +294,8 @@ class Expansion:
 
     def _by_layers(self, jobs: Jobs) -> bool:
         """Whether the jobs recompute some of a device's layers."""
-        return self.branches.by_layers(self.branches.recomputes[int(jobs.recomputes[0])])
+        first = jobs.recomputes[:1]  # none where no state of the pairs keeps its rules
+        return bool(len(first)) and self.branches.by_layers(self.branches.recomputes[int(first[0])])
 
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""

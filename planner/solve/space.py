@@ -25,6 +25,7 @@ from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
+from planner.units import counted
 
 __all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
 
@@ -233,7 +234,7 @@ class Space:
             raise SpecError(
                 Fault(
                     "--fix",
-                    f"no mesh of {devices} devices has {wanted or 'these degrees'}",
+                    f"no mesh of {counted(devices, 'device')} has {wanted or 'these degrees'}",
                     "degrees whose product divides the devices",
                 )
             )

@@ -85,13 +85,13 @@ class BranchTables:
         """
         sums = []
         for aspect in _ASPECTS[fields]:
-            parts = self._parts(state, recompute, swap, schedule, beside=aspect is PACED)
-            base: Array = self._values(self._base, aspect)[rows]
-            total = base
-            for part in parts:
+            base = self._cells(self._base, aspect)[1][rows]
+            total = base.copy()
+            for part in self._parts(state, recompute, swap, schedule, beside=aspect is PACED):
                 if aspect in part.touched:
-                    total = total + (self._values(part, aspect)[rows] - base)
-            sums.append(total)
+                    cells, values = self._cells(part, aspect)
+                    total[:, cells] += values[rows] - base[:, cells]
+            sums.append(total.reshape(len(rows), len(aspect), -1))
         return sums[0] if len(sums) == 1 else np.concatenate(sums, axis=1)
 
     def floor_of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> tuple[Array, bool]:
@@ -101,10 +101,10 @@ class BranchTables:
         than each of them alone. A step adds up blocks' forwards, backwards (weight gradients included), and these with what
         runs again: of each of the three counts the largest among such parts. That needs no ledger of the branch's own.
         """
-        base = self._values(self._base, PACED)[rows]
+        base = self._rows(self._base, PACED, rows)
         total, own = base, True
         for beside in self._beside(state, recompute, swap):
-            each = [self._values(part, PACED)[rows] for part in beside]
+            each = [self._rows(part, PACED, rows) for part in beside]
             own = own and len(each) == 1
             largest = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
             total = total + (largest - base)
@@ -117,9 +117,8 @@ class BranchTables:
         found = [self._base, *self._parts(state, recompute, swap, beside=True)]
         for part in found:
             if part not in self._added:
-                self._added[part] = self._whole(part) - (
-                    0.0 if part is self._base else self._added[self._base]
-                )
+                whole = self._whole(part)
+                self._added[part] = whole if part is self._base else whole - self._added[self._base]
         return [self._added[part] for part in found]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
@@ -127,15 +126,26 @@ class BranchTables:
         return self._whole(self._change(self.branches.recipe(state, recompute, swap)))
 
     def _whole(self, change: _Change) -> Array:
-        return np.concatenate([self._values(change, aspect) for aspect in _ASPECTS[COMPACT]], axis=1)
+        every = np.arange(len(self))
+        return np.concatenate([self._rows(change, aspect, every) for aspect in _ASPECTS[COMPACT]], axis=1)
 
-    def _values(self, change: _Change, aspect: tuple[str, ...]) -> Array:
-        """One aspect of a partial recipe's table: (rows, fields, kinds)."""
-        if aspect not in change.touched:
-            change = self._base
+    def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
+        """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
+        table: Array = self._cells(self._base, aspect)[1][rows]
+        if aspect in change.touched:
+            cells, values = self._cells(change, aspect)
+            table[:, cells] = values[rows]
+        return table.reshape(len(rows), len(aspect), -1)
+
+    def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
+        """One aspect of a partial recipe's table where it is not the prefix's: which fields and kinds, and (rows, these)."""
         if aspect not in change.tables:
-            table = tabulate(change.ledger, self.pricer, self.kinds, len(self), aspect)
-            change.tables[aspect] = np.ascontiguousarray(table.values.transpose(2, 0, 1))
+            values = tabulate(change.ledger, self.pricer, self.kinds, len(self), aspect).values
+            values = values.reshape(-1, len(self)).T
+            cells = np.arange(values.shape[1])
+            if change is not self._base:
+                cells = np.flatnonzero((values != self._cells(self._base, aspect)[1]).any(axis=0))
+            change.tables[aspect] = cells, np.ascontiguousarray(values[:, cells])
         return change.tables[aspect]
 
     def _parts(
@@ -232,14 +242,14 @@ class _Change:
 
     ``removed``: ids of the prefix's items that it replaced or dropped. ``timed``: blocks and phases whose seconds it changed,
     where overlap makes changes interact. ``touched``: aspects in which its table may differ from the prefix's.
-    ``tables``: its table by aspects, (rows, fields, kinds), made when first asked for.
+    ``tables``: by aspects, what :meth:`BranchTables._cells` says of it, made when first asked for.
     """
 
     ledger: Ledger
     removed: frozenset[int]
     timed: frozenset[tuple[str, str]]
     touched: frozenset[tuple[str, ...]]
-    tables: dict[tuple[str, ...], Array] = field(default_factory=dict)
+    tables: dict[tuple[str, ...], tuple[Index, Array]] = field(default_factory=dict)
 
 
 def _share(one: _Change, other: _Change) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
 
 from planner.assemble import assemble, model_flop
-from planner.errors import Infeasible, Interrupted
+from planner.errors import Infeasible, Interrupted, PlannerError
 from planner.errors import Problem as Fault
 from planner.parts import Priced, price_alike
 from planner.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.candidates import Scored, Shortfall
+from planner.solve.named import estimate
 from planner.solve.ranking import Ranking
 from planner.solve.space import Space
 from planner.solve.uniform import SearchCounts, UniformSearch
@@ -182,7 +184,7 @@ def _before_any(counts: SearchCounts, nearest: Shortfall | None) -> str:
 def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[str, int]) -> Infeasible:
     """What binds, by how much, and the nearest change that would fit."""
     if nearest is None:
-        ranked = sorted(rejected.items(), key=lambda reason: -reason[1])
+        ranked = sorted(((why, n) for why, n in rejected.items() if n), key=lambda reason: -reason[1])
         counted = [f"{reason} ({count:,})" for reason, count in ranked[:4]]
         broken = "; ".join(counted) if len(ranked) > 1 else ranked[0][0] if ranked else ""
         return Infeasible(
@@ -190,7 +192,7 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
                 "search",
                 f"every candidate breaks a rule: {broken}"
                 if ranked
-                else "no candidate has all that is fixed: a choice lacks its detail, or does nothing here",
+                else "no candidate has all that is fixed: a choice lacks its detail, or its detail does not suit the degrees",
                 "at least one valid plan",
                 "Change the job (--global-batch, --precision, …), or loosen --fix and --forbid.",
             )
@@ -210,6 +212,28 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
             f"{format_bytes(nearest.needed_bytes)}, {format_bytes(short)} more than the "
             f"{format_bytes(nearest.budget_bytes)} there are",
             "a plan within device and host memory",
-            f"Nearest change: {factor:.2f}× the memory per device, or about {factor:.2f}× as many devices; {change} help too.",
+            f"Nearest change: {factor:.2f}× the memory per device, or about {factor:.2f}× as many devices; {change} help too."
+            + _with_adapters(problem, nearest),
         )
     )
+
+
+def _with_adapters(problem: Problem, nearest: Shortfall) -> str:
+    """What training low-rank adapters alone would need there, where that fits; empty where it does not, or was chosen."""
+    if "adaptation" in problem.fixed:
+        return ""
+    degrees = {
+        name: int(nearest.row[name])
+        for name in ("tp", "cp", "pp", "ep", "etp", "micro_batch_size")
+        if name in nearest.row
+    }
+    kept = {slot: nearest.recipe[slot].value for slot in ("schedule", "zero_stage", "sequence_parallel")}
+    fixed = {**problem.fixed, **kept, **degrees, "recompute": "full", "adaptation": "lora"}
+    try:
+        found = estimate(replace(problem, fixed=fixed)).estimate
+    except PlannerError:
+        return ""
+    if not found.fits:
+        return ""
+    needed = format_bytes(found.memory_bytes["peak"])
+    return f" Adapters alone (--fix adaptation=lora, with full recompute) would need {needed} there."

@@ -255,15 +255,19 @@ class UniformSearch:
 
     def _find_layouts(self, pp: int) -> Iterator[tuple[Choice, Layout]]:
         fixed = self.space.fixed
+        room = 3 * self.problem.model.mtp_modules  # a layer and a head each, beside the model's head
+        anyhow = "virtual_stages" in fixed  # asked for, so dealt as evenly as it goes where nothing divides
         for schedule in self.space.choices["schedule"]:
             order = order_of(schedule)
             for v in order.chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
-                for layout in layouts(self.order, self.kinds, pp, v, order.placement, order.alike_in_order):
+                where = order.placement, order.alike_in_order, room
+                for layout in layouts(self.order, self.kinds, pp, v, *where):
                     launcher, split = self.problem.launcher, layout.split
                     runs = launcher is None or split in launcher.layouts
-                    wanted = fixed.get("pipeline_layout", split) == split and (v == 1 or split != "balanced")
+                    wanted = fixed.get("pipeline_layout", split) == split
+                    wanted &= v == 1 or split != "balanced" or anyhow
                     if runs and wanted:
                         yield schedule, layout
 

@@ -12,11 +12,15 @@ KINDS = ("datasheet", "measured", "fitted", "assumed")
 
 @dataclass(frozen=True, slots=True)
 class Sourced:
-    """A number with its kind (datasheet, measured, fitted, assumed) and the key of its source in ``SOURCES.toml``."""
+    """A number with its kind (datasheet, measured, fitted, assumed) and the key of its source in ``SOURCES.toml``.
+
+    ``spread`` is the standard error of its logarithm, where a fit gives one.
+    """
 
     value: float
     kind: str
     source: str
+    spread: float | None = None
 
     def __float__(self) -> float:
         return self.value

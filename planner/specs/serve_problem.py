@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
@@ -14,6 +14,9 @@ from planner.specs.model import Model
 from planner.specs.speculation import Speculation
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
+
+if TYPE_CHECKING:
+    from planner.serving.launcher import ServingLauncher
 
 __all__ = ["SERVING_OBJECTIVES", "ServeProblem"]
 
@@ -39,6 +42,7 @@ class ServeProblem:
         usd_per_device_hour: price; None takes the device profile's.
         speculation: drafted tokens that plans may use; None: a token a step.
         others: further clusters, for pools on devices of several types.
+        launcher: the engine whose abilities bound the space; None for no such bound.
 
     Raises:
         SpecError: two of them do not go together (all problems at once).
@@ -58,6 +62,7 @@ class ServeProblem:
     speculation: Speculation | None = None
     others: tuple[Cluster, ...] = ()
     explore: tuple[str, ...] = ()
+    launcher: ServingLauncher | None = None
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -83,6 +88,10 @@ class ServeProblem:
             yield Fault(
                 "draft", f"{self.model.name} has no prediction modules", "a model that has, or a draft model"
             )
+        dense = any(block.moe is None for block in self.model.blocks.values())
+        if self.speculation is not None and self.speculation.method == "eagle" and not dense:
+            found = f"every layer of {self.model.name} has experts; a draft head's layer is a dense one"
+            yield Fault("draft", found, "a model with dense layers, or another draft")
         if self.others and "disaggregated" not in self.modes:
             yield Fault(
                 "cluster",

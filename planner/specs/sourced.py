@@ -9,7 +9,7 @@ __all__ = ["read_optional", "read_sourced"]
 
 
 def read_sourced(reader: Reader, key: str, *, maximum: float = 1e30, positive: bool = True) -> Sourced:
-    """The number at ``key``: a table of value, kind and source, or a plain number.
+    """The number at ``key``: a table of value, kind, source and, if fitted, spread, or a plain number.
 
     A plain number, as people write in files of their own, is ``assumed`` and its source is the file. Problems
     are noted on the reader.
@@ -23,6 +23,7 @@ def read_sourced(reader: Reader, key: str, *, maximum: float = 1e30, positive: b
         table.number("value", positive=positive, maximum=maximum),
         table.text("kind", choices=KINDS),
         table.text("source"),
+        table.number("spread", positive=True) if table.has("spread") else None,
     )
     table.finish()
     return number

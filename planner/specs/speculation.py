@@ -9,7 +9,7 @@ from planner.specs.model import Model
 
 __all__ = ["METHODS", "Speculation"]
 
-METHODS = ("draft", "mtp", "ngram")
+METHODS = ("draft", "eagle", "mtp", "ngram")
 _MOST_TOKENS = 64
 
 
@@ -18,12 +18,14 @@ class Speculation:
     """Drafted tokens that the model checks in one step.
 
     Attributes:
-        method: ``draft`` (a smaller model), ``mtp`` (the model's own prediction modules, a layer and the output projection per
-            token) or ``ngram`` (looked up in the prompt, at no cost).
+        method: ``draft`` (a smaller model), ``eagle`` (a layer trained beside the model, which reads its last hidden states),
+            ``mtp`` (the model's own prediction modules, a layer and the output projection per token) or ``ngram`` (looked up in
+            the prompt, at no cost).
         acceptance: probability that a drafted token is the model's, if those before it were. It depends on model, draft, text and
             temperature: it is measured, never predicted.
         tokens: numbers of drafted tokens that the search may choose from.
         model: the smaller model of ``draft``.
+        head: the hub's name of the layer of ``eagle``; empty where it does not matter.
 
     Raises:
         SpecError: a value is out of range, or the method lacks its model (all problems at once).
@@ -33,6 +35,7 @@ class Speculation:
     acceptance: float
     tokens: tuple[int, ...] = (1, 2, 3, 4, 5, 7)
     model: Model | None = None
+    head: str = ""
 
     def __post_init__(self) -> None:
         faults = []

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from planner.attribution import Spend
 from planner.specs.problem import Problem
+from planner.uncertainty.constants import constant_shares, constants_spread, share_of_software
 from planner.uncertainty.provenance import provenance
-from planner.uncertainty.residuals import PROCESS, load_residuals, regime
+from planner.uncertainty.residuals import Residuals, Spread, load_residuals
 
-__all__ = ["judgement", "time_group"]
+__all__ = ["judgement", "time_spread"]
 
 
-def time_group(problem: Problem, mesh: Mapping[str, int]) -> tuple[str, str, str]:
-    """What the spread of a plan's step time is looked up by: stack, generation and regime."""
-    experts = any(block.moe for block in problem.model.blocks.values())
-    return problem.stack.name, problem.cluster.device.generation, regime(experts, mesh)
+def time_spread(residuals: Residuals, problem: Problem, spends: Iterable[Spend]) -> Spread:
+    """How a measured step may spread around its prediction, by how well the constants that it rests on are known.
+
+    Args:
+        residuals: of published runs.
+        problem: the job, on the machines that the busiest device is one of.
+        spends: of the step on the busiest device.
+    """
+    generation = problem.cluster.device.generation
+    stack = problem.stack.on_generation(generation)
+    known, shares = residuals.step_time, constant_shares(spends, stack)
+    between = None if (stack.name, generation) in known.measured else known.between
+    return known.at(constants_spread(shares, stack, between))
 
 
 def judgement(
-    problem: Problem, mesh: Mapping[str, int], step_time_s: float, peak_bytes: float, spends: Iterable[Spend],
-    budget_bytes: float,
+    problem: Problem, step_time_s: float, pools: Mapping[str, float], spends: Sequence[Spend], budget_bytes: float
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of an estimate: ``interval``, ``oom_probability`` and ``provenance`` (see :class:`planner.plan.Estimate`).
 
     Args:
         problem: the job, on the machines that the busiest device is one of.
-        mesh: degrees of parallelism.
-        step_time_s, peak_bytes: what is predicted.
+        step_time_s: what is predicted.
+        pools: what the fullest device holds at its peak.
         spends: of the step on the busiest device.
-        budget_bytes: of the fullest device.
+        budget_bytes: of the fullest device. What is held in reserve on top of it is there to be run into: a process runs out
+            of memory at the end of the device's.
 
     Raises:
         SpecError: the shipped residuals are wrong.
@@ -39,11 +49,10 @@ def judgement(
     residuals = load_residuals()
     if residuals is None:
         return found
-    time = residuals.step_time.of(*time_group(problem, mesh))
-    peak = residuals.peak.of(problem.stack.name, PROCESS)
+    peak, peak_bytes = residuals.peak.at(share_of_software(pools)), sum(pools.values())
     found["interval"] = {
-        "step_time_s": list(time.interval(step_time_s)),
+        "step_time_s": list(time_spread(residuals, problem, spends).interval(step_time_s)),
         "peak": list(peak.interval(peak_bytes)),
     }
-    found["oom_probability"] = peak.probability_above(peak_bytes, budget_bytes)
+    found["oom_probability"] = peak.probability_above(peak_bytes, budget_bytes / (1.0 - problem.reserve))
     return found

@@ -44,9 +44,12 @@ class PublishedRun(NamedTuple):
         tokens_per_s_per_device: measured; None where the run is not scored for time.
         error: of the predicted rate, ``predicted / measured - 1``, with constants fitted to all runs.
         error_without_model, error_without_source: the same with constants fitted without this model's, or this source's, runs.
+        uncertain_without_model, uncertain_without_source: how uncertain those constants left the step, as a logarithm.
+        constants_share: how much a step moves with one error in all constants at once: √Σ share² of the shares that they slow.
         peak_bytes: measured peak memory; None where the run is not scored for memory.
-        peak_counts: ``allocator`` or ``process``, whose memory it is.
+        peak_counts: ``allocated``, ``reserved``, ``smi`` or empty: which meter read it.
         peak_error: of the predicted peak.
+        peak_uncertain: share of the predicted peak that software holds beside states and activations.
     """
 
     row_id: str
@@ -69,9 +72,13 @@ class PublishedRun(NamedTuple):
     error: float | None = None
     error_without_model: float | None = None
     error_without_source: float | None = None
+    uncertain_without_model: float | None = None
+    uncertain_without_source: float | None = None
+    constants_share: float | None = None
     peak_bytes: float | None = None
     peak_counts: str = ""
     peak_error: float | None = None
+    peak_uncertain: float | None = None
 
 
 @cache

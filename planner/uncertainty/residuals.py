@@ -1,8 +1,7 @@
 """What published runs measured, relative to what was predicted of them: the residuals behind every interval.
 
-``residuals.json`` is written by ``planner validate --residuals``, never by hand. It holds quantiles of log(measured/predicted):
-of step times by software stack, generation of accelerators and regime; of peak memory by stack and by whose memory was counted;
-and of everything together, for what was never measured.
+``residuals.json`` is written by ``planner validate --residuals``, never by hand. It holds, of step times and of peak memory,
+quantiles of log(measured/predicted) relative to how uncertain each prediction was, and the least that a prediction is uncertain.
 """
 
 from __future__ import annotations
@@ -19,24 +18,20 @@ from planner.specs.reader import Reader, read_file
 __all__ = [
     "COVERAGE",
     "FILE",
-    "GROUPED_BY",
     "PROBABILITIES",
-    "PROCESS",
+    "QUANTITIES",
     "Residuals",
     "Spread",
     "Spreads",
     "load_residuals",
     "read_residuals",
-    "regime",
+    "scale",
 ]
 
 COVERAGE = 0.8
 """Share of measurements that an interval is meant to hold."""
 PROBABILITIES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-PROCESS = "process"
-"""Memory of a whole process, as ``nvidia-smi`` shows it and as the device runs out of it."""
-GROUPED_BY = {"step_time": ("stack", "generation", "regime"), "peak": ("stack", "counted")}
-"""What runs are grouped by, for each quantity."""
+QUANTITIES = ("step_time", "peak")
 FILE = Path(__file__).with_name("residuals.json")
 
 _SCORES = (-1.6449, -1.2816, -0.6745, 0.0, 0.6745, 1.2816, 1.6449)  # of a standard normal, at PROBABILITIES
@@ -45,18 +40,13 @@ _LEAST = 1e-4  # between neighbouring quantiles; a spread of zero would claim mo
 
 
 class Spread(NamedTuple):
-    """How measurements spread around predictions.
+    """How the measurement may spread around one prediction.
 
     Attributes:
         quantiles: of log(measured/predicted), at :data:`PROBABILITIES`.
-        rows, models: how many measurements of how many models they come from.
-        sources: files of the measurements.
     """
 
     quantiles: tuple[float, ...]
-    rows: int = 0
-    models: int = 0
-    sources: tuple[str, ...] = ()
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """What holds 80 % of measurements, in the unit of the prediction.
@@ -84,22 +74,48 @@ class Spread(NamedTuple):
 
 
 class Spreads(NamedTuple):
-    """Spreads of one quantity by group, and of everything together, for a group that was never measured."""
+    """How measurements of one quantity spread, relative to how uncertain their predictions were.
 
-    pooled: Spread
-    groups: Mapping[tuple[str, ...], Spread] = MappingProxyType({})
+    Attributes:
+        quantiles: of log(measured/predicted) over :func:`scale`, at :data:`PROBABILITIES`.
+        floor: what every prediction is uncertain by, whatever it rests on; a logarithm.
+        rows, models: how many measurements of how many models they come from.
+        sources: files of the measurements.
+        measured: stacks and generations of accelerators that they were on.
+        between: how far a constant of software that was never measured may lie from what stands in for it; a logarithm.
+    """
 
-    def of(self, *group: str) -> Spread:
-        """The group's own spread; the pooled one, which is wider, where there is none."""
-        return self.groups.get(group, self.pooled)
+    quantiles: tuple[float, ...]
+    floor: float
+    rows: int = 0
+    models: int = 0
+    sources: tuple[str, ...] = ()
+    measured: frozenset[tuple[str, str]] = frozenset()
+    between: float = 0.0
+
+    def at(self, uncertain: float) -> Spread:
+        """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
+
+        >>> quantiles = (-1.6, -1.3, -0.7, 0.0, 0.7, 1.3, 1.6)
+        >>> low, high = Spreads(quantiles, floor=0.03).at(0.04).interval(1.0)
+        >>> round(low, 3), round(high, 3)
+        (0.937, 1.067)
+        """
+        factor = scale(self.floor, uncertain)
+        return Spread(tuple(factor * quantile for quantile in self.quantiles))
+
+
+def scale(floor: float, uncertain: float) -> float:
+    """What a residual is held against: both ways to be wrong are independent."""
+    return math.hypot(floor, uncertain)
 
 
 class Residuals(NamedTuple):
     """What the shipped intervals rest on.
 
     Attributes:
-        step_time: spreads of step times, by stack, generation of accelerators and :func:`regime`.
-        peak: spreads of peak memory, by stack and what was counted (``allocator`` or :data:`PROCESS`).
+        step_time: spreads of step times; uncertain by the constants of the software.
+        peak: spreads of peak memory; uncertain by the share that software holds beside states and activations.
         pair_distances, pair_noises: up to which ratio the order of two plans is a coin's toss, by how unlike they are.
         terms: by quantity, the deviation of each term's logarithm.
     """
@@ -109,16 +125,6 @@ class Residuals(NamedTuple):
     pair_distances: tuple[float, ...] = ()
     pair_noises: tuple[float, ...] = ()
     terms: Mapping[str, Mapping[str, float]] = MappingProxyType({})
-
-
-def regime(experts: bool, mesh: Mapping[str, int]) -> str:
-    """What kind of work a plan is, as far as errors differ by it: with experts or without, cut by more than data or not.
-
-    >>> regime(False, {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "dp": 64})
-    'dense, data-parallel'
-    """
-    cut = any(mesh[name] > 1 for name in ("tp", "cp", "pp", "ep"))
-    return f"{'experts' if experts else 'dense'}, {'model' if cut else 'data'}-parallel"
 
 
 @cache
@@ -138,7 +144,7 @@ def read_residuals(path: str | Path) -> Residuals:
         SpecError: the file is missing or wrong.
     """
     reader = Reader(read_file(path), str(path))
-    step_time, peak = (_spreads(reader.table(name), columns) for name, columns in GROUPED_BY.items())
+    step_time, peak = (_spreads(reader.table(name)) for name in QUANTITIES)
     pairs: Reader = reader.table("pairs")
     found = Residuals(step_time, peak, pairs.numbers("distances"), pairs.numbers("noises"), _terms(reader))
     pairs.ignore("rows", "sweeps")
@@ -152,7 +158,7 @@ def read_residuals(path: str | Path) -> Residuals:
 def _terms(reader: Reader) -> dict[str, dict[str, float]]:
     table: Reader = reader.table("terms")
     found = {}
-    for quantity in ("step_time", "peak"):
+    for quantity in QUANTITIES:
         terms: Reader = table.table(quantity)
         names = terms.keys()
         found[quantity] = {name: terms.number(name) for name in names}
@@ -161,21 +167,16 @@ def _terms(reader: Reader) -> dict[str, dict[str, float]]:
     return found
 
 
-def _spreads(reader: Reader, columns: tuple[str, ...]) -> Spreads:
-    pooled = _spread(reader.table("pooled"))
-    groups = {}
-    for row in reader.tables("group", []):
-        group = tuple(row.text(column) for column in columns)
-        groups[group] = _spread(row)
-    reader.finish()
-    return Spreads(pooled, groups)
-
-
-def _spread(reader: Reader) -> Spread:
+def _spreads(reader: Reader) -> Spreads:
     quantiles = reader.numbers("quantiles")
     if len(quantiles) != len(PROBABILITIES) or list(quantiles) != sorted(quantiles):
         reader.problem("quantiles", repr(quantiles)[:80], f"{len(PROBABILITIES)} numbers that do not fall")
         quantiles = (0.0,) * len(PROBABILITIES)
-    spread = Spread(quantiles, reader.integer("rows"), reader.integer("models"), reader.texts("sources", ()))
+    measured = (text.partition(" on ") for text in reader.texts("measured", ()))
+    spreads = Spreads(
+        quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
+        reader.texts("sources", ()), frozenset((stack, generation) for stack, _, generation in measured),
+        reader.number("between", 0.0),
+    )  # fmt: skip
     reader.finish()
-    return spread
+    return spreads

@@ -29,8 +29,8 @@ def pair_distance(one: Estimate, other: Estimate) -> float:
 def pair_noise(distance: float, residuals: Residuals) -> float:
     """|log| of the ratio of two predicted step times below which their order is noise; 0 where nothing is known.
 
-    >>> from planner.uncertainty.residuals import Spread, Spreads
-    >>> nothing = Spreads(Spread((0.0,) * 7))
+    >>> from planner.uncertainty.residuals import Spreads
+    >>> nothing = Spreads((0.0,) * 7, floor=0.01)
     >>> pair_noise(0.25, Residuals(nothing, nothing, (0.0, 0.5, 1.0), (0.25, 0.75, 1.0)))
     0.5
     """

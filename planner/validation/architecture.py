@@ -20,12 +20,14 @@ from planner.specs.models import list_models, load_model
 from planner.specs.parameters import parameter_count
 from planner.validation.cells import Cells
 from planner.validation.flags import Flags
+from planner.validation.measured import flop_per_token
 from planner.validation.table import Unsupported
 
 __all__ = ["model_of"]
 
 _ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "squared_relu", "")
 _BILLION = 1e9
+_TERA = 1e12
 
 
 def model_of(cells: Cells, flags: Flags) -> Model:
@@ -34,7 +36,8 @@ def model_of(cells: Cells, flags: Flags) -> Model:
     Raises:
         Unsupported: the columns describe no model that there can be.
     """
-    model = replace(_model(cells, flags), mtp_modules=flags.whole("mtp-num-layers") or 0)
+    model = _model(cells, flags)
+    model = replace(model, mtp_modules=_modules(model, cells, flags))
     wrong = [f"{path}: {found}" for path, found, _ in violations(model)]
     if wrong:
         raise Unsupported(f"no such model can be: {'; '.join(wrong)}")
@@ -42,7 +45,7 @@ def model_of(cells: Cells, flags: Flags) -> Model:
 
 
 def _model(cells: Cells, flags: Flags) -> Model:
-    if cells.row.text("mlp") not in _ACTIVATIONS:
+    if cells.row.text("mlp").lower() not in _ACTIVATIONS:
         raise Unsupported(f"feed-forward network {cells.row.text('mlp')!r}: not modelled")
     template = _template(cells)
     if template is not None:
@@ -50,6 +53,21 @@ def _model(cells: Cells, flags: Flags) -> Model:
     model = _plain(cells, flags, biased=cells.default("(biases)"))
     other = _plain(cells, flags, biased=not cells.default("(biases)"))
     return other if _fits_better(other, model, cells.row.text("n_params_b")) else model
+
+
+def _modules(model: Model, cells: Cells, flags: Flags) -> int:
+    """How many of the model's multi-token-prediction modules were trained: as the flags say, else as the printed FLOP count.
+
+    Sources count attention in full or, under its causal mask, by half, which is as much as in full over half the length.
+    """
+    named, row = flags.whole("mtp-num-layers"), cells.row
+    rate, achieved = row.number("tokens_per_s_per_device"), row.number("tflops_per_device")
+    if named is not None or not (model.mtp_layers and rate and achieved and row.text("tflops_convention")):
+        return named or 0
+    printed, seq_len = achieved * _TERA / rate, cells.whole("seq_len")
+    ways = [(n, length) for n in (0, model.mtp_layers) for length in (seq_len, seq_len // 2)]
+    found = [flop_per_token(row, replace(model, mtp_modules=n), length) for n, length in ways]
+    return min(zip(found, ways, strict=True), key=lambda one: abs(one[0] - printed))[1][0]
 
 
 # -- a shipped model as template ---------------------------------------------------------------------------------------

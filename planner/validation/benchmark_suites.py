@@ -39,6 +39,8 @@ class Launch:
 
 
 DEFAULTS = Launch()
+_ENGINES = "engines"
+"""What engines do by themselves where no one says otherwise, by machine: a suite without rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,8 @@ class Suite:
         return float((1.0 - self.shortest_length) ** 2 / 12.0 / self.mean_length**2) + self.natural_lengths
 
     def launch(self, run: Mapping[str, str | bool | float]) -> Launch:
-        """The options of a run, by what conditions ask for."""
-        for conditions, options in self.launches:
+        """The options of a run, by what conditions ask for: the suite's, else the engine's own for such a machine."""
+        for conditions, options in (*self.launches, *_suites()[_ENGINES].launches):
             if all(_holds(name, value, run) for name, value in conditions.items()):
                 return options
         return DEFAULTS
@@ -103,7 +105,7 @@ class Suite:
 def suite_of(row: Row) -> Suite:
     """The suite of a row, the first that fits; one that says nothing where none is known."""
     upstream, source, features = (row.text(name) for name in ("upstream", "source", "features"))
-    for suite in _suites():
+    for suite in _suites().values():
         if (
             (upstream and upstream.startswith(suite.upstream))
             or (suite.page and suite.page in source)
@@ -114,35 +116,33 @@ def suite_of(row: Row) -> Suite:
 
 
 @lru_cache(maxsize=1)
-def _suites() -> tuple[Suite, ...]:
+def _suites() -> Mapping[str, Suite]:
     path = str(files("planner.validation").joinpath("benchmark_suites.toml"))
     reader = Reader(read_file(path), path)
-    found = []
+    found = {}
     names = reader.keys()
     for name in names:
         entry: Reader = reader.table(name)
         entry.text("source")
-        found.append(
-            Suite(
-                entry.texts("upstream", ()),
-                entry.text("page", ""),
-                entry.text("feature", ""),
-                entry.text("measured_date", ""),
-                entry.number("shortest_length", 1.0),
-                entry.number("natural_lengths", 0.0),
-                entry.integer("requests_per_client", 0, minimum=0),
-                entry.number("frontend_s", 0.0),
-                tuple(_launch(each) for each in entry.tables("launch", [])),
-                tuple(_speculation(each) for each in entry.tables("speculation", [])),
-                {
-                    (run.number("input_len"), run.number("output_len")): run.number("count")
-                    for run in entry.tables("requests", [])
-                },
-            )
+        found[name] = Suite(
+            entry.texts("upstream", ()),
+            entry.text("page", ""),
+            entry.text("feature", ""),
+            entry.text("measured_date", ""),
+            entry.number("shortest_length", 1.0),
+            entry.number("natural_lengths", 0.0),
+            entry.integer("requests_per_client", 0, minimum=0),
+            entry.number("frontend_s", 0.0),
+            tuple(_launch(each) for each in entry.tables("launch", [])),
+            tuple(_speculation(each) for each in entry.tables("speculation", [])),
+            {
+                (run.number("input_len"), run.number("output_len")): run.number("count")
+                for run in entry.tables("requests", [])
+            },
         )
         entry.finish()
     reader.raise_if_any()
-    return tuple(found)
+    return found
 
 
 def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | float]) -> bool:
@@ -161,10 +161,12 @@ def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | 
 
 def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
     conditions: dict[str, str | bool | float] = {
-        name: reader.text(name) for name in ("engine", "engine_version", "generation") if reader.has(name)
+        name: reader.text(name)
+        for name in ("engine", "stack", "engine_version", "generation")
+        if reader.has(name)
     }
     conditions |= {name: reader.boolean(name) for name in ("experts", "attention_ranks") if reader.has(name)}
-    bounds = ("input_len", "output_len", "most_tp", "least_concurrency")
+    bounds = ("input_len", "output_len", "most_tp", "least_concurrency", "most_memory_gb", "least_memory_gb")
     conditions |= {name: reader.number(name) for name in bounds if reader.has(name)}
     options = Launch(
         reader.text("cache", ""),

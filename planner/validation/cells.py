@@ -104,6 +104,12 @@ class Cells:
         return self.text("mlp") in ("swiglu", "geglu")
 
     @property
+    def of_container(self) -> bool:
+        """Whether the run was one of NeMo's, whose containers have a year and a month for their version."""
+        version = re.match(r"2\d\.(0[1-9]|1[0-2])", self.row.text("framework_version"))
+        return version is not None and self.framework.startswith(("megatron-core", "nemo"))
+
+    @property
     def framework(self) -> str:
         """The framework's name in lower case."""
         return self.row.text("framework").lower()
@@ -130,9 +136,23 @@ def _gradients(cells: Cells) -> str:
     return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
 
 
+def _expert_tensor(cells: Cells) -> int:
+    tp, ranks = cells.whole("tp"), cells.whole("n_devices") // max(cells.whole("pp"), 1)
+    return 1 if ranks % (tp * (cells.row.whole("ep") or 1)) else tp
+
+
 def _virtual_stages(cells: Cells) -> int:
     stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
-    if not cells.row.text("schedule").startswith("interleaved") or cells.whole("pp") == 1 or left:
+    schedule = cells.row.text("schedule")
+    if cells.whole("pp") == 1 or left:
+        return 1
+    if (
+        not schedule
+        and cells.of_container
+        and not re.search(r"\blora\b", cells.row.text("other_flags"), re.I)
+    ):
+        return stages
+    if not schedule.startswith("interleaved"):
         return 1
     return next((chunks for chunks in range(2, stages + 1) if stages % chunks == 0), 1)
 
@@ -160,11 +180,17 @@ DEFAULTS = (
         "a dispatcher moves tokens between ranks that hold different experts",
         _expert_ranks,
     ),
-    Default("etp", "tp", "Megatron-Core: as the attention, unless set", lambda c: c.whole("tp")),
+    Default(
+        "etp",
+        "tp; 1 where a stage has not that many ranks for its experts",
+        "Megatron-Core: as the attention, unless set",
+        _expert_tensor,
+    ),
     Default(
         "vpp",
-        "1; under an interleaved schedule the fewest chunks above 1 that divide a stage's layers",
-        "no interleaving unless the schedule says so",
+        "1; under an interleaved schedule the fewest chunks above 1 that divide a stage's layers; in a NeMo container that names "
+        "no schedule, and trains all weights, as many as a stage has layers",
+        "no interleaving unless the schedule says so; NeMo-Framework-Launcher examples/peft/llama/h100 @8f797426",
         _virtual_stages,
     ),
     Default("zero_stage", "1", "the distributed optimizer", lambda c: 1),
@@ -178,7 +204,8 @@ DEFAULTS = (
     Default(
         "recompute",
         f"the first of {', '.join(WHERE_SILENT)} that fits in memory",
-        "runs that are published have run; launchers recompute no more than they must",
+        "runs that are published have run; launchers recompute no more than they must. So do PyTorch's wrappers with selective, "
+        "which is a quarter of the layers or more there",
         lambda c: WHERE_SILENT[0],
     ),
     Default("offload", "none", "off unless asked for", lambda c: "none"),
@@ -200,6 +227,18 @@ DEFAULTS = (
         "(loss)",
         "what the stack says; else eager cross-entropy, unless a fused one is named",
         "Megatron-LM's --cross-entropy-loss-fusion and PyTorch's fused losses are asked for",
+        lambda c: "eager",
+    ),
+    Default(
+        "(optimizer)",
+        "AdamW; on 16-bit weights where a NeMo container of 2024 fine-tunes them all",
+        "NeMo-Framework-Launcher launcher_scripts/conf/peft/llama/sft.yaml @8f797426: distributed_fused_adam, dtype bf16",
+        lambda c: "adamw_16bit",
+    ),
+    Default(
+        "(elementwise)",
+        "eager under FSDP2 where neither torch.compile nor what needs or replaces it is named",
+        "torchtitan train_configs/*.toml @1ea476e9f: compile = false",
         lambda c: "eager",
     ),
     Default(

@@ -16,7 +16,9 @@ from planner.specs.workload import TrainWorkload
 from planner.units import GB, GIB
 from planner.validation.table import Row, Unsupported
 
-__all__ = ["METRICS", "asks_for", "out_of_memory", "peak_memory_bytes", "tokens_per_s_per_device"]
+__all__ = [
+    "METRICS", "asks_for", "flop_per_token", "out_of_memory", "peak_memory_bytes", "tokens_per_s_per_device",
+]  # fmt: skip
 
 METRICS = {"time": "tokens_per_s_per_device", "memory": "peak_memory", "oom": "oom", "rank": "ranking"}
 """Words of the column ``score_for``, and the metrics that they ask for."""
@@ -66,7 +68,7 @@ def tokens_per_s_per_device(
             return tokens / seconds
     achieved, used = row.number("tflops_per_device"), row.number("mfu")
     if achieved:
-        return achieved * _TERA / _flop_per_token(row, model, workload)
+        return achieved * _TERA / flop_per_token(row, model, workload.seq_len)
     if used and device.supports(dtype):
         peak = float(device.peak_flop_per_s[dtype])
         return used * peak / (_model_flop(model, workload.seq_len) / workload.seq_len)
@@ -99,12 +101,15 @@ def out_of_memory(row: Row) -> bool:
     return failed
 
 
-def _flop_per_token(row: Row, model: Model, workload: TrainWorkload) -> float:
+def flop_per_token(row: Row, model: Model, seq_len: int) -> float:
     """FLOP of one token as the row counts them: of the model or of the hardware, by parameters or by products.
 
     Model FLOP are forward and backward with full attention (Narayanan et al. 2021, arXiv:2104.04473); hardware FLOP count the
     forward of recomputed layers again. A convention that names parameters takes 2·P per token and pass, with 3 passes for model
     FLOP, and 4 for hardware FLOP with full recompute.
+
+    Raises:
+        Unsupported: the row names no convention that is known.
     """
     convention = row.text("tflops_convention").lower()
     if not convention.startswith(("model", "hardware")):
@@ -112,7 +117,7 @@ def _flop_per_token(row: Row, model: Model, workload: TrainWorkload) -> float:
     again = convention.startswith("hardware") and row.text("recompute") == "full"
     if re.search(r"x ?params|params ?\*|params_b", convention):
         return 2.0 * (4.0 if again else 3.0) * active_parameter_count(model)
-    whole = _model_flop(model, workload.seq_len) / workload.seq_len
+    whole = _model_flop(model, seq_len) / seq_len
     head = 6.0 * model.hidden * model.vocab
     return (whole - head) * (4.0 / 3.0 if again else 1.0) + head
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from planner.validation.scores import ScoredRow
 
-__all__ = ["outcomes"]
+__all__ = ["Reliability", "outcomes", "reliability"]
+
+_EDGES = (0.0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 1.0)
+
+
+class Reliability(NamedTuple):
+    """Runs whose predicted probability of failing lies between two, ends included below: how many, and how many failed."""
+
+    low: float
+    high: float
+    runs: int
+    predicted: float
+    failed: int
+
+    @property
+    def observed(self) -> float:
+        """Share of them that failed."""
+        return self.failed / self.runs
 
 
 def outcomes(rows: Iterable[ScoredRow]) -> dict[str, float] | None:
@@ -30,3 +49,20 @@ def outcomes(rows: Iterable[ScoredRow]) -> dict[str, float] | None:
     tp, fp, tn, fn = (pairs.count(p) for p in ((True, True), (False, True), (False, False), (True, False)))
     recalls = [right / (right + wrong) for right, wrong in ((tp, fn), (tn, fp)) if right + wrong]
     return {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "balanced_accuracy": sum(recalls) / len(recalls)}
+
+
+def reliability(cases: Iterable[tuple[float, bool]]) -> Iterator[Reliability]:
+    """Predicted probabilities against outcomes, from the least likely on; bins without runs are left out.
+
+    Args:
+        cases: of each run, the probability of failing, and whether it failed.
+
+    >>> [tuple(found) for found in reliability([(0.0, False), (0.02, False), (0.04, True)])]
+    [(0.0, 0.01, 1, 0.0, 0), (0.01, 0.05, 2, 0.03, 1)]
+    """
+    known = sorted(cases)
+    for low, high in pairwise(_EDGES):
+        inside = [case for case in known if low <= case[0] < high or case[0] == high == _EDGES[-1]]
+        if inside:
+            mean = sum(probability for probability, _ in inside) / len(inside)
+            yield Reliability(low, high, len(inside), mean, sum(failed for _, failed in inside))

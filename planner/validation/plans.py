@@ -18,7 +18,7 @@ from planner.specs.workload import TrainWorkload
 from planner.technique import SLOTS
 from planner.techniques.training.recompute.selective_recompute import read_modules
 from planner.validation.architecture import model_of
-from planner.validation.cells import Cells
+from planner.validation.cells import WHERE_SILENT, Cells
 from planner.validation.flags import Flags, kernel_knobs, read_flags
 from planner.validation.machines import cluster_of, device_of
 from planner.validation.table import Row, Unsupported
@@ -27,17 +27,16 @@ __all__ = ["Run", "run_of"]
 
 _PRECISIONS = {
     "fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "fp8_tensorwise": "fp8",
-    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8", "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
+    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8", "fp8_subchannel": "fp8",
+    "fp8_hybrid": "fp8", "fp8_mx": "mxfp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
 _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()} | {
     frozenset({"mlp_act"}): "act",
-    frozenset({"moe"}): "mlp",
-    frozenset({"mlp"}): "mlp",
 }
 _PER_OPERATOR = "per_op_sac"
 _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
+    "optimizer:0": {},
     "optimizer": {"optimizer_offload": "cpu"},
     "optimizer:1": {"optimizer_offload": "cpu"},
     "optimizer:1.0": {"optimizer_offload": "cpu"},
@@ -56,11 +55,14 @@ class Run:
         row: the row.
         problem: the run as the planner sees it; its ``fixed`` names the plan.
         defaults: columns whose empty cell took its default.
+        otherwise: knobs that take the place of the plan's, one set after the other, while it does not fit in memory: what the row
+            leaves open about recompute.
     """
 
     row: Row
     problem: Problem
     defaults: tuple[str, ...]
+    otherwise: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def plan_key(self) -> tuple[Any, ...]:
@@ -86,9 +88,30 @@ def run_of(row: Row) -> Run:
     for knob, default in (("gradient_dtype", "(gradients)"), ("loss_kernel", "(loss)")):
         if knob not in {**stack.knobs, **fixed}:
             fixed[knob] = cells.default(default)
+    if cells.framework.startswith("pytorch fsdp2") and not flags.says(r"torch\.compile|float8|\bTE\b"):
+        fixed = {"elementwise_kernel": cells.default("(elementwise)")} | fixed
+    if cells.of_container and stack.name == "nemo-2024" and flags.says(r"\bsft\b"):
+        fixed = {"optimizer": cells.default("(optimizer)")} | fixed
     seq_len, batch = cells.whole("seq_len"), cells.whole("global_batch")
     workload = _workload(batch, seq_len, fixed.get("optimizer", "adamw"), fixed["precision"])
-    return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used))
+    otherwise: tuple[Mapping[str, Any], ...] = ()
+    if "recompute" in cells.used:
+        otherwise = tuple({"recompute": choice} for choice in WHERE_SILENT[1:])
+    elif _some_layers(cells):
+        otherwise = tuple(_share_of_layers(model, quarters) for quarters in (2, 3, 4))
+    return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used), otherwise)
+
+
+def _some_layers(cells: Cells) -> bool:
+    """Whether ``selective`` means whole layers, not Megatron's attention: so PyTorch's wrappers have it."""
+    return cells.text("recompute") == "selective" and cells.framework.startswith("pytorch fsdp")
+
+
+def _share_of_layers(model: Model, quarters: int) -> Mapping[str, Any]:
+    """Recompute of so many quarters of the layers."""
+    if quarters == 4:
+        return {"recompute": "full"}
+    return {"recompute": "block", "recompute_layers": max(model.n_layers * quarters // 4, 1)}
 
 
 @lru_cache(maxsize=256)
@@ -125,7 +148,10 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
     if tp > 1:
         fixed["sequence_parallel"] = "true" if cells.truth("sequence_parallel") else "false"
     fixed |= _states(cells, cluster, replicas * cp, tp * cp)
-    fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
+    if _some_layers(cells):
+        fixed |= _share_of_layers(model, 1)
+    else:
+        fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
     fixed |= _offload(cells.text("offload"))
     fixed |= kernel_knobs(flags, tp=tp, cp=cp)
     if "adaptation" in fixed and (targets := cells.default("(adapters)")):

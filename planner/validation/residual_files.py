@@ -6,29 +6,42 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp, log, log1p
+from math import exp, hypot, log, log1p
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError
 from planner.specs.reader import read_file
+from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
-from planner.uncertainty.residuals import GROUPED_BY, Residuals, Spread, Spreads, regime
+from planner.uncertainty.residuals import QUANTITIES, Residuals, Spreads
 from planner.uncertainty.terms import peak_parts, time_parts
 from planner.validation.pairs import PairNoise, RankedRun, pair_noise_of
 from planner.validation.report import Report
 from planner.validation.spreads import Coverage, Residual, fit_spreads, left_out
 from planner.validation.term_fit import fit_terms
-from planner.validation.training import MEMORY_KINDS, Priced, counted
+from planner.validation.training import Priced, memory_reading
 
-__all__ = ["peak_residuals", "read_left_out", "time_residuals", "write_residuals"]
+__all__ = [
+    "LeftOut", "peak_residuals", "published_runs", "read_left_out", "time_residuals", "write_residuals",
+]  # fmt: skip
 
 _RATE, _PEAK = "tokens_per_s_per_device", "peak_memory"
 _FOLDS = {"model": "model left out", "source": "source left out"}
 _VERSION = re.compile(r"^(\S+/\S+).*?@ ?(\w+)|^(.*?arXiv:\S+)")
 
-LeftOut = Mapping[str, Mapping[str, float]]
-"""By ``model`` or ``source``: log(predicted/measured) of step times by row, with constants fitted without that one."""
+
+class LeftOut(NamedTuple):
+    """What fits without a row's model, or its source, predict of it.
+
+    Attributes:
+        errors: by ``model`` or ``source``: log(predicted/measured) of step times by row.
+        spreads: by the same, how uncertain those constants left the step, as a logarithm.
+    """
+
+    errors: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    spreads: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 def write_residuals(folder: str | Path, report: Report, refitted: LeftOut) -> dict[str, list[Coverage]]:
@@ -38,7 +51,7 @@ def write_residuals(folder: str | Path, report: Report, refitted: LeftOut) -> di
         folder: where to write; it is there already.
         report: scores of training tables.
         refitted: errors with constants fitted without a row's model or source (:func:`read_left_out`); a row that is not there
-            counts with its error under the shipped constants.
+            counts with its error and its spread under the shipped constants.
 
     Returns:
         By quantity, how intervals do on runs left out.
@@ -76,14 +89,17 @@ def read_left_out(path: str | Path | None) -> LeftOut:
         SpecError: the file is missing or wrong.
     """
     if path is None:
-        return {}
+        return LeftOut()
     table = read_file(path)
-    missing = [name for name in _FOLDS.values() if not isinstance(table.get(name), dict)]
-    if missing:
-        raise SpecError(
-            Problem(str(path), f"lacks {', '.join(missing)}", "errors by row, as fit_stacks.py writes them")
-        )
-    return {by: {str(row): float(error) for row, error in table[name].items()} for by, name in _FOLDS.items()}
+    found = [table, table.get("spread") or {}]
+    if not all(isinstance(part.get(name), dict) for part in found for name in _FOLDS.values()):
+        expected = f"{', '.join(_FOLDS.values())}, and the same under spread, as fit_stacks.py writes them"
+        raise SpecError(Problem(str(path), f"has {', '.join(table) or 'nothing'}", expected))
+    errors, spreads = (
+        {by: {str(row): float(x) for row, x in part[name].items()} for by, name in _FOLDS.items()}
+        for part in found
+    )
+    return LeftOut(errors, spreads)
 
 
 def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[PublishedRun]:
@@ -97,9 +113,16 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
         plan, device = one.assembly.plan, one.run.problem.cluster.device
         error = None if rate is None else rate[1] / rate[0] - 1.0
         without = {
-            by: exp(refitted[by][row.row_id]) ** -1.0 - 1.0 if row.row_id in refitted.get(by, {}) else error
+            by: exp(refitted.errors[by][row.row_id]) ** -1.0 - 1.0
+            if row.row_id in refitted.errors.get(by, {})
+            else error
             for by in _FOLDS
         }
+        stack = problem.stack.on_generation(device.generation)
+        shares = constant_shares(one.assembly.spends, stack)
+        shipped = constants_spread(shares, stack)
+        uncertain = {by: refitted.spreads.get(by, {}).get(row.row_id, shipped) for by in _FOLDS}
+        reading = memory_reading(one.assembly, row.text("peak_memory_kind")) if peak else None
         runs.append(
             PublishedRun(
                 row_id=row.row_id, source=row.file, model=row.text("model"),
@@ -111,9 +134,13 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
                 tokens_per_s_per_device=None if rate is None else rate[0], error=error,
                 error_without_model=None if rate is None else without["model"],
                 error_without_source=None if rate is None else without["source"],
+                uncertain_without_model=None if rate is None else uncertain["model"],
+                uncertain_without_source=None if rate is None else uncertain["source"],
+                constants_share=None if rate is None else hypot(*shares.values()),
                 peak_bytes=None if peak is None else peak[0],
-                peak_counts="" if peak is None else counted(row.text("peak_memory_kind")),
+                peak_counts="" if peak is None else row.text("peak_memory_kind"),
                 peak_error=None if peak is None else peak[1] / peak[0] - 1.0,
+                peak_uncertain=None if reading is None else reading.uncertain,
             )
         )  # fmt: skip
     return runs
@@ -122,7 +149,10 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
 def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     """log(measured/predicted) of step times; the error is of the rate, which is the other way round."""
     return [
-        Residual(run.source, run.model, _time_group(run), log1p(without_model), log1p(without_source))
+        Residual(
+            run.source, run.model, run.stack, run.generation, log1p(without_model), log1p(without_source),
+            run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0, run.constants_share or 0.0,
+        )
         for run in runs
         if (without_model := run.error_without_model) is not None
         and (without_source := run.error_without_source) is not None
@@ -132,18 +162,16 @@ def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
 def peak_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     """log(measured/predicted) of peak memory; its constants are not fitted to runs one by one."""
     return [
-        Residual(run.source, run.model, (run.stack, run.peak_counts), -log1p(run.peak_error), -log1p(run.peak_error))
+        Residual(
+            run.source, run.model, run.stack, run.generation, -log1p(run.peak_error), -log1p(run.peak_error),
+            run.peak_uncertain or 0.0, run.peak_uncertain or 0.0,
+        )
         for run in runs
         if run.peak_error is not None
     ]  # fmt: skip
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
-
-
-def _time_group(run: PublishedRun) -> tuple[str, str, str]:
-    mesh = {name: getattr(run, name) for name in ("tp", "cp", "pp", "ep")}
-    return run.stack, run.generation, regime(run.experts, mesh)
 
 
 def _scored(one: Priced, metric: str) -> tuple[float, float] | None:
@@ -199,8 +227,7 @@ def _terms(priced: Sequence[Priced], runs: Sequence[PublishedRun]) -> dict[str, 
             seconds = time_parts(estimate.step_time_s, estimate.breakdown_s, one.assembly.spends, dispatch_s)
             found["step_time"] = seconds, estimate.step_time_s, log1p(run.error_without_model)
         if run.peak_error is not None:
-            kind = one.run.row.text("peak_memory_kind")
-            held = peak_parts(estimate.memory_bytes, MEMORY_KINDS[kind])
+            held = peak_parts(memory_reading(one.assembly, run.peak_counts).pools)
             found["peak"] = held, sum(held.values()) / 2.0, -log1p(run.peak_error)
         for quantity, (parts, whole, error) in found.items():
             shares[quantity].append({name: part / whole for name, part in parts.items()})
@@ -211,17 +238,19 @@ def _terms(priced: Sequence[Priced], runs: Sequence[PublishedRun]) -> dict[str, 
 
 _ABOUT = (
     "What published runs measured, relative to what was predicted of them: planner validate --residuals writes this file. "
-    "quantiles: of log(measured/predicted), at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 0.95, fitted to published_runs.csv by "
-    "planner/validation/spreads.py. pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
+    "quantiles: of log(measured/predicted) over how uncertain the prediction was, at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 "
+    "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by; "
+    "between: how uncertain constants of software that was never measured are, as logarithms. "
+    "pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
     "plans are. terms: standard deviation of each term's logarithm. sources: documents and versions of the files' rows."
 )
 
 
 def _document(residuals: Residuals, noise: PairNoise, origins: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    spreads = zip(QUANTITIES, (residuals.step_time, residuals.peak), strict=True)
     return {
         "about": _ABOUT,
-        "step_time": _spreads_json(residuals.step_time, GROUPED_BY["step_time"]),
-        "peak": _spreads_json(residuals.peak, GROUPED_BY["peak"]),
+        **{quantity: _spreads_json(one) for quantity, one in spreads},
         "pairs": {
             "rows": noise.rows, "sweeps": noise.sweeps, "distances": _rounded(noise.distances), "noises": _rounded(noise.noises),
         },
@@ -232,20 +261,15 @@ def _document(residuals: Residuals, noise: PairNoise, origins: Mapping[str, Sequ
     }  # fmt: skip
 
 
-def _spreads_json(spreads: Spreads, columns: tuple[str, ...]) -> dict[str, Any]:
-    groups = [
-        {**dict(zip(columns, group, strict=True)), **_spread_json(spread)}
-        for group, spread in spreads.groups.items()
-    ]
-    return {"pooled": _spread_json(spreads.pooled), "group": groups}
-
-
-def _spread_json(spread: Spread) -> dict[str, Any]:
+def _spreads_json(spreads: Spreads) -> dict[str, Any]:
     return {
-        "rows": spread.rows,
-        "models": spread.models,
-        "sources": list(spread.sources),
-        "quantiles": _rounded(spread.quantiles),
+        "rows": spreads.rows,
+        "models": spreads.models,
+        "sources": list(spreads.sources),
+        "measured": [" on ".join(pair) for pair in sorted(spreads.measured)],
+        "floor": round(spreads.floor, 4),
+        **({"between": round(spreads.between, 4)} if spreads.between else {}),
+        "quantiles": _rounded(spreads.quantiles),
     }
 
 

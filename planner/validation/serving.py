@@ -334,7 +334,10 @@ def _offline(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) 
     """
     launch, requests = runs[0].launch, runs[0].requests
     chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    held = capacity(iterations, traffic.isl, traffic.osl, chunk, cache_fraction=launch.cache_fraction or None)
+    held = capacity(
+        iterations, traffic.isl, traffic.osl, chunk, launch.max_sequences or None,
+        cache_fraction=launch.cache_fraction or None,
+    )  # fmt: skip
     most = np.clip(held.sequences, 1.0, requests)
     state = steady(iterations, traffic, most, chunk, queued=True)
     if not np.isfinite(requests):
@@ -353,8 +356,10 @@ def _rate(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -> 
     an answer's time ``E``. Where more arrive than are answered, the wait grows as long as the run lasts, and no time to the first
     token is foretold.
     """
-    chunk = np.full_like(load, float(iterations.software.chunk_tokens))
-    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, runs[0].cap).sequences, 1.0)
+    launch = runs[0].launch
+    chunk = np.full_like(load, launch.chunk_tokens or float(iterations.software.chunk_tokens))
+    cap = runs[0].cap or launch.max_sequences or None
+    most = np.maximum(capacity(iterations, traffic.isl, traffic.osl, chunk, cap).sequences, 1.0)
     low, high = np.zeros_like(load), most
     for _ in range(_BISECTIONS):
         middle = np.maximum((low + high) / 2.0, 1e-3)

@@ -133,7 +133,9 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     launch = suite.launch(
         {
             "engine": row.text("engine").lower(),
+            "stack": stack.name,
             "engine_version": row.text("engine_version"),
+            "memory_gb": float(cluster.device.memory_bytes) / 1e9,
             "generation": cluster.device.generation,
             "experts": any(block.moe is not None for block in model.blocks.values()),
             "attention_ranks": dp > 1,

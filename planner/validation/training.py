@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from planner.assemble import Assembly
 from planner.errors import PlannerError
-from planner.plan import Estimate, Plan
 from planner.solve.named import examine
-from planner.uncertainty.judgement import time_group
-from planner.uncertainty.residuals import PROCESS, Residuals, load_residuals
-from planner.validation.cells import WHERE_SILENT
+from planner.uncertainty.constants import share_of_software
+from planner.uncertainty.judgement import time_spread
+from planner.uncertainty.residuals import Residuals, load_residuals
 from planner.validation.exclusions import Exclusion
 from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
@@ -20,7 +20,9 @@ from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["MEMORY_KINDS", "Priced", "TrainingScores", "counted", "predicted_run", "score_training"]
+__all__ = [
+    "MEMORY_KINDS", "Priced", "Reading", "TrainingScores", "memory_reading", "predicted_run", "score_training",
+]  # fmt: skip
 
 _OUTSIDE_ALLOCATOR = ("framework", "communicators")
 MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
@@ -111,9 +113,7 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
         ]
         return
     scores.defaults.update(run.defaults)
-    held = {
-        metric: _held(run, predicted.plan, metric, groups, exclusion.reason(metric)) for metric in metrics
-    }
+    held = {metric: _held(run, predicted, metric, groups, exclusion.reason(metric)) for metric in metrics}
     scores.rows += held.values()
     sweep = None
     if "ranking" in held and row.text("sweep_id"):
@@ -122,33 +122,63 @@ def _score(row: Row, scores: TrainingScores, exclusion: Exclusion) -> None:
     scores.priced.append(Priced(run, predicted, held, sweep))
 
 
-def counted(kind: str) -> str:
-    """Whose memory a measured peak of a kind counts: the allocator's, or the whole process's."""
-    return "allocator" if MEMORY_KINDS[kind] else PROCESS
+class Reading(NamedTuple):
+    """What a meter is predicted to show: bytes by pool, and freed bytes that the allocator keeps."""
+
+    pools: Mapping[str, float]
+    cached_bytes: float
+
+    @property
+    def n_bytes(self) -> float:
+        """All of it."""
+        return sum(self.pools.values()) + self.cached_bytes
+
+    @property
+    def uncertain(self) -> float:
+        """What its interval grows with."""
+        return share_of_software(self.pools, self.cached_bytes)
+
+
+def memory_reading(assembly: Assembly, kind: str) -> Reading:
+    """What a peak of some kind is predicted to be.
+
+    PyTorch's counters are of the fullest rank. ``nvidia-smi`` shows devices that somebody looked at: BLOOM's chronicle those of
+    the first and the last node, of which the first hold more; and a table of pipelines on V100 the first, for it reads 15 GB of
+    a run whose twice as large micro-batch ran out of 32 GB, which the logits on the last device explain.
+    """
+    outside, estimate = MEMORY_KINDS[kind], assembly.plan.estimate
+    pools, cached = assembly.device_memory[assembly.fullest], estimate.cached_bytes
+    if kind == "smi":
+        pools, cached = assembly.device_memory[0], assembly.device_cached[0]
+    counted = {pool: held for pool, held in pools.items() if pool not in outside}
+    return Reading(counted, 0.0 if kind == "allocated" else cached)
 
 
 def predicted_run(run: Run) -> tuple[Run, Assembly]:
-    """The run and its plan, priced. Where the row is silent about recompute, the first of :data:`WHERE_SILENT` that fits.
+    """The run and its plan, priced. Where the row leaves recompute open, the least that fits in memory.
 
     Raises:
         PlannerError: the problem cannot be priced.
     """
     first = examine(run.problem)
-    if first.plan.estimate.fits or "recompute" not in run.defaults:
+    if first.plan.estimate.fits:
         return run, first
-    for choice in WHERE_SILENT[1:]:
-        other = replace(run.problem, fixed={**run.problem.fixed, "recompute": choice})
+    for knobs in run.otherwise:
+        kept = {k: v for k, v in run.problem.fixed.items() if not k.startswith("recompute")}
+        other = replace(run.problem, fixed={**kept, **knobs})
         assembly = examine(other)
         if assembly.plan.estimate.fits:
             return replace(run, problem=other), assembly
     return run, first
 
 
-def _held(run: Run, predicted: Plan, metric: str, groups: Mapping[str, str], contradiction: str) -> ScoredRow:
+def _held(
+    run: Run, predicted: Assembly, metric: str, groups: Mapping[str, str], contradiction: str
+) -> ScoredRow:
     """One metric of a run that could be priced."""
     row = run.row
     try:
-        measured, value = _METRICS[metric](run, predicted.estimate)
+        measured, value = _METRICS[metric](run, predicted)
     except Unsupported as error:
         return ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
     status = "excluded" if contradiction else "scored"
@@ -156,46 +186,43 @@ def _held(run: Run, predicted: Plan, metric: str, groups: Mapping[str, str], con
     return ScoredRow(row.row_id, row.file, metric, status, contradiction, measured, value, groups, interval)
 
 
-def _interval(run: Run, plan: Plan, metric: str, predicted: float) -> tuple[float, float] | None:
+def _interval(run: Run, assembly: Assembly, metric: str, predicted: float) -> tuple[float, float] | None:
     """What should hold 80 % of measurements of this metric."""
     residuals: Residuals | None = load_residuals()
     if residuals is None or predicted <= 0.0:
         return None
     if metric == "tokens_per_s_per_device":  # the longest step is the lowest rate
-        spread = residuals.step_time.of(*time_group(run.problem, plan.mesh))
+        spread = time_spread(residuals, run.problem, assembly.spends)
         high, low = (predicted * predicted / rate for rate in spread.interval(predicted))
         return low, high
     if metric == "peak_memory":
-        whose = counted(run.row.text("peak_memory_kind"))
-        return residuals.peak.of(run.problem.stack.name, whose).interval(predicted)
+        reading = memory_reading(assembly, run.row.text("peak_memory_kind"))
+        return residuals.peak.at(reading.uncertain).interval(predicted)
     return None
 
 
-def _rate(run: Run, predicted: Estimate) -> tuple[float, float]:
+def _rate(run: Run, predicted: Assembly) -> tuple[float, float]:
     problem = run.problem
     device, dtype = problem.cluster.device, str(problem.fixed["precision"])
     dtype = {"fp8_rowwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
     measured = tokens_per_s_per_device(
         run.row, problem.model, problem.workload, problem.cluster.devices, device, dtype
     )
-    return measured, predicted.tokens_per_s_per_device
+    return measured, predicted.plan.estimate.tokens_per_s_per_device
 
 
-def _memory(run: Run, predicted: Estimate) -> tuple[float, float]:
+def _memory(run: Run, predicted: Assembly) -> tuple[float, float]:
     kind = run.row.text("peak_memory_kind")
     if kind not in MEMORY_KINDS:
         raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
-    pools = predicted.memory_bytes
-    outside = sum(pools.get(pool, 0.0) for pool in MEMORY_KINDS[kind])
-    cached = 0.0 if kind == "allocated" else predicted.cached_bytes
-    return peak_memory_bytes(run.row), pools["peak"] - outside + cached
+    return peak_memory_bytes(run.row), memory_reading(predicted, kind).n_bytes
 
 
-def _outcome(run: Run, predicted: Estimate) -> tuple[float, float]:
-    return float(out_of_memory(run.row)), float(not predicted.fits)
+def _outcome(run: Run, predicted: Assembly) -> tuple[float, float]:
+    return float(out_of_memory(run.row)), float(not predicted.plan.estimate.fits)
 
 
-_METRICS: Mapping[str, Callable[[Run, Estimate], tuple[float, float]]] = {
+_METRICS: Mapping[str, Callable[[Run, Assembly], tuple[float, float]]] = {
     "tokens_per_s_per_device": _rate,
     "peak_memory": _memory,
     "oom": _outcome,

@@ -52,6 +52,13 @@ def test_bad_value_of_an_option(planner, flag, value):
     assert_refused(planner(verb, *job, f"{flag}={value}", "--json"))
 
 
+def test_a_detail_that_suits_no_mesh_is_one_message(planner):
+    fixed = ("--fix", "zero_group=ranks", "--fix", "zero_group_ranks=3")  # of two replicas
+    found = planner("train", *SMALL, *fixed, "--json")
+    assert_refused(found, 3)
+    assert "does not suit the degrees" in found.faults[0]["found"]
+
+
 @pytest.mark.parametrize("top", ["0", "-1", "nan", "1.5", "x", "", HUGE])
 def test_bad_number_of_plans(planner, top):
     found = planner("train", *SMALL, f"--top={top}", "--json")

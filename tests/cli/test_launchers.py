@@ -27,7 +27,7 @@ def test_check_prices_what_the_best_plan_gains(planner):
     text = " ".join(found.out.split())
     assert "0 wrong, 1 wasteful" in text
     assert "offload_optimizer without pin_memory" in text
-    assert "optimizer offload cpu → none" in text
+    assert "optimizer offload cpu+gradients → none" in text
 
 
 def test_check_as_json_adds_up(planner):

@@ -215,9 +215,12 @@ def test_a_folder_starts_every_pool(planner, plans, engine, tmp_path):
 
 def test_a_refused_plan_names_the_next_one_that_runs(planner, tmp_path):
     path = tmp_path / "plans.json"
-    degrees = ("decode.tp=1", "decode.pp=2", "prefill.pp=1", "prefill.tp=1")
+    degrees = ("decode.tp=1", "decode.pp=2", "prefill.pp=2", "prefill.tp=1")
     choices = [word for degree in degrees for word in ("--fix", degree)]
-    assert planner(*SERVE, "--mode", "disaggregated", *choices, "-o", path).code == 0
+    for_vllm = planner(*SERVE, "--mode", "disaggregated", *choices, "--engine", "vllm", "-o", path)
+    assert for_vllm.code == 3
+    assert "vllm: stages in a pool that generates" in for_vllm.err
+    assert planner(*SERVE, "--mode", "disaggregated", *choices, "--engine", "sglang", "-o", path).code == 0
     refused = planner("export", path, "--to", "vllm")
     assert refused.code == 5
     assert "No other plan of the same file can be run there" in refused.err
@@ -398,4 +401,7 @@ def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
     assert now["estimate"] == plan["estimate"]
     assert "disk reads" in planner("explain", path).out
     assert planner("export", path, "--to", "vllm", "--json").code == 5
-    assert planner("simulate", path, "--json").code == 2
+    simulated = planner("simulate", path, "--requests", 2000, "--json").json["simulated"]
+    expected = plan["estimate"]["output_tokens_per_s_per_device"] * 2
+    assert simulated["output_tokens_per_s"] == pytest.approx(expected, rel=0.02)
+    assert planner("simulate", path, "--scheduler", "orca").code == 2

@@ -13,10 +13,10 @@ from planner.load.requests import Lengths, draw
 from planner.load.results import summarize
 from planner.load.scheduler import KvPool, scheduler
 from planner.load.simulator import simulate
+from planner.serving.candidates import iterations_of
 from planner.serving.deployment import Deployment, Stage, deployment_of, run
 from planner.serving.replay import problem_of
-from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import mesh_of, row_of
 from planner.technique import SERVING_SLOTS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -177,7 +177,7 @@ def test_engines_take_as_long_as_the_plans_iterations(serving_plans):
     plan = read_serving_plan(str(serving_plans))
     (stage,) = deployment_of(plan).stages
     problem, (pool,) = problem_of(plan), plan.pools
-    row = np.array([[float(pool.mesh[name]) for name in DEGREES]])
+    row = row_of(pool.mesh)
     recipe = {slot: str(pool.knobs[slot]) for slot in SERVING_SLOTS}
     iterations = iterations_of(problem, recipe, mesh_of(row), Pricer(problem.cluster, problem.stack))
     random = np.random.default_rng(0)

@@ -10,10 +10,11 @@ import pytest
 from planner.engine import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.serving.aggregated import steady
+from planner.serving.candidates import Account, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.daily import daily_fleet, over_a_day
-from planner.serving.disaggregated import _thriftiest
-from planner.serving.search import Account, iterations_of, search_aggregated
+from planner.serving.numbers import _thriftiest
+from planner.serving.search import search_aggregated
 from planner.serving.serve import serve
 from planner.serving.slots import Arrivals
 from planner.serving.space import ServeSpace, mesh_of

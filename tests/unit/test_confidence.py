@@ -77,6 +77,18 @@ def test_probability_of_running_out_is_shown_where_it_matters(plan, monkeypatch)
     assert "30%" in shown
 
 
+def test_a_plan_that_may_run_out_of_memory_comes_with_what_to_do(plan):
+    """Nine of ten peaks lie below the upper end of the interval: with a fifth more, a sixth is kept in reserve."""
+    peak = plan.estimate.memory_bytes["peak"]
+    interval = {**plan.estimate.interval, "peak": (0.9 * peak, 1.2 * peak)}
+    risky, safe = (
+        replace(plan, estimate=replace(plan.estimate, interval=interval, oom_probability=p))
+        for p in (0.27, 0.05)
+    )
+    assert any("(27%): --reserve 17%" in line for line in confidence([risky], job()))
+    assert not any("--reserve" in line for line in confidence([safe], job()))
+
+
 def test_plans_without_an_interval_are_shown_without_one(plan, monkeypatch):
     """As those that an earlier version wrote."""
     old = replace(plan, estimate=replace(plan.estimate, interval=None, oom_probability=None, provenance=None))
@@ -88,7 +100,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
     told = " ".join(confidence([plan, slower(plan, 0.01)], job()))
     for words in (
         "80 % of measurements",
-        "pytorch-fsdp on ampere, dense, data-parallel",
+        "pytorch-fsdp on ampere: its constants are fitted",
         "~ ties with plan 1: plan 2",
         "near this job: ",
         "median",
@@ -99,7 +111,7 @@ def test_what_is_said_of_a_job_that_was_measured(plan):
 def test_what_is_said_of_a_job_that_was_never_measured():
     problem = replace(job(cluster="mi300x:4x8"), fixed={"tp": 2, "zero_stage": 3, "recompute": "full"})
     told = " ".join(confidence([planner.estimate(problem)], problem))
-    assert "none with the stack pytorch-fsdp on cdna3" in told
+    assert "pytorch-fsdp on cdna3: of which there is no published run" in told
     assert "near this job: no published run" in told
 
 

@@ -8,7 +8,10 @@ import pytest
 from planner.costs.block_schedule import BLOCK_PLACES, BlockLinks, BlockWork, block_tokens_per_s
 from planner.engine import Pricer
 from planner.errors import SpecError
+from planner.load.requests import Lengths, draw
+from planner.serving.deployment import deployment_of, run
 from planner.serving.offloaded import search_offloaded
+from planner.serving.serve import serve
 from planner.solve.combinatorial.block_placement import THINGS, Room, best_placement, on_disk
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
@@ -141,3 +144,40 @@ def test_offloading_keeps_no_limits():
         )
     with pytest.raises(SpecError, match="experts"):
         replace(problem(), model=load_model("mixtral-8x7b"))
+
+
+def offloaded_plan_of(cluster="t4:1x1"):
+    problem = ServeProblem(
+        load_model("opt-30b"), load_cluster(cluster), Traffic(512, 32), load_stack("vllm"), ("fp16",),
+        modes=("offloaded",),
+    )  # fmt: skip
+    return serve(problem, top=1).best
+
+
+def test_simulated_full_blocks_take_what_the_program_says():
+    """As many clients as a block has sequences: blocks follow each other as the plan reckons, to the last digit."""
+    plan = offloaded_plan_of()
+    size = plan.estimate.max_concurrency
+    done = run(
+        deployment_of(plan), draw(Lengths(512, 32), 5 * size, rate_per_s=1.0, seed=1), concurrency=size
+    )
+    rate = done.requests.output_tokens.sum() / done.finish_s.max()
+    assert rate == pytest.approx(plan.estimate.output_tokens_per_s_per_device, rel=1e-6)
+    assert done.iterations == 5 * 32
+
+
+def test_blocks_in_part_wait_for_the_same_weights():
+    """A single sequence: whatever comes in for a block comes in for it, its own share of caches is next to nothing."""
+    plan = offloaded_plan_of()
+    (stage,) = deployment_of(plan).stages
+    size = plan.estimate.max_concurrency
+    whole, one = (float(stage.iteration(n, n * 528, 0, 0)) for n in (size, 1))
+    assert whole == pytest.approx(plan.estimate.tpot_s["mean"], rel=1e-6)
+    assert 0.3 * whole < one < whole
+    base_s, slope, _ = stage.iteration.line(size, 0)
+    assert base_s + slope * size * 528 == pytest.approx(whole, rel=1e-3)
+
+
+def test_offloaded_plans_are_simulated_in_blocks_alone():
+    with pytest.raises(SpecError, match="a block at a time"):
+        deployment_of(offloaded_plan_of(), "sarathi")

@@ -161,8 +161,16 @@ def test_nodes_of_a_replica_are_told_their_rank(two_nodes, engine):
 
 REFUSED = [
     ("vllm", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 1}, "pp=2"),
-    ("sglang", {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4}, "expected 1, or 4"),
-    ("trtllm", {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16}, "a replica over 2 nodes"),
+    (
+        "sglang",
+        {"mode": "disaggregated", "decode.pp": 2, "prefill.pp": 4},
+        "pp=2: stages in a pool that generates; expected stages in none, or as many",
+    ),
+    (
+        "trtllm",
+        {"model": "llama3.1-405b", "cluster": "h100-sxm:2x8", "tp": 16},
+        "a replica over several nodes",
+    ),
     (
         "sglang",
         {
@@ -173,9 +181,13 @@ REFUSED = [
             "speculation": Speculation("ngram", 0.4, (3,)),
             "draft_tokens": 3,
         },
-        "drafted from the prompt beside dp=2",
+        "dp=2.*: tokens drafted from the prompt beside attention ranks",
     ),
-    ("vllm", {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2}, "ep=2; expected 1, or all 4"),
+    (
+        "vllm",
+        {"model": "mixtral-8x7b", "tp": 4, "ep": 2, "etp": 2},
+        "ep=2 etp=2: experts over some ranks of a stage; expected ep of 1, or of all",
+    ),
 ]
 
 
@@ -248,7 +260,7 @@ def test_each_pool_is_told_the_memory_of_its_own_devices(two_kinds):
 
 def test_replicas_that_do_not_divide_a_node_are_refused_where_they_do_not_fit():
     plan = plan_of("llama3.1-8b", "h100-sxm:2x4", tp=2, pp=3, dp=1, replicas=1)
-    with pytest.raises(ExportError, match="on nodes of 4"):
+    with pytest.raises(ExportError, match="nodes of 4; expected replicas of whole nodes"):
         export_serving(plan, "vllm")
 
 
@@ -692,3 +704,42 @@ def test_gains_lead_to_the_best_plan(tmp_path):
     assert steps[0].before_tokens_per_s == pytest.approx(plan.estimate.output_tokens_per_s_per_device)
     assert steps[-1].after_tokens_per_s == pytest.approx(best.estimate.output_tokens_per_s_per_device)
     assert best.estimate.output_tokens_per_s_per_device > plan.estimate.output_tokens_per_s_per_device
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            "vllm",
+            {
+                "speculative-config": {
+                    "method": "eagle3",
+                    "model": "me/EAGLE3-head",
+                    "num_speculative_tokens": 3,
+                }
+            },
+        ),
+        ("sglang", {"speculative-algorithm": "EAGLE3", "speculative-draft-model-path": "me/EAGLE3-head"}),
+    ],
+)
+def test_draft_heads_are_told_and_read_back(engine, said, tmp_path):
+    drafts = Speculation("eagle", 0.7, (3,), head="me/EAGLE3-head")
+    plan = plan_of(tp=1, pp=1, replicas=1, speculation=drafts, draft_tokens=3)
+    files = export_serving(plan, engine)
+    found = yaml.safe_load(files[f"{engine}.yaml"])
+    assert {name: found[name] for name in said} == said
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (pool,) = read_launch(engine, str(tmp_path / "serve.sh"))
+    assert (pool.drafts.method, pool.drafts.tokens, pool.drafts.model) == ("eagle", 3, "me/EAGLE3-head")
+    asked = Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
+    problem = problem_of_launch(
+        (pool,), planner.load_model("llama3.1-8b"), planner.load_cluster("h100-sxm:1x1"), asked, None, 0.7
+    )
+    assert serve(problem, top=1).best.pools[0].knobs["draft_head"] == "me/EAGLE3-head"
+
+
+def test_a_draft_head_without_a_name_is_not_exported():
+    plan = plan_of(tp=1, replicas=1, speculation=Speculation("eagle", 0.7, (3,)), draft_tokens=3)
+    with pytest.raises(ExportError, match="eagle:HUB_NAME"):
+        export_serving(plan, "vllm")

@@ -112,3 +112,29 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(SpecError, match="same vocabulary"):
         ServeProblem(*base, speculation=Speculation("draft", 0.8, model=load_model("gpt2")))
     assert float(accepted_tokens(0.0, 5)) == 1.0
+
+
+def test_a_draft_head_is_a_layer_and_a_product_between_the_models_ends():
+    """Li et al. 2024 (EAGLE, arXiv:2401.15077), section 4: heads of 0.24e9 parameters for Llama-2 7B and 0.99e9 for 70B."""
+    for model, tp, parameters in (("llama2-7b", 1, 0.24e9), ("llama2-70b", 4, 0.99e9)):
+        ctx = context(model, "h100-sxm:1x8", tp=tp)
+        plain, told = Iterations(ctx), Speculation("eagle", 0.7)
+        head = Speculating(ctx, Pricer(ctx.cluster, ctx.stack), told, 3)
+        more = head.footprint().weights_bytes - plain.footprint().weights_bytes
+        h = ctx.model.hidden
+        # The layer is cut over the ranks, the product that joins both inputs is whole on each.
+        assert (more[0] - 4.0 * h**2) * tp + 4.0 * h**2 == pytest.approx(2.0 * parameters, rel=0.02)
+
+
+def test_a_draft_head_costs_little_and_helps_few():
+    told = Speculation("eagle", 0.75)
+    one, many = gains(context("llama3-70b", "h100-sxm:1x8", tp=4), told, 4, [1.0, 256.0])
+    assert 2.0 < one < 1.0 + 4 * 0.75  # at most the accepted tokens of four
+    assert many < one
+    draft = gains(
+        context("llama3-70b", "h100-sxm:1x8", tp=4),
+        Speculation("draft", 0.75, model=load_model("llama3.2-1b")),
+        4,
+        [1.0],
+    )
+    assert one > draft[0]  # one layer to a token, not sixteen

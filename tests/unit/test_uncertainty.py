@@ -8,7 +8,10 @@ import pytest
 
 import planner
 from planner.errors import SpecError
+from planner.specs.stack import list_stacks
 from planner.uncertainty import judgement as judgements
+from planner.uncertainty.constants import constant_shares, constants_spread
+from planner.uncertainty.judgement import time_spread
 from planner.uncertainty.published import load_published_runs, read_published_runs, write_published_runs
 from planner.uncertainty.residuals import (
     FILE,
@@ -24,7 +27,8 @@ from planner.uncertainty.ties import pair_distance, tied, ties_with_first
 
 # Quantiles of a normal distribution of mean 0 and deviation 0.1 (tables of the standard normal: z(0.95) = 1.645, z(0.9) = 1.282,
 # z(0.75) = 0.674).
-NORMAL = Spread((-0.16449, -0.12816, -0.06745, 0.0, 0.06745, 0.12816, 0.16449), rows=100, models=10)
+NORMAL = Spread((-0.16449, -0.12816, -0.06745, 0.0, 0.06745, 0.12816, 0.16449))
+NOTHING = Spreads((0.0,) * 7, 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -52,36 +56,93 @@ def test_interval_is_between_the_outer_tenths():
     assert NORMAL.probability_above(100.0, high) == pytest.approx(0.1, abs=1e-4)
 
 
-def test_what_was_never_measured_takes_the_pooled_spread():
-    wide = Spread(tuple(2.0 * q for q in NORMAL.quantiles))
-    spreads = Spreads(wide, {("default", "hopper"): NORMAL})
-    assert spreads.of("default", "hopper") is NORMAL
-    assert spreads.of("default", "a generation of tomorrow") is wide
+def test_an_interval_is_as_wide_as_its_prediction_is_uncertain():
+    """Two independent errors of 3 % and 4 % are one of 5 %."""
+    normal = tuple(10.0 * q for q in NORMAL.quantiles)  # of deviation 1
+    low, high = Spreads(normal, floor=0.03).at(0.04).interval(1.0)
+    assert (math.log(low), math.log(high)) == pytest.approx((-1.2816 * 0.05, 1.2816 * 0.05))
 
 
-def test_shipped_pooled_interval_is_wider_than_most_groups():
-    """A prediction for unknown software or hardware must not look surer than one for known."""
-    for spreads in (load_residuals().step_time, load_residuals().peak):
-        widths = sorted(s.quantiles[5] - s.quantiles[1] for s in spreads.groups.values())
-        assert spreads.pooled.quantiles[5] - spreads.pooled.quantiles[1] >= widths[len(widths) // 2]
+def test_a_constant_moves_a_step_by_the_share_that_it_slows(problem):
+    """A product known to 10 % in 60 % of the step, and attention to 20 % in 40 %: √(0.06² + 0.08²) = 10 %."""
+    stack = problem.stack
+    known = {"matmul_slowdown": 0.1, "attention_slowdown": 0.2}
+    spread = {name: replace(getattr(stack, name), spread=value) for name, value in known.items()}
+    shares = {"matmul_slowdown": 0.6, "attention_slowdown": 0.4}
+    assert constants_spread(shares, replace(stack, **spread)) == pytest.approx(0.1)
+    exact = {name: replace(getattr(stack, name), spread=None) for name in known}
+    assert constants_spread(shares, replace(stack, **exact)) == 0.0
+    own = {name: replace(number, source="planner calibrate") for name, number in spread.items()}
+    assert constants_spread(shares, replace(stack, **own), 0.3) == pytest.approx(0.1)
+    assert constants_spread(shares, stack, 0.3) == pytest.approx(0.3 * math.hypot(0.6, 0.4))
+
+
+def test_shares_of_constants_are_of_the_busy_step(problem):
+    """Products, attention, streams and exposed traffic are all that a dense step is made of; hidden traffic only stretches it."""
+    shares = constant_shares(planner.examine(problem).spends, problem.stack.on_generation("hopper"))
+    stretch = shares.pop("overlap_slowdown")
+    assert sum(shares.values()) == pytest.approx(1.0, abs=0.01)
+    assert 0.0 < stretch < 0.2
+    assert max(shares, key=shares.get) == "matmul_slowdown"
+    assert "grouped_matmul_slowdown" not in shares
+
+
+def test_software_that_was_never_measured_widens_the_interval(problem):
+    unknown = replace(problem, stack=replace(problem.stack, name="of-my-own"))
+    measured, own = (planner.estimate(one).estimate.interval["step_time_s"] for one in (problem, unknown))
+    assert own[1] - own[0] > 2.0 * (measured[1] - measured[0])
+
+
+def test_a_spread_is_read_with_its_constant(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\nextends = "default"\n'
+        'matmul_slowdown = { value = 1.2, kind = "fitted", spread = 0.07, source = "planner-defaults" }\n'
+    )
+    stack = planner.load_stack(path)
+    assert stack.matmul_slowdown.spread == 0.07
+    assert stack.attention_slowdown.spread == planner.load_stack().attention_slowdown.spread
+    path.write_text(path.read_text().replace("0.07", "0"))
+    with pytest.raises(SpecError, match="spread"):
+        planner.load_stack(path)
+
+
+def test_every_fitted_constant_of_training_says_how_well_it_is_known():
+    names = (name for name in list_stacks() if planner.load_stack(name).serving is None)
+    for name in names:
+        stack = planner.load_stack(name)
+        every = [getattr(stack, field) for field in stack.__dataclass_fields__]
+        every += [constant for constants in stack.on.values() for constant in constants.values()]
+        for constant in every:
+            if getattr(constant, "source", "") == "published-training-runs":
+                assert 0.0 < constant.spread < 1.0, name
 
 
 def test_every_estimate_has_its_interval(problem):
     estimate = planner.estimate(problem).estimate
-    spread = load_residuals().step_time.of("pytorch-fsdp", "hopper", "dense, model-parallel")
+    spread = time_spread(load_residuals(), problem, planner.examine(problem).spends)
     assert estimate.interval["step_time_s"] == pytest.approx(spread.interval(estimate.step_time_s))
     assert estimate.interval["peak"][0] < estimate.interval["peak"][1]
     assert 0.0 <= estimate.oom_probability <= 1.0
 
 
 def test_a_fuller_device_is_likelier_to_run_out_of_memory(problem):
-    peak = planner.estimate(problem).estimate.memory_bytes["peak"]
-    total = float(problem.cluster.device.memory_bytes)
+    assembly = planner.examine(problem)
+    pools = dict(assembly.plan.estimate.memory_bytes)
+    peak = pools.pop("peak")
     roomy, tight = (
-        planner.estimate(replace(problem, reserve=1.0 - factor * peak / total)).estimate.oom_probability
+        judgements.judgement(problem, 1.0, pools, assembly.spends, factor * peak)["oom_probability"]
         for factor in (1.6, 1.05)
     )
     assert roomy < 0.05 < tight
+
+
+def test_memory_in_reserve_is_there_to_be_run_into(problem):
+    """The same plan on the same device: what may be planned with changes nothing about where its memory ends."""
+    chances = [
+        planner.estimate(replace(problem, reserve=reserve)).estimate.oom_probability for reserve in (0.0, 0.3)
+    ]
+    assert chances[0] == pytest.approx(chances[1])
 
 
 def test_without_residuals_an_estimate_says_nothing(problem, monkeypatch):
@@ -114,8 +175,7 @@ def test_provenance_of_the_peak_is_of_the_constants_of_memory(problem):
 
 def test_plans_that_differ_little_are_ties(problem):
     first = planner.estimate(problem)
-    spread = Spreads(NORMAL)
-    residuals = Residuals(spread, spread, (0.0, 1.0), (0.05, 0.05))
+    residuals = Residuals(NOTHING, NOTHING, (0.0, 1.0), (0.05, 0.05))
     slower = replace(first.estimate, step_time_s=1.04 * first.estimate.step_time_s)
     much_slower = replace(first.estimate, step_time_s=1.06 * first.estimate.step_time_s)
     assert tied(first.estimate, slower, residuals)
@@ -169,10 +229,11 @@ def test_table_of_published_runs_survives_writing(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "value", "found"),
     [
-        (("step_time", "pooled", "quantiles"), [0.0, 0.1], "7 numbers that do not fall"),
-        (("step_time", "pooled", "quantiles"), [6, 5, 4, 3, 2, 1, 0], "7 numbers that do not fall"),
-        (("peak", "pooled", "rows"), -1, "a number from 1"),
-        (("peak", "pooled"), None, "pooled"),
+        (("step_time", "quantiles"), [0.0, 0.1], "7 numbers that do not fall"),
+        (("step_time", "quantiles"), [6, 5, 4, 3, 2, 1, 0], "7 numbers that do not fall"),
+        (("peak", "rows"), -1, "a number from 1"),
+        (("peak", "floor"), 0.0, "a positive number"),
+        (("peak",), None, "peak"),
         (("pairs", "noises"), ["much"], "a list of finite numbers"),
         (("step_time", "more"), 1, "unknown key"),
     ],

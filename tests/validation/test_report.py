@@ -71,9 +71,10 @@ def test_memory_is_compared_by_its_kind(table):
     estimate = planner.estimate(module.run_of(read_table(path).rows[0]).problem).estimate
     pools, cached = estimate.memory_bytes, estimate.cached_bytes
     assert cached > 0
-    assert predicted["smi"] == predicted["none"] == pools["peak"] + cached
+    assert predicted["none"] == pools["peak"] + cached
+    assert predicted["smi"] < predicted["none"]  # of the first device; the last one holds the logits
     assert predicted["reserved"] == pytest.approx(
-        predicted["smi"] - pools["framework"] - pools["communicators"]
+        predicted["none"] - pools["framework"] - pools["communicators"]
     )
     assert predicted["allocated"] == pytest.approx(predicted["reserved"] - pools["fragmentation"] - cached)
     assert set(report.summary()["peak_memory"]["by_kind"]) == {"allocated", "reserved", "smi", "-"}

@@ -8,6 +8,7 @@ from planner.specs.workload import TrainWorkload
 from planner.validation.measured import asks_for, out_of_memory, peak_memory_bytes, tokens_per_s_per_device
 from planner.validation.plans import run_of
 from planner.validation.table import Unsupported, read_table, table_kind
+from planner.validation.training import predicted_run
 
 
 def rate(row):
@@ -137,6 +138,62 @@ def test_experts_are_dealt_where_a_dispatcher_is_named(row):
     assert degrees == [1, 16, 16]
 
 
+EXPERTS = {"n_experts": "128", "top_k": "8", "expert_ffn_hidden": "768", "hidden": "2048", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("ep", "etp"), [("4", 2), ("8", 1)]
+)  # 16 devices, two stages: 8 ranks, of which attention has tp 2
+def test_experts_are_cut_as_the_attention_where_there_are_ranks_for_it(row, ep, etp):
+    assert run_of(row(**EXPERTS, ep=ep)).problem.fixed["etp"] == etp
+
+
+def test_layers_that_divide_into_no_chunks_are_dealt_all_the_same(row):
+    """61 layers in 16 chunks, as Megatron-Bridge lays DeepSeek-V3 out on two stages (Et*4|(t*4|)*14tmL)."""
+    layers = predicted_run(run_of(row(n_layers="61", model="m", vpp="8")))[1].layout.chunks.sum(axis=2)
+    assert layers.sum() == 61 + 2  # and embedding and head
+    assert layers.min() >= 3
+
+
+def test_the_last_stage_has_room_for_modules_that_predict_more_tokens(row):
+    # Et*4|(t*4|)*14tmL: embedding and four layers, fourteen times four, one with the module and the loss.
+    cells = {"n_layers": "61", "model": "m", "vpp": "8", "other_flags": "mtp-num-layers=1"}
+    chunks = predicted_run(run_of(row(**cells)))[1].layout.counts[:, 0]
+    assert chunks.tolist() == [4.0] * 15 + [1.0]
+
+
+def test_selective_recompute_of_whole_layers_takes_as_few_as_fit(row):
+    # fms-fsdp's README: 13B and 70B, 2 sequences of 4096, "Selective AC" on 128 A100; its MFU 0.61 and HFU 0.69 of 13B mean that
+    # 0.08/0.61 of 3 forwards, 39 % of one, ran again; 0.55 and 0.74 of 70B mean all of it.
+    fsdp = {
+        "framework": "PyTorch FSDP1", "accelerator": "A100-SXM-80GB", "n_devices": "128", "tp": "1", "pp": "1", "zero_stage": "3",
+        "sharding_as_printed": "fsdp", "micro_batch": "2", "global_batch": "256", "seq_len": "4096", "recompute": "selective",
+        "vocab": "32000",
+    }  # fmt: skip
+    small = {
+        "n_layers": "40",
+        "hidden": "5120",
+        "ffn_hidden": "13824",
+        "n_heads": "40",
+        "n_kv_heads": "40",
+        "model": "m",
+    }
+    large = {
+        "n_layers": "80",
+        "hidden": "8192",
+        "ffn_hidden": "28672",
+        "n_heads": "64",
+        "n_kv_heads": "8",
+        "model": "m",
+    }
+    shares = [
+        predicted_run(run_of(row(**fsdp | model)))[0].problem.fixed["recompute_layers"]
+        / int(model["n_layers"])
+        for model in (small, large)
+    ]
+    assert shares == [0.25, 0.75]
+
+
 def test_state_space_layers_come_with_the_shipped_model(row):
     cells = {
         "model": "Nemotron-3-Nano",
@@ -190,6 +247,14 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"dtype": "bf16", "framework": "Megatron-LM"}, {"gradient_dtype": "fp32"}),
         ({"dtype": "bf16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp32"}),
         ({"dtype": "bf16", "framework": "Megatron-DeepSpeed", "zero_stage": "2"}, {"gradient_dtype": "bf16"}),
+        ({"dtype": "fp16", "framework": "Megatron-DeepSpeed"}, {"gradient_dtype": "fp16"}),
+        ({"recompute": "selective:mlp"}, {"recompute": "modules", "recompute_modules": "mlp"}),
+        ({"recompute": "selective", "framework": "PyTorch FSDP1", "pp": "1"}, {"recompute": "block", "recompute_layers": 8}),
+        ({"recompute": "selective", "framework": "Megatron-LM"}, {"recompute": "selective"}),
+        ({"vpp": "", "framework_version": "24.07", "other_flags": "SFT"}, {"virtual_stages": 16, "optimizer": "adamw_16bit"}),
+        ({"vpp": "", "framework_version": "24.07", "other_flags": "LoRA"}, {"virtual_stages": 1}),
+        ({"vpp": ""}, {"virtual_stages": 1}),
+        ({"other_flags": "", "framework": "PyTorch FSDP2"}, {"elementwise_kernel": "eager"}),
         ({"other_flags": "no-gradient-accumulation-fusion=True"}, {"gradient_accumulation": "separate"}),
         ({"other_flags": "FSDP mixed_precision=PURE"}, {"gradient_dtype": "bf16"}),
         ({"offload": "optimizer+params"}, {"optimizer_offload": "cpu", "parameter_offload": "cpu"}),
@@ -306,6 +371,19 @@ def test_rows_that_cannot_be_priced_say_why(row, cells, reason):
 
 def test_low_rank_latents_are_no_low_rank_adaptation(row):
     assert "adaptation" not in run_of(row(other_flags="q-lora-rank=256; kv-lora-rank=128")).problem.fixed
+
+
+@pytest.mark.parametrize(("tflops", "modules"), [("961", 0), ("1002", 1)])
+def test_printed_flop_tell_whether_a_module_predicts_more_tokens(row, tflops, modules):
+    # Megatron-Bridge, container 25.11: DeepSeekV3 on GB300, "w/o MTP" 3848 tokens/s at 961 TFLOP/s; "w/ MTP" 557/2139 of those.
+    cells = {
+        "model": "DeepSeekV3", "n_layers": "61", "hidden": "7168", "n_heads": "128", "n_kv_heads": "128", "head_dim": "",
+        "ffn_hidden": "18432", "vocab": "129280", "n_experts": "256", "top_k": "8", "n_shared_experts": "1", "tp": "1",
+        "vpp": "1",
+        "expert_ffn_hidden": "2048", "moe_layers": "58", "seq_len": "4096", "ep": "8", "tokens_per_s_per_device": "3848",
+        "tflops_per_device": tflops, "tflops_convention": "model_flops",
+    }  # fmt: skip
+    assert run_of(row(**cells)).problem.model.mtp_modules == modules
 
 
 def test_modules_that_predict_more_tokens_are_trained_where_a_row_says_so(row):

@@ -82,7 +82,6 @@ def test_number_formats_as_the_checkpoint_has_them(cells, formats):
         ({"tp": ""}, "layout"),
         ({"model": "nobody-1b"}, "no model"),
         ({"accelerator": "abacus"}, "no profile"),
-        ({"engine": "abacus"}, "no stack"),
         ({"weight_dtype": "fp3"}, "number format"),
         ({"concurrency": ""}, "load"),
         ({"prefill_tp_size": "1", "decode_tp_size": "4"}, "how many workers"),

@@ -13,7 +13,13 @@ from planner.uncertainty.residuals import PROBABILITIES, load_residuals, read_re
 from planner.uncertainty.terms import OUTSIDE
 from planner.validation import validate
 from planner.validation.pairs import RankedRun, pair_noise_of
-from planner.validation.residual_files import peak_residuals, read_left_out, time_residuals, write_residuals
+from planner.validation.residual_files import (
+    LeftOut,
+    peak_residuals,
+    read_left_out,
+    time_residuals,
+    write_residuals,
+)
 from planner.validation.spreads import Residual, fit_spreads, left_out
 from planner.validation.term_fit import fit_terms
 
@@ -23,11 +29,23 @@ REGENERATE = (
 )
 
 
-def normal(deviation, models=200, rows=4, source="a", group=("s", "g"), seed=0):
+def test_unknown_software_is_as_uncertain_as_sources_that_alone_know_theirs():
+    """Constants off by 20 % that slow half of every step: errors of 10 %, though known software errs by 1 %."""
+    draw = np.random.default_rng(6)
+    residuals = [
+        Residual(
+            str(n), str(n), str(n), "g", draw.normal(0.0, 0.01), draw.normal(0.0, 0.1), 0.0, 0.1, share=0.5
+        )
+        for n in range(800)
+    ]
+    assert fit_spreads(residuals).between == pytest.approx(0.2, rel=0.1)
+
+
+def normal(deviation, models=200, rows=4, source="a", uncertain=0.0, seed=0):
     """Residuals of a normal distribution: every model in a source of its own ten."""
     draw = np.random.default_rng(seed)
     return [
-        Residual(f"{source}{model % 10}", str(model), group, error, error)
+        Residual(f"{source}{model % 10}", str(model), "s", "g", error, error, uncertain, uncertain)
         for model in range(models)
         for error in draw.normal(0.0, deviation, rows)
     ]
@@ -35,23 +53,30 @@ def normal(deviation, models=200, rows=4, source="a", group=("s", "g"), seed=0):
 
 def test_quantiles_of_a_normal_distribution():
     """z(0.9) = 1.282, z(0.75) = 0.674; 800 draws leave an error of a few percent."""
-    spread = fit_spreads(normal(0.1)).of("s", "g")
+    spread = fit_spreads(normal(0.1)).at(0.0)
     expected = {0.1: -0.1282, 0.25: -0.0674, 0.5: 0.0, 0.75: 0.0674, 0.9: 0.1282}
     found = dict(zip(PROBABILITIES, spread.quantiles, strict=True))
     assert [found[p] for p in expected] == pytest.approx(list(expected.values()), abs=0.012)
 
 
-def test_groups_keep_their_own_spreads():
-    residuals = normal(0.02, group=("narrow", "g")) + normal(0.2, group=("wide", "g"), seed=1)
-    spreads = fit_spreads(residuals)
-    narrow, wide = (spreads.of(name, "g").quantiles for name in ("narrow", "wide"))
-    assert narrow[5] - narrow[1] < 0.5 * (wide[5] - wide[1])
+def test_uncertain_predictions_have_wide_intervals():
+    """Errors of 2 % where nothing is uncertain, and of √(2² + 20²) % where 20 % are."""
+    fitted = fit_spreads(normal(0.02) + normal(0.201, uncertain=0.2, source="b", seed=1))
+    assert fitted.floor == pytest.approx(0.02, rel=0.2)
+    widths = [q[5] - q[1] for q in (fitted.at(0.0).quantiles, fitted.at(0.2).quantiles)]
+    assert widths == pytest.approx([2.0 * 1.2816 * 0.02, 2.0 * 1.2816 * 0.201], rel=0.15)
 
 
-def test_a_group_of_few_models_is_drawn_to_all():
-    residuals = normal(0.1) + normal(0.001, models=1, group=("new", "g"), source="b", seed=2)
-    few = fit_spreads(residuals).of("new", "g").quantiles
-    assert few[5] - few[1] > 0.15  # its own rows would say 0.003
+def test_the_floor_makes_known_and_unknown_software_err_alike():
+    """What is known errs by 5 %, and by √(5² + 15²) % once its source is left out and its constants are 15 % uncertain."""
+    draw = np.random.default_rng(5)
+    residuals = [
+        Residual(f"a{n % 10}", str(n), "s", "g", draw.normal(0.0, 0.05), draw.normal(0.0, 0.158), 0.0, 0.15)
+        for n in range(800)
+    ]
+    assert fit_spreads(residuals).floor == pytest.approx(0.05, rel=0.15)
+    for by in ("model", "source"):
+        assert left_out(residuals, by).held == pytest.approx(0.8, abs=0.03)
 
 
 @pytest.mark.parametrize("by", ["model", "source"])
@@ -65,24 +90,39 @@ def test_models_that_differ_widen_the_interval():
     """Within a model runs agree; the next model is another matter, and the interval is about that one."""
     draw = np.random.default_rng(3)
     residuals = [
-        Residual(f"a{model % 10}", str(model), ("s", "g"), error, error)
+        Residual(f"a{model % 10}", str(model), "s", "g", error, error)
         for model, mean in enumerate(draw.normal(0.0, 0.1, 100))
         for error in mean + draw.normal(0.0, 0.005, 8)
     ]
     assert left_out(residuals, "model").held == pytest.approx(0.8, abs=0.05)
 
 
-def test_shipped_intervals_hold_on_models_left_out():
-    """80 % intervals hold 75 to 85 % of the runs of a model that neither constants nor intervals have seen.
+@pytest.mark.parametrize("by", ["model", "source"])
+def test_shipped_intervals_hold_on_what_was_left_out(by):
+    """80 % intervals hold 75 to 85 % of the runs of a model, or a source, that neither constants nor intervals have seen.
 
-    Widths are held to four median errors for time. Peaks of half of the 88 runs are within 2 %, of a tenth more than 10 % off:
-    an interval for both is ten median errors wide, and few runs tell them apart.
+    Widths are held to four median errors: 3.8 is that of a normal distribution. Of memory they are held to it by the meter,
+    where a meter has as many runs as tell: PyTorch's count of what it allocates errs by 0.2 %, nvidia-smi by 3.5 %, and the
+    median of both widths is that of the one while the median of both errors is nearer to that of the other.
     """
     runs = load_published_runs()
-    for residuals, widest in ((time_residuals(runs), 4.0), (peak_residuals(runs), 10.0)):
-        found = left_out(residuals, "model")
-        assert 0.75 <= found.held <= 0.85, REGENERATE
-        assert found.widths_per_error <= widest, REGENERATE
+    times, peaks = time_residuals(runs), peak_residuals(runs)
+    for residuals in (times, peaks):
+        assert 0.75 <= left_out(residuals, by).held <= 0.85, REGENERATE
+    assert left_out(times, by).widths_per_error <= 4.0, REGENERATE
+    read = [run.peak_counts for run in runs if run.peak_error is not None]
+    of_process = left_out(peaks, by, [meter == "smi" for meter in read])
+    assert 0.75 <= of_process.held <= 0.85, REGENERATE
+    assert of_process.widths_per_error <= 4.3, REGENERATE
+
+
+def test_peaks_read_from_nvidia_smi_are_within_twelve_percent():
+    """Nine tenths of them, and half within 5 %: what is asked of a planner whose meter counts everything in the process."""
+    runs = [run for run in load_published_runs() if run.peak_counts == "smi"]
+    errors = np.abs([run.peak_error for run in runs])
+    assert len(runs) >= 50
+    assert np.median(errors) <= 0.05
+    assert np.percentile(errors, 90) <= 0.12
 
 
 def test_shipped_residuals_are_the_fit_of_the_shipped_runs():
@@ -93,11 +133,9 @@ def test_shipped_residuals_are_the_fit_of_the_shipped_runs():
         (peak_residuals(load_published_runs()), shipped.peak),
     ):
         fitted = fit_spreads(residuals)
-        assert fitted.pooled.quantiles == pytest.approx(spreads.pooled.quantiles, abs=5e-3), REGENERATE
-        assert fitted.groups.keys() == spreads.groups.keys()
-        for group, spread in fitted.groups.items():
-            assert spread.quantiles == pytest.approx(spreads.groups[group].quantiles, abs=5e-3), REGENERATE
-            assert (spread.rows, spread.models) == (spreads.groups[group].rows, spreads.groups[group].models)
+        assert fitted.at(0.05).quantiles == pytest.approx(spreads.at(0.05).quantiles, abs=5e-3), REGENERATE
+        assert (fitted.rows, fitted.models) == (spreads.rows, spreads.models), REGENERATE
+        assert (fitted.sources, fitted.measured) == (spreads.sources, spreads.measured), REGENERATE
 
 
 def test_shipped_table_is_of_this_version():
@@ -164,12 +202,12 @@ def with_memory(path: Path, folder: Path) -> Path:
 def test_files_are_written_and_can_be_read(tmp_path):
     tables = [with_memory(path, tmp_path) for path in PUBLISHED]
     report = validate(tables)
-    verified = write_residuals(tmp_path, report, {})
+    verified = write_residuals(tmp_path, report, LeftOut())
     assert [c.left_out for c in verified["tokens_per_s_per_device"]] == ["model", "source"]
     found = read_residuals(tmp_path / "residuals.json")
-    assert found.step_time.pooled.rows == 9
-    assert set(found.step_time.pooled.sources) == {path.name for path in PUBLISHED}
-    assert {counted for _, counted in found.peak.groups} == {"process"}
+    assert found.step_time.rows == 9
+    assert set(found.step_time.sources) == {path.name for path in PUBLISHED}
+    assert found.step_time.measured == found.peak.measured
 
 
 def test_errors_of_refitted_constants_go_before_the_shipped_ones(tmp_path):
@@ -177,19 +215,24 @@ def test_errors_of_refitted_constants_go_before_the_shipped_ones(tmp_path):
     report = validate(tables)
     row = next(r.row_id for r in report.rows if r.status == "scored")
     fit = tmp_path / "fit.json"
-    fit.write_text(f'{{"model left out": {{"{row}": 0.25}}, "source left out": {{}}}}')
+    fit.write_text(
+        f'''{{"model left out": {{"{row}": 0.25}}, "source left out": {{}},
+        "spread": {{"model left out": {{"{row}": 0.07}}, "source left out": {{}}}}}}'''
+    )
     write_residuals(tmp_path, report, read_left_out(fit))
     with (tmp_path / "published_runs.csv").open() as stream:
         written = {run["row_id"]: run for run in csv.DictReader(stream)}
     # 25 % of logarithm too slow a step is a rate of e^-0.25 - 1 = -22.1 %.
     assert float(written[row]["error_without_model"]) == pytest.approx(-0.2212, abs=1e-4)
     assert written[row]["error_without_source"] == written[row]["error"]
+    assert float(written[row]["uncertain_without_model"]) == 0.07
+    assert float(written[row]["uncertain_without_source"]) > 0.0
 
 
 def test_too_little_is_refused(tmp_path):
     with pytest.raises(SpecError, match="0 runs scored for memory"):
-        write_residuals(tmp_path, validate(PUBLISHED), {})
+        write_residuals(tmp_path, validate(PUBLISHED), LeftOut())
     wrong = tmp_path / "fit.json"
-    wrong.write_text("{}")
-    with pytest.raises(SpecError, match="lacks model left out, source left out"):
+    wrong.write_text('{"model left out": {}, "source left out": {}}')
+    with pytest.raises(SpecError, match="and the same under spread"):
         read_left_out(wrong)

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from planner.export.serving.exporter import ServingExporter
-    from planner.serving.plan import ServePlan
+    from planner.serving.launcher import Rule, ServingLauncher
+    from planner.serving.plan import Pool, ServePlan
 
 __all__ = ["SERVING_EXPORTERS", "export_serving", "find_serving_exporter", "serving_problems"]
 
@@ -90,7 +91,10 @@ def export_serving(
 
 def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[Problem]:
     """Everything that keeps a launcher from running a plan."""
+    import numpy as np
+
     from planner.errors import Problem
+    from planner.export.serving.rules import SERVING_LAUNCHERS
 
     plan = target.plan
     where = f"--to {exporter.name}"
@@ -118,8 +122,32 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
         expected = "one of each role; vllm, sglang and trtllm start several"
         return [Problem(where, f"unlike {' and '.join(several)} pools", expected)]
     engine = exporter.engine(target)
-    problems = [problem for pool in plan.pools for problem in engine.rules(target, pool)]
+    launcher = SERVING_LAUNCHERS[engine.name]
+    problems = [
+        Problem(
+            f"{where}: {target.pool_name(pool)} pool", f"{target.degrees(pool)}: {rule.reason}", rule.expected
+        )
+        for pool in plan.pools
+        for rule in _rules(target, launcher, pool)
+        if not np.all(rule.ok)
+    ]
+    if any(pool.knobs.get("draft") == "eagle" and "draft_head" not in pool.knobs for pool in plan.pools):
+        problems.append(Problem(where, "a draft head that is not named", "serve --draft eagle:HUB_NAME"))
     return [*problems, *exporter.rules(target)]
+
+
+def _rules(target: ServingTarget, launcher: ServingLauncher, pool: Pool) -> Iterator[Rule]:
+    """What an engine says of a pool, alone and behind every pool of prompts."""
+    from planner.serving.launcher import Rule
+
+    replicas = target.replicas(pool)
+    yield from launcher.rules(replicas)
+    for slot, values in launcher.choices.items():
+        value = str(pool.knobs.get(slot, ""))
+        yield Rule(f"{slot}={value}", f"{slot} of {', '.join(sorted(values))}", not value or value in values)
+    for other in target.plan.pools if pool.role == "decode" else ():
+        if other.role == "prefill":
+            yield from launcher.pairs(target.replicas(other).ctx.mesh, replicas.ctx.mesh)
 
 
 def _systems(exporter: ServingExporter, around: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from planner.errors import ExportError, Infeasible, InvalidPlan, SpecError
 from planner.export.checking import Finding
 from planner.export.serving import find_serving_exporter, serving_problems
 from planner.export.serving.launched import LaunchedPool
+from planner.export.serving.rules import SERVING_LAUNCHERS
 from planner.export.serving.target import ServingTarget
 from planner.export.steps import way
 from planner.serving.plan import Pool, ServePlan
@@ -86,7 +87,8 @@ def _idle(target: ServingTarget, pools: Sequence[LaunchedPool]) -> Iterator[Find
 def best_of_engine(problem: ServeProblem, launcher: str) -> ServePlan | None:
     """The best plan for the same weights, caches and traffic that the same engine runs; None where there is none."""
     kept = {name: value for name, value in problem.fixed.items() if name in ("weights", "cache")}
-    free = replace(problem, fixed=kept, modes=("aggregated", "disaggregated"))
+    modes = ("aggregated", "disaggregated")
+    free = replace(problem, fixed=kept, modes=modes, launcher=SERVING_LAUNCHERS[launcher])
     exporter = find_serving_exporter(launcher)
     try:
         plans = serve(free, top=_CANDIDATES).plans

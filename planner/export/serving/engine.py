@@ -1,12 +1,11 @@
-"""What a serving engine is to an exporter: its configuration of a pool, the command that starts it, and its rules."""
+"""What a serving engine is to an exporter: its configuration of a pool, and the command that starts it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
@@ -14,10 +13,10 @@ __all__ = [
     "NO_CHECKPOINT",
     "Engine",
     "checkpoint_of",
+    "eagle_method",
     "needed_beside",
     "number_format",
     "quantized_checkpoint",
-    "uneven_heads",
 ]
 
 NO_CHECKPOINT = "name-your-checkpoint"
@@ -39,7 +38,6 @@ class Engine:
         environment: lines of shell in front of the command.
         router: the command that spreads requests over the replicas, over the arrays PREFILL and DECODE of addresses (one pool:
             DECODE); lines of shell.
-        rules: what it cannot run, or what its own parser accepts and its workers do not.
         online: number formats that it makes of a 16-bit checkpoint while it loads it → the value of its setting.
         differs: where it runs otherwise than the plan, one sentence each.
         needs: what has to be installed beside it, one sentence each.
@@ -53,12 +51,20 @@ class Engine:
     settings: Callable[[ServingTarget, Pool], Mapping[str, Any]]
     command: Callable[[ServingTarget, Pool, str], list[str]]
     router: Callable[[ServingTarget], list[str]]
-    rules: Callable[[ServingTarget, Pool], Iterator[Problem]]
     online: Mapping[str, str]
     environment: Callable[[ServingTarget, Pool], list[str]] = lambda target, pool: []
     differs: Callable[[ServingTarget], list[str]] = lambda target: []
     needs: Callable[[ServingTarget], list[str]] = lambda target: []
     router_package: str = ""
+
+
+def eagle_method(head: str) -> str:
+    """Which kind of draft head a checkpoint is, by its name: ``eagle``, or ``eagle3``, which reads hidden states of three layers.
+
+    >>> eagle_method("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")
+    'eagle3'
+    """
+    return "eagle3" if "eagle3" in head.lower().replace("-", "") else "eagle"
 
 
 def needed_beside(target: ServingTarget) -> list[str]:
@@ -93,18 +99,3 @@ def quantized_checkpoint(engine: Engine, target: ServingTarget) -> str:
 def checkpoint_of(engine: Engine, target: ServingTarget) -> str:
     """The hub id of what is served; empty where none is known, or where the plan's format is that of another checkpoint."""
     return "" if quantized_checkpoint(engine, target) else target.checkpoint
-
-
-def uneven_heads(target: ServingTarget, where: str, tp: int) -> Iterator[Problem]:
-    """Heads that tensor-parallel ranks cannot share evenly; KV heads may also be copied."""
-    for name, block in target.model.blocks.items():
-        attention = block.attention
-        if attention is None:
-            continue
-        if attention.heads % tp:
-            yield Problem(
-                where, f"{attention.heads} attention heads of layers {name!r} on tp={tp}", "a divisor"
-            )
-        if not attention.latent and attention.kv_heads % tp and tp % attention.kv_heads:
-            found = f"{attention.kv_heads} KV heads of layers {name!r} on tp={tp}"
-            yield Problem(where, found, "a divisor or a multiple")

@@ -32,7 +32,7 @@ class Drafts:
     Attributes:
         method: one of :data:`planner.specs.speculation.METHODS`.
         tokens: drafted tokens per step.
-        model: the smaller model of ``draft``, as the launch names it.
+        model: the smaller model of ``draft``, or the head of ``eagle``, as the launch names it.
     """
 
     method: str

@@ -6,10 +6,10 @@ pods learn their rank from ``LWS_WORKER_INDEX``; the chart has one template for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from planner.errors import Problem
 from planner.export.serving.bare import ENGINES
 from planner.export.serving.dynamo import flag_words
 from planner.export.serving.engine import NO_CHECKPOINT, Engine, checkpoint_of
@@ -144,6 +144,13 @@ def _first(target: ServingTarget) -> list[str]:
     return found
 
 
+def _rules(target: ServingTarget) -> Iterator[Problem]:
+    yield from in_pods(target, "--to llm-d")
+    if any(pool.mesh.get("cp", 1) > 1 for pool in target.plan.pools):
+        found = "ranks that share prompts (cp)"
+        yield Problem("--to llm-d", found, "cp of 1: the chart counts tensor and data ranks")
+
+
 EXPORTER = ServingExporter(
     name="llm-d",
     title="llm-d-modelservice",
@@ -152,6 +159,6 @@ EXPORTER = ServingExporter(
     engine=lambda target: ENGINES["vllm"],
     write=_write,
     start=lambda target: ["`bash deploy.sh`, then measure the gateway's address"],
-    rules=partial(in_pods, where="--to llm-d"),
+    rules=_rules,
     first=_first,
 )

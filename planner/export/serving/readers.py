@@ -7,16 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from planner.engine import Pricer
 from planner.errors import Problem, SpecError
 from planner.export.serving.launched import LaunchedPool
 from planner.export.serving.sglang_import import read_sglang
 from planner.export.serving.vllm_import import read_vllm
+from planner.serving.candidates import iterations_of
 from planner.serving.capacity import capacity
-from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of
+from planner.serving.space import DEGREES, mesh_of, row_of
 from planner.specs.cluster import Cluster
 from planner.specs.device import Sourced
 from planner.specs.model import Model
@@ -123,13 +121,14 @@ def _speculation(pool: LaunchedPool, acceptance: float | None) -> Speculation | 
     if acceptance is None:
         found = f"is missing; the launch drafts {drafts.tokens} tokens a step"
         raise SpecError(Problem("--acceptance", found, "a measured probability, such as 0.7"))
-    model = load_model(drafts.model) if drafts.model else None
-    return Speculation(drafts.method, acceptance, (drafts.tokens,), model)
+    head = drafts.model if drafts.method == "eagle" else ""
+    model = load_model(drafts.model) if drafts.method == "draft" else None
+    return Speculation(drafts.method, acceptance, (drafts.tokens,), model, head)
 
 
 def _completed(pool: LaunchedPool, model: Model) -> dict[str, Any]:
     """A pool's choices with what follows from the model."""
-    ranks = pool.fixed["tp"] * pool.fixed["dp"]
+    ranks = pool.fixed["tp"] * pool.fixed["dp"] * pool.fixed.get("cp", 1)
     moe = any(block.moe for block in model.blocks.values())
     found = {**pool.fixed, "ep": pool.fixed["ep"] if moe else 1}
     found["etp"] = max(ranks // found["ep"], 1) if moe else ranks
@@ -150,7 +149,7 @@ def _default_chunk(pool: LaunchedPool, cluster: Cluster) -> int:
 
 
 def _replicas(pool: LaunchedPool, cluster: Cluster) -> int:
-    size = int(pool.fixed["tp"] * pool.fixed["pp"] * pool.fixed["dp"])
+    size = int(pool.fixed["tp"] * pool.fixed["pp"] * pool.fixed["dp"] * pool.fixed.get("cp", 1))
     found, left = divmod(cluster.devices, size)
     if not found or left:
         raise SpecError(
@@ -183,7 +182,7 @@ def _beside_bytes(
     mine = _completed(pool, model)
     recipe = {t.slot: t.choices[0] for t in discover("serving").values() if t.default and t.slot}
     recipe |= {slot: str(mine[slot]) for slot in SERVING_SLOTS if slot in mine}
-    mesh = mesh_of(np.array([[float(mine[name]) for name in DEGREES]]))
+    mesh = mesh_of(row_of({name: mine.get(name, 1) for name in DEGREES}))
     problem = ServeProblem(model, cluster, traffic, stack)
     iterations = iterations_of(problem, recipe, mesh, Pricer(cluster, stack))
     assert stack.serving is not None

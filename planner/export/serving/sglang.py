@@ -1,19 +1,18 @@
 """SGLang: ``python -m sglang.launch_server --config``, one file per pool.
 
 Keys are the flags of SGLang 0.5.23 without their dashes. Its ``tp-size`` counts all ranks of a stage: attention ranks
-(``attn-dp-size``) lie inside, and both ``chunked-prefill-size`` and ``max-running-requests`` are shared out among them.
-``mem-fraction-static`` is the part of a device's memory for weights and caches alone, without activations and what the process
-holds besides.
+(``attn-dp-size``) and those that share prompts (``attn-cp-size``) lie inside, and both ``chunked-prefill-size`` and
+``max-running-requests`` are shared out among attention ranks. ``mem-fraction-static`` is the part of a device's memory for
+weights and caches alone, without activations and what the process holds besides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
-from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
+from planner.export.serving.engine import Engine, eagle_method, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -26,9 +25,9 @@ _BOOTSTRAP = 8998
 
 
 def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
-    mesh, knobs = pool.mesh, pool.knobs
+    mesh, knobs, shared = pool.mesh, pool.knobs, pool.mesh.get("cp", 1)
     found: dict[str, Any] = {
-        "tp-size": mesh["tp"] * mesh["dp"],
+        "tp-size": mesh["tp"] * mesh["dp"] * shared,
         "pp-size": mesh["pp"],
         "attn-dp-size": mesh["dp"],
         "ep-size": mesh["ep"],
@@ -37,6 +36,15 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "context-length": target.context_tokens,
         "mem-fraction-static": _static_fraction(target, pool),
     }
+    if shared > 1:
+        # An indexer's keys are dealt token by token; dense layers lie whole on every rank.
+        indexed = any(b.attention and b.attention.index_heads for b in target.model.blocks.values())
+        found |= {
+            "attn-cp-size": shared,
+            "enable-prefill-cp": True,
+            "cp-strategy": "interleave" if indexed else "zigzag",
+            "moe-dense-tp-size": 1,
+        }
     if target.cache_parts(pool) > 1:
         found["dcp-size"] = target.cache_parts(pool)
     if knobs["experts"] == "exchanged":
@@ -59,7 +67,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         }
     if "draft" in knobs:
         drafted = int(knobs["draft_tokens"])
-        found["speculative-algorithm"] = _DRAFTS.get(knobs["draft"], "STANDALONE")
+        heads = {"eagle": eagle_method(target.draft(pool)).upper()} if knobs["draft"] == "eagle" else {}
+        found["speculative-algorithm"] = {**_DRAFTS, **heads}.get(knobs["draft"], "STANDALONE")
         if knobs["draft"] not in _DRAFTS:
             found["speculative-draft-model-path"] = target.draft(pool)
         found |= {
@@ -109,26 +118,6 @@ def _router(target: ServingTarget) -> list[str]:
     ]
 
 
-def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to sglang: {target.pool_name(pool)} pool", pool.mesh
-    if pool.knobs["experts"] == "exchanged" and mesh["ep"] != mesh["tp"] * mesh["dp"]:
-        yield Problem(
-            where,
-            f"tokens travel to experts with ep={mesh['ep']}",
-            f"all {mesh['tp'] * mesh['dp']} ranks of a stage",
-        )
-    if pool.knobs.get("draft") == "ngram" and mesh["dp"] > 1:
-        yield Problem(
-            where, f"tokens drafted from the prompt beside dp={mesh['dp']}", "dp=1, or another draft"
-        )
-    yield from uneven_heads(target, where, mesh["tp"])
-    if pool.role == "decode" and mesh["pp"] > 1:
-        stages = {other.mesh["pp"] for other in target.plan.pools if other.role == "prefill"}
-        if stages != {mesh["pp"]}:
-            had = " and ".join(map(str, sorted(stages)))
-            yield Problem(where, f"pp={mesh['pp']}", f"1, or {had} as prefill has")
-
-
 ENGINE = Engine(
     name="sglang",
     title="SGLang",
@@ -137,7 +126,6 @@ ENGINE = Engine(
     settings=_settings,
     command=_command,
     router=_router,
-    rules=_rules,
     online={"fp8": "fp8"},
     needs=needed_beside,
     router_package="sglang-router",

@@ -19,7 +19,6 @@ _SHORT = {
     "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--attn-cp-size": "context parallelism",
     "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
     "--enable-hierarchical-cache": "caches on the host",
@@ -57,10 +56,16 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     replicas, attention = flags.integer("--dp-size", 1), flags.integer("--attn-dp-size", 1)
     if flags.present("--enable-dp-attention"):
         attention, replicas = max(attention, replicas), 1
-    if ranks % attention:
-        flags.fault("--attn-dp-size", str(attention), f"a divisor of --tp-size ({ranks})")
-        attention = 1
-    fixed: dict[str, Any] = {"tp": ranks // attention, "pp": pp, "dp": attention, "ep": ep}
+    shared = flags.integer("--attn-cp-size", 1)
+    if ranks % (attention * shared):
+        found = f"{attention}" + (f" beside --attn-cp-size {shared}" if shared > 1 else "")
+        flags.fault("--attn-dp-size", found, f"a divisor of --tp-size ({ranks})")
+        attention = shared = 1
+    fixed: dict[str, Any] = {"tp": ranks // (attention * shared), "pp": pp, "dp": attention, "ep": ep}
+    if shared > 1:
+        fixed |= {"cp": shared, "prompt_ranks": "all_gather"}
+    if shared > 1 and not flags.present("--enable-prefill-cp"):
+        flags.fault("--attn-cp-size", "without --enable-prefill-cp", "both, or neither")
     parts = flags.integer("--dcp-size", 1)
     if parts > 1:
         fixed["cache_copies"] = "dcp"
@@ -70,7 +75,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
             f"--dp-size {replicas} without attention ranks: {replicas} replicas of {ranks * pp} devices."
         )
     exchange = flags.text("--moe-a2a-backend", "none")
-    fixed["experts"] = "gathered" if exchange == "none" or attention == 1 else "exchanged"
+    fixed["experts"] = "gathered" if exchange == "none" or attention * shared == 1 else "exchanged"
     fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
     dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
     if quantization in FORMATS:
@@ -103,7 +108,11 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     context = flags.integer("--context-length", None)
     wasteful, drafts = _wasteful(flags.flags, chunk), _drafts(flags)
     adapters = launched_adapters(flags, "--max-loras-per-batch", 8)
-    flags.read |= _PASSIVE | {"--disable-cuda-graph", "--disable-radix-cache"}
+    flags.read |= (
+        _PASSIVE
+        | {"--enable-prefill-cp", "--cp-strategy", "--moe-dense-tp-size"}
+        | {"--disable-cuda-graph", "--disable-radix-cache"}
+    )
     model = flags.text("--model-path", "")
     flags.raise_if_any()
     ignored = tuple(flags.unread())
@@ -135,12 +144,14 @@ def _drafts(flags: FlagReader) -> Drafts | None:
         return Drafts("ngram", tokens)
     if algorithm in ("NEXTN", "EAGLE") and not model:
         return Drafts("mtp", tokens)
+    if algorithm in ("EAGLE", "EAGLE3") and model:
+        return Drafts("eagle", tokens, model)
     if algorithm == "STANDALONE" and model:
         return Drafts("draft", tokens, model)
     flags.fault(
         flag,
         f"{algorithm}{' with a draft of its own' * bool(model)}: not modelled",
-        "NEXTN, NGRAM or STANDALONE",
+        "EAGLE, NEXTN, NGRAM or STANDALONE",
     )
     return None
 

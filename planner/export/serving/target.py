@@ -7,23 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from planner.engine import Pricer
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
+from planner.serving.candidates import iterations_of
 from planner.serving.capacity import Capacity, capacity
+from planner.serving.launcher import Replicas
 from planner.serving.plan import Pool, ServePlan
 from planner.serving.replay import problem_of
-from planner.serving.search import iterations_of
-from planner.serving.space import DEGREES, mesh_of, recipe_of
+from planner.serving.space import mesh_of, recipe_of, row_of
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.serving_stack import ServingSoftware
 from planner.specs.stack import load_stack
+from planner.technique import ServingContext
 from planner.techniques.serving.cache_copies.context_parallel_inference import copies
+from planner.units import counted
 
 __all__ = ["FIRST_PORT", "Seat", "ServingTarget", "summary"]
 
@@ -110,7 +111,9 @@ class ServingTarget:
         return published_name(self.model) or (self.plan.model if "/" in self.plan.model else "")
 
     def draft(self, pool: Pool) -> str:
-        """The hub's name of a pool's draft model, or the model's own where no name is known."""
+        """The hub's name of a pool's draft head or model, or the model's own where no name is known."""
+        if "draft_head" in pool.knobs:
+            return str(pool.knobs["draft_head"])
         name = str(pool.knobs["draft"])
         return published_name(load_model(name)) or name
 
@@ -135,6 +138,27 @@ class ServingTarget:
     def cache_parts(self, pool: Pool) -> int:
         """Into how many parts tensor ranks split what they would hold copies of."""
         return int(copies(self.model, _mesh(pool))[0]) if pool.knobs.get("cache_copies") == "dcp" else 1
+
+    def degrees(self, pool: Pool) -> str:
+        """A pool's degrees as they are fixed: those above 1, or its single device."""
+        shown = [n for n in pool.mesh if n != "etp" or any(block.moe for block in self.model.blocks.values())]
+        return " ".join(f"{name}={pool.mesh[name]}" for name in shown if pool.mesh[name] > 1) or "1 device"
+
+    def replicas(self, pool: Pool) -> Replicas:
+        """The pool as an engine's rules see it."""
+        problem = self.problem
+        ctx = ServingContext(
+            problem.model,
+            self.cluster(pool),
+            problem.traffic,
+            problem.stack,
+            _mesh(pool),
+            recipe_of(pool.knobs),
+        )
+        drafting = problem.speculation is not None and "draft" in pool.knobs
+        return Replicas(
+            ctx, pool.role, problem.speculation.method if drafting and problem.speculation else ""
+        )
 
     def capacity(self, pool: Pool) -> Capacity:
         """What a device of the pool holds."""
@@ -258,7 +282,7 @@ def summary(plan: ServePlan) -> list[str]:
         pools.append(f"{pool.role}: {pool.replicas} x {degrees or '1 device'}, {pool.knobs['weights']}")
     estimate = plan.estimate
     return [
-        f"Plan {plan.id}: {plan.model} on {plan.devices} devices of {plan.cluster}; {'; '.join(pools)}.",
+        f"Plan {plan.id}: {plan.model} on {counted(plan.devices, 'device')} of {plan.cluster}; {'; '.join(pools)}.",
         f"Predicted for {plan.traffic['isl']} tokens in, {plan.traffic['osl']} out: "
         f"{estimate.goodput_requests_per_s:.4g} requests/s, {estimate.output_tokens_per_s_per_device:.4g} tokens/s per device, "
         f"first token {estimate.ttft_s['mean'] * 1e3:.4g} ms, then {estimate.tpot_s['mean'] * 1e3:.4g} ms per token (means).",
@@ -266,4 +290,4 @@ def summary(plan: ServePlan) -> list[str]:
 
 
 def _mesh(pool: Pool) -> Mesh:
-    return mesh_of(np.array([[float(pool.mesh[name]) for name in DEGREES]]))
+    return mesh_of(row_of(pool.mesh))

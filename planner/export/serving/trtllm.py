@@ -7,11 +7,10 @@ Keys are fields of ``TorchLlmArgs`` (tensorrt_llm/llmapi/llm_args.py, 1.2) and o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
-from planner.export.serving.engine import Engine, uneven_heads
+from planner.export.serving.engine import Engine
 from planner.export.serving.target import ServingTarget
 from planner.serving.plan import Pool
 
@@ -85,21 +84,6 @@ def _router(target: ServingTarget) -> list[str]:
     ]
 
 
-def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to trtllm: {target.pool_name(pool)} pool", pool.mesh
-    if mesh["dp"] > 1 and mesh["tp"] > 1:
-        yield Problem(where, f"tp={mesh['tp']} beside dp={mesh['dp']}", "attention ranks of one device each")
-    if target.problem.traffic.adapters is not None:
-        yield Problem(where, "low-rank adapters", "none: this export does not say how it is told of them")
-    if target.span(pool) > 1:
-        found = f"a replica over {target.span(pool)} nodes"
-        hint = "Ranks on several nodes are started by the site's MPI (trtllm-llmapi-launch)."
-        yield Problem(
-            where, found, f"replicas of at most {target.per_node(target.cluster(pool))} devices", hint
-        )
-    yield from uneven_heads(target, where, mesh["tp"])
-
-
 def _differs(target: ServingTarget) -> list[str]:
     if any(pool.mesh["dp"] > 1 and pool.mesh["ep"] > 1 for pool in target.plan.pools):
         return [
@@ -116,7 +100,6 @@ ENGINE = Engine(
     settings=_settings,
     command=_command,
     router=_router,
-    rules=_rules,
     online={},
     differs=_differs,
 )

@@ -7,11 +7,10 @@ whole memory that the engine may use for everything, which is what the planner's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
-from planner.export.serving.engine import Engine, needed_beside, number_format, uneven_heads
+from planner.export.serving.engine import Engine, eagle_method, needed_beside, number_format
 from planner.export.serving.target import FIRST_PORT, ServingTarget
 from planner.serving.plan import Pool
 from planner.specs.traffic import ADAPTER_RANK
@@ -44,6 +43,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         "max-num-batched-tokens": target.iteration_tokens(pool),
         "gpu-memory-utilization": float(target.software("vllm", pool).memory_fraction),
     }
+    if mesh.get("cp", 1) > 1:
+        found["prefill-context-parallel-size"] = mesh["cp"]
     if target.cache_parts(pool) > 1:
         found["decode-context-parallel-size"] = target.cache_parts(pool)
     if mesh["ep"] > 1:
@@ -69,12 +70,17 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
             "max-lora-rank": traffic.adapter_rank or ADAPTER_RANK,
         }
     if "draft" in knobs:
+        own = _DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}
+        if knobs["draft"] == "eagle":
+            own |= {"method": eagle_method(target.draft(pool))}
         found["speculative-config"] = {
-            **(_DRAFTS.get(knobs["draft"]) or {"model": target.draft(pool)}),
+            **own,
             "num_speculative_tokens": int(knobs["draft_tokens"]),
         }
     if pool.role != "aggregated":
-        found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        # Ranks that share prompts may only send; the role of either side is none of the connector's business otherwise.
+        role = "kv_producer" if mesh.get("cp", 1) > 1 else "kv_both"
+        found["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": role}
     return found
 
 
@@ -109,28 +115,6 @@ def _router(target: ServingTarget) -> list[str]:
     ]
 
 
-def _rules(target: ServingTarget, pool: Pool) -> Iterator[Problem]:
-    where, mesh = f"--to vllm: {target.pool_name(pool)} pool", pool.mesh
-    ranks = mesh["tp"] * mesh["dp"]
-    moe = any(block.moe for block in target.model.blocks.values())
-    if moe and mesh["ep"] not in (1, ranks):
-        yield Problem(where, f"ep={mesh['ep']}", f"1, or all {ranks} ranks of a stage")
-    if pool.knobs["experts"] == "exchanged" and mesh["dp"] == 1:
-        yield Problem(
-            where, "tokens travel to experts without data parallelism", "dp from 2, or experts=gathered"
-        )
-    yield from uneven_heads(target, where, mesh["tp"])
-    if mesh["pp"] > 1 and pool.role == "decode":
-        yield Problem(where, f"pp={mesh['pp']}", "1: NixlConnector counts caches per rank of one stage")
-    windowed = any(b.attention and b.attention.window for b in target.model.blocks.values())
-    if mesh["pp"] > 1 and pool.role == "prefill" and windowed:
-        yield Problem(
-            where,
-            f"pp={mesh['pp']} with windows in the cache",
-            "1: NixlConnector moves such caches of one stage alone",
-        )
-
-
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
@@ -139,7 +123,6 @@ ENGINE = Engine(
     settings=_settings,
     command=_command,
     router=_router,
-    rules=_rules,
     online={"fp8": "fp8"},
     environment=_environment,
     needs=needed_beside,

@@ -22,7 +22,6 @@ _SHORT = {
     "--model-tag": "--model",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--prefill-context-parallel-size": "context parallelism",
     "--cpu-offload-gb": "weights on the host",
     "--kv-offloading-size": "caches on the host",
 }
@@ -49,7 +48,10 @@ def read_vllm(path: str | Path) -> LaunchedPool:
             flags.fault(flag, f"{what}: not modelled")
     tp, pp, dp = (flags.integer(f"--{name}-parallel-size", 1) for name in ("tensor", "pipeline", "data"))
     experts = flags.present("--enable-expert-parallel")
-    fixed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "ep": tp * dp if experts else 1}
+    shared = flags.integer("--prefill-context-parallel-size", 1)
+    fixed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "ep": tp * dp * shared if experts else 1}
+    if shared > 1:
+        fixed |= {"cp": shared, "prompt_ranks": "all_gather"}
     backend = flags.text("--all2all-backend", "allgather_reducescatter")
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
@@ -120,9 +122,11 @@ def _drafts(flags: FlagReader) -> Drafts | None:
     method = str(said.get("method") or ("draft_model" if model else ""))
     if method.endswith("mtp"):  # deepseek_mtp, qwen3_next_mtp, …: the model's own modules under earlier names
         return Drafts("mtp", tokens)
+    if method in ("eagle", "eagle3") and model:
+        return Drafts("eagle", tokens, model)
     if method == "ngram" or (method == "draft_model" and model):
         return Drafts("ngram", tokens) if method == "ngram" else Drafts("draft", tokens, model)
-    flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, or a draft model")
+    flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, eagle with its head, or a draft model")
     return None
 
 

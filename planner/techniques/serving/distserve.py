@@ -5,6 +5,8 @@ What it does: prefill replicas run prompts and hand keys and values to decode re
 Saves: prompts do not delay generation, and each phase gets the layout that suits it.
 Costs: keys and values travel; a prompt waits in a queue of its own; two copies of the weights.
 Assumes: Poisson arrivals, prompts of one length (M/D/1); a layer's cache travels while the next layer runs.
+Second hand: the lengths of the conversations that its simulator's best placement is for; with their means, and the constants of
+    an engine of 2023, the search finds the same placement within a seventh of the same rate (tests/paper).
 Source: Zhong et al. 2024 (DistServe, OSDI) section 3.1; Patel et al. 2024 (Splitwise, ISCA) section 4.2.
 """
 

@@ -6,6 +6,8 @@ Saves: devices: a model larger than the device's memory is served, at the throug
 Costs: latency: a block's answers take minutes to hours.
 Assumes: streams overlap but for the way in; a place is filled to four fifths; attention to what lies beyond the device is the
     host's.
+Not reproduced: of its table, the runs with weights and caches in 4 bits, whose compression takes host and device time that is not
+    published; OPT-175B from disk needs the paper's disk, not the slower one that its repository's constants are of.
 Source: Sheng et al. 2023 (FlexGen, ICML, arXiv:2303.06865); FMInference/FlexLLMGen.
 """
 

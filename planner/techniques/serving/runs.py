@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Pass",
     "cache_bytes_per_token",
+    "default",
     "parameter_bytes",
     "read_bytes",
     "read_bytes_per_token",
@@ -34,12 +35,13 @@ _ENDS = ("embedding", "head", "boundary")
 
 
 def run(
-    slot: str, subject: Pass, *, model: str | Model, decodes: float = 1.0, context: float = 1024.0, prefill: float = 0.0,
+    slot: str, subject: Pass, *, model: str | Model, decodes: float = 1.0, cached: float = 1024.0, prefill: float = 0.0,
     cluster: str = "h100-sxm:1x8", **choices: Any,
 ) -> Ledger:  # fmt: skip
     """The ledger of one iteration with ``subject`` as the pass of ``slot``; all other slots have their defaults.
 
-    ``choices`` are degrees (1 unless given), knobs, and the adapters that the traffic asks for.
+    ``cached`` tokens lie in a generating sequence's cache. ``choices`` are degrees (1 unless given), knobs, and the adapters that
+    the traffic asks for.
     """
     from planner.composition import Composition, composition_axes, iteration_ledger
     from planner.mesh import Mesh
@@ -61,16 +63,18 @@ def run(
     for name in SERVING_SLOTS:
         apply = subject if name == slot else defaults[name].apply
         ledger = apply(ledger, ctx)
-    batch = Composition(
-        *(np.array([x]) for x in (decodes, decodes * context, prefill, (prefill + 1.0) / 2.0))
-    )
+    batch = Composition(*(np.array([x]) for x in (decodes, decodes * cached, prefill, (prefill + 1.0) / 2.0)))
     return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch))
+
+
+def default(slot: str) -> Pass:
+    """The default pass of a slot."""
+    return next(t for t in discover("serving").values() if t.slot == slot and t.default).apply
 
 
 def sixteen(ledger: Ledger, ctx: ServingContext) -> Ledger:
     """The default pass of the slot ``weights``."""
-    found = next(t for t in discover("serving").values() if t.slot == "weights" and t.default)
-    return found.apply(ledger, ctx)
+    return default("weights")(ledger, ctx)
 
 
 def repeats(ledger: Ledger, block: str) -> int:
@@ -111,8 +115,7 @@ def read_bytes(ledger: Ledger) -> float:
 def read_bytes_per_token(slot: str, subject: Pass, model: str) -> float:
     """Bytes of the cache that a generating sequence reads in all layers per token of context."""
     one, other = (
-        read_bytes(run(slot, subject, model=model, decodes=1.0, context=context))
-        for context in (1000.0, 2000.0)
+        read_bytes(run(slot, subject, model=model, decodes=1.0, cached=cached)) for cached in (1000.0, 2000.0)
     )
     return (other - one) / 1000.0
 

@@ -27,7 +27,7 @@ _NARROW = ("fp8", "fp8_block", "nvfp4")
 def valid(ctx: ServingContext) -> Iterable[Check]:
     """There is somewhere to send tokens to."""
     yield from whole_experts(ctx)
-    yield Check("an exchange of tokens without attention ranks", ctx.mesh.dp > 1)
+    yield Check("an exchange of tokens without attention ranks", ctx.mesh.cp * ctx.mesh.dp > 1)
     yield Check("an exchange of tokens to experts that are cut", ctx.mesh.etp == 1)
 
 

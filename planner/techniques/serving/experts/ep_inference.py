@@ -1,8 +1,8 @@
 """Expert parallelism of an iteration: experts are spread over ``ep`` ranks, each cut over ``etp``.
 
 What it does: a rank works on the tokens that chose its experts, and reads those experts' weights only. Where all ranks hold the
-    same tokens (one attention batch), partial sums are all-reduced; where attention ranks batch requests of their own (dp > 1),
-    their tokens are gathered before the experts and scattered behind them.
+    same tokens (one attention batch), partial sums are all-reduced; where attention ranks batch requests of their own (dp > 1)
+    or share prompts (cp > 1), their tokens are gathered before the experts and scattered behind them.
 Saves: weights of experts, divided by ep · etp.
 Costs: the all-reduce of a network, or a gather and a reduce-scatter of all tokens; ranks wait for the busiest.
 Assumes: routing is uniform and independent (expected distinct experts E(1 − (1 − k/E)^T)); the busiest rank's share follows from
@@ -28,9 +28,10 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     if not blocks:
         return ledger
     ledger = spread(ledger, ctx, "ep_inference")
-    replica = Group("replica", mesh.tp * mesh.dp, np.ones(1))
-    together, apart = (mesh.dp == 1).astype(float), (mesh.dp > 1).astype(float)
-    ledger = ledger.set_axes(summed_experts=together, gathered_experts=apart * mesh.dp)
+    owners = mesh.cp * mesh.dp  # ranks that have tokens of their own
+    replica = Group("replica", mesh.tp * owners, np.ones(1))
+    together, apart = (owners == 1).astype(float), (owners > 1).astype(float)
+    ledger = ledger.set_axes(summed_experts=together, gathered_experts=apart * owners)
     own = ctx.stack.serving is None or ctx.stack.serving.all_reduce == "own"
     added: list[Item] = []
     for block in blocks:
@@ -45,7 +46,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
                 **common,  # type: ignore[arg-type]
             ),
             Collective(
-                what="moe.gather", kind="all_gather", group=mesh.group("dp"), size=f"{tokens}*gathered_experts",
+                what="moe.gather", kind="all_gather", group=mesh.group("dp_cp"), size=f"{tokens}*gathered_experts",
                 **common,  # type: ignore[arg-type]
             ),
             Collective(

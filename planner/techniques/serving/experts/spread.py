@@ -19,7 +19,7 @@ def mixtures(ctx: ServingContext) -> list[str]:
 def whole_experts(ctx: ServingContext) -> Iterable[Check]:
     """The experts' mesh holds the replica's ranks; whole experts and columns per rank."""
     mesh = ctx.mesh
-    yield Check("etp·ep differs from tp·dp", mesh.etp * mesh.ep == mesh.tp * mesh.dp)
+    yield Check("etp·ep differs from tp·cp·dp", mesh.etp * mesh.ep == mesh.tp * mesh.cp * mesh.dp)
     for block in mixtures(ctx):
         moe = ctx.model.blocks[block].moe
         assert moe is not None
@@ -37,4 +37,8 @@ def spread(ledger: Ledger, ctx: ServingContext, by: str) -> Ledger:
         b = item.block
         return replace(item, groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by=by)
 
-    return ledger.shard(experts=mesh.ep, expert_ffn=mesh.etp).scale(expert_rows=mesh.dp).edit(Matmul, busy)
+    return (
+        ledger.shard(experts=mesh.ep, expert_ffn=mesh.etp)
+        .scale(expert_rows=mesh.cp * mesh.dp)
+        .edit(Matmul, busy)
+    )

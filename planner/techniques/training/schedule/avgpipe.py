@@ -68,7 +68,7 @@ TECHNIQUE = Technique(
             of_pass=True,
         ),
     ),
-    valid=accepts(ORDER),
+    valid=accepts(ORDER, copies=True),
     apply=apply,
     order=ORDER,
     searched=False,

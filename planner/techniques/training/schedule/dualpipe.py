@@ -174,7 +174,7 @@ TECHNIQUES = (
                 lambda order: figures.in_flight_to_backward(order, 16, 64, 2),
             ),
         ),
-        valid=accepts(BOTH_WAYS),
+        valid=accepts(BOTH_WAYS, copies=True),
         apply=_copies_and_operands,
         order=BOTH_WAYS,
         searched=False,

@@ -54,7 +54,7 @@ TECHNIQUE = Technique(
             second_hand=True,
         ),
     ),
-    valid=accepts(ORDER),
+    valid=accepts(ORDER, copies=True),
     apply=sum_copies,
     order=ORDER,
     searched=False,

@@ -20,6 +20,7 @@ from planner.schedule.order import ORDERS
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.schedule.rules import accepts
 
 ORDER = replace(ORDERS["1f1b"], name="pipedream", barrier=False, flushes=False, bound_s=None)
 
@@ -62,6 +63,7 @@ TECHNIQUE = Technique(
             of_pass=True,
         ),
     ),
+    valid=accepts(ORDER, copies=True),
     apply=apply,
     order=ORDER,
     searched=False,

@@ -16,7 +16,7 @@ import numpy as np
 from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
-from planner.specs.parameters import parameter_count
+from planner.specs.parameters import embedding_parameters, head_parameters, parameter_count
 from planner.technique import Check, Context
 
 __all__ = [
@@ -130,19 +130,28 @@ def whole_update(ledger: Ledger) -> Ledger:
 
 
 def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
-    """Adds the copies of a bucket that the software holds beside the gradients, dealt to a device's blocks by their gradients."""
+    """Adds the copies of a bucket that the software holds beside the gradients.
+
+    A bucket is no larger than a device's gradients. A device has one set of them, whatever else it holds: they are dealt to the
+    layers, of which all devices have as many, and not to the embedding and the head.
+    """
     copies, bucket = ctx.stack.bucket_copies, ctx.stack.gradient_bucket_bytes.value
     if copies is None:
         return ledger
-    held = parameter_count(ctx.model) / (ctx.mesh.tp * ctx.mesh.pp) * dtype_bytes(ctx.gradient_dtype)
+    model, width = ctx.model, dtype_bytes(ctx.gradient_dtype) / (ctx.mesh.tp * ctx.mesh.pp)
+    ends = embedding_parameters(model) + head_parameters(model)
+    held, layers = parameter_count(model) * width, (parameter_count(model) - ends) * width
     several = ctx.mesh.dp * ctx.mesh.cp > 1
     buffers = [
         replace(
             item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by
         )
         for item in ledger.of(Resident, pool="gradients", lifetime="always")
+        if item.block not in ("embedding", "head")
     ]
-    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket / held, 1.0)).add(buffers)
+    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket, held) / layers).add(
+        buffers
+    )
 
 
 def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[Resident]:

@@ -171,7 +171,7 @@ def estimate_served(
     if as_json:
         print_json(content)
     else:
-        from planner.report.served import show_launch
+        from planner.report.launched_serving import show_launch
 
         show_launch(plan, best, notes)
 
@@ -197,7 +197,7 @@ def check_served(job: JobOptions, source: tuple[str, str], traffic: TrafficOptio
             }
         )
     else:
-        from planner.report.served import show_served_check
+        from planner.report.launched_serving import show_served_check
 
         show_served_check(source[0], problem, found, notes, plan, best, steps)
     return any(finding.level == "error" for finding in found)

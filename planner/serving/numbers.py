@@ -1,0 +1,88 @@
+"""How many replicas of two pools answer most together: rate matching on given devices, or the fewest for a rate."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.ledger import Array
+from planner.serving.launcher import nodes_taken
+from planner.specs.serve_problem import ServeProblem
+
+__all__ = ["numbers_of", "seated_numbers"]
+
+_BISECTIONS = 40
+
+
+def numbers_of(
+    problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
+    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
+
+    With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
+    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
+    """
+    devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
+    if wanted is None and not problem.machines_count:
+        return _thriftiest(devices, prompts, answers, left, right)
+    if wanted is not None:
+        x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
+        return np.where(x * left + y * right <= devices, x, 0.0), y
+
+    def beside(y: Array) -> Array:
+        return np.floor((devices - y * right) / left)
+
+    low, high = np.ones_like(left), np.floor((devices - left) / right)
+    for _ in range(_BISECTIONS):
+        if not np.any(high - low > 1.0):
+            break
+        middle = np.floor((low + high) / 2.0)
+        slower = middle * answers <= beside(middle) * prompts
+        low, high = np.where(slower, middle, low), np.where(slower, high, middle)
+    first, second = (np.minimum(y * answers, beside(y) * prompts) for y in (low, high))
+    y = np.where(second > first, high, low)
+    needed = np.ceil(y * answers / prompts - 1e-9)
+    return np.minimum(beside(y), needed), y
+
+
+def seated_numbers(
+    problem: ServeProblem, x: Array, y: Array, sizes: tuple[Array, Array], rates: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Numbers of replicas that an engine finds nodes for: one fewer of the pool that is missed less, until they stand.
+
+    Sizes that divide a node always do.
+    """
+    per_node = float(problem.cluster.groups[0].devices_per_node)
+    nodes = sum(group.nodes for group in problem.cluster.groups)
+    if problem.launcher is None or not any(np.any((s < per_node) & (per_node % s > 0.0)) for s in sizes):
+        return x, y
+    while True:
+        short = (nodes_taken(per_node, np.stack(sizes), np.stack([x, y])) > nodes) & (x > 0.0) & (y > 0.0)
+        if not short.any():
+            return x, y
+        fewer = np.minimum((x - 1.0) * rates[0], y * rates[1]) >= np.minimum(
+            x * rates[0], (y - 1.0) * rates[1]
+        )
+        x, y = x - (short & fewer), y - (short & ~fewer)
+
+
+def _thriftiest(
+    devices: int, prompts: Array, answers: Array, left: Array, right: Array
+) -> tuple[Array, Array]:
+    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
+
+    Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
+    """
+    best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
+    for count in range(1, int(np.max((devices - left) / right)) + 1):
+        needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
+        for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
+            beside = np.minimum(whole, room)
+            able, used = beside >= 1.0, np.maximum(beside * left + count * right, 1.0)
+            value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
+            better = value > best * (1.0 + 1e-9)
+            best, x, y = (
+                np.where(better, value, best),
+                np.where(better, beside, x),
+                np.where(better, float(count), y),
+            )
+    return x, y
