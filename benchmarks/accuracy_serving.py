@@ -30,7 +30,8 @@ percentiles. This page is written by `benchmarks/accuracy_serving.py`; constants
 `benchmarks/fit_serving.py` to the rows of the same tables, one set per stack and generation of accelerators. How a benchmark
 drove its engine, and which options its scripts gave, is in `planner/validation/benchmark_suites.toml`. The tables are published
 by ai-dynamo/aiconfigurator (InferenceX and Dynamo runs), NVIDIA/TensorRT-LLM, NVIDIA/FasterTransformer, Splitwise, llama.cpp
-users, APEX and LLMServingSim; half of their rows were seen.
+users, APEX and LLMServingSim; half of their rows were seen. On sources that nothing was fitted to, errors are two to four times
+as large: [held-out serving runs](held_out_serving.md).
 """
 TAIL = """
 ## What the model leaves out
@@ -39,6 +40,9 @@ TAIL = """
   without it and not counted from the day on which a suite ran both ways, nor are configurations whose repeats differ by more than
   25 % in the time between tokens.
 - **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
+  In pools, what is missing of a first token is what one stall of up to seventy seconds at the beginning of a run would add. It
+  is hardly a queue: the same pools and clients, simulated request by request with all of them at the door at first, wait at most
+  half as long again, mostly less than foretold (41 runs of up to 512 clients).
 - **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
 - **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can, those for prompts to take
   as many that wait as their budget has room for: rows state a batch of one prompt throughout, and measured more than it allows.

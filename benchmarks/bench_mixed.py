@@ -87,7 +87,7 @@ def main(jobs: tuple[tuple[str, str, str, int, int], ...] = JOBS) -> None:
         alone = [step_s(replace(problem, cluster=part)) for part in problem.cluster.parts]
         alike = step_s(problem)
         start, begun = time.perf_counter(), time.process_time()
-        run = MixedSearch(problem, alike if np.isfinite(alike) else 1e9, "auto", np.inf)
+        run = MixedSearch(problem, alike if np.isfinite(alike) else 1e9, "auto")
         run.go()
         cpu_s, wall_s = time.process_time() - begun, time.perf_counter() - start
         certificate = run.finished()

@@ -75,6 +75,7 @@ def explain(
         "binds": binding(assembly),
         "sensitivities": sensitivities(problem, assembly.plan),
         "discrepancy": difference,
+        "found_by": None if written is None else written.optimality.solver,
         "changed": None if written is None else _changed(written, assembly.plan),
     }
     if as_json:

@@ -41,25 +41,27 @@ def chosen_search(problems: Sequence[Problem], asked: TrainOptions) -> Callable[
             return None
     from planner.solve.layerwise.search import search_layerwise
     from planner.solve.mixed.search import applies, search_mixed
+    from planner.solve.time_limit import TimeLimit
     from planner.solve.train import search
     from planner.solve.widening import search_widening
 
     raise_if_any(_conflicts(asked, not own or all(applies(problem) for problem in problems)))
-    limit = _time_limit(asked, _EXPLORATION if plain else _TIME_LIMIT)
-    alike: Callable[..., SearchResult] = partial(search_widening, **limit) if explores else search
-    if plain:
-        return alike
-    chosen: dict[str, Any] = {"solver": asked.solver} | limit
+    limit = TimeLimit(_time_limit(asked, _EXPLORATION if plain else _TIME_LIMIT))
+    clusters = [id(problem) for problem in problems]  # which are searched one after the other
+    alike: Callable[..., SearchResult] = search_widening if explores else search
     uneven = asked.stages == "uneven"
     if asked.layerwise:
-        alike = partial(search_layerwise, uneven=uneven, exact=asked.exact, **chosen)
+        alike = partial(search_layerwise, uneven=uneven, exact=asked.exact, solver=asked.solver)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
+        left_s = limit.share(len(clusters) - clusters.index(id(problem))).left_s
         unlike = problem.cluster.mixed and asked.degrees != "plan" and uneven and applies(problem)
         if own or unlike:
-            mixing = asked.degrees == "layer"
-            return search_mixed(problem, top, progress, base=alike, mixing=mixing, **chosen)
-        return alike(problem, top, progress)
+            mixing, solver = asked.degrees == "layer", asked.solver
+            return search_mixed(
+                problem, top, progress, base=alike, mixing=mixing, solver=solver, time_limit_s=left_s
+            )
+        return alike(problem, top, progress, time_limit_s=left_s)
 
     return searched
 
@@ -121,8 +123,8 @@ def _conflicts(asked: TrainOptions, applicable: bool) -> list[Fault]:
     return faults
 
 
-def _time_limit(asked: TrainOptions, default: str) -> dict[str, Any]:
-    """The argument ``time_limit_s`` of a search; none where it waits for the proof."""
+def _time_limit(asked: TrainOptions, default: str) -> float:
+    """Seconds of all searches together; infinite where they wait for the proof."""
     from planner.units import parse_seconds
 
     faults: list[Fault] = []
@@ -132,4 +134,4 @@ def _time_limit(asked: TrainOptions, default: str) -> dict[str, Any]:
     if limit_s is not None and limit_s <= 0.0:
         faults.append(Fault("--time-limit", repr(text), "more than 0, or none"))
     raise_if_any(faults)
-    return {} if limit_s is None else {"time_limit_s": limit_s}
+    return float("inf") if limit_s is None else limit_s

@@ -93,10 +93,30 @@ def _slots_of_details() -> dict[str, str | None]:
 
 
 def _changes(plan: Plan, found: Plan) -> dict[str, tuple[Any, Any]]:
-    before, after = {**plan.mesh, **plan.knobs}, {**found.mesh, **found.knobs}
+    """By name, what a plan has and what the other one has; what layers have in different ways is told with all its values."""
+    before = {**plan.mesh, **plan.knobs, **_by_layer(plan.layerwise)}
+    after = {**found.mesh, **found.knobs, **_by_layer(found.layerwise)}
     names = dict.fromkeys([*before, *after])
     return {
         name: (before.get(name, "-"), after.get(name, "-"))
         for name in names
         if str(before.get(name, "-")).lower() != str(after.get(name, "-")).lower()
+    }
+
+
+def _by_layer(layerwise: Mapping[str, Any] | None) -> dict[str, str]:
+    """Choices and degrees in which the layers of a plan differ, with all the values that they take.
+
+    >>> _by_layer({"strategies": [{"recompute": "none"}, {"recompute": "full"}, {"recompute": "none"}]})
+    {'recompute': 'none or full by layer'}
+    """
+    if layerwise is None:
+        return {}
+    places = layerwise.get("places", ())
+    several = [*layerwise["strategies"]], [{**place["choices"], **place["mesh"]} for place in places]
+    return {
+        name: f"{' or '.join(values)} by layer"
+        for each in several
+        for name in (each[0] if each else ())
+        if len(values := list(dict.fromkeys(str(one[name]) for one in each))) > 1
     }

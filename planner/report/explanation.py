@@ -40,7 +40,9 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
     if content["changed"]:
         screen.section("Changed since the plan was written", _changes(content["changed"]))
     if plan.layerwise is not None:
-        screen.section(*layers([plan]))
+        heading, lines = layers([plan])
+        found_by = content["found_by"]
+        screen.section(heading, [*lines, *([] if found_by is None else [f"found by {found_by}"])])
     if content["discrepancy"] is not None:
         show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)

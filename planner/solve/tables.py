@@ -14,6 +14,7 @@ from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
+from planner.solve.time_limit import ask
 from planner.technique import SLOTS, Context
 
 __all__ = ["BranchTables"]
@@ -213,6 +214,7 @@ class BranchTables:
             f"{slot}={choice.value}" for slot, choice in recipe.items() if choice.technique is not None
         )
         if key not in self._changes:
+            ask()
             self._changes[key] = _change_of(self._ledgers[()], self._ledger(recipe))
         return self._changes[key]
 

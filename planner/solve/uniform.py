@@ -37,6 +37,7 @@ from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
+from planner.solve.time_limit import ask
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
@@ -197,6 +198,7 @@ class UniformSearch:
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
+        ask()
         devices, batch = self.problem.cluster.devices, self.problem.workload.global_batch_size
         faults = Faults(len(ctx.micro_batch_size))
         faults.check(f"global batch size {batch} not divisible by dp", batch % ctx.mesh.dp == 0)

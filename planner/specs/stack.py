@@ -59,10 +59,12 @@ class Serves:
 
         >>> Serves("megatron-lm", until="2022").matches("megatron-lm-+-deepspeed-3d", "", "2021")
         True
+        >>> Serves("vllm", versions=("0.3",)).matches("vllm", "0.32.1", "")
+        False
         """
         if not framework.startswith(self.framework):
             return False
-        if self.versions and not any(version.startswith(start) for start in self.versions):
+        if self.versions and not any(_begins(version, start) for start in self.versions):
             return False
         if (self.since or self.until) and not date:
             return False
@@ -75,6 +77,11 @@ class Serves:
     def narrowness(self) -> tuple[int, int, int]:
         """What a narrower rule has more of: letters of the framework's name, versions asked for, bounds on the date."""
         return len(self.framework), bool(self.versions), bool(self.since) + bool(self.until)
+
+
+def _begins(version: str, start: str) -> bool:
+    """Whether a version begins so, whole numbers compared."""
+    return version.startswith(start) and not (start[-1].isdigit() and version[len(start) :][:1].isdigit())
 
 
 @dataclass(frozen=True, slots=True)

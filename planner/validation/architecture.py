@@ -45,7 +45,7 @@ def model_of(cells: Cells, flags: Flags) -> Model:
 
 
 def _model(cells: Cells, flags: Flags) -> Model:
-    if cells.row.text("mlp") not in _ACTIVATIONS:
+    if cells.row.text("mlp").lower() not in _ACTIVATIONS:
         raise Unsupported(f"feed-forward network {cells.row.text('mlp')!r}: not modelled")
     template = _template(cells)
     if template is not None:

@@ -27,8 +27,8 @@ __all__ = ["Run", "run_of"]
 
 _PRECISIONS = {
     "fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "fp8_tensorwise": "fp8",
-    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8", "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
+    "fp8_current": "fp8", "fp8_delayed": "fp8", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8", "fp8_subchannel": "fp8",
+    "fp8_hybrid": "fp8", "fp8_mx": "mxfp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
 _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()} | {
     frozenset({"mlp_act"}): "act",
@@ -36,6 +36,7 @@ _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()}
 _PER_OPERATOR = "per_op_sac"
 _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
+    "optimizer:0": {},
     "optimizer": {"optimizer_offload": "cpu"},
     "optimizer:1": {"optimizer_offload": "cpu"},
     "optimizer:1.0": {"optimizer_offload": "cpu"},

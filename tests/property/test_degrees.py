@@ -8,8 +8,12 @@ from itertools import combinations_with_replacement, pairwise, product
 import numpy as np
 import pytest
 
+from planner import TrainWorkload, load_cluster, load_model, load_stack
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.costs.resharding import reshard_bytes
+from planner.errors import Infeasible
+from planner.errors import Problem as Fault
+from planner.export.launchers import launcher
 from planner.ledger import Collective
 from planner.place import Place
 from planner.solve.mixed.ground import Ground
@@ -30,7 +34,7 @@ def small(cluster: str, layers: int = 4, reserve: float = 0.0, batch: int = 8, *
 
 
 def found(problem: Problem, *, mixing: bool = True) -> MixedSearch:
-    run = MixedSearch(problem, 1e9, "brute", np.inf, mixing=mixing)
+    run = MixedSearch(problem, 1e9, "brute", mixing=mixing)
     run.go()
     return run
 
@@ -49,7 +53,12 @@ def places(problem: Problem) -> list[Place]:
 # -- everything is tried ---------------------------------------------------------------------------------------------
 
 
-def everything(problem: Problem) -> float:
+def anything(chosen) -> bool:
+    """Whether a launcher runs what embedding, layers and head were given, each a way to cut it and the number of a strategy."""
+    return True
+
+
+def everything(problem: Problem, runs=anything) -> float:
     """The best step of one stage: degrees and recomputation of every layer, in every order, and of both ends; what fits only."""
     members = Ground(problem, None).groups[0]
     best = np.inf
@@ -59,11 +68,11 @@ def everything(problem: Problem) -> float:
         if ranks == problem.cluster.devices:
             for one, other in combinations_with_replacement(valid, 2):
                 if one is other or meets(one.place, other.place):
-                    best = min(best, of_two(problem, members, m, one, other))
+                    best = min(best, of_two(problem, members, m, one, other, runs))
     return best
 
 
-def of_two(problem: Problem, members, m: int, one, other) -> float:
+def of_two(problem: Problem, members, m: int, one, other, runs) -> float:
     """The best of all orders of layers of two members."""
     stack, pricer = problem.stack, members.uniform.pricer
     change_s, pieces = (0.0, 0.0), 0.0
@@ -78,13 +87,15 @@ def of_two(problem: Problem, members, m: int, one, other) -> float:
         change_s = seconds["forward"], seconds["backward"]
     ways = []  # (member, strategy): recompute nothing or all
     for option in dict.fromkeys((one, other)):
-        names = [option.choices(s)["recompute"].value for s in range(len(option.mesh.branches))]
-        ways += [(option, names.index(name)) for name in ("none", "full") if name in names]
+        strategies = range(len(option.mesh.branches))
+        ways += [(option, s) for s in strategies if names_of(option, s) in ("none", "full")]
     best = np.inf
     layers = len(members.uniform.order)
     for chosen in product(ways, repeat=layers + 2):
         if any(names_of(option, s) == "full" for option, s in (chosen[0], chosen[-1])):
             continue  # an end has nothing to recompute
+        if not runs(chosen):
+            continue
         columns = [(chosen[0], -3), *((way, 0) for way in chosen[1:-1]), (chosen[-1], -2)]
         changes = [a[0] for a, b in pairwise(chosen) if a[0] is not b[0]]
         # To the second way and back send the same, activations one way and gradients the other.
@@ -135,6 +146,44 @@ def test_the_search_finds_what_trying_everything_finds(device, reserve):
         return
     assert run.best_s == pytest.approx(best_s, rel=1e-9)
     assert run.finished().bound_s <= best_s * (1.0 + 1e-12)
+
+
+def galvatron_runs(chosen) -> bool:
+    """What Galvatron's files can say (PKU-DAIR/Hetu-Galvatron, ``hybrid_parallel_config.py``): ``default_dp_type`` is one of ddp
+    and zero2, and ``dp_types_enc`` makes any layer zero3; ``vtp``, ``vsp`` and ``embed_sdp`` are of both ends; a layer whose
+    ``use_sp`` is set runs Ulysses, which as ``--sequence-parallel`` needs all tensor-parallel layers to share the sequence."""
+    places = [option.place for option, _ in chosen]
+    states = [option.choices(s)["zero_stage"].value for option, s in chosen]
+    degrees = [(place.row["tp"], place.row["cp"]) for place in places]
+    flags = {place.recipe["sequence_parallel"].value for place in places if place.row["tp"] > 1}
+    ulysses = any(cp > 1 for _, cp in degrees)
+    return (
+        len({*states} - {"3"}) <= 1
+        and (degrees[0], states[0]) == (degrees[-1], states[-1])
+        and len(flags | ({"true"} if ulysses else set())) <= 1
+    )
+
+
+@pytest.mark.parametrize("reserve", [0.0, 0.66, 0.7, 0.74])
+@pytest.mark.parametrize("state", ["0", "3", None])
+def test_the_search_for_galvatron_finds_what_trying_everything_that_it_runs_finds(state, reserve):
+    """Of one state, to the last digit. Of several, a step of one micro-batch that is little more than its gradients' way may be
+    missed by what a last message of few is longer than one of many; the bound holds."""
+    fixed = {"gradient_accumulation": "fused", "loss_kernel": "fused", "context": "a2a", "pp": "1"}
+    fixed |= {} if state is None else {"zero_stage": state}
+    problem = small("rtx-4090:1x2", layers=2, reserve=reserve)
+    kept = {slot: problem.fixed[slot] for slot in ("tensor_overlap", "zero_group")}
+    problem = replace(
+        problem,
+        fixed={**kept, **fixed},
+        forbidden=(*ALL_OR_NOTHING, "*_offload"),
+        launcher=launcher("galvatron"),
+    )
+    found = search_mixed(problem, 1, base=none_fits, mixing=True, solver="brute")
+    best_s, step_s = everything(problem, galvatron_runs), found.best.estimate.step_time_s
+    few_messages = state is None and reserve == 0.0
+    assert step_s == pytest.approx(best_s, rel=1e-2 if few_messages else 1e-9)
+    assert found.mixed["bound_s"] <= best_s * (1.0 + 1e-12)
 
 
 def test_a_plan_may_need_layers_of_other_degrees():
@@ -220,7 +269,7 @@ def test_the_answer_is_never_worse_and_its_bound_holds():
         assert layer.optimality.bound_s <= min(stage.estimate.step_time_s, layer.estimate.step_time_s)
 
 
-def search_alike(problem: Problem, top: int, on_progress):
+def search_alike(problem: Problem, top: int, on_progress, time_limit_s: float):
     from planner.solve.train import search
 
     return search(problem, top, on_progress)
@@ -293,3 +342,20 @@ def test_groups_of_a_stage_are_counted_once():
     assert communicators([one]) == 1 + pipeline  # dp 4
     assert communicators([two]) == 2 + pipeline  # tp 2, dp 2
     assert communicators([one, two]) == communicators([one, two, one]) == 4 + pipeline
+
+
+def test_ends_that_share_weights_are_priced_on_the_network_between_them():
+    """In two stages embedding and head stand in one node, in four in two: what exchanging their gradients costs is found anew."""
+    fixed = {"tp": "1", "cp": "1", "pp": "4", "sequence_parallel": "false", "tensor_overlap": "none"}
+    problem = Problem(
+        load_model("opt-1.3b"), load_cluster("rtx-4090:2x2"), TrainWorkload(16, 2048), load_stack(), fixed=fixed, reserve=0.5,
+        forbidden=("*_offload",),
+    )  # fmt: skip
+    run = MixedSearch(problem, 1e9, "auto")
+    run.go()
+    plan = search_mixed(problem, 1, base=none_fits).best
+    assert plan.estimate.step_time_s == pytest.approx(run.best.step_s, rel=1e-9)
+
+
+def none_fits(problem: Problem, top: int, on_progress, time_limit_s: float):
+    raise Infeasible(Fault("test", "treats layers alike"))

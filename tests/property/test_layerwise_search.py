@@ -143,6 +143,64 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
     assert result.best.estimate.step_time_s <= best_s * (1 + 2e-4)
 
 
+def test_what_bounds_begin_from_is_what_the_tables_of_rows_say():
+    """Every strategy without swaps that can be explored, summed for a prefix's rows at once, and from each row's own table."""
+    problem = replace(TIGHT[3], explore=("recompute=*",))
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    seen = 0
+    for part in space.parts:
+        totals, meshes = part.totals(), part.meshes(range(len(part)))
+        for row, mesh in enumerate(meshes):
+            on = np.flatnonzero(part.active[:, row])
+            names = ("always_bytes", "saved_bytes", "gradients_bytes", "optimizer_bytes", "main_step_s")
+            found = (
+                totals.held_bytes,
+                totals.saved_bytes,
+                totals.gradients_bytes,
+                totals.optimizer_bytes,
+                totals.step_s,
+            )
+            for name, total in zip(names, found, strict=True):
+                np.testing.assert_allclose(total[on, row], mesh[name][:, :-1], rtol=1e-9, atol=1e-6)
+            whole_s = totals.forward_s + totals.backward_s + totals.rest_s
+            np.testing.assert_allclose(whole_s[on, row], mesh.micro_batch_s[:, :-1], rtol=1e-9)
+            seen += len(on)
+    assert seen > 50
+
+
+def test_a_swap_loses_no_byte():
+    """What leaves the device is in a slower tier, and a deal's bounds by its tables are no higher than those of its devices."""
+    problem = replace(
+        small(pp="2", micro_batch_size="1"),
+        fixed={k: v for k, v in {**_CLOSED, "pp": "2"}.items() if not k.endswith("_offload")},
+    )
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    deals = space.deals(1e9)
+    swapping = 0
+    for mesh in {id(space.mesh(deal)): space.mesh(deal) for deal in deals}.values():
+        number = {branch: s for s, branch in enumerate(mesh.branches)}
+        for (state, recompute, swap), s in number.items():
+            plain = number.get((state, recompute, 0))
+            if swap and plain is not None:
+                swapping += 1
+                for here, there in (("always_bytes", "bytes"), ("saved_bytes", "saved_bytes")):
+                    moved = mesh[f"host_{there}"][s] + mesh[f"nvme_{there}"][s]
+                    np.testing.assert_allclose(
+                        (mesh[here][s] + moved)[:-1], mesh[here][plain][:-1], rtol=1e-9
+                    )
+    assert swapping
+    for part in sorted({deal.part for deal in deals}):
+        mine = [deal for deal in deals if deal.part == part][:30]
+        for deal, bound_s in zip(mine, space.sharper(part, mine, 1e9), strict=True):
+            mesh, chunks = space.mesh(deal), 1 if deal.layout is None else deal.layout.virtual_stages
+            costs = DeviceCosts(problem, mesh, deal.order, chunks, automatic)
+            settler = Settler(deal, mesh, costs, space.order, space.kinds, uniform.branches)
+            steps = [found.step_s for found in settler.candidates(1e9)]
+            assert bound_s <= min(steps, default=np.inf) * (1 + 1e-9)
+
+
 def test_equal_stages_are_the_least_that_paths_allow():
     """Whatever the cuts of a chain, the engine takes no less than the factor says; random cuts of unequal layers."""
     from planner.schedule.engine import simulate

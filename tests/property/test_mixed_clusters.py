@@ -49,7 +49,7 @@ def random_problem(seed: int) -> Problem:
 
 
 def found(problem: Problem, solver: str = "brute") -> MixedSearch:
-    run = MixedSearch(problem, 1e9, solver, np.inf)
+    run = MixedSearch(problem, 1e9, solver)
     run.go()
     return run
 
@@ -285,7 +285,7 @@ def test_two_groups_of_one_device_are_priced_as_one():
     assert plan.optimality.bound_s <= best.estimate.step_time_s
 
 
-def nothing_fits(problem: Problem, top: int, on_progress) -> SearchResult:
+def nothing_fits(problem: Problem, top: int, on_progress, time_limit_s: float) -> SearchResult:
     raise Infeasible(Fault("test", "treats devices alike"))
 
 

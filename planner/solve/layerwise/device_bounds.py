@@ -44,6 +44,7 @@ class DeviceBounds:
     """Costs and budgets of the devices of one mesh under one schedule, and bounds by duality."""
 
     def __init__(self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int) -> None:
+        self.problem = problem
         self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value

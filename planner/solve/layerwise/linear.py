@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.ledger import Array
+from planner.solve.time_limit import ask
 
 __all__ = ["Relaxed", "relaxed"]
 
@@ -65,6 +66,7 @@ def relaxed(
     >>> round(found.bound, 9), found.shares[0].round(9).tolist()  # 3.44 fast ones hold 34.44 bytes, 1.56 slow ones 1.56
     (29.333333333, [1.555555556, 3.444444444])
     """
+    ask()
     tableau = _Tableau(sizes, cost, held, offset, room)
     fits = tableau.solve()
     weights, prices = tableau.duals()

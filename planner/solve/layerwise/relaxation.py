@@ -13,6 +13,7 @@ its way over the host link, beside all other work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,12 +23,19 @@ from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.solve.branches import Branches
-from planner.solve.layerwise.strategies import Totals
+from planner.solve.layerwise.strategies import Mesh, Totals
 from planner.specs.cluster import Cluster
 
 __all__ = ["Relaxation", "in_flight", "path_factor", "with_swaps"]
 
 _PRICES = (0.0, 0.02, 0.06, 0.15, 0.3, 0.6, 1.2, 20.0)  # in seconds of a stage's work per byte of its budget
+_AROUND = (
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+)  # times a price that bounds well by itself, where the host's bytes have one beside it
+_HOST_PRICES = (0.1, 0.3, 0.6, 1.0)  # of a byte on the host, of that on the device
 _SAMPLES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # micro-batches in flight at which minima are taken, per stage
 
 
@@ -72,7 +80,8 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
 
 
 def with_swaps(totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster) -> tuple[Array, ...]:
-    """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated.
+    """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated,
+    and what they move to the host, throughout and per micro-batch in flight.
 
     A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
     forward and in the backward pass, saved activations go down in the one and come up in the other, at best hidden by a block's
@@ -92,21 +101,25 @@ def with_swaps(totals: Totals, alone: BlockTable, choices: Branches, cluster: Cl
         on = {slot: choice.value == "cpu" for slot, choice in swap.items()}
         pools = {pool for choice in swap.values() if choice.technique for pool in choice.technique.moves}
         step, held, saved, moved = totals.step_s, totals.held_bytes, totals.saved_bytes, np.zeros(1)
+        hosted, hosted_saved = np.zeros((2, *saved.shape))
         if "optimizer" in pools:
             held = held - totals.optimizer_bytes
             step = totals.optimizer_bytes * (1.0 / host + 0.25 / link) * on["optimizer_offload"]
+            hosted = hosted + totals.optimizer_bytes * on["optimizer_offload"]
         if "gradients" in pools:
             held = held - totals.gradients_bytes
         if swap["parameter_offload"].technique is not None:
             held, moved = held - weights, moved + weights * on["parameter_offload"]
+            hosted = hosted + weights * on["parameter_offload"]
         if swap["activation_offload"].technique is not None:
-            moved, saved = moved + saved * on["activation_offload"], np.zeros_like(saved)
+            hosted_saved = saved * on["activation_offload"]
+            moved, saved = moved + hosted_saved, np.zeros_like(saved)
         again = totals.backward_s + totals.rest_s
         seconds = totals.forward_s + again
         if moved.any():
             seconds = np.maximum(totals.forward_s, moved / link) + np.maximum(again, moved / link)
         # A block whose activations or weights are under way has them at work; no swap makes its own tensors smaller.
-        found.append((seconds, step, held, saved, totals.transient_bytes))
+        found.append((seconds, step, held, saved, totals.transient_bytes, hosted, hosted_saved))
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
@@ -115,12 +128,14 @@ class Relaxation:
     """Bounds of rows that share a pipeline degree.
 
     Attributes:
-        seconds, step, held, saved, transient: of :func:`with_swaps`, on these rows.
+        seconds, step, held, saved, transient, hosted, hosted_saved: of :func:`with_swaps`, on these rows.
         layers: of each kind; the last two kinds are embedding and head.
         micro_batches: per row.
         pp: pipeline degree.
         budget: bytes of a device for what is held and saved, the stack's own taken off, per row.
         growth: what allocators make of saved bytes.
+        host_bytes: of a device's share of the host.
+        centre: price of a byte that bounds well, per row, where one is known.
     """
 
     seconds: Array
@@ -128,18 +143,50 @@ class Relaxation:
     held: Array
     saved: Array
     transient: Array
+    hosted: Array
+    hosted_saved: Array
     layers: Array
     micro_batches: Array
     pp: int
     budget: Array
     growth: float
+    host_bytes: float
+    centre: Array | None = None
+
+    @staticmethod
+    def of_meshes(
+        meshes: Sequence[Mesh], layers: Array, budget: Array, growth: float, host_bytes: float
+    ) -> Relaxation:
+        """Of rows whose tables are known, each mesh with the strategies that it has: nothing is under-estimated."""
+        first = meshes[0]
+        shape = max(len(mesh.branches) for mesh in meshes), len(meshes), len(first.kinds) - 1
+        seconds, (step, held, saved, transient, hosted, hosted_saved) = (
+            np.full(shape, np.inf),
+            np.zeros((6, *shape)),
+        )
+        for row, mesh in enumerate(meshes):
+            at = slice(len(mesh.branches)), row
+            seconds[at] = mesh.micro_batch_s[:, :-1]
+            transient[at] = (mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1]
+            for values, name in (
+                (step, "main_step_s"), (held, "always_bytes"), (saved, "saved_bytes"), (hosted, "host_bytes"),
+                (hosted_saved, "host_saved_bytes"),
+            ):  # fmt: skip
+                values[at] = mesh[name][:, :-1]
+        micro_batches = np.array([float(mesh.micro_batches) for mesh in meshes])
+        return Relaxation(
+            seconds, step, held, saved, transient, hosted, hosted_saved, layers, micro_batches, first.pp, budget, growth,
+            host_bytes,
+        )  # fmt: skip
 
     def take(self, index: NDArray[np.intp]) -> Relaxation:
         """Of some of the rows."""
         return replace(
             self, seconds=self.seconds[:, index], step=self.step[:, index], held=self.held[:, index],
             saved=self.saved[:, index], transient=self.transient[:, index],
+            hosted=self.hosted[:, index], hosted_saved=self.hosted_saved[:, index],
             micro_batches=self.micro_batches[index], budget=self.budget[index],
+            centre=None if self.centre is None else self.centre[index],
         )  # fmt: skip
 
     @property
@@ -148,6 +195,24 @@ class Relaxation:
         fastest: Array = self.seconds.min(axis=0) @ self.layers
         return fastest
 
+    @property
+    def hosts(self) -> bool:
+        """Whether some strategies keep bytes on the host."""
+        return bool(self.hosted.any() or self.hosted_saved.any())
+
+    def pooled(self, flights: Array, most: Array) -> tuple[Array, Relaxation]:
+        """:meth:`work_s`, with the host's bytes at prices too; and the same bounds around the prices that prove most.
+
+        Args: as there.
+        """
+        total, prices = self._work(flights, most)
+        if not self.hosts:
+            return total.max(axis=0), self
+        rows = np.arange(total.shape[1])
+        centre = np.maximum(prices[0][total.argmax(axis=0), rows], prices[0][1])
+        around = replace(self, centre=centre)
+        return np.maximum(total.max(axis=0), around.work_s(flights, most)), around
+
     def work_s(self, flights: Array, most: Array) -> Array:
         """What all devices work together at least, per row.
 
@@ -155,6 +220,11 @@ class Relaxation:
             flights: (stages, rows) micro-batches in flight.
             most: (rows) layers that one stage holds at most.
         """
+        best: Array = self._work(flights, most)[0].max(axis=0)
+        return best
+
+    def _work(self, flights: Array, most: Array) -> tuple[Array, Array]:
+        """The same at each of the prices, (prices, rows), and these."""
         kinds = len(self.layers) - 2
         prices, samples = self._prices(), self._samples()
         least = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
@@ -163,7 +233,7 @@ class Relaxation:
         # Stages without layers, if any, are those of the embedding and of the head.
         smallest = self.transient[:, :, :kinds].min(axis=(0, 2), initial=np.inf)
         room = self.pp * self.budget - max(self.pp - 2, 0) * self.growth * smallest
-        total = -prices * room
+        total = -prices[0] * room - prices[1] * self.pp * self.host_bytes
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
             # Nothing is left out where stages could not hold all.
@@ -175,8 +245,7 @@ class Relaxation:
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
             total = total + self.layers[end] * least[:, sample[stage], rows, end]
-        best: Array = total.max(axis=0)
-        return best
+        return total, prices
 
     def work_at_prices(self) -> tuple[Array, Array]:
         """Prices of a byte, and the least work of one block with its bytes at each: what layouts have in common."""
@@ -195,7 +264,7 @@ class Relaxation:
             flights: (virtual stages, rows) micro-batches in flight.
             alone: the rows' tables without strategies.
         """
-        prices, least = priced[0][:, rows], priced[1][:, :, rows]
+        (prices, of_host), least = priced[0][:, :, rows], priced[1][:, :, rows]
         sample = np.searchsorted(self._samples(), flights, side="right") - 1
         counts: Array = layout.counts[:, :-1]
         # (prices, virtual stages, rows)
@@ -204,7 +273,8 @@ class Relaxation:
         smallest = self.transient[:, rows].min(axis=0)
         there = layout.device_counts[:, :-1] > 0
         at_work = np.where(there[:, None], smallest, -np.inf).max(axis=2)
-        total = work_s - prices[:, None] * (self.budget[rows] - self.growth * at_work)
+        room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
+        total = work_s - room - of_host[:, None] * self.host_bytes
         once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
         waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
         waits_s = waits_s + self.step[:, rows].min(axis=0) @ layout.device_counts[0, :-1]
@@ -216,16 +286,29 @@ class Relaxation:
         return np.unique(np.minimum(np.ceil(self.pp * np.array(_SAMPLES)), max(2.0 * self.pp - 1.0, 1.0)))
 
     def _prices(self) -> Array:
-        """Of a byte, (prices, rows)."""
+        """Of a byte on the device and on the host, (2, prices, rows)."""
         cost = self.micro_batches[:, None] * self.seconds + self.step
-        prices: Array = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
-        return prices
+        device = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
+        alone = np.stack([device, np.zeros_like(device)])
+        if self.centre is None:
+            return alone
+        near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * self.centre
+        return np.concatenate(
+            [alone, np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])], axis=1
+        )
 
     def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
-        """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
-        found = np.empty((len(prices), len(samples), *cost.shape[1:]))
+        """The smallest cost with memory at a price, (prices, samples, rows, kinds).
+
+        What is moved is a little more than can be, perhaps: on the host it is never dearer than on the device.
+        """
+        found = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
         for number, flights in enumerate(samples):
             held = self.held + self.growth * flights * self.saved
-            for at, price in enumerate(prices):
-                (cost + price[:, None] * held).min(axis=0, out=found[at, number])
+            away = self.hosted + flights * self.hosted_saved
+            for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
+                priced = cost + device[:, None] * held
+                if host.any():
+                    priced += host[:, None] * away
+                priced.min(axis=0, out=found[at, number])
         return found

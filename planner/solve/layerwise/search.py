@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from heapq import heapify
+from heapq import heapify, heappop, heappush
 from time import perf_counter
 
 import numpy as np
@@ -19,11 +19,13 @@ from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
+from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.walks import Paths
+from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
@@ -38,7 +40,9 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
+_TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
+_UNIFORM = 0.35  # of a time limit, after which the uniform search makes way with the plans that it has
 
 
 def search_layerwise(
@@ -60,8 +64,8 @@ def search_layerwise(
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
         exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
-        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search looks for one plan
-            at least, however long that takes.
+        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search ends after a third
+            of it, but looks for one plan at least, however long that takes.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -71,19 +75,28 @@ def search_layerwise(
     """
     uniform: SearchResult | None = None
     refusal: Infeasible | None = None
-    end_s = perf_counter() + time_limit_s
+    limit = TimeLimit(time_limit_s)
     try:
-        uniform = search(problem, top, on_progress, time_limit_s=time_limit_s)
+        uniform = search(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    run = _Search(problem, best_s, solver, uneven, exact, end_s)
+    proved = uniform is not None and uniform.best.optimality.status != "heuristic"
+    run = _Search(problem, best_s, proved, solver, uneven, exact)
     try:
-        run.go()
+        with limit.enforced():
+            run.go()
+    except OutOfTimeError:
+        run.account.stopped = "time"
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
     account = run.finished()
-    plans = _plans(problem, run.best, account, uniform, top)
+    best = run.simplest(best_s)
+    plans = _plans(problem, best, account, uniform, top)
+    if plans and (best is None or best is not run.best) and run.best is not None:
+        first = plans[0].optimality
+        told = f"{first.solver}; the simplest of those within {run.tie:.1%} of the fastest"
+        plans = replace(plans[0], optimality=replace(first, solver=told)), *plans[1:]
     stopped = account.stopped == "interrupted"
     if not plans:
         if stopped:
@@ -100,48 +113,83 @@ def search_layerwise(
 
 
 class _Search:
+    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``proved`` whether no uniform plan does."""
+
     def __init__(
-        self, problem: Problem, best_s: float, solver: str, uneven: bool, exact: bool, end_s: float
+        self,
+        problem: Problem,
+        best_s: float,
+        proved: bool,
+        solver: str,
+        uneven: bool,
+        exact: bool,
     ) -> None:
-        self.start_s, self.end_s = perf_counter(), end_s
+        self.start_s = perf_counter()
         self.problem, self.best_s = problem, best_s
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         self.near = 0.0 if exact else _NEAR
+        self.tie = _TIE if self.tolerance else 0.0
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
         self.best: Candidate | None = None
+        self._from: Settler | None = None
         self.account = Account(solver, _SPACE)
+        self.proved = proved
         self._left: list[_Open] = []
-        self._unbounded: dict[int, float] = {}
+        self._unbounded: dict[int, float] | None = None
         self._done: list[float] = []
+        self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
         self._paths: Paths = {}
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        self._unbounded = dict(self.space.least_s)
-        for pp in sorted(self.space.least_s, key=lambda pp: self.space.least_s[pp]):
-            if self.account.late(self.end_s):
-                return
-            self._left += [
-                _Open(*deal.rank(), len(self._left), deal) for deal in self.space.deals_of(pp, self.best_s)
-            ]
+        self._unbounded = self.space.without_memory_s(self.best_s)
+        for pp in list(self._unbounded):
+            ask()
+            for deal in self.space.deals_of(pp, self.best_s):
+                self._left.append(_Open(*deal.rank(), len(self._left), deal))
             del self._unbounded[pp]
+            if self._left and self.best is None and not self.proved:
+                # Any plan that is nearly as good as the best one saves the bounds of many meshes.
+                heapify(self._left)
+                self._look(self._left[0], to_the_end=True)
         heapify(self._left)
         looks = 0  # since strategies were chosen
         while self._left and self._left[0].bound_s < self.best_s:
-            if self.account.late(self.end_s):
-                return
+            ask()
             first, settled = self._left[0], self.account.settled
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks), default=first)
                 looks = 0
+            if first.part not in self._sharp:
+                self._sharpen(first.part)
+                continue
             # The first deals are looked at to the end: a plan, not a bound, is what excludes others.
             self._look(first, to_the_end=not settled or not looks)
             looks = looks + 1 if self.account.settled == settled else 1
+
+    def simplest(self, alike_s: float) -> Candidate | None:
+        """The simplest plan that is as fast as the best one, as far as a tie goes; None where a uniform plan (whose step time is
+        given) is that simple."""
+        if self.best is None or self._from is None or not self.tie:
+            return self.best
+        within_s = self.best_s * (1.0 + self.tie)
+        return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
+
+    def _sharpen(self, part: int) -> None:
+        """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
+        several = [deal for deal in self._left if deal.part == part]
+        bounds = self.space.sharper(part, [open_.deal for open_ in several], self.best_s)
+        new = {open_.number: bound_s for open_, bound_s in zip(several, bounds, strict=True)}
+        left = [replace(open_, bound_s=new.get(open_.number, open_.bound_s)) for open_ in self._left]
+        self._left = [open_ for open_ in left if open_.bound_s < self.best_s]
+        self.account.exclude("memory", len(left) - len(self._left))
+        self._sharp.add(part)
+        heapify(self._left)
 
     def _look(self, deal: _Open, *, to_the_end: bool) -> None:
         """Looks closer at a deal, and keeps, settles or excludes it; its old bound counts until the new one does."""
@@ -150,25 +198,27 @@ class _Search:
         while to_the_end and more and bound_s < self.best_s:
             seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
             bound_s, more = self._closer(seen)
-        at = self._left.index(deal)
+        if self._left[0] is deal:
+            heappop(self._left)
+        else:
+            self._left.remove(deal)
+            heapify(self._left)
         if more and bound_s < self.best_s:
-            self._left[at] = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
+            heappush(self._left, replace(seen, bound_s=bound_s, looks=seen.looks + 1))
         else:
             self._done.append(bound_s)
-            self._left[at] = self._left[-1]
-            self._left.pop()
         if bound_s >= self.best_s:
             self.account.exclude("stages")
-        heapify(self._left)
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
+        if self._unbounded is None:
+            self._unbounded = {0: kernel_floor_s(self.problem) / self.problem.cluster.devices}
         bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
         if hasattr(self, "space"):
             self.account.parts = self.space.meshes
-            self.account.excluded = {**self.space.excluded, **self.account.excluded}
-        elif self.account.stopped:
-            bounds = [0.0]
+            for reason, count in self.space.excluded.items():
+                self.account.exclude(reason, count)
         self.account.close(bounds, self.best_s, self.start_s)
         return self.account
 
@@ -199,7 +249,7 @@ class _Search:
         self.account.settled += 1
         for found in settler.candidates(self.best_s):
             if found.step_s < self.best_s:
-                self.best, self.best_s = found, found.step_s
+                self.best, self.best_s, self._from = found, found.step_s, settler
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
             if settler.walks is not None and bound_s >= self.best_s * (1.0 - self.near):

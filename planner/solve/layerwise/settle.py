@@ -10,10 +10,11 @@ import numpy as np
 from planner.assignment import UNEVEN, Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
-from planner.pipeline import phase_seconds
+from planner.pipeline import memory, phase_seconds
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Goal, Solved
 from planner.solve.layerwise.relaxation import path_factor
+from planner.solve.layerwise.simpler import Taken, simplest, taken_by
 from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
@@ -272,7 +273,29 @@ class Settler:
         embedding, head = solved[0].embedding, solved[-1].head
         assert embedding is not None
         assert head is not None
-        assignment = self.mesh.assignment(stages, embedding, head, self.choices)
+        return self._assigned((tuple(stages), embedding, head), layout)
+
+    def simpler(self, best: Candidate, within_s: float) -> Candidate:
+        """The simplest candidate that fits and takes no longer than that, with the layers of every stage as they are."""
+        numbers = self._numbers(best.assignment)
+        stages, *ends = taken_by(best.assignment)
+        own = tuple(tuple((numbers[s], n) for s, n in runs) for runs in stages)
+        budget, stack = self.costs.problem.memory_budget_bytes, self.costs.problem.stack
+        batches = np.array([float(self.mesh.micro_batches)])
+
+        def price(taken: Taken) -> tuple[float, Candidate] | None:
+            found = self._assigned(taken, best.layout)
+            table = self.mesh.table(self._columns(found.assignment))
+            peak, away = memory(table, found.layout, self.deal.order, batches, stack, self.mesh.communicators)
+            tiers = self.costs.problem.cluster.slower_bytes
+            fits = peak[0] <= budget and all(away[tier][0] <= tiers[tier] for tier in away)
+            return (found.step_s, found) if fits else None
+
+        return simplest((own, numbers[ends[0]], numbers[ends[1]]), best, price, within_s)
+
+    def _assigned(self, taken: Taken, layout: Layout) -> Candidate:
+        """The candidate of some strategies by their number in the mesh, priced by the schedule engine."""
+        assignment = self.mesh.assignment(*taken, self.choices)
         wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
@@ -282,12 +305,16 @@ class Settler:
 
     def _columns(self, assignment: Assignment) -> list[tuple[str, int]]:
         """The assignment's columns, strategies by their number in the mesh."""
+        own = self._numbers(assignment)
+        return [(kind, own[s]) for kind, s in assignment.columns(self.order)]
+
+    def _numbers(self, assignment: Assignment) -> list[int]:
+        """The numbers in the mesh of an assignment's strategies."""
         number = {
             tuple((slot, c.value) for slot, c in self.choices.recipe(*branch).items()): index
             for index, branch in enumerate(self.mesh.branches)
         }
-        own = [number[tuple((slot, c.value) for slot, c in s.items())] for s in assignment.strategies]
-        return [(kind, own[s]) for kind, s in assignment.columns(self.order)]
+        return [number[tuple((slot, c.value) for slot, c in s.items())] for s in assignment.strategies]
 
     def _device(self, layout: Layout, device: int) -> Device:
         layers = layout.chunks[:, device, :-3].astype(int)

@@ -6,11 +6,12 @@ schedules take the layouts of the uniform search or, where it has none, virtual 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
@@ -21,6 +22,7 @@ from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_facto
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
+from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
 
 __all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
@@ -81,17 +83,28 @@ class LayerwiseSpace:
         found = [deal for pp in self.least_s for deal in self.deals_of(pp, below_s)]
         return sorted(found, key=Deal.rank)
 
+    def without_memory_s(self, below_s: float) -> dict[int, float]:
+        """By pipeline degree, what none of its deals is faster than, whatever their memory; only those that may be below a limit,
+        smallest first."""
+        bounds = {pp: float(self._open(pp, below_s)[2].min(initial=np.inf)) for pp in self.least_s}
+        return {pp: bounds[pp] for pp in sorted(bounds, key=lambda pp: bounds[pp]) if bounds[pp] < below_s}
+
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
         """The same of one pipeline degree, in no order: first without limits of memory, then all devices' memory together, then
         the schedule's own paths and every device's memory."""
         rows, cuts, free_s = self._open(pp, below_s)
-        if not cuts:
+        late = np.isfinite(free_s) & (free_s >= below_s)  # where the limit has fallen since
+        self.excluded["work"] += int(late.sum())
+        free_s = np.where(late, np.inf, free_s)
+        rows, free_s = _some(rows, free_s, np.any(free_s < np.inf, axis=0))
+        if not len(rows.row):
             return
         bounds = self._relaxation(rows, below_s)
         # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
         flights = in_flight(pp, 1, rows.micro_batches)
         each_s = bounds.fastest_s / self.layers.sum()
-        pooled_s = bounds.work_s(flights, np.maximum(np.floor(below_s / each_s), 1.0)) / pp
+        pooled_s, bounds = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
+        pooled_s = pooled_s / pp
         lost = np.isfinite(free_s) & (pooled_s >= below_s)
         self.excluded["memory"] += int(lost.sum())
         keep = pooled_s < below_s
@@ -101,6 +114,7 @@ class LayerwiseSpace:
         bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
         priced = bounds.work_at_prices()
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
+            ask()
             bound_s = np.maximum(alone_s, pooled_s)
             if layout is not None:
                 open_ = np.flatnonzero(bound_s < below_s)
@@ -145,7 +159,6 @@ class LayerwiseSpace:
 
     def _relaxation(self, rows: _Rows, below_s: float) -> Relaxation:
         """Bounds under limits of memory of the open rows of a pipeline degree."""
-        stack, pp = self.problem.stack, rows.pp
         parts: list[tuple[Array, ...]] = []
         for part in np.unique(rows.part).tolist():
             among, relaxed, _ = self._totals(part, below_s)
@@ -161,14 +174,54 @@ class LayerwiseSpace:
                 ],
                 axis=1,
             )
-            for k, fill in enumerate((np.inf, 0.0, 0.0, 0.0, 0.0))
+            for k, fill in enumerate((np.inf, *[0.0] * 6))
         )
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * rows.communicators
-        seconds, step, held, saved, transient = every
+        seconds, step, held, saved, transient, hosted, hosted_saved = every
         return Relaxation(
-            seconds, step, held, saved, transient, self.layers, rows.micro_batches, pp,
-            np.maximum(self.problem.memory_budget_bytes - idle, 1.0), 1.0 + stack.fragmentation.value,
+            seconds, step, held, saved, transient, hosted, hosted_saved, self.layers, rows.micro_batches, rows.pp,
+            *self._room(rows.communicators),
         )  # fmt: skip
+
+    def _room(self, communicators: Array) -> tuple[Array, float, float]:
+        """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
+        stack = self.problem.stack
+        idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
+        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
+        return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
+
+    def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
+        """What none of some deals of a prefix is faster than, by the tables of their meshes: no swap is under-estimated."""
+        found = [deal.bound_s for deal in deals]
+        meshes = [self.mesh(deal) for deal in deals]
+        for pp in sorted({mesh.pp for mesh in meshes}):
+            mine = {deal.row: mesh for deal, mesh in zip(deals, meshes, strict=True) if mesh.pp == pp}
+            several = list(mine.values())
+            room = self._room(np.array([mesh.communicators for mesh in several]))
+            bounds = Relaxation.of_meshes(several, self.layers, *room)
+            batches = bounds.micro_batches
+            each_s = bounds.fastest_s / self.layers.sum()
+            flights = in_flight(pp, 1, batches)
+            pooled_s, bounds = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
+            pooled_s = pooled_s / pp
+            priced, place = bounds.work_at_prices(), {row: at for at, row in enumerate(mine)}
+            alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
+            alike: dict[int, list[int]] = {}
+            for number, deal in enumerate(deals):
+                if deal.row in mine:
+                    found[number] = max(found[number], float(pooled_s[place[deal.row]]))
+                    alike.setdefault(id(deal.layout), []).append(number)
+            for numbers in alike.values():
+                layout = deals[numbers[0]].layout
+                if layout is None:
+                    continue
+                rows = np.array([place[deals[number].row] for number in numbers])
+                flights = in_flight(pp, layout.virtual_stages, batches[rows])
+                table = BlockTable(self.kinds, np.ascontiguousarray(alone.values[:, :, rows]))
+                for number, bound_s in zip(
+                    numbers, bounds.dearest_s(priced, rows, layout, flights, table).tolist(), strict=True
+                ):
+                    found[number] = max(found[number], bound_s)
+        return found
 
     def mesh(self, deal: Deal) -> Mesh:
         """The deal's mesh with all of its strategies."""
@@ -329,7 +382,7 @@ class _Rows:
         return _Rows(self.pp, part, row, micro_batches, communicators, table), index
 
 
-def _some(rows: _Rows, each: Array, keep: Array) -> tuple[_Rows, Array]:
+def _some(rows: _Rows, each: Array, keep: NDArray[np.bool_] | np.bool_) -> tuple[_Rows, Array]:
     """Some of the rows, and the same columns of a table."""
     taken, index = rows.take(np.flatnonzero(keep))
     return taken, each[:, index]

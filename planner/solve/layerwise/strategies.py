@@ -220,7 +220,7 @@ class Strategies:
 
     def totals(self) -> Totals:
         """What bounds need of every strategy on every row."""
-        known: dict[int, Array] = {}
+        known: dict[int, Array] = {}  # by the table's id, which its tables hold
 
         def reduced(values: Array) -> Array:
             if id(values) not in known:

@@ -88,6 +88,14 @@ class _Costs(DeviceCosts):
         self.blend = blend
         self._changes = 1
         self._ends: dict[int, int] = {}
+        if members.ends.alike:
+            # An end that another way beats may be wanted all the same: where the other end has none better than its own.
+            one, other = blend.parts
+            shift = len(one.mesh.branches)
+            self.fronts = list(self.fronts)
+            for kind in (len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2):
+                self.fronts[kind] = [*one.costs.fronts[kind], *(shift + s for s in other.costs.fronts[kind])]
+            self.useful = sorted({s for front in self.fronts for s in front})
 
     def _solve(self, device: Device, goal: Goal) -> Solved | None:
         best: Solved | None = None

@@ -25,7 +25,7 @@ from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
 _ANY = 2  # stages, where their number makes no difference
-_SAMPLE = 8  # members by which that is judged
+_LONG = 8 * _ANY  # stages, by which that is judged
 
 __all__ = ["ALIKE", "Class", "Member", "Members", "Option", "side_by_side"]
 
@@ -226,11 +226,22 @@ class Members:
         return id(member), self._length(pp)
 
     def _depends_on_length(self) -> bool:
-        """Whether stacks or models make a stage's price depend on how many there are, beyond what is in flight."""
-        members = next(iter(self.classes.values()))[:_SAMPLE]
-        recipe = self._prefixes[members[0].prefix]
-        some = [member for member in members if member.prefix == members[0].prefix]
-        short, long = (self._priced(recipe, [(member, pp) for member in some]) for pp in (_ANY, 8 * _ANY))
+        """Whether stacks, models or the network between the ends make a stage's price depend on how many there are, beyond what
+        is in flight: of a member on every number of ranks, in as many stages as devices allow, and in more on several groups."""
+        by_ranks = {ranks: members[0] for (_, _, ranks), members in reversed(self.classes.items())}
+        by_prefix: dict[int, list[tuple[Member, int]]] = defaultdict(list)
+        for ranks, member in by_ranks.items():
+            most = self.problem.cluster.devices // ranks
+            by_prefix[member.prefix] += [(member, pp) for pp in {most, _LONG} if pp > _ANY]
+        return any(self._differs(self._prefixes[prefix], pairs) for prefix, pairs in by_prefix.items())
+
+    def _differs(self, recipe: dict[str, Choice], pairs: Sequence[tuple[Member, int]]) -> bool:
+        """Whether members of a prefix take or hold otherwise in pipelines of some lengths than in short ones."""
+        if not pairs:
+            return False
+        short, long = (
+            self._priced(recipe, some) for some in ([(member, _ANY) for member, _ in pairs], pairs)
+        )
         values = [
             (a.values[:, :, :-1], b.values[:, :, :-1]) for a, b in zip(short, long, strict=True) if a and b
         ]

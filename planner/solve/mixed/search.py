@@ -14,6 +14,7 @@ from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
+from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.families import FREE, Ends, families
@@ -21,6 +22,7 @@ from planner.solve.mixed.ground import SCHEDULE, Ground
 from planner.solve.mixed.settle import Found, Settler
 from planner.solve.mixed.shapes import Shape, shapes
 from planner.solve.space import Space, order_of
+from planner.solve.time_limit import FOREVER, OutOfTimeError, TimeLimit
 from planner.solve.train import search
 from planner.specs.problem import Problem
 
@@ -30,6 +32,7 @@ _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be 
 _PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
 _AHEAD = 400  # shapes whose members are priced together
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
+_ORDERLY = 0.9  # of the time, after which what is priced by then is kept and nothing is begun
 
 
 def search_mixed(
@@ -50,10 +53,11 @@ def search_mixed(
         problem: what to plan.
         top: plans to return.
         on_progress: as for :func:`planner.solve.train.search`.
-        base: the search that treats all devices alike.
+        base: the search that treats all devices alike; takes a ``time_limit_s``.
         solver: of the strategies of a stage: one of :data:`~planner.solve.layerwise.solvers.SOLVERS`.
         mixing: whether layers of one stage may be cut in different ways, and not stages alone.
-        time_limit_s: of the search over node groups; the best plan so far then states its gap.
+        time_limit_s: of both searches together, of which the first one ends after half; the best plan so far then states its
+            gap.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -63,12 +67,13 @@ def search_mixed(
     """
     alike: SearchResult | None = None
     refusal: Infeasible | None = None
+    limit = TimeLimit(time_limit_s)
     try:
-        alike = base(problem, top, on_progress)
+        alike = base(problem, top, on_progress, time_limit_s=limit.share(2).left_s)
     except Infeasible as error:
         refusal = error
     below_s = _LONGEST_S if alike is None else alike.best.estimate.step_time_s
-    best, account = _searched(problem, below_s, solver, time_limit_s, mixing=mixing)
+    best, account = _searched(problem, below_s, solver, limit, mixing=mixing)
     plans = _plans(problem, best, account, alike, top)
     stopped = account.stopped == "interrupted"
     if not plans:
@@ -106,7 +111,7 @@ class MixedSearch:
         problem: the whole problem.
         below_s: plans that are not faster are of no interest.
         solver: of the strategies of a stage.
-        time_limit_s: when to stop.
+        limit: when to stop.
         mixing: whether layers of one stage may be cut in different ways.
         ends: what embedding and head share.
     """
@@ -116,14 +121,14 @@ class MixedSearch:
         problem: Problem,
         below_s: float,
         solver: str,
-        time_limit_s: float,
+        limit: TimeLimit = FOREVER,
         *,
         mixing: bool = False,
         ends: Ends = FREE,
     ) -> None:
         self.mixing = mixing
         self.start_s = perf_counter()
-        self.end_s = self.start_s + time_limit_s
+        self.end_s = self.start_s + _ORDERLY * limit.left_s
         self.problem, self.best_s, self._ends = problem, below_s, ends
         chosen: Solver = SOLVERS[solver]
         self.solver = partial(automatic, tolerance=_TOLERANCE) if solver == "auto" else chosen
@@ -197,7 +202,10 @@ class MixedSearch:
 
     def open_s(self) -> list[float]:
         """Bounds of all parts that no bound has excluded, when the search has ended for whatever reason."""
-        return [bound_s for bound_s, *_ in self._heap] + self._open if self._started else [0.0]
+        if not self._started:
+            alike = not self.problem.cluster.mixed
+            return [kernel_floor_s(self.problem) / self.problem.cluster.devices if alike else 0.0]
+        return [bound_s for bound_s, *_ in self._heap] + self._open
 
     def finished(self) -> Account:
         """The account of the search, when it has ended."""
@@ -209,7 +217,7 @@ class MixedSearch:
 
 
 def _searched(
-    problem: Problem, below_s: float, solver: str, time_limit_s: float, *, mixing: bool
+    problem: Problem, below_s: float, solver: str, limit: TimeLimit, *, mixing: bool
 ) -> tuple[Found | None, Account]:
     """The best plan of all families, each searched below the ones before, and the account of all together."""
     start_s = perf_counter()
@@ -217,10 +225,13 @@ def _searched(
     best: Found | None = None
     total, open_s = Account(solver, _space(problem, mixing=mixing)), [0.0] if not several else []
     for number, family in enumerate(several):
-        left_s = (start_s + time_limit_s - perf_counter()) / (len(several) - number)
-        run = MixedSearch(family.problem, below_s, solver, left_s, mixing=mixing, ends=family.ends)
+        share = limit.share(len(several) - number)
+        run = MixedSearch(family.problem, below_s, solver, share, mixing=mixing, ends=family.ends)
         try:
-            run.go()
+            with share.enforced():
+                run.go()
+        except OutOfTimeError:
+            run.account.stopped = "time"
         except KeyboardInterrupt:
             run.account.stopped = "interrupted"
         if run.best is not None:
