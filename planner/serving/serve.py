@@ -191,7 +191,7 @@ _SOLVER = "grid, bound and bisection of the load by means; rate matching of pool
 _OFFLOADED_SOLVER = "a linear program of placements for every batch and block"
 _MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
 _LISTED, _MOST_LISTED = 10, 64
-"""Candidates that are put through the chains at least, so that the best does not depend on how many are asked for; and at most."""
+"""Candidates put through the chains at least, so that the best does not depend on how many are asked for; and at most."""
 
 
 def _distinct(found: list[Found]) -> list[Found]:
