@@ -26,7 +26,8 @@ def time_spread(residuals: Residuals, problem: Problem, spends: Iterable[Spend])
     stack = problem.stack.on_generation(generation)
     known, shares = residuals.step_time, constant_shares(spends, stack)
     between = None if (stack.name, generation) in known.measured else known.between
-    return known.at(constants_spread(shares, stack, between))
+    experts = any(block.moe for block in problem.model.blocks.values())
+    return known.at(constants_spread(shares, stack, between), experts=experts)
 
 
 def judgement(

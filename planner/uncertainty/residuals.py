@@ -13,6 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
+from planner.ledger import Array
 from planner.specs.reader import Reader, read_file
 
 __all__ = [
@@ -83,6 +86,7 @@ class Spreads(NamedTuple):
         sources: files of the measurements.
         measured: stacks and generations of accelerators that they were on.
         between: how far a constant of software that was never measured may lie from what stands in for it; a logarithm.
+        experts: what a mixture of experts is uncertain by beside the floor; a logarithm.
     """
 
     quantiles: tuple[float, ...]
@@ -92,8 +96,9 @@ class Spreads(NamedTuple):
     sources: tuple[str, ...] = ()
     measured: frozenset[tuple[str, str]] = frozenset()
     between: float = 0.0
+    experts: float = 0.0
 
-    def at(self, uncertain: float) -> Spread:
+    def at(self, uncertain: float, *, experts: bool = False) -> Spread:
         """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
 
         >>> quantiles = (-1.6, -1.3, -0.7, 0.0, 0.7, 1.3, 1.6)
@@ -101,13 +106,13 @@ class Spreads(NamedTuple):
         >>> round(low, 3), round(high, 3)
         (0.937, 1.067)
         """
-        factor = scale(self.floor, uncertain)
+        factor = float(scale(self.floor, uncertain, self.experts if experts else 0.0))
         return Spread(tuple(factor * quantile for quantile in self.quantiles))
 
 
-def scale(floor: float, uncertain: float) -> float:
-    """What a residual is held against: both ways to be wrong are independent."""
-    return math.hypot(floor, uncertain)
+def scale(floor: float, uncertain: Array | float, experts: Array | float = 0.0) -> Array:
+    """What residuals are held against: ways to be wrong that are independent."""
+    return np.sqrt(floor**2 + uncertain**2 + experts**2)
 
 
 class Residuals(NamedTuple):
@@ -176,7 +181,7 @@ def _spreads(reader: Reader) -> Spreads:
     spreads = Spreads(
         quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
         reader.texts("sources", ()), frozenset((stack, generation) for stack, _, generation in measured),
-        reader.number("between", 0.0),
+        reader.number("between", 0.0), reader.number("experts", 0.0),
     )  # fmt: skip
     reader.finish()
     return spreads

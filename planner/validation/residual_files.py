@@ -151,7 +151,7 @@ def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     return [
         Residual(
             run.source, run.model, run.stack, run.generation, log1p(without_model), log1p(without_source),
-            run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0, run.constants_share or 0.0,
+            run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0, run.constants_share or 0.0, run.experts,
         )
         for run in runs
         if (without_model := run.error_without_model) is not None
@@ -269,6 +269,7 @@ def _spreads_json(spreads: Spreads) -> dict[str, Any]:
         "measured": [" on ".join(pair) for pair in sorted(spreads.measured)],
         "floor": round(spreads.floor, 4),
         **({"between": round(spreads.between, 4)} if spreads.between else {}),
+        **({"experts": round(spreads.experts, 4)} if spreads.experts else {}),
         "quantiles": _rounded(spreads.quantiles),
     }
 

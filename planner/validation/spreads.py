@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.ledger import Array
-from planner.uncertainty.residuals import COVERAGE, PROBABILITIES, Spreads
+from planner.uncertainty.residuals import COVERAGE, PROBABILITIES, Spreads, scale
 
 __all__ = ["Coverage", "Residual", "fit_spreads", "left_out"]
 
@@ -30,7 +30,7 @@ class Residual:
     """log(measured/predicted) of one run, by constants fitted without its model, and without its source.
 
     ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on, ``share`` how
-    much it moves with an error of all constants.
+    much it moves with an error of all constants, ``experts`` whether the model is a mixture of them.
     """
 
     source: str
@@ -42,6 +42,7 @@ class Residual:
     uncertain_without_model: float = 0.0
     uncertain_without_source: float = 0.0
     share: float = 0.0
+    experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,12 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
         residuals: at least one.
     """
     both = [_arrays(residuals, by) for by in ("model", "source")]
-    floor = _floor(both)
-    scores = np.concatenate([errors / np.hypot(floor, uncertain) for errors, uncertain in both])
+    experts = np.array([r.experts for r in residuals])
+    plain = ~experts if not experts.all() else experts
+    floor = _floor([(errors[plain], uncertain[plain]) for errors, uncertain in both])
+    more = _of_experts(both, floor, experts)
+    scales = [scale(floor, uncertain, more * experts) for _, uncertain in both]
+    scores = np.concatenate([errors / each for (errors, _), each in zip(both, scales, strict=True)])
     quantiles = _quantiles(scores)
     return Spreads(
         tuple(float(quantile) for quantile in quantiles),
@@ -91,7 +96,8 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
         len({(r.source, r.model) for r in residuals}),
         tuple(sorted({r.source for r in residuals})),
         frozenset((r.stack, r.generation) for r in residuals),
-        _between(residuals, floor, quantiles),
+        _between(residuals, floor, more, quantiles),
+        more,
     )  # fmt: skip
 
 
@@ -104,6 +110,7 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         among: which of the runs are counted; all, unless given.
     """
     errors, uncertain = _arrays(residuals, by)
+    experts = np.array([r.experts for r in residuals])
     folds = np.array([f"{r.source} {r.model}" if by == "model" else r.source for r in residuals])
     low, high = np.zeros(len(residuals)), np.zeros(len(residuals))
     for fold in np.unique(folds):
@@ -111,7 +118,7 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         kept = [r for r, is_out in zip(residuals, out, strict=True) if not is_out]
         if kept:
             fitted = fit_spreads(kept)
-            scales = np.hypot(fitted.floor, uncertain[out])
+            scales = scale(fitted.floor, uncertain[out], fitted.experts * experts[out])
             low[out], high[out] = fitted.quantiles[_LOW] * scales, fitted.quantiles[_HIGH] * scales
     counted = np.ones(len(residuals), dtype=bool) if among is None else np.array(among)
     inside = (low <= errors) & (errors <= high)
@@ -150,7 +157,25 @@ def _floor(both: Sequence[tuple[Array, Array]]) -> float:
     return float(min(_FLOORS, key=lambda floor: (apart(floor), unlikely(floor))))
 
 
-def _between(residuals: Sequence[Residual], floor: float, quantiles: Array) -> float:
+def _of_experts(both: Sequence[tuple[Array, Array]], floor: float, experts: Array) -> float:
+    """What mixtures of experts are uncertain by beside that: so that as many of them lie as far out as of other models.
+
+    Their kernels differ by release and by routing, for which no constant stands. 0 where there are none, or no others.
+    """
+    if experts.all() or not experts.any():
+        return 0.0
+    errors, uncertain = (np.concatenate(parts) for parts in zip(*both, strict=True))
+    mixed = np.concatenate([experts] * len(both))
+
+    def apart(more: float) -> float:
+        far = np.abs(errors) / scale(floor, uncertain, more * mixed)
+        there, elsewhere = (float(np.quantile(far[which], COVERAGE)) for which in (mixed, ~mixed))
+        return abs(float(np.log(max(there, _TINY) / max(elsewhere, _TINY))))
+
+    return float(min((0.0, *_FLOORS), key=apart))
+
+
+def _between(residuals: Sequence[Residual], floor: float, more: float, quantiles: Array) -> float:
     """How uncertain constants of unknown software are: so that 80 % of the runs are held whose source alone knows their software.
 
     They are taken as an unknown stack's would be, with their source left out; 0 where there are none.
@@ -165,7 +190,8 @@ def _between(residuals: Sequence[Residual], floor: float, quantiles: Array) -> f
     needed = np.where(
         errors > 0.0, errors / quantiles[_HIGH], errors / quantiles[_LOW]
     )  # the scale that just holds each
-    between = np.sqrt(np.maximum(needed**2 - floor**2, 0.0)) / shares
+    known = floor**2 + np.array([more * r.experts for r in alone]) ** 2
+    between = np.sqrt(np.maximum(needed**2 - known, 0.0)) / shares
     return float(np.quantile(between, COVERAGE))
 
 
