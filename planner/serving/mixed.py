@@ -20,10 +20,11 @@ from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account, iterations_of
-from planner.serving.disaggregated import decode_kinds, note_missed, prefill_kinds
+from planner.serving.disaggregated import note_missed
 from planner.serving.matching import Fleet, Numbers, match
 from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
 from planner.serving.plan import Pool
+from planner.serving.pools import decode_kinds, prefill_kinds
 from planner.serving.slots import MOST_LOAD
 from planner.serving.space import ServeSpace, degrees_of, links_of, mesh_of, recipe_of, size_of
 from planner.specs.cluster import Cluster
@@ -152,7 +153,7 @@ def _note_missed(
         for other, d in answers
     ]
     between_s = [float(d.steps_s[0].min()) for _, d in answers]
-    note_missed(problem, account, min(first_s), min(between_s))
+    note_missed(problem, account, np.min(first_s, keepdims=True), np.min(between_s, keepdims=True))
     if set(account.nearest) - {"memory"}:
         return
     traffic, most = problem.traffic, 0.0
@@ -222,9 +223,10 @@ def _decodes(
     fastest: dict[Any, _Kind] = {}
     for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, account):
         for k in range(len(d.rate)):
+            held = d.binding[k] == "memory"
             kind = _Kind(
-                "decode", cluster, d.kind.recipe, d.kind.rows[k], 2.0, float(d.rate[k]) * MOST_LOAD if d.binding[k] == "memory"
-                else float(d.rate[k]), tpot_s=float(d.tpot_s[k]), most=float(d.kind.most[k]), memory=d.memory(k),
+                "decode", cluster, d.kind.recipe, d.kind.rows[k], 2.0, float(d.rate[k]) * (MOST_LOAD if held else 1.0),
+                tpot_s=float(d.tpot_s[k]), most=float(d.kind.most[k]), memory=d.memory(k, float(d.in_flight[k])),
                 binding=str(d.binding[k]),
             )  # fmt: skip
             key = _kept(kind, given, fastest)
