@@ -30,7 +30,7 @@ __all__ = ["Account", "Candidates", "candidates", "iterations_of"]
 class Account:
     """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
 
-    ``curves`` are the loads that were priced on the way.
+    ``curves`` are the loads that were priced on the way; the best possible value may exceed the best by a ``gap``, a fraction.
     """
 
     candidates: int = 0
@@ -38,6 +38,7 @@ class Account:
     repriced: int = 0
     excluded: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    gap: float = 0.0
     nearest: dict[str, tuple[float, str]] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
 

@@ -3,7 +3,8 @@
 A prefill replica is a queue that serves prompts one batch after the other (M/D/1; with stages, a tandem of which the slowest
 sets the pace); a decode replica holds as many sequences as its caches and the limit between tokens allow. Keys and values travel
 from one to the other, layer by layer while the prompt still runs. For every pair of kinds of replicas the best numbers on the
-given devices follow exactly: one pool's rate grows with its replicas, the other's falls with what is left.
+given devices follow exactly: one pool's rate grows with its replicas, the other's falls with what is left. A limit of whole
+answers is split between the pools where they answer most (:mod:`planner.serving.pair_loads`).
 
 Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Patel et al. 2024 (Splitwise, ISCA), section 4.2
 (transfer per layer).
@@ -12,73 +13,25 @@ Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Pate
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.costs.serving import kv_transfer_s, queue_load
+from planner.costs.serving import kv_transfer_s
 from planner.engine import Pricer
-from planner.iteration import Iterations
 from planner.ledger import Array
-from planner.serving.candidates import Account, Candidates, candidates, iterations_of
-from planner.serving.capacity import capacity
+from planner.serving.candidates import Account
 from planner.serving.front import Curve
-from planner.serving.numbers import numbers_of, seated_numbers
+from planner.serving.numbers import Asked, numbers_of
+from planner.serving.pair_loads import HIGHEST_LOAD, Matched, Pairs, best_loads, prompt_rate
 from planner.serving.percentiles import Latencies
+from planner.serving.pools import Decode, Prefill, decode_kinds, prefill_kinds
 from planner.serving.space import ServeSpace, links_of, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = [
-    "Decode",
-    "Prefill",
-    "Split",
-    "decode_kinds",
-    "note_missed",
-    "prefill_kinds",
-    "search_disaggregated",
-]
-
-_MOST_LOAD = 0.95  # of a prefill replica where no limit keeps it lower: beyond it the queue has no steady state to speak of
-_SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
-"""Loads that the front is drawn from: powers of the sequences that a replica holds."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefill:
-    """Prefill replicas, one per row: time of a batch, pace, prompts per batch, and bytes of one prompt per device."""
-
-    kind: Candidates
-    batch_s: Array
-    pace_s: Array
-    prompts: Array
-    bytes_: Array
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decode:
-    """Decode replicas at their largest load; times between tokens at some loads (loads, rows) up to what they hold."""
-
-    kind: Candidates
-    in_flight: Array
-    tpot_s: Array
-    rate: Array
-    binding: NDArray[np.str_]
-    loads: Array
-    steps_s: Array
-
-    def memory(self, j: int, share: float = 1.0) -> dict[str, float]:
-        """Bytes of a row's fullest device, its caches filled to a share of what the limits allow."""
-        held = self.kind.capacity
-        filled = min(1.0, share * float(self.in_flight[j]) / max(float(self.kind.most[j]), 1.0))
-        parts = {
-            "weights": float(held.weights_bytes[j]),
-            "kv_cache": float(held.cache_bytes[j]) * filled,
-            "activations": float(held.activation_bytes[j]),
-            "reserved": held.reserved_bytes,
-        }
-        return {"peak": sum(parts.values()), **parts}
+__all__ = ["Split", "note_missed", "search_disaggregated"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,172 +105,84 @@ def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account
     return found
 
 
-def prefill_kinds(
-    problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account
-) -> list[Prefill]:
-    """Prefill replicas, one entry per recipe."""
-    return [p for r in space.recipes() if (p := _prefill(problem, space, r, pricer, account)) is not None]
-
-
-def decode_kinds(problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account) -> list[Decode]:
-    """Decode replicas, one entry per recipe."""
-    return [d for r in space.recipes() if (d := _decode(problem, space, r, pricer, account)) is not None]
-
-
-def _prefill(
-    problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> Prefill | None:
-    kind = candidates(problem, space, recipe, pricer, account, traffic_osl=1.0)
-    if kind is None:
-        return None
-    traffic, mesh = problem.traffic, mesh_of(kind.rows)
-    iterations = iterations_of(problem, recipe, mesh, pricer)
-    prompts = np.maximum(np.floor(kind.chunks / traffic.computed_isl), 1.0) * mesh.dp
-    zero = np.zeros_like(prompts)
-    # Short prompts share an iteration, long ones are cut into several.
-    tokens = prompts * traffic.computed_isl
-    each = np.minimum(tokens, kind.chunks * mesh.dp)
-    batch_s = tokens / each * iterations(zero, zero, each, np.full_like(zero, traffic.prompt_context))
-    footprint = iterations.footprint()
-    return Prefill(kind, batch_s, batch_s / mesh.pp / prompts, prompts, footprint.cache_bytes(traffic.isl))
-
-
-def _decode(
-    problem: ServeProblem, space: ServeSpace, recipe: Mapping[str, str], pricer: Pricer, account: Account
-) -> Decode | None:
-    """Rows without a choice of budget, each at the most sequences that keep the limit between tokens."""
-    kind = candidates(problem, space, recipe, pricer, account)
-    if kind is None:
-        return None
-    once = kind.chunks == kind.chunks.min()
-    traffic, mesh = problem.traffic, mesh_of(kind.rows[once])
-    iterations = iterations_of(problem, recipe, mesh, pricer)
-    held = capacity(iterations, traffic.isl, traffic.osl, 1024.0, space.fixed.get("max_sequences"))
-    kind = Candidates(recipe, kind.rows[once], kind.chunks[once], held, held.sequences)
-    context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
-
-    def step_s(n: Array, many: Iterations = iterations) -> Array:
-        each = np.maximum(n, 1.0) / many.ctx.mesh.pp
-        zero = np.zeros_like(each)
-        return many(each, each * context, zero, zero) / many.accepted
-
-    loads = np.floor(np.stack([held.sequences**share for share in _SHARES]))
-    rows = np.tile(kind.rows, (len(loads), 1))
-    steps = step_s(loads.reshape(-1), iterations_of(problem, recipe, mesh_of(rows), pricer)).reshape(
-        loads.shape
-    )
-    kept = steps <= (np.inf if traffic.tpot_s is None else traffic.tpot_s)
-    binding = np.where(kept[-1], "memory", "tpot")
-    count = np.sum(np.logical_and.accumulate(kept, axis=0), axis=0)
-    low = np.where(count > 0, np.take_along_axis(loads, np.maximum(count - 1, 0)[None], axis=0)[0], 0.0)
-    high = np.where(
-        count > 0, np.take_along_axis(loads, np.minimum(count, len(loads) - 1)[None], axis=0)[0], 0.0
-    )
-    while np.any(high - low > 1.0):
-        middle = np.floor((low + high) / 2.0)
-        within = step_s(middle) <= (traffic.tpot_s or np.inf)
-        moving = high - low > 1.0
-        low, high = np.where(moving & within, middle, low), np.where(moving & ~within, middle, high)
-    tpot_s = step_s(low)
-    rate = np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0)
-    return Decode(kind, low, tpot_s, rate, binding, loads, steps)
-
-
 def _pairs(
-    problem: ServeProblem,
-    p: Prefill,
-    d: Decode,
-    asked: tuple[int | None, int | None],
-    pricer: Pricer,
-    account: Account,
+    problem: ServeProblem, p: Prefill, d: Decode, asked: Asked, pricer: Pricer, account: Account
 ) -> list[Split]:
-    """Every pair of rows: their loads, their numbers of replicas, and the best of each shape."""
-    traffic, devices = problem.traffic, problem.cluster.devices
-    tier = problem.cluster.tiers[-1]
-    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
-    senders, receivers = senders[:, None], receivers[None, :]
-    rate = tier.effective_bytes_per_s * np.minimum(senders, receivers)
-    transfer = np.asarray(
-        kv_transfer_s(p.bytes_[:, None] * senders, rate, p.batch_s[:, None], float(problem.model.n_layers))
-    )
+    """The best pair of every two sizes of replicas, of one recipe each."""
     assert pricer.stack.serving is not None
-    admission = float(pricer.stack.serving.admission_s)
-    room = np.inf if traffic.ttft_s is None else traffic.ttft_s - p.batch_s[:, None] - transfer - admission
-    if traffic.e2e_s is not None:
-        rest = (
-            traffic.e2e_s
-            - (traffic.osl - 1.0) * d.tpot_s[None, :]
-            - p.batch_s[:, None]
-            - transfer
-            - admission
-        )
-        room = np.minimum(room, rest)
-    quantile = None if traffic.percentile is None else traffic.percentile / 100.0
-    load = np.asarray(queue_load(room, (p.pace_s * p.prompts)[:, None], quantile, _MOST_LOAD))
-    prompt_rate = np.broadcast_to(load / p.pace_s[:, None], transfer.shape)
-    decode_rate = np.broadcast_to(d.rate[None, :], transfer.shape)
-    account.candidates += transfer.size
-    late, slow = load <= 0.0, (decode_rate <= 0.0) & (load > 0.0)
-    account.rejected["ttft limit"] += int(late.sum())
-    account.rejected["tpot limit"] += int(slow.sum())
-    first_s = float((p.batch_s[:, None] + transfer + admission).min())
-    note_missed(problem, account, first_s, float(d.steps_s[0].min()))
-    able = ~late & ~slow
-    for reason, ok in _pair_rules(problem, p, d):
+    admission_s = float(pricer.stack.serving.admission_s)
+    first_s = p.batch_s[:, None] + _transfer_s(problem, p, d) + admission_s
+    prompts = prompt_rate(problem, p, np.arange(len(p.batch_s))[:, None], first_s, None)
+    able = _able(problem, p, d, first_s, prompts, account)
+    if not able.any():
+        return []
+    if problem.traffic.concurrency is None and problem.traffic.rate_per_s is None:
+        account.curves.append(_curve(problem, p, d, np.where(able | (d.rate <= 0.0), prompts, 0.0)))
+    i, j = np.nonzero(able)
+    pairs = Pairs(problem, p, d, asked, i, j, first_s[i, j], admission_s)
+    best, excluded = best_loads(pairs)
+    kept = best.value > 0.0
+    account.scored += int(kept.sum())
+    none = "more devices than there are" if problem.traffic.rate_per_s is None else "rate"
+    account.rejected[none] += int((~kept & ~excluded).sum())
+    if excluded.any():
+        account.excluded["throughput"] += int(excluded.sum())
+    if not kept.any():
+        _note_rate(pairs, account)
+    return [_split(pairs, best, int(k)) for k in _best_of_sizes(pairs, best.value) if kept[k]]
+
+
+def _transfer_s(problem: ServeProblem, p: Prefill, d: Decode) -> Array:
+    """What a cache's way from every prefill row (down) to every decode row (across) adds to a prompt."""
+    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
+    rate = problem.cluster.tiers[-1].effective_bytes_per_s * np.minimum(senders[:, None], receivers[None, :])
+    layers = float(problem.model.n_layers)
+    return np.asarray(kv_transfer_s((p.bytes_ * senders)[:, None], rate, p.batch_s[:, None], layers))
+
+
+def _able(
+    problem: ServeProblem, p: Prefill, d: Decode, first_s: Array, prompts: Array, account: Account
+) -> NDArray[np.bool_]:
+    """The pairs that keep the limits at some load and stand on the devices; the others are counted with their reason."""
+    traffic, devices = problem.traffic, problem.cluster.devices
+    rules = list(_pair_rules(problem, p, d))
+    fits = p.kind.size[:, None] + d.kind.size[None, :] <= devices
+    stands = np.logical_and.reduce([fits, *(ok for _, ok in rules)])
+    answer_s = first_s + (traffic.osl - 1.0) * d.steps_s[0]
+    if stands.any():
+        between_s = np.broadcast_to(d.steps_s[0], stands.shape)
+        note_missed(problem, account, first_s[stands], between_s[stands])
+    able = np.ones(stands.shape, dtype=bool)
+    for reason, ok in (
+        ("ttft limit", prompts > 0.0),
+        ("tpot limit", np.broadcast_to(d.rate > 0.0, able.shape)),
+        ("e2e limit", answer_s <= (np.inf if traffic.e2e_s is None else traffic.e2e_s)),
+        *rules,
+        ("more devices than there are", fits),
+    ):
         account.rejected[reason] += int((able & ~ok).sum())
         able &= ok
-    sizes = (
-        np.broadcast_to(p.kind.size[:, None], able.shape),
-        np.broadcast_to(d.kind.size[None, :], able.shape),
-    )
-    able_room = able & (sizes[0] + sizes[1] <= devices)
-    account.rejected["more devices than there are"] += int((able & ~able_room).sum())
-    wanted = traffic.rate_per_s
-    if not able_room.any():
-        return []
-    if traffic.concurrency is None and wanted is None:
-        account.curves.append(_curve(problem, p, d, np.where(able_room | slow, prompt_rate, 0.0)))
-    i, j = np.nonzero(able_room)
-    x, y = numbers_of(problem, prompt_rate[i, j], decode_rate[i, j], sizes[0][i, j], sizes[1][i, j])
-    x, y = (v if n is None else np.full_like(v, float(n)) for v, n in zip((x, y), asked, strict=True))
-    x, y = seated_numbers(
-        problem, x, y, (p.kind.size[i], d.kind.size[j]), (prompt_rate[i, j], decode_rate[i, j])
-    )
-    answered = np.minimum(x * prompt_rate[i, j], y * decode_rate[i, j])
-    if traffic.concurrency is not None:
-        # So many requests in flight, most of them in decode replicas.
-        cycle = p.batch_s[i] + transfer[i, j] + (traffic.osl - 1.0) * d.tpot_s[j]
-        answered = np.minimum(answered, traffic.concurrency / cycle)
-    if wanted is not None:
-        enough = (x > 0.0) & (answered >= wanted * (1.0 - 1e-9))
-        if not enough.any():
-            size = p.kind.size[i] + d.kind.size[j] * prompt_rate[i, j] / decode_rate[i, j]
-            most = float(np.max(prompt_rate[i, j] / size)) * devices
-            account.miss("rate", max(wanted / most, 1.0), "prompts and generation apart")
-        account.rejected["rate"] += int((~enough).sum())
-        i, j, x, y, answered = (v[enough] for v in (i, j, x, y, answered))
-        answered = np.full_like(answered, wanted)
-    account.scored += len(i)
-    used = x * p.kind.size[i] + y * d.kind.size[j]
-    value = answered if problem.machines_count else answered / used
-    # The best pair of every two sizes of replicas.
+    account.candidates += able.size
+    return able
+
+
+def _note_rate(pairs: Pairs, account: Account) -> None:
+    """Remembers by how much a rate that nothing answers is more than all devices answer."""
+    traffic = pairs.problem.traffic
+    if traffic.rate_per_s is None:
+        return
+    free = replace(pairs.problem, objective="throughput", traffic=replace(traffic, rate_per_s=None))
+    most = float(best_loads(replace(pairs, problem=free))[0].answered.max())
+    if most > 0.0:
+        account.miss("rate", max(traffic.rate_per_s / most, 1.0), "prompts and generation apart")
+
+
+def _best_of_sizes(pairs: Pairs, value: Array) -> NDArray[np.intp]:
+    """The best pair of every two sizes of replicas, best first."""
     order = np.argsort(-value, kind="stable")
-    shape = p.kind.size[i[order]] * (devices + 1.0) + d.kind.size[j[order]]
-    best = order[np.sort(np.unique(shape, return_index=True)[1])]
-    return [
-        _split(
-            problem,
-            p,
-            d,
-            int(i[k]),
-            int(j[k]),
-            (int(x[k]), int(y[k])),
-            float(answered[k]),
-            float(transfer[i[k], j[k]]),
-            admission,
-        )
-        for k in best
-    ]
+    left, right = pairs.sizes
+    sizes = left[order] * (pairs.problem.cluster.devices + 1.0) + right[order]
+    return np.asarray(order[np.sort(np.unique(sizes, return_index=True)[1])])
 
 
 def _pair_rules(problem: ServeProblem, p: Prefill, d: Decode) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -329,16 +194,16 @@ def _pair_rules(problem: ServeProblem, p: Prefill, d: Decode) -> Iterator[tuple[
         yield f"{problem.launcher.name}: {rule.reason}", np.broadcast_to(rule.ok, shape)
 
 
-def note_missed(problem: ServeProblem, account: Account, first_s: float, between_s: float) -> None:
-    """Remembers by how much the lightest loads, with these times to the first token and between tokens, miss the limits."""
+def note_missed(problem: ServeProblem, account: Account, first_s: Array, between_s: Array) -> None:
+    """Remembers by how much the lightest loads miss the limits, with pairs' times to the first token and between tokens."""
     traffic = problem.traffic
-    for name, limit, found in (
+    for name, limit, found_s in (
         ("ttft", traffic.ttft_s, first_s),
         ("tpot", traffic.tpot_s, between_s),
         ("e2e", traffic.e2e_s, first_s + (traffic.osl - 1.0) * between_s),
     ):
-        if limit is not None and found > limit:
-            account.miss(name, found / limit, "prompts and generation apart")
+        if limit is not None and (nearest_s := float(found_s.min())) > limit:
+            account.miss(name, nearest_s / limit, "prompts and generation apart")
 
 
 def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> Curve:
@@ -365,20 +230,38 @@ def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> 
     )
 
 
-def _split(
-    problem: ServeProblem, p: Prefill, d: Decode, i: int, j: int, replicas: tuple[int, int], answered: float,
-    transfer_s: float, admission_s: float,
-) -> Split:  # fmt: skip
+def _split(pairs: Pairs, best: Matched, k: int) -> Split:
     """One pair at its load; sequences per decode replica follow from Little's law at the time that they take."""
-    traffic = problem.traffic
-    load = min(answered / replicas[0] * float(p.pace_s[i]), _MOST_LOAD)
-    service_s = float(p.pace_s[i] * p.prompts[i])
-    share = answered / replicas[1] / float(d.rate[j])
-    in_flight = max(1, round(float(d.in_flight[j]) * share))
-    slower = replicas[1] * float(d.rate[j]) <= replicas[0] * load / float(p.pace_s[i]) * (1.0 + 1e-9)
+    p, d, i, j, traffic = pairs.p, pairs.d, int(pairs.i[k]), int(pairs.j[k]), pairs.problem.traffic
+    replicas, answered = (int(best.prefills[k]), int(best.decodes[k])), float(best.answered[k])
+    most, tpot_s, pace_s = float(best.in_flight[k]), float(best.tpot_s[k]), float(p.pace_s[i])
+    load = min(answered / replicas[0] * pace_s, HIGHEST_LOAD)
+    held = answered / replicas[1] * (traffic.osl - 1.0) * tpot_s
     return Split(
-        (p.kind.recipe, d.kind.recipe), (p.kind.rows[i], d.kind.rows[j]), float(p.kind.chunks[i]), replicas, answered, load,
-        load * service_s / (2.0 * (1.0 - load)), float(p.batch_s[i]), transfer_s, admission_s, float(d.tpot_s[j]), in_flight,
-        float(d.kind.most[j]), d.memory(j, share),
-        "rate" if traffic.rate_per_s is not None else str(d.binding[j]) if slower else "ttft",
-    )  # fmt: skip
+        recipes=(p.kind.recipe, d.kind.recipe),
+        rows=(p.kind.rows[i], d.kind.rows[j]),
+        chunk=float(p.kind.chunks[i]),
+        replicas=replicas,
+        requests_per_s=answered,
+        load=load,
+        wait_s=load * pace_s * float(p.prompts[i]) / (2.0 * (1.0 - load)),
+        prefill_s=float(p.batch_s[i]),
+        transfer_s=float(pairs.first_s[k]) - float(p.batch_s[i]) - pairs.admission_s,
+        admission_s=pairs.admission_s,
+        tpot_s=tpot_s,
+        in_flight=max(1, round(held)),
+        most=float(d.kind.most[j]),
+        memory=d.memory(j, held),
+        binding=_binding(pairs, best, k, held >= most * (1.0 - 1e-9)),
+    )
+
+
+def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
+    """What keeps a pair's load from growing: a rate that was asked for, whole answers, or what keeps the slower pool."""
+    traffic, d, j = pairs.problem.traffic, pairs.d, int(pairs.j[k])
+    if traffic.rate_per_s is not None:
+        return "rate"
+    if slower and best.in_flight[k] >= d.in_flight[j]:
+        return str(d.binding[j])
+    rest_s = np.inf if traffic.e2e_s is None else traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
+    return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

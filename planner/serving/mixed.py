@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from planner.costs.serving import kv_transfer_s, queue_load
 from planner.engine import Pricer
 from planner.ledger import Array
+from planner.serving.answer_split import best_split
 from planner.serving.candidates import Account, iterations_of
-from planner.serving.disaggregated import decode_kinds, note_missed, prefill_kinds
+from planner.serving.disaggregated import note_missed
 from planner.serving.matching import Fleet, Numbers, match
 from planner.serving.percentiles import NEARLY, Latencies, Line, decode_pool, highest_rate, prefill_pool
 from planner.serving.plan import Pool
+from planner.serving.pools import decode_kinds, prefill_kinds
 from planner.serving.slots import MOST_LOAD
 from planner.serving.space import ServeSpace, degrees_of, links_of, mesh_of, recipe_of, size_of
 from planner.specs.cluster import Cluster
@@ -93,38 +95,64 @@ class MixedFound:
         return sum(pool.devices for pool in self.pools)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Offer:
+    """Kinds of replicas of both roles, what a cache's way between them takes, and what can be combined of them."""
+
+    left: list[_Kind]
+    right: list[_Kind]
+    transfer_s: Array
+    fleet: Fleet
+    counts: tuple[Array, Array] | None
+
+    @classmethod
+    def of(
+        cls, problem: ServeProblem, pricers: list[Pricer], account: Account, given: tuple[Pool, ...]
+    ) -> _Offer | None:
+        """The kinds that keep a problem's limits, or those of given pools; None where a role has none."""
+        parts = _parts(problem)
+        left: list[_Kind] = []
+        right: list[_Kind] = []
+        for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True)):
+            own = tuple(pool for pool in given if pool.cluster == part.cluster.name)
+            left += _prefills(part, pricer, index, account, own) if own or not given else ()
+            right += _decodes(part, pricer, index, account, own) if own or not given else ()
+        if not left or not right:
+            return None
+        clusters = problem.clusters
+        transfer_s = _transfers(problem, clusters, left, right)
+        fleet = _fleet(problem, parts, left, right, transfer_s)
+        return cls(left, right, transfer_s, fleet, _counts(given, clusters, left, right) if given else None)
+
+    def numbers(self, problem: ServeProblem, allowed: NDArray[np.bool_] | bool = True) -> Numbers | None:
+        """The best numbers of replicas, where prompts go on only as is allowed."""
+        fleet = replace(self.fleet, prompts=np.where(allowed, self.fleet.prompts, 0.0))
+        thrifty = problem.objective != "throughput"
+        return match(fleet, problem.traffic.rate_per_s, thrifty=thrifty, counts=self.counts)
+
+
 def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...] = ()) -> list[MixedFound]:
     """The best numbers of replicas over all clusters, and over every ordered two of them; or those of ``given`` pools."""
-    clusters = (problem.cluster, *problem.others)
-    parts = [replace(problem, cluster=cluster, others=()) for cluster in clusters]
+    parts = _parts(problem)
     pricers = [Pricer(part.cluster, part.stack) for part in parts]
-    left: list[_Kind] = []
-    right: list[_Kind] = []
     scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
-    for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True)):
-        own = tuple(pool for pool in given if pool.cluster == part.cluster.name)
-        left += _prefills(part, pricer, index, scratch, own) if own or not given else ()
-        right += _decodes(part, pricer, index, scratch, own) if own or not given else ()
+    offer = _Offer.of(_split(problem, pricers, account, given), pricers, scratch, given)
     account.nearest.update(scratch.nearest)
-    if not left or not right:
+    if offer is None:
         account.rejected.update(scratch.rejected)
         _note_missed(problem, parts, pricers, account)
         return []
-    transfer = _transfers(problem, clusters, left, right)
-    fleet = _fleet(problem, parts, left, right, transfer)
+    fleet = offer.fleet
     account.candidates += fleet.prompts.size
     account.rejected["ttft limit"] += int((fleet.prompts <= 0.0).sum())
     account.scored += int((fleet.prompts > 0.0).sum())
     found: dict[tuple[Any, ...], MixedFound] = {}
-    counts = _counts(given, clusters, left, right) if given else None
-    for allowed in _choices(len(clusters), left, right):
-        numbers = match(
-            replace(fleet, prompts=np.where(allowed, fleet.prompts, 0.0)), problem.traffic.rate_per_s,
-            thrifty=problem.objective != "throughput", counts=counts,
-        )  # fmt: skip
+    for allowed in _choices(len(parts), offer.left, offer.right):
+        numbers = offer.numbers(problem, allowed)
         if numbers is None:
             continue
-        one = _found(problem, parts, pricers, (left, right), fleet, transfer, numbers, account)
+        kinds = offer.left, offer.right
+        one = _found(problem, parts, pricers, kinds, fleet, offer.transfer_s, numbers, account)
         if one is not None:
             found.setdefault(
                 tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
@@ -132,6 +160,43 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
     if not found:
         _note_missed(problem, parts, pricers, account)
     return list(found.values())
+
+
+def _parts(problem: ServeProblem) -> list[ServeProblem]:
+    """The problem on every cluster alone."""
+    return [replace(problem, cluster=cluster, others=()) for cluster in problem.clusters]
+
+
+def _split(
+    problem: ServeProblem, pricers: list[Pricer], account: Account, given: tuple[Pool, ...]
+) -> ServeProblem:
+    """The problem with its limit of whole answers shared between first token and generation, as all pools answer most.
+
+    The slowest prefill and the slowest decode replicas keep the limit together, so that one split holds for all of them.
+    """
+    traffic = problem.traffic
+    if traffic.e2e_s is None or traffic.osl < 2:
+        return problem
+
+    def parted(first_s: float, answer_s: float) -> ServeProblem:
+        limits = {
+            "ttft_s": min(first_s, traffic.ttft_s or np.inf),
+            "tpot_s": min(answer_s / (traffic.osl - 1.0), traffic.tpot_s or np.inf),
+        }
+        return replace(problem, traffic=replace(traffic, **limits, e2e_s=None))
+
+    def value(first_s: float, answer_s: float) -> float:
+        shared = parted(first_s, answer_s)
+        offer = _Offer.of(shared, pricers, Account(), given)
+        numbers = None if offer is None else offer.numbers(shared)
+        if offer is None or numbers is None:
+            return 0.0
+        fleet = offer.fleet
+        cost = float(numbers.left @ fleet.left_cost + numbers.right @ fleet.right_cost)
+        return numbers.rate_per_s / (1.0 if problem.machines_count else cost)
+
+    answer_s, account.gap = best_split(value, traffic.e2e_s)
+    return parted(traffic.e2e_s - answer_s, answer_s)
 
 
 def _note_missed(
@@ -152,7 +217,7 @@ def _note_missed(
         for other, d in answers
     ]
     between_s = [float(d.steps_s[0].min()) for _, d in answers]
-    note_missed(problem, account, min(first_s), min(between_s))
+    note_missed(problem, account, np.min(first_s, keepdims=True), np.min(between_s, keepdims=True))
     if set(account.nearest) - {"memory"}:
         return
     traffic, most = problem.traffic, 0.0
@@ -222,9 +287,10 @@ def _decodes(
     fastest: dict[Any, _Kind] = {}
     for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, account):
         for k in range(len(d.rate)):
+            held = d.binding[k] == "memory"
             kind = _Kind(
-                "decode", cluster, d.kind.recipe, d.kind.rows[k], 2.0, float(d.rate[k]) * MOST_LOAD if d.binding[k] == "memory"
-                else float(d.rate[k]), tpot_s=float(d.tpot_s[k]), most=float(d.kind.most[k]), memory=d.memory(k),
+                "decode", cluster, d.kind.recipe, d.kind.rows[k], 2.0, float(d.rate[k]) * (MOST_LOAD if held else 1.0),
+                tpot_s=float(d.tpot_s[k]), most=float(d.kind.most[k]), memory=d.memory(k, float(d.in_flight[k])),
                 binding=str(d.binding[k]),
             )  # fmt: skip
             key = _kept(kind, given, fastest)
@@ -262,9 +328,6 @@ def _fleet(
         np.array([[getattr(p, n)] for p in left]) for n in ("batch_s", "pace_s", "prompts")
     )
     room = np.full(transfer.shape, np.inf if traffic.ttft_s is None else traffic.ttft_s) - batch_s - transfer
-    if traffic.e2e_s is not None:
-        answers_s = (traffic.osl - 1.0) * np.array([[d.tpot_s for d in right]])
-        room = np.minimum(room, traffic.e2e_s - answers_s - batch_s - transfer)
     quantile = None if traffic.percentile is None else traffic.percentile / 100.0
     load = np.asarray(queue_load(room, pace_s * prompts, quantile, MOST_LOAD))
     alike = np.array([[_together(problem, parts, p, d) for d in right] for p in left])

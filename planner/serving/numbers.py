@@ -8,30 +8,45 @@ from planner.ledger import Array
 from planner.serving.launcher import nodes_taken
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["numbers_of", "seated_numbers"]
+__all__ = ["Asked", "numbers_of", "seated_numbers"]
+
+Asked = tuple[int | None, int | None]
+"""Replicas of either pool that a user fixes."""
 
 _BISECTIONS = 40
 
 
 def numbers_of(
-    problem: ServeProblem, prompts: Array, answers: Array, left: Array, right: Array
+    problem: ServeProblem,
+    prompts: Array,
+    answers: Array,
+    left: Array,
+    right: Array,
+    asked: Asked = (None, None),
 ) -> tuple[Array, Array]:
     """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
 
     With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
-    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next.
+    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next. Numbers that are
+    ``asked`` for stay; where there is no room for the other pool, there are 0 prefill replicas.
     """
     devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
     if wanted is None and not problem.machines_count:
-        return _thriftiest(devices, prompts, answers, left, right)
+        return _thriftiest(devices, prompts, answers, left, right, asked)
     if wanted is not None:
-        x, y = np.ceil(wanted / prompts - 1e-9), np.ceil(wanted / answers - 1e-9)
+        x, y = (
+            np.ceil(wanted / rate - 1e-9) if count is None else np.full_like(rate, float(count))
+            for rate, count in zip((prompts, answers), asked, strict=True)
+        )
         return np.where(x * left + y * right <= devices, x, 0.0), y
 
     def beside(y: Array) -> Array:
-        return np.floor((devices - y * right) / left)
+        room = np.maximum(np.floor((devices - y * right) / left), 0.0)
+        return room if asked[0] is None else np.where(room >= asked[0], float(asked[0]), 0.0)
 
-    low, high = np.ones_like(left), np.floor((devices - left) / right)
+    low, high = np.ones_like(left), np.maximum(np.floor((devices - left * (asked[0] or 1)) / right), 1.0)
+    if asked[1] is not None:
+        low = high = np.full_like(left, float(asked[1]))
     for _ in range(_BISECTIONS):
         if not np.any(high - low > 1.0):
             break
@@ -40,7 +55,7 @@ def numbers_of(
         low, high = np.where(slower, middle, low), np.where(slower, high, middle)
     first, second = (np.minimum(y * answers, beside(y) * prompts) for y in (low, high))
     y = np.where(second > first, high, low)
-    needed = np.ceil(y * answers / prompts - 1e-9)
+    needed = np.ceil(y * answers / prompts - 1e-9) if asked[0] is None else np.inf
     return np.minimum(beside(y), needed), y
 
 
@@ -66,18 +81,19 @@ def seated_numbers(
 
 
 def _thriftiest(
-    devices: int, prompts: Array, answers: Array, left: Array, right: Array
+    devices: int, prompts: Array, answers: Array, left: Array, right: Array, asked: Asked = (None, None)
 ) -> tuple[Array, Array]:
     """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
 
     Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
     """
     best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
-    for count in range(1, int(np.max((devices - left) / right)) + 1):
+    most = int(np.max((devices - left) / right))
+    for count in range(1, most + 1) if asked[1] is None else (asked[1],):
         needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
         for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
-            beside = np.minimum(whole, room)
-            able, used = beside >= 1.0, np.maximum(beside * left + count * right, 1.0)
+            beside = np.minimum(whole, room) if asked[0] is None else np.full_like(room, float(asked[0]))
+            able, used = (beside >= 1.0) & (beside <= room), np.maximum(beside * left + count * right, 1.0)
             value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
             better = value > best * (1.0 + 1e-9)
             best, x, y = (

@@ -124,7 +124,9 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
             model=problem.model.name, cluster="+".join(cluster.name for cluster in problem.clusters), stack=problem.stack.name,
             traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
             mode="disaggregated", pools=f.pools, estimate=_mixed_estimate(problem, f),
-            optimality=Optimality("exact" if not i else "gap", 1.0 - value(f) / best, None, _MIXED_SOLVER),
+            optimality=Optimality(
+                "gap" if i or account.gap else "exact", 1.0 - value(f) / best / (1.0 + account.gap), None, _MIXED_SOLVER
+            ),
             assumptions=assumptions(problem),
         )
         for i, f in enumerate(found[:top])
