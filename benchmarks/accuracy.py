@@ -4,7 +4,8 @@
 
 ``--refitted`` is what ``fit_stacks.py --json`` writes: the errors of every row with constants fitted without its model, and
 without its source. Give the file that ``planner validate --residuals`` was given, so that page and intervals agree: these are of
-the shipped table of runs, the held-out ones among them. The page's text is ``accuracy.md.in``; why single rows are far off stands in ``accuracy_notes.toml``.
+the shipped table of runs, the held-out ones among them. The page's text is ``accuracy.md.in``; why single rows are far off stands
+in ``accuracy_notes.toml``.
 """
 
 from __future__ import annotations
