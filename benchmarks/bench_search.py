@@ -91,7 +91,7 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
 
     Of every prefix ``rows_each`` random rows: their ledgers are built, and every layout, state, recompute choice and swap on
     them goes through the full cost model (exact memory timeline, the launcher's and the host's limits, and the step bound of what
-    fits). A recompute by layers counts once, although its number of layers is searched.
+    fits). Of a recompute by layers one number of layers is tried.
     """
     draw = np.random.default_rng()
     start = time.process_time()
@@ -108,8 +108,9 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
             for schedule, layout in search.layouts_of(int(pp)):
                 for recompute in range(len(branches.recomputes)):
                     on = np.flatnonzero(work.recomputes[recompute, at])
-                    behind = int(branches.widths(branches.recomputes[recompute], layout.layers))
-                    for swap in range(len(branches.swaps) if behind and len(on) else 0):
+                    ones = np.ones(len(on), dtype=np.int64)
+                    by_layers = branches.by_layers(branches.recomputes[recompute])
+                    for swap in range(len(branches.swaps) if len(on) else 0):
                         work.evaluate(
                             Jobs(
                                 schedule,
@@ -118,7 +119,8 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                                 swap,
                                 states[on],
                                 at[on],
-                                np.full(len(on), behind),
+                                ones,
+                                ones.astype(np.float64) if by_layers else None,
                             )
                         )
                         priced += len(on)

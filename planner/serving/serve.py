@@ -81,7 +81,13 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))
     listing = Listing(problem, pricer)
-    listed = [f for g in found[: max(top, _LISTED)] if (f := listing.of(g)) is not None]
+    listed: list[Found | Split] = []
+    for number, candidate in enumerate(found[:_MOST_LISTED]):
+        reached = max((_value(problem, f) for f in listed), default=0.0)
+        if number >= max(top, _LISTED) and _value(problem, candidate) <= reached:
+            break  # what requests that arrive on their own wait for only lowers a candidate's rate
+        if (f := listing.of(candidate)) is not None:
+            listed.append(f)
     if not listed:
         raise _NothingError(account)
     listed.sort(key=lambda f: _order(problem, f))
@@ -186,8 +192,8 @@ def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
 _OFFLOADED_SOLVER = "a linear program of placements for every batch and block"
 _MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
-_LISTED = 10
-"""Candidates that are put through the chains at least, so that the best does not depend on how many are asked for."""
+_LISTED, _MOST_LISTED = 10, 64
+"""Candidates put through the chains at least, so that the best does not depend on how many are asked for; and at most."""
 
 
 def _distinct(found: list[Found]) -> list[Found]:

@@ -7,8 +7,7 @@ Every candidate is either rejected with a reason, excluded by a bound, or scored
    cannot beat it (``dominated``), so offload and recompute are tried where memory asks for them;
 3. *re-pricing*: scored candidates go to the schedule engine in the order of their bounds, until no bound beats the incumbent.
 
-The best plan is then exact under this model: bounds are held against its engine price. The other plans of the list are the best
-of what was scored on the way; none can be faster than the best one, and how much slower they are is their gap.
+The best plan is then exact under this model. The others of the list are the best of what was scored: their gap is to it.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_plan_that_breaks_a_rule_names_the_rule(planner):
     assert found.code == 2
     assert found.json["error"]["kind"] in ("invalid_plan", "spec")
     found = planner(
-        "estimate", *BIG, "--cluster", "a100:4x8", "--fix", "pp=4", "--fix", "virtual_stages=3", "--json"
+        "estimate", *BIG, "--cluster", "a100:4x8", "--fix", "pp=4", "--fix", "virtual_stages=40", "--json"
     )
     assert found.code == 2
     assert found.json["error"]["kind"] == "invalid_plan"
