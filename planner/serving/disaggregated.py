@@ -250,11 +250,13 @@ def _split(pairs: Pairs, best: Matched, k: int) -> Split:
 
 
 def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
-    """What keeps a pair's load from growing: a rate that was asked for, whole answers, or what keeps the slower pool."""
+    """What keeps a pair's load from growing: a given rate, clients, whole answers, or what keeps the slower pool."""
     traffic, d, j = pairs.problem.traffic, pairs.d, int(pairs.j[k])
     if traffic.rate_per_s is not None:
         return "rate"
     if slower and best.in_flight[k] >= d.in_flight[j]:
         return str(d.binding[j])
+    if best.answered[k] * pairs.cycle_s(best.tpot_s)[k] >= (traffic.concurrency or np.inf) * (1.0 - 1e-9):
+        return "concurrency"
     rest_s = np.inf if traffic.e2e_s is None else traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
     return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

@@ -2,7 +2,8 @@
 
 Every cluster has its kinds (layout, budget, formats) for both phases; of each size the fastest is kept. A request goes from any
 prefill replica to any decode replica over the slower cluster's network, and an integer program finds the numbers of replicas and
-who feeds whom (:mod:`planner.serving.matching`). Listed are the best of all, and the best of every two clusters.
+who feeds whom (:mod:`planner.serving.matching`). Listed are the best of all, and the best of every two clusters. A limit of
+whole answers is split between both phases first (:mod:`planner.serving.answer_split`).
 
 A plan's latencies are those of its slowest pools: what every request keeps.
 """
