@@ -1,4 +1,4 @@
-"""How much of a limit of whole answers generation may take, where the rest is for the first token: within a stated gap of the best.
+"""How much of a limit of whole answers generation may take, the rest being the first token's: within a stated gap of the best.
 
 Either part alone is better the longer it is. What two pools answer with the first token's part of one split and generation's part
 of another, longer one therefore bounds every split between the two; the interval with the largest bound is halved next.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import pairwise
 
 __all__ = ["best_split"]
 
@@ -17,15 +18,15 @@ _NARROW = 2.0**-10  # of the limit: a split within it is told from no other
 
 
 def best_split(value: Callable[[float, float], float], limit_s: float) -> tuple[float, float]:
-    """Seconds for generation with the best value, and the fraction by which the best possible value may exceed it.
+    """Seconds for generation with the best value, and a bound that no split's value exceeds.
 
     Args:
         value: of seconds for the first token and seconds for generation; grows with both, 0 where they do not suffice.
         limit_s: sum of both.
 
-    >>> best, gap = best_split(lambda first_s, answer_s: min(3.0 * first_s, answer_s), 8.0)
-    >>> round(best, 1), gap < 0.01
-    (6.0, True)
+    >>> split_s, bound = best_split(lambda first_s, answer_s: min(3.0 * first_s, answer_s), 8.0)
+    >>> split_s, round(bound, 2)
+    (6.0, 6.03)
     """
     ends = [limit_s * k / _PARTS for k in range(_PARTS + 1)]
     best, split_s = max((value(limit_s - end, end), end) for end in ends[1:-1])
@@ -36,7 +37,7 @@ def best_split(value: Callable[[float, float], float], limit_s: float) -> tuple[
         if bound > best * _CLOSE:
             heappush(pending, (-bound, low_s, high_s))
 
-    for low_s, high_s in zip(ends[:-1], ends[1:], strict=True):
+    for low_s, high_s in pairwise(ends):
         push(low_s, high_s)
     left = 0.0  # the largest bound of what is too narrow to be halved
     while pending:
@@ -51,4 +52,4 @@ def best_split(value: Callable[[float, float], float], limit_s: float) -> tuple[
         best, split_s = max((best, split_s), (value(limit_s - middle_s, middle_s), middle_s))
         push(low_s, middle_s)
         push(middle_s, high_s)
-    return split_s, max(left, best * _CLOSE) / best - 1.0 if best > 0.0 else 0.0
+    return split_s, max(left, best * _CLOSE)

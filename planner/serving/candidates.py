@@ -30,7 +30,8 @@ __all__ = ["Account", "Candidates", "candidates", "iterations_of"]
 class Account:
     """How the candidates went: ``candidates = scored + excluded + rejected``; ``nearest`` holds what failed by least.
 
-    ``curves`` are the loads that were priced on the way; the best possible value may exceed the best by a ``gap``, a fraction.
+    ``curves`` are the loads that were priced on the way; the best found may lie below the best possible value by a ``gap``,
+    a fraction of that.
     """
 
     candidates: int = 0

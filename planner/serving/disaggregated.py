@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.costs.serving import kv_transfer_s
 from planner.engine import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account
@@ -27,8 +26,8 @@ from planner.serving.front import Curve
 from planner.serving.numbers import Asked, numbers_of
 from planner.serving.pair_loads import HIGHEST_LOAD, Matched, Pairs, best_loads, prompt_rate
 from planner.serving.percentiles import Latencies
-from planner.serving.pools import Decode, Prefill, decode_kinds, prefill_kinds
-from planner.serving.space import ServeSpace, links_of, mesh_of, size_of
+from planner.serving.pools import Decode, Prefill, decode_kinds, prefill_kinds, transfer_s
+from planner.serving.space import ServeSpace, mesh_of, size_of
 from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["Split", "note_missed", "search_disaggregated"]
@@ -111,7 +110,9 @@ def _pairs(
     """The best pair of every two sizes of replicas, of one recipe each."""
     assert pricer.stack.serving is not None
     admission_s = float(pricer.stack.serving.admission_s)
-    first_s = p.batch_s[:, None] + _transfer_s(problem, p, d) + admission_s
+    link_bytes_per_s = problem.cluster.tiers[-1].effective_bytes_per_s
+    way_s = transfer_s(p, d, link_bytes_per_s, problem.model.n_layers)
+    first_s = p.batch_s[:, None] + way_s + admission_s
     prompts = prompt_rate(problem, p, np.arange(len(p.batch_s))[:, None], first_s, None)
     able = _able(problem, p, d, first_s, prompts, account)
     if not able.any():
@@ -130,14 +131,6 @@ def _pairs(
     if not kept.any():
         _note_rate(pairs, account)
     return [_split(pairs, best, int(k)) for k in _best_of_sizes(pairs, best.value) if kept[k]]
-
-
-def _transfer_s(problem: ServeProblem, p: Prefill, d: Decode) -> Array:
-    """What a cache's way from every prefill row (down) to every decode row (across) adds to a prompt."""
-    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
-    rate = problem.cluster.tiers[-1].effective_bytes_per_s * np.minimum(senders[:, None], receivers[None, :])
-    layers = float(problem.model.n_layers)
-    return np.asarray(kv_transfer_s((p.bytes_ * senders)[:, None], rate, p.batch_s[:, None], layers))
 
 
 def _able(
@@ -257,11 +250,13 @@ def _split(pairs: Pairs, best: Matched, k: int) -> Split:
 
 
 def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
-    """What keeps a pair's load from growing: a rate that was asked for, whole answers, or what keeps the slower pool."""
+    """What keeps a pair's load from growing: a given rate, clients, whole answers, or what keeps the slower pool."""
     traffic, d, j = pairs.problem.traffic, pairs.d, int(pairs.j[k])
     if traffic.rate_per_s is not None:
         return "rate"
     if slower and best.in_flight[k] >= d.in_flight[j]:
         return str(d.binding[j])
+    if best.answered[k] * pairs.cycle_s(best.tpot_s)[k] >= (traffic.concurrency or np.inf) * (1.0 - 1e-9):
+        return "concurrency"
     rest_s = np.inf if traffic.e2e_s is None else traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
     return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

@@ -23,8 +23,9 @@ def numbers_of(
     left: Array,
     right: Array,
     asked: Asked = (None, None),
+    most: Array | float = np.inf,
 ) -> tuple[Array, Array]:
-    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most on all devices.
+    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most, up to ``most``.
 
     With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
     ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next. Numbers that are
@@ -32,7 +33,7 @@ def numbers_of(
     """
     devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
     if wanted is None and not problem.machines_count:
-        return _thriftiest(devices, prompts, answers, left, right, asked)
+        return _thriftiest(devices, prompts, answers, left, right, asked, most)
     if wanted is not None:
         x, y = (
             np.ceil(wanted / rate - 1e-9) if count is None else np.full_like(rate, float(count))
@@ -81,20 +82,27 @@ def seated_numbers(
 
 
 def _thriftiest(
-    devices: int, prompts: Array, answers: Array, left: Array, right: Array, asked: Asked = (None, None)
+    devices: int,
+    prompts: Array,
+    answers: Array,
+    left: Array,
+    right: Array,
+    asked: Asked = (None, None),
+    most: Array | float = np.inf,
 ) -> tuple[Array, Array]:
-    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
+    """Replicas of both pools per pair that answer most per device, up to ``most``, by trying every number of decode replicas.
 
     Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
     """
     best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
-    most = int(np.max((devices - left) / right))
-    for count in range(1, most + 1) if asked[1] is None else (asked[1],):
-        needed, room = count * answers / prompts, np.floor((devices - count * right) / left)
+    last = int(np.max((devices - left) / right))
+    for count in range(1, last + 1) if asked[1] is None else (asked[1],):
+        answered = np.minimum(count * answers, most)
+        needed, room = answered / prompts, np.floor((devices - count * right) / left)
         for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
             beside = np.minimum(whole, room) if asked[0] is None else np.full_like(room, float(asked[0]))
             able, used = (beside >= 1.0) & (beside <= room), np.maximum(beside * left + count * right, 1.0)
-            value = np.where(able, np.minimum(beside * prompts, count * answers) / used, 0.0)
+            value = np.where(able, np.minimum(beside * prompts, answered) / used, 0.0)
             better = value > best * (1.0 + 1e-9)
             best, x, y = (
                 np.where(better, value, best),

@@ -74,6 +74,10 @@ class Pairs:
         """Requests per second of a decode replica that generates so many sequences."""
         return np.where(in_flight > 0.0, in_flight / ((self.problem.traffic.osl - 1.0) * tpot_s), 0.0)
 
+    def cycle_s(self, tpot_s: Array) -> Array:
+        """Seconds for which a request is in flight, where none waits: most of them in a decode replica."""
+        return self.first_s - self.admission_s + (self.problem.traffic.osl - 1.0) * tpot_s
+
     def at(self, in_flight: Array, tpot_s: Array, seated: bool = True) -> Matched:
         """The pairs at loads of their decode replicas."""
         prompts = prompt_rate(self.problem, self.p, self.i, self.first_s, tpot_s)
@@ -86,14 +90,12 @@ class Pairs:
         problem, traffic, sizes = self.problem, self.problem.traffic, self.sizes
         able = (prompts > 0.0) & (answers > 0.0)
         rates = np.where(able, prompts, 1.0), np.where(able, answers, 1.0)
-        x, y = numbers_of(problem, *rates, *sizes, self.asked) if len(able) else rates
+        clients = np.inf if traffic.concurrency is None else traffic.concurrency / self.cycle_s(tpot_s)
+        x, y = numbers_of(problem, *rates, *sizes, self.asked, clients) if len(able) else rates
         if seated:
             x, y = seated_numbers(problem, x, y, sizes, rates)
-        answered = np.where(able & (x > 0.0), np.minimum(x * rates[0], y * rates[1]), 0.0)
-        if traffic.concurrency is not None:
-            # So many requests in flight, most of them in decode replicas.
-            cycle_s = self.first_s - self.admission_s + (traffic.osl - 1.0) * tpot_s
-            answered = np.minimum(answered, traffic.concurrency / cycle_s)
+        answered = np.minimum(np.minimum(x * rates[0], y * rates[1]), clients)
+        answered = np.where(able & (x > 0.0), answered, 0.0)
         if traffic.rate_per_s is not None:
             enough = answered >= traffic.rate_per_s * (1.0 - 1e-9)
             answered = np.where(enough, traffic.rate_per_s, 0.0)

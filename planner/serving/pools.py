@@ -1,6 +1,6 @@
 """Replicas that run prompts alone, and replicas that generate alone: what each takes, row by row.
 
-Sources: Zhong et al. 2024 (DistServe, OSDI), section 3.
+Sources: Zhong et al. 2024 (DistServe, OSDI), section 3; Patel et al. 2024 (Splitwise, ISCA), section 4.2.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.serving import kv_transfer_s
 from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.capacity import capacity
-from planner.serving.space import ServeSpace, mesh_of
+from planner.serving.space import ServeSpace, links_of, mesh_of
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["Decode", "Prefill", "decode_kinds", "prefill_kinds"]
+__all__ = ["Decode", "Prefill", "decode_kinds", "prefill_kinds", "transfer_s"]
 
 Index = NDArray[np.intp]
 
@@ -77,6 +78,19 @@ def prefill_kinds(
 def decode_kinds(problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account) -> list[Decode]:
     """Decode replicas, one entry per recipe."""
     return [d for r in space.recipes() if (d := _decode(problem, space, r, pricer, account)) is not None]
+
+
+def transfer_s(p: Prefill, d: Decode, bytes_per_s: float, layers: int) -> Array:
+    """Seconds that a cache's way from every prefill row (down) to every decode row (across) adds to a prompt.
+
+    Args:
+        p, d: the rows.
+        bytes_per_s: of a device's link.
+        layers: of the model, whose caches go one by one (Splitwise, section 4.2).
+    """
+    senders, receivers = (links_of(k.kind.rows, k.kind.recipe) for k in (p, d))
+    rate = bytes_per_s * np.minimum(senders[:, None], receivers[None, :])
+    return np.asarray(kv_transfer_s((p.bytes_ * senders)[:, None], rate, p.batch_s[:, None], float(layers)))
 
 
 def _prefill(

@@ -125,7 +125,7 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
             traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
             mode="disaggregated", pools=f.pools, estimate=_mixed_estimate(problem, f),
             optimality=Optimality(
-                "gap" if i or account.gap else "exact", 1.0 - value(f) / best / (1.0 + account.gap), None, _MIXED_SOLVER
+                "gap" if i or account.gap else "exact", 1.0 - value(f) / best * (1.0 - account.gap), None, _MIXED_SOLVER
             ),
             assumptions=assumptions(problem),
         )

@@ -41,7 +41,7 @@ def load_of(room_s, service_s, traffic):
 
 
 def rates(p, pre, i, dec, j, pricer):
-    """Requests per second of one prefill and one decode replica at every number of sequences that keeps all limits."""
+    """Requests per second of one prefill and one decode replica, and of all clients, at every load that keeps all limits."""
     traffic, most = p.traffic, int(dec.kind.most[j])
     n = np.arange(1.0, most + 1.0)
     one = iterations_of(p, dec.kind.recipe, mesh_of(np.tile(dec.kind.rows[j], (most, 1))), pricer)
@@ -61,7 +61,9 @@ def rates(p, pre, i, dec, j, pricer):
     room_s = np.minimum(rest_s, traffic.ttft_s or np.inf) - first_s
     load = load_of(room_s, pre.pace_s[i] * pre.prompts[i], traffic)
     kept = (load > 0.0) & (step_s <= (traffic.tpot_s or np.inf))
-    return load[kept] / pre.pace_s[i], (n / ((traffic.osl - 1) * step_s))[kept]
+    cycle_s = first_s - float(pricer.stack.serving.admission_s) + (traffic.osl - 1) * step_s
+    clients = (traffic.concurrency or np.inf) / cycle_s
+    return load[kept] / pre.pace_s[i], (n / ((traffic.osl - 1) * step_s))[kept], clients[kept]
 
 
 def tried(p):
@@ -76,12 +78,12 @@ def tried(p):
             left, right = int(pre.kind.size[i]), int(dec.kind.size[j])
             if left + right > p.cluster.devices:
                 continue
-            prompts, answers = rates(p, pre, i, dec, j, pricer)
+            prompts, answers, clients = rates(p, pre, i, dec, j, pricer)
             for x, y in product(range(1, p.cluster.devices + 1), repeat=2):
                 used = x * left + y * right
                 if used > p.cluster.devices or not len(prompts):
                     continue
-                answered = float(np.minimum(x * prompts, y * answers).max())
+                answered = float(np.minimum(np.minimum(x * prompts, y * answers), clients).max())
                 if traffic.rate_per_s is not None:
                     answered = traffic.rate_per_s if answered >= traffic.rate_per_s else 0.0
                 value = answered if p.machines_count else answered / used
@@ -106,6 +108,7 @@ LIMITS = [
     {"e2e_s": 2.0, "percentile": 90.0},
     {"e2e_s": 2.0, "ttft_s": 0.12, "tpot_s": 0.0085},
     {"e2e_s": 2.5, "rate_per_s": 20.0},
+    {"e2e_s": 2.5, "concurrency": 40},
     {"e2e_s": 2.5, "ttft_s": 0.3, "tpot_s": 0.012, "rate_per_s": 8.0},
 ]
 

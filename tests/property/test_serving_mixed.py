@@ -143,3 +143,30 @@ def test_the_lightest_load_is_told_and_found():
     told_s = float(str(missed.value).split("nothing is faster than ")[1].split(" ms")[0]) * 1e-3
     found = serve(problem(traffic=Traffic(2000, 200, ttft_s=1.02 * told_s, tpot_s=0.05)), top=1).best
     assert told_s < found.estimate.ttft_s["mean"] <= 1.02 * told_s
+
+
+@pytest.mark.parametrize("limits", [{"e2e_s": 2.0}, {"e2e_s": 3.0, "ttft_s": 0.4, "tpot_s": 0.012}])
+def test_a_limit_of_whole_answers_is_split_as_the_pools_answer_most(limits):
+    """No fixed split of the limit does better than the one that is found; what is stated as its gap bounds all of them."""
+    traffic = Traffic(2000, 200, **limits)
+    best = serve(problem(traffic=traffic)).best
+    rate = best.estimate.goodput_requests_per_s
+    assert best.estimate.e2e_s["mean"] <= traffic.e2e_s
+    assert best.optimality.status == "gap"
+    assert best.optimality.gap < 0.05
+    for share in (0.5, 0.65, 0.8):
+        first_s, token_s = (1.0 - share) * traffic.e2e_s, share * traffic.e2e_s / 199
+        ttft_s, tpot_s = min(first_s, traffic.ttft_s or np.inf), min(token_s, traffic.tpot_s or np.inf)
+        try:
+            fixed = serve(problem(traffic=Traffic(2000, 200, ttft_s=ttft_s, tpot_s=tpot_s)), top=1).best
+        except Infeasible:
+            continue
+        assert fixed.estimate.goodput_requests_per_s <= rate / (1.0 - best.optimality.gap) * (1 + 1e-9)
+
+
+def test_the_lightest_whole_answer_is_told_and_found():
+    with pytest.raises(Infeasible) as missed:
+        serve(problem(traffic=Traffic(2000, 200, e2e_s=0.9)), top=1)
+    told_s = float(str(missed.value).split("nothing is faster than ")[1].split(" ms")[0]) * 1e-3
+    found = serve(problem(traffic=Traffic(2000, 200, e2e_s=1.1 * told_s)), top=1).best
+    assert told_s < found.estimate.e2e_s["mean"] <= 1.1 * told_s

@@ -96,6 +96,8 @@ def test_the_search_is_as_good_as_trying_every_load(traffic):
         Traffic(2000, 200, ttft_s=0.2, tpot_s=0.01),
         Traffic(2000, 200, tpot_s=0.02, rate_per_s=5.0),
         Traffic(2000, 200, concurrency=64),
+        Traffic(2000, 200, e2e_s=2.5),
+        Traffic(2000, 200, e2e_s=2.5, rate_per_s=8.0),
     ],
 )
 @pytest.mark.parametrize("model", ["llama3.1-8b", "qwen3-30b-a3b"])
