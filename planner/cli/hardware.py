@@ -48,7 +48,7 @@ def show(
     found = _load(name)
     if as_json:
         print_json(
-            {"cluster": _cluster_fields(found)} if isinstance(found, Cluster) else {"device": asdict(found)}
+            {"cluster": _cluster_fields(found)} if isinstance(found, Cluster) else {"device": _fields(found)}
         )
     elif isinstance(found, Cluster):
         from planner.report.catalogue import show_cluster
@@ -115,11 +115,18 @@ def _numbers(device: Any, prefix: str = "") -> Any:
     for field in fields(device):
         value = getattr(device, field.name)
         if isinstance(value, Sourced):
-            yield prefix + field.name, asdict(value)
+            yield prefix + field.name, _fields(value)
         elif field.name == "peak_flop_per_s":
-            yield from ((f"{prefix}{field.name}.{dtype}", asdict(rate)) for dtype, rate in value.items())
+            yield from ((f"{prefix}{field.name}.{dtype}", _fields(rate)) for dtype, rate in value.items())
         elif hasattr(value, "__dataclass_fields__"):
             yield from _numbers(value, f"{prefix}{field.name}.")
+
+
+def _fields(described: Any) -> dict[str, Any]:
+    """Its fields, without the spread of numbers that no fit gave."""
+    return asdict(
+        described, dict_factory=lambda pairs: {k: v for k, v in pairs if (k, v) != ("spread", None)}
+    )
 
 
 def _cluster_fields(cluster: Cluster) -> dict[str, Any]:

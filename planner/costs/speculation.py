@@ -32,7 +32,7 @@ def accepted_tokens(acceptance: Real, drafted: Real) -> Real:
 def draft_head_parameters(layer_parameters: Real, hidden: Real) -> Real:
     """Parameters of a draft head: a layer, and the product that joins embedding and hidden state, ``2h·h`` (Li et al.).
 
-    >>> round(draft_head_parameters(4 * 4096**2 + 3 * 4096 * 11008, 4096) / 1e9, 3)  # Llama-2 7B
+    >>> round(float(draft_head_parameters(4 * 4096**2 + 3 * 4096 * 11008, 4096)) / 1e9, 3)  # Llama-2 7B
     0.236
     """
     return layer_parameters + 2.0 * np.square(hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from planner.errors import Problem, SpecError, did_you_mean
@@ -96,12 +96,19 @@ def _shipped_name(text: str, shipped: Collection[str]) -> str | None:
     for noise in (_RELEASE, _DATE, _VERSION):
         words = [word for word in words if not noise.fullmatch(word)]
         attempts.append(words)
-    for attempt in attempts:
+    for number, attempt in enumerate(attempts):
         key = squash("".join(attempt))
         match = by_squashed.get(key) or aliases.get(key)
-        if match in shipped:
+        unversioned = number == len(attempts) - 1  # is no name of a model that is of another version
+        if match in shipped and not (unversioned and _other_version(attempts[1], str(match).split("-"))):
             return match
     return None
+
+
+def _other_version(asked: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether both names state a version, and not the same."""
+    versions = [{word for word in words if _VERSION.fullmatch(word)} for words in (asked, found)]
+    return all(versions) and versions[0] != versions[1]
 
 
 def _aliases() -> Mapping[str, str]:

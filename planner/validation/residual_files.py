@@ -240,8 +240,8 @@ _ABOUT = (
     "What published runs measured, relative to what was predicted of them: planner validate --residuals writes this file. "
     "quantiles: of log(measured/predicted) over how uncertain the prediction was, at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 "
     "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by; "
-    "between: how uncertain constants of software that was never measured are, experts: a mixture of experts beside the floor, as "
-    "logarithms. "
+    "between: how uncertain constants of software that was never measured are, experts: a mixture of experts beside the floor, "
+    "as logarithms. "
     "pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
     "plans are. terms: standard deviation of each term's logarithm. sources: documents and versions of the files' rows."
 )

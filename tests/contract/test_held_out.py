@@ -33,11 +33,12 @@ def test_rows_are_whole_and_have_a_source(path):
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_no_row_was_fitted_to(path):
-    """The shipped table has what constants were fitted to: no held-out row has its file, model, devices, plan and rate."""
+    """Of the shipped runs, constants are fitted to those that are not held out: none is one that is, by its file, model, devices,
+    plan and rate."""
     fitted = {
         (run.source, run.model, run.devices, run.tp, run.pp, f"{run.tokens_per_s_per_device:.3g}")
         for run in load_published_runs()
-        if run.tokens_per_s_per_device is not None
+        if run.tokens_per_s_per_device is not None and not run.row_id.startswith("held_out")
     }
     for row in read_table(path).rows:
         if row.number("tokens_per_s_per_device"):
@@ -61,5 +62,5 @@ def test_the_readme_quotes_the_page():
     assert means is not None
     sources, rows, median, p90 = means.groups()
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"On {rows} published runs" in readme
-    assert f"off by {median} % (median) and {p90} % (90th percentile, means over {sources} sources)" in readme
+    means_of = f"means over {sources} sources of {rows} [held-out training runs]"
+    assert f"{median} % and {p90} % (median and 90th percentile, {means_of}" in readme

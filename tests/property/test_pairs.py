@@ -175,6 +175,7 @@ RULES = (
     "queries travel a ring past fused attention kernels alone",
     "recomputation of all but attention needs fused attention kernels",
     "scattered stage messages need tp > 1 without sequence parallelism",
+    "several copies of the weights, which the schedule keeps, cannot be sharded (zero_stage 3, fsdp)",
     "slices of a micro-batch are for column- and row-parallel products (tensor=1d)",
     "sums beside weight gradients are for column- and row-parallel products (tensor=1d)",
     "the matrix products of Muon's update are not modelled on the host",

@@ -102,7 +102,7 @@ CASES = [
     # A slow network between the stages: 1F1B's alternation waits for the message there and back, all forwards in a row do not;
     # with as few micro-batches as stages nothing alternates, and 1F1B holds less (arXiv:1811.06965, arXiv:2007.01045).
     Case("gpipe", "gpt3-2.7b", "examples/slow_network.toml", 16, 2048),
-    Case("1f1b", "gpt3-2.7b", "examples/slow_network.toml", 8, 1024),
+    Case("1f1b", "gpt3-2.7b", "examples/slow_network.toml", 8, 2048),
     # Without schedules that split the backward, and without room for forward doubling: between Chimera and it (DAC 2023).
     Case("mixpipe", "gpt3-2.7b", "a100-sxm-40gb:1x8", 32, 5120, forbidden=SPLIT),
     # What its paper compares it with, where a second copy of the weights does not fit: arXiv:2308.15762, section 2.

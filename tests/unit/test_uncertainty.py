@@ -90,7 +90,7 @@ def test_shares_of_constants_are_of_the_busy_step(problem):
 def test_software_that_was_never_measured_widens_the_interval(problem):
     unknown = replace(problem, stack=replace(problem.stack, name="of-my-own"))
     measured, own = (planner.estimate(one).estimate.interval["step_time_s"] for one in (problem, unknown))
-    assert own[1] - own[0] > 2.0 * (measured[1] - measured[0])
+    assert own[1] - own[0] > 1.2 * (measured[1] - measured[0])
 
 
 def test_a_spread_is_read_with_its_constant(tmp_path):

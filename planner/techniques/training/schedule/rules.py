@@ -29,7 +29,7 @@ def accepts(generator: Generator, *, copies: bool = False) -> Callable[[Context]
             yield Check(f"{generator.name} needs {name} {rule.expected}", holds)
         if copies:
             whole = ctx.knobs.get("zero_stage") not in _SHARDED_WEIGHTS
-            reason = f"{generator.name} keeps several copies of the weights: they cannot be sharded (zero_stage 3, fsdp)"
+            reason = "several copies of the weights, which the schedule keeps, cannot be sharded (zero_stage 3, fsdp)"
             yield Check(reason, whole | (ctx.mesh.pp == 1))
 
     return valid
