@@ -37,8 +37,9 @@ INTERVALS = {
 }  # fmt: skip
 HEAD = """# Serving runs that nothing was fitted to
 
-[Accuracy of serving](accuracy_serving.md) leaves models out; here whole sources are left out: other benchmarks, clusters,
-engines and devices than those that any constant has seen. The rows are in `benchmarks/held_out/serving`, each with its
+[Accuracy of serving](accuracy_serving.md) leaves models out; here whole pages are left out: other benchmarks, clusters,
+engines and devices than those that any constant has seen, but for `trtllm_v019`, another release of a page that constants
+know. The rows are in `benchmarks/held_out/serving`, each with its
 source's address and version; `python benchmarks/held_out_serving.py` scores them and writes this page. Nothing is fitted to
 them. Errors are fractions of the measured value; the interval is the one that `planner serve` gives with every estimate, and
 promises to hold 80 %.

@@ -70,7 +70,7 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     )
     told = [
         f"step time: 80 % of measurements within {interval_text(first.estimate)} of the prediction, as of {_runs(times.rows)} of "
-        f"{times.models} models, each predicted without its model's and without its source's; {stack} on {generation}: {basis}",
+        f"{times.models} models, each predicted by constants that were not fitted to it; {stack} on {generation}: {basis}",
         f"peak memory: 80 % within {interval_text(first.estimate, 'peak')}, as of {_runs(peaks.rows)}; wider the more of it is "
         "buffers, fragmentation and the framework's own",
     ]
@@ -94,8 +94,9 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
     else:
         worst = near.runs[0]
         told.append(
-            f"near this job: {_runs(len(near.runs))} ({near.alike}), each predicted without its model's runs: median error "
-            f"{near.median_error:.1%}, worst {near.worst_error:.1%} ({worst.model} on {worst.devices} × {worst.accelerator})"
+            f"near this job: {_runs(len(near.runs))} ({near.alike}), each predicted by constants that were not fitted "
+            f"to it: median error {near.median_error:.1%}, worst {near.worst_error:.1%} "
+            f"({worst.model} on {worst.devices} × {worst.accelerator})"
         )
     return told
 
