@@ -110,7 +110,7 @@ class Kernel(Item):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matmul(Kernel):
-    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM.
+    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
     ``single``: its groups' sizes stay on the device, so that it is one kernel, and not one that the host issues per group.
     """
@@ -125,6 +125,11 @@ class Matmul(Kernel):
         None  # bytes per output element, or what they are on each row; None follows dtype
     )
     format: str = ""  # of inputs and weights where they are not of ``dtype``: a key of KERNEL_FORMATS
+
+    @property
+    def apart(self) -> bool:
+        """Whether each group is a product of its own, as Transformer Engine issues experts to cuBLAS; an engine's are one kernel."""
+        return self.grouped and not (self.format or self.single)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,7 @@ class Stack:
     Attributes:
         matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
             was measured on the best library's kernels alone.
-        grouped_matmul_slowdown: the same of grouped (per expert) products.
+        grouped_matmul_slowdown: the same of products of experts that are one kernel; None: they are products like others.
         narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
@@ -123,7 +123,6 @@ class Stack:
 
     name: str
     matmul_slowdown: Sourced
-    grouped_matmul_slowdown: Sourced
     attention_slowdown: Sourced
     stream_slowdown: Sourced
     collective_slowdown: Sourced
@@ -135,6 +134,7 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    grouped_matmul_slowdown: Sourced | None = None
     narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
@@ -159,7 +159,7 @@ class Stack:
         >>> load_stack("megatron-bridge").product_constant(8)
         'narrow_matmul_slowdown'
         """
-        if grouped:
+        if grouped and self.grouped_matmul_slowdown is not None:
             return "grouped_matmul_slowdown"
         narrow = self.narrow_matmul_slowdown is not None and bits < _WIDE_BITS
         return "narrow_matmul_slowdown" if narrow else "matmul_slowdown"
