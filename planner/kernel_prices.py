@@ -64,7 +64,9 @@ class KernelPrices:
             [dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
         )
         out = _written(plain, axes)
-        rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped and not i.apart) for i in plain])
+        rate = _column(
+            [self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped and not i.apart) for i in plain]
+        )
         m, n, k, groups = (
             _stack([getattr(item, name) for item in plain], axes) for name in ("m", "n", "k", "groups")
         )

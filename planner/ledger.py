@@ -128,7 +128,7 @@ class Matmul(Kernel):
 
     @property
     def apart(self) -> bool:
-        """Whether each group is a product of its own, as Transformer Engine issues experts to cuBLAS; an engine's are one kernel."""
+        """Whether each group is a product of its own, as Transformer Engine issues experts; an engine's are one kernel."""
         return self.grouped and not (self.format or self.single)
 
 

@@ -146,24 +146,40 @@ def test_gathers_of_eight_bits_are_half_as_long():
 
 
 def test_a_graph_of_a_whole_iteration_has_one_product_for_all_experts():
-    fixed = {"ep": 8, "precision": "bf16"}
-    eager, captured = (
-        assembly("qwen3-30b-a3b", "gb200-nvl72:2x4", "megatron-bridge", cuda_graph=how, **fixed)
-        for how in ("none", "full")
-    )
-    slower = float(load_stack("megatron-bridge").grouped_matmul_slowdown)
-    assert slower > 1.0
-
-    def products(one):
+    def products(how, slower=1.0):
+        constants = {"matmul_slowdown": slower}
+        one = assembly(
+            "qwen3-30b-a3b", "gb200-nvl72:2x4", "megatron-bridge", constants=constants, cuda_graph=how, ep=8, precision="bf16"
+        )  # fmt: skip
         part = one.parts[0]
         items = [i for i in part.ledger.of(Matmul, phase="forward") if i.grouped]
         seconds = sum(float(np.ravel(s)[0]) for s in part.pricer.prices(items, part.ledger.axes))
         return [float(np.ravel(dispatches(i, part.ledger.axes))[0]) for i in items], seconds
 
-    (each, eager_s), (single, captured_s) = products(eager), products(captured)
+    (each, eager_s), (single, captured_s) = products("none"), products("full")
     assert each == [128 / 8] * 2  # one per expert of the rank, for each of the two products
     assert single == [1.0, 1.0]
-    assert eager_s / captured_s == pytest.approx(slower)  # the device's own grouped kernel
+    # Issued one by one they are the stack's products like others; the one kernel is the device's own.
+    assert products("none", 1.5)[1] == pytest.approx(1.5 * eager_s)
+    assert products("full", 1.5)[1] == captured_s
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "forward", "backward"),
+    [
+        ("qwen3-30b-a3b", "none", 22.0, 130.0),
+        ("gpt-oss-20b", "none", 52.0, 178.0),  # its limits: 8 passes of 2 bytes forward, 10 backward
+        ("gpt-oss-20b", "full", 6.0, 10.0),  # Transformer Engine's fused operators: 3 passes and 5
+    ],
+)
+def test_activations_of_experts_run_operator_by_operator_in_megatron_core(model, how, forward, backward):
+    ledger = assembly(
+        model, "h100-sxm:1x8", "megatron-bridge", ep=8, precision="bf16", cuda_graph=how
+    ).parts[0].ledger  # fmt: skip
+    moved = {i.phase: i.bytes_per_element for i in ledger.of(Stream, what="moe.act", block="moe")}
+    assert moved == {"forward": forward, "backward": backward}
+    limits = [i for i in ledger.of(Resident) if i.what == "moe.act.unlimited"]
+    assert bool(limits) == (forward == 52.0)
 
 
 @pytest.mark.parametrize(

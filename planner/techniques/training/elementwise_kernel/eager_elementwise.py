@@ -19,10 +19,11 @@ from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
+from planner.specs.model import Block
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.elementwise_kernel.kernels import Kernels, is_gated
+from planner.techniques.training.elementwise_kernel.kernels import Kernels
 
 _KEY = "eager_elementwise"
 
@@ -78,7 +79,12 @@ def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
         return _NORM if kind == "rmsnorm" and "indexer" not in item.tags else {}
     if operator == "rope":
         return _ROPE
-    return _GATED if operator == "act" and is_gated(item.what, item.block, ctx) else {}
+    return _GATED if operator == "act" and spec is not None and _gated(spec, item.what) else {}
+
+
+def _gated(spec: Block, what: str) -> bool:
+    network = spec.mlp if what.startswith("mlp.") else spec.moe
+    return network is not None and network.gated
 
 
 def _input_of(norm: str) -> str:
@@ -131,7 +137,7 @@ TECHNIQUE = Technique(
         Knob(
             "elementwise_kernel",
             "kernels of norms, rotary embeddings and activations",
-            ("fused", "scripted", "eager"),
+            ("fused", "eager_experts", "eager"),
             "fused",
         ),
     ),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.technique import Context
-
-__all__ = ["Kernels", "is_gated"]
+__all__ = ["Kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +24,3 @@ class Kernels:
         """
         casts = self.casts if width < 4.0 else 0.0
         return 4.0 * self.fp32 + width * self.plain + (4.0 + width) * casts
-
-
-def is_gated(activation: str, block: str, ctx: Context) -> bool:
-    """Whether an activation of a block, named as its kernel is, has a gate."""
-    spec = ctx.model.blocks.get(block.removeprefix("encoder."))
-    network = None if spec is None else spec.mlp if activation.startswith("mlp.") else spec.moe
-    return network is not None and network.gated
