@@ -30,10 +30,9 @@ import numpy as np
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
-from planner.uncertainty.serving import QUANTITIES, kind_of
 from planner.validation.benchmark_suites import suite_of
 from planner.validation.serving import contradicted, excluded, predict, served_runs
-from planner.validation.serving_bars import bar_of
+from planner.validation.serving_bars import QUANTITY_OF, bar_of, kind_of_run
 from planner.validation.serving_runs import ServedRun
 from planner.validation.serving_spreads import ServingResidual, fit_serving_spreads, held_of_sources
 from planner.validation.table import read_table
@@ -222,7 +221,7 @@ def _slopes(cells: list[Cell], theta: Any, cases: list[Case], now: Any) -> Any:
 def _moves(name: str, run: ServedRun) -> bool:
     """Whether a run can depend on a constant at all."""
     if name in ("grouped_matmul_slowdown", "experts_prompt_slowdown"):
-        return any(block.moe is not None for block in run.model.blocks.values())
+        return run.experts
     if name == "collective_slowdown":
         return math.prod(run.degrees[:3]) > 1
     if name == "dispatch_s":  # where graphs hide it, it sets no pace
@@ -335,23 +334,15 @@ def _family(run: ServedRun) -> tuple[int, int]:
 
 
 def residuals(found: Fit) -> list[ServingResidual]:
-    """What intervals rest on; a batch's latency is its rate, the other way round."""
+    """What intervals rest on."""
     return [
-        ServingResidual(_QUANTITY[metric], _kind(run), source_of(run), float(-by_model), float(-by_source))
+        ServingResidual(
+            QUANTITY_OF[metric], kind_of_run(run), source_of(run), float(-by_model), float(-by_source)
+        )
         for (run, metric, _), by_model, by_source in zip(
             found.cases, found.by_model, found.by_source, strict=True
         )
     ]
-
-
-_QUANTITY = dict(
-    zip(("tpot", "ttft", "output_tokens_per_s", "latency"), (*QUANTITIES, QUANTITIES[-1]), strict=True)
-)
-
-
-def _kind(run: ServedRun) -> str:
-    experts = any(block.moe is not None for block in run.model.blocks.values())
-    return kind_of(experts=experts, pools=run.driver == "pools")
 
 
 def intervals(rows: list[ServingResidual]) -> dict[str, Any]:

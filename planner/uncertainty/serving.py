@@ -1,7 +1,8 @@
 """How far serving predictions may be off at a source that no constant has seen: the intervals of a serving estimate.
 
-``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: spreads of log(measured/predicted)
-within sources, by kind of run, and between sources (``planner/validation/serving_spreads.py``). Every deployment is a new source.
+``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: spreads of measured over
+predicted within sources, by kind of run, and between sources (``planner/validation/serving_spreads.py``). Every deployment is a
+new source.
 """
 
 from __future__ import annotations
