@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from planner.assignment import UNEVEN
 from planner.errors import did_you_mean
 from planner.export.galvatron import DEFAULT_TYPES, PIPELINES
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
 from planner.export.layers import layerwise_of
+from planner.layout import layout_name
 from planner.specs.reader import Reader
 
 __all__ = ["read_galvatron"]
@@ -70,15 +70,15 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
         notes.append(
             "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."
         )
-    fixed |= _layout(reader, layers, pp)
+    stages = _stages(reader, layers, pp)
+    fixed["pipeline_layout"] = layout_name(stages)
     alike = all(mine == own[0] for mine in own) and ends == stage
     layerwise = None
     if unlike and fixed["schedule"] == "gpipe":
         reader.problem(
             "pipeline_type", "gpipe with layers of unlike degrees: not modelled", PIPELINES["1f1b"]
         )
-    if unlike or not alike or fixed["pipeline_layout"] == UNEVEN:
-        stages = _stages(reader, layers, pp)
+    if unlike or not alike:
         at_ends = {"zero_stage": ends, "recompute": own[-1]["recompute"]}
         places = list(dict.fromkeys([*ways, end]))
         numbers = [places.index(way) for way in (*ways, end)] if unlike else []
@@ -88,7 +88,6 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
                 {"group": 0, "mesh": {"tp": tp, "cp": cp, "ep": 1, "etp": 1}, "choices": _cut((tp, cp))}
                 for tp, cp in places
             ]
-        del fixed["pipeline_layout"]  # the layers say where they are
     ignored = tuple(sorted(key for key in data if key not in _KNOWN))
     for key in ignored:
         hint = did_you_mean(key, _KNOWN)
@@ -143,23 +142,6 @@ def _cut(way: tuple[int, int]) -> dict[str, str]:
     """How layers of some degrees cut their work."""
     tp, cp = way
     return {"sequence_parallel": str(tp > 1).lower(), "context": "a2a" if cp > 1 else "p2p"}
-
-
-def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
-    """Name of the layout that gives each stage its layers."""
-    from planner.layout import layouts
-
-    if "pp_division" not in reader.data or pp == 1:
-        return {"pipeline_layout": "even"}
-    stages = _stages(reader, layers, pp)
-    for layout in (
-        layouts(("layer",) * layers, ("layer", "embedding", "head", "boundary"), pp, 1)
-        if layers >= pp
-        else ()
-    ):
-        if layout.counts[:, 0].tolist() == stages:
-            return {"pipeline_layout": layout.split}
-    return {"pipeline_layout": UNEVEN}
 
 
 def _stages(reader: Reader, layers: int, pp: int) -> list[int]:
