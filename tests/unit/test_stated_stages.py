@@ -225,20 +225,24 @@ def test_stages_that_megatron_refuses_are_named(wrong, tmp_path):
         read("megatron", f"{MEGATRON} {wrong}", tmp_path)
 
 
-def test_galvatrons_division_is_priced(tmp_path):
+@pytest.mark.parametrize(
+    ("division", "pp", "stages"),
+    [
+        ({"pp_division": "18,21,21,20"}, 4, (18, 21, 21, 20)),
+        ({}, 4, (20, 20, 20, 20)),
+        ({}, 3, (26, 26, 28)),  # hybrid_parallel_config.py of 2.4.0: what is left over is the last stage's
+    ],
+)
+def test_galvatrons_division_is_priced(division, pp, stages, tmp_path):
     layers = ",".join(["8"] * 80)
-    strategy = {
-        "pp_deg": 4,
-        "tp_sizes_enc": layers,
-        "pp_division": "18,21,21,20",
-        "global_bsz": 64,
-        "chunks": 64,
-    }
+    strategy = {"pp_deg": pp, "tp_sizes_enc": layers, **division, "global_bsz": 60, "chunks": 60}
     run = read("galvatron", json.dumps({**strategy, "pipeline_type": "pipedream_flush"}), tmp_path, "g.json")
     assert run.layerwise is None  # all layers are alike: the layout says where they are
-    plan = priced(run, sequence_parallel="true")
-    assert plan.stages == (18, 21, 21, 20)
-    assert json.loads(export(plan, "galvatron")["galvatron.json"])["pp_division"] == "18,21,21,20"
+    cluster = f"h100-sxm:{pp}x8"
+    plan = planner.estimate(problem(cluster=cluster, batch=60, **{**run.fixed, "sequence_parallel": "true"}))
+    assert plan.stages == stages
+    division = ",".join(map(str, stages))
+    assert json.loads(export(plan, "galvatron")["galvatron.json"])["pp_division"] == division
 
 
 # -- a knob like any other -------------------------------------------------------------------------------------------
