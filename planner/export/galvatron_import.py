@@ -175,7 +175,7 @@ def _cut(way: tuple[int, int]) -> dict[str, str]:
 
 
 def _stages(reader: Reader, layers: int) -> list[int]:
-    """Layers of every stage: as the file says, or as many on each and what is left over on the last (hybrid_parallel_config.py)."""
+    """Layers of every stage: as the file says, or equal, what is left over on the last one (hybrid_parallel_config.py)."""
     pp = reader.integer("pp_deg", maximum=_MOST_STAGES)
     each = layers // pp
     given = "pp_division" in reader.data

@@ -226,23 +226,23 @@ def test_stages_that_megatron_refuses_are_named(wrong, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("division", "pp", "stages"),
+    ("model", "division", "stages"),
     [
-        ({"pp_division": "18,21,21,20"}, 4, (18, 21, 21, 20)),
-        ({}, 4, (20, 20, 20, 20)),
-        ({}, 3, (26, 26, 28)),  # hybrid_parallel_config.py of 2.4.0: what is left over is the last stage's
+        ("llama3.1-70b", {"pp_division": "18,21,21,20"}, (18, 21, 21, 20)),
+        ("llama3.1-70b", {}, (20, 20, 20, 20)),
+        # hybrid_parallel_config.py of 2.4.0: what is left over is the last stage's.
+        ("llama3.1-405b", {}, (31, 31, 31, 33)),
     ],
 )
-def test_galvatrons_division_is_priced(division, pp, stages, tmp_path):
-    layers = ",".join(["8"] * 80)
-    strategy = {"pp_deg": pp, "tp_sizes_enc": layers, **division, "global_bsz": 60, "chunks": 60}
+def test_galvatrons_division_is_priced(model, division, stages, tmp_path):
+    layers = ",".join(["8"] * sum(stages))
+    strategy = {"pp_deg": 4, "tp_sizes_enc": layers, **division, "global_bsz": 64, "chunks": 64}
     run = read("galvatron", json.dumps({**strategy, "pipeline_type": "pipedream_flush"}), tmp_path, "g.json")
     assert run.layerwise is None  # all layers are alike: the layout says where they are
-    cluster = f"h100-sxm:{pp}x8"
-    plan = planner.estimate(problem(cluster=cluster, batch=60, **{**run.fixed, "sequence_parallel": "true"}))
+    plan = planner.estimate(problem(model, **{**run.fixed, "sequence_parallel": "true"}))
     assert plan.stages == stages
-    division = ",".join(map(str, stages))
-    assert json.loads(export(plan, "galvatron")["galvatron.json"])["pp_division"] == division
+    written = json.loads(export(plan, "galvatron")["galvatron.json"])
+    assert written["pp_division"] == ",".join(map(str, stages))
 
 
 # -- a knob like any other -------------------------------------------------------------------------------------------
