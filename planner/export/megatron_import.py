@@ -55,9 +55,7 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
     script = read_script(text, where, variables)
     launch, arguments = _command(script, where)
     flags = FlagReader(parse_flags(arguments), where)
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag):
-            flags.fault(flag, f"{what}: not modelled")
+    flags.refuse(_UNMODELLED)
     model = model_from_flags(flags, Path(path).stem)
     workload, fixed = _workload(flags), _knobs(flags, model)
     notes = [*script.notes, *_assumed(flags)]

@@ -207,6 +207,12 @@ def _valid(ctx: Context) -> Iterable[Check]:
             np.mod(ctx.micro_batches, rounds) == 0,
         )
     yield Check("gradients are reduced in fp32 (mixed_precision_reduce)", ctx.gradient_dtype == "fp32")
+    yield from _valid_states(ctx)
+
+
+def _valid_states(ctx: Context) -> Iterable[Check]:
+    """What is compiled, offloaded and sharded beside what."""
+    mesh, knobs = ctx.mesh, ctx.knobs
     compiled = knobs.get("elementwise_kernel", "fused") == "fused"
     if knobs.get("tensor_overlap") == "chunked":
         yield Check("overlapped tensor parallelism needs compiled models (fused kernels)", compiled)

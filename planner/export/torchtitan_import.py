@@ -44,9 +44,7 @@ def read_torchtitan(path: str | Path) -> LaunchedRun:
     recompute_words = [word for word in words if word.startswith(_AC)]
     flags = FlagReader(_normal(parse_flags([word for word in words if not word.startswith(_AC)])), where)
     recipe = _recipe(flags, script)
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag):
-            flags.fault(flag, f"{what}: not modelled")
+    flags.refuse(_UNMODELLED)
     notes = [
         *script.notes,
         f"What no flag sets is as in the recipe {recipe.config}; its loss runs in chunks of the sequence.",

@@ -152,6 +152,38 @@ def test_torchtitans_own_stages_are_priced_and_written_again(flags, stages, tmp_
     )
 
 
+def test_the_recipe_of_llama_405b_multiplies_in_fp8(tmp_path):
+    """llama3_405b of torchtitan 0.3.0: Float8LinearConverter (rowwise, no lm_head), compiled, asynchronous tp = 8."""
+    launch = TITAN.replace("70b", "405b").replace("nnodes=4", "nnodes=64")
+    run = read(
+        "torchtitan",
+        f"{launch} --parallelism.pipeline_parallel_degree 8 --training.local_batch_size 32",
+        tmp_path,
+    )
+    chosen = ("precision", "tensor_overlap", "elementwise_kernel", "recompute", "tp", "pipeline_layout")
+    assert [run.fixed[name] for name in chosen] == [
+        "fp8_rowwise",
+        "chunked",
+        "fused",
+        "full",
+        8,
+        "short_ends",
+    ]
+    job = planner.Problem(
+        planner.load_model("llama3.1-405b"), planner.load_cluster("h100-sxm:64x8"),
+        planner.TrainWorkload(256, 8192, precisions=("fp8_rowwise",)), planner.load_stack(), fixed=run.fixed,
+    )  # fmt: skip
+    written = export(planner.estimate(job), "torchtitan")["flags.txt"]
+    assert read("torchtitan", written, tmp_path, "flags.txt").fixed == {
+        name: value for name, value in run.fixed.items() if name != "dp"
+    }
+    wide = planner.estimate(planner.Problem(
+        job.model, job.cluster, planner.TrainWorkload(256, 8192), job.stack, fixed={**run.fixed, "precision": "bf16"}
+    ))  # fmt: skip
+    with pytest.raises(ExportError, match="multiplied in fp8 by recipes that convert them"):
+        export(wide, "torchtitan")
+
+
 def test_torchtitan_is_told_no_stages_that_it_does_not_deal():
     with pytest.raises(ExportError, match=r"cannot express pipeline_layout=2\*20\+21\+19"):
         export(planner.estimate(problem(tp=8, pp=4, pipeline_layout="20+20+21+19")), "torchtitan")
