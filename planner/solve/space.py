@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.baseline import block_order
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
-from planner.layout import LAYOUT_NAMES
+from planner.layout import LAYOUT_NAMES, stages_named
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.schedule.order import Generator, generator_of
@@ -286,10 +287,7 @@ class Space:
             else:
                 checked[name] = str(value).lower()
                 if name == "pipeline_layout" and checked[name] not in LAYOUT_NAMES:
-                    hint = did_you_mean(checked[name], LAYOUT_NAMES)
-                    faults.append(
-                        Fault(f"--fix {name}", repr(value), f"one of {', '.join(LAYOUT_NAMES)}", hint)
-                    )
+                    faults += self._misdealt(checked[name])
         for detail in details().values():
             slot, _, choice = detail.needed_by.partition("=")
             if choice and checked.get(slot) == choice and detail.name not in fixed:
@@ -300,6 +298,17 @@ class Space:
         if faults:
             raise SpecError(faults)
         return checked
+
+    def _misdealt(self, layout: str) -> Iterator[Fault]:
+        """What is wrong with a layout that has no name."""
+        layers, dealt = len(block_order(self.problem.model)), sum(stages_named(layout))
+        if not dealt:
+            expected = (
+                f"one of {', '.join(LAYOUT_NAMES)}, or the layers of every virtual stage, such as 19+2*21+19"
+            )
+            yield Fault("--fix pipeline_layout", repr(layout), expected, did_you_mean(layout, LAYOUT_NAMES))
+        elif dealt != layers:
+            yield Fault(f"--fix pipeline_layout={layout}", counted(dealt, "layer"), f"the model's {layers}")
 
     def _report_unmatched(self) -> None:
         for name in DEGREES:

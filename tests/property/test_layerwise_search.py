@@ -126,7 +126,7 @@ def test_no_assignment_of_a_small_problem_is_better_than_the_bound():
         runs = [tuple(run for part in stage for run in part) for stage in stages]
         for end in strategies:
             assignment = mesh.assignment(runs, end, end, uniform.branches)
-            layout = assignment.layout(space.order, 2, 1, "uneven")
+            layout = assignment.layout(space.order, 2)
             number = {branch: i for i, branch in enumerate(mesh.branches)}
             own = [
                 next(i for b, i in number.items() if uniform.branches.recipe(*b) == s)

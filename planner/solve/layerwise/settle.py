@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
+from planner.assignment import Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import memory, phase_seconds
@@ -249,7 +249,7 @@ class Settler:
         if sizes in tried:
             return None
         tried.add(sizes)
-        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, UNEVEN, sizes))
+        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, sizes))
 
     def _priced(self, layout: Layout) -> Candidate | None:
         """The strategies of every device of a layout with which it is done soonest, priced together; None where a device has
@@ -296,7 +296,7 @@ class Settler:
     def _assigned(self, taken: Taken, layout: Layout) -> Candidate:
         """The candidate of some strategies by their number in the mesh, priced by the schedule engine."""
         assignment = self.mesh.assignment(*taken, self.choices)
-        wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
+        wide = assignment.layout(self.order, self.pp)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
         forward, backward, again = (x[:, 0] for x in phase_seconds(table))

@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
 from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
@@ -75,7 +74,7 @@ class LayerwiseSpace:
         self._meshes: dict[tuple[int, int], Mesh] = {}
         self._rows_in_use: dict[int, set[int]] = {}
         launcher = self.problem.launcher
-        self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
+        self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
@@ -318,7 +317,7 @@ class LayerwiseSpace:
     def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
         """Schedules with their layouts; one stage per device is left open where cuts are."""
         space = self.uniform.space
-        wanted = space.fixed.get("pipeline_layout")
+        wanted = space.fixed.get("pipeline_layout", "")
         for schedule in space.choices["schedule"]:
             order = _order(schedule)
             if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
@@ -327,17 +326,16 @@ class LayerwiseSpace:
             for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not space.allows("virtual_stages", np.array([float(v)]))[0]:
                     continue
-                if v == 1 and not self._named_only and wanted is None:
+                if v == 1 and not self._named_only and not wanted:
                     yield schedule, None, v
                     continue
-                named = layouts(self.order, self.kinds, pp, v)
-                if interleaved and all(layout.split == "balanced" for layout in named):
+                named = layouts(self.order, self.kinds, pp, v, wanted=wanted)
+                if interleaved and not wanted and all(layout.split == "balanced" for layout in named):
                     other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
                     named = () if other is None else (other,)
                 launcher = self.problem.launcher
                 for layout in named:
-                    runs = launcher is None or layout.split == UNEVEN or layout.split in launcher.layouts
-                    if runs and wanted in (None, layout.split):
+                    if launcher is None or launcher.takes_stages(layout.stages, pp):
                         yield schedule, layout, v
 
     def _runs(self, schedule: Choice, rows: _Rows) -> Array:
@@ -399,7 +397,7 @@ def uneven_layout(
     sizes = [small] * (pp * virtual_stages)
     for stage in _middle_first(pp, virtual_stages)[:longer]:
         sizes[stage] += 1
-    return deal_layers(order, kinds, pp, virtual_stages, UNEVEN, sizes)
+    return deal_layers(order, kinds, pp, virtual_stages, sizes)
 
 
 def _middle_first(pp: int, virtual_stages: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
+from planner.assignment import Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
@@ -180,7 +180,7 @@ class Settler:
                 behind_s += float(self.ground.hops_s([(before, option.place)])[0])
         for chosen in _together(ways, ends_alike=self.ground.ends_alike):
             assignment, values = self._assignment(chosen, ends)
-            layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
+            layout = assignment.layout(self.order, self.pp)
             names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
             yield (
                 sizes,
