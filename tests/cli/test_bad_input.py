@@ -23,6 +23,7 @@ BAD_OPTIONS = {
     "--tokens": ("0", "-1", "nan", "inf", "15X", "", "1e30"),
     "--usd-per-hour": ("0", "-2", "nan", "inf", "x", ""),
     "--reserve": ("100%", "-1%", "200GiB", "5", "nan", "x%", "", "4 lightyears"),
+    "--max-oom-risk": ("0", "-1%", "101%", "nan", "x", ""),
     "--precision": ("", ",", "fp7", "bf16,fp7"),
     "--optimizer": ("adm", ""),
     "--objective": ("speed", ""),
