@@ -216,7 +216,7 @@ def test_output_that_cannot_be_written(planner, tmp_path, request, monkeypatch, 
 
 
 def test_unwritable_output_is_refused_before_the_search(planner, tmp_path, monkeypatch):
-    monkeypatch.setattr("planner.solve.fleet.search", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", lambda *_: pytest.fail("searched"))
     assert_refused(planner("train", *SMALL, "-o", tmp_path, "--json"))
 
 
@@ -303,7 +303,7 @@ def test_solver_failure_has_its_own_code(planner, monkeypatch):
     def fail(*_):
         raise SolverError(Problem("HiGHS", "time limit"))
 
-    monkeypatch.setattr("planner.solve.fleet.search", fail)
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", fail)
     found = planner("train", *SMALL, "--json")
     assert (found.code, found.json["error"]["kind"]) == (4, "solver")
 
@@ -312,7 +312,7 @@ def test_our_bugs_are_short_and_honest(planner, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("float division by zero")
 
-    monkeypatch.setattr("planner.solve.fleet.search", fail)
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", fail)
     found = planner("train", *SMALL, "--json")
     assert (found.code, found.json["error"]["kind"]) == (70, "internal")
     assert "PLANNER_TRACEBACK=1" in found.err
