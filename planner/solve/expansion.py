@@ -22,6 +22,7 @@ from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import exceeded_bytes
 
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
@@ -33,6 +34,7 @@ _Held = dict[
     str, tuple[Array, float]
 ]  # bytes that each job needs in a tier, and the tier's capacity per device
 
+RISK = "risk of running out of memory"
 TIERS = {"host": "host memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
@@ -227,11 +229,12 @@ class Expansion:
         if layers is None and self._by_layers(jobs):
             layers = self._fewest_layers(jobs, held)
         # Memory first: most of what recomputes and swaps does not fit, and what is held adds up without any price.
-        peak, slower = self._memory(jobs, held, layers)
+        peak, exceeded, slower = self._memory(jobs, held, layers)
         needs = {"device memory": (peak, self.problem.memory_budget_bytes)}
         for tier, capacity in self.problem.cluster.slower_bytes.items():
             needs[TIERS[tier]] = slower[tier], capacity
-        fit = self._within(jobs, needs, self._launchable(jobs))
+        risk = exceeded, float(self.problem.cluster.device.memory_bytes)
+        fit = self._within(jobs, {**needs, RISK: risk}, self._launchable(jobs))
         if not fit.all():
             self._note_nearest(jobs, needs)
         if jobs.layers is None and layers is not None and fit.any() and self._counts_matter(jobs):
@@ -362,18 +365,28 @@ class Expansion:
         budget = self.problem.memory_budget_bytes
         most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
         fewest = most.copy()
-        at = np.flatnonzero(self._memory(jobs, held, most)[0] <= budget)
+        total = float(self.problem.cluster.device.memory_bytes)
+
+        def fitting(some: Jobs, columns: BlockTable, layers: Array) -> NDArray[np.bool_]:
+            peak, exceeded, _ = self._memory(some, columns, layers)
+            within: NDArray[np.bool_] = (peak <= budget) & (exceeded <= total)
+            return within
+
+        at = np.flatnonzero(fitting(jobs, held, most))
         few, column = jobs.take(at), held.take(at)
         low, high = np.ones(len(at)), most[at]
         while np.any(low < high):
             middle = np.floor((low + high) / 2)
-            fit = self._memory(few, column, middle)[0] <= budget
+            fit = fitting(few, column, middle)
             low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
         fewest[at] = high
         return fewest
 
-    def _memory(self, jobs: Jobs, held: BlockTable, layers: Array | None) -> tuple[Array, dict[str, Array]]:
-        return memory(
+    def _memory(
+        self, jobs: Jobs, held: BlockTable, layers: Array | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Peaks, what they exceed with the chance that is allowed, and bytes in slower tiers."""
+        peak, software, slower = memory(
             held,
             jobs.layout,
             order_of(jobs.schedule),
@@ -382,6 +395,7 @@ class Expansion:
             self.communicators[jobs.rows],
             layers,
         )
+        return peak, exceeded_bytes(self.problem, peak, software), slower
 
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""

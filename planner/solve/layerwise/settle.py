@@ -280,15 +280,18 @@ class Settler:
         numbers = self._numbers(best.assignment)
         stages, *ends = taken_by(best.assignment)
         own = tuple(tuple((numbers[s], n) for s, n in runs) for runs in stages)
-        budget, stack = self.costs.problem.memory_budget_bytes, self.costs.problem.stack
+        stack = self.costs.problem.stack
         batches = np.array([float(self.mesh.micro_batches)])
+        room = float(self.costs.room + self.costs.idle)
 
         def price(taken: Taken) -> tuple[float, Candidate] | None:
             found = self._assigned(taken, best.layout)
             table = self.mesh.table(self._columns(found.assignment))
-            peak, away = memory(table, found.layout, self.deal.order, batches, stack, self.mesh.communicators)
+            peak, _, away = memory(
+                table, found.layout, self.deal.order, batches, stack, self.mesh.communicators
+            )
             tiers = self.costs.problem.cluster.slower_bytes
-            fits = peak[0] <= budget and all(away[tier][0] <= tiers[tier] for tier in away)
+            fits = peak[0] <= room and all(away[tier][0] <= tiers[tier] for tier in away)
             return (found.step_s, found) if fits else None
 
         return simplest((own, numbers[ends[0]], numbers[ends[1]]), best, price, within_s)

@@ -23,6 +23,7 @@ from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
 
@@ -185,7 +186,7 @@ class LayerwiseSpace:
         """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
         stack = self.problem.stack
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
+        budget = np.maximum(room_bytes(self.problem, idle) - idle, 1.0)
         return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
 
     def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
