@@ -218,8 +218,8 @@ class Expansion:
     ) -> tuple[NDArray[np.bool_], Array, Batch]:
         """Prices jobs that share a schedule and a swap: which fit, bounds (zero: not known), and those that are scored.
 
-        Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use; which of the jobs that reach it
-        would fit is not asked. ``table``: the jobs' columns, where these are known.
+        Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use; whether jobs that reach it
+        fit is not asked. ``table``: the jobs' columns, where these are known.
         """
         runs, layers = self._launchable(jobs), None
         floors, own = self._floors(jobs, bar) if table is None else (table, np.ones(len(runs), dtype=bool))
@@ -243,7 +243,10 @@ class Expansion:
         # Of jobs that do not fit only recomputation alone is bounded, which says something of all that swaps as well.
         asked = np.flatnonzero(~own & (fit | (runs & (jobs.swap == 0) & (floors is None))))
         if len(asked):
-            times, counts = self.columns.of(jobs.take(asked), TIMES), None if layers is None else layers[asked]
+            times, counts = (
+                self.columns.of(jobs.take(asked), TIMES),
+                None if layers is None else layers[asked],
+            )
             bound_s[asked] = self._bound(jobs.take(asked), times, counts)
         scored = self._in_time(jobs, np.flatnonzero(fit), bound_s, bar)
         self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[scored].sum())
