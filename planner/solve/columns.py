@@ -76,7 +76,9 @@ class Columns:
                 if branch not in known:
                     at, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
                     known[branch] = self._find(at, (state, recompute, jobs.swap), editor, aspect, floor)
-            places = np.array([known[branch] for branch in each.tolist()], dtype=np.intp).reshape(-1, _MOST + 1)
+            places = np.array([known[branch] for branch in each.tolist()], dtype=np.intp).reshape(
+                -1, _MOST + 1
+            )
             own &= places[of, _MOST] == 1
             columns.append(self._pools[aspect].sums(places[:, :_MOST], of, local))
         values = columns[0] if len(columns) == 1 else np.concatenate(columns)
