@@ -20,7 +20,7 @@ from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows
 from planner.technique import Context
 
-__all__ = ["Alike", "Prefix"]
+__all__ = ["Alike", "Prefix", "priced_alike"]
 
 Index = NDArray[np.intp]
 
@@ -64,59 +64,54 @@ class Alike:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """A prefix on some rows of a part of the space.
+    """A prefix on rows on which it is valid.
 
     Attributes:
         recipe: its choices.
-        part: all rows of the part; ``ctx`` and ``ledger`` are on them.
-        at: those on which it is valid; ``activity`` is on these.
-        alike: the classes of all rows.
-        known: what was priced, on the first row of each class in ``classes``.
+        rows: its rows; ``ctx``, ``ledger`` and ``activity`` are on them.
+        of: the class of each row.
+        known: what was priced, on the classes.
     """
 
     recipe: Mapping[str, Choice]
-    part: Rows
+    rows: Rows
     ctx: Context
     ledger: Ledger
-    at: Index
     activity: Activity
-    alike: Alike
-    classes: Index
+    of: Index
     known: Axes
-
-    @classmethod
-    def priced(
-        cls, recipe: Mapping[str, Choice], part: Rows, ctx: Context, ledger: Ledger, at: Index, activity: Activity,
-        alike: Alike, pricer: Pricer, kinds: tuple[str, ...],
-    ) -> tuple[Prefix, BlockTable]:  # fmt: skip
-        """The prefix on the rows at ``at``, and its table there."""
-        apart = alike.apart(ledger, pricer)
-        shared = [
-            not isinstance(item, Resident) and (item.block, item.phase == "step") not in apart
-            for item in ledger.items
-        ]
-        every, once = (
-            replace(
-                ledger, items=tuple(i for i, kept in zip(ledger.items, shared, strict=True) if kept is share)
-            )
-            for share in (False, True)
-        )
-        classes = distinct(alike.of[at])
-        first = alike.first[classes]
-        once = once.take(first, ctx.mesh.take(first).counterpart)
-        every = every.take(at, ctx.mesh.take(at).counterpart)
-        table = tabulate(every, pricer, kinds, len(at), COMPACT)
-        times = tabulate(once, pricer, kinds, len(first), TIMES)
-        table.values[: len(TIMES)] += times.values.take(np.searchsorted(classes, alike.of[at]), axis=2)
-        return cls(recipe, part, ctx, ledger, at, activity, alike, classes, once.axes), table
 
     def take(self, index: Index) -> Prefix:
         """The prefix on some of its rows."""
-        return replace(self, at=self.at[index], activity=self.activity.take(index))
+        ctx, classes = self.ctx.take(index), distinct(self.of[index])
+        return Prefix(
+            self.recipe, self.rows.take(index), ctx, self.ledger.take(index, ctx.mesh.counterpart), self.activity.take(index),
+            np.searchsorted(classes, self.of[index]), self.known.take(classes),
+        )  # fmt: skip
 
-    def on_rows(self) -> tuple[Rows, Context, Ledger]:
-        """Its rows alone, and the ledger on them with what is known of its prices."""
-        ctx = self.ctx.take(self.at)
-        ledger = self.ledger.take(self.at, ctx.mesh.counterpart)
-        ledger.axes.recall(self.known, np.searchsorted(self.classes, self.alike.of[self.at]))
-        return self.part.take(self.at), ctx, ledger
+    def priced_ledger(self) -> Ledger:
+        """The ledger with what is known of its prices."""
+        self.ledger.axes.recall(self.known, self.of)
+        return self.ledger
+
+
+def priced_alike(
+    ledger: Ledger, ctx: Context, at: Index, alike: Alike, pricer: Pricer, kinds: tuple[str, ...]
+) -> tuple[BlockTable, Index, Axes]:
+    """The table of a part's ledger on some of its rows, their classes, and the axes on which the classes were priced."""
+    apart = alike.apart(ledger, pricer)
+    shared = [
+        not isinstance(item, Resident) and (item.block, item.phase == "step") not in apart
+        for item in ledger.items
+    ]
+    every, once = (
+        replace(ledger, items=tuple(i for i, kept in zip(ledger.items, shared, strict=True) if kept is share))
+        for share in (False, True)
+    )
+    classes = distinct(alike.of[at])
+    first, of = alike.first[classes], np.searchsorted(classes, alike.of[at])
+    once = once.take(first, ctx.mesh.take(first).counterpart)
+    every = every.take(at, ctx.mesh.take(at).counterpart)
+    table = tabulate(every, pricer, kinds, len(at), COMPACT)
+    table.values[: len(TIMES)] += tabulate(once, pricer, kinds, len(first), TIMES).values.take(of, axis=2)
+    return table, of, once.axes

@@ -33,7 +33,7 @@ from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
-from planner.solve.prefixes import Alike, Prefix
+from planner.solve.prefixes import Alike, Prefix, priced_alike
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
@@ -166,14 +166,15 @@ class UniformSearch:
         open_, activity = open_[valid], activity.take(valid)
         if len(open_):
             ledger = self.ledger(recipe, whole, made)
-            prefix, table = Prefix.priced(
-                recipe, part, whole, ledger, open_, activity, alike, self.pricer, self.kinds
-            )
-            deals = list(self._deal(part.take(open_), whole.take(open_), table, activity))
+            table, of, known = priced_alike(ledger, whole, open_, alike, self.pricer, self.kinds)
+            rows, ctx = part.take(open_), whole.take(open_)
+            deals = list(self._deal(rows, ctx, table, activity))
             if not deals:
                 return
+            # Only the rows that are still open are kept.
             used = distinct(np.concatenate([deal.rows for deal in deals]))
-            self._prefixes.append(prefix.take(used))
+            ledger = ledger.take(open_, ctx.mesh.counterpart)
+            self._prefixes.append(Prefix(recipe, rows, ctx, ledger, activity, of, known).take(used))
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             self._waiting += sum(len(deal.rows) for deal in deals)
 
@@ -371,11 +372,9 @@ class UniformSearch:
         tables, rows, activities = [], [], []
         for number, used in open_.items():
             prefix = self._prefixes[number].take(used)
-            on, ctx, ledger = prefix.on_rows()
-            tables.append(
-                BranchTables(self.space, self.branches, self.pricer, self.kinds, prefix.recipe, ctx, ledger)
-            )
-            rows.append(on)
+            of_search = self.space, self.branches, self.pricer, self.kinds
+            tables.append(BranchTables(*of_search, prefix.recipe, prefix.ctx, prefix.priced_ledger()))
+            rows.append(prefix.rows)
             activities.append(prefix.activity)
         work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)
         place = dict(zip(open_, work.starts[:-1].tolist(), strict=True))
