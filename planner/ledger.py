@@ -274,8 +274,12 @@ class Axes:
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
         axes = Axes({name: at(size, index) for name, size in self._sizes.items()})
-        axes.prices = {key: at(np.asarray(price), index) for key, price in self.prices.items()}
+        axes.recall(self, index)
         return axes
+
+    def recall(self, other: Axes, index: Index) -> None:
+        """Takes over what was priced on other axes, which are these on the rows at ``index``."""
+        self.prices |= {key: at(np.asarray(price), index) for key, price in other.prices.items()}
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""
