@@ -61,7 +61,8 @@ class BranchTables:
 
     def of_state(self, state: int) -> Array:
         """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
-        return self._whole(self._unit(self.branches.states[state]))
+        ledger = self._ledger(self.branches.states[state])
+        return tabulate(ledger, self.pricer, self.kinds, len(self), COMPACT).values.transpose(2, 0, 1)
 
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
