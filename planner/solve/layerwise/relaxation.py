@@ -12,7 +12,6 @@ Strategies that have no tables yet stand there with what their parts say of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,12 +109,14 @@ class Relaxation:
     @property
     def seconds(self) -> Array:
         """Of a micro-batch, (strategies, rows, kinds)."""
-        return self.blocks[0]
+        seconds: Array = self.blocks[0]
+        return seconds
 
     @property
     def step(self) -> Array:
         """Serial seconds of a step, (strategies, rows, kinds)."""
-        return self.blocks[1]
+        step: Array = self.blocks[1]
+        return step
 
     @property
     def fastest_s(self) -> Array:

@@ -270,7 +270,7 @@ class LayerwiseSpace:
                     space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
                 )
                 rows = space.rows.take(open_[keep])
-                strategies = Strategies(tables, rows, uniform.branches)
+                strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():

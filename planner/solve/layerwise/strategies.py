@@ -153,14 +153,14 @@ class Mesh:
 
 
 class Strategies:
-    """All strategies on some rows of one prefix.
+    """All strategies on some rows of one prefix, with some of the swaps.
 
     Attributes:
         branches: the strategies that say something of their own on any of the rows.
     """
 
-    def __init__(self, tables: BranchTables, rows: Rows, choices: Branches) -> None:
-        self.tables, self.rows, self.choices = tables, rows, choices
+    def __init__(self, tables: BranchTables, rows: Rows, choices: Branches, swaps: Sequence[int]) -> None:
+        self.tables, self.rows, self.choices, self.swaps = tables, rows, choices, swaps
         activity = choices.activity(rows, tables.ctx.knobs)
         self.branches: list[Branch] = []
         self._own: list[Array] = []
@@ -170,15 +170,15 @@ class Strategies:
             for state in range(len(choices.states)):
                 on = activity.states[state] & activity.recomputes[r]
                 if on.any():
-                    self.branches += [(state, r, swap) for swap in range(len(choices.swaps))]
-                    self._own += [on] * len(choices.swaps)
+                    self.branches += [(state, r, swap) for swap in swaps]
+                    self._own += [on] * len(swaps)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Array) -> Strategies:
         """The strategies of some of the rows."""
-        return Strategies(self.tables.take(index), self.rows.take(index), self.choices)
+        return Strategies(self.tables.take(index), self.rows.take(index), self.choices, self.swaps)
 
     @cached_property
     def active(self) -> Array:
