@@ -126,7 +126,7 @@ def test_mixed_plans_are_priced_again():
         (p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in best.pools
     )
     assert again.estimate.goodput_requests_per_s == pytest.approx(
-        best.estimate.goodput_requests_per_s, rel=0.03
+        best.estimate.goodput_requests_per_s, rel=0.02
     )  # who feeds whom may differ where several flows are as large
 
 
@@ -136,14 +136,13 @@ def test_what_several_clusters_cannot_do_is_said():
             problem(**more)
 
 
-def test_what_is_told_to_fit_fits():
-    """A limit below what pools take at next to no load is missed by what is told; the nearest one that is named has a plan."""
+def test_the_lightest_load_is_told_and_found():
+    """A limit just below what pools take at next to no load is missed by what is told; a little above that there is a plan."""
     with pytest.raises(Infeasible) as missed:
         serve(problem(traffic=Traffic(2000, 200, ttft_s=0.05, tpot_s=0.05)), top=1)
     told_s = float(str(missed.value).split("nothing is faster than ")[1].split(" ms")[0]) * 1e-3
-    fits_s = float(str(missed.value).split("--ttft-ms ")[-1].split(" fits")[0]) * 1e-3
-    found = serve(problem(traffic=Traffic(2000, 200, ttft_s=fits_s, tpot_s=0.05)), top=1).best
-    assert 0.05 < told_s < found.estimate.ttft_s["mean"] <= fits_s
+    found = serve(problem(traffic=Traffic(2000, 200, ttft_s=1.02 * told_s, tpot_s=0.05)), top=1).best
+    assert told_s < found.estimate.ttft_s["mean"] <= 1.02 * told_s
 
 
 @pytest.mark.parametrize("limits", [{"e2e_s": 2.0}, {"e2e_s": 3.0, "ttft_s": 0.4, "tpot_s": 0.012}])
