@@ -1,4 +1,4 @@
-"""A limit of whole answers, or clients that replace every answer, couple two pools: the search equals trying every pair, every load and every number of replicas."""
+"""A limit of whole answers and clients that replace answers couple two pools: the search equals trying every pair, load and number."""
 
 import re
 from dataclasses import replace
