@@ -59,17 +59,42 @@ class Kinds:
             for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True))
             for p in prefill_kinds(part, ServeSpace(part, "prefill"), pricer, account)
         ]
-        right = _decodes(parts, pricers, account)
-        if not left or not right:
-            return None
+        right = [
+            (index, d)
+            for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True))
+            for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, account)
+        ]
+        return cls._joined(problem, pricers, left, right) if left and right else None
+
+    @classmethod
+    def _joined(
+        cls,
+        problem: ServeProblem,
+        pricers: list[Pricer],
+        left: list[tuple[int, Prefill]],
+        right: list[tuple[int, Decode]],
+    ) -> Kinds:
+        parts = parts_of(problem)
         first_s = np.block([[_first_s(parts, pricers, p, d) for d in right] for p in left])
         allowed = np.block([[_together(parts, p, d) for d in right] for p in left])
         return cls(problem, parts, pricers, left, right, first_s, allowed)
 
+    def along(self, sender: int, receiver: int) -> Kinds | None:
+        """Kinds of one cluster's prompts and of one's generation; None where a role has none there."""
+        left, right = [p for p in self.left if p[0] == sender], [d for d in self.right if d[0] == receiver]
+        return self._joined(self.problem, self.pricers, left, right) if left and right else None
+
     def within(self, problem: ServeProblem) -> Kinds:
         """The same with other limits, which decode replicas alone depend on."""
         parts = parts_of(problem)
-        return replace(self, problem=problem, parts=parts, right=_decodes(parts, self.pricers, Account()))
+        right = [
+            (index, d)
+            for index in sorted({index for index, _ in self.right})
+            for d in decode_kinds(
+                parts[index], ServeSpace(parts[index], "decode"), self.pricers[index], Account()
+            )
+        ]
+        return replace(self, problem=problem, parts=parts, right=right)
 
     def rates(self) -> tuple[Array, Array]:
         """Requests per second of prefill beside decode replicas (i, j), and of decode replicas (j), as the limits allow."""
@@ -112,14 +137,6 @@ class Kinds:
         """Devices of a replica of all rows of either role."""
         left, right = ([rows.kind.size for _, rows in side] for side in (self.left, self.right))
         return np.concatenate(left), np.concatenate(right)
-
-
-def _decodes(parts: list[ServeProblem], pricers: list[Pricer], account: Account) -> list[tuple[int, Decode]]:
-    return [
-        (index, d)
-        for index, (part, pricer) in enumerate(zip(parts, pricers, strict=True))
-        for d in decode_kinds(part, ServeSpace(part, "decode"), pricer, account)
-    ]
 
 
 def _place(lengths: list[int], index: int) -> tuple[int, int]:

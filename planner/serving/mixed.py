@@ -65,14 +65,15 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
     if kinds is None:
         account.rejected.update(scratch.rejected)
         return []
-    kinds, bound = _split(problem, kinds, given)
-    _count(kinds, account)
     found: dict[tuple[Any, ...], MixedFound] = {}
-    best = 0.0
-    for route in _routes(len(kinds.parts)):
-        one, value = _best_of(problem, kinds, given, route, account)
+    best = bound = 0.0
+    for route in [kinds] if given else _routes(kinds):
+        shared, most = _split(problem, route, given)
+        if route is kinds:
+            _count(shared, account)
+        one, value = _best_of(problem, shared, given, account)
+        best, bound = max(best, value), max(bound, most)
         if one is not None:
-            best = max(best, value)
             found.setdefault(
                 tuple((p.role, p.cluster, p.replicas, tuple(p.mesh.items())) for p in one.pools), one
             )
@@ -80,6 +81,14 @@ def search_mixed(problem: ServeProblem, account: Account, given: tuple[Pool, ...
         _note_missed(problem, kinds, account)
     account.gap = max(1.0 - best / bound, 0.0) if bound > 0.0 else 0.0
     return list(found.values())
+
+
+def _routes(kinds: Kinds) -> Iterator[Kinds]:
+    """Everybody may feed everybody, and then one cluster another or itself."""
+    yield kinds
+    for sender, receiver in product(range(len(kinds.parts)), repeat=2):
+        if (some := kinds.along(sender, receiver)) is not None:
+            yield some
 
 
 def _split(problem: ServeProblem, kinds: Kinds, given: tuple[Pool, ...]) -> tuple[Kinds, float]:
@@ -137,29 +146,16 @@ def _note_missed(problem: ServeProblem, kinds: Kinds, account: Account) -> None:
         account.miss("rate", max(traffic.rate_per_s / most, 1.0), "pools on several clusters")
 
 
-def _routes(count: int) -> Iterator[tuple[int, int] | None]:
-    """Who may feed whom: everybody, and then one cluster another or itself."""
-    yield None
-    yield from product(range(count), repeat=2)
-
-
 def _best_of(
-    problem: ServeProblem,
-    kinds: Kinds,
-    given: tuple[Pool, ...],
-    route: tuple[int, int] | None,
-    account: Account,
+    problem: ServeProblem, kinds: Kinds, given: tuple[Pool, ...], account: Account
 ) -> tuple[MixedFound | None, float]:
-    """The best pools of a route whose latencies under load keep the limits, and their value.
+    """The best pools whose latencies under load keep the limits, and their value.
 
     Kinds that keep them at no load stand aside for others; where all do but at less than a given rate, more replicas share it.
     """
     spare = 1.0
     while (offer := Offer.of(kinds, given)) is not None:
-        allowed = route is None or np.array(
-            [[(p.cluster, d.cluster) == route for d in offer.right] for p in offer.left]
-        )
-        numbers = offer.numbers(allowed, spare)
+        numbers = offer.numbers(spare)
         if numbers is None:
             break
         load = _Load(kinds, offer, numbers)

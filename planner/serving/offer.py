@@ -6,7 +6,7 @@ A kind stands aside where another of its cluster and size does as much beside ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,10 @@ class Offer:
         counts = _counts(kinds, given, left, right) if given else None
         return cls(kinds.problem, left, right, beside_s, fleet, counts)
 
-    def numbers(self, allowed: NDArray[np.bool_] | bool = True, spare: float = 1.0) -> Numbers | None:
-        """The best numbers of replicas, where prompts go on only as is allowed; for a rate, of so many times as much."""
-        fleet = replace(self.fleet, prompts=np.where(allowed, self.fleet.prompts, 0.0))
-        thrifty = self.problem.objective != "throughput"
-        rate = self.problem.traffic.rate_per_s
-        return match(fleet, rate, thrifty=thrifty, counts=self.counts, spare=spare)
+    def numbers(self, spare: float = 1.0) -> Numbers | None:
+        """The best numbers of replicas; for a rate, those that answer so many times as much."""
+        thrifty, rate = self.problem.objective != "throughput", self.problem.traffic.rate_per_s
+        return match(self.fleet, rate, thrifty=thrifty, counts=self.counts, spare=spare)
 
     def value(self, numbers: Numbers, rate_per_s: float) -> float:
         """What the ranking maximises: requests per second, or those per cost."""

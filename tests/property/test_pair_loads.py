@@ -1,4 +1,4 @@
-"""A limit of whole answers and clients that replace answers couple two pools: the search equals trying every pair, load and number."""
+"""A limit of whole answers and clients that replace answers couple two pools: the search equals trying all pairs and loads."""
 
 import re
 from dataclasses import replace
