@@ -64,6 +64,12 @@ class Candidates:
         """Devices of a replica."""
         return size_of(self.rows)
 
+    def take(self, index: NDArray[np.intp]) -> Candidates:
+        """Some rows."""
+        return Candidates(
+            self.recipe, self.rows[index], self.chunks[index], self.capacity.take(index), self.most[index]
+        )
+
 
 def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
     """The iterations of a recipe on meshes."""
@@ -116,12 +122,7 @@ def candidates(
         )
     if not fits.any():
         return None
-    index = np.flatnonzero(fits)
-    kept = Capacity(
-        held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index], held.request_bytes[index],
-    )  # fmt: skip
-    return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
+    return Candidates(recipe, meshes, chunks, held, held.sequences).take(np.flatnonzero(fits))
 
 
 def _rules(

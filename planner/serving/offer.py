@@ -65,7 +65,7 @@ class Offer:
     def of(cls, kinds: Kinds, given: tuple[Pool, ...] = ()) -> Offer | None:
         """What keeps the limits, or kinds of given pools; None where a role has none."""
         prompts, answers = kinds.rates()
-        i, j = _given(kinds, given) if given else _kept(kinds, prompts, answers)
+        i, j = _given(kinds, given, prompts) if given else _kept(kinds, prompts, answers)
         if not len(i) or not len(j):
             return None
         left, right = [_prefill(kinds, int(k)) for k in i], [_decode(kinds, int(k)) for k in j]
@@ -121,16 +121,19 @@ def _kept(kinds: Kinds, prompts: Array, answers: Array) -> tuple[Index, Index]:
     return i, j
 
 
-def _given(kinds: Kinds, given: tuple[Pool, ...]) -> tuple[Index, Index]:
-    """Rows of the given pools."""
+def _given(kinds: Kinds, given: tuple[Pool, ...], prompts: Array) -> tuple[Index, Index]:
+    """Rows of the given pools; of prompts alone and together in the same iterations, those that carry more."""
     names = [part.cluster.name for part in kinds.parts]
 
-    def rows(side: list[Kind]) -> Index:
-        found = [k.index for k in side if any(k.is_of(pool, names[k.cluster]) for pool in given)]
-        return np.array(found, dtype=np.intp)
+    def rows(side: list[Kind], rates: Array) -> Index:
+        found = [[k.index for k in side if k.is_of(pool, names[k.cluster])] for pool in given]
+        return np.unique([max(own, key=lambda k: rates[k]) for own in found if own]).astype(np.intp)
 
     left, right = kinds.first_s.shape
-    return rows([_prefill(kinds, i) for i in range(left)]), rows([_decode(kinds, j) for j in range(right)])
+    return (
+        rows([_prefill(kinds, i) for i in range(left)], prompts.max(axis=1)),
+        rows([_decode(kinds, j) for j in range(right)], np.zeros(right)),
+    )
 
 
 def _counts(
