@@ -90,11 +90,14 @@ def candidates(
     """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
     meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
     chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
-    account.candidates += len(meshes)
     ctx = ServingContext(
         problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
     )
     alive = np.ones(len(meshes), dtype=bool)
+    for technique in serving_choices(recipe):  # where a choice does nothing, another recipe is the same
+        if technique.active is not None and technique.slot not in space.fixed:
+            alive &= technique.active(ctx)
+    account.candidates += int(alive.sum())
     for reason, ok in _rules(problem, space.role, ctx):
         broken = alive & ~np.broadcast_to(ok, alive.shape)
         if broken.any():

@@ -15,7 +15,7 @@ from planner.export.shell import read_script
 from planner.export.yaml_text import read_yaml
 from planner.specs.traffic import ADAPTER_RANK
 
-__all__ = ["FORMATS", "Drafts", "LaunchedPool", "launched_adapters", "read_flags"]
+__all__ = ["FORMATS", "Drafts", "LaunchedPool", "launched_adapters", "read_flags", "two_batches"]
 
 FORMATS: Mapping[str, str] = {
     "fp8": "fp8", "modelopt": "fp8", "modelopt_fp8": "fp8", "modelopt_fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4",
@@ -80,6 +80,13 @@ def launched_adapters(flags: FlagReader, slots: str, default: int) -> tuple[int,
     """Slots for low-rank adapters (the flag ``slots``) and their largest rank, of a launch with ``--enable-lora``."""
     asked = flags.integer(slots, default), flags.integer("--max-lora-rank", ADAPTER_RANK)
     return asked if flags.present("--enable-lora") else None
+
+
+def two_batches(flags: FlagReader, flag: str, fixed: Mapping[str, Any], notes: list[str]) -> str:
+    """In how many parts a launch runs a batch, where ``flag`` asks for two; ``notes`` says where that means nothing."""
+    if flags.present(flag) and fixed["experts"] != "exchanged":
+        notes.append(f"{flag} without an exchange of tokens to experts hides nothing: one batch.")
+    return "2" if flags.present(flag) and fixed["experts"] == "exchanged" else "1"
 
 
 def read_flags(

@@ -9,7 +9,14 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
+from planner.export.serving.launched import (
+    FORMATS,
+    Drafts,
+    LaunchedPool,
+    launched_adapters,
+    read_flags,
+    two_batches,
+)
 
 __all__ = ["read_sglang"]
 
@@ -19,7 +26,6 @@ _SHORT = {
     "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
     "--enable-hierarchical-cache": "caches on the host",
 }
@@ -76,6 +82,7 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         )
     exchange = flags.text("--moe-a2a-backend", "none")
     fixed["experts"] = "gathered" if exchange == "none" or attention * shared == 1 else "exchanged"
+    fixed["micro_batches"] = two_batches(flags, "--enable-two-batch-overlap", fixed, notes)
     fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
     dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
     if quantization in FORMATS:

@@ -10,7 +10,14 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
+from planner.export.serving.launched import (
+    FORMATS,
+    Drafts,
+    LaunchedPool,
+    launched_adapters,
+    read_flags,
+    two_batches,
+)
 
 __all__ = ["read_vllm"]
 
@@ -55,6 +62,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     backend = flags.text("--all2all-backend", "allgather_reducescatter")
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
+    fixed["micro_batches"] = two_batches(flags, "--enable-dbo", fixed, notes)
     fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
     parts = flags.integer("--decode-context-parallel-size", 1)
     if parts > 1:
