@@ -1,4 +1,4 @@
-"""The 175B plan of the Frontier study: 4 tensor ranks, 16 stages, single sequences, checkpoints of whole layers, ZeRO's first stage.
+"""The 175B plan of the Frontier study: 4 tensor ranks, 16 stages, single sequences, whole layers recomputed, ZeRO's first stage.
 
 What it does: ``--preset frontier_study`` fixes these; a replica spans 64 graphics compute dies of MI250X.
 Saves: as its members.
