@@ -118,7 +118,7 @@ class BranchTables:
     def floors(
         self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]]
     ) -> tuple[Array, Array]:
-        """What the floors of :meth:`summands` say of many branches at once, and what they take without their swaps, which only add.
+        """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
 
         Args:
             branches, rows: which.

@@ -43,7 +43,7 @@ TECHNIQUE = Technique(
             "MiB that one micro-batch in flight takes on a device of the 175B plan",
             300.0,
             0.05,  # a quarter of a layer's input more: what a stage receives, cut over its tensor ranks
-            "the authors' log (sajal-vt/Megatron-DeepSpeed-ORNL): peaks of ranks 8, 16, 24, … fall from stage to stage by 300 MiB",
+            "their log (sajal-vt/Megatron-DeepSpeed-ORNL): peaks of ranks 8, 16, 24, … fall by 300 MiB from stage to stage",
             _in_flight,
         ),
     ),
