@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "BATCH_ROLES",
+    "PART",
     "AttentionCore",
     "Axes",
     "Collective",
@@ -42,6 +44,18 @@ Index: TypeAlias = NDArray[np.intp]
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
 CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
+
+
+BATCH_ROLES = frozenset(
+    {
+        "seq", "residual_seq", "kv_seq", "logit_seq", "decodes", "prefill_tokens", "decode_keys", "prefill_keys",
+        "prefill_visible", "context_keys", "index_keys", "busy_experts", "routed_tokens",
+    }
+)  # fmt: skip
+"""Roles of the axes of a serving ledger whose sizes an iteration's batch decides."""
+
+PART = "part_"
+"""Before such a role: the same size for one of the batch's ``micro_batches``."""
 
 
 def at(values: Array, index: Index) -> Array:
@@ -274,8 +288,12 @@ class Axes:
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
         axes = Axes({name: at(size, index) for name, size in self._sizes.items()})
-        axes.prices = {key: at(np.asarray(price), index) for key, price in self.prices.items()}
+        axes.recall(self, index)
         return axes
+
+    def recall(self, other: Axes, index: Index) -> None:
+        """Takes over what was priced on other axes, which are these on the rows at ``index``."""
+        self.prices |= {key: at(np.asarray(price), index) for key, price in other.prices.items()}
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""

@@ -104,8 +104,12 @@ class Stack:
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
-        gradient_bucket_bytes: bytes that one gradient reduction carries.
+        gradient_bucket_bytes: bytes of gradients that one reduction waits for; more than there are, where none hides.
         weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
+        kept_casts: 1 where a step casts weights to fewer bits once, and keeps both; None: every micro-batch casts them.
+        whole_reductions: 1 where an all-reduce sums the gradients of ZeRO 1 and 2, and a rank keeps its share; None: a
+            reduce-scatter.
+        copied_bucket_bytes: bytes of the bucket that reductions copy gradients to; None: ``gradient_bucket_bytes``.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update of 16-bit gradients holds besides states, of the parameters that a rank
@@ -137,6 +141,9 @@ class Stack:
     grouped_matmul_slowdown: Sourced | None = None
     narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
+    kept_casts: Sourced | None = None
+    whole_reductions: Sourced | None = None
+    copied_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
     kept_gradients: Sourced | None = None
