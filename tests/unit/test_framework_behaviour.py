@@ -282,10 +282,17 @@ def test_deepspeed_keeps_gradients_of_16_bits_beside_accumulators_in_fp32(fixed,
     assert total_bytes(ledger, copies) / weights == pytest.approx(update)
 
 
-def test_experts_ahead_of_the_last_layer_run_operator_by_operator_too():
-    # DeepSeek-V3's multi-token prediction is a layer of experts behind the head: the same kernels as any other of them.
-    kernels = assembly(
-        "deepseek-v3", "h100-sxm:64x8", "megatron-core", planner.TrainWorkload(512, 4096), ep=64, pp=8
-    ).parts[0].ledger.of(Stream, what="moe.act", phase="forward")  # fmt: skip
-    assert {item.block for item in kernels} >= {"head"}
-    assert len({item.bytes_per_element for item in kernels}) == 1
+def test_experts_ahead_of_the_last_layer_run_like_all_others():
+    # Multi-token prediction is one more layer of experts, behind the head (arXiv:2412.19437, section 2.2).
+    model = replace(planner.load_model("deepseek-v3"), mtp_modules=1)
+    fixed = {"ep": 64, "pp": 8}
+    problem = planner.Problem(
+        model, planner.load_cluster("h100-sxm:64x8"), planner.TrainWorkload(512, 4096), load_stack("megatron-core"), fixed
+    )  # fmt: skip
+    ledger = examine(problem).parts[0].ledger
+    for what in ("moe.act", "moe.permute"):
+        (layer,), (ahead,) = (
+            ledger.of(Stream, what=what, phase="forward", block=block) for block in ("moe", "head")
+        )
+        assert ahead.bytes_per_element == layer.bytes_per_element
+        assert float(ledger.axes[ahead.size].flat[0]) == pytest.approx(float(ledger.axes[layer.size].flat[0]))

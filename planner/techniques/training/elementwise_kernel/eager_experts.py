@@ -19,7 +19,6 @@ from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
-from planner.operators.ends import ahead_block
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -65,9 +64,7 @@ def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
     """By phase, the kernels of experts' gated activation; empty for anything else."""
     if item.what != "moe.act":
         return {}
-    model = ctx.model
-    block = ahead_block(model) if item.block == "head" else model.blocks[item.block.removeprefix("encoder.")]
-    moe = block.moe
+    moe = ctx.model.layer_in(item.block).moe
     if moe is None or not moe.gated:
         return {}
     return _LIMITED if moe.limited else _WEIGHTED

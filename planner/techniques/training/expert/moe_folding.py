@@ -88,13 +88,13 @@ def _copied(ledger: Ledger, ctx: Context) -> Ledger:
     """Copies of tokens into the order of ranks and of experts, where no library brings them to their experts by itself."""
     if ctx.knobs.get("dispatch") != "copied":
         return ledger
-    slower = float(ctx.cluster.device.efficiency.memory) / _COPY_RATE
-    for name, block in ctx.model.blocks.items():
-        if block.moe:
-            sorted_again = 2.0 * np.greater(block.moe.experts / np.asarray(ctx.mesh.ep), 1.0)
-            passes = 1.0 + 1.0 / block.moe.top_k + sorted_again
-            ledger = ledger.set_axes(**{f"copied@{name}": slower * passes / 2.0})
-    moved = ("moe.permute", "moe.unpermute")
+    slower, moved = float(ctx.cluster.device.efficiency.memory) / _COPY_RATE, ("moe.permute", "moe.unpermute")
+    for name in {item.block for item in ledger.of(Stream) if item.what in moved}:
+        moe = ctx.model.layer_in(name).moe
+        assert moe is not None, "tokens go to experts alone"
+        sorted_again = 2.0 * np.greater(moe.experts / np.asarray(ctx.mesh.ep), 1.0)
+        passes = 1.0 + 1.0 / moe.top_k + sorted_again
+        ledger = ledger.set_axes(**{f"copied@{name}": slower * passes / 2.0})
     return ledger.edit(
         Stream,
         lambda item: (
