@@ -210,6 +210,7 @@ def pool_text(pool: Pool) -> str:
     role = "" if pool.role == "aggregated" else f"{pool.role}: "
     role += f"{pool.cluster}: " if pool.cluster else ""
     degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []
+    degrees += ["2 micro-batches"] if pool.knobs.get("micro_batches") == "2" else []
     flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
     draft = (
