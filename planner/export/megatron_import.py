@@ -345,11 +345,8 @@ def _pipeline(flags: FlagReader, model: Model, pp: int) -> tuple[str, int]:
         return layout_name(stages), len(stages) // pp
     if any(ends) and pp > 1:
         if given or each:
-            flags.fault(
-                "--decoder-first-pipeline-num-layers",
-                f"beside {[*given, 'layers per chunk'][0]}",
-                "one of them",
-            )
+            other = given[0] if given else "--num-layers-per-virtual-pipeline-stage"
+            flags.fault("--decoder-first-pipeline-num-layers", f"beside {other}", "one of them")
         return layout_name(_of_ends(flags, ends, model, pp, chunks)), chunks
     if each:
         chunks = max((model.n_layers + len(given)) // (pp * each), 1)
