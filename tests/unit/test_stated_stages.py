@@ -9,6 +9,7 @@ import planner
 from planner.engine import FIELDS, BlockTable
 from planner.errors import ExportError, InvalidPlan, SpecError
 from planner.export import export
+from planner.export.closest import closest_plan
 from planner.export.readers import read_launched
 from planner.export.run_row import run_row
 from planner.export.target import Target
@@ -275,6 +276,13 @@ def test_galvatrons_division_is_priced(model, division, stages, tmp_path):
     assert plan.stages == stages
     written = json.loads(export(plan, "galvatron")["galvatron.json"])
     assert written["pp_division"] == ",".join(map(str, stages))
+
+
+def test_the_closest_plan_keeps_stages_that_the_launcher_has_words_for():
+    plan = planner.estimate(problem(tp=8, pp=4, pipeline_layout="20+21+20+19", zero_stage=1))
+    closest = closest_plan(plan, "galvatron")  # which shards nothing or the weights as well
+    assert closest is not None
+    assert (closest.plan.stages, set(closest.changes)) == (plan.stages, {"zero_stage"})
 
 
 # -- a knob like any other -------------------------------------------------------------------------------------------
