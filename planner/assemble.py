@@ -217,7 +217,7 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
 def _shares(parts: Sequence[Part]) -> list[Share]:
     """Shares of all items that the plan holds, by the plan's names of their blocks."""
     return [
-        replace(share, block=part.names[share.block])
+        share if share.block == (name := part.names[share.block]) else replace(share, block=name)
         for part in parts
         for share in attribute(part.ledger, part.pricer)
         if share.block in part.names

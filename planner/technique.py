@@ -89,6 +89,7 @@ SERVING_SLOTS = (
     "cache_copies",  # what tensor ranks hold of the same keys and values
     "prompt_ranks",  # how ranks that share a prompt's tokens meet each other's keys
     "experts",
+    "micro_batches",  # parts of a batch that take turns on a device and its links
     "stages",  # pipeline parallelism
     "graphs",
 )
@@ -293,7 +294,7 @@ class Technique:
     moves: tuple[str, ...] = ()
     apart: bool = False
     saves: bool = False
-    active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    active: Callable[[Any], NDArray[np.bool_] | bool] | None = None
     fixes: Mapping[str, Any] = field(default_factory=dict)
     solve: Callable[..., Any] | None = None
     naive: Callable[..., Any] | None = None

@@ -1,4 +1,4 @@
-"""A limit of whole answers couples two pools: the search equals trying every pair, every load and every number of replicas."""
+"""A limit of whole answers and clients that replace answers couple two pools: the search equals trying all pairs and loads."""
 
 import re
 from dataclasses import replace
@@ -109,6 +109,8 @@ LIMITS = [
     {"e2e_s": 2.0, "ttft_s": 0.12, "tpot_s": 0.0085},
     {"e2e_s": 2.5, "rate_per_s": 20.0},
     {"e2e_s": 2.5, "concurrency": 40},
+    {"concurrency": 40},
+    {"concurrency": 100, "ttft_s": 0.3, "tpot_s": 0.012},
     {"e2e_s": 2.5, "ttft_s": 0.3, "tpot_s": 0.012, "rate_per_s": 8.0},
 ]
 

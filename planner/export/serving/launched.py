@@ -22,6 +22,7 @@ __all__ = [
     "launched_formats",
     "read_flags",
     "strangers",
+    "two_batches",
 ]
 
 _FORMATS: Mapping[str, str] = {
@@ -114,6 +115,13 @@ def strangers(flags: FlagReader, passive: Collection[str], engine: str) -> tuple
         what = f"none of {', '.join(found[:5])} is an option of {engine}"
         raise SpecError(Problem(flags.where, what, f"a launch of {engine}"))
     return found
+
+
+def two_batches(flags: FlagReader, flag: str, fixed: Mapping[str, Any], notes: list[str]) -> str:
+    """In how many parts a launch runs a batch, where ``flag`` asks for two; ``notes`` says where that means nothing."""
+    if flags.present(flag) and fixed["experts"] != "exchanged":
+        notes.append(f"{flag} without an exchange of tokens to experts hides nothing: one batch.")
+    return "2" if flags.present(flag) and fixed["experts"] == "exchanged" else "1"
 
 
 def read_flags(

@@ -15,6 +15,7 @@ from planner.export.serving.launched import (
     launched_formats,
     read_flags,
     strangers,
+    two_batches,
 )
 
 __all__ = ["read_sglang"]
@@ -25,7 +26,6 @@ _SHORT = {
     "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
     "--enable-hierarchical-cache": "caches on the host",
 }
@@ -100,6 +100,7 @@ def _ranks(flags: FlagReader, notes: list[str]) -> dict[str, Any]:
         notes.append(f"--dp-size {replicas} without attention ranks: {text}.")
     exchange = flags.text("--moe-a2a-backend", "none")
     fixed["experts"] = "gathered" if exchange == "none" or attention * shared == 1 else "exchanged"
+    fixed["micro_batches"] = two_batches(flags, "--enable-two-batch-overlap", fixed, notes)
     return fixed
 
 

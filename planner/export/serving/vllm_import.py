@@ -16,6 +16,7 @@ from planner.export.serving.launched import (
     launched_formats,
     read_flags,
     strangers,
+    two_batches,
 )
 
 __all__ = ["read_vllm"]
@@ -59,6 +60,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     backend = flags.text("--all2all-backend", "allgather_reducescatter")
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
+    fixed["micro_batches"] = two_batches(flags, "--enable-dbo", fixed, notes)
     parts = flags.integer("--decode-context-parallel-size", 1)
     if parts > 1:
         fixed["cache_copies"] = "dcp"
