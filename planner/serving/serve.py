@@ -191,7 +191,7 @@ def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
 
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
 _OFFLOADED_SOLVER = "a linear program of placements for every batch and block"
-_MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
+_MIXED_SOLVER = "integer program over all replicas that none makes superfluous; listed plans by chains"
 _LISTED, _MOST_LISTED = 10, 64
 """Candidates put through the chains at least, so that the best does not depend on how many are asked for; and at most."""
 
