@@ -124,7 +124,7 @@ class Kernel(Item):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matmul(Kernel):
-    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM.
+    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
     ``single``: its groups' sizes stay on the device, so that it is one kernel, and not one that the host issues per group.
     """
@@ -139,6 +139,11 @@ class Matmul(Kernel):
         None  # bytes per output element, or what they are on each row; None follows dtype
     )
     format: str = ""  # of inputs and weights where they are not of ``dtype``: a key of KERNEL_FORMATS
+
+    @property
+    def apart(self) -> bool:
+        """Whether each group is a product of its own, as Transformer Engine issues experts; an engine's are one kernel."""
+        return self.grouped and not (self.format or self.single)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +288,12 @@ class Axes:
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
         axes = Axes({name: at(size, index) for name, size in self._sizes.items()})
-        axes.prices = {key: at(np.asarray(price), index) for key, price in self.prices.items()}
+        axes.recall(self, index)
         return axes
+
+    def recall(self, other: Axes, index: Index) -> None:
+        """Takes over what was priced on other axes, which are these on the rows at ``index``."""
+        self.prices |= {key: at(np.asarray(price), index) for key, price in other.prices.items()}
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from planner.costs.serving import queue_load
 from planner.ledger import Array
-from planner.serving.numbers import Asked, numbers_of, seated_numbers
+from planner.serving.numbers import Asked, Replicas, numbers_of, seated_numbers
 from planner.serving.pools import Decode, Index, Prefill
 from planner.specs.serve_problem import ServeProblem
 
@@ -92,9 +92,10 @@ class Pairs:
         able = (prompts > 0.0) & (answers > 0.0)
         rates = np.where(able, prompts, 1.0), np.where(able, answers, 1.0)
         clients = np.inf if traffic.concurrency is None else traffic.concurrency / self.cycle_s(tpot_s)
-        x, y = numbers_of(problem, *rates, *sizes, self.asked, clients) if len(able) else rates
+        pools = Replicas(rates, sizes, self.asked, clients)
+        x, y = numbers_of(problem, pools) if len(able) else rates
         if seated:
-            x, y = seated_numbers(problem, x, y, sizes, rates)
+            x, y = seated_numbers(problem, pools, x, y)
         answered = np.minimum(np.minimum(x * rates[0], y * rates[1]), clients)
         answered = np.where(able & (x > 0.0), answered, 0.0)
         if traffic.rate_per_s is not None:

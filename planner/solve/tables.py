@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from planner.solve.space import Choice, Space
 from planner.solve.time_limit import ask
 from planner.technique import SLOTS, Context
 
-__all__ = ["BranchTables"]
+__all__ = ["ASPECTS", "BranchTables"]
 
 Index = NDArray[np.intp]
 
-_ASPECTS = {COMPACT: (PACED, ONCE, HELD), TIMES: (PACED, ONCE), ONCE: (ONCE,), HELD: (HELD,)}
+ASPECTS = {COMPACT: (PACED, ONCE, HELD), TIMES: (PACED, ONCE), ONCE: (ONCE,), HELD: (HELD,)}
 
 
 class BranchTables:
@@ -45,7 +46,6 @@ class BranchTables:
         self._base = _change_of(ledger, ledger)
         self._changes: dict[tuple[str, ...], _Change] = {(): self._base}
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
-        self._added: dict[_Change, Array] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
@@ -58,10 +58,6 @@ class BranchTables:
 
     def __len__(self) -> int:
         return len(self.ctx.micro_batch_size)
-
-    def of_state(self, state: int) -> Array:
-        """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
-        return self._whole(self._unit(self.branches.states[state]))
 
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
@@ -84,42 +80,77 @@ class BranchTables:
             fields: ``COMPACT``, or some of its aspects: ``TIMES``, ``ONCE``, ``HELD``.
         """
         sums = []
-        for aspect in _ASPECTS[fields]:
-            base = self._cells(self._base, aspect)[1][rows]
-            total = base.copy()
-            for part in self._parts(state, recompute, swap, schedule, beside=aspect is PACED):
-                if aspect in part.touched:
-                    cells, values = self._cells(part, aspect)
-                    total[:, cells] += values[rows] - base[:, cells]
-            sums.append(total.reshape(len(rows), len(aspect), -1))
+        for aspect in ASPECTS[fields]:
+            first, *others = self.summands(state, recompute, swap, aspect, schedule)
+            total = self.summand(first, aspect, rows, first=True)
+            for group in others:
+                total += self.summand(group, aspect, rows, first=False)
+            sums.append(total)
         return sums[0] if len(sums) == 1 else np.concatenate(sums, axis=1)
 
-    def floor_of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> tuple[Array, bool]:
-        """Times that a branch is not faster than, (rows, time fields, kinds), from its parts; whether they are its own.
+    def summands(
+        self, state: int, recompute: int, swap: int, aspect: tuple[str, ...], schedule: Choice | None = None, *,
+        floor: bool = False,
+    ) -> Sequence[Sequence[_Change]]:  # fmt: skip
+        """Groups of changes whose tables (:meth:`summand`) add up to one aspect of a branch's: of one change each, or for a
+        ``floor`` of its times, of all whose work and traffic run side by side.
 
         Parts that share nothing but the clock, as where traffic of one hides behind work of another, take together no less
         than each of them alone. A step adds up blocks' forwards, backwards (weight gradients included), and these with what
         runs again: of each of the three counts the largest among such parts. That needs no ledger of the branch's own.
         """
-        base = self._rows(self._base, PACED, rows)
-        total, own = base, True
-        for beside in self._beside(state, recompute, swap):
-            each = [self._rows(part, PACED, rows) for part in beside]
-            own = own and len(each) == 1
-            largest = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
-            total = total + (largest - base)
-        once = self.of_branch(state, recompute, swap, rows, fields=ONCE)
-        return np.concatenate([total, once], axis=1), own
+        if floor and aspect is PACED:
+            groups = self._beside(state, recompute, swap)
+        else:
+            parts = self._parts(state, recompute, swap, schedule, beside=aspect is PACED)
+            groups = [[part] for part in parts if aspect in part.touched]
+        return groups or [[self._base]]
 
-    def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
-        """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each; always the same
-        arrays."""
-        found = [self._base, *self._parts(state, recompute, swap, beside=True)]
-        for part in found:
-            if part not in self._added:
-                whole = self._whole(part)
-                self._added[part] = whole if part is self._base else whole - self._added[self._base]
-        return [self._added[part] for part in found]
+    def summand(
+        self, group: Sequence[_Change], aspect: tuple[str, ...], rows: Index, *, first: bool
+    ) -> Array:
+        """One aspect of a group's table on some rows: whole, or unless it is the ``first``, what it changes of the prefix's;
+        (rows, fields, kinds)."""
+        each = [self._rows(part, aspect, rows) for part in group]
+        table: Array = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
+        return table if first else table - self._rows(self._base, aspect, rows)
+
+    def floors(
+        self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]]
+    ) -> tuple[Array, Array]:
+        """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
+
+        Args:
+            branches, rows: which.
+            sums: of names, of what happens once per step or is held.
+
+        Returns:
+            Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
+            branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
+        """
+        names, clocked, held = (*ONCE, *HELD), {self._base: 0}, {self._base: 0}
+
+        def numbered(parts: Sequence[_Change], among: dict[_Change, int]) -> list[int]:
+            return [among.setdefault(part, len(among)) for part in parts]
+
+        parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
+        beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
+        plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
+        phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in clocked]
+        seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
+        aspects = [np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in held]
+        rest = np.stack(
+            [np.stack(aspects)[:, :, [names.index(n) for n in each]].sum(axis=2) for each in sums]
+        )
+        least = seconds[:, [0] * len(branches)]
+        for groups in zip_longest(*beside, fillvalue=[0]):
+            most = max(map(len, groups))
+            members = np.array([[*group, *group[:1] * (most - len(group))] for group in groups])
+            largest = seconds[:, members[:, 0]]
+            for member in range(1, most):
+                np.maximum(largest, seconds[:, members[:, member]], out=largest)
+            least += largest - seconds[:, :1]
+        return np.maximum(least, _added(seconds, plain)), _added(rest, parts)
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """:meth:`of_branch` on all rows, from a ledger of the branch's own."""
@@ -127,7 +158,7 @@ class BranchTables:
 
     def _whole(self, change: _Change) -> Array:
         every = np.arange(len(self))
-        return np.concatenate([self._rows(change, aspect, every) for aspect in _ASPECTS[COMPACT]], axis=1)
+        return np.concatenate([self._rows(change, aspect, every) for aspect in ASPECTS[COMPACT]], axis=1)
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
@@ -274,7 +305,18 @@ def _change_of(before: Ledger, after: Ledger) -> _Change:
     beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
     timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
     whole = not after.axes.extends(before.axes)  # every item may have another size
-    return _Change(after, removed, frozenset(timed), frozenset(_ASPECTS[COMPACT] if whole else aspects))
+    return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
+
+
+def _added(values: Array, parts: Sequence[Sequence[int]]) -> Array:
+    """The first of some tables and what others of them change, per branch: (fields, branches, …) of (fields, tables, …)."""
+    total = values[:, [0] * len(parts)]
+    changes = (
+        values - values[:, :1]
+    )  # a branch with fewer parts than others has the first, which changes nothing, beside them
+    for some in zip_longest(*parts, fillvalue=0):
+        total += changes[:, list(some)]
+    return total
 
 
 def _added_up(paced: Array) -> Array:
