@@ -5,7 +5,7 @@ What it does: layers whose tokens travel to experts run once for each half, in f
     beside the combine of the second, shared experts and the next attention of the second beside the combine of the first.
 Saves: of both exchanges, what computation hides.
 Costs: weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other.
-Assumes: exchanges hide wholly, so that gains are upper bounds (published of DeepSeek-V3 on 72 H100 at 256 sequences a rank: 25.5 %,
+Assumes: exchanges hide wholly: gains are upper bounds (published of DeepSeek-V3 on 72 H100 at 256 sequences a rank: 25.5 %,
     lmsys.org/blog/2025-05-05-large-scale-ep; kernels alone gain up to twice that here); halves of equal work; other layers and
     both ends of the model run once, for all tokens; activations of both halves are held; every iteration is split, however
     small (engines have thresholds, as vLLM's ``--dbo-decode-token-threshold``).
