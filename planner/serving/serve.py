@@ -72,11 +72,16 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
     pricer = Pricer(problem.cluster, problem.stack)
     account = Account()
     modes = (str(space.fixed["mode"]),) if "mode" in space.fixed else problem.modes
+    modes = ("static",) if "static" in modes else modes
     found: list[Found | Split] = []
     if "aggregated" in modes:
         found += _distinct(search_aggregated(problem, space, pricer, top, account))
     if "disaggregated" in modes:
         found += search_disaggregated(problem, pricer, account)
+    if "static" in modes:
+        from planner.serving.static_batch import search_static
+
+        found += search_static(problem, space, pricer, account)
     if not found:
         raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))
@@ -86,7 +91,8 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         reached = max((_value(problem, f) for f in listed), default=0.0)
         if number >= max(top, _LISTED) and _value(problem, candidate) <= reached:
             break  # what requests that arrive on their own wait for only lowers a candidate's rate
-        if (f := listing.of(candidate)) is not None:
+        f = candidate if "static" in modes else listing.of(candidate)
+        if f is not None:
             listed.append(f)
     if not listed:
         raise _NothingError(account)
@@ -226,11 +232,16 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
     return ServePlan(
         model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
         traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
-        mode="disaggregated" if isinstance(f, Split) else "aggregated",
+        mode="disaggregated" if isinstance(f, Split) else "static" if _static(problem) else "aggregated",
         pools=_split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f),
         estimate=_split_estimate(problem, f) if isinstance(f, Split) else _estimate(problem, f),
         optimality=judged, assumptions=assumptions(problem),
     )  # fmt: skip
+
+
+def _static(problem: ServeProblem) -> bool:
+    """Whether requests are answered a batch at a time."""
+    return "static" in (problem.fixed.get("mode"), *problem.modes)
 
 
 def _mesh(row: Any) -> dict[str, int]:
