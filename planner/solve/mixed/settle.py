@@ -213,8 +213,8 @@ class Settler:
         return found + [way for option, _ in found[:1] if not stage for way in self._quicker(option, device)]
 
     def _quicker(self, option: Option, device: Device) -> Iterator[Way]:
-        """Strategies of the first stage that work longer and update sooner: a path that stays on another stage passes it less often
-        and ends with its update."""
+        """Strategies of the first stage that work longer and update sooner: paths that stay on another stage pass it less often
+        and end with its update."""
         for part in _PASSED:
             passes = (max(part * self.m, 1.0),)
             solved = option.costs.solve(device, Goal(passes, passes))
