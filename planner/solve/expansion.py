@@ -22,6 +22,7 @@ from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import exceeded_bytes
 
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
@@ -33,6 +34,7 @@ _Held = dict[
     str, tuple[Array, float]
 ]  # bytes that each job needs in a tier, and the tier's capacity per device
 
+RISK = "risk of running out of memory"
 TIERS = {"host": "host memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
@@ -231,11 +233,12 @@ class Expansion:
         bound_s = np.zeros(len(runs)) if floors is None else self._bound(jobs, floors, layers)
         at = self._in_time(jobs, np.flatnonzero(runs), bound_s, bar)
         few, held = jobs.take(at), self.columns.of(jobs.take(at), HELD) if held is None else held.take(at)
-        peak, slower = self._memory(few, held, None if layers is None else layers[at])
+        peak, exceeded, slower = self._memory(few, held, None if layers is None else layers[at])
         needs = {"device memory": (peak, self.problem.memory_budget_bytes)}
         for tier, capacity in self.problem.cluster.slower_bytes.items():
             needs[TIERS[tier]] = slower[tier], capacity
-        inside = self._within(few, needs)
+        risk = exceeded, float(self.problem.cluster.device.memory_bytes)
+        inside = self._within(few, {**needs, RISK: risk})
         if not inside.all():
             self._note_nearest(few, needs)
         fit = np.zeros(len(runs), dtype=bool)
@@ -342,13 +345,19 @@ class Expansion:
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
             return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
-        budget = self.problem.memory_budget_bytes
+        budget, total = self.problem.memory_budget_bytes, float(self.problem.cluster.device.memory_bytes)
+
+        def fitting(some: Jobs, columns: BlockTable, layers: Array) -> NDArray[np.bool_]:
+            peak, exceeded, _ = self._memory(some, columns, layers)
+            within: NDArray[np.bool_] = (peak <= budget) & (exceeded <= total)
+            return within
+
         most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
-        low, high = np.where(self._memory(jobs, held, most)[0] <= budget, 1.0, most), most
+        low, high = np.where(fitting(jobs, held, most), 1.0, most), most
         open_ = np.flatnonzero(low < high)
         while len(open_):
             some, middle = jobs.take(open_), np.floor((low[open_] + high[open_]) / 2)
-            inside = self._memory(some, held.take(open_), middle)[0] <= budget
+            inside = fitting(some, held.take(open_), middle)
             high[open_[inside]], low[open_[~inside]] = middle[inside], middle[~inside] + 1.0
             if floors is not None:
                 inside |= self._bound(some, floors.take(open_), low[open_]) < bar
@@ -356,8 +365,11 @@ class Expansion:
             open_ = open_[low[open_] < high[open_]]
         return low
 
-    def _memory(self, jobs: Jobs, held: BlockTable, layers: Array | None) -> tuple[Array, dict[str, Array]]:
-        return memory(
+    def _memory(
+        self, jobs: Jobs, held: BlockTable, layers: Array | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Peaks, what they exceed with the chance that is allowed, and bytes in slower tiers."""
+        peak, software, slower = memory(
             held,
             jobs.layout,
             order_of(jobs.schedule),
@@ -366,6 +378,7 @@ class Expansion:
             self.communicators[jobs.rows],
             layers,
         )
+        return peak, exceeded_bytes(self.problem, peak, software), slower
 
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,6 @@ class BranchTables:
         self._base = _change_of(ledger, ledger)
         self._changes: dict[tuple[str, ...], _Change] = {(): self._base}
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
-        self._added: dict[_Change, Array] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
@@ -115,15 +115,42 @@ class BranchTables:
         table: Array = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
         return table if first else table - self._rows(self._base, aspect, rows)
 
-    def changes(self, state: int, recompute: int, swap: int) -> list[Array]:
-        """What :meth:`of_branch` adds up: the prefix's table and its changes, (rows, compact fields, kinds) each; always the same
-        arrays."""
-        found = [self._base, *self._parts(state, recompute, swap, beside=True)]
-        for part in found:
-            if part not in self._added:
-                whole = self._whole(part)
-                self._added[part] = whole if part is self._base else whole - self._added[self._base]
-        return [self._added[part] for part in found]
+    def floors(
+        self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]]
+    ) -> tuple[Array, Array]:
+        """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
+
+        Args:
+            branches, rows: which.
+            sums: of names, of what happens once per step or is held.
+
+        Returns:
+            Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
+            branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
+        """
+        names, clocked, held = (*ONCE, *HELD), {self._base: 0}, {self._base: 0}
+
+        def numbered(parts: Sequence[_Change], among: dict[_Change, int]) -> list[int]:
+            return [among.setdefault(part, len(among)) for part in parts]
+
+        parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
+        beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
+        plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
+        phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in clocked]
+        seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
+        aspects = [np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in held]
+        rest = np.stack(
+            [np.stack(aspects)[:, :, [names.index(n) for n in each]].sum(axis=2) for each in sums]
+        )
+        least = seconds[:, [0] * len(branches)]
+        for groups in zip_longest(*beside, fillvalue=[0]):
+            most = max(map(len, groups))
+            members = np.array([[*group, *group[:1] * (most - len(group))] for group in groups])
+            largest = seconds[:, members[:, 0]]
+            for member in range(1, most):
+                np.maximum(largest, seconds[:, members[:, member]], out=largest)
+            least += largest - seconds[:, :1]
+        return np.maximum(least, _added(seconds, plain)), _added(rest, parts)
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """:meth:`of_branch` on all rows, from a ledger of the branch's own."""
@@ -279,6 +306,17 @@ def _change_of(before: Ledger, after: Ledger) -> _Change:
     timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
     whole = not after.axes.extends(before.axes)  # every item may have another size
     return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
+
+
+def _added(values: Array, parts: Sequence[Sequence[int]]) -> Array:
+    """The first of some tables and what others of them change, per branch: (fields, branches, …) of (fields, tables, …)."""
+    total = values[:, [0] * len(parts)]
+    changes = (
+        values - values[:, :1]
+    )  # a branch with fewer parts than others has the first, which changes nothing, beside them
+    for some in zip_longest(*parts, fillvalue=0):
+        total += changes[:, list(some)]
+    return total
 
 
 def _added_up(paced: Array) -> Array:

@@ -247,13 +247,11 @@ class UniformSearch:
             for v in order.chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
-                where = order.placement, order.alike_in_order, room
+                where = order.placement, order.alike_in_order, room, fixed.get("pipeline_layout", "")
                 for layout in layouts(self.order, self.kinds, pp, v, *where):
-                    launcher, split = self.problem.launcher, layout.split
-                    runs = launcher is None or split in launcher.layouts
-                    wanted = fixed.get("pipeline_layout", split) == split
-                    wanted &= v == 1 or split != "balanced" or anyhow
-                    if runs and wanted:
+                    launcher = self.problem.launcher
+                    runs = launcher is None or launcher.takes_stages(layout.stages, pp)
+                    if runs and (v == 1 or layout.split != "balanced" or anyhow):
                         yield schedule, layout
 
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:

@@ -29,6 +29,7 @@ from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["BYTES", "DeviceBounds", "exposed", "in_tier", "largest"]
 
@@ -48,8 +49,8 @@ class DeviceBounds:
         self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
-        self.room = problem.memory_budget_bytes - idle
+        self.idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
+        self.room = float(room_bytes(problem, self.idle)) - self.idle
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
@@ -63,7 +64,7 @@ class DeviceBounds:
         self._prices: dict[int, list[Array]] = defaultdict(
             list
         )  # of bytes, that proved most of a device before
-        self._least: dict[int, tuple[Layout, Array, Array]] = {}  # by the layout's id, which is held
+        self._least: dict[bytes, tuple[Array, Array]] = {}  # by a layout's chunks
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -76,8 +77,9 @@ class DeviceBounds:
         First their work, and on the first device what follows it; then their work with all that follows it. Once one of them
         takes ``enough_s``, the others are not bounded more closely.
         """
-        if id(layout) in self._least:
-            return self._least[id(layout)][1:]
+        key = layout.chunks.tobytes()
+        if key in self._least:
+            return self._least[key]
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells = self._cells(layout, m * once, m * once)
         s, kind = self.useful, cells.kind
@@ -86,7 +88,7 @@ class DeviceBounds:
         work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells, enough_s)
         whole_s = self._within_limits(alone + after[3], cells, enough_s if work_s.max() < enough_s else 0.0)
         work_s[0] = max(work_s[0], whole_s[0])
-        self._least[id(layout)] = layout, work_s, whole_s
+        self._least[key] = work_s, whole_s
         return work_s, whole_s
 
     def along_s(self, layout: Layout, path: Path) -> float:

@@ -7,13 +7,11 @@ The memory of all devices of a pipeline is taken together, at a price ``λ`` per
 with ``w`` the micro-batches that a layer's stage has in flight (weak duality). Which stage a layer is on is open: layers fill the
 stages with the fewest in flight first, as many to each as one could hold at all. The busiest device works at least the average.
 
-Strategies that swap to the host have no tables yet. Better ones, which cannot be, stand for them: all that is swapped costs is
-its way over the host link, beside all other work.
+Strategies that have no tables yet stand there with what their parts say of them, which is no more than they take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,11 +20,8 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
-from planner.solve.branches import Branches
-from planner.solve.layerwise.strategies import Mesh, Totals
-from planner.specs.cluster import Cluster
 
-__all__ = ["Relaxation", "in_flight", "path_factor", "with_swaps"]
+__all__ = ["Relaxation", "in_flight", "path_factor"]
 
 _PRICES = (0.0, 0.02, 0.06, 0.15, 0.3, 0.6, 1.2, 20.0)  # in seconds of a stage's work per byte of its budget
 _AROUND = (
@@ -79,56 +74,12 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
     return np.where(m > pp, even, np.where(m > 1.0, few, 1.0))
 
 
-def with_swaps(totals: Totals, alone: BlockTable, choices: Branches, cluster: Cluster) -> tuple[Array, ...]:
-    """Seconds per micro-batch, serial seconds per step, held, saved and transient bytes of all strategies, swaps under-estimated,
-    and what they move to the host, throughout and per micro-batch in flight.
-
-    A pool that a swap moves holds nothing, and costs nothing unless it is known how. Weights come up over the host link in the
-    forward and in the backward pass, saved activations go down in the one and come up in the other, at best hidden by a block's
-    own work there. The host reads the optimizer's states at least once, and a quarter of their bytes (16-bit gradients down,
-    weights up, of at most 16 bytes per parameter) passes the link.
-
-    Args:
-        totals: strategies without swaps.
-        alone: the prefix's table: a block's weights before anything is sharded.
-    """
-    link, host = max(cluster.host_link_bytes_per_s, 1.0), max(cluster.host_memory_bytes_per_s, 1.0)
-    beside = totals.held_bytes - totals.gradients_bytes - totals.optimizer_bytes
-    own = alone["parameters_bytes"][:-1].T
-    weights = np.minimum(beside, own)
-    found: list[tuple[Array, ...]] = []
-    for swap in choices.swaps:
-        on = {slot: choice.value == "cpu" for slot, choice in swap.items()}
-        pools = {pool for choice in swap.values() if choice.technique for pool in choice.technique.moves}
-        step, held, saved, moved = totals.step_s, totals.held_bytes, totals.saved_bytes, np.zeros(1)
-        hosted, hosted_saved = np.zeros((2, *saved.shape))
-        if "optimizer" in pools:
-            held = held - totals.optimizer_bytes
-            step = totals.optimizer_bytes * (1.0 / host + 0.25 / link) * on["optimizer_offload"]
-            hosted = hosted + totals.optimizer_bytes * on["optimizer_offload"]
-        if "gradients" in pools:
-            held = held - totals.gradients_bytes
-        if swap["parameter_offload"].technique is not None:
-            held, moved = held - weights, moved + weights * on["parameter_offload"]
-            hosted = hosted + weights * on["parameter_offload"]
-        if swap["activation_offload"].technique is not None:
-            hosted_saved = saved * on["activation_offload"]
-            moved, saved = moved + hosted_saved, np.zeros_like(saved)
-        again = totals.backward_s + totals.rest_s
-        seconds = totals.forward_s + again
-        if moved.any():
-            seconds = np.maximum(totals.forward_s, moved / link) + np.maximum(again, moved / link)
-        # A block whose activations or weights are under way has them at work; no swap makes its own tensors smaller.
-        found.append((seconds, step, held, saved, totals.transient_bytes, hosted, hosted_saved))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Relaxation:
     """Bounds of rows that share a pipeline degree.
 
     Attributes:
-        seconds, step, held, saved, transient, hosted, hosted_saved: of :func:`with_swaps`, on these rows.
+        blocks: of :meth:`~planner.solve.layerwise.strategies.Strategies.blocks`, on these rows.
         layers: of each kind; the last two kinds are embedding and head.
         micro_batches: per row.
         pp: pipeline degree.
@@ -138,13 +89,7 @@ class Relaxation:
         centre: price of a byte that bounds well, per row, where one is known.
     """
 
-    seconds: Array
-    step: Array
-    held: Array
-    saved: Array
-    transient: Array
-    hosted: Array
-    hosted_saved: Array
+    blocks: Array
     layers: Array
     micro_batches: Array
     pp: int
@@ -153,41 +98,25 @@ class Relaxation:
     host_bytes: float
     centre: Array | None = None
 
-    @staticmethod
-    def of_meshes(
-        meshes: Sequence[Mesh], layers: Array, budget: Array, growth: float, host_bytes: float
-    ) -> Relaxation:
-        """Of rows whose tables are known, each mesh with the strategies that it has: nothing is under-estimated."""
-        first = meshes[0]
-        shape = max(len(mesh.branches) for mesh in meshes), len(meshes), len(first.kinds) - 1
-        seconds, (step, held, saved, transient, hosted, hosted_saved) = (
-            np.full(shape, np.inf),
-            np.zeros((6, *shape)),
-        )
-        for row, mesh in enumerate(meshes):
-            at = slice(len(mesh.branches)), row
-            seconds[at] = mesh.micro_batch_s[:, :-1]
-            transient[at] = (mesh["block_bytes"] + mesh["recomputed_bytes"])[:, :-1]
-            for values, name in (
-                (step, "main_step_s"), (held, "always_bytes"), (saved, "saved_bytes"), (hosted, "host_bytes"),
-                (hosted_saved, "host_saved_bytes"),
-            ):  # fmt: skip
-                values[at] = mesh[name][:, :-1]
-        micro_batches = np.array([float(mesh.micro_batches) for mesh in meshes])
-        return Relaxation(
-            seconds, step, held, saved, transient, hosted, hosted_saved, layers, micro_batches, first.pp, budget, growth,
-            host_bytes,
-        )  # fmt: skip
-
     def take(self, index: NDArray[np.intp]) -> Relaxation:
         """Of some of the rows."""
+        centre = None if self.centre is None else self.centre[index]
         return replace(
-            self, seconds=self.seconds[:, index], step=self.step[:, index], held=self.held[:, index],
-            saved=self.saved[:, index], transient=self.transient[:, index],
-            hosted=self.hosted[:, index], hosted_saved=self.hosted_saved[:, index],
-            micro_batches=self.micro_batches[index], budget=self.budget[index],
-            centre=None if self.centre is None else self.centre[index],
+            self, blocks=self.blocks[:, :, index], micro_batches=self.micro_batches[index], budget=self.budget[index],
+            centre=centre,
         )  # fmt: skip
+
+    @property
+    def seconds(self) -> Array:
+        """Of a micro-batch, (strategies, rows, kinds)."""
+        seconds: Array = self.blocks[0]
+        return seconds
+
+    @property
+    def step(self) -> Array:
+        """Serial seconds of a step, (strategies, rows, kinds)."""
+        step: Array = self.blocks[1]
+        return step
 
     @property
     def fastest_s(self) -> Array:
@@ -198,7 +127,7 @@ class Relaxation:
     @property
     def hosts(self) -> bool:
         """Whether some strategies keep bytes on the host."""
-        return bool(self.hosted.any() or self.hosted_saved.any())
+        return bool(self.blocks[5:].any())
 
     def pooled(self, flights: Array, most: Array) -> tuple[Array, Relaxation]:
         """:meth:`work_s`, with the host's bytes at prices too; and the same bounds around the prices that prove most.
@@ -231,7 +160,7 @@ class Relaxation:
         sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
         filled = np.arange(len(sample))[:, None] * most
         # Stages without layers, if any, are those of the embedding and of the head.
-        smallest = self.transient[:, :, :kinds].min(axis=(0, 2), initial=np.inf)
+        smallest = self.blocks[4, :, :, :kinds].min(axis=(0, 2), initial=np.inf)
         room = self.pp * self.budget - max(self.pp - 2, 0) * self.growth * smallest
         total = -prices[0] * room - prices[1] * self.pp * self.host_bytes
         for kind in range(kinds):
@@ -270,7 +199,7 @@ class Relaxation:
         # (prices, virtual stages, rows)
         work_s = np.einsum("psrk,sk->psr", least[:, sample, np.arange(len(rows))], counts)
         work_s = work_s.reshape(len(prices), layout.virtual_stages, layout.pp, len(rows)).sum(axis=1)
-        smallest = self.transient[:, rows].min(axis=0)
+        smallest = self.blocks[4][:, rows].min(axis=0)
         there = layout.device_counts[:, :-1] > 0
         at_work = np.where(there[:, None], smallest, -np.inf).max(axis=2)
         room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
@@ -283,7 +212,7 @@ class Relaxation:
 
     def _samples(self) -> Array:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
-        return np.unique(np.minimum(np.ceil(self.pp * np.array(_SAMPLES)), max(2.0 * self.pp - 1.0, 1.0)))
+        return np.unique(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
 
     def _prices(self) -> Array:
         """Of a byte on the device and on the host, (2, prices, rows)."""
@@ -298,14 +227,11 @@ class Relaxation:
         )
 
     def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
-        """The smallest cost with memory at a price, (prices, samples, rows, kinds).
-
-        What is moved is a little more than can be, perhaps: on the host it is never dearer than on the device.
-        """
+        """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
         found = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
         for number, flights in enumerate(samples):
-            held = self.held + self.growth * flights * self.saved
-            away = self.hosted + flights * self.hosted_saved
+            held = self.blocks[2] + self.growth * flights * self.blocks[3]
+            away = self.blocks[5] + flights * self.blocks[6]
             for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
                 priced = cost + device[:, None] * held
                 if host.any():

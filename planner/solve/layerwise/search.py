@@ -26,14 +26,14 @@ from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.walks import Paths
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
-from planner.solve.train import search
+from planner.solve.train import search_strictly
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
 __all__ = ["search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
-_BOUND, _PATH, _PLANS = range(3)  # looks at a deal, each dearer than the one before
+_ROUGH, _BOUND, _PATH, _PLANS = range(4)  # looks at a deal, each dearer than the one before
 _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
 _PATIENCE = (
     40  # looks without a plan, after which the most promising deal that was looked at is settled at once
@@ -77,7 +77,7 @@ def search_layerwise(
     refusal: Infeasible | None = None
     limit = TimeLimit(time_limit_s)
     try:
-        uniform = search(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
+        uniform = search_strictly(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
@@ -142,6 +142,7 @@ class _Search:
         self._done: list[float] = []
         self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
         self._paths: Paths = {}
+        self._rough: dict[tuple[int, int, str], DeviceCosts] = {}
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
@@ -163,8 +164,12 @@ class _Search:
             ask()
             first, settled = self._left[0], self.account.settled
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
-                first = min((deal for deal in self._left if deal.looks), default=first)
+                first = min((deal for deal in self._left if deal.looks > _BOUND), default=first)
                 looks = 0
+            if not first.looks:
+                self._look(first, to_the_end=False)
+                looks += 1
+                continue
             if first.part not in self._sharp:
                 self._sharpen(first.part)
                 continue
@@ -224,10 +229,22 @@ class _Search:
 
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
+        if open_.looks == _ROUGH:
+            return max(self._roughly(open_.deal).bound_s(self.best_s), open_.bound_s), True
         if not open_.settlers:
             open_.settlers.extend(self._settlers(open_.deal))
         bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
         return max(bound_s, open_.bound_s), open_.looks < _PLANS
+
+    def _roughly(self, deal: Deal) -> Settler:
+        """What bounds a deal before its mesh has tables, with all chunks of a device as one: alike for many layouts."""
+        key = deal.part, deal.row, deal.order
+        if key not in self._rough:
+            mesh = self.space.lower(deal)
+            order = deal.order if deal.layout is None or deal.layout.virtual_stages == 1 else "1f1b"
+            self._rough[key] = DeviceCosts(self.problem, mesh, order, 1, self.solver)
+        costs = self._rough[key]
+        return Settler(deal, costs.mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
 
     def _settlers(self, deal: Deal) -> Iterator[Settler]:
         """What bounds a deal and finds its plans: one, or one per mixture of strategies that a launcher runs."""

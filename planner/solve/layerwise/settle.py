@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
-from planner.layout import BOUNDARY, Layout, deal_layers, layouts
+from planner.assignment import Assignment, Runs
+from planner.layout import BOUNDARY, Layout, deal_layers, layout_of, layouts
 from planner.ledger import Array
 from planner.pipeline import memory, phase_seconds
 from planner.solve.branches import Branches
@@ -44,7 +45,8 @@ class Settler:
 
     Args:
         deal, mesh: the deal and its mesh with some of its strategies.
-        costs: of the mesh's devices under the deal's schedule.
+        costs: of the mesh's devices under the deal's schedule; or, for bounds alone, with all chunks of a device as one, of which
+            no fewer are in flight under any schedule than under 1F1B.
         order, kinds: the model's layers and block kinds.
         choices: what strategies are called.
         paths: critical ones through schedules; grows.
@@ -61,7 +63,7 @@ class Settler:
         self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
         layout, known = deal.layout, {} if paths is None else paths
         self.walks = None
-        if layout is not None and mesh.pp > 1:
+        if layout is not None and mesh.pp > 1 and layout.virtual_stages == costs.virtual_stages:
             self.walks = Walks(costs, mesh, layout, deal.order, self.hop_s, known)
         self._limit: tuple[float, float] | None = None
         self._bound_s: float | None = None  # limits only fall, so that it holds for all later ones
@@ -138,7 +140,8 @@ class Settler:
         ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])]) + hops_s
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
         behind[1:] += self.costs.update_s(layout.device_counts[0])
-        work_s, whole_s = self.costs.least_s(layout, below_s)
+        apart = self.costs.virtual_stages == layout.virtual_stages
+        work_s, whole_s = self.costs.least_s(layout if apart else _as_one_chunk(layout), below_s)
         bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
         if self.walks is None or bound_s >= below_s:
             return bound_s
@@ -249,7 +252,7 @@ class Settler:
         if sizes in tried:
             return None
         tried.add(sizes)
-        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, UNEVEN, sizes))
+        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, sizes))
 
     def _priced(self, layout: Layout) -> Candidate | None:
         """The strategies of every device of a layout with which it is done soonest, priced together; None where a device has
@@ -280,15 +283,18 @@ class Settler:
         numbers = self._numbers(best.assignment)
         stages, *ends = taken_by(best.assignment)
         own = tuple(tuple((numbers[s], n) for s, n in runs) for runs in stages)
-        budget, stack = self.costs.problem.memory_budget_bytes, self.costs.problem.stack
+        stack = self.costs.problem.stack
         batches = np.array([float(self.mesh.micro_batches)])
+        room = float(self.costs.room + self.costs.idle)
 
         def price(taken: Taken) -> tuple[float, Candidate] | None:
             found = self._assigned(taken, best.layout)
             table = self.mesh.table(self._columns(found.assignment))
-            peak, away = memory(table, found.layout, self.deal.order, batches, stack, self.mesh.communicators)
+            peak, _, away = memory(
+                table, found.layout, self.deal.order, batches, stack, self.mesh.communicators
+            )
             tiers = self.costs.problem.cluster.slower_bytes
-            fits = peak[0] <= budget and all(away[tier][0] <= tiers[tier] for tier in away)
+            fits = peak[0] <= room and all(away[tier][0] <= tiers[tier] for tier in away)
             return (found.step_s, found) if fits else None
 
         return simplest((own, numbers[ends[0]], numbers[ends[1]]), best, price, within_s)
@@ -296,7 +302,7 @@ class Settler:
     def _assigned(self, taken: Taken, layout: Layout) -> Candidate:
         """The candidate of some strategies by their number in the mesh, priced by the schedule engine."""
         assignment = self.mesh.assignment(*taken, self.choices)
-        wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
+        wide = assignment.layout(self.order, self.pp)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
         forward, backward, again = (x[:, 0] for x in phase_seconds(table))
@@ -324,6 +330,12 @@ class Settler:
         """Kinds of the layers of every virtual stage, in order."""
         ends = np.cumsum(layout.counts[:, :-3].sum(axis=1).astype(int)).tolist()
         return [self.stack[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@lru_cache(maxsize=1024)
+def _as_one_chunk(layout: Layout) -> Layout:
+    """The same blocks on every device, in one chunk."""
+    return layout_of(layout.device_counts, layout.pp, 1, layout.split)
 
 
 def in_order(runs: Sequence[Runs], kinds: Sequence[int]) -> Runs:

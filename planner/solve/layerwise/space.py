@@ -13,17 +13,17 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
 from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
-from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor, with_swaps
+from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
 from planner.solve.layerwise.strategies import Mesh, Strategies
 from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
 
@@ -71,11 +71,10 @@ class LayerwiseSpace:
         """By pipeline degree, what none of its deals is faster than."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
-        self._priced: dict[int, tuple[Array, tuple[Array, ...], Strategies]] = {}
+        self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._meshes: dict[tuple[int, int], Mesh] = {}
-        self._rows_in_use: dict[int, set[int]] = {}
         launcher = self.problem.launcher
-        self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
+        self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
@@ -129,7 +128,6 @@ class LayerwiseSpace:
                 bound_s[open_] = np.maximum(bound_s[open_], np.maximum(paths_s, dearest_s))
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
-                self._rows_in_use.setdefault(where[0], set()).add(where[1])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
     def _open(self, pp: int, below_s: float) -> tuple[_Rows, list[tuple[Choice, Layout | None, int]], Array]:
@@ -144,60 +142,57 @@ class LayerwiseSpace:
         rows, free_s, those = self._opened[pp]
         return rows, those, free_s
 
-    def _totals(self, part: int, below_s: float) -> tuple[Array, tuple[Array, ...], Strategies]:
-        """Rows of a prefix that are open at any pipeline degree, what its strategies take on them, and these: priced once for
-        all."""
+    def _blocks(self, part: int, below_s: float) -> tuple[Array, Array, Strategies]:
+        """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once for all."""
         if part not in self._priced:
             opened = [self._open(pp, below_s)[0] for pp in self.least_s]
             at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
             taken = self.parts[part].take(at)
-            totals = taken.totals()
-            table = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, at]))
-            relaxed = with_swaps(totals, table, self.uniform.branches, self.problem.cluster)
-            self._priced[part] = at, relaxed, taken
+            self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
 
     def _relaxation(self, rows: _Rows, below_s: float) -> Relaxation:
         """Bounds under limits of memory of the open rows of a pipeline degree."""
-        parts: list[tuple[Array, ...]] = []
+        parts: list[Array] = []
         for part in np.unique(rows.part).tolist():
-            among, relaxed, _ = self._totals(part, below_s)
-            at = np.searchsorted(among, rows.row[rows.part == part])
-            parts.append(tuple(values[:, at] for values in relaxed))
-        most = max(len(values[0]) for values in parts)
-        # Prefixes with fewer strategies have some that take for ever. Rows stand part after part.
-        every = (
-            np.concatenate(
-                [
-                    np.pad(values[k], ((0, most - len(values[k])), (0, 0), (0, 0)), constant_values=fill)
-                    for values in parts
-                ],
-                axis=1,
-            )
-            for k, fill in enumerate((np.inf, *[0.0] * 6))
-        )
-        seconds, step, held, saved, transient, hosted, hosted_saved = every
-        return Relaxation(
-            seconds, step, held, saved, transient, hosted, hosted_saved, self.layers, rows.micro_batches, rows.pp,
-            *self._room(rows.communicators),
-        )  # fmt: skip
+            among, blocks, _ = self._blocks(part, below_s)
+            parts.append(blocks[:, :, np.searchsorted(among, rows.row[rows.part == part])])
+        return self._bounds(parts, rows.micro_batches, rows.pp, rows.communicators)
+
+    def _bounds(
+        self, parts: Sequence[Array], micro_batches: Array, pp: int, communicators: Array
+    ) -> Relaxation:
+        """Bounds of rows that stand part after part, each with strategies of its own; those with fewer than others have some
+        that take for ever."""
+        most = max(blocks.shape[1] for blocks in parts)
+        every = np.zeros((len(parts[0]), most, len(micro_batches), len(self.layers)))
+        every[0] = np.inf
+        start = 0
+        for blocks in parts:
+            many, rows = blocks.shape[1:3]
+            every[:, :many, start : start + rows] = blocks
+            start += rows
+        return Relaxation(every, self.layers, micro_batches, pp, *self._room(communicators))
 
     def _room(self, communicators: Array) -> tuple[Array, float, float]:
         """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
         stack = self.problem.stack
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
+        budget = np.maximum(room_bytes(self.problem, idle) - idle, 1.0)
         return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
 
     def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
-        """What none of some deals of a prefix is faster than, by the tables of their meshes: no swap is under-estimated."""
+        """What none of some deals of a prefix is faster than, by the tables of their meshes."""
         found = [deal.bound_s for deal in deals]
-        meshes = [self.mesh(deal) for deal in deals]
+        meshes = self._made(part, [deal.row for deal in deals])
         for pp in sorted({mesh.pp for mesh in meshes}):
             mine = {deal.row: mesh for deal, mesh in zip(deals, meshes, strict=True) if mesh.pp == pp}
             several = list(mine.values())
-            room = self._room(np.array([mesh.communicators for mesh in several]))
-            bounds = Relaxation.of_meshes(several, self.layers, *room)
+            bounds = self._bounds(
+                [mesh.blocks[:, :, None] for mesh in several],
+                np.array([float(mesh.micro_batches) for mesh in several]), pp,
+                np.array([mesh.communicators for mesh in several]),
+            )  # fmt: skip
             batches = bounds.micro_batches
             each_s = bounds.fastest_s / self.layers.sum()
             flights = in_flight(pp, 1, batches)
@@ -225,15 +220,21 @@ class LayerwiseSpace:
 
     def mesh(self, deal: Deal) -> Mesh:
         """The deal's mesh with all of its strategies."""
-        key = (deal.part, deal.row)
-        if key not in self._meshes:
-            # Most of what tables cost does not depend on how many rows they have: those of all open deals are made at once.
-            among, _, taken = self._priced[deal.part]
-            rows = sorted(self._rows_in_use[deal.part])
-            places = np.searchsorted(among, rows).tolist()
-            for row, mesh in zip(rows, taken.with_swaps().meshes(places), strict=True):
-                self._meshes[deal.part, row] = mesh
-        return self._meshes[key]
+        return self._made(deal.part, [deal.row])[0]
+
+    def lower(self, deal: Deal) -> Mesh:
+        """The same before it has tables: no strategy is faster than this says."""
+        among, _, taken = self._priced[deal.part]
+        return taken.lower(int(np.searchsorted(among, deal.row)))
+
+    def _made(self, part: int, rows: Sequence[int]) -> list[Mesh]:
+        """Meshes of some rows of a prefix; most of what their tables cost does not depend on how many they are."""
+        new = [row for row in dict.fromkeys(rows) if (part, row) not in self._meshes]
+        if new:
+            among, _, taken = self._priced[part]
+            found = taken.meshes(np.searchsorted(among, new).tolist())
+            self._meshes |= zip(((part, row) for row in new), found, strict=True)
+        return [self._meshes[part, row] for row in rows]
 
     # -- meshes ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class LayerwiseSpace:
                     space, uniform.branches, uniform.pricer, self.kinds, recipe, ctx, ledger
                 )
                 rows = space.rows.take(open_[keep])
-                strategies = Strategies(tables, rows, uniform.branches, [0])
+                strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
@@ -318,7 +319,7 @@ class LayerwiseSpace:
     def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
         """Schedules with their layouts; one stage per device is left open where cuts are."""
         space = self.uniform.space
-        wanted = space.fixed.get("pipeline_layout")
+        wanted = space.fixed.get("pipeline_layout", "")
         for schedule in space.choices["schedule"]:
             order = _order(schedule)
             if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
@@ -327,17 +328,16 @@ class LayerwiseSpace:
             for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not space.allows("virtual_stages", np.array([float(v)]))[0]:
                     continue
-                if v == 1 and not self._named_only and wanted is None:
+                if v == 1 and not self._named_only and not wanted:
                     yield schedule, None, v
                     continue
-                named = layouts(self.order, self.kinds, pp, v)
-                if interleaved and all(layout.split == "balanced" for layout in named):
+                named = layouts(self.order, self.kinds, pp, v, wanted=wanted)
+                if interleaved and not wanted and all(layout.split == "balanced" for layout in named):
                     other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
                     named = () if other is None else (other,)
                 launcher = self.problem.launcher
                 for layout in named:
-                    runs = launcher is None or layout.split == UNEVEN or layout.split in launcher.layouts
-                    if runs and wanted in (None, layout.split):
+                    if launcher is None or launcher.takes_stages(layout.stages, pp):
                         yield schedule, layout, v
 
     def _runs(self, schedule: Choice, rows: _Rows) -> Array:
@@ -399,7 +399,7 @@ def uneven_layout(
     sizes = [small] * (pp * virtual_stages)
     for stage in _middle_first(pp, virtual_stages)[:longer]:
         sizes[stage] += 1
-    return deal_layers(order, kinds, pp, virtual_stages, UNEVEN, sizes)
+    return deal_layers(order, kinds, pp, virtual_stages, sizes)
 
 
 def _middle_first(pp: int, virtual_stages: int) -> list[int]:

@@ -7,22 +7,22 @@ block computes and how its work is cut (the slots before) is common to all layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import TypeAlias
 
 import numpy as np
 
 from planner.assignment import Assignment, Runs
-from planner.engine import COMPACT, BlockTable
+from planner.engine import COMPACT, PACED, BlockTable
 from planner.ledger import Array
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables
 from planner.technique import Launcher
 
-__all__ = ["Branch", "Mesh", "Strategies", "Totals"]
+__all__ = ["Branch", "Mesh", "Strategies"]
 
 Branch: TypeAlias = tuple[int, int, int]  # state, recompute and swap of :class:`Branches`
 
@@ -31,37 +31,10 @@ _LONGEST_S = 1e9  # of a block under a strategy that it must not take
 _TIMES = [_FIELD[name] for name in ("forward_s", "backward_s", "weight_s", "recompute_s")]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Totals:
-    """Of one block under each strategy, (strategies, rows, kinds but the boundary) each.
-
-    Attributes:
-        forward_s, backward_s, rest_s: forward, input gradients, and weight gradients with recomputation, of one micro-batch;
-            ``forward_s`` is infinite where a strategy is not active.
-        step_s: serial work of the optimizer step.
-        held_bytes: throughout; of which ``gradients_bytes`` and ``optimizer_bytes``.
-        saved_bytes: per micro-batch in flight.
-        transient_bytes: while the block is at work.
-    """
-
-    forward_s: Array
-    backward_s: Array
-    rest_s: Array
-    step_s: Array
-    held_bytes: Array
-    gradients_bytes: Array
-    optimizer_bytes: Array
-    saved_bytes: Array
-    transient_bytes: Array
-
-
-_TOTALS = [
-    [_FIELD[name] for name in names]
-    for names in (
-        ("forward_s",), ("backward_s",), ("weight_s", "recompute_s"), ("main_step_s",), ("always_bytes",),
-        ("gradients_bytes",), ("optimizer_bytes",), ("saved_bytes",), ("block_bytes", "recomputed_bytes"),
-    )
-]  # fmt: skip
+_BESIDE = (
+    ("main_step_s",), ("always_bytes",), ("saved_bytes",), ("block_bytes", "recomputed_bytes"), ("host_bytes",),
+    ("host_saved_bytes",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +72,12 @@ class Mesh:
         """Forward, backward and recomputation of one micro-batch in one block, (strategies, kinds)."""
         total: Array = self.values[:, _TIMES].sum(axis=1)
         return total
+
+    @property
+    def blocks(self) -> Array:
+        """As :meth:`Strategies.blocks`: (7, strategies, kinds but the boundary)."""
+        beside = [sum(self[name] for name in names) for names in _BESIDE]
+        return np.stack([self.micro_batch_s, *beside])[:, :, :-1]
 
     def alone(self) -> list[Mesh]:
         """The same mesh with one of the strategies each, the fastest first."""
@@ -174,81 +153,78 @@ class Mesh:
 
 
 class Strategies:
-    """All strategies on some rows of one prefix.
+    """All strategies on some rows of one prefix, with some of the swaps.
 
     Attributes:
-        branches: the strategies that are valid on any of the rows.
-        active: (strategies, rows) where each is valid and says something of its own.
+        branches: the strategies that say something of their own on any of the rows.
     """
 
     def __init__(self, tables: BranchTables, rows: Rows, choices: Branches, swaps: Sequence[int]) -> None:
-        self.tables, self.rows, self.choices = tables, rows, choices
+        self.tables, self.rows, self.choices, self.swaps = tables, rows, choices, swaps
         activity = choices.activity(rows, tables.ctx.knobs)
-        found: list[tuple[Branch, Array]] = []
+        self.branches: list[Branch] = []
+        self._own: list[Array] = []
         for r, recompute in enumerate(choices.recomputes):
             if choices.by_layers(recompute):
                 continue  # recomputing some layers is full recompute for these
             for state in range(len(choices.states)):
                 on = activity.states[state] & activity.recomputes[r]
                 if on.any():
-                    found += [((state, r, swap), on) for swap in swaps]
-        self.branches = [branch for branch, _ in found]
-        self.active = np.array([on for _, on in found]).reshape(len(found), len(rows))
-        launcher = choices.space.problem.launcher
-        for s, branch in enumerate(self.branches):
-            if launcher is not None or choices.ruled(branch[2]):
-                recipe = {**tables.recipe, **choices.recipe(*branch)}
-                ctx = rows.context(choices.space.problem, choices.space.knobs(recipe))
-                rules = [c.technique.valid for c in choices.swaps[branch[2]].values() if c.technique]
-                for valid in (*rules, *([launcher.valid] if launcher is not None else [])):
-                    for check in valid(ctx):
-                        self.active[s] &= check.ok
+                    self.branches += [(state, r, swap) for swap in swaps]
+                    self._own += [on] * len(swaps)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Array) -> Strategies:
-        """The same strategies on some of the rows."""
-        taken = copy(self)
-        taken.tables, taken.rows = self.tables.take(index), self.rows.take(index)
-        taken.active = self.active[:, index]
-        return taken
+        """The strategies of some of the rows."""
+        return Strategies(self.tables.take(index), self.rows.take(index), self.choices, self.swaps)
 
-    def with_swaps(self) -> Strategies:
-        """All strategies, those that swap included."""
-        return Strategies(self.tables, self.rows, self.choices, range(len(self.choices.swaps)))
-
-    def totals(self) -> Totals:
-        """What bounds need of every strategy on every row."""
-        known: dict[int, Array] = {}  # by the table's id, which its tables hold
-
-        def reduced(values: Array) -> Array:
-            if id(values) not in known:
-                part = values[:, :, :-1]
-                summed = [part[:, fields].sum(axis=1) for fields in _TOTALS]
-                known[id(values)] = np.stack(summed)
-            return known[id(values)]
-
-        shape = (len(_TOTALS), len(self.branches), len(self), len(self.tables.kinds) - 1)
-        total = np.zeros(shape)
+    @cached_property
+    def active(self) -> Array:
+        """(strategies, rows) where each is valid and says something of its own."""
+        active = np.array(self._own).reshape(len(self.branches), len(self))
+        launcher = self.choices.space.problem.launcher
         for s, branch in enumerate(self.branches):
-            for values in self.tables.changes(*branch):
-                total[:, s] += reduced(values)
-        total[0][~self.active] = np.inf
-        return Totals(*total)
+            if launcher is not None or self.choices.ruled(branch[2]):
+                recipe = {**self.tables.recipe, **self.choices.recipe(*branch)}
+                ctx = self.rows.context(self.choices.space.problem, self.choices.space.knobs(recipe))
+                rules = [c.technique.valid for c in self.choices.swaps[branch[2]].values() if c.technique]
+                for valid in (*rules, *([launcher.valid] if launcher is not None else [])):
+                    for check in valid(ctx):
+                        active[s] &= check.ok
+        return active
+
+    def blocks(self) -> Array:
+        """Of one block under each strategy, no more than the engine's tables say: (7, strategies, rows, kinds but the boundary).
+
+        Seconds of a micro-batch (infinite where a strategy is not active), serial seconds of a step; bytes held throughout, saved
+        per micro-batch in flight, and while the block is at work; on the host throughout, and per micro-batch in flight.
+        """
+        least, beside = self.tables.floors(self.branches, np.arange(len(self)), _BESIDE)
+        blocks = np.concatenate([least.sum(axis=0, keepdims=True), beside])[..., :-1]
+        blocks[0][~self.active] = np.inf
+        return blocks
 
     def meshes(self, rows: Sequence[int]) -> list[Mesh]:
         """Some of the rows, each with the strategies that are valid there."""
         index = np.asarray(rows, dtype=np.intp)
         values = np.stack([self.tables.of_branch(*branch, index) for branch in self.branches])
-        found = []
-        for place, row in enumerate(index.tolist()):
-            on = np.flatnonzero(self.active[:, row])
-            at = {name: float(column[row]) for name, column in self.rows.values.items()}
-            groups = sum(float(at[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
-            micro_batches = round(float(self.tables.ctx.micro_batches[row]))
-            branches = [self.branches[i] for i in on]
-            found.append(
-                Mesh(self.tables.recipe, at, self.tables.kinds, branches, values[on, place], micro_batches, groups)
-            )  # fmt: skip
-        return found
+        return [self._mesh(row, values[:, place]) for place, row in enumerate(index.tolist())]
+
+    def lower(self, row: int) -> Mesh:
+        """A row as :meth:`meshes` has it, but for times, which are no longer than these: what follows a forward counts as
+        backward."""
+        single = [(name,) for name in COMPACT[len(PACED) :]]
+        (forward, later), beside = self.tables.floors(self.branches, np.array([row]), single)
+        values = np.stack([forward, later, *np.zeros((len(PACED) - 2, *forward.shape)), *beside], axis=2)
+        return self._mesh(row, values[:, 0])
+
+    def _mesh(self, row: int, values: Array) -> Mesh:
+        """A row with some values of all strategies, (strategies, compact fields, kinds)."""
+        on = np.flatnonzero(self.active[:, row])
+        at = {name: float(column[row]) for name, column in self.rows.values.items()}
+        groups = sum(float(at[name] > 1) for name in ("tp", "cp", "dp", "pp", "ep"))
+        micro_batches = round(float(self.tables.ctx.micro_batches[row]))
+        branches = [self.branches[i] for i in on]
+        return Mesh(self.tables.recipe, at, self.tables.kinds, branches, values[on], micro_batches, groups)

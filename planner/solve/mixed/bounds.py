@@ -12,7 +12,7 @@ from planner.ledger import Array
 from planner.solve.layerwise.relaxation import path_factor
 from planner.solve.mixed.ground import SCHEDULE, Ground
 from planner.solve.mixed.shapes import Shape
-from planner.solve.mixed.stretch import TOGETHER
+from planner.solve.mixed.stretch import LEAVING, TOGETHER
 
 __all__ = ["Bounds"]
 
@@ -76,22 +76,30 @@ class Bounds:
         Of :mod:`planner.costs.pipeline_bounds`: the path through stage ``j`` takes ``S + Σ_{l>j} T_l + (m − p + j)·T_j`` for
         ``j > p − m``, with ``S`` the work of all stages. Where ``j`` is the dearest of its group, which has ``a`` stages before
         it, the group's stages behind ``j`` work ``W − (j − a + 1)·z`` or more: ``S + W_after + W + (m − p + a − 1)·z``. All of
-        them end with the first stage's update. Besides, that stage takes ``m·z``, after the groups before it have passed on the
-        first micro-batch and before they have the last one back; and see
+        them end with the first stage's update; mixed with the path that stays on the first stage, they bound better. Besides,
+        that stage takes ``m·z``, after the groups before it have passed on the first micro-batch and before they have the last
+        one back; and see
         :func:`~planner.solve.layerwise.relaxation.path_factor`.
         """
         m, p = self.shape.micro_batches, self.shape.pp
         through_s, before_s = work_s.sum(axis=0), np.cumsum(work_s, axis=0) - work_s
         factor = float(path_factor(SCHEDULE, p, np.array([float(m)]))[0])
         longest_s: Array = np.maximum((before_s + m * z).max(axis=0), through_s * factor)
-        first, share = self.stretches[0], self.shares[:, 0]
+        of_first = self.stretches[0].opening_s[:, self.shares[:, 0]]  # (leaving, ways)
+        staying_s = 2.0 * work_s[1:].sum(axis=0)
         if m >= p:
-            longest_s = np.maximum(longest_s, first.opening_s[share] + 2.0 * work_s[1:].sum(axis=0))
-        update_s = first.passed_s[share] - work_s[0]
+            longest_s = np.maximum(longest_s, of_first[0] + staying_s)
         for i, ahead in enumerate(accumulate(self.shape.stages[:-1], initial=0)):
-            if m > p - ahead:
-                path_s = 2.0 * through_s - before_s[i] + (m - p + ahead - 1.0) * z[i]
-                longest_s = np.maximum(longest_s, path_s + update_s if i else path_s)
+            if m <= p - ahead:
+                continue
+            path_s = 2.0 * through_s - before_s[i] + (m - p + ahead - 1.0) * z[i]
+            if not i:
+                longest_s = np.maximum(longest_s, path_s)
+                continue
+            for leaving, first_s in zip(LEAVING, of_first, strict=True):
+                if m >= p or leaving == 1.0:
+                    mixed_s = first_s + leaving * (path_s - work_s[0]) + (1.0 - leaving) * staying_s
+                    longest_s = np.maximum(longest_s, mixed_s)
         return longest_s
 
 

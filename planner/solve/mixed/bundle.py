@@ -1,13 +1,14 @@
 """All ways to cut a stage of one class at once: lower bounds of its seconds by the layers that it holds.
 
 Memory is priced: for every price ``λ ≥ 0`` per byte, a stage takes at least ``Σ over its blocks of min_s (cost_s + λ·held_s) −
-λ·room`` (weak duality), which is a line over the layers; the bound is the largest over some prices and over the four sums of
-:class:`~planner.solve.layerwise.devices.DeviceCosts`.
+λ·room`` (weak duality), which is a line over the layers; the bound is the largest over some prices and over mixtures of the four
+sums of :class:`~planner.solve.layerwise.devices.DeviceCosts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Bundle"]
 
@@ -22,6 +24,10 @@ _PRICES = (
     0.0,
     *np.geomspace(0.004, 2.0, 15).tolist(),
 )  # in seconds of all layers' work per byte of a stage's room
+
+_EXPOSED = (0.0, 0.5, 1.0)
+"""Shares of what work leaves of gradients, or of weights; no more of it is exposed. Mixtures of exposing it and hiding it bound
+strategies that are good at either."""
 
 
 class Bundle:
@@ -48,8 +54,8 @@ class Bundle:
         self.micro_batches = float(meshes[0].micro_batches)
         sums = [_costs(mesh)[..., :-1] for mesh in meshes]
         # (members, strategies, kinds) of a micro-batch, and (members, sums, strategies, kinds) of what follows the last one.
-        self.work = side_by_side([x[4] / self.micro_batches for x in sums], np.inf)
-        self.update = side_by_side([x[:4] - x[4] for x in sums], 0.0)
+        self.work = side_by_side([x[-1] / self.micro_batches for x in sums], np.inf)
+        self.update = side_by_side([x[:-1] - x[-1] for x in sums], 0.0)
         self.always = side_by_side([mesh["always_bytes"][:, :-1] for mesh in meshes], 0.0)
         self.saved = side_by_side([mesh["saved_bytes"][:, :-1] for mesh in meshes], 0.0)
         transient = side_by_side(
@@ -59,8 +65,7 @@ class Bundle:
         idle = np.array([framework + each * mesh.communicators for mesh in meshes])
         least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
         # Wider by what differences of sums round off: a stage that fills its memory to the byte is none that holds too much.
-        budget = problem.memory_budget_bytes
-        self.room = budget * (1.0 + SLACK) - idle - self.growth * least
+        self.room = room_bytes(problem, idle) * (1.0 + SLACK) - idle - self.growth * least
         self._least_held: dict[tuple[float, tuple[int, ...]], Array] = {}
         self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
 
@@ -129,10 +134,10 @@ class Bundle:
 
 
 def _costs(mesh: Mesh) -> Array:
-    """Five sums, (5, strategies, kinds): a device's seconds with nothing, gradients, weights, both exposed; its work alone."""
+    """(sums, strategies, kinds): a device's seconds with shares of gradients and of weights exposed; at last its work alone."""
     work = mesh.micro_batches * mesh.micro_batch_s
     beside = mesh["backward_s"] + mesh["weight_s"] + mesh["recompute_s"]
     gradients = mesh["gradients_step_s"] - beside
     weights = mesh["weights_step_s"] - mesh["forward_s"]
     serial = work + mesh["main_step_s"]
-    return np.stack([serial, serial + gradients, serial + weights, serial + gradients + weights, work])
+    return np.stack([*(serial + x * gradients + y * weights for x, y in product(_EXPOSED, repeat=2)), work])

@@ -10,14 +10,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
+from planner.assignment import Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.place import Place
 from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
-from planner.solve.layerwise.devices import Device, Solved
+from planner.solve.layerwise.devices import Device, Goal, Solved
 from planner.solve.layerwise.settle import in_order
 from planner.solve.layerwise.strategies import Branch
 from planner.solve.mixed.bounds import Bounds
@@ -37,6 +37,7 @@ _MISSES = 8  # shares of the groups that are tried in vain before others are lef
 _FEW = 500  # partitions, or combinations of stages' ways, that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
 _TOGETHER = 6  # members of which every two are tried side by side in a stage
+_PASSED = (0.5, 0.25, 0.0)  # of the micro-batches, that paths pass the first stage with; once at least
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
 
@@ -180,7 +181,7 @@ class Settler:
                 behind_s += float(self.ground.hops_s([(before, option.place)])[0])
         for chosen in _together(ways, ends_alike=self.ground.ends_alike):
             assignment, values = self._assignment(chosen, ends)
-            layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
+            layout = assignment.layout(self.order, self.pp)
             names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
             yield (
                 sizes,
@@ -208,7 +209,17 @@ class Settler:
                 found.append((option, solved))
                 if not self._few:
                     limit_s = min(limit_s, solved.seconds * (1.0 - _ALIKE))
-        return sorted(found, key=lambda way: way[1].seconds)
+        found.sort(key=lambda way: way[1].seconds)
+        return found + [way for option, _ in found[:1] if not stage for way in self._quicker(option, device)]
+
+    def _quicker(self, option: Option, device: Device) -> Iterator[Way]:
+        """Strategies of the first stage that work longer and update sooner: a path that stays on another stage passes it less
+        often and ends with its update."""
+        for part in _PASSED:
+            passes = (max(part * self.m, 1.0),)
+            solved = option.costs.solve(device, Goal(passes, passes))
+            if solved is not None:
+                yield option, solved
 
     def options(self, stage: int, a: int, b: int) -> list[tuple[float, Option]]:
         """Members that a stage may take for the layers ``[a, b)``, by what they take at least."""

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 from planner.ledger import Array
 from planner.solve.mixed.members import Class, Members
 
-__all__ = ["TOGETHER", "Stretch"]
+__all__ = ["LEAVING", "TOGETHER", "Stretch"]
+
+LEAVING = (0.0, 0.75, 1.0)
+"""Shares of a path that leaves the first stage at once, in mixtures with one that stays there: strategies that update sooner make
+the one short and the other long, and a mixture bounds both."""
 
 TOGETHER = 8  # members of a class, the fastest first, that are priced together
 
@@ -31,8 +35,9 @@ class Stretch:
         dearest_s: by number of layers, what the stage that takes longest takes in a step at least.
         work_s: what all stages together work on a micro-batch at least.
         dearest_work_s: what the stage that works most on a micro-batch works at least.
-        passed_s, opening_s: where the pipeline begins here, these stages' part of a path that ends with the first one's update:
-            it passes them once each, or, for m ≥ p, stays on the first (m − p + 1 micro-batches) and passes the others twice.
+        opening_s: where the pipeline begins here, these stages' part of paths that end with the first one's update, by
+            :data:`LEAVING`: of the path that passes them once each at that share, and at what is left of it of the one that, for
+            m ≥ p, stays on the first (m − p + 1 micro-batches) and passes the others twice.
     """
 
     def __init__(
@@ -56,9 +61,18 @@ class Stretch:
         self.work_s, _ = _folded(work, np.add)
         self.dearest_work_s, _ = _folded(work, np.maximum)
         stays = max(m - pp + 1.0, 1.0)
-        once, often = (self._least(flights[0], ends[0], n, update=True)[0] for n in (1.0, stays))
-        self.passed_s, _ = _folded([once, *work[1:]], np.add)
-        self.opening_s, _ = _folded([often, *(2.0 * work_s for work_s in work[1:])], np.add)
+        self.opening_s = np.stack(
+            [
+                _folded(
+                    [
+                        self._least(flights[0], ends[0], stays - share * (stays - 1.0), update=True)[0],
+                        *((2.0 - share) * work_s for work_s in work[1:]),
+                    ],
+                    np.add,
+                )[0]
+                for share in LEAVING
+            ]
+        )
 
     def sizes(self, layers: int) -> list[int]:
         """Layers per stage such that none takes longer than it has to."""
