@@ -110,6 +110,7 @@ class UniformSearch:
         for done, (part, recipe) in enumerate(product(parts, recipes)):
             if recipe is recipes[0]:
                 made, mesh, alike = {}, part.context(self.problem, {}).mesh, Alike(part)
+                self.pricer = Pricer(self.problem.cluster, self.problem.stack)  # forgets other parts' groups
             self._bound(recipe, part, mesh, alike, made)
             if self._waiting > (_PAIRS if done or len(recipes) < _MANY else 0):
                 self._expand()
@@ -171,10 +172,12 @@ class UniformSearch:
             deals = list(self._deal(rows, ctx, table, activity))
             if not deals:
                 return
-            # Only the rows that are still open are kept.
+            # Only the rows that are still open are kept, and nothing of the others.
             used = distinct(np.concatenate([deal.rows for deal in deals]))
-            ledger = ledger.take(open_, ctx.mesh.counterpart)
-            self._prefixes.append(Prefix(recipe, rows, ctx, ledger, activity, of, known).take(used))
+            ctx, classes = whole.take(open_[used]), distinct(of[used])
+            kept = ledger.take(open_[used], ctx.mesh.counterpart)
+            of, known = np.searchsorted(classes, of[used]), known.take(classes)
+            self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             self._waiting += sum(len(deal.rows) for deal in deals)
 
