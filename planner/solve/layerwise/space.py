@@ -247,7 +247,7 @@ class LayerwiseSpace:
         return self._made(deal.part, [deal.row])[0]
 
     def lower(self, deal: Deal) -> Mesh:
-        """The deal's mesh before it has tables: no strategy is faster than this says, and those that were asked for are as fast."""
+        """The deal's mesh before it has tables: no strategy is faster than it says, and those asked for are as fast."""
         key = deal.part, deal.row
         if key not in self._lower:
             among, _, taken = self._priced[deal.part]
