@@ -115,7 +115,7 @@ def search_layerwise(
 
 
 class _Search:
-    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``known`` the choices of one that takes as long."""
+    """Args: as of :func:`search_layerwise`; ``best_s``: what plans have to beat; ``known``: the choices of one that takes as long."""
 
     def __init__(
         self,
