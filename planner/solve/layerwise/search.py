@@ -115,7 +115,7 @@ def search_layerwise(
 
 
 class _Search:
-    """Args: as of :func:`search_layerwise`; ``best_s``: what plans have to beat; ``known``: the choices of one that takes as long."""
+    """Args: as of :func:`search_layerwise`; ``best_s``: what plans have to beat; ``known``: the choices of one such."""
 
     def __init__(
         self,
