@@ -1,6 +1,6 @@
 """Rate matching: as many replicas of prompts as keep the replicas that generate busy, and no more.
 
-What it does: of two pools, finds the numbers of replicas that answer most on given devices, that answer a rate with the fewest, or
+What it does: of two pools, finds the numbers of replicas that answer most on given devices, a rate with the fewest, or
     that answer most per device; on devices of several types by an integer program (``planner.serving.numbers``, ``matching``).
 Saves: devices of the pool that would wait for the other.
 Costs: nothing; what is left over of whole replicas idles.
