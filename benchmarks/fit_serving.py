@@ -1,13 +1,14 @@
 """Fits the constants of serving stacks to published runs, and says how well they carry over to models that were left out.
 
-    python benchmarks/fit_serving.py [--write] [--errors FILE.json] [--rounds N] [--every N] FILE.csv…
+    python benchmarks/fit_serving.py [--write] [--errors FILE.json] [--residuals FILE.json] [--rounds N] FILE.csv…
 
 One fit of all stacks: logarithms of the constants are a common centre, which is drawn to physical expectations, and a deviation
 per stack and generation of accelerators, drawn to zero, so that a stack with few models leans on the others: Gauss-Newton
 steps on the logarithms of measured over predicted values: times between tokens, times to the first token (at less
 weight), latencies and rates. Large residuals count with a weight that falls (soft L1); a model counts as at most so many
 rows, since what its rows miss they mostly miss together. A model is left out by solving the last step again without
-its rows, on every stack. ``--write`` puts the results behind the line ``# -- fitted`` of the stacks' files.
+its rows, on every stack, and predicting them; so is a source. ``--write`` puts the results behind the line ``# -- fitted`` of the
+stacks' files; a stack whose file has none takes the constants of the one that it extends, but for those that it states.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import argparse
 import json
 import math
 import re
+import tomllib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,11 @@ import numpy as np
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
+from planner.validation.benchmark_suites import suite_of
 from planner.validation.serving import contradicted, excluded, predict, served_runs
-from planner.validation.serving_bars import bar_of
+from planner.validation.serving_bars import QUANTITY_OF, bar_of, kind_of_run
 from planner.validation.serving_runs import ServedRun
+from planner.validation.serving_spreads import ServingResidual, fit_serving_spreads, held_of_sources
 from planner.validation.table import read_table
 
 STACK = (
@@ -83,7 +89,8 @@ class Fit:
     theta: Any  # (cells, constants), logarithms
     centre: Any  # (constants,), logarithms: what a stack and generation without rows takes
     errors: Any  # logarithm of predicted over measured, per case, at theta
-    left_out: Any  # the same with constants from the other models' rows
+    by_model: Any  # the same with constants from the other models' rows
+    by_source: Any  # and from the other sources' rows
 
 
 def main() -> None:
@@ -92,7 +99,7 @@ def main() -> None:
     )
     arguments.add_argument("--write", action="store_true")
     arguments.add_argument(
-        "--errors", metavar="FILE.json", help="errors of models left out, for accuracy_serving.py"
+        "--errors", metavar="FILE.json", help="errors of models and sources left out, for accuracy_serving.py"
     )
     arguments.add_argument(
         "--residuals",
@@ -100,65 +107,59 @@ def main() -> None:
         help="write intervals, for planner/uncertainty/serving_residuals.json",
     )
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument(
-        "--every", type=int, default=1, help="take every n-th set of runs that are priced together"
-    )
     arguments.add_argument("files", nargs="+", metavar="FILE.csv")
     options = arguments.parse_args()
-    found = fit(read_cases(options.files, options.every), options.rounds)
-    for title, errors in (("in sample", found.errors), ("models left out", found.left_out)):
+    found = fit(read_cases(options.files), options.rounds)
+    rows = residuals(found)
+    told = left_out(found, rows)
+    whole = statistics(found.cases, found.errors, source_of)
+    for title, errors in (
+        ("in sample", whole),
+        ("models left out", told["models"]),
+        ("sources left out", told["sources"]),
+    ):
         print(title)
-        for name, values in statistics(found.cases, errors).items():
-            print(
-                f"  {name}: n={values['n']} median {values['median']:.1%} 90th {values['p90']:.1%} bias {values['bias']:+.1%}"
-            )
+        for name, v in errors.items():
+            print(f"  {name}: n={v['n']} median {v['median']:.1%} 90th {v['p90']:.1%} bias {v['bias']:+.1%}")
+    print("intervals of sources left out", told["intervals"])
+    counts = Counter(_cell(run) for run, _, _ in found.cases)
     for cell, logarithms in zip(found.cells, found.theta, strict=True):
         constants = dict(zip(NAMES, np.exp(logarithms), strict=True))
-        print(*cell, ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
-        if options.write:
+        print(*cell, counts[cell], ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
+        if options.write and counts[cell] >= _FEWEST:
             write(*cell, constants)
     constants = dict(zip(NAMES, np.exp(found.centre), strict=True))
     print("centre", ", ".join(f"{name} {value:.3g}" for name, value in constants.items()))
     if options.write:
         write_centre(constants)
-    if options.residuals:
-        Path(options.residuals).write_text(json.dumps(residuals(found), indent=1) + "\n", encoding="utf-8")
-    if options.errors:
-        text = json.dumps(statistics(found.cases, found.left_out), indent=1)
-        Path(options.errors).write_text(text + "\n", encoding="utf-8")
+    for path, document in ((options.residuals, intervals(rows)), (options.errors, told)):
+        if path:
+            Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def read_cases(files: list[str], every: int = 1) -> list[Case]:
-    """What the files measured and the planner predicts, of stacks with rows enough."""
+def read_cases(files: list[str]) -> list[Case]:
+    """What the files measured and the planner predicts."""
     cases: list[Case] = []
     for path in files:
         runs = served_runs(read_table(path))
         apart = contradicted(runs)
-        groups = {group: index for index, group in enumerate(dict.fromkeys(run.group for run, _ in runs))}
         for run, measured in runs:
-            if groups[run.group] % every:
-                continue
             cases += [
                 (run, metric, value)
                 for metric, value in measured.items()
                 if metric in WEIGHTS and not excluded(run, metric, measured, run.row.row_id in apart)
             ]
-    rows = Counter(_cell(run) for run, _, _ in cases)
-    return [case for case in cases if rows[_cell(case[0])] * every >= _FEWEST]
+    return cases
 
 
 def fit(cases: list[Case], rounds: int) -> Fit:
-    """Constants of all stacks, and errors with and without each model's own rows."""
+    """Constants of all stacks, and errors with and without the rows of each model, and of each source."""
     cells = sorted({_cell(run) for run, _, _ in cases})
     at = np.array([cells.index(_cell(run)) for run, _, _ in cases])
     theta = np.array([_now(load_stack(name), generation) for name, generation in cells])
     measured = np.log([value for _, _, value in cases])
     families = [_family(run) for run, _, _ in cases]
-    rows = Counter(zip(at.tolist(), families, strict=True))
-    shares = [
-        min(1.0, _ROWS_OF_A_MODEL / rows[key]) ** 0.5 for key in zip(at.tolist(), families, strict=True)
-    ]
-    weight = np.array([WEIGHTS[metric] for _, metric, _ in cases]) * shares
+    weight = _weights(cases, at, families)
     slopes = None
     for _ in range(rounds):
         now = _predicted(cells, theta, cases)
@@ -170,20 +171,40 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         goal = gap + np.einsum("ij,ij->i", slopes, theta[at])
         before = theta
         found, centre = _solve(slopes, goal, weight * told, at, len(cells))
-        theta = theta + np.clip(found - theta, -_LONGEST, _LONGEST)
-    left_out = np.full(len(cases), np.nan)
+        theta = before + np.clip(found - before, -_LONGEST, _LONGEST)
+
+    def without(groups: list[Any]) -> Any:
+        """Errors of every group of rows, with constants from the others."""
+        errors = np.full(len(cases), np.nan)
+        for group in dict.fromkeys(groups):
+            own = np.array([other == group for other in groups])
+            others, _ = _solve(slopes, goal, weight * told * ~own, at, len(cells))
+            moved = before + np.clip(others - before, -_LONGEST, _LONGEST)
+            errors[own] = _predicted(cells, moved, [cases[i] for i in np.flatnonzero(own)]) - measured[own]
+        return errors
+
+    by_model = without(families)
     on_engine = defaultdict(set)  # a model alone on its engine leaves nothing to fit that engine to
-    for (run, _, _), family in zip(cases, families, strict=True):
-        on_engine[run.stack.name].add(family)
-    shared = np.array([len(on_engine[run.stack.name]) for run, _, _ in cases])
-    for family in dict.fromkeys(families):
-        own = np.array([other == family for other in families]) & (shared > 1)
-        if not own.any():
-            continue
-        others, _ = _solve(slopes, goal, weight * told * ~own, at, len(cells))
-        moved_by = np.clip(others - before, -_LONGEST, _LONGEST)[at[own]]
-        left_out[own] = (now - measured)[own] + np.einsum("ij,ij->i", slopes[own], moved_by)
-    return Fit(cases, cells, theta, centre, _predicted(cells, theta, cases) - measured, left_out)
+    for (name, _), family in zip((_cell(run) for run, _, _ in cases), families, strict=True):
+        on_engine[name].add(family)
+    by_model[[len(on_engine[_cell(run)[0]]) == 1 for run, _, _ in cases]] = np.nan
+    errors = _predicted(cells, theta, cases) - measured
+    return Fit(
+        cases, cells, theta, centre, errors, by_model, without([source_of(run) for run, _, _ in cases])
+    )
+
+
+def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
+    """What a row counts; nothing where a stack has too few on a generation for constants of its own."""
+    rows, of_cell = Counter(zip(at.tolist(), families, strict=True)), Counter(at.tolist())
+    return np.array(
+        [
+            WEIGHTS[metric]
+            * min(1.0, _ROWS_OF_A_MODEL / rows[cell, family]) ** 0.5
+            * (of_cell[cell] >= _FEWEST)
+            for (_, metric, _), cell, family in zip(cases, at.tolist(), families, strict=True)
+        ]
+    )
 
 
 def _slopes(cells: list[Cell], theta: Any, cases: list[Case], now: Any) -> Any:
@@ -200,7 +221,7 @@ def _slopes(cells: list[Cell], theta: Any, cases: list[Case], now: Any) -> Any:
 def _moves(name: str, run: ServedRun) -> bool:
     """Whether a run can depend on a constant at all."""
     if name in ("grouped_matmul_slowdown", "experts_prompt_slowdown"):
-        return any(block.moe is not None for block in run.model.blocks.values())
+        return run.experts
     if name == "collective_slowdown":
         return math.prod(run.degrees[:3]) > 1
     if name == "dispatch_s":  # where graphs hide it, it sets no pace
@@ -237,10 +258,12 @@ def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[An
 
 def _predicted(cells: list[Cell], theta: Any, cases: list[Case]) -> Any:
     """Logarithms of predictions; not a number where there is none."""
-    stacks: dict[str, Stack] = {}
-    for (name, generation), logarithms in zip(cells, theta, strict=True):
-        constants = dict(zip(NAMES, np.exp(logarithms), strict=True))
-        stacks[name] = _with(stacks.get(name) or load_stack(name), generation, constants)
+    stacks = {run.stack.name: run.stack for run, _, _ in cases}
+    for name in stacks:
+        for (fitted, generation), logarithms in zip(cells, theta, strict=True):
+            if fitted == _fitted_with(name):
+                constants = dict(zip(NAMES, np.exp(logarithms), strict=True))
+                stacks[name] = _with(stacks[name], generation, constants)
     runs: dict[int, ServedRun] = {id(run): run for run, _, _ in cases}
     found = dict(zip(runs, predict(list(runs.values()), stacks), strict=True))
     values = []
@@ -261,20 +284,48 @@ def _now(stack: Stack, generation: str) -> list[float]:
 
 def _with(stack: Stack, generation: str, constants: dict[str, float]) -> Stack:
     """The stack with constants on a generation."""
+    stated = _stated(stack.name)
     number = {
-        name: Sourced(float(value), "fitted", "published-serving-runs") for name, value in constants.items()
+        name: Sourced(float(value), "fitted", "published-serving-runs")
+        for name, value in constants.items()
+        if name not in stated
     }
     assert stack.serving is not None
-    on = {**stack.on, generation: {**stack.on.get(generation, {}), **{n: number[n] for n in STACK}}}
-    served = {
-        **stack.serving.on,
-        generation: {**stack.serving.on.get(generation, {}), **{n: number[n] for n in SERVING}},
-    }
+    on, served = (
+        {**old, generation: {**old.get(generation, {}), **{n: number[n] for n in names if n in number}}}
+        for old, names in ((stack.on, STACK), (stack.serving.on, SERVING))
+    )
     return replace(stack, on=on, serving=replace(stack.serving, on=served))
 
 
 def _cell(run: ServedRun) -> Cell:
-    return run.stack.name, run.cluster.device.generation
+    return _fitted_with(run.stack.name), run.cluster.device.generation
+
+
+@cache
+def _fitted_with(name: str) -> str:
+    """The stack whose fitted constants one takes: its own, or where its file has none, those of the one that it extends."""
+    text = _file(name).read_text(encoding="utf-8")
+    return name if MARK in text else _fitted_with(tomllib.loads(text)["extends"])
+
+
+@cache
+def _stated(name: str) -> frozenset[str]:
+    """Constants that a stack without fitted ones states itself."""
+    if name == _fitted_with(name):
+        return frozenset()
+    table = tomllib.loads(_file(name).read_text(encoding="utf-8"))
+    return frozenset({*table, *table.get("serving", {})} & set(NAMES)) | _stated(table["extends"])
+
+
+def _file(name: str) -> Path:
+    return Path(hardware_folder()) / "stacks" / f"{name}.toml"
+
+
+def source_of(run: ServedRun) -> str:
+    """Who measured a run: its benchmark where a table gathers several, else the repository that publishes it."""
+    suite = suite_of(run.row)
+    return suite.name if suite.upstream else re.split(r"[@ ]", run.row.text("source"))[0]
 
 
 def _family(run: ServedRun) -> tuple[int, int]:
@@ -282,47 +333,64 @@ def _family(run: ServedRun) -> tuple[int, int]:
     return run.model.hidden, run.model.n_layers
 
 
-def residuals(found: Fit) -> dict[str, Any]:
-    """Quantiles of measured over predicted that hold 80 % of the runs of models that were left out."""
-    told: dict[str, Any] = {
-        "about": "Measured over predicted, 10 % and 90 % quantiles, of published serving runs of models left out of the "
-        "fit of their stack's constants: benchmarks/fit_serving.py --residuals writes this file."
+def residuals(found: Fit) -> list[ServingResidual]:
+    """What intervals rest on."""
+    return [
+        ServingResidual(
+            QUANTITY_OF[metric], kind_of_run(run), source_of(run), float(-by_model), float(-by_source)
+        )
+        for (run, metric, _), by_model, by_source in zip(
+            found.cases, found.by_model, found.by_source, strict=True
+        )
+    ]
+
+
+def intervals(rows: list[ServingResidual]) -> dict[str, Any]:
+    """The document that ``planner serve`` reads its intervals from."""
+    about = (
+        "log(measured/predicted) of published serving runs: half-widths that hold 80 % of runs of models left out (within, by "
+        "kind), and what sources left out need beside it (between): benchmarks/fit_serving.py --residuals writes this file."
+    )
+    return {"about": about, **_rounded(fit_serving_spreads(rows))}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def left_out(found: Fit, rows: list[ServingResidual]) -> dict[str, Any]:
+    """Errors of models and of sources left out, by what they are held to, and whether intervals hold the latter."""
+    return {
+        "models": statistics(found.cases, found.by_model, lambda run: " on ".join(_cell(run))),
+        "sources": statistics(found.cases, found.by_source, source_of),
+        "intervals": _rounded(held_of_sources(rows)),
     }
-    for name, values in statistics(found.cases, found.left_out).items():
-        if ":" not in name:
-            chosen = [
-                _family(run)
-                for (run, metric, _), error in zip(found.cases, found.left_out, strict=True)
-                if np.isfinite(error) and bar_of(run, metric) == name
-            ]
-            low, high = values["interval"]
-            told[name] = {"low": low, "high": high, "rows": values["n"], "models": len(set(chosen))}
-    return told
 
 
-def statistics(cases: list[Case], errors: Any) -> dict[str, dict[str, Any]]:
-    """Errors by what they are held to, and by stack and generation within it."""
+def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str]) -> dict[str, dict[str, Any]]:
+    """Errors by what they are held to, and by parts of it."""
     by_name: dict[str, list[float]] = defaultdict(list)
     for (run, metric, _), error in zip(cases, errors, strict=True):
         if np.isfinite(error):
             bar = bar_of(run, metric)
             by_name[bar].append(error)
-            by_name[f"{bar}: {' on '.join(_cell(run))}"].append(error)
+            by_name[f"{bar}: {part(run)}"].append(error)
     return {name: _statistics(np.array(values)) for name, values in sorted(by_name.items())}
 
 
 def _statistics(errors: Any) -> dict[str, Any]:
-    off, low, high = np.abs(np.expm1(errors)), *np.percentile(-errors, (10, 90))
+    off = np.abs(np.expm1(errors))
     return {
         "n": len(errors), "median": round(float(np.median(off)), 4), "p90": round(float(np.percentile(off, 90)), 4),
         "bias": round(float(np.median(np.expm1(errors))), 4),
-        "interval": [round(float(np.exp(low)), 4), round(float(np.exp(high)), 4)],
     }  # fmt: skip
 
 
 def write(name: str, generation: str, constants: dict[str, float]) -> None:
     """Puts a generation's constants behind the mark of the stack's file, in the place of older ones."""
-    path = Path(hardware_folder()) / "stacks" / f"{name}.toml"
+    path = _file(name)
     above, _, below = path.read_text(encoding="utf-8").partition(MARK)
     tables = {f"on.{generation}": STACK, f"serving.on.{generation}": SERVING}
     kept = [part for part in below.strip().split("\n\n") if part and part.partition("]")[0][1:] not in tables]
@@ -337,7 +405,7 @@ def write(name: str, generation: str, constants: dict[str, float]) -> None:
 
 def write_centre(constants: dict[str, float]) -> None:
     """Puts the centre where stacks start from: it holds on generations of which an engine has no rows."""
-    path = Path(hardware_folder()) / "stacks" / "serving.toml"
+    path = _file("serving")
     text = path.read_text(encoding="utf-8")
     for name, value in constants.items():
         number = f'{name} = {{ value = {value:.3g}, kind = "fitted", source = "published-serving-runs" }}'

@@ -50,7 +50,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "", "collective_slowdown"),
     ("default", "", "exchange_slowdown"),
     ("megatron-bridge", "", "narrow_matmul_slowdown"),
-    ("megatron-bridge", "", "grouped_matmul_slowdown"),
     ("megatron-eager", "ampere", "matmul_slowdown"),
     ("megatron-eager", "", "collective_slowdown"),
     ("megatron-deepspeed", "", "matmul_slowdown"),

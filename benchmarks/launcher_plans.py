@@ -17,6 +17,8 @@ from planner.errors import InvalidPlan, PlannerError
 from planner.export import find_exporter
 from planner.export.launchers import CHOICES, launcher
 from planner.export.target import Target
+from planner.export.torchtitan import stages_of
+from planner.layout import layout_name
 from planner.mesh import Mesh
 from planner.plan import Plan
 from planner.technique import SLOTS, Context, off
@@ -80,6 +82,7 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         fixed |= {"virtual_stages": 1, "schedule": "1f1b"}
     if fixed["cp"] == 1:
         fixed["context"] = "p2p"
+    fixed |= _stages(model, fixed["pp"], fixed["virtual_stages"], random.Random(str(fixed)))
     length = min(drawn.choice([2048, 4096, 8192, 16384]), model.max_seq_len)
     workload = planner.TrainWorkload(
         drawn.choice([64, 128, 256, 768]),
@@ -94,6 +97,15 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
         return None if Target.of(plan).refused(launcher(name)) else plan
     except (InvalidPlan, PlannerError):
         return None
+
+
+def _stages(model: Any, pp: int, virtual_stages: int, drawn: random.Random) -> dict[str, str]:
+    """Layers of every virtual stage of some pipelines: fewer on the ends, what is left over on the first ones."""
+    if pp == 1 or drawn.random() < 0.6:
+        return {}
+    ends = drawn.choice([0, 1, 1, 2, 3]), drawn.choice([0, 1, 1, 2, 3])
+    stages = stages_of(model.n_layers, pp * virtual_stages, *ends)
+    return {"pipeline_layout": layout_name(stages)} if min(stages) >= 0 else {}
 
 
 def _keeps_rules(name: str, model: Any, cluster: Any, workload: Any, fixed: dict[str, Any]) -> bool:

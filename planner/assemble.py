@@ -148,7 +148,7 @@ def assemble(
         workload={name: list(v) if isinstance(v, tuple) else v for name, v in asdict(workload).items()},
         mesh=mesh,
         knobs=_plan_knobs(recipe, knobs, row, layout, recompute_layers),
-        stages=_sizes(layout, assignment),
+        stages=layout.stages if assignment is None else assignment.stage_layers(),
         estimate=estimate,
         optimality=optimality or Optimality("heuristic", None, None, "none: the plan was named"),
         assumptions=(
@@ -214,17 +214,10 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
     return float(np.ravel(2.0 * axes[item.m] * axes[item.n] * axes[item.k] * axes[item.groups])[0])
 
 
-def _sizes(layout: Layout, assignment: Assignment | None) -> tuple[int, ...]:
-    """Layers of every virtual stage."""
-    if assignment is not None:
-        return tuple(sum(n for _, n in runs) for runs in assignment.stages)
-    return tuple(round(float(n)) for n in layout.counts[:, :-3].sum(axis=1))
-
-
 def _shares(parts: Sequence[Part]) -> list[Share]:
     """Shares of all items that the plan holds, by the plan's names of their blocks."""
     return [
-        replace(share, block=part.names[share.block])
+        share if share.block == (name := part.names[share.block]) else replace(share, block=name)
         for part in parts
         for share in attribute(part.ledger, part.pricer)
         if share.block in part.names

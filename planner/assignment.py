@@ -19,7 +19,7 @@ from planner.baseline import EMBEDDING, HEAD
 from planner.engine import BlockTable
 from planner.errors import InvalidPlan, SpecError
 from planner.errors import Problem as Fault
-from planner.layout import BOUNDARY, Layout, layout_of
+from planner.layout import BOUNDARY, Layout, layout_name, layout_of
 from planner.ledger import Array
 from planner.place import Place, of_group
 from planner.solve.space import Choice
@@ -27,14 +27,11 @@ from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
 from planner.transition import CHANGE
 
-__all__ = ["UNEVEN", "Assignment", "Runs", "completed", "group_of", "joined", "label", "read_assignment"]
+__all__ = ["Assignment", "Runs", "completed", "group_of", "joined", "label", "read_assignment"]
 
 Runs: TypeAlias = tuple[
     tuple[int, int], ...
 ]  # (strategy, layers) of one virtual stage, in the order of its layers
-
-UNEVEN = "uneven"
-"""Name of a layout whose stages are none of the named ones."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +95,11 @@ class Assignment:
                 found.append(kind if plain else f"{kind}·{label(s)}")
         return found
 
-    def layout(self, order: Sequence[str], pp: int, virtual_stages: int, split: str) -> Layout:
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of every virtual stage."""
+        return tuple(sum(n for _, n in runs) for runs in self.stages)
+
+    def layout(self, order: Sequence[str], pp: int) -> Layout:
         """Counts per virtual stage over the columns."""
         columns = self.columns(order)
         position = {column: index for index, column in enumerate(columns)}
@@ -111,7 +112,7 @@ class Assignment:
             for pair in changes:
                 counts[stage, position[CHANGE, kinds[pair]]] += 1.0
         counts[0, -3] = counts[-1, -2] = 1.0
-        return layout_of(counts, pp, virtual_stages, split)
+        return layout_of(counts, pp, len(self.stages) // pp, layout_name(self.stage_layers()))
 
 
 @lru_cache(maxsize=256)

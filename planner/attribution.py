@@ -118,9 +118,10 @@ def spend(
             spends.append(Spend(share, times, times * share.price_s, times * share.exposed_s * left))
         else:
             less_s[id(share.item), share.block] += times * share.exposed_s
-    return [
-        replace(s, seconds=s.seconds + less_s.pop((id(s.share.item), s.share.block), 0.0)) for s in spends
-    ]
+    for index, one in enumerate(spends):
+        if hidden_s := less_s.pop((id(one.share.item), one.share.block), 0.0):
+            spends[index] = replace(one, seconds=one.seconds + hidden_s)
+    return spends
 
 
 def _inside(priced: list[tuple[Item, float]], slowdown: float) -> dict[str, float]:

@@ -7,18 +7,19 @@ depends on the batch are sizes of axes, so that one ledger prices any number of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.baseline import baseline
 from planner.costs.moe import distinct_experts, random_load_factor
-from planner.ledger import Array, Ledger
+from planner.ledger import PART, Array, Ledger
 from planner.mesh import Mesh
 from planner.specs.model import Attention, Model
 
 __all__ = ["Composition", "composition_axes", "iteration_ledger"]
 
+_AMOUNTS = ("decodes", "context_tokens", "prefill_tokens")
 _NOTHING = 1e-9  # experts that no token chose: keeps a quotient finite
 
 
@@ -58,7 +59,11 @@ def iteration_ledger(model: Model) -> Ledger:
 
 
 def composition_axes(
-    model: Model, mesh: Mesh, batch: Composition, expert_load_factor: float | None = None
+    model: Model,
+    mesh: Mesh,
+    batch: Composition,
+    expert_load_factor: float | None = None,
+    micro_batches: int = 1,
 ) -> dict[str, Array]:
     """Sizes, per rank, of the axes that an iteration's batch decides. Ranks of ``cp`` share the prompts' tokens evenly.
 
@@ -67,7 +72,13 @@ def composition_axes(
         mesh: the replica's degrees, one row or as many as the batch has.
         batch: what the iteration holds.
         expert_load_factor: busiest expert rank relative to the mean; None: that of random routing.
+        micro_batches: equal parts of the batch; of more than one, the same sizes for a part as well.
     """
+    if micro_batches > 1:
+        amounts = {name: getattr(batch, name) / micro_batches for name in _AMOUNTS}
+        part = composition_axes(model, mesh, replace(batch, **amounts), expert_load_factor)
+        whole = composition_axes(model, mesh, batch, expert_load_factor)
+        return whole | {f"{PART}{name}": size for name, size in part.items()}
     ranks, shared = mesh.dp, mesh.cp
     decodes = np.maximum(batch.decodes / ranks, np.minimum(batch.decodes, 1.0))
     prefill = batch.prefill_tokens / (ranks * shared)

@@ -250,6 +250,7 @@ HELD = (
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
+    "buffers_bytes",
 )
 TIMES = (*PACED, *ONCE)
 COMPACT = (*TIMES, *HELD)

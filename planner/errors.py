@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 __all__ = [
     "ExportError",
@@ -120,5 +119,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("micro_batch", ["micro_batch_size", "pp"])
     'Did you mean micro_batch_size?'
     """
+    from difflib import get_close_matches
+
     close = get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(close)}?" if close else ""

@@ -145,13 +145,15 @@ class Iterations:
     def sized(self, batch: Composition, *, captured: bool = True) -> Ledger:
         """The ledger of a batch."""
         ledger = self._captured if captured and self._captured is not None else self._eager
-        load = self.ctx.traffic.expert_load_factor
-        return ledger.set_axes(**composition_axes(self.ctx.model, self.ctx.mesh, batch, load))
+        return self._sized(ledger, batch)
+
+    def _sized(self, ledger: Ledger, batch: Composition) -> Ledger:
+        load, parts = self.ctx.traffic.expert_load_factor, int(self.ctx.knobs["micro_batches"])
+        return ledger.set_axes(**composition_axes(self.ctx.model, self.ctx.mesh, batch, load, parts))
 
     def _passed_s(self, ledger: Ledger, batch: Composition, rows: int) -> Array:
         """Seconds for one batch to pass all layers; the stage with most layers paces every stage."""
-        load = self.ctx.traffic.expert_load_factor
-        sized = ledger.set_axes(**composition_axes(self.ctx.model, self.ctx.mesh, batch, load))
+        sized = self._sized(ledger, batch)
         kernels = replace(sized, items=tuple(i for i in sized.items if not isinstance(i, Resident)))
         table = tabulate(kernels, self.pricer, self.kinds, rows)
         layers = self._layers(table["forward_s"])

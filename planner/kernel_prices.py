@@ -64,11 +64,15 @@ class KernelPrices:
             [dtype_bytes(f.weights if f else i.dtype) for i, f in zip(plain, formats, strict=True)]
         )
         out = _written(plain, axes)
-        rate = _column([self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped) for i in plain])
+        rate = _column(
+            [self.kernels.product_flop_per_s(i.dtype, grouped=i.grouped and not i.apart) for i in plain]
+        )
         m, n, k, groups = (
             _stack([getattr(item, name) for item in plain], axes) for name in ("m", "n", "k", "groups")
         )
-        launches = _column([item.launches for item in plain])
+        apart = np.array([[item.apart] for item in plain])
+        launches = _column([item.launches for item in plain]) * np.where(apart, groups, 1.0)
+        groups = np.where(apart, 1.0, groups)
         # Frameworks pad the vocabulary, whatever its size (Megatron-LM: to multiples of 128 per rank).
         padded = np.array([["vocab" in item.n or "vocab" in item.k] for item in plain])
         element = _column([dtype_bytes(item.dtype) for item in plain])  # scales of blocks lie apart

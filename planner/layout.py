@@ -6,9 +6,10 @@ composed with one product, and rows that have each their own (:class:`Dealt`) wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ __all__ = [
     "Layouts",
     "Split",
     "deal_layers",
+    "layout_name",
     "layout_of",
     "layouts",
+    "named_stages",
     "over_blocks",
     "per_row",
+    "stages_named",
 ]
 
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
@@ -51,6 +55,9 @@ SPLITS = (
     Split("short_last", 0, 1),
 )
 LAYOUT_NAMES = (*(split.name for split in SPLITS), "balanced")
+_LONGEST_PART = (
+    8  # characters of stages that are told together: no pipeline has 10,000 of them, or of their layers
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +86,11 @@ class Layout:
     ramp_hops: NDArray[np.int64]
     layers: int
     copies: int = 1
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Layers of every virtual stage."""
+        return tuple(round(float(n)) for n in self.counts[:, :-3].sum(axis=1))
 
     def take(self, index: NDArray[np.intp]) -> Layout:
         """The layout of some of the rows: itself."""
@@ -143,49 +155,94 @@ def per_row(values: NDArray[Any]) -> Array:
 @lru_cache(maxsize=4096)
 def layouts(
     order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int, placement: Placement = LOOPED,
-    alike_in_order: bool = True, room: int = 0,
+    alike_in_order: bool = True, room: int = 0, wanted: str = "",
 ) -> tuple[Layout, ...]:  # fmt: skip
-    """Every way to deal the layers evenly to the stages of a pipeline: ``pp·virtual_stages`` of them, over its copies.
+    """Every named layout of a pipeline (:func:`named_stages`) of ``pp·virtual_stages`` stages, dealt over its copies.
+
+    Unless equal devices are ``alike_in_order``, each is a run of its own. Of ``wanted``, a layout's name or its stages as
+    :func:`layout_name` writes them, that one alone; none where these are other stages, or of other layers.
+    """
+    stages = pp * virtual_stages // placement.copies
+    dealt = dict(named_stages(len(order), stages, room))
+    if wanted:
+        sizes = stages_named(wanted) or dealt.get(wanted, ())
+        fits = len(sizes) == stages and sum(sizes) == len(order)
+        dealt = {layout_name(sizes, room): sizes} if fits else {}
+    return tuple(
+        deal_layers(order, kinds, pp, virtual_stages, sizes, placement, alike_in_order, name)
+        for name, sizes in dealt.items()
+    )
+
+
+@lru_cache(maxsize=4096)
+def named_stages(layers: int, stages: int, room: int = 0) -> Mapping[str, tuple[int, ...]]:
+    """Layers of every stage under each layout that has a name.
 
     Even, with one layer fewer on the first and/or last stage (which also hold embedding and head); where nothing divides, a
     balanced split whose ends get the smaller share, and whose last stage has ``room`` layers fewer, for what else it does (as far
-    as it has any). Unless equal devices are ``alike_in_order``, each is a run of its own.
+    as it has any).
+
+    >>> dict(named_stages(30, 4)), dict(named_stages(29, 4))
+    ({'short_ends': (7, 8, 8, 7)}, {'balanced': (7, 8, 7, 7)})
     """
-    stages, n = pp * virtual_stages // placement.copies, len(order)
-    found = []
+    found: dict[str, tuple[int, ...]] = {}
     for split in SPLITS:
-        total = n + split.first_fewer + split.last_fewer
-        if total % stages or (stages == 1 and split.name != "even") or total // stages < 1:
+        each, left = divmod(layers + split.first_fewer + split.last_fewer, stages)
+        if left or (stages == 1 and split.name != "even") or each < 1:
             continue
-        sizes = [total // stages] * stages
+        sizes = [each] * stages
         sizes[0] -= split.first_fewer
         sizes[-1] -= split.last_fewer
-        found.append(
-            deal_layers(order, kinds, pp, virtual_stages, split.name, sizes, placement, alike_in_order)
-        )
-    if not found and n >= stages:
-        room = min(room, n // stages)
-        small, longer = divmod(n + room, stages)
+        found[split.name] = tuple(sizes)
+    if not found and layers >= stages:
+        room = min(room, layers // stages)
+        small, longer = divmod(layers + room, stages)
         start = (stages - longer) // 2
         sizes = [small + (start <= stage < start + longer) for stage in range(stages)]
         sizes[-1] -= room
-        found.append(
-            deal_layers(order, kinds, pp, virtual_stages, "balanced", sizes, placement, alike_in_order)
-        )
+        found["balanced"] = tuple(sizes)
+    return found
+
+
+def layout_name(stages: Sequence[int], room: int = 0) -> str:
+    """The name of the layout with these stages; where there is none, their layers, equal neighbours told together.
+
+    >>> layout_name([7, 8, 8, 7]), layout_name([20, 21, 21, 18])
+    ('short_ends', '20+2*21+18')
+    """
+    named = named_stages(sum(stages), len(stages), room)
+    texts = (
+        f"{n}*{size}" if n > 1 else str(size) for size, n in ((s, len([*g])) for s, g in groupby(stages))
+    )
+    return next((name for name, sizes in named.items() if sizes == tuple(stages)), "+".join(texts))
+
+
+def stages_named(text: str) -> tuple[int, ...]:
+    """Layers of every stage as :func:`layout_name` writes them out; none where the text is something else.
+
+    >>> stages_named("20+2*21+18"), stages_named("even")
+    ((20, 21, 21, 18), ())
+    """
+    found: list[int] = []
+    for part in text.split("+"):
+        many, times, size = part.rpartition("*")
+        if not size.isdecimal() or (times and not many.isdecimal()) or len(part) > _LONGEST_PART:
+            return ()
+        found += [int(size)] * int(many or 1)
     return tuple(found)
 
 
 def deal_layers(
-    order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, split: str, sizes: Sequence[int],
-    placement: Placement = LOOPED, alike_in_order: bool = True,
+    order: Sequence[str], kinds: tuple[str, ...], pp: int, virtual_stages: int, sizes: Sequence[int],
+    placement: Placement = LOOPED, alike_in_order: bool = True, name: str = "",
 ) -> Layout:  # fmt: skip
-    """The layout of some numbers of layers per stage of a pipeline, which add up to all layers."""
+    """The layout of some numbers of layers per stage of a pipeline, which add up to all layers; ``name`` unless they say it."""
     ends = np.cumsum(sizes)
     pipeline = np.diff(_cumulative(tuple(order), kinds)[np.concatenate([[0], ends])], axis=0)
     everywhere, part = placement.shared_ends, 1.0 / len(pipeline)
     pipeline[:, kinds.index(EMBEDDING)] = part if everywhere else np.arange(len(pipeline)) == 0
     pipeline[:, kinds.index(HEAD)] = part if everywhere else np.arange(len(pipeline)) == len(pipeline) - 1
-    return layout_of(pipeline, pp, virtual_stages, split, placement, alike_in_order)
+    return layout_of(pipeline, pp, virtual_stages, name or layout_name(sizes), placement, alike_in_order)
 
 
 def layout_of(

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "BATCH_ROLES",
+    "PART",
     "AttentionCore",
     "Axes",
     "Collective",
@@ -42,6 +44,18 @@ Index: TypeAlias = NDArray[np.intp]
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
 CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
+
+
+BATCH_ROLES = frozenset(
+    {
+        "seq", "residual_seq", "kv_seq", "logit_seq", "decodes", "prefill_tokens", "decode_keys", "prefill_keys",
+        "prefill_visible", "context_keys", "index_keys", "busy_experts", "routed_tokens",
+    }
+)  # fmt: skip
+"""Roles of the axes of a serving ledger whose sizes an iteration's batch decides."""
+
+PART = "part_"
+"""Before such a role: the same size for one of the batch's ``micro_batches``."""
 
 
 def at(values: Array, index: Index) -> Array:
@@ -110,7 +124,7 @@ class Kernel(Item):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matmul(Kernel):
-    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped`` runs as one grouped GEMM.
+    """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
     ``single``: its groups' sizes stay on the device, so that it is one kernel, and not one that the host issues per group.
     """
@@ -125,6 +139,11 @@ class Matmul(Kernel):
         None  # bytes per output element, or what they are on each row; None follows dtype
     )
     format: str = ""  # of inputs and weights where they are not of ``dtype``: a key of KERNEL_FORMATS
+
+    @property
+    def apart(self) -> bool:
+        """Whether each group is a product of its own, as Transformer Engine issues experts; an engine's are one kernel."""
+        return self.grouped and not (self.format or self.single)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,8 +288,12 @@ class Axes:
     def take(self, index: Index) -> Axes:
         """The axes on the rows at ``index``, with what was priced on all of them."""
         axes = Axes({name: at(size, index) for name, size in self._sizes.items()})
-        axes.prices = {key: at(np.asarray(price), index) for key, price in self.prices.items()}
+        axes.recall(self, index)
         return axes
+
+    def recall(self, other: Axes, index: Index) -> None:
+        """Takes over what was priced on other axes, which are these on the rows at ``index``."""
+        self.prices |= {key: at(np.asarray(price), index) for key, price in other.prices.items()}
 
     def scaled(self, factors: Mapping[str, Array | float]) -> Axes:
         """A copy in which every axis of the given roles is multiplied by its factor."""

@@ -172,7 +172,7 @@ def dispatches(item: Item, axes: Axes) -> Array | float:
     """
     if isinstance(item, Stream) and item.calls is not None:
         return axes[item.calls]
-    if isinstance(item, Matmul) and item.grouped and not (item.format or item.single):
+    if isinstance(item, Matmul) and item.apart:
         each: Array = axes[item.groups] * item.launches
         return each
     return item.launches if isinstance(item, Kernel) else 1.0

@@ -170,14 +170,20 @@ def memory(
     stack: Stack,
     communicators: Array | float,
     recompute_layers: Array | float | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Peak device bytes, and bytes in each slower tier, the largest over devices, per row."""
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Peak device bytes and those among them that the software holds, and bytes in each slower tier, per row.
+
+    On the fullest device; slower tiers on theirs.
+    """
     live, at_work, slower = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
     held = held_bytes(layout, table["always_bytes"])
     idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-    passes = (1.0 + stack.fragmentation.value) * (live + at_work)
-    peak = (held + np.maximum(passes, held_bytes(layout, table["step_bytes"]))).max(axis=0) + idle
-    return peak, {tier: held_there.max(axis=0) for tier, held_there in slower.items()}
+    fragments = stack.fragmentation.value * (live + at_work)
+    peaks = held + np.maximum(live + at_work + fragments, held_bytes(layout, table["step_bytes"]))
+    software = fragments + held_bytes(layout, table["buffers_bytes"])
+    fullest = (peaks.argmax(axis=0), np.arange(peaks.shape[1]))
+    away = {tier: held_there.max(axis=0) for tier, held_there in slower.items()}
+    return peaks[fullest] + idle, software[fullest] + idle, away
 
 
 def memory_parts(

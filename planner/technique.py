@@ -8,7 +8,7 @@ slot, and passes run in slot order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -89,6 +89,7 @@ SERVING_SLOTS = (
     "cache_copies",  # what tensor ranks hold of the same keys and values
     "prompt_ranks",  # how ranks that share a prompt's tokens meet each other's keys
     "experts",
+    "micro_batches",  # parts of a batch that take turns on a device and its links
     "stages",  # pipeline parallelism
     "graphs",
 )
@@ -293,7 +294,7 @@ class Technique:
     moves: tuple[str, ...] = ()
     apart: bool = False
     saves: bool = False
-    active: Callable[[Context], NDArray[np.bool_] | bool] | None = None
+    active: Callable[[Any], NDArray[np.bool_] | bool] | None = None
     fixes: Mapping[str, Any] = field(default_factory=dict)
     solve: Callable[..., Any] | None = None
     naive: Callable[..., Any] | None = None
@@ -337,11 +338,8 @@ class Technique:
             "fixes": dict(self.fixes),
             "figures": [
                 {
-                    "what": f.what,
-                    "published": f.published,
-                    "tolerance": f.tolerance,
-                    "source": f.source,
-                    "second_hand": f.second_hand,
+                    name: getattr(f, name)
+                    for name in ("what", "published", "tolerance", "source", "second_hand")
                 }
                 for f in self.figures
             ],
@@ -356,7 +354,7 @@ class Launcher:
         name: as ``--for`` takes it.
         allows: whether it can express a slot's value.
         valid: its own rules over rows, each with a reason.
-        layouts: names of the pipeline layouts that it can express.
+        stages: whether it can cut layers into virtual stages of these sizes, of a pipeline of so many devices; None: into any.
         native: slot → values that it works with by itself: a search for it tries them without being asked.
         per_layer: slot → sets of values that layers of one plan may have side by side.
         alike_at_ends: those of them, and of the degrees, in which embedding and head are alike.
@@ -367,12 +365,16 @@ class Launcher:
     name: str
     allows: Callable[[str, str], bool]
     valid: Callable[[Context], Iterable[Check]]
-    layouts: frozenset[str]
+    stages: Callable[[Sequence[int], int], bool] | None = None
     native: Mapping[str, frozenset[str]] = field(default_factory=dict)
     per_layer: Mapping[str, tuple[frozenset[str], ...]] = field(default_factory=dict)
     alike_at_ends: frozenset[str] = frozenset()
     per_place: frozenset[str] = frozenset()
     families: tuple[Callable[[Context], Iterable[Check]], ...] = ()
+
+    def takes_stages(self, stages: Sequence[int], pp: int) -> bool:
+        """Whether it can cut layers into virtual stages of these sizes."""
+        return self.stages is None or self.stages(stages, pp)
 
     def side_by_side(self, slot: str, values: Collection[str]) -> bool:
         """Whether layers of one plan may have these values of a slot."""

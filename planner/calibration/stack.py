@@ -41,7 +41,6 @@ TIME_CONSTANTS = (
     ("exchange_slowdown", 0.1, 10.0),
     ("attention_slowdown", 0.2, 10.0),
     ("overlap_slowdown", 1.0, 3.0),
-    ("grouped_matmul_slowdown", 0.2, 10.0),
     ("dispatch_s", 1e-8, 1e-3),
 )
 MEMORY_CONSTANTS = (

@@ -8,8 +8,9 @@ import typer
 
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
-from planner.cli.launched_serving import TrafficOptions, check_served, serves
+from planner.cli.launched_serving import check_served, serves
 from planner.cli.options import Json, with_options
+from planner.cli.traffic_options import TrafficOptions
 
 if TYPE_CHECKING:
     from planner.export.checking import Change
@@ -35,7 +36,7 @@ def check(
 
     Rules are stricter than the launcher's own, and each broken one says at which layer the launcher would have caught it.
     Then what the best plan for the same job would gain, knob by knob. Exits 1 where something is wrong. Of a pair of vllm's or
-    sglang's pools, the files have a comma between them: prefill first.
+    sglang's pools, the files have a comma between them: prefill first; --isl and what follows it say what they have to answer.
     """
     from planner.cli.output import print_json
     from planner.export.checking import findings, path_to

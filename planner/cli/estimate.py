@@ -9,9 +9,10 @@ import typer
 from planner.cli.explain import single
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
-from planner.cli.launched_serving import TrafficOptions, estimate_served, serves
+from planner.cli.launched_serving import estimate_served, serves
 from planner.cli.options import Json, option, with_options
 from planner.cli.plan_file import PLAN_HELP
+from planner.cli.traffic_options import TrafficOptions
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -55,7 +56,8 @@ def estimate(
 
     Degrees that are left out are 1, and dp is what remains. A plan that does not fit in memory is priced all the same, and
     says so. With --from, the plan is a launcher's configuration, what was not understood in it is listed, and the best plan
-    for the same job is searched too; --model and the like say what the file does not.
+    for the same job is searched too; --model and the like say what the file does not, --isl and what follows it what a
+    launch of vllm or sglang has to answer.
     """
     from planner import estimate as price
     from planner.cli.output import json_text, plans_file, print_json

@@ -27,6 +27,7 @@ from planner.cli.values import (
     read_model,
     read_preset,
     read_reserve,
+    read_risk,
     read_stack,
 )
 from planner.errors import Problem as Fault
@@ -53,6 +54,7 @@ _WORKLOAD_FLAGS = {
 }
 _PROBLEM_FLAGS = {
     "reserve": "--reserve",
+    "max_oom_risk": "--max-oom-risk",
     "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour",
     "pue": "--pue",
@@ -135,6 +137,14 @@ class JobOptions:
     ] = None
     reserve: Annotated[
         str | None, option("--reserve", text="Device memory to leave free: 5% or 4GiB [0].", metavar="SIZE")
+    ] = None
+    max_oom_risk: Annotated[
+        str | None,
+        option(
+            "--max-oom-risk",
+            text="Chance of running out of memory that plans may have, where any keeps it; 100% is no limit [10%].",
+            metavar="SHARE",
+        ),
     ] = None
     objective: Annotated[
         str,
@@ -253,14 +263,15 @@ class JobOptions:
         faults += self._idle_totals(self.tokens is not None or stored is not None)
         attempt(faults, check_objective, self.objective)
         reserves = [attempt(faults, read_reserve, self.reserve, cluster) for cluster in clusters]
+        risk = attempt(faults, read_risk, self.max_oom_risk)
         raise_if_any(faults)
         choices = {**(preset or {}), **(base.fixed if base is not None else {}), **(fixed or {})}
         found = [
             attempt(
                 faults, make_problem, model=model, cluster=cluster, workload=workload, stack=stack, fixed=choices,
-                forbidden=tuple(self.forbid or ()), reserve=reserve, launcher=launcher, objective=self.objective,
-                usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon, deadline_s=deadline_s,
-                allowed=self._allowed(), explore=tuple(explore),
+                forbidden=tuple(self.forbid or ()), reserve=reserve, max_oom_risk=risk, launcher=launcher,
+                objective=self.objective, usd_per_device_hour=price, pue=1.0 if pue is None else pue, kg_per_kwh=carbon,
+                deadline_s=deadline_s, allowed=self._allowed(), explore=tuple(explore),
                 layerwise=base.layerwise if base is not None else None, flags=_PROBLEM_FLAGS,
             )
             for cluster, reserve in zip(clusters, reserves, strict=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from planner.cli.options import option
 from planner.cli.values import (
     attempt,
-    optional_milliseconds,
     optional_number,
-    optional_whole,
     parse_fixed,
     raise_if_any,
     read_cluster,
@@ -21,90 +18,12 @@ from planner.errors import Problem as Fault
 
 if TYPE_CHECKING:
     from planner.cli.job import JobOptions
+    from planner.cli.traffic_options import TrafficOptions
     from planner.export.serving.checking import Step
     from planner.export.serving.launched import LaunchedPool
     from planner.specs.serve_problem import ServeProblem
-    from planner.specs.traffic import Traffic
 
-__all__ = ["TrafficOptions", "check_served", "estimate_served", "serves"]
-
-_FLAGS = {
-    "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
-    "tpot_s": "--tpot-ms",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrafficOptions:
-    """What a deployment has to answer, which its launch does not say; None means that the option was left out."""
-
-    isl: Annotated[
-        str | None, option("--isl", text="Prompt tokens, mean: for vllm and sglang.", metavar="N")
-    ] = None
-    osl: Annotated[
-        str | None, option("--osl", text="Answer tokens, mean: for vllm and sglang.", metavar="N")
-    ] = None
-    rate: Annotated[
-        str | None,
-        option("--rate", text="Requests per second, for vllm and sglang [highest load].", metavar="R"),
-    ] = None
-    concurrency: Annotated[
-        str | None,
-        option(
-            "--concurrency", text="Requests in flight that clients keep up: for vllm and sglang.", metavar="C"
-        ),
-    ] = None
-    ttft_ms: Annotated[
-        str | None,
-        option("--ttft-ms", text="Limit of the time to the first token: for vllm and sglang.", metavar="MS"),
-    ] = None
-    tpot_ms: Annotated[
-        str | None,
-        option("--tpot-ms", text="Limit of the time between tokens: for vllm and sglang.", metavar="MS"),
-    ] = None
-    acceptance: Annotated[
-        str | None,
-        option(
-            "--acceptance",
-            text="Probability that a drafted token is accepted, measured: for launches that draft.",
-            metavar="P",
-        ),
-    ] = None
-
-    def refuse(self, launcher: str | None) -> None:
-        """Raises SpecError where a job that trains is given traffic."""
-        of = "a job that trains" if launcher is None else f"--from {launcher}, which trains"
-        given = [
-            "--" + field.name.replace("_", "-")
-            for field in fields(self)
-            if getattr(self, field.name) is not None
-        ]
-        raise_if_any([Fault(flag, f"beside {of}", "--from vllm or sglang") for flag in given])
-
-    def read(self, faults: list[Fault]) -> Traffic | None:
-        """The traffic; None where something of it is missing or wrong, which is noted."""
-        from planner.specs.traffic import Traffic
-
-        numbers: dict[str, Any] = {}
-        for name, text in (("isl", self.isl), ("osl", self.osl)):
-            if text is None:
-                expected = "tokens, such as 4000: a launch does not say what it is asked"
-                faults.append(Fault(f"--{name}", "is missing", expected))
-            numbers[name] = optional_whole(faults, f"--{name}", text)
-        numbers["rate_per_s"] = optional_number(faults, "--rate", self.rate)
-        numbers["concurrency"] = optional_whole(faults, "--concurrency", self.concurrency)
-        numbers["ttft_s"] = optional_milliseconds(faults, "--ttft-ms", self.ttft_ms)
-        numbers["tpot_s"] = optional_milliseconds(faults, "--tpot-ms", self.tpot_ms)
-        if numbers["isl"] is None or numbers["osl"] is None:
-            return None
-        return attempt(faults, Traffic, flags=_FLAGS, **numbers)
-
-    def read_acceptance(self, faults: list[Fault]) -> float | None:
-        """The probability that a drafted token is accepted; a fault is noted."""
-        acceptance = optional_number(faults, "--acceptance", self.acceptance)
-        if acceptance is not None and not 0.0 <= acceptance <= 1.0:
-            faults.append(Fault("--acceptance", repr(acceptance), "a probability from 0 to 1"))
-        return acceptance
+__all__ = ["check_served", "estimate_served", "serves"]
 
 
 def serves(launcher: str) -> bool:

@@ -1,13 +1,14 @@
 """Options as fields of dataclasses: what a command is asked, declared and checked in one place, and handed to it as one value.
 
 A command names such a dataclass as the type of a parameter; :func:`with_options` turns its fields into options of the command
-line. Texts stay texts until the dataclass reads them, so that everything that is wrong with them is said at once.
+line, and where a field is such a dataclass itself, that one's fields in its place. Texts stay texts until the dataclass reads
+them, so that everything that is wrong with them is said at once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -46,7 +47,7 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
 
     def run(**values: Any) -> T:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = _made(group, values)
         return command(**values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -56,11 +57,27 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
 
 
 @cache
-def _parameters(group: Any) -> tuple[inspect.Parameter, ...]:
-    """The fields of a dataclass as parameters of a function, which is where typer looks for options."""
+def _hints(group: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, in their order."""
     hints = get_type_hints(group, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return tuple(
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(group)
+    return {field.name: hints[field.name] for field in fields(group)}
+
+
+def _parameters(group: Any) -> Iterator[inspect.Parameter]:
+    """The fields of a dataclass as parameters of a function, which is where typer looks for options."""
+    defaults = {field.name: field.default for field in fields(group)}
+    for name, hint in _hints(group).items():
+        if is_dataclass(hint):
+            yield from _parameters(hint)
+        else:
+            yield inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint
+            )
+
+
+def _made(group: Any, values: dict[str, Any]) -> Any:
+    """The dataclass with its fields out of the values of all options."""
+    hints = _hints(group).items()
+    return group(
+        **{name: _made(hint, values) if is_dataclass(hint) else values.pop(name) for name, hint in hints}
     )

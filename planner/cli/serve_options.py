@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from planner.cli.options import option
+from planner.cli.traffic_options import TRAFFIC_FLAGS, TrafficOptions
 from planner.cli.values import (
     attempt,
-    optional_milliseconds,
     optional_number,
     optional_whole,
     parse_fixed,
@@ -35,10 +35,7 @@ __all__ = ["ServeOptions"]
 
 _HEADROOM, _MOST_HEADROOM = 0.2, 100.0
 _FLAGS = {
-    "isl": "--isl", "osl": "--osl", "rate_per_s": "--rate", "concurrency": "--concurrency", "ttft_s": "--ttft-ms",
-    "tpot_s": "--tpot-ms", "e2e_s": "--e2e-ms", "percentile": "--percentile", "prefix_hit": "--prefix-hit",
-    "length_scv": "--length-scv", "adapters": "--lora", "adapter_rank": "--lora-rank", "model": "--model",
-    "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
+    **TRAFFIC_FLAGS, "model": "--model", "stack": "--engine", "cluster": "--cluster", "objective": "--objective",
     "usd_per_device_hour": "--usd-per-hour", "acceptance": "--acceptance", "tokens": "--draft-tokens", "draft": "--draft",
 }  # fmt: skip
 _PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w4a16_mxfp4"}
@@ -59,35 +56,7 @@ class ServeOptions:
             text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml; a+b: pools on both. Required.",
         ),
     ] = None
-    isl: Annotated[str | None, option("--isl", text="Prompt tokens, mean. Required.", metavar="N")] = None
-    osl: Annotated[str | None, option("--osl", text="Answer tokens, mean. Required.", metavar="N")] = None
-    ttft_ms: Annotated[
-        str | None, option("--ttft-ms", text="Limit of the time to the first token.", metavar="MS")
-    ] = None
-    tpot_ms: Annotated[
-        str | None, option("--tpot-ms", text="Limit of the time between tokens.", metavar="MS")
-    ] = None
-    e2e_ms: Annotated[
-        str | None, option("--e2e-ms", text="Limit of the time of a whole answer.", metavar="MS")
-    ] = None
-    percentile: Annotated[
-        str | None,
-        option("--percentile", text="Of requests that keep the limits, e.g. 99 [the mean].", metavar="P"),
-    ] = None
-    rate: Annotated[
-        str | None,
-        option("--rate", text="Requests per second: how few devices? [highest load]", metavar="R"),
-    ] = None
-    concurrency: Annotated[
-        str | None, option("--concurrency", text="Requests in flight that clients keep up.", metavar="C")
-    ] = None
-    prefix_hit: Annotated[
-        str | None,
-        option("--prefix-hit", text="Fraction of prompt tokens that are cached [0].", metavar="X"),
-    ] = None
-    length_scv: Annotated[
-        str | None, option("--length-scv", text="Squared variation of answers' lengths [0].", metavar="X")
-    ] = None
+    traffic: TrafficOptions = field(default_factory=TrafficOptions)
     precision: Annotated[
         str | None,
         option(
@@ -109,14 +78,6 @@ class ServeOptions:
             "--draft",
             text="Who drafts tokens: a smaller model, eagle[:HUB_NAME], mtp, or ngram; needs --acceptance.",
             metavar="WHO",
-        ),
-    ] = None
-    acceptance: Annotated[
-        str | None,
-        option(
-            "--acceptance",
-            text="Probability that a drafted token is accepted; measured, 0 to 1.",
-            metavar="X",
         ),
     ] = None
     draft_tokens: Annotated[
@@ -194,38 +155,18 @@ class ServeOptions:
             SpecError: all that is wrong with the options.
         """
         faults: list[Fault] = []
-        problem = self._problem(faults, self._traffic(faults), self._speculation(faults))
+        adapters, rank = (
+            optional_whole(faults, flag, text)
+            for flag, text in (("--lora", self.lora), ("--lora-rank", self.lora_rank))
+        )
+        traffic = self.traffic.read(faults, adapters, rank)
+        problem = self._problem(faults, traffic, self._speculation(faults))
         day = self._day(faults)
         top = attempt(faults, read_top, self.top)
         raise_if_any(faults)
         assert problem is not None
         assert top is not None
         return problem, top, day
-
-    def _traffic(self, faults: list[Fault]) -> Traffic | None:
-        from planner.specs.traffic import Traffic
-
-        for flag, text in (("--isl", self.isl), ("--osl", self.osl)):
-            if text is None:
-                faults.append(Fault(flag, "is missing", "tokens, such as 4000"))
-        percentile = self.percentile and self.percentile.lower().removeprefix("p")
-        values: dict[str, Any] = {
-            "isl": optional_whole(faults, "--isl", self.isl),
-            "osl": optional_whole(faults, "--osl", self.osl),
-            "ttft_s": optional_milliseconds(faults, "--ttft-ms", self.ttft_ms),
-            "tpot_s": optional_milliseconds(faults, "--tpot-ms", self.tpot_ms),
-            "e2e_s": optional_milliseconds(faults, "--e2e-ms", self.e2e_ms),
-            "percentile": optional_number(faults, "--percentile", percentile),
-            "rate_per_s": _rate(faults, self.rate),
-            "concurrency": optional_whole(faults, "--concurrency", self.concurrency),
-            "prefix_hit": optional_number(faults, "--prefix-hit", self.prefix_hit) or 0.0,
-            "length_scv": optional_number(faults, "--length-scv", self.length_scv) or 0.0,
-            "adapters": optional_whole(faults, "--lora", self.lora),
-            "adapter_rank": optional_whole(faults, "--lora-rank", self.lora_rank),
-        }
-        if values["isl"] is None or values["osl"] is None:
-            return None
-        return attempt(faults, Traffic, flags=_FLAGS, **values)
 
     def _problem(
         self, faults: list[Fault], traffic: Traffic | None, speculation: Speculation | None
@@ -282,7 +223,7 @@ class ServeOptions:
                 expected = "--daily with the load of its periods"
                 faults.append(Fault("--headroom", "is given without a day", expected))
             return None
-        for flag, value in (("--rate", self.rate), ("--concurrency", self.concurrency)):
+        for flag, value in (("--rate", self.traffic.rate), ("--concurrency", self.traffic.concurrency)):
             if value is not None:
                 faults.append(Fault(flag, "is given beside --daily", "one of them", "Leave one out."))
         if headroom is not None and not 0.0 <= headroom <= _MOST_HEADROOM:
@@ -292,9 +233,9 @@ class ServeOptions:
     def _speculation(self, faults: list[Fault]) -> Speculation | None:
         from planner.specs.speculation import METHODS, Speculation
 
-        chance = optional_number(faults, "--acceptance", self.acceptance)
+        chance = self.traffic.read_acceptance(faults)
         if self.draft is None:
-            given = (("--acceptance", self.acceptance), ("--draft-tokens", self.draft_tokens))
+            given = (("--acceptance", self.traffic.acceptance), ("--draft-tokens", self.draft_tokens))
             expected = "--draft eagle, mtp, ngram or a smaller model"
             faults += [
                 Fault(flag, "is given without a draft", expected)
@@ -302,7 +243,7 @@ class ServeOptions:
                 if value is not None
             ]
             return None
-        if self.acceptance is None:
+        if self.traffic.acceptance is None:
             faults.append(Fault("--acceptance", "is missing", "a measured probability, such as 0.7"))
         choices = read_list(self.draft_tokens or "1,2,3,4,5,7")
         counts = [optional_whole(faults, "--draft-tokens", text) for text in choices]
@@ -323,15 +264,6 @@ def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
     from planner.export.serving.rules import SERVING_LAUNCHERS
 
     return None if modes == ("offloaded",) else SERVING_LAUNCHERS.get(stack)
-
-
-def _rate(faults: list[Fault], text: str | None) -> float | None:
-    rate = optional_number(faults, "--rate", text)
-    if rate is None or rate > 0.0:
-        return rate
-    hint = "Leave it out for the highest load that keeps the limits."
-    faults.append(Fault("--rate", str(text), "requests per second above 0", hint))
-    return None
 
 
 def _daily_rates(faults: list[Fault], daily: str) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,28 +40,31 @@ def chosen_search(problems: Sequence[Problem], asked: TrainOptions) -> Callable[
         raise_if_any(_meaningless(asked, explores))
         if not explores:
             return None
-    from planner.solve.layerwise.search import search_layerwise
-    from planner.solve.mixed.search import applies, search_mixed
+    else:
+        raise_if_any(_conflicts(asked, problems if own else ()))
     from planner.solve.time_limit import TimeLimit
-    from planner.solve.train import search
+    from planner.solve.train import search_strictly
     from planner.solve.widening import search_widening
 
-    raise_if_any(_conflicts(asked, not own or all(applies(problem) for problem in problems)))
     limit = TimeLimit(_time_limit(asked, _EXPLORATION if plain else _TIME_LIMIT))
-    clusters = [id(problem) for problem in problems]  # which are searched one after the other
-    alike: Callable[..., SearchResult] = search_widening if explores else search
+    clusters = [problem.cluster.name for problem in problems]  # which are searched one after the other
+    alike: Callable[..., SearchResult] = search_widening if explores else search_strictly
     uneven = asked.stages == "uneven"
     if asked.layerwise:
+        from planner.solve.layerwise.search import search_layerwise
+
         alike = partial(search_layerwise, uneven=uneven, exact=asked.exact, solver=asked.solver)
 
     def searched(problem: Problem, top: int, progress: Any) -> SearchResult:
-        left_s = limit.share(len(clusters) - clusters.index(id(problem))).left_s
-        unlike = problem.cluster.mixed and asked.degrees != "plan" and uneven and applies(problem)
-        if own or unlike:
-            mixing, solver = asked.degrees == "layer", asked.solver
-            return search_mixed(
-                problem, top, progress, base=alike, mixing=mixing, solver=solver, time_limit_s=left_s
-            )
+        left_s = limit.share(len(clusters) - clusters.index(problem.cluster.name)).left_s
+        if own or (problem.cluster.mixed and asked.degrees != "plan" and uneven):
+            from planner.solve.mixed.search import applies, search_mixed
+
+            if own or applies(problem):
+                mixing, solver = asked.degrees == "layer", asked.solver
+                return search_mixed(
+                    problem, top, progress, base=alike, mixing=mixing, solver=solver, time_limit_s=left_s
+                )
         return alike(problem, top, progress, time_limit_s=left_s)
 
     return searched
@@ -69,7 +73,23 @@ def chosen_search(problems: Sequence[Problem], asked: TrainOptions) -> Callable[
 def search_fleet(
     problems: list[Problem], top: int, progress: Any, searcher: Callable[..., SearchResult] | None
 ) -> Fleet:
-    """Plans of all clusters together; with a deadline, of the fewest devices that meet it."""
+    """Plans of all clusters together; with a deadline, of the fewest devices that meet it.
+
+    Where none keeps ``max_oom_risk``, the best at any risk.
+    """
+    from planner.errors import Infeasible
+    from planner.solve.risk import at_any_risk, said
+
+    try:
+        return _strictly(problems, top, progress, searcher)
+    except Infeasible as refusal:
+        fleet = _strictly(at_any_risk(problems, refusal), top, progress, searcher)
+        return replace(fleet, result=said(fleet.result, problems[0]))
+
+
+def _strictly(
+    problems: list[Problem], top: int, progress: Any, searcher: Callable[..., SearchResult] | None
+) -> Fleet:
     if problems[0].deadline_s is None:
         from planner.solve.fleet import search_clusters
 
@@ -105,12 +125,13 @@ def _meaningless(asked: TrainOptions, timed: bool) -> list[Fault]:
     ]
 
 
-def _conflicts(asked: TrainOptions, applicable: bool) -> list[Fault]:
-    """Options that there are not, or that go with none of the others; ``applicable``: whether degrees may differ here."""
+def _conflicts(asked: TrainOptions, unlike: Sequence[Problem]) -> list[Fault]:
+    """Options that there are not, or that go with none of the others; ``unlike``: problems whose degrees shall differ."""
     from planner.solve.layerwise.solvers import SOLVERS
+    from planner.solve.mixed.search import applies
 
     faults = _unknown("--stages", asked.stages, _STAGES) + _unknown("--solver", asked.solver, tuple(SOLVERS))
-    if not applicable:
+    if not all(applies(problem) for problem in unlike):
         found = f"{asked.degrees!r} goes with neither this --for nor this --fix"
         expected = (
             "no launcher or one whose layers differ in degrees (galvatron), and a pipeline of free layout under 1F1B: "

@@ -37,6 +37,7 @@ __all__ = [
     "read_model",
     "read_preset",
     "read_reserve",
+    "read_risk",
     "read_stack",
     "read_top",
     "whole_number",
@@ -248,6 +249,28 @@ def read_reserve(text: str | None, cluster: Cluster) -> float:
             Fault("--reserve", repr(text[:40]), f"a share such as 5%, or a size such as 4GiB, below {memory}")
         )
     return fraction
+
+
+def read_risk(text: str | None) -> float:
+    """The largest chance of running out of memory, from ``5%`` or ``0.05``; what is searched with by default where none is given.
+
+    >>> read_risk("5%"), read_risk("0.05"), read_risk(None)
+    (0.05, 0.05, 0.1)
+    """
+    from planner.specs.problem import MAX_OOM_RISK
+
+    if text is None:
+        return MAX_OOM_RISK
+    number = text.strip().removesuffix("%")
+    try:
+        chance = float(number) / (100.0 if text.strip().endswith("%") else 1.0)
+    except ValueError:
+        chance = float("nan")
+    if not 0.0 < chance <= 1.0:
+        raise SpecError(
+            Fault("--max-oom-risk", repr(text[:40]), "a chance such as 5% or 0.05; 100% is no limit")
+        )
+    return chance
 
 
 def check_optimizer(name: str) -> None:

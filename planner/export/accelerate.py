@@ -84,7 +84,7 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("DDP reduces gradients in fp32", gradient == "fp32")
 
 
-LAUNCHER = make_launcher("accelerate", CHOICES, _valid, frozenset({"even"}), native={"zero_stage": "fsdp"})
+LAUNCHER = make_launcher("accelerate", CHOICES, _valid, native={"zero_stage": "fsdp"})
 
 
 def settings(target: Target) -> dict[str, Any]:

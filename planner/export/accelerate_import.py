@@ -51,64 +51,67 @@ def read_accelerate(path: str | Path) -> LaunchedRun:
     data = read_yaml(path, "a configuration of accelerate launch")
     reader = Reader(data, str(path))
     notes: list[str] = []
-    kind = reader.text("distributed_type", "NO")
-    if kind == "DEEPSPEED" or kind == "MEGATRON_LM":
-        reader.problem(
-            "distributed_type",
-            kind,
-            "FSDP, MULTI_GPU or NO",
-            f"Read its own file with --from {kind.lower()[:9]}.",
-        )
-    elif kind not in _KINDS:
-        reader.problem(
-            "distributed_type", repr(kind), f"one of {', '.join(_KINDS)}", did_you_mean(kind, _KINDS)
-        )
-    precision = {"no": "fp32", "False": "fp32"}.get(
-        str(data.get("mixed_precision", "no")), str(data.get("mixed_precision"))
-    )
-    if precision not in ("fp32", "bf16", "fp16"):
-        reader.problem("mixed_precision", f"{precision}: not modelled", "no, bf16 or fp16")
-        precision = "bf16"
-    fixed: dict[str, Any] = {
-        "pp": 1,
-        "ep": 1,
-        "etp": 1,
-        "schedule": "1f1b",
-        "virtual_stages": 1,
-        "precision": precision,
-    }
-    fixed |= {"sequence_parallel": "false", "tensor_overlap": "none", "zero_stage": "0", "zero_group": "full"}
-    fixed |= {"optimizer_offload": "none", "parameter_offload": "none", "tp": 1, "cp": 1, "context": "p2p"}
     wasteful: list[str] = []
+    kind, precision = _kind(reader), _precision(reader)
+    fixed: dict[str, Any] = {
+        "pp": 1, "ep": 1, "etp": 1, "schedule": "1f1b", "virtual_stages": 1, "precision": precision, "sequence_parallel": "false",
+        "tensor_overlap": "none", "zero_stage": "0", "zero_group": "full", "optimizer_offload": "none",
+        "parameter_offload": "none", "tp": 1, "cp": 1, "context": "p2p",
+    }  # fmt: skip
     devices = reader.integer("num_processes", None)
     if kind == "FSDP":
         fixed |= _fsdp(reader, notes, wasteful)
         _parallelism(reader, fixed, devices, notes)
-    # DDP reduces fp32 gradients; FSDP2 in the format of the computation, unless a script sets a policy of its own.
-    fixed["gradient_dtype"] = precision if kind == "FSDP" else "fp32"
-    if kind == "FSDP" and precision != "fp32":
-        notes.append(
-            f"Gradients are reduced in {precision}, as Accelerate does unless the script sets a policy: --fix gradient_dtype."
-        )
-    dynamo = reader.table("dynamo_config", None)
-    compiled = dynamo is not None and str(dynamo.data.get("dynamo_backend", "NO")).upper() not in ("NO", "")
-    fixed |= {"elementwise_kernel": "fused", "loss_kernel": "fused"} if compiled else {}
-    if not compiled:
-        fixed |= {"elementwise_kernel": "eager", "loss_kernel": "log_softmax"}
-        notes.append(
-            "Kernels are taken as PyTorch runs them by itself; with Liger's: --fix elementwise_kernel=fused …"
-        )
+    fixed["gradient_dtype"] = _gradient(kind, precision, notes)
+    fixed |= _kernels(reader, notes)
     devices = degrees(fixed, devices, notes)
     ignored = _unknown(reader, data)
     reader.raise_if_any()
-    missing = {
-        "micro_batch_size": "the batch sizes are the script's",
-        "global_batch_size": "the batch sizes are the script's",
-    }
+    missing = dict.fromkeys(("micro_batch_size", "global_batch_size"), "the batch sizes are the script's")
     return LaunchedRun(
         "accelerate", None, {"precisions": (precision,)}, fixed, devices, (*notes, *ignored_note(ignored)), tuple(wasteful),
         ignored, missing,
     )  # fmt: skip
+
+
+def _kind(reader: Reader) -> str:
+    key = "distributed_type"
+    kind = str(reader.text(key, "NO"))
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        hint = f"Read its own file with --from {kind.lower()[:9]}."
+        reader.problem(key, kind, "FSDP, MULTI_GPU or NO", hint)
+    elif kind not in _KINDS:
+        reader.problem(key, repr(kind), f"one of {', '.join(_KINDS)}", did_you_mean(kind, _KINDS))
+    return kind
+
+
+def _precision(reader: Reader) -> str:
+    said = str(reader.data.get("mixed_precision", "no"))
+    precision = {"no": "fp32", "False": "fp32"}.get(said, said)
+    if precision in ("fp32", "bf16", "fp16"):
+        return precision
+    reader.problem("mixed_precision", f"{precision}: not modelled", "no, bf16 or fp16")
+    return "bf16"
+
+
+def _gradient(kind: str, precision: str, notes: list[str]) -> str:
+    """DDP reduces fp32 gradients; FSDP2 in the format of the computation, unless a script sets a policy of its own."""
+    if kind != "FSDP":
+        return "fp32"
+    if precision != "fp32":
+        as_it_is = "as Accelerate does unless the script sets a policy"
+        notes.append(f"Gradients are reduced in {precision}, {as_it_is}: --fix gradient_dtype.")
+    return precision
+
+
+def _kernels(reader: Reader, notes: list[str]) -> dict[str, str]:
+    dynamo = reader.table("dynamo_config", None)
+    if dynamo is not None and str(dynamo.data.get("dynamo_backend", "NO")).upper() not in ("NO", ""):
+        return {"elementwise_kernel": "fused", "loss_kernel": "fused"}
+    notes.append(
+        "Kernels are taken as PyTorch runs them by itself; with Liger's: --fix elementwise_kernel=fused …"
+    )
+    return {"elementwise_kernel": "eager", "loss_kernel": "log_softmax"}
 
 
 def _flag(reader: Reader, key: str, default: bool) -> bool:
@@ -217,9 +220,7 @@ def _replicas(fixed: dict[str, Any], sizes: Mapping[str, int]) -> None:
 
 
 def _unknown(reader: Reader, data: Mapping[str, Any]) -> tuple[str, ...]:
-    for key, what in _UNMODELLED.items():
-        if data.get(key):
-            reader.problem(key, f"{what}: not modelled")
+    reader.refuse(_UNMODELLED)
     for key in data:
         if key not in _PASSIVE | _READ | _UNMODELLED.keys():
             hint = did_you_mean(key, _PASSIVE | _READ)

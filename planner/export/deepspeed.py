@@ -94,9 +94,7 @@ def _one(degree: Any) -> bool:
     return bool((degree == 1).all())
 
 
-LAUNCHER = make_launcher(
-    "deepspeed", CHOICES, _valid, frozenset({"even"}), native={"optimizer_offload": "cpu+gradients"}
-)
+LAUNCHER = make_launcher("deepspeed", CHOICES, _valid, native={"optimizer_offload": "cpu+gradients"})
 
 
 def settings(target: Target) -> dict[str, Any]:

@@ -7,7 +7,7 @@ silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,70 +66,71 @@ def read_deepspeed(path: str | Path) -> LaunchedRun:
         SpecError: the file cannot be read, or keys are wrong or ask for what is not modelled; all at once.
     """
     data = read_json(path, "a DeepSpeed configuration")
-    autos = [key for key in _BATCHES if data.get(key) == _AUTO]
     reader = Reader({key: value for key, value in data.items() if value != _AUTO}, str(path))
-    notes = [f'"auto" is left open, as the Trainer fills it in: {", ".join(autos)}.'] if autos else []
-    batch, micro, steps = (reader.integer(key, None) for key in _BATCHES)
-    fixed: dict[str, Any] = {"pp": 1, "schedule": "1f1b", "virtual_stages": 1}
-    precision = _precision(reader)
-    fixed |= {"precision": precision, "sequence_parallel": "false", "tensor_overlap": "none"}
-    fixed |= _zero(reader)
-    fixed["gradient_dtype"] = _gradient(reader, precision)
-    optimizer, optimizer_missing = _optimizer(reader)
-    fixed["optimizer"] = optimizer
-    fixed["tp"] = _degree(reader, "tensor_parallel", "autotp_size") or 1
-    fixed["cp"] = reader.integer("sequence_parallel_size", 1)
-    fixed["context"] = "a2a" if fixed["cp"] > 1 else "p2p"
-    fixed["ep"] = _expert_degree(reader)
-    fixed["etp"] = fixed["tp"] if fixed["ep"] == 1 else 1
+    precision, optimizer = _precision(reader), _optimizer(reader)
+    fixed: dict[str, Any] = {
+        "pp": 1, "schedule": "1f1b", "virtual_stages": 1, "precision": precision, "sequence_parallel": "false",
+        "tensor_overlap": "none", **_zero(reader), "gradient_dtype": _gradient(reader, precision),
+        "optimizer": optimizer, **_degrees(reader),
+    }  # fmt: skip
+    fixed |= _batches(reader)
     reader.table("activation_checkpointing", None)  # says how layers are recomputed, not whether
-    notes.append(
-        "Whether layers are recomputed and which kernels run is the script's: none and fused ones are taken (--fix)."
-    )
-    if optimizer_missing:
-        notes.append("No optimizer is named: adamw is taken.")
-    workload: dict[str, Any] = {"optimizer": optimizer, "precisions": (precision,)}
-    devices = None
-    if batch is not None:
-        workload["global_batch_size"] = batch
-    if micro is None and batch is not None and steps is not None:
-        notes.append(
-            "The micro-batch size follows from train_batch_size, gradient_accumulation_steps and the devices."
-        )
-    if micro is not None:
-        fixed["micro_batch_size"] = micro
-    if batch is not None and micro is not None and steps is not None:
-        replicas, left = divmod(batch, micro * steps)
-        if left or not replicas:
-            found = f"{batch}, no multiple of {micro} · {steps} (micro-batch · gradient_accumulation_steps)"
-            reader.problem(
-                "train_batch_size", found, "micro-batch · accumulation steps · data-parallel ranks"
-            )
-        else:
-            devices = replicas * fixed["tp"] * fixed["cp"]
-            fixed["dp"] = replicas
     ignored = _unknown(reader, data)
     reader.raise_if_any()
-    missing = {
-        knob: f"{key} is {'auto' if key in autos else 'not given'}"
-        for knob, key, value in (
-            ("global_batch_size", _BATCHES[0], batch),
-            ("micro_batch_size", _BATCHES[1], micro),
-        )
-        if value is None
-    }
-    wasteful = tuple(_wasteful(data, fixed))
+    workload: dict[str, Any] = {"optimizer": optimizer, "precisions": (precision,)}
+    if "train_batch_size" in reader.data:
+        workload["global_batch_size"] = reader.data["train_batch_size"]
+    devices = fixed["dp"] * fixed["tp"] * fixed["cp"] if "dp" in fixed else None
     return LaunchedRun(
-        "deepspeed",
-        None,
-        workload,
-        fixed,
-        devices,
-        (*notes, *ignored_note(ignored)),
-        wasteful,
-        ignored,
-        missing,
+        "deepspeed", None, workload, fixed, devices, (*_notes(reader, data), *ignored_note(ignored)),
+        tuple(_wasteful(data, fixed)), ignored, _missing(data),
+    )  # fmt: skip
+
+
+def _degrees(reader: Reader) -> dict[str, Any]:
+    tp, cp = (
+        _degree(reader, "tensor_parallel", "autotp_size") or 1,
+        reader.integer("sequence_parallel_size", 1),
     )
+    ep = _expert_degree(reader)
+    return {"tp": tp, "cp": cp, "context": "a2a" if cp > 1 else "p2p", "ep": ep, "etp": tp if ep == 1 else 1}
+
+
+def _batches(reader: Reader) -> dict[str, int]:
+    """Size of micro-batches, and the replicas that follow from all three sizes; what is open is left out."""
+    batch, micro, steps = (reader.integer(key, None) for key in _BATCHES)
+    found = {} if micro is None else {"micro_batch_size": micro}
+    if None in (batch, micro, steps):
+        return found
+    replicas, left = divmod(batch, micro * steps)
+    if left or not replicas:
+        what = f"{batch}, no multiple of {micro} · {steps} (micro-batch · gradient_accumulation_steps)"
+        reader.problem("train_batch_size", what, "micro-batch · accumulation steps · data-parallel ranks")
+    return found | {"dp": replicas}
+
+
+def _missing(data: Mapping[str, Any]) -> dict[str, str]:
+    """What nothing can be priced without, and what the file says instead."""
+    needed = {"global_batch_size": _BATCHES[0], "micro_batch_size": _BATCHES[1]}
+    said = {knob: (key, data.get(key)) for knob, key in needed.items()}
+    return {
+        knob: f"{key} is {'auto' if value == _AUTO else 'not given'}"
+        for knob, (key, value) in said.items()
+        if value in (None, _AUTO)
+    }
+
+
+def _notes(reader: Reader, data: Mapping[str, Any]) -> Iterator[str]:
+    """What was left open or taken for granted."""
+    autos = [key for key in _BATCHES if data.get(key) == _AUTO]
+    if autos:
+        yield f'"auto" is left open, as the Trainer fills it in: {", ".join(autos)}.'
+    yield "Whether layers are recomputed and which kernels run is the script's: none and fused ones are taken (--fix)."
+    if "optimizer" not in reader.data:
+        yield "No optimizer is named: adamw is taken."
+    batch, micro, steps = (key in reader.data for key in _BATCHES)
+    if batch and steps and not micro:
+        yield "The micro-batch size follows from train_batch_size, gradient_accumulation_steps and the devices."
 
 
 def _precision(reader: Reader) -> str:
@@ -179,9 +180,7 @@ def _zero(reader: Reader) -> dict[str, Any]:
             f"{group}: a second copy of the weights inside nodes is not modelled",
             "1",
         )
-    for key, what in _ZERO_UNMODELLED.items():
-        if zero.data.get(key):
-            zero.problem(key, f"{what}: not modelled")
+    zero.refuse(_ZERO_UNMODELLED)
     known = {
         *_ZERO_PASSIVE,
         *_ZERO_UNMODELLED,
@@ -223,20 +222,20 @@ def _gradient(reader: Reader, precision: str) -> str:
     return str(named)
 
 
-def _optimizer(reader: Reader) -> tuple[str, bool]:
+def _optimizer(reader: Reader) -> str:
     table = reader.table("optimizer", None)
     if table is None:
-        return "adamw", True
+        return "adamw"
     kind = table.text("type", "AdamW")
     names = {str(entry["type"]).lower(): name for name, entry in OPTIMIZERS.items() if name != "sgd_momentum"}
     names |= {"adam": "adamw"}
     if kind.lower() not in names:
         table.problem("type", f"{kind}: not modelled", f"one of {', '.join(sorted(names))}")
-        return "adamw", False
+        return "adamw"
     name = names[kind.lower()]
     parameters = table.data.get("params")
     momentum = parameters.get("momentum", 0.0) if isinstance(parameters, Mapping) else 0.0
-    return ("sgd_momentum" if name == "sgd" and momentum and momentum != _AUTO else name), False
+    return "sgd_momentum" if name == "sgd" and momentum and momentum != _AUTO else name
 
 
 def _degree(reader: Reader, section: str, key: str) -> int:
@@ -257,10 +256,7 @@ def _unknown(reader: Reader, data: Mapping[str, Any]) -> tuple[str, ...]:
         *_BATCHES, "bf16", "fp16", "torch_autocast", "zero_optimization", "data_types", "optimizer", "tensor_parallel",
         "sequence_parallel_size", "expert_parallel", "activation_checkpointing", "pipeline",
     }  # fmt: skip
-    for key, what in _UNMODELLED.items():
-        section = data.get(key)
-        if section and not (isinstance(section, Mapping) and section.get("enabled") is False):
-            reader.problem(key, f"{what}: not modelled")
+    reader.refuse(_UNMODELLED)
     found = []
     for key in data:
         if key in read or key in _UNMODELLED:

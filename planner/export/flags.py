@@ -85,6 +85,12 @@ class FlagReader:
         """Notes a problem."""
         self.problems.append(Problem(f"{self.where}: {flag}", found, expected, try_))
 
+    def refuse(self, unmodelled: Mapping[str, str], idle: Sequence[str] = ()) -> None:
+        """Notes every flag that asks for what is not modelled (flag → what); ``idle`` values ask for nothing."""
+        for flag, what in unmodelled.items():
+            if self.present(flag) and " ".join(self.flags[flag]) not in idle:
+                self.fault(flag, f"{what}: not modelled")
+
     def raise_if_any(self) -> None:
         """Raises all noted problems as one :class:`SpecError`."""
         if self.problems:

@@ -200,7 +200,7 @@ def _first(target: Target) -> list[str]:
         else f", {format_chance(estimate.oom_probability)} risk of running out of memory"
     )
     if (estimate.oom_probability or 0.0) > _RISKY:
-        risk += "; `planner train --reserve 10%` asks for plans that leave more room"
+        risk += "; `planner train` keeps to less where any plan does (`--max-oom-risk`)"
     fits = "" if estimate.fits else " IT DOES NOT FIT."
     found.append(f"Memory: a peak of {peak} of {budget} per device is predicted{risk}.{fits}")
     return found

@@ -46,4 +46,4 @@ def _fsdp(ctx: Context) -> Iterable[Check]:
         yield Check("offload needs sharded states", sharded or knobs["optimizer_offload"] == "none")
 
 
-LAUNCHER = make_launcher("fsdp", CHOICES, _fsdp, frozenset({"even"}))
+LAUNCHER = make_launcher("fsdp", CHOICES, _fsdp)

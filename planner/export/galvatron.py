@@ -17,7 +17,7 @@ import numpy as np
 
 from planner.export.exporter import Exporter, Log, environment_of_torchrun, torchrun_lines
 from planner.export.layers import of_ends, of_layers, ways_of_ends, ways_of_layers
-from planner.export.rules import ALL_LAYOUTS, COMMON, has_experts, make_launcher
+from planner.export.rules import COMMON, has_experts, make_launcher
 from planner.export.target import Target, broken, summary
 from planner.specs.model import Model
 from planner.technique import Check, Context
@@ -97,7 +97,6 @@ LAUNCHER = make_launcher(
     "galvatron",
     CHOICES,
     _valid,
-    ALL_LAYOUTS,
     per_layer={"zero_stage": ("0 3", "2 3"), "recompute": ("none full",)},
     alike_at_ends="zero_stage tp cp",
     per_place="tp cp dp micro_batch_size sequence_parallel context",

@@ -6,14 +6,16 @@ micro-batches follow from these.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planner.assignment import UNEVEN
 from planner.errors import did_you_mean
 from planner.export.galvatron import DEFAULT_TYPES, PIPELINES
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
 from planner.export.layers import layerwise_of
+from planner.layout import layout_name
 from planner.specs.reader import Reader
 
 __all__ = ["read_galvatron"]
@@ -23,6 +25,8 @@ _KNOWN = names_in(
     "chunks pp_division pipeline_type default_dp_type vtp vsp vcp embed_sdp"
 )
 
+_MOST_STAGES = 4096
+
 
 def read_galvatron(path: str | Path) -> LaunchedRun:
     """The run that a Galvatron JSON describes.
@@ -30,94 +34,119 @@ def read_galvatron(path: str | Path) -> LaunchedRun:
     Raises:
         SpecError: the file cannot be read, or keys are wrong; all at once.
     """
-    data = read_json(path, "a Galvatron strategy")
-    reader = Reader(data, str(path))
-    pp, batch, chunks = (reader.integer(key) for key in ("pp_deg", "global_bsz", "chunks"))
+    reader = Reader(read_json(path, "a Galvatron strategy"), str(path))
+    batch, chunks = (reader.integer(key) for key in ("global_bsz", "chunks"))
+    layers = _layers(reader)
+    stages = _stages(reader, len(layers.own))
+    fixed = _knobs(reader, layers, stages)
+    layerwise = _layerwise(layers, stages, fixed)
+    if layers.unlike and fixed["schedule"] == "gpipe":
+        found = "gpipe with layers of unlike degrees: not modelled"
+        reader.problem("pipeline_type", found, PIPELINES["1f1b"])
+    ignored = tuple(sorted(key for key in reader.data if key not in _KNOWN))
+    notes = [*_notes(reader, layers, ignored), *ignored_note(ignored)]
+    reader.raise_if_any()
+    return LaunchedRun(
+        "galvatron", None, {"global_batch_size": batch, "optimizer": "adamw"}, fixed, None, tuple(notes),
+        tuple(_wasteful(fixed)), ignored,
+        missing={"micro_batch_size": f"it is {batch} / ({chunks} chunks · data-parallel ranks)"},
+        micro_batches=chunks, layerwise=layerwise,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What layers choose, and embedding and head: (tensor, context) degrees, and choices by slot."""
+
+    ways: list[tuple[int, int]]
+    own: list[dict[str, str]]
+    end_way: tuple[int, int]
+    end: dict[str, str]
+
+    @property
+    def unlike(self) -> bool:
+        """Whether degrees differ."""
+        return len({*self.ways, self.end_way}) > 1
+
+    @property
+    def alike(self) -> bool:
+        """Whether all choose the same."""
+        sharded = self.end["zero_stage"] == self.own[0]["zero_stage"]
+        return not self.unlike and sharded and all(own == self.own[0] for own in self.own)
+
+
+def _layers(reader: Reader) -> _Layers:
     degrees = _per_layer(reader, "tp_sizes_enc")
-    layers = len(degrees)
-    ulysses = _per_layer(reader, "use_sp", layers, 0)
-    ways = [_way(degree, by) for degree, by in zip(degrees, ulysses, strict=False)]
-    end = _way(
-        reader.integer("vtp", degrees[0]), reader.integer("vsp", int(ulysses[0] == 1), minimum=0, maximum=1)
-    )
-    unlike = len({*ways, end}) > 1
-    context = max(_per_layer(reader, "cp_sizes_enc", layers, 1))
-    sharded = _per_layer(reader, "dp_types_enc", layers, 0)
-    again = _per_layer(reader, "checkpoint", layers, 0)
-    if 0 in _per_layer(reader, "tp_consecutive_flags", layers, 1):
+    count = len(degrees)
+    ulysses = _per_layer(reader, "use_sp", count, 0)
+    vocabulary = reader.integer("vtp", degrees[0])
+    shared = reader.integer("vsp", int(ulysses[0] == 1), minimum=0, maximum=1)
+    if 0 in _per_layer(reader, "tp_consecutive_flags", count, 1):
         reader.problem("tp_consecutive_flags", "0: groups of ranks that are apart are not modelled", "1")
-    if context > 1:
+    if max(_per_layer(reader, "cp_sizes_enc", count, 1)) > 1:
         reader.problem("cp_sizes_enc", "ring attention of Galvatron: not modelled", "1")
-    default = reader.text("default_dp_type", "ddp", choices=DEFAULT_TYPES.values())
-    pipeline = reader.text("pipeline_type", "gpipe", choices=PIPELINES.values())
-    plain = {word: knob for knob, word in DEFAULT_TYPES.items()}.get(default, "0")
-    ends = "3" if reader.integer("embed_sdp", int(all(sharded)), minimum=0, maximum=1) else plain
+    sharded, again = (_per_layer(reader, key, count, 0) for key in ("dp_types_enc", "checkpoint"))
+    named = reader.text("default_dp_type", "ddp", choices=DEFAULT_TYPES.values())
+    plain = {word: knob for knob, word in DEFAULT_TYPES.items()}.get(named, "0")
+    ends = reader.integer("embed_sdp", int(all(sharded)), minimum=0, maximum=1)
     own = [
         {"zero_stage": "3" if shard else plain, "recompute": "full" if full else "none"}
         for shard, full in zip(sharded, again, strict=False)
     ]
-    stage = own[0]["zero_stage"]
-    notes = ["Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."]
-    fixed: dict[str, Any] = {
-        "pp": pp, "tp": end[0], "cp": end[1], "ep": 1, "etp": 1, "zero_stage": stage, "zero_group": "full",
-        "recompute": own[0]["recompute"],
-        "schedule": {word: knob for knob, word in PIPELINES.items()}[pipeline] if pp > 1 else "1f1b", "virtual_stages": 1,
+    return _Layers(
+        [_way(degree, by) for degree, by in zip(degrees, ulysses, strict=False)],
+        own,
+        _way(vocabulary, shared),
+        {"zero_stage": "3" if ends else plain, "recompute": own[-1]["recompute"]},
+    )
+
+
+def _knobs(reader: Reader, layers: _Layers, stages: Sequence[int]) -> dict[str, Any]:
+    """Choices of the plan; degrees are those of the embedding, which stands first where layers differ."""
+    pipeline = reader.text("pipeline_type", "gpipe", choices=PIPELINES.values())
+    schedules = {word: knob for knob, word in PIPELINES.items()}
+    (tp, cp), ulysses = layers.end_way, any(cp > 1 for _, cp in (*layers.ways, layers.end_way))
+    return {
+        "pp": len(stages), "tp": tp, "cp": cp, "ep": 1, "etp": 1, **layers.own[0], "zero_group": "full",
+        "schedule": schedules.get(pipeline, "gpipe") if len(stages) > 1 else "1f1b", "virtual_stages": 1,
         "optimizer": "adamw", "optimizer_offload": "none", "parameter_offload": "none", "tensor_overlap": "none",
+        **_cut(layers.end_way), "context": "a2a" if ulysses else "p2p", "pipeline_layout": layout_name(stages),
     }  # fmt: skip
-    fixed |= _cut(end)  # as in a plan whose layers differ: what stands first is the embedding
-    fixed["context"] = "a2a" if 1 in ulysses or end[1] > 1 else "p2p"
-    if any(tp > 1 for tp, _ in (*ways, end)):
-        notes.append(
-            "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."
-        )
-    fixed |= _layout(reader, layers, pp)
-    alike = all(mine == own[0] for mine in own) and ends == stage
-    layerwise = None
-    if unlike and fixed["schedule"] == "gpipe":
-        reader.problem(
-            "pipeline_type", "gpipe with layers of unlike degrees: not modelled", PIPELINES["1f1b"]
-        )
-    if unlike or not alike or fixed["pipeline_layout"] == UNEVEN:
-        stages = _stages(reader, layers, pp)
-        at_ends = {"zero_stage": ends, "recompute": own[-1]["recompute"]}
-        places = list(dict.fromkeys([*ways, end]))
-        numbers = [places.index(way) for way in (*ways, end)] if unlike else []
-        layerwise = layerwise_of(fixed, own, stages, at_ends, numbers)
-        if unlike:
-            layerwise["places"] = [
-                {"group": 0, "mesh": {"tp": tp, "cp": cp, "ep": 1, "etp": 1}, "choices": _cut((tp, cp))}
-                for tp, cp in places
-            ]
-        del fixed["pipeline_layout"]  # the layers say where they are
-    ignored = tuple(sorted(key for key in data if key not in _KNOWN))
+
+
+def _layerwise(layers: _Layers, stages: Sequence[int], fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Choices of every layer, and the degrees of its place where these differ; None where all layers are alike."""
+    if layers.alike:
+        return None
+    if not layers.unlike:
+        return layerwise_of(fixed, layers.own, stages, layers.end)
+    ways = list(dict.fromkeys([*layers.ways, layers.end_way]))
+    numbers = [ways.index(way) for way in (*layers.ways, layers.end_way)]
+    places = [
+        {"group": 0, "mesh": {"tp": tp, "cp": cp, "ep": 1, "etp": 1}, "choices": _cut((tp, cp))}
+        for tp, cp in ways
+    ]
+    return layerwise_of(fixed, layers.own, stages, layers.end, numbers) | {"places": places}
+
+
+def _notes(reader: Reader, layers: _Layers, ignored: Sequence[str]) -> Iterator[str]:
+    """What was taken for granted, and what unknown keys may have meant."""
+    yield "Precision is taken as bf16, gradients are reduced in it: --precision, --fix gradient_dtype."
+    if any(tp > 1 for tp, _ in (*layers.ways, layers.end_way)):
+        yield "Whether tensor-parallel ranks share the sequence (--sequence-parallel) is said at launch: it is taken so."
     for key in ignored:
         hint = did_you_mean(key, _KNOWN)
-        notes += [f"{key}: {hint}"] if hint else []
+        if hint:
+            yield f"{key}: {hint}"
     if reader.integer("vcp", 1) != 1:
-        notes.append(f"vcp = {data['vcp']}: embedding and head are priced without it.")
-    reader.raise_if_any()
-    wasteful = []
-    if stage == "0":
-        wasteful.append("With default_dp_type ddp, every replica keeps all optimizer states.")
+        yield f"vcp = {reader.data['vcp']}: embedding and head are priced without it."
+
+
+def _wasteful(fixed: Mapping[str, Any]) -> Iterator[str]:
+    if fixed["zero_stage"] == "0":
+        yield "With default_dp_type ddp, every replica keeps all optimizer states."
     if fixed["schedule"] == "gpipe":
-        wasteful.append(
-            "pipeline_type gpipe keeps the activations of all micro-batches; pipedream_flush those of pp."
-        )
-    workload = {"global_batch_size": batch, "optimizer": "adamw"}
-    missing = {"micro_batch_size": f"it is {batch} / ({chunks} chunks · data-parallel ranks)"}
-    return LaunchedRun(
-        "galvatron",
-        None,
-        workload,
-        fixed,
-        None,
-        (*notes, *ignored_note(ignored)),
-        tuple(wasteful),
-        ignored,
-        missing,
-        chunks,
-        layerwise,
-    )
+        yield "pipeline_type gpipe keeps the activations of all micro-batches; pipedream_flush those of pp."
 
 
 def _per_layer(reader: Reader, key: str, layers: int | None = None, default: int | None = None) -> list[int]:
@@ -145,28 +174,15 @@ def _cut(way: tuple[int, int]) -> dict[str, str]:
     return {"sequence_parallel": str(tp > 1).lower(), "context": "a2a" if cp > 1 else "p2p"}
 
 
-def _layout(reader: Reader, layers: int, pp: int) -> dict[str, Any]:
-    """Name of the layout that gives each stage its layers."""
-    from planner.layout import layouts
-
-    if "pp_division" not in reader.data or pp == 1:
-        return {"pipeline_layout": "even"}
-    stages = _stages(reader, layers, pp)
-    for layout in (
-        layouts(("layer",) * layers, ("layer", "embedding", "head", "boundary"), pp, 1)
-        if layers >= pp
-        else ()
-    ):
-        if layout.counts[:, 0].tolist() == stages:
-            return {"pipeline_layout": layout.split}
-    return {"pipeline_layout": UNEVEN}
-
-
-def _stages(reader: Reader, layers: int, pp: int) -> list[int]:
-    """Layers of every stage: as the file says, or evenly."""
-    even, left = divmod(layers, pp)
-    stages = _per_layer(reader, "pp_division") if "pp_division" in reader.data else [even] * pp
-    if len(stages) != pp or sum(stages) != layers or (left and "pp_division" not in reader.data):
-        reader.problem("pp_division", "-".join(map(str, stages)), f"{pp} stages of {layers} layers together")
-        return [layers, *[0] * (pp - 1)]
+def _stages(reader: Reader, layers: int) -> list[int]:
+    """Layers of every stage: as the file says, or equal, what is left over on the last one (hybrid_parallel_config.py)."""
+    pp = reader.integer("pp_deg", maximum=_MOST_STAGES)
+    each = layers // pp
+    given = "pp_division" in reader.data
+    stages = _per_layer(reader, "pp_division") if given else [*[each] * (pp - 1), layers - each * (pp - 1)]
+    if len(stages) != pp or sum(stages) != layers or not each:
+        reader.problem(
+            "pp_division", "-".join(map(str, stages[:8])), f"{pp} stages of {layers} layers together"
+        )
+        return [layers]
     return stages

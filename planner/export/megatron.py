@@ -14,6 +14,7 @@ from planner.export.flags import Flags, words
 from planner.export.megatron_model import model_flags
 from planner.export.rules import distributed_optimizer_instances
 from planner.export.target import Target, recomputed_layers, summary
+from planner.layout import layout_name
 from planner.plan import Plan
 from planner.schedule.order import micro_batch_group
 
@@ -139,13 +140,12 @@ def _pipeline(plan: Plan) -> Flags:
     if chunks > 1 and plan.micro_batches % plan.mesh["pp"]:
         group = micro_batch_group(plan.mesh["pp"], plan.micro_batches)
         groups["--microbatch-group-size-per-virtual-pipeline-stage"] = [group]
-    for named in LAYOUT_FLAGS.values():
-        first, last = (f"--account-for-{end}-in-pipeline-split" in named for end in ("embedding", "loss"))
-        if len({stages[0] + first, *stages[1:-1], stages[-1] + last}) == 1:
-            flags: Flags = {flag: [] for flag in named}
-            flags |= {"--num-virtual-stages-per-pipeline-rank": [chunks]} if chunks > 1 else {}
-            return flags | groups
-    return {"--pipeline-model-parallel-layout": [layout_text(stages)]} | groups
+    named = LAYOUT_FLAGS.get(layout_name(stages))
+    if named is None:
+        return {"--pipeline-model-parallel-layout": [layout_text(stages)]} | groups
+    flags: Flags = {flag: [] for flag in named}
+    flags |= {"--num-virtual-stages-per-pipeline-rank": [chunks]} if chunks > 1 else {}
+    return flags | groups
 
 
 def _batch(target: Target) -> Flags:

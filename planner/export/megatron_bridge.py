@@ -19,7 +19,7 @@ from planner.export.hf_rules import shape_of
 from planner.export.megatron import differs_of_core, first_of_core, megatron_sections
 from planner.export.megatron_rules import CHOICES as MEGATRON
 from planner.export.megatron_rules import LAUNCHER as MEGATRON_LAUNCHER
-from planner.export.rules import ALL_LAYOUTS, make_launcher
+from planner.export.rules import make_launcher
 from planner.export.target import Target, summary
 from planner.technique import Check, Context
 
@@ -41,7 +41,7 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check(f"no bridge for {shape.config['model_type']}", shape.config["model_type"] != "gpt2")
 
 
-LAUNCHER = make_launcher("megatron-bridge", CHOICES, _valid, ALL_LAYOUTS)
+LAUNCHER = make_launcher("megatron-bridge", CHOICES, _valid)
 
 _PRECISIONS: Mapping[str, str] = {
     "bf16": "bf16_mixed",

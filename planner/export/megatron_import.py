@@ -6,11 +6,10 @@ others are listed as ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.assignment import UNEVEN
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
@@ -18,6 +17,7 @@ from planner.export.layers import layerwise_of
 from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
 from planner.export.megatron_model import model_from_flags
 from planner.export.shell import Script, read_script
+from planner.layout import layout_name, stages_named
 from planner.specs.model import Model
 from planner.technique import details
 
@@ -55,13 +55,11 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
     script = read_script(text, where, variables)
     launch, arguments = _command(script, where)
     flags = FlagReader(parse_flags(arguments), where)
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag):
-            flags.fault(flag, f"{what}: not modelled")
+    flags.refuse(_UNMODELLED)
     model = model_from_flags(flags, Path(path).stem)
     workload, fixed = _workload(flags), _knobs(flags, model)
     notes = [*script.notes, *_assumed(flags)]
-    layerwise = _layerwise(fixed, flags, model)
+    layerwise = _layerwise(fixed)
     devices = degrees(fixed, _devices(script, launch), notes)
     flags.raise_if_any()
     ignored = tuple(flag for flag in flags.unread() if flag not in _IMPLIED)
@@ -341,36 +339,44 @@ def _pipeline(flags: FlagReader, model: Model, pp: int) -> tuple[str, int]:
     chunks = flags.integer("--num-virtual-stages-per-pipeline-rank", 1)
     each = flags.integer("--num-layers-per-virtual-pipeline-stage", None)
     text = flags.text("--pipeline-model-parallel-layout", None)
+    ends = [flags.integer(f"--decoder-{end}-pipeline-num-layers", None) for end in ("first", "last")]
     if text is not None:
-        return _named_layout(flags, text, model, pp)
+        stages = _drawn(flags, text, model, pp)
+        return layout_name(stages), len(stages) // pp
+    if any(ends) and pp > 1:
+        if given or each:
+            flags.fault(
+                "--decoder-first-pipeline-num-layers",
+                f"beside {[*given, 'layers per chunk'][0]}",
+                "one of them",
+            )
+        return layout_name(_of_ends(flags, ends, model, pp, chunks)), chunks
     if each:
         chunks = max((model.n_layers + len(given)) // (pp * each), 1)
-    if any(_ends(flags)) and pp > 1:
-        return _name(flags, _of_ends(flags, model, pp), pp, chunks)
     return name, chunks
 
 
-def _ends(flags: FlagReader) -> list[int | None]:
-    """Layers of the first and of the last stage, where they are given."""
-    return [flags.integer(f"--decoder-{end}-pipeline-num-layers", None) for end in ("first", "last")]
+def _of_ends(flags: FlagReader, ends: Sequence[int | None], model: Model, pp: int, chunks: int) -> list[int]:
+    """Layers per virtual stage with those of the first and of the last device given; all others hold as many as each other."""
+    known = {device: layers for device, layers in zip((0, pp - 1), ends, strict=True) if layers}
+    each, left = divmod(model.n_layers - sum(known.values()), max(pp - len(known), 1))
+    devices = [known.get(device, each) for device in range(pp)]
+    if left or sum(devices) != model.n_layers or each < 0 or any(layers % chunks for layers in devices):
+        flags.fault("pipeline stages", "cannot be dealt", "a whole number of layers on every stage")
+        return [model.n_layers]
+    return [layers // chunks for layers in devices] * chunks
 
 
-def _of_ends(flags: FlagReader, model: Model, pp: int) -> list[int]:
-    """Layers per stage with those of the ends given; none where the others cannot be equal."""
-    ends = _ends(flags)
-    middle, left = divmod(model.n_layers - sum(e or 0 for e in ends), max(pp - sum(bool(e) for e in ends), 1))
-    return [] if left else [ends[0] or middle, *[middle] * (pp - 2), ends[1] or middle]
-
-
-def _sizes(flags: FlagReader, model: Model, pp: int) -> list[int]:
-    """Layers per virtual stage where they have no name."""
-    text = flags.text("--pipeline-model-parallel-layout", None)
-    return _of_ends(flags, model, pp) if text is None else _drawn(text)
-
-
-def _drawn(text: str) -> list[int]:
+def _drawn(flags: FlagReader, text: str, model: Model, pp: int) -> list[int]:
     """Layers (t) between the bars of a layout."""
-    return [part.count("t") for part in _flat(text).split("|")]
+    flat = _flat(text)
+    stages = [part.count("t") for part in flat.split("|")]
+    drawn = flat.startswith("E") and flat.endswith("L") and set(flat) <= set("EtL|")
+    if not drawn or len(stages) % pp or sum(stages) != model.n_layers:
+        expected = f"{model.n_layers} layers (t) on stages of {pp} devices, from E to L"
+        flags.fault("--pipeline-model-parallel-layout", text, expected)
+        return [model.n_layers] * pp
+    return stages
 
 
 def _flat(text: str) -> str:
@@ -383,51 +389,15 @@ def _flat(text: str) -> str:
     return flat
 
 
-def _named_layout(flags: FlagReader, text: str, model: Model, pp: int) -> tuple[str, int]:
-    flat, stages = _flat(text), _drawn(text)
-    if (
-        set(flat) - set("EtL|")
-        or not flat.startswith("E")
-        or not flat.endswith("L")
-        or len(stages) % pp
-        or sum(stages) != model.n_layers
-    ):
-        flags.fault(
-            "--pipeline-model-parallel-layout",
-            text,
-            f"{model.n_layers} layers (t) on stages of {pp} devices, from E to L",
-        )
-        return "even", 1
-    return _name(flags, stages, pp, len(stages) // pp)
+def _layerwise(fixed: dict[str, Any]) -> dict[str, Any] | None:
+    """Choices of every layer where they are recomputed by blocks in stages that differ: the first layers of every virtual stage.
 
-
-def _name(flags: FlagReader, stages: list[int], pp: int, chunks: int) -> tuple[str, int]:
-    """The planner's layout with these stages."""
-    from planner.layout import layouts
-
-    order = ("layer",) * sum(stages)
-    kinds = ("layer", "embedding", "head", "boundary")
-    for layout in layouts(order, kinds, pp, chunks) if stages else ():
-        if layout.counts[:, 0].tolist() == stages:
-            return layout.split, chunks
-    if stages and len(stages) == pp * chunks:
-        return UNEVEN, chunks
-    flags.fault("pipeline stages", "cannot be dealt", "a whole number of layers on every stage")
-    return "even", chunks
-
-
-def _layerwise(fixed: dict[str, Any], flags: FlagReader, model: Model) -> dict[str, Any] | None:
-    """Choices of every layer where the stages have no name, which then say where they are; None where they have one.
-
-    Recomputation by blocks is of the first layers of every virtual stage.
+    None for all other runs; of equal stages, a share of all layers says as much.
     """
-    if fixed["pipeline_layout"] != UNEVEN:
+    stages = stages_named(fixed["pipeline_layout"])
+    if fixed["recompute"] != "block" or not stages:
         return None
-    del fixed["pipeline_layout"]
-    stages = _sizes(flags, model, fixed["pp"])
-    count = fixed.pop("recompute_layers", 0) // fixed["virtual_stages"]
-    if fixed["recompute"] != "block":
-        return layerwise_of(fixed, [{}] * sum(stages), stages, {})
+    count = fixed.pop("recompute_layers") // fixed["virtual_stages"]
     layers = [{"recompute": "full" if n < count else "none"} for size in stages for n in range(size)]
-    fixed["recompute"] = layers[0]["recompute"] if layers else "none"
+    fixed["recompute"] = layers[0]["recompute"]
     return layerwise_of(fixed, layers, stages, {"recompute": "none"})

@@ -12,7 +12,6 @@ import numpy as np
 
 from planner.export.megatron_model import inexpressible
 from planner.export.rules import (
-    ALL_LAYOUTS,
     COMMON,
     distributed_optimizer_instances,
     has_experts,
@@ -121,4 +120,4 @@ def _megatron_recompute(ctx: Context) -> Iterable[Check]:
         yield Check("layers to recompute are counted per virtual stage", whole)
 
 
-LAUNCHER = make_launcher("megatron", CHOICES, _megatron, ALL_LAYOUTS)
+LAUNCHER = make_launcher("megatron", CHOICES, _megatron)

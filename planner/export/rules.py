@@ -18,7 +18,6 @@ from planner.specs.model import Model
 from planner.technique import Check, Context, Launcher, off
 
 __all__ = [
-    "ALL_LAYOUTS",
     "COMMON",
     "distributed_optimizer_instances",
     "has_experts",
@@ -28,8 +27,6 @@ __all__ = [
 
 T = TypeVar("T")
 _MOST_MODELS = 64
-
-ALL_LAYOUTS = frozenset({"even", "short_ends", "short_first", "short_last", "balanced"})
 
 COMMON: Mapping[str, str] = {
     "tensor": "1d", "expert": "folded", "pipeline": "stages", "attention_kernel": "flash eager",
@@ -42,7 +39,7 @@ def make_launcher(
     name: str,
     choices: Mapping[str, str],
     valid: Callable[[Context], Iterable[Check]],
-    layouts: frozenset[str],
+    stages: Callable[[Sequence[int], int], bool] | None = None,
     native: Mapping[str, str] | None = None,
     per_layer: Mapping[str, Sequence[str]] | None = None,
     alike_at_ends: str = "",
@@ -55,7 +52,7 @@ def make_launcher(
         name: as ``--for`` takes it.
         choices: slot → values between spaces; a slot that is left out must be off.
         valid: its rules over rows.
-        layouts: pipeline layouts that it can express.
+        stages: whether it can cut layers into virtual stages of these sizes, of a pipeline of so many devices; None: into any.
         native: slot → values that it works with by itself, so that a search for it tries them unasked.
         per_layer: slot → texts of values that layers of one plan may have side by side.
         alike_at_ends: slots among them, and degrees, in which embedding and head are alike.
@@ -71,7 +68,7 @@ def make_launcher(
         slot: tuple(frozenset(text.split()) for text in texts) for slot, texts in (per_layer or {}).items()
     }
     ends, places = frozenset(alike_at_ends.split()), frozenset(per_place.split())
-    return Launcher(name, allows, valid, layouts, own, mixed, ends, places, tuple(families))
+    return Launcher(name, allows, valid, stages, own, mixed, ends, places, tuple(families))
 
 
 def per_model(find: Callable[[Model], T]) -> Callable[[Model], T]:

@@ -123,4 +123,6 @@ def _flags(target: Target) -> list[str]:
         flags.append("tp-comm-overlap=true")
     if knobs["context"] == "a2a" and target.plan.mesh["cp"] > 1:
         flags.append("cp-comm-type=a2a")
+    if knobs["pipeline_layout"] != "even":
+        flags.append(f"pipeline-layout={knobs['pipeline_layout']}")
     return flags

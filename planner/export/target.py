@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from planner.assignment import UNEVEN
 from planner.errors import ExportError, Problem
 from planner.export.layers import of_ends, ways_of_ends, ways_of_layers
 from planner.mesh import Mesh
@@ -104,9 +103,8 @@ class Target:
             for value in dict.fromkeys(ctx.knobs[slot] for ctx in contexts if slot in ctx.knobs)
             if not launcher.allows(slot, value)
         ]
-        layout = self.knobs.get("pipeline_layout", "even")
-        if ("balanced" if layout == UNEVEN else layout) not in launcher.layouts:
-            problems.append(Problem(where, f"cannot express pipeline_layout={layout}"))
+        if not launcher.takes_stages(self.plan.stages, self.plan.mesh["pp"]):
+            problems.append(Problem(where, f"cannot express pipeline_layout={self.knobs['pipeline_layout']}"))
         problems += [*self.differing(where, launcher), *self.placed(where, launcher)]
         reasons = broken(launcher.valid, contexts)
         families = sorted((broken(rules, contexts) for rules in launcher.families), key=len)

@@ -8,7 +8,7 @@ without a pipeline it is one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -24,12 +24,22 @@ from planner.specs.model import Model
 from planner.specs.models import load_model
 from planner.technique import Check, Context
 
-__all__ = ["CHOICES", "EXPORTER", "LAUNCHER", "RECIPES", "SCHEDULES", "Recipe", "flags", "stages_of"]
+__all__ = [
+    "CHOICES",
+    "EXPORTER",
+    "LAUNCHER",
+    "RECIPES",
+    "SCHEDULES",
+    "Recipe",
+    "fewer_at_ends",
+    "flags",
+    "stages_of",
+]
 
 CHOICES: Mapping[str, str] = {
     **COMMON,
     "attention_kernel": "flash",
-    "precision": "bf16 fp32",
+    "precision": "bf16 fp32 fp8_rowwise",
     "elementwise_kernel": "fused eager",
     "loss_kernel": "fused linear_fused log_softmax",
     "gradient_accumulation": "fused separate",
@@ -50,7 +60,10 @@ RECOMPUTE: Mapping[str, str] = {"none": "none", "full": "full", "per_op": "selec
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe of torchtitan, and what it sets unless a flag says otherwise."""
+    """A recipe of torchtitan, and what it sets unless a flag says otherwise.
+
+    ``converts`` is the precision to which it converts linear layers, which no flag undoes.
+    """
 
     module: str
     config: str
@@ -61,11 +74,26 @@ class Recipe:
     tp: int = 1
     ep: int = 1
     schedule: str = "1F1B"
+    compiled: bool = False
+    async_tp: bool = False
+    converts: str = ""
 
 
 RECIPES = (
     Recipe("llama3", "llama3_8b", "llama3.1-8b", 1, 8192, "selective"),
     Recipe("llama3", "llama3_70b", "llama3.1-70b", 8, 8192, "full", tp=8),
+    Recipe(
+        "llama3",
+        "llama3_405b",
+        "llama3.1-405b",
+        2,
+        8192,
+        "full",
+        tp=8,
+        compiled=True,
+        async_tp=True,
+        converts="fp8_rowwise",
+    ),
     Recipe(
         "deepseek_v3",
         "deepseek_v3_671b",
@@ -84,7 +112,7 @@ RECIPES = (
     Recipe("gpt_oss", "gpt_oss_20b", "gpt-oss-20b", 1, 8192, "full"),
     Recipe("gpt_oss", "gpt_oss_120b", "gpt-oss-120b", 1, 8192, "full"),
 )
-"""Recipes whose model is a shipped one; that of Llama 3.1 405B converts its weights to fp8, which no flag undoes."""
+"""Recipes whose model is a shipped one."""
 
 
 @cache
@@ -116,13 +144,31 @@ def stages_of(layers: int, stages: int, first_less: int, last_less: int) -> list
     return counts
 
 
-def _ends(target: Target) -> tuple[int, int] | None:
-    """Layers fewer on the first and on the last stage that give the plan's stages; None where none do."""
-    stages = list(target.plan.stages)
-    for ends in ((0, 0), (1, 1), (1, 0), (0, 1)):
-        if stages_of(sum(stages), len(stages), *ends) == stages:
-            return ends
-    return None
+def fewer_at_ends(stages: Sequence[int]) -> tuple[int, int] | None:
+    """Layers fewer on the first and on the last stage with which :func:`stages_of` deals these stages; None where it cannot.
+
+    >>> fewer_at_ends([8, 9, 8, 7]), fewer_at_ends([20, 20, 21, 20])
+    ((1, 1), None)
+    """
+    middle = stages[1:-1] or (max(stages),)
+    each = min(middle)
+    first, last = max(each + (max(middle) > each) - stages[0], 0), each - stages[-1]
+    if not 0 <= last <= each >= first:
+        return None
+    return (first, last) if stages_of(sum(stages), len(stages), first, last) == list(stages) else None
+
+
+def _per_stage(stages: Sequence[int], ends: tuple[int, int]) -> int | None:
+    """Layers per stage from which as many stages follow; None where no number does."""
+    dealt = sum(stages) + sum(ends)
+    each = ceil(dealt / len(stages))
+    return each if ceil(dealt / each) == len(stages) else None
+
+
+def _deals(stages: Sequence[int], pp: int) -> bool:
+    """Whether flags cut layers into these stages: one or two of a rank are what schedules bring by themselves."""
+    ends = fewer_at_ends(stages)
+    return ends is not None and (len(stages) in (pp, 2 * pp) or _per_stage(stages, ends) is not None)
 
 
 def _valid(ctx: Context) -> Iterable[Check]:
@@ -130,6 +176,9 @@ def _valid(ctx: Context) -> Iterable[Check]:
     recipe = recipe_of(ctx.model)
     known = ", ".join(r.config for r in RECIPES)
     yield Check(f"no recipe for this model; there are {known}", recipe is not None)
+    converts = recipe.converts if recipe is not None else ""
+    whole = ctx.knobs["precision"] == converts if converts else ctx.knobs["precision"] in ("bf16", "fp32")
+    yield Check("linear layers are multiplied in fp8 by recipes that convert them, and by no flag", whole)
     yield replication_rule(ctx)
     divisor = np.where(mesh.tp > 1, mesh.tp, 1) * np.where(mesh.cp > 1, 2 * mesh.cp, 1)
     yield Check("sequence length not divisible by tp and 2·cp", np.mod(ctx.workload.seq_len, divisor) == 0)
@@ -158,6 +207,12 @@ def _valid(ctx: Context) -> Iterable[Check]:
             np.mod(ctx.micro_batches, rounds) == 0,
         )
     yield Check("gradients are reduced in fp32 (mixed_precision_reduce)", ctx.gradient_dtype == "fp32")
+    yield from _valid_states(ctx)
+
+
+def _valid_states(ctx: Context) -> Iterable[Check]:
+    """What is compiled, offloaded and sharded beside what."""
+    mesh, knobs = ctx.mesh, ctx.knobs
     compiled = knobs.get("elementwise_kernel", "fused") == "fused"
     if knobs.get("tensor_overlap") == "chunked":
         yield Check("overlapped tensor parallelism needs compiled models (fused kernels)", compiled)
@@ -188,7 +243,7 @@ LAUNCHER = make_launcher(
     "torchtitan",
     CHOICES,
     _valid,
-    frozenset({"even", "short_ends", "short_first", "short_last"}),
+    _deals,
     native={"zero_stage": "fsdp"},
 )
 
@@ -206,7 +261,7 @@ def flags(target: Target) -> list[str]:
         f"--training.local-batch-size {micro_batch * (plan.micro_batches if pipelined else 1)}",
         f"--training.global-batch-size {target.workload.global_batch_size}",
         f"--training.seq-len {target.workload.seq_len}",
-        f"--training.mixed-precision-param {'bfloat16' if knobs['precision'] == 'bf16' else 'float32'}",
+        f"--training.mixed-precision-param {'float32' if knobs['precision'] == 'fp32' else 'bfloat16'}",
         "--training.disable-cuda-graphs",
         f"--parallelism.data-parallel-replicate-degree {sizes['dp_replicate']}",
         f"--parallelism.data-parallel-shard-degree {sizes['dp_shard']}",
@@ -227,13 +282,13 @@ def flags(target: Target) -> list[str]:
 
 def _pipeline(target: Target, micro_batch: int) -> list[str]:
     plan = target.plan
-    ends = _ends(target)
+    ends = fewer_at_ends(plan.stages)
     assert ends is not None
-    per_stage = ceil((sum(plan.stages) + sum(ends)) / len(plan.stages))
+    per_stage = _per_stage(plan.stages, ends)
     return [
         f"--parallelism.pipeline-parallel-schedule {SCHEDULES[target.knobs['schedule']]}",
         f"--parallelism.pipeline-parallel-microbatch-size {micro_batch}",
-        f"--parallelism.pipeline-parallel-layers-per-stage {per_stage}",
+        *([f"--parallelism.pipeline-parallel-layers-per-stage {per_stage}"] if per_stage else ()),
         f"--parallelism.pipeline-parallel-first-stage-less-layers {ends[0]}",
         f"--parallelism.pipeline-parallel-last-stage-less-layers {ends[1]}",
     ]

@@ -15,6 +15,7 @@ from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
 from planner.export.shell import Script, read_script
 from planner.export.torchtitan import RECIPES, RECOMPUTE, SCHEDULES, Recipe, stages_of
+from planner.layout import layout_name
 from planner.specs.models import load_model
 
 __all__ = ["read_torchtitan"]
@@ -43,9 +44,7 @@ def read_torchtitan(path: str | Path) -> LaunchedRun:
     recompute_words = [word for word in words if word.startswith(_AC)]
     flags = FlagReader(_normal(parse_flags([word for word in words if not word.startswith(_AC)])), where)
     recipe = _recipe(flags, script)
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag):
-            flags.fault(flag, f"{what}: not modelled")
+    flags.refuse(_UNMODELLED)
     notes = [
         *script.notes,
         f"What no flag sets is as in the recipe {recipe.config}; its loss runs in chunks of the sequence.",
@@ -126,11 +125,14 @@ def _knobs(
     chosen = recompute_words[-1].removeprefix(_AC) if recompute_words else recipe.recompute
     if chosen not in words:
         flags.fault(_AC, f"{chosen}: not modelled", f"one of {', '.join(words)}")
-    compiled = _switch(flags, "compile.enable", False)
+    compiled = _switch(flags, "compile.enable", recipe.compiled)
+    overlaps = _switch(flags, "compile.enable-async-tensor-parallel", recipe.async_tp)
     flags.read.add("--compile.components")
     offload = "cpu" if _switch(flags, "training.enable-cpu-offload", False) else "none"
     dtype = flags.choice(
-        "--training.mixed-precision-param", "bfloat16", {"bfloat16": "bf16", "float32": "fp32"}
+        "--training.mixed-precision-param",
+        "bfloat16",
+        {"bfloat16": recipe.converts or "bf16", "float32": "fp32"},
     )
     schedule = (
         flags.choice(f"{section}pipeline-parallel-schedule", recipe.schedule, _OWN) if pp > 1 else "1f1b"
@@ -139,7 +141,7 @@ def _knobs(
     fixed: dict[str, Any] = {
         "tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": 1 if ep > 1 else tp, "context": "all_gather" if cp > 1 else "p2p",
         "sequence_parallel": "true" if _switch(flags, "parallelism.enable-sequence-parallel", True) and tp > 1 else "false",
-        "tensor_overlap": "chunked" if _switch(flags, "compile.enable-async-tensor-parallel", False) and tp > 1 else "none",
+        "tensor_overlap": "chunked" if overlaps and tp > 1 else "none",
         "zero_stage": _stage(flags, pp), "zero_group": "full", "recompute": words.get(chosen, "none"),
         "elementwise_kernel": "fused" if compiled else "eager", "optimizer_offload": offload, "parameter_offload": offload,
         "precision": dtype, "gradient_dtype": "fp32", "optimizer": "adamw", "schedule": schedule, "attention_kernel": "flash",
@@ -187,29 +189,26 @@ def _batches(
 
 
 def _stages(flags: FlagReader, fixed: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Virtual stages and the name of their layout."""
+    """Virtual stages and their layout."""
     section = "--parallelism.pipeline-parallel-"
     per_stage = flags.integer(f"{section}layers-per-stage", None)
-    ends = tuple(flags.integer(f"{section}{end}-stage-less-layers", 1) for end in ("first", "last"))
-    pp = fixed["pp"]
+    first, last = (flags.integer(f"{section}{end}-stage-less-layers", 1) for end in ("first", "last"))
+    pp, looped = fixed["pp"], fixed["schedule"] == "interleaved"
     if pp == 1:
         return {"virtual_stages": 1, "pipeline_layout": "even"}
-    stages = (
-        -(-(layers + sum(ends)) // per_stage)
-        if per_stage
-        else pp * (2 if fixed["schedule"] == "interleaved" else 1)
-    )
-    names = {(0, 0): "even", (1, 1): "short_ends", (1, 0): "short_first", (0, 1): "short_last"}
-    dealt = stages_of(layers, stages, *ends) if stages % pp == 0 else []
-    if ends not in names or not dealt or (layers + sum(ends)) % stages:
-        found = f"{layers} layers on {stages} stages, {ends[0]} and {ends[1]} fewer on the ends"
-        flags.fault(
-            f"{section}layers-per-stage",
-            f"{found}: not modelled",
-            "equal stages, but for one layer less on an end",
-        )
-        return {"virtual_stages": 1, "pipeline_layout": "even"}
-    return {"virtual_stages": stages // pp, "pipeline_layout": names[ends]}
+    stages = pp * (2 if looped else 1)
+    if per_stage is not None:
+        stages = -(-(layers + first + last) // max(per_stage, 1))
+    found = f"{stages} stages of {layers} layers, {first} and {last} fewer on the ends"
+    if stages % pp or (stages > pp) != looped:
+        expected = f"{'several stages' if looped else 'one stage'} for each of {pp} ranks"
+        flags.fault(f"{section}layers-per-stage", found, expected)
+    elif not 0 <= min(first, last) <= max(first, last, 1) <= (layers + first + last) // stages:
+        flags.fault(f"{section}first-stage-less-layers", found, "ends that have as many layers to lack")
+    else:
+        dealt = layout_name(stages_of(layers, stages, first, last))
+        return {"virtual_stages": stages // pp, "pipeline_layout": dealt}
+    return {"virtual_stages": 1, "pipeline_layout": "even"}
 
 
 def _devices(script: Script, launch: list[str]) -> int | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from planner.plan import Estimate, Plan
+from planner.specs.problem import MAX_OOM_RISK
 from planner.uncertainty.nearest import nearby
 from planner.uncertainty.residuals import load_residuals
 from planner.uncertainty.ties import ties_with_first
@@ -21,7 +21,6 @@ TIE = "~"
 """Stands before the distance of a plan whose place behind the first one is noise."""
 
 _NOTABLE_CHANCE = 0.01
-_RISKY = 0.1  # a chance of running out of memory that is said together with what to do about it
 _EVEN = 0.02  # sides of an interval that differ by less are printed as one
 
 
@@ -75,11 +74,10 @@ def confidence(plans: Sequence[Plan], problem: Problem) -> list[str]:
         "buffers, fragmentation and the framework's own",
     ]
     chance = first.estimate.oom_probability or 0.0
-    if chance >= _RISKY:
-        _, high = relative_interval(first.estimate, "peak") or (0.0, 0.0)
+    if chance > MAX_OOM_RISK:
         told.append(
-            f"{'plan 1' if len(plans) > 1 else 'it'} may run out of memory ({format_chance(chance)}): --reserve "
-            f"{math.ceil(100.0 * high / (1.0 + high))}% asks for plans that do not in nine of ten"
+            f"{'plan 1' if len(plans) > 1 else 'it'} may run out of memory ({format_chance(chance)}): --max-oom-risk "
+            f"{MAX_OOM_RISK:.0%}, as searches have it by default, asks for plans that do not in nine of ten, where there are any"
         )
     ties = set(ties_with_first(plans))
     numbers = [str(number) for number, plan in enumerate(plans, 1) if plan.id in ties]

@@ -74,8 +74,11 @@ def compile_order(order: Order) -> Program:
     builder = _Builder(order, graph, pos)
     rounds: list[tuple[Ints, Ints]] = []
     seen: dict[tuple[bytes, int], tuple[int, Ints]] = {}
-    row = np.arange(p) * n
-    while (pos < n).any():
+    # After its last operation a device waits for ever.
+    sender = np.pad(graph.sender, ((0, 0), (0, 1))).ravel()
+    sent = np.pad(graph.sent, ((0, 0), (0, 1)), constant_values=n).ravel()
+    row = np.arange(p) * (n + 1)
+    while True:
         cut = ((pos - pos[-1]).tobytes(), int(pos[-1]) % max(order.period_ops, 1))
         if order.period_ops and cut in seen:
             at, start = seen[cut]
@@ -89,13 +92,15 @@ def compile_order(order: Order) -> Program:
                 rounds, seen = [], {}
                 continue
         seen[cut] = (len(rounds), pos)
-        following = row + np.minimum(pos, n - 1)
-        ready = (pos < n) & (pos[graph.sender.ravel()[following]] > graph.sent.ravel()[following])
-        active = np.flatnonzero(ready)
+        following = row + pos
+        ready = pos[sender[following]] > sent[following]
+        (active,) = ready.nonzero()
         if not len(active):
-            raise ValueError(f"order {order.schedule} deadlocks for {order.shape}")
+            break
         rounds.append((active, pos[active]))
         pos = pos + ready
+    if (pos < n).any():
+        raise ValueError(f"order {order.schedule} deadlocks for {order.shape}")
     builder.add(rounds, pos)
     return Program(tuple(builder.segments), builder.first_op, _opcode(order)[:, 0])
 

@@ -64,6 +64,12 @@ class Candidates:
         """Devices of a replica."""
         return size_of(self.rows)
 
+    def take(self, index: NDArray[np.intp]) -> Candidates:
+        """Some rows."""
+        return Candidates(
+            self.recipe, self.rows[index], self.chunks[index], self.capacity.take(index), self.most[index]
+        )
+
 
 def iterations_of(problem: ServeProblem, recipe: Mapping[str, str], mesh: Mesh, pricer: Pricer) -> Iterations:
     """The iterations of a recipe on meshes."""
@@ -84,11 +90,14 @@ def candidates(
     """Valid rows of a recipe whose weights fit; None where there is none. The others are counted with their reason."""
     meshes = np.repeat(space.meshes, len(space.chunks), axis=0)
     chunks = np.tile(np.array(space.chunks, dtype=np.float64), len(space.meshes))
-    account.candidates += len(meshes)
     ctx = ServingContext(
         problem.model, problem.cluster, problem.traffic, problem.stack, mesh_of(meshes), recipe
     )
     alive = np.ones(len(meshes), dtype=bool)
+    for technique in serving_choices(recipe):  # where a choice does nothing, another recipe is the same
+        if technique.active is not None and technique.slot not in space.fixed:
+            alive &= technique.active(ctx)
+    account.candidates += int(alive.sum())
     for reason, ok in _rules(problem, space.role, ctx):
         broken = alive & ~np.broadcast_to(ok, alive.shape)
         if broken.any():
@@ -116,12 +125,7 @@ def candidates(
         )
     if not fits.any():
         return None
-    index = np.flatnonzero(fits)
-    kept = Capacity(
-        held.weights_bytes[index], held.activation_bytes[index], held.reserved_bytes, held.cache_bytes[index],
-        held.sequences[index], held.tokens[index], held.request_bytes[index],
-    )  # fmt: skip
-    return Candidates(recipe, meshes[index], chunks[index], kept, kept.sequences)
+    return Candidates(recipe, meshes, chunks, held, held.sequences).take(np.flatnonzero(fits))
 
 
 def _rules(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.costs.kv_cache import iteration_activation_bytes
 from planner.iteration import Footprint, Iterations
@@ -32,6 +33,11 @@ class Capacity:
     sequences: Array
     tokens: Array
     request_bytes: Array
+
+    def take(self, index: NDArray[np.intp]) -> Capacity:
+        """Some rows."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[index] for name, value in columns.items() if np.ndim(value)})
 
 
 def capacity(

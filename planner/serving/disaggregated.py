@@ -23,7 +23,7 @@ from planner.engine import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account
 from planner.serving.front import Curve
-from planner.serving.numbers import Asked, numbers_of
+from planner.serving.numbers import Asked, Replicas, numbers_of
 from planner.serving.pair_loads import HIGHEST_LOAD, Matched, Pairs, best_loads, prompt_rate
 from planner.serving.percentiles import Latencies
 from planner.serving.pools import Decode, Prefill, decode_kinds, prefill_kinds, transfer_s
@@ -207,7 +207,8 @@ def _curve(problem: ServeProblem, p: Prefill, d: Decode, prompt_rate: Array) -> 
     answers = (d.loads / ((traffic.osl - 1.0) * d.steps_s)).reshape(-1)
     left, right = np.full_like(rate, p.kind.size[best]), np.tile(d.kind.size, len(d.loads))
     room = (rate > 0.0) & (left + right <= devices)
-    x, y = numbers_of(problem, np.where(room, rate, 1.0), answers, left, np.where(room, right, 1.0))
+    rates, sizes = (np.where(room, rate, 1.0), answers), (left, np.where(room, right, 1.0))
+    x, y = numbers_of(problem, Replicas(rates, sizes))
     answered = np.minimum(x * rate, y * answers)
     per_device = np.where(room, answered * traffic.osl / np.maximum(x * left + y * right, 1.0), 0.0)
     rows = np.stack(
@@ -258,5 +259,7 @@ def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
         return str(d.binding[j])
     if best.answered[k] * pairs.cycle_s(best.tpot_s)[k] >= (traffic.concurrency or np.inf) * (1.0 - 1e-9):
         return "concurrency"
-    rest_s = np.inf if traffic.e2e_s is None else traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
+    if traffic.e2e_s is None:  # a sequence more, and clients would send fewer prompts than it answers
+        return "concurrency" if slower else "ttft"
+    rest_s = traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
     return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

@@ -2,6 +2,8 @@
 
 An integer program: whole replicas, and between every two kinds the rate of requests that one hands to the other. A prefill
 replica spends a fraction of its time on each request, a decode replica likewise; replicas of a cluster share its devices.
+Of the flows that whole replicas carry, the one that leaves the busiest of either role most time is taken, so that given replicas
+are fed as those that were found.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ __all__ = ["Fleet", "Numbers", "match"]
 
 _SAME = 1.0 - 1e-9
 _RATIOS = 20
+_NOTHING = 1e-6  # of all requests: a flow that solvers' tolerances leave
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,11 +66,12 @@ def match(
     *,
     thrifty: bool = False,
     counts: tuple[Array, Array] | None = None,
+    spare: float = 1.0,
 ) -> Numbers | None:
     """The numbers that answer most at the least cost for it, a wanted rate at the least cost, or most per cost.
 
     None where a wanted rate is more than the devices answer, or nothing is answered at all. With ``counts`` the replicas are
-    given, and only who feeds whom is found.
+    given, and only who feeds whom is found. Replicas for a wanted rate answer ``spare`` times as much.
 
     >>> one = np.ones(1)
     >>> fleet = Fleet([4], 1 * one, 0 * one, one, 1 * one, 0 * one, one, 3 * np.ones((1, 1)), 1 * one)
@@ -75,18 +79,46 @@ def match(
     >>> found.left.tolist(), found.right.tolist(), round(found.rate_per_s, 6)
     ([1.0], [3.0], 3.0)
     """
+    found = _replicas(fleet, None if wanted_per_s is None else wanted_per_s * spare, thrifty, counts)
+    if found is None or found.rate_per_s <= _SAME * (wanted_per_s or 0.0):
+        return None
+    return _spread(fleet, found, wanted_per_s or found.rate_per_s)
+
+
+def _replicas(
+    fleet: Fleet, wanted_per_s: float | None, thrifty: bool, counts: tuple[Array, Array] | None
+) -> Numbers | None:
+    """The numbers of replicas, with some flow that they carry."""
     if counts is not None:
-        found = _solved(fleet, per_cost=0.0, at_least=0.0, counts=counts)
-        return None if found is None or found.rate_per_s <= 0.0 else Numbers(*counts, found.flow)
+        return _solved(fleet, per_cost=0.0, at_least=0.0, counts=counts)
     if wanted_per_s is not None:
-        enough = _solved(fleet, per_cost=None, at_least=wanted_per_s)
-        return enough and replace(enough, flow=enough.flow * (wanted_per_s / enough.rate_per_s))
+        return _solved(fleet, per_cost=None, at_least=wanted_per_s)
     most = _solved(fleet, per_cost=0.0, at_least=0.0)
     if most is None or most.rate_per_s <= 0.0:
         return None
     if thrifty:
         return _most_per_cost(fleet, most)
     return _solved(fleet, per_cost=None, at_least=_SAME * most.rate_per_s) or most
+
+
+def _spread(fleet: Fleet, numbers: Numbers, rate_per_s: float) -> Numbers:
+    """A rate over given replicas such that the busiest of either role have least to do, both roles alike."""
+    i, j = np.nonzero((fleet.prompts > 0.0) & (numbers.left[:, None] > 0.5) & (numbers.right > 0.5))
+    program = Program()
+    busy = program.variables(np.ones(2), upper=2.0)  # at most 1, and tolerances
+    flow = program.variables(np.zeros(len(i)), upper=rate_per_s)
+    times = (1.0 / (fleet.prompts[i, j] * numbers.left[i])), 1.0 / (fleet.answers[j] * numbers.right[j])
+    for role, (index, time) in enumerate(zip((i, j), times, strict=True)):
+        for k in np.unique(index):
+            own = np.flatnonzero(index == k)
+            program.constrain([[*flow[own], busy[role]]], [[*time[own], -1.0]], high=0.0)
+    program.constrain([flow], [np.ones(len(i))], low=rate_per_s * _SAME)
+    found = solve(program)
+    assert found.found
+    flows = np.where(found.values[flow] > _NOTHING * rate_per_s, found.values[flow], 0.0)
+    rates = np.zeros_like(fleet.prompts)
+    rates[i, j] = flows * (rate_per_s / flows.sum())
+    return replace(numbers, flow=rates)
 
 
 def _most_per_cost(fleet: Fleet, start: Numbers) -> Numbers:

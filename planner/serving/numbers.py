@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from planner.ledger import Array
 from planner.serving.launcher import nodes_taken
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["Asked", "numbers_of", "seated_numbers"]
+__all__ = ["Asked", "Replicas", "numbers_of", "seated_numbers"]
 
 Asked = tuple[int | None, int | None]
 """Replicas of either pool that a user fixes."""
@@ -16,24 +18,34 @@ Asked = tuple[int | None, int | None]
 _BISECTIONS = 40
 
 
-def numbers_of(
-    problem: ServeProblem,
-    prompts: Array,
-    answers: Array,
-    left: Array,
-    right: Array,
-    asked: Asked = (None, None),
-    most: Array | float = np.inf,
-) -> tuple[Array, Array]:
-    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most, up to ``most``.
+@dataclass(frozen=True, slots=True, eq=False)
+class Replicas:
+    """One replica of either pool, prefill first, pair by pair.
+
+    Attributes:
+        rates: requests per second.
+        sizes: devices.
+        asked: numbers of replicas that stay.
+        most: requests per second beyond which there are none to answer.
+    """
+
+    rates: tuple[Array, Array]
+    sizes: tuple[Array, Array]
+    asked: Asked = (None, None)
+    most: Array | float = np.inf
+
+
+def numbers_of(problem: ServeProblem, pools: Replicas) -> tuple[Array, Array]:
+    """Replicas of both pools per pair: the fewest for a given rate, or those that carry most.
 
     With ``y`` decode replicas, the devices that are left hold ``x(y)`` prefill replicas. ``y·answers`` grows and
-    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next. Numbers that are
-    ``asked`` for stay; where there is no room for the other pool, there are 0 prefill replicas.
+    ``x(y)·prompts`` falls, so the best is the last ``y`` at which decode is the slower pool, or the next. Where there is no room
+    for the other pool, there are 0 prefill replicas.
     """
     devices, wanted = problem.cluster.devices, problem.traffic.rate_per_s
     if wanted is None and not problem.machines_count:
-        return _thriftiest(devices, prompts, answers, left, right, asked, most)
+        return _thriftiest(devices, pools)
+    (prompts, answers), (left, right), asked = pools.rates, pools.sizes, pools.asked
     if wanted is not None:
         x, y = (
             np.ceil(wanted / rate - 1e-9) if count is None else np.full_like(rate, float(count))
@@ -60,15 +72,14 @@ def numbers_of(
     return np.minimum(beside(y), needed), y
 
 
-def seated_numbers(
-    problem: ServeProblem, x: Array, y: Array, sizes: tuple[Array, Array], rates: tuple[Array, Array]
-) -> tuple[Array, Array]:
+def seated_numbers(problem: ServeProblem, pools: Replicas, x: Array, y: Array) -> tuple[Array, Array]:
     """Numbers of replicas that an engine finds nodes for: one fewer of the pool that is missed less, until they stand.
 
     Sizes that divide a node always do.
     """
     per_node = float(problem.cluster.groups[0].devices_per_node)
     nodes = sum(group.nodes for group in problem.cluster.groups)
+    rates, sizes = pools.rates, pools.sizes
     if problem.launcher is None or not any(np.any((s < per_node) & (per_node % s > 0.0)) for s in sizes):
         return x, y
     while True:
@@ -81,23 +92,16 @@ def seated_numbers(
         x, y = x - (short & fewer), y - (short & ~fewer)
 
 
-def _thriftiest(
-    devices: int,
-    prompts: Array,
-    answers: Array,
-    left: Array,
-    right: Array,
-    asked: Asked = (None, None),
-    most: Array | float = np.inf,
-) -> tuple[Array, Array]:
-    """Replicas of both pools per pair that answer most per device, up to ``most``, by trying every number of decode replicas.
+def _thriftiest(devices: int, pools: Replicas) -> tuple[Array, Array]:
+    """Replicas of both pools per pair that answer most per device, by trying every number of decode replicas.
 
     Beside each, the prefill replicas that keep it busy, or one fewer, or all that there is room for.
     """
+    (prompts, answers), (left, right), asked = pools.rates, pools.sizes, pools.asked
     best, x, y = np.zeros_like(left), np.zeros_like(left), np.ones_like(left)
     last = int(np.max((devices - left) / right))
     for count in range(1, last + 1) if asked[1] is None else (asked[1],):
-        answered = np.minimum(count * answers, most)
+        answered = np.minimum(count * answers, pools.most)
         needed, room = answered / prompts, np.floor((devices - count * right) / left)
         for whole in (np.ceil(needed - 1e-9), np.floor(needed)):
             beside = np.minimum(whole, room) if asked[0] is None else np.full_like(room, float(asked[0]))

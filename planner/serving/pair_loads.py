@@ -1,11 +1,12 @@
 """Prefill beside decode replicas, and the load of both at which they answer most.
 
-A limit of whole answers couples the pools: what generation takes of it at its load, prompts cannot wait. Each number of sequences
-of a decode replica is therefore a choice of its own, beside which prefill replicas take the highest load that the rest of the
-limit allows. Time between tokens grows with the load, so that between two loads no prefill replica does more than at the lower,
-no decode replica more than the higher load's sequences at the lower one's pace, and no replicas answer more per device than
-their devices shared in proportion would. What these bounds leave above the best that is known for its sizes of replicas is
-halved, down to the request.
+A limit of whole answers couples the pools: what generation takes of it at its load, prompts cannot wait. So do clients that
+replace every answer: the longer generation takes, the fewer prompts they send. Each number of sequences of a decode replica is
+therefore a choice of its own, beside which prefill replicas take the highest load that the rest of the limit allows. Time
+between tokens grows with the load, so that between two loads no prefill replica does more than at the lower, no decode replica
+more than the higher load's sequences at the lower one's pace, and no replicas answer more per device than their devices shared
+in proportion would. What these bounds leave above the best that is known for its sizes of replicas is halved, down to the
+request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from planner.costs.serving import queue_load
 from planner.ledger import Array
-from planner.serving.numbers import Asked, numbers_of, seated_numbers
+from planner.serving.numbers import Asked, Replicas, numbers_of, seated_numbers
 from planner.serving.pools import Decode, Index, Prefill
 from planner.specs.serve_problem import ServeProblem
 
@@ -91,9 +92,10 @@ class Pairs:
         able = (prompts > 0.0) & (answers > 0.0)
         rates = np.where(able, prompts, 1.0), np.where(able, answers, 1.0)
         clients = np.inf if traffic.concurrency is None else traffic.concurrency / self.cycle_s(tpot_s)
-        x, y = numbers_of(problem, *rates, *sizes, self.asked, clients) if len(able) else rates
+        pools = Replicas(rates, sizes, self.asked, clients)
+        x, y = numbers_of(problem, pools) if len(able) else rates
         if seated:
-            x, y = seated_numbers(problem, x, y, sizes, rates)
+            x, y = seated_numbers(problem, pools, x, y)
         answered = np.minimum(np.minimum(x * rates[0], y * rates[1]), clients)
         answered = np.where(able & (x > 0.0), answered, 0.0)
         if traffic.rate_per_s is not None:
@@ -137,10 +139,10 @@ class Matched:
 def best_loads(pairs: Pairs) -> tuple[Matched, NDArray[np.bool_]]:
     """Every pair at its best load, and which pairs a bound excludes: others of the same sizes answer as much.
 
-    Without a limit of whole answers the highest load of the decode replicas is the best; with one, see the module's text.
+    The highest load of the decode replicas is the best where nothing couples the pools; where something does, see above.
     """
-    d, every = pairs.d, np.arange(len(pairs.i))
-    if pairs.problem.traffic.e2e_s is None or not len(every):
+    d, every, traffic = pairs.d, np.arange(len(pairs.i)), pairs.problem.traffic
+    if (traffic.e2e_s is None and traffic.concurrency is None) or not len(every):
         return pairs.at(d.in_flight[pairs.j], d.tpot_s[pairs.j]), np.zeros(len(every), dtype=bool)
     search = _Search.of(pairs)
     search.grid()

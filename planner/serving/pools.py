@@ -99,9 +99,15 @@ def _prefill(
     kind = candidates(problem, space, recipe, pricer, account, traffic_osl=1.0)
     if kind is None:
         return None
-    traffic, mesh = problem.traffic, mesh_of(kind.rows)
+    traffic = problem.traffic
+    together = np.maximum(np.floor(kind.chunks / traffic.computed_isl), 1.0)
+    if np.all(together > 1.0):  # at a light load prompts run alone, whatever the budget
+        alone = np.flatnonzero(kind.chunks == kind.chunks.min())
+        kind = kind.take(np.concatenate([np.arange(len(together)), alone]))
+        together = np.concatenate([together, np.ones(len(alone))])
+    mesh = mesh_of(kind.rows)
     iterations = iterations_of(problem, recipe, mesh, pricer)
-    prompts = np.maximum(np.floor(kind.chunks / traffic.computed_isl), 1.0) * mesh.dp
+    prompts = together * mesh.dp
     zero = np.zeros_like(prompts)
     # Short prompts share an iteration, long ones are cut into several.
     tokens = prompts * traffic.computed_isl

@@ -125,7 +125,6 @@ class Jobs:
     states: Index
     rows: Index
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
-    layers: Array | None = None  # layers recomputed by each job; None: as few as fit
 
     def layout_of(self, index: int) -> Layout:
         """The layout of one job."""
@@ -136,13 +135,5 @@ class Jobs:
         """Some of the jobs."""
         return replace(
             self, layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
-            rows=self.rows[index], width=self.width[index], layers=None if self.layers is None else self.layers[index],
+            rows=self.rows[index], width=self.width[index],
         )  # fmt: skip
-
-    def with_every_count(self, fewest: NDArray[np.int64]) -> Jobs:
-        """Every job with so many recomputed layers, and one more, and so on, as far as there are candidates behind it."""
-        counts = self.width - fewest + 1
-        each = self.take(np.repeat(np.arange(len(self.rows)), counts))
-        first = np.repeat(np.cumsum(counts) - counts - fewest, counts)
-        layers = np.arange(len(first)) - first
-        return replace(each, width=np.ones(len(first), dtype=np.int64), layers=layers.astype(np.float64))

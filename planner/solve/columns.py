@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,11 +14,14 @@ from planner.ledger import Array
 from planner.solve.branches import Branches
 from planner.solve.candidates import Jobs
 from planner.solve.space import Choice
-from planner.solve.tables import BranchTables
+from planner.solve.tables import ASPECTS, BranchTables
 
 __all__ = ["Columns", "editor_of"]
 
 Index = NDArray[np.intp]
+
+_MOST = 5  # summands of a branch: its state, two swaps, recompute, and a schedule that edits the ledger
+_NONE = -1  # instead of a summand
 
 
 class Columns:
@@ -35,8 +38,8 @@ class Columns:
         self.kinds = tables[0].kinds
         self.starts = np.cumsum([0, *map(len, tables)])
         self.prefix_of = np.repeat(np.arange(len(tables)), np.diff(self.starts))
-        self._of_states = np.zeros(0)
-        self._known: set[tuple[int, int]] = set()
+        self._pools = {aspect: _Pool(len(aspect) * len(self.kinds)) for aspect in ASPECTS[COMPACT]}
+        self._places: dict[tuple[int, str, tuple[str, ...], bool], dict[int, tuple[int, ...]]] = {}
 
     def times(self, state: int) -> BlockTable:
         """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
@@ -51,44 +54,79 @@ class Columns:
 
     def of(self, jobs: Jobs, fields: tuple[str, ...] = COMPACT) -> BlockTable:
         """The jobs' columns: those of their states, plus what recompute and swaps change, and what the schedule adds."""
-        editor = editor_of(jobs.schedule)
-        if editor is None and all(self.branches.idle(r, jobs.swap) for r in distinct(jobs.recomputes)):
-            first = COMPACT.index(fields[0])
-            columns = self._plain(jobs.states, jobs.rows)[:, first : first + len(fields)]
-        else:
-            columns = np.empty((len(jobs.rows), len(fields), len(self.kinds)))
-            for at, tables, rows, (state, recompute) in self._by_branch(jobs):
-                columns[at] = tables.of_branch(state, recompute, jobs.swap, rows, editor, fields)
-        return BlockTable(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)), fields)
+        return self._added_up(jobs, fields, floor=False)[0]
 
     def floors(self, jobs: Jobs) -> tuple[BlockTable, NDArray[np.bool_]]:
         """Times that the jobs are not faster than, whose schedule edits nothing, and whether they are their own."""
-        columns = np.empty((len(jobs.rows), len(TIMES), len(self.kinds)))
-        own = np.empty(len(jobs.rows), dtype=bool)
-        for at, tables, rows, (state, recompute) in self._by_branch(jobs):
-            columns[at], own[at] = tables.floor_of_branch(state, recompute, jobs.swap, rows)
-        return BlockTable(self.kinds, np.ascontiguousarray(columns.transpose(1, 2, 0)), TIMES), own
+        return self._added_up(jobs, TIMES, floor=True)
 
-    def _by_branch(self, jobs: Jobs) -> Iterator[tuple[Index, BranchTables, Index, tuple[int, int]]]:
-        """The jobs of each prefix, state and recompute choice: which, and their rows in the prefix's tables."""
+    def _added_up(
+        self, jobs: Jobs, fields: tuple[str, ...], *, floor: bool
+    ) -> tuple[BlockTable, NDArray[np.bool_]]:
+        """Sums of the summands of each job's branch, and whether each of these is of one change alone."""
+        prefix = self.prefix_of[jobs.rows]
         shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
-        branches = np.ravel_multi_index((self.prefix_of[jobs.rows], jobs.states, jobs.recomputes), shape)
-        order = np.argsort(branches, kind="stable")
-        for at in filter(len, np.split(order, np.flatnonzero(np.diff(branches[order])) + 1)):
-            prefix, state, recompute = (int(i) for i in np.unravel_index(branches[at[0]], shape))
-            yield at, self.tables[prefix], jobs.rows[at] - self.starts[prefix], (state, recompute)
+        branches = np.ravel_multi_index((prefix, jobs.states, jobs.recomputes), shape)
+        each, local = distinct(branches), jobs.rows - self.starts[prefix]
+        of, editor = np.searchsorted(each, branches), editor_of(jobs.schedule)
+        columns, own = [], np.ones(len(branches), dtype=bool)
+        for aspect in ASPECTS[fields]:
+            known = self._places.setdefault((jobs.swap, editor.value if editor else "", aspect, floor), {})
+            for branch in each.tolist():
+                if branch not in known:
+                    at, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
+                    known[branch] = self._find(at, (state, recompute, jobs.swap), editor, aspect, floor)
+            places = np.array([known[branch] for branch in each.tolist()], dtype=np.intp).reshape(
+                -1, _MOST + 1
+            )
+            own &= places[of, _MOST] == 1
+            columns.append(self._pools[aspect].sums(places[:, :_MOST], of, local))
+        values = columns[0] if len(columns) == 1 else np.concatenate(columns)
+        return BlockTable(self.kinds, values.reshape(len(fields), len(self.kinds), -1), fields), own
 
-    def _plain(self, states: Index, rows: Index) -> Array:
-        """Columns of states without recompute or swaps, (jobs, fields, kinds); their tables are made when first asked for."""
-        if not len(self._of_states):
-            self._of_states = np.zeros((*self.states.shape, len(COMPACT), len(self.kinds)))
-        asked = distinct(states * len(self.tables) + self.prefix_of[rows])
-        for state, prefix in (divmod(branch, len(self.tables)) for branch in asked.tolist()):
-            if (state, prefix) not in self._known:
-                self._known.add((state, prefix))
-                where = slice(self.starts[prefix], self.starts[prefix + 1])
-                self._of_states[state, where] = self.tables[prefix].of_state(state)
-        return self._of_states[states, rows]
+    def _find(
+        self, prefix: int, branch: tuple[int, int, int], editor: Choice | None, aspect: tuple[str, ...], floor: bool
+    ) -> tuple[int, ...]:  # fmt: skip
+        """Where each summand of a branch of a prefix begins in the pool, which takes in those that are new; and whether each is
+        of one change alone."""
+        tables, pool = self.tables[prefix], self._pools[aspect]
+        groups = tables.summands(*branch, aspect, editor, floor=floor)
+        every = np.arange(len(tables))
+        places = []
+        for first, group in zip((True, *[False] * _MOST), groups, strict=False):
+            key = (prefix, first, *map(id, group))
+            if key not in pool.starts:
+                pool.add(key, tables.summand(group, aspect, every, first=first))
+            places.append(pool.starts[key])
+        alone = all(len(group) == 1 for group in groups)
+        return (*places, *[_NONE] * (_MOST - len(places)), int(alone))
+
+
+class _Pool:
+    """Tables of summands end to end, a row each: (rows, fields times kinds)."""
+
+    def __init__(self, width: int) -> None:
+        self.starts: dict[tuple[int, ...], int] = {}
+        self._values, self._used = np.empty((0, width)), 0
+
+    def add(self, key: tuple[int, ...], table: Array) -> None:
+        """Takes in a table of all rows of a prefix."""
+        self.starts[key] = self._used
+        end = self._used + len(table)
+        if end > len(self._values):
+            more = np.empty((max(end, 2 * len(self._values)), self._values.shape[1]))
+            more[: self._used] = self._values[: self._used]
+            self._values = more
+        self._values[self._used : end] = table.reshape(len(table), -1)
+        self._used = end
+
+    def sums(self, places: NDArray[np.intp], of: Index, local: Index) -> Array:
+        """Sums over the summands of each job, (fields times kinds, jobs): those of its branch ``of``, on its prefix's row."""
+        total = self._values[places[of, 0] + local]
+        for place in filter(lambda place: np.any(place != _NONE), places.T[1:]):
+            at = np.flatnonzero(place[of] != _NONE)
+            total[at] += self._values[place[of[at]] + local[at]]
+        return np.ascontiguousarray(total.T)
 
 
 def editor_of(schedule: Choice) -> Choice | None:

@@ -25,7 +25,7 @@ from planner.plan import SearchResult
 from planner.solve.fleet import Attempt, Fleet, OnProgress, merged, nothing, planned, run_s
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.space import Space
-from planner.solve.train import search
+from planner.solve.train import search_strictly
 from planner.specs.cluster_file import load_cluster
 from planner.specs.problem import Problem
 from planner.units import format_seconds
@@ -154,7 +154,7 @@ class _Machine:
             if np.all(batch % degrees):
                 outcome = f"global batch size {batch:,} not divisible by any possible dp"
                 return Attempt(spec, devices, None, None, outcome, "no plan"), None
-            found = search(problem, 1, limit_s=_NEAR * self.deadline_s / run_s(problem, 1.0))
+            found = search_strictly(problem, 1, limit_s=_NEAR * self.deadline_s / run_s(problem, 1.0))
         except SpecError as error:
             refusals.append(error)
             return Attempt(spec, devices, None, None, error.problems[0].found, "no mesh"), None
@@ -185,7 +185,7 @@ def _searched(problems: Sequence[Problem], top: int, attempts: Sequence[Attempt]
     stopped = False
     for problem in problems:
         try:
-            found.append(search(problem, top))
+            found.append(search_strictly(problem, top))
         except Interrupted as stop:
             stopped = True
             found += [stop.best] if isinstance(stop.best, SearchResult) else []
@@ -232,4 +232,4 @@ def _takes(machines: Sequence[_Machine], attempt: Attempt) -> tuple[str, float]:
         return "takes at least", attempt.run_at_least_s or 0.0
     machine = next(m for m in machines if attempt.cluster == m.spec(attempt.devices // m.per_node))
     problem = machine.sized(attempt.devices // machine.per_node)
-    return "takes", run_s(problem, search(problem, 1).best.estimate.step_time_s)
+    return "takes", run_s(problem, search_strictly(problem, 1).best.estimate.step_time_s)

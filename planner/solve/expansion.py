@@ -22,6 +22,7 @@ from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import exceeded_bytes
 
 if TYPE_CHECKING:
     from planner.solve.uniform import SearchCounts
@@ -33,6 +34,7 @@ _Held = dict[
     str, tuple[Array, float]
 ]  # bytes that each job needs in a tier, and the tier's capacity per device
 
+RISK = "risk of running out of memory"
 TIERS = {"host": "host memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
@@ -150,9 +152,8 @@ class Expansion:
             recomputes = np.repeat(np.array(together), [len(at) for at, *_ in left])
             pairs = chosen[at]
             jobs = replace(pending.jobs.take(pairs), recomputes=recomputes, swap=swap, width=width)
-            most = max(1, _TOGETHER // int(width.max()))
-            for begin in range(0, len(at), most):
-                some = np.arange(begin, min(begin + most, len(at)))
+            for begin in range(0, len(at), _TOGETHER):
+                some = np.arange(begin, min(begin + _TOGETHER, len(at)))
                 fit, bound_s, batch = self.evaluate(jobs.take(some), bar)
                 where = (swap, recomputes[some], pairs[some])
                 pending.fits[where], pending.bounds_s[where] = fit, np.maximum(bound_s, least_s[some])
@@ -217,80 +218,62 @@ class Expansion:
     def evaluate(
         self, jobs: Jobs, bar: float = np.inf, *, table: BlockTable | None = None
     ) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a schedule and a swap: which fit, bounds (zero: not known), and all of them.
+        """Prices jobs that share a schedule and a swap: which fit, bounds (zero: not known), and those that are scored.
 
-        Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use. ``table``: the jobs' columns,
-        where these are known.
+        Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use; whether jobs that reach it
+        fit is not asked. ``table``: the jobs' columns, where these are known.
         """
-        held = table or self.columns.of(jobs, HELD)
-        layers = jobs.layers
-        if layers is None and self._by_layers(jobs):
-            layers = self._fewest_layers(jobs, held)
-        # Memory first: most of what recomputes and swaps does not fit, and what is held adds up without any price.
-        peak, slower = self._memory(jobs, held, layers)
+        runs, layers = self._launchable(jobs), None
+        floors, own = self._floors(jobs, bar) if table is None else (table, np.ones(len(runs), dtype=bool))
+        held = table
+        if self._by_layers(jobs):
+            held = self.columns.of(jobs, HELD)
+            layers = self._fewest_layers(jobs, held, floors, bar)
+        # Times first, as far as they are known without a ledger of each branch: most are too slow by them, and need no memory.
+        bound_s = np.zeros(len(runs)) if floors is None else self._bound(jobs, floors, layers)
+        at = self._in_time(jobs, np.flatnonzero(runs), bound_s, bar)
+        few, held = jobs.take(at), self.columns.of(jobs.take(at), HELD) if held is None else held.take(at)
+        peak, exceeded, slower = self._memory(few, held, None if layers is None else layers[at])
         needs = {"device memory": (peak, self.problem.memory_budget_bytes)}
         for tier, capacity in self.problem.cluster.slower_bytes.items():
             needs[TIERS[tier]] = slower[tier], capacity
-        fit = self._within(jobs, needs, self._launchable(jobs))
-        if not fit.all():
-            self._note_nearest(jobs, needs)
-        if jobs.layers is None and layers is not None and fit.any() and self._counts_matter(jobs):
-            return self._every_count(jobs, layers, fit, bar)
-        bound_s, late = self._bounds(jobs, layers, fit, bar, table)
-        scored = fit & ~late
-        self.counts.excluded_by_bound["step time"] += int(jobs.width[fit & late].sum())
-        self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[scored].sum())
-        self.counts.scored += int(scored.sum())
-        return fit, bound_s, Batch(self, jobs, np.flatnonzero(scored), bound_s, peak, layers)
-
-    def _every_count(
-        self, jobs: Jobs, fewest: Array, fit: NDArray[np.bool_], bar: float
-    ) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that fit with as many recomputed layers as they take, and with more."""
-        at = np.flatnonzero(fit)
-        every = jobs.take(at).with_every_count(fewest[at].astype(np.int64))
-        self.counts.rejected["device memory"] += int(jobs.width[at].sum()) - len(every.rows)
-        bound_s = np.zeros(len(fit))
-        _, each_s, batch = self.evaluate(every, bar)
-        ends = np.cumsum(jobs.width[at] - fewest[at].astype(np.int64) + 1)
-        bound_s[at] = np.minimum.reduceat(each_s, np.concatenate([[0], ends[:-1]]))
-        return fit, bound_s, batch
-
-    def _counts_matter(self, jobs: Jobs) -> bool:
-        """Whether the fewest recomputed layers that fit need not be the fastest: more of them leave less to move."""
-        searched = "recompute_layers" not in self.branches.space.fixed
-        return searched and self.branches.moves_activations(jobs.swap, jobs.schedule)
-
-    def _bounds(
-        self, jobs: Jobs, layers: Array | None, fit: NDArray[np.bool_], bar: float, table: BlockTable | None
-    ) -> tuple[Array, NDArray[np.bool_]]:
-        """Lower bounds of the jobs' step times, and whether they are not under the bar, before they have a ledger of their own.
-
-        Of jobs that do not fit only recomputation alone is bounded, which says something of all that swaps as well.
-        """
-        bound_s, order = np.zeros(len(jobs.rows)), order_of(jobs.schedule)
-
-        def bound(at: Index, times: BlockTable) -> None:
-            some = None if layers is None else layers[at]
-            bound_s[at] = step_bound(
-                times, jobs.layout.take(at), self.micro_batches[jobs.rows[at]], some, order
+        risk = exceeded, float(self.problem.cluster.device.memory_bytes)
+        inside = self._within(few, {**needs, RISK: risk})
+        if not inside.all():
+            self._note_nearest(few, needs)
+        fit = np.zeros(len(runs), dtype=bool)
+        fit[at] = inside
+        # Of jobs that do not fit only recomputation alone is bounded, which says something of all that swaps as well.
+        asked = np.flatnonzero(~own & (fit | (runs & (jobs.swap == 0) & (floors is None))))
+        if len(asked):
+            times, counts = (
+                self.columns.of(jobs.take(asked), TIMES),
+                None if layers is None else layers[asked],
             )
+            bound_s[asked] = self._bound(jobs.take(asked), times, counts)
+        scored = self._in_time(jobs, np.flatnonzero(fit), bound_s, bar)
+        self.counts.excluded_by_bound["recompute layers"] += int((jobs.width - 1)[scored].sum())
+        self.counts.scored += len(scored)
+        peaks = np.zeros(len(runs))
+        peaks[at] = peak
+        return fit, bound_s, Batch(self, jobs, scored, bound_s, peaks, layers)
 
-        if table is not None:
-            bound(np.arange(len(fit)), table)
-            return bound_s, np.zeros(len(fit), dtype=bool)
-        asked = fit | (jobs.swap == 0)
-        at, late, known = np.flatnonzero(asked), np.zeros(len(fit), dtype=bool), ~asked
-        if bar < np.inf and not (editor_of(jobs.schedule) or order.splits_backward):
-            some = jobs.take(at)
-            times, known[at] = self.columns.floors(some)
-            bound(at, times)
-            late = bound_s >= bar
-            known |= late | ~fit
-        left = np.flatnonzero(~known)
-        if len(left):
-            bound(left, self.columns.of(jobs.take(left), TIMES))
-        return bound_s, late
+    def _floors(self, jobs: Jobs, bar: float) -> tuple[BlockTable | None, NDArray[np.bool_]]:
+        """Times that the jobs are not faster than, where a bar makes them of use, and which of them are their own."""
+        if bar == np.inf or editor_of(jobs.schedule) or order_of(jobs.schedule).splits_backward:
+            return None, np.zeros(len(jobs.rows), dtype=bool)
+        return self.columns.floors(jobs)
+
+    def _bound(self, jobs: Jobs, times: BlockTable, layers: Array | None) -> Array:
+        """Lower bounds of the jobs' step times by what their blocks take."""
+        micro_batches, order = self.micro_batches[jobs.rows], order_of(jobs.schedule)
+        return step_bound(times, jobs.layout, micro_batches, layers, order)
+
+    def _in_time(self, jobs: Jobs, at: Index, bound_s: Array, bar: float) -> Index:
+        """Those of some jobs whose bound is under the bar; the others are counted."""
+        late = bound_s[at] >= bar
+        self.counts.excluded_by_bound["step time"] += int(jobs.width[at[late]].sum())
+        return at[~late]
 
     def _by_layers(self, jobs: Jobs) -> bool:
         """Whether the jobs recompute some of a device's layers."""
@@ -345,35 +328,48 @@ class Expansion:
                     faults.check(f"{launcher.name}: {check.reason}", check.ok)
         return self._launched[key]
 
-    def _within(self, jobs: Jobs, held: _Held, runs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _within(self, jobs: Jobs, held: _Held) -> NDArray[np.bool_]:
         """Which jobs fit; the others are rejected for the first tier that they exceed, with the layer counts behind them."""
-        fitting = runs
+        fitting = np.ones(len(jobs.rows), dtype=bool)
         for tier, (n_bytes, capacity) in held.items():
             inside = n_bytes <= capacity
             self.counts.rejected[tier] += int(jobs.width[fitting & ~inside].sum())
             fitting = fitting & inside
         return fitting
 
-    def _fewest_layers(self, jobs: Jobs, held: BlockTable) -> Array:
-        """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do."""
+    def _fewest_layers(self, jobs: Jobs, held: BlockTable, floors: BlockTable | None, bar: float) -> Array:
+        """The fewest recomputed layers that fit (time grows and memory shrinks with each); all but one where none do.
+
+        Where so many that the floors' bound reaches the bar do not fit, that many: how many more it takes is not asked.
+        """
         fixed = self.branches.space.fixed.get("recompute_layers")
         if fixed is not None:
             return np.full(len(jobs.rows), np.minimum(float(fixed), jobs.layout.layers))
-        budget = self.problem.memory_budget_bytes
-        most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
-        fewest = most.copy()
-        at = np.flatnonzero(self._memory(jobs, held, most)[0] <= budget)
-        few, column = jobs.take(at), held.take(at)
-        low, high = np.ones(len(at)), most[at]
-        while np.any(low < high):
-            middle = np.floor((low + high) / 2)
-            fit = self._memory(few, column, middle)[0] <= budget
-            low, high = np.where(fit, low, np.minimum(middle + 1, high)), np.where(fit, middle, high)
-        fewest[at] = high
-        return fewest
+        budget, total = self.problem.memory_budget_bytes, float(self.problem.cluster.device.memory_bytes)
 
-    def _memory(self, jobs: Jobs, held: BlockTable, layers: Array | None) -> tuple[Array, dict[str, Array]]:
-        return memory(
+        def fitting(some: Jobs, columns: BlockTable, layers: Array) -> NDArray[np.bool_]:
+            peak, exceeded, _ = self._memory(some, columns, layers)
+            within: NDArray[np.bool_] = (peak <= budget) & (exceeded <= total)
+            return within
+
+        most = np.full(len(jobs.rows), np.maximum(jobs.layout.layers - 1.0, 1.0))
+        low, high = np.where(fitting(jobs, held, most), 1.0, most), most
+        open_ = np.flatnonzero(low < high)
+        while len(open_):
+            some, middle = jobs.take(open_), np.floor((low[open_] + high[open_]) / 2)
+            inside = fitting(some, held.take(open_), middle)
+            high[open_[inside]], low[open_[~inside]] = middle[inside], middle[~inside] + 1.0
+            if floors is not None:
+                inside |= self._bound(some, floors.take(open_), low[open_]) < bar
+                open_ = open_[inside]
+            open_ = open_[low[open_] < high[open_]]
+        return low
+
+    def _memory(
+        self, jobs: Jobs, held: BlockTable, layers: Array | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Peaks, what they exceed with the chance that is allowed, and bytes in slower tiers."""
+        peak, software, slower = memory(
             held,
             jobs.layout,
             order_of(jobs.schedule),
@@ -382,6 +378,7 @@ class Expansion:
             self.communicators[jobs.rows],
             layers,
         )
+        return peak, exceeded_bytes(self.problem, peak, software), slower
 
     def _note_nearest(self, jobs: Jobs, held: _Held) -> None:
         """Remembers the candidate that misses the first tier that it exceeds by the least."""

@@ -11,7 +11,7 @@ from planner.costs.economics import tokens_run_s
 from planner.errors import Infeasible, Interrupted
 from planner.errors import Problem as Fault
 from planner.plan import Plan, SearchReport, SearchResult
-from planner.solve.train import search
+from planner.solve.train import search_strictly
 from planner.specs.problem import Problem
 
 __all__ = [
@@ -103,7 +103,7 @@ def search_clusters(
     objective = problems[0].objective
     for problem in problems:
         try:
-            found.append((searcher or search)(problem, top, on_progress))
+            found.append((searcher or search_strictly)(problem, top, on_progress))
             attempts.append(planned(problem, found[-1].best, "searched"))
         except Infeasible as error:
             faults += error.problems

@@ -23,7 +23,6 @@ _Pairs: TypeAlias = list[
 ]  # pending pairs, which of them, and what none of them is faster than
 
 _WAVE = 32
-_MANY = 4096  # rows from which tables of a part of them pay
 
 
 def try_leftovers(pending: Sequence[Pending], ranking: Ranking) -> list[Expansion]:
@@ -86,7 +85,7 @@ def _narrow(pairs: _Pairs) -> _Pairs:
     for work in {id(pending.expansion): pending.expansion for pending, *_ in pairs}.values():
         mine = [pair for pair in pairs if pair[0].expansion is work]
         rows = distinct(np.concatenate([pending.jobs.rows[at] for pending, at, _ in mine]))
-        if len(work) < max(_MANY, 2 * len(rows)):
+        if len(work) < 2 * len(rows):
             found += mine
             continue
         few = work.narrow(rows)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from planner.assemble import Assembly, assemble
-from planner.assignment import UNEVEN, completed, group_of, read_assignment
+from planner.assignment import completed, group_of, read_assignment
 from planner.baseline import block_order
 from planner.errors import InvalidPlan
 from planner.errors import Problem as Fault
@@ -67,8 +67,7 @@ def examine(problem: Problem) -> Assembly:
             [Fault(f"plan ({shown})", reason, "a plan that keeps this rule") for reason in faults.reasons]
         )
     if assignment is not None:
-        virtual_stages = len(assignment.stages) // int(row["pp"])
-        layout = assignment.layout(uniform.order, int(row["pp"]), virtual_stages, UNEVEN)
+        layout = assignment.layout(uniform.order, int(row["pp"]))
         return assemble(problem, recipe, knobs, row, layout, None, assignment=assignment)
     layout = uniform.layouts(recipe["schedule"], int(row["pp"]))[0]
     layers = _layers(space.fixed, recipe, layout)
@@ -102,7 +101,7 @@ def _examine_placed(problem: Problem, layerwise: Mapping[str, Any]) -> Assembly:
         expected = "a plan that keeps this rule"
         raise InvalidPlan([Fault("plan", reason, expected) for reason in dict.fromkeys(reasons)])
     recipe = {**first.recipe, **assignment.strategies[0], **schedule}
-    layout = assignment.layout(block_order(problem.model), len(stages), 1, UNEVEN)
+    layout = assignment.layout(block_order(problem.model), len(stages))
     return assemble(problem, recipe, space.knobs(recipe), first.row, layout, None, assignment=assignment)
 
 

@@ -7,18 +7,21 @@ micro-batch size; a layout deals layers to virtual stages. A candidate is (prefi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.baseline import block_order
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
-from planner.layout import LAYOUT_NAMES
+from planner.layout import LAYOUT_NAMES, stages_named
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.schedule.order import Generator, generator_of
@@ -214,21 +217,24 @@ class Space:
             "cp", devices, max(1, workload.seq_len // 2), lambda cp: workload.seq_len % cp == 0
         )
         pps = self._degrees("pp", devices, layers + 2)
+        # Many meshes share each of these.
+        open_dp = cache(lambda dp: bool(self.allows("dp", np.array([dp]))[0]))
+        sizes = cache(lambda share: self._degrees("micro_batch_size", share, share))
+        most = max(experts, default=1)
+        eps = cache(
+            lambda ranks: self._degrees("ep", ranks, most, lambda ep: all(x % ep == 0 for x in experts))
+        )
+        etps = cache(lambda tp: self._degrees("etp", tp, tp if experts else 1))
         columns: list[Array] = []
         for tp, cp, pp in product(tps, cps, pps):
             dp, left = divmod(devices, tp * cp * pp)
-            if left or not self.allows("dp", np.array([dp]))[0]:
+            if left or not open_dp(dp):
                 continue
             ranks = tp * cp * dp
             share = workload.global_batch_size // dp if workload.global_batch_size % dp == 0 else 1
-            sizes = self._degrees("micro_batch_size", share, share)
-            eps = self._degrees(
-                "ep", ranks, max(experts, default=1), lambda ep: all(x % ep == 0 for x in experts)
-            )
-            etps = self._degrees("etp", tp, tp if experts else 1)
-            meshes = [(tp, cp, pp, dp, ep, etp) for ep in eps for etp in etps if ranks % (ep * etp) == 0]
-            grid = np.array([(*mesh, size) for mesh in meshes for size in sizes], dtype=np.float64)
-            columns.append(grid.reshape(-1, len(DEGREES)))
+            folds = [fold for fold in product(eps(ranks), etps(tp)) if ranks % math.prod(fold) == 0]
+            grid = [(tp, cp, pp, dp, *fold, size) for fold, size in product(folds, sizes(share))]
+            columns.append(np.array(grid, dtype=np.float64).reshape(-1, len(DEGREES)))
         if not any(len(grid) for grid in columns):
             wanted = ", ".join(f"{name}={self.fixed[name]}" for name in DEGREES if name in self.fixed)
             raise SpecError(
@@ -286,10 +292,7 @@ class Space:
             else:
                 checked[name] = str(value).lower()
                 if name == "pipeline_layout" and checked[name] not in LAYOUT_NAMES:
-                    hint = did_you_mean(checked[name], LAYOUT_NAMES)
-                    faults.append(
-                        Fault(f"--fix {name}", repr(value), f"one of {', '.join(LAYOUT_NAMES)}", hint)
-                    )
+                    faults += self._misdealt(checked[name])
         for detail in details().values():
             slot, _, choice = detail.needed_by.partition("=")
             if choice and checked.get(slot) == choice and detail.name not in fixed:
@@ -300,6 +303,17 @@ class Space:
         if faults:
             raise SpecError(faults)
         return checked
+
+    def _misdealt(self, layout: str) -> Iterator[Fault]:
+        """What is wrong with a layout that has no name."""
+        layers, dealt = len(block_order(self.problem.model)), sum(stages_named(layout))
+        if not dealt:
+            expected = (
+                f"one of {', '.join(LAYOUT_NAMES)}, or the layers of every virtual stage, such as 19+2*21+19"
+            )
+            yield Fault("--fix pipeline_layout", repr(layout), expected, did_you_mean(layout, LAYOUT_NAMES))
+        elif dealt != layers:
+            yield Fault(f"--fix pipeline_layout={layout}", counted(dealt, "layer"), f"the model's {layers}")
 
     def _report_unmatched(self) -> None:
         for name in DEGREES:

@@ -18,11 +18,11 @@ from planner.solve.space import Choice, Space
 from planner.solve.time_limit import ask
 from planner.technique import SLOTS, Context
 
-__all__ = ["BranchTables"]
+__all__ = ["ASPECTS", "BranchTables"]
 
 Index = NDArray[np.intp]
 
-_ASPECTS = {COMPACT: (PACED, ONCE, HELD), TIMES: (PACED, ONCE), ONCE: (ONCE,), HELD: (HELD,)}
+ASPECTS = {COMPACT: (PACED, ONCE, HELD), TIMES: (PACED, ONCE), ONCE: (ONCE,), HELD: (HELD,)}
 
 
 class BranchTables:
@@ -59,10 +59,6 @@ class BranchTables:
     def __len__(self) -> int:
         return len(self.ctx.micro_batch_size)
 
-    def of_state(self, state: int) -> Array:
-        """The table of a state without recompute or swaps: (rows, compact fields, kinds)."""
-        return self._whole(self._unit(self.branches.states[state]))
-
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
         return tabulate(
@@ -84,37 +80,45 @@ class BranchTables:
             fields: ``COMPACT``, or some of its aspects: ``TIMES``, ``ONCE``, ``HELD``.
         """
         sums = []
-        for aspect in _ASPECTS[fields]:
-            base = self._cells(self._base, aspect)[1][rows]
-            total = base.copy()
-            for part in self._parts(state, recompute, swap, schedule, beside=aspect is PACED):
-                if aspect in part.touched:
-                    cells, values = self._cells(part, aspect)
-                    total[:, cells] += values[rows] - base[:, cells]
-            sums.append(total.reshape(len(rows), len(aspect), -1))
+        for aspect in ASPECTS[fields]:
+            first, *others = self.summands(state, recompute, swap, aspect, schedule)
+            total = self.summand(first, aspect, rows, first=True)
+            for group in others:
+                total += self.summand(group, aspect, rows, first=False)
+            sums.append(total)
         return sums[0] if len(sums) == 1 else np.concatenate(sums, axis=1)
 
-    def floor_of_branch(self, state: int, recompute: int, swap: int, rows: Index) -> tuple[Array, bool]:
-        """Times that a branch is not faster than, (rows, time fields, kinds), from its parts; whether they are its own.
+    def summands(
+        self, state: int, recompute: int, swap: int, aspect: tuple[str, ...], schedule: Choice | None = None, *,
+        floor: bool = False,
+    ) -> Sequence[Sequence[_Change]]:  # fmt: skip
+        """Groups of changes whose tables (:meth:`summand`) add up to one aspect of a branch's: of one change each, or for a
+        ``floor`` of its times, of all whose work and traffic run side by side.
 
         Parts that share nothing but the clock, as where traffic of one hides behind work of another, take together no less
         than each of them alone. A step adds up blocks' forwards, backwards (weight gradients included), and these with what
         runs again: of each of the three counts the largest among such parts. That needs no ledger of the branch's own.
         """
-        base = self._rows(self._base, PACED, rows)
-        total, own = base, True
-        for beside in self._beside(state, recompute, swap):
-            each = [self._rows(part, PACED, rows) for part in beside]
-            own = own and len(each) == 1
-            largest = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
-            total = total + (largest - base)
-        once = self.of_branch(state, recompute, swap, rows, fields=ONCE)
-        return np.concatenate([total, once], axis=1), own
+        if floor and aspect is PACED:
+            groups = self._beside(state, recompute, swap)
+        else:
+            parts = self._parts(state, recompute, swap, schedule, beside=aspect is PACED)
+            groups = [[part] for part in parts if aspect in part.touched]
+        return groups or [[self._base]]
+
+    def summand(
+        self, group: Sequence[_Change], aspect: tuple[str, ...], rows: Index, *, first: bool
+    ) -> Array:
+        """One aspect of a group's table on some rows: whole, or unless it is the ``first``, what it changes of the prefix's;
+        (rows, fields, kinds)."""
+        each = [self._rows(part, aspect, rows) for part in group]
+        table: Array = each[0] if len(each) == 1 else _apart(np.max([_added_up(one) for one in each], axis=0))
+        return table if first else table - self._rows(self._base, aspect, rows)
 
     def floors(
         self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]]
     ) -> tuple[Array, Array]:
-        """What :meth:`floor_of_branch` says of many branches at once, and what they take without their swaps, which only add.
+        """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
 
         Args:
             branches, rows: which.
@@ -154,7 +158,7 @@ class BranchTables:
 
     def _whole(self, change: _Change) -> Array:
         every = np.arange(len(self))
-        return np.concatenate([self._rows(change, aspect, every) for aspect in _ASPECTS[COMPACT]], axis=1)
+        return np.concatenate([self._rows(change, aspect, every) for aspect in ASPECTS[COMPACT]], axis=1)
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
@@ -301,7 +305,7 @@ def _change_of(before: Ledger, after: Ledger) -> _Change:
     beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
     timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
     whole = not after.axes.extends(before.axes)  # every item may have another size
-    return _Change(after, removed, frozenset(timed), frozenset(_ASPECTS[COMPACT] if whole else aspects))
+    return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
 
 
 def _added(values: Array, parts: Sequence[Sequence[int]]) -> Array:

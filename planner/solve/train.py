@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -18,13 +19,14 @@ from planner.schedule.order import Generator
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.named import estimate
 from planner.solve.ranking import Ranking
+from planner.solve.risk import at_any_risk, said
 from planner.solve.space import Space
 from planner.solve.uniform import SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.units import format_bytes
 
-__all__ = ["search", "search_until"]
+__all__ = ["search", "search_strictly", "search_until"]
 
 _SOLVER = "branch and bound over the uniform space"
 
@@ -37,7 +39,7 @@ def search(
     limit_s: float = np.inf,
     time_limit_s: float = np.inf,
 ) -> SearchResult:
-    """The best plans of the uniform space, ranked, with proof.
+    """The best plans of the uniform space, ranked, with proof; where none keeps ``max_oom_risk``, the best at any risk.
 
     Args:
         problem: what to plan.
@@ -52,6 +54,23 @@ def search(
         Infeasible: nothing fits; says what binds, by how much, and what would fit.
         Interrupted: the user pressed Ctrl-C; carries the best plans so far, as heuristic ones.
     """
+    strictly = partial(search_strictly, limit_s=limit_s, time_limit_s=time_limit_s)
+    try:
+        return strictly(problem, top, on_progress)
+    except Infeasible as refusal:
+        (bold,) = at_any_risk([problem], refusal)
+        return said(strictly(bold, top, on_progress), problem)
+
+
+def search_strictly(
+    problem: Problem,
+    top: int = 10,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    limit_s: float = np.inf,
+    time_limit_s: float = np.inf,
+) -> SearchResult:
+    """:func:`search`, but infeasible where no plan keeps ``max_oom_risk``."""
     return search_until(problem, top, on_progress, limit_s, perf_counter() + time_limit_s)[0]
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.costs.arrays import distinct
-from planner.engine import COMPACT, BlockTable, Pricer, tabulate
+from planner.engine import BlockTable, Pricer
 from planner.layout import BOUNDARY, Layout, layouts
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
@@ -33,6 +33,7 @@ from planner.solve.candidates import Pending, Scored, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
+from planner.solve.prefixes import Alike, Prefix, priced_alike
 from planner.solve.ranking import Ranking
 from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
@@ -65,23 +66,6 @@ class SearchCounts:
     rejected: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Prefix:
-    """A prefix with its valid rows, and its ledger on them."""
-
-    recipe: Mapping[str, Choice]
-    rows: Rows
-    ctx: Context
-    ledger: Ledger
-    activity: Activity
-
-    def take(self, index: Index) -> _Prefix:
-        """The prefix on some of its rows."""
-        ctx = self.ctx.take(index)
-        ledger = self.ledger.take(index, ctx.mesh.counterpart)
-        return _Prefix(self.recipe, self.rows.take(index), ctx, ledger, self.activity.take(index))
-
-
 class UniformSearch:
     """Searches the uniform space of one problem.
 
@@ -110,7 +94,7 @@ class UniformSearch:
         self.pricer = Pricer(problem.cluster, problem.stack)
         self.branches = Branches(self.space)
         self._pending: list[Pending] = []
-        self._prefixes: list[_Prefix] = []
+        self._prefixes: list[Prefix] = []
         self._layouts: dict[int, list[tuple[Choice, Layout]]] = {}
         self._deals: list[Deal] = []
         self._dealings: list[Dealing] = []
@@ -125,8 +109,8 @@ class UniformSearch:
         made: dict[tuple[str, ...], Ledger] = {}
         for done, (part, recipe) in enumerate(product(parts, recipes)):
             if recipe is recipes[0]:
-                made, mesh = {}, part.context(self.problem, {}).mesh
-            self._bound(recipe, part, mesh, made)
+                made, mesh, alike = {}, part.context(self.problem, {}).mesh, Alike(part)
+            self._bound(recipe, part, mesh, alike, made)
             if self._waiting > (_PAIRS if done or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
@@ -162,12 +146,12 @@ class UniformSearch:
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
     def _bound(
-        self, recipe: Mapping[str, Choice], rows: Rows, mesh: Mesh, made: dict[tuple[str, ...], Ledger]
-    ) -> None:
+        self, recipe: Mapping[str, Choice], part: Rows, mesh: Mesh, alike: Alike, made: dict[tuple[str, ...], Ledger]
+    ) -> None:  # fmt: skip
         """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
         knobs = self.space.knobs(recipe)
-        whole = replace(rows.context(self.problem, knobs), mesh=mesh)
-        active = np.ones(len(rows), dtype=bool)
+        whole = replace(part.context(self.problem, knobs), mesh=mesh)
+        active = np.ones(len(part), dtype=bool)
         for slot, choice in recipe.items():
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
@@ -176,22 +160,21 @@ class UniformSearch:
         if not len(open_):
             return
         fault = self.faults(recipe, whole.take(open_))
-        activity = self.branches.activity(rows.take(open_), knobs)
-        self._reject_rows(fault, rows.values["pp"][open_], activity)
+        activity = self.branches.activity(part.take(open_), knobs)
+        self._reject_rows(fault, part.values["pp"][open_], activity)
         valid = np.flatnonzero(fault.first < 0)
         open_, activity = open_[valid], activity.take(valid)
         if len(open_):
             ledger = self.ledger(recipe, whole, made)
-            rows, ctx = rows.take(open_), whole.take(open_)
-            ledger = ledger.take(open_, ctx.mesh.counterpart)
-            table = tabulate(ledger, self.pricer, self.kinds, len(rows), COMPACT)
+            table, of, known = priced_alike(ledger, whole, open_, alike, self.pricer, self.kinds)
+            rows, ctx = part.take(open_), whole.take(open_)
             deals = list(self._deal(rows, ctx, table, activity))
             if not deals:
                 return
-            # Only the rows that are still open are kept, without the prices of all the others.
+            # Only the rows that are still open are kept.
             used = distinct(np.concatenate([deal.rows for deal in deals]))
-            prefix = _Prefix(recipe, rows, ctx, ledger, activity)
-            self._prefixes.append(prefix if len(used) == len(rows) else prefix.take(used))
+            ledger = ledger.take(open_, ctx.mesh.counterpart)
+            self._prefixes.append(Prefix(recipe, rows, ctx, ledger, activity, of, known).take(used))
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             self._waiting += sum(len(deal.rows) for deal in deals)
 
@@ -261,13 +244,11 @@ class UniformSearch:
             for v in order.chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not self.space.allows("virtual_stages", np.array([v]))[0]:
                     continue
-                where = order.placement, order.alike_in_order, room
+                where = order.placement, order.alike_in_order, room, fixed.get("pipeline_layout", "")
                 for layout in layouts(self.order, self.kinds, pp, v, *where):
-                    launcher, split = self.problem.launcher, layout.split
-                    runs = launcher is None or split in launcher.layouts
-                    wanted = fixed.get("pipeline_layout", split) == split
-                    wanted &= v == 1 or split != "balanced" or anyhow
-                    if runs and wanted:
+                    launcher = self.problem.launcher
+                    runs = launcher is None or launcher.takes_stages(layout.stages, pp)
+                    if runs and (v == 1 or layout.split != "balanced" or anyhow):
                         yield schedule, layout
 
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
@@ -389,17 +370,8 @@ class UniformSearch:
         tables, rows, activities = [], [], []
         for number, used in open_.items():
             prefix = self._prefixes[number].take(used)
-            tables.append(
-                BranchTables(
-                    self.space,
-                    self.branches,
-                    self.pricer,
-                    self.kinds,
-                    prefix.recipe,
-                    prefix.ctx,
-                    prefix.ledger,
-                )
-            )
+            of_search = self.space, self.branches, self.pricer, self.kinds
+            tables.append(BranchTables(*of_search, prefix.recipe, prefix.ctx, prefix.priced_ledger()))
             rows.append(prefix.rows)
             activities.append(prefix.activity)
         work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)

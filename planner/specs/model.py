@@ -76,6 +76,7 @@ class Moe:
     bias: bool = False
     shared_gate: bool = False  # a sigmoid gate of width 1 on the shared expert (Qwen2-MoE)
     router_bias: bool = False
+    limited: bool = False  # values of both halves are clamped before the activation (gpt-oss)
     latent: int = (
         0  # the routed experts work at this width, between two projections (Nemotron-3 Super); 0: hidden
     )

@@ -17,13 +17,16 @@ from planner.specs.workload import TrainWorkload
 if TYPE_CHECKING:
     from planner.technique import Launcher
 
-__all__ = ["OBJECTIVES", "PERMISSIONS", "Problem"]
+__all__ = ["MAX_OOM_RISK", "OBJECTIVES", "PERMISSIONS", "Problem"]
 
 PERMISSIONS = {
     "staleness": "replicas that disagree for a while, or updates from gradients of earlier weights",
     "lossy": "gradients, weights or activations that arrive with fewer digits than they were computed with",
 }
 """What changes the result of training, and is therefore never chosen without being allowed."""
+
+MAX_OOM_RISK = 0.1
+"""By default, the upper end of the interval of a peak, which one measurement of ten exceeds, is within the device's memory."""
 
 OBJECTIVES = ("step_time", "usd", "energy", "gpu_hours")
 
@@ -37,6 +40,7 @@ class Problem:
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value`` and over values, none of which a plan may match.
         reserve: fraction of device memory that stays free.
+        max_oom_risk: the largest chance of running out of memory that a search accepts where any plan keeps it.
         launcher: the launcher whose abilities bound the space; None for no such bound.
         objective: what the ranking minimises.
         usd_per_device_hour: price; None takes the device profile's.
@@ -60,6 +64,7 @@ class Problem:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     forbidden: tuple[str, ...] = ()
     reserve: float = 0.0
+    max_oom_risk: float = MAX_OOM_RISK
     launcher: Launcher | None = None
     objective: str = "step_time"
     usd_per_device_hour: float | None = None
@@ -78,6 +83,8 @@ class Problem:
     def _faults(self) -> Iterator[Fault]:
         if not 0.0 <= self.reserve < 1.0:
             yield Fault("reserve", f"{self.reserve:g} of device memory", "a fraction from 0 to less than 1")
+        if not 0.0 < self.max_oom_risk <= 1.0:
+            yield Fault("max_oom_risk", f"{self.max_oom_risk:g}", "a chance above 0, at most 1")
         if self.objective not in OBJECTIVES:
             expected = f"one of {', '.join(OBJECTIVES)}"
             yield Fault(

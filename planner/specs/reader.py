@@ -189,6 +189,13 @@ class Reader:
         """Notes a problem at ``key`` of this table."""
         self.problems.append(Problem(f"{self.where}: {self._key(key)}", found, expected, try_))
 
+    def refuse(self, unmodelled: Mapping[str, str]) -> None:
+        """Notes every key that asks for what is not modelled (key → what); tables may be there and not enabled."""
+        for key, what in unmodelled.items():
+            value = self.data.get(key)
+            if value and not (isinstance(value, Mapping) and value.get("enabled") is False):
+                self.problem(key, f"{what}: not modelled")
+
     def finish(self) -> None:
         """Notes every key that no getter asked for."""
         for key in self.data:

@@ -91,7 +91,7 @@ class Stack:
     Attributes:
         matmul_slowdown: seconds of this stack's matrix products in a step, relative to those of the device's profile, which
             was measured on the best library's kernels alone.
-        grouped_matmul_slowdown: the same of grouped (per expert) products.
+        grouped_matmul_slowdown: the same of products of experts that are one kernel; None: they are products like others.
         narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
@@ -104,8 +104,12 @@ class Stack:
         framework_bytes: context, libraries and workspaces of an idle process.
         communicator_bytes: buffers of one communicator, per group of more than one rank.
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
-        gradient_bucket_bytes: bytes that one gradient reduction carries.
+        gradient_bucket_bytes: bytes of gradients that one reduction waits for; more than there are, where none hides.
         weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
+        kept_casts: 1 where a step casts weights to fewer bits once, and keeps both; None: every micro-batch casts them.
+        whole_reductions: 1 where an all-reduce sums the gradients of ZeRO 1 and 2, and a rank keeps its share; None: a
+            reduce-scatter.
+        copied_bucket_bytes: bytes of the bucket that reductions copy gradients to; None: ``gradient_bucket_bytes``.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
         update_bytes_per_parameter: what the update of 16-bit gradients holds besides states, of the parameters that a rank
@@ -123,7 +127,6 @@ class Stack:
 
     name: str
     matmul_slowdown: Sourced
-    grouped_matmul_slowdown: Sourced
     attention_slowdown: Sourced
     stream_slowdown: Sourced
     collective_slowdown: Sourced
@@ -135,8 +138,12 @@ class Stack:
     communicator_bytes: Sourced
     fragmentation: Sourced
     gradient_bucket_bytes: Sourced
+    grouped_matmul_slowdown: Sourced | None = None
     narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
+    kept_casts: Sourced | None = None
+    whole_reductions: Sourced | None = None
+    copied_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
     kept_gradients: Sourced | None = None
@@ -159,7 +166,7 @@ class Stack:
         >>> load_stack("megatron-bridge").product_constant(8)
         'narrow_matmul_slowdown'
         """
-        if grouped:
+        if grouped and self.grouped_matmul_slowdown is not None:
             return "grouped_matmul_slowdown"
         narrow = self.narrow_matmul_slowdown is not None and bits < _WIDE_BITS
         return "narrow_matmul_slowdown" if narrow else "matmul_slowdown"

@@ -24,7 +24,7 @@ STRENGTH = ("assumed", "fitted", "measured", "datasheet")
 
 Named = tuple[str, Sourced]
 _PEAK = ("framework_bytes", "communicator_bytes", "fragmentation", "gradient_bucket_bytes")
-_PEAK_OF_SOME = ("bucket_copies", "update_bytes_per_parameter", "stage_tensors")
+_PEAK_OF_SOME = ("bucket_copies", "copied_bucket_bytes", "update_bytes_per_parameter", "stage_tensors")
 _MATMUL = ("matmul_tile", "overlap_loss", "split_s", "memory")
 _TILES = ("attention_straggler", "attention_tile", "attention_tile_s", "softmax_flop")
 _ATTENTION = (*_TILES, "overlap_loss", "split_s", "memory")

@@ -1,31 +1,47 @@
-"""How far serving predictions were off for models that no constant had seen: the intervals of a serving estimate.
+"""How far serving predictions may be off at a source that no constant has seen: the intervals of a serving estimate.
 
-``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: the 10 % and 90 % quantiles of
-measured over predicted, of runs whose model was left out of the fit of the stacks' constants.
+``serving_residuals.json`` is written by ``benchmarks/fit_serving.py --residuals``, never by hand: spreads of measured over
+predicted within sources, by kind of run, and between sources (``planner/validation/serving_spreads.py``). Every deployment is a
+new source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from math import exp, hypot
 from pathlib import Path
+from typing import NamedTuple
 
 from planner.specs.reader import Reader, read_file
 
-__all__ = ["FILE", "serving_interval"]
+__all__ = ["FILE", "QUANTITIES", "kind_of", "serving_interval"]
 
 FILE = Path(__file__).with_name("serving_residuals.json")
+QUANTITIES = ("tpot_s", "ttft_s", "output_tokens_per_s_per_device")
+
+
+class _Spread(NamedTuple):
+    """Half-widths in logarithms: ``between`` sources, and ``within`` them by kind of run."""
+
+    between: float
+    within: Mapping[str, float]
+
+
+def kind_of(*, experts: bool, pools: bool) -> str:
+    """Runs whose errors are alike: ``pools``, else ``with experts`` or ``dense``."""
+    return "pools" if pools else "with experts" if experts else "dense"
 
 
 def serving_interval(
     experts: bool, pools: bool, predicted: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """What holds 80 % of measurements, by quantity, in the unit of the prediction.
+    """What holds 80 % of measurements, by quantity, in the unit of the prediction: ``predicted · exp(±√(within² + between²))``.
 
     Args:
         experts: whether the model has any.
         pools: whether prompts and generation have pools of their own.
-        predicted: means of ``tpot_s`` and ``ttft_s``, and ``output_tokens_per_s_per_device``; others are left out.
+        predicted: means of quantities among :data:`QUANTITIES`; others are left out.
 
     Raises:
         SpecError: the shipped residuals are wrong.
@@ -34,31 +50,33 @@ def serving_interval(
     >>> low < 0.01 < high
     True
     """
-    kind = "with experts" if experts else "dense"
-    names = {
-        "tpot_s": "tpot, pools" if pools else f"tpot, {kind}",
-        "ttft_s": "ttft, pools" if pools else "ttft, concurrency",
-        "output_tokens_per_s_per_device": "output_tokens_per_s, offline",
-    }
     found = {}
     for quantity, value in predicted.items():
-        if quantity in names:
-            low, high = _residuals()[names[quantity]]
-            found[quantity] = (value * low, value * high)
+        if quantity in QUANTITIES:
+            between, within = _residuals()[quantity]
+            # No rate of pools was published: it is what their tokens' times say, as elsewhere.
+            kind = next(k for p in (pools, False) if (k := kind_of(experts=experts, pools=p)) in within)
+            factor = exp(hypot(between, within[kind]))
+            found[quantity] = (value / factor, value * factor)
     return found
 
 
 @cache
-def _residuals() -> Mapping[str, tuple[float, float]]:
+def _residuals() -> Mapping[str, _Spread]:
     reader = Reader(read_file(FILE), str(FILE))
     reader.text("about")
     found = {}
-    names = reader.keys()
-    for name in names:
-        if name != "about":
-            entry: Reader = reader.table(name)
-            found[name] = (entry.number("low", positive=True), entry.number("high", positive=True))
-            entry.ignore("rows", "models")
-            entry.finish()
+    for quantity in QUANTITIES:
+        entry: Reader = reader.table(quantity)
+        within: Reader = entry.table("within")
+        kinds = within.keys()
+        found[quantity] = _Spread(
+            entry.number("between"),
+            {kind: within.number(kind, positive=True) for kind in kinds},
+        )
+        entry.ignore("rows", "sources")
+        for part in (within, entry):
+            part.finish()
+    reader.finish()
     reader.raise_if_any()
     return found

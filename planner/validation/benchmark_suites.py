@@ -48,6 +48,7 @@ class Suite:
     """One benchmark.
 
     Attributes:
+        name: of its table in the file; empty: of no known suite.
         upstream: how the column of that name begins in its rows.
         page: what its rows' source names, where they have no such column.
         feature: what its rows' features name, where neither tells: a data set that several benchmarks draw from.
@@ -61,6 +62,7 @@ class Suite:
         requests: of a run in all, by lengths of prompts and answers.
     """
 
+    name: str = ""
     upstream: tuple[str, ...] = ()
     page: str = ""
     feature: str = ""
@@ -125,6 +127,7 @@ def _suites() -> Mapping[str, Suite]:
         entry: Reader = reader.table(name)
         entry.text("source")
         found[name] = Suite(
+            name,
             entry.texts("upstream", ()),
             entry.text("page", ""),
             entry.text("feature", ""),

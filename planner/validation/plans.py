@@ -154,6 +154,8 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
         fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
     fixed |= _offload(cells.text("offload"))
     fixed |= kernel_knobs(flags, tp=tp, cp=cp)
+    if pp > 1 and "pipeline-layout" in flags.values:
+        fixed["pipeline_layout"] = flags.values["pipeline-layout"]
     if "adaptation" in fixed and (targets := cells.default("(adapters)")):
         fixed.setdefault("adapter_targets", targets)
     return fixed

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from planner.uncertainty.serving import QUANTITIES, kind_of
 from planner.validation.serving_runs import ServedRun
 
-__all__ = ["bar_of"]
+__all__ = ["QUANTITY_OF", "bar_of", "kind_of_run"]
+
+_TPOT, _TTFT, _RATE = QUANTITIES
+QUANTITY_OF = {"tpot": _TPOT, "ttft": _TTFT, "output_tokens_per_s": _RATE, "latency": _RATE}
+"""What of an estimate a metric is; a batch's latency is its rate, the other way round."""
+
+
+def kind_of_run(run: ServedRun) -> str:
+    """Runs whose errors are alike."""
+    return kind_of(experts=run.experts, pools=run.driver == "pools")
 
 
 def bar_of(run: ServedRun, metric: str) -> str:
     """The name of the set of rows that a row's metric is scored in."""
-    experts = any(block.moe is not None for block in run.model.blocks.values())
-    kind = "with experts" if experts else "dense"
-    if run.driver == "pools":
-        return f"{metric}, pools"
-    if metric == "tpot":
-        return f"tpot, {kind}"
-    return f"{metric}, {run.driver}"
+    told_by_kind = metric == "tpot" or run.driver == "pools"
+    return f"{metric}, {kind_of_run(run) if told_by_kind else run.driver}"

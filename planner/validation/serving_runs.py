@@ -81,6 +81,11 @@ class ServedRun:
     may_speculate: bool = False
 
     @property
+    def experts(self) -> bool:
+        """Whether the model has any."""
+        return any(block.moe is not None for block in self.model.blocks.values())
+
+    @property
     def exchanged(self) -> bool:
         """Whether tokens travel to experts one by one: attention ranks of their own, whole experts on every rank."""
         tp, _, dp, ep = self.degrees

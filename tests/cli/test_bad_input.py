@@ -23,6 +23,7 @@ BAD_OPTIONS = {
     "--tokens": ("0", "-1", "nan", "inf", "15X", "", "1e30"),
     "--usd-per-hour": ("0", "-2", "nan", "inf", "x", ""),
     "--reserve": ("100%", "-1%", "200GiB", "5", "nan", "x%", "", "4 lightyears"),
+    "--max-oom-risk": ("0", "-1%", "101%", "nan", "x", ""),
     "--precision": ("", ",", "fp7", "bf16,fp7"),
     "--optimizer": ("adm", ""),
     "--objective": ("speed", ""),
@@ -215,7 +216,7 @@ def test_output_that_cannot_be_written(planner, tmp_path, request, monkeypatch, 
 
 
 def test_unwritable_output_is_refused_before_the_search(planner, tmp_path, monkeypatch):
-    monkeypatch.setattr("planner.solve.fleet.search", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", lambda *_: pytest.fail("searched"))
     assert_refused(planner("train", *SMALL, "-o", tmp_path, "--json"))
 
 
@@ -302,7 +303,7 @@ def test_solver_failure_has_its_own_code(planner, monkeypatch):
     def fail(*_):
         raise SolverError(Problem("HiGHS", "time limit"))
 
-    monkeypatch.setattr("planner.solve.fleet.search", fail)
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", fail)
     found = planner("train", *SMALL, "--json")
     assert (found.code, found.json["error"]["kind"]) == (4, "solver")
 
@@ -311,7 +312,7 @@ def test_our_bugs_are_short_and_honest(planner, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("float division by zero")
 
-    monkeypatch.setattr("planner.solve.fleet.search", fail)
+    monkeypatch.setattr("planner.solve.fleet.search_strictly", fail)
     found = planner("train", *SMALL, "--json")
     assert (found.code, found.json["error"]["kind"]) == (70, "internal")
     assert "PLANNER_TRACEBACK=1" in found.err

@@ -39,6 +39,35 @@ def test_check_as_json_adds_up(planner):
     assert gained == pytest.approx(step_s[0] - step_s[1])
 
 
+def test_stages_that_differ_are_checked_explained_drawn_and_written(planner, tmp_path):
+    """torchtitan's own stages of Llama 3 70B on four devices, of 20, 21, 20 and 19 layers; Megatron-LM is told the same ones."""
+    launch, path = tmp_path / "run.sh", tmp_path / "plans.json"
+    launch.write_text(
+        "torchrun --nproc_per_node=8 --nnodes=4 -m torchtitan.train --module llama3 --config llama3_70b "
+        "--parallelism.pipeline_parallel_degree 4 --training.local_batch_size 16\n"
+    )
+    given = ("--from", "torchtitan", launch, "--cluster", "h100-sxm:4x8")
+    assert planner("estimate", *given, "-o", path).code == 0
+    checked = planner("check", *given)
+    assert "0 wrong" in checked.out
+    assert "20+21+20+19" in checked.out
+    assert planner("explain", path).code == 0
+    assert planner("trace", path, "-o", tmp_path / "step.json").code == 0
+    fix = (
+        "--fix",
+        "pp=4",
+        "--fix",
+        "tp=8",
+        "--fix",
+        "pipeline_layout=20+21+20+19",
+        "-o",
+        tmp_path / "own.json",
+    )
+    assert planner("estimate", "--model", "llama3.1-70b", *JOB[2:], "--global-batch", "16", *fix).code == 0
+    assert planner("export", tmp_path / "own.json", "--to", "megatron", "-o", tmp_path / "run").code == 0
+    assert "Et*20|t*21|t*20|t*19L" in (tmp_path / "run" / "run.sh").read_text()
+
+
 def test_check_exits_1_where_something_is_wrong(planner, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(

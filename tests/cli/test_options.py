@@ -1,6 +1,6 @@
 """Dataclasses of options: every field is an option of the command, and the command receives them as one value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
@@ -16,14 +16,23 @@ class Pair:
     right: Annotated[str | None, option("--right", text="The other.")] = None
 
 
-def invoked(*arguments: str) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Around:
+    before: Annotated[str | None, option("--before", text="First.")] = None
+    pair: Pair = field(default_factory=Pair)
+    after: Annotated[str | None, option("--after", text="Last.")] = None
+
+
+def invoked(*arguments: str, group: type = Pair) -> tuple[str, str]:
     """What a command of one group and one plain option was called with, and the help that it has."""
     called = []
 
-    @with_options
     def command(pair: Pair, as_json: Json = False) -> None:
         """Say a pair."""
         called.append((pair, as_json))
+
+    command.__annotations__["pair"] = group
+    command = with_options(command)
 
     app = typer.Typer(rich_markup_mode=None)
     app.command()(command)
@@ -34,6 +43,14 @@ def invoked(*arguments: str) -> tuple[str, str]:
 def test_fields_of_a_dataclass_are_options_and_arrive_as_one_value():
     assert invoked("--right", "b", "--json")[0] == str((Pair("a", "b"), True))
     assert invoked()[0] == str((Pair(), False))
+
+
+def test_a_field_that_is_a_dataclass_has_its_options_in_its_place():
+    assert invoked("--right", "b", "--after", "c", group=Around)[0] == str(
+        (Around(pair=Pair("a", "b"), after="c"), False)
+    )
+    text = invoked("--help", group=Around)[1]
+    assert text.index("--before") < text.index("--left") < text.index("--right") < text.index("--after")
 
 
 def test_help_lists_the_fields_in_their_order_and_no_default_twice():

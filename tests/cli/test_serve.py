@@ -134,22 +134,6 @@ def test_a_written_plan_is_priced_alike(planner, plans):
             assert now["estimate"][name] == pytest.approx(plan["estimate"][name])
 
 
-@pytest.mark.parametrize(
-    ("ratios", "said"), [((1.03, 9.12), "longer"), ((0.5, 0.9), "shorter"), ((0.9, 1.2), None)]
-)
-def test_explain_says_where_published_runs_lie_beside_the_prediction(planner, tmp_path, ratios, said):
-    """An interval that does not hold its own prediction is a known bias, and is said."""
-    path = tmp_path / "pools.json"
-    assert planner(*SERVE, *LIMITS, "--mode", "disaggregated", "-o", path).code == 0
-    document = json.loads(path.read_text())
-    estimate = document["plans"][0]["estimate"]
-    estimate["interval"]["ttft_s"] = [ratio * estimate["ttft_s"]["mean"] for ratio in ratios]
-    path.write_text(json.dumps(document))
-    found = " ".join(planner("explain", path).out.split())
-    for word in ("longer", "shorter"):
-        assert (f"first tokens of such pools were {word} than predicted" in found) == (word == said)
-
-
 def test_explain_accounts_for_an_iteration(planner, plans):
     found = planner("explain", plans, "--json").json
     for pool in found["pools"]:
@@ -341,7 +325,7 @@ def test_pools_on_two_types_in_the_other_verbs(planner, tmp_path):
     assert {pool["cluster"] for pool in written["pools"]} == {"h100-sxm:1x4", "l40s:1x8"}
     now = planner("estimate", path, "--json").json["plans"][0]["estimate"]
     assert now["goodput_requests_per_s"] == pytest.approx(
-        written["estimate"]["goodput_requests_per_s"], rel=0.03
+        written["estimate"]["goodput_requests_per_s"], rel=0.02
     )
     assert "l40s" in planner("explain", path).out
     assert planner("compare", path, f"{path}:2").code == 0

@@ -104,6 +104,31 @@ def test_reserve_is_a_share_or_a_size(planner):
     assert size == pytest.approx(whole - 4 * 2**30)
 
 
+TIGHT = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:4x8", "--global-batch", "256", "--seq-len", "8192")
+
+
+def test_plans_that_may_well_run_out_of_memory_are_not_ranked(planner):
+    """The fastest plan is predicted to leave 2 of 80 GiB; one that leaves ten takes a hundredth longer."""
+    safe = planner("train", *TIGHT, "--json").json["plans"]
+    bold = planner("train", *TIGHT, "--max-oom-risk", "100%", "--json").json["plans"]
+    assert all(plan["estimate"]["oom_probability"] <= 0.1 for plan in safe)
+    assert bold[0]["estimate"]["oom_probability"] > 0.2
+    assert 1.0 < safe[0]["estimate"]["step_time_s"] / bold[0]["estimate"]["step_time_s"] < 1.02
+    assert safe[0]["optimality"]["status"] == "exact"
+
+
+@pytest.mark.parametrize("more", [(), ("--layerwise", "--time-limit", "none")], ids=["uniform", "layerwise"])
+def test_a_job_that_only_fits_with_risk_says_so(planner, more):
+    """Of 79.6 GiB 76.9 are predicted to be used, and nothing else is allowed."""
+    job = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x8", "--global-batch", "8", "--seq-len", "9216",
+           "--fix", "zero_stage=2", "--fix", "tp=1", "--fix", "pp=1", "--fix", "cp=1", "--fix", "recompute=none",
+           "--fix", "micro_batch_size=1", "--forbid", "*_offload")  # fmt: skip
+    found = planner("train", *job, *more, "--json").json
+    assert found["plans"][0]["estimate"]["oom_probability"] > 0.1
+    assert any("--max-oom-risk" in note for note in found["notes"])
+    assert "are the best at any risk" in " ".join(planner("train", *job, *more).out.split())
+
+
 def test_run_totals_follow_from_the_step(planner):
     """1e9 tokens in steps of 16·1024 are 61,035.2, so 61,036 steps."""
     found = planner("train", *SMALL, "--tokens", "1B", "--usd-per-hour", "2", "--json").json

@@ -11,7 +11,7 @@ import pytest
 from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, BlockTable
 from planner.pipeline import step_bound
 from planner.solve.space import Rows, order_of
-from planner.solve.tables import BranchTables
+from planner.solve.tables import ASPECTS, BranchTables
 from planner.solve.uniform import UniformSearch
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
@@ -74,6 +74,19 @@ def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
     assert added > 40
 
 
+def floor_of_branch(
+    tables: BranchTables, state: int, recompute: int, swap: int, at: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """The floor of a branch's times on some rows, (rows, time fields, kinds), and whether it is the branch's own."""
+    found, own = [], True
+    for aspect in ASPECTS[TIMES]:
+        groups = tables.summands(state, recompute, swap, aspect, floor=True)
+        own &= all(len(group) == 1 for group in groups)
+        each = [tables.summand(group, aspect, at, first=group is groups[0]) for group in groups]
+        found.append(sum(each))
+    return np.concatenate(found, axis=1), own
+
+
 @pytest.mark.parametrize(("model", "cluster"), JOBS[:2])
 def test_floors_of_many_branches_are_below_their_tables(model: str, cluster: str) -> None:
     """Forwards, and backwards with all that runs again, of every branch at once are no longer than those of its own ledger, and
@@ -112,7 +125,7 @@ def test_floors_are_below_the_engine(model: str, cluster: str) -> None:
         on = np.flatnonzero(active.states[state] & active.recomputes[recompute])
         for row in draw.permutation(on)[:2].tolist():
             at = np.array([row])
-            floor, own = tables.floor_of_branch(state, recompute, swap, at)
+            floor, own = floor_of_branch(tables, state, recompute, swap, at)
             whole = tables.whole(state, recompute, swap)[at]
             table, least = (
                 BlockTable(search.kinds, np.ascontiguousarray(values.transpose(1, 2, 0)), fields)

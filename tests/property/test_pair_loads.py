@@ -1,4 +1,4 @@
-"""A limit of whole answers couples two pools: the search equals trying every pair, every load and every number of replicas."""
+"""A limit of whole answers and clients that replace answers couple two pools: the search equals trying all pairs and loads."""
 
 import re
 from dataclasses import replace
@@ -12,7 +12,7 @@ from planner.engine import Pricer
 from planner.errors import Infeasible
 from planner.serving.candidates import Account, iterations_of
 from planner.serving.disaggregated import search_disaggregated
-from planner.serving.numbers import numbers_of
+from planner.serving.numbers import Replicas, numbers_of
 from planner.serving.pools import decode_kinds, prefill_kinds
 from planner.serving.serve import serve
 from planner.serving.space import ServeSpace, links_of, mesh_of
@@ -109,6 +109,8 @@ LIMITS = [
     {"e2e_s": 2.0, "ttft_s": 0.12, "tpot_s": 0.0085},
     {"e2e_s": 2.5, "rate_per_s": 20.0},
     {"e2e_s": 2.5, "concurrency": 40},
+    {"concurrency": 40},
+    {"concurrency": 100, "ttft_s": 0.3, "tpot_s": 0.012},
     {"e2e_s": 2.5, "ttft_s": 0.3, "tpot_s": 0.012, "rate_per_s": 8.0},
 ]
 
@@ -158,7 +160,7 @@ def test_numbers_of_replicas_are_those_of_trying_all(asked, objective, rate_per_
     random = np.random.default_rng(7)
     prompts, answers = random.uniform(0.5, 8.0, (2, 80))
     left, right = 2.0 ** random.integers(0, 3, (2, 80))
-    x, y = numbers_of(p, prompts, answers, left, right, asked)
+    x, y = numbers_of(p, Replicas((prompts, answers), (left, right), asked))
 
     def value(a, b, k):
         answered, used = min(a * prompts[k], b * answers[k]), a * left[k] + b * right[k]

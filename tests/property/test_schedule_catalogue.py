@@ -223,7 +223,7 @@ def test_peak_memory_is_the_timelines(drawn, seed):
         return
     layout = layouts(("dense",) * 24, KINDS, p, v, generator.placement, generator.alike_in_order)[0]
     stack = load_stack()
-    peak, _ = memory(blocks, layout, generator, np.array([float(m)]), stack, 0.0)
+    peak, *_ = memory(blocks, layout, generator, np.array([float(m)]), stack, 0.0)
     lives = peak_bytes(
         order,
         layout.counts @ blocks["saved_bytes"],

@@ -16,14 +16,16 @@ from planner.layout import BOUNDARY
 from planner.pipeline import memory, step_bound, tight_bound
 from planner.plan import Plan
 from planner.solve.front import pareto_front
-from planner.solve.train import search
+from planner.solve.train import search, search_strictly
 from planner.solve.uniform import UniformSearch
+from planner.specs.cluster import Cluster
 from planner.specs.hardware import load_cluster
 from planner.specs.model import Attention, Block, Mlp, Model, Moe
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
 from planner.step_time import exact_step_s
+from planner.uncertainty.residuals import load_residuals
 
 PROBLEMS = 200
 OPEN = {  # slots that a random problem may leave open; the others are fixed at the first value
@@ -69,7 +71,24 @@ def random_problem(seed: int) -> Problem:
     budget = 2.3e9 + draw.choice([0.05e9, 0.2e9, 0.5e9, 5e9, 20e9])
     reserve = max(0.0, 1.0 - budget / float(cluster.device.memory_bytes))
     workload = TrainWorkload(draw.choice([8, 16, 24]), draw.choice([512, 2048]))
+    if draw.random() < 0.5:  # a device that ends there: now the chance of running out of memory counts
+        return Problem(model, with_memory(cluster, budget), workload, load_stack(), fixed=fixed)
     return Problem(model, cluster, workload, load_stack(), fixed=fixed, reserve=reserve)
+
+
+def with_memory(cluster: Cluster, n_bytes: float) -> Cluster:
+    """The cluster with so much memory per device."""
+    (group,) = cluster.groups
+    device = replace(group.device, memory_bytes=replace(group.device.memory_bytes, value=n_bytes))
+    return replace(cluster, groups=(replace(group, device=device),))
+
+
+def oom_chance(problem: Problem, peak_bytes: float, software_bytes: float) -> float:
+    """How likely a measured peak exceeds the device's memory."""
+    residuals = load_residuals()
+    assert residuals is not None
+    spread = residuals.peak.at(software_bytes / peak_bytes)
+    return spread.probability_above(peak_bytes, float(problem.cluster.device.memory_bytes))
 
 
 def all_candidates(problem: Problem):
@@ -100,7 +119,7 @@ def all_candidates(problem: Problem):
                 by_layers = recipe["recompute"].value == "block"
                 for layers in range(1, layout.layers) if by_layers else [None]:
                     step_s = float(exact_step_s([table], layout, order, round(float(m[0])), [layers])[0])
-                    peak, slower = memory(table, layout, order, m, problem.stack, groups, layers)
+                    peak, software, slower = memory(table, layout, order, m, problem.stack, groups, layers)
                     bound_s = float(step_bound(table, layout, m, layers)[0])
                     tight_s = float(
                         tight_bound(
@@ -110,6 +129,7 @@ def all_candidates(problem: Problem):
                     fits = peak[0] <= budget and all(
                         slower[tier][0] <= room for tier, room in problem.cluster.slower_bytes.items()
                     )
+                    fits &= oom_chance(problem, float(peak[0]), float(software[0])) <= problem.max_oom_risk
                     yield (step_s if fits else None), max(bound_s, tight_s), step_s
 
 
@@ -125,7 +145,7 @@ def test_the_best_step_never_grows_with_memory_or_with_faster_links() -> None:
 
     def step_s(problem: Problem) -> float:
         try:
-            return search(problem, top=1).best.estimate.step_time_s
+            return search_strictly(problem, top=1).best.estimate.step_time_s
         except Infeasible:
             return np.inf
 
@@ -172,15 +192,16 @@ def winner_is_brute_force_winner(problem: Problem, seed: int) -> Plan | None:
     fitting = [step_s for step_s, _, _ in every if step_s is not None]
     if not fitting:
         with pytest.raises(Infeasible):
-            search(problem)
+            search_strictly(problem)
         return None
-    result = search(problem)
+    result = search_strictly(problem)
     report = result.search
     counted = report.scored + sum(report.excluded_by_bound.values()) + sum(report.rejected.values())
     assert report.candidates == counted, seed
     assert result.best.estimate.step_time_s == pytest.approx(min(fitting), rel=1e-9), seed
     assert result.best.optimality.status == "exact"
     assert result.best.estimate.fits
+    assert all((plan.estimate.oom_probability or 0.0) <= problem.max_oom_risk + 1e-9 for plan in result.plans)
     return result.best
 
 

@@ -13,7 +13,7 @@ from planner.serving.aggregated import steady
 from planner.serving.candidates import Account, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.daily import daily_fleet, over_a_day
-from planner.serving.numbers import _thriftiest
+from planner.serving.numbers import Replicas, _thriftiest
 from planner.serving.search import search_aggregated
 from planner.serving.serve import serve
 from planner.serving.slots import Arrivals
@@ -224,7 +224,7 @@ def test_the_thriftiest_numbers_of_replicas_are_those_of_trying_all():
     random = np.random.default_rng(4)
     prompts, answers = random.uniform(0.5, 8.0, (2, 60))
     left, right = 2.0 ** random.integers(0, 4, (2, 60))
-    x, y = _thriftiest(32, prompts, answers, left, right)
+    x, y = _thriftiest(32, Replicas((prompts, answers), (left, right)))
     for k in range(60):
         value = {
             (a, b): min(a * prompts[k], b * answers[k]) / (a * left[k] + b * right[k])

@@ -85,8 +85,8 @@ def test_a_plan_that_may_run_out_of_memory_comes_with_what_to_do(plan):
         replace(plan, estimate=replace(plan.estimate, interval=interval, oom_probability=p))
         for p in (0.27, 0.05)
     )
-    assert any("(27%): --reserve 17%" in line for line in confidence([risky], job()))
-    assert not any("--reserve" in line for line in confidence([safe], job()))
+    assert any("(27%): --max-oom-risk 10%" in line for line in confidence([risky], job()))
+    assert not any("--max-oom-risk" in line for line in confidence([safe], job()))
 
 
 def test_plans_without_an_interval_are_shown_without_one(plan, monkeypatch):

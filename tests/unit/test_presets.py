@@ -8,8 +8,17 @@ from planner import Problem, TrainWorkload, examine, load_cluster, load_model, l
 from planner.technique import discover
 
 PRESETS = {t.key: t for t in discover("training").values() if t.kind == "preset"}
-MODELS = {"gshard": "mixtral-8x7b", "mtnlg_3d": "megatron-529.6b"}
-CLUSTERS = {"mtnlg_3d": "a100-sxm-80gb:35x8"}
+MODELS = {
+    "frontier_study": "gpt3-175b",
+    "gshard": "mixtral-8x7b",
+    "mtnlg_3d": "megatron-529.6b",
+    "pangu_ultra_moe": "deepseek-v3",
+}
+CLUSTERS = {
+    "frontier_study": "mi250x:16x8",
+    "mtnlg_3d": "a100-sxm-80gb:35x8",
+    "pangu_ultra_moe": "h800:64x8",
+}
 
 
 @pytest.mark.parametrize("key", sorted(PRESETS))

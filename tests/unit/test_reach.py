@@ -87,7 +87,7 @@ CASES = [
     # The default search: formats that the device multiplies faster, and what memory asks for.
     Case("precision=fp8", "mxfp8_nvfp4", "llama3-8b", "h100-sxm:1x8", 64, 8192, K, {"precisions": ("bf16", "fp8")}),
     Case("precision=mxfp8", "mxfp8_nvfp4", "llama3-8b", "b200-sxm:1x8", 64, 8192, K, {"precisions": ("bf16", "mxfp8")}),
-    Case("recompute=norm+act", "selective_recompute", "llama3-8b", "h100-sxm:4x8", 256, 8192, K),
+    Case("recompute=norm+act", "selective_recompute", "llama3-70b", "h100-sxm:8x8", 256, 8192, K),
     Case("recompute=block", "chen_ckpt", "llama3-8b", "a100-sxm-40gb:1x8", 8, 98304,
          {**K, **ON_DEVICE, "tp": 8, "pp": 1, "cp": 1}),
     Case("activation_offload=cpu", "vdnn", "llama3-8b", "h100-sxm:1x8", 8, 131072,
@@ -115,7 +115,7 @@ CASES = [
     Case("sequence_parallel=gathered", "kept_gather", "llama2-70b", "h100-sxm:4x8", 64, 4096, {**K, "tp": 8, "recompute": "full"},
          explore=("sequence_parallel=*",)),
     # A vocabulary of 256,000: logits are what memory and time go to (arXiv:2410.10989).
-    Case("loss_kernel=linear_fused", "fused_cross_entropy", "gemma2-9b", "a100-sxm-80gb:1x8", 64, 8192,
+    Case("loss_kernel=linear_fused", "fused_cross_entropy", "gemma2-9b", "a100-sxm-80gb:2x8", 64, 8192,
          {"gradient_accumulation": "fused"}, explore=("loss_kernel=*",)),
     # 7B in one 48 GB card: Li et al. 2023 (arXiv:2310.07147), abstract.
     Case("optimizer=lion_int8", "qft", "llama-7b", "a6000:1x1", 1, 512, {"optimizer_offload": "none"},

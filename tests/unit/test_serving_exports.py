@@ -70,7 +70,7 @@ def two_kinds():
 @pytest.fixture(scope="module")
 def experts():
     fixed = {"tp": 1, "pp": 1, "dp": 8, "ep": 8, "etp": 1, "experts": "exchanged", "replicas": 1}
-    return plan_of("deepseek-v3", "h200-sxm:1x8", **fixed)
+    return plan_of("deepseek-v3", "h200-sxm:1x8", micro_batches=1, **fixed)
 
 
 @pytest.fixture(scope="module")

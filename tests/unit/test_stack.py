@@ -1,5 +1,7 @@
 """Software stacks: which runs a stack describes, and what a file may leave to another."""
 
+from dataclasses import fields
+
 import pytest
 
 import planner
@@ -63,6 +65,17 @@ def test_the_framework_and_its_date_choose_the_stack():
     assert stack_for("Composer FSDP1", "torch 2.x", "2024").name == "composer"
     assert stack_for("PyTorch FSDP2", "", "2025").name == "pytorch-fsdp"
     assert stack_for("something else").name == "default"
+
+
+def test_vllms_first_engine_is_vllm_but_for_what_is_published_of_it():
+    """Its rows are of one source and one model: too few for constants of its own."""
+    first, engine = load_stack("vllm-v0"), load_stack("vllm")
+    assert first.on == engine.on
+    for generation in engine.serving.on:
+        own, other = (stack.serving.on_generation(generation) for stack in (first, engine))
+        differ = {f.name for f in fields(own) if getattr(own, f.name) != getattr(other, f.name)} - {"on"}
+        assert differ == {"prompts", "max_sequences", "graph_sequences", "sequence_s"}
+        assert own.sequence_s.source == "vllm-v0-profile"
 
 
 def test_a_named_plan_takes_its_kernels_from_the_stack():

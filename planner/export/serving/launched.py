@@ -15,9 +15,17 @@ from planner.export.shell import read_script
 from planner.export.yaml_text import read_yaml
 from planner.specs.traffic import ADAPTER_RANK
 
-__all__ = ["FORMATS", "Drafts", "LaunchedPool", "launched_adapters", "read_flags"]
+__all__ = [
+    "Drafts",
+    "LaunchedPool",
+    "launched_adapters",
+    "launched_formats",
+    "read_flags",
+    "strangers",
+    "two_batches",
+]
 
-FORMATS: Mapping[str, str] = {
+_FORMATS: Mapping[str, str] = {
     "fp8": "fp8", "modelopt": "fp8", "modelopt_fp8": "fp8", "modelopt_fp4": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "w4a16_mxfp4",
     "awq": "int4_wo", "awq_marlin": "int4_wo", "gptq": "int4_wo", "gptq_marlin": "int4_wo",
 }  # fmt: skip
@@ -80,6 +88,40 @@ def launched_adapters(flags: FlagReader, slots: str, default: int) -> tuple[int,
     """Slots for low-rank adapters (the flag ``slots``) and their largest rank, of a launch with ``--enable-lora``."""
     asked = flags.integer(slots, default), flags.integer("--max-lora-rank", ADAPTER_RANK)
     return asked if flags.present("--enable-lora") else None
+
+
+def launched_formats(flags: FlagReader, notes: list[str]) -> dict[str, str]:
+    """Formats of caches and of weights, as far as the launch says any."""
+    found = {"cache": "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"}
+    dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
+    if quantization is None:
+        return found | ({"weights": "fp16"} if dtype in ("half", "float16") else {})
+    if quantization in _FORMATS:
+        return found | {"weights": _FORMATS[quantization]}
+    notes.append(f"--quantization {quantization}: the weights are taken as they are published.")
+    return found
+
+
+def strangers(flags: FlagReader, passive: Collection[str], engine: str) -> tuple[str, ...]:
+    """Flags that nobody read, once all others are: what was not understood.
+
+    Raises:
+        SpecError: flags are wrong, or none of them is the engine's.
+    """
+    flags.read |= set(passive)
+    flags.raise_if_any()
+    found = tuple(flags.unread())
+    if flags.flags and len(found) == len(flags.flags):
+        what = f"none of {', '.join(found[:5])} is an option of {engine}"
+        raise SpecError(Problem(flags.where, what, f"a launch of {engine}"))
+    return found
+
+
+def two_batches(flags: FlagReader, flag: str, fixed: Mapping[str, Any], notes: list[str]) -> str:
+    """In how many parts a launch runs a batch, where ``flag`` asks for two; ``notes`` says where that means nothing."""
+    if flags.present(flag) and fixed["experts"] != "exchanged":
+        notes.append(f"{flag} without an exchange of tokens to experts hides nothing: one batch.")
+    return "2" if flags.present(flag) and fixed["experts"] == "exchanged" else "1"
 
 
 def read_flags(

@@ -133,7 +133,11 @@ _FORMATS = frozenset(
     ["bf16", "fp16", "fp8", "fp8_block", "nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8", "int4_wo", "int8_wo"]
 )
 _CHOICES = {"weights": _FORMATS, "cache": frozenset({"bf16", "fp8"}), "prompt_ranks": _ALONE | _GATHERED}
-_NO_EXCHANGE = {"prompt_ranks": _ALONE, "cache_copies": frozenset({"kept"})}
+_NO_EXCHANGE = {
+    "prompt_ranks": _ALONE,
+    "cache_copies": frozenset({"kept"}),
+    "micro_batches": frozenset({"1"}),
+}
 
 SERVING_LAUNCHERS: Mapping[str, ServingLauncher] = {
     "sglang": ServingLauncher("sglang", _sglang, _sglang_pairs, _CHOICES, _shares_prompts),

@@ -50,6 +50,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
     if knobs["experts"] == "exchanged":
         found["moe-a2a-backend"] = "deepep"
         found["deepep-mode"] = "low_latency" if pool.role == "decode" else "normal"
+    if knobs.get("micro_batches") == "2":
+        found["enable-two-batch-overlap"] = True
     narrowed = number_format(ENGINE, target, pool)
     if narrowed is not None:
         found["quantization"] = narrowed

@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
+from planner.export.serving.launched import (
+    Drafts,
+    LaunchedPool,
+    launched_adapters,
+    launched_formats,
+    read_flags,
+    strangers,
+    two_batches,
+)
 
 __all__ = ["read_sglang"]
 
@@ -19,7 +26,6 @@ _SHORT = {
     "--attention-data-parallel-size": "--attn-dp-size", "--model": "--model-path",
 }  # fmt: skip
 _UNMODELLED: Mapping[str, str] = {
-    "--enable-two-batch-overlap": "two batches beside each other",
     "--moe-dp-size": "experts in groups",
     "--enable-hierarchical-cache": "caches on the host",
 }
@@ -33,7 +39,8 @@ _PASSIVE = names_in(
     "--host --port --served-model-name --api-key --trust-remote-code --load-format --tokenizer-path --nnodes --node-rank "
     "--dist-init-addr --log-level --watchdog-timeout --skip-tokenizer-init --disaggregation-transfer-backend --deepep-mode "
     "--disaggregation-bootstrap-port --disaggregation-ib-device --tool-call-parser --reasoning-parser --chat-template "
-    "--schedule-policy --schedule-conservativeness --random-seed --page-size --attention-backend --max-prefill-tokens"
+    "--schedule-policy --schedule-conservativeness --random-seed --page-size --attention-backend --max-prefill-tokens "
+    "--enable-prefill-cp --cp-strategy --moe-dense-tp-size"
 )
 
 
@@ -43,15 +50,33 @@ def read_sglang(path: str | Path) -> LaunchedPool:
     Raises:
         SpecError: the file cannot be read, flags are wrong or ask for what is not modelled; all at once.
     """
-    flags, _, notes = read_flags(
-        path,
-        "a script with python -m sglang.launch_server, or the YAML of its --config",
-        ("sglang.launch_server",),
-        _SHORT,
-    )
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag) and flags.flags[flag] != ["1"]:
-            flags.fault(flag, f"{what}: not modelled")
+    expected = "a script with python -m sglang.launch_server, or the YAML of its --config"
+    flags, _, notes = read_flags(path, expected, ("sglang.launch_server",), _SHORT)
+    flags.refuse(_UNMODELLED, idle=("1",))
+    fixed: dict[str, Any] = _ranks(flags, notes)
+    fixed |= launched_formats(flags, notes) | _batches(flags, fixed, notes)
+    roles = {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
+    role = flags.choice("--disaggregation-mode", "null", roles)
+    fraction, context = flags.number("--mem-fraction-static", None), flags.integer("--context-length", None)
+    if fraction is None:
+        notes.append("--mem-fraction-static is left out: taken as the stack has it.")
+    wasteful, drafts = _wasteful(flags), _drafts(flags)
+    adapters = launched_adapters(flags, "--max-loras-per-batch", 8)
+    model = flags.text("--model-path", "")
+    errors = [
+        (f"{flag} is gone in SGLang 0.5.23: {now}", "its parser, before anything starts")
+        for flag, now in _REMOVED.items()
+        if flags.present(flag)
+    ]
+    ignored = strangers(flags, _PASSIVE, "SGLang")
+    return LaunchedPool(
+        "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
+        (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
+    )  # fmt: skip
+
+
+def _ranks(flags: FlagReader, notes: list[str]) -> dict[str, Any]:
+    """Degrees, of which attention has its own: its ranks share requests (dp), or a prompt's tokens (cp)."""
     ranks, pp, ep = (flags.integer(f"--{name}-size", 1) for name in ("tp", "pp", "ep"))
     replicas, attention = flags.integer("--dp-size", 1), flags.integer("--attn-dp-size", 1)
     if flags.present("--enable-dp-attention"):
@@ -71,58 +96,26 @@ def read_sglang(path: str | Path) -> LaunchedPool:
         fixed["cache_copies"] = "dcp"
         notes.append(f"--dcp-size {parts}: taken as the ranks of an attention group, all copies of a latent.")
     if replicas > 1:
-        notes.append(
-            f"--dp-size {replicas} without attention ranks: {replicas} replicas of {ranks * pp} devices."
-        )
+        text = f"{replicas} replicas of {ranks * pp} devices"
+        notes.append(f"--dp-size {replicas} without attention ranks: {text}.")
     exchange = flags.text("--moe-a2a-backend", "none")
     fixed["experts"] = "gathered" if exchange == "none" or attention * shared == 1 else "exchanged"
-    fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
-    dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
-    if quantization in FORMATS:
-        fixed["weights"] = FORMATS[quantization]
-    elif quantization is not None:
-        notes.append(f"--quantization {quantization}: the weights are taken as they are published.")
-    elif dtype in ("half", "float16"):
-        fixed["weights"] = "fp16"
-    chunk, sequences = (
-        flags.integer("--chunked-prefill-size", None),
-        flags.integer("--max-running-requests", None),
-    )
-    if chunk is not None and chunk > 0:
-        fixed["chunk_tokens"] = max(chunk // attention, 1)
-    if sequences is not None:
-        fixed["max_sequences"] = max(-(-sequences // (attention * pp)), 1)
-    fraction = flags.number("--mem-fraction-static", None)
-    if fraction is None:
-        notes.append("--mem-fraction-static is left out: taken as the stack has it.")
+    fixed["micro_batches"] = two_batches(flags, "--enable-two-batch-overlap", fixed, notes)
+    return fixed
+
+
+def _batches(flags: FlagReader, ranks: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
+    """Tokens of an iteration and sequences, of each attention rank (and stage); SGLang counts those of all together."""
+    chunk = flags.integer("--chunked-prefill-size", None)
+    sequences = flags.integer("--max-running-requests", None)
+    found = {}
     if chunk is None:
         notes.append("--chunked-prefill-size is left out: taken as the stack has it.")
-    errors = [
-        (f"{flag} is gone in SGLang 0.5.23: {now}", "its parser, before anything starts")
-        for flag, now in _REMOVED.items()
-        if flags.present(flag)
-    ]
-    role = flags.choice(
-        "--disaggregation-mode", "null", {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
-    )
-    context = flags.integer("--context-length", None)
-    wasteful, drafts = _wasteful(flags.flags, chunk), _drafts(flags)
-    adapters = launched_adapters(flags, "--max-loras-per-batch", 8)
-    flags.read |= (
-        _PASSIVE
-        | {"--enable-prefill-cp", "--cp-strategy", "--moe-dense-tp-size"}
-        | {"--disable-cuda-graph", "--disable-radix-cache"}
-    )
-    model = flags.text("--model-path", "")
-    flags.raise_if_any()
-    ignored = tuple(flags.unread())
-    if flags.flags and len(ignored) == len(flags.flags):
-        found = f"none of {', '.join(ignored[:5])} is an option of SGLang"
-        raise SpecError(Problem(str(path), found, "a launch of SGLang"))
-    return LaunchedPool(
-        "sglang", role, model, fixed, context, fraction, True, tuple(errors), tuple(wasteful),
-        (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
-    )  # fmt: skip
+    elif chunk > 0:
+        found["chunk_tokens"] = max(chunk // ranks["dp"], 1)
+    if sequences is not None:
+        found["max_sequences"] = max(-(-sequences // (ranks["dp"] * ranks["pp"])), 1)
+    return found
 
 
 def _drafts(flags: FlagReader) -> Drafts | None:
@@ -156,12 +149,12 @@ def _drafts(flags: FlagReader) -> Drafts | None:
     return None
 
 
-def _wasteful(flags: Mapping[str, list[str]], chunk: int | None) -> list[str]:
+def _wasteful(flags: FlagReader) -> list[str]:
     found = []
-    if "--disable-cuda-graph" in flags:
+    if flags.present("--disable-cuda-graph"):
         found.append("--disable-cuda-graph: the host starts every kernel of every iteration.")
-    if chunk == -1:
+    if flags.flags.get("--chunked-prefill-size") == ["-1"]:
         found.append("--chunked-prefill-size -1: whole prompts hold up everybody who generates.")
-    if "--disable-radix-cache" in flags:
+    if flags.present("--disable-radix-cache"):
         found.append("--disable-radix-cache: prompts that begin alike are computed again.")
     return found

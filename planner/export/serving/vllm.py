@@ -51,6 +51,8 @@ def _settings(target: ServingTarget, pool: Pool) -> Mapping[str, Any]:
         found["enable-expert-parallel"] = True
     if knobs["experts"] == "exchanged":
         found["all2all-backend"] = _EXCHANGES[pool.role]
+    if knobs.get("micro_batches") == "2":
+        found["enable-dbo"] = True
     narrowed = number_format(ENGINE, target, pool)
     if narrowed is not None:
         found["quantization"] = narrowed

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader
 from planner.export.launched import ignored_note, names_in
-from planner.export.serving.launched import FORMATS, Drafts, LaunchedPool, launched_adapters, read_flags
+from planner.export.serving.launched import (
+    Drafts,
+    LaunchedPool,
+    launched_adapters,
+    launched_formats,
+    read_flags,
+    strangers,
+    two_batches,
+)
 
 __all__ = ["read_vllm"]
 
@@ -43,9 +50,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     flags, before, notes = read_flags(
         path, "a script with vllm serve, or the YAML of its --config", ("serve",), _SHORT
     )
-    for flag, what in _UNMODELLED.items():
-        if flags.present(flag) and flags.flags[flag] != ["1"] and flags.flags[flag] != ["0"]:
-            flags.fault(flag, f"{what}: not modelled")
+    flags.refuse(_UNMODELLED, idle=("0", "1"))
     tp, pp, dp = (flags.integer(f"--{name}-parallel-size", 1) for name in ("tensor", "pipeline", "data"))
     experts = flags.present("--enable-expert-parallel")
     shared = flags.integer("--prefill-context-parallel-size", 1)
@@ -55,14 +60,14 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     backend = flags.text("--all2all-backend", "allgather_reducescatter")
     gathered = backend in ("allgather_reducescatter", "naive") or not experts or dp == 1
     fixed["experts"] = "gathered" if gathered else "exchanged"
-    fixed["cache"] = "fp8" if str(flags.text("--kv-cache-dtype", "auto")).startswith("fp8") else "bf16"
+    fixed["micro_batches"] = two_batches(flags, "--enable-dbo", fixed, notes)
     parts = flags.integer("--decode-context-parallel-size", 1)
     if parts > 1:
         fixed["cache_copies"] = "dcp"
         notes.append(
             f"--decode-context-parallel-size {parts}: taken as tp over the key heads, all copies of a cache."
         )
-    fixed |= _weights(flags, notes)
+    fixed |= launched_formats(flags, notes)
     tokens, sequences = flags.integer("--max-num-batched-tokens", None), flags.integer("--max-num-seqs", None)
     context = flags.integer("--max-model-len", None)
     if tokens is not None:
@@ -78,12 +83,7 @@ def read_vllm(path: str | Path) -> LaunchedPool:
     adapters = launched_adapters(flags, "--max-loras", 1)
     model = flags.text("--model", before[0] if before else "")
     errors, wasteful = _errors(tokens, sequences, context, flags), _wasteful(flags)
-    flags.read |= _PASSIVE
-    flags.raise_if_any()
-    ignored = tuple(flags.unread())
-    if flags.flags and len(ignored) == len(flags.flags):
-        found = f"none of {', '.join(ignored[:5])} is an option of vLLM"
-        raise SpecError(Problem(str(path), found, "a launch of vLLM"))
+    ignored = strangers(flags, _PASSIVE, "vLLM")
     return LaunchedPool(
         "vllm", role, model, fixed, context, _DEFAULT_FRACTION if fraction is None else fraction, False, tuple(errors),
         tuple(wasteful), (*notes, *ignored_note(ignored)), ignored, drafts, adapters,
@@ -128,16 +128,6 @@ def _drafts(flags: FlagReader) -> Drafts | None:
         return Drafts("ngram", tokens) if method == "ngram" else Drafts("draft", tokens, model)
     flags.fault(flag, f"method {method!r}: not modelled", "mtp, ngram, eagle with its head, or a draft model")
     return None
-
-
-def _weights(flags: FlagReader, notes: list[str]) -> dict[str, str]:
-    dtype, quantization = flags.text("--dtype", "auto"), flags.text("--quantization", None)
-    if quantization is None:
-        return {"weights": "fp16"} if dtype in ("half", "float16") else {}
-    if quantization in FORMATS:
-        return {"weights": FORMATS[quantization]}
-    notes.append(f"--quantization {quantization}: the weights are taken as they are published.")
-    return {}
 
 
 def _role(flags: FlagReader) -> str:

@@ -30,6 +30,7 @@ from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["BYTES", "DeviceBounds", "exposed", "in_tier", "largest"]
 
@@ -49,8 +50,8 @@ class DeviceBounds:
         self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
-        idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
-        self.room = problem.memory_budget_bytes - idle
+        self.idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
+        self.room = float(room_bytes(problem, self.idle)) - self.idle
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]

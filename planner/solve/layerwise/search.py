@@ -27,7 +27,7 @@ from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.strategies import Mesh
 from planner.solve.layerwise.walks import Paths
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
-from planner.solve.train import search
+from planner.solve.train import search_strictly
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
@@ -80,7 +80,7 @@ def search_layerwise(
     refusal: Infeasible | None = None
     limit = TimeLimit(time_limit_s)
     try:
-        uniform = search(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
+        uniform = search_strictly(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
+from planner.assignment import Assignment, Runs
 from planner.layout import BOUNDARY, Layout, deal_layers, layout_of, layouts
 from planner.ledger import Array
 from planner.pipeline import memory, phase_seconds
@@ -252,7 +252,7 @@ class Settler:
         if sizes in tried:
             return None
         tried.add(sizes)
-        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, UNEVEN, sizes))
+        return self._priced(deal_layers(self.order, self.kinds, self.pp, 1, sizes))
 
     def _priced(self, layout: Layout) -> Candidate | None:
         """The strategies of every device of a layout with which it is done soonest, priced together; None where a device has
@@ -280,15 +280,18 @@ class Settler:
 
     def simpler(self, best: Candidate, within_s: float) -> Candidate:
         """The simplest candidate that fits and takes no longer than that, with the layers of every stage as they are."""
-        budget, stack = self.costs.problem.memory_budget_bytes, self.costs.problem.stack
+        stack = self.costs.problem.stack
         batches = np.array([float(self.mesh.micro_batches)])
+        room = float(self.costs.room + self.costs.idle)
 
         def price(taken: Taken) -> tuple[float, Candidate] | None:
             found = self._assigned(taken, best.layout)
             table = self.mesh.table(self._columns(found.assignment))
-            peak, away = memory(table, found.layout, self.deal.order, batches, stack, self.mesh.communicators)
+            peak, _, away = memory(
+                table, found.layout, self.deal.order, batches, stack, self.mesh.communicators
+            )
             tiers = self.costs.problem.cluster.slower_bytes
-            fits = peak[0] <= budget and all(away[tier][0] <= tiers[tier] for tier in away)
+            fits = peak[0] <= room and all(away[tier][0] <= tiers[tier] for tier in away)
             return (found.step_s, found) if fits else None
 
         return simplest(self._taken(best.assignment), best, price, within_s)
@@ -311,7 +314,7 @@ class Settler:
     def _assigned(self, taken: Taken, layout: Layout) -> Candidate:
         """The candidate of some strategies by their number in the mesh, priced by the schedule engine."""
         assignment = self.mesh.assignment(*taken, self.choices)
-        wide = assignment.layout(self.order, self.pp, layout.virtual_stages, layout.split)
+        wide = assignment.layout(self.order, self.pp)
         table = self.mesh.table(self._columns(assignment))
         step_s = float(exact_step_s([table], wide, self.deal.order, self.mesh.micro_batches, [None])[0])
         forward, backward, again = (x[:, 0] for x in phase_seconds(table))

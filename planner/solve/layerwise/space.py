@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assignment import UNEVEN
 from planner.engine import BlockTable, tabulate
 from planner.layout import Layout, layouts
 from planner.ledger import Array
@@ -24,6 +23,7 @@ from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace"]
 
@@ -76,7 +76,7 @@ class LayerwiseSpace:
         self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
         self._asked: set[Branch] = set()
         launcher = self.problem.launcher
-        self._named_only = not uneven or (launcher is not None and "balanced" not in launcher.layouts)
+        self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
 
     def deals(self, below_s: float) -> list[Deal]:
@@ -202,7 +202,7 @@ class LayerwiseSpace:
         """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
         stack = self.problem.stack
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-        budget = np.maximum(self.problem.memory_budget_bytes - idle, 1.0)
+        budget = np.maximum(room_bytes(self.problem, idle) - idle, 1.0)
         return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
 
     def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
@@ -358,7 +358,7 @@ class LayerwiseSpace:
     def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
         """Schedules with their layouts; one stage per device is left open where cuts are."""
         space = self.uniform.space
-        wanted = space.fixed.get("pipeline_layout")
+        wanted = space.fixed.get("pipeline_layout", "")
         for schedule in space.choices["schedule"]:
             order = _order(schedule)
             if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
@@ -367,17 +367,16 @@ class LayerwiseSpace:
             for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
                 if not space.allows("virtual_stages", np.array([float(v)]))[0]:
                     continue
-                if v == 1 and not self._named_only and wanted is None:
+                if v == 1 and not self._named_only and not wanted:
                     yield schedule, None, v
                     continue
-                named = layouts(self.order, self.kinds, pp, v)
-                if interleaved and all(layout.split == "balanced" for layout in named):
+                named = layouts(self.order, self.kinds, pp, v, wanted=wanted)
+                if interleaved and not wanted and all(layout.split == "balanced" for layout in named):
                     other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
                     named = () if other is None else (other,)
                 launcher = self.problem.launcher
                 for layout in named:
-                    runs = launcher is None or layout.split == UNEVEN or layout.split in launcher.layouts
-                    if runs and wanted in (None, layout.split):
+                    if launcher is None or launcher.takes_stages(layout.stages, pp):
                         yield schedule, layout, v
 
     def _runs(self, schedule: Choice, rows: _Rows) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from planner.assignment import UNEVEN
 from planner.layout import Layout, deal_layers
 
 __all__ = ["uneven_layout"]
@@ -21,7 +20,7 @@ def uneven_layout(
     sizes = [small] * (pp * virtual_stages)
     for stage in _middle_first(pp, virtual_stages)[:longer]:
         sizes[stage] += 1
-    return deal_layers(order, kinds, pp, virtual_stages, UNEVEN, sizes)
+    return deal_layers(order, kinds, pp, virtual_stages, sizes)
 
 
 def _middle_first(pp: int, virtual_stages: int) -> list[int]:

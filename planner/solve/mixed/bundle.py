@@ -16,6 +16,7 @@ from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK
 from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
+from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Bundle"]
 
@@ -64,8 +65,7 @@ class Bundle:
         idle = np.array([framework + each * mesh.communicators for mesh in meshes])
         least = transient.min(axis=1)[:, sorted(set(self.stack))].min(axis=1)
         # Wider by what differences of sums round off: a stage that fills its memory to the byte is none that holds too much.
-        budget = problem.memory_budget_bytes
-        self.room = budget * (1.0 + SLACK) - idle - self.growth * least
+        self.room = room_bytes(problem, idle) * (1.0 + SLACK) - idle - self.growth * least
         self._least_held: dict[tuple[float, tuple[int, ...]], Array] = {}
         self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
 

@@ -23,7 +23,7 @@ from planner.solve.mixed.settle import Found, Settler
 from planner.solve.mixed.shapes import Shape, shapes
 from planner.solve.space import Space, order_of
 from planner.solve.time_limit import FOREVER, OutOfTimeError, TimeLimit
-from planner.solve.train import search
+from planner.solve.train import search_strictly
 from planner.specs.problem import Problem
 
 __all__ = ["MixedSearch", "applies", "search_mixed"]
@@ -40,7 +40,7 @@ def search_mixed(
     top: int = 10,
     on_progress: Callable[[int, int], None] | None = None,
     *,
-    base: Callable[..., SearchResult] = search,
+    base: Callable[..., SearchResult] = search_strictly,
     solver: str = "auto",
     mixing: bool = False,
     time_limit_s: float = np.inf,

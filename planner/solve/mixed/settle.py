@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import UNEVEN, Assignment, Runs
+from planner.assignment import Assignment, Runs
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
@@ -181,7 +181,7 @@ class Settler:
                 behind_s += float(self.ground.hops_s([(before, option.place)])[0])
         for chosen in _together(ways, ends_alike=self.ground.ends_alike):
             assignment, values = self._assignment(chosen, ends)
-            layout = assignment.layout(self.order, self.pp, 1, UNEVEN)
+            layout = assignment.layout(self.order, self.pp)
             names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
             yield (
                 sizes,
@@ -213,8 +213,8 @@ class Settler:
         return found + [way for option, _ in found[:1] if not stage for way in self._quicker(option, device)]
 
     def _quicker(self, option: Option, device: Device) -> Iterator[Way]:
-        """Strategies of the first stage that work longer and update sooner: paths that stay on another stage pass it less often
-        and end with its update."""
+        """Strategies of the first stage that work longer and update sooner: a path that stays on another stage passes it less
+        often and ends with its update."""
         for part in _PASSED:
             passes = (max(part * self.m, 1.0),)
             solved = option.costs.solve(device, Goal(passes, passes))

@@ -43,6 +43,7 @@ class Family:
     masked_lm_head: bool = False  # a dense layer and a norm before the tied projection
     moe_bias: bool = False
     router_bias: bool = False
+    limited: bool = False
     shared_experts: int = 0  # always-on experts where the config gives no number
     shared_gate: bool = False
     moe_beside_mlp: bool = False
@@ -137,7 +138,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_oss": Family(
         qkv_bias=True, out_bias=True, sinks=True, local_sinks=True, moe_bias=True, router_bias=True,
-        mixers="LG",
+        limited=True, mixers="LG",
     ),
     "gptj": Family(norm="layernorm", parallel=True, gated=False, mlp_bias=True, head_bias=True),
     "granite": _GRANITE,

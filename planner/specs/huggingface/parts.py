@@ -149,6 +149,7 @@ class Parts:
             bias=family.moe_bias,
             shared_gate=family.shared_gate and shared > 0,
             router_bias=family.router_bias,
+            limited=family.limited,
             latent=fields.size("moe_latent_size", 0, minimum=0),
         )
 

@@ -25,6 +25,7 @@ __all__ = [
     "read_bytes_per_token",
     "repeats",
     "run",
+    "seconds",
     "sent_elements",
     "sixteen",
 ]
@@ -38,7 +39,7 @@ def run(
     slot: str, subject: Pass, *, model: str | Model, decodes: float = 1.0, cached: float = 1024.0, prefill: float = 0.0,
     cluster: str = "h100-sxm:1x8", **choices: Any,
 ) -> Ledger:  # fmt: skip
-    """The ledger of one iteration with ``subject`` as the pass of ``slot``; all other slots have their defaults.
+    """The ledger of one iteration with ``subject`` as the pass of ``slot``; all other slots have their choice, or the default.
 
     ``cached`` tokens lie in a generating sequence's cache. ``choices`` are degrees (1 unless given), knobs, and the adapters that
     the traffic asks for.
@@ -59,12 +60,28 @@ def run(
     defaults = {t.slot: t for t in discover("serving").values() if t.default}
     knobs = {name: t.choices[0] for name, t in defaults.items() if name is not None} | choices
     ctx = ServingContext(spec, load_cluster(cluster), traffic, load_stack("vllm"), Mesh(**degrees), knobs)
+    passes = {(t.slot, choice): t.apply for t in discover("serving").values() for choice in t.choices}
     ledger = iteration_ledger(spec)
     for name in SERVING_SLOTS:
-        apply = subject if name == slot else defaults[name].apply
+        apply = subject if name == slot else passes.get((name, str(knobs[name])), defaults[name].apply)
         ledger = apply(ledger, ctx)
     batch = Composition(*(np.array([x]) for x in (decodes, decodes * cached, prefill, (prefill + 1.0) / 2.0)))
-    return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch))
+    return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch, micro_batches=2))
+
+
+def seconds(ledger: Ledger, cluster: str, stack: str = "sglang") -> float:
+    """Seconds of an iteration's kernels and collectives."""
+    from dataclasses import replace
+
+    from planner.engine import Pricer, tabulate
+    from planner.specs.hardware import load_cluster
+    from planner.specs.stack import load_stack
+
+    items = tuple(item for item in ledger.items if not isinstance(item, Resident))
+    kinds = tuple(dict.fromkeys(item.block for item in items))
+    pricer = Pricer(load_cluster(cluster), load_stack(stack))
+    table = tabulate(replace(ledger, items=items), pricer, kinds, 1, ("forward_s",))["forward_s"]
+    return sum(float(each[0]) * repeats(ledger, kind) for kind, each in zip(kinds, table, strict=True))
 
 
 def default(slot: str) -> Pass:

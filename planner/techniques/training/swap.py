@@ -72,8 +72,12 @@ def swap(
             )
             for way in ways for link, suffix in _LINKS[tier]
         )  # fmt: skip
-        staging = replace(item, what=f"{item.what}.staging", lifetime="block", pool="buffers", by=by)
-        added.append(replace(staging, bytes_per_element=_STAGES * item.bytes_per_element))
+        added.append(
+            replace(
+                item, what=f"{item.what}.staging", lifetime="block", pool="buffers", by=by,
+                bytes_per_element=_STAGES * item.bytes_per_element,
+            )
+        )  # fmt: skip
         if share:
             added.append(replace(item, size=times(item.size, f"{share}_kept")))
         return replace(item, size=moved, tier=tier, by=by)

@@ -15,7 +15,7 @@ Source: Touvron et al. 2023 (LLaMA, arXiv:2302.13971), released code (``llama/mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -23,33 +23,19 @@ from planner.specs.model import Block
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
+from planner.techniques.training.elementwise_kernel.kernels import Kernels
 
 _KEY = "eager_elementwise"
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernels:
-    """One phase of an operator: kernels, and passes over its elements: in fp32, in the activations' dtype, and casts."""
-
-    launches: float
-    fp32: float = 0.0
-    plain: float = 0.0
-    casts: float = 0.0
-
-    def bytes_per_element(self, width: float) -> float:
-        """Bytes moved per element of ``width`` bytes; what is fp32 already is not cast."""
-        casts = self.casts if width < 4.0 else 0.0
-        return 4.0 * self.fp32 + width * self.plain + (4.0 + width) * casts
 
 
 # Cast; square (read, write), mean (read), scale (read, write); cast; gain (read, write). Backward: the gain's gradient (two
 # reads, write; read) and its input's (read, write); cast; by the scale and by the input (5), sum over the row (1); through mean
 # and square (2 + 2 + 2 + 3), sum of both paths (3); cast.
-_NORM = {"forward": _Kernels(8.0, 5.0, 2.0, 2.0), "backward": _Kernels(16.0, 18.0, 6.0, 2.0)}
+_NORM = {"forward": Kernels(8.0, 5.0, 2.0, 2.0), "backward": Kernels(16.0, 18.0, 6.0, 2.0)}
 # Cast, product with the angles, cast; backward the same, and the conjugate of the angles.
-_ROPE = {"forward": _Kernels(3.0, 2.0, 0.0, 2.0), "backward": _Kernels(4.0, 2.0, 0.0, 2.0)}
+_ROPE = {"forward": Kernels(3.0, 2.0, 0.0, 2.0), "backward": Kernels(4.0, 2.0, 0.0, 2.0)}
 # Activation (read, write), product (two reads, write). Backward: three kernels of two reads and one write.
-_GATED = {"forward": _Kernels(2.0, 0.0, 5.0), "backward": _Kernels(3.0, 0.0, 9.0)}
+_GATED = {"forward": Kernels(2.0, 0.0, 5.0), "backward": Kernels(3.0, 0.0, 9.0)}
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -83,7 +69,7 @@ def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:
             yield _saved(item, "activated_gate", width)
 
 
-def _kernels(item: Stream, ctx: Context) -> Mapping[str, _Kernels]:
+def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
     """By phase, the kernels of an operator that eager code writes out; empty for any other."""
     operator = item.what.rpartition(".")[2]
     spec = ctx.model.blocks.get(item.block.removeprefix("encoder."))
@@ -151,7 +137,7 @@ TECHNIQUE = Technique(
         Knob(
             "elementwise_kernel",
             "kernels of norms, rotary embeddings and activations",
-            ("fused", "eager"),
+            ("fused", "eager_experts", "eager"),
             "fused",
         ),
     ),

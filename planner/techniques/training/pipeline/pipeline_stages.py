@@ -89,7 +89,7 @@ TECHNIQUE = Technique(
         Knob("pipeline", "how a stage's output travels", ("stages", "scatter_gather"), "stages"),
         Knob(
             "pipeline_layout",
-            "how layers are dealt to stages",
+            "how layers are dealt to stages, by name or as the layers of each (19+2*21+19)",
             ("even", "short_ends", "short_first", "short_last", "balanced"),
         ),
     ),

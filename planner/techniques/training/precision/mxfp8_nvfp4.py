@@ -5,23 +5,29 @@ What it does: every linear product reads operands quantised on use (``fp8``: one
 Saves: time on the matrix units; a linear layer's saved input shrinks to the narrow format.
 Costs: a cast of both operands forward and of the output gradient backward, each written twice (the transpose of a quantised
     tensor is no quantisation of the transpose); the host's time for these kernels, of every expert its own.
-Assumes: attention, router, head, communication and master weights as in bf16; weights are cast in every micro-batch; all
-    linear layers are quantised. Dimensions are whole blocks.
+Assumes: attention, router, head, communication and master weights as in bf16; all linear layers are quantised. Weights are cast
+    in every micro-batch, or once per step and kept where the stack says so and replicas hold them whole; inputs that no
+    weight gradient reads are written once. Dimensions are whole blocks.
 Source: OCP Microscaling Formats v1.0 (2023); Micikevicius et al. 2022 (FP8 formats, arXiv:2209.05433); NVIDIA 2025 (NVFP4
     pre-training, arXiv:2509.25149); Transformer Engine ``pytorch/csrc/extensions/gemm.cpp`` (a product swizzles the scales of
-    both operands).
+    both operands) and its user guide on caching FP8 weights (``is_first_microbatch``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 from planner.costs.precision import cast_bytes, dtype_bytes
-from planner.ledger import Array, Ledger, Matmul, Stream, times
+from planner.ledger import Array, Item, Ledger, Matmul, Resident, Stream, times
+from planner.specs.formats import Format
 from planner.technique import Check, Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.precision.dtypes import WIDE, switch_dtypes
+
+_KEY = "mxfp8_nvfp4"
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -54,41 +60,65 @@ def _widths(ctx: Context) -> Iterator[tuple[str, Array | int]]:
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Switches dtypes by tag and adds the casts."""
     formats = ctx.format
-    cast = float(cast_bytes(1.0, dtype_bytes(formats.activation), formats.linear_input_bytes, copies=2))
     # A library that the stack names for the format quantises the first operand of every product by itself: what is left to cast
     # are the weights, and the inputs once more for the weight gradient.
     generation = ctx.cluster.device.generation
     library = bool(formats.kernels) and ctx.stack.kernel("gemm", formats.kernels, generation) is not None
-    casts = [
-        Stream(
-            what=f"{item.what}.quantise", block=item.block, phase=item.phase, tags=item.tags - {"gemm"}, by="mxfp8_nvfp4",
-            size=_operands(item), bytes_per_element=cast, calls=_calls(item, scaled_in_blocks=formats.name in ("mxfp8", "nvfp4")),
-        )
-        for item in ledger.of(Matmul)
-        if item.phase != "weight" and not item.tags & WIDE  # the weight gradient finds both of its operands cast
-        if item.phase == "forward" or not library
-    ]  # fmt: skip
-    return switch_dtypes(ledger, ctx, "mxfp8_nvfp4").add(casts)
+    # Weights that every micro-batch gathers anew are cast anew as well.
+    kept = ctx.stack.kept_casts is not None and ctx.knobs.get("zero_stage") not in ("3", "fsdp")
+    trained = {(item.block, item.what) for item in ledger.of(Matmul, phase="weight")}
+    added: list[Item] = []
+    for item in ledger.of(Matmul):
+        if item.phase == "weight" or item.tags & WIDE or (item.phase != "forward" and library):
+            continue  # the weight gradient finds both of its operands cast
+        casts = _Casts(item, formats)
+        copies = 2.0 if (item.block, item.what) in trained else 1.0
+        added.append(casts.stream("quantise", item.m, copies, casts.calls()))
+        if item.phase == "forward":
+            weights = casts.stream("quantise_weights", item.n, 2.0, casts.each("1"))
+            added.append(replace(weights, phase="step") if kept else weights)
+        if item.phase == "forward" and kept:
+            added.append(casts.held())
+    return switch_dtypes(ledger, ctx, _KEY).add(added)
 
 
-def _operands(item: Matmul) -> str:
-    """Elements to cast: activations and weights forward, the output's gradient backward."""
-    pairs = [(item.m, item.k)] + [(item.k, item.n)] * (item.phase == "forward")
-    terms = [
-        times(times(a, b), item.groups)
-        for left, right in pairs
-        for a in left.split(" + ")
-        for b in right.split(" + ")
-    ]
-    return " + ".join(terms)
+class _Casts(NamedTuple):
+    """What casts the operands of one product."""
 
+    item: Matmul
+    formats: Format
 
-def _calls(item: Matmul, *, scaled_in_blocks: bool) -> str:
-    """Kernels that the host issues around a product and, backward, its weight gradient: a cast of every operand that is new, and
-    for scales of blocks their re-ordering for either operand of every product. Experts have their own."""
-    casts, products = (2, 1) if item.phase == "forward" else (1, 2)
-    count = casts + 2 * products * scaled_in_blocks
-    return f"{count}*{item.groups}" if item.grouped else str(count)
+    def stream(self, what: str, rows: str, copies: float, calls: str) -> Stream:
+        """The cast of one operand: read once, written ``copies`` times."""
+        item, formats = self.item, self.formats
+        cast = cast_bytes(1.0, dtype_bytes(formats.activation), formats.linear_input_bytes, copies=copies)
+        return Stream(
+            what=f"{item.what}.{what}", block=item.block, phase=item.phase, tags=item.tags - {"gemm"}, by=_KEY,
+            size=self._elements(rows), bytes_per_element=float(cast), calls=calls,
+        )  # fmt: skip
+
+    def held(self) -> Resident:
+        """Both casts of the weight, from the step's first micro-batch on."""
+        item = self.item
+        return Resident(
+            what=f"{item.what}.quantised", block=item.block, tags=frozenset({"frozen"}), by=_KEY,
+            size=self._elements(item.n), bytes_per_element=2.0 * self.formats.linear_input_bytes, pool="parameters",
+            lifetime="always",
+        )  # fmt: skip
+
+    def calls(self) -> str:
+        """Kernels that the host issues for what is no weight: its cast and, for scales of blocks, their re-ordering for either
+        operand of the product and, backward, of its weight gradient."""
+        products = 1 if self.item.phase == "forward" else 2
+        return self.each(str(1 + 2 * products * (self.formats.name in ("mxfp8", "nvfp4"))))
+
+    def each(self, count: str) -> str:
+        """So many of every expert, where products are of experts."""
+        return f"{count}*{self.item.groups}" if self.item.grouped else count
+
+    def _elements(self, rows: str) -> str:
+        pairs = [(a, b) for a in rows.split(" + ") for b in self.item.k.split(" + ")]
+        return " + ".join(times(times(a, b), self.item.groups) for a, b in pairs)
 
 
 def _stored_bits(precision: str) -> Figure:
@@ -108,7 +138,7 @@ def _stored_bits(precision: str) -> Figure:
 
 
 TECHNIQUE = Technique(
-    key="mxfp8_nvfp4",
+    key=_KEY,
     name="FP8 and FP4 training (MXFP8, NVFP4)",
     slot="precision",
     choices=("fp8", "fp8_rowwise", "mxfp8", "nvfp4"),

@@ -27,6 +27,7 @@ __all__ = [
     "mesh_of",
     "shard",
     "shard_everything",
+    "share_of_sum",
     "synchronise",
     "whole",
     "whole_update",
@@ -135,7 +136,7 @@ def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     A bucket is no larger than a device's gradients. A device has one set of them, whatever else it holds: they are dealt to the
     layers, of which all devices have as many, and not to the embedding and the head.
     """
-    copies, bucket = ctx.stack.bucket_copies, ctx.stack.gradient_bucket_bytes.value
+    copies, bucket = ctx.stack.bucket_copies, ctx.stack.copied_bucket_bytes or ctx.stack.gradient_bucket_bytes
     if copies is None:
         return ledger
     model, width = ctx.model, dtype_bytes(ctx.gradient_dtype) / (ctx.mesh.tp * ctx.mesh.pp)
@@ -149,7 +150,7 @@ def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         for item in ledger.of(Resident, pool="gradients", lifetime="always")
         if item.block not in ("embedding", "head")
     ]
-    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket, held) / layers).add(
+    return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket.value, held) / layers).add(
         buffers
     )
 
@@ -217,6 +218,11 @@ def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any)
     """Gradient collectives of every block; in buckets once per step unless ``fields`` says otherwise."""
     when = {"phase": "step", "track": "gradients", **fields}
     return _collectives(ledger, ctx, "gradients", kind, ctx.gradient_dtype, by, when)
+
+
+def share_of_sum(ctx: Context) -> str:
+    """Kind of the collective by which a rank gets its share of the gradients' sum."""
+    return "reduce_scatter" if ctx.stack.whole_reductions is None else "all_reduce"
 
 
 def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list[Collective]:

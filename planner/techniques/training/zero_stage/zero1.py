@@ -17,6 +17,7 @@ from planner.techniques.training.zero_stage.states import (
     accumulated_in_place,
     gather_weights,
     shard,
+    share_of_sum,
     synchronise,
     with_buckets,
 )
@@ -24,7 +25,7 @@ from planner.techniques.training.zero_stage.states import (
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
-    traffic = [*synchronise(ledger, ctx, "reduce_scatter", "zero1"), *gather_weights(ledger, ctx, "zero1")]
+    traffic = [*synchronise(ledger, ctx, share_of_sum(ctx), "zero1"), *gather_weights(ledger, ctx, "zero1")]
     sharded = shard(accumulated_in_place(ledger, ctx), ctx, ("optimizer",), "zero1")
     return with_buckets(sharded, ctx, "zero1").add(traffic)
 

@@ -19,6 +19,7 @@ from planner.techniques.training.zero_stage.states import (
     accumulated_in_place,
     gather_weights,
     shard,
+    share_of_sum,
     synchronise,
     whole,
     with_whole,
@@ -29,7 +30,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards optimizer and gradients; reduces per block and micro-batch."""
     ledger = accumulated_in_place(ledger, ctx, reduced_at_once=True)
     added: list[Item] = [
-        *synchronise(ledger, ctx, "reduce_scatter", "zero2", phase="backward", track="reduce"),
+        *synchronise(ledger, ctx, share_of_sum(ctx), "zero2", phase="backward", track="reduce"),
         *gather_weights(ledger, ctx, "zero2"),
     ]
     buffers = [*whole(ledger, "gradients", "zero2")]

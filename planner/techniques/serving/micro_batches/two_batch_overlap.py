@@ -1,0 +1,151 @@
+"""Two-batch overlap: an iteration's batch in two halves, of which one computes while the other's tokens travel to experts.
+
+What it does: layers whose tokens travel to experts run once for each half, in four windows: attention of the first half beside
+    the dispatch of the second, experts of the second beside the dispatch of the first, shared experts and experts of the first
+    beside the combine of the second, shared experts and the next attention of the second beside the combine of the first.
+Saves: of both exchanges, what computation hides.
+Costs: weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other.
+Assumes: halves of equal work; other layers and both ends of the model run once, for all tokens; activations of both halves are
+    held; every iteration is split, however small (engines have thresholds, as vLLM's ``--dbo-decode-token-threshold``).
+Source: DeepSeek-V3 (arXiv:2412.19437) §3.4; vLLM docs/design/dbo.md (the windows); SGLang ``--enable-two-batch-overlap``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.ledger import BATCH_ROLES, PART, Collective, Item, Ledger, Resident, role
+from planner.technique import Check, Figure, Knob, ServingContext, Technique
+from planner.techniques.serving import runs
+from planner.techniques.serving.experts.spread import mixtures
+from planner.techniques.serving.runs import Pass
+
+_SIZES = (
+    "m",
+    "n",
+    "k",
+    "groups",
+    "batch",
+    "heads",
+    "kv_heads",
+    "q",
+    "kv",
+    "qk_dim",
+    "v_dim",
+    "visible",
+    "size",
+    "calls",
+)
+_NAME = re.compile(r"[^*/+ ]+")
+# In which of the four windows a layer's parts run, once for each half.
+_WINDOWS = {"attention": (0, 3), "experts": (1, 2), "shared": (2, 3), "dispatch": (0, 1), "combine": (2, 3)}
+
+
+def valid(ctx: ServingContext) -> Iterable[Check]:
+    """There is an exchange to hide, and each rank has all of a prompt."""
+    yield Check("two halves of a batch without an exchange of tokens", exchanged(ctx))
+    yield Check("two halves of a batch whose prompts ranks share", ctx.mesh.cp == 1)
+
+
+def exchanged(ctx: ServingContext) -> NDArray[np.bool_] | bool:
+    """Where tokens travel to experts."""
+    return ctx.knobs["experts"] == "exchanged" and bool(mixtures(ctx)) and ctx.mesh.dp > 1
+
+
+def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
+    """Runs every item of a layer with experts in two windows, with the sizes of a half."""
+    blocks, items = set(mixtures(ctx)), []
+    for item in ledger.items:
+        if isinstance(item, Resident) or item.block not in blocks:
+            items.append(item)
+            continue
+        part = _part(item)
+        track = "exchange" if isinstance(item, Collective) and part in ("dispatch", "combine") else "main"
+        half = replace(item, by=TECHNIQUE.key, track=track, **_halved(item))
+        items += [replace(half, window=f"half.{k}.{item.block}") for k in _WINDOWS[part]]
+    return replace(ledger, items=tuple(items))
+
+
+def _part(item: Item) -> str:
+    """To which part of a layer an item belongs."""
+    if item.what in ("moe.dispatch", "moe.combine"):
+        return item.what.removeprefix("moe.")
+    if "shared_expert" in item.tags:
+        return "shared"
+    return "experts" if "moe" in item.tags else "attention"
+
+
+def _halved(item: Item) -> dict[str, Any]:
+    """An item's sizes, of a part of the batch."""
+    known = {field.name for field in fields(item)}
+    sizes = {name: getattr(item, name) for name in _SIZES if name in known}
+    return {name: _of_part(size) for name, size in sizes.items() if size is not None}
+
+
+@lru_cache(maxsize=1024)
+def _of_part(size: str) -> str:
+    def name(found: re.Match[str]) -> str:
+        return f"{PART}{found[0]}" if role(found[0]) in BATCH_ROLES else found[0]
+
+    return _NAME.sub(name, size)
+
+
+def _gain(subject: Pass) -> float:
+    """Iterations of DeepSeek-V3 in the time of one without, 256 sequences on each of 64 H100."""
+    cluster = "h100-sxm:8x8"
+    whole_s, halves_s = (
+        runs.seconds(
+            runs.run(
+                "micro_batches", change, model="deepseek-v3", cluster=cluster, weights="fp8_block", experts="exchanged",
+                dp=64, ep=64, decodes=64 * 256.0, cached=2000.0,
+            ),
+            cluster,
+        )
+        for change in (runs.default("micro_batches"), subject)
+    )  # fmt: skip
+    return whole_s / halves_s
+
+
+TECHNIQUE = Technique(
+    key="two_batch_overlap",
+    name="Two-/dual-batch overlap, sub-batch interleaving, NanoFlow",
+    slot="micro_batches",
+    job="serving",
+    choices=("2",),
+    source="arXiv:2412.19437",
+    summary="One half of a batch computes while the other's tokens travel to experts",
+    knobs=(Knob("micro_batches", "parts of a batch that take turns", ("1", "2")),),
+    figures=(
+        Figure(
+            "tokens per second of DeepSeek-V3 at 256 sequences a rank, relative to one batch: 22,310 are 25.5 % more",
+            1.255,
+            0.03,
+            "SGLang team 2025, lmsys.org/blog/2025-05-05-large-scale-ep: ablation of two-batch overlap, 72 H100",
+            _gain,
+        ),
+    ),
+    valid=valid,
+    apply=apply,
+    active=exchanged,
+)
+TECHNIQUES = (
+    Technique(
+        key="whole_batch",
+        name="A batch as a whole",
+        kind="baseline",
+        slot="micro_batches",
+        job="serving",
+        choices=("1",),
+        default=True,
+        source="arXiv:1909.08053",
+        summary="All tokens of an iteration pass a layer together",
+    ),
+    TECHNIQUE,
+)

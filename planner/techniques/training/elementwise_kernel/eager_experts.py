@@ -1,0 +1,110 @@
+"""Eager experts: the activation between an expert's two products, weighted by its tokens' probabilities, operator by operator.
+
+What it does: probabilities are fp32, so that what comes after them is fp32 too; backward makes their gradient beside the input's.
+    Every operator of the function is a kernel. All else is one kernel, as in ``fused``.
+Saves: nothing.
+Costs: per element of an expert's activation 22 bytes forward and 130 backward, in place of 6 and 10; 52 and 178 where values are
+    limited before, which keeps both halves as they were.
+Assumes: PyTorch does not fuse the function although it is asked to (``jit_fuser``), where rows change with every call: no kernel
+    was timed, but runs of four GPUs and two models agree with it and nothing fitted. A graph of the whole iteration runs
+    experts in Transformer Engine's fused operators, which have one kernel for it. Ungated activations are one kernel.
+Source: Megatron-Core ``transformer/moe/experts.py`` (``TEGroupedMLP``), ``fusions/fused_bias_swiglu.py`` (``weighted_swiglu``,
+    ``weighted_swiglu_back``) and ``fused_bias_geglu.py`` (``weighted_bias_quick_geglu_impl``, ``weighted_quick_geglu_back``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from planner.costs.precision import dtype_bytes
+from planner.ledger import Item, Ledger, Resident, Stream
+from planner.technique import Context, Figure, Technique
+from planner.techniques import figures
+from planner.techniques.figures import Pass
+from planner.techniques.training.elementwise_kernel.kernels import Kernels
+
+_KEY = "eager_experts"
+
+# Activation (read, write), product (two reads, write); by the probability to fp32; back to 16 bits. Backward: gradient by
+# probability to fp32; sigmoid (2), its product with that, sigmoid (2), from 1 (2), by the input (3), plus 1 (2), both products;
+# activation (2), its product; both halves joined in fp32 and cast; for the probability's gradient the output again (5), the
+# gradient cast, their product, its sum.
+_WEIGHTED = {
+    "forward": Kernels(4.0, plain=5.0, casts=2.0),
+    "backward": Kernels(18.0, fp32=15.0, plain=23.0, casts=4.0),
+}
+# Both halves limited (4) and joined (4); input scaled (2), sigmoid (2), product (3), offset of the other half (2), product (3);
+# as above. Backward: the same chain over that function, and the limits' own (6) with their halves joined (4).
+_LIMITED = {
+    "forward": Kernels(10.0, plain=20.0, casts=2.0),
+    "backward": Kernels(26.0, fp32=17.0, plain=43.0, casts=4.0),
+}
+
+
+def apply(ledger: Ledger, ctx: Context) -> Ledger:
+    """Prices experts' activations kernel by kernel, and adds what limits keep."""
+    if ctx.knobs.get("cuda_graph") == "full":
+        return ledger
+    width = dtype_bytes(ctx.format.activation)
+
+    def slower(item: Stream) -> Item | None:
+        phase = _kernels(item, ctx).get(item.phase)
+        if phase is None:
+            return None
+        return replace(
+            item, bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=_KEY
+        )
+
+    training = any(item.phase == "backward" for item in ledger.items)
+    return ledger.edit(Stream, slower).add(_kept(ledger, ctx, width) if training else ())
+
+
+def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
+    """By phase, the kernels of experts' gated activation; empty for anything else."""
+    if item.what != "moe.act":
+        return {}
+    moe = ctx.model.blocks[item.block.removeprefix("encoder.")].moe
+    if moe is None or not moe.gated:
+        return {}
+    return _LIMITED if moe.limited else _WEIGHTED
+
+
+def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:
+    """Both halves before their limits."""
+    for item in ledger.of(Stream, phase="forward"):
+        if _kernels(item, ctx) is _LIMITED:
+            yield Resident(
+                what="moe.act.unlimited", block=item.block, tags=item.tags | {"saved"}, by=_KEY, size=item.size,
+                bytes_per_element=2.0 * width, pool="activations", lifetime="micro_batch",
+            )  # fmt: skip
+
+
+def _traffic(subject: Pass) -> float:
+    """Bytes that an expert's activation moves per 16-bit element, forward and backward."""
+    ledger, _ = figures.run(
+        "elementwise_kernel", subject, model="qwen3-30b-a3b", elementwise_kernel="eager_experts"
+    )
+    return sum(item.bytes_per_element for item in ledger.of(Stream, what="moe.act"))
+
+
+TECHNIQUE = Technique(
+    key=_KEY,
+    name="Eager activations of experts",
+    slot="elementwise_kernel",
+    choices=("eager_experts",),
+    searched=False,
+    asked=True,
+    source="Megatron-Core fusions/fused_bias_swiglu.py",
+    summary="Experts' gated activations as Megatron-Core weights them, operator by operator in fp32",
+    figures=(
+        Figure(
+            "bytes that SwiGLU weighted by fp32 probabilities moves per 16-bit element, forward and backward",
+            22.0 + 130.0,
+            1e-9,
+            "Megatron-Core fusions/fused_bias_swiglu.py, what its operators read and write",
+            _traffic,
+        ),
+    ),
+    apply=apply,
+)
