@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
+from planner.record import record
 from planner.schedule.order import Generator
 from planner.solve.space import Choice, order_of
 
@@ -23,7 +24,7 @@ __all__ = ["Batch", "Jobs", "Pending", "Scored", "Shortfall"]
 Index = NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Scored:
     """One candidate that fits, with the lower bound of its step time and its column of the block table."""
 
@@ -45,7 +46,7 @@ class Scored:
         return round(global_batch_size / (self.row["dp"] * self.row["micro_batch_size"]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Batch:
     """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
 
@@ -67,7 +68,7 @@ class Batch:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Pending:
     """(state, row) pairs of one schedule that were scored plain.
 
@@ -93,7 +94,7 @@ class Pending:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Shortfall:
     """The candidate that came closest to fitting: which memory binds, and by how much.
 
@@ -114,7 +115,7 @@ class Shortfall:
         return self.needed_bytes / self.budget_bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Jobs:
     """Candidates that share a schedule and a swap; arrays over jobs."""
 

@@ -7,8 +7,8 @@ on every row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from planner.costs.arrays import distinct
 from planner.engine import COMPACT, TIMES, BlockTable, Pricer, tabulate
 from planner.ledger import Array, Axes, Collective, Item, Ledger, Resident
+from planner.record import record
 from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows
 from planner.technique import Context
@@ -28,10 +29,10 @@ _OF_BLOCKS = ("tp", "cp", "ep", "etp", "micro_batch_size")
 
 
 class Alike:
-    """Rows by how they cut a block: the class of each, and the first row of each class."""
+    """Rows by some of their degrees, those that cut a block: the class of each, and the first row of each class."""
 
-    def __init__(self, rows: Rows) -> None:
-        degrees = [rows.values[name] for name in _OF_BLOCKS]
+    def __init__(self, rows: Rows, names: Sequence[str] = _OF_BLOCKS) -> None:
+        degrees = [rows.values[name] for name in names]
         each = [distinct(degree) for degree in degrees]
         places = [np.searchsorted(values, degree) for values, degree in zip(each, degrees, strict=True)]
         cuts = np.ravel_multi_index(places, [len(values) for values in each])
@@ -62,7 +63,7 @@ class Alike:
         return self._differ[id(values)][1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Prefix:
     """A prefix on rows on which it is valid.
 
