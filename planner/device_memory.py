@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.pipeline import SLOWER, memory_parts
 from planner.place import Place
+from planner.record import record
 from planner.schedule.order import Generator
 from planner.specs.problem import Problem
 from planner.transition import communicators
@@ -18,7 +18,7 @@ from planner.transition import communicators
 __all__ = ["DeviceMemory", "device_memory"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class DeviceMemory:
     """What the first device of each run of equal devices holds, and has room for.
 

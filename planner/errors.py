@@ -15,7 +15,8 @@ Every error is a list of :class:`Problem`; each says where, what was found, what
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from planner.record import record
 
 __all__ = [
     "ExportError",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Problem:
     """One thing that is wrong: ``where`` (file, key path, flag), what was ``found``, what was ``expected``, what to ``try_``."""
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from hashlib import blake2s
 from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
+from planner.record import record
 from planner.specs.reader import read_file
 
 __all__ = [
@@ -33,7 +34,7 @@ T = TypeVar("T")
 SCHEMA_VERSION = "1.0"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Optimality:
     """How good the plan is known to be: ``exact`` (under this model), within a ``gap`` of ``bound_s``, or ``heuristic``.
 
@@ -46,7 +47,7 @@ class Optimality:
     solver: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Estimate:
     """What a plan is predicted to cost.
 
@@ -87,7 +88,7 @@ class Estimate:
     provenance: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Plan:
     """One execution plan.
 
@@ -251,7 +252,7 @@ class Plan:
         return Plan.from_dict(chosen, f"{path}:{index}")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SearchReport:
     """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
 
@@ -263,7 +264,7 @@ class SearchReport:
     wall_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SearchResult:
     """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.record import record
 from planner.specs.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ _OFF = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Check:
     """One composition rule over rows: rows where ``ok`` is false are rejected for ``reason``."""
 
@@ -123,7 +124,7 @@ class Check:
     ok: NDArray[np.bool_] | bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Knob:
     """A choice that a technique opens: its name, what it means, and the values that it may take."""
 
@@ -133,7 +134,7 @@ class Knob:
     default: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Detail(Knob):
     """A knob that says more about a slot's choice: how many layers, which modules. It is open unless a plan names it.
 
@@ -158,7 +159,7 @@ def whole_number(text: str) -> int:
     return number
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Figure:
     """A published number, and how the technique's pass reproduces it.
 
@@ -177,7 +178,7 @@ class Figure:
     second_hand: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class Context:
     """What a pass may look at: the problem, the mesh and micro-batch size of every row, and the recipe's own knobs."""
 
@@ -209,7 +210,7 @@ class Context:
         return self.workload.global_batch_size / (self.mesh.dp * self.micro_batch_size)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(eq=False)
 class ServingContext:
     """What a pass over an iteration of a serving replica may look at: the problem, the replica's mesh per row, its knobs.
 
@@ -242,7 +243,7 @@ def _nothing(*arguments: Any, **named: Any) -> float:
     return 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Technique:
     """One entry of the catalogue.
 
@@ -346,7 +347,7 @@ class Technique:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Launcher:
     """What a launcher can run: rules of the tool, not of physics.
 

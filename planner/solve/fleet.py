@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 from planner.costs.economics import tokens_run_s
 from planner.errors import Infeasible, Interrupted
 from planner.errors import Problem as Fault
 from planner.plan import Plan, SearchReport, SearchResult
+from planner.record import record
 from planner.solve.train import search_strictly
 from planner.specs.problem import Problem
 
@@ -28,7 +29,7 @@ __all__ = [
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attempt:
     """One cluster that was tried: its best plan's step and run time, or why there is none.
 
@@ -57,10 +58,10 @@ class Attempt:
 
     def as_dict(self) -> dict[str, Any]:
         """The attempt as JSON fields."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Fleet:
     """Ranked plans of all clusters together, and what each cluster came to."""
 

@@ -6,15 +6,16 @@ number of devices in one domain of that tier. Bandwidth is per device and per di
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 
+from planner.record import record
 from planner.specs.device import Device, Transport
 
 __all__ = ["Cluster", "NodeGroup", "Tier"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Tier:
     """One level of the network.
 
@@ -37,7 +38,7 @@ class Tier:
         return self.bytes_per_s * self.efficiency / self.oversubscription
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NodeGroup:
     """Nodes of one kind."""
 
@@ -51,7 +52,7 @@ class NodeGroup:
         return self.nodes * self.devices_per_node
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cluster:
     """Node groups joined by tiers (innermost first; the last tier spans everything)."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from planner.record import record
 
 __all__ = ["KINDS", "Device", "Efficiency", "ScaleUp", "Sourced", "Transport"]
 
 KINDS = ("datasheet", "measured", "fitted", "assumed")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sourced:
     """A number with its kind (datasheet, measured, fitted, assumed) and the key of its source in ``SOURCES.toml``.
 
@@ -26,7 +27,7 @@ class Sourced:
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Efficiency:
     """What kernels reach of the data sheet: the constants of the curves in ``planner.costs.compute`` and ``attention_kernel``.
 
@@ -55,7 +56,7 @@ class Efficiency:
     attention_tile_s: Sourced  # seconds that start and end of one unit take
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Transport:
     """The constants of :class:`planner.costs.collectives.Transport`, which says what each means, with their sources.
 
@@ -78,7 +79,7 @@ class Transport:
     direct_fraction: Sourced | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ScaleUp:
     """The domain of fast links that the part is sold in (NVLink, xGMI, ICI, PCIe): per device, per direction."""
 
@@ -91,7 +92,7 @@ class ScaleUp:
     transport: Transport | None = None  # None: collectives on it are priced by rate and latency alone
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Device:
     """An accelerator: SI base units, dense peaks, link rates per direction and per device.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from planner.record import record
 
 __all__ = ["FORMATS", "KERNEL_FORMATS", "Format", "KernelFormat"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Format:
     """One mixed-precision recipe.
 
@@ -54,7 +55,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class KernelFormat:
     """A number format as kernel libraries name it: what is multiplied, and how input and weights are stored."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from planner.record import record
 
 __all__ = ["Attention", "Block", "Mlp", "Model", "Moe", "Ssm"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attention:
     """Self- or cross-attention. ``latent`` ranks make it MLA (multi-head latent attention, DeepSeek-V2 §2.1).
 
@@ -55,7 +57,7 @@ class Attention:
         return self.v_head_dim or self.head_dim
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mlp:
     """A feed-forward network; ``gated`` has three matrices (SwiGLU, GeGLU), else two."""
 
@@ -64,7 +66,7 @@ class Mlp:
     bias: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Moe:
     """A mixture of experts with an optional always-on shared expert of width ``shared_ffn``."""
 
@@ -82,7 +84,7 @@ class Moe:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ssm:
     """A selective state-space mixer: Mamba 1 or 2, or with ``delta`` a gated DeltaNet.
 
@@ -104,7 +106,7 @@ class Ssm:
     delta: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Block:
     """One layer: mixers (attention, SSM, cross-attention), then MLP or MoE; absent parts are None."""
 
@@ -121,7 +123,7 @@ class Block:
     extra_parameters: int = 0  # weights that belong to none of the parts above
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Model:
     """A model: named block kinds, and ``layers``, their order as runs of (block name, repeat).
 
@@ -165,3 +167,12 @@ class Model:
     def n_layers(self) -> int:
         """Layers of the (decoder) stack."""
         return sum(repeat for _, repeat in self.layers)
+
+    @property
+    def ahead(self) -> Block:
+        """The layer inside a multi-token-prediction module: one more of the last kind."""
+        return self.blocks[self.layers[-1][0]]
+
+    def layer_in(self, block: str) -> Block:
+        """The layer inside a block of the ledger: of the encoder, or the one ahead behind the head."""
+        return self.ahead if block == "head" else self.blocks[block.removeprefix("encoder.")]

@@ -18,9 +18,10 @@ Part of a stack's file::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from typing import Any
 
+from planner.record import record
 from planner.specs.device import Sourced
 from planner.specs.reader import Reader
 from planner.specs.sourced import read_sourced
@@ -28,7 +29,7 @@ from planner.specs.sourced import read_sourced
 __all__ = ["KernelRule", "ServingSoftware", "read_kernel_rules", "read_serving"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class KernelRule:
     """Which library's kernel an engine runs for an operation: its name as ``kernel_libraries.toml`` matches it."""
 
@@ -46,7 +47,7 @@ class KernelRule:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ServingSoftware:
     """Constants of a serving engine.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.errors import Problem, SpecError, did_you_mean
+from planner.record import record
 from planner.specs.formats import FORMATS
 from planner.specs.ranges import out_of_range
 
@@ -23,7 +22,7 @@ _LIMITS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TrainWorkload:
     """One training job.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from planner.record import record
 
 __all__ = ["Kernels"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Kernels:
     """One phase of an operator: kernels, and passes over its elements: in fp32, in the activations' dtype, and casts."""
 

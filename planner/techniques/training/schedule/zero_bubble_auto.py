@@ -22,6 +22,7 @@ from itertools import product
 
 import numpy as np
 
+from planner.record import record
 from planner.schedule.board import stretched
 from planner.schedule.order import DeviceOps, Generator, Op, Shape, one_chunk
 from planner.technique import Figure, Technique
@@ -31,7 +32,7 @@ from planner.techniques.training.schedule.split_backward import hold_weight_inpu
 _WAITS = 0.45  # of a micro-batch's activations: what its weight gradient needs once its backward is done
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Durations:
     """What an order is made for: F, B and W of a stage, and a message from one stage to the next."""
 
