@@ -123,7 +123,14 @@ def stages() -> None:
 
 def job(model: str, cluster: str, batch: int, seq: int, forbidden: tuple[str, ...] = ()) -> Problem:
     workload = TrainWorkload(batch, seq)
-    return Problem(load_model(model), load_cluster(cluster), workload, load_stack(), forbidden=forbidden)
+    return Problem(
+        load_model(model),
+        load_cluster(cluster),
+        workload,
+        load_stack(),
+        forbidden=forbidden,
+        max_oom_risk=1.0,
+    )
 
 
 def one_device() -> None:

@@ -83,7 +83,7 @@ def main(jobs: tuple[tuple[str, str, str, int, int], ...] = JOBS) -> None:
     )
     for model, groups, precision, batch, seq in jobs:
         workload = TrainWorkload(batch, seq, precisions=(precision,))
-        problem = Problem(load_model(model), load_cluster(groups), workload, load_stack())
+        problem = Problem(load_model(model), load_cluster(groups), workload, load_stack(), max_oom_risk=1.0)
         alone = [step_s(replace(problem, cluster=part)) for part in problem.cluster.parts]
         alike = step_s(problem)
         start, begun = time.perf_counter(), time.process_time()

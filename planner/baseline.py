@@ -14,7 +14,7 @@ import numpy as np
 from planner.costs.attention_kernel import causal_fraction
 from planner.ledger import Array, Axes, Item, Ledger
 from planner.operators.block import block
-from planner.operators.ends import ahead_block, embedding, head
+from planner.operators.ends import embedding, head
 from planner.operators.graph import ENCODER, Graph
 from planner.specs.model import Attention, Block, Model
 
@@ -69,7 +69,7 @@ def baseline(
         graph = Graph(name, model, training=training)
         emit(graph, model)
         graphs.append(graph)
-    ahead = ahead_block(model).attention if model.mtp_modules and training else None
+    ahead = model.ahead.attention if model.mtp_modules and training else None
     if ahead is not None:
         sizes |= _key_axes(HEAD, ahead, kv_seq, document_len, training)
     items: list[Item] = []

@@ -55,9 +55,7 @@ SPLITS = (
     Split("short_last", 0, 1),
 )
 LAYOUT_NAMES = (*(split.name for split in SPLITS), "balanced")
-_LONGEST_PART = (
-    8  # characters of stages that are told together: no pipeline has 10,000 of them, or of their layers
-)
+_LONGEST_PART = 8  # characters of equal stages as they are told together, such as 127*1
 
 
 @record(eq=False)

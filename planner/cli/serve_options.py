@@ -96,7 +96,9 @@ class ServeOptions:
     mode: Annotated[
         str | None,
         option(
-            "--mode", text="aggregated, disaggregated [both], or offloaded to host and disk.", metavar="MODE"
+            "--mode",
+            text="aggregated, disaggregated [both], static batches, or offloaded to host and disk.",
+            metavar="MODE",
         ),
     ] = None
     fix: Annotated[
@@ -260,10 +262,10 @@ class ServeOptions:
 
 
 def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
-    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's."""
+    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's, static ones nobody's."""
     from planner.export.serving.rules import SERVING_LAUNCHERS
 
-    return None if modes == ("offloaded",) else SERVING_LAUNCHERS.get(stack)
+    return None if modes in (("offloaded",), ("static",)) else SERVING_LAUNCHERS.get(stack)
 
 
 def _daily_rates(faults: list[Fault], daily: str) -> tuple[float, ...]:

@@ -44,7 +44,8 @@ def closest_plan(plan: Plan, launcher: str) -> Closest | None:
         SpecError: the plan names a model, a cluster or a stack that cannot be found.
     """
     ability, problem = find_launcher(launcher), replay(plan)
-    for rounds in _rounds(problem.fixed, ability):
+    kept_stages = ability.takes_stages(plan.stages, plan.mesh["pp"])
+    for rounds in _rounds(problem.fixed, ability, kept_stages):
         found: Plan | None = None
         for kept in rounds:
             try:
@@ -58,32 +59,29 @@ def closest_plan(plan: Plan, launcher: str) -> Closest | None:
     return None
 
 
-def _rounds(fixed: Mapping[str, Any], launcher: Launcher) -> Iterator[list[dict[str, Any]]]:
-    """Choices that are kept, fewer in every round, and in how many ways."""
+def _rounds(fixed: Mapping[str, Any], launcher: Launcher, stages: bool) -> Iterator[list[dict[str, Any]]]:
+    """Choices that are kept, fewer in every round, and in how many ways; of layouts, whether ``stages`` are kept."""
+    dealt = ("virtual_stages", *(["pipeline_layout"] if stages else ()))
     slots = {name: slot for name, slot in _slots_of_details().items() if name in fixed}
     sayable = {
         name: value
         for name, value in fixed.items()
-        if launcher.allows(name, str(value))
-        or name in DEGREES
-        or name in ("virtual_stages", "gradient_dtype", *slots)
+        if launcher.allows(name, str(value)) or name in DEGREES or name in ("gradient_dtype", *dealt, *slots)
     }
     yield [_with_details(sayable, slots)]
     single = [{n: v for n, v in sayable.items() if n != slot} for slot in SLOTS if slot in sayable]
     yield [_with_details(kept, slots) for kept in single]
-    branch = {n: v for n, v in sayable.items() if n not in (*ADDITIVE_SLOTS, "virtual_stages")}
+    branch = {n: v for n, v in sayable.items() if n not in (*ADDITIVE_SLOTS, *dealt)}
     yield [_with_details(branch, slots)]
     yield [{n: v for n, v in sayable.items() if n in (*DEGREES, *_KEPT)}]
     yield [{n: v for n, v in fixed.items() if n in _KEPT}]
 
 
 def _with_details(kept: Mapping[str, Any], slots: Mapping[str, str | None]) -> dict[str, Any]:
-    """What is kept, without details of choices that are not, and without the chunks of an open schedule."""
-    return {
-        name: value
-        for name, value in kept.items()
-        if (name not in slots or slots[name] in kept) and (name != "virtual_stages" or "schedule" in kept)
-    }
+    """What is kept, without details of choices that are not, and without the stages of an open schedule."""
+    lost = {name for name, slot in slots.items() if slot not in kept}
+    lost |= set() if "schedule" in kept else {"virtual_stages", "pipeline_layout"}
+    return {name: value for name, value in kept.items() if name not in lost}
 
 
 def _slots_of_details() -> dict[str, str | None]:

@@ -345,11 +345,8 @@ def _pipeline(flags: FlagReader, model: Model, pp: int) -> tuple[str, int]:
         return layout_name(stages), len(stages) // pp
     if any(ends) and pp > 1:
         if given or each:
-            flags.fault(
-                "--decoder-first-pipeline-num-layers",
-                f"beside {[*given, 'layers per chunk'][0]}",
-                "one of them",
-            )
+            other = given[0] if given else "--num-layers-per-virtual-pipeline-stage"
+            flags.fault("--decoder-first-pipeline-num-layers", f"beside {other}", "one of them")
         return layout_name(_of_ends(flags, ends, model, pp, chunks)), chunks
     if each:
         chunks = max((model.n_layers + len(given)) // (pp * each), 1)
@@ -389,7 +386,7 @@ def _flat(text: str) -> str:
     return flat
 
 
-def _layerwise(fixed: dict[str, Any]) -> dict[str, Any] | None:
+def _layerwise(fixed: Mapping[str, Any]) -> dict[str, Any] | None:
     """Choices of every layer where they are recomputed by blocks in stages that differ: the first layers of every virtual stage.
 
     None for all other runs; of equal stages, a share of all layers says as much.
@@ -397,7 +394,6 @@ def _layerwise(fixed: dict[str, Any]) -> dict[str, Any] | None:
     stages = stages_named(fixed["pipeline_layout"])
     if fixed["recompute"] != "block" or not stages:
         return None
-    count = fixed.pop("recompute_layers") // fixed["virtual_stages"]
+    count = fixed["recompute_layers"] // fixed["virtual_stages"]
     layers = [{"recompute": "full" if n < count else "none"} for size in stages for n in range(size)]
-    fixed["recompute"] = layers[0]["recompute"]
     return layerwise_of(fixed, layers, stages, {"recompute": "none"})

@@ -20,6 +20,8 @@ __all__ = ["inexpressible", "model_flags", "model_from_flags"]
 
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 _DROPOUT = 0.1  # Megatron-LM's default probability; the planner only knows whether dropout is active
+# gpt-oss, whose configuration says swiglu_limit = 7 (openai/gpt-oss, gpt_oss/torch/model.py)
+_LIMITED: Flags = {"--quick-geglu": [], "--glu-linear-offset": [1.0], "--activation-func-clamp-value": [7.0]}
 
 
 def inexpressible(model: Model) -> Iterator[str]:
@@ -65,7 +67,7 @@ def model_flags(model: Model, seq_len: int) -> Flags:
     flags["--vocab-size"] = [model.vocab]
     flags["--normalization"] = [_NORMS[order[0].norm]]
     if gated:
-        flags["--swiglu"] = []
+        flags |= _LIMITED if moe and moe.limited else {"--swiglu": []}
     if not _biased(order[0]):
         flags["--disable-bias-linear"] = []
         if attention.qkv_bias:
@@ -278,7 +280,10 @@ def _moe(flags: FlagReader, ffn: int, gated: bool, biased: bool) -> Moe | None:
     gate = flags.present("--moe-shared-expert-gate")
     if not experts:
         return None
-    return Moe(experts, top_k, width, shared, gated, biased, gate, router_bias=biased, latent=latent)
+    limited = flags.number("--activation-func-clamp-value", 0.0) > 0.0
+    return Moe(
+        experts, top_k, width, shared, gated, biased, gate, router_bias=biased, limited=limited, latent=latent
+    )
 
 
 def _window(flags: FlagReader) -> int | None:

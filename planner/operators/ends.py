@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from planner.operators.block import block
 from planner.operators.graph import Graph
-from planner.specs.model import Block, Model
+from planner.specs.model import Model
 
-__all__ = ["ahead_block", "embedding", "head"]
+__all__ = ["embedding", "head"]
 
 
 def embedding(graph: Graph, model: Model) -> None:
@@ -57,11 +57,6 @@ def head(graph: Graph, model: Model) -> None:
             _ahead(graph, model)
 
 
-def ahead_block(model: Model) -> Block:
-    """The layer inside a multi-token-prediction module: one more of the last kind."""
-    return model.blocks[model.layers[-1][0]]
-
-
 def _ahead(graph: Graph, model: Model) -> None:
     """One multi-token-prediction module, behind the last layer: predicts one more token ahead.
 
@@ -74,7 +69,7 @@ def _ahead(graph: Graph, model: Model) -> None:
     graph.save("mtp.projection_input", f"2*{graph.residual}", "norm", "linear_input")
     graph.matmul("mtp.projection", graph.tokens, "hidden", "2*hidden", {"mtp", "replicated"})
     graph.weight("2*hidden*hidden")
-    block(graph, ahead_block(model))
+    block(graph, model.ahead)
     graph.norm("mtp.final_norm", model.final_norm, "residual")
     _predict(graph)
 

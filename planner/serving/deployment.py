@@ -282,6 +282,8 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     problem = problem_of(plan)
     if plan.mode == "offloaded":
         return Deployment((_blocks(plan.pools[0], problem, policy, routing),))
+    if plan.mode == "static" and policy is None:
+        policy = "static"
     stages, all_iterations = [], []
     for pool in plan.pools:
         part = part_of(problem, pool)

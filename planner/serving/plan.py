@@ -93,7 +93,7 @@ class ServePlan:
 
     Attributes:
         model, cluster, stack: names (or paths) as given; ``traffic`` the requests and promises.
-        mode: ``aggregated``, ``disaggregated`` or ``offloaded``.
+        mode: ``aggregated``, ``disaggregated``, ``static`` or ``offloaded``.
         pools: what to launch.
         estimate: what it is predicted to deliver.
         optimality: what the search proved.

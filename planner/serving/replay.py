@@ -110,7 +110,7 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
             continue
         row = row_of(pool.mesh)
         iterations = iterations_of(problem, recipe_of(pool.knobs), mesh_of(row), pricer)
-        batches = _batches(problem.traffic, pool, iterations)
+        batches = _batches(problem.traffic, pool, iterations, gated=plan.mode == "static")
         found.append(
             {
                 "role": pool.role if not pool.cluster else f"{pool.cluster}: {pool.role}",
@@ -120,13 +120,15 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
     return found
 
 
-def _batches(traffic: Traffic, pool: Pool, iterations: Iterations) -> Mapping[str, Composition]:
-    """The iterations that a pool runs."""
+def _batches(
+    traffic: Traffic, pool: Pool, iterations: Iterations, *, gated: bool
+) -> Mapping[str, Composition]:
+    """The iterations that a pool runs; one whose batches are ``gated`` runs all their prompts at once, beside nothing."""
     zero, one = np.zeros(1), np.ones(1)
     pp = iterations.ctx.mesh.pp
     context = traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0
     decodes = pool.in_flight / pp
-    if pool.role == "aggregated":
+    if pool.role == "aggregated" and not gated:
         chunk = one * float(pool.knobs["chunk_tokens"])
         decodes = steady(iterations, traffic, one * pool.in_flight, chunk).decodes / pp
     found: dict[str, Composition] = {}
@@ -134,9 +136,10 @@ def _batches(traffic: Traffic, pool: Pool, iterations: Iterations) -> Mapping[st
         found["generating"] = Composition(decodes, decodes * context, zero, zero)
     if pool.role != "decode":
         budget = float(pool.knobs["chunk_tokens"]) * float(iterations.ctx.mesh.dp[0])
-        beside = pool.role == "aggregated" and iterations.software.prompts == "beside"
+        beside = pool.role == "aggregated" and not gated and iterations.software.prompts == "beside"
         running = decodes if beside else zero
-        prompt = np.clip(np.minimum(budget - running, traffic.computed_isl), 1.0, None)
+        together = pool.in_flight if gated else 1
+        prompt = np.clip(np.minimum(budget - running, together * traffic.computed_isl), 1.0, None)
         found["with a prompt"] = Composition(running, running * context, prompt, one * traffic.prompt_context)
     return found
 

@@ -72,11 +72,16 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
     pricer = Pricer(problem.cluster, problem.stack)
     account = Account()
     modes = (str(space.fixed["mode"]),) if "mode" in space.fixed else problem.modes
+    modes = ("static",) if "static" in modes else modes
     found: list[Found | Split] = []
     if "aggregated" in modes:
         found += _distinct(search_aggregated(problem, space, pricer, top, account))
     if "disaggregated" in modes:
         found += search_disaggregated(problem, pricer, account)
+    if "static" in modes:
+        from planner.serving.static_batch import search_static
+
+        found += search_static(problem, space, pricer, account)
     if not found:
         raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))
@@ -86,7 +91,8 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         reached = max((_value(problem, f) for f in listed), default=0.0)
         if number >= max(top, _LISTED) and _value(problem, candidate) <= reached:
             break  # what requests that arrive on their own wait for only lowers a candidate's rate
-        if (f := listing.of(candidate)) is not None:
+        f = candidate if "static" in modes else listing.of(candidate)
+        if f is not None:
             listed.append(f)
     if not listed:
         raise _NothingError(account)
@@ -191,7 +197,7 @@ def _mixed_estimate(problem: ServeProblem, f: MixedFound) -> ServeEstimate:
 
 _SOLVER = "grid, bound and bisection of the load by means; rate matching of pools; listed plans by chains"
 _OFFLOADED_SOLVER = "a linear program of placements for every batch and block"
-_MIXED_SOLVER = "integer program over the fastest replicas of every size and cluster; listed plans by chains"
+_MIXED_SOLVER = "integer program over all replicas that none makes superfluous; listed plans by chains"
 _LISTED, _MOST_LISTED = 10, 64
 """Candidates put through the chains at least, so that the best does not depend on how many are asked for; and at most."""
 
@@ -226,11 +232,16 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
     return ServePlan(
         model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
         traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
-        mode="disaggregated" if isinstance(f, Split) else "aggregated",
+        mode="disaggregated" if isinstance(f, Split) else "static" if _static(problem) else "aggregated",
         pools=_split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f),
         estimate=_split_estimate(problem, f) if isinstance(f, Split) else _estimate(problem, f),
         optimality=judged, assumptions=assumptions(problem),
     )  # fmt: skip
+
+
+def _static(problem: ServeProblem) -> bool:
+    """Whether requests are answered a batch at a time."""
+    return "static" in (problem.fixed.get("mode"), *problem.modes)
 
 
 def _mesh(row: Any) -> dict[str, int]:

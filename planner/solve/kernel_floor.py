@@ -11,19 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.baseline import EMBEDDING, HEAD
 from planner.engine import tabulate
 from planner.ledger import Kernel
 from planner.pipeline import phase_seconds
+from planner.solve.row_floor import ENDLESS, ROUNDING
 from planner.solve.space import DEGREES, Rows
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import Context, Technique
 
 __all__ = ["kernel_floor_s"]
-
-_ENDLESS = 2.0**30  # sequences in the micro-batch: what is not proportional to it is lost in the sum
-_ROUNDING = 1e-6  # by how much the last, partial wave and the sums' rounding may still be seen
 
 
 def kernel_floor_s(problem: Problem) -> float:
@@ -36,9 +33,8 @@ def kernel_floor_s(problem: Problem) -> float:
     """
     free = {name: value for name, value in problem.fixed.items() if name not in DEGREES}
     search = UniformSearch(replace(problem, fixed=free), 1, lambda batch: [s.bound_s for s in batch])
-    rows = Rows({name: np.array([_ENDLESS if name == "micro_batch_size" else 1.0]) for name in DEGREES})
-    blocks = {kind: search.order.count(kind) for kind in search.kinds} | {EMBEDDING: 1, HEAD: 1}
-    each = np.array([float(blocks[kind]) for kind in search.kinds])
+    rows = Rows({name: np.array([ENDLESS if name == "micro_batch_size" else 1.0]) for name in DEGREES})
+    each = np.array([search.blocks[kind] for kind in search.kinds])
     least_s = np.inf
     for recipe in search.space.prefixes():
         ctx = rows.context(problem, search.space.knobs(recipe))
@@ -48,7 +44,7 @@ def kernel_floor_s(problem: Problem) -> float:
         kernels = ledger.drop(lambda item: not isinstance(item, Kernel))
         forward, backward, _ = phase_seconds(tabulate(kernels, search.pricer, search.kinds, 1))
         least_s = min(least_s, float(each @ (forward + backward)[:, 0]))
-    return problem.workload.global_batch_size * least_s / _ENDLESS * (1.0 - _ROUNDING)
+    return problem.workload.global_batch_size * least_s / ENDLESS * (1.0 - ROUNDING)
 
 
 def _repeats(technique: Technique | None, ctx: Context) -> bool:

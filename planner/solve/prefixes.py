@@ -7,7 +7,7 @@ on every row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,10 +29,10 @@ _OF_BLOCKS = ("tp", "cp", "ep", "etp", "micro_batch_size")
 
 
 class Alike:
-    """Rows by how they cut a block: the class of each, and the first row of each class."""
+    """Rows by some of their degrees, those that cut a block: the class of each, and the first row of each class."""
 
-    def __init__(self, rows: Rows) -> None:
-        degrees = [rows.values[name] for name in _OF_BLOCKS]
+    def __init__(self, rows: Rows, names: Sequence[str] = _OF_BLOCKS) -> None:
+        degrees = [rows.values[name] for name in names]
         each = [distinct(degree) for degree in degrees]
         places = [np.searchsorted(values, degree) for values, degree in zip(each, degrees, strict=True)]
         cuts = np.ravel_multi_index(places, [len(values) for values in each])

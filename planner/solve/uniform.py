@@ -35,6 +35,7 @@ from planner.solve.leftovers import try_leftovers
 from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
 from planner.solve.prefixes import Alike, Prefix, priced_alike
 from planner.solve.ranking import Ranking
+from planner.solve.row_floor import RowFloor
 from planner.solve.space import Choice, Rows, Space, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
@@ -46,6 +47,7 @@ __all__ = ["NOT_DEALT", "SearchCounts", "UniformSearch"]
 NOT_DEALT = "layers cannot be dealt to the stages"
 
 _ROWS = 32768  # rows whose ledgers are built and priced at once
+_ROWS_FIRST = 8192  # of the first part, whose best plan sets the bar for the floors of all others
 _PAIRS = 400_000  # rows and layouts bounded before the best of them are priced
 _MANY = 64  # prefixes from which the first is priced on its own, so that there is a bar for the others
 _CUTS = (1024, 4096)  # and again, within a wave
@@ -99,22 +101,31 @@ class UniformSearch:
         self._deals: list[Deal] = []
         self._dealings: list[Dealing] = []
         self._waiting = 0  # rows and layouts in them
+        self.blocks = {kind: float(self.order.count(kind)) for kind in self.kinds} | {
+            EMBEDDING: 1.0,
+            HEAD: 1.0,
+        }
+        self._floor = RowFloor(self.space.rows, self.blocks)
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
-        recipes, rows = list(self.space.prefixes()), self.space.rows
-        parts = [
-            rows.take(np.arange(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)
-        ]
-        made: dict[tuple[str, ...], Ledger] = {}
-        for done, (part, recipe) in enumerate(product(parts, recipes)):
-            if recipe is recipes[0]:
-                made, mesh, alike = {}, part.context(self.problem, {}).mesh, Alike(part)
-            self._bound(recipe, part, mesh, alike, made)
-            if self._waiting > (_PAIRS if done or len(recipes) < _MANY else 0):
+        recipes, ends = list(self.space.prefixes()), [0, _ROWS_FIRST]
+        while ends[-1] < len(self.space.rows):
+            ends.append(ends[-1] + _ROWS)
+        parts = [np.arange(start, min(end, len(self.space.rows))) for start, end in pairwise(ends)]
+        for number, (at, (index, recipe)) in enumerate(product(parts, enumerate(recipes))):
+            if not index:
+                if self.ranking.bar == np.inf:
+                    self._expand()  # the first part's best plan sets the bar for all others
+                part = self.space.rows.take(at)
+                made: dict[tuple[str, ...], Ledger] = {}
+                mesh, alike = part.context(self.problem, {}).mesh, Alike(part)
+                self.pricer = Pricer(self.problem.cluster, self.problem.stack)  # forgets other parts' groups
+            self._bound(recipe, at, part, mesh, alike, made)
+            if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
-                self.on_progress(done + 1, len(parts) * len(recipes))
+                self.on_progress(number + 1, len(parts) * len(recipes))
         self._expand()
         self.counts.repriced = self.ranking.repriced
         return self.ranking.best
@@ -146,7 +157,8 @@ class UniformSearch:
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
     def _bound(
-        self, recipe: Mapping[str, Choice], part: Rows, mesh: Mesh, alike: Alike, made: dict[tuple[str, ...], Ledger]
+        self, recipe: Mapping[str, Choice], at: Index, part: Rows, mesh: Mesh, alike: Alike,
+        made: dict[tuple[str, ...], Ledger],
     ) -> None:  # fmt: skip
         """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
         knobs = self.space.knobs(recipe)
@@ -164,6 +176,12 @@ class UniformSearch:
         self._reject_rows(fault, part.values["pp"][open_], activity)
         valid = np.flatnonzero(fault.first < 0)
         open_, activity = open_[valid], activity.take(valid)
+        if len(open_) and self.ranking.bar < np.inf:
+            late = self._floor_s(recipe, at[open_]) >= self.ranking.bar
+            lost = np.flatnonzero(late)
+            for *_, variants in self._pairs(part.take(open_[lost]), knobs, activity.take(lost)):
+                self.counts.excluded_by_bound["step time"] += int(variants.sum())
+            open_, activity = open_[~late], activity.take(np.flatnonzero(~late))
         if len(open_):
             ledger = self.ledger(recipe, whole, made)
             table, of, known = priced_alike(ledger, whole, open_, alike, self.pricer, self.kinds)
@@ -171,10 +189,12 @@ class UniformSearch:
             deals = list(self._deal(rows, ctx, table, activity))
             if not deals:
                 return
-            # Only the rows that are still open are kept.
+            # Only the rows that are still open are kept, and nothing of the others.
             used = distinct(np.concatenate([deal.rows for deal in deals]))
-            ledger = ledger.take(open_, ctx.mesh.counterpart)
-            self._prefixes.append(Prefix(recipe, rows, ctx, ledger, activity, of, known).take(used))
+            ctx, classes = whole.take(open_[used]), distinct(of[used])
+            kept = ledger.take(open_[used], ctx.mesh.counterpart)
+            of, known = np.searchsorted(classes, of[used]), known.take(classes)
+            self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
             self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
             self._waiting += sum(len(deal.rows) for deal in deals)
 
@@ -251,43 +271,54 @@ class UniformSearch:
                     if runs and (v == 1 or layout.split != "balanced" or anyhow):
                         yield schedule, layout
 
-    def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
-        """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
-        micro_batches, pp = ctx.micro_batches, rows.values["pp"]
-        likely, timed = self._likely(ctx, table), table.times()
+    def _floor_s(self, recipe: Mapping[str, Choice], at: Index) -> Array:
+        """What a step takes at least on some of the space's rows, on which a prefix is valid."""
+
+        def on(rows: Rows) -> tuple[Ledger, Context]:
+            ctx = rows.context(self.problem, self.space.knobs(recipe))
+            return self.ledger(recipe, ctx), ctx
+
+        name = tuple(choice.value for choice in recipe.values())
+        return self._floor.seconds(name, at, self.problem.workload.global_batch_size, on, self.pricer)
+
+    def _pairs(
+        self, rows: Rows, knobs: Mapping[str, Any], activity: Activity
+    ) -> Iterator[tuple[Dealing, Index, Index, NDArray[np.int64]]]:
+        """A prefix's rows with every layout of their pipeline degree, some at a time: places of rows and of layouts, and the
+        candidates of each, which are counted."""
         for schedule, dealings in groupby(self.dealings(), key=lambda dealing: dealing.schedule):
             each = list(dealings)
-            works = self._works(schedule, rows, ctx.knobs, activity, each)
-            hides = self.branches.any_saves or (schedule.technique is not None and schedule.technique.saves)
+            works = self._works(schedule, rows, knobs, activity, each)
             for dealing in each:
-                at, of = dealing.pairs(pp[works])
+                at, of = dealing.pairs(rows.values["pp"][works])
                 for begin in range(0, len(at), _TOGETHER):
                     where, layouts = works[at[begin : begin + _TOGETHER]], of[begin : begin + _TOGETHER]
-                    times = timed.take(where)
-                    if hides:  # the update's time
-                        times["main_step_s"][:] = 0.0
-                    bound_s = step_bound(
-                        times,
-                        dealing.layouts.deal(layouts),
-                        micro_batches[where],
-                        schedule=dealing.order,
-                    )
                     variants = self.branches.variants(activity, where, dealing.layers[layouts])
                     self.counts.candidates += int(variants.sum())
-                    late = bound_s >= self.ranking.bar
-                    self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
-                    open_ = np.flatnonzero(~late)
-                    if len(open_):
-                        where = where[open_]
-                        yield Deal(
-                            dealing, len(self._prefixes), layouts[open_], where, bound_s[open_], variants[open_],
-                            likely[where],
-                        )  # fmt: skip
+                    yield dealing, where, layouts, variants
+
+    def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
+        """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
+        likely, timed = self._likely(ctx, table), table.times()
+        for dealing, where, of, variants in self._pairs(rows, ctx.knobs, activity):
+            times, technique = timed.take(where), dealing.schedule.technique
+            if self.branches.any_saves or (technique is not None and technique.saves):  # the update's time
+                times["main_step_s"][:] = 0.0
+            bound_s = step_bound(
+                times, dealing.layouts.deal(of), ctx.micro_batches[where], schedule=dealing.order
+            )
+            late = bound_s >= self.ranking.bar
+            self.counts.excluded_by_bound["step time"] += int(variants[late].sum())
+            open_ = np.flatnonzero(~late)
+            if len(open_):
+                where = where[open_]
+                yield Deal(
+                    dealing, len(self._prefixes), of[open_], where, bound_s[open_], variants[open_], likely[where]
+                )  # fmt: skip
 
     def _likely(self, ctx: Context, table: BlockTable) -> NDArray[np.bool_]:
         """Rows that would about fit under 1F1B with the optimizer sharded; this orders the work and excludes nothing."""
-        counts = np.array([float(self.order.count(kind)) for kind in self.kinds])
-        counts[self.kinds.index(EMBEDDING)] = counts[self.kinds.index(HEAD)] = 1.0
+        counts = np.array([self.blocks[kind] for kind in self.kinds])
         optimizer = counts @ table["optimizer_bytes"]
         in_flight = np.minimum(ctx.micro_batches, ctx.mesh.pp)
         each = (

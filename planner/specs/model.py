@@ -167,3 +167,12 @@ class Model:
     def n_layers(self) -> int:
         """Layers of the (decoder) stack."""
         return sum(repeat for _, repeat in self.layers)
+
+    @property
+    def ahead(self) -> Block:
+        """The layer inside a multi-token-prediction module: one more of the last kind."""
+        return self.blocks[self.layers[-1][0]]
+
+    def layer_in(self, block: str) -> Block:
+        """The layer inside a block of the ledger: of the encoder, or the one ahead behind the head."""
+        return self.ahead if block == "head" else self.blocks[block.removeprefix("encoder.")]

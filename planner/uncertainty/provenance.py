@@ -116,7 +116,7 @@ def _product(device: Device, stack: Stack, item: Matmul) -> Iterator[Named]:
     yield from _of_efficiency(device, _MATMUL)
     reached, slower = "matmul", stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
     width = {"fp8": "_8bit", "int8": "_8bit", "fp4": "_4bit"}.get(_rate_of(device, item.dtype), "")
-    if item.grouped:
+    if item.grouped and not item.apart:
         yield from _of_efficiency(device, ("grouped_matmul",))
     yield from _of_efficiency(device, (reached + width,))
     if not item.single:

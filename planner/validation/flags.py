@@ -95,6 +95,8 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
     knobs |= _cuda_graph(flags)
     if flags.values.get("moe-a2a-overlap", "").lower() == "true":
         knobs["expert_overlap"] = "combined_1f1b"
+    if flags.says(r"deepep|hybridep"):
+        knobs["dispatch"] = "fused"
     if cp > 1 and flags.says(r"cp comm a2a|cp-comm-type=a2a\b"):
         knobs["context"] = "a2a"
     return knobs

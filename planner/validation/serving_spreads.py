@@ -4,7 +4,9 @@ A run of a new source is wrong in two independent ways: as runs of models left o
 what sets sources apart (engines' releases, how a benchmark drove them, the machine). The first is the half-width that holds 80 %
 of the runs of models left out, by quantity and kind of run. The second is what must be added to it, as independent errors add,
 so that 80 % of the runs of sources left out are held: sources count alike, however many runs each has, since the next run comes
-from another source (hierarchical conformal prediction, Lee, Barber and Willett 2023, arXiv:2306.06342).
+from another source (hierarchical conformal prediction, Lee, Barber and Willett 2023, arXiv:2306.06342; its weight for the source
+to come, which makes 80 % a bound from below, is left out: with seven sources it holds 87 to 89 % of those left out, at twice the
+width and more).
 """
 
 from __future__ import annotations

@@ -389,3 +389,20 @@ def test_offloaded_plans_in_the_other_verbs(planner, tmp_path):
     expected = plan["estimate"]["output_tokens_per_s_per_device"] * 2
     assert simulated["output_tokens_per_s"] == pytest.approx(expected, rel=0.02)
     assert planner("simulate", path, "--scheduler", "orca").code == 2
+
+
+def test_static_batches_in_the_other_verbs(planner, tmp_path):
+    path = tmp_path / "static.json"
+    base = ("serve", "--model", "llama3.1-8b", "--cluster", "h100-sxm:1x2", "--isl", 500, "--osl", 200)
+    assert planner(*base, "--mode", "static", "--ttft-ms", 1500, "-o", path).code == 0
+    plan = json.loads(path.read_text())["plans"][0]
+    assert plan["mode"] == "static"
+    assert planner("estimate", path, "--json").json["plans"][0]["estimate"] == plan["estimate"]
+    iterations = planner("explain", path, "--json").json["pools"][0]["iterations"]
+    assert [one["decodes"] for one in iterations] == [plan["pools"][0]["in_flight"], 0.0]
+    assert iterations[1]["prefill_tokens"] == plan["pools"][0]["in_flight"] * 500
+    found = planner("simulate", path, "--requests", 4000, "--json").json["simulated"]
+    assert found["ttft_s"]["mean"] == pytest.approx(plan["estimate"]["ttft_s"]["mean"], rel=0.1)
+    assert planner("export", path, "--to", "vllm", "--json").code == 5
+    continuous = planner(*base, "--mode", "aggregated", "--ttft-ms", 1500, "--json").json["plans"][0]
+    assert continuous["estimate"]["goodput_requests_per_s"] > plan["estimate"]["goodput_requests_per_s"]

@@ -222,6 +222,34 @@ def test_activations_of_experts_run_operator_by_operator_in_megatron_core(model,
 
 
 @pytest.mark.parametrize(
+    ("ep", "dispatch", "passes"),
+    [
+        (8, "fused", 2.0),
+        (
+            8,
+            "copied",
+            (1 + 1 / 4 + 2) * 0.8 / 0.506,
+        ),  # a token to its 4 rows, and all rows into the order of 4 experts
+        (32, "copied", (1 + 1 / 4) * 0.8 / 0.506),  # one expert on a rank: ranks' order is experts'
+    ],
+)
+def test_an_all_to_all_has_copies_before_it_and_behind(ep, dispatch, passes):
+    part = assembly(
+        "gpt-oss-20b",
+        "h100-sxm:4x8",
+        job=planner.TrainWorkload(32, 1024),
+        ep=ep,
+        precision="bf16",
+        dispatch=dispatch,
+    ).parts[0]
+    (copy,) = (i for i in part.ledger.of(Stream, phase="backward", block="moe") if i.what == "moe.unpermute")
+    reached = float(part.pricer.device.efficiency.memory) / 0.8  # copies reach 0.506 of the data sheet's rate
+    moved = float(np.ravel(part.ledger.axes[copy.size])[0]) * copy.bytes_per_element
+    elements = 1024 * 4 * 2880
+    assert moved == pytest.approx(2.0 * elements * passes * (reached if dispatch == "copied" else 1.0))
+
+
+@pytest.mark.parametrize(
     ("phase", "n_bytes", "calls"), [("forward", 28.0, 2 * 4 + 2), ("backward", 40.0, 6 * 4 + 2)]
 )
 def test_biases_of_experts_are_scaled_in_fp32_expert_by_expert(phase, n_bytes, calls):
@@ -252,3 +280,19 @@ def test_deepspeed_keeps_gradients_of_16_bits_beside_accumulators_in_fp32(fixed,
     assert held_bytes(ledger, "gradients") / weights == pytest.approx(gradients)
     copies = [item for item in ledger.of(Resident) if "update" in item.tags]
     assert total_bytes(ledger, copies) / weights == pytest.approx(update)
+
+
+def test_experts_ahead_of_the_last_layer_run_like_all_others():
+    # Multi-token prediction is one more layer of experts, behind the head (arXiv:2412.19437, section 2.2).
+    model = replace(planner.load_model("deepseek-v3"), mtp_modules=1)
+    fixed = {"ep": 64, "pp": 8}
+    problem = planner.Problem(
+        model, planner.load_cluster("h100-sxm:64x8"), planner.TrainWorkload(512, 4096), load_stack("megatron-core"), fixed
+    )  # fmt: skip
+    ledger = examine(problem).parts[0].ledger
+    for what in ("moe.act", "moe.permute"):
+        (layer,), (ahead,) = (
+            ledger.of(Stream, what=what, phase="forward", block=block) for block in ("moe", "head")
+        )
+        assert ahead.bytes_per_element == layer.bytes_per_element
+        assert float(ledger.axes[ahead.size].flat[0]) == pytest.approx(float(ledger.axes[layer.size].flat[0]))

@@ -77,6 +77,7 @@ REASONS = {
     "eager_attention": SLOWER,
     "eager_cross_entropy": SLOWER,
     "eager_elementwise": SLOWER,
+    "eager_experts": SLOWER,
     "launch_blocking": SLOWER,
     "log_softmax": SLOWER,
     "placeholder_gradients": SLOWER,

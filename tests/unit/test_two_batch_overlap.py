@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import planner
+from planner.composition import Composition
 from planner.engine import Pricer, tabulate
 from planner.errors import PlannerError
 from planner.export.serving import export_serving
@@ -35,26 +36,29 @@ def iterations(parts, ranks, cluster, model="deepseek-v3"):
 
 
 def gain(ranks, cluster, decodes=0.0, prefill=0.0):
-    """Tokens per second with two halves, relative to one batch; amounts are of a rank."""
-    batch = (decodes * ranks, decodes * ranks * 2000.0, prefill * ranks, 2048.5 if prefill else 0.0)
-    whole_s, halves_s = (float(iterations(parts, ranks, cluster)(*batch)) for parts in (1, 2))
+    """How much faster kernels and collectives are in two halves; amounts are of a rank."""
+    batch = Composition(
+        *(np.array([x]) for x in (decodes * ranks, decodes * ranks * 2000.0, prefill * ranks, 2048.5))
+    )
+    both = [iterations(parts, ranks, cluster) for parts in (1, 2)]
+    whole_s, halves_s = (float(each.seconds(batch)[0] - each.host_s(batch)[0]) for each in both)
     return whole_s / halves_s - 1.0
 
 
-def test_generation_gains_what_was_published():
+def test_published_gains_of_generation_lie_below_those_of_exchanges_that_hide_wholly():
     """DeepSeek-V3 on 72 H100, caches of 2,000 tokens: 25.5 % at 256 sequences a rank, nothing below 64 to 128, a loss at 32
     (SGLang, lmsys.org/blog/2025-05-05-large-scale-ep, ablation of two-batch overlap). 64 ranks here: 256 experts are whole."""
     gains = {n: gain(64, "h100-sxm:8x8", decodes=float(n)) for n in (16, 32, 128, 256)}
-    assert gains[256] == pytest.approx(0.255, abs=0.03)
+    assert 0.255 < gains[256] < 2 * 0.255
     assert gains[16] < 0.0
     assert gains[32] < 0.01
     assert gains[32] < gains[128] < gains[256]
 
 
-def test_prompts_gain_at_least_what_was_published():
-    """8,192 prompt tokens a rank on 32 H100: 27 to 35 % (same source). More here, since every rank is sent its copy of a token
-    over the network, where DeepEP sends one to each node."""
-    assert gain(32, "h100-sxm:4x8", prefill=8192.0) > 0.27
+def test_published_gains_of_prompts_lie_below_as_well():
+    """8,192 prompt tokens a rank on 32 H100: 27 to 35 % (same source). Every rank is sent its copy of a token over the network
+    here, where DeepEP sends one to each node: there is more to hide."""
+    assert 0.27 < gain(32, "h100-sxm:4x8", prefill=8192.0) < 1.0
 
 
 def test_four_windows_by_hand():

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import planner
@@ -12,6 +13,7 @@ from planner.specs.stack import list_stacks
 from planner.uncertainty import judgement as judgements
 from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.judgement import time_spread
+from planner.uncertainty.memory_limit import exceeded_bytes, room_bytes
 from planner.uncertainty.published import load_published_runs, read_published_runs, write_published_runs
 from planner.uncertainty.residuals import (
     FILE,
@@ -143,6 +145,29 @@ def test_memory_in_reserve_is_there_to_be_run_into(problem):
         planner.estimate(replace(problem, reserve=reserve)).estimate.oom_probability for reserve in (0.0, 0.3)
     ]
     assert chances[0] == pytest.approx(chances[1])
+
+
+@pytest.mark.parametrize("risk", [0.01, 0.1, 0.5])
+def test_what_fits_is_exceeded_with_the_chance_that_is_allowed(problem, risk):
+    """The other way round: of a peak whose limit is the device's memory, the chance to exceed it is that of the limit."""
+    job = replace(problem, max_oom_risk=risk)
+    memory, software = float(problem.cluster.device.memory_bytes), 4e9
+    peak = 0.9 * memory
+    limit = float(exceeded_bytes(job, np.array([peak]), np.array([software]))[0])
+    spread = load_residuals().peak.at(software / peak)
+    assert spread.probability_above(peak, limit) == pytest.approx(risk, rel=1e-6)
+    assert limit <= float(exceeded_bytes(job, np.array([1.01 * peak]), np.array([software]))[0])
+    assert limit <= float(exceeded_bytes(job, np.array([peak]), np.array([1.01 * software]))[0])
+
+
+def test_a_device_filled_with_activations_keeps_the_limit(problem):
+    """So many bytes of framework, the rest activations of which a share is lost to fragments: that just fits."""
+    idle, lost = 2e9, problem.stack.fragmentation.value
+    room = float(room_bytes(problem, idle))
+    software = idle + (room - idle) * lost / (1.0 + lost)
+    exceeded = exceeded_bytes(problem, np.array([room]), np.array([software]))[0]
+    assert exceeded == pytest.approx(float(problem.cluster.device.memory_bytes), rel=1e-6)
+    assert float(room_bytes(replace(problem, max_oom_risk=1.0), idle)) == problem.memory_budget_bytes
 
 
 def test_without_residuals_an_estimate_says_nothing(problem, monkeypatch):

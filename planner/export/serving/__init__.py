@@ -98,8 +98,8 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
 
     plan = target.plan
     where = f"--to {exporter.name}"
-    if plan.mode == "offloaded":
-        return [Problem(where, "an offloaded plan", "pools that serve arrivals")]
+    if plan.mode in ("offloaded", "static"):
+        return [Problem(where, f"plan of mode {plan.mode}", "pools that take requests as they come")]
     vendors = sorted({cluster.device.vendor for cluster in target.clusters})
     if len(vendors) > 1:
         return [

@@ -28,7 +28,17 @@ from planner.ledger import Array
 from planner.solve.layerwise.linear import relaxed
 from planner.solve.layerwise.rounding import repaired
 
-__all__ = ["SLACK", "CountProblem", "Counts", "Group", "OutOfNodesError", "bound", "hull", "solve"]
+__all__ = [
+    "SLACK",
+    "CountProblem",
+    "Counts",
+    "Group",
+    "OutOfNodesError",
+    "bound",
+    "hull",
+    "solve",
+    "unbeaten",
+]
 
 Counts: TypeAlias = tuple[tuple[int, ...], ...]  # per group, layers under each of its strategies
 _Column: TypeAlias = tuple[float, list[float], list[float]]  # a strategy's reduced cost, costs and bytes
@@ -205,7 +215,7 @@ class _Search:
             open_ = np.flatnonzero(self.bound + reduced < self.limit)
             if not len(open_):
                 return False
-            open_ = open_[_unbeaten(np.concatenate([cost, held])[:, open_].T)]
+            open_ = open_[unbeaten(np.concatenate([cost, held])[:, open_].T)]
             ranks = open_[np.argsort(-reduced[open_], kind="stable")]
             self.ranks.append(ranks.tolist())
             self.columns.append(
@@ -342,13 +352,14 @@ def _rounded(size: int, shares: Array) -> list[int]:
     return whole.astype(int).tolist()  # type: ignore[no-any-return]
 
 
-def _unbeaten(columns: Array) -> Array:
+def unbeaten(columns: Array) -> Array:
     """Rows, in their order, that no other row is as small as everywhere; of equal ones the first."""
     order = np.lexsort(columns.T[::-1])
-    ranked = columns[order]
     # In this order a row can only be beaten by one before it.
-    beaten = np.tril((ranked[None] <= ranked[:, None]).all(axis=2), -1).any(axis=1)
-    return np.sort(order[~beaten])
+    beaten = np.tri(len(order), k=-1, dtype=bool)
+    for column in columns[order].T:
+        beaten &= column <= column[:, None]
+    return np.sort(order[~beaten.any(axis=1)])
 
 
 def hull(cost: Array, held: Array) -> list[int]:

@@ -23,6 +23,7 @@ from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
+from planner.solve.layerwise.counts import unbeaten
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.relaxation import in_flight
@@ -277,15 +278,7 @@ def _front(mesh: Mesh) -> list[list[int]]:
     names = (*BYTES, *(name for tier in SLOWER for name in in_tier(tier)))
     held = np.stack([*(mesh[name] for name in names), transient, work])
     columns = np.concatenate([*times, held])
-    fronts = []
-    for kind in range(len(mesh.kinds) - 1):
-        values = np.unique(columns[:, :, kind], axis=0).T
-        kept: list[int] = []
-        for s in np.lexsort(values.T[::-1]).tolist():
-            if not kept or not np.any(np.all(values[kept] <= values[s], axis=1)):
-                kept.append(s)
-        fronts.append(sorted(kept))
-    return fronts
+    return [unbeaten(columns[:, :, kind].T).tolist() for kind in range(len(mesh.kinds) - 1)]
 
 
 @lru_cache(maxsize=4096)

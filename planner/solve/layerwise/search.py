@@ -7,7 +7,7 @@ states the gap to the smallest one that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -24,6 +24,7 @@ from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
+from planner.solve.layerwise.strategies import Mesh
 from planner.solve.layerwise.walks import Paths
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search_strictly
@@ -33,8 +34,9 @@ from planner.specs.problem import Problem
 __all__ = ["search_layerwise"]
 
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
-_ROUGH, _BOUND, _PATH, _PLANS = range(4)  # looks at a deal, each dearer than the one before
+_ROUGH, _LIKELY, _BOUND, _PATH, _PLANS = range(5)  # looks at a deal, each dearer than the one before
 _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
+_ROUNDS = 8  # in which strategies of a deal's likely plans get tables
 _PATIENCE = (
     40  # looks without a plan, after which the most promising deal that was looked at is settled at once
 )
@@ -42,7 +44,7 @@ _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest boun
 _SPACE = "layer-wise plans"
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
-_UNIFORM = 0.35  # of a time limit, after which the uniform search makes way with the plans that it has
+_UNIFORM = 0.25  # of a time limit, after which the uniform search makes way with the plans that it has
 
 
 def search_layerwise(
@@ -64,7 +66,7 @@ def search_layerwise(
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
         exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
-        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search ends after a third
+        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search ends after a quarter
             of it, but looks for one plan at least, however long that takes.
 
     Raises:
@@ -81,8 +83,8 @@ def search_layerwise(
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    proved = uniform is not None and uniform.best.optimality.status != "heuristic"
-    run = _Search(problem, best_s, proved, solver, uneven, exact)
+    known = {} if uniform is None else uniform.best.knobs
+    run = _Search(problem, best_s, known, solver, uneven, exact)
     try:
         with limit.enforced():
             run.go()
@@ -113,13 +115,13 @@ def search_layerwise(
 
 
 class _Search:
-    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``proved`` whether no uniform plan does."""
+    """Args: as of :func:`search_layerwise`; ``best_s``: what plans have to beat; ``known``: the choices of one that takes as long."""
 
     def __init__(
         self,
         problem: Problem,
         best_s: float,
-        proved: bool,
+        known: Mapping[str, object],
         solver: str,
         uneven: bool,
         exact: bool,
@@ -136,7 +138,7 @@ class _Search:
         self.best: Candidate | None = None
         self._from: Settler | None = None
         self.account = Account(solver, _SPACE)
-        self.proved = proved
+        self.known = known
         self._left: list[_Open] = []
         self._unbounded: dict[int, float] | None = None
         self._done: list[float] = []
@@ -149,13 +151,17 @@ class _Search:
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         self._unbounded = self.space.without_memory_s(self.best_s)
+        if self.known and self._unbounded:
+            # Any plan that is nearly as good as the best one saves the bounds of many meshes.
+            self._add(self.space.likeliest(next(iter(self._unbounded)), self.best_s, self.known))
+            while self._left and self.best is None:
+                self._look(self._left[0], to_the_end=True)
+            self._left = []  # they come again
         for pp in list(self._unbounded):
             ask()
-            for deal in self.space.deals_of(pp, self.best_s):
-                self._left.append(_Open(*deal.rank(), len(self._left), deal))
+            self._add(self.space.deals_of(pp, self.best_s))
             del self._unbounded[pp]
-            if self._left and self.best is None and not self.proved:
-                # Any plan that is nearly as good as the best one saves the bounds of many meshes.
+            if self._left and self.best is None and not self.known:
                 heapify(self._left)
                 self._look(self._left[0], to_the_end=True)
         heapify(self._left)
@@ -166,7 +172,7 @@ class _Search:
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks > _BOUND), default=first)
                 looks = 0
-            if not first.looks:
+            if first.looks < _BOUND:
                 self._look(first, to_the_end=False)
                 looks += 1
                 continue
@@ -185,6 +191,12 @@ class _Search:
         within_s = self.best_s * (1.0 + self.tie)
         return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
 
+    def _add(self, deals: Iterable[Deal]) -> None:
+        """Opens some deals."""
+        self._left += [
+            _Open(*deal.rank(), number, deal) for number, deal in enumerate(deals, len(self._left))
+        ]
+
     def _sharpen(self, part: int) -> None:
         """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
         several = [deal for deal in self._left if deal.part == part]
@@ -197,10 +209,11 @@ class _Search:
         heapify(self._left)
 
     def _look(self, deal: _Open, *, to_the_end: bool) -> None:
-        """Looks closer at a deal, and keeps, settles or excludes it; its old bound counts until the new one does."""
-        seen = deal
+        """Looks closer at a deal, once or until it has a plan, and keeps, settles or excludes it; its old bound counts until the
+        new one does."""
+        seen, settled = deal, self.account.settled
         bound_s, more = self._closer(seen)
-        while to_the_end and more and bound_s < self.best_s:
+        while to_the_end and more and bound_s < self.best_s and self.account.settled == settled:
             seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
             bound_s, more = self._closer(seen)
         if self._left[0] is deal:
@@ -231,6 +244,9 @@ class _Search:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
         if open_.looks == _ROUGH:
             return max(self._roughly(open_.deal).bound_s(self.best_s), open_.bound_s), True
+        if open_.looks == _LIKELY:
+            bound_s = max(self._likely(open_.deal), open_.bound_s)
+            return bound_s, bound_s < self.best_s * (1.0 - self.tie)
         if not open_.settlers:
             open_.settlers.extend(self._settlers(open_.deal))
         bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
@@ -238,23 +254,52 @@ class _Search:
 
     def _roughly(self, deal: Deal) -> Settler:
         """What bounds a deal before its mesh has tables, with all chunks of a device as one: alike for many layouts."""
-        key = deal.part, deal.row, deal.order
-        if key not in self._rough:
-            mesh = self.space.lower(deal)
-            order = deal.order if deal.layout is None or deal.layout.virtual_stages == 1 else "1f1b"
+        order = deal.order if deal.layout is None or deal.layout.virtual_stages == 1 else "1f1b"
+        key = deal.part, deal.row, order
+        mesh = self.space.lower(deal)
+        if key not in self._rough or self._rough[key].mesh is not mesh:
             self._rough[key] = DeviceCosts(self.problem, mesh, order, 1, self.solver)
-        costs = self._rough[key]
-        return Settler(deal, costs.mesh, costs, self.space.order, self.space.kinds, self.uniform.branches)
+        return Settler(
+            deal, mesh, self._rough[key], self.space.order, self.space.kinds, self.uniform.branches
+        )
+
+    def _likely(self, deal: Deal) -> float:
+        """What a deal is not faster than, once the strategies of its best plans have tables, and no others; looks for plans."""
+        if self.problem.launcher is not None:
+            return 0.0  # the mesh's strategies may not stand side by side
+        self.space.price(deal)
+        bound_s, best_s = self._roughly(deal).bound_s(self.best_s), self.best_s
+        if bound_s >= best_s:
+            return bound_s
+        settler = self._settler(deal, self.space.lower(deal))
+        for _ in range(_ROUNDS):
+            if settler.bound_s(self.best_s) >= self.best_s * (1.0 - self.tie):
+                break
+            found = next(settler.candidates(np.inf), None)
+            if found is None or not self.space.price(deal, settler.used(found)):
+                break
+            settler = self._settler(deal, self.space.lower(deal))
+            self._take(settler.repriced(found), settler)
+        self.account.settled += self.best_s < best_s
+        return settler.bound_s(self.best_s)
+
+    def _take(self, found: Candidate, settler: Settler) -> None:
+        """Keeps a plan, if it is the best so far."""
+        if found.step_s < self.best_s:
+            self.best, self.best_s, self._from = found, found.step_s, settler
+
+    def _settler(self, deal: Deal, mesh: Mesh) -> Settler:
+        """What bounds a deal with some strategies and finds its plans."""
+        chunks = 1 if deal.layout is None else deal.layout.virtual_stages
+        costs = DeviceCosts(self.problem, mesh, deal.order, chunks, self.solver, self.tolerance)
+        space = self.space
+        return Settler(deal, mesh, costs, space.order, space.kinds, self.uniform.branches, self._paths)
 
     def _settlers(self, deal: Deal) -> Iterator[Settler]:
-        """What bounds a deal and finds its plans: one, or one per mixture of strategies that a launcher runs."""
+        """One, or one per mixture of strategies that a launcher runs."""
         mesh, launcher = self.space.mesh(deal), self.problem.launcher
-        chunks = 1 if deal.layout is None else deal.layout.virtual_stages
         for some in [mesh] if launcher is None else mesh.runnable(launcher, self.uniform.branches):
-            costs = DeviceCosts(self.problem, some, deal.order, chunks, self.solver, self.tolerance)
-            yield Settler(
-                deal, some, costs, self.space.order, self.space.kinds, self.uniform.branches, self._paths
-            )
+            yield self._settler(deal, some)
 
     def _with(self, settler: Settler, look: int) -> float:
         """What no plan with a mesh's strategies is faster than; looks for a better plan, if that is the look to take."""
@@ -265,8 +310,7 @@ class _Search:
             return bound_s
         self.account.settled += 1
         for found in settler.candidates(self.best_s):
-            if found.step_s < self.best_s:
-                self.best, self.best_s, self._from = found, found.step_s, settler
+            self._take(found, settler)
             if bound_s < self.best_s:
                 bound_s = max(bound_s, settler.path_s(self.best_s, found))
             if settler.walks is not None and bound_s >= self.best_s * (1.0 - self.near):

@@ -280,9 +280,6 @@ class Settler:
 
     def simpler(self, best: Candidate, within_s: float) -> Candidate:
         """The simplest candidate that fits and takes no longer than that, with the layers of every stage as they are."""
-        numbers = self._numbers(best.assignment)
-        stages, *ends = taken_by(best.assignment)
-        own = tuple(tuple((numbers[s], n) for s, n in runs) for runs in stages)
         stack = self.costs.problem.stack
         batches = np.array([float(self.mesh.micro_batches)])
         room = float(self.costs.room + self.costs.idle)
@@ -297,7 +294,22 @@ class Settler:
             fits = peak[0] <= room and all(away[tier][0] <= tiers[tier] for tier in away)
             return (found.step_s, found) if fits else None
 
-        return simplest((own, numbers[ends[0]], numbers[ends[1]]), best, price, within_s)
+        return simplest(self._taken(best.assignment), best, price, within_s)
+
+    def repriced(self, found: Candidate) -> Candidate:
+        """A candidate with other prices of its strategies: this mesh's."""
+        return self._assigned(self._taken(found.assignment), found.layout)
+
+    def used(self, found: Candidate) -> list[int]:
+        """The numbers of a candidate's strategies in the mesh."""
+        return self._numbers(found.assignment)
+
+    def _taken(self, assignment: Assignment) -> Taken:
+        """What an assignment takes, by the mesh's numbers."""
+        numbers = self._numbers(assignment)
+        stages, *ends = taken_by(assignment)
+        own = tuple(tuple((numbers[s], n) for s, n in runs) for runs in stages)
+        return own, numbers[ends[0]], numbers[ends[1]]
 
     def _assigned(self, taken: Taken, layout: Layout) -> Candidate:
         """The candidate of some strategies by their number in the mesh, priced by the schedule engine."""

@@ -6,7 +6,7 @@ schedules take the layouts of the uniform search or, where it has none, virtual 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
-from planner.solve.layerwise.strategies import Mesh, Strategies
+from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
 from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
@@ -73,6 +73,8 @@ class LayerwiseSpace:
         self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._meshes: dict[tuple[int, int], Mesh] = {}
+        self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
+        self._asked: set[Branch] = set()
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
@@ -94,7 +96,29 @@ class LayerwiseSpace:
         rows, cuts, free_s = self._open(pp, below_s)
         late = np.isfinite(free_s) & (free_s >= below_s)  # where the limit has fallen since
         self.excluded["work"] += int(late.sum())
-        free_s = np.where(late, np.inf, free_s)
+        yield from self._bounded(
+            *_some(rows, np.where(late, np.inf, free_s), ~late.all(axis=0)), cuts, below_s
+        )
+
+    def likeliest(self, pp: int, below_s: float, knobs: Mapping[str, object]) -> list[Deal]:
+        """Those of the prefix that has most choices in common with some plan, smallest bounds first."""
+        rows, cuts, free_s = self._open(pp, below_s)
+        alike = {
+            part: sum(
+                str(knobs.get(slot)).lower() == c.value for slot, c in self.parts[part].tables.recipe.items()
+            )
+            for part in np.unique(rows.part).tolist()
+        }
+        mine, counted = rows.part == max(alike, key=lambda part: alike[part]), dict(self.excluded)
+        found = sorted(self._bounded(*_some(rows, free_s, mine), cuts, below_s), key=Deal.rank)
+        self.excluded = counted  # they are looked at again
+        return found
+
+    def _bounded(
+        self, rows: _Rows, free_s: Array, cuts: Sequence[tuple[Choice, Layout | None, int]], below_s: float
+    ) -> Iterator[Deal]:
+        """Deals of some rows whose bound is below a limit, each with its bound."""
+        pp = rows.pp
         rows, free_s = _some(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
@@ -223,9 +247,24 @@ class LayerwiseSpace:
         return self._made(deal.part, [deal.row])[0]
 
     def lower(self, deal: Deal) -> Mesh:
-        """The same before it has tables: no strategy is faster than this says."""
-        among, _, taken = self._priced[deal.part]
-        return taken.lower(int(np.searchsorted(among, deal.row)))
+        """The deal's mesh before it has tables: no strategy is faster than it says, and those asked for are as fast."""
+        key = deal.part, deal.row
+        if key not in self._lower:
+            among, _, taken = self._priced[deal.part]
+            self._lower[key] = taken.lower(int(np.searchsorted(among, deal.row))), frozenset()
+        return self._lower[key][0]
+
+    def price(self, deal: Deal, numbers: Iterable[int] = ()) -> bool:
+        """Makes tables of some strategies of :meth:`lower`, and of what was asked for elsewhere; whether one of them is new."""
+        lower, known = self.lower(deal), self._lower[deal.part, deal.row][1]
+        asked = set(numbers)
+        self._asked |= {lower.branches[s] for s in asked}
+        new = (asked | {s for s, branch in enumerate(lower.branches) if branch in self._asked}) - known
+        if new:
+            among, _, taken = self._priced[deal.part]
+            priced = taken.priced(lower, int(np.searchsorted(among, deal.row)), sorted(new))
+            self._lower[deal.part, deal.row] = priced, known | new
+        return not asked <= known
 
     def _made(self, part: int, rows: Sequence[int]) -> list[Mesh]:
         """Meshes of some rows of a prefix; most of what their tables cost does not depend on how many they are."""

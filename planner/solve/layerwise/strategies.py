@@ -212,6 +212,13 @@ class Strategies:
         values = np.stack([self.tables.of_branch(*branch, index) for branch in self.branches])
         return [self._mesh(row, values[:, place]) for place, row in enumerate(index.tolist())]
 
+    def priced(self, lower: Mesh, row: int, numbers: Sequence[int]) -> Mesh:
+        """What :meth:`lower` says of a row, with some strategies as :meth:`meshes` has them."""
+        values = lower.values.copy()
+        for s in numbers:
+            values[s] = self.tables.of_branch(*lower.branches[s], np.array([row]))[0]
+        return replace(lower, values=values)
+
     def lower(self, row: int) -> Mesh:
         """A row as :meth:`meshes` has it, but for times, which are no longer than these: what follows a forward counts as
         backward."""

@@ -25,7 +25,6 @@ __all__ = [
     "read_bytes_per_token",
     "repeats",
     "run",
-    "seconds",
     "sent_elements",
     "sixteen",
 ]
@@ -67,21 +66,6 @@ def run(
         ledger = apply(ledger, ctx)
     batch = Composition(*(np.array([x]) for x in (decodes, decodes * cached, prefill, (prefill + 1.0) / 2.0)))
     return ledger.set_axes(**composition_axes(spec, ctx.mesh, batch, micro_batches=2))
-
-
-def seconds(ledger: Ledger, cluster: str, stack: str = "sglang") -> float:
-    """Seconds of an iteration's kernels and collectives."""
-    from dataclasses import replace
-
-    from planner.engine import Pricer, tabulate
-    from planner.specs.hardware import load_cluster
-    from planner.specs.stack import load_stack
-
-    items = tuple(item for item in ledger.items if not isinstance(item, Resident))
-    kinds = tuple(dict.fromkeys(item.block for item in items))
-    pricer = Pricer(load_cluster(cluster), load_stack(stack))
-    table = tabulate(replace(ledger, items=items), pricer, kinds, 1, ("forward_s",))["forward_s"]
-    return sum(float(each[0]) * repeats(ledger, kind) for kind, each in zip(kinds, table, strict=True))
 
 
 def default(slot: str) -> Pass:

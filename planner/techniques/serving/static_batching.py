@@ -9,7 +9,7 @@ Source: Y. Inoue 2021 (arXiv:1912.06322); as the baseline of Orca (Yu et al. 202
 
 from __future__ import annotations
 
-from planner.technique import Figure, Technique
+from planner.technique import Figure, Knob, Technique
 
 
 def _response_s(policy: str) -> float:
@@ -33,7 +33,12 @@ TECHNIQUE = Technique(
     slot=None,
     job="serving",
     source="arXiv:1912.06322",
-    summary="Batches form and end as a whole; simulated, with Inoue's closed form for batches without decodes",
+    summary="Batches form and end as a whole: a mode of its own (Inoue's response), and simulated",
+    knobs=(
+        Knob(
+            "mode", "requests join a batch as they come, or batches end as a whole", ("aggregated", "static")
+        ),
+    ),
     figures=(
         Figure(
             "mean response in seconds, 5 jobs/s in batches of 0.1b + 1 s: the closed form",

@@ -1,4 +1,4 @@
-"""The 175B plan of the Frontier study: 4 tensor ranks, 16 stages, single sequences, whole layers recomputed, ZeRO's first stage.
+"""The 175B plan of the Frontier study: 4 tensor ranks, 16 stages, micro-batches of one, full recomputation, ZeRO 1.
 
 What it does: ``--preset frontier_study`` fixes these; a replica spans 64 graphics compute dies of MI250X.
 Saves: as its members.
@@ -42,8 +42,8 @@ TECHNIQUE = Technique(
         Figure(
             "MiB that one micro-batch in flight takes on a device of the 175B plan",
             300.0,
-            0.05,  # a quarter of a layer's input more: what a stage receives, cut over its tensor ranks
-            "their log (sajal-vt/Megatron-DeepSpeed-ORNL): peaks of ranks 8, 16, 24, … fall by 300 MiB from stage to stage",
+            0.05,  # what a stage receives is kept too, cut over its tensor ranks: a quarter of a layer's input
+            "the authors' log (sajal-vt/Megatron-DeepSpeed-ORNL): peaks of ranks 8, 16, … fall by 300 MiB from stage to stage",
             _in_flight,
         ),
     ),

@@ -64,7 +64,7 @@ def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
     """By phase, the kernels of experts' gated activation; empty for anything else."""
     if item.what != "moe.act":
         return {}
-    moe = ctx.model.blocks[item.block.removeprefix("encoder.")].moe
+    moe = ctx.model.layer_in(item.block).moe
     if moe is None or not moe.gated:
         return {}
     return _LIMITED if moe.limited else _WEIGHTED

@@ -5,9 +5,14 @@ Saves: expert weights, divided by ep·etp.
 Costs: dispatch and combine, k·T·h elements each way, forward and backward; with etp > 1 an all-gather of the dispatched
     tokens and a reduce-scatter of the results; the busiest rank works and waits ``expert_load_factor`` times the mean,
     times what experts of unlike popularity (``expert_zipf``) add.
+    Where the all-to-all is of a library that knows nothing of experts (``dispatch=copied``), tokens are copied into the order
+    of ranks before it, and behind it into that of the rank's experts if it has several: (1 + 1/k) + 2 passes over k·T·h
+    elements each way, in place of 2.
 Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
     them up to it; all-to-alls are exposed.
-Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960).
+Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960); copies:
+    Megatron-Core ``transformer/moe/token_dispatcher.py`` (``MoEAlltoAllTokenDispatcher``), and their rate as measured on a B200,
+    MooreThreads/SimuMax ``configs/system/b200_bf16_ceperm.json`` @4dcaae5 (``permute_fwd``, ``permute_bwd``).
 """
 
 from __future__ import annotations
@@ -15,11 +20,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+
 from planner.ledger import Collective, Item, Ledger, Resident, Stream, times
-from planner.technique import Check, Context, Figure, Knob, Technique, off
+from planner.technique import Check, Context, Detail, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
 from planner.techniques.training.expert.load import loads
+
+_COPY_RATE = 0.506
+"""Of the memory's rate on the data sheet, what copies of tokens into another order reach: 0.501 forward, 0.511 backward."""
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -71,7 +81,32 @@ def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger
             kind="all_gather" if outward else "reduce_scatter", size=times(item.size, "exchanged*etp_ranks"),
         )  # fmt: skip
         added += [all_to_all, cut]
-    return ledger.add(added)
+    return _copied(ledger, ctx).add(added)
+
+
+def _copied(ledger: Ledger, ctx: Context) -> Ledger:
+    """Copies of tokens into the order of ranks and of experts, where no library brings them to their experts by itself."""
+    if ctx.knobs.get("dispatch") != "copied":
+        return ledger
+    slower, moved = float(ctx.cluster.device.efficiency.memory) / _COPY_RATE, ("moe.permute", "moe.unpermute")
+    for name in {item.block for item in ledger.of(Stream) if item.what in moved}:
+        moe = ctx.model.layer_in(name).moe
+        assert moe is not None, "tokens go to experts alone"
+        sorted_again = 2.0 * np.greater(moe.experts / np.asarray(ctx.mesh.ep), 1.0)
+        passes = 1.0 + 1.0 / moe.top_k + sorted_again
+        ledger = ledger.set_axes(**{f"copied@{name}": slower * passes / 2.0})
+    return ledger.edit(
+        Stream,
+        lambda item: (
+            replace(item, size=times(item.size, f"copied@{item.block}")) if item.what in moved else None
+        ),
+    )
+
+
+def _dispatch(text: str) -> str:
+    if text not in ("copied", "fused"):
+        raise ValueError(text)
+    return text
 
 
 def _parameters(subject: Pass) -> float:
@@ -104,6 +139,14 @@ TECHNIQUE = Technique(
             "whether tokens travel to experts or experts to tokens",
             ("folded", "shadow1", "shadow4", "sparse1", "sparse4", "fetched", "grouped"),
             "folded",
+        ),
+        Detail(
+            "dispatch",
+            "whether kernels made for it bring tokens to their experts, or copies and an all-to-all",
+            ("fused", "copied"),
+            "fused",
+            read=_dispatch,
+            expected="fused or copied",
         ),
     ),
     figures=(
