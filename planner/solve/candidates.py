@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +20,20 @@ from planner.solve.space import Choice, order_of
 if TYPE_CHECKING:
     from planner.solve.expansion import Expansion
 
-__all__ = ["Batch", "Jobs", "Pending", "Scored", "Shortfall"]
+__all__ = ["Batch", "Jobs", "Pending", "Scored", "SearchCounts", "Shortfall"]
 
 Index = NDArray[np.intp]
+
+
+@dataclass(slots=True)
+class SearchCounts:
+    """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
+
+    candidates: int = 0
+    scored: int = 0
+    repriced: int = 0
+    excluded_by_bound: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
 
 
 @record(eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +15,13 @@ from planner.layout import Dealt, Layout
 from planner.ledger import Array
 from planner.pipeline import held_bytes, memory, step_bound
 from planner.solve.branches import Activity, Branches, Faults
-from planner.solve.candidates import Batch, Jobs, Pending, Shortfall
+from planner.solve.candidates import Batch, Jobs, Pending, SearchCounts, Shortfall
 from planner.solve.columns import Columns, editor_of
 from planner.solve.pairs import Pairs
 from planner.solve.space import Choice, Rows, order_of
 from planner.solve.tables import BranchTables
 from planner.specs.problem import Problem
 from planner.uncertainty.memory_limit import exceeded_bytes
-
-if TYPE_CHECKING:
-    from planner.solve.uniform import SearchCounts
 
 __all__ = ["Expansion"]
 

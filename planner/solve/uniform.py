@@ -2,7 +2,8 @@
 
 Every candidate is either rejected with a reason, excluded by a bound, or scored with the full cost model:
 
-1. *prefix bound*: a prefix's ledger, priced without its additive slots, bounds every candidate on a row and layout from below;
+1. *floors*: once there is a plan, what a prefix's blocks take at least in an endless micro-batch bounds rows without a ledger;
+   *prefix bound*: a prefix's ledger, priced without its additive slots, bounds every candidate on a row and layout from below;
 2. *branching*: rows that can still win are priced with every branch. A branch that only adds work to one that fits in memory
    cannot beat it (``dominated``), so offload and recompute are tried where memory asks for them;
 3. *re-pricing*: scored candidates go to the schedule engine in the order of their bounds, until no bound beats the incumbent.
@@ -12,9 +13,9 @@ The best plan is then exact under this model. The others of the list are the bes
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby, pairwise, product
 from typing import Any
 
@@ -26,10 +27,9 @@ from planner.costs.arrays import distinct
 from planner.engine import BlockTable, Pricer
 from planner.layout import BOUNDARY, Layout, layouts
 from planner.ledger import Array, Ledger
-from planner.mesh import Mesh
 from planner.pipeline import step_bound
 from planner.solve.branches import Activity, Branches, Faults
-from planner.solve.candidates import Pending, Scored, Shortfall
+from planner.solve.candidates import Pending, Scored, SearchCounts, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
@@ -57,17 +57,6 @@ _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set 
 Index = NDArray[np.intp]
 
 
-@dataclass(slots=True)
-class SearchCounts:
-    """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
-
-    candidates: int = 0
-    scored: int = 0
-    repriced: int = 0
-    excluded_by_bound: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-
-
 class UniformSearch:
     """Searches the uniform space of one problem.
 
@@ -79,12 +68,9 @@ class UniformSearch:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        top: int,
-        reprice: Callable[[list[Scored]], list[float]],
+        self, problem: Problem, top: int, reprice: Callable[[list[Scored]], list[float]],
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.problem = problem
         self.space = Space(problem)
         self.on_progress = on_progress
@@ -109,19 +95,28 @@ class UniformSearch:
 
     def run(self) -> list[tuple[float, Scored]]:
         """The best plans by exact step time, best first."""
-        recipes, ends = list(self.space.prefixes()), [0, _ROWS_FIRST]
-        while ends[-1] < len(self.space.rows):
-            ends.append(ends[-1] + _ROWS)
-        parts = [np.arange(start, min(end, len(self.space.rows))) for start, end in pairwise(ends)]
+        recipes, every = list(self.space.prefixes()), np.arange(len(self.space.rows))
+        parts = [at for at in (every[:_ROWS_FIRST], every[_ROWS_FIRST:]) if len(at)]
         for number, (at, (index, recipe)) in enumerate(product(parts, enumerate(recipes))):
             if not index:
-                if self.ranking.bar == np.inf:
-                    self._expand()  # the first part's best plan sets the bar for all others
-                part = self.space.rows.take(at)
-                made: dict[tuple[str, ...], Ledger] = {}
+                self._expand()  # the best plan of the first rows sets the bar for all others
+                part, made = self.space.rows.take(at), dict[tuple[str, ...], Ledger]()
                 mesh, alike = part.context(self.problem, {}).mesh, Alike(part)
-                self.pricer = Pricer(self.problem.cluster, self.problem.stack)  # forgets other parts' groups
-            self._bound(recipe, at, part, mesh, alike, made)
+            knobs = self.space.knobs(recipe)
+            ctx = replace(part.context(self.problem, knobs), mesh=mesh)
+            open_, activity = self._valid(recipe, part, ctx)
+            if at[0] == 0:
+                self._bound(recipe, part, ctx, open_, activity, alike, made)
+            else:
+                open_, activity = self._in_time(recipe, part, at, open_, activity)
+                for begin in range(0, len(open_), _ROWS):
+                    some = np.arange(begin, min(begin + _ROWS, len(open_)))
+                    rows = part.take(open_[some])
+                    self.pricer = Pricer(
+                        self.problem.cluster, self.problem.stack
+                    )  # forgets other rows' groups
+                    own, all_ = rows.context(self.problem, knobs), some - begin
+                    self._bound(recipe, rows, own, all_, activity.take(some), Alike(rows), {})
             if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
@@ -156,47 +151,59 @@ class UniformSearch:
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
-    def _bound(
-        self, recipe: Mapping[str, Choice], at: Index, part: Rows, mesh: Mesh, alike: Alike,
-        made: dict[tuple[str, ...], Ledger],
-    ) -> None:  # fmt: skip
-        """Keeps the rows on which the prefix is valid, and bounds each of them under each layout."""
-        knobs = self.space.knobs(recipe)
-        whole = replace(part.context(self.problem, knobs), mesh=mesh)
+    def _valid(self, recipe: Mapping[str, Choice], part: Rows, ctx: Context) -> tuple[Index, Activity]:
+        """Rows on which a prefix says something of its own and breaks no rule; candidates of those that break one are counted."""
         active = np.ones(len(part), dtype=bool)
         for slot, choice in recipe.items():
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
-                active &= technique.active(whole)
+                active &= technique.active(ctx)
         open_ = np.flatnonzero(active)
-        if not len(open_):
-            return
-        fault = self.faults(recipe, whole.take(open_))
-        activity = self.branches.activity(part.take(open_), knobs)
+        fault = self.faults(recipe, ctx.take(open_))
+        activity = self.branches.activity(part.take(open_), ctx.knobs)
         self._reject_rows(fault, part.values["pp"][open_], activity)
         valid = np.flatnonzero(fault.first < 0)
-        open_, activity = open_[valid], activity.take(valid)
-        if len(open_) and self.ranking.bar < np.inf:
-            late = self._floor_s(recipe, at[open_]) >= self.ranking.bar
-            lost = np.flatnonzero(late)
-            for *_, variants in self._pairs(part.take(open_[lost]), knobs, activity.take(lost)):
-                self.counts.excluded_by_bound["step time"] += int(variants.sum())
-            open_, activity = open_[~late], activity.take(np.flatnonzero(~late))
-        if len(open_):
-            ledger = self.ledger(recipe, whole, made)
-            table, of, known = priced_alike(ledger, whole, open_, alike, self.pricer, self.kinds)
-            rows, ctx = part.take(open_), whole.take(open_)
-            deals = list(self._deal(rows, ctx, table, activity))
-            if not deals:
-                return
-            # Only the rows that are still open are kept, and nothing of the others.
-            used = distinct(np.concatenate([deal.rows for deal in deals]))
-            ctx, classes = whole.take(open_[used]), distinct(of[used])
-            kept = ledger.take(open_[used], ctx.mesh.counterpart)
-            of, known = np.searchsorted(classes, of[used]), known.take(classes)
-            self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
-            self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
-            self._waiting += sum(len(deal.rows) for deal in deals)
+        return open_[valid], activity.take(valid)
+
+    def _in_time(
+        self, recipe: Mapping[str, Choice], part: Rows, at: Index, open_: Index, activity: Activity
+    ) -> tuple[Index, Activity]:
+        """Those of a part's rows, ``at`` in the space, whose floor is under the bar; candidates of the others are counted."""
+        bar, knobs = self.ranking.bar, self.space.knobs(recipe)
+        if bar == np.inf or not len(open_):
+            return open_, activity
+
+        def on(rows: Rows) -> tuple[Ledger, Context]:
+            ctx = rows.context(self.problem, knobs)
+            return self.ledger(recipe, ctx), ctx
+
+        name, sequences = tuple(c.value for c in recipe.values()), self.problem.workload.global_batch_size
+        late = self._floor.seconds(name, at[open_], sequences, on, self.pricer) >= bar
+        lost, kept = np.flatnonzero(late), np.flatnonzero(~late)
+        for *_, variants in self._pairs(part.take(open_[lost]), knobs, activity.take(lost)):
+            self.counts.excluded_by_bound["step time"] += int(variants.sum())
+        return open_[kept], activity.take(kept)
+
+    def _bound(
+        self, recipe: Mapping[str, Choice], part: Rows, whole: Context, open_: Index, activity: Activity, alike: Alike,
+        made: dict[tuple[str, ...], Ledger],
+    ) -> None:  # fmt: skip
+        """Bounds a prefix's rows in a part under each layout, and keeps those that are under the bar."""
+        if not len(open_):
+            return
+        ledger = self.ledger(recipe, whole, made)
+        table, of, known = priced_alike(ledger, whole, open_, alike, self.pricer, self.kinds)
+        rows = part.take(open_)
+        if not (deals := list(self._deal(rows, whole.take(open_), table, activity))):
+            return
+        # Only the rows that are still open are kept, and nothing of the others.
+        used = distinct(np.concatenate([deal.rows for deal in deals]))
+        ctx, classes = whole.take(open_[used]), distinct(of[used])
+        kept = ledger.take(open_[used], ctx.mesh.counterpart)
+        of, known = np.searchsorted(classes, of[used]), known.take(classes)
+        self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
+        self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
+        self._waiting += sum(len(deal.rows) for deal in deals)
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
@@ -270,16 +277,6 @@ class UniformSearch:
                     runs = launcher is None or launcher.takes_stages(layout.stages, pp)
                     if runs and (v == 1 or layout.split != "balanced" or anyhow):
                         yield schedule, layout
-
-    def _floor_s(self, recipe: Mapping[str, Choice], at: Index) -> Array:
-        """What a step takes at least on some of the space's rows, on which a prefix is valid."""
-
-        def on(rows: Rows) -> tuple[Ledger, Context]:
-            ctx = rows.context(self.problem, self.space.knobs(recipe))
-            return self.ledger(recipe, ctx), ctx
-
-        name = tuple(choice.value for choice in recipe.values())
-        return self._floor.seconds(name, at, self.problem.workload.global_batch_size, on, self.pricer)
 
     def _pairs(
         self, rows: Rows, knobs: Mapping[str, Any], activity: Activity
@@ -401,8 +398,8 @@ class UniformSearch:
         tables, rows, activities = [], [], []
         for number, used in open_.items():
             prefix = self._prefixes[number].take(used)
-            of_search = self.space, self.branches, self.pricer, self.kinds
-            tables.append(BranchTables(*of_search, prefix.recipe, prefix.ctx, prefix.priced_ledger()))
+            own = prefix.recipe, prefix.ctx, prefix.priced_ledger()
+            tables.append(BranchTables(self.space, self.branches, self.pricer, self.kinds, *own))
             rows.append(prefix.rows)
             activities.append(prefix.activity)
         work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)
