@@ -25,7 +25,7 @@ _PRICES = (
     *np.geomspace(0.004, 2.0, 15).tolist(),
 )  # in seconds of all layers' work per byte of a stage's room
 
-_EXPOSED = (0.0, 0.5, 1.0)
+_EXPOSED = (0.0, 1 / 3, 2 / 3, 1.0)
 """Shares of what work leaves of gradients, or of weights; no more of it is exposed. Mixtures of exposing it and hiding it bound
 strategies that are good at either."""
 
