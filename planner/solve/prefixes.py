@@ -17,7 +17,6 @@ from planner.costs.arrays import distinct
 from planner.engine import COMPACT, TIMES, BlockTable, Pricer, tabulate
 from planner.ledger import Array, Axes, Collective, Item, Ledger, Resident
 from planner.record import record
-from planner.record import record
 from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows
 from planner.technique import Context
