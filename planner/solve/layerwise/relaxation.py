@@ -194,11 +194,13 @@ class Relaxation:
             alone: the rows' tables without strategies.
         """
         (prices, of_host), least = priced[0][:, :, rows], priced[1][:, :, rows]
-        sample = np.searchsorted(self._samples(), flights, side="right") - 1
-        counts: Array = layout.counts[:, :-1]
-        # (prices, virtual stages, rows)
-        work_s = np.einsum("psrk,sk->psr", least[:, sample, np.arange(len(rows))], counts)
-        work_s = work_s.reshape(len(prices), layout.virtual_stages, layout.pp, len(rows)).sum(axis=1)
+        samples, counts = self._samples(), layout.chunks[:, :, :-1]
+        sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
+        # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
+        live = np.stack(
+            [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
+        )
+        work_s = np.einsum("pnrk,ndrk->pdr", least, live)
         smallest = self.blocks[4][:, rows].min(axis=0)
         there = layout.device_counts[:, :-1] > 0
         at_work = np.where(there[:, None], smallest, -np.inf).max(axis=2)

@@ -36,6 +36,7 @@ __all__ = ["search_layerwise"]
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _ROUGH, _LIKELY, _BOUND, _PATH, _PLANS = range(5)  # looks at a deal, each dearer than the one before
 _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
+_FIRST = 3  # deals that are looked at for a plan before the others are bounded
 _ROUNDS = 8  # in which strategies of a deal's likely plans get tables
 _PATIENCE = (
     40  # looks without a plan, after which the most promising deal that was looked at is settled at once
@@ -115,7 +116,7 @@ def search_layerwise(
 
 
 class _Search:
-    """Args: as of :func:`search_layerwise`; ``best_s``: what plans have to beat; ``known``: the choices of one that takes as long."""
+    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``known`` the choices of one of them."""
 
     def __init__(
         self,
@@ -153,10 +154,9 @@ class _Search:
         self._unbounded = self.space.without_memory_s(self.best_s)
         if self.known and self._unbounded:
             # Any plan that is nearly as good as the best one saves the bounds of many meshes.
-            self._add(self.space.likeliest(next(iter(self._unbounded)), self.best_s, self.known))
-            while self._left and self.best is None:
-                self._look(self._left[0], to_the_end=True)
-            self._left = []  # they come again
+            for deal in self.space.likeliest(next(iter(self._unbounded)), self.best_s, self.known)[:_FIRST]:
+                if self.best is None:
+                    self._likely(deal)
         for pp in list(self._unbounded):
             ask()
             self._add(self.space.deals_of(pp, self.best_s))
@@ -202,7 +202,12 @@ class _Search:
         several = [deal for deal in self._left if deal.part == part]
         bounds = self.space.sharper(part, [open_.deal for open_ in several], self.best_s)
         new = {open_.number: bound_s for open_, bound_s in zip(several, bounds, strict=True)}
-        left = [replace(open_, bound_s=new.get(open_.number, open_.bound_s)) for open_ in self._left]
+        left = [
+            replace(open_, bound_s=new[open_.number], looks=max(open_.looks, _BOUND))
+            if open_.part == part
+            else open_
+            for open_ in self._left
+        ]
         self._left = [open_ for open_ in left if open_.bound_s < self.best_s]
         self.account.exclude("memory", len(left) - len(self._left))
         self._sharp.add(part)
@@ -268,12 +273,14 @@ class _Search:
         if self.problem.launcher is not None:
             return 0.0  # the mesh's strategies may not stand side by side
         self.space.price(deal)
-        bound_s, best_s = self._roughly(deal).bound_s(self.best_s), self.best_s
-        if bound_s >= best_s:
+        best_s = self.best_s
+        bound_s = self._roughly(deal).bound_s(best_s)
+        if bound_s >= best_s * (1.0 - self.tie):
             return bound_s
         settler = self._settler(deal, self.space.lower(deal))
         for _ in range(_ROUNDS):
-            if settler.bound_s(self.best_s) >= self.best_s * (1.0 - self.tie):
+            nearly_s = self.best_s * (1.0 - self.tie)
+            if settler.bound_s(nearly_s) >= nearly_s:
                 break
             found = next(settler.candidates(np.inf), None)
             if found is None or not self.space.price(deal, settler.used(found)):

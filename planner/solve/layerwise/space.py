@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import BlockTable, tabulate
-from planner.layout import Layout, deal_layers, layouts
+from planner.layout import Layout, layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
+from planner.solve.layerwise.uneven import uneven_layout
 from planner.solve.space import Choice, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
 from planner.uncertainty.memory_limit import room_bytes
 
-__all__ = ["Deal", "LayerwiseSpace", "uneven_layout"]
+__all__ = ["Deal", "LayerwiseSpace"]
 
 _SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
@@ -247,7 +247,7 @@ class LayerwiseSpace:
         return self._made(deal.part, [deal.row])[0]
 
     def lower(self, deal: Deal) -> Mesh:
-        """The deal's mesh before it has tables: no strategy is faster than it says, and those asked for are as fast."""
+        """The deal's mesh before it has tables: no strategy is faster than this says; those that were asked for are as fast."""
         key = deal.part, deal.row
         if key not in self._lower:
             among, _, taken = self._priced[deal.part]
@@ -425,26 +425,6 @@ def _some(rows: _Rows, each: Array, keep: NDArray[np.bool_] | np.bool_) -> tuple
     """Some of the rows, and the same columns of a table."""
     taken, index = rows.take(np.flatnonzero(keep))
     return taken, each[:, index]
-
-
-@lru_cache(maxsize=1024)
-def uneven_layout(
-    order: tuple[str, ...], kinds: tuple[str, ...], pp: int, virtual_stages: int
-) -> Layout | None:
-    """Virtual stages that are equal but for one layer; the longer ones on devices in the middle, from the last chunk on."""
-    small, longer = divmod(len(order), pp * virtual_stages)
-    if not small:
-        return None
-    sizes = [small] * (pp * virtual_stages)
-    for stage in _middle_first(pp, virtual_stages)[:longer]:
-        sizes[stage] += 1
-    return deal_layers(order, kinds, pp, virtual_stages, sizes)
-
-
-def _middle_first(pp: int, virtual_stages: int) -> list[int]:
-    """Virtual stages by chunk from the last, and by their device's distance from the middle of the pipeline."""
-    devices = sorted(range(pp), key=lambda device: (abs(2 * device - (pp - 1)), device))
-    return [chunk * pp + device for chunk in reversed(range(virtual_stages)) for device in devices]
 
 
 def _order(schedule: Choice) -> str:
