@@ -108,6 +108,7 @@ class Stack:
         gradient_bucket_bytes: bytes of gradients that one reduction waits for; more than there are, where none hides.
         weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
         kept_casts: 1 where a step casts weights to fewer bits once, and keeps both; None: every micro-batch casts them.
+        narrow_weights: 1 where the casts to 8 bits are all that is kept of a weight; None: they lie beside it.
         whole_reductions: 1 where an all-reduce sums the gradients of ZeRO 1 and 2, and a rank keeps its share; None: a
             reduce-scatter.
         copied_bucket_bytes: bytes of the bucket that reductions copy gradients to; None: ``gradient_bucket_bytes``.
@@ -143,6 +144,7 @@ class Stack:
     narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
     kept_casts: Sourced | None = None
+    narrow_weights: Sourced | None = None
     whole_reductions: Sourced | None = None
     copied_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None

@@ -146,6 +146,8 @@ def casts_of_weights(stack, **fixed):
 def test_weights_are_cast_once_per_step_and_kept_where_the_stack_says_so():
     # Read in 2 bytes, written in 1 as they are and in 1 transposed (Transformer Engine, FP8 weight caching).
     assert casts_of_weights("megatron-core", zero_stage="1") == pytest.approx([0.0, 4.0, 2.0])
+    # Megatron-Bridge's fp8 recipes keep nothing else of a weight (fp8_param_gather): no more than its 2 bytes.
+    assert casts_of_weights("megatron-bridge", zero_stage="1") == pytest.approx([0.0, 4.0, 0.0])
     assert casts_of_weights("megatron-core", zero_stage="fsdp") == pytest.approx([4.0, 0.0, 0.0])
     assert casts_of_weights("pytorch-fsdp", zero_stage="1") == pytest.approx([4.0, 0.0, 0.0])
 

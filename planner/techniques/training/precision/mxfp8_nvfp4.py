@@ -6,8 +6,8 @@ Saves: time on the matrix units; a linear layer's saved input shrinks to the nar
 Costs: a cast of both operands forward and of the output gradient backward, each written twice (the transpose of a quantised
     tensor is no quantisation of the transpose); the host's time for these kernels, of every expert its own.
 Assumes: attention, router, head, communication and master weights as in bf16; all linear layers are quantised. Weights are cast
-    in every micro-batch, or once per step and kept where the stack says so and replicas hold them whole; inputs that no
-    weight gradient reads are written once. Dimensions are whole blocks.
+    in every micro-batch; or, where the stack says so and replicas hold them whole, once per step and kept, beside 16 bits or
+    in their place. Inputs that no weight gradient reads are written once. Dimensions are whole blocks.
 Source: OCP Microscaling Formats v1.0 (2023); Micikevicius et al. 2022 (FP8 formats, arXiv:2209.05433); NVIDIA 2025 (NVFP4
     pre-training, arXiv:2509.25149); Transformer Engine ``pytorch/csrc/extensions/gemm.cpp`` (a product swizzles the scales of
     both operands) and its user guide on caching FP8 weights (``is_first_microbatch``).
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from planner.costs.precision import cast_bytes, dtype_bytes
+from planner.costs.precision import FORMAT_BITS, cast_bytes, dtype_bytes
 from planner.ledger import Array, Item, Ledger, Matmul, Resident, Stream, times
 from planner.specs.formats import Format
 from planner.technique import Check, Context, Figure, Technique
@@ -66,6 +66,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     library = bool(formats.kernels) and ctx.stack.kernel("gemm", formats.kernels, generation) is not None
     # Weights that every micro-batch gathers anew are cast anew as well.
     kept = ctx.stack.kept_casts is not None and ctx.knobs.get("zero_stage") not in ("3", "fsdp")
+    alone = ctx.stack.narrow_weights is not None and FORMAT_BITS[formats.matmul] == 8
     trained = {(item.block, item.what) for item in ledger.of(Matmul, phase="weight")}
     added: list[Item] = []
     for item in ledger.of(Matmul):
@@ -78,7 +79,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             weights = casts.stream("quantise_weights", item.n, 2.0, casts.each("1"))
             added.append(replace(weights, phase="step") if kept else weights)
         if item.phase == "forward" and kept:
-            added.append(casts.held())
+            added.append(casts.held(alone=alone))
     return switch_dtypes(ledger, ctx, _KEY).add(added)
 
 
@@ -97,13 +98,13 @@ class _Casts(NamedTuple):
             size=self._elements(rows), bytes_per_element=float(cast), calls=calls,
         )  # fmt: skip
 
-    def held(self) -> Resident:
-        """Both casts of the weight, from the step's first micro-batch on."""
-        item = self.item
+    def held(self, *, alone: bool) -> Resident:
+        """What both casts of the weight hold, beside what is counted of it; where they are ``alone``, beyond that."""
+        item, in_its_place = self.item, dtype_bytes(self.formats.activation) * alone
         return Resident(
             what=f"{item.what}.quantised", block=item.block, tags=frozenset({"frozen"}), by=_KEY,
-            size=self._elements(item.n), bytes_per_element=2.0 * self.formats.linear_input_bytes, pool="parameters",
-            lifetime="always",
+            size=self._elements(item.n), bytes_per_element=2.0 * self.formats.linear_input_bytes - in_its_place,
+            pool="parameters", lifetime="always",
         )  # fmt: skip
 
     def calls(self) -> str:
