@@ -53,6 +53,7 @@ THREE: Mapping[str, Errors] = {
     "model left out": lambda run: run.error_without_model,
     "source left out": lambda run: run.error_without_source,
 }
+_HELD_OUT = "held_out_"  # how names of rows begin that no constant is fitted to
 _OF_MEMORY = ("framework_bytes", "communicator_bytes", "fragmentation", "bucket_copies")
 _SAID = {"oom": "out of memory"}
 _TIME = "tokens_per_s_per_device"
@@ -151,8 +152,11 @@ def interval_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
     yield _row("---", "---", *["---:"] * 5)
     timed = [run for run in runs if run.error is not None]
     weighed = [run for run in runs if run.peak_error is not None]
+    held_out = [run.row_id.startswith(_HELD_OUT) for run in timed]
     cases: list[tuple[str, Sequence[Residual], list[bool]]] = [
         ("step time", time_residuals(timed), [True] * len(timed)),
+        ("step time, tables above", time_residuals(timed), [not held for held in held_out]),
+        ("step time, held out", time_residuals(timed), held_out),
         ("step time, experts", time_residuals(timed), [run.experts for run in timed]),
         ("peak memory", peak_residuals(weighed), [True] * len(weighed)),
     ]
