@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +24,6 @@ from planner.parts import Part, Priced, price_alike, price_by_strategy
 from planner.pipeline import phase_seconds, recomputed_fraction, tail_seconds
 from planner.place import Place, hops_s
 from planner.plan import Estimate, Optimality, Plan
-from planner.record import record
 from planner.schedule.order import Generator, generator_of
 from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
@@ -41,7 +40,7 @@ from planner.units import counted
 __all__ = ["Assembly", "assemble", "model_flop"]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Assembly:
     """A plan with the one-row ledgers behind it, for those who want to see every item.
 

@@ -8,6 +8,7 @@ then knows nothing of strategies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
@@ -21,7 +22,6 @@ from planner.errors import Problem as Fault
 from planner.layout import BOUNDARY, Layout, layout_name, layout_of
 from planner.ledger import Array
 from planner.place import Place, of_group
-from planner.record import record
 from planner.solve.space import Choice
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
@@ -34,7 +34,7 @@ Runs: TypeAlias = tuple[
 ]  # (strategy, layers) of one virtual stage, in the order of its layers
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """A strategy for every layer, and for what stands before and behind them.
 

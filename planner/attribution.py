@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,12 +18,11 @@ from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Collective, Item, Ledger, Resident, Stream, Transfer
 from planner.phases import Lanes, loose, phase_s, shares_backward, together_s
 from planner.pipeline import phase_seconds, recomputed_fraction
-from planner.record import record
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Share:
     """One item's seconds per block instance: alone (``price_s``), and what is left of them in the step (``exposed_s``)."""
 
@@ -34,7 +33,7 @@ class Share:
     exposed_s: float
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Spend:
     """Seconds of one item in one optimizer step on one device: ``alone_s`` if nothing hid it, ``seconds`` as it is."""
 

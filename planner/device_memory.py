@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +11,6 @@ from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.pipeline import SLOWER, memory_parts
 from planner.place import Place
-from planner.record import record
 from planner.schedule.order import Generator
 from planner.specs.problem import Problem
 from planner.transition import communicators
@@ -18,7 +18,7 @@ from planner.transition import communicators
 __all__ = ["DeviceMemory", "device_memory"]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceMemory:
     """What the first device of each run of equal devices holds, and has room for.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import Any
 
@@ -46,7 +46,6 @@ from planner.ledger import (
     at,
 )
 from planner.phases import Lanes, lanes, phase_s, shares_backward
-from planner.record import record
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.stack import Stack
 
@@ -262,7 +261,7 @@ _ROWS = {
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class BlockTable:
     """Totals of one instance of every block kind, per row: ``values`` (fields, kinds, rows), by the names of ``FIELDS``.
 

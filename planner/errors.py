@@ -15,8 +15,7 @@ Every error is a list of :class:`Problem`; each says where, what was found, what
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from planner.record import record
+from dataclasses import dataclass
 
 __all__ = [
     "ExportError",
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong: ``where`` (file, key path, flag), what was ``found``, what was ``expected``, what to ``try_``."""
 

@@ -7,6 +7,7 @@ composed with one product, and rows that have each their own (:class:`Dealt`) wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD
 from planner.ledger import Array
-from planner.record import record
 from planner.schedule.order import LOOPED, Placement
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Split:
     """How layers are dealt to virtual stages: how many fewer the first and the last get, to make room for embedding and head."""
 
@@ -58,7 +58,7 @@ LAYOUT_NAMES = (*(split.name for split in SPLITS), "balanced")
 _LONGEST_PART = 8  # characters of equal stages as they are told together, such as 127*1
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """Blocks per virtual stage, and what pricing reads off it.
 
@@ -119,7 +119,7 @@ class Layouts:
         return self._arrays[name]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Dealt:
     """Rows that have each a layout of their own (its place in ``among`` is ``of``), in the terms of :class:`Layout`.
 
@@ -134,7 +134,7 @@ class Dealt:
         return self.among.deal(self.of[index])
 
     def __getattr__(self, name: str) -> Array:
-        if name not in Layout.__match_args__:
+        if name not in Layout.__slots__:
             raise AttributeError(name)
         return self.among.stacked(name).take(self.of, axis=-1)
 

@@ -10,14 +10,12 @@ Axis names may be qualified by the block they belong to (``ffn@decoder``); the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from planner.record import record
 
 __all__ = [
     "BATCH_ROLES",
@@ -65,7 +63,7 @@ def at(values: Array, index: Index) -> Array:
     return values[index] if values.size > 1 else values
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """Ranks that communicate: ``size`` ranks, ``stride`` apart in the mesh order (innermost first); arrays over rows.
 
@@ -85,7 +83,7 @@ class Group:
         return Group(self.name, at(self.size, index), at(self.stride, index), self.key, (whole, rows))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """What every item carries.
 
@@ -115,7 +113,7 @@ class Item:
     waited: bool = False
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel(Item):
     """Device work; ``launches`` kernels per instance, which the host issues unless they are ``captured`` in a graph."""
 
@@ -124,7 +122,7 @@ class Kernel(Item):
     captured: bool = False
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Matmul(Kernel):
     """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
@@ -148,7 +146,7 @@ class Matmul(Kernel):
         return self.grouped and not (self.format or self.single)
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCore(Kernel):
     """A fused attention kernel: softmax(QKᵀ)V without the score matrix in memory.
 
@@ -172,7 +170,7 @@ class AttentionCore(Kernel):
     decode: bool = False
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
@@ -185,7 +183,7 @@ class Stream(Kernel):
     calls: str | None = None
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collective(Item):
     """``kind`` over ``group`` on ``size`` elements of ``dtype``.
 
@@ -202,7 +200,7 @@ class Collective(Item):
     custom: bool = False
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer(Item):
     """``size`` elements between the device and a slower ``tier``; host arithmetic is a transfer over host memory."""
 
@@ -211,7 +209,7 @@ class Transfer(Item):
     tier: Literal["host_link", "host_memory", "nvme"] = "host_link"
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resident(Item):
     """Bytes held: ``size`` elements of ``bytes_per_element``.
 
@@ -361,7 +359,7 @@ def _terms(expression: str) -> tuple[tuple[float, tuple[str, ...], tuple[str, ..
     return tuple(terms)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """Items over axes. Every verb returns a new ledger; items that a verb does not touch are shared.
 

@@ -8,17 +8,16 @@ default rank order ``tp-cp-ep-dp-pp`` with the expert mesh folded over the dense
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from planner.ledger import Array, Group, Index
-from planner.record import record
 
 __all__ = ["Mesh"]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mesh:
     """Parallel degrees, arrays over rows. ``tp·cp·dp = etp·ep·edp`` on every pipeline stage."""
 

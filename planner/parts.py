@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,6 @@ from planner.engine import BlockTable, Pricer, tabulate
 from planner.layout import BOUNDARY
 from planner.ledger import Ledger
 from planner.place import Place
-from planner.record import record
 from planner.solve.space import DEGREES, Choice, Rows
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
@@ -22,7 +22,7 @@ from planner.transition import CHANGE, transition
 __all__ = ["Part", "Priced", "price_alike", "price_by_strategy"]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Part:
     """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
 

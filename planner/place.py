@@ -8,7 +8,7 @@ each. What passes between unlike stages is a message on the link where their gro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from planner.engine import Pricer, tabulate
 from planner.layout import BOUNDARY
 from planner.ledger import Array, Collective, Group, Item, Ledger, times
 from planner.mesh import Mesh
-from planner.record import record
 from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
 from planner.specs.problem import Problem
@@ -27,7 +26,7 @@ from planner.technique import SLOTS, Context
 __all__ = ["Place", "activation_elements", "hops_s", "of_group"]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """A node group, and how the work of a stage is cut there.
 

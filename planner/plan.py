@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2s
 from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
-from planner.record import record
 from planner.specs.reader import read_file
 
 __all__ = [
@@ -34,7 +33,7 @@ T = TypeVar("T")
 SCHEMA_VERSION = "1.0"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Optimality:
     """How good the plan is known to be: ``exact`` (under this model), within a ``gap`` of ``bound_s``, or ``heuristic``.
 
@@ -47,7 +46,7 @@ class Optimality:
     solver: str
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a plan is predicted to cost.
 
@@ -88,7 +87,7 @@ class Estimate:
     provenance: Mapping[str, Any] | None = None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One execution plan.
 
@@ -252,7 +251,7 @@ class Plan:
         return Plan.from_dict(chosen, f"{path}:{index}")
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class SearchReport:
     """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
 
@@ -264,7 +263,7 @@ class SearchReport:
     wall_s: float
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class SearchResult:
     """Ranked plans, the Pareto front of time and memory among what was scored, and the search's account of itself.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.record import record
 from planner.specs.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ _OFF = {
 }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Check:
     """One composition rule over rows: rows where ``ok`` is false are rejected for ``reason``."""
 
@@ -124,7 +123,7 @@ class Check:
     ok: NDArray[np.bool_] | bool
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Knob:
     """A choice that a technique opens: its name, what it means, and the values that it may take."""
 
@@ -134,7 +133,7 @@ class Knob:
     default: Any = None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Detail(Knob):
     """A knob that says more about a slot's choice: how many layers, which modules. It is open unless a plan names it.
 
@@ -159,7 +158,7 @@ def whole_number(text: str) -> int:
     return number
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Figure:
     """A published number, and how the technique's pass reproduces it.
 
@@ -178,7 +177,7 @@ class Figure:
     second_hand: bool = False
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Context:
     """What a pass may look at: the problem, the mesh and micro-batch size of every row, and the recipe's own knobs."""
 
@@ -210,7 +209,7 @@ class Context:
         return self.workload.global_batch_size / (self.mesh.dp * self.micro_batch_size)
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ServingContext:
     """What a pass over an iteration of a serving replica may look at: the problem, the replica's mesh per row, its knobs.
 
@@ -243,7 +242,7 @@ def _nothing(*arguments: Any, **named: Any) -> float:
     return 0.0
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Technique:
     """One entry of the catalogue.
 
@@ -347,7 +346,7 @@ class Technique:
         }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Launcher:
     """What a launcher can run: rules of the tool, not of physics.
 

@@ -7,9 +7,10 @@ sparse attention's indexer, DeepSeek-V3.2 (arXiv:2512.02556) §2.1; relative pos
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from planner.ledger import times
 from planner.operators.graph import NORM, NORM_BACKWARD, Graph
-from planner.record import record
 from planner.specs.model import Attention
 
 __all__ = ["attention"]
@@ -18,7 +19,7 @@ _ROPE = 2.0  # reads and writes queries and keys
 _GATE, _GATE_BACKWARD = 3.0, 5.0  # (output, gate) -> gated; (gradient, output, gate) -> both gradients
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Shape:
     """The axes of one attention: heads, widths of one head, and expressions for the rows of queries and of keys."""
 

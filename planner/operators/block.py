@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from planner.operators.attention import attention
 from planner.operators.feed_forward import mlp, moe
 from planner.operators.graph import Graph
 from planner.operators.state_space import state_space
-from planner.record import record
 from planner.specs.model import Block
 
 __all__ = ["block"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Branch:
     """What one residual addition adds. ``parts`` read one norm; each is told whether it is the one that keeps its output."""
 

@@ -11,12 +11,12 @@ not in time is simply run to the end.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from planner.record import record
 from planner.schedule.order import Order
 from planner.schedule.program import Segment, compile_order, operation_counts
 
@@ -35,7 +35,7 @@ ROUNDS_BETWEEN_LOOKS = 16
 BUFFER_BYTES = 64e6
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """When a step's devices work. Batch axes trail; ``p`` devices lead.
 

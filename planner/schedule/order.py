@@ -9,7 +9,7 @@ generator in its technique's file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from planner.costs.pipeline_bounds import bound_1f1b_s, bound_interleaved_s
 from planner.errors import InvalidPlan, Problem, did_you_mean
-from planner.record import record
 
 __all__ = [
     "LOOPED",
@@ -55,7 +54,7 @@ class Op(IntEnum):
     W = 2
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Shape:
     """The size of a pipeline: ``p`` devices, ``m`` micro-batches, ``v`` chunks per device, ``group``
     micro-batches that a chunk runs before the device turns to its next chunk (interleaved orders only)."""
@@ -66,7 +65,7 @@ class Shape:
     group: int
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where virtual stages live: stage ``c·p + j`` is chunk ``c`` of device ``j``, or, where ``folded``, of device ``p − 1 − j``
     for every other chunk, so that the pipeline turns back at its ends.
@@ -110,7 +109,7 @@ class Placement:
 LOOPED = Placement()
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Order:
     """Every device's operations in the order it runs them.
 
@@ -142,7 +141,7 @@ class Order:
         return len(self.device_of_stage)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Rule:
     """What a schedule asks of devices and micro-batches: ``holds(p, m)``, over arrays too."""
 
@@ -151,7 +150,7 @@ class Rule:
     holds: Callable[[Any, Any], Any]
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Generator:
     """A schedule: its order per device, and what the composer has to know of it.
 

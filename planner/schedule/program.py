@@ -12,12 +12,12 @@ before its own backward, a backward before its weight gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from planner.record import record
 from planner.schedule.order import Ints, Op, Order
 
 __all__ = ["Program", "Segment", "compile_order", "messages", "operation_counts"]
@@ -28,7 +28,7 @@ MIN_REPEATS = 3
 _Place = np.int32  # of an operation in an order: hundreds of thousands where a batch is large
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Segment:
     """Rounds that run ``repeats`` times.
 
@@ -52,7 +52,7 @@ class Segment:
     carry_out: Ints
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Program:
     """Segments in order, and per device the buffer position (in the first segment) of its first operation."""
 
@@ -117,7 +117,7 @@ def _opcode(order: Order) -> Ints:
     return order.kind * _Place(order.n_virtual) + order.stage
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Graph:
     """Who sends what an operation waits for, and how far each device's list repeats.
 

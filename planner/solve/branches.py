@@ -8,13 +8,13 @@ of both and fits. A swap that hides the update behind the backward may save what
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.record import record
 from planner.solve.space import Choice, Rows, Space
 from planner.technique import ADDITIVE_SLOTS
 
@@ -27,7 +27,7 @@ _STATE = tuple(s for s in ADDITIVE_SLOTS if s not in (*_SWAP, "recompute", "sche
 _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Activity:
     """Which states and which recompute choices say something of their own on each row: (choices, rows).
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from planner.engine import BlockTable
 from planner.layout import Dealt, Layout
 from planner.ledger import Array
-from planner.record import record
 from planner.schedule.order import Generator
 from planner.solve.space import Choice, order_of
 
@@ -36,7 +35,7 @@ class SearchCounts:
     rejected: Counter[str] = field(default_factory=Counter)
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scored:
     """One candidate that fits, with the lower bound of its step time and its column of the block table."""
 
@@ -58,7 +57,7 @@ class Scored:
         return round(global_batch_size / (self.row["dp"] * self.row["micro_batch_size"]))
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
 
@@ -80,7 +79,7 @@ class Batch:
         )  # fmt: skip
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pending:
     """(state, row) pairs of one schedule that were scored plain.
 
@@ -106,7 +105,7 @@ class Pending:
         )
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shortfall:
     """The candidate that came closest to fitting: which memory binds, and by how much.
 
@@ -127,7 +126,7 @@ class Shortfall:
         return self.needed_bytes / self.budget_bytes
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Jobs:
     """Candidates that share a schedule and a swap; arrays over jobs."""
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from typing import Any
 
 from planner.costs.economics import tokens_run_s
 from planner.errors import Infeasible, Interrupted
 from planner.errors import Problem as Fault
 from planner.plan import Plan, SearchReport, SearchResult
-from planner.record import record
 from planner.solve.train import search_strictly
 from planner.specs.problem import Problem
 
@@ -29,7 +28,7 @@ __all__ = [
 OnProgress = Callable[[int, int], None]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One cluster that was tried: its best plan's step and run time, or why there is none.
 
@@ -58,10 +57,10 @@ class Attempt:
 
     def as_dict(self) -> dict[str, Any]:
         """The attempt as JSON fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """Ranked plans of all clusters together, and what each cluster came to."""
 

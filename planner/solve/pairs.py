@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from planner.layout import Layout, Layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound
-from planner.record import record
 from planner.solve.space import Choice, order_of
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Dealing:
         return rows, of
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Deal:
     """Rows of a prefix with layouts of one schedule: bounds, and candidates of each pair."""
 
@@ -62,7 +61,7 @@ class Deal:
     likely: NDArray[np.bool_]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
     """Rows of an expansion with layouts of one schedule, and of each pair its bound.
 

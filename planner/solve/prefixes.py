@@ -8,7 +8,7 @@ on every row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from planner.costs.arrays import distinct
 from planner.engine import COMPACT, TIMES, BlockTable, Pricer, tabulate
 from planner.ledger import Array, Axes, Collective, Item, Ledger, Resident
-from planner.record import record
 from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows
 from planner.technique import Context
@@ -63,7 +62,7 @@ class Alike:
         return self._differ[id(values)][1]
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
     """A prefix on rows on which it is valid.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
@@ -23,7 +24,6 @@ from planner.errors import SpecError, did_you_mean
 from planner.layout import LAYOUT_NAMES, stages_named
 from planner.ledger import Array
 from planner.mesh import Mesh
-from planner.record import record
 from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem
@@ -37,7 +37,7 @@ _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
 _VALUE_KNOBS = ("gradient_dtype",)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One value of a slot, and the technique that serves it (None: the slot is off)."""
 
@@ -51,7 +51,7 @@ def order_of(schedule: Choice) -> Generator:
     return generator_of(schedule.technique.order)
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Mesh degrees and micro-batch sizes: one array per degree, all of one length."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
-from planner.record import record
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
 from planner.solve.time_limit import ask
@@ -268,7 +267,7 @@ class BranchTables:
         return ledger
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Change:
     """What a partial recipe makes of the prefix's ledger.
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import field
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
-
-from planner.record import record
 
 __all__ = ["FOREVER", "OutOfTimeError", "TimeLimit", "ask"]
 
@@ -28,7 +26,7 @@ class OutOfTimeError(Exception):
     """The time that is enforced is over."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class TimeLimit:
     """Seconds from now on; infinite, if there is no limit."""
 

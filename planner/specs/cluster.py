@@ -6,16 +6,15 @@ number of devices in one domain of that tier. Bandwidth is per device and per di
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
-from planner.record import record
 from planner.specs.device import Device, Transport
 
 __all__ = ["Cluster", "NodeGroup", "Tier"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Tier:
     """One level of the network.
 
@@ -38,7 +37,7 @@ class Tier:
         return self.bytes_per_s * self.efficiency / self.oversubscription
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """Nodes of one kind."""
 
@@ -52,7 +51,7 @@ class NodeGroup:
         return self.nodes * self.devices_per_node
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """Node groups joined by tiers (innermost first; the last tier spans everything)."""
 

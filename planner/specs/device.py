@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from planner.record import record
+from dataclasses import dataclass
 
 __all__ = ["KINDS", "Device", "Efficiency", "ScaleUp", "Sourced", "Transport"]
 
 KINDS = ("datasheet", "measured", "fitted", "assumed")
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Sourced:
     """A number with its kind (datasheet, measured, fitted, assumed) and the key of its source in ``SOURCES.toml``.
 
@@ -27,7 +26,7 @@ class Sourced:
         return self.value
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Efficiency:
     """What kernels reach of the data sheet: the constants of the curves in ``planner.costs.compute`` and ``attention_kernel``.
 
@@ -56,7 +55,7 @@ class Efficiency:
     attention_tile_s: Sourced  # seconds that start and end of one unit take
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Transport:
     """The constants of :class:`planner.costs.collectives.Transport`, which says what each means, with their sources.
 
@@ -79,7 +78,7 @@ class Transport:
     direct_fraction: Sourced | None = None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ScaleUp:
     """The domain of fast links that the part is sold in (NVLink, xGMI, ICI, PCIe): per device, per direction."""
 
@@ -92,7 +91,7 @@ class ScaleUp:
     transport: Transport | None = None  # None: collectives on it are priced by rate and latency alone
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Device:
     """An accelerator: SI base units, dense peaks, link rates per direction and per device.
 

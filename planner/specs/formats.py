@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from planner.record import record
+from dataclasses import dataclass
 
 __all__ = ["FORMATS", "KERNEL_FORMATS", "Format", "KernelFormat"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Format:
     """One mixed-precision recipe.
 
@@ -55,7 +54,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class KernelFormat:
     """A number format as kernel libraries name it: what is multiplied, and how input and weights are stored."""
 

@@ -16,10 +16,10 @@ The first rule that fits decides; what it leaves out is :data:`DEFAULTS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from planner.record import record
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
 from planner.specs.reader import Reader, read_file
@@ -53,7 +53,7 @@ DEFAULTS: Mapping[str, float] = {
 }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class KernelLibrary:
     """One rule: for which kernels it is, and its constants."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
-
-from planner.record import record
+from dataclasses import dataclass, field
 
 __all__ = ["Attention", "Block", "Mlp", "Model", "Moe", "Ssm"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Self- or cross-attention. ``latent`` ranks make it MLA (multi-head latent attention, DeepSeek-V2 §2.1).
 
@@ -57,7 +55,7 @@ class Attention:
         return self.v_head_dim or self.head_dim
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Mlp:
     """A feed-forward network; ``gated`` has three matrices (SwiGLU, GeGLU), else two."""
 
@@ -66,7 +64,7 @@ class Mlp:
     bias: bool = False
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Moe:
     """A mixture of experts with an optional always-on shared expert of width ``shared_ffn``."""
 
@@ -84,7 +82,7 @@ class Moe:
     )
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Ssm:
     """A selective state-space mixer: Mamba 1 or 2, or with ``delta`` a gated DeltaNet.
 
@@ -106,7 +104,7 @@ class Ssm:
     delta: bool = False
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Block:
     """One layer: mixers (attention, SSM, cross-attention), then MLP or MoE; absent parts are None."""
 
@@ -123,7 +121,7 @@ class Block:
     extra_parameters: int = 0  # weights that belong to none of the parts above
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model: named block kinds, and ``layers``, their order as runs of (block name, repeat).
 

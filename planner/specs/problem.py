@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
-from planner.record import record
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.stack import Stack
@@ -32,7 +31,7 @@ MAX_OOM_RISK = 0.1
 OBJECTIVES = ("step_time", "usd", "energy", "gpu_hours")
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One training problem.
 

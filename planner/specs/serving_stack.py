@@ -18,10 +18,9 @@ Part of a stack's file::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from planner.record import record
 from planner.specs.device import Sourced
 from planner.specs.reader import Reader
 from planner.specs.sourced import read_sourced
@@ -29,7 +28,7 @@ from planner.specs.sourced import read_sourced
 __all__ = ["KernelRule", "ServingSoftware", "read_kernel_rules", "read_serving"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class KernelRule:
     """Which library's kernel an engine runs for an operation: its name as ``kernel_libraries.toml`` matches it."""
 
@@ -47,7 +46,7 @@ class KernelRule:
         )
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ServingSoftware:
     """Constants of a serving engine.
 

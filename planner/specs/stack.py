@@ -21,13 +21,12 @@ says which published runs it describes, by framework, version and date; :func:`s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from planner.errors import Problem, SpecError, did_you_mean
-from planner.record import record
 from planner.specs.device import KINDS, Sourced
 from planner.specs.library import canonical, hardware_folder
 from planner.specs.reader import Reader, read_file
@@ -40,7 +39,7 @@ DEFAULT = "default"
 _WIDE_BITS = 16.0
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Serves:
     """Published runs that a stack describes.
 
@@ -85,7 +84,7 @@ def _begins(version: str, start: str) -> bool:
     return version.startswith(start) and not (start[-1].isdigit() and version[len(start) :][:1].isdigit())
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Stack:
     """The constants of one software stack, each with its kind and source.
 

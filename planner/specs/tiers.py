@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from planner.errors import Problem, SpecError
-from planner.record import record
 from planner.specs.cluster import NodeGroup, Tier
 from planner.specs.device import ScaleUp
 
 __all__ = ["Network", "build_tiers", "check_nesting", "inside"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Network:
     """What a cluster says about its scale-out network; ``None`` leaves the device profile's value.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from planner.errors import Problem, SpecError, did_you_mean
-from planner.record import record
 from planner.specs.formats import FORMATS
 from planner.specs.ranges import out_of_range
 
@@ -22,7 +23,7 @@ _LIMITS = {
 }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class TrainWorkload:
     """One training job.
 

@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # From what knows nothing of the others to what knows them all. A module belongs to the longest name that fits, and may
 # import from its own layer and from those before it.
 LAYERS = (
-    "record",
     "errors",
     "units",
     "costs",
@@ -58,7 +57,7 @@ LAYERS = (
     "__main__",
 )
 DISCOVERY = ("technique", "techniques")  # walks the package when first asked for its records
-WITHIN_REACH_OF_A_PASS = {"record", "costs", "specs", "ledger", "mesh", "technique", "techniques"}
+WITHIN_REACH_OF_A_PASS = {"costs", "specs", "ledger", "mesh", "technique", "techniques"}
 WITHIN_REACH_OF_AN_ORDER = {"schedule.order", "schedule.board"}  # what runs after what, and no price either
 
 
@@ -128,7 +127,7 @@ def test_specs_and_costs_do_not_know_each_other():
     for module, tree in TREES.items():
         if layer(module) in ("specs", "costs"):
             known = {layer(name) for name in imports(tree, lazy=True)}
-            assert known <= {layer(module), "record", "errors", "units"}, module
+            assert known <= {layer(module), "errors", "units"}, module
 
 
 def test_no_layer_is_left_over():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
-from planner.record import record
 from planner.technique import Check, Context
 
 __all__ = ["Trip", "host", "nvme", "swap"]
@@ -19,7 +18,7 @@ _LINKS: dict[str, tuple[tuple[Literal["host_link", "nvme"], str], ...]] = {
 _STAGES = 2.0  # copies on the device: of the block at work, and of the one whose transfer runs beside it
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Trip:
     """One way of a tensor over the links to its tier, on tracks of their own or (``main``) in the block's serial order."""
 

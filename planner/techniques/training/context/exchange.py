@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from planner.ledger import (
     role,
     times,
 )
-from planner.record import record
 from planner.technique import Check, Context
 
 __all__ = [
@@ -85,7 +84,7 @@ def shard_sequence(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     return ledger.add(added)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Core:
     """Attention of one block and phase: its kernels, and expressions for the rank's own tensors."""
 

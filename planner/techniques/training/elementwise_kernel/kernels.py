@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from planner.record import record
+from dataclasses import dataclass
 
 __all__ = ["Kernels"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Kernels:
     """One phase of an operator: kernels, and passes over its elements: in fp32, in the activations' dtype, and casts."""
 

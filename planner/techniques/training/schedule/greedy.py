@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
-from planner.record import record
 from planner.schedule.board import Board, Move, Pass, play
 from planner.schedule.order import LOOPED, DeviceOps, Op, Placement, Shape
 
 __all__ = ["Greedy"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Greedy:
     """A work-conserving order.
 

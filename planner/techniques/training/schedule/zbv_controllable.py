@@ -13,12 +13,12 @@ Source: Qi et al. 2024 (arXiv:2405.15362) §3; github.com/sail-sg/zero-bubble-pi
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
 import numpy as np
 
-from planner.record import record
 from planner.schedule.board import Board, Pass, play, stretched
 from planner.schedule.order import DeviceOps, Generator, Ints, Op, Placement, Shape
 from planner.technique import Figure, Technique
@@ -69,7 +69,7 @@ def _apart(sweeps: Ints) -> bool:
     return bool(np.all(np.diff(slots, axis=0) > 0))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Block:
     """The building block's sweeps, and whether forwards may run ahead of it into idle time, as far as memory allows."""
 

@@ -22,7 +22,6 @@ from itertools import product
 
 import numpy as np
 
-from planner.record import record
 from planner.schedule.board import stretched
 from planner.schedule.order import DeviceOps, Generator, Op, Shape, one_chunk
 from planner.technique import Figure, Technique
@@ -32,7 +31,7 @@ from planner.techniques.training.schedule.split_backward import hold_weight_inpu
 _WAITS = 0.45  # of a micro-batch's activations: what its weight gradient needs once its backward is done
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Durations:
     """What an order is made for: F, B and W of a stage, and a message from one stage to the next."""
 

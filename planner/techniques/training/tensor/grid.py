@@ -7,13 +7,12 @@ the rows and columns of the grid. Nothing is whole on any rank, so that sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from planner.ledger import Array, Collective, Group, Item, Ledger, Matmul, times
-from planner.record import record
 from planner.technique import Check, Context, Figure, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -35,7 +34,7 @@ __all__ = [
 _WIDTHS = ("hidden", "heads", "kv_heads", "ffn", "vocab")
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Lattice:
     """How ranks form a grid: of their number, ``shape`` makes parts of the batch and of every width (0 where there is no such
     grid); ``what`` is its name."""
@@ -86,7 +85,7 @@ class Lattice:
         )
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Operands:
     """Sizes of a product's left and right operand and of its result, as they lie in memory."""
 
