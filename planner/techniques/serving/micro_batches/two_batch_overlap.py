@@ -5,10 +5,10 @@ What it does: layers whose tokens travel to experts run once for each half, in f
     beside the combine of the second, shared experts and the next attention of the second beside the combine of the first.
 Saves: of both exchanges, what computation hides.
 Costs: weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other.
-Assumes: exchanges hide wholly: gains are upper bounds (published of DeepSeek-V3 on 72 H100 at 256 sequences a rank: 25.5 %,
-    lmsys.org/blog/2025-05-05-large-scale-ep; kernels alone gain up to twice that here); halves of equal work; other layers and
-    both ends of the model run once, for all tokens; activations of both halves are held; every iteration is split, however
-    small (engines have thresholds, as vLLM's ``--dbo-decode-token-threshold``).
+Assumes: exchanges hide wholly: gains are upper bounds, and no plan has it unasked (published of DeepSeek-V3 on 72 H100 at 256
+    sequences a rank: 25.5 %, lmsys.org/blog/2025-05-05-large-scale-ep; kernels alone gain up to twice that here); halves of equal
+    work; other layers and both ends of the model run once, for all tokens; activations of both halves are held; every iteration
+    is split, however small (engines have thresholds, as vLLM's ``--dbo-decode-token-threshold``).
 Source: DeepSeek-V3 (arXiv:2412.19437) §3.4; vLLM docs/design/dbo.md (the windows); SGLang ``--enable-two-batch-overlap``.
 """
 
@@ -119,6 +119,7 @@ TECHNIQUE = Technique(
     slot="micro_batches",
     job="serving",
     choices=("2",),
+    searched=False,
     source="arXiv:2412.19437",
     summary="One half of a batch computes while the other's tokens travel to experts",
     knobs=(Knob("micro_batches", "parts of a batch that take turns", ("1", "2")),),
