@@ -91,7 +91,7 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
 
     Of every prefix ``rows_each`` random rows: their ledgers are built, and every layout, state, recompute choice and swap on
     them goes through the full cost model (exact memory timeline, the launcher's and the host's limits, and the step bound of what
-    fits). Of a recompute by layers one number of layers is tried.
+    fits). Of a recompute by layers the fewest that fit are found, which counts once.
     """
     draw = np.random.default_rng()
     start = time.process_time()
@@ -109,7 +109,6 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                 for recompute in range(len(branches.recomputes)):
                     on = np.flatnonzero(work.recomputes[recompute, at])
                     ones = np.ones(len(on), dtype=np.int64)
-                    by_layers = branches.by_layers(branches.recomputes[recompute])
                     for swap in range(len(branches.swaps) if len(on) else 0):
                         work.evaluate(
                             Jobs(
@@ -120,7 +119,6 @@ def whole_rate(rows_each: int) -> tuple[int, float]:
                                 states[on],
                                 at[on],
                                 ones,
-                                ones.astype(np.float64) if by_layers else None,
                             )
                         )
                         priced += len(on)

@@ -103,30 +103,34 @@ class Columns:
 
 
 class _Pool:
-    """Tables of summands end to end, a row each: (rows, fields times kinds)."""
+    """Tables of summands side by side, a column each: (fields times kinds, columns)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, height: int) -> None:
         self.starts: dict[tuple[int, ...], int] = {}
-        self._values, self._used = np.empty((0, width)), 0
+        self._values, self._used = np.empty((height, 0)), 0
 
     def add(self, key: tuple[int, ...], table: Array) -> None:
         """Takes in a table of all rows of a prefix."""
         self.starts[key] = self._used
-        end = self._used + len(table)
-        if end > len(self._values):
-            more = np.empty((max(end, 2 * len(self._values)), self._values.shape[1]))
-            more[: self._used] = self._values[: self._used]
+        end, room = self._used + len(table), self._values.shape[1]
+        if end > room:
+            more = np.empty((len(self._values), max(end, 2 * room)))
+            more[:, : self._used] = self._values[:, : self._used]
             self._values = more
-        self._values[self._used : end] = table.reshape(len(table), -1)
+        self._values[:, self._used : end] = table.reshape(len(table), -1).T
         self._used = end
 
     def sums(self, places: NDArray[np.intp], of: Index, local: Index) -> Array:
         """Sums over the summands of each job, (fields times kinds, jobs): those of its branch ``of``, on its prefix's row."""
-        total = self._values[places[of, 0] + local]
+        total = self._values.take(places[of, 0] + local, axis=1)
         for place in filter(lambda place: np.any(place != _NONE), places.T[1:]):
             at = np.flatnonzero(place[of] != _NONE)
-            total[at] += self._values[place[of[at]] + local[at]]
-        return np.ascontiguousarray(total.T)
+            more = self._values.take(place[of[at]] + local[at], axis=1)
+            if len(at) == len(of):
+                total += more
+            else:
+                total[:, at] += more
+        return total
 
 
 def editor_of(schedule: Choice) -> Choice | None:
