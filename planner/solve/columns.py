@@ -122,7 +122,7 @@ class _Pool:
 
     def sums(self, places: NDArray[np.intp], of: Index, local: Index) -> Array:
         """Sums over the summands of each job, (fields times kinds, jobs): those of its branch ``of``, on its prefix's row."""
-        total = self._values.take(places[of, 0] + local, axis=1)
+        total: Array = self._values.take(places[of, 0] + local, axis=1)
         for place in filter(lambda place: np.any(place != _NONE), places.T[1:]):
             at = np.flatnonzero(place[of] != _NONE)
             more = self._values.take(place[of[at]] + local[at], axis=1)
