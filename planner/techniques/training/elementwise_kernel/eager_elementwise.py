@@ -15,15 +15,14 @@ Source: Touvron et al. 2023 (LLaMA, arXiv:2302.13971), released code (``llama/mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Item, Ledger, Resident, Stream
+from planner.ledger import Ledger, Resident, Stream
 from planner.specs.model import Block
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.elementwise_kernel.kernels import Kernels
+from planner.techniques.training.elementwise_kernel.kernels import Kernels, run_apart
 
 _KEY = "eager_elementwise"
 
@@ -41,17 +40,8 @@ _GATED = {"forward": Kernels(2.0, 0.0, 5.0), "backward": Kernels(3.0, 0.0, 9.0)}
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Prices the three operators kernel by kernel and adds what they keep."""
     width = dtype_bytes(ctx.format.activation)
-
-    def slower(item: Stream) -> Item | None:
-        phase = _kernels(item, ctx).get(item.phase)
-        if phase is None:
-            return None
-        return replace(
-            item, bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=_KEY
-        )
-
-    training = any(item.phase == "backward" for item in ledger.items)
-    return ledger.edit(Stream, slower).add(_kept(ledger, ctx, width) if training else ())
+    kept = _kept(ledger, ctx, width)
+    return run_apart(ledger, width, _KEY, lambda item: _kernels(item, ctx), kept)
 
 
 def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:

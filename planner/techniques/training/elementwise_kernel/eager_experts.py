@@ -15,14 +15,13 @@ Source: Megatron-Core ``transformer/moe/experts.py`` (``TEGroupedMLP``), ``fusio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Item, Ledger, Resident, Stream
+from planner.ledger import Ledger, Resident, Stream
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.elementwise_kernel.kernels import Kernels
+from planner.techniques.training.elementwise_kernel.kernels import Kernels, run_apart
 
 _KEY = "eager_experts"
 
@@ -47,17 +46,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     if ctx.knobs.get("cuda_graph") == "full":
         return ledger
     width = dtype_bytes(ctx.format.activation)
-
-    def slower(item: Stream) -> Item | None:
-        phase = _kernels(item, ctx).get(item.phase)
-        if phase is None:
-            return None
-        return replace(
-            item, bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=_KEY
-        )
-
-    training = any(item.phase == "backward" for item in ledger.items)
-    return ledger.edit(Stream, slower).add(_kept(ledger, ctx, width) if training else ())
+    kept = _kept(ledger, ctx, width)
+    return run_apart(ledger, width, _KEY, lambda item: _kernels(item, ctx), kept)
 
 
 def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
-__all__ = ["Kernels"]
+from planner.ledger import Item, Ledger, Resident, Stream
+
+__all__ = ["Kernels", "run_apart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +27,30 @@ class Kernels:
         """
         casts = self.casts if width < 4.0 else 0.0
         return 4.0 * self.fp32 + width * self.plain + (4.0 + width) * casts
+
+
+def run_apart(
+    ledger: Ledger,
+    width: float,
+    by: str,
+    kernels: Callable[[Stream], Mapping[str, Kernels]],
+    kept: Iterable[Resident],
+) -> Ledger:
+    """Prices operators kernel by kernel, and adds what training keeps of them.
+
+    Args:
+        ledger: the ledger.
+        width: bytes of an activation's element.
+        by: key of the technique.
+        kernels: of an operator, by phase; empty where it is one kernel.
+        kept: for the backward, beyond the ledger.
+    """
+
+    def slower(item: Stream) -> Item | None:
+        phase = kernels(item).get(item.phase)
+        if phase is None:
+            return None
+        return replace(item, bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=by)
+
+    training = any(item.phase == "backward" for item in ledger.items)
+    return ledger.edit(Stream, slower).add(kept if training else ())
