@@ -292,6 +292,7 @@ def _estimate(
         memory_budget_bytes=memory.budget_bytes,
         host_bytes=max(memory.slower["host"]),
         nvme_bytes=max(memory.slower["nvme"]),
+        cxl_bytes=max(memory.slower["cxl"]),
         cached_bytes=memory.cached_bytes,
         joules_per_step=step_s * sum(group.devices * float(group.device.power_w) for group in groups),
         usd_per_step=step_s * sum(usd) / 3600.0 if len(usd) == len(groups) else None,

@@ -18,6 +18,7 @@ from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Collective, Item, Ledger, Resident, Stream, Transfer
 from planner.phases import Lanes, loose, phase_s, shares_backward, together_s
 from planner.pipeline import phase_seconds, recomputed_fraction
+from planner.shared_links import beside_traffic, waits
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
@@ -62,6 +63,14 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
             shares += [
                 Share(item, block, phase, price, price * inside[item.window]) for item, price in priced
             ]
+            alone = [(item, np.asarray(price)) for item, price in priced]
+            passes = beside_traffic({key: [item for item, _ in some] for key, some in phases.items()}, block)
+            beside = [list(zip(each, pricer.prices(each, ledger.axes), strict=True)) for each in passes]
+            found = waits(alone, beside, pricer.outermost, ledger.axes)
+            shares += [
+                Share(replace(item, track="main", window=""), block, phase, 0.0, _first(s))
+                for item, s in found
+            ]
             continue
         own = pricer.lanes([item for item, _ in priced], ledger)
         shares += _beside_main(priced, own, ledger, pricer)
@@ -83,8 +92,8 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         if paced_s > total_s:
             dispatch_s = _first(own.launches) * float(pricer.stack.dispatch_s)
             shares.append(Share(None, block, phase, dispatch_s, paced_s - total_s))
-        if waits := _first(own.waits):
-            waited_s = waits * float(pricer.stack.waited_dispatches) * float(pricer.stack.dispatch_s)
+        if waited := _first(own.waits):
+            waited_s = waited * float(pricer.stack.waited_dispatches) * float(pricer.stack.dispatch_s)
             shares.append(Share(None, block, phase, waited_s, waited_s))
     return shares
 

@@ -46,6 +46,7 @@ from planner.ledger import (
     at,
 )
 from planner.phases import Lanes, lanes, phase_s, shares_backward
+from planner.shared_links import beside_traffic, exchanges, waits
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.stack import Stack
 
@@ -145,6 +146,11 @@ class Pricer:
             known = self._keys[id(item)] = (_key(item), item)
         return known[0]
 
+    def outermost(self, group: Group) -> Array:
+        """The number of the outermost tier that a group spans, on every row."""
+        members = np.stack(np.broadcast_arrays(*(level.members for level in self.levels(group))))
+        return np.asarray(np.count_nonzero(members < members[-1], axis=0))
+
     def levels(self, group: Group) -> list[Level]:
         """The group's path through the cluster's tiers, innermost first."""
         found = self._levels.get(id(group))
@@ -212,12 +218,14 @@ class Pricer:
         rate = {
             "host_link": self.cluster.host_link_bytes_per_s,
             "host_memory": self.cluster.host_memory_bytes_per_s,
+            "cxl": self.cluster.cxl_bytes_per_s,
             "nvme": self.cluster.nvme_bytes_per_s,
         }
         for item in items:
             yield axes[item.size] * item.bytes_per_element / rate[item.tier]
 
 
+_AWAY = tuple(f"{tier}_{what}" for tier in ("host", "cxl", "nvme") for what in ("bytes", "saved_bytes"))
 FIELDS = (
     *(f"{phase}_s" for phase in PHASES),
     "saved_bytes",
@@ -226,10 +234,7 @@ FIELDS = (
     "block_bytes",
     "step_bytes",
     "freed_bytes",
-    "host_bytes",
-    "host_saved_bytes",
-    "nvme_bytes",
-    "nvme_saved_bytes",
+    *_AWAY,
     *(f"{pool}_bytes" for pool in POOLS),
     *(f"{track}_step_s" for track in TRACKS),
     *(f"{track}_messages" for track in TRACKS),
@@ -243,10 +248,7 @@ HELD = (
     "weight_input_bytes",
     "block_bytes",
     "step_bytes",
-    "host_bytes",
-    "host_saved_bytes",
-    "nvme_bytes",
-    "nvme_saved_bytes",
+    *_AWAY,
     "always_bytes",
     "gradients_bytes",
     "optimizer_bytes",
@@ -269,7 +271,7 @@ class BlockTable:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
     backward and weight gradient. ``block_bytes``: the transient while the block is at
     work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``<tier>_bytes``: held in a slower tier (host, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
+    ``<tier>_bytes``: held in a slower tier (host, cxl, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
     ``<track>_step_s``: once per optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and
     forward work; ``<track>_messages``: into how many messages they are cut.
     """
@@ -306,16 +308,21 @@ def tabulate(
     """
     wanted = {"resident": HELD[0] in fields, "step": ONCE[0] in fields}
     paced = PACED[0] in fields
+    passes = paced or (wanted["step"] and any(map(exchanges, ledger.items)))
     parts: dict[tuple[str, str], list[Item]] = {}
     for item in ledger.items:
         part = "resident" if isinstance(item, Resident) else item.phase
-        if wanted.get(part, paced):
+        if wanted.get(part, passes):
             parts.setdefault((item.block, part), []).append(item)
     known = ledger.axes.sums
-    beside = {where: shares_backward(parts, *where) for where in parts}
+    beside = {
+        (block, part): beside_traffic(parts, block) if part == "step" else shares_backward(parts, block, part)
+        for block, part in parts
+        if wanted.get(part, paced)
+    }
     keys = {
-        where: (where[1], *map(id, items), *(id(item) for others in beside[where] for item in others))
-        for where, items in parts.items()
+        where: (where[1], *map(id, parts[where]), *(id(item) for other in others for item in other))
+        for where, others in beside.items()
     }
     new = [where for where, key in keys.items() if key not in known]
     priced = [item for where in new if where[1] != "resident" for item in parts[where]]
@@ -327,7 +334,7 @@ def tabulate(
         else:
             own = list(islice(prices, len(items)))
             totals = (
-                _step(items, own, ledger, pricer)
+                _step(items, own, others, ledger, pricer)
                 if part == "step"
                 else _phase(part, items, own, others, ledger, pricer)
             )
@@ -359,12 +366,18 @@ def _phase(
     return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
 
 
-def _step(items: list[Item], prices: list[Array], ledger: Ledger, pricer: Pricer) -> dict[str, Array]:
-    """Seconds and messages per track of what happens once per optimizer step.
+def _step(
+    items: list[Item], prices: list[Array], beside: list[list[Item]], ledger: Ledger, pricer: Pricer
+) -> dict[str, Array]:
+    """Seconds and messages per track of what happens once per optimizer step, and waits for links that its traffic shares.
 
     A window of the step is named after the track that it lies on, and is one message of it.
     """
     totals: dict[str, Any] = defaultdict(float)
+    if beside:
+        passes = [list(zip(each, pricer.prices(each, ledger.axes), strict=True)) for each in beside]
+        step = list(zip(items, prices, strict=True))
+        totals["main_step_s"] += sum(s for _, s in waits(step, passes, pricer.outermost, ledger.axes))
     windows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     for item, price in zip(items, prices, strict=True):
         if item.window:

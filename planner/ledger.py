@@ -189,7 +189,8 @@ class Collective(Item):
 
     ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
     and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
-    with the library's while the message is small.
+    with the library's while the message is small. ``ahead_bytes``: pieces of so many bytes in which traffic of the step lets it
+    go first on a link of both; 0: they share it.
     """
 
     kind: CollectiveKind
@@ -198,6 +199,7 @@ class Collective(Item):
     dtype: str = "fp32"
     messages: str = "1"
     custom: bool = False
+    ahead_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +208,7 @@ class Transfer(Item):
 
     size: str
     bytes_per_element: float
-    tier: Literal["host_link", "host_memory", "nvme"] = "host_link"
+    tier: Literal["host_link", "host_memory", "cxl", "nvme"] = "host_link"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +227,7 @@ class Resident(Item):
     bytes_per_element: float
     pool: Pool
     lifetime: Literal["always", "micro_batch", "recomputed", "weight_input", "block", "freed", "step"]
-    tier: Literal["device", "host", "nvme"] = "device"
+    tier: Literal["device", "host", "cxl", "nvme"] = "device"
     dtype: str = ""
 
 

@@ -35,7 +35,7 @@ __all__ = [
     "tight_bound",
 ]
 
-SLOWER = ("host", "nvme")  # tiers below device memory, as residents name them
+SLOWER = ("host", "cxl", "nvme")  # tiers below device memory, as residents name them
 
 
 def step_bound(

@@ -59,7 +59,7 @@ class Estimate:
         breakdown_s: seconds of the step on the busiest device by what they are spent on; they add up to ``step_time_s``.
         fits: whether device memory and the tiers below it suffice.
         memory_budget_bytes: what the peak is held against.
-        host_bytes, nvme_bytes: host memory and NVMe per device.
+        host_bytes, cxl_bytes, nvme_bytes: host memory, CXL memory and NVMe per device.
         cached_bytes: what the allocator keeps beyond the peak as long as there is room: a process shows it and does not need it.
         usd_per_step, joules_per_step: over all devices; None without a price.
         interval: what holds 80 % of measurements of such plans, ``step_time_s`` and ``peak``: lowest and highest; None in plans
@@ -82,6 +82,7 @@ class Estimate:
     usd_per_step: float | None = None
     cached_bytes: float = 0.0
     nvme_bytes: float = 0.0
+    cxl_bytes: float = 0.0
     interval: Mapping[str, Sequence[float]] | None = None
     oom_probability: float | None = None
     provenance: Mapping[str, Any] | None = None
@@ -169,7 +170,7 @@ class Plan:
             raise TypeError(f"precisions is {self.workload['precisions']!r}")
         numbers = {
             name: getattr(self.estimate, name)
-            for name in ("step_time_s", "memory_budget_bytes", "host_bytes", "nvme_bytes")
+            for name in ("step_time_s", "memory_budget_bytes", "host_bytes", "cxl_bytes", "nvme_bytes")
         }
         for name, value in {**numbers, **self.estimate.breakdown_s, **self.estimate.memory_bytes}.items():
             if not isinstance(value, int | float) or not math.isfinite(value):

@@ -112,7 +112,12 @@ def show_cluster(cluster: Cluster) -> None:
     )
     link = f"link to it {cluster.host_link_bytes_per_s / GB:.0f} GB/s"
     nvme = f"NVMe {gib(cluster.nvme_bytes)} GiB at {cluster.nvme_bytes_per_s / GB:.1f} GB/s"
-    screen.section("Per device", [f"{host}, {link}, {nvme}"])
+    cxl = (
+        f", CXL memory {gib(cluster.cxl_bytes)} GiB at {cluster.cxl_bytes_per_s / GB:.0f} GB/s"
+        if cluster.cxl_bytes
+        else ""
+    )
+    screen.section("Per device", [f"{host}{cxl}, {link}, {nvme}"])
     screen.section("Notes", [cluster.notes] if cluster.notes else [])
 
 

@@ -47,7 +47,7 @@ def show_explanation(plan: Plan, content: Mapping[str, Any], everything: bool) -
         show_discrepancy(screen, content["discrepancy"], everything)
     _tree(screen, "Seconds of a step, on the busiest device", content["seconds"], "seconds", everything)
     _tree(screen, "Bytes at the peak, on the fullest device", content["bytes"], "bytes", everything)
-    for tier, where in (("host", "In host memory"), ("nvme", "On NVMe")):
+    for tier, where in (("host", "In host memory"), ("cxl", "In CXL memory"), ("nvme", "On NVMe")):
         leaves = content["bytes"][tier]
         held = [f"{leaf['what']} {gib(leaf['bytes'])} GiB ({leaf['technique']})" for leaf in leaves]
         if held:

@@ -100,6 +100,7 @@ def does_not_fit(plan: Plan) -> str:
         over = gib(peak - budget)
         return f"DOES NOT FIT: the peak of {gib(peak)} GiB is {over} GiB above the {gib(budget)} GiB that a plan may use"
     away = f"{gib(estimate.host_bytes)} GiB of host memory"
+    away += f" and {gib(estimate.cxl_bytes)} GiB of CXL memory" if estimate.cxl_bytes else ""
     away += f" and {gib(estimate.nvme_bytes)} GiB of NVMe" if estimate.nvme_bytes else ""
     return f"DOES NOT FIT: it needs {away} per device, more than there is"
 

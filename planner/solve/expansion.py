@@ -31,7 +31,7 @@ _Held = dict[
 ]  # bytes that each job needs in a tier, and the tier's capacity per device
 
 RISK = "risk of running out of memory"
-TIERS = {"host": "host memory", "nvme": "NVMe"}
+TIERS = {"host": "host memory", "cxl": "CXL memory", "nvme": "NVMe"}
 
 _TOGETHER = 16384  # candidates priced at once
 

@@ -83,6 +83,9 @@ def tier_problem(
     tiers = [Tier("device", max(device_bytes, 0.0))]
     if cluster.host_memory_bytes > 0:
         tiers.append(Tier("host", cluster.host_memory_bytes, link, link))
+    if cluster.cxl_bytes > 0:
+        rate = min(cluster.cxl_bytes_per_s, link)
+        tiers.append(Tier("cxl", cluster.cxl_bytes, rate, rate))
     if cluster.nvme_bytes > 0:
         rate = min(cluster.nvme_bytes_per_s, link)
         tiers.append(Tier("nvme", cluster.nvme_bytes, rate, rate))

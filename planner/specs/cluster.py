@@ -65,6 +65,8 @@ class Cluster:
     nvme_bytes_per_s: float  # per device
     notes: str = ""
     source: str = ""  # key in SOURCES.toml of what describes the machine
+    cxl_bytes: float = 0.0  # per device
+    cxl_bytes_per_s: float = 0.0  # per device
     parts: tuple[Cluster, ...] = ()  # of several groups: the nodes of each by themselves
     links: tuple[
         tuple[Tier, ...], ...
@@ -78,7 +80,7 @@ class Cluster:
     @property
     def slower_bytes(self) -> dict[str, float]:
         """Capacity per device of the tiers below device memory."""
-        return {"host": self.host_memory_bytes, "nvme": self.nvme_bytes}
+        return {"host": self.host_memory_bytes, "cxl": self.cxl_bytes, "nvme": self.nvme_bytes}
 
     @property
     def device(self) -> Device:

@@ -224,12 +224,17 @@ def _network(reader: Reader | None) -> Network:
     return network
 
 
+_CXL = ("cxl_bytes", "cxl_bytes_per_s")
+
+
 def _host(reader: Reader | None) -> dict[str, float]:
     """Overrides of the host: per node, but for the link, which is per device."""
     if reader is None:
         return {}
-    keys = ("memory_bytes", "memory_bytes_per_s", "link_bytes_per_s", "nvme_bytes", "nvme_bytes_per_s")
+    keys = ("memory_bytes", "memory_bytes_per_s", "link_bytes_per_s", "nvme_bytes", "nvme_bytes_per_s", *_CXL)
     found = {key: number.value for key in keys if (number := read_optional(reader, key)) is not None}
+    if len(missing := [key for key in _CXL if key not in found]) == 1:
+        reader.problem(missing[0], "is not given", "both the size and the rate of CXL memory")
     reader.finish()
     return found
 
@@ -270,6 +275,7 @@ def _cluster(
         )
 
     link = min(group.device.host_link_bytes_per_s.value for group in groups)
+    most = max(group.devices_per_node for group in groups)
     return Cluster(
         name=name,
         groups=tuple(groups),
@@ -279,6 +285,8 @@ def _cluster(
         host_link_bytes_per_s=host.get("link_bytes_per_s", link),
         nvme_bytes=share("nvme_bytes", "nvme_bytes"),
         nvme_bytes_per_s=share("nvme_bytes_per_s", "nvme_bytes_per_s"),
+        cxl_bytes=host.get("cxl_bytes", 0.0) / most,
+        cxl_bytes_per_s=host.get("cxl_bytes_per_s", 0.0) / most,
     )
 
 

@@ -26,6 +26,7 @@ LAYERS = (
     "composition",
     "kernel_prices",
     "phases",
+    "shared_links",
     "engine",
     "schedule",
     "solve.combinatorial",

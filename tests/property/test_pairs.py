@@ -86,7 +86,10 @@ def bench(experts: int, faster: float = 1.0) -> UniformSearch:
     tiers = tuple(
         replace(tier, bytes_per_s=tier.bytes_per_s * faster, transport=None) for tier in cluster.tiers
     )
-    cluster = replace(cluster, tiers=tiers, host_link_bytes_per_s=cluster.host_link_bytes_per_s * faster)
+    cluster = replace(
+        cluster, tiers=tiers, host_link_bytes_per_s=cluster.host_link_bytes_per_s * faster, cxl_bytes=1e12,
+        cxl_bytes_per_s=25e9 * faster,
+    )  # fmt: skip
     workload = TrainWorkload(BATCH, SEQ, expert_zipf=0.5 if experts else 0.0)
     problem = Problem(
         model(experts), cluster, workload, load_stack(), allowed=tuple(PERMISSIONS), explore=("all",)

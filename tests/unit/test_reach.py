@@ -25,7 +25,7 @@ class Case:
 
     ``by``: the technique that the plan's account of seconds or bytes must name (messages between stages are part of the
     schedule's bubble); ``host_gb``: host memory of the one device;
-    ``nvme``: its drives, GB and GB/s.
+    ``nvme``: its drives, ``cxl``: its CXL memory, GB and GB/s.
     """
 
     choice: str
@@ -38,6 +38,7 @@ class Case:
     job: dict[str, Any] = field(default_factory=dict)
     host_gb: float = 0.0
     nvme: tuple[float, float] | None = None
+    cxl: tuple[float, float] | None = None
     allowed: tuple[str, ...] = ()
     explore: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
@@ -50,6 +51,9 @@ class Case:
         if self.nvme is not None:
             size, rate = self.nvme
             cluster = replace(cluster, nvme_bytes=size * GB, nvme_bytes_per_s=rate * GB)
+        if self.cxl is not None:
+            size, rate = self.cxl
+            cluster = replace(cluster, cxl_bytes=size * GB, cxl_bytes_per_s=rate * GB)
         workload = TrainWorkload(self.batch, self.seq, **self.job)
         return Problem(
             load_model(self.model), cluster, workload, load_stack(), fixed=self.fixed, allowed=self.allowed, explore=self.explore,
@@ -145,6 +149,16 @@ CASES = [
     # Activations that exceed host memory as well: Bae et al. 2021 (FAST), a host that is busy with other work.
     Case("activation_offload=nvme", "flashneuron", "gpt3-13b", "rtx-4090:1x1", 32, 1024, ONE_CARD, {"precisions": ("fp16",)},
          host_gb=64, nvme=(12000, 36), explore=("all",)),
+    # States that DRAM has room for and no more, or not for all of them; the rest streams from CXL memory: Liaw and Chen 2025
+    # (arXiv:2507.03305), abstract. Without drives.
+    *(
+        Case(choice, by, "gpt3-13b", "rtx-4090:1x1", 32, 1024, ONE_CARD, {"precisions": ("fp16",)}, host_gb=host_gb,
+             nvme=(0.001, 1), cxl=(512, 25), explore=("all",))
+        for choice, by, host_gb in (
+            ("activation_offload=cxl", "cxl_offload", 190), ("parameter_offload=cxl", "cxl_weights", 190),
+            ("optimizer_offload=cpu+cxl", "cxl_states", 120),
+        )
+    ),
     # States on a host that keeps up with the backward: Sun et al. 2022 (SC), abstract.
     Case("optimizer_offload=cpu+overlapped", "stronghold", "gpt3-13b", "rtx-4090:1x1", 32, 1024, ONE_CARD,
          {"precisions": ("fp16",)}, host_gb=768, explore=("all",)),
@@ -246,6 +260,10 @@ CASES = [
     Case("schedule=mobius", "mobius", "llama-65b", "rtx-3090:1x8", 64, 512,
          {**K, "gradient_dtype": "fp16", "cp": 1, "parameter_offload": "none"},
          {"precisions": ("fp16",)}, host_gb=256, explore=("schedule=mobius", "optimizer_offload=*")),
+    # Experts on 32 ranks of four nodes, whose all-to-alls meet all other gradients: Li et al. 2023 (arXiv:2210.17223).
+    Case("expert_overlap=priority", "lina", "deepseek-v2-lite", "a100-sxm-80gb:4x8", 64, 4096,
+         {**FLAT, **ON_DEVICE, "ep": 32, "micro_batch_size": 2},
+         explore=("expert_overlap=priority",)),
     # Experts as unlike as 1/j on ranks that share them: Liu et al. 2023 (SIGCOMM) where they are small, He et al. 2022 (PPoPP)
     # where they are large and copies wait, Qing et al. 2025 (arXiv:2502.02581) where they come beside attention.
     *(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
 from planner.technique import Check, Context
 
-__all__ = ["Trip", "host", "nvme", "swap"]
+__all__ = ["Tier", "Trip", "cxl", "host", "nvme", "swap"]
 
-_LINKS: dict[str, tuple[tuple[Literal["host_link", "nvme"], str], ...]] = {
+Tier: TypeAlias = Literal["host", "cxl", "nvme"]
+_LINKS: dict[Tier, tuple[tuple[Literal["host_link", "cxl", "nvme"], str], ...]] = {
     "host": (("host_link", ""),),
+    "cxl": (("host_link", ""), ("cxl", ".cxl")),
     "nvme": (("host_link", ""), ("nvme", ".drives")),
 }
 _STAGES = 2.0  # copies on the device: of the block at work, and of the one whose transfer runs beside it
@@ -38,16 +40,22 @@ def nvme(ctx: Context) -> Iterable[Check]:
     yield Check("no NVMe is described for this cluster", ctx.cluster.nvme_bytes > 0)
 
 
+def cxl(ctx: Context) -> Iterable[Check]:
+    """There must be CXL memory to offload to, and a host that it belongs to."""
+    yield from host(ctx)
+    yield Check("no CXL memory is described for this cluster", ctx.cluster.cxl_bytes > 0)
+
+
 def swap(
     ledger: Ledger,
     trips: Callable[[Resident], Iterable[Trip]],
     by: str,
     share: str = "",
-    tier: Literal["host", "nvme"] = "host",
+    tier: Tier = "host",
 ) -> Ledger:
     """Moves to a slower tier what makes any trips; adds the traffic, and the staging buffers while its block is at work.
 
-    What lives on drives passes them and the host link, side by side.
+    What lives on drives or in CXL memory passes these and the host link, side by side.
 
     Args:
         ledger: the ledger.
@@ -67,7 +75,7 @@ def swap(
         added.extend(
             Transfer(
                 what=f"{item.what}.{way.what}{suffix}", block=item.block, phase=way.phase, tags=item.tags | {"offload"}, by=by,
-                track="nvme" if suffix and way.track == "host" else way.track, size=moved,
+                track=link if suffix and way.track == "host" else way.track, size=moved,
                 bytes_per_element=item.bytes_per_element, tier=link,
             )
             for way in ways for link, suffix in _LINKS[tier]

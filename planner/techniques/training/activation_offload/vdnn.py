@@ -14,7 +14,6 @@ Source: Rhu et al. 2016 (vDNN, arXiv:1602.08124); Rajbhandari et al. 2021 (ZeRO-
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from planner.ledger import Ledger, Phase, Resident, Transfer
 from planner.technique import Context, Detail, Figure, Knob, Technique, whole_number
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.swap import Trip, host, swap
+from planner.techniques.training.swap import Tier, Trip, host, swap
 
 _TRIPS = (Trip("swap", "forward"), Trip("swap", "backward"))  # down, and up again
 _LAYERS = "activation_offload_layers"
@@ -34,7 +33,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     return offload(ledger, ctx, "vdnn", "host")
 
 
-def offload(ledger: Ledger, ctx: Context, by: str, tier: Literal["host", "nvme"]) -> Ledger:
+def offload(ledger: Ledger, ctx: Context, by: str, tier: Tier) -> Ledger:
     """Keeps saved tensors in a slower tier from forward to backward."""
     layers = ctx.knobs.get(_LAYERS)
     if layers is None:
@@ -74,7 +73,7 @@ TECHNIQUE = Technique(
     source="arXiv:1602.08124",
     summary="Saved activations wait in host memory",
     knobs=(
-        Knob("activation_offload", "where saved activations live", ("none", "cpu", "nvme"), "none"),
+        Knob("activation_offload", "where saved activations live", ("none", "cpu", "cxl", "nvme"), "none"),
         Detail(
             _LAYERS,
             "layers per device whose activations are offloaded (all of them unless given)",

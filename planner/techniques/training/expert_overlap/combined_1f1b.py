@@ -50,7 +50,7 @@ TECHNIQUE = Technique(
         Knob(
             "expert_overlap",
             "how communication between experts is hidden",
-            ("none", "combined_1f1b"),
+            ("none", "combined_1f1b", "priority"),
             "none",
         ),
     ),

@@ -101,7 +101,16 @@ TECHNIQUE = Technique(
         Knob(
             "optimizer_offload",
             "where optimizer states live and are updated",
-            ("none", "cpu", "cpu+gradients", "cpu+overlapped", "interleaved", "nvme", "nvme+overlapped"),
+            (
+                "none",
+                "cpu",
+                "cpu+gradients",
+                "cpu+overlapped",
+                "cpu+cxl",
+                "interleaved",
+                "nvme",
+                "nvme+overlapped",
+            ),
             "none",
         ),
     ),

@@ -62,7 +62,9 @@ TECHNIQUE = Technique(
     choices=("cpu",),
     source="arXiv:2104.07857",
     summary="Weights live in host memory and come up block by block",
-    knobs=(Knob("parameter_offload", "where weights live", ("none", "cpu", "nvme", "window"), "none"),),
+    knobs=(
+        Knob("parameter_offload", "where weights live", ("none", "cpu", "cxl", "nvme", "window"), "none"),
+    ),
     figures=(
         Figure(
             "loads of the weights per micro-batch without recomputation: forward and backward",
