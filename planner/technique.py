@@ -117,10 +117,11 @@ _OFF = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One composition rule over rows: rows where ``ok`` is false are rejected for ``reason``."""
+    """One composition rule over rows: where ``ok`` is false they are rejected for ``reason``. ``of_machine``: it is about no more."""
 
     reason: str
     ok: NDArray[np.bool_] | bool
+    of_machine: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,10 +92,8 @@ class Branches:
         ctx = self.space.rows.take(np.arange(1)).context(
             self.space.problem, self.space.knobs({**self._job(), **swap})
         )
-        techniques = [
-            c.technique for c in swap.values() if c.technique is not None and not c.technique.by_row
-        ]
-        checks = [check for technique in techniques for check in technique.valid(ctx)]
+        techniques = [c.technique for c in swap.values() if c.technique is not None]
+        checks = [check for t in techniques for check in t.valid(ctx) if check.of_machine or not t.by_row]
         return all(np.all(check.ok) for check in checks)
 
     def _job(self) -> dict[str, Choice]:

@@ -18,6 +18,7 @@ def plans(planner, tmp_path):
     return path, found.json
 
 
+@pytest.mark.reaches("galvatron")
 def test_the_first_plan_says_what_every_layer_does(plans):
     _, content = plans
     best, uniform = content["plans"]

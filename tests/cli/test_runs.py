@@ -81,6 +81,7 @@ def test_what_is_no_curriculum_is_refused(planner):
     assert {fault["where"] for fault in short.faults} == {"--tokens-per-step"}
 
 
+@pytest.mark.reaches("swarm")
 def test_peers_are_dealt_to_stages(planner):
     found = planner("solve", "peers", "--peers", "3:2,2:3", "--stages", "1,1", "--json").json
     assert found["rate"] == pytest.approx(6.0)  # 3 + 3 and 2 + 2 + 2

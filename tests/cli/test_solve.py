@@ -225,6 +225,7 @@ def test_what_does_not_fit_has_its_own_exit_code(planner, problem):
     )
 
 
+@pytest.mark.reaches("ftpipe")
 def test_blocks_of_a_pipeline(planner):
     job = ("solve", "blocks", "--model", "gpt2", "--cluster", "a100:1x4", "--seq-len", "1024")
     found = planner(*job, "--json").json
@@ -255,6 +256,7 @@ def test_runs_of_neighbours_keep_the_limit_of_memory_too(planner):
     assert free["runs_s"] < tight["runs_s"]
 
 
+@pytest.mark.reaches("holmes", "pipette")
 def test_example_of_ranks_keeps_replicas_of_a_stage_in_one_rack(planner):
     """Two racks of nodes listed in turn. In order, rings of gradients cross them at 6.25 GB/s and activations do not:
     2·¾·4 GB / 6.25 GB/s + (2·0.1 + 14·0.1) GB / 25 GB/s = 1.024 s. The other way round: 0.24 s + 0.256 s.
@@ -265,6 +267,7 @@ def test_example_of_ranks_keeps_replicas_of_a_stage_in_one_rack(planner):
     assert {node % 2 for node in found["node"][:4]} != {0, 1}
 
 
+@pytest.mark.reaches("smartmoe")
 def test_example_of_experts_parts_the_popular_ones(planner):
     """Two experts a device: the most popular one's 70 tokens stand beside 4 at least, and so they do; in order 130 would."""
     found = planner("solve", "experts", EXAMPLES / "experts.json", "--json").json

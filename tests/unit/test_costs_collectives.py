@@ -61,6 +61,7 @@ def test_hierarchical_takes_any_number_of_tiers():
     assert all_gather_s(800.0, tiers, "hierarchical") == pytest.approx(6 + 10 + 75)
 
 
+@pytest.mark.reaches("ring_allreduce")
 def test_auto_takes_the_fastest_for_each_row():
     n = np.array([1e3, 1e10])
     rows = [all_reduce_s(n, CLUSTER, name) for name in ("ring", "tree", "hierarchical")]

@@ -69,6 +69,7 @@ def test_youngs_and_dalys_intervals():
     assert daly_interval_s(300.0, 86400.0) == pytest.approx(best_interval_s(300.0, 86400.0), rel=1e-3)
 
 
+@pytest.mark.reaches("datastates_llm")
 def test_stalls_by_mode():
     # 14 GB per device, 1 GB/s to the store, 28 GB/s to the host, 0.2 s of forward and backward.
     assert [

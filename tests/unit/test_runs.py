@@ -113,6 +113,7 @@ def pipelined():
         ("redundant", Failures(device_mtbf_s=16 * 3600.0, replace_s=120.0)),
     ],
 )
+@pytest.mark.reaches("bamboo", "varuna")
 def test_each_recovery_wins_where_its_paper_says(pipelined, wins, failures):
     each = {
         name: goodput(pipelined, replace(failures, recovery=name), 25e9)["goodput"] for name in RECOVERIES
@@ -128,6 +129,7 @@ def test_recoveries_agree_without_failures(pipelined):
     assert each == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
+@pytest.mark.reaches("c4")
 def test_detection_costs_what_a_restart_costs(pipelined):
     """C4 (arXiv:2406.04594) shortens what is lost before the restart; to first order both are paid once per failure."""
     often = Failures(device_mtbf_s=30 * DAY_S)
@@ -212,6 +214,7 @@ def seven_billion():
     return call_problem(job("llama2-7b", "h100-sxm:2x8", parts=2))
 
 
+@pytest.mark.reaches("asyncflow")
 def test_overlapping_steps_split_the_devices(seven_billion):
     """AsyncFlow (arXiv:2507.01663): generation has devices of its own, and the period is the busiest device's work."""
     alone = plan_calls(seven_billion)
@@ -223,6 +226,7 @@ def test_overlapping_steps_split_the_devices(seven_billion):
     )
 
 
+@pytest.mark.reaches("realhf")
 def test_weights_move_between_training_and_generation(seven_billion):
     """Training keeps states that generation has no use for, and generation wants another layout (arXiv:2406.14088, section 2)."""
     plan = plan_calls(seven_billion)
@@ -272,6 +276,7 @@ def curriculum(tokens: float):
     return plan_curriculum(problem, lengths, 2.0**22, 122e6, 540.0)
 
 
+@pytest.mark.reaches("growlength")
 def test_short_sequences_first_take_less():
     """GrowLength (arXiv:2310.00576): as many tokens in less time than at the last length throughout."""
     found = curriculum(10e9)
@@ -280,6 +285,7 @@ def test_short_sequences_first_take_less():
     assert [p.seq_len for p in found.phases] == [2048, 8192, 131072]
 
 
+@pytest.mark.reaches("universal_ckpt")
 def test_a_plan_changes_only_where_that_pays():
     """Storing and loading states takes minutes (arXiv:2406.18820): days of tokens pay it, minutes of them do not."""
     assert any(phase.switch_s for phase in curriculum(10e9).phases)

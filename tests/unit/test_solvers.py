@@ -18,7 +18,7 @@ from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.migrations import migrate
 from planner.solve.combinatorial.milp import BACKENDS, Program, solve
 from planner.solve.combinatorial.recompute import ComputeGraph, cheapest_schedule, front, keep_all
-from planner.solve.combinatorial.sequences import assign_sequences, longest_first
+from planner.solve.combinatorial.sequences import assign_sequences, longest_first, micro_batches
 from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem, place
 from planner.solve.graph.graph_file import read_graph
 from planner.solve.graph.operators import model_graph
@@ -222,6 +222,7 @@ def test_mixture_sends_tokens_to_their_experts():
     assert sent == pytest.approx(2 * tensor / 8 * 7 / 8)  # there, and the gradient back
 
 
+@pytest.mark.reaches("alpa", "flexflow", "oneflow_sbp")
 def test_sharding_of_few_tokens_is_tensor_parallel_and_of_many_is_data_parallel():
     cluster = load_cluster("h100-sxm:1x8")
 
@@ -355,6 +356,7 @@ def test_points_of_the_front_are_choices_of_plans(model, choice):
     assert again >= best.recompute_s - rotary * (1.0 + 1e-9)
 
 
+@pytest.mark.reaches("checkmate")
 def test_attention_is_recomputed_first_where_its_scores_are_kept():
     """Korthikanti et al. 2022 (arXiv:2205.05198), section 5: scores and softmax are large and cheap to compute again."""
     cluster = load_cluster("h100-sxm:1x8")
@@ -400,6 +402,7 @@ def test_a_kernel_waits_for_what_its_gap_is_too_short_for():
     assert step_s(8.0, 2.0) == pytest.approx(3.0)
 
 
+@pytest.mark.reaches("g10")
 def test_a_return_begins_when_there_is_room_for_it():
     """As above with a kernel of 3 s between y's last use and x's next: the way back hides behind it, the way out does not."""
     kernels = tuple(
@@ -411,6 +414,7 @@ def test_a_return_begins_when_there_is_room_for_it():
     assert found.time_s == pytest.approx(1.0 + 2.0 + 1.0 + 3.0 + 1.0)
 
 
+@pytest.mark.reaches("autotm", "swapadvisor")
 def test_with_room_for_all_nothing_moves_and_with_less_something_does():
     cluster, model = load_cluster("a100-sxm-80gb:1x1"), load_model("llama2-7b")
     roomy = tier_problem(model, cluster, STACK, TrainWorkload(1, 1024), layers=4)
@@ -426,6 +430,7 @@ def test_with_room_for_all_nothing_moves_and_with_less_something_does():
 # -- sequences ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reaches("flexsp", "bytescale_hdp")
 def test_groups_of_several_sizes_beat_groups_of_one():
     cluster = load_cluster("a100-sxm-80gb:1x8")
     histogram = {1024: 64, 32768: 1}
@@ -437,6 +442,24 @@ def test_groups_of_several_sizes_beat_groups_of_one():
     uniform = [groups.time_s for groups in dealt if groups is not None]
     assert found.time_s < min(uniform)
     assert len(set(found.degrees)) > 1
+
+
+@pytest.mark.reaches("dynapipe")
+def test_micro_batches_by_length_beat_as_many_sequences_in_each():
+    """DynaPipe (arXiv:2311.10418): eight sequences of one unit and one of eight, a second per padded unit and one per call.
+
+    By hand, on two stages: 8 + 1 and 8 + 1 seconds, and the longer once more: 27. Three by three, padded: 4, 4, 25 and 25: 58.
+    """
+    lengths = [1] * 8 + [8]
+
+    def seconds(count, length):
+        return count * length + 1.0
+
+    found = micro_batches(lengths, seconds, lambda count, length: True, 2)
+    assert found.time_s == pytest.approx(27.0)
+    for each in (1, 3, 9):
+        pieces = [seconds(each, max(lengths[i : i + each])) for i in range(0, len(lengths), each)]
+        assert found.time_s < sum(pieces) + max(pieces)
 
 
 def test_sequence_that_no_rule_allows_is_named():

@@ -31,19 +31,19 @@ class Trip:
 
 def host(ctx: Context) -> Iterable[Check]:
     """There must be a host to offload to."""
-    yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0)
+    yield Check("no host memory is described for this cluster", ctx.cluster.host_memory_bytes > 0, True)
 
 
 def nvme(ctx: Context) -> Iterable[Check]:
     """There must be drives to offload to, and a host that they belong to."""
     yield from host(ctx)
-    yield Check("no NVMe is described for this cluster", ctx.cluster.nvme_bytes > 0)
+    yield Check("no NVMe is described for this cluster", ctx.cluster.nvme_bytes > 0, True)
 
 
 def cxl(ctx: Context) -> Iterable[Check]:
     """There must be CXL memory to offload to, and a host that it belongs to."""
     yield from host(ctx)
-    yield Check("no CXL memory is described for this cluster", ctx.cluster.cxl_bytes > 0)
+    yield Check("no CXL memory is described for this cluster", ctx.cluster.cxl_bytes > 0, True)
 
 
 def swap(
