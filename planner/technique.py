@@ -117,7 +117,7 @@ _OFF = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One composition rule over rows: where ``ok`` is false they are rejected for ``reason``. ``of_machine``: it is about no more."""
+    """One rule over rows: where ``ok`` is false they are rejected for ``reason``. ``of_machine``: it looks at no more."""
 
     reason: str
     ok: NDArray[np.bool_] | bool
