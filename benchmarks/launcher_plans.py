@@ -66,7 +66,8 @@ def _draw(name: str, drawn: random.Random) -> Plan | None:
     if experts and fixed["ep"] == 1:
         fixed["etp"] = drawn.choice([1, fixed["tp"]])
     fixed["micro_batch_size"] = drawn.choice([1, 1, 2, 4])
-    fixed["virtual_stages"] = drawn.choice([2, 4]) if fixed.get("schedule") == "interleaved" else 1
+    looped = {"interleaved": [2, 4], "breadth_first": [2, 4], "dualpipev": [2]}
+    fixed["virtual_stages"] = drawn.choice(looped.get(str(fixed.get("schedule")), [1]))
     fixed["gradient_dtype"] = drawn.choice(
         ["fp32", "fp32", fixed["precision"] if fixed["precision"] in ("bf16", "fp16") else "fp32"]
     )

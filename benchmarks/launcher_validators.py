@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from planner.export.torchtitan import SCHEDULES
 from planner.plan import Plan
 
 
@@ -258,6 +259,8 @@ class Torchtitan:
                 stages = self._stages(taken, dims)
         except (Exception, SystemExit) as error:
             return f"{type(error).__name__}: {error}"
+        from torch.distributed.pipelining import schedules
+
         mesh, knobs, training = plan.mesh, knobs_of(plan), taken.training
         replicas = dims.dp_replicate * dims.dp_shard
         pieces = (
@@ -266,10 +269,14 @@ class Torchtitan:
             else 1
         )
         runs = training.global_batch_size // (training.local_batch_size * replicas)
-        found = (replicas, dims.cp, dims.tp, dims.pp, dims.ep, pieces * runs, stages, taken.compile.enable)
+        found = (
+            replicas, dims.cp, dims.tp, dims.pp, dims.ep, pieces * runs, stages, taken.compile.enable,
+            schedules.get_schedule_class(taken.parallelism.pipeline_parallel_schedule) if dims.pp > 1 else None,
+        )  # fmt: skip
         meant = (
             mesh["dp"], mesh["cp"], mesh["tp"], mesh["pp"], mesh["ep"], plan.micro_batches, list(plan.stages),
             knobs["elementwise_kernel"] == "fused",
+            getattr(schedules, f"Schedule{SCHEDULES[knobs['schedule']]}") if mesh["pp"] > 1 else None,
         )  # fmt: skip
         return "" if found == meant else f"taken for {found}, meant {meant}"
 

@@ -131,8 +131,9 @@ def assemble(
     spends = spend(_shares(parts), table, layout, device, micro_batches / layout.copies, recompute_layers)
     memory = device_memory(problem, table, layout, order, micro_batches, recompute_layers, stage_places)
     repeats = dict(zip(table.kinds, (layout.device_counts.sum(axis=0) / layout.copies).tolist(), strict=True))
-    fraction = float(recomputed_fraction(layout, recompute_layers))
-    executed = sum(_executed_flop(part, repeats, fraction) * part.ranks for part in parts)
+    again = recomputed_fraction(layout.device_counts, recompute_layers) * layout.device_counts
+    repeated = dict(zip(table.kinds, (again.sum(axis=0) / layout.copies).tolist(), strict=True))
+    executed = sum(_executed_flop(part, repeats, repeated) * part.ranks for part in parts)
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
     estimate = _estimate(
         problem, ctx, useful, executed * micro_batches, step_s, _breakdown(spends, step_s), memory
@@ -255,11 +256,10 @@ def _layerwise(assignment: Assignment) -> dict[str, Any]:
 def _busiest(table: BlockTable, layout: Layout, recompute_layers: int | None, micro_batches: float) -> int:
     """The device with most work and tail."""
     forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed_fraction(layout, recompute_layers)
     counts = layout.device_counts
-    work_s = micro_batches * (counts @ (forward + backward)) + tail_seconds(
-        table, counts, counts @ forward, counts @ backward
-    )
+    forward_s = counts @ forward
+    backward_s = counts @ backward + recomputed_fraction(counts, recompute_layers) * (counts @ again)
+    work_s = micro_batches * (forward_s + backward_s) + tail_seconds(table, counts, forward_s, backward_s)
     return int(np.argmax(work_s[:, 0]))
 
 
@@ -310,19 +310,20 @@ def _usd_per_hour(problem: Problem, device: Device) -> float | None:
     return float(device.usd_per_hour)
 
 
-def _executed_flop(part: Part, repeats: Mapping[str, float], recomputed: float) -> float:
-    """FLOP of one micro-batch through all stages, on one rank of each, in a part's blocks."""
+def _executed_flop(part: Part, repeats: Mapping[str, float], again: Mapping[str, float]) -> float:
+    """FLOP of one micro-batch through all stages, on one rank of each, in a part's blocks: so many, and recomputed ones."""
     ledger, flop = part.ledger, 0.0
     for item in ledger.of(Matmul):
         if item.block in part.names:
-            times = repeats[part.names[item.block]] * (recomputed if item.phase == "recompute" else 1.0)
-            flop += _matmul_flop(ledger, item) * times
+            times = again if item.phase == "recompute" else repeats
+            flop += _matmul_flop(ledger, item) * times[part.names[item.block]]
     axes = ledger.axes
     for core in ledger.of(AttentionCore):
         if core.block in part.names:
             pairs = axes[core.batch] * axes[core.heads] * axes[core.q] * axes[core.kv] * axes[core.visible]
             one = float(np.ravel(2.0 * pairs * (axes[core.qk_dim] + axes[core.v_dim]))[0]) * core.passes
-            flop += one * repeats[part.names[core.block]] * (recomputed if core.phase == "recompute" else 1.0)
+            times = again if core.phase == "recompute" else repeats
+            flop += one * times[part.names[core.block]]
     return flop
 
 

@@ -108,7 +108,7 @@ def spend(
     Hops are left out: they delay the receiver and are part of its bubble. What gradient and weight traffic takes beyond
     the work that hides it is shared among its items in proportion to their length.
     """
-    fraction = float(recomputed_fraction(layout, recompute_layers))
+    fraction = float(recomputed_fraction(layout.device_counts, recompute_layers)[device, 0])
     counts = layout.device_counts[device]
     exposed = _exposed_tracks(table, counts, fraction)
     spends: list[Spend] = []

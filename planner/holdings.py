@@ -36,7 +36,7 @@ def holdings(assembly: Assembly) -> list[Holding]:
 
 def _items(assembly: Assembly, run: int) -> Iterator[Holding]:
     table, layout = assembly.table, assembly.layout
-    kept = 1.0 - float(recomputed_fraction(layout, assembly.recompute_layers))
+    kept = 1.0 - float(recomputed_fraction(layout.first_counts, assembly.recompute_layers)[run, 0])
     counts = layout.first_counts[run]
     in_flight, in_flight_away = _in_flight(assembly, run, kept)
     working = _largest_transient(assembly, counts, kept)

@@ -62,7 +62,7 @@ def step_bound(
     """
     generator = generator_of(schedule)
     forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed_fraction(layout, recompute_layers)
+    backward = backward + again * _least_fraction(layout, recompute_layers)
     hop_s = table["forward_s"][table.kinds.index(BOUNDARY)]
     last_counts, ramp = layout.last_counts, layout.ramp
     forward_work_s, backward_work_s = (over_blocks(last_counts, each) for each in (forward, backward))
@@ -103,7 +103,7 @@ def tight_bound(
     Its paths begin and end on the first device, whose tail follows them. ``recompute_layers`` may hold infinities: all layers.
     """
     forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed_fraction(layout, recompute_layers)
+    backward = backward + again * _least_fraction(layout, recompute_layers)
     counts = layout.device_counts[:1]
     tail_s: Array = tail_seconds(table, counts, counts @ forward, counts @ backward)[0]
     price = generator_of(schedule).bound_s
@@ -116,8 +116,19 @@ def tight_bound(
     return bound_s
 
 
-def recomputed_fraction(layout: Layout | Dealt, recompute_layers: Array | float | None) -> Array | float:
-    """Share of a device's layers that is recomputed."""
+def recomputed_fraction(counts: Array, recompute_layers: Array | float | None) -> Array:
+    """Share of each device's layers that is recomputed, where so many are if it has them: (devices, rows), or (devices, 1).
+
+    Args:
+        counts: the devices' blocks, (devices, kinds), or (devices, kinds, rows).
+        recompute_layers: of each device's layers, how many are recomputed; infinite or None: all.
+    """
+    layers = per_row(np.maximum(counts[:, :-3].sum(axis=1), 1.0))
+    return np.minimum((np.inf if recompute_layers is None else recompute_layers) / layers, 1.0)
+
+
+def _least_fraction(layout: Layout | Dealt, recompute_layers: Array | float | None) -> Array | float:
+    """The share on the device with most layers: what no device recomputes less than, and no step takes longer with."""
     return 1.0 if recompute_layers is None else np.minimum(np.divide(recompute_layers, layout.layers), 1.0)
 
 
@@ -229,10 +240,10 @@ def _dynamic(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Saved activations at their peak, the largest transient, and what slower tiers hold: (runs, rows) each."""
     generator = generator_of(schedule)
-    fraction = recomputed_fraction(layout, recompute_layers)
-    recomputed = table["recomputed_bytes"]
-    saved = table["saved_bytes"] + (1.0 - fraction) * recomputed
-    live = _peak(saved, table["weight_input_bytes"], layout, generator, micro_batches)
+    kept = None
+    if recompute_layers is not None:
+        kept = 1.0 - recomputed_fraction(layout.first_counts, recompute_layers), table["recomputed_bytes"]
+    live = _peak(table["saved_bytes"], table["weight_input_bytes"], layout, generator, micro_batches, kept)
     at_work = _transients(table, layout, recompute_layers, slice(None))
     slower = {}
     for tier in SLOWER:
@@ -248,8 +259,8 @@ def _transients(
     table: BlockTable, layout: Layout | Dealt, recompute_layers: Array | float | None, part: slice
 ) -> Array:
     """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
-    recomputed = np.greater(recomputed_fraction(layout, recompute_layers), 0) * table["recomputed_bytes"]
-    transient = (table["block_bytes"] + recomputed)[part]
+    any_again = True if recompute_layers is None else np.greater(recompute_layers, 0)
+    transient = (table["block_bytes"] + any_again * table["recomputed_bytes"])[part]
     present = np.minimum(layout.first_counts[:, part], 1.0)  # of ends that all stages share, a part
     if present.ndim == 2:
         each = ((there > 0, there) for there in present)
@@ -259,19 +270,27 @@ def _transients(
 
 
 def _peak(
-    saved: Array, weight_input: Array, layout: Layout | Dealt, generator: Generator, micro_batches: Array
-) -> Array:
-    """Largest sum of live activations, and of what weight gradients wait for, on the first device of each run: (runs, rows)."""
+    saved: Array, weight_input: Array, layout: Layout | Dealt, generator: Generator, micro_batches: Array,
+    kept: tuple[Array, Array] | None = None,
+) -> Array:  # fmt: skip
+    """Largest sum of live activations, and of what weight gradients wait for, on the first device of each run: (runs, rows).
+
+    ``kept``: what recomputed layers would hold, (kinds, rows), and the share of each run's that is not, (runs, rows).
+    """
     if generator.in_flight is not None and np.all(layout.virtual_stages == 1):
         depth = saturated(generator, layout.pp, 1, micro_batches)
         one_each: Array = generator.in_flight(layout.pp, depth, per_row(layout.run_first))
-        return one_each * held_bytes(layout, saved)
+        held = held_bytes(layout, saved)
+        return one_each * (held if kept is None else held + kept[0] * held_bytes(layout, kept[1]))
     if isinstance(layout, Dealt):
         live = np.zeros((layout.among.runs, saved.shape[1]))
         for which in distinct(layout.of).tolist():
             at, own = np.flatnonzero(layout.of == which), layout.among.each[which]
-            part = _peak(saved[:, at], weight_input[:, at], own, generator, micro_batches[at])
-            live[: len(own.run_first), at] = part
+            runs = len(own.run_first)
+            less = None if kept is None else (kept[0][:runs, at], kept[1][:, at])
+            live[:runs, at] = _peak(
+                saved[:, at], weight_input[:, at], own, generator, micro_batches[at], less
+            )
         return live
     depth = saturated(generator, layout.pp, layout.virtual_stages, micro_batches)
     held = np.concatenate([saved, weight_input]) if generator.splits_backward else saved
@@ -279,7 +298,11 @@ def _peak(
     for m in distinct(depth):
         at = np.flatnonzero(depth == m)
         layers, starts = _live_layers(layout, generator, int(m))
-        live[:, at] = np.maximum.reduceat(layers @ held[:, at], starts, axis=0)
+        alive = layers @ held[:, at]
+        if kept is not None:
+            run = np.repeat(np.arange(len(starts)), np.diff([*starts, len(layers)]))
+            alive = alive + kept[0][run][:, at] * (layers[:, : len(saved)] @ kept[1][:, at])
+        live[:, at] = np.maximum.reduceat(alive, starts, axis=0)
     return live
 
 

@@ -35,9 +35,11 @@ def exact_step_s(
         hops_s: from every stage to the next one; None where all take what the tables say.
     """
     table = replace(tables[0], values=np.concatenate([t.values for t in tables], axis=2))
-    fraction = np.array([float(recomputed_fraction(layout, layers)) for layers in recompute_layers])
+    again = np.array([np.inf if layers is None else float(layers) for layers in recompute_layers])
     generator = generator_of(schedule)
-    stages_s, hop_s, tail_s = stage_seconds(table, layout, generator, fraction)
+    stages_s, hop_s, tail_s = stage_seconds(
+        table, layout, generator, recomputed_fraction(layout.device_counts, again)
+    )
     if hops_s is not None:
         hop_s = np.broadcast_to(hops_s[:, None], (len(hops_s), len(tables)))
     if layout.pp == 1:
@@ -58,18 +60,21 @@ def exact_step_s(
 
 
 def stage_seconds(
-    table: BlockTable, layout: Layout, generator: Generator, recomputed: Array | float
+    table: BlockTable, layout: Layout, generator: Generator, recomputed: Array
 ) -> tuple[list[Array], Array, Array]:
     """Seconds of a micro-batch in every virtual stage by operation (F, B and, where they are split, W), of a hop, and of each
     device's tail: [(stages, rows)], (rows,), (devices, rows).
 
-    ``recomputed`` is the fraction of the layers that is recomputed, which belongs to the backward.
+    ``recomputed`` is the share of each device's layers that is recomputed, (devices, rows), which belongs to the backward.
     """
     forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed
     counts = layout.device_counts
-    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward)
-    stages_s = [layout.counts @ forward, layout.counts @ backward]
+    tail_s = tail_seconds(table, counts, counts @ forward, counts @ backward + recomputed * (counts @ again))
+    device = generator.placement.device_of_stage(layout.pp, layout.virtual_stages)
+    stages_s = [
+        layout.counts @ forward,
+        layout.counts @ backward + recomputed[device] * (layout.counts @ again),
+    ]
     if generator.splits_backward:
         weight_s = layout.counts @ table["weight_s"]
         stages_s = [stages_s[0], stages_s[1] - weight_s, weight_s]

@@ -63,6 +63,9 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "overlapped tensor parallelism needs": f"{_PARSER} (CompileConfig)",
         "fewer micro-batches than stages": "PyTorch's pipeline schedule, while it is built",
         "micro-batches do not divide into rounds": "PyTorch's pipeline schedule, while it is built",
+        "a compiled backward is not cut in two": "PyTorch's pipeline schedule, while it is built",
+        "FlexAttention is always compiled": f"PyTorch's autograd, at {_FIRST_STEP}",
+        "what is recomputed is recomputed again": _NOBODY,
         "KV heads not divisible by tp": "the attention's sharding, while the model is built",
     },
     "galvatron": {

@@ -51,10 +51,21 @@ CHOICES: Mapping[str, str] = {
     "recompute": "none full per_op",
     "optimizer_offload": "none cpu",
     "parameter_offload": "none cpu",
-    "schedule": "1f1b gpipe interleaved",
+    "schedule": "1f1b gpipe interleaved breadth_first dualpipev",
 }
 
-SCHEDULES: Mapping[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
+SCHEDULES: Mapping[str, str] = {
+    "1f1b": "1F1B",
+    "gpipe": "GPipe",
+    "interleaved": "Interleaved1F1B",
+    "breadth_first": "LoopedBFS",  # backwards run from the last micro-batch to the first, which takes as long
+    "dualpipev": "DualPipeV",
+}
+UNLIKE: Mapping[str, str] = {
+    "ZBVZeroBubble": "weight gradients follow input gradients at once and every step ends together, unlike schedule=zbv",
+    "InterleavedZeroBubble": "several chunks of a device with weight gradients put off: no schedule here has both",
+}
+"""Schedules of PyTorch that none here is, and why."""
 RECOMPUTE: Mapping[str, str] = {"none": "none", "full": "full", "per_op": "selective"}
 
 
@@ -62,7 +73,7 @@ RECOMPUTE: Mapping[str, str] = {"none": "none", "full": "full", "per_op": "selec
 class Recipe:
     """A recipe of torchtitan, and what it sets unless a flag says otherwise.
 
-    ``converts`` is the precision to which it converts linear layers, which no flag undoes.
+    ``converts`` is the precision to which it converts linear layers, and ``attention`` the kernel, which no flag undoes.
     """
 
     module: str
@@ -77,6 +88,7 @@ class Recipe:
     compiled: bool = False
     async_tp: bool = False
     converts: str = ""
+    attention: str = "flex"
 
 
 RECIPES = (
@@ -109,8 +121,8 @@ RECIPES = (
     Recipe("qwen3", "qwen3_14b", "qwen3-14b", 4, 4096, "full"),
     Recipe("qwen3", "qwen3_32b", "qwen3-32b", 2, 4096, "full"),
     Recipe("qwen3", "qwen3_30b_a3b", "qwen3-30b-a3b", 2, 4096, "full"),
-    Recipe("gpt_oss", "gpt_oss_20b", "gpt-oss-20b", 1, 8192, "full"),
-    Recipe("gpt_oss", "gpt_oss_120b", "gpt-oss-120b", 1, 8192, "full"),
+    Recipe("gpt_oss", "gpt_oss_20b", "gpt-oss-20b", 1, 8192, "full", attention="varlen"),
+    Recipe("gpt_oss", "gpt_oss_120b", "gpt-oss-120b", 1, 8192, "full", attention="varlen"),
 )
 """Recipes whose model is a shipped one."""
 
@@ -198,16 +210,33 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check(
             "experts are cut over tp, or spread whole over ep", mesh.etp == np.where(mesh.ep > 1, 1, mesh.tp)
         )
-    if knobs.get("schedule") in ("1f1b", "gpipe"):
+    yield Check("gradients are reduced in fp32 (mixed_precision_reduce)", ctx.gradient_dtype == "fp32")
+    yield from _valid_schedule(ctx, recipe)
+    yield from _valid_states(ctx)
+
+
+def _valid_schedule(ctx: Context, recipe: Recipe | None) -> Iterable[Check]:
+    """What PyTorch's schedules ask of micro-batches, and of a backward that they cut in two."""
+    mesh, knobs = ctx.mesh, ctx.knobs
+    schedule = knobs.get("schedule")
+    if schedule in ("1f1b", "gpipe"):
         yield Check("fewer micro-batches than stages", (mesh.pp == 1) | (ctx.micro_batches >= mesh.pp))
-    if knobs.get("schedule") == "interleaved":
+    if schedule == "interleaved":
         rounds = np.maximum(ctx.micro_batches // mesh.pp, 1)
         yield Check(
             "micro-batches do not divide into rounds (Interleaved1F1B)",
             np.mod(ctx.micro_batches, rounds) == 0,
         )
-    yield Check("gradients are reduced in fp32 (mixed_precision_reduce)", ctx.gradient_dtype == "fp32")
-    yield from _valid_states(ctx)
+    if schedule == "dualpipev":
+        # torch 2.13, _check_torch_compile_compatibility; a compiled region's backward frees what the second part would read.
+        whole = knobs.get("elementwise_kernel", "eager") == "eager"
+        yield Check("a compiled backward is not cut in two: DualPipeV needs eager kernels", whole)
+        compiled = recipe is not None and recipe.attention == "flex"
+        yield Check(
+            "FlexAttention is always compiled, and no backward of it is cut in two (DualPipeV)", not compiled
+        )
+        once = knobs.get("recompute", "none") == "none"
+        yield Check("what is recomputed is recomputed again for weight gradients (DualPipeV)", once)
 
 
 def _valid_states(ctx: Context) -> Iterable[Check]:
@@ -321,10 +350,14 @@ def _write(target: Target, script: str) -> dict[str, str]:
     return {"run.sh": "\n".join(lines) + "\n", "flags.txt": "\n".join([*options, recompute]) + "\n"}
 
 
+_LOSS = "The loss is on the pipeline's first rank, where its V ends: torchtitan 0.3 looks for it on the last, and shows none."
+
+
 def _first(target: Target) -> list[str]:
     return [
         "Tokenizer and data: `HF_ASSETS` must hold the model's tokenizer, and the data set must be reachable from the nodes.",
         "`pip show torchtitan` says 0.3: later versions rename the batch flags, and are to drop flags altogether.",
+        *([_LOSS] if target.knobs["schedule"] == "dualpipev" else []),
     ]
 
 

@@ -14,7 +14,7 @@ from planner.errors import Problem, SpecError, did_you_mean
 from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
 from planner.export.shell import Script, read_script
-from planner.export.torchtitan import RECIPES, RECOMPUTE, SCHEDULES, Recipe, stages_of
+from planner.export.torchtitan import RECIPES, RECOMPUTE, SCHEDULES, UNLIKE, Recipe, stages_of
 from planner.layout import layout_name
 from planner.specs.models import load_model
 
@@ -134,17 +134,15 @@ def _knobs(
         "bfloat16",
         {"bfloat16": recipe.converts or "bf16", "float32": "fp32"},
     )
-    schedule = (
-        flags.choice(f"{section}pipeline-parallel-schedule", recipe.schedule, _OWN) if pp > 1 else "1f1b"
-    )
-    flags.read |= {f"{section}pipeline-parallel-schedule", "--training.disable-cuda-graphs"}
+    flags.read.add("--training.disable-cuda-graphs")
     fixed: dict[str, Any] = {
         "tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": 1 if ep > 1 else tp, "context": "all_gather" if cp > 1 else "p2p",
         "sequence_parallel": "true" if _switch(flags, "parallelism.enable-sequence-parallel", True) and tp > 1 else "false",
         "tensor_overlap": "chunked" if overlaps and tp > 1 else "none",
         "zero_stage": _stage(flags, pp), "zero_group": "full", "recompute": words.get(chosen, "none"),
         "elementwise_kernel": "fused" if compiled else "eager", "optimizer_offload": offload, "parameter_offload": offload,
-        "precision": dtype, "gradient_dtype": "fp32", "optimizer": "adamw", "schedule": schedule, "attention_kernel": "flash",
+        "precision": dtype, "gradient_dtype": "fp32", "optimizer": "adamw", "attention_kernel": "flash",
+        "schedule": _schedule(flags, recipe, pp),
     }  # fmt: skip
     if not any(block.moe for block in load_model(recipe.model).blocks.values()):
         fixed |= {"ep": 1, "etp": 1}
@@ -158,6 +156,16 @@ def _knobs(
         "seq_len": flags.integer("--training.seq-len", recipe.seq_len), "precisions": (dtype,), "optimizer": "adamw",
     }  # fmt: skip
     return fixed, workload
+
+
+def _schedule(flags: FlagReader, recipe: Recipe, pp: int) -> str:
+    flag = "--parallelism.pipeline-parallel-schedule"
+    asked = flags.text(flag, recipe.schedule)
+    if pp > 1 and asked in UNLIKE:
+        flags.fault(flag, f"{asked}: {UNLIKE[asked]}", f"one of {', '.join(_OWN)}")
+    elif pp > 1:
+        return flags.choice(flag, recipe.schedule, _OWN)
+    return "1f1b"
 
 
 def _reshards(flags: FlagReader, pp: int) -> bool:
@@ -193,15 +201,17 @@ def _stages(flags: FlagReader, fixed: dict[str, Any], layers: int) -> dict[str, 
     section = "--parallelism.pipeline-parallel-"
     per_stage = flags.integer(f"{section}layers-per-stage", None)
     first, last = (flags.integer(f"{section}{end}-stage-less-layers", 1) for end in ("first", "last"))
-    pp, looped = fixed["pp"], fixed["schedule"] == "interleaved"
+    pp, looped = fixed["pp"], fixed["schedule"] not in ("1f1b", "gpipe")
     if pp == 1:
         return {"virtual_stages": 1, "pipeline_layout": "even"}
     stages = pp * (2 if looped else 1)
     if per_stage is not None:
         stages = -(-(layers + first + last) // max(per_stage, 1))
     found = f"{stages} stages of {layers} layers, {first} and {last} fewer on the ends"
-    if stages % pp or (stages > pp) != looped:
-        expected = f"{'several stages' if looped else 'one stage'} for each of {pp} ranks"
+    folded = fixed["schedule"] == "dualpipev"
+    if stages % pp or (stages > pp) != looped or (folded and stages != 2 * pp):
+        each = "two stages" if folded else "several stages" if looped else "one stage"
+        expected = f"{each} for each of {pp} ranks"
         flags.fault(f"{section}layers-per-stage", found, expected)
     elif not 0 <= min(first, last) <= max(first, last, 1) <= (layers + first + last) // stages:
         flags.fault(f"{section}first-stage-less-layers", found, "ends that have as many layers to lack")

@@ -78,21 +78,22 @@ class StepTrace:
 def step_trace(assembly: Assembly) -> StepTrace:
     """The trace of an assembled plan's step."""
     layout = assembly.layout
-    recomputed = float(recomputed_fraction(layout, assembly.recompute_layers))
+    recomputed = recomputed_fraction(layout.device_counts, assembly.recompute_layers)
     stages_s, hop_s, tail_s = stage_seconds(assembly.table, layout, assembly.order, recomputed)
     seconds = np.zeros((3, len(layout.counts)))
     for op, stage_s in enumerate(stages_s):
         seconds[op] = stage_s[:, 0]
     order = make_order(assembly.order, layout.pp, assembly.micro_batches, layout.virtual_stages)
     start_s, end_s = operation_times(order, seconds, float(hop_s[0]))
-    work = _Work(assembly, recomputed)
+    again = recomputed[order.device_of_stage, 0]
+    work = _Work(assembly, again)
     slices = [*_operations(order, start_s, end_s, work), *_tails(assembly, end_s[:, -1], recomputed)]
     return StepTrace(
         assembly,
         _device_names(assembly),
         slices,
         list(_arrows(order, start_s, end_s, float(hop_s[0]))),
-        _held(assembly, order, start_s, end_s, recomputed),
+        _held(assembly, order, start_s, end_s, again),
         assembly.plan.estimate.step_time_s,
         float((end_s[:, -1] + tail_s[:, 0]).max()),
     )
@@ -105,37 +106,36 @@ def _device_names(assembly: Assembly) -> list[str]:
 
 
 class _Work:
-    """What an operation of a stage consists of: seconds by stream and kind."""
+    """What an operation of a stage consists of: seconds by stream and kind. ``recomputed``: share of each stage's layers."""
 
-    def __init__(self, assembly: Assembly, recomputed: float) -> None:
-        table = assembly.table
+    def __init__(self, assembly: Assembly, recomputed: Array) -> None:
+        table, counts = assembly.table, assembly.layout.counts
         splits = assembly.order.splits_backward
-        phases: dict[Op, tuple[tuple[str, float], ...]] = {
-            Op.F: (("forward", 1.0),),
-            Op.B: (("backward", 1.0), ("recompute", recomputed), *(() if splits else (("weight", 1.0),))),
-            Op.W: (("weight", 1.0),),
+        phases: dict[Op, tuple[str, ...]] = {
+            Op.F: ("forward",),
+            Op.B: ("backward", "recompute", *(() if splits else ("weight",))),
+            Op.W: ("weight",),
         }
-        self._beside: dict[tuple[Op, str, str], Array] = defaultdict(lambda: np.zeros(len(table.kinds)))
+        self._beside: dict[tuple[Op, str, str], Array] = defaultdict(lambda: np.zeros(len(counts)))
         for op, parts in phases.items():
             for share in (spent.share for spent in assembly.spends):
-                times = sum(factor for phase, factor in parts if phase == share.phase)
-                if times and isinstance(share.item, Collective | Transfer):
+                if share.phase in parts and isinstance(share.item, Collective | Transfer):
                     stream = "communication" if isinstance(share.item, Collective) else "transfers"
-                    at = table.kinds.index(share.block)
-                    self._beside[op, stream, category(share)][at] += times * share.price_s
-        self._counts = assembly.layout.counts
-        self._again = recomputed * phase_seconds(table)[2][:, 0]
+                    times = counts[:, table.kinds.index(share.block)]
+                    if share.phase == "recompute":
+                        times = times * recomputed
+                    self._beside[op, stream, category(share)] += times * share.price_s
+        self._again = recomputed * (counts @ phase_seconds(table)[2][:, 0])
 
     def beside(self, op: Op, stage: int) -> Iterator[tuple[str, str, float]]:
         """(stream, kind, seconds) of communication and transfers in an operation."""
         for (of, stream, kind), seconds in self._beside.items():
-            total_s = float(self._counts[stage] @ seconds)
-            if of == op and total_s > 0.0:
-                yield stream, kind, total_s
+            if of == op and seconds[stage] > 0.0:
+                yield stream, kind, float(seconds[stage])
 
     def recompute_s(self, stage: int) -> float:
         """Seconds of a backward that repeat the forward."""
-        return float(self._counts[stage] @ self._again)
+        return float(self._again[stage])
 
 
 def _operations(order: Order, start_s: Array, end_s: Array, work: _Work) -> Iterator[Slice]:
@@ -178,12 +178,12 @@ def _operations(order: Order, start_s: Array, end_s: Array, work: _Work) -> Iter
                     at_s += seconds * shrink
 
 
-def _tails(assembly: Assembly, last_s: Array, recomputed: float) -> Iterator[Slice]:
+def _tails(assembly: Assembly, last_s: Array, recomputed: Array) -> Iterator[Slice]:
     """What follows a device's last operation: gradient traffic (which began beside it), the update, weights of the next step."""
     table, counts = assembly.table, assembly.layout.device_counts
     forward, backward, again = phase_seconds(table)
-    backward = backward + again * recomputed
-    traffic = tail_traffic(table, counts, counts @ forward, counts @ backward)
+    backward_s = counts @ backward + recomputed * (counts @ again)
+    traffic = tail_traffic(table, counts, counts @ forward, backward_s)
     update_s = (counts @ table["main_step_s"])[:, 0]
     for device, end in enumerate(last_s.tolist()):
         (gradients_s, late_s), (_, gather_s) = (
@@ -219,7 +219,7 @@ def _arrows(order: Order, start_s: Array, end_s: Array, hop_s: float) -> Iterato
 
 
 def _held(
-    assembly: Assembly, order: Order, start_s: Array, end_s: Array, recomputed: float
+    assembly: Assembly, order: Order, start_s: Array, end_s: Array, recomputed: Array
 ) -> list[list[tuple[float, float]]]:
     """Activations that each device holds over time."""
     table, layout, generator = assembly.table, assembly.layout, assembly.order
@@ -228,7 +228,8 @@ def _held(
         generator.in_flight(p, m, np.arange(p)) != in_flight(order)
     ):
         return []  # the schedule holds them elsewhere
-    saved = layout.counts @ (table["saved_bytes"] + (1.0 - recomputed) * table["recomputed_bytes"])[:, 0]
+    saved = layout.counts @ table["saved_bytes"][:, 0]
+    saved = saved + (1.0 - recomputed) * (layout.counts @ table["recomputed_bytes"][:, 0])
     waiting = layout.counts @ table["weight_input_bytes"][:, 0] * generator.splits_backward
     curves = []
     for device in range(p):

@@ -216,6 +216,42 @@ def test_what_a_launcher_cannot_say_is_named(to, choices, why):
         export(plan_of(**choices), to)
 
 
+VEE = {"pp": 2, "virtual_stages": 2, "schedule": "dualpipev", "zero_stage": 1, "seq_len": 4096, **PLAIN}
+# torch 2.13.0: _check_torch_compile_compatibility; a compiled region's backward refuses retain_graph (donated buffers), and
+# torchtitan 0.3.0's attention is one unless it is varlen; a checkpointed layer is run again in stage_backward_weight.
+
+
+@pytest.mark.parametrize(
+    ("model", "choices", "why"),
+    [
+        ("llama3.1-8b", {}, "FlexAttention is always compiled"),
+        ("gpt-oss-20b", {"elementwise_kernel": "fused"}, "DualPipeV needs eager kernels"),
+        ("gpt-oss-20b", {"recompute": "full"}, "recomputed again for weight gradients"),
+    ],
+)
+def test_a_backward_that_pytorch_does_not_cut_in_two_is_refused(model, choices, why):
+    with pytest.raises(ExportError, match=why):
+        export(plan_of(model, **VEE | choices), "torchtitan")
+
+
+def test_dualpipev_is_written_for_a_recipe_whose_backward_can_be_cut(tmp_path):
+    plan = plan_of("gpt-oss-20b", **VEE)
+    (tmp_path / "run.sh").write_text(export(plan, "torchtitan")["run.sh"])
+    assert "--parallelism.pipeline-parallel-schedule DualPipeV" in (tmp_path / "run.sh").read_text()
+    found = read_launched("torchtitan", tmp_path / "run.sh").fixed
+    assert (found["schedule"], found["virtual_stages"]) == ("dualpipev", 2)
+
+
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "InterleavedZeroBubble"])
+def test_schedules_that_are_unlike_ours_are_refused_with_the_difference(schedule, tmp_path):
+    (tmp_path / "flags.txt").write_text(
+        "--module llama3 --config llama3_8b --parallelism.pipeline_parallel_degree 4 "
+        f"--parallelism.pipeline_parallel_schedule {schedule}"
+    )
+    with pytest.raises(SpecError, match=f"{schedule}: .*weight gradients"):
+        read_launched("torchtitan", tmp_path / "flags.txt")
+
+
 def test_a_model_without_a_recipe_is_refused():
     with pytest.raises(ExportError, match="no recipe for this model"):
         export(plan_of("llama2-7b", seq_len=4096, **SHARDED), "torchtitan")
@@ -370,6 +406,7 @@ ROUND_TRIPS = [
         {"tp": 2, "pp": 2, "schedule": "interleaved", "virtual_stages": 2, "zero_stage": 1},
     ),
     ("torchtitan", "flags.txt", {"tp": 2, "tensor_overlap": "chunked", "zero_stage": "fsdp"}),
+    ("torchtitan", "run.sh", {"pp": 4, "schedule": "breadth_first", "virtual_stages": 2, "zero_stage": 1}),
 ]
 
 

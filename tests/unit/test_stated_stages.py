@@ -16,6 +16,7 @@ from planner.export.target import Target
 from planner.export.torchtitan import fewer_at_ends, stages_of
 from planner.layout import LAYOUT_NAMES, layout_name, layouts, stages_named
 from planner.plan import Plan
+from planner.report.step_trace import step_trace
 from planner.solve.named import examine
 from planner.solve.replay import replay
 from planner.step_time import exact_step_s
@@ -288,6 +289,36 @@ def test_the_closest_plan_keeps_stages_that_the_launcher_has_words_for():
     closest = closest_plan(plan, "galvatron")  # which shards nothing or the weights as well
     assert closest is not None
     assert (closest.plan.stages, set(closest.changes)) == (plan.stages, {"zero_stage"})
+
+
+# -- layers of a device that are recomputed ----------------------------------------------------------------------------
+
+
+def blocks(stages: str, layers: int | None = None, recompute: str = "block"):
+    """Llama 3.1 70B on four stages, some layers of each recomputed."""
+    some = {} if layers is None else {"recompute_layers": layers}
+    return examine(problem(tp=8, pp=4, pipeline_layout=stages, recompute=recompute, **some))
+
+
+@pytest.mark.parametrize("layers", [5, 10, 19, 20, 21])
+def test_as_many_layers_of_every_stage_are_recomputed_as_it_has(layers):
+    slices = [one.details for one in step_trace(blocks("20+20+21+19", layers)).slices]
+    found = {one["stage"]: one["recompute_s"] for one in slices if "recompute_s" in one}
+    each_s = found[0] / min(layers, 20)
+    # A stage recomputes so many of its layers, or all that it has.
+    assert found == pytest.approx(
+        {stage: each_s * min(layers, n) for stage, n in enumerate((20, 20, 21, 19))}
+    )
+
+
+@pytest.mark.parametrize("layers", [5, 10, 20, 21])
+def test_the_first_stage_keeps_what_it_does_not_recompute(layers):
+    stages = "20+20+21+19"
+    none, full = (blocks(stages, recompute=name).plan.estimate.memory_bytes for name in ("none", "full"))
+    some = blocks(stages, layers).plan.estimate.memory_bytes["activations"]
+    # Of its 20 layers, by which most activations wait: 20 − n hold what they do without recomputation, n what full leaves.
+    kept = max(20 - layers, 0) / 20
+    assert some == pytest.approx(full["activations"] + kept * (none["activations"] - full["activations"]))
 
 
 # -- a knob like any other -------------------------------------------------------------------------------------------

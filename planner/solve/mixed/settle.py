@@ -146,7 +146,9 @@ class Settler:
         if not built:
             return []
         generator = generator_of(SCHEDULE)
-        parts = [stage_seconds(table, layout, generator, 1.0) for _, _, layout, table in built]
+        parts = [
+            stage_seconds(table, layout, generator, np.ones((layout.pp, 1))) for _, _, layout, table in built
+        ]
         stages_s = [np.concatenate([part[0][op] for part in parts], axis=1) for op in range(2)]
         work_s = stages_s[0] + stages_s[1]
         tail_s = np.concatenate([part[2] for part in parts], axis=1)
