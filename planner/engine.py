@@ -420,7 +420,8 @@ def _key(item: Item) -> Any:
         return (sizes, item.grouped, item.single, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
-        return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)
+        flop = (item.flop_per_element, item.product_flop_per_element)
+        return (sizes, item.bytes_per_element, item.launches, *flop)
     if isinstance(item, Collective):
         return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)
     if isinstance(item, AttentionCore):

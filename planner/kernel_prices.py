@@ -11,6 +11,7 @@ import numpy as np
 from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.precision import dtype_bytes
+from planner.costs.state_space import PRODUCT_SHARE
 from planner.kernels import WIDE_HEAD, Kernels
 from planner.ledger import Array, AttentionCore, Axes, Matmul, Stream
 from planner.specs.device import Device
@@ -37,6 +38,7 @@ class KernelPrices:
         self.kernels = Kernels(device, start_share=1.0 if software is None else float(software.start_share))
         self._libraries: dict[tuple[str, str], KernelLibrary | None] = {}
         self._call_share = 1.0 if software is None else float(software.call_share)
+        self._small_flop_per_s = PRODUCT_SHARE * self.kernels.peak_flop_per_s("bf16")[0]
 
     def matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
         """Seconds of products."""
@@ -133,14 +135,17 @@ class KernelPrices:
         return np.asarray((call + row_s * m + self.kernels.stream_s(m * k * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
-        """Seconds of memory-bound kernels."""
+        """Seconds of memory-bound kernels, and of small products between them."""
         size = _stack([item.size for item in items], axes)
-        bytes_per_element, launches, flop_per_element = (
+        bytes_per_element, launches, flop_per_element, product_flop_per_element = (
             np.array([[getattr(item, name)] for item in items])
-            for name in ("bytes_per_element", "launches", "flop_per_element")
+            for name in ("bytes_per_element", "launches", "flop_per_element", "product_flop_per_element")
         )
         flop = size * flop_per_element if flop_per_element.any() else 0.0
-        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
+        seconds = np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
+        if product_flop_per_element.any():
+            seconds = seconds + size * product_flop_per_element / self._small_flop_per_s
+        return seconds
 
     def attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         """Seconds of fused attention, one item at a time."""

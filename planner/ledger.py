@@ -174,12 +174,14 @@ class AttentionCore(Kernel):
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
-    ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
+    ``flop_per_element`` are vector operations beside the traffic, ``product_flop_per_element`` small 16-bit matrix products that
+    no traffic hides. ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
     """
 
     size: str
     bytes_per_element: float
     flop_per_element: float = 0.0
+    product_flop_per_element: float = 0.0
     calls: str | None = None
 
 
