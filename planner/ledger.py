@@ -191,7 +191,8 @@ class Collective(Item):
 
     ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
     and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
-    with the library's while the message is small.
+    with the library's while the message is small. ``kernel`` names one of ``hardware_profiles/exchange_libraries.toml`` that
+    exchanges tokens in the library's place; ``size`` has a token once for each of its ``choices``, which it need not send.
     """
 
     kind: CollectiveKind
@@ -200,6 +201,8 @@ class Collective(Item):
     dtype: str = "fp32"
     messages: str = "1"
     custom: bool = False
+    kernel: str = ""
+    choices: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,11 +20,11 @@ __all__ = ["PRODUCT_SHARE", "ScanWork", "scan_work"]
 PRODUCT_SHARE = 0.11
 """Of the dense 16-bit matrix rate, what the products of a chunk reach while no traffic hides behind them.
 
-Measured, on top of the counted bytes at the rate of a stream: all scan and convolution kernels of one layer of Nemotron 3 Nano
-in training on H100 (nsys: 1.124 ms per 4,096 tokens, 3.11 ms per 12,288; 11.25 ms per 32,768 with the forward run twice;
-GiscardBiamby/Automodel-scalingai-f26, mfu/REPORT.md and the nsys_breakdown.md of its runs, 2026-09), and forward and backward of
-the scan alone on GB10, 16,384 tokens of 112 heads, in chunks of 64, 128 and 256 (87.6, 63.6 and 57.0 ms; DatasunriseOU/cppmega,
-docs/status, 2026-04-27). Off by -5, -1 and -9 % there (launches counted) and by -9, -3 and +3 % here; 0.10 and 0.12 are worse on one of the two."""
+Measured, on top of the counted bytes at the rate of a stream, on two GPUs. H100, all scan and convolution kernels of a layer of
+Nemotron 3 Nano in training (nsys): 1.124 ms per 4,096 tokens, 3.11 ms per 12,288, 11.25 ms per 32,768 with the forward run twice
+(GiscardBiamby/Automodel-scalingai-f26, mfu/REPORT.md and the nsys_breakdown.md of its runs, 2026-09): off by -5, -1 and -9 %.
+GB10, forward and backward of the scan alone, 16,384 tokens of 112 heads in chunks of 64, 128 and 256: 87.6, 63.6 and 57.0 ms
+(DatasunriseOU/cppmega, docs/status, 2026-04-27): off by -9, -3 and +3 %."""
 
 
 class ScanWork(NamedTuple):
