@@ -223,8 +223,8 @@ def slowdown_constant(item: Item | None, stack: Stack) -> str | None:
         return "attention_slowdown"
     if isinstance(item, Stream):
         return "stream_slowdown"
-    if isinstance(item, Collective) and not item.kernel:
-        return "exchange_slowdown" if item.kind == "all_to_all" else "collective_slowdown"
+    if isinstance(item, Collective) and item.kind != "all_to_all":
+        return "collective_slowdown"
     return None
 
 
