@@ -48,7 +48,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("default", "ampere", "matmul_slowdown"),
     ("default", "", "attention_slowdown"),
     ("default", "", "collective_slowdown"),
-    ("default", "", "exchange_slowdown"),
     ("megatron-bridge", "", "narrow_matmul_slowdown"),
     ("megatron-eager", "ampere", "matmul_slowdown"),
     ("megatron-eager", "", "collective_slowdown"),
@@ -64,15 +63,15 @@ CONSTANTS: tuple[Key, ...] = (
     ("composer", "hopper", "attention_slowdown"),
     ("composer", "", "overlap_slowdown"),
 )
-# A stack may have better kernels than those that were measured: newer libraries' products, exchanges of their own.
-LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7, "exchange_slowdown": 0.4}
+# A stack may have better kernels than those that were measured: newer libraries' products.
+LOWEST = {"matmul_slowdown": 0.7, "narrow_matmul_slowdown": 0.7}
 PRIORS = {"waited_dispatches": 5.0}  # 0.1 ms per kernel or call: an assumption; factors are drawn to 1
 HIGHEST = {"waited_dispatches": 10.0, "overlap_slowdown": 2.0}  # twice as long is one after the other
 _SPREAD = 0.35  # of the prior, in logarithms
 _PRIOR_WEIGHT = 0.5  # in the fit, which only holds to it where rows tell nothing
 _SOFT = 0.08  # relative error from which a row weighs less
 _ROUNDS = 8
-_HIDDEN = ("collective_slowdown", "exchange_slowdown", "overlap_slowdown")
+_HIDDEN = ("collective_slowdown", "overlap_slowdown")
 _NUDGE = -0.02  # of a logarithm; downwards, where an overlap that is lost altogether still has a slope
 
 

@@ -27,9 +27,10 @@ from planner.costs.collectives import (
     fastest_s,
     group_members,
 )
+from planner.costs.expert_exchange import exchange_traffic
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import FORMAT_BITS, dtype_bytes
-from planner.kernel_prices import KernelPrices
+from planner.kernel_prices import KernelPrices, exchange_s
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -48,6 +49,7 @@ from planner.ledger import (
 from planner.phases import Lanes, lanes, phase_s, shares_backward
 from planner.shared_links import beside_traffic, exchanges, waits
 from planner.specs.cluster import Cluster, Tier
+from planner.specs.exchange_library import exchange_kernel
 from planner.specs.stack import Stack
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
+    "slowdown_constant",
     "tabulate",
 ]
 
@@ -171,26 +174,20 @@ class Pricer:
 
     def _slowdown(self, item: Item) -> float:
         """What the stack makes of an item's seconds alone."""
-        stack = self.stack
-        if isinstance(item, Matmul):
-            if item.single:  # the kernel that the device's profile was measured on
-                return 1.0
-            return float(
-                getattr(stack, stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped))
-            )
-        if isinstance(item, AttentionCore):
-            return float(stack.attention_slowdown)
-        if isinstance(item, Stream):
-            return float(stack.stream_slowdown)
-        if isinstance(item, Collective):
-            return float(stack.exchange_slowdown if item.kind == "all_to_all" else stack.collective_slowdown)
-        return 1.0
+        constant = slowdown_constant(item, self.stack)
+        return 1.0 if constant is None else float(getattr(self.stack, constant))
 
     # -- one method per kind of item; each prices a list of items over all rows ------------------------------------
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
             n_bytes = axes[item.size] * dtype_bytes(item.dtype)
+            if item.kernel:
+                levels = self.levels(item.group)
+                traffic = exchange_traffic(n_bytes / item.choices, item.choices, levels)
+                seconds = exchange_s(exchange_kernel(item.kernel), *traffic, levels)
+                yield seconds * np.greater(item.group.size, 1)
+                continue
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
             each = n_bytes / messages
@@ -223,6 +220,19 @@ class Pricer:
         }
         for item in items:
             yield axes[item.size] * item.bytes_per_element / rate[item.tier]
+
+
+def slowdown_constant(item: Item | None, stack: Stack) -> str | None:
+    """Name of the stack's constant that an item's seconds are proportional to; None: its kernel is priced by itself."""
+    if isinstance(item, Matmul):
+        return None if item.single else stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
+    if isinstance(item, AttentionCore):
+        return "attention_slowdown"
+    if isinstance(item, Stream):
+        return "stream_slowdown"
+    if isinstance(item, Collective) and item.kind != "all_to_all":
+        return "collective_slowdown"
+    return None
 
 
 _AWAY = tuple(f"{tier}_{what}" for tier in ("host", "cxl", "nvme") for what in ("bytes", "saved_bytes"))
@@ -433,9 +443,11 @@ def _key(item: Item) -> Any:
         return (sizes, item.grouped, item.single, item.dtype, item.out_bytes, item.launches, item.format)
     if isinstance(item, Stream):
         sizes = f"{item.size}|{item.calls}" if item.calls is not None else item.size
-        return (sizes, item.bytes_per_element, item.launches, item.flop_per_element)
+        flop = (item.flop_per_element, item.product_flop_per_element)
+        return (sizes, item.bytes_per_element, item.launches, *flop)
     if isinstance(item, Collective):
-        return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, item.custom)
+        how = (item.custom, item.kernel, item.choices)
+        return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, *how)
     if isinstance(item, AttentionCore):
         sizes = "|".join(
             (item.batch, item.heads, item.kv_heads, item.q, item.kv, item.qk_dim, item.v_dim, item.visible)

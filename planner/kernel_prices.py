@@ -10,15 +10,19 @@ import numpy as np
 
 from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
+from planner.costs.collectives import Level
+from planner.costs.expert_exchange import expert_exchange_s
 from planner.costs.precision import dtype_bytes
+from planner.costs.state_space import PRODUCT_SHARE
 from planner.kernels import WIDE_HEAD, Kernels
 from planner.ledger import Array, AttentionCore, Axes, Matmul, Stream
 from planner.specs.device import Device
+from planner.specs.exchange_library import ExchangeKernel
 from planner.specs.formats import KERNEL_FORMATS
 from planner.specs.kernel_library import KernelLibrary, library_for
 from planner.specs.stack import Stack
 
-__all__ = ["KernelPrices"]
+__all__ = ["KernelPrices", "exchange_s"]
 
 _VECTORS = 8.0  # rows of a product by vectors: llama.cpp ggml/src/ggml-cuda/mmvq.cuh (MMVQ_MAX_BATCH_SIZE)
 _SCALED_BEFORE = (
@@ -37,6 +41,7 @@ class KernelPrices:
         self.kernels = Kernels(device, start_share=1.0 if software is None else float(software.start_share))
         self._libraries: dict[tuple[str, str], KernelLibrary | None] = {}
         self._call_share = 1.0 if software is None else float(software.call_share)
+        self._small_flop_per_s = PRODUCT_SHARE * self.kernels.peak_flop_per_s("bf16")[0]
 
     def matmuls(self, items: list[Matmul], axes: Axes) -> Iterable[Array]:
         """Seconds of products."""
@@ -133,14 +138,17 @@ class KernelPrices:
         return np.asarray((call + row_s * m + self.kernels.stream_s(m * k * quantised, 0.0)) * share)
 
     def streams(self, items: list[Stream], axes: Axes) -> Iterable[Array]:
-        """Seconds of memory-bound kernels."""
+        """Seconds of memory-bound kernels, and of small products between them."""
         size = _stack([item.size for item in items], axes)
-        bytes_per_element, launches, flop_per_element = (
+        bytes_per_element, launches, flop_per_element, product_flop_per_element = (
             np.array([[getattr(item, name)] for item in items])
-            for name in ("bytes_per_element", "launches", "flop_per_element")
+            for name in ("bytes_per_element", "launches", "flop_per_element", "product_flop_per_element")
         )
         flop = size * flop_per_element if flop_per_element.any() else 0.0
-        return np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
+        seconds = np.asarray(self.kernels.stream_s(size * bytes_per_element, launches, flop))
+        if product_flop_per_element.any():
+            seconds = seconds + size * product_flop_per_element / self._small_flop_per_s
+        return seconds
 
     def attention(self, items: list[AttentionCore], axes: Axes) -> Iterable[Real]:
         """Seconds of fused attention, one item at a time."""
@@ -189,6 +197,25 @@ class KernelPrices:
             library = None if kernel is None else library_for(operation, kernel, label, generation)
             self._libraries[operation, label] = library
         return self._libraries[operation, label]
+
+
+def exchange_s(
+    kernel: ExchangeKernel, link_bytes: Real, remote_bytes: Real, levels: Sequence[Level], units: float = 0.0
+) -> Real:
+    """Seconds of a kernel that brings tokens to their experts, or back; ``units`` are its multiprocessors (0: not known)."""
+    constants: dict[str, Any] = {
+        name: float(value)
+        for name in ("launches", "link_fraction", "remote_s")
+        if (value := getattr(kernel, name)) is not None
+    }
+    alone, across = kernel.unit_bytes_per_s, kernel.remote_unit_bytes_per_s
+    if units and alone is not None:
+        rates = float(alone), float(alone if across is None else across)
+        constants |= {
+            "units": units,
+            "unit_bytes_per_s": np.where(np.greater(remote_bytes, 0.0), rates[1], rates[0]),
+        }
+    return expert_exchange_s(link_bytes, remote_bytes, levels, **constants)
 
 
 def _column(values: Sequence[float]) -> Array:

@@ -174,12 +174,14 @@ class AttentionCore(Kernel):
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
-    ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
+    ``flop_per_element`` are vector operations beside the traffic, ``product_flop_per_element`` small 16-bit matrix products that
+    no traffic hides. ``calls`` is how many kernels the host issues for it, where those are small and many (None: ``launches``).
     """
 
     size: str
     bytes_per_element: float
     flop_per_element: float = 0.0
+    product_flop_per_element: float = 0.0
     calls: str | None = None
 
 
@@ -190,7 +192,8 @@ class Collective(Item):
     ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
     and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
     with the library's while the message is small. ``ahead_bytes``: pieces of so many bytes in which traffic of the step lets it
-    go first on a link of both; 0: they share it.
+    go first on a link of both; 0: they share it. ``kernel`` names one of ``hardware_profiles/exchange_libraries.toml`` that
+    exchanges tokens in the library's place; ``size`` has a token once for each of its ``choices``, which it need not send.
     """
 
     kind: CollectiveKind
@@ -200,6 +203,8 @@ class Collective(Item):
     messages: str = "1"
     custom: bool = False
     ahead_bytes: float = 0.0
+    kernel: str = ""
+    choices: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

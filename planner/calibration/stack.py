@@ -38,7 +38,6 @@ TIME_CONSTANTS = (
     ("matmul_slowdown", 0.2, 10.0),
     ("stream_slowdown", 0.2, 10.0),
     ("collective_slowdown", 0.1, 10.0),
-    ("exchange_slowdown", 0.1, 10.0),
     ("attention_slowdown", 0.2, 10.0),
     ("overlap_slowdown", 1.0, 3.0),
     ("dispatch_s", 1e-8, 1e-3),

@@ -188,6 +188,7 @@ if TYPE_CHECKING:
         zero_plus_plus_traffic,
         zero_traffic,
     )
+    from planner.costs.state_space import PRODUCT_SHARE, ScanWork, scan_work
     from planner.costs.tensor_parallel import (
         tensor_parallel_2d_elements,
         tensor_parallel_3d_elements,
@@ -203,11 +204,13 @@ __all__ = [
     "FORMAT_BITS",
     "FUSED_UPDATES",
     "KNOWN_OPTIMIZERS",
+    "PRODUCT_SHARE",
     "BlockLinks",
     "BlockWork",
     "Layout",
     "Level",
     "MessageCost",
+    "ScanWork",
     "Step",
     "Transport",
     "accepted_tokens",
@@ -337,6 +340,7 @@ __all__ = [
     "ring_overlap_tokens",
     "roofline_s",
     "router_flop",
+    "scan_work",
     "serial_finish_s",
     "skewed_load_factor",
     "span_bubble_zb_h1_s",

@@ -83,6 +83,6 @@ def _predict(graph: Graph) -> None:
     # Megatron's eager cross-entropy casts the logits to fp32 and turns them into the softmax, and that into their gradient, in
     # place; beside it are the logits as the product left them, then their gradient for the product's backward.
     logits = "batch*seq*vocab"
-    graph.stream("head.cross_entropy", logits, 3.0, 3.0, tags={"loss"}, launches=3.0, kind="fp32")
+    graph.stream("head.cross_entropy", logits, 3.0, 3.0, tags={"loss"}, launches=(3.0, 3.0), kind="fp32")
     graph.transient("head.logits", logits, "logits", "loss", "fp32")
     graph.transient("head.logits_gradient", logits, "logits", "loss", "activation")

@@ -106,4 +106,4 @@ def _activation(graph: Graph, region: str, size: str, *, gated: bool) -> None:
 
 def _exchange(graph: Graph, what: str, size: str, region: str) -> None:
     """Copies tokens to the order of their experts, or back."""
-    graph.stream(what, size, 2.0, 2.0, tags={"moe", region}, launches=2.0)
+    graph.stream(what, size, 2.0, 2.0, tags={"moe", region}, launches=(2.0, 2.0))

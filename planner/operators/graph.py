@@ -84,23 +84,30 @@ class Graph:
         ]  # fmt: skip
 
     def stream(
-        self, what: str, size: str, forward: float, backward: float, *, tags: set[str], launches: float = 1.0,
-        flop: float = 0.0, kind: str = "activation", calls: tuple[str | None, str | None] = (None, None),
+        self, what: str, size: str, forward: float, backward: float, *, tags: set[str],
+        launches: tuple[float, float] = (1.0, 1.0), flop: float = 0.0, products: tuple[float, float] = (0.0, 0.0),
+        kind: str = "activation", calls: tuple[str | None, str | None] = (None, None),
     ) -> None:  # fmt: skip
         """A memory-bound kernel and its backward (twice the ``flop``), in passes over ``size`` elements of 4 bytes.
 
-        ``calls`` are the kernels that the host issues for either, where they are many.
+        ``launches`` and FLOP of small ``products`` are those of either; ``calls`` the kernels that the host issues for it, where
+        they are many.
         """
-        phases: list[tuple[Phase, float, float, str | None]] = [("forward", forward, flop, calls[0])]
-        if self.training:
-            phases.append(("backward", backward, 2 * flop, calls[1]))
-        self._items += [
-            Stream(
-                what=what, block=self.name, phase=phase, tags=frozenset(tags | {kind}), size=size,
-                bytes_per_element=4.0 * passes, launches=launches, flop_per_element=work, calls=issued,
-            )
-            for phase, passes, work, issued in phases
-        ]  # fmt: skip
+        phases: tuple[tuple[Phase, float, float], ...] = (
+            ("forward", forward, flop),
+            ("backward", backward, 2 * flop),
+        )
+        for (phase, passes, work), kernels, product_flop, issued in zip(
+            phases, launches, products, calls, strict=True
+        ):
+            if phase == "forward" or self.training:
+                self._items.append(
+                    Stream(
+                        what=what, block=self.name, phase=phase, tags=frozenset(tags | {kind}), size=size,
+                        bytes_per_element=4.0 * passes, launches=kernels, flop_per_element=work,
+                        product_flop_per_element=product_flop, calls=issued,
+                    )
+                )  # fmt: skip
 
     def norm(self, what: str, kind: str, *regions: str, size: str | None = None) -> None:
         """A norm of hidden width that keeps its input, made in ``regions`` (none: something else keeps it already)."""

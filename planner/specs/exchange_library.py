@@ -11,7 +11,7 @@ from planner.specs.library import hardware_folder
 from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
-__all__ = ["COPIES", "ExchangeKernel", "exchange_libraries"]
+__all__ = ["COPIES", "ExchangeKernel", "exchange_kernel", "exchange_libraries"]
 
 COPIES = ("expert", "rank", "none")
 
@@ -49,6 +49,12 @@ def exchange_libraries() -> Mapping[str, Mapping[str, ExchangeKernel]]:
         found[library] = {name: _kernel(kernels.table(name)) for name in kernels.data}
     reader.raise_if_any()
     return found
+
+
+def exchange_kernel(name: str) -> ExchangeKernel:
+    """A kernel by ``library.kernel``."""
+    library, _, kernel = name.partition(".")
+    return exchange_libraries()[library][kernel]
 
 
 def _kernel(reader: Reader) -> ExchangeKernel:

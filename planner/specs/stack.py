@@ -104,8 +104,7 @@ class Stack:
         narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
-        collective_slowdown: the same of collectives, relative to the links' profile.
-        exchange_slowdown: the same of all-to-alls, which libraries of their own may do faster than the link's usual one.
+        collective_slowdown: the same of collectives but all-to-alls, relative to the links' profile.
         dispatch_s: host time to issue one kernel.
         waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
             the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.
@@ -139,7 +138,6 @@ class Stack:
     attention_slowdown: Sourced
     stream_slowdown: Sourced
     collective_slowdown: Sourced
-    exchange_slowdown: Sourced
     dispatch_s: Sourced
     waited_dispatches: Sourced
     overlap_slowdown: Sourced

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from math import hypot
 
 from planner.attribution import Spend
-from planner.costs.precision import FORMAT_BITS
-from planner.ledger import AttentionCore, Collective, Matmul, Stream
+from planner.engine import slowdown_constant
+from planner.ledger import Collective
 from planner.specs.device import Sourced
 from planner.specs.stack import Stack
 
@@ -25,16 +25,7 @@ _OF_SOFTWARE = ("framework", "communicators", "fragmentation", "buffers")
 
 def slowed_by(spend: Spend, stack: Stack) -> str | None:
     """Name of the stack's constant that an item's seconds are proportional to; None: there is none."""
-    item = spend.share.item
-    if isinstance(item, Matmul):
-        return None if item.single else stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
-    if isinstance(item, AttentionCore):
-        return "attention_slowdown"
-    if isinstance(item, Stream):
-        return "stream_slowdown"
-    if isinstance(item, Collective):
-        return "exchange_slowdown" if item.kind == "all_to_all" else "collective_slowdown"
-    return None
+    return slowdown_constant(spend.share.item, stack)
 
 
 def constant_shares(spends: Iterable[Spend], stack: Stack) -> dict[str, float]:

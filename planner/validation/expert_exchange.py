@@ -12,16 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from planner.costs.collectives import Level
-from planner.costs.expert_exchange import expert_exchange_s
-from planner.costs.moe import distinct_domains
+from planner.costs.expert_exchange import exchange_traffic
 from planner.errors import PlannerError
+from planner.kernel_prices import exchange_s
 from planner.specs.device_file import load_device
 from planner.specs.exchange_library import ExchangeKernel, exchange_libraries
 from planner.validation.call_machine import Machine, device_name, levels_of
 from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Unsupported, read_table
 
-__all__ = ["METRIC", "Exchange", "exchange_s", "exchanges", "is_exchange", "score_exchanges", "traffic_bytes"]
+__all__ = ["METRIC", "Exchange", "exchanges", "is_exchange", "score_exchanges", "traffic_bytes"]
 
 METRIC = "expert_all_to_all"
 
@@ -77,39 +77,21 @@ def score_exchanges(path: str | Path) -> list[ScoredRow]:
         except (PlannerError, Unsupported) as error:
             scored.append(_refused(row, str(error)))
             continue
-        predicted = exchange_s(found, kernel, levels)
+        predicted = float(exchange_s(kernel, *traffic_bytes(found, kernel, levels), levels, found.units))
         scored.append(
             ScoredRow(row.row_id, row.file, METRIC, "scored", "", found.measured_s, predicted, groups)
         )
     return scored
 
 
-def exchange_s(found: Exchange, kernel: ExchangeKernel, levels: list[Level]) -> float:
-    """Predicted seconds of a kernel."""
-    link_bytes, remote_bytes = traffic_bytes(found, kernel, levels)
-    constants = {
-        name: float(value)
-        for name in ("launches", "link_fraction", "unit_bytes_per_s", "remote_s")
-        if (value := getattr(kernel, name)) is not None
-    }
-    if remote_bytes and kernel.remote_unit_bytes_per_s is not None:
-        constants["unit_bytes_per_s"] = float(kernel.remote_unit_bytes_per_s)
-    if found.units and "unit_bytes_per_s" in constants:
-        constants["units"] = found.units
-    return float(expert_exchange_s(link_bytes, remote_bytes, levels, **constants))
-
-
 def traffic_bytes(found: Exchange, kernel: ExchangeKernel, levels: list[Level]) -> tuple[float, float]:
     """Bytes that a rank sends over the innermost tier, its own copies included, and to other domains of that tier."""
-    ranks = float(levels[-1].members)
-    domains = ranks / float(levels[0].members)
     each = found.tokens * float(kernel.bytes_per_element)
     if kernel.copies == "none":  # a number per token and expert
         return each * found.experts, 0.0
-    whole = kernel.copies == "expert"
-    copies = found.topk if whole else float(distinct_domains(found.topk, ranks))
-    messages = found.topk if whole else float(distinct_domains(found.topk, domains))
-    return each * found.hidden * copies, each * found.hidden * messages * (domains - 1.0) / domains
+    per_rank = kernel.copies == "rank"
+    link_bytes, remote_bytes = exchange_traffic(each * found.hidden, found.topk, levels, per_rank=per_rank)
+    return float(link_bytes), float(remote_bytes)
 
 
 def exchanges(path: str | Path) -> Iterator[Exchange | ScoredRow]:

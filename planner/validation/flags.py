@@ -93,7 +93,7 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
     if tp > 1 and flags.says(r"\basync ?tp\b|tp-comm-overlap=true"):
         knobs["tensor_overlap"] = "chunked"
     knobs |= _cuda_graph(flags)
-    if flags.values.get("moe-a2a-overlap", "").lower() == "true":
+    if flags.values.get("moe-a2a-overlap", "").lower() == "true" or flags.says(r"\bep overlap on\b"):
         knobs["expert_overlap"] = "combined_1f1b"
     if flags.says(r"deepep|hybridep"):
         knobs["dispatch"] = "fused"

@@ -59,7 +59,8 @@ class Report:
         errors = summarise(self.rows, with_excluded=with_excluded)
         summary: dict[str, Any] = {metric: found.as_dict() for metric, found in errors.items()}
         if "peak_memory" in summary:
-            summary["peak_memory"]["by_kind"] = grouped(self.rows, "peak_memory_kind")["peak_memory"]
+            kinds = grouped(self.rows, "peak_memory_kind", with_excluded=with_excluded)
+            summary["peak_memory"]["by_kind"] = kinds["peak_memory"]
         if by is not None:
             for metric, groups in grouped(self.rows, by).items():
                 summary[metric][f"by_{by}"] = groups

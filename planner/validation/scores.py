@@ -155,10 +155,12 @@ def summarise(rows: Iterable[ScoredRow], *, with_excluded: bool = False) -> dict
     return found
 
 
-def grouped(rows: Iterable[ScoredRow], by: str) -> dict[str, dict[str, dict[str, float]]]:
+def grouped(
+    rows: Iterable[ScoredRow], by: str, *, with_excluded: bool = False
+) -> dict[str, dict[str, dict[str, float]]]:
     """Error statistics by metric and group: ``by`` is a key of :attr:`ScoredRow.groups`; rows without it form the group ``-``."""
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row, error in _judged(rows):
+    for row, error in _judged(rows, with_excluded):
         errors[row.metric][row.groups.get(by) or "-"].append(error)
     return {
         metric: {name: error_statistics(values) for name, values in sorted(groups.items())}

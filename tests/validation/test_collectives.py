@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.specs.exchange_library import exchange_libraries
+from planner.costs.expert_exchange import exchange_traffic
+from planner.costs.moe import distinct_domains
+from planner.kernel_prices import exchange_s
+from planner.specs.exchange_library import exchange_kernel, exchange_libraries
 from planner.validation.call_machine import Machine, cluster_of, device_name, levels_of
 from planner.validation.collectives import SMALL_BYTES, bus_bytes_per_s, calls, score_collectives
 from planner.validation.expert_exchange import exchanges, is_exchange, traffic_bytes
@@ -122,3 +125,26 @@ def test_traffic_of_dispatch_kernels():
     # every copy by itself, fp8 and a 4-byte scale per 128: hidden + 4·hidden/128 bytes
     assert link_bytes == pytest.approx(found.tokens * found.topk * found.hidden * (1 + 4 / 128))
     assert remote_bytes == 0.0
+
+
+# deepseek-ai/DeepEP, branch hybrid-ep @94a9f8f6, docs/README_Hybrid-EP.md: 4,096 tokens of 7,168 in 16 bits, top 8, random: GB/s
+# of the kernel alone, on GB200 (32 multiprocessors) by copies to ranks, on H100 over InfiniBand (16) by copies to nodes.
+@pytest.mark.parametrize(
+    ("device", "nodes", "per_node", "dispatch_gb_s", "combine_gb_s"),
+    [
+        ("GB200-NVL72", 1, 8, 764.03, 737.13), ("GB200-NVL72", 1, 16, 706.95, 666.26), ("GB200-NVL72", 1, 24, 665.97, 639.8),
+        ("GB200-NVL72", 1, 32, 642.23, 605.15), ("GB200-NVL72", 1, 36, 632.31, 596.99),
+        ("H100-SXM", 4, 8, 57.69, 57.46), ("H100-SXM", 8, 8, 49.97, 49.77),
+    ],
+)  # fmt: skip
+def test_tokens_go_to_their_experts_as_fast_as_hybrid_ep(
+    device, nodes, per_node, dispatch_gb_s, combine_gb_s
+):
+    levels, _ = levels_of(Machine(device, nodes, per_node, rdma=True))
+    traffic = exchange_traffic(4096 * 7168 * 2.0, 8, levels)
+    copies = distinct_domains(8, nodes if nodes > 1 else per_node)
+    for kernel, gb_s in (("dispatch", dispatch_gb_s), ("combine", combine_gb_s)):
+        seconds = exchange_s(exchange_kernel(f"hybrid-ep.{kernel}"), *traffic, levels)
+        assert seconds == pytest.approx(
+            copies * 4096 * 7168 * 2.0 / (gb_s * 1e9), rel=0.2
+        )  # found: -9 to +16 %

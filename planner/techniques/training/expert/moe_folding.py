@@ -76,12 +76,23 @@ def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger
             dtype=ctx.format.activation,
         )  # fmt: skip
         outward = (exchange == "moe.dispatch") == (item.phase == "forward")
+        all_to_all = _by_kernel(all_to_all, ctx, outward)
         cut = replace(
-            all_to_all, what=f"{exchange}.expert_tensor", source="arXiv:2504.14960", group=ctx.mesh.group("etp"),
+            all_to_all, kernel="", what=f"{exchange}.expert_tensor", source="arXiv:2504.14960", group=ctx.mesh.group("etp"),
             kind="all_gather" if outward else "reduce_scatter", size=times(item.size, "exchanged*etp_ranks"),
         )  # fmt: skip
         added += [all_to_all, cut]
     return _copied(ledger, ctx).add(added)
+
+
+def _by_kernel(exchange: Collective, ctx: Context, outward: bool) -> Collective:
+    """The exchange by a kernel made for it."""
+    moe = ctx.model.layer_in(exchange.block).moe
+    assert moe is not None, "tokens go to experts alone"
+    if ctx.knobs.get("dispatch") == "copied":
+        return exchange
+    kernel = "hybrid-ep.dispatch" if outward else "hybrid-ep.combine"
+    return replace(exchange, kernel=kernel, choices=float(moe.top_k))
 
 
 def _copied(ledger: Ledger, ctx: Context) -> Ledger:
