@@ -265,8 +265,8 @@ def gather_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: s
 def gather_ring(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     """Keys and values are gathered once, attention works on them block by block, and their gradients travel around the ring.
 
-    Every block's output is merged into the sum so far, and every block's gradients are added to theirs, in fp32. Heads of keys and
-    values are repeated for every query's before they leave.
+    Every block's output is merged into the sum so far, and every block's gradients are added to theirs, in fp32. Heads of keys
+    and values are repeated for every query's before they leave.
     """
     apart = np.where(ctx.mesh.cp > 1, 1.0, 0.0)
     ledger = ledger.set_axes(ring=ctx.mesh.cp, ring_steps=ctx.mesh.cp - 1.0, ring_apart=apart)

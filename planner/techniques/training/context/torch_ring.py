@@ -1,7 +1,7 @@
 """PyTorch's ring attention: keys and values gathered once, merged block by block; their gradients go around a ring.
 
-What it does: all ranks' keys and values are gathered before the first distant block (``allgather``, the default rotation); blocks are
-    attended one after the other; in the backward every rank adds its gradients of a block and hands them on.
+What it does: all ranks' keys and values are gathered before the first distant block (``allgather``, the default rotation); blocks
+    are attended one after the other; in the backward every rank adds its gradients of a block and hands them on.
 Saves: activations and token-wise work, divided by cp.
 Costs: 2·b·s·h elements gathered forward and again backward, heads repeated for every query's as model code does before attention;
     2·b·s·h in fp32 around the ring backward; one sum in fp32 per block and tensor; gathered keys and values.
@@ -42,7 +42,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _sent(subject: Pass) -> float:
     """Bytes that a rank of 4 sends and gathers per layer, over the 16-bit bytes of its own keys and values of 32 heads."""
     ledger, ctx = figures.run(
-        "context", subject, model="llama3-8b", seq=8192, cp=4, attention_kernel="flash", context="gathered_ring"
+        "context",
+        subject,
+        model="llama3-8b",
+        seq=8192,
+        cp=4,
+        attention_kernel="flash",
+        context="gathered_ring",
     )
     sent = figures.sent_elements(ledger, lambda item: "cp" in item.tags)
     wide = [item for item in ledger.of(Collective) if item.dtype == "fp32"]
