@@ -8,6 +8,7 @@ from typing import Any
 from planner.attribution import Spend
 from planner.specs.problem import Problem
 from planner.uncertainty.constants import constant_shares, constants_spread, share_of_software
+from planner.uncertainty.nearest import is_far
 from planner.uncertainty.provenance import provenance
 from planner.uncertainty.residuals import Residuals, Spread, load_residuals
 
@@ -15,7 +16,7 @@ __all__ = ["judgement", "time_spread"]
 
 
 def time_spread(residuals: Residuals, problem: Problem, spends: Iterable[Spend]) -> Spread:
-    """How a measured step may spread around its prediction, by how well the constants that it rests on are known.
+    """How a measured step may spread around its prediction, by how well its constants are known, and whether runs near it are.
 
     Args:
         residuals: of published runs.
@@ -27,7 +28,7 @@ def time_spread(residuals: Residuals, problem: Problem, spends: Iterable[Spend])
     known, shares = residuals.step_time, constant_shares(spends, stack)
     between = None if (stack.name, generation) in known.measured else known.between
     experts = any(block.moe for block in problem.model.blocks.values())
-    return known.at(constants_spread(shares, stack, between), experts=experts)
+    return known.at(constants_spread(shares, stack, between), far=is_far(problem), experts=experts)
 
 
 def judgement(

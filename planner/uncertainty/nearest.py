@@ -1,8 +1,9 @@
-"""Published runs that are near a job: how many there are, and how far off their predictions are."""
+"""Published runs that are near a job: how many there are, how far off their predictions are, and whether any was fitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.uncertainty.published import PublishedRun, active_parameters, load_published_runs
@@ -10,7 +11,7 @@ from planner.uncertainty.published import PublishedRun, active_parameters, load_
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
-__all__ = ["Nearby", "nearby"]
+__all__ = ["Nearby", "far_of", "is_far", "nearby"]
 
 _SIZES = ("active_parameters", "devices", "seq_len")
 # What near means: the nearest of these that any run fulfils. Equal columns, and the factor that sizes may differ by.
@@ -20,6 +21,9 @@ _STEPS = (
     (("generation",), 4.0),
     (("generation",), 16.0),
 )
+# What a run's own neighbours are: jobs that constants and mechanisms, which were found on it, are as right for.
+_LIKE = ("stack", "generation", "experts", "state_space")
+_FACTOR = 2.0
 
 
 class Nearby(NamedTuple):
@@ -92,6 +96,51 @@ def nearby(problem: Problem) -> Nearby | None:
             )
             return Nearby(tuple(sorted(found, key=_error, reverse=True)), text)
     return None
+
+
+def is_far(problem: Problem) -> bool:
+    """Whether no run that constants were fitted to is a job's neighbour.
+
+    Neighbours train the same kind of model with the same software on the same generation of accelerators; parameters that a token
+    meets, devices and sequence length differ by a factor of two at most.
+    """
+    generation, blocks = problem.cluster.device.generation, problem.model.blocks.values()
+    job = (
+        problem.stack.name, generation, any(block.moe for block in blocks), any(block.ssm for block in blocks),
+        active_parameters(problem.model), float(problem.cluster.devices), float(problem.workload.seq_len),
+    )  # fmt: skip
+    return _is_far(generation, job)
+
+
+def far_of(runs: Sequence[PublishedRun]) -> list[bool]:
+    """The same of published runs, none of which is a neighbour of its own."""
+    jobs = [_job(run) for run in runs]
+    fitted = [at for at, run in enumerate(runs) if _fitted(run)]
+    return [
+        not any(_neighbours(job, jobs[other]) for other in fitted if other != at)
+        for at, job in enumerate(jobs)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _is_far(generation: str, job: tuple[Any, ...]) -> bool:
+    return not any(_fitted(run) and _neighbours(job, _job(run)) for run in load_published_runs(generation))
+
+
+def _fitted(run: PublishedRun) -> bool:
+    return not run.held_out and run.error is not None
+
+
+def _job(run: PublishedRun) -> tuple[Any, ...]:
+    return tuple(getattr(run, name) for name in (*_LIKE, *_SIZES))
+
+
+def _neighbours(job: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    same = len(_LIKE)
+    return job[:same] == other[:same] and all(
+        1.0 / _FACTOR <= size / others <= _FACTOR
+        for size, others in zip(job[same:], other[same:], strict=True)
+    )
 
 
 def _near(

@@ -38,7 +38,7 @@ class PublishedRun(NamedTuple):
         accelerator, generation: device profile, and its family.
         devices, seq_len, global_batch_size: of the job; ``tokens_per_step`` follows.
         active_parameters: parameters that a token meets.
-        experts: whether it is a mixture of experts.
+        experts, state_space: whether it is a mixture of experts, and whether any of its layers is a state-space model.
         precision: format of matrix products.
         tp, cp, pp, ep: degrees of parallelism.
         tokens_per_s_per_device: measured; None where the run is not scored for time.
@@ -61,6 +61,7 @@ class PublishedRun(NamedTuple):
     devices: int
     active_parameters: float
     experts: bool
+    state_space: bool
     seq_len: int
     global_batch_size: int
     precision: str
@@ -79,6 +80,11 @@ class PublishedRun(NamedTuple):
     peak_counts: str = ""
     peak_error: float | None = None
     peak_uncertain: float | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no constant was fitted to it, and no mechanism found on it."""
+        return self.row_id.startswith("held_out")
 
 
 @cache

@@ -86,7 +86,8 @@ class Spreads(NamedTuple):
         sources: files of the measurements.
         measured: stacks and generations of accelerators that they were on.
         between: how far a constant of software that was never measured may lie from what stands in for it; a logarithm.
-        experts: what a mixture of experts is uncertain by beside the floor; a logarithm.
+        far: what a job is uncertain by beside that where no measured run is near it; a logarithm.
+        experts: the same of a mixture of experts.
     """
 
     quantiles: tuple[float, ...]
@@ -96,23 +97,27 @@ class Spreads(NamedTuple):
     sources: tuple[str, ...] = ()
     measured: frozenset[tuple[str, str]] = frozenset()
     between: float = 0.0
+    far: float = 0.0
     experts: float = 0.0
 
-    def at(self, uncertain: float, *, experts: bool = False) -> Spread:
+    def at(self, uncertain: float, *, far: bool = False, experts: bool = False) -> Spread:
         """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
+
+        ``far``: no measured run is near its job (:mod:`planner.uncertainty.nearest`); ``experts``: it is a mixture of experts.
 
         >>> quantiles = (-1.6, -1.3, -0.7, 0.0, 0.7, 1.3, 1.6)
         >>> low, high = Spreads(quantiles, floor=0.03).at(0.04).interval(1.0)
         >>> round(low, 3), round(high, 3)
         (0.937, 1.067)
         """
-        factor = float(scale(self.floor, uncertain, self.experts if experts else 0.0))
+        beside = self.experts if experts else self.far
+        factor = float(scale(self.floor, uncertain, beside if far else 0.0))
         return Spread(tuple(factor * quantile for quantile in self.quantiles))
 
 
-def scale(floor: float, uncertain: Array | float, experts: Array | float = 0.0) -> Array:
+def scale(floor: float, uncertain: Array | float, far: Array | float = 0.0) -> Array:
     """What residuals are held against: ways to be wrong that are independent."""
-    return np.sqrt(floor**2 + uncertain**2 + experts**2)
+    return np.sqrt(floor**2 + uncertain**2 + far**2)
 
 
 class Residuals(NamedTuple):
@@ -181,7 +186,7 @@ def _spreads(reader: Reader) -> Spreads:
     spreads = Spreads(
         quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
         reader.texts("sources", ()), frozenset((stack, generation) for stack, _, generation in measured),
-        reader.number("between", 0.0), reader.number("experts", 0.0),
+        reader.number("between", 0.0), reader.number("far", 0.0), reader.number("experts", 0.0),
     )  # fmt: skip
     reader.finish()
     return spreads

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from planner.errors import Problem, SpecError
 from planner.specs.reader import read_file
 from planner.uncertainty.constants import constant_shares, constants_spread
+from planner.uncertainty.nearest import far_of
 from planner.uncertainty.published import PublishedRun, active_parameters, write_published_runs
 from planner.uncertainty.residuals import QUANTITIES, Residuals, Spreads
 from planner.uncertainty.terms import peak_parts, time_parts
@@ -129,6 +130,7 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
                 stack=problem.stack.name, accelerator=device.name, generation=device.generation, devices=plan.devices,
                 active_parameters=active_parameters(problem.model),
                 experts=any(block.moe for block in problem.model.blocks.values()),
+                state_space=any(block.ssm for block in problem.model.blocks.values()),
                 seq_len=problem.workload.seq_len, global_batch_size=problem.workload.global_batch_size,
                 precision=str(plan.knobs["precision"]), **{name: plan.mesh[name] for name in ("tp", "cp", "pp", "ep")},
                 tokens_per_s_per_device=None if rate is None else rate[0], error=error,
@@ -148,12 +150,14 @@ def published_runs(priced: Iterable[Priced], refitted: LeftOut) -> list[Publishe
 
 def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     """log(measured/predicted) of step times; the error is of the rate, which is the other way round."""
+    runs = list(runs)
     return [
         Residual(
             run.source, run.model, run.stack, run.generation, log1p(without_model), log1p(without_source),
             run.uncertain_without_model or 0.0, run.uncertain_without_source or 0.0, run.constants_share or 0.0, run.experts,
+            far, run.held_out,
         )
-        for run in runs
+        for run, far in zip(runs, far_of(runs), strict=True)
         if (without_model := run.error_without_model) is not None
         and (without_source := run.error_without_source) is not None
     ]  # fmt: skip
@@ -240,8 +244,8 @@ _ABOUT = (
     "What published runs measured, relative to what was predicted of them: planner validate --residuals writes this file. "
     "quantiles: of log(measured/predicted) over how uncertain the prediction was, at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 "
     "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by; "
-    "between: how uncertain constants of software that was never measured are, experts: a mixture of experts beside the floor, "
-    "as logarithms. "
+    "between: how uncertain constants of software that was never measured are, far: a job that no measured run is near, experts: "
+    "a mixture of experts that none is near, as logarithms. "
     "pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
     "plans are. terms: standard deviation of each term's logarithm. sources: documents and versions of the files' rows."
 )
@@ -270,6 +274,7 @@ def _spreads_json(spreads: Spreads) -> dict[str, Any]:
         "measured": [" on ".join(pair) for pair in sorted(spreads.measured)],
         "floor": round(spreads.floor, 4),
         **({"between": round(spreads.between, 4)} if spreads.between else {}),
+        **({"far": round(spreads.far, 4)} if spreads.far else {}),
         **({"experts": round(spreads.experts, 4)} if spreads.experts else {}),
         "quantiles": _rounded(spreads.quantiles),
     }

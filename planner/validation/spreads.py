@@ -1,10 +1,11 @@
 """Fits the spread of measurements around predictions, and verifies it on rows that the fit did not see.
 
-A residual is held against how uncertain its prediction was: a floor, which all predictions have, and what its own constants bring
-(``planner.uncertainty.constants``), as two independent errors. Quantiles of residuals relative to that are those of normalised
-conformal prediction (Lei et al. 2018, arXiv:1604.04173, section 5.2), of every run twice: by constants that were fitted without
-its model, and without its source. Software that stays known is only uncertain by its spreads then; software that nothing else
-tells of, by the prior of its constants. One set of quantiles serves both, because the scale knows the difference.
+A residual is held against how uncertain its prediction was, as independent errors: a floor, which all predictions have; what its
+own constants bring (``planner.uncertainty.constants``); and, where no measured run is near the job, what far ones err by beside
+that. Quantiles of residuals relative to it are those of normalised conformal prediction (Lei et al. 2018, arXiv:1604.04173,
+section 5.2). A run counts as predicted by constants that were fitted without its model, and again without its source where others
+know its software; a held-out run, which no constant saw, once. Runs whose source alone knows their software say how uncertain
+unknown software is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = ["Coverage", "Residual", "fit_spreads", "left_out"]
 _LOW, _HIGH = (PROBABILITIES.index(p) for p in (0.1, 0.9))
 _FLOORS = np.geomspace(1e-3, 0.3, 100)
 _TINY = 1e-12
+_Z = 1.2816  # deviations of a normal distribution within which 80 % lie
+_FEWEST = 5  # residuals that an error of their own is taken from
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Residual:
     """log(measured/predicted) of one run, by constants fitted without its model, and without its source.
 
     ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on, ``share`` how
-    much it moves with an error of all constants, ``experts`` whether the model is a mixture of them.
+    much it moves with an error of all constants, ``experts`` whether the model is a mixture of them, ``far`` whether no
+    measured run is near it, ``held_out`` whether constants were never fitted to it.
     """
 
     source: str
@@ -43,6 +47,8 @@ class Residual:
     uncertain_without_source: float = 0.0
     share: float = 0.0
     experts: bool = False
+    far: bool = False
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +87,23 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
     Args:
         residuals: at least one.
     """
-    both = [_arrays(residuals, by) for by in ("model", "source")]
-    experts = np.array([r.experts for r in residuals])
-    plain = ~experts if not experts.all() else experts
-    floor = _floor([(errors[plain], uncertain[plain]) for errors, uncertain in both])
-    more = _of_experts(both, floor, experts)
-    scales = [scale(floor, uncertain, more * experts) for _, uncertain in both]
-    scores = np.concatenate([errors / each for (errors, _), each in zip(both, scales, strict=True)])
-    quantiles = _quantiles(scores)
-    return Spreads(
-        tuple(float(quantile) for quantile in quantiles),
-        floor,
-        len(residuals),
-        len({(r.source, r.model) for r in residuals}),
-        tuple(sorted({r.source for r in residuals})),
-        frozenset((r.stack, r.generation) for r in residuals),
-        _between(residuals, floor, more, quantiles),
-        more,
+    again = [r for r, alone in zip(residuals, _alone(residuals), strict=True) if not (alone or r.held_out)]
+    errors, uncertain = (
+        np.concatenate(both)
+        for both in zip(_arrays(residuals, "model"), _arrays(again, "source"), strict=True)
+    )
+    experts, far = (np.array([getattr(r, name) for r in (*residuals, *again)]) for name in ("experts", "far"))
+    near = ~far if not far.all() else far
+    floor = _floor(errors[near], uncertain[near])
+    reach = np.quantile(np.abs(errors[near]) / scale(floor, uncertain[near]), COVERAGE)
+    dense, mixed = (_beside(errors[k], uncertain[k], floor, reach) for k in (far & ~experts, far & experts))
+    spreads = Spreads(
+        (), floor, len(residuals), len({(r.source, r.model) for r in residuals}), tuple(sorted({r.source for r in residuals})),
+        frozenset((r.stack, r.generation) for r in residuals), far=dense or 0.0, experts=mixed or dense or 0.0,
     )  # fmt: skip
+    quantiles = _quantiles(errors / _scale(spreads, uncertain, far, experts))
+    spreads = spreads._replace(quantiles=tuple(float(quantile) for quantile in quantiles))
+    return spreads._replace(between=_between(residuals, spreads))
 
 
 def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | None = None) -> Coverage:
@@ -110,7 +115,10 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         among: which of the runs are counted; all, unless given.
     """
     errors, uncertain = _arrays(residuals, by)
-    experts = np.array([r.experts for r in residuals])
+    experts, far, share = (
+        np.array([getattr(r, name) for r in residuals]) for name in ("experts", "far", "share")
+    )
+    unknown = np.array(_alone(residuals)) & (by == "source")
     folds = np.array([f"{r.source} {r.model}" if by == "model" else r.source for r in residuals])
     low, high = np.zeros(len(residuals)), np.zeros(len(residuals))
     for fold in np.unique(folds):
@@ -118,7 +126,8 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         kept = [r for r, is_out in zip(residuals, out, strict=True) if not is_out]
         if kept:
             fitted = fit_spreads(kept)
-            scales = scale(fitted.floor, uncertain[out], fitted.experts * experts[out])
+            known = np.where(unknown, share * fitted.between, uncertain)
+            scales = _scale(fitted, known, far | unknown, experts)[out]
             low[out], high[out] = fitted.quantiles[_LOW] * scales, fitted.quantiles[_HIGH] * scales
     counted = np.ones(len(residuals), dtype=bool) if among is None else np.array(among)
     inside = (low <= errors) & (errors <= high)
@@ -137,61 +146,62 @@ def _arrays(residuals: Sequence[Residual], by: str) -> tuple[Array, Array]:
     return errors, np.array([getattr(r, f"uncertain_without_{by}") for r in residuals])
 
 
-def _floor(both: Sequence[tuple[Array, Array]]) -> float:
-    """What predictions are uncertain by beside what they rest on.
+def _scale(spreads: Spreads, uncertain: Array, far: Array, experts: Array) -> Array:
+    """What residuals are held against, of each."""
+    return scale(spreads.floor, uncertain, np.where(experts, spreads.experts, spreads.far) * far)
 
-    Runs left out with their model rest on constants of their software, those left out with their source often do not: the floor
-    is where both lie as far out. Where they are the same, as for memory, it is the likeliest, under Laplace's
-    distribution, which bears outliers.
+
+def _alone(residuals: Sequence[Residual]) -> list[bool]:
+    """Whether no other source that constants are fitted to knows a run's software on its generation of accelerators."""
+    knows: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for r in residuals:
+        if not r.held_out:
+            knows[r.stack, r.generation].add(r.source)
+    return [not r.held_out and r.share > 0.0 and len(knows[r.stack, r.generation]) == 1 for r in residuals]
+
+
+def _floor(errors: Array, uncertain: Array) -> float:
+    """What predictions are uncertain by beside what they rest on: the likeliest under Laplace's, which bears outliers.
+
+    Where they rest on nothing that is uncertain it is the deviation of a normal distribution that holds as many.
     """
-
-    def apart(floor: float) -> float:
-        known, new = (np.quantile(np.abs(e) / np.hypot(floor, u), COVERAGE) for e, u in both)
-        return abs(float(np.log(max(known, _TINY) / max(new, _TINY))))
+    if not uncertain.any():
+        return max(float(np.quantile(np.abs(errors), COVERAGE)) / _Z, _TINY)
 
     def unlikely(floor: float) -> float:
-        errors, uncertain = (np.concatenate(parts) for parts in zip(*both, strict=True))
-        scales = np.hypot(floor, uncertain)
+        scales = scale(floor, uncertain)
         return float(np.log(np.mean(np.abs(errors) / scales) + _TINY) + np.mean(np.log(scales)))
 
-    return float(min(_FLOORS, key=lambda floor: (apart(floor), unlikely(floor))))
+    return float(min(_FLOORS, key=unlikely))
 
 
-def _of_experts(both: Sequence[tuple[Array, Array]], floor: float, experts: Array) -> float:
-    """What mixtures of experts are uncertain by beside that: so that as many of them lie as far out as of other models.
+def _beside(errors: Array, uncertain: Array, floor: float, reach: float) -> float | None:
+    """What some predictions are uncertain by beside that, so that as many of them lie as far out as of the near ones.
 
-    Their kernels differ by release and by routing, for which no constant stands. 0 where there are none, or no others.
+    Args:
+        errors, uncertain: theirs.
+        floor: of all.
+        reach: scales within which 80 % of the near ones lie.
     """
-    if experts.all() or not experts.any():
-        return 0.0
-    errors, uncertain = (np.concatenate(parts) for parts in zip(*both, strict=True))
-    mixed = np.concatenate([experts] * len(both))
-
-    def apart(more: float) -> float:
-        far = np.abs(errors) / scale(floor, uncertain, more * mixed)
-        there, elsewhere = (float(np.quantile(far[which], COVERAGE)) for which in (mixed, ~mixed))
-        return abs(float(np.log(max(there, _TINY) / max(elsewhere, _TINY))))
-
-    return float(min((0.0, *_FLOORS), key=apart))
+    if len(errors) < _FEWEST:
+        return None
+    needed = (errors / reach) ** 2 - floor**2 - uncertain**2
+    return float(np.quantile(np.sqrt(np.maximum(needed, 0.0)), COVERAGE))
 
 
-def _between(residuals: Sequence[Residual], floor: float, more: float, quantiles: Array) -> float:
+def _between(residuals: Sequence[Residual], spreads: Spreads) -> float:
     """How uncertain constants of unknown software are: so that 80 % of the runs are held whose source alone knows their software.
 
     They are taken as an unknown stack's would be, with their source left out; 0 where there are none.
     """
-    knows: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for r in residuals:
-        knows[r.stack, r.generation].add(r.source)
-    alone = [r for r in residuals if len(knows[r.stack, r.generation]) == 1 and r.share > 0.0]
+    alone = [r for r, only in zip(residuals, _alone(residuals), strict=True) if only]
     if not alone:
         return 0.0
     errors, shares = np.array([r.without_source for r in alone]), np.array([r.share for r in alone])
-    needed = np.where(
-        errors > 0.0, errors / quantiles[_HIGH], errors / quantiles[_LOW]
-    )  # the scale that just holds each
-    known = floor**2 + np.array([more * r.experts for r in alone]) ** 2
-    between = np.sqrt(np.maximum(needed**2 - known, 0.0)) / shares
+    far = np.array([spreads.experts if r.experts else spreads.far for r in alone])
+    # The scale that just holds each.
+    needed = np.where(errors > 0.0, errors / spreads.quantiles[_HIGH], errors / spreads.quantiles[_LOW])
+    between = np.sqrt(np.maximum(needed**2 - spreads.floor**2 - far**2, 0.0)) / shares
     return float(np.quantile(between, COVERAGE))
 
 

@@ -174,6 +174,7 @@ RECIPES = {
     "scattered hops": {"degrees": {"tp": 2, "pp": 2}, "pipeline": "scatter_gather"},
     "ring fsdp full": {"degrees": {"cp": 4, "dp": 4}, "zero_stage": "fsdp", "recompute": "full"},
     "gather eager": {"degrees": {"cp": 2, "tp": 2}, "attention_kernel": "eager", "context": "all_gather"},
+    "gathered ring": {"degrees": {"cp": 4, "dp": 2}, "context": "gathered_ring", "recompute": "full"},
     "eager ring": {"degrees": {"cp": 2}, "attention_kernel": "eager"},
     "ulysses": {"degrees": {"cp": 2, "dp": 2}, "context": "a2a", "zero_stage": "3"},
     "eager ulysses": {"degrees": {"cp": 2}, "attention_kernel": "eager", "context": "a2a"},
@@ -238,6 +239,7 @@ DEGREES = {
     "kept gathers": ("sequence_parallel", {"sequence_parallel": "gathered"}),
     "ring": ("context", {"context": "p2p"}),
     "gathered keys": ("context", {"context": "all_gather"}),
+    "gathered ring": ("context", {"context": "gathered_ring"}),
     "ulysses": ("context", {"context": "a2a"}),
     "usp": ("context", {"context": "a2a+p2p"}),
     "experts": ("expert", {}),
@@ -606,6 +608,7 @@ def test_inactive_choices_do_nothing():
     for slot, value in (
         ("context", "a2a"),
         ("context", "all_gather"),
+        ("context", "gathered_ring"),
         ("context", "a2a+p2p"),
         ("zero_stage", "1"),
         ("tensor_overlap", "chunked"),
@@ -614,6 +617,34 @@ def test_inactive_choices_do_nothing():
         technique = serve(slot, value)
         assert not np.any(technique.active(ctx))
         assert amounts(technique.apply(before, ctx)) == amounts(before)
+
+
+def test_gathers_before_row_wise_products_are_not_cut():
+    """pytorch/pytorch issue 149990: of pairs with one scale per row, only a product and its scatter are found and pipelined."""
+    for precision, windows in (("fp8", {"tp_gather", "tp_scatter"}), ("fp8_rowwise", {"tp_scatter"})):
+        ledger, _ = run(
+            "llama3-8b",
+            degrees={"tp": 8},
+            sequence_parallel="true",
+            tensor_overlap="chunked",
+            precision=precision,
+        )
+        cut = [item for item in collectives(ledger) if item.window.startswith("async.")]
+        assert {tag for item in cut for tag in item.tags & {"tp_gather", "tp_scatter"}} == windows
+
+
+def test_a_gathered_ring_sends_repeated_heads_and_gradients_in_fp32():
+    """Llama-3 8B: 32 heads of queries, 8 of keys; 4 ranks. Two gathers of K and V, and four sends of their gradients, in one item."""
+    ledger, ctx = run("llama3-8b", degrees={"cp": 4}, context="gathered_ring", recompute="none")
+    whole = 2 * ctx.workload.seq_len * 32 * 128 * float(np.ravel(ctx.micro_batch_size)[0])
+    found = {
+        (item.phase, item.kind, item.dtype): float(np.ravel(ledger.axes[item.size])[0])
+        for item in collectives(ledger) if item.by == "torch_ring"
+    }  # fmt: skip
+    assert found == {
+        ("forward", "all_gather", "bf16"): whole, ("backward", "all_gather", "bf16"): whole,
+        ("backward", "point_to_point", "fp32"): whole,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("pp", "dp", "share"), [(2, 8, 0.5), (1, 8, 1.0), (2, 1, 1.0)])

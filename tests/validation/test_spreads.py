@@ -1,6 +1,7 @@
 """The fit of the intervals: it recovers what is put in, and holds on runs that it did not see."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,17 @@ def test_the_floor_makes_known_and_unknown_software_err_alike():
         assert left_out(residuals, by).held == pytest.approx(0.8, abs=0.03)
 
 
+def test_far_jobs_have_wider_intervals():
+    """Errors of 5 % near measured runs, of 13 % far from them, and of 26 % of far mixtures: each is held as often."""
+    near, far, mixed = (normal(d, seed=seed) for seed, d in enumerate((0.05, 0.13, 0.26)))
+    far = [replace(r, far=True) for r in far]
+    mixed = [replace(r, far=True, experts=True) for r in mixed]
+    fitted = fit_spreads([*near, *far, *mixed])
+    for kind, deviation in (({}, 0.05), ({"far": True}, 0.13), ({"far": True, "experts": True}, 0.26)):
+        low, high = fitted.at(0.0, **kind).quantiles[1], fitted.at(0.0, **kind).quantiles[5]
+        assert (low, high) == pytest.approx((-1.2816 * deviation, 1.2816 * deviation), rel=0.15)
+
+
 @pytest.mark.parametrize("by", ["model", "source"])
 def test_intervals_hold_what_they_promise_on_what_was_left_out(by):
     found = left_out(normal(0.1), by)
@@ -110,6 +122,9 @@ def test_shipped_intervals_hold_on_what_was_left_out(by):
     for residuals in (times, peaks):
         assert 0.75 <= left_out(residuals, by).held <= 0.85, REGENERATE
     assert left_out(times, by).widths_per_error <= 4.0, REGENERATE
+    for held_out in (True, False):  # both of runs that mechanisms were found on, and of others
+        among = left_out(times, by, [run.held_out == held_out for run in runs if run.error is not None])
+        assert 0.73 <= among.held <= 0.87, REGENERATE
     read = [run.peak_counts for run in runs if run.peak_error is not None]
     of_process = left_out(peaks, by, [meter == "smi" for meter in read])
     assert 0.75 <= of_process.held <= 0.85, REGENERATE

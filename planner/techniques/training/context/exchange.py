@@ -24,6 +24,7 @@ from planner.ledger import (
     Kernel,
     Ledger,
     Resident,
+    Stream,
     role,
     times,
 )
@@ -32,6 +33,7 @@ from planner.technique import Check, Context
 __all__ = [
     "divides",
     "gather_keys",
+    "gather_ring",
     "pass_keys",
     "pass_queries",
     "sequence_checks",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _TOKENS = ("seq", "encoder_seq")
+_SUM_BYTES = 8.0  # an fp32 sum is read and written
 _BUFFERS = 4  # keys and values, and their gradients, in use and arriving
 
 
@@ -256,6 +259,41 @@ def gather_keys(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: s
             added.append(core.collective("scatter_kv_gradient", "reduce_scatter", whole, group, ctx, by))
         else:
             added.append(_buffer(core.kernels[0], times(local, "ring_buffers"), ctx, by))
+    return ledger.add(added)
+
+
+def gather_ring(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Keys and values are gathered once, attention works on them block by block, and their gradients travel around the ring.
+
+    Every block's output is merged into the sum so far, and every block's gradients are added to theirs, in fp32. Heads of keys
+    and values are repeated for every query's before they leave.
+    """
+    apart = np.where(ctx.mesh.cp > 1, 1.0, 0.0)
+    ledger = ledger.set_axes(ring=ctx.mesh.cp, ring_steps=ctx.mesh.cp - 1.0, ring_apart=apart)
+    width = dtype_bytes(ctx.format.activation)
+    added: list[Item] = []
+    for core in _cores(ledger):
+        kernel = core.kernels[0]
+        assert isinstance(kernel, AttentionCore), "blocks of attention are fused kernels"
+        keys = " + ".join(
+            f"{kernel.batch}*{kernel.heads}*{kernel.kv}*{dim}" for dim in (kernel.qk_dim, kernel.v_dim)
+        )
+        added.append(core.collective("gather_kv", "all_gather", keys, ctx.mesh.group("cp"), ctx, by))
+        if kernel.phase == "forward":
+            summed = times(core.size("core_output"), "ring_steps")
+            added.append(_buffer(kernel, times(keys, "ring_apart"), ctx, by))
+        else:
+            summed = times(f"{times(core.size('q'), 'ring')} + {keys}", "ring_apart")
+            sent = core.collective(
+                "pass_kv_gradient", "point_to_point", keys, ctx.mesh.group("cp"), ctx, by, messages="ring"
+            )
+            added.append(replace(sent, dtype="fp32"))
+        added.append(
+            Stream(
+                what=f"{core.region}.merge", block=kernel.block, phase=kernel.phase, tags=frozenset({"core_attn", "cp"}), by=by,
+                size=summed, bytes_per_element=_SUM_BYTES + width, dtype=ctx.format.activation,
+            )
+        )  # fmt: skip
     return ledger.add(added)
 
 

@@ -74,7 +74,7 @@ TECHNIQUE = Technique(
         Knob(
             "context",
             "how queries meet distant keys",
-            ("p2p", "all_gather", "a2a", "a2a+p2p", "helped", "tokens"),
+            ("p2p", "all_gather", "a2a", "a2a+p2p", "helped", "tokens", "gathered_ring"),
             "p2p",
         ),
     ),

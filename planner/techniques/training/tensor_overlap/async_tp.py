@@ -4,7 +4,8 @@ What it does: all-gather → product and product → reduce-scatter pairs run as
 Saves: all but one chunk of the shorter of the two; where a stack copies what it gathers, that copy.
 Costs: compute and communication share the device while they overlap; where a stack copies what it scatters, a sum of tp parts.
 Assumes: one pair per gather or scatter; a chunk of a product runs as efficiently as the whole; sequence parallelism
-    (Megatron's requirement).
+    (Megatron's requirement). Gathers before products of one scale per row stay apart: PyTorch does not find them
+    (pytorch/pytorch issue 149990, open as of 2026).
 Source: Wang et al. 2023 (ASPLOS, doi:10.1145/3567955.3567959); Megatron ``--tp-comm-overlap``; PyTorch asynchronous TP
     (``torch/distributed/_symmetric_memory``: a reduction of the stacked parts).
 """
@@ -36,9 +37,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     products = {(item.block, item.phase, item.what): item for item in ledger.of(Matmul)}
     chunks: dict[str, Array] = {}
     changed: dict[int, Item] = {}
+    paired = _PAIRED - ({"tp_gather"} if ctx.knobs["precision"] == "fp8_rowwise" else set())
     for item in ledger.of(Collective):
         operator = item.what.rpartition(".")[0]
-        product = products.pop((item.block, item.phase, operator), None) if item.tags & _PAIRED else None
+        product = products.pop((item.block, item.phase, operator), None) if item.tags & paired else None
         if product is not None:
             window = f"async.{item.block}.{item.phase}.{operator}"
             chunks[window] = ctx.mesh.tp
