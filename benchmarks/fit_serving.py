@@ -53,6 +53,7 @@ SERVING = (
     "prompt_slowdown",
     "experts_prompt_slowdown",
     "admission_s",
+    "stream_s",
 )
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
@@ -69,6 +70,7 @@ PRIORS = {
     "prompt_slowdown": (1.0, 0.2, 0.2),
     "experts_prompt_slowdown": (1.0, 0.3, 0.15),
     "admission_s": (0.03, 0.7, 0.7),
+    "stream_s": (1e-4, 0.7, 0.5),
 }
 NAMES = (*STACK, *SERVING)
 WEIGHTS = {"tpot": 1.0, "ttft": 0.7, "latency": 1.0, "output_tokens_per_s": 1.0}
@@ -227,7 +229,7 @@ def _moves(name: str, run: ServedRun) -> bool:
     if name == "dispatch_s":  # where graphs hide it, it sets no pace
         assert run.stack.serving is not None
         return float(run.stack.serving.graph_sequences) == 0.0
-    return name != "admission_s" or run.driver in ("concurrency", "pools", "rate")
+    return name not in ("admission_s", "stream_s") or run.driver in ("concurrency", "pools", "rate")
 
 
 def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ class Launch:
         held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
         cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
         ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
+        stream_interval: tokens of an answer that leave the engine together.
     """
 
     cache: str = ""
@@ -36,6 +37,7 @@ class Launch:
     held_back_iterations: int = 0
     cache_fraction: float = 0.0
     ranks_attend: bool = False
+    stream_interval: int = 1
 
 
 DEFAULTS = Launch()
@@ -180,6 +182,7 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
         reader.integer("held_back_iterations", 0, minimum=0),
         reader.number("cache_fraction", 0.0, maximum=1.0),
         reader.boolean("ranks_attend", False),
+        reader.integer("stream_interval", 1, minimum=1),
     )
     reader.text("source")
     reader.finish()
