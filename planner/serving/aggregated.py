@@ -274,11 +274,10 @@ def _means(
     alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
     parts = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0)
     prefill_s = (1.0 + (parts - 1.0) / stages) * alone_s
-    around_s = iterations.software.around_s(decodes * iterations.ctx.mesh.pp)
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
         requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,
-        ttft_s=prefill_s + wait_s + around_s, wait_s=wait_s, prefill_load=load,
+        ttft_s=prefill_s + wait_s + float(iterations.software.admission_s), wait_s=wait_s, prefill_load=load,
         mixed_s=mixed_s, decode_s=decode_s,
     )  # fmt: skip
 

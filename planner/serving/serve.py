@@ -20,7 +20,7 @@ from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Found, search_aggregated
 from planner.serving.space import ServeSpace, degrees_of
 from planner.specs.serve_problem import ServeProblem
-from planner.uncertainty.serving import serving_interval
+from planner.uncertainty.serving import novelty_of, serving_interval
 
 if TYPE_CHECKING:
     from planner.serving.mixed import MixedFound
@@ -331,6 +331,7 @@ def _told(
         interval=serving_interval(
             any(block.moe for block in problem.model.blocks.values()),
             isinstance(f, Split),
+            novelty_of(problem.stack, device),
             {
                 "ttft_s": ttft["mean"],
                 "tpot_s": tpot["mean"],

@@ -61,8 +61,6 @@ class ServingSoftware:
         experts_prompt_slowdown: the same again of models with experts: tokens of one text choose alike, and the kernels around
             experts are many.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
-        stream_s: the same per stream of tokens: what is around an engine (the detokenizer, an HTTP server's event loop, the client)
-            passes tokens of an iteration on one after the other, and a first token waits among those of all others.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
         reserved_bytes: what a process holds besides: context, libraries, captured graphs.
@@ -83,7 +81,6 @@ class ServingSoftware:
     prompt_slowdown: Sourced
     experts_prompt_slowdown: Sourced
     admission_s: Sourced
-    stream_s: Sourced
     memory_fraction: Sourced
     free_fraction: Sourced
     reserved_bytes: Sourced
@@ -96,14 +93,6 @@ class ServingSoftware:
     all_reduce: str = "own"
     context_parallel: str = "none"
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
-
-    def around_s(self, streams: Any) -> Any:
-        """Seconds that what is around the engine adds to a first token, beside so many streams."""
-        return float(self.admission_s) + float(self.stream_s) * streams
-
-    def streaming(self, every: int) -> ServingSoftware:
-        """The engine where tokens leave it so many at a time (``--stream-interval``)."""
-        return replace(self, stream_s=replace(self.stream_s, value=self.stream_s.value / every))
 
     def on_generation(self, generation: str) -> ServingSoftware:
         """The engine with the constants that it has on one generation of accelerators."""

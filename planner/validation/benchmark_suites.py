@@ -26,7 +26,6 @@ class Launch:
         held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
         cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
         ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
-        stream_interval: tokens of an answer that leave the engine together.
     """
 
     cache: str = ""
@@ -37,7 +36,6 @@ class Launch:
     held_back_iterations: int = 0
     cache_fraction: float = 0.0
     ranks_attend: bool = False
-    stream_interval: int = 1
 
 
 DEFAULTS = Launch()
@@ -58,7 +56,7 @@ class Suite:
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         natural_lengths: squared coefficient of variation of lengths that are told by their mean; 0: they are as stated.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
-        frontend_s: seconds that the suite's own frontend adds to the first token.
+        warmed_since: day from which on requests were sent before those that count; empty: always, or not told.
         launches: options, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
         requests: of a run in all, by lengths of prompts and answers.
@@ -72,7 +70,7 @@ class Suite:
     shortest_length: float = 1.0
     natural_lengths: float = 0.0
     requests_per_client: int = 0
-    frontend_s: float = 0.0
+    warmed_since: str = ""
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
     requests: Mapping[tuple[float, float], float] = field(default_factory=dict)
@@ -137,7 +135,7 @@ def _suites() -> Mapping[str, Suite]:
             entry.number("shortest_length", 1.0),
             entry.number("natural_lengths", 0.0),
             entry.integer("requests_per_client", 0, minimum=0),
-            entry.number("frontend_s", 0.0),
+            entry.text("warmed_since", ""),
             tuple(_launch(each) for each in entry.tables("launch", [])),
             tuple(_speculation(each) for each in entry.tables("speculation", [])),
             {
@@ -182,7 +180,6 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
         reader.integer("held_back_iterations", 0, minimum=0),
         reader.number("cache_fraction", 0.0, maximum=1.0),
         reader.boolean("ranks_attend", False),
-        reader.integer("stream_interval", 1, minimum=1),
     )
     reader.text("source")
     reader.finish()

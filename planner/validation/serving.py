@@ -233,7 +233,6 @@ def _group(runs: Sequence[ServedRun], stack: Stack) -> list[dict[str, float] | s
         knobs["activations"] = "fp16"
     ctx = ServingContext(first.model, first.cluster, traffic, stack, mesh, knobs)
     iterations = Iterations(ctx)
-    iterations.software = iterations.software.streaming(first.launch.stream_interval)
     columns = _DRIVERS[first.driver](iterations, traffic, load, runs)
     found = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(runs))]
     return [{name: value for name, value in one.items() if np.isfinite(value)} for one in found]
@@ -250,7 +249,7 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
     state = steady(iterations, traffic, inside, chunk)
     rate = state.requests_per_s
-    held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
+    held_back_s = launch.held_back_iterations * state.tpot_s
     ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
     return {
         "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
@@ -294,15 +293,14 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         each = n / iterations.ctx.mesh.pp
         return np.asarray(iterations(each, each * context, zero, zero))
 
-    def before_s(rate: Array, token_s: Array, streams: Array) -> Array:
+    def before_s(rate: Array, token_s: Array) -> Array:
         """Seconds until the worker for generation returns the first token, with its first iteration, at a rate."""
         busy = np.minimum(rate / most, 1.0)
         wait_s = (1.0 - first) * clients_wait_s(others, several_s / several, busy)
         wait_s = wait_s + first * others / 2.0 * several_s / several
         own_s = prompt_s + busy * (several_s - prompt_s)
         # By one worker, then by the other, which has begun an iteration without it.
-        software = iterations.software
-        outside_s = float(software.admission_s) + software.around_s(streams) + 2.0 * token_s + runs[0].frontend_s
+        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s)
         return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]
@@ -310,13 +308,13 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         middle = (low + high) / 2.0
         token_s = step_s(middle)
         rate = middle / (answer * token_s) * counts[:, 1]
-        room = (rate <= most) & (rate * before_s(rate, token_s, middle * counts[:, 1]) + middle * counts[:, 1] <= load)
+        room = (rate <= most) & (rate * before_s(rate, token_s) + middle * counts[:, 1] <= load)
         low, high = np.where(room, middle, low), np.where(room, high, middle)
     tpot_s = step_s(high)
     rate = high * counts[:, 1] / (answer * tpot_s)
     return {
         "tpot": tpot_s,
-        "ttft": np.maximum(before_s(rate, tpot_s, high * counts[:, 1]), load / rate - answer * tpot_s),
+        "ttft": np.maximum(before_s(rate, tpot_s), load / rate - answer * tpot_s),
         "output_tokens_per_s": rate * traffic.osl,
     }
 

@@ -59,7 +59,19 @@ _WINDOWS = {
 # What comes before a layer's scores: the half that waits for its dispatch is one stage ahead of it.
 _PREPARES = {"norm1"} | {
     f"attention.{name}"
-    for name in ("q", "qkv", "qk_norm", "q_down", "q_norm", "q_up", "kv_down", "kv_norm", "kv_up", "rope", "absorb_query")
+    for name in (
+        "q",
+        "qkv",
+        "qk_norm",
+        "q_down",
+        "q_norm",
+        "q_up",
+        "kv_down",
+        "kv_norm",
+        "kv_up",
+        "rope",
+        "absorb_query",
+    )
 }
 
 
