@@ -212,8 +212,9 @@ def fit(cases: list[Case], rounds: int) -> Fit:
 
 def _on_unmeasured(run: ServedRun) -> ServedRun:
     """The run on a device with the same data sheet, of whose kernels no one knows more than is assumed of new ones."""
-    device = replace(run.cluster.device, generation=_UNMEASURED, efficiency=load_device(_ASSUMED).efficiency)
-    return replace(run, cluster=replace(run.cluster, device=device))
+    (group,) = run.cluster.groups
+    device = replace(group.device, generation=_UNMEASURED, efficiency=load_device(_ASSUMED).efficiency)
+    return replace(run, cluster=replace(run.cluster, groups=(replace(group, device=device),)))
 
 
 def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
