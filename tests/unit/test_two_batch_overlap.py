@@ -106,11 +106,11 @@ def test_halves_hold_half_of_the_tokens():
     assert rows(halves) == [32.0, 32.0]
 
 
-def plan_of(engine, **fixed):
+def plan_of(engine, explore=(), **fixed):
     model = planner.load_model("deepseek-v3")
     problem = ServeProblem(
         model, planner.load_cluster("h200-sxm:4x8"), Traffic(4000, 500, ttft_s=5.0, tpot_s=0.1), load_stack(engine),
-        (model.checkpoint,), fixed=fixed, modes=("disaggregated",),
+        (model.checkpoint,), fixed=fixed, modes=("disaggregated",), explore=explore,
     )  # fmt: skip
     return serve(problem, top=1).best
 
@@ -118,7 +118,7 @@ def plan_of(engine, **fixed):
 @pytest.mark.parametrize(
     ("engine", "flag"), [("vllm", "--enable-dbo"), ("sglang", "--enable-two-batch-overlap")]
 )
-def test_a_search_takes_it_and_engines_are_told(engine, flag, tmp_path):
+def test_a_search_that_is_asked_takes_it_and_engines_are_told(engine, flag, tmp_path):
     """Prompts over several nodes gain most of what their exchange takes."""
     mesh = {
         "prefill.tp": 1,
@@ -127,10 +127,11 @@ def test_a_search_takes_it_and_engines_are_told(engine, flag, tmp_path):
         "prefill.ep": 16,
         "prefill.experts": "exchanged",
     }
-    best = plan_of(engine, **mesh)
+    best = plan_of(engine, ("micro_batches=2",), **mesh)
     prefill = next(pool for pool in best.pools if pool.role == "prefill")
     assert prefill.knobs["micro_batches"] == "2"
-    alone = plan_of(engine, **mesh, micro_batches="1")
+    alone = plan_of(engine, **mesh)
+    assert {pool.knobs["micro_batches"] for pool in alone.pools} == {"1"}
     assert best.estimate.goodput_requests_per_s > alone.estimate.goodput_requests_per_s
     for name, text in export_serving(best, engine).items():
         (tmp_path / name).write_text(text)

@@ -1,7 +1,7 @@
 """Attention and experts on devices of their own, between which micro-batches go back and forth.
 
 What it does: replicas that generate are attention ranks with caches and expert devices with whole experts; two to four
-    micro-batches take turns on either side (``planner.serving.ping_pong``, ``--mode ping_pong``). Prompts run in a pool of their own.
+    micro-batches take turns on either side (``--mode ping_pong``). Prompts run in a pool of their own.
 Saves: experts see the tokens of all attention ranks, and either side has as many devices as it takes to keep both busy.
 Costs: every token travels twice a layer, which micro-batches hide; experts' products have a micro-batch's rows each.
 Assumes: whole experts on a device, even loads; tokens travel over the outermost links; one type of devices; micro-batches of
