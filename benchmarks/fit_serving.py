@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from planner.specs.device import Sourced
+from planner.specs.device_file import load_device
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
 from planner.validation.benchmark_suites import suite_of
@@ -76,6 +77,10 @@ MARK = "# -- fitted by benchmarks/fit_serving.py"
 _STEP, _LONGEST, _SCALE, _FEWEST = 0.06, 0.7, 0.1, 20
 _RESIDUAL = 0.2  # typical: what a standard deviation of a constant weighs against a row's
 _ROWS_OF_A_MODEL = 40.0
+_UNMEASURED, _ASSUMED = (
+    "unmeasured",
+    "ascend-910b",
+)  # a device whose efficiencies are all assumed, none from its own kernels
 Cell = tuple[str, str]
 Case = tuple[ServedRun, str, float]
 
@@ -91,6 +96,8 @@ class Fit:
     errors: Any  # logarithm of predicted over measured, per case, at theta
     by_model: Any  # the same with constants from the other models' rows
     by_source: Any  # and from the other sources' rows
+    by_engine: Any  # and from the other engines' rows
+    by_device: Any  # and from other generations' rows, on devices whose kernels nobody measured
 
 
 def main() -> None:
@@ -173,14 +180,22 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         found, centre = _solve(slopes, goal, weight * told, at, len(cells))
         theta = before + np.clip(found - before, -_LONGEST, _LONGEST)
 
-    def without(groups: list[Any]) -> Any:
-        """Errors of every group of rows, with constants from the others."""
+    def without(groups: list[Any], unmeasured: bool = False) -> Any:
+        """Errors of every group of rows, with constants from the others; on devices of which nothing was measured."""
         errors = np.full(len(cases), np.nan)
         for group in dict.fromkeys(groups):
             own = np.array([other == group for other in groups])
-            others, _ = _solve(slopes, goal, weight * told * ~own, at, len(cells))
-            moved = before + np.clip(others - before, -_LONGEST, _LONGEST)
-            errors[own] = _predicted(cells, moved, [cases[i] for i in np.flatnonzero(own)]) - measured[own]
+            others, middle = _solve(slopes, goal, weight * told * ~own, at, len(cells))
+            moved, asked = (
+                before + np.clip(others - before, -_LONGEST, _LONGEST),
+                [cases[i] for i in np.flatnonzero(own)],
+            )
+            where = cells
+            if unmeasured:
+                asked = [(_on_unmeasured(run), metric, value) for run, metric, value in asked]
+                where = [(name, _UNMEASURED) for name in dict.fromkeys(name for name, _ in cells)]
+                moved = np.tile(middle, (len(where), 1))
+            errors[own] = _predicted(where, moved, asked) - measured[own]
         return errors
 
     by_model = without(families)
@@ -189,9 +204,17 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         on_engine[name].add(family)
     by_model[[len(on_engine[_cell(run)[0]]) == 1 for run, _, _ in cases]] = np.nan
     errors = _predicted(cells, theta, cases) - measured
-    return Fit(
-        cases, cells, theta, centre, errors, by_model, without([source_of(run) for run, _, _ in cases])
-    )
+    by_source = without([source_of(run) for run, _, _ in cases])
+    by_engine = without([_cell(run)[0] for run, _, _ in cases])
+    by_device = without([_cell(run)[1] for run, _, _ in cases], unmeasured=True)
+    return Fit(cases, cells, theta, centre, errors, by_model, by_source, by_engine, by_device)
+
+
+def _on_unmeasured(run: ServedRun) -> ServedRun:
+    """The run on a device with the same data sheet, of whose kernels no one knows more than is assumed of new ones."""
+    (group,) = run.cluster.groups
+    device = replace(group.device, generation=_UNMEASURED, efficiency=load_device(_ASSUMED).efficiency)
+    return replace(run, cluster=replace(run.cluster, groups=(replace(group, device=device),)))
 
 
 def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
@@ -202,7 +225,8 @@ def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
             WEIGHTS[metric]
             * min(1.0, _ROWS_OF_A_MODEL / rows[cell, family]) ** 0.5
             * (of_cell[cell] >= _FEWEST)
-            for (_, metric, _), cell, family in zip(cases, at.tolist(), families, strict=True)
+            * (not (run.first and metric == "ttft"))  # it may hold compilation, which no constant is of
+            for (run, metric, _), cell, family in zip(cases, at.tolist(), families, strict=True)
         ]
     )
 
@@ -335,21 +359,21 @@ def _family(run: ServedRun) -> tuple[int, int]:
 
 def residuals(found: Fit) -> list[ServingResidual]:
     """What intervals rest on."""
+    columns = (found.by_model, found.by_source, found.by_engine, found.by_device)
     return [
         ServingResidual(
-            QUANTITY_OF[metric], kind_of_run(run), source_of(run), float(-by_model), float(-by_source)
+            QUANTITY_OF[metric], kind_of_run(run), source_of(run), *(-float(error) for error in errors)
         )
-        for (run, metric, _), by_model, by_source in zip(
-            found.cases, found.by_model, found.by_source, strict=True
-        )
+        for (run, metric, _), *errors in zip(found.cases, *columns, strict=True)
     ]
 
 
 def intervals(rows: list[ServingResidual]) -> dict[str, Any]:
     """The document that ``planner serve`` reads its intervals from."""
     about = (
-        "log(measured/predicted) of published serving runs: half-widths that hold 80 % of runs of models left out (within, by "
-        "kind), and what sources left out need beside it (between): benchmarks/fit_serving.py --residuals writes this file."
+        "log(measured/predicted) of published serving runs: half-widths that hold 80 % of runs of models left out "
+        "(within, by kind), and what sources, engines and devices left out need beside it (between): "
+        "benchmarks/fit_serving.py --residuals writes this file."
     )
     return {"about": about, **_rounded(fit_serving_spreads(rows))}
 

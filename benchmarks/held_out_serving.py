@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.uncertainty.serving import serving_interval
+from planner.uncertainty.serving import novelty_of, serving_interval
 from planner.validation import validate
 from planner.validation.report import Report
 from planner.validation.scores import ScoredRow, coverage, error_statistics
@@ -176,7 +176,9 @@ def _inside(row: ScoredRow, run: ServedRun) -> bool:
     assert row.predicted is not None, "the row is scored"
     assert row.measured is not None, "the row is scored"
     quantity = QUANTITY_OF[row.metric]
-    low, high = serving_interval(run.experts, run.driver == "pools", {quantity: row.predicted})[quantity]
+    novelty = novelty_of(run.stack, run.cluster.device)
+    found = serving_interval(run.experts, run.driver == "pools", novelty, {quantity: row.predicted})
+    low, high = found[quantity]
     return low <= row.measured <= high
 
 

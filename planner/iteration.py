@@ -138,8 +138,13 @@ class Iterations:
         return np.asarray(np.where(occupied, device_s + self.ctx.mesh.pp * self.host_s(batch), 0.0))
 
     def host_s(self, batch: Composition) -> Array:
-        """Seconds that a stage's device waits for the host, per batch that it runs."""
-        sequences = batch.decodes + np.minimum(batch.prefill_tokens, 1.0)
+        """Seconds that a stage's device waits for the host, per batch that it runs.
+
+        Every attention rank has a scheduler of its own, which handles its own sequences (vLLM: ``DPEngineCoreProc``, SGLang:
+        ``launch_dp_attention_schedulers``, TensorRT-LLM: a ``PyExecutor`` per rank); ranks of ``tp`` all handle the same ones.
+        """
+        decodes = np.maximum(batch.decodes / self.ctx.mesh.dp, np.minimum(batch.decodes, 1.0))
+        sequences = decodes + np.minimum(batch.prefill_tokens, 1.0)
         return np.asarray(float(self.software.iteration_s) + float(self.software.sequence_s) * sequences)
 
     def sized(self, batch: Composition, *, captured: bool = True) -> Ledger:

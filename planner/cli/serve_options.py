@@ -97,7 +97,7 @@ class ServeOptions:
         str | None,
         option(
             "--mode",
-            text="aggregated, disaggregated [both], static batches, or offloaded to host and disk.",
+            text="aggregated, disaggregated [both], ping_pong of attention and experts, static, or offloaded.",
             metavar="MODE",
         ),
     ] = None
@@ -262,10 +262,11 @@ class ServeOptions:
 
 
 def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
-    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's, static ones nobody's."""
+    """The engine that a plan is for: what it refuses is not searched. Offloaded plans are FlexGen's, static ones nobody's,
+    and attention apart from experts MegaScale-Infer's."""
     from planner.export.serving.rules import SERVING_LAUNCHERS
 
-    return None if modes in (("offloaded",), ("static",)) else SERVING_LAUNCHERS.get(stack)
+    return None if modes in (("offloaded",), ("static",), ("ping_pong",)) else SERVING_LAUNCHERS.get(stack)
 
 
 def _daily_rates(faults: list[Fault], daily: str) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ def next_serving_plan(reference: str, plan: ServePlan, to: str) -> int | None:
     data, exporter = read_file(path), find_serving_exporter(to)
     for number, fields in enumerate(data.get("plans", [data]), 1):
         other = ServePlan.from_dict(fields, f"{path}:{number}")
-        if other.mode in ("offloaded", "static") or any(pool.cluster for pool in other.pools):
+        if other.mode in ("offloaded", "static", "ping_pong") or any(pool.cluster for pool in other.pools):
             continue
         try:
             runs = other.id != plan.id and not serving_problems(ServingTarget(other), exporter)

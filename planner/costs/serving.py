@@ -2,7 +2,8 @@
 
 Sources: Y. Zhong et al., "DistServe", OSDI 2024, section 3.1 (prefill as M/D/1); L. Kleinrock, Queueing Systems, vol. 1, 1975,
 section 5.8 (mean wait of M/D/1); P. Patel et al., "Splitwise", ISCA 2024, section 4.2 (transfer layer by layer);
-A. Agrawal et al., "SARATHI", arXiv:2308.16369, section 3.3 (bubbles between unlike batches of a pipeline).
+A. Agrawal et al., "SARATHI", arXiv:2308.16369, section 3.3 (bubbles between unlike batches of a pipeline); R. Zhu et al.,
+"MegaScale-Infer", arXiv:2504.02263, section 4.1 (micro-batches between attention and experts).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 from planner.costs.arrays import Real
 
-__all__ = ["held_up_share", "kv_transfer_s", "queue_load", "replicas_needed"]
+__all__ = ["held_up_share", "kv_transfer_s", "ping_pong_s", "queue_load", "replicas_needed"]
 
 _BISECTIONS = 50
 
@@ -88,3 +89,24 @@ def held_up_share(prompts: Real, parts: Real, stages: Real) -> Real:
     """
     rounds = np.where(np.asarray(parts) > 1.0, 1.0 + (parts - 1.0) / stages, parts)
     return -np.expm1(-prompts * rounds)
+
+
+def ping_pong_s(attention_s: Real, experts_s: Real, way_s: Real, layers: Real, batches: Real) -> Real:
+    """Seconds in which micro-batches pass all layers between attention and experts on devices of their own.
+
+    A layer keeps a micro-batch for ``A + E + 2C`` and each side for ``F = max(A, E)`` of each, so that a layer of all takes
+    ``max(m·F, A + E + 2C)``; where the first is longer, this is the paper's ``A + E + 2C + F(mL − 1)``.
+
+    Args:
+        attention_s, experts_s: of one layer and micro-batch.
+        way_s: of its tokens from one side to the other.
+        layers: that have experts.
+        batches: micro-batches ``m``.
+
+    >>> [round(float(ping_pong_s(1.0, 1.0, 0.4, 100.0, m)) / m, 1) for m in (1, 2, 3)]  # 2.8 a layer; 3 hide it
+    [280.0, 140.5, 100.6]
+    """
+    slower_s, once_s = np.maximum(attention_s, experts_s), attention_s + experts_s + 2.0 * np.asarray(way_s)
+    between_s = np.maximum(batches * slower_s, once_s)
+    passed: Real = (layers - 1.0) * between_s + once_s + (batches - 1.0) * slower_s
+    return passed

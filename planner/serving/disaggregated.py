@@ -12,9 +12,9 @@ Sources: Zhong et al. 2024 (DistServe, OSDI), section 3 (prefill as M/D/1); Pate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,12 @@ from planner.serving.numbers import Asked, Replicas, numbers_of
 from planner.serving.pair_loads import HIGHEST_LOAD, Matched, Pairs, best_loads, prompt_rate
 from planner.serving.percentiles import Latencies
 from planner.serving.pools import Decode, Prefill, decode_kinds, prefill_kinds, transfer_s
-from planner.serving.space import ServeSpace, mesh_of, size_of
+from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
 
 __all__ = ["Split", "note_missed", "search_disaggregated"]
+
+Generating: TypeAlias = Callable[[ServeProblem, ServeSpace, Pricer, Account], list[Decode]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +41,7 @@ class Split:
 
     Attributes:
         recipes, rows, chunk: what each pool runs, prefill first; the budget of prefill iterations.
+        sizes: devices of a replica of either pool.
         replicas: of each pool.
         requests_per_s: answers of both pools together.
         load: fraction of time that prefill replicas are at work.
@@ -51,6 +54,7 @@ class Split:
 
     recipes: tuple[Mapping[str, str], Mapping[str, str]]
     rows: tuple[NDArray[Any], NDArray[Any]]
+    sizes: tuple[int, int]
     chunk: float
     replicas: tuple[int, int]
     requests_per_s: float
@@ -69,7 +73,7 @@ class Split:
     @property
     def devices(self) -> int:
         """Devices of both pools."""
-        return int(sum(n * size_of(row) for n, row in zip(self.replicas, self.rows, strict=True)))
+        return sum(n * size for n, size in zip(self.replicas, self.sizes, strict=True))
 
     def ttft_at(self, quantile: float | None) -> float:
         """Mean (None) or quantile of the time to the first token."""
@@ -83,15 +87,17 @@ class Split:
         return float(wait_s + self.prefill_s + self.transfer_s + self.admission_s)
 
 
-def search_disaggregated(problem: ServeProblem, pricer: Pricer, account: Account) -> list[Split]:
-    """The best numbers of replicas for every pair of replica sizes."""
+def search_disaggregated(
+    problem: ServeProblem, pricer: Pricer, account: Account, generating: Generating = decode_kinds
+) -> list[Split]:
+    """The best numbers of replicas for every pair of replica sizes; ``generating`` lists those that generate."""
     if problem.traffic.osl < 2 or problem.cluster.devices < 2:
         return []
     scratch = Account()  # kinds of replicas; what counts as a candidate is a pair
     left, right = ServeSpace(problem, "prefill"), ServeSpace(problem, "decode")
     prefills, decodes = (
         prefill_kinds(problem, left, pricer, scratch),
-        decode_kinds(problem, right, pricer, scratch),
+        generating(problem, right, pricer, scratch),
     )
     if not (prefills and decodes) and not account.candidates:
         account.rejected.update(scratch.rejected)  # what to tell where nothing is left
@@ -234,6 +240,7 @@ def _split(pairs: Pairs, best: Matched, k: int) -> Split:
     return Split(
         recipes=(p.kind.recipe, d.kind.recipe),
         rows=(p.kind.rows[i], d.kind.rows[j]),
+        sizes=(int(p.kind.size[i]), int(d.kind.size[j])),
         chunk=float(p.kind.chunks[i]),
         replicas=replicas,
         requests_per_s=answered,

@@ -22,7 +22,7 @@ class Pool:
     """Replicas of one kind.
 
     Attributes:
-        role: ``aggregated``, ``prefill`` or ``decode``.
+        role: ``aggregated``, ``prefill`` or ``decode``; or ``attention`` and ``experts``, which generate together.
         replicas: how many.
         mesh: ``tp pp dp ep etp`` of one replica, and ``cp`` where ranks share prompts; its devices are tp · pp · dp · cp.
         knobs: every other choice: formats, ``chunk_tokens``, ``max_sequences`` …
@@ -93,7 +93,7 @@ class ServePlan:
 
     Attributes:
         model, cluster, stack: names (or paths) as given; ``traffic`` the requests and promises.
-        mode: ``aggregated``, ``disaggregated``, ``static`` or ``offloaded``.
+        mode: ``aggregated``, ``disaggregated``, ``ping_pong``, ``static`` or ``offloaded``.
         pools: what to launch.
         estimate: what it is predicted to deliver.
         optimality: what the search proved.

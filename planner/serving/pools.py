@@ -19,8 +19,9 @@ from planner.serving.candidates import Account, Candidates, candidates, iteratio
 from planner.serving.capacity import capacity
 from planner.serving.space import ServeSpace, links_of, mesh_of
 from planner.specs.serve_problem import ServeProblem
+from planner.specs.traffic import Traffic
 
-__all__ = ["Decode", "Prefill", "decode_kinds", "prefill_kinds", "transfer_s"]
+__all__ = ["Decode", "Prefill", "at_most", "decode_kinds", "prefill_kinds", "transfer_s"]
 
 Index = NDArray[np.intp]
 
@@ -139,7 +140,23 @@ def _decode(
     def step_s(row: Index, n: Array) -> Array:
         return paced(iterations_of(problem, recipe, mesh_of(kind.rows[row]), pricer), n)
 
-    loads = np.floor(np.stack([held.sequences**share for share in _SHARES]))
+    return at_most(traffic, kind, lambda n: paced(iterations, n), step_s)
+
+
+def at_most(
+    traffic: Traffic,
+    kind: Candidates,
+    paced: Callable[[Array], Array],
+    step_s: Callable[[Index, Array], Array],
+) -> Decode:
+    """Replicas at the most sequences that keep the limit between tokens.
+
+    Args:
+        traffic: lengths and limits.
+        kind: the replicas; their ``most`` is what they hold.
+        paced: seconds between tokens of every row by its sequences; ``step_s`` the same of some rows.
+    """
+    loads = np.floor(np.stack([kind.most**share for share in _SHARES]))
     steps = step_s(np.tile(np.arange(len(kind.rows)), len(loads)), loads.reshape(-1)).reshape(loads.shape)
     kept = steps <= (np.inf if traffic.tpot_s is None else traffic.tpot_s)
     binding = np.where(kept[-1], "memory", "tpot")
@@ -150,9 +167,9 @@ def _decode(
     )
     while np.any(high - low > 1.0):
         middle = np.floor((low + high) / 2.0)
-        within = paced(iterations, middle) <= (traffic.tpot_s or np.inf)
+        within = paced(middle) <= (traffic.tpot_s or np.inf)
         moving = high - low > 1.0
         low, high = np.where(moving & within, middle, low), np.where(moving & ~within, middle, high)
-    tpot_s = paced(iterations, low)
+    tpot_s = paced(low)
     rate = np.where(low > 0.0, low / ((traffic.osl - 1.0) * tpot_s), 0.0)
     return Decode(kind, low, tpot_s, rate, binding, loads, steps, step_s)

@@ -10,6 +10,7 @@ import numpy as np
 
 from planner.composition import Composition
 from planner.engine import Pricer
+from planner.errors import Problem, SpecError
 from planner.iteration import Iterations
 from planner.ledger import Resident
 from planner.serving.aggregated import steady
@@ -35,6 +36,14 @@ def problem_of(plan: ServePlan) -> ServeProblem:
     Raises:
         SpecError: its model, cluster or stack cannot be found, or its traffic is none.
     """
+    if plan.mode == "ping_pong":
+        raise SpecError(
+            Problem(
+                "plan",
+                "mode ping_pong",
+                "a plan whose pools are whole models: the others are told by planner serve alone",
+            )
+        )
     clusters = [load_cluster(name) for name in plan.cluster.split("+")]
     fixed: dict[str, Any] = {"mode": plan.mode}
     for pool in plan.pools if len(clusters) == 1 else ():

@@ -20,7 +20,7 @@ from planner.serving.plan import Pool, ServeEstimate, ServePlan, ServeResult
 from planner.serving.search import Found, search_aggregated
 from planner.serving.space import ServeSpace, degrees_of
 from planner.specs.serve_problem import ServeProblem
-from planner.uncertainty.serving import serving_interval
+from planner.uncertainty.serving import novelty_of, serving_interval
 
 if TYPE_CHECKING:
     from planner.serving.mixed import MixedFound
@@ -82,6 +82,10 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         from planner.serving.static_batch import search_static
 
         found += search_static(problem, space, pricer, account)
+    if "ping_pong" in modes:
+        from planner.serving.ping_pong import search_ping_pong
+
+        found += search_ping_pong(problem, pricer, account)
     if not found:
         raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))
@@ -91,7 +95,7 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         reached = max((_value(problem, f) for f in listed), default=0.0)
         if number >= max(top, _LISTED) and _value(problem, candidate) <= reached:
             break  # what requests that arrive on their own wait for only lowers a candidate's rate
-        f = candidate if "static" in modes else listing.of(candidate)
+        f = candidate if {"static", "ping_pong"} & set(modes) else listing.of(candidate)
         if f is not None:
             listed.append(f)
     if not listed:
@@ -232,16 +236,18 @@ def _plan(problem: ServeProblem, f: Found | Split, judged: Optimality) -> ServeP
     return ServePlan(
         model=problem.model.name, cluster=problem.cluster.name, stack=problem.stack.name,
         traffic={name: value for name, value in asdict(problem.traffic).items() if value is not None},
-        mode="disaggregated" if isinstance(f, Split) else "static" if _static(problem) else "aggregated",
+        mode=_mode(problem, f),
         pools=_split_pools(problem, f) if isinstance(f, Split) else _pools(problem, f),
         estimate=_split_estimate(problem, f) if isinstance(f, Split) else _estimate(problem, f),
         optimality=judged, assumptions=assumptions(problem),
     )  # fmt: skip
 
 
-def _static(problem: ServeProblem) -> bool:
-    """Whether requests are answered a batch at a time."""
-    return "static" in (problem.fixed.get("mode"), *problem.modes)
+def _mode(problem: ServeProblem, f: Found | Split) -> str:
+    """How pools are composed."""
+    if isinstance(f, Split):
+        return "ping_pong" if "batches_in_turn" in f.recipes[1] else "disaggregated"
+    return "static" if "static" in (problem.fixed.get("mode"), *problem.modes) else "aggregated"
 
 
 def _mesh(row: Any) -> dict[str, int]:
@@ -275,8 +281,13 @@ def _recipe(problem: ServeProblem, recipe: Mapping[str, str]) -> dict[str, Any]:
 def _split_pools(problem: ServeProblem, f: Split) -> tuple[Pool, ...]:
     prefill: dict[str, Any] = {**f.recipes[0], "chunk_tokens": int(f.chunk)}
     decode: dict[str, Any] = {**_recipe(problem, f.recipes[1]), "max_sequences": int(f.most)}
+    prompts = Pool("prefill", f.replicas[0], _mesh(f.rows[0]), prefill, 1)
+    if "batches_in_turn" in decode:
+        from planner.serving.ping_pong import ping_pong_pools
+
+        return prompts, *ping_pong_pools(f, decode)
     return (
-        Pool("prefill", f.replicas[0], _mesh(f.rows[0]), prefill, 1),
+        prompts,
         Pool("decode", f.replicas[1], _mesh(f.rows[1]), decode, f.in_flight),
     )
 
@@ -331,6 +342,7 @@ def _told(
         interval=serving_interval(
             any(block.moe for block in problem.model.blocks.values()),
             isinstance(f, Split),
+            novelty_of(problem.stack, device),
             {
                 "ttft_s": ttft["mean"],
                 "tpot_s": tpot["mean"],

@@ -36,7 +36,7 @@ __all__ = [
 DEGREES = ("tp", "pp", "dp", "ep", "etp", "cp")
 SERVE_NUMBERS = (*DEGREES, "chunk_tokens", "max_sequences", "replicas", "draft_tokens")
 ROLES = ("aggregated", "prefill", "decode")
-MODES = ("aggregated", "disaggregated", "static", "offloaded")
+MODES = ("aggregated", "disaggregated", "ping_pong", "static", "offloaded")
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of an iteration that engines are started with: ``max_num_batched_tokens``, ``chunked_prefill_size``."""
 

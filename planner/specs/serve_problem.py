@@ -33,7 +33,8 @@ class ServeProblem:
         model, cluster, traffic, stack: the specifications.
         precisions: number formats of weights that the search may choose from.
         caches: the same of the cache.
-        modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``; or ``static`` or ``offloaded``.
+        modes: compositions of pools that it may choose from: ``aggregated``, ``disaggregated``; or ``ping_pong``, ``static`` or
+            ``offloaded``.
         fixed: knob → value that every plan must have.
         forbidden: globs over ``knob=value``, none of which a plan may match.
         explore: globs over ``slot=choice``, or ``all``: choices to search that are left aside otherwise.

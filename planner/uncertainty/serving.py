@@ -13,18 +13,22 @@ from math import exp, hypot
 from pathlib import Path
 from typing import NamedTuple
 
+from planner.specs.device import Device
 from planner.specs.reader import Reader, read_file
+from planner.specs.stack import Stack
 
-__all__ = ["FILE", "QUANTITIES", "kind_of", "serving_interval"]
+__all__ = ["FILE", "NOVELTIES", "QUANTITIES", "kind_of", "novelty_of", "serving_interval"]
 
 FILE = Path(__file__).with_name("serving_residuals.json")
 QUANTITIES = ("tpot_s", "ttft_s", "output_tokens_per_s_per_device")
+NOVELTIES = ("source", "engine", "device")
+"""What is new of a job, the least first: who runs it; besides, the engine on such a device; besides, the device's kernels."""
 
 
 class _Spread(NamedTuple):
-    """Half-widths in logarithms: ``between`` sources, and ``within`` them by kind of run."""
+    """Half-widths in logarithms: ``between`` sources by what is new, and ``within`` them by kind of run."""
 
-    between: float
+    between: Mapping[str, float]
     within: Mapping[str, float]
 
 
@@ -33,20 +37,28 @@ def kind_of(*, experts: bool, pools: bool) -> str:
     return "pools" if pools else "with experts" if experts else "dense"
 
 
+def novelty_of(stack: Stack, device: Device) -> str:
+    """What is new of an engine on a device: were constants fitted to its runs there, else, were the device's kernels measured?"""
+    if stack.serving is not None and device.generation in stack.serving.on:
+        return "source"
+    return "device" if device.efficiency.matmul.kind == "assumed" else "engine"
+
+
 def serving_interval(
-    experts: bool, pools: bool, predicted: Mapping[str, float]
+    experts: bool, pools: bool, novelty: str, predicted: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
     """What holds 80 % of measurements, by quantity, in the unit of the prediction: ``predicted · exp(±√(within² + between²))``.
 
     Args:
         experts: whether the model has any.
         pools: whether prompts and generation have pools of their own.
+        novelty: one of :data:`NOVELTIES`.
         predicted: means of quantities among :data:`QUANTITIES`; others are left out.
 
     Raises:
         SpecError: the shipped residuals are wrong.
 
-    >>> low, high = serving_interval(False, False, {"tpot_s": 0.01})["tpot_s"]
+    >>> low, high = serving_interval(False, False, "source", {"tpot_s": 0.01})["tpot_s"]
     >>> low < 0.01 < high
     True
     """
@@ -56,7 +68,7 @@ def serving_interval(
             between, within = _residuals()[quantity]
             # No rate of pools was published: it is what their tokens' times say, as elsewhere.
             kind = next(k for p in (pools, False) if (k := kind_of(experts=experts, pools=p)) in within)
-            factor = exp(hypot(between, within[kind]))
+            factor = exp(hypot(between[novelty], within[kind]))
             found[quantity] = (value / factor, value * factor)
     return found
 
@@ -69,13 +81,14 @@ def _residuals() -> Mapping[str, _Spread]:
     for quantity in QUANTITIES:
         entry: Reader = reader.table(quantity)
         within: Reader = entry.table("within")
+        between: Reader = entry.table("between")
         kinds = within.keys()
         found[quantity] = _Spread(
-            entry.number("between"),
+            {novelty: between.number(novelty) for novelty in NOVELTIES},
             {kind: within.number(kind, positive=True) for kind in kinds},
         )
         entry.ignore("rows", "sources")
-        for part in (within, entry):
+        for part in (within, between, entry):
             part.finish()
     reader.finish()
     reader.raise_if_any()

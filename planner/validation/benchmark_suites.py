@@ -56,7 +56,7 @@ class Suite:
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         natural_lengths: squared coefficient of variation of lengths that are told by their mean; 0: they are as stated.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
-        frontend_s: seconds that the suite's own frontend adds to the first token.
+        warmed_since: day from which on requests were sent before those that count; empty: always, or not told.
         launches: options, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
         requests: of a run in all, by lengths of prompts and answers.
@@ -70,7 +70,7 @@ class Suite:
     shortest_length: float = 1.0
     natural_lengths: float = 0.0
     requests_per_client: int = 0
-    frontend_s: float = 0.0
+    warmed_since: str = ""
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
     requests: Mapping[tuple[float, float], float] = field(default_factory=dict)
@@ -135,7 +135,7 @@ def _suites() -> Mapping[str, Suite]:
             entry.number("shortest_length", 1.0),
             entry.number("natural_lengths", 0.0),
             entry.integer("requests_per_client", 0, minimum=0),
-            entry.number("frontend_s", 0.0),
+            entry.text("warmed_since", ""),
             tuple(_launch(each) for each in entry.tables("launch", [])),
             tuple(_speculation(each) for each in entry.tables("speculation", [])),
             {

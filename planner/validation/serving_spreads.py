@@ -1,7 +1,9 @@
-"""How far predictions of serving are off at a source that nothing was fitted to: fitted, and verified on sources left out.
+"""How far predictions of serving are off where something is new to the constants: fitted, and verified on sources left out.
 
 A run of a new source is wrong in two independent ways: as runs of models left out are, whose source the constants know, and by
-what sets sources apart (engines' releases, how a benchmark drove them, the machine). The first is the half-width that holds 80 %
+what sets sources apart (engines' releases, how a benchmark drove them, the machine). A new engine and a new device are more of
+the latter: what is left out for these is all runs of an engine, or of a generation of devices together with what was measured of
+its kernels. The first is the half-width that holds 80 %
 of the runs of models left out, by quantity and kind of run. The second is what must be added to it, as independent errors add,
 so that 80 % of the runs of sources left out are held: sources count alike, however many runs each has, since the next run comes
 from another source (hierarchical conformal prediction, Lee, Barber and Willett 2023, arXiv:2306.06342; its weight for the source
@@ -20,6 +22,7 @@ import numpy as np
 
 from planner.ledger import Array
 from planner.uncertainty.residuals import COVERAGE
+from planner.uncertainty.serving import NOVELTIES
 
 __all__ = ["ServingResidual", "fit_serving_spreads", "held_of_sources"]
 
@@ -34,6 +37,8 @@ class ServingResidual:
         source: who measured it.
         without_model: not a number where its model is alone on its engine.
         without_source: not a number where there is no prediction.
+        without_engine, without_device: the same by constants fitted without its engine, and without its generation of devices, as
+            if no kernel had been measured on it.
     """
 
     quantity: str
@@ -41,17 +46,21 @@ class ServingResidual:
     source: str
     without_model: float
     without_source: float
+    without_engine: float = np.nan
+    without_device: float = np.nan
 
 
 def fit_serving_spreads(residuals: Sequence[ServingResidual]) -> dict[str, dict[str, Any]]:
-    """By quantity: ``between`` sources and ``within`` them by kind, as logarithms, and how many rows and sources they rest on."""
+    """By quantity: ``between`` sources by what is new, ``within`` them by kind, logarithms; and rows and sources behind them."""
     found = {}
     for quantity in dict.fromkeys(r.quantity for r in residuals):
         own = [r for r in residuals if r.quantity == quantity]
         within = _within(own)
         told = [r for r in own if np.isfinite(r.without_source) and r.kind in within]
+        # What is more than new is no nearer.
+        wider = np.maximum.accumulate([_between(told, within, f"without_{novelty}") for novelty in NOVELTIES])
         found[quantity] = {
-            "between": _between(told, within),
+            "between": dict(zip(NOVELTIES, wider.tolist(), strict=True)),
             "within": within,
             "rows": len(told),
             "sources": len({r.source for r in told}),
@@ -70,8 +79,8 @@ def held_of_sources(residuals: Sequence[ServingResidual]) -> dict[str, dict[str,
         for quantity, spread in fitted.items():
             rows = [r for r in own if r.quantity == quantity and r.kind in spread["within"]]
             if rows:
-                half = np.hypot([spread["within"][r.kind] for r in rows], spread["between"])
-                shares[quantity].append(float(np.mean(_size(rows) <= half)))
+                half = np.hypot([spread["within"][r.kind] for r in rows], spread["between"][NOVELTIES[0]])
+                shares[quantity].append(float(np.mean(_size(rows, "without_source") <= half)))
                 widths[quantity] += half.tolist()
     return {
         quantity: {
@@ -91,16 +100,19 @@ def _within(residuals: Sequence[ServingResidual]) -> dict[str, float]:
     return {kind: float(np.quantile(each, COVERAGE)) for kind, each in errors.items()}
 
 
-def _between(residuals: Sequence[ServingResidual], within: dict[str, float]) -> float:
-    """What just holds 80 % of the runs beside the spread within sources, every source counted once."""
-    known = np.array([within[r.kind] for r in residuals])
-    needed = np.sqrt(np.maximum(_size(residuals) ** 2 - known**2, 0.0))
-    rows = Counter(r.source for r in residuals)
-    weights = np.array([1.0 / rows[r.source] for r in residuals])
+def _between(residuals: Sequence[ServingResidual], within: dict[str, float], error: str) -> float:
+    """What just holds 80 % of the runs beside the spread within sources, every source counted once; 0 where nothing is told."""
+    told = [r for r in residuals if np.isfinite(getattr(r, error))]
+    if not told:
+        return 0.0
+    known = np.array([within[r.kind] for r in told])
+    needed = np.sqrt(np.maximum(_size(told, error) ** 2 - known**2, 0.0))
+    rows = Counter(r.source for r in told)
+    weights = np.array([1.0 / rows[r.source] for r in told])
     order = np.argsort(needed)
     reached = np.cumsum(weights[order]) >= COVERAGE * len(rows) - 1e-9
     return float(needed[order][np.argmax(reached)])
 
 
-def _size(residuals: Sequence[ServingResidual]) -> Array:
-    return np.abs([r.without_source for r in residuals])
+def _size(residuals: Sequence[ServingResidual], error: str) -> Array:
+    return np.abs([getattr(r, error) for r in residuals])

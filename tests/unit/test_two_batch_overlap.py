@@ -45,24 +45,24 @@ def gain(ranks, cluster, decodes=0.0, prefill=0.0):
     return whole_s / halves_s - 1.0
 
 
-def test_published_gains_of_generation_lie_below_those_of_exchanges_that_hide_wholly():
-    """DeepSeek-V3 on 72 H100, caches of 2,000 tokens: 25.5 % at 256 sequences a rank, nothing below 64 to 128, a loss at 32
+def test_published_gains_of_generation():
+    """DeepSeek-V3 on 72 H100, caches of 2,000 tokens: 25.5 % at 256 sequences a rank, little below 64 to 128, a loss at 32
     (SGLang, lmsys.org/blog/2025-05-05-large-scale-ep, ablation of two-batch overlap). 64 ranks here: 256 experts are whole."""
-    gains = {n: gain(64, "h100-sxm:8x8", decodes=float(n)) for n in (16, 32, 128, 256)}
-    assert 0.255 < gains[256] < 2 * 0.255
-    assert gains[16] < 0.0
-    assert gains[32] < 0.01
-    assert gains[32] < gains[128] < gains[256]
+    gains = {n: gain(64, "h100-sxm:8x8", decodes=float(n)) for n in (16, 32, 64, 128, 256)}
+    assert gains[256] == pytest.approx(0.255, abs=0.02)
+    assert gains[16] < gains[32] < 0.0
+    assert gains[64] < 0.05
+    assert gains[64] < gains[128] < gains[256]
 
 
-def test_published_gains_of_prompts_lie_below_as_well():
-    """8,192 prompt tokens a rank on 32 H100: 27 to 35 % (same source). Every rank is sent its copy of a token over the network
-    here, where DeepEP sends one to each node: there is more to hide."""
-    assert 0.27 < gain(32, "h100-sxm:4x8", prefill=8192.0) < 1.0
+def test_gains_of_prompts_in_the_order_of_generation_lie_below_the_published_ones():
+    """8,192 prompt tokens a rank on 32 H100: 27 to 35 % (same source), in an order of their own that hides more."""
+    assert 0.2 < gain(32, "h100-sxm:4x8", prefill=8192.0) < 0.27
 
 
-def test_four_windows_by_hand():
-    """A layer is max(A, D) + max(M, D) + max(S + M, C) + max(S + A, C) of a half (vLLM docs/design/dbo.md); κ adds its part."""
+def test_windows_by_hand():
+    """A layer is 2 max(P + S, D) + 2 max(K, C) + 2 E of a half, P before its scores and K from them to the router (SGLang,
+    batch_overlap/operations_strategy.py, two of five stages apart); κ adds its part."""
     case = {
         "model": "deepseek-v3",
         "dp": 8,
@@ -82,7 +82,7 @@ def test_four_windows_by_hand():
     def of(*parts, what):
         return sum(seconds[id(i)] for i in layer if i.window == f"half.{what}.moe" and i.track in parts)
 
-    windows = [(of("main", what=k), of("exchange", what=k)) for k in range(4)]
+    windows = [(of("main", what=k), of("exchange", what=k)) for k in range(6)]
     travels = [i for i in layer if isinstance(i, Collective) and i.track == "exchange"]
     assert {i.what for i in travels} == {"moe.dispatch", "moe.combine"}
     assert len(travels) == 4

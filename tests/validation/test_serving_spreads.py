@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from planner.uncertainty.serving import QUANTITIES, serving_interval
+from planner.specs.device_file import load_device
+from planner.specs.stack import load_stack
+from planner.uncertainty.serving import NOVELTIES, QUANTITIES, novelty_of, serving_interval
 from planner.validation.serving_spreads import ServingResidual, fit_serving_spreads, held_of_sources
 
 Z80 = 1.2816  # of a normal distribution, 80 % lie within so many deviations: z(0.9) of its table
@@ -25,14 +27,16 @@ def test_spreads_within_and_between_sources_add_up_as_independent_errors_do():
     """3 % within and 4 % between are 5 %, of which 80 % lie within 6.4 %."""
     found = fit_serving_spreads(drawn(2000, 3, 0.03, 0.04))["tpot_s"]
     assert found["within"]["dense"] == pytest.approx(Z80 * 0.03, rel=0.05)
-    assert math.hypot(found["within"]["dense"], found["between"]) == pytest.approx(Z80 * 0.05, rel=0.05)
+    assert math.hypot(found["within"]["dense"], found["between"]["source"]) == pytest.approx(
+        Z80 * 0.05, rel=0.05
+    )
 
 
 def test_a_source_counts_once_however_many_runs_it_has():
     """Nine sources are off by a tenth, one with a thousand runs by a half: nine of ten hold with a tenth."""
     small = [ServingResidual("ttft_s", "dense", f"small {n}", 0.0, 0.1) for n in range(9)]
     large = [ServingResidual("ttft_s", "dense", "large", 0.0, 0.5)] * 1000
-    assert fit_serving_spreads([*small, *large])["ttft_s"]["between"] == pytest.approx(0.1)
+    assert fit_serving_spreads([*small, *large])["ttft_s"]["between"]["source"] == pytest.approx(0.1)
 
 
 def test_intervals_hold_eight_of_ten_runs_of_sources_left_out():
@@ -46,14 +50,31 @@ def test_runs_without_a_prediction_and_kinds_without_models_left_out_are_not_cou
     silent = ServingResidual("tpot_s", "dense", "b", math.nan, math.nan)
     alone = ServingResidual("tpot_s", "pools", "b", math.nan, 9.0)
     found = fit_serving_spreads([known, silent, alone])["tpot_s"]
-    assert (found["rows"], found["sources"], found["between"]) == (1, 1, 0.0)
+    assert (found["rows"], found["sources"], found["between"]["source"]) == (1, 1, 0.0)
+
+
+def test_what_is_newer_is_no_better_known():
+    """An engine left out is off by 0.3, a device by 0.2: a new device comes with an engine that is new on it."""
+    rows = [ServingResidual("tpot_s", "dense", f"source {n}", 0.0, 0.1, 0.3, 0.2) for n in range(9)]
+    found = fit_serving_spreads(rows)["tpot_s"]["between"]
+    assert found == pytest.approx({"source": 0.1, "engine": 0.3, "device": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("stack", "device", "new"),
+    [("vllm", "h100-sxm", "source"), ("vllm", "l40s", "engine"), ("vllm", "gaudi3", "device")],
+)
+def test_what_is_new_of_an_engine_on_a_device(stack, device, new):
+    """vLLM was fitted on Hopper; on Ada its kernels were measured, by other engines; Gaudi's nobody measured."""
+    assert novelty_of(load_stack(stack), load_device(device)) == new
 
 
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("pools", [False, True])
-def test_every_prediction_lies_in_its_interval(experts, pools):
+@pytest.mark.parametrize("novelty", NOVELTIES)
+def test_every_prediction_lies_in_its_interval(experts, pools, novelty):
     """Rates of pools, of which none were published, have the spread of their kind of model."""
-    found = serving_interval(experts, pools, dict.fromkeys(QUANTITIES, 2.0) | {"other": 1.0})
+    found = serving_interval(experts, pools, novelty, dict.fromkeys(QUANTITIES, 2.0) | {"other": 1.0})
     assert set(found) == set(QUANTITIES)
     for low, high in found.values():
         assert low < 2.0 < high

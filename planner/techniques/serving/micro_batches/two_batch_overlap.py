@@ -1,15 +1,16 @@
 """Two-batch overlap: an iteration's batch in two halves, of which one computes while the other's tokens travel to experts.
 
-What it does: layers whose tokens travel to experts run once for each half, in four windows: attention of the first half beside
-    the dispatch of the second, experts of the second beside the dispatch of the first, shared experts and experts of the first
-    beside the combine of the second, shared experts and the next attention of the second beside the combine of the first.
-Saves: of both exchanges, what computation hides.
-Costs: weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other.
-Assumes: exchanges hide wholly: gains are upper bounds, and no plan has it unasked (published of DeepSeek-V3 on 72 H100 at 256
-    sequences a rank: 25.5 %, lmsys.org/blog/2025-05-05-large-scale-ep; kernels alone gain up to twice that here); halves of equal
-    work; other layers and both ends of the model run once, for all tokens; activations of both halves are held; every iteration
-    is split, however small (engines have thresholds, as vLLM's ``--dbo-decode-token-threshold``).
-Source: DeepSeek-V3 (arXiv:2412.19437) §3.4; vLLM docs/design/dbo.md (the windows); SGLang ``--enable-two-batch-overlap``.
+What it does: layers whose tokens travel to experts run once for each half, one half two of a layer's five stages behind the
+    other: a half's tokens go out beside its shared experts and what the other multiplies before its scores, and come back beside
+    the other's scores, output and router. Experts run beside nothing.
+Saves: of both exchanges, what that work hides.
+Costs: a fifth of a search's time, so that no plan has it unasked; weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other.
+Assumes: SGLang's order of generating iterations for prompts as well, whose own order, and vLLM's, hide more (DeepSeek-V3 on 32
+    H100, 8,192 prompt tokens a rank: 27 to 35 %, here 24 %); halves of equal work; other layers and both ends of the model run
+    once, for all tokens; activations of both halves are held; every iteration is split, however small (engines have thresholds,
+    as vLLM's ``--dbo-decode-token-threshold``).
+Source: DeepSeek-V3 (arXiv:2412.19437) §3.4; SGLang ``--enable-two-batch-overlap``: batch_overlap/operations_strategy.py
+    (``tbo_delta_stages=2``); gains: lmsys.org/blog/2025-05-05-large-scale-ep.
 """
 
 from __future__ import annotations
@@ -46,8 +47,32 @@ _SIZES = (
     "calls",
 )
 _NAME = re.compile(r"[^*/+ ]+")
-# In which of the four windows a layer's parts run, once for each half.
-_WINDOWS = {"attention": (0, 3), "experts": (1, 2), "shared": (2, 3), "dispatch": (0, 1), "combine": (2, 3)}
+# In which windows a layer's parts run, once for each half; experts run beside nothing.
+_WINDOWS = {
+    "prepare": (0, 2),
+    "shared": (0, 2),
+    "dispatch": (0, 2),
+    "core": (1, 3),
+    "combine": (1, 3),
+    "experts": (4, 5),
+}
+# What comes before a layer's scores: the half that waits for its dispatch is one stage ahead of it.
+_PREPARES = {"norm1"} | {
+    f"attention.{name}"
+    for name in (
+        "q",
+        "qkv",
+        "qk_norm",
+        "q_down",
+        "q_norm",
+        "q_up",
+        "kv_down",
+        "kv_norm",
+        "kv_up",
+        "rope",
+        "absorb_query",
+    )
+}
 
 
 def valid(ctx: ServingContext) -> Iterable[Check]:
@@ -81,7 +106,9 @@ def _part(item: Item) -> str:
         return item.what.removeprefix("moe.")
     if "shared_expert" in item.tags:
         return "shared"
-    return "experts" if "moe" in item.tags else "attention"
+    if item.what in _PREPARES:
+        return "prepare"
+    return "experts" if "moe" in item.tags and item.what != "moe.router" else "core"
 
 
 def _halved(item: Item) -> dict[str, Any]:
@@ -99,8 +126,8 @@ def _of_part(size: str) -> str:
     return _NAME.sub(name, size)
 
 
-def _hidden_behind(subject: Pass) -> float:
-    """Times that a layer's experts run beside an exchange in an iteration of DeepSeek-V3."""
+def _beside(subject: Pass) -> float:
+    """Times that a layer's scores run beside an exchange in an iteration of DeepSeek-V3."""
     case: dict[str, Any] = {
         "model": "deepseek-v3",
         "dp": 8,
@@ -110,7 +137,7 @@ def _hidden_behind(subject: Pass) -> float:
     }
     ledger = runs.run("micro_batches", subject, **case)
     beside = {item.window for item in ledger.items if item.track == "exchange"}
-    return float(sum(item.what == "moe.fc1" and item.window in beside for item in ledger.items))
+    return float(sum(item.what == "attention.decode" and item.window in beside for item in ledger.items))
 
 
 TECHNIQUE = Technique(
@@ -125,11 +152,11 @@ TECHNIQUE = Technique(
     knobs=(Knob("micro_batches", "parts of a batch that take turns", ("1", "2")),),
     figures=(
         Figure(
-            "times that a layer's experts run, each beside an exchange: MLP of one half beside D, of the other beside C",
+            "times that a layer's scores run, each beside an exchange: those of one half, while the other's tokens come back",
             2.0,
             1e-9,
-            "vLLM docs/design/dbo.md: schedule of a layer",
-            _hidden_behind,
+            "SGLang batch_overlap/operations_strategy.py: _compute_moe_deepseek_blog_decode",
+            _beside,
         ),
     ),
     valid=valid,
