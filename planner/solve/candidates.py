@@ -30,7 +30,6 @@ class SearchCounts:
 
     candidates: int = 0
     scored: int = 0
-    repriced: int = 0
     excluded_by_bound: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
 
@@ -68,15 +67,18 @@ class Batch:
     peak_bytes: Array
     recompute_layers: Array | None
 
-    def scored(self, index: int) -> Scored:
-        """One of them on its own."""
-        jobs = self.jobs
-        return Scored(
-            float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
-            self.expansion.row(jobs, index), jobs.layout_of(index),
-            None if self.recompute_layers is None else int(self.recompute_layers[index]),
-            self.expansion.columns.of(jobs.take(np.array([index]))),
-        )  # fmt: skip
+    def scored(self, at: Index) -> list[Scored]:
+        """Some of them, each on its own."""
+        jobs, layers = self.jobs, self.recompute_layers
+        table = self.expansion.columns.of(jobs.take(at))
+        return [
+            Scored(
+                float(self.bound_s[index]), float(self.peak_bytes[index]), self.expansion.recipe(jobs, index),
+                self.expansion.row(jobs, index), jobs.layout_of(index), None if layers is None else int(layers[index]),
+                table.take(np.array([number])),
+            )
+            for number, index in enumerate(at.tolist())
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -76,11 +76,11 @@ class Expansion:
     def without_idle_prefixes(self, rows: Index) -> tuple[Expansion, Index]:
         """The expansion of the prefixes of some rows alone, with their tables as they are, and those rows' places in it."""
         mine = distinct(self.prefix_of[rows])
-        kept = np.isin(self.prefix_of, mine)
         parts = [self._rows(np.arange(self.starts[prefix], self.starts[prefix + 1])) for prefix in mine]
         tables, activities = ([each[prefix] for prefix in mine] for each in (self.tables, self.activities))
         few = Expansion(self.problem, self.branches, tables, parts, activities, self.counts)
-        return few, (np.cumsum(kept) - 1)[rows]
+        local = rows - self.starts[self.prefix_of[rows]]
+        return few, few.starts[np.searchsorted(mine, self.prefix_of[rows])] + local
 
     def narrow(self, rows: Index) -> Expansion:
         """The expansion of some of the rows alone; ``rows`` is sorted."""

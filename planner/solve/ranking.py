@@ -1,4 +1,4 @@
-"""The best plans so far: scored candidates go through the schedule engine in the order of their bounds."""
+"""The best plans so far: scored candidates go through the schedule engine in the order of their bounds, as far as they matter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.costs.arrays import distinct
 from planner.engine import BlockTable
 from planner.pipeline import tight_bound
 from planner.schedule.order import Generator
@@ -15,13 +16,15 @@ from planner.solve.candidates import Batch, Scored
 
 __all__ = ["Ranking"]
 
-_BATCH = 8  # candidates re-priced before the bar is looked at again
+_BATCH = 8  # candidates that are looked at before the bar is asked for again
 _POOR = 1.1  # a list is poor while its last plan takes this much longer than its first
 _SLACK = 1.03  # how far above the best plan the bar stays meanwhile
 
 
 class Ranking:
     """The ``top`` best plans by exact step time, and the scored candidates that may still join them.
+
+    Only what may be the best plan is priced at once: that sets the bar. The company for it waits until the search is done.
 
     Args:
         top: plans to keep.
@@ -36,6 +39,7 @@ class Ranking:
         self.best: list[tuple[float, Scored]] = []
         self.repriced = 0
         self._open: list[Batch] = []
+        self._waiting: list[Scored] = []  # best bounds first
 
     @property
     def bar(self) -> float:
@@ -47,7 +51,8 @@ class Ranking:
         if not self.best:
             return np.inf
         best_s = self.best[0][0]
-        return best_s if self._last <= _POOR * best_s else _SLACK * best_s
+        times = sorted([step_s for step_s, _ in self.best] + [scored.bound_s for scored in self._waiting])
+        return best_s if self._full and times[self.top - 1] <= _POOR * best_s else _SLACK * best_s
 
     def add(self, batch: Batch) -> None:
         """Remembers scored candidates."""
@@ -55,48 +60,62 @@ class Ranking:
             self._open.append(batch)
 
     def settle(self) -> None:
-        """Re-prices candidates, best bounds first, until no bound beats the best plan and the list is full."""
+        """Looks at new candidates, best bounds first, until no bound is under the bar and the list can be filled; sets the bar."""
         if not self._open:
             return
         bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
         owner = np.repeat(np.arange(len(self._open)), [len(batch.fitting) for batch in self._open])
         index = np.concatenate([batch.fitting for batch in self._open])
         order = np.argsort(bounds, kind="stable")
-        done = 0
-        while done < len(order):
-            least = bounds[order[done]]
-            if least >= self.bar and (len(self.best) >= self.top or least >= self._last):
+        size = max(_BATCH, self.top)
+        for some in (order[begin : begin + size] for begin in range(0, len(order), size)):
+            if bounds[some[0]] >= self.bar and self._full:
                 break
-            some = order[done : done + max(_BATCH, self.top)]
-            done += len(some)
-            self._price(self._tightened([self._open[owner[i]].scored(int(index[i])) for i in some]))
-        left = np.zeros(len(order), dtype=bool)
-        left[order[done:]] = True
-        left &= bounds < max(self.bar, self._last)
-        self._open = [
-            replace(batch, fitting=index[left & (owner == number)])
-            for number, batch in enumerate(self._open)
-            if np.any(left & (owner == number))
-        ]
+            new: list[Scored] = []
+            for number in distinct(owner[some]).tolist():
+                new += self._open[number].scored(index[some[owner[some] == number]])
+            tight = self._tightened(new)
+            for begin in range(0, len(tight), _BATCH):
+                self._admit(tight[begin : begin + _BATCH])
+        self._open = []
+
+    def complete(self) -> list[tuple[float, Scored]]:
+        """The list, filled from what waits, best bounds first, while a bound is under its last step time."""
+        while self._waiting:
+            missing = self.top - len(self.best)
+            if missing <= 0 and self._waiting[0].bound_s >= self.best[-1][0]:
+                break
+            self._price(self._waiting[: max(missing, 1)])
+        self._waiting = []
+        return self.best
 
     @property
-    def _last(self) -> float:
-        """Step time of the last plan of a full list."""
-        return self.best[self.top - 1][0] if len(self.best) >= self.top else np.inf
+    def _full(self) -> bool:
+        """Whether there are as many plans as are to be kept, those that wait for their price among them."""
+        return len(self.best) + len(self._waiting) >= self.top
+
+    def _admit(self, candidates: list[Scored]) -> None:
+        """Lets those wait that are under the bar, or that the list has room for; prices what may be the best of them."""
+        bar = self.bar
+        self._waiting += [scored for scored in candidates if scored.bound_s < bar or not self._full]
+        self._waiting.sort(key=_bound_s)
+        while self._waiting and not (self.best and self._waiting[0].bound_s >= self.best[0][0]):
+            first = self._deal(self._waiting[0])
+            # Those of one order are priced together: the schedule engine takes no longer for a few than for one.
+            self._price([scored for scored in self._waiting if self._deal(scored) == first])
 
     def _price(self, candidates: list[Scored]) -> None:
-        """Exact prices of those that can win, or that the list still has room for."""
-        for start in range(0, len(candidates), _BATCH):
-            part = [
-                scored
-                for scored in candidates[start : start + _BATCH]
-                if scored.bound_s < self.bar or len(self.best) < self.top
-            ]
-            if part:
-                self.repriced += len(part)
-                self.best += zip(self.reprice(part), part, strict=True)
-                self.best.sort(key=lambda pair: pair[0])
+        """Exact prices of candidates that wait."""
+        self.repriced += len(candidates)
+        self.best += zip(self.reprice(candidates), candidates, strict=True)
+        self.best.sort(key=lambda pair: pair[0])
         del self.best[self.top :]
+        priced = set(map(id, candidates))
+        self._waiting = [scored for scored in self._waiting if id(scored) not in priced]
+
+    def _deal(self, scored: Scored) -> tuple[int, Generator, int]:
+        """What candidates of one order share."""
+        return id(scored.layout), scored.schedule, scored.micro_batches(self.global_batch_size)
 
     def _tightened(self, candidates: list[Scored]) -> list[Scored]:
         """The candidates with the tightest bound known for their schedule, sorted by it."""
@@ -114,4 +133,8 @@ class Ranking:
                 replace(s, bound_s=max(s.bound_s, float(bound)))
                 for s, bound in zip(members, bounds, strict=True)
             ]
-        return sorted(tight, key=lambda scored: scored.bound_s)
+        return sorted(tight, key=_bound_s)
+
+
+def _bound_s(scored: Scored) -> float:
+    return scored.bound_s

@@ -93,7 +93,7 @@ def search_until(
         priced = uniform.run()
     except (KeyboardInterrupt, _OutOfTimeError) as stop:
         late = isinstance(stop, _OutOfTimeError)
-        priced, stopped = uniform.ranking.best, not late
+        priced, stopped = uniform.ranking.complete(), not late
     counts = uniform.counts
     ranked = [pair for pair in priced if pair[0] < limit_s]
     too_slow = bool(priced) or (limit_s < np.inf and counts.excluded_by_bound["step time"] > 0)
@@ -106,7 +106,7 @@ def search_until(
     )
     plans = tuple(_assembled(problem, uniform, ranked, stopped or late))
     wall_s = perf_counter() - start
-    repriced = uniform.ranking.repriced  # the counts have it at the end only
+    repriced = uniform.ranking.repriced
     report = SearchReport(counts.candidates, counts.scored, repriced, excluded, rejected, wall_s)
     result = SearchResult(plans, report)
     if stopped:

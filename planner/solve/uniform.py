@@ -122,8 +122,7 @@ class UniformSearch:
             if self.on_progress is not None:
                 self.on_progress(number + 1, len(parts) * len(recipes))
         self._expand()
-        self.counts.repriced = self.ranking.repriced
-        return self.ranking.best
+        return self.ranking.complete()
 
     def _expand(self) -> None:
         """Prices what can still win of all rows and layouts bounded so far, and forgets them."""
@@ -218,8 +217,9 @@ class UniformSearch:
         if self.problem.launcher is not None:
             for check in self.problem.launcher.valid(ctx):
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
-        dealt = [pp for pp in distinct(ctx.mesh.pp) if self.layouts_of(int(pp))]
-        faults.check(NOT_DEALT, np.isin(ctx.mesh.pp, dealt))
+        for pp in distinct(ctx.mesh.pp).tolist():
+            if not self.layouts_of(int(pp)):
+                faults.check(NOT_DEALT, ctx.mesh.pp != pp)
         assert np.all(ctx.mesh.devices == devices)
         return faults
 
