@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.uncertainty.published import PublishedRun, active_parameters, load_published_runs
@@ -12,7 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Nearby", "nearby"]
 
-_SIZES = ("active_parameters", "devices", "seq_len")
 # What near means: the nearest of these that any run fulfils. Equal columns, and the factor that sizes may differ by.
 _STEPS = (
     (("stack", "accelerator"), 4.0),
@@ -77,12 +75,16 @@ def nearby(problem: Problem) -> Nearby | None:
     }
     experts = any(block.moe for block in problem.model.blocks.values())
     runs = [
-        run
+        (run, max(max(getattr(run, name) / size, size / getattr(run, name)) for name, size in sizes.items()))
         for run in load_published_runs(device.generation)
         if run.error_without_model is not None and run.experts == experts
     ]
     for names, factor in _STEPS:
-        found = [run for run in runs if _near(run, names, job, sizes, factor)]
+        found = [
+            run
+            for run, apart in runs
+            if apart <= factor and all(getattr(run, name) == job[name] for name in names)
+        ]
         if found:
             kind = "mixtures of experts" if experts else "dense models"
             software = f" with {job['stack']}" if "stack" in names else ""
@@ -92,18 +94,6 @@ def nearby(problem: Problem) -> Nearby | None:
             )
             return Nearby(tuple(sorted(found, key=_error, reverse=True)), text)
     return None
-
-
-def _near(
-    run: PublishedRun,
-    names: tuple[str, ...],
-    job: Mapping[str, str],
-    sizes: Mapping[str, float],
-    factor: float,
-) -> bool:
-    return all(getattr(run, name) == job[name] for name in names) and all(
-        1.0 / factor <= getattr(run, name) / sizes[name] <= factor for name in _SIZES
-    )
 
 
 def _error(run: PublishedRun) -> float:
