@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from planner.pipeline import phase_seconds, recomputed_fraction
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """One item's seconds per block instance: alone (``price_s``), and what is left of them in the step (``exposed_s``)."""
 
     item: Item | None
@@ -33,8 +32,7 @@ class Share:
     exposed_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Spend:
+class Spend(NamedTuple):
     """Seconds of one item in one optimizer step on one device: ``alone_s`` if nothing hid it, ``seconds`` as it is."""
 
     share: Share
@@ -120,7 +118,7 @@ def spend(
             less_s[id(share.item), share.block] += times * share.exposed_s
     for index, one in enumerate(spends):
         if hidden_s := less_s.pop((id(one.share.item), one.share.block), 0.0):
-            spends[index] = replace(one, seconds=one.seconds + hidden_s)
+            spends[index] = one._replace(seconds=one.seconds + hidden_s)
     return spends
 
 

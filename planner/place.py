@@ -8,8 +8,8 @@ each. What passes between unlike stages is a message on the link where their gro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from planner.technique import SLOTS, Context
 __all__ = ["Place", "activation_elements", "hops_s", "of_group"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class Place(NamedTuple):
     """A node group, and how the work of a stage is cut there.
 
     Attributes:
@@ -125,7 +124,7 @@ def activation_elements(place: Place) -> float:
 def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:
     """Seconds until a stage has what the one before it sends."""
     part, stack = receiver.problem.cluster, receiver.problem.stack
-    along = replace(receiver, row={**receiver.row, "pp": float(part.devices // receiver.ranks)})
+    along = receiver._replace(row={**receiver.row, "pp": float(part.devices // receiver.ranks)})
     whole = _boundary(along)
     carried = {id(i): i for i in whole.items if isinstance(i, Collective) and i.kind == "point_to_point"}
     sent, rest = [*carried.values()], [item for item in whole.items if id(item) not in carried]

@@ -57,7 +57,7 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, listed, rest = super().resolve_command(ctx, args)
-        return name, listed and _loaded(listed.name), rest
+        return name, listed and name and _loaded(name), rest
 
 
 def _listed() -> None:

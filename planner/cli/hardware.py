@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from planner.specs.device import Device
 
 
-
 def list_hardware(as_json: Json = False) -> None:
     """List the shipped devices and clusters."""
     from planner.cli.output import print_json

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from planner.specs.model import Model
 
 
-
 def list_shipped(as_json: Json = False) -> None:
     """List the shipped models."""
     from planner.cli.output import print_json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -74,7 +73,7 @@ class Ranking:
         left[order[done:]] = True
         left &= bounds < max(self.bar, self._last)
         self._open = [
-            replace(batch, fitting=index[left & (owner == number)])
+            batch._replace(fitting=index[left & (owner == number)])
             for number, batch in enumerate(self._open)
             if np.any(left & (owner == number))
         ]
@@ -111,7 +110,7 @@ class Ranking:
             layers = np.array([np.inf if s.recompute_layers is None else s.recompute_layers for s in members])
             bounds = tight_bound(table, members[0].layout, schedule, micro_batches, layers)
             tight += [
-                replace(s, bound_s=max(s.bound_s, float(bound)))
+                s._replace(bound_s=max(s.bound_s, float(bound)))
                 for s, bound in zip(members, bounds, strict=True)
             ]
         return sorted(tight, key=lambda scored: scored.bound_s)

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import KINDS, Sourced
@@ -39,8 +39,7 @@ DEFAULT = "default"
 _WIDE_BITS = 16.0
 
 
-@dataclass(frozen=True, slots=True)
-class Serves:
+class Serves(NamedTuple):
     """Published runs that a stack describes.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
 from planner.technique import Check, Context
@@ -18,8 +18,7 @@ _LINKS: dict[str, tuple[tuple[Literal["host_link", "nvme"], str], ...]] = {
 _STAGES = 2.0  # copies on the device: of the block at work, and of the one whose transfer runs beside it
 
 
-@dataclass(frozen=True, slots=True)
-class Trip:
+class Trip(NamedTuple):
     """One way of a tensor over the links to its tier, on tracks of their own or (``main``) in the block's serial order."""
 
     what: str
