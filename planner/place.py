@@ -8,8 +8,8 @@ each. What passes between unlike stages is a message on the link where their gro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from planner.technique import SLOTS, Context
 __all__ = ["Place", "activation_elements", "hops_s", "of_group"]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
     """A node group, and how the work of a stage is cut there.
 
     Attributes:
@@ -124,7 +125,7 @@ def activation_elements(place: Place) -> float:
 def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:
     """Seconds until a stage has what the one before it sends."""
     part, stack = receiver.problem.cluster, receiver.problem.stack
-    along = receiver._replace(row={**receiver.row, "pp": float(part.devices // receiver.ranks)})
+    along = replace(receiver, row={**receiver.row, "pp": float(part.devices // receiver.ranks)})
     whole = _boundary(along)
     carried = {id(i): i for i in whole.items if isinstance(i, Collective) and i.kind == "point_to_point"}
     sent, rest = [*carried.values()], [item for item in whole.items if id(item) not in carried]

@@ -9,7 +9,7 @@ generator in its technique's file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -107,7 +107,8 @@ class Placement(NamedTuple):
 LOOPED = Placement()
 
 
-class Order(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Order:
     """Every device's operations in the order it runs them.
 
     Attributes:
@@ -259,8 +260,8 @@ def repeated(schedule: Generator | str, p: int, m: int, v: int, steps: int) -> O
         return make_order(generator, p, m * steps, v)
     one = make_order(generator, p, m, v)
     later = np.repeat(np.arange(steps), one.kind.shape[1]) * m
-    return one._replace(
-        shape=one.shape._replace(m=m * steps), kind=np.tile(one.kind, steps), stage=np.tile(one.stage, steps),
+    return replace(
+        one, shape=one.shape._replace(m=m * steps), kind=np.tile(one.kind, steps), stage=np.tile(one.stage, steps),
         micro_batch=np.tile(one.micro_batch, steps) + later,
         leaves_after=None if one.leaves_after is None else np.tile(one.leaves_after, steps),
     )  # fmt: skip
