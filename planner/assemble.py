@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,7 @@ from planner.units import counted
 __all__ = ["Assembly", "assemble", "model_flop"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Assembly:
+class Assembly(NamedTuple):
     """A plan with the one-row ledgers behind it, for those who want to see every item.
 
     Attributes:
@@ -218,7 +217,7 @@ def _matmul_flop(ledger: Ledger, item: Matmul) -> float:
 def _shares(parts: Sequence[Part]) -> list[Share]:
     """Shares of all items that the plan holds, by the plan's names of their blocks."""
     return [
-        share if share.block == (name := part.names[share.block]) else replace(share, block=name)
+        share if share.block == (name := part.names[share.block]) else share._replace(block=name)
         for part in parts
         for share in attribute(part.ledger, part.pricer)
         if share.block in part.names

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ from planner.shared_links import beside_traffic, waits
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """One item's seconds per block instance: alone (``price_s``), and what is left of them in the step (``exposed_s``)."""
 
     item: Item | None
@@ -34,8 +34,7 @@ class Share:
     exposed_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Spend:
+class Spend(NamedTuple):
     """Seconds of one item in one optimizer step on one device: ``alone_s`` if nothing hid it, ``seconds`` as it is."""
 
     share: Share
@@ -129,7 +128,7 @@ def spend(
             less_s[id(share.item), share.block] += times * share.exposed_s
     for index, one in enumerate(spends):
         if hidden_s := less_s.pop((id(one.share.item), one.share.block), 0.0):
-            spends[index] = replace(one, seconds=one.seconds + hidden_s)
+            spends[index] = one._replace(seconds=one.seconds + hidden_s)
     return spends
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from planner.transition import communicators
 __all__ = ["DeviceMemory", "device_memory"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceMemory:
+class DeviceMemory(NamedTuple):
     """What the first device of each run of equal devices holds, and has room for.
 
     Attributes:

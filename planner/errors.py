@@ -15,7 +15,7 @@ Every error is a list of :class:`Problem`; each says where, what was found, what
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "ExportError",
@@ -30,8 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong: ``where`` (file, key path, flag), what was ``found``, what was ``expected``, what to ``try_``."""
 
     where: str

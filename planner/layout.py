@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,7 @@ __all__ = [
 BOUNDARY = "boundary"  # the pseudo-block that stands for one hop between neighbouring stages
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """How layers are dealt to virtual stages: how many fewer the first and the last get, to make room for embedding and head."""
 
     name: str
@@ -119,8 +118,7 @@ class Layouts:
         return self._arrays[name]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dealt:
+class Dealt(NamedTuple):
     """Rows that have each a layout of their own (its place in ``among`` is ``of``), in the terms of :class:`Layout`.
 
     What a layout has per run and kind is (runs, kinds, rows) here; ``device_counts`` are of the first device alone.

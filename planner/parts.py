@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,8 +21,7 @@ from planner.transition import CHANGE, transition
 __all__ = ["Part", "Priced", "price_alike", "price_by_strategy"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """The one-row ledger of one strategy, who prices it, and the plan's names of those of its block kinds that the plan holds.
 
     A stage's blocks run on ``ranks`` devices.

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,8 +115,7 @@ _OFF = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One rule over rows: where ``ok`` is false they are rejected for ``reason``. ``of_machine``: it looks at no more."""
 
     reason: str
@@ -159,8 +158,7 @@ def whole_number(text: str) -> int:
     return number
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(NamedTuple):
     """A published number, and how the technique's pass reproduces it.
 
     ``compute(subject)`` exercises what the technique brings (:meth:`Technique.subject`) on the source's inputs and returns

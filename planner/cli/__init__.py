@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     usage_error = typer.BadParameter.__mro__[1]
     try:
-        program = command(arguments[0] if arguments else "")
+        program = command()
         code = int(program(args=list(arguments), prog_name="planner", standalone_mode=False) or 0)
         if code == INTERRUPTED:  # the parser makes this of a Ctrl-C that no command caught
             report_interruption("nothing was written", as_json)

@@ -7,26 +7,32 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from planner import __version__
 
 __all__ = ["command"]
 
-_VERBS = (
-    "train",
-    "serve",
-    "simulate",
-    "estimate",
-    "check",
-    "explain",
-    "trace",
-    "goodput",
-    "compare",
-    "export",
-    "techniques",
-)
-_GROUPS = ("solve", "hardware", "models", "calibrate")
-_MORE_VERBS = ("validate", "schema")
+_VERBS = {
+    "train": "Find the best plans for a training job, with proof.",
+    "serve": "Find the deployments that answer most within their promises, or take fewest devices for a rate.",
+    "simulate": "Simulate a serving plan under a trace of requests, a rate, or a number of clients.",
+    "estimate": "Price the one plan that --fix names.",
+    "check": "Say what is wrong or wasteful in a launcher's configuration.",
+    "explain": "Show where every second and byte of a plan goes.",
+    "trace": "Write when every pipeline rank of a plan computes, sends and holds what.",
+    "goodput": "Show what failures and checkpoints leave of a plan's time.",
+    "compare": "Compare two plans term by term.",
+    "export": "Write a plan as a launcher's own configuration and scripts.",
+    "techniques": "List the techniques, and the choices of --fix that they serve.",
+    "validate": "Predict what published runs measured, and print how far off the predictions are.",
+    "schema": "Print the JSON schema of plans.",
+    "solve": "Shardings, recomputation, tiers, sequence groups, experts, ranks, RLHF and curricula: the best choice, with proof.",
+    "hardware": "List, show, check and import devices and clusters.",
+    "models": "List, show and import models.",
+    "calibrate": "Fit a device, a fabric or a software stack to your own measurements, and take such measurements.",
+}
+"""What ``planner --help`` says of each; a verb's own help begins with the same line."""
 _PLAIN: dict[str, Any] = {
     "invoke_without_command": True,
     "rich_markup_mode": None,
@@ -36,23 +42,39 @@ _PLAIN: dict[str, Any] = {
 _WRONG_INPUT = 2
 
 
-def command(first: str = "") -> Callable[..., Any]:
-    """The program as a callable that takes arguments; where ``first`` of them names a verb, with that verb alone."""
-    everything = (*_VERBS, *_GROUPS, *_MORE_VERBS)
-    app = typer.Typer(name="planner", help=_HELP, **_PLAIN)
+def command() -> Callable[..., Any]:
+    """The program as a callable that takes arguments."""
+    app = typer.Typer(name="planner", help=_HELP, cls=_Verbs, **_PLAIN)
     app.callback()(_program)
-    for name in (first,) if first in everything else everything:
-        module = import_module(f"planner.cli.{name}")
-        if name not in _GROUPS:
-            app.command(name)(getattr(module, name))
-            continue
-        group = typer.Typer(help=module.HELP, **_PLAIN)
-        group.callback()(_group)
-        for verb, run in module.VERBS.items():
-            group.command(verb)(run)
-        app.add_typer(group, name=name)
+    for name, does in _VERBS.items():
+        app.command(name, help=does)(_listed)
     program: Any = typer.main.get_command(app)
     return program.main  # type: ignore[no-any-return]
+
+
+class _Verbs(TyperGroup):
+    """Verbs that are only listed, until one is called: loading them all takes longer than most of them run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed and name and _loaded(name), rest
+
+
+def _listed() -> None:
+    """Stands where a verb is known by its name alone."""
+
+
+def _loaded(name: str) -> Any:
+    """The verb, or the group of verbs, with all its options."""
+    module = import_module(f"planner.cli.{name}")
+    group = getattr(module, "VERBS", None)
+    app = typer.Typer(help=_VERBS[name], **_PLAIN)
+    app.callback()(_group)
+    for verb, run in (group or {name: getattr(module, name)}).items():
+        app.command(verb)(run)
+    program: Any = typer.main.get_command(app)
+    program.name = name
+    return program if group else program.commands[name]
 
 
 _HELP = """Plans how to train and serve a foundation model: which parallelism, on which machines, at what cost.

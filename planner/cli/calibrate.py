@@ -228,7 +228,6 @@ def measure(
             print(f"{paths[family]}: {len(rows)} rows")
 
 
-HELP = "Fit a device, a fabric or a software stack to your own measurements, and take such measurements."
 VERBS = {"device": device, "fabric": fabric, "stack": stack, "measure": measure}
 
 

@@ -88,7 +88,6 @@ def _serving_files(
     plan: ServePlan, reference: str, to: str, version: str | None, around: list[str], image: str | None
 ) -> dict[str, str]:
     """The folder's files; where the launcher cannot run the plan, the error names the next one of the same file that it can."""
-    from dataclasses import replace
 
     from planner.cli.serve_plan import next_serving_plan
     from planner.errors import ExportError as Refusal
@@ -103,7 +102,7 @@ def _serving_files(
             if number
             else "No other plan of the same file can be run there: serve --fix and --forbid make others."
         )
-        raise Refusal([*error.problems[:-1], replace(error.problems[-1], try_=hint)]) from None
+        raise Refusal([*error.problems[:-1], error.problems[-1]._replace(try_=hint)]) from None
 
 
 def _show(plan_id: str, to: str, files: dict[str, str], out: str | None, as_json: bool) -> None:
@@ -125,7 +124,6 @@ def _show(plan_id: str, to: str, files: dict[str, str], out: str | None, as_json
 
 def _with_closest(error: ExportError, plan: Plan, to: str) -> ExportError:
     """The error, with the closest plan that the launcher can run."""
-    from dataclasses import replace
 
     from planner.errors import ExportError as Refusal
     from planner.errors import PlannerError
@@ -148,4 +146,4 @@ def _with_closest(error: ExportError, plan: Plan, to: str) -> ExportError:
         )
         told = changes or "the same choices for all layers"
         hint = f"Closest plan that it can run: {told}; {times}. train --for {name} searches them all."
-    return Refusal([*error.problems[:-1], replace(error.problems[-1], try_=hint)])
+    return Refusal([*error.problems[:-1], error.problems[-1]._replace(try_=hint)])

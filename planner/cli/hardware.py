@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
     from planner.specs.device import Device
 
-HELP = "List, show, check and import devices and clusters."
-
 
 def list_hardware(as_json: Json = False) -> None:
     """List the shipped devices and clusters."""

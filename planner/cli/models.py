@@ -13,8 +13,6 @@ from planner.cli.options import Json, option
 if TYPE_CHECKING:
     from planner.specs.model import Model
 
-HELP = "List, show and import models."
-
 
 def list_shipped(as_json: Json = False) -> None:
     """List the shipped models."""

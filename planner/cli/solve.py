@@ -14,8 +14,6 @@ from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_hi
 from planner.cli.solve_peers import peers
 from planner.cli.solve_rlhf import rlhf
 
-HELP = "Shardings, recomputation, tiers, sequence groups, experts, ranks, RLHF and curricula: the best choice, with proof."
-
 _File = Annotated[
     str, typer.Argument(help="The problem as JSON (docs/solvers.md has the formats).", metavar="FILE")
 ]

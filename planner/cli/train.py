@@ -88,4 +88,4 @@ def _with_front(fleet: Fleet, problems: list[Problem]) -> Fleet:
 
     found = pareto_front(fleet.problem_of_best(problems), fleet.result.best)
     front = tuple(plan.as_dict() for plan in found)
-    return replace(fleet, result=replace(fleet.result, pareto=front))
+    return fleet._replace(result=replace(fleet.result, pareto=front))

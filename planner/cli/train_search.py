@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ def search_fleet(
         return _strictly(problems, top, progress, searcher)
     except Infeasible as refusal:
         fleet = _strictly(at_any_risk(problems, refusal), top, progress, searcher)
-        return replace(fleet, result=said(fleet.result, problems[0]))
+        return fleet._replace(result=said(fleet.result, problems[0]))
 
 
 def _strictly(

@@ -104,7 +104,7 @@ def attempt(
     try:
         return make(*values, **named)
     except SpecError as error:
-        faults += [replace(p, where=(flags or {}).get(p.where, p.where)) for p in error.problems]
+        faults += [p._replace(where=(flags or {}).get(p.where, p.where)) for p in error.problems]
         return None
 
 

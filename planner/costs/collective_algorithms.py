@@ -14,7 +14,6 @@ J. Speck, J. L. Träff, "Two-tree algorithms for full bandwidth broadcast, reduc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,8 +27,7 @@ Collective = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Transport:
+class Transport(NamedTuple):
     """How a communication library drives one kind of link: what its rate and the hop of a small message leave open.
 
     Fractions are of the level's ``bytes_per_s``. *Small* is the protocol of small messages, *bulk* that of large ones.
@@ -69,8 +67,7 @@ class Transport:
     scale_out: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """What one tier of the network offers a group.
 
     ``members`` counts the group's ranks inside one domain of the tier: cumulative, non-decreasing from tier to tier, on the last

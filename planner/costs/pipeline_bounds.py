@@ -10,8 +10,7 @@ operation may be added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -164,8 +163,7 @@ def bound_interleaved_s(
     return bound
 
 
-@dataclass(frozen=True, slots=True)
-class _Runs:
+class _Runs(NamedTuple):
     """Runs of equal stages and what the paths over them need, one array (*batch,) per run.
 
     Attributes:

@@ -7,7 +7,7 @@ sparse attention's indexer, DeepSeek-V3.2 (arXiv:2512.02556) §2.1; relative pos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.ledger import times
 from planner.operators.graph import NORM, NORM_BACKWARD, Graph
@@ -19,8 +19,7 @@ _ROPE = 2.0  # reads and writes queries and keys
 _GATE, _GATE_BACKWARD = 3.0, 5.0  # (output, gate) -> gated; (gradient, output, gate) -> both gradients
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(NamedTuple):
     """The axes of one attention: heads, widths of one head, and expressions for the rows of queries and of keys."""
 
     region: str

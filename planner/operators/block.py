@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from planner.operators.attention import attention
 from planner.operators.feed_forward import mlp, moe
@@ -15,8 +15,7 @@ from planner.specs.model import Block
 __all__ = ["block"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Branch:
+class _Branch(NamedTuple):
     """What one residual addition adds. ``parts`` read one norm; each is told whether it is the one that keeps its output."""
 
     norm: str

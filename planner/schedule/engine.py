@@ -11,8 +11,7 @@ not in time is simply run to the end.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +34,7 @@ ROUNDS_BETWEEN_LOOKS = 16
 BUFFER_BYTES = 64e6
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
+class Timeline(NamedTuple):
     """When a step's devices work. Batch axes trail; ``p`` devices lead.
 
     Attributes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,7 @@ class Op(IntEnum):
     W = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """The size of a pipeline: ``p`` devices, ``m`` micro-batches, ``v`` chunks per device, ``group``
     micro-batches that a chunk runs before the device turns to its next chunk (interleaved orders only)."""
 
@@ -65,8 +64,7 @@ class Shape:
     group: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where virtual stages live: stage ``c·p + j`` is chunk ``c`` of device ``j``, or, where ``folded``, of device ``p − 1 − j``
     for every other chunk, so that the pipeline turns back at its ends.
 
@@ -141,8 +139,7 @@ class Order:
         return len(self.device_of_stage)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What a schedule asks of devices and micro-batches: ``holds(p, m)``, over arrays too."""
 
     where: str
@@ -264,7 +261,7 @@ def repeated(schedule: Generator | str, p: int, m: int, v: int, steps: int) -> O
     one = make_order(generator, p, m, v)
     later = np.repeat(np.arange(steps), one.kind.shape[1]) * m
     return replace(
-        one, shape=replace(one.shape, m=m * steps), kind=np.tile(one.kind, steps), stage=np.tile(one.stage, steps),
+        one, shape=one.shape._replace(m=m * steps), kind=np.tile(one.kind, steps), stage=np.tile(one.stage, steps),
         micro_batch=np.tile(one.micro_batch, steps) + later,
         leaves_after=None if one.leaves_after is None else np.tile(one.leaves_after, steps),
     )  # fmt: skip

@@ -12,9 +12,9 @@ before its own backward, a backward before its weight gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ MIN_REPEATS = 3
 _Place = np.int32  # of an operation in an order: hundreds of thousands where a batch is large
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Rounds that run ``repeats`` times.
 
     Times live in one buffer: first the carried-in state (each device's clock, then the end times of messages
@@ -52,8 +51,7 @@ class Segment:
     carry_out: Ints
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Program:
+class Program(NamedTuple):
     """Segments in order, and per device the buffer position (in the first segment) of its first operation."""
 
     segments: tuple[Segment, ...]
@@ -117,8 +115,7 @@ def _opcode(order: Order) -> Ints:
     return order.kind * _Place(order.n_virtual) + order.stage
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Graph:
+class _Graph(NamedTuple):
     """Who sends what an operation waits for, and how far each device's list repeats.
 
     Attributes:

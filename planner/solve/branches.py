@@ -8,9 +8,8 @@ of both and fits. A swap that hides the update behind the backward may save what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,7 @@ _STATE = tuple(s for s in ADDITIVE_SLOTS if s not in (*_SWAP, "recompute", "sche
 _BY_LAYERS = "block"  # the recompute choice that also chooses how many layers
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Activity:
+class Activity(NamedTuple):
     """Which states and which recompute choices say something of their own on each row: (choices, rows).
 
     And how many: states, recompute choices of whole devices, and those by layers, (rows).

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,7 @@ class SearchCounts:
     rejected: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class Scored(NamedTuple):
     """One candidate that fits, with the lower bound of its step time and its column of the block table."""
 
     bound_s: float
@@ -56,8 +55,7 @@ class Scored:
         return round(global_batch_size / (self.row["dp"] * self.row["micro_batch_size"]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """Candidates that were scored together; ``fitting`` are the indices of those within memory."""
 
     expansion: Expansion
@@ -81,8 +79,7 @@ class Batch:
         ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pending:
+class Pending(NamedTuple):
     """(state, row) pairs of one schedule that were scored plain.
 
     ``bounds_s`` and ``fits``: (swaps, recomputes, pairs), the bounds of their branches (zero: not priced) and which of them were
@@ -107,8 +104,7 @@ class Pending:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shortfall:
+class Shortfall(NamedTuple):
     """The candidate that came closest to fitting: which memory binds, and by how much.
 
     ``at_least``: what is needed is only what no recompute or offload could move.
@@ -128,8 +124,7 @@ class Shortfall:
         return self.needed_bytes / self.budget_bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Jobs:
+class Jobs(NamedTuple):
     """Candidates that share a schedule and a swap; arrays over jobs."""
 
     schedule: Choice
@@ -147,7 +142,7 @@ class Jobs:
 
     def take(self, index: Index) -> Jobs:
         """Some of the jobs."""
-        return replace(
-            self, layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
+        return self._replace(
+            layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
             rows=self.rows[index], width=self.width[index],
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -147,7 +146,7 @@ class Expansion:
                 continue
             recomputes = np.repeat(np.array(together), [len(at) for at, *_ in left])
             pairs = chosen[at]
-            jobs = replace(pending.jobs.take(pairs), recomputes=recomputes, swap=swap, width=width)
+            jobs = pending.jobs.take(pairs)._replace(recomputes=recomputes, swap=swap, width=width)
             for begin in range(0, len(at), _TOGETHER):
                 some = np.arange(begin, min(begin + _TOGETHER, len(at)))
                 fit, bound_s, batch = self.evaluate(jobs.take(some), bar)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.costs.economics import tokens_run_s
 from planner.errors import Infeasible, Interrupted
@@ -28,8 +27,7 @@ __all__ = [
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One cluster that was tried: its best plan's step and run time, or why there is none.
 
     Attributes:
@@ -57,11 +55,10 @@ class Attempt:
 
     def as_dict(self) -> dict[str, Any]:
         """The attempt as JSON fields."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return self._asdict()
 
 
-@dataclass(frozen=True, slots=True)
-class Fleet:
+class Fleet(NamedTuple):
     """Ranked plans of all clusters together, and what each cluster came to."""
 
     result: SearchResult

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -91,7 +90,7 @@ def _narrow(pairs: _Pairs) -> _Pairs:
         few = work.narrow(rows)
         for pending, at, floor_s in mine:
             jobs = pending.jobs.take(at)
-            jobs = replace(jobs, rows=np.searchsorted(rows, jobs.rows))
+            jobs = jobs._replace(rows=np.searchsorted(rows, jobs.rows))
             bounds_s, fits = pending.bounds_s[:, :, at], pending.fits[:, :, at]
             alone = Pending(few, jobs, bounds_s, fits, pending.overfull[at], pending.saving_s[at])
             found.append((alone, np.arange(len(at)), floor_s))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +47,7 @@ class Dealing:
         return rows, of
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Deal:
+class Deal(NamedTuple):
     """Rows of a prefix with layouts of one schedule: bounds, and candidates of each pair."""
 
     dealing: Dealing
@@ -61,8 +59,7 @@ class Deal:
     likely: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
+class Pairs(NamedTuple):
     """Rows of an expansion with layouts of one schedule, and of each pair its bound.
 
     ``open``: states that may still win, (states, pairs); ``each``: candidates of every state of a pair.
@@ -78,8 +75,8 @@ class Pairs:
 
     def take(self, index: Index) -> Pairs:
         """Some of the pairs."""
-        return replace(
-            self, of=self.of[index], rows=self.rows[index], bound_s=self.bound_s[index], each=self.each[index],
+        return self._replace(
+            of=self.of[index], rows=self.rows[index], bound_s=self.bound_s[index], each=self.each[index],
             open=self.open[:, index],
         )  # fmt: skip
 
@@ -125,6 +122,6 @@ def sift(work: Expansion, parts: Sequence[Pairs], bar: float) -> tuple[list[Pair
     left, lost = edited, 0
     for part, bound_s in zip(plain, bounds_s, strict=True):
         lost += part.candidates(bound_s >= bar)
-        part = replace(part, open=part.open & (bound_s < bar), bound_s=bound_s.min(axis=0))
+        part = part._replace(open=part.open & (bound_s < bar), bound_s=bound_s.min(axis=0))
         left.append(part.take(np.flatnonzero(part.open.any(axis=0))))
     return [part for part in left if len(part.rows)], lost

@@ -8,7 +8,8 @@ on every row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,7 @@ class Alike:
         return self._differ[id(values)][1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+class Prefix(NamedTuple):
     """A prefix on rows on which it is valid.
 
     Attributes:

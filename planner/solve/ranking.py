@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -60,7 +59,7 @@ class Ranking:
             self._open.append(batch)
 
     def settle(self) -> None:
-        """Looks at new candidates, best bounds first, until no bound is under the bar and the list can be filled; sets the bar."""
+        """Looks at new candidates, best bounds first, until no bound is under the bar and the list is full; sets the bar."""
         if not self._open:
             return
         bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
@@ -130,7 +129,7 @@ class Ranking:
             layers = np.array([np.inf if s.recompute_layers is None else s.recompute_layers for s in members])
             bounds = tight_bound(table, members[0].layout, schedule, micro_batches, layers)
             tight += [
-                replace(s, bound_s=max(s.bound_s, float(bound)))
+                s._replace(bound_s=max(s.bound_s, float(bound)))
                 for s, bound in zip(members, bounds, strict=True)
             ]
         return sorted(tight, key=_bound_s)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,7 @@ _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
 _VALUE_KNOBS = ("gradient_dtype",)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """One value of a slot, and the technique that serves it (None: the slot is off)."""
 
     value: str

@@ -201,7 +201,7 @@ class UniformSearch:
         kept = ledger.take(open_[used], ctx.mesh.counterpart)
         of, known = np.searchsorted(classes, of[used]), known.take(classes)
         self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
-        self._deals += [replace(deal, rows=np.searchsorted(used, deal.rows)) for deal in deals]
+        self._deals += [deal._replace(rows=np.searchsorted(used, deal.rows)) for deal in deals]
         self._waiting += sum(len(deal.rows) for deal in deals)
 
     def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
@@ -417,7 +417,7 @@ class UniformSearch:
             places = np.cumsum([0, *(len(part.rows) for part in dealt)])
             work, at = work.without_idle_prefixes(np.concatenate([part.rows for part in dealt]))
             dealt = [
-                replace(part, rows=at[i:j])
+                part._replace(rows=at[i:j])
                 for part, (i, j) in zip(dealt, pairwise(places.tolist()), strict=True)
             ]
         bounds = np.sort(np.concatenate([part.bound_s for part in dealt]))

@@ -194,7 +194,7 @@ def _group_device(reader: Reader, name: str, folder: Path) -> Device:
     except SpecError as error:
         # Noted with the file's other problems, which are raised at its end; until then any device will do.
         where = f"{reader.where}: {reader.path}"
-        reader.problems.extend(replace(p, where=f"{where}.{p.where}") for p in error.problems)
+        reader.problems.extend(p._replace(where=f"{where}.{p.where}") for p in error.problems)
         return load_device(list_devices()[0])
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["FORMATS", "KERNEL_FORMATS", "Format", "KernelFormat"]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """One mixed-precision recipe.
 
     Attributes:
@@ -54,8 +53,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class KernelFormat:
+class KernelFormat(NamedTuple):
     """A number format as kernel libraries name it: what is multiplied, and how input and weights are stored."""
 
     dtype: str

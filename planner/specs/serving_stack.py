@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.specs.device import Sourced
 from planner.specs.reader import Reader
@@ -28,8 +28,7 @@ from planner.specs.sourced import read_sourced
 __all__ = ["KernelRule", "ServingSoftware", "read_kernel_rules", "read_serving"]
 
 
-@dataclass(frozen=True, slots=True)
-class KernelRule:
+class KernelRule(NamedTuple):
     """Which library's kernel an engine runs for an operation: its name as ``kernel_libraries.toml`` matches it."""
 
     operation: str

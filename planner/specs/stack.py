@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import KINDS, Sourced
@@ -48,8 +48,7 @@ _HABITS = {
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Serves:
+class Serves(NamedTuple):
     """Published runs that a stack describes.
 
     Attributes:

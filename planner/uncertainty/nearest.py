@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Nearby", "far_of", "is_far", "nearby"]
 
-_SIZES = ("active_parameters", "devices", "seq_len")
 # What near means: the nearest of these that any run fulfils. Equal columns, and the factor that sizes may differ by.
 _STEPS = (
     (("stack", "accelerator"), 4.0),
@@ -23,6 +22,7 @@ _STEPS = (
 )
 # What a run's own neighbours are: jobs that constants and mechanisms, which were found on it, are as right for.
 _LIKE = ("stack", "generation", "experts", "state_space")
+_SIZES = ("active_parameters", "devices", "seq_len")
 _FACTOR = 2.0
 
 
@@ -81,12 +81,16 @@ def nearby(problem: Problem) -> Nearby | None:
     }
     experts = any(block.moe for block in problem.model.blocks.values())
     runs = [
-        run
+        (run, max(max(getattr(run, name) / size, size / getattr(run, name)) for name, size in sizes.items()))
         for run in load_published_runs(device.generation)
         if run.error_without_model is not None and run.experts == experts
     ]
     for names, factor in _STEPS:
-        found = [run for run in runs if _near(run, names, job, sizes, factor)]
+        found = [
+            run
+            for run, apart in runs
+            if apart <= factor and all(getattr(run, name) == job[name] for name in names)
+        ]
         if found:
             kind = "mixtures of experts" if experts else "dense models"
             software = f" with {job['stack']}" if "stack" in names else ""
@@ -140,18 +144,6 @@ def _neighbours(job: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return job[:same] == other[:same] and all(
         1.0 / _FACTOR <= size / others <= _FACTOR
         for size, others in zip(job[same:], other[same:], strict=True)
-    )
-
-
-def _near(
-    run: PublishedRun,
-    names: tuple[str, ...],
-    job: Mapping[str, str],
-    sizes: Mapping[str, float],
-    factor: float,
-) -> bool:
-    return all(getattr(run, name) == job[name] for name in names) and all(
-        1.0 / factor <= getattr(run, name) / sizes[name] <= factor for name in _SIZES
     )
 
 

@@ -96,14 +96,13 @@ def load_published_runs(generation: str = "") -> tuple[PublishedRun, ...]:
 def read_published_runs(path: Path, generation: str = "") -> tuple[PublishedRun, ...]:
     """The runs of a table that :func:`write_published_runs` wrote, those on one generation of accelerators or all."""
     with path.open(encoding="utf-8", newline="") as stream:
-        columns = next(csv.reader(stream))
+        assert next(stream).rstrip() == ",".join(_KINDS)
         lines = [line for line in stream if f",{generation}," in line] if generation else stream
-        rows = (dict(zip(columns, cells, strict=True)) for cells in csv.reader(lines))
-        return tuple(
-            PublishedRun(**{name: read(row[name]) for name, read in _READERS.items()})
-            for row in rows
-            if generation in ("", row["generation"])
+        runs = (
+            PublishedRun._make(read(cell) for read, cell in zip(_READERS, cells, strict=True))
+            for cells in csv.reader(lines)
         )
+        return tuple(run for run in runs if generation in ("", run.generation))
 
 
 def write_published_runs(path: Path, runs: Iterable[PublishedRun]) -> None:
@@ -127,7 +126,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "bool": lambda text: text == "true",
     "float | None": lambda text: float(text) if text else None,
 }
-_READERS = {name: _READ[kind] for name, kind in _KINDS.items()}
+_READERS = [_READ[kind] for kind in _KINDS.values()]
 
 
 def _text(value: object) -> str:

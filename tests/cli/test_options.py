@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from planner.cli.app import _VERBS
 from planner.cli.options import Json, option, with_options
 
 
@@ -71,3 +72,10 @@ def test_plans_go_into_no_file_that_its_name_says_is_something_else(planner, tmp
     assert found.code == 2
     assert "plans are written as JSON" in found.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_verb_begins_its_help_with_what_the_list_of_verbs_says(planner, verb):
+    help_of_verb = " ".join(planner(verb, "--help").out.split())
+    assert f"{verb} [OPTIONS]" in help_of_verb
+    assert _VERBS[verb] in help_of_verb

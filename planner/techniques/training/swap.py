@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
 from planner.technique import Check, Context
@@ -20,8 +20,7 @@ _LINKS: dict[Tier, tuple[tuple[Literal["host_link", "cxl", "nvme"], str], ...]] 
 _STAGES = 2.0  # copies on the device: of the block at work, and of the one whose transfer runs beside it
 
 
-@dataclass(frozen=True, slots=True)
-class Trip:
+class Trip(NamedTuple):
     """One way of a tensor over the links to its tier, on tracks of their own or (``main``) in the block's serial order."""
 
     what: str

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from planner.ledger import Item, Ledger, Resident, Stream
 
 __all__ = ["Kernels", "run_apart"]
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
+class Kernels(NamedTuple):
     """One phase of an operator: kernels, and passes over its elements: in fp32, in the activations' dtype, and casts."""
 
     launches: float

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from planner.schedule.board import Board, Move, Pass, play
 from planner.schedule.order import LOOPED, DeviceOps, Op, Placement, Shape
@@ -17,8 +17,7 @@ from planner.schedule.order import LOOPED, DeviceOps, Op, Placement, Shape
 __all__ = ["Greedy"]
 
 
-@dataclass(frozen=True, slots=True)
-class Greedy:
+class Greedy(NamedTuple):
     """A work-conserving order.
 
     Attributes:

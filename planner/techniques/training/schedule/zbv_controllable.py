@@ -13,9 +13,9 @@ Source: Qi et al. 2024 (arXiv:2405.15362) §3; github.com/sail-sg/zero-bubble-pi
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,8 +69,7 @@ def _apart(sweeps: Ints) -> bool:
     return bool(np.all(np.diff(slots, axis=0) > 0))
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(NamedTuple):
     """The building block's sweeps, and whether forwards may run ahead of it into idle time, as far as memory allows."""
 
     steps: tuple[int, int, int, int]

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +32,7 @@ from planner.techniques.training.schedule.split_backward import hold_weight_inpu
 _WAITS = 0.45  # of a micro-batch's activations: what its weight gradient needs once its backward is done
 
 
-@dataclass(frozen=True, slots=True)
-class Durations:
+class Durations(NamedTuple):
     """What an order is made for: F, B and W of a stage, and a message from one stage to the next."""
 
     forward_s: float

@@ -7,8 +7,8 @@ the rows and columns of the grid. Nothing is whole on any rank, so that sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,7 @@ __all__ = [
 _WIDTHS = ("hidden", "heads", "kv_heads", "ffn", "vocab")
 
 
-@dataclass(frozen=True, slots=True)
-class Lattice:
+class Lattice(NamedTuple):
     """How ranks form a grid: of their number, ``shape`` makes parts of the batch and of every width (0 where there is no such
     grid); ``what`` is its name."""
 
@@ -85,8 +84,7 @@ class Lattice:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """Sizes of a product's left and right operand and of its result, as they lie in memory."""
 
     left: str
