@@ -69,6 +69,10 @@ class LayerwiseSpace:
         self.parts: list[Strategies] = []
         self.least_s: dict[int, float] = {}
         """By pipeline degree, what none of its deals is faster than."""
+        self.at: list[NDArray[np.intp]] = []
+        """By prefix, the places of its rows in the uniform space."""
+        self.others: list[NDArray[np.intp]] = []
+        """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
@@ -169,8 +173,9 @@ class LayerwiseSpace:
     def _blocks(self, part: int, below_s: float) -> tuple[Array, Array, Strategies]:
         """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once for all."""
         if part not in self._priced:
-            opened = [self._open(pp, below_s)[0] for pp in self.least_s]
-            at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
+            opened = [self._open(pp, below_s) for pp in self.least_s]
+            mine = [rows.row[(rows.part == part) & np.any(free_s < below_s, axis=0)] for rows, _, free_s in opened]
+            at = np.unique(np.concatenate(mine))
             taken = self.parts[part].take(at)
             self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
@@ -199,10 +204,11 @@ class LayerwiseSpace:
         return Relaxation(every, self.layers, micro_batches, pp, *self._room(communicators))
 
     def _room(self, communicators: Array) -> tuple[Array, float, float]:
-        """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
+        """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host; as many as the
+        fullest plan has that keeps the limits, so that bounds hold for plans whose layers are alike, too."""
         stack = self.problem.stack
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-        budget = np.maximum(room_bytes(self.problem, idle) - idle, 1.0)
+        budget = np.maximum(room_bytes(self.problem, idle, filled=False) - idle, 1.0)
         return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
 
     def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
@@ -241,6 +247,12 @@ class LayerwiseSpace:
                 ):
                     found[number] = max(found[number], bound_s)
         return found
+
+    def whole(self) -> bool:
+        """Whether every plan of the uniform space is one of this space too, but for those on rows of :attr:`others`."""
+        space = self.uniform.space
+        known = all(_order(schedule) in _SCHEDULES for schedule in space.choices["schedule"])
+        return known and "virtual_stages" not in space.fixed
 
     def mesh(self, deal: Deal) -> Mesh:
         """The deal's mesh with all of its strategies."""
@@ -311,11 +323,13 @@ class LayerwiseSpace:
                 rows = space.rows.take(open_[keep])
                 strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
+                    self.others.append(open_[keep])
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
                     self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
                 self.parts.append(strategies)
+                self.at.append(open_[keep])
                 self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
