@@ -132,7 +132,9 @@ class BranchTables:
         names, of = (*ONCE, *HELD), self._numbered(tuple(branches))
         phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
-        aspects = [np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in of.held]
+        aspects = [
+            np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in of.held
+        ]
         each = np.stack(aspects)
         rest = np.stack([each[:, :, [names.index(n) for n in some]].sum(axis=2) for some in sums])
         least = seconds[:, [0] * len(branches)]
@@ -153,12 +155,13 @@ class BranchTables:
             parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
             beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
             plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
-            # A group with fewer members than others has its first one again.
-            groups = [
-                np.array([*zip(*([*some, *some[:1] * (max(map(len, each)) - len(some))] for some in each))])
-                for each in zip_longest(*beside, fillvalue=[0])
-            ]
-            self._numbers[branches] = _Numbered([*clocked], [*held], groups, _side_by_side(plain), _side_by_side(parts))
+            groups = []
+            for each in zip_longest(*beside, fillvalue=[0]):
+                most = max(map(len, each))  # a group with fewer members than others has its first one again
+                groups.append(np.array([[*some, *some[:1] * (most - len(some))] for some in each]).T)
+            self._numbers[branches] = _Numbered(
+                [*clocked], [*held], groups, _side_by_side(plain), _side_by_side(parts)
+            )
         return self._numbers[branches]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:

@@ -48,11 +48,11 @@ class Known:
 
     Attributes:
         prices: of bytes, that proved most of a device, by its number.
-        least: seconds by mesh and cells, of :meth:`DeviceBounds.least_s`.
+        least: seconds by mesh, room and cells, of :meth:`DeviceBounds.least_s`.
     """
 
     prices: defaultdict[int, list[Array]] = field(default_factory=partial(defaultdict, list))
-    least: dict[tuple[Mesh, bytes], tuple[Array, Array]] = field(default_factory=dict)
+    least: dict[tuple[Mesh, float, bytes], tuple[Array, Array]] = field(default_factory=dict)
 
 
 class DeviceBounds:
@@ -60,17 +60,20 @@ class DeviceBounds:
 
     Args:
         known: of the same row, in other layouts or with other strategies.
+        filled: whether devices have the room of one that activations fill, which every plan within keeps; or that of one without,
+            which no plan goes beyond (:func:`~planner.uncertainty.memory_limit.room_bytes`).
     """
 
     def __init__(
-        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, known: Known | None = None
-    ) -> None:
+        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, known: Known | None = None,
+        filled: bool = True,
+    ) -> None:  # fmt: skip
         self.problem = problem
         self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
         self.idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
-        self.room = float(room_bytes(problem, self.idle)) - self.idle
+        self.room = float(room_bytes(problem, self.idle, filled=filled)) - self.idle
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
@@ -96,7 +99,7 @@ class DeviceBounds:
         """
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
         cells, least = self._cells(layout, m * once, m * once), self._known.least
-        key = self.mesh, cells.key()
+        key = self.mesh, self.room, cells.key()
         if key in least:
             return least[key]
         s, kind = self.useful, cells.kind

@@ -74,9 +74,9 @@ class DeviceCosts(DeviceBounds):
 
     def __init__(
         self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver, tolerance: float = 0.0,
-        known: Known | None = None,
+        known: Known | None = None, filled: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(problem, mesh, schedule, virtual_stages, known)
+        super().__init__(problem, mesh, schedule, virtual_stages, known, filled)
         self.solver, self.tolerance = solver, tolerance
         self._solved: dict[tuple[object, ...], Solved | None] = {}
         self._proved: dict[tuple[object, ...], float] = {}

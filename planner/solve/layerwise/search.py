@@ -8,7 +8,7 @@ states the gap to the smallest one that does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -39,6 +39,7 @@ __all__ = ["search_layerwise"]
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _ROUGH, _LIKELY, _BOUND, _PATH, _PLANS = range(5)  # looks at a deal, each dearer than the one before
 _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
+_AROUND = 1.1  # times the smallest bound, within which a first plan is looked for
 _FIRST = 3  # deals that are looked at for a plan before the others are bounded
 _ROUNDS = 8  # in which strategies of a deal's likely plans get tables
 _PATIENCE = (
@@ -46,6 +47,7 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
+_COMPANY = 1.02  # times the step of a plan whose layers are alike, within which others are listed beside it
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
@@ -94,7 +96,8 @@ def search_layerwise(
         with limit.enforced():
             run.go()
         if uniform is not None and not finished and limit.left_s:
-            uniform = _joined(uniform, search_until(problem, top, None, np.inf, limit.end_s, run.rows())[0])
+            below_s = min(uniform.best.estimate.step_time_s, run.alike_s() * _COMPANY)
+            uniform = _joined(uniform, search_until(problem, top, None, below_s, limit.end_s, run.rows())[0])
     except Infeasible:
         pass  # none of the rows that are left has a uniform plan
     except OutOfTimeError:
@@ -151,10 +154,11 @@ class _Search:
         self.account = Account(solver, _SPACE)
         self.known = known
         self._left: list[_Open] = []
-        self._unbounded: dict[int, float] | None = None
+        self._opened = 0  # deals
         self._done: list[float] = []
         self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
-        self._rows: set[tuple[int, int]] = set()  # of all deals that were ever open
+        # Of every deal, what no plan whose layers are alike is faster than; with its prefix and row.
+        self._alike_s: dict[int, tuple[float, int, int]] = {}
         self._paths: Paths = {}
         self._rough: dict[tuple[int, int, str], DeviceCosts] = {}
         self._known: dict[tuple[int, int], Known] = defaultdict(Known)
@@ -163,23 +167,22 @@ class _Search:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        self._unbounded = self.space.without_memory_s(self.best_s)
-        if self.known and self._unbounded:
+        pp, bound_s = self.space.least(self.best_s)
+        if self.known and bound_s < self.best_s:
             # Any plan that is nearly as good as the best one saves the bounds of many meshes.
-            for deal in self.space.likeliest(next(iter(self._unbounded)), self.best_s, self.known)[:_FIRST]:
+            few_s = min(self.best_s, _AROUND * bound_s)
+            for deal in self.space.likeliest(pp, few_s, self.known)[:_FIRST]:
                 if self.best is None:
                     self._likely(deal)
-        for pp in list(self._unbounded):
-            ask()
-            self._add(self.space.deals_of(pp, self.best_s * (1.0 + self.tie)))
-            del self._unbounded[pp]
-            if self._left and self.best is None and not self.known:
-                heapify(self._left)
-                self._look(self._left[0], to_the_end=True)
-        heapify(self._left)
         looks = 0  # since strategies were chosen
-        while self._left and self._left[0].bound_s < self.enough_s:
+        while True:
             ask()
+            pp, bound_s = self.space.least(self.within_s)
+            if min(bound_s, self._left[0].bound_s if self._left else np.inf) >= self.enough_s:
+                return
+            if not self._left or bound_s < self._left[0].bound_s:
+                self._open(pp)
+                continue
             first, settled = self._left[0], self.account.settled
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks > _BOUND), default=first)
@@ -200,12 +203,24 @@ class _Search:
         """A bound above which no plan is told apart from the best one so far."""
         return self.best_s * (1.0 - self.tie)
 
+    @property
+    def within_s(self) -> float:
+        """What ties with the best plan so far is faster."""
+        return self.best_s * (1.0 + self.tie)
+
     def rows(self) -> NDArray[np.intp] | None:
         """Places of the rows of the uniform space whose plans may tie with the best one; None where it is not known."""
         if not self.space.whole():
             return None
-        own = [self.space.at[part][row] for part, row in self._rows]
+        open_ = [at for bound_s, *at in self._alike_s.values() if bound_s < self.within_s]
+        own = [self.space.at[part][row] for part, row in (*open_, *self.space.places(self.within_s))]
         return np.unique(np.concatenate([np.array(own, dtype=np.intp), *self.space.others]))
+
+    def alike_s(self) -> float:
+        """Step time of a plan with the best one's degrees whose layers are alike; infinite where there is none."""
+        if self.best is None or self._from is None:
+            return np.inf
+        return self._from.simpler(self.best, np.inf).step_s
 
     def simplest(self, alike_s: float) -> Candidate | None:
         """The simplest plan that is as fast as the best one, as far as a tie goes; None where a uniform plan (whose step time is
@@ -215,11 +230,18 @@ class _Search:
         within_s = self.best_s * (1.0 + self.tie)
         return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
 
-    def _add(self, deals: Iterable[Deal]) -> None:
-        """Opens some deals."""
-        new = [_Open(*deal.rank(), number, deal) for number, deal in enumerate(deals, len(self._left))]
-        self._rows |= {(open_.part, open_.row) for open_ in new}
+    def _open(self, pp: int) -> None:
+        """Bounds a prefix by memory or, once all are that matter, opens the deals of a pipeline degree."""
+        if self.space.pool(self.enough_s, self.within_s):
+            return
+        deals = self.space.deals_of(pp, self.within_s)
+        new = [_Open(*deal.rank(), number, deal) for number, deal in enumerate(deals, self._opened)]
+        self._opened += len(new)
+        self._alike_s |= {open_.number: (open_.bound_s, open_.part, open_.row) for open_ in new}
         self._left += new
+        heapify(self._left)
+        if self._left and self.best is None and not self.known:
+            self._look(self._left[0], to_the_end=True)
 
     def _sharpen(self, part: int) -> None:
         """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
@@ -259,10 +281,11 @@ class _Search:
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
-        if self._unbounded is None:
-            self._unbounded = {0: kernel_floor_s(self.problem) / self.problem.cluster.devices}
-        bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
-        if hasattr(self, "space"):
+        bounds = [deal.bound_s for deal in self._left] + self._done
+        if not hasattr(self, "space"):
+            bounds.append(kernel_floor_s(self.problem) / self.problem.cluster.devices)
+        else:
+            bounds.append(self.space.least(self.best_s)[1])
             self.account.parts = self.space.meshes
             for reason, count in self.space.excluded.items():
                 self.account.exclude(reason, count)
@@ -272,7 +295,9 @@ class _Search:
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
         if open_.looks == _ROUGH:
-            return max(self._roughly(open_.deal).bound_s(self.enough_s), open_.bound_s), True
+            bound_s = max(self._roughly(open_.deal).bound_s(self.enough_s), open_.bound_s)
+            self._alike_s[open_.number] = bound_s, open_.part, open_.row
+            return bound_s, True
         if open_.looks == _LIKELY:
             bound_s = max(self._likely(open_.deal), open_.bound_s)
             return bound_s, bound_s < self.enough_s
@@ -287,14 +312,14 @@ class _Search:
         key = deal.part, deal.row, order
         mesh = self.space.lower(deal)
         if key not in self._rough or self._rough[key].mesh is not mesh:
-            self._rough[key] = self._costs(deal, mesh, order, 1)
+            self._rough[key] = self._costs(deal, mesh, order, 1, filled=False)
         space = self.space
         return Settler(deal, mesh, self._rough[key], space.order, space.kinds, self.uniform.branches)
 
-    def _costs(self, deal: Deal, mesh: Mesh, order: str, chunks: int) -> DeviceCosts:
+    def _costs(self, deal: Deal, mesh: Mesh, order: str, chunks: int, *, filled: bool = True) -> DeviceCosts:
         """Of the deal's devices, with what is known of them from other deals."""
         known = self._known[deal.part, deal.row]
-        return DeviceCosts(self.problem, mesh, order, chunks, self.solver, self.tolerance, known)
+        return DeviceCosts(self.problem, mesh, order, chunks, self.solver, self.tolerance, known, filled)
 
     def _likely(self, deal: Deal) -> float:
         """What a deal is not faster than, once the strategies of its best plans have tables, and no others; looks for plans."""
