@@ -81,18 +81,23 @@ class Rows:
 class Space:
     """The candidates of a problem.
 
+    Args:
+        problem: the problem.
+        rows: places of some of its rows; without, all.
+
     Raises:
         SpecError: a fixed knob or value is unknown, or a forbidden glob matches nothing.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
         self.problem = problem
         self.fixed = self._checked(problem.fixed)
         self.values = {name: self.fixed[name] for name in (*_VALUE_KNOBS, *details()) if name in self.fixed}
         self._unmatched = {("--forbid", glob) for glob in problem.forbidden}
         self._unmatched |= {("--explore", glob) for glob in problem.explore if glob != "all"}
         self.choices = {slot: self._slot(slot) for slot in SLOTS}
-        self.rows = self._rows()
+        every = self._rows()
+        self.rows = every if rows is None else every.take(rows)
         self._report_unmatched()
 
     # -- recipes ---------------------------------------------------------------------------------------------------

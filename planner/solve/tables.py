@@ -48,6 +48,7 @@ class BranchTables:
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
+        self._numbers: dict[tuple[tuple[int, int, int], ...], _Numbered] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
@@ -128,29 +129,40 @@ class BranchTables:
             Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
             branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
         """
-        names, clocked, held = (*ONCE, *HELD), {self._base: 0}, {self._base: 0}
-
-        def numbered(parts: Sequence[_Change], among: dict[_Change, int]) -> list[int]:
-            return [among.setdefault(part, len(among)) for part in parts]
-
-        parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
-        beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
-        plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
-        phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in clocked]
+        names, of = (*ONCE, *HELD), self._numbered(tuple(branches))
+        phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
-        aspects = [np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in held]
-        rest = np.stack(
-            [np.stack(aspects)[:, :, [names.index(n) for n in each]].sum(axis=2) for each in sums]
-        )
+        aspects = [
+            np.concatenate([self._rows(part, x, rows) for x in (ONCE, HELD)], axis=1) for part in of.held
+        ]
+        each = np.stack(aspects)
+        rest = np.stack([each[:, :, [names.index(n) for n in some]].sum(axis=2) for some in sums])
         least = seconds[:, [0] * len(branches)]
-        for groups in zip_longest(*beside, fillvalue=[0]):
-            most = max(map(len, groups))
-            members = np.array([[*group, *group[:1] * (most - len(group))] for group in groups])
-            largest = seconds[:, members[:, 0]]
-            for member in range(1, most):
-                np.maximum(largest, seconds[:, members[:, member]], out=largest)
+        for members in of.beside:
+            largest = seconds[:, members[0]]
+            for member in members[1:]:
+                np.maximum(largest, seconds[:, member], out=largest)
             least += largest - seconds[:, :1]
-        return np.maximum(least, _added(seconds, plain)), _added(rest, parts)
+        return np.maximum(least, _added(seconds, of.plain)), _added(rest, of.parts)
+
+    def _numbered(self, branches: tuple[tuple[int, int, int], ...]) -> _Numbered:
+        if branches not in self._numbers:
+            clocked, held = {self._base: 0}, {self._base: 0}
+
+            def numbered(parts: Sequence[_Change], among: dict[_Change, int]) -> list[int]:
+                return [among.setdefault(part, len(among)) for part in parts]
+
+            parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
+            beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
+            plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
+            groups = []
+            for each in zip_longest(*beside, fillvalue=[0]):
+                most = max(map(len, each))  # a group with fewer members than others has its first one again
+                groups.append(np.array([[*some, *some[:1] * (most - len(some))] for some in each]).T)
+            self._numbers[branches] = _Numbered(
+                [*clocked], [*held], groups, _side_by_side(plain), _side_by_side(parts)
+            )
+        return self._numbers[branches]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """:meth:`of_branch` on all rows, from a ledger of the branch's own."""
@@ -308,14 +320,35 @@ def _change_of(before: Ledger, after: Ledger) -> _Change:
     return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
 
 
-def _added(values: Array, parts: Sequence[Sequence[int]]) -> Array:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Numbered:
+    """Parts of some branches by number.
+
+    Attributes:
+        clocked, held: the parts that the others number.
+        beside: groups of parts that run side by side, (members, branches) each.
+        plain: what branches take without their swaps, (parts, branches).
+        parts: what they hold, (parts, branches).
+    """
+
+    clocked: list[_Change]
+    held: list[_Change]
+    beside: list[Index]
+    plain: Index
+    parts: Index
+
+
+def _side_by_side(parts: Sequence[Sequence[int]]) -> Index:
+    """Numbers of every branch's parts, (parts, branches): one with fewer than others has the first, which changes nothing."""
+    return np.array([*zip_longest(*parts, fillvalue=0)], dtype=np.intp).reshape(-1, len(parts))
+
+
+def _added(values: Array, parts: Index) -> Array:
     """The first of some tables and what others of them change, per branch: (fields, branches, …) of (fields, tables, …)."""
-    total = values[:, [0] * len(parts)]
-    changes = (
-        values - values[:, :1]
-    )  # a branch with fewer parts than others has the first, which changes nothing, beside them
-    for some in zip_longest(*parts, fillvalue=0):
-        total += changes[:, list(some)]
+    total: Array = values[:, [0] * parts.shape[1]]
+    changes = values - values[:, :1]
+    for some in parts:
+        total += changes[:, some]
     return total
 
 

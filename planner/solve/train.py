@@ -9,6 +9,7 @@ from functools import partial
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted, PlannerError
@@ -75,9 +76,10 @@ def search_strictly(
 
 
 def search_until(
-    problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float
-) -> tuple[SearchResult, bool]:
-    """:func:`search` up to a reading of the clock; with whether the space was searched to its end.
+    problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float,
+    rows: NDArray[np.intp] | None = None,
+) -> tuple[SearchResult, bool]:  # fmt: skip
+    """:func:`search` up to a reading of the clock, of some of the space's rows or all; with whether it came to the end.
 
     Under a limit it may end without plans.
     """
@@ -86,7 +88,7 @@ def search_until(
     def reprice(batch: list[Scored]) -> list[float]:
         return _reprice(batch, problem.workload.global_batch_size)
 
-    uniform = UniformSearch(problem, top, reprice, on_progress)
+    uniform = UniformSearch(problem, top, reprice, on_progress, rows)
     uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s, end_s)
     stopped = late = False
     try:

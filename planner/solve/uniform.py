@@ -65,14 +65,15 @@ class UniformSearch:
         top: plans to keep.
         reprice: exact step times of scored candidates (the schedule engine).
         on_progress: called with (prefixes done, prefixes in all).
+        rows: places of the rows that are searched; without, all.
     """
 
     def __init__(
         self, problem: Problem, top: int, reprice: Callable[[list[Scored]], list[float]],
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None, rows: Index | None = None,
     ) -> None:  # fmt: skip
         self.problem = problem
-        self.space = Space(problem)
+        self.space = Space(problem, rows)
         self.on_progress = on_progress
         self.counts = SearchCounts()
         self.ranking = Ranking(top, problem.workload.global_batch_size, reprice)

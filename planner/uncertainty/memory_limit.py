@@ -38,17 +38,19 @@ def exceeded_bytes(problem: Problem, peak_bytes: Array, software_bytes: Array) -
     return found
 
 
-def room_bytes(problem: Problem, idle_bytes: Array | float) -> Array:
+def room_bytes(problem: Problem, idle_bytes: Array | float, *, filled: bool = True) -> Array:
     """What peaks may come to on a device whose memory, but for what the software holds anyway, is all activations.
 
-    No plan there has more fragmentation, so that every plan within it keeps the limit, buffers aside.
+    No plan there has more fragmentation, so that every plan within it keeps the limit, buffers aside. On a device that is not
+    ``filled`` with activations, no plan has less, so that none beyond it keeps the limit.
 
     Args:
         problem: with a ``max_oom_risk``.
         idle_bytes: of the framework and its communicators.
     """
     budget = np.full_like(idle_bytes, problem.memory_budget_bytes, dtype=np.float64)
-    grown = problem.stack.fragmentation.value / (1.0 + problem.stack.fragmentation.value)
+    fragmentation = problem.stack.fragmentation.value if filled else 0.0
+    grown = fragmentation / (1.0 + fragmentation)
     total, room = float(problem.cluster.device.memory_bytes), budget
     for _ in range(_STEPS):
         software = idle_bytes + grown * np.maximum(room - idle_bytes, 0.0)

@@ -355,9 +355,12 @@ def _rounded(size: int, shares: Array) -> list[int]:
 def unbeaten(columns: Array) -> Array:
     """Rows, in their order, that no other row is as small as everywhere; of equal ones the first."""
     order = np.lexsort(columns.T[::-1])
-    # In this order a row can only be beaten by one before it.
+    rows = columns[order]
+    # In this order a row can only be beaten by one before it, and equal ones are neighbours.
+    first = np.concatenate([np.ones(min(len(rows), 1), dtype=bool), np.any(rows[1:] != rows[:-1], axis=1)])
+    order, rows = order[first], rows[first]
     beaten = np.tri(len(order), k=-1, dtype=bool)
-    for column in columns[order].T:
+    for column in np.ascontiguousarray(rows.T):
         beaten &= column <= column[:, None]
     return np.sort(order[~beaten.any(axis=1)])
 

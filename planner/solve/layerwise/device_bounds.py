@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from planner.solve.layerwise.strategies import Mesh
 from planner.specs.problem import Problem
 from planner.uncertainty.memory_limit import room_bytes
 
-__all__ = ["BYTES", "DeviceBounds", "exposed", "in_tier", "largest"]
+__all__ = ["BYTES", "DeviceBounds", "Known", "exposed", "in_tier", "largest"]
 
 BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 """Fields of device memory that are held to budgets."""
@@ -42,16 +42,38 @@ _KEPT = 8  # prices of a device that are tried first the next time
 _SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
-class DeviceBounds:
-    """Costs and budgets of the devices of one mesh under one schedule, and bounds by duality."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What is known of a row's devices, whatever the layout; grows.
 
-    def __init__(self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int) -> None:
+    Attributes:
+        prices: of bytes, that proved most of a device, by its number.
+        least: seconds by mesh, room and cells, of :meth:`DeviceBounds.least_s`.
+    """
+
+    prices: defaultdict[int, list[Array]] = field(default_factory=partial(defaultdict, list))
+    least: dict[tuple[Mesh, float, bytes], tuple[Array, Array]] = field(default_factory=dict)
+
+
+class DeviceBounds:
+    """Costs and budgets of the devices of one mesh under one schedule, and bounds by duality.
+
+    Args:
+        known: of the same row, in other layouts or with other strategies.
+        filled: whether devices have the room of one that activations fill, which every plan within keeps; or that of one without,
+            which no plan goes beyond (:func:`~planner.uncertainty.memory_limit.room_bytes`).
+    """
+
+    def __init__(
+        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, known: Known | None = None,
+        filled: bool = True,
+    ) -> None:  # fmt: skip
         self.problem = problem
         self.mesh, self.schedule, self.virtual_stages = mesh, schedule, virtual_stages
         stack = problem.stack
         self.growth = 1.0 + stack.fragmentation.value
         self.idle = stack.framework_bytes.value + stack.communicator_bytes.value * mesh.communicators
-        self.room = float(room_bytes(problem, self.idle)) - self.idle
+        self.room = float(room_bytes(problem, self.idle, filled=filled)) - self.idle
         self.transient = mesh["block_bytes"] + mesh["recomputed_bytes"]
         self.work = mesh.micro_batches * mesh.micro_batch_s
         self.buckets = [mesh[f"{track}_messages"].max(axis=0) for track in ("gradients", "weights")]
@@ -62,10 +84,7 @@ class DeviceBounds:
         }
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
-        self._prices: dict[int, list[Array]] = defaultdict(
-            list
-        )  # of bytes, that proved most of a device before
-        self._least: dict[bytes, tuple[Array, Array]] = {}  # by a layout's chunks
+        self._known = Known() if known is None else known
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -78,22 +97,23 @@ class DeviceBounds:
         First their work, and on the first device what follows it; then their work with all that follows it. Once one of them
         takes ``enough_s``, the others are not bounded more closely.
         """
-        key = layout.chunks.tobytes()
-        if key in self._least:
-            return self._least[key]
         m, once = self.mesh.micro_batches, np.ones((layout.virtual_stages, layout.pp))
-        cells = self._cells(layout, m * once, m * once)
+        cells, least = self._cells(layout, m * once, m * once), self._known.least
+        key = self.mesh, self.room, cells.key()
+        if key in least:
+            return least[key]
         s, kind = self.useful, cells.kind
         alone = self.work[s][:, kind]
         after = self._after(layout.device_counts, cells.device, kind)
         work_s = self._within_limits(alone + np.where(cells.device == 0, after[0], 0.0), cells, enough_s)
         whole_s = self._within_limits(alone + after[3], cells, enough_s if work_s.max() < enough_s else 0.0)
         work_s[0] = max(work_s[0], whole_s[0])
-        self._least[key] = work_s, whole_s
+        least[key] = work_s, whole_s
         return work_s, whole_s
 
-    def along_s(self, layout: Layout, path: Path) -> float:
-        """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit."""
+    def along_s(self, layout: Layout, path: Path, enough_s: float = np.inf) -> float:
+        """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit. A bound of
+        ``enough_s`` is not tightened."""
         shape = layout.virtual_stages, layout.pp
         cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
         s, kind = self.useful, cells.kind
@@ -109,8 +129,12 @@ class DeviceBounds:
         devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
         every = replace(every, device=np.concatenate([cells.device, devices]))
         costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
-        least = self._within_limits(costs, every)
-        least[path.device] = least[layout.pp :].max()
+        # Prices that are known may prove enough.
+        for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
+            least = self._within_limits(costs, every, np.inf, tight_s)
+            least[path.device] = least[layout.pp :].max()
+            if least[: layout.pp].sum() >= enough_s:
+                break
         return float(least[: layout.pp].sum())
 
     def update_s(self, counts: Array) -> float:
@@ -138,8 +162,13 @@ class DeviceBounds:
             flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
         return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
 
-    def _within_limits(self, cost: Array, cells: Cells, enough_s: float = np.inf) -> Array:
-        """The dual of every device under each limit on its transient, the smallest of them: (devices,)."""
+    def _within_limits(
+        self, cost: Array, cells: Cells, enough_s: float = np.inf, tight_s: float | None = None
+    ) -> Array:
+        """The dual of every device under each limit on its transient, the smallest of them: (devices,).
+
+        Once a device takes ``enough_s``, no other is bounded more closely; none is beyond ``tight_s``.
+        """
         low, high = self._limits(np.unique(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
         held = self._held(cells.kind, cells.flights)
@@ -163,9 +192,13 @@ class DeviceBounds:
                 ranges = Ranges(
                     cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low)
                 )
-                planes = Planes(ranges, cells.number[own][None], steep=False, prices=self._prices[device])
+                prices = self._known.prices[device]
+                planes = Planes(
+                    ranges, cells.number[own][None], steep=False, prices=prices,
+                    enough_s=enough_s if tight_s is None else tight_s,
+                )  # fmt: skip
                 least[device] = max(least[device], planes.bound(cells.number[own]))
-                self._prices[device] = planes.prices[-_KEPT:]
+                prices[:] = planes.prices[-_KEPT:]
         return least
 
     def _rooms(self, low: Array) -> Array:

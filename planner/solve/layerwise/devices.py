@@ -14,7 +14,7 @@ import numpy as np
 from planner.assignment import Runs
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
-from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, exposed, in_tier, largest
+from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, Known, exposed, in_tier, largest
 from planner.solve.layerwise.duals import Cells, dual_s
 from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.solvers import Solver, proved
@@ -73,9 +73,10 @@ class DeviceCosts(DeviceBounds):
     """The best strategies of the devices of one mesh under one schedule."""
 
     def __init__(
-        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver, tolerance: float = 0.0
+        self, problem: Problem, mesh: Mesh, schedule: str, virtual_stages: int, solver: Solver, tolerance: float = 0.0,
+        known: Known | None = None, filled: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(problem, mesh, schedule, virtual_stages)
+        super().__init__(problem, mesh, schedule, virtual_stages, known, filled)
         self.solver, self.tolerance = solver, tolerance
         self._solved: dict[tuple[object, ...], Solved | None] = {}
         self._proved: dict[tuple[object, ...], float] = {}

@@ -63,6 +63,11 @@ class Cells:
             one[0].astype(np.intp), one[1].astype(np.intp), np.add.reduceat(number, starts), one[2], one[3], one[4]
         )  # fmt: skip
 
+    def key(self) -> bytes:
+        """Equal for cells that are."""
+        parts = (self.device, self.kind, self.number, self.flights, self.forwards, self.backwards)
+        return b"".join(x.tobytes() for x in parts)
+
     def take(self, index: NDArray[np.intp]) -> Cells:
         """Some of the cells."""
         parts = (self.device, self.kind, self.number, self.flights, self.forwards, self.backwards)

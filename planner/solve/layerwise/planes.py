@@ -61,35 +61,33 @@ class Planes:
         numbers: (samples, kinds) blocks for which the bound is to be tight.
         steep: whether numbers that no strategies fit need a bound: prices that no plan pays.
         prices: of the budgets, that may prove much; those found beside them are added to :attr:`prices`.
+        enough_s: a bound that need not be tighter.
     """
 
-    def __init__(self, ranges: Ranges, numbers: Array, *, steep: bool, prices: Sequence[Array] = ()) -> None:
-        self.ranges = ranges
+    def __init__(
+        self, ranges: Ranges, numbers: Array, *, steep: bool, prices: Sequence[Array] = (), enough_s: float = np.inf
+    ) -> None:  # fmt: skip
+        self.ranges, self.enough_s = ranges, enough_s
         # With strategies in the order of their transients, those that a range allows are the first ones.
         self._order = np.argsort(ranges.transient, axis=0, kind="stable")
         self._kinds = np.arange(ranges.transient.shape[1])
         self._allowed = (ranges.transient <= ranges.high[:, None, None]).sum(axis=1)
         self._room = ranges.room + SLACK * np.abs(ranges.room)
-        self._least: list[Array] = []
-        self._paid: list[Array] = []
         self.prices: list[Array] = list(prices)
         functions, budgets = len(ranges.cost), len(ranges.held)
-        even = np.full(functions, 1.0 / functions)
-        if not self._allowed.all():
-            self._least.append(np.where(self._allowed > 0, 0.0, _LONGEST_S))
-            self._paid.append(np.zeros(len(ranges.high)))
-        self._add(even, np.zeros(budgets))
-        for known in prices:
-            self._add(even, known)
+        closed = self._allowed == 0
+        none = int(closed.any())
+        self.least = np.where(closed, _LONGEST_S, 0.0)[None][:none]
+        self.paid = np.zeros((none, len(ranges.high)))
+        first = [np.zeros(budgets), *prices]
         if steep:
             total_s = float((numbers.max(axis=0) * ranges.cost.max(axis=0).min(axis=0)).sum())
             for budget in range(budgets):
                 unit = total_s / max(float(ranges.room[budget].max()), 1.0)
-                for times in _DEARER:
-                    self._add(even, times * unit * (np.arange(budgets) == budget))
+                first += [times * unit * (np.arange(budgets) == budget) for times in _DEARER]
+        self._add(np.full(functions, 1.0 / functions), np.array(first))
         for number in numbers:
             self._tighten(number)
-        self.least, self.paid = np.array(self._least), np.array(self._paid)
 
     def bound(self, number: Array) -> float:
         """What some blocks cost at least."""
@@ -97,32 +95,34 @@ class Planes:
 
     def of_ranges(self, number: Array) -> Array:
         """The same under each range alone, (ranges,)."""
-        value: Array = (np.array(self._least) @ number - np.array(self._paid)).max(axis=0)
+        value: Array = (self.least @ number - self.paid).max(axis=0)
         return value
 
     # -- details -------------------------------------------------------------------------------------------------------
 
     def _add(self, weights: Array, prices: Array) -> None:
+        """Adds planes: weights of the costs, (planes, budgets) prices."""
         ranges = self.ranges
         priced = np.tensordot(weights, ranges.cost, 1) + np.tensordot(prices, ranges.held, 1)
-        least = np.minimum.accumulate(priced[self._order, self._kinds], axis=0)
-        least = least[np.maximum(self._allowed, 1) - 1, self._kinds]
-        self._least.append(np.where(self._allowed > 0, least, 0.0))
-        self._paid.append(prices @ self._room)
+        least = np.minimum.accumulate(priced[:, self._order, self._kinds], axis=1)
+        least = least[:, np.maximum(self._allowed, 1) - 1, self._kinds]
+        self.least = np.concatenate([self.least, np.where(self._allowed > 0, least, 0.0)])
+        self.paid = np.concatenate([self.paid, prices @ self._room])
 
     def _tighten(self, number: Array) -> None:
         """Adds the relaxation's plane in the cheapest range, until that range has one."""
         kinds = np.flatnonzero(number)
         done: set[int] = set()
         for _ in range(_ROUNDS):
-            which = int(np.argmin(self.of_ranges(number)))
-            if which in done:
+            each = self.of_ranges(number)
+            which = int(np.argmin(each))
+            if which in done or each[which] >= self.enough_s:
                 return
             done.add(which)
             found = self._relaxed(which, kinds, number[kinds].astype(int).tolist())
             if found is None:
                 return
-            self._add(*found)
+            self._add(found[0], found[1][None])
             self.prices.append(found[1])
 
     def _relaxed(self, which: int, kinds: Array, sizes: Sequence[int]) -> tuple[Array, Array] | None:

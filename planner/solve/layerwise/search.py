@@ -7,19 +7,22 @@ states the gap to the smallest one that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
 from planner.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.kernel_floor import kernel_floor_s
+from planner.solve.layerwise.device_bounds import Known
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
@@ -27,7 +30,7 @@ from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.strategies import Mesh
 from planner.solve.layerwise.walks import Paths
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
-from planner.solve.train import search_strictly
+from planner.solve.train import search_until
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 
@@ -36,6 +39,7 @@ __all__ = ["search_layerwise"]
 _TOLERANCE = 1e-4  # of a device's time, within which its strategies need not be the best: the gap says what is lost by it
 _ROUGH, _LIKELY, _BOUND, _PATH, _PLANS = range(5)  # looks at a deal, each dearer than the one before
 _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the best plan
+_AROUND = 1.1  # times the smallest bound, within which a first plan is looked for
 _FIRST = 3  # deals that are looked at for a plan before the others are bounded
 _ROUNDS = 8  # in which strategies of a deal's likely plans get tables
 _PATIENCE = (
@@ -43,9 +47,9 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
+_COMPANY = 1.02  # times the step of a plan whose layers are alike, within which others are listed beside it
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
-_UNIFORM = 0.25  # of a time limit, after which the uniform search makes way with the plans that it has
 
 
 def search_layerwise(
@@ -67,8 +71,8 @@ def search_layerwise(
         solver: of the strategies of a device: one of :data:`SOLVERS`.
         uneven: whether stages may be of any size, or only as the named layouts have them.
         exact: whether a device's strategies are the best there are, or to a ten-thousandth of its time.
-        time_limit_s: of both searches together; the best plan so far then states its gap. The uniform search ends after a quarter
-            of it, but looks for one plan at least, however long that takes.
+        time_limit_s: of both searches together; the best plan so far then states its gap. A first uniform plan is looked for
+            however long that takes.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -78,9 +82,11 @@ def search_layerwise(
     """
     uniform: SearchResult | None = None
     refusal: Infeasible | None = None
+    finished = True
     limit = TimeLimit(time_limit_s)
     try:
-        uniform = search_strictly(problem, top, on_progress, time_limit_s=_UNIFORM * time_limit_s)
+        # One plan is enough to begin with: bounds of layers exclude most of what other uniform plans would be looked for in.
+        uniform, finished = search_until(problem, top, on_progress, np.inf, perf_counter())
     except Infeasible as error:
         refusal = error
     best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
@@ -89,10 +95,17 @@ def search_layerwise(
     try:
         with limit.enforced():
             run.go()
+        if uniform is not None and not finished and limit.left_s:
+            below_s = min(uniform.best.estimate.step_time_s, run.alike_s() * _COMPANY)
+            uniform = _joined(uniform, search_until(problem, top, None, below_s, limit.end_s, run.rows())[0])
+    except Infeasible:
+        pass  # none of the rows that are left has a uniform plan
     except OutOfTimeError:
         run.account.stopped = "time"
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
+    if uniform is not None:
+        best_s = uniform.best.estimate.step_time_s
     account = run.finished()
     best = run.simplest(best_s)
     plans = _plans(problem, best, account, uniform, top)
@@ -141,33 +154,35 @@ class _Search:
         self.account = Account(solver, _SPACE)
         self.known = known
         self._left: list[_Open] = []
-        self._unbounded: dict[int, float] | None = None
+        self._opened = 0  # deals
         self._done: list[float] = []
         self._sharp: set[int] = set()  # prefixes whose tables have bounded their deals
+        # Of every deal, what no plan whose layers are alike is faster than; with its prefix and row.
+        self._alike_s: dict[int, tuple[float, int, int]] = {}
         self._paths: Paths = {}
         self._rough: dict[tuple[int, int, str], DeviceCosts] = {}
+        self._known: dict[tuple[int, int], Known] = defaultdict(Known)
 
     def go(self) -> None:
         """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
-        self._unbounded = self.space.without_memory_s(self.best_s)
-        if self.known and self._unbounded:
+        pp, bound_s = self.space.least(self.best_s)
+        if self.known and bound_s < self.best_s:
             # Any plan that is nearly as good as the best one saves the bounds of many meshes.
-            for deal in self.space.likeliest(next(iter(self._unbounded)), self.best_s, self.known)[:_FIRST]:
+            few_s = min(self.best_s, _AROUND * bound_s)
+            for deal in self.space.likeliest(pp, few_s, self.known)[:_FIRST]:
                 if self.best is None:
                     self._likely(deal)
-        for pp in list(self._unbounded):
-            ask()
-            self._add(self.space.deals_of(pp, self.best_s))
-            del self._unbounded[pp]
-            if self._left and self.best is None and not self.known:
-                heapify(self._left)
-                self._look(self._left[0], to_the_end=True)
-        heapify(self._left)
         looks = 0  # since strategies were chosen
-        while self._left and self._left[0].bound_s < self.best_s:
+        while True:
             ask()
+            pp, bound_s = self.space.least(self.within_s)
+            if min(bound_s, self._left[0].bound_s if self._left else np.inf) >= self.enough_s:
+                return
+            if not self._left or bound_s < self._left[0].bound_s:
+                self._open(pp)
+                continue
             first, settled = self._left[0], self.account.settled
             if looks >= _PATIENCE and first.bound_s < self.best_s * (1.0 - _FAR):
                 first = min((deal for deal in self._left if deal.looks > _BOUND), default=first)
@@ -183,6 +198,30 @@ class _Search:
             self._look(first, to_the_end=not settled or not looks)
             looks = looks + 1 if self.account.settled == settled else 1
 
+    @property
+    def enough_s(self) -> float:
+        """A bound above which no plan is told apart from the best one so far."""
+        return self.best_s * (1.0 - self.tie)
+
+    @property
+    def within_s(self) -> float:
+        """What ties with the best plan so far is faster."""
+        return self.best_s * (1.0 + self.tie)
+
+    def rows(self) -> NDArray[np.intp] | None:
+        """Places of the rows of the uniform space whose plans may tie with the best one; None where it is not known."""
+        if not self.space.whole():
+            return None
+        open_ = [at for bound_s, *at in self._alike_s.values() if bound_s < self.within_s]
+        own = [self.space.at[part][row] for part, row in (*open_, *self.space.places(self.within_s))]
+        return np.unique(np.concatenate([np.array(own, dtype=np.intp), *self.space.others]))
+
+    def alike_s(self) -> float:
+        """Step time of a plan with the best one's degrees whose layers are alike; infinite where there is none."""
+        if self.best is None or self._from is None:
+            return np.inf
+        return self._from.simpler(self.best, np.inf).step_s
+
     def simplest(self, alike_s: float) -> Candidate | None:
         """The simplest plan that is as fast as the best one, as far as a tie goes; None where a uniform plan (whose step time is
         given) is that simple."""
@@ -191,11 +230,18 @@ class _Search:
         within_s = self.best_s * (1.0 + self.tie)
         return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
 
-    def _add(self, deals: Iterable[Deal]) -> None:
-        """Opens some deals."""
-        self._left += [
-            _Open(*deal.rank(), number, deal) for number, deal in enumerate(deals, len(self._left))
-        ]
+    def _open(self, pp: int) -> None:
+        """Bounds a prefix by memory or, once all are that matter, opens the deals of a pipeline degree."""
+        if self.space.pool(self.enough_s, self.within_s):
+            return
+        deals = self.space.deals_of(pp, self.within_s)
+        new = [_Open(*deal.rank(), number, deal) for number, deal in enumerate(deals, self._opened)]
+        self._opened += len(new)
+        self._alike_s |= {open_.number: (open_.bound_s, open_.part, open_.row) for open_ in new}
+        self._left += new
+        heapify(self._left)
+        if self._left and self.best is None and not self.known:
+            self._look(self._left[0], to_the_end=True)
 
     def _sharpen(self, part: int) -> None:
         """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
@@ -218,7 +264,7 @@ class _Search:
         new one does."""
         seen, settled = deal, self.account.settled
         bound_s, more = self._closer(seen)
-        while to_the_end and more and bound_s < self.best_s and self.account.settled == settled:
+        while to_the_end and more and bound_s < self.enough_s and self.account.settled == settled:
             seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
             bound_s, more = self._closer(seen)
         if self._left[0] is deal:
@@ -235,10 +281,11 @@ class _Search:
 
     def finished(self) -> Account:
         """The account of the search, when it has ended for whatever reason."""
-        if self._unbounded is None:
-            self._unbounded = {0: kernel_floor_s(self.problem) / self.problem.cluster.devices}
-        bounds = [deal.bound_s for deal in self._left] + self._done + [*self._unbounded.values()]
-        if hasattr(self, "space"):
+        bounds = [deal.bound_s for deal in self._left] + self._done
+        if not hasattr(self, "space"):
+            bounds.append(kernel_floor_s(self.problem) / self.problem.cluster.devices)
+        else:
+            bounds.append(self.space.least(self.best_s)[1])
             self.account.parts = self.space.meshes
             for reason, count in self.space.excluded.items():
                 self.account.exclude(reason, count)
@@ -248,10 +295,12 @@ class _Search:
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
         if open_.looks == _ROUGH:
-            return max(self._roughly(open_.deal).bound_s(self.best_s), open_.bound_s), True
+            bound_s = max(self._roughly(open_.deal).bound_s(self.enough_s), open_.bound_s)
+            self._alike_s[open_.number] = bound_s, open_.part, open_.row
+            return bound_s, True
         if open_.looks == _LIKELY:
             bound_s = max(self._likely(open_.deal), open_.bound_s)
-            return bound_s, bound_s < self.best_s * (1.0 - self.tie)
+            return bound_s, bound_s < self.enough_s
         if not open_.settlers:
             open_.settlers.extend(self._settlers(open_.deal))
         bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
@@ -263,10 +312,14 @@ class _Search:
         key = deal.part, deal.row, order
         mesh = self.space.lower(deal)
         if key not in self._rough or self._rough[key].mesh is not mesh:
-            self._rough[key] = DeviceCosts(self.problem, mesh, order, 1, self.solver)
-        return Settler(
-            deal, mesh, self._rough[key], self.space.order, self.space.kinds, self.uniform.branches
-        )
+            self._rough[key] = self._costs(deal, mesh, order, 1, filled=False)
+        space = self.space
+        return Settler(deal, mesh, self._rough[key], space.order, space.kinds, self.uniform.branches)
+
+    def _costs(self, deal: Deal, mesh: Mesh, order: str, chunks: int, *, filled: bool = True) -> DeviceCosts:
+        """Of the deal's devices, with what is known of them from other deals."""
+        known = self._known[deal.part, deal.row]
+        return DeviceCosts(self.problem, mesh, order, chunks, self.solver, self.tolerance, known, filled)
 
     def _likely(self, deal: Deal) -> float:
         """What a deal is not faster than, once the strategies of its best plans have tables, and no others; looks for plans."""
@@ -274,13 +327,12 @@ class _Search:
             return 0.0  # the mesh's strategies may not stand side by side
         self.space.price(deal)
         best_s = self.best_s
-        bound_s = self._roughly(deal).bound_s(best_s)
-        if bound_s >= best_s * (1.0 - self.tie):
+        bound_s = self._roughly(deal).bound_s(self.enough_s)
+        if bound_s >= self.enough_s:
             return bound_s
         settler = self._settler(deal, self.space.lower(deal))
         for _ in range(_ROUNDS):
-            nearly_s = self.best_s * (1.0 - self.tie)
-            if settler.bound_s(nearly_s) >= nearly_s:
+            if settler.bound_s(self.enough_s) >= self.enough_s:
                 break
             found = next(settler.candidates(np.inf), None)
             if found is None or not self.space.price(deal, settler.used(found)):
@@ -288,7 +340,7 @@ class _Search:
             settler = self._settler(deal, self.space.lower(deal))
             self._take(settler.repriced(found), settler)
         self.account.settled += self.best_s < best_s
-        return settler.bound_s(self.best_s)
+        return settler.bound_s(self.enough_s)
 
     def _take(self, found: Candidate, settler: Settler) -> None:
         """Keeps a plan, if it is the best so far."""
@@ -298,8 +350,7 @@ class _Search:
     def _settler(self, deal: Deal, mesh: Mesh) -> Settler:
         """What bounds a deal with some strategies and finds its plans."""
         chunks = 1 if deal.layout is None else deal.layout.virtual_stages
-        costs = DeviceCosts(self.problem, mesh, deal.order, chunks, self.solver, self.tolerance)
-        space = self.space
+        costs, space = self._costs(deal, mesh, deal.order, chunks), self.space
         return Settler(deal, mesh, costs, space.order, space.kinds, self.uniform.branches, self._paths)
 
     def _settlers(self, deal: Deal) -> Iterator[Settler]:
@@ -336,6 +387,20 @@ class _Open:
     deal: Deal = field(compare=False)
     looks: int = field(default=0, compare=False)
     settlers: list[Settler] = field(default_factory=list, compare=False)
+
+
+def _joined(first: SearchResult, rest: SearchResult) -> SearchResult:
+    """Plans that were found first, and those of the rows that layer-wise bounds left open; all others are excluded by these."""
+    plans = {(*plan.mesh.items(), *plan.knobs.items()): plan for plan in (*first.plans, *rest.plans)}
+    ranked = sorted(plans.values(), key=lambda plan: plan.estimate.step_time_s)
+    before, after = first.search, rest.search
+    scored, repriced = before.scored + after.scored, before.repriced + after.repriced
+    excluded = before.candidates - scored - sum(before.rejected.values())
+    report = replace(
+        before, scored=scored, repriced=repriced, excluded_by_bound={"layer by layer": excluded},
+        wall_s=before.wall_s + after.wall_s,
+    )  # fmt: skip
+    return SearchResult(tuple(ranked), report, first.pareto)
 
 
 def _plans(

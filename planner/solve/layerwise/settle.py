@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class Settler:
         bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
         if self.walks is None or bound_s >= below_s:
             return bound_s
-        return max(bound_s, self.walks.without_order())
+        return max(bound_s, self.walks.without_order(below_s))
 
     def _backward_s(self) -> Array:
         return self.mesh.micro_batch_s - self.mesh["forward_s"]
@@ -328,11 +328,15 @@ class Settler:
 
     def _numbers(self, assignment: Assignment) -> list[int]:
         """The numbers in the mesh of an assignment's strategies."""
-        number = {
+        return [self._number[tuple((slot, c.value) for slot, c in s.items())] for s in assignment.strategies]
+
+    @cached_property
+    def _number(self) -> dict[tuple[tuple[str, str], ...], int]:
+        """The mesh's number of every strategy."""
+        return {
             tuple((slot, c.value) for slot, c in self.choices.recipe(*branch).items()): index
             for index, branch in enumerate(self.mesh.branches)
         }
-        return [number[tuple((slot, c.value) for slot, c in s.items())] for s in assignment.strategies]
 
     def _device(self, layout: Layout, device: int) -> Device:
         layers = layout.chunks[:, device, :-3].astype(int)

@@ -17,6 +17,7 @@ from planner.layout import Layout, layouts
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
+from planner.solve.layerwise.rows import DegreeRows, some_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
 from planner.solve.layerwise.uneven import uneven_layout
 from planner.solve.space import Choice, order_of
@@ -69,9 +70,18 @@ class LayerwiseSpace:
         self.parts: list[Strategies] = []
         self.least_s: dict[int, float] = {}
         """By pipeline degree, what none of its deals is faster than."""
+        self.at: list[NDArray[np.intp]] = []
+        """By prefix, the places of its rows in the uniform space."""
+        self.others: list[NDArray[np.intp]] = []
+        """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
-        self._opened: dict[int, tuple[_Rows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
+        self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
+        self._priced_below_s: dict[int, float] = {}
+        self._pooled: set[int] = set()  # prefixes that are bounded by memory
+        self._floor_s: dict[
+            int, Array
+        ] = {}  # by it, of the rows of a pipeline degree; infinite where deals are known
         self._meshes: dict[tuple[int, int], Mesh] = {}
         self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
         self._asked: set[Branch] = set()
@@ -81,24 +91,63 @@ class LayerwiseSpace:
 
     def deals(self, below_s: float) -> list[Deal]:
         """Deals whose bound is below a limit, smallest bounds first."""
-        found = [deal for pp in self.least_s for deal in self.deals_of(pp, below_s)]
+        found: list[Deal] = []
+        while (least := self.least(below_s))[1] < below_s:
+            if not self.pool(below_s, below_s):
+                found += self.deals_of(least[0], below_s)
         return sorted(found, key=Deal.rank)
 
-    def without_memory_s(self, below_s: float) -> dict[int, float]:
-        """By pipeline degree, what none of its deals is faster than, whatever their memory; only those that may be below a limit,
-        smallest first."""
-        bounds = {pp: float(self._open(pp, below_s)[2].min(initial=np.inf)) for pp in self.least_s}
-        return {pp: bounds[pp] for pp in sorted(bounds, key=lambda pp: bounds[pp]) if bounds[pp] < below_s}
+    def least(self, below_s: float) -> tuple[int, float]:
+        """The pipeline degree whose deals that are not yet known may be the fastest, and what none of these is faster than."""
+        bounds = {pp: float(self._left(pp, below_s).min(initial=np.inf)) for pp in self.least_s}
+        return min(bounds.items(), key=lambda bound: (bound[1], bound[0]), default=(0, np.inf))
+
+    def pool(self, enough_s: float, below_s: float) -> bool:
+        """Bounds a prefix's rows below a limit by all devices' memory together, that of the fastest row whose prefix is not; false
+        where no such row is below what is ``enough_s``."""
+        found = (enough_s, -1)
+        for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
+            part, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
+            at = int(np.argmin(np.where(np.isin(part, list(self._pooled)), np.inf, left)))
+            if part[at] not in self._pooled:
+                found = min(found, (float(left[at]), int(part[at])))
+        part = found[1]
+        if part < 0:
+            return False
+        self._pooled.add(part)
+        for degree in self.least_s:
+            rows, _, free_s = self._open(degree, below_s)
+            mine = np.flatnonzero((rows.part == part) & np.any(free_s < below_s, axis=0))
+            if len(mine):
+                some, _ = rows.take(mine)
+                self._floor_s[degree][mine] = self._pooled_s(self._relaxation(some, below_s), below_s)[0]
+        return True
 
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
-        """The same of one pipeline degree, in no order: first without limits of memory, then all devices' memory together, then
-        the schedule's own paths and every device's memory."""
+        """Deals of a pipeline degree whose bound is below a limit, in no order, of the prefixes that are bounded by memory: first
+        without limits of memory, then all devices' memory together, then the schedule's own paths and every device's memory."""
         rows, cuts, free_s = self._open(pp, below_s)
-        late = np.isfinite(free_s) & (free_s >= below_s)  # where the limit has fallen since
+        floor_s = self._floor_s[pp]
+        mine = np.isfinite(floor_s) & np.isin(rows.part, list(self._pooled))
+        late = np.isfinite(free_s) & (free_s >= below_s) & mine  # where the limit has fallen since
+        full = np.isfinite(free_s) & ~late & (floor_s >= below_s) & mine
         self.excluded["work"] += int(late.sum())
-        yield from self._bounded(
-            *_some(rows, np.where(late, np.inf, free_s), ~late.all(axis=0)), cuts, below_s
-        )
+        self.excluded["memory"] += int(full.sum())
+        found = some_of(rows, np.where(late, np.inf, free_s), mine & (floor_s < below_s))
+        yield from self._bounded(*found, cuts, below_s)
+        self._floor_s[pp] = np.where(mine, np.inf, floor_s)  # at the end: what is over before is not known
+
+    def places(self, below_s: float) -> Iterator[tuple[int, int]]:
+        """Prefix and row of what is not yet known that may be below a limit."""
+        for pp in self.least_s:
+            rows, left = self._open(pp, below_s)[0], self._left(pp, below_s) < below_s
+            yield from zip(rows.part[left].tolist(), rows.row[left].tolist(), strict=True)
+
+    def _left(self, pp: int, below_s: float) -> Array:
+        """What no deal of a row is faster than; infinite where they are known."""
+        _, _, free_s = self._open(pp, below_s)
+        least: Array = np.maximum(free_s.min(axis=0, initial=np.inf), self._floor_s[pp])
+        return least
 
     def likeliest(self, pp: int, below_s: float, knobs: Mapping[str, object]) -> list[Deal]:
         """Those of the prefix that has most choices in common with some plan, smallest bounds first."""
@@ -110,28 +159,27 @@ class LayerwiseSpace:
             for part in np.unique(rows.part).tolist()
         }
         mine, counted = rows.part == max(alike, key=lambda part: alike[part]), dict(self.excluded)
-        found = sorted(self._bounded(*_some(rows, free_s, mine), cuts, below_s), key=Deal.rank)
+        found = sorted(self._bounded(*some_of(rows, free_s, mine), cuts, below_s), key=Deal.rank)
         self.excluded = counted  # they are looked at again
         return found
 
     def _bounded(
-        self, rows: _Rows, free_s: Array, cuts: Sequence[tuple[Choice, Layout | None, int]], below_s: float
+        self,
+        rows: DegreeRows,
+        free_s: Array,
+        cuts: Sequence[tuple[Choice, Layout | None, int]],
+        below_s: float,
     ) -> Iterator[Deal]:
         """Deals of some rows whose bound is below a limit, each with its bound."""
         pp = rows.pp
-        rows, free_s = _some(rows, free_s, np.any(free_s < np.inf, axis=0))
+        rows, free_s = some_of(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
-        bounds = self._relaxation(rows, below_s)
-        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
-        flights = in_flight(pp, 1, rows.micro_batches)
-        each_s = bounds.fastest_s / self.layers.sum()
-        pooled_s, bounds = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
-        pooled_s = pooled_s / pp
+        pooled_s, bounds = self._pooled_s(self._relaxation(rows, below_s), below_s)
         lost = np.isfinite(free_s) & (pooled_s >= below_s)
         self.excluded["memory"] += int(lost.sum())
         keep = pooled_s < below_s
-        rows, free_s = _some(rows, free_s, keep)
+        rows, free_s = some_of(rows, free_s, keep)
         if not len(rows.row):
             return
         bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
@@ -154,28 +202,44 @@ class LayerwiseSpace:
                 where = int(rows.part[place]), int(rows.row[place])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
-    def _open(self, pp: int, below_s: float) -> tuple[_Rows, list[tuple[Choice, Layout | None, int]], Array]:
+    def _pooled_s(self, bounds: Relaxation, below_s: float) -> tuple[Array, Relaxation]:
+        """What rows take at least with all devices' memory together, and bounds around the prices that prove it."""
+        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
+        flights = in_flight(bounds.pp, 1, bounds.micro_batches)
+        each_s = bounds.fastest_s / self.layers.sum()
+        work_s, around = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
+        return work_s / bounds.pp, around
+
+    def _open(
+        self, pp: int, below_s: float
+    ) -> tuple[DegreeRows, list[tuple[Choice, Layout | None, int]], Array]:
         """Rows of a pipeline degree that may be below a limit without limits of memory; under which cuts, and their bounds."""
         if pp not in self._opened:
             rows = self._rows_of(pp)
             cuts = [cut for cut in self._free(rows, below_s) if np.isfinite(cut[-1]).any()]
             free_s = np.array([free_s for *_, free_s in cuts]).reshape(len(cuts), len(rows.row))
             self._opened[pp] = (
-                *_some(rows, free_s, np.isfinite(free_s).any(axis=0)), [cut[:-1] for cut in cuts]
+                *some_of(rows, free_s, np.isfinite(free_s).any(axis=0)), [cut[:-1] for cut in cuts]
             )  # fmt: skip
+            self._floor_s[pp] = np.zeros(len(self._opened[pp][0].row))
         rows, free_s, those = self._opened[pp]
         return rows, those, free_s
 
     def _blocks(self, part: int, below_s: float) -> tuple[Array, Array, Strategies]:
-        """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once for all."""
-        if part not in self._priced:
-            opened = [self._open(pp, below_s)[0] for pp in self.least_s]
-            at = np.unique(np.concatenate([rows.row[rows.part == part] for rows in opened]))
+        """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once, as limits
+        fall."""
+        if self._priced_below_s.get(part, 0.0) < below_s:
+            self._priced_below_s[part] = below_s
+            opened = [self._open(pp, below_s) for pp in self.least_s]
+            mine = [
+                rows.row[(rows.part == part) & np.any(free_s < below_s, axis=0)] for rows, _, free_s in opened
+            ]
+            at = np.unique(np.concatenate(mine))
             taken = self.parts[part].take(at)
             self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
 
-    def _relaxation(self, rows: _Rows, below_s: float) -> Relaxation:
+    def _relaxation(self, rows: DegreeRows, below_s: float) -> Relaxation:
         """Bounds under limits of memory of the open rows of a pipeline degree."""
         parts: list[Array] = []
         for part in np.unique(rows.part).tolist():
@@ -199,10 +263,11 @@ class LayerwiseSpace:
         return Relaxation(every, self.layers, micro_batches, pp, *self._room(communicators))
 
     def _room(self, communicators: Array) -> tuple[Array, float, float]:
-        """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host."""
+        """Bytes of a device for what is held and saved, what allocators make of these, and bytes of the host; as many as the
+        fullest plan has that keeps the limits, so that bounds hold for plans whose layers are alike, too."""
         stack = self.problem.stack
         idle = stack.framework_bytes.value + stack.communicator_bytes.value * communicators
-        budget = np.maximum(room_bytes(self.problem, idle) - idle, 1.0)
+        budget = np.maximum(room_bytes(self.problem, idle, filled=False) - idle, 1.0)
         return budget, 1.0 + stack.fragmentation.value, self.problem.cluster.slower_bytes["host"]
 
     def sharper(self, part: int, deals: Sequence[Deal], below_s: float) -> list[float]:
@@ -218,10 +283,7 @@ class LayerwiseSpace:
                 np.array([mesh.communicators for mesh in several]),
             )  # fmt: skip
             batches = bounds.micro_batches
-            each_s = bounds.fastest_s / self.layers.sum()
-            flights = in_flight(pp, 1, batches)
-            pooled_s, bounds = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
-            pooled_s = pooled_s / pp
+            pooled_s, bounds = self._pooled_s(bounds, below_s)
             priced, place = bounds.work_at_prices(), {row: at for at, row in enumerate(mine)}
             alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
             alike: dict[int, list[int]] = {}
@@ -241,6 +303,12 @@ class LayerwiseSpace:
                 ):
                     found[number] = max(found[number], bound_s)
         return found
+
+    def whole(self) -> bool:
+        """Whether every plan of the uniform space is one of this space too, but for those on rows of :attr:`others`."""
+        space = self.uniform.space
+        known = all(_order(schedule) in _SCHEDULES for schedule in space.choices["schedule"])
+        return known and "virtual_stages" not in space.fixed
 
     def mesh(self, deal: Deal) -> Mesh:
         """The deal's mesh with all of its strategies."""
@@ -311,21 +379,23 @@ class LayerwiseSpace:
                 rows = space.rows.take(open_[keep])
                 strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
+                    self.others.append(open_[keep])
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
                     self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
                 self.parts.append(strategies)
+                self.at.append(open_[keep])
                 self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
 
-    def _rows_of(self, pp: int) -> _Rows:
+    def _rows_of(self, pp: int) -> DegreeRows:
         """All rows of a pipeline degree, whatever their prefix."""
         places = [np.flatnonzero(part.tables.ctx.mesh.pp == pp) for part in self.parts]
         values = [part.rows.take(at).values for part, at in zip(self.parts, places, strict=True)]
         groups = [sum((v[name] > 1).astype(float) for name in ("tp", "cp", "dp", "pp", "ep")) for v in values]
-        return _Rows(
+        return DegreeRows(
             pp,
             np.repeat(np.arange(len(places)), [len(at) for at in places]),
             np.concatenate(places),
@@ -337,7 +407,7 @@ class LayerwiseSpace:
             ),
         )  # fmt: skip
 
-    def _free(self, rows: _Rows, below_s: float) -> Iterator[tuple[Choice, Layout | None, int, Array]]:
+    def _free(self, rows: DegreeRows, below_s: float) -> Iterator[tuple[Choice, Layout | None, int, Array]]:
         """Every schedule and layout with its bounds without limits of memory; infinite where they exclude a row, or rules do."""
         pp, micro_batches = rows.pp, rows.micro_batches
         each = rows.table["forward_s"] + rows.table["backward_s"] + rows.table["weight_s"]
@@ -379,7 +449,7 @@ class LayerwiseSpace:
                     if launcher is None or launcher.takes_stages(layout.stages, pp):
                         yield schedule, layout, v
 
-    def _runs(self, schedule: Choice, rows: _Rows) -> Array:
+    def _runs(self, schedule: Choice, rows: DegreeRows) -> Array:
         """Rows on which the schedule keeps its rules."""
         technique = schedule.technique
         assert technique is not None
@@ -393,38 +463,6 @@ class LayerwiseSpace:
             for check in technique.valid(ctx):
                 ok[mine] &= check.ok
         return ok
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Rows of one pipeline degree, of all prefixes.
-
-    Attributes:
-        part, row: whose row it is, and which.
-        communicators: groups with more than one rank.
-        table: of the prefixes.
-    """
-
-    pp: int
-    part: Array
-    row: Array
-    micro_batches: Array
-    communicators: Array
-    table: BlockTable
-
-    def take(self, index: Array) -> tuple[_Rows, Array]:
-        """Some of the rows, and their places among all."""
-        table = BlockTable(self.table.kinds, np.ascontiguousarray(self.table.values[:, :, index]))
-        part, row, micro_batches, communicators = (
-            x[index] for x in (self.part, self.row, self.micro_batches, self.communicators)
-        )
-        return _Rows(self.pp, part, row, micro_batches, communicators, table), index
-
-
-def _some(rows: _Rows, each: Array, keep: NDArray[np.bool_] | np.bool_) -> tuple[_Rows, Array]:
-    """Some of the rows, and the same columns of a table."""
-    taken, index = rows.take(np.flatnonzero(keep))
-    return taken, each[:, index]
 
 
 def _order(schedule: Choice) -> str:

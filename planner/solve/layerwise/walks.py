@@ -49,19 +49,19 @@ class Walks:
         self.bound_s = 0.0
         """The largest bound so far."""
 
-    def without_order(self) -> float:
-        """The longest of the paths that are known without the order."""
+    def without_order(self, below_s: float) -> float:
+        """The longest of the paths that are known without the order, as closely as a limit asks for."""
         if self.schedule == "interleaved":
             paths = interleaved_paths(self.mesh.pp, self.layout.virtual_stages, self.mesh.micro_batches)
             seconds, none = self._seconds(self.fastest_s()), np.zeros(self.mesh.pp)
-            self._walk(max(paths, key=lambda path: path.seconds(seconds, self.hop_s, none)))
+            self._walk(max(paths, key=lambda path: path.seconds(seconds, self.hop_s, none)), below_s)
         return self.bound_s
 
     def critical(self, below_s: float, stages_s: Array | None = None) -> float:
         """The paths that were critical in other deals, if these do not exclude what is below a limit the one that is critical
         under some seconds of the stages (the fastest ones where none are given), and mixtures of them."""
         for path in self._known if stages_s is None else ():
-            if self._walk(path) >= below_s:
+            if self._walk(path, below_s) >= below_s:
                 return self.bound_s
         order = make_order(*self._key)
         seconds = self._seconds(self.fastest_s() if stages_s is None else stages_s)
@@ -107,9 +107,10 @@ class Walks:
     def _seconds(self, stages_s: Array) -> Array:
         return np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
 
-    def _walk(self, path: Path) -> float:
-        """The bound of a path, which is kept if it is the best."""
-        found = self.costs.along_s(self.layout, path) + path.hops * self.hop_s
+    def _walk(self, path: Path, below_s: float = np.inf) -> float:
+        """The bound of a path, which is kept if it is the best; of no use beyond a limit."""
+        hops_s = path.hops * self.hop_s
+        found = self.costs.along_s(self.layout, path, below_s - hops_s) + hops_s
         if found > self.bound_s:
             self._best, self.bound_s = path, found
         return found
