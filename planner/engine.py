@@ -29,8 +29,8 @@ from planner.costs.collectives import (
 )
 from planner.costs.expert_exchange import exchange_traffic
 from planner.costs.overlap import pipelined_s
-from planner.costs.precision import FORMAT_BITS, dtype_bytes
-from planner.kernel_prices import KernelPrices, exchange_s
+from planner.costs.precision import dtype_bytes
+from planner.kernel_prices import KernelPrices, exchange_s, slowdown_constant
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -64,7 +64,6 @@ __all__ = [
     "TRACKS",
     "BlockTable",
     "Pricer",
-    "slowdown_constant",
     "tabulate",
 ]
 
@@ -220,19 +219,6 @@ class Pricer:
         }
         for item in items:
             yield axes[item.size] * item.bytes_per_element / rate[item.tier]
-
-
-def slowdown_constant(item: Item | None, stack: Stack) -> str | None:
-    """Name of the stack's constant that an item's seconds are proportional to; None: its kernel is priced by itself."""
-    if isinstance(item, Matmul):
-        return None if item.single else stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
-    if isinstance(item, AttentionCore):
-        return "attention_slowdown"
-    if isinstance(item, Stream):
-        return "stream_slowdown"
-    if isinstance(item, Collective) and item.kind != "all_to_all":
-        return "collective_slowdown"
-    return None
 
 
 _AWAY = tuple(f"{tier}_{what}" for tier in ("host", "cxl", "nvme") for what in ("bytes", "saved_bytes"))

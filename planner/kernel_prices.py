@@ -12,17 +12,17 @@ from planner.costs.alignment import alignment_efficiency
 from planner.costs.arrays import Real
 from planner.costs.collectives import Level
 from planner.costs.expert_exchange import expert_exchange_s
-from planner.costs.precision import dtype_bytes
+from planner.costs.precision import FORMAT_BITS, dtype_bytes
 from planner.costs.state_space import PRODUCT_SHARE
 from planner.kernels import WIDE_HEAD, Kernels
-from planner.ledger import Array, AttentionCore, Axes, Matmul, Stream
+from planner.ledger import Array, AttentionCore, Axes, Collective, Item, Matmul, Stream
 from planner.specs.device import Device
 from planner.specs.exchange_library import ExchangeKernel
 from planner.specs.formats import KERNEL_FORMATS
 from planner.specs.kernel_library import KernelLibrary, library_for
 from planner.specs.stack import Stack
 
-__all__ = ["KernelPrices", "exchange_s"]
+__all__ = ["KernelPrices", "exchange_s", "slowdown_constant"]
 
 _VECTORS = 8.0  # rows of a product by vectors: llama.cpp ggml/src/ggml-cuda/mmvq.cuh (MMVQ_MAX_BATCH_SIZE)
 _SCALED_BEFORE = (
@@ -216,6 +216,19 @@ def exchange_s(
             "unit_bytes_per_s": np.where(np.greater(remote_bytes, 0.0), rates[1], rates[0]),
         }
     return expert_exchange_s(link_bytes, remote_bytes, levels, **constants)
+
+
+def slowdown_constant(item: Item | None, stack: Stack) -> str | None:
+    """Name of the stack's constant that an item's seconds are proportional to; None: its kernel is priced by itself."""
+    if isinstance(item, Matmul):
+        return None if item.single else stack.product_constant(FORMAT_BITS[item.dtype], grouped=item.grouped)
+    if isinstance(item, AttentionCore):
+        return "attention_slowdown"
+    if isinstance(item, Stream):
+        return "stream_slowdown"
+    if isinstance(item, Collective) and item.kind != "all_to_all":
+        return "collective_slowdown"
+    return None
 
 
 def _column(values: Sequence[float]) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,14 +131,14 @@ class Expansion:
         self.counts.rejected["device memory"] += int(others[full & ~late & ~fits].sum())
         return np.flatnonzero(~(fits | late | full))
 
-    def rest(self, pending: Pending, chosen: Index, swaps: Sequence[int], bar: float) -> list[Batch]:
-        """Scores more branches of the chosen (state, row) pairs, those with less work first; returns what fits.
+    def rest(self, pending: Pending, chosen: Index, swap: int, bar: float) -> list[Batch]:
+        """Scores more branches of the chosen (state, row) pairs with one swap, those with less work first; returns what fits.
 
         A branch is excluded where another of its pair that does less has a bound that is not under the bar (more work only
         adds time), or fits (more work has nothing to offer).
         """
         found: list[Batch] = []
-        for swap, together in product(swaps, self.branches.waves):
+        for together in self.branches.waves:
             left = [self._undecided(pending, chosen, recompute, swap, bar) for recompute in together]
             at, width, least_s = (np.concatenate(each) for each in zip(*left, strict=True))
             if not len(at):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from math import hypot
 
 from planner.attribution import Spend
-from planner.engine import slowdown_constant
+from planner.kernel_prices import slowdown_constant
 from planner.ledger import Collective
 from planner.specs.device import Sourced
 from planner.specs.stack import Stack

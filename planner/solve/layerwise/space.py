@@ -103,8 +103,8 @@ class LayerwiseSpace:
         return min(bounds.items(), key=lambda bound: (bound[1], bound[0]), default=(0, np.inf))
 
     def pool(self, enough_s: float, below_s: float) -> bool:
-        """Bounds a prefix's rows below a limit by all devices' memory together, that of the fastest row whose prefix is not; false
-        where no such row is below what is ``enough_s``."""
+        """Bounds a prefix's rows below a limit by all devices' memory together, that of the fastest row whose prefix is not;
+        false where no such row is below what is ``enough_s``."""
         found = (enough_s, -1)
         for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
             part, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
