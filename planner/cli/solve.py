@@ -284,16 +284,18 @@ def ranks(file: _File, deadline: _Deadline = "60s", as_json: Json = False) -> No
 def micro_batches(
     model: _Model = None, cluster: _Cluster = None, lengths: _Lengths = None, stages: Annotated[
         str, option("--stages", text="Of the pipeline [1].", metavar="N")
-    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", as_json: Json = False,
+    ] = "1", schedule: Annotated[
+        str, option("--schedule", text="Whose order the micro-batches run in [1f1b].", metavar="NAME")
+    ] = "1f1b", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which sequences of a step run together on a pipeline, each micro-batch padded to its longest.
 
     The sum of all micro-batches and the fill of the pipeline by the longest is least. Devices are those of one pipeline, with an
-    equal share of the layers each.
+    equal share of the layers each. What a schedule makes of them is the longest path through its order.
     """
     from planner.report.optimum import show_micro_batches
     from planner.solve.combinatorial.sequences import micro_batches as cut
-    from planner.solve.sequence_costs import sequence_problem
+    from planner.solve.sequence_costs import pipelined_s, sequence_problem
 
     job = SolveJob(None, model, cluster, "1", None, fix, stack, memory, "60s", "scipy", length=False)
     histogram = job.attempt(read_histogram, lengths)
@@ -322,10 +324,14 @@ def micro_batches(
         count,
     )
     ordered = sorted(length for length, n in histogram.items() for _ in range(n))
+    assert problem.phases_s is not None
+    buckets = [problem.lengths.index(ordered[end - 1]) for _, end in found.cuts]
+    sizes = [end - begin for begin, end in found.cuts]
+    step_s, bubble_s = pipelined_s(schedule, count, problem.phases_s[:, buckets, 0] * sizes)
     content = {
         "time_s": found.time_s, "padding_tokens": found.padding_tokens,
         "micro_batches": [{"sequences": end - begin, "length": ordered[end - 1]} for begin, end in found.cuts],
-        "certificate": found.certificate.as_dict(),
+        "schedule": schedule, "step_s": step_s, "bubble_s": bubble_s, "certificate": found.certificate.as_dict(),
     }  # fmt: skip
     _show(content, show_micro_batches, as_json)
 

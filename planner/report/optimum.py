@@ -126,6 +126,8 @@ def show_micro_batches(content: Mapping[str, Any]) -> None:
     alike = Counter((m["sequences"], m["length"]) for m in content["micro_batches"])
     rows = [(str(count), str(n), f"{length:,}") for (n, length), count in alike.items()]
     screen.grid(("micro-batches", "sequences", "padded to"), rows)
+    told = f"{format_seconds(content['step_s'])} per step under {content['schedule']}"
+    screen.line(f"{told}, of which {format_seconds(content['bubble_s'])} idle")
     show_proof(screen, content["certificate"], format_seconds)
 
 

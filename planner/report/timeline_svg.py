@@ -99,13 +99,17 @@ def _row(trace: StepTrace, device: int, top: float, scale: float) -> Iterator[st
     """One rank: its name, bands and peak."""
     yield f'<text x="{_LEFT - 12:g}" y="{top + 17:.1f}" text-anchor="end">{escape(trace.devices[device])}</text>'
     yield f'<rect class="idle" x="{_LEFT:g}" y="{top:.1f}" width="{_PLOT:g}" height="{_COMPUTE:g}"/>'
-    chunks, beside = max(trace.assembly.layout.virtual_stages, 1), _beside(trace)
+    chunks, beside, cramped = (
+        max(trace.assembly.layout.virtual_stages, 1),
+        _beside(trace),
+        _cramped(trace, scale),
+    )
     for s in trace.slices:
         if s.device != device or s.duration_s <= 0.0:
             continue
         x, width = _LEFT + s.start_s * scale, s.duration_s * scale
         if s.stream == "compute":
-            yield from _operation(s, x, top, width, chunks)
+            yield from _operation(s, x, top, width, chunks, named=s.kind not in cramped)
         else:
             colour = _COLOURS.get(s.kind, _COLOURS[s.stream])
             y = top + _COMPUTE + 1.0 + _BESIDE * beside.index(s.stream)
@@ -120,7 +124,19 @@ def _beside(trace: StepTrace) -> list[str]:
     return [stream for stream in STREAMS[1:] if stream in used]
 
 
-def _operation(s: Slice, x: float, top: float, width: float, chunks: int) -> Iterator[str]:
+def _cramped(trace: StepTrace, scale: float) -> set[str]:
+    """Kinds of work of which some have no room for a number: none of them is numbered then."""
+    passes = [s for s in trace.slices if "micro_batch" in s.details and s.duration_s > 0.0]
+    most = max((int(s.details["micro_batch"]) for s in passes), default=0)
+    return {s.kind for s in passes if s.duration_s * scale < _text_width(str(most))}
+
+
+def _text_width(text: str) -> float:
+    """Room that a slice needs to say something."""
+    return max(_NARROWEST_TEXT, 6.2 * len(text) + 3.0)
+
+
+def _operation(s: Slice, x: float, top: float, width: float, chunks: int, *, named: bool) -> Iterator[str]:
     chunk = int(s.details.get("chunk", 0))
     colour = _paler(_COLOURS[s.kind], _PALEST * chunk / max(chunks - 1, 1))
     yield _rect(x, top, width, _COMPUTE, colour, s)
@@ -129,7 +145,7 @@ def _operation(s: Slice, x: float, top: float, width: float, chunks: int) -> Ite
         yield f'<rect x="{x:.2f}" y="{top:.1f}" width="{again:.2f}" height="4" fill="{_COLOURS["recompute"]}"/>'
     number = s.details.get("micro_batch")
     text = s.name if number is None else str(number)
-    if width >= max(_NARROWEST_TEXT, 6.2 * len(text) + 3.0):
+    if named and width >= _text_width(text):
         dark = " d" if chunk and chunks > 1 and chunk / (chunks - 1) > 0.6 else ""
         yield f'<text class="n{dark}" x="{x + width / 2:.1f}" y="{top + _COMPUTE / 2 + 3.6:.1f}">{escape(text)}</text>'
 

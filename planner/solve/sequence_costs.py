@@ -17,8 +17,11 @@ from planner.costs.optimizer import FUSED_UPDATES, optimizer_state_bytes
 from planner.costs.precision import dtype_bytes
 from planner.engine import Pricer, tabulate
 from planner.errors import Infeasible, Problem, SpecError
+from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.pipeline import phase_seconds
+from planner.schedule.order import generator_of, make_order
+from planner.schedule.times import operation_times
 from planner.solve.combinatorial.sequences import SequenceProblem
 from planner.solve.passes import run_passes
 from planner.specs.cluster import Cluster
@@ -26,9 +29,10 @@ from planner.specs.model import Model
 from planner.specs.parameters import parameter_count
 from planner.specs.stack import Stack
 from planner.specs.workload import TrainWorkload
+from planner.technique import discover
 from planner.units import format_bytes
 
-__all__ = ["sequence_problem"]
+__all__ = ["pipelined_s", "sequence_problem"]
 
 _FIRST_OUTSIDE_A_GROUP = "tensor_overlap"
 
@@ -58,7 +62,7 @@ def sequence_problem(
     kinds = (*dict.fromkeys(order), EMBEDDING, HEAD)
     each = np.array([float(order.count(kind)) if kind in order else 1.0 for kind in kinds])
     cp, one = np.array(degrees, dtype=np.float64), np.ones(len(degrees))
-    seconds, held, states = [], [], 0.0
+    seconds, phases, held, states = [], [], [], 0.0
     for length in histogram:
         mesh = Mesh(one, cp, one, one, one, one)
         job = replace(workload, seq_len=length)
@@ -72,6 +76,7 @@ def sequence_problem(
         table = tabulate(ledger, pricer, kinds, len(degrees))
         forward, backward, _ = phase_seconds(table)
         seconds.append(np.where(allowed, each @ (forward + backward), np.inf))
+        phases.append([each @ forward, each @ table["backward_s"], each @ table["weight_s"]])
         held.append(each @ (table["saved_bytes"] + table["recomputed_bytes"]))
         master = None if ctx.format.master else 0.0  # None: as wide as the optimizer keeps them
         gradient = 0.0 if workload.optimizer in FUSED_UPDATES else dtype_bytes(ctx.gradient_dtype)
@@ -92,5 +97,32 @@ def sequence_problem(
         )
     return SequenceProblem(
         tuple(histogram), tuple(histogram.values()), tuple(degrees), np.array(seconds), np.array(held), cluster.devices,
-        room if budget_bytes is None else budget_bytes,
+        room if budget_bytes is None else budget_bytes, phases_s=np.array(phases).transpose(1, 0, 2),
     )  # fmt: skip
+
+
+def pipelined_s(schedule: str, stages: int, phases_s: Array) -> tuple[float, float]:
+    """Seconds of a step whose micro-batches differ, on equal stages of a pipeline without messages, in the order of a schedule;
+    and how long its busiest device idles.
+
+    Args:
+        schedule: a choice of the slot ``schedule``.
+        stages: devices of the pipeline.
+        phases_s: (3, micro-batches) forward, input gradients and weight gradients of the whole model.
+
+    Raises:
+        SpecError: there is no such schedule.
+        InvalidPlan: it does not run on so many devices or with so many micro-batches.
+    """
+    known = {c: t for t in discover("training").values() if t.slot == "schedule" for c in t.choices}
+    if schedule not in known:
+        raise SpecError(Problem("--schedule", schedule, f"one of {', '.join(sorted(known))}"))
+    generator = generator_of(known[schedule].order)
+    v = generator.chunks(2)[0]
+    order = make_order(generator, stages, phases_s.shape[1], v)
+    forward, inputs, weights = phases_s * (generator.placement.copies / (stages * v))
+    split = [inputs, weights] if order.splits_backward else [inputs + weights, np.zeros_like(weights)]
+    each = np.broadcast_to(np.array([forward, *split])[:, None, :], (3, order.n_virtual, phases_s.shape[1]))
+    _, end = operation_times(order, each)
+    step_s = float(end.max())
+    return step_s, step_s - float(phases_s.sum()) / stages

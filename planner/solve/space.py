@@ -322,10 +322,15 @@ class Space:
     def _report_unmatched(self) -> None:
         for name in DEGREES:
             self.allows(name, self.rows.values[name][:0])
+        if not self._unmatched:
+            return
+        techniques = {t.key: t for t in discover("training").values() if t.slot}
+        choices = [f"{t.slot}={value}" for t in techniques.values() for value in t.choices]
+        tokens = [*choices, *SLOTS, *techniques]
+        for glob in self.problem.forbidden:  # what is not open anyhow may be forbidden as well
+            if any(fnmatchcase(token, glob) for token in tokens):
+                self._unmatched.discard(("--forbid", glob))
         if self._unmatched:
-            techniques = {t.key: t for t in discover("training").values() if t.slot}
-            choices = [f"{t.slot}={value}" for t in techniques.values() for value in t.choices]
-            tokens = [*choices, *SLOTS, *techniques]
             raise SpecError(
                 [
                     Fault(

@@ -154,6 +154,18 @@ def test_sequences_of_a_model_are_grouped_and_cut(planner):
     assert "padding" in planner("solve", "micro-batches", *job, "--lengths", "256:6", "--stages", "2").out
 
 
+def test_unlike_micro_batches_run_in_the_order_of_a_schedule(planner):
+    """1F1B alternates and waits for the longest ones; two devices idle no less than the pass of the first through one of them."""
+    job = ("solve", "micro-batches", *JOB[:4], "--lengths", "128:4,1024:2", "--stages", "2", "--json")
+    found = {name: planner(*job, "--schedule", name).json for name in ("1f1b", "gpipe", "zb_h1")}
+    assert len({content["time_s"] for content in found.values()}) == 1
+    steps = {name: content["step_s"] for name, content in found.items()}
+    assert steps["zb_h1"] < steps["1f1b"]
+    assert all(0.0 < content["bubble_s"] < content["step_s"] for content in found.values())
+    refused = planner(*job, "--schedule", "nope")
+    assert (refused.code, refused.faults[0]["where"]) == (2, "--schedule")
+
+
 def test_tensors_of_a_model_are_placed(planner):
     found = planner("solve", "tiers", *JOB, "--layers", "2", "--memory", "400MiB", "--json").json
     assert found["certificate"]["status"] == "exact"

@@ -54,6 +54,8 @@ DETAILS = {
     "resident_layers": 1,
     "target_percent": 50.0,
 }  # what two choices need to be told
+SWAPS = ("optimizer_offload", "activation_offload", "parameter_offload")
+SHORT = 64.0  # times as fast as links are: as fast as device memory, so that what is moved hides behind work
 LAUNCHES_S = 5e-6  # of an update on the device, which one on the host does without
 SENDING = (*GROUPS, "zero_stage", "optimizer_offload", "activation_offload", "parameter_offload")
 TIMES = ("forward_s", "backward_s", "weight_s", "recompute_s", "main_step_s")
@@ -231,6 +233,27 @@ def test_every_pair_prices_and_keeps_the_laws(slot: str) -> None:
             table[name] for name in ("always_bytes", "saved_bytes", "host_bytes", "cxl_bytes", "nvme_bytes")
         )
         assert (held > 0).any(), named(pair)
+
+
+@pytest.mark.parametrize("slot", SWAPS)
+def test_what_moves_to_slower_memory_leaves_the_work_as_it_is(slot: str) -> None:
+    """Over links as fast as device memory, a swap takes no less than the plan without it: none of its work is gone.
+
+    Schedules that move activations or keep versions of weights have less to move and to keep beside a swap.
+    """
+    for pair in PAIRS:
+        if slot not in pair or "schedule" in pair:
+            continue
+        experts = 8 if OF_EXPERTS & pair.keys() else 0
+        run = Run(experts, pair, MESHES, SHORT)
+        other = {name: choice for name, choice in pair.items() if name != slot}
+        plain = Run(experts, other, MESHES, SHORT)
+        run.valid = plain.valid = run.valid & plain.valid
+        if run.valid.any():
+            table, without = run.table(), plain.table()
+            for names in PRICED_TOGETHER[:3]:
+                after_s, before_s = (sum(each[name] for name in names) for each in (table, without))
+                assert (after_s >= before_s * (1 - 1e-9)).all(), (named(pair), names)
 
 
 @pytest.mark.parametrize("slot", SENDING)

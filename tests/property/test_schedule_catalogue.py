@@ -21,6 +21,7 @@ from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes
 from planner.schedule.order import Op, generator_of, make_order, repeated
 from planner.schedule.program import compile_order
+from planner.schedule.times import operation_times
 from planner.specs.stack import load_stack
 from planner.step_time import exact_step_s
 from planner.technique import discover
@@ -86,7 +87,9 @@ def test_every_micro_batch_passes_every_stage_of_one_pipeline(name):
 def naive_makespan(order, forward, backward, weight, hop):
     """The longest path by its definition, every dependency explicit."""
     todo, end = lists(order), {}
-    p, duration = order.shape.p, {Op.F: forward, Op.B: backward, Op.W: weight}
+    sizes = order.n_virtual, order.shape.m
+    each = (np.broadcast_to(x if np.ndim(x) == 2 else x[:, None], sizes) for x in (forward, backward, weight))
+    p, duration = order.shape.p, dict(zip((Op.F, Op.B, Op.W), each, strict=True))
     left = order.leaves_after if order.leaves_after is not None else np.zeros_like(order.kind)
     position = {x: (d, i) for d, own in enumerate(todo) for i, x in enumerate(own)}
     downstream = {int(u): s for s, u in enumerate(order.upstream) if u >= 0}
@@ -115,7 +118,7 @@ def naive_makespan(order, forward, backward, weight, hop):
                     needs.append(end.get((Op.B, s, k)))
                 if any(need is None for need in needs):
                     break
-                clock[d] = end[op, s, k] = max([clock[d], *needs]) + duration[op][s]
+                clock[d] = end[op, s, k] = max([clock[d], *needs]) + duration[op][s, k]
                 at[d] += 1
                 moved = True
         assert moved, "the order deadlocks"
@@ -139,6 +142,19 @@ def test_engine_is_the_longest_path(drawn, seed, whole):
     unfolded = simulate(replace(order, period_ops=0), forward, backward, weight, hop_s=hop).makespan_s
     assert float(folded) == pytest.approx(expected, rel=1e-11, abs=1e-12)
     assert float(unfolded) == pytest.approx(expected, rel=1e-11, abs=1e-12)
+
+
+@SETTINGS
+@given(orders(), st.integers(0, 2**32 - 1), st.floats(0.0, 2.0))
+def test_stages_and_micro_batches_that_all_differ_take_the_longest_path(drawn, seed, hop_s):
+    """Sequences of unlike lengths (DynaPipe, arXiv:2311.10418) on stages of unlike sizes, under every schedule."""
+    _, order = drawn
+    rng = np.random.default_rng(seed)
+    seconds = rng.exponential(1.0, (3, order.n_virtual, order.shape.m))
+    if not order.splits_backward:
+        seconds[2] = 0.0
+    expected = naive_makespan(order, *seconds, np.full(order.n_virtual, hop_s))
+    assert operation_times(order, seconds, hop_s)[1].max() == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))

@@ -69,3 +69,14 @@ def test_who_stops_it_has_the_best_plan_so_far():
     assert best.best.id == search(problem(explore=()), top=1).best.id
     assert best.best.optimality.status == "gap"
     assert "all choices together" in best.notes[0]
+
+
+def test_what_is_not_open_may_be_forbidden():
+    """The narrow searches before the wide one have no such choice to forbid; what exists nowhere is still refused."""
+    without = problem(forbidden=("schedule=gpipe", "schedule=zb*"), fixed={"pp": 4})
+    found = search_widening(without, top=4)
+    assert not any(plan.knobs["schedule"].startswith(("gpipe", "zb")) for plan in found.plans)
+    closed = problem(explore=(), forbidden=("schedule=zbv",))
+    assert search(closed, top=1).best.id == search(problem(explore=()), top=1).best.id
+    with pytest.raises(SpecError, match="--forbid"):
+        search(problem(forbidden=("schedule=zvb",)), top=1)

@@ -51,6 +51,7 @@ class SequenceProblem:
         group_s: what a group takes besides its sequences, per degree.
         packed: a group's sequences run as one micro-batch and are held together (FlexSP's packing); False: one after the
             other, so that the largest decides.
+        phases_s: ``time_s`` as forward, input gradients and weight gradients, or None: (3, buckets, degrees).
     """
 
     lengths: tuple[int, ...]
@@ -62,6 +63,7 @@ class SequenceProblem:
     budget_bytes: float = np.inf
     group_s: tuple[float, ...] = ()
     packed: bool = False
+    phases_s: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
