@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     )
     from planner.costs.economics import device_hours, phases_run_s, rental_usd, tokens_run_s, usd_per_token
     from planner.costs.energy import average_power_w, emitted_kg, energy_j
-    from planner.costs.expert_exchange import expert_exchange_s
+    from planner.costs.expert_exchange import exchange_traffic, expert_exchange_s
     from planner.costs.flop import (
         dense_training_flop,
         gpt_iteration_flop,
@@ -268,6 +268,7 @@ __all__ = [
     "energy_j",
     "erlang_b",
     "erlang_c",
+    "exchange_traffic",
     "expected_slowdown",
     "expert_capacity",
     "expert_exchange_s",

@@ -215,6 +215,7 @@ def test_every_expression_names_axes_and_every_item_its_technique(model, name):
         "window",
         "track",
         "dtype",
+        "kernel",
         "kind",
         "tier",
         "pool",

@@ -268,6 +268,7 @@ def test_state_space_layers_come_with_the_shipped_model(row):
         ({"other_flags": "CUDA_LAUNCH_BLOCKING=1 in later runs"}, {"cuda_graph": "blocking"}),
         ({"other_flags": "cuda_graph_impl=full_iteration; moe_a2a_overlap=True"},
          {"cuda_graph": "full", "expert_overlap": "combined_1f1b"}),
+        ({"other_flags": "EP overlap on"}, {"expert_overlap": "combined_1f1b"}),
         ({}, {"loss_kernel": "eager"}),
         ({"other_flags": "fused cross entropy (cef)"}, {"loss_kernel": "fused"}),
     ],

@@ -4,7 +4,7 @@ What it does: probabilities are fp32, so that what comes after them is fp32 too;
     Every operator of the function is a kernel. All else is one kernel, as in ``fused``.
 Saves: nothing.
 Costs: per element of an expert's activation 22 bytes forward and 130 backward, in place of 6 and 10; 52 and 178 where values are
-    limited before, which keeps both halves as they were.
+    limited before, which keeps both halves as they were. Of a squared ReLU 20 and 62 in place of 4 and 6.
 Assumes: that every operator is a kernel is inferred from runs of four GPUs and two models, with nothing fitted; this function's
     kernels were not timed by anyone. PyTorch is asked to fuse it: ``jit_fuser`` is ``torch.compile`` in every release read
     (core_v0.14.0, 0.16.0, 0.16.1; ``megatron/core/jit.py``), and Megatron-Bridge's recipes of Qwen3, GPT-OSS and DeepSeek-V3 set
@@ -12,15 +12,16 @@ Assumes: that every operator is a kernel is inferred from runs of four GPUs and 
     Triton kernel in place of Megatron-Core 0.16.1's SwiGLU is 1.57 to 1.63 times as fast forward, 2.46 to 2.66 times with the
     backward (linkedin/Liger-Kernel, pull request 1326). By traffic that is 10 bytes per element forward, as operator by operator,
     and about 30 backward, where one kernel moves 10 and the operators 58: so the backward here is an upper bound. A graph of the
-    whole iteration runs experts in Transformer Engine's fused operators, which have one kernel for it. Ungated activations are
-    one kernel.
+    whole iteration runs experts in Transformer Engine's fused operators, which have one kernel for it.
 Source: Megatron-Core ``transformer/moe/experts.py`` (``TEGroupedMLP``), ``fusions/fused_bias_swiglu.py`` (``weighted_swiglu``,
-    ``weighted_swiglu_back``) and ``fused_bias_geglu.py`` (``weighted_bias_quick_geglu_impl``, ``weighted_quick_geglu_back``).
+    ``weighted_swiglu_back``), ``fused_bias_geglu.py`` (``weighted_bias_quick_geglu_impl``, ``weighted_quick_geglu_back``) and, of
+    ungated experts, ``fused_weighted_squared_relu.py``, which Megatron-Bridge's recipes of Nemotron 3 ask for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Ledger, Resident, Stream
@@ -45,6 +46,12 @@ _LIMITED = {
     "forward": Kernels(10.0, plain=20.0, casts=2.0),
     "backward": Kernels(26.0, fp32=17.0, plain=43.0, casts=4.0),
 }
+# ReLU (read, write), square (read, write); as above. Backward: gradient by probability to fp32, twice it (2), ReLU (2), their
+# product (3); for the probability's gradient ReLU and square again (4), the gradient cast, their product (3), its sum (1); cast.
+_SQUARED = {
+    "forward": Kernels(4.0, plain=4.0, casts=2.0),
+    "backward": Kernels(10.0, fp32=7.0, plain=8.0, casts=3.0),
+}
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -57,13 +64,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
 
 def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
-    """By phase, the kernels of experts' gated activation; empty for anything else."""
+    """By phase, the kernels of experts' activation; empty for anything else."""
     if item.what != "moe.act":
         return {}
     moe = ctx.model.layer_in(item.block).moe
-    if moe is None or not moe.gated:
+    if moe is None:
         return {}
-    return _LIMITED if moe.limited else _WEIGHTED
+    return _SQUARED if not moe.gated else _LIMITED if moe.limited else _WEIGHTED
 
 
 def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:
@@ -76,11 +83,9 @@ def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:
             )  # fmt: skip
 
 
-def _traffic(subject: Pass) -> float:
+def _traffic(subject: Pass, model: str = "qwen3-30b-a3b") -> float:
     """Bytes that an expert's activation moves per 16-bit element, forward and backward."""
-    ledger, _ = figures.run(
-        "elementwise_kernel", subject, model="qwen3-30b-a3b", elementwise_kernel="eager_experts"
-    )
+    ledger, _ = figures.run("elementwise_kernel", subject, model=model, elementwise_kernel="eager_experts")
     return sum(item.bytes_per_element for item in ledger.of(Stream, what="moe.act"))
 
 
@@ -92,7 +97,7 @@ TECHNIQUE = Technique(
     searched=False,
     asked=True,
     source="Megatron-Core fusions/fused_bias_swiglu.py",
-    summary="Experts' gated activations as Megatron-Core weights them, operator by operator in fp32",
+    summary="Experts' activations as Megatron-Core weights them, operator by operator in fp32",
     figures=(
         Figure(
             "bytes that SwiGLU weighted by fp32 probabilities moves per 16-bit element, forward and backward",
@@ -100,6 +105,13 @@ TECHNIQUE = Technique(
             1e-9,
             "Megatron-Core fusions/fused_bias_swiglu.py, what its operators read and write",
             _traffic,
+        ),
+        Figure(
+            "the same of a squared ReLU",
+            20.0 + 62.0,
+            1e-9,
+            "Megatron-Core fusions/fused_weighted_squared_relu.py, what its operators read and write",
+            partial(_traffic, model="nemotron-3-nano-30b-a3b"),
         ),
     ),
     apply=apply,
