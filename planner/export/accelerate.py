@@ -25,7 +25,7 @@ CHOICES: Mapping[str, str] = {
     **COMMON,
     **KERNEL_CHOICES,
     "precision": "bf16 fp16 fp32",
-    "context": "p2p all_gather",
+    "context": "p2p all_gather gathered_ring",
     "optimizer": "adamw sgd sgd_momentum",
     "zero_stage": "0 2 fsdp",
     "zero_group": "full node ranks",
@@ -35,7 +35,11 @@ CHOICES: Mapping[str, str] = {
     "schedule": "1f1b",
 }
 
-COMM_STRATEGIES: Mapping[str, str] = {"p2p": "alltoall", "all_gather": "allgather"}
+COMM_STRATEGIES: Mapping[str, str] = {
+    "p2p": "alltoall",
+    "gathered_ring": "allgather",
+    "all_gather": "allgather",
+}
 """How keys and values travel between context-parallel ranks: the plan's word → Accelerate's."""
 
 _OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw_torch_fused", "sgd": "sgd", "sgd_momentum": "sgd_momentum"}

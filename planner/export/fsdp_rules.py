@@ -19,7 +19,7 @@ CHOICES: Mapping[str, str] = {
     "elementwise_kernel": "fused eager",
     "loss_kernel": "fused eager log_softmax linear_fused",
     "gradient_accumulation": "fused separate",
-    "context": "p2p all_gather",
+    "context": "p2p all_gather gathered_ring",
     "optimizer": "adamw adam8bit sgd sgd_momentum adafactor muon",
     "zero_stage": "0 2 3 fsdp",
     "zero_group": "full node ranks",

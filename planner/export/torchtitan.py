@@ -43,7 +43,7 @@ CHOICES: Mapping[str, str] = {
     "elementwise_kernel": "fused eager",
     "loss_kernel": "fused linear_fused log_softmax",
     "gradient_accumulation": "fused separate",
-    "context": "p2p all_gather",  # p2p is what a plan without context parallelism says
+    "context": "p2p all_gather gathered_ring",  # p2p is what a plan without context parallelism says
     "tensor_overlap": "none chunked",
     "optimizer": "adamw",
     "zero_stage": "0 1 2 fsdp",
@@ -194,9 +194,7 @@ def _valid(ctx: Context) -> Iterable[Check]:
     yield replication_rule(ctx)
     divisor = np.where(mesh.tp > 1, mesh.tp, 1) * np.where(mesh.cp > 1, 2 * mesh.cp, 1)
     yield Check("sequence length not divisible by tp and 2·cp", np.mod(ctx.workload.seq_len, divisor) == 0)
-    yield Check(
-        "context parallelism gathers keys and values", (mesh.cp == 1) | (knobs["context"] == "all_gather")
-    )
+    yield Check("context parallelism gathers keys and values", (mesh.cp == 1) | (knobs["context"] != "p2p"))
     if ctx.model.tied_embeddings:
         yield Check("tied embeddings cannot be cut into stages", mesh.pp == 1)
     for block in ctx.model.blocks.values():

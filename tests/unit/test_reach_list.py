@@ -82,6 +82,7 @@ REASONS = {
     "log_softmax": SLOWER,
     "placeholder_gradients": SLOWER,
     "separate_accumulation": SLOWER,
+    "torch_ring": SLOWER,
 }
 """What no search chooses and why."""
 

@@ -635,7 +635,7 @@ def test_gathers_before_row_wise_products_are_not_cut():
 
 
 def test_a_gathered_ring_sends_repeated_heads_and_gradients_in_fp32():
-    """Llama-3 8B: 32 heads of queries, 8 of keys; 4 ranks. Two gathers of K and V; four sends of their gradients in one item."""
+    """Llama-3 8B, 32 heads of queries and 8 of keys, on 4 ranks: two gathers of K and V, four sends of their gradients."""
     ledger, ctx = run("llama3-8b", degrees={"cp": 4}, context="gathered_ring", recompute="none")
     whole = 2 * ctx.workload.seq_len * 32 * 128 * float(np.ravel(ctx.micro_batch_size)[0])
     found = {
