@@ -197,7 +197,7 @@ def _first(target: ServingTarget, engine: Engine, written: Mapping[str, str]) ->
         found.append(f"Checkpoint: `MODEL=…`, weights of {plan.model}.")
     peak, budget = format_bytes(estimate.memory_bytes["peak"]), format_bytes(estimate.memory_budget_bytes)
     found.append(
-        f"Memory: {peak} of {budget} per device are planned, of it {format_bytes(estimate.memory_bytes['kv_cache'])} for caches: "
+        f"Memory: {peak} of {budget} are planned on the fullest device, of it {format_bytes(estimate.memory_bytes['kv_cache'])} for caches: "
         f"the engine's first log lines should name as much, room for {estimate.max_concurrency:,} requests over all replicas."
     )
     if target.nodes > 1 or plan.mode == "disaggregated":
