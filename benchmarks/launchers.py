@@ -328,8 +328,8 @@ sharded. Nothing ran on accelerators.
   llm-d's manifests runs without a cluster: their fields are held against what is published of them, and the flags of vLLM in
   them are given to vLLM.
 - Of serving, what is compared is every pool: degrees, role, sequences and tokens of a batch, context, formats, and devices.
-- Accelerate, DeepSpeed, Galvatron, torchrun and Transformers are tried by every run of CI (`.ci/run`), on as many plans. The others
-  need environments of their own: the script's first lines are the commands.
+- Accelerate, DeepSpeed, Galvatron, torchrun and Transformers are tried by every run of CI (`.ci/run`), on as many plans. The
+  others need environments of their own: the script's first lines are the commands.
 - What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
   says which layer of the launcher would have found out.
 """
