@@ -3,8 +3,8 @@
 Each launcher needs its own environment (Python 3.11, no accelerator); what is not installed is passed over, so the command is run
 once in each, and remembers what was found in ``benchmarks/launchers.json``:
 
-    python3.11 -m venv /tmp/hf
-    /tmp/hf/bin/pip install torch==2.13.0 accelerate==1.15.0 transformers==5.23.0 deepspeed==0.19.8 pyyaml scipy
+    # The light ones, which .ci/run holds to the same 300 plans each.
+    python3.11 -m venv /tmp/hf && /tmp/hf/bin/pip install '.[launchers]'
     /tmp/hf/bin/pip install --no-deps hetu-galvatron==2.4.0
     PYTHONPATH=. /tmp/hf/bin/python benchmarks/launchers.py accelerate deepspeed galvatron transformers torchrun
 
@@ -328,6 +328,8 @@ sharded. Nothing ran on accelerators.
   llm-d's manifests runs without a cluster: their fields are held against what is published of them, and the flags of vLLM in
   them are given to vLLM.
 - Of serving, what is compared is every pool: degrees, role, sequences and tokens of a batch, context, formats, and devices.
+- Accelerate, DeepSpeed, Galvatron, torchrun and Transformers are tried by every run of CI (`.ci/run`), on as many plans. The
+  others need environments of their own: the script's first lines are the commands.
 - What a parser accepts may still fail at the first step. Rules of the planner's own refuse such plans before; `planner check`
   says which layer of the launcher would have found out.
 """

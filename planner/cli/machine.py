@@ -188,18 +188,9 @@ def _cluster(texts: dict[str, str], asked: MachineOptions) -> tuple[str, list[st
         found.get("adapters"),
         found.get("processor"),
         found.get("memory"),
+        None if listed is None else listed.devices_per_node,
     )
-    if listed is not None and listed.devices_per_node not in (None, _devices(found)):
-        expected = f"{_devices(found)}, as nvidia-smi says"
-        raise SpecError(Problem("reports", f"{listed.devices_per_node} GPUs per node in the list", expected))
     return text, said
-
-
-def _devices(found: dict[str, Any]) -> int | None:
-    """Accelerators of a node, as the driver's reports say; None without one."""
-    if "topology" in found:
-        return int(found["topology"].gpus)
-    return int(found["gpus"].count) if "gpus" in found else None
 
 
 def _reports(texts: dict[str, str]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def _flag(reader: Reader, key: str, default: bool) -> bool:
 def _fsdp(reader: Reader, notes: list[str], wasteful: list[str]) -> dict[str, Any]:
     table = reader.table("fsdp_config", None)
     if table is None:
-        reader.problem("fsdp_config", "is missing", "a map, as distributed_type is FSDP")
+        if "fsdp_config" not in reader.data:
+            reader.problem("fsdp_config", "is missing", "a map, as distributed_type is FSDP")
         return {}
     notes += _strangers(table, "fsdp_config", _FSDP)
     version = (

@@ -87,7 +87,11 @@ def _read_me(target: Target, exporter: Exporter, found: Mapping[str, str], image
     starts += ["`sbatch job.sbatch`"] if "job.sbatch" in found else []
     if "jobset.yaml" in found:
         starts.append("`kubectl create configmap plan-ID --from-file=. && kubectl apply -f jobset.yaml`")
-    first = [*_first(target), *exporter.first(target), *_around_first(target, found)]
+    versions = " or ".join(exporter.versions)
+    version = (
+        f"Version: written for {exporter.title} {versions}; options change their names between versions."
+    )
+    first = [*_first(target), version, *exporter.first(target), *_around_first(target, found)]
     if image == NO_IMAGE and "jobset.yaml" in found:
         first.append(
             f"`jobset.yaml` says `image: {NO_IMAGE}`: put in your container image (or export with `--image`)."
@@ -203,4 +207,13 @@ def _first(target: Target) -> list[str]:
         risk += "; `planner train` keeps to less where any plan does (`--max-oom-risk`)"
     fits = "" if estimate.fits else " IT DOES NOT FIT."
     found.append(f"Memory: a peak of {peak} of {budget} per device is predicted{risk}.{fits}")
+    for tier, held, seen in (
+        ("Host memory", estimate.host_bytes, "free -g"),
+        ("NVMe", estimate.nvme_bytes, "df -h"),
+    ):
+        if held:
+            whole = f"{format_bytes(held * per_node)} on every node"
+            found.append(
+                f"{tier}: {whole} for what the plan offloads, beyond what the launcher needs itself (`{seen}`)."
+            )
     return found

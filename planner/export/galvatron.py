@@ -163,6 +163,7 @@ def _write(target: Target, script: str) -> dict[str, str]:
         "# path_dict of Galvatron's models/llama_hf/meta_configs/config_utils.py under the name that MODEL_SIZE has. DATA_ARGS",
         "# are Megatron-LM's.",
         "set -euo pipefail",
+        'cd "$(dirname "$0")"',
         "",
         *environment_of_torchrun(target),
         "",
@@ -180,7 +181,9 @@ def _write(target: Target, script: str) -> dict[str, str]:
 
 def _first(target: Target) -> list[str]:
     return [
-        "`model.json` must be known to Galvatron: add it to `path_dict` of `models/llama_hf/meta_configs/config_utils.py`."
+        "`GALVATRON_PATH` leads to the checkout. `model.json` must be known to Galvatron: add it to `path_dict` of"
+        " `models/llama_hf/meta_configs/config_utils.py` there, and set `MODEL_SIZE` to the name that it has.",
+        "`DATA_ARGS` are Megatron-LM's (`--data-path`, tokenizer).",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.specs.model import Model
 
-__all__ = ["LaunchedRun", "degrees", "ignored_note", "names_in", "read_json", "read_text"]
+__all__ = ["LaunchedRun", "beside", "degrees", "ignored_note", "names_in", "read_json", "read_text"]
 
 _MAX_BYTES = 2**20
 
@@ -46,6 +46,12 @@ class LaunchedRun:
     layerwise: Mapping[str, Any] | None = None
 
 
+def beside(folder: Path) -> str:
+    """What to read of an exported folder instead of a launcher's file; empty where no plan lies there."""
+    plan = folder / "plan.json"
+    return f"planner explain {plan} reads the whole of what was exported." if plan.is_file() else ""
+
+
 def read_text(path: str | Path, expected: str) -> str:
     """The text of a configuration.
 
@@ -55,7 +61,7 @@ def read_text(path: str | Path, expected: str) -> str:
     where, file = str(path), Path(path).expanduser()
     try:
         if file.is_dir():
-            raise SpecError(Problem(where, "is a folder", expected))
+            raise SpecError(Problem(where, "is a folder", expected, beside(file)))
         size = file.stat().st_size
         if size > _MAX_BYTES:
             raise SpecError(Problem(where, f"holds {size:,} bytes", f"{expected}, under a mebibyte"))

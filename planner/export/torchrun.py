@@ -15,6 +15,7 @@ from planner.export.exporter import STEP_LINES, Exporter
 from planner.export.sharding import mesh_dimensions, replication_rule
 from planner.export.target import Target, summary
 from planner.plan import Plan
+from planner.technique import off
 
 __all__ = ["EXPORTER"]
 
@@ -87,6 +88,31 @@ def _mesh(target: Target) -> str:
     return _MESH.format(summary="\n".join(summary(plan)), plan=_literal(settings))
 
 
+def _first(target: Target) -> list[str]:
+    """What the script has to do: all choices of the plan but those in ``mesh.py``, and those that say nothing."""
+    said = {"sequence_parallel", "recompute", "micro_batch_size", "tensor", "expert", "pipeline"}
+    if target.plan.mesh["cp"] == 1:
+        said.add("context")
+    if _fully_shard(target.knobs) is not None:
+        said |= {
+            "zero_stage",
+            "zero_group",
+            "zero_group_ranks",
+            "parameter_offload",
+            "precision",
+            "gradient_dtype",
+        }
+    own = [
+        f"`{slot}={value}`"
+        for slot, value in target.knobs.items()
+        if slot not in said and value not in (off(slot), "even")
+    ]
+    return [
+        "`TRAIN_SCRIPT` is yours: it builds `mesh.py`'s mesh, and prints `step N: SECONDS s, peak X GiB` for `measure.py`.",
+        f"What `mesh.py` does not say is the script's too, and priced as such: {', '.join(own) or 'nothing else'}.",
+    ]
+
+
 def _literal(value: Any, indent: str = "") -> str:
     """A Python literal, one entry per line, as formatters leave it."""
     if not isinstance(value, dict):
@@ -148,7 +174,5 @@ EXPORTER = Exporter(
     script="train.py",
     framework="PyTorch FSDP2",
     log=STEP_LINES,
-    first=lambda target: [
-        "`TRAIN_SCRIPT` is yours: it builds `mesh.py`'s mesh, and prints `step N: SECONDS s, peak X GiB` for `measure.py`."
-    ],
+    first=_first,
 )

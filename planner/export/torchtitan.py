@@ -354,7 +354,6 @@ _LOSS = "The loss is on the pipeline's first rank, where its V ends: torchtitan 
 def _first(target: Target) -> list[str]:
     return [
         "Tokenizer and data: `HF_ASSETS` must hold the model's tokenizer, and the data set must be reachable from the nodes.",
-        "`pip show torchtitan` says 0.3: later versions rename the batch flags, and are to drop flags altogether.",
         *([_LOSS] if target.knobs["schedule"] == "dualpipev" else []),
     ]
 

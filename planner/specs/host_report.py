@@ -134,11 +134,15 @@ def read_nodes(text: str, where: str) -> Nodes:
     Nodes(count=16, devices_per_node=None)
     >>> read_nodes("NODELIST GRES\\ngpu[01-02] gpu:h100:8(S:0-1)\\ncpu[1-9] (null)\\n", "")
     Nodes(count=2, devices_per_node=8)
+    >>> read_nodes("gpu[001-004] gpu:h100:8", "")
+    Nodes(count=4, devices_per_node=8)
     """
     lines = [line.split() for line in text.splitlines() if line.strip()]
-    if len(lines) == 1:
+    if len(lines) == 1 and len(lines[0]) == 1:
         return Nodes(len(set(expand_nodes(lines[0][0]))), None)
     heading = [name.upper() for name in lines[0]]
+    if "NODELIST" not in heading:  # sinfo -h
+        heading, lines = ["NODELIST", "GRES"], [["NODELIST", "GRES"], *lines]
     names: dict[str, int | None] = {}
     gres = heading.index("GRES") if "GRES" in heading else None
     for cells in lines[1:]:
@@ -166,5 +170,6 @@ def host_kinds(text: str) -> Mapping[str, bool]:
         "processor": re.search(r"^Architecture:", text, re.MULTILINE) is not None,
         "memory": one.startswith("MemTotal:"),
         "nodes": "NODELIST" in one.partition("\n")[0]
+        or re.match(r"\S+\s+(\(null\)|gpu:\S+)\s*$", one, re.MULTILINE) is not None
         or ("\n" not in one and _LIST.fullmatch(one) is not None and re.search(r"\d", one) is not None),
     }

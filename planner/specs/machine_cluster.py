@@ -58,6 +58,7 @@ def cluster_toml(
     adapters: Adapters | None = None,
     processor: Processor | None = None,
     host_memory_bytes: float | None = None,
+    listed: int | None = None,
 ) -> tuple[str, list[str]]:
     """The text of a cluster file, and what it assumes, one sentence each.
 
@@ -71,17 +72,23 @@ def cluster_toml(
         adapters: network adapters and their rates; ``nic_gbit`` goes before them.
         processor: the host's processors.
         host_memory_bytes: memory of a node's host; None takes the profile's.
+        listed: accelerators of a node, as a list of nodes has them.
 
     Raises:
         SpecError: the reports contradict each other.
     """
-    per_node = (
-        topology.gpus if topology is not None else gpus.count if gpus is not None else device.devices_per_node
-    )
-    if topology is not None and gpus is not None and topology.gpus != gpus.count:
-        found = f"{topology.gpus} GPUs in the matrix, {gpus.count} in the table"
-        raise SpecError(Problem("reports", found, "both of one node"))
-    said = [f"{nodes} node{'s' * (nodes > 1)} of {per_node} × {device.name}, all alike."]
+    told = {
+        "the matrix": None if topology is None else topology.gpus,
+        "the table": None if gpus is None else gpus.count,
+        "the list": listed,
+    }
+    counts = {report: count for report, count in told.items() if count is not None}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} GPUs in {report}" for report, count in counts.items())
+        raise SpecError(Problem("reports", found, "all of one node"))
+    per_node = next(iter(counts.values()), device.devices_per_node)
+    usual = "" if counts else f"; {per_node} per node, as usual around this part"
+    said = [f"{nodes} node{'s' * (nodes > 1)} of {per_node} × {device.name}, all alike{usual}."]
     if gpus is not None:
         said += _about(gpus, device)
     lines = ["[[group]]", f'device = "{device.name}"', f"nodes = {nodes}", f"devices_per_node = {per_node}"]

@@ -10,7 +10,7 @@ from planner.specs.cluster_file import load_cluster
 from planner.specs.device_file import load_device
 from planner.specs.host_report import Nodes, read_adapters, read_nodes, read_processor
 from planner.specs.machine_cluster import cluster_toml, device_named
-from planner.specs.machine_report import expand_nodes, read_gpus, read_topology
+from planner.specs.machine_report import Gpus, expand_nodes, read_gpus, read_topology
 from planner.specs.safetensors import read_weights
 
 
@@ -161,6 +161,17 @@ def test_the_host_is_described():
     assert any(
         "2 × Intel(R) Xeon(R) Platinum 8480C, 112 cores" in s and "14 cores per device" in s for s in said
     )
+
+
+def test_a_list_of_nodes_says_how_many_accelerators_each_has():
+    text, said = cluster_toml(load_device("h100-sxm"), 4, None, None, None, "sinfo", listed=4)
+    assert "devices_per_node = 4" in text
+    assert not any("per node, as usual" in one for one in said[:1])
+    _, said = cluster_toml(load_device("h100-sxm"), 4, None, None, None, "")
+    assert "8 per node, as usual around this part" in said[0]  # a DGX or HGX H100 holds eight
+    gpus = Gpus("NVIDIA H100 80GB HBM3", 2, 80.0 * 2**30, None)
+    with pytest.raises(SpecError, match="2 GPUs in the table, 4 GPUs in the list"):
+        cluster_toml(load_device("h100-sxm"), 4, None, gpus, None, "", listed=4)
 
 
 def test_a_table_of_nodes_leaves_out_those_without_gpus():

@@ -329,6 +329,25 @@ def test_unlike_pools_of_one_role_have_files_and_addresses_of_their_own(two_kind
             export_serving(one_kind, to)
 
 
+@pytest.mark.parametrize("files", ["", "/prefill.yaml,{}/prefill.yaml,{}/decode.yaml"])
+def test_pools_whose_counts_no_file_holds_are_read_from_the_plan_beside_them(files, tmp_path):
+    """Three pools, or the folder that was exported."""
+    for name in ("prefill", "decode"):
+        kv = "{kv_connector: NixlConnector, kv_role: kv_both}"
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: a/b\ntensor-parallel-size: 2\nkv-transfer-config: {kv}\n"
+        )
+    asked = f"{tmp_path}{files.format(tmp_path, tmp_path)}"
+    with pytest.raises(SpecError) as without:
+        read_launch("vllm", asked)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(SpecError) as found:
+        read_launch("vllm", asked)
+    hint = f"planner explain {tmp_path}/plan.json"
+    assert hint not in str(without.value)
+    assert hint in str(found.value)
+
+
 def test_a_node_starts_its_replicas(pair, tmp_path):
     folder = written(pair, "vllm", tmp_path)
     done = run(folder, "run.sh", ["vllm"], {"MODEL": "/weights"})

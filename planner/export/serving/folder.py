@@ -196,8 +196,9 @@ def _first(target: ServingTarget, engine: Engine, written: Mapping[str, str]) ->
     else:
         found.append(f"Checkpoint: `MODEL=…`, weights of {plan.model}.")
     peak, budget = format_bytes(estimate.memory_bytes["peak"]), format_bytes(estimate.memory_budget_bytes)
+    caches = format_bytes(estimate.memory_bytes["kv_cache"])
     found.append(
-        f"Memory: {peak} of {budget} per device are planned, of it {format_bytes(estimate.memory_bytes['kv_cache'])} for caches: "
+        f"Memory: {peak} of {budget} are planned on the fullest device, of it {caches} for caches: "
         f"the engine's first log lines should name as much, room for {estimate.max_concurrency:,} requests over all replicas."
     )
     if target.nodes > 1 or plan.mode == "disaggregated":

@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.engine import Pricer
 from planner.errors import Problem, SpecError
+from planner.export.launched import beside
 from planner.export.serving.launched import LaunchedPool
 from planner.export.serving.sglang_import import read_sglang
 from planner.export.serving.vllm_import import read_vllm
@@ -48,7 +49,8 @@ def read_launch(launcher: str, paths: str) -> tuple[LaunchedPool, ...]:
         where, expected = f"--from {launcher} {paths[:60]}", "both of them, PREFILL_FILE,DECODE_FILE"
         if len(pools) > 2:
             unlike = f"{len(pools)} pools, and no file says how many replicas each has"
-            hint = "A plan that planner serve wrote (-o) has them: planner simulate, or explain, prices it."
+            written = "The plan that they were exported from has: planner explain, or simulate, prices it."
+            hint = beside(Path(names[0]).parent) or written
             raise SpecError(Problem(where, unlike, "one pool, or a pair: PREFILL_FILE,DECODE_FILE", hint))
         raise SpecError(Problem(where, "is one pool of a pair", expected))
     for pool, role, name in zip(pools, _PAIR, names, strict=True):
