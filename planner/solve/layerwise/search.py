@@ -47,7 +47,7 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
-_COMPANY = 1.02  # times the step of a plan whose layers are alike, within which others are listed beside it
+_COMPANY = 1.01  # times the step of a plan whose layers are alike, within which others are listed beside it
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
