@@ -88,10 +88,8 @@ class UniformSearch:
         self._deals: list[Deal] = []
         self._dealings: list[Dealing] = []
         self._waiting = 0  # rows and layouts in them
-        self.blocks = {kind: float(self.order.count(kind)) for kind in self.kinds} | {
-            EMBEDDING: 1.0,
-            HEAD: 1.0,
-        }
+        ends = {EMBEDDING: 1.0, HEAD: 1.0}
+        self.blocks = {kind: float(self.order.count(kind)) for kind in self.kinds} | ends
         self._floor = RowFloor(self.space.rows, self.blocks)
 
     def run(self) -> list[tuple[float, Scored]]:

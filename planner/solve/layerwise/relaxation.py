@@ -156,12 +156,14 @@ class Relaxation:
         """The same at each of the prices, (prices, rows), and these."""
         kinds = len(self.layers) - 2
         prices, samples = self._prices(), self._samples()
-        least = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
+        priced = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
         sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
         filled = np.arange(len(sample))[:, None] * most
-        # Stages without layers, if any, are those of the embedding and of the head.
-        smallest = self.blocks[4, :, :, :kinds].min(axis=(0, 2), initial=np.inf)
-        room = self.pp * self.budget - max(self.pp - 2, 0) * self.growth * smallest
+        # Blocks at work: the embedding's stage and the head's may have no layers, and all others have.
+        smallest = self.blocks[4].min(axis=0)
+        least = smallest[:, :kinds].min(axis=1)
+        at_work = smallest[:, kinds:].sum(axis=1) if self.pp > 1 else smallest.max(axis=1)
+        room = self.pp * self.budget - self.growth * (at_work + max(self.pp - 2, 0) * least)
         total = -prices[0] * room - prices[1] * self.pp * self.host_bytes
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
@@ -169,11 +171,11 @@ class Relaxation:
             here[-1] += self.layers[kind] - here.sum(axis=0)
             for number in range(len(samples)):
                 together = np.where(sample == number, here, 0.0).sum(axis=0)
-                total = total + together * least[:, number, :, kind]
+                total = total + together * priced[:, number, :, kind]
         rows = np.arange(sample.shape[1])
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
-            total = total + self.layers[end] * least[:, sample[stage], rows, end]
+            total = total + self.layers[end] * priced[:, sample[stage], rows, end]
         return total, prices
 
     def work_at_prices(self) -> tuple[Array, Array]:

@@ -47,7 +47,10 @@ _PATIENCE = (
 )
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
-_COMPANY = 1.02  # times the step of a plan whose layers are alike, within which others are listed beside it
+_UNIFORM = (
+    0.25  # of what is left of a time limit, after which a uniform search makes way with the plans that it has
+)
+_COMPANY = 1.01  # times the step of a plan whose layers are alike, within which others are listed beside it
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 
@@ -89,10 +92,17 @@ def search_layerwise(
         uniform, finished = search_until(problem, top, on_progress, np.inf, perf_counter())
     except Infeasible as error:
         refusal = error
-    best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
-    known = {} if uniform is None else uniform.best.knobs
-    run = _Search(problem, best_s, known, solver, uneven, exact)
+    run = _Search(problem, uniform, solver, uneven, exact)
     try:
+        with limit.enforced():
+            run.begin()
+        if run.best is None and not finished:
+            # Nothing near it is better: then it is no bar for bounds, and the best uniform plan is.
+            end_s = perf_counter() + _UNIFORM * limit.left_s
+            uniform, finished = search_until(problem, top, on_progress, np.inf, end_s)
+            run = _Search(problem, uniform, solver, uneven, exact)
+            with limit.enforced():
+                run.begin()
         with limit.enforced():
             run.go()
         if uniform is not None and not finished and limit.left_s:
@@ -104,10 +114,8 @@ def search_layerwise(
         run.account.stopped = "time"
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
-    if uniform is not None:
-        best_s = uniform.best.estimate.step_time_s
     account = run.finished()
-    best = run.simplest(best_s)
+    best = run.simplest(_LONGEST_S if uniform is None else uniform.best.estimate.step_time_s)
     plans = _plans(problem, best, account, uniform, top)
     if plans and (best is None or best is not run.best) and run.best is not None:
         first = plans[0].optimality
@@ -129,19 +137,20 @@ def search_layerwise(
 
 
 class _Search:
-    """Args: as for :func:`search_layerwise`; ``best_s`` is what plans have to beat, ``known`` the choices of one of them."""
+    """Args: as for :func:`search_layerwise`; plans have to beat the best of the ``uniform`` ones, if there are any."""
 
     def __init__(
         self,
         problem: Problem,
-        best_s: float,
-        known: Mapping[str, object],
+        uniform: SearchResult | None,
         solver: str,
         uneven: bool,
         exact: bool,
     ) -> None:
         self.start_s = perf_counter()
-        self.problem, self.best_s = problem, best_s
+        self.problem = problem
+        self.best_s = _LONGEST_S if uniform is None else uniform.best.estimate.step_time_s
+        self.known: Mapping[str, object] = {} if uniform is None else uniform.best.knobs
         self.solver: Solver = SOLVERS[solver]
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         self.near = 0.0 if exact else _NEAR
@@ -152,7 +161,6 @@ class _Search:
         self.best: Candidate | None = None
         self._from: Settler | None = None
         self.account = Account(solver, _SPACE)
-        self.known = known
         self._left: list[_Open] = []
         self._opened = 0  # deals
         self._done: list[float] = []
@@ -163,8 +171,8 @@ class _Search:
         self._rough: dict[tuple[int, int, str], DeviceCosts] = {}
         self._known: dict[tuple[int, int], Known] = defaultdict(Known)
 
-    def go(self) -> None:
-        """Looks closer at the deal with the smallest bound, until none is below the best plan."""
+    def begin(self) -> None:
+        """Opens the space, and looks for a plan near the uniform one."""
         self.uniform = UniformSearch(self.problem, 1, lambda batch: [])
         self.space = LayerwiseSpace(self.uniform, self.best_s, self.uneven)
         pp, bound_s = self.space.least(self.best_s)
@@ -174,6 +182,9 @@ class _Search:
             for deal in self.space.likeliest(pp, few_s, self.known)[:_FIRST]:
                 if self.best is None:
                     self._likely(deal)
+
+    def go(self) -> None:
+        """Looks closer at the deal with the smallest bound, until none is below the best plan."""
         looks = 0  # since strategies were chosen
         while True:
             ask()

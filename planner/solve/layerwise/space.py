@@ -13,22 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.engine import BlockTable, tabulate
-from planner.layout import Layout, layouts
+from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
+from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
-from planner.solve.layerwise.uneven import uneven_layout
-from planner.solve.space import Choice, order_of
+from planner.solve.space import Choice
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
 from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace"]
-
-_SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +46,7 @@ class Deal:
     @property
     def order(self) -> str:
         """Name of the schedule's order."""
-        return _order(self.schedule)
+        return name_of(self.schedule)
 
 
 class LayerwiseSpace:
@@ -103,15 +101,14 @@ class LayerwiseSpace:
         return min(bounds.items(), key=lambda bound: (bound[1], bound[0]), default=(0, np.inf))
 
     def pool(self, enough_s: float, below_s: float) -> bool:
-        """Bounds a prefix's rows below a limit by all devices' memory together, that of the fastest row whose prefix is not;
-        false where no such row is below what is ``enough_s``."""
-        found = (enough_s, -1)
+        """Bounds a prefix's rows below a limit by all devices' memory together: the prefix, of those that are not, of the fastest
+        row; false where no such row is below ``enough_s``."""
+        fastest, part = enough_s, -1
         for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
-            part, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
-            at = int(np.argmin(np.where(np.isin(part, list(self._pooled)), np.inf, left)))
-            if part[at] not in self._pooled:
-                found = min(found, (float(left[at]), int(part[at])))
-        part = found[1]
+            parts, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
+            at = int(np.argmin(np.where(np.isin(parts, list(self._pooled)), np.inf, left)))
+            if parts[at] not in self._pooled and left[at] < fastest:
+                fastest, part = float(left[at]), int(parts[at])
         if part < 0:
             return False
         self._pooled.add(part)
@@ -159,6 +156,7 @@ class LayerwiseSpace:
             for part in np.unique(rows.part).tolist()
         }
         mine, counted = rows.part == max(alike, key=lambda part: alike[part]), dict(self.excluded)
+        mine &= np.any(free_s < below_s, axis=0)
         found = sorted(self._bounded(*some_of(rows, free_s, mine), cuts, below_s), key=Deal.rank)
         self.excluded = counted  # they are looked at again
         return found
@@ -192,7 +190,7 @@ class LayerwiseSpace:
                 if not len(open_):
                     continue
                 some, _ = rows.take(open_)
-                paths_s = tight_bound(some.table, layout, _order(schedule), some.micro_batches)
+                paths_s = tight_bound(some.table, layout, name_of(schedule), some.micro_batches)
                 self.excluded["work"] += int((paths_s >= below_s).sum())
                 flights = in_flight(pp, v, some.micro_batches)
                 dearest_s = bounds.dearest_s(priced, open_, layout, flights, some.table)
@@ -206,7 +204,7 @@ class LayerwiseSpace:
         """What rows take at least with all devices' memory together, and bounds around the prices that prove it."""
         # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
         flights = in_flight(bounds.pp, 1, bounds.micro_batches)
-        each_s = bounds.fastest_s / self.layers.sum()
+        each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
         work_s, around = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
         return work_s / bounds.pp, around
 
@@ -307,7 +305,7 @@ class LayerwiseSpace:
     def whole(self) -> bool:
         """Whether every plan of the uniform space is one of this space too, but for those on rows of :attr:`others`."""
         space = self.uniform.space
-        known = all(_order(schedule) in _SCHEDULES for schedule in space.choices["schedule"])
+        known = all(name_of(schedule) in SCHEDULES for schedule in space.choices["schedule"])
         return known and "virtual_stages" not in space.fixed
 
     def mesh(self, deal: Deal) -> Mesh:
@@ -414,40 +412,18 @@ class LayerwiseSpace:
         fastest_s = self.layers @ each[:-1]  # what is additive only adds
         work_s = micro_batches * fastest_s
         runs: dict[str, Array] = {}
-        for schedule, layout, v in self._cuts(pp):
+        for schedule, layout, v in cuts(self.uniform, pp, self._named_only):
             if schedule.value not in runs:
                 runs[schedule.value] = self._runs(schedule, rows)
             if layout is None:
-                free_s = np.maximum(work_s / pp, fastest_s * path_factor(_order(schedule), pp, micro_batches))
+                free_s = np.maximum(
+                    work_s / pp, fastest_s * path_factor(name_of(schedule), pp, micro_batches)
+                )
             else:
                 free_s = step_bound(rows.table, layout, micro_batches)
             late = runs[schedule.value] & (free_s >= below_s)
             self.excluded["work"] += int(late.sum())
             yield schedule, layout, v, np.where(runs[schedule.value] & ~late, free_s, np.inf)
-
-    def _cuts(self, pp: int) -> Iterator[tuple[Choice, Layout | None, int]]:
-        """Schedules with their layouts; one stage per device is left open where cuts are."""
-        space = self.uniform.space
-        wanted = space.fixed.get("pipeline_layout", "")
-        for schedule in space.choices["schedule"]:
-            order = _order(schedule)
-            if order not in _SCHEDULES or (pp == 1 and order != "1f1b" and "schedule" not in space.fixed):
-                continue
-            interleaved = order == "interleaved"
-            for v in order_of(schedule).chunks((len(self.order) + 2) // pp if pp > 1 else 1):
-                if not space.allows("virtual_stages", np.array([float(v)]))[0]:
-                    continue
-                if v == 1 and not self._named_only and not wanted:
-                    yield schedule, None, v
-                    continue
-                named = layouts(self.order, self.kinds, pp, v, wanted=wanted)
-                if interleaved and not wanted and all(layout.split == "balanced" for layout in named):
-                    other = None if self._named_only else uneven_layout(self.order, self.kinds, pp, v)
-                    named = () if other is None else (other,)
-                launcher = self.problem.launcher
-                for layout in named:
-                    if launcher is None or launcher.takes_stages(layout.stages, pp):
-                        yield schedule, layout, v
 
     def _runs(self, schedule: Choice, rows: DegreeRows) -> Array:
         """Rows on which the schedule keeps its rules."""
@@ -463,8 +439,3 @@ class LayerwiseSpace:
             for check in technique.valid(ctx):
                 ok[mine] &= check.ok
         return ok
-
-
-def _order(schedule: Choice) -> str:
-    """Name of a schedule's order."""
-    return order_of(schedule).name
