@@ -225,7 +225,7 @@ def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
             WEIGHTS[metric]
             * min(1.0, _ROWS_OF_A_MODEL / rows[cell, family]) ** 0.5
             * (of_cell[cell] >= _FEWEST)
-            * (not (run.first and metric == "ttft"))  # it may hold compilation, which no constant is of
+            * (not (run.compiles and metric == "ttft"))  # no constant is of that
             for (run, metric, _), cell, family in zip(cases, at.tolist(), families, strict=True)
         ]
     )
