@@ -148,7 +148,7 @@ def test_rows_that_may_have_speculated_do_not_count():
     [("sglang", "2025-11-10", True), ("sglang", "2026-03-25", False), ("vllm", "2025-11-10", False)],
 )
 def test_runs_that_may_have_compiled_are_known(engine, date, compiles):
-    """InferenceX warms up from 2026-01-21 on (its commit d053ae2); of its engines, SGLang runs no full iteration by itself before."""
+    """InferenceX warms up from 2026-01-21 on (its commit d053ae2); SGLang runs no full iteration by itself before."""
     cells = {
         **INFERENCEX,
         "n_devices": "",
