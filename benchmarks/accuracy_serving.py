@@ -41,7 +41,10 @@ TAIL = """
 - **Speculation.** Whether draft tokens were used is mostly not stated. Rows of models with a prediction module are predicted
   without it and not counted from the day on which a suite ran both ways, nor are configurations whose repeats differ by more than
   25 % in the time between tokens.
-- **First runs.** Some published times to the first token hold seconds of compilation (no warm-up requests): they are counted.
+- **First runs.** Some published times to the first token hold seconds of compilation: they are counted. InferenceX sent no
+  request before those that count until 2026-01-21, and kept no compiled kernels on its B200 from 2025-10-06 on; SGLang, which
+  runs no full iteration before it is ready, answered first tokens there some seconds late at every load. They are in all
+  figures, but no constant is fitted to them.
   In pools, what is missing of a first token is what one stall of up to seventy seconds at the beginning of a run would add. It
   is hardly a queue: the same pools and clients, simulated request by request with all of them at the door at first, wait at most
   half as long again, mostly less than foretold (41 runs of up to 512 clients). Nor does it follow the load: of 622 pairs of

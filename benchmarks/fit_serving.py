@@ -225,7 +225,7 @@ def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
             WEIGHTS[metric]
             * min(1.0, _ROWS_OF_A_MODEL / rows[cell, family]) ** 0.5
             * (of_cell[cell] >= _FEWEST)
-            * (not (run.first and metric == "ttft"))  # it may hold compilation, which no constant is of
+            * (not (run.compiles and metric == "ttft"))  # no constant is of that
             for (run, metric, _), cell, family in zip(cases, at.tolist(), families, strict=True)
         ]
     )
@@ -394,12 +394,15 @@ def left_out(found: Fit, rows: list[ServingResidual]) -> dict[str, Any]:
 
 
 def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str]) -> dict[str, dict[str, Any]]:
-    """Errors by what they are held to, and by parts of it."""
+    """Errors by what they are held to, of it without runs that may have waited for compilation, and by parts of it."""
     by_name: dict[str, list[float]] = defaultdict(list)
+    cold = {bar_of(run, metric) for run, metric, _ in cases if run.compiles and metric == "ttft"}
     for (run, metric, _), error in zip(cases, errors, strict=True):
         if np.isfinite(error):
             bar = bar_of(run, metric)
             by_name[bar].append(error)
+            if bar in cold and not run.compiles:
+                by_name[f"{bar}, compiled before"].append(error)
             by_name[f"{bar}: {part(run)}"].append(error)
     return {name: _statistics(np.array(values)) for name, values in sorted(by_name.items())}
 

@@ -58,10 +58,8 @@ a little.
 TAIL = """
 ## What is wrong, by family
 
-- **Intervals.** They are those of a new source, fitted to ten that were seen, each left out in turn: 76 to 82 % of the values of
-  those are held. Here it is half to two thirds (last column above), since more is new than the source: nine of the ten ran on
-  NVIDIA's devices, whose kernels are measured, and many of the twenty on others or on machines of volunteers. Scored once;
-  nothing of them is fitted to these rows.
+- **Intervals.** They are as wide as sources, engines or devices that were left out of the fit needed, by what is new of a run:
+  its source, its engine on such a device, or a device whose kernels nobody measured. Nothing of them is fitted to these rows.
 - **One machine, one answer.** Community runs (AccelMark) measure the same device twice with times 1.5 apart; an H200 is no
   faster there than an H100. One laboratory's A100 (GPUStack) answers as foretold, its H100 a fifth to a half slower, with
   three engines alike. Such rows bound what any model can reach.

@@ -22,6 +22,7 @@ import numpy as np
 from planner.composition import Composition
 from planner.costs.serving import ping_pong_s
 from planner.engine import Pricer
+from planner.errors import Problem, SpecError
 from planner.iteration import Iterations
 from planner.ledger import Array, Item, Ledger
 from planner.serving.candidates import Account, Candidates, iterations_of
@@ -43,7 +44,15 @@ _ATTENDS = ("moe.permute", "moe.unpermute", "moe.router")
 
 
 def search_ping_pong(problem: ServeProblem, pricer: Pricer, account: Account) -> list[Split]:
-    """The best pairs of a pool for prompts and of such replicas."""
+    """The best pairs of a pool for prompts and of such replicas.
+
+    Raises:
+        SpecError: the model has no experts.
+    """
+    if not any(block.moe for block in problem.model.blocks.values()):
+        raise SpecError(
+            Problem("--mode ping_pong", f"no experts in {problem.model.name}", "a model with experts")
+        )
     return search_disaggregated(problem, pricer, account, ping_pong_kinds)
 
 
@@ -61,7 +70,7 @@ def ping_pong_pools(f: Split, knobs: Mapping[str, Any]) -> tuple[Pool, Pool]:
 def ping_pong_kinds(
     problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account
 ) -> list[Decode]:
-    """Replicas for every recipe and number of micro-batches; none of a model without experts."""
+    """Replicas for every recipe and number of micro-batches."""
     found = []
     for recipe in space.recipes():
         if recipe["micro_batches"] != "1" or recipe["experts"] != "exchanged" or "draft_tokens" in recipe:
@@ -93,8 +102,6 @@ def _candidates(
     problem: ServeProblem, recipe: Mapping[str, str], pricer: Pricer, account: Account
 ) -> _Replicas | None:
     rows = np.array(list(_rows(problem)), dtype=np.float64)
-    if not len(rows):
-        return None
     attention, experts = _parts(problem, recipe, rows, pricer)
     held = capacity(attention, problem.traffic.isl, problem.traffic.osl, 1024.0)
     room = capacity(experts, problem.traffic.isl, problem.traffic.osl, 1024.0).cache_bytes
@@ -117,7 +124,7 @@ def _rows(problem: ServeProblem) -> Iterator[tuple[int, ...]]:
     powers = [2**i for i in range(devices.bit_length())]
     widest = problem.cluster.tiers[0].size
     ranks = sorted({n * power for n in (1, 3, 5, 7) for power in powers})
-    for tp, dp, ep in product(powers, ranks, powers if experts else ()):
+    for tp, dp, ep in product(powers, ranks, powers):
         whole = all(h % tp == 0 for h in heads) and all(e % ep == 0 for e in experts)
         if whole and tp <= widest and tp * dp + ep <= devices:
             yield tp, 1, dp, ep, 1, 1

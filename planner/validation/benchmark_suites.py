@@ -56,7 +56,8 @@ class Suite:
         shortest_length: shortest length of prompts and answers relative to the stated one; uniform in between.
         natural_lengths: squared coefficient of variation of lengths that are told by their mean; 0: they are as stated.
         requests_per_client: requests of every client, the first of all at once; 0: not said.
-        warmed_since: day from which on requests were sent before those that count; empty: always, or not told.
+        frontend_s: seconds that the suite's own frontend adds to the first token.
+        unwarmed: engines whose first iterations were measured, and until when.
         launches: options, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
         requests: of a run in all, by lengths of prompts and answers.
@@ -70,7 +71,8 @@ class Suite:
     shortest_length: float = 1.0
     natural_lengths: float = 0.0
     requests_per_client: int = 0
-    warmed_since: str = ""
+    frontend_s: float = 0.0
+    unwarmed: tuple[tuple[str, str], ...] = ()
     launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
     requests: Mapping[tuple[float, float], float] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Suite:
             if all(_holds(name, value, run) for name, value in conditions.items()):
                 return options
         return DEFAULTS
+
+    def compiles(self, engine: str, date: str) -> bool:
+        """Whether first tokens of a row may have waited for kernels to be compiled."""
+        return any(engine == name and date < until for name, until in self.unwarmed)
 
     def may_speculate(self, engine: str, weights: str, date: str, model: Model) -> bool:
         """Whether a row may or may not have run with the model's own multi-token prediction."""
@@ -135,7 +141,8 @@ def _suites() -> Mapping[str, Suite]:
             entry.number("shortest_length", 1.0),
             entry.number("natural_lengths", 0.0),
             entry.integer("requests_per_client", 0, minimum=0),
-            entry.text("warmed_since", ""),
+            entry.number("frontend_s", 0.0),
+            tuple(_unwarmed(each) for each in entry.tables("unwarmed", [])),
             tuple(_launch(each) for each in entry.tables("launch", [])),
             tuple(_speculation(each) for each in entry.tables("speculation", [])),
             {
@@ -184,6 +191,13 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
     reader.text("source")
     reader.finish()
     return conditions, options
+
+
+def _unwarmed(reader: Reader) -> tuple[str, str]:
+    found = reader.text("engine"), reader.text("until")
+    reader.text("source")
+    reader.finish()
+    return found
 
 
 def _speculation(reader: Reader) -> tuple[str, str, str]:

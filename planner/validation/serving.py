@@ -249,7 +249,7 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
     state = steady(iterations, traffic, inside, chunk)
     rate = state.requests_per_s
-    held_back_s = launch.held_back_iterations * state.tpot_s
+    held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
     ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
     return {
         "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
@@ -300,7 +300,7 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         wait_s = wait_s + first * others / 2.0 * several_s / several
         own_s = prompt_s + busy * (several_s - prompt_s)
         # By one worker, then by the other, which has begun an iteration without it.
-        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s)
+        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s) + runs[0].frontend_s
         return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]

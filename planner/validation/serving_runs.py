@@ -51,11 +51,12 @@ class ServedRun:
         workers: of the pools for prompts and generation, where they are two.
         prefill: tp, pp, dp, ep of a worker for prompts, and prompts that it runs at once.
         launch: options of the engine that the benchmark's scripts state.
+        frontend_s: seconds that a frontend before the engine adds to the first token.
         requests_per_client: requests of every client, the first of all at once; None: not known.
         length_scv: squared coefficient of variation of answers' lengths.
         longest_answer: at which answers are cut; infinite: they are not.
         may_speculate: whether multi-token prediction was on is not stated, and both were run.
-        first: no request came before those that count, so that first tokens may wait for kernels to be compiled.
+        compiles: first tokens may have waited for kernels to be compiled.
     """
 
     row: Row
@@ -74,11 +75,12 @@ class ServedRun:
     workers: tuple[float, float] | None = None
     prefill: tuple[int, int, int, int, float] | None = None
     launch: Launch = DEFAULTS
+    frontend_s: float = 0.0
     requests_per_client: float | None = None
     length_scv: float = 0.0
     longest_answer: float = math.inf
     may_speculate: bool = False
-    first: bool = False
+    compiles: bool = False
 
     @property
     def experts(self) -> bool:
@@ -108,6 +110,7 @@ class ServedRun:
             self.requests,
             self.exchanged,
             self.launch,
+            self.frontend_s,
             self.requests_per_client,
             self.length_scv,
             self.longest_answer,
@@ -163,7 +166,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         workers=workers,
         prefill=prefill,
         launch=launch,
-        first=bool(date) and date < suite.warmed_since,
+        compiles=bool(date) and suite.compiles(row.text("engine").lower(), date),
+        frontend_s=suite.frontend_s,
         requests_per_client=suite.requests_per_client or _per_client(row, driver, load),
         length_scv=suite.length_scv,
         longest_answer=_longest(row),

@@ -76,7 +76,7 @@ def test_a_plan_has_three_pools_on_the_devices_that_are_there():
 
 def test_a_model_without_experts_has_nothing_to_part():
     dense = replace(problem(), model=planner.load_model("llama3.1-8b"))
-    with pytest.raises(PlannerError):
+    with pytest.raises(PlannerError, match="no experts in llama3"):
         serve(dense, top=1)
 
 

@@ -143,6 +143,22 @@ def test_rows_that_may_have_speculated_do_not_count():
     assert "multi-token prediction" in entry.reason
 
 
+@pytest.mark.parametrize(
+    ("engine", "date", "compiles"),
+    [("sglang", "2025-11-10", True), ("sglang", "2026-03-25", False), ("vllm", "2025-11-10", False)],
+)
+def test_runs_that_may_have_compiled_are_known(engine, date, compiles):
+    """InferenceX warms up from 2026-01-21 on (its commit d053ae2); SGLang runs no full iteration by itself before."""
+    cells = {
+        **INFERENCEX,
+        "n_devices": "",
+        "accelerator": "B200-SXM",
+        "engine": engine,
+        "measured_date": date,
+    }
+    assert served_run(row(**cells), Counter()).compiles == compiles
+
+
 def test_clients_beyond_the_cache_wait_outside():
     """70 GB of fp8 weights leave some 50 GB of an H200 to caches, 3 GB each (9000 tokens of 2 * 80 * 8 * 128 * 2 bytes)."""
     cells = {"model": "meta-llama/Llama-3.1-70B", "accelerator": "H200-SXM", "tp": "1", "n_devices": "1"}

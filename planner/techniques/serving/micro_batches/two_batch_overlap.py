@@ -4,8 +4,8 @@ What it does: layers whose tokens travel to experts run once for each half, one 
     other: a half's tokens go out beside its shared experts and what the other multiplies before its scores, and come back beside
     the other's scores, output and router. Experts run beside nothing.
 Saves: of both exchanges, what that work hides.
-Costs: a fifth of a search's time, so that no plan has it unasked; weights are read twice and products have half the rows, so
-    that small batches lose; parts side by side slow each other.
+Costs: weights are read twice and products have half the rows, so that small batches lose; parts side by side slow each other. It
+    adds a fifth to a search's time: no plan has it unasked.
 Assumes: SGLang's order of generating iterations for prompts as well, whose own order, and vLLM's, hide more (DeepSeek-V3 on 32
     H100, 8,192 prompt tokens a rank: 27 to 35 %, here 24 %); halves of equal work; other layers and both ends of the model run
     once, for all tokens; activations of both halves are held; every iteration is split, however small (engines have thresholds,
