@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from planner.cli.app import _VERBS
 from planner.cli.options import Json, option, with_options
 
 
