@@ -15,7 +15,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -49,7 +48,7 @@ LANES = {"ampere": 64, "hopper": 128, "blackwell": 128, "blackwell-rtx": 128}
 Constants = dict[str, dict[str, float]]
 Batch = tuple[str, Machine, str]
 Place = tuple[str, int]
-_TRANSPORT = frozenset(field.name for field in fields(Transport))
+_TRANSPORT = frozenset(Transport._fields)
 _WIDTH = 0.1  # residuals beyond 10 % count linearly
 _BOUNDS = {
     "_s": (1e-7, 2e-4),

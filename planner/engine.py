@@ -259,7 +259,7 @@ _ROWS = {
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockTable:
     """Totals of one instance of every block kind, per row: ``values`` (fields, kinds, rows), by the names of ``FIELDS``.
 

@@ -83,7 +83,7 @@ class Group:
         return Group(self.name, at(self.size, index), at(self.stride, index), self.key, (whole, rows))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Item:
     """What every item carries.
 
@@ -113,7 +113,7 @@ class Item:
     waited: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kernel(Item):
     """Device work; ``launches`` kernels per instance, which the host issues unless they are ``captured`` in a graph."""
 
@@ -122,7 +122,7 @@ class Kernel(Item):
     captured: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Matmul(Kernel):
     """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
@@ -146,7 +146,7 @@ class Matmul(Kernel):
         return self.grouped and not (self.format or self.single)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionCore(Kernel):
     """A fused attention kernel: softmax(QKᵀ)V without the score matrix in memory.
 
@@ -170,7 +170,7 @@ class AttentionCore(Kernel):
     decode: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
@@ -185,7 +185,7 @@ class Stream(Kernel):
     calls: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Collective(Item):
     """``kind`` over ``group`` on ``size`` elements of ``dtype``.
 
@@ -207,7 +207,7 @@ class Collective(Item):
     choices: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Transfer(Item):
     """``size`` elements between the device and a slower ``tier``; host arithmetic is a transfer over host memory."""
 
@@ -216,7 +216,7 @@ class Transfer(Item):
     tier: Literal["host_link", "host_memory", "cxl", "nvme"] = "host_link"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Resident(Item):
     """Bytes held: ``size`` elements of ``bytes_per_element``.
 
@@ -366,7 +366,7 @@ def _terms(expression: str) -> tuple[tuple[float, tuple[str, ...], tuple[str, ..
     return tuple(terms)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
     """Items over axes. Every verb returns a new ledger; items that a verb does not touch are shared.
 

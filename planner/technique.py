@@ -241,7 +241,7 @@ def _nothing(*arguments: Any, **named: Any) -> float:
     return 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Technique:
     """One entry of the catalogue.
 
@@ -345,7 +345,7 @@ class Technique:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Launcher:
     """What a launcher can run: rules of the tool, not of physics.
 

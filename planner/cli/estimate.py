@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.explain import single
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
 from planner.cli.launched_serving import estimate_served, serves
@@ -111,7 +110,7 @@ def _again(reference: str, as_json: bool) -> None:
 def _named(job: JobOptions, source: tuple[str, str] | None) -> tuple[Problem, list[str]]:
     """The problem with its one plan, and what the configuration's reader noted."""
     if source is None:
-        return single(job.problems()), []
+        return job.problem(), []
     problem, run = launched_problem(job, *source)
     return problem, [*run.notes, *run.wasteful]
 

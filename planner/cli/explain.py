@@ -135,21 +135,7 @@ def subject(
         return written, replay(written)
     if not job.given:
         raise SpecError(Fault("PLAN", "is missing", "a file of plans, or a job (--model, --cluster, …)"))
-    return None, single(job.problems())
-
-
-def single(problems: list[Problem]) -> Problem:
-    """The only problem.
-
-    Raises:
-        SpecError: there are several clusters.
-    """
-    from planner.errors import Problem as Fault
-    from planner.errors import SpecError
-
-    if len(problems) > 1:
-        raise SpecError(Fault("--cluster", f"{len(problems)} clusters", "one, since one plan is named"))
-    return problems[0]
+    return None, job.problem()
 
 
 def _changed(written: Plan, now: Plan) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from planner.cli.values import (
     read_stack,
 )
 from planner.errors import Problem as Fault
+from planner.errors import SpecError
 
 if TYPE_CHECKING:
     from planner.specs.cluster import Cluster
@@ -79,7 +80,7 @@ class Described(Protocol):
     def layerwise(self) -> Mapping[str, Any] | None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JobOptions:
     """A job as the command line gives it; None and empty lists mean that the option was left out."""
 
@@ -278,6 +279,17 @@ class JobOptions:
         ]  # fmt: skip
         raise_if_any(faults)
         return [problem for problem in found if problem is not None]
+
+    def problem(self, extra: Sequence[Fault] = (), base: Described | None = None) -> Problem:
+        """The only problem, of a command that names one plan; the arguments are those of :meth:`problems`.
+
+        Raises:
+            SpecError: there are several clusters, or anything else is wrong with the options.
+        """
+        found = self.problems(extra, base=base)
+        if len(found) > 1:
+            raise SpecError(Fault("--cluster", f"{len(found)} clusters", "one, since one plan is named"))
+        return found[0]
 
     def at_site(self, problem: Problem) -> Problem:
         """A stored plan's problem with what the options say of the run's length and price, and of the data centre.

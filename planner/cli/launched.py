@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from planner.cli.explain import single
 from planner.cli.job import JobOptions
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def launched_problem(job: JobOptions, launcher: str, path: str) -> tuple[Problem
     ]
     if faults and (run.model is not None or job.model is not None):
         raise SpecError(faults)
-    problem = single(job.problems(faults, base=run))
+    problem = job.problem(faults, base=run)
     if run.devices not in (None, problem.cluster.devices):
         found = f"{problem.cluster.devices:,} devices"
         raise SpecError(Fault("--cluster", found, f"{run.devices:,}, as {path} starts"))

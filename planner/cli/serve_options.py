@@ -42,7 +42,7 @@ _PRECISIONS = {"fp4": "nvfp4", "int4": "int4_wo", "int8": "int8_wo", "mxfp4": "w
 _NARROWER = ("fp8", "nvfp4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServeOptions:
     """A deployment as the command line asks for it; None means that the option was left out."""
 

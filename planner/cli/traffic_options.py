@@ -28,7 +28,7 @@ TRAFFIC_FLAGS = {
 """Fields of the traffic → the options that set them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrafficOptions:
     """Requests to a deployment and what they are promised; None means that the option was left out."""
 

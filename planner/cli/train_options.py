@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainOptions"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainOptions:
     """A search as the command line gives it; None means that the option was left out."""
 
