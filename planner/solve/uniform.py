@@ -158,6 +158,8 @@ class UniformSearch:
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(ctx)
         open_ = np.flatnonzero(active)
+        if not len(open_):
+            return open_, self.branches.no_activity()
         fault = self.faults(recipe, ctx.take(open_))
         activity = self.branches.activity(part.take(open_), ctx.knobs)
         self._reject_rows(fault, part.values["pp"][open_], activity)
