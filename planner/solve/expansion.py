@@ -160,17 +160,17 @@ class Expansion:
     def _undecided(
         self, pending: Pending, jobs: Jobs, chosen: Index, recompute: int, swap: int, bar: float
     ) -> tuple[Index, NDArray[np.int64], Array]:
-        """Chosen pairs (with their ``jobs``) whose branch has to be priced, the candidates behind each, and the largest bound of branches that do less.
+        """Chosen pairs whose branch has to be priced, the candidates behind each, and the largest bound of branches that do less.
 
-        The candidates of the others are counted.
+        The candidates of the others are counted. ``jobs`` are those of the chosen pairs.
         """
         width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0], np.zeros(0)
-        less = self.branches.no_more(recompute, swap, jobs.schedule)
-        at_swaps, at_recomputes = (np.array([branch[i] for branch in less], dtype=np.intp)[:, None] for i in (1, 0))
-        dominated = pending.fits[at_swaps, at_recomputes, chosen].any(axis=0)
-        least_s = pending.bounds_s[at_swaps, at_recomputes, chosen].max(axis=0, initial=0.0)
+        less = np.array(self.branches.no_more(recompute, swap, jobs.schedule), dtype=np.intp).reshape(-1, 2)
+        where = less[:, 1:], less[:, :1], chosen
+        dominated = pending.fits[where].any(axis=0)
+        least_s = pending.bounds_s[where].max(axis=0, initial=0.0)
         if self.branches.saves(swap):
             least_s = np.maximum(least_s, pending.floor_s[chosen])
         late, full = least_s >= bar, pending.overfull[chosen]

@@ -60,7 +60,7 @@ class Ranking:
             self._open.append(batch)
 
     def settle(self) -> None:
-        """Looks at new candidates, best bounds first, until no bound is under the bar and the list can be filled; sets the bar."""
+        """Sets the bar: looks at new candidates, best bounds first, until none is under it and the list can be filled."""
         if not self._open:
             return
         bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
