@@ -14,13 +14,16 @@ says which published runs it describes, by framework, version and date; :func:`s
     [knobs]
     attention_kernel = { value = "eager", kind = "datasheet", source = "megatron-deepspeed" }
 
+    [habits]                         # what its code does in one way among several; no choice of a plan's
+    gradient_sums = { value = "all_reduce", kind = "datasheet", source = "deepspeed" }
+
     [on.hopper]                      # constants that differ on one generation of accelerators
     matmul_slowdown = { value = 1.1, kind = "assumed", source = "planner-defaults" }
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -37,6 +40,12 @@ __all__ = ["Serves", "Stack", "list_stacks", "load_stack", "stack_for"]
 
 DEFAULT = "default"
 _WIDE_BITS = 16.0
+# What a stack's code does in one of these ways; the first where its file says nothing.
+_HABITS = {
+    "weight_casts": ("each_micro_batch", "once", "alone"),
+    "gradient_sums": ("reduce_scatter", "all_reduce"),
+}
+_USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +115,6 @@ class Stack:
         fragmentation: what the caching allocator holds beyond what is live, as a fraction of activations and workspace.
         gradient_bucket_bytes: bytes of gradients that one reduction waits for; more than there are, where none hides.
         weight_bucket_bytes: the same of one gather of updated weights; None: as of gradients.
-        kept_casts: 1 where a step casts weights to fewer bits once, and keeps both; None: every micro-batch casts them.
-        narrow_weights: 1 where the casts to 8 bits are all that is kept of a weight; None: they lie beside it.
-        whole_reductions: 1 where an all-reduce sums the gradients of ZeRO 1 and 2, and a rank keeps its share; None: a
-            reduce-scatter.
         copied_bucket_bytes: bytes of the bucket that reductions copy gradients to; None: ``gradient_bucket_bytes``.
         bucket_copies: copies of a bucket that reduction and gather hold, where weights have several replicas; None: they work in
             the gradients' and the weights' own buffers. None means nothing of the sort below as well.
@@ -120,6 +125,9 @@ class Stack:
             dimension and collectives cut along the first.
         stage_tensors: inputs and outputs of a pipeline stage that it holds per micro-batch in flight, besides what it saves.
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
+        habits: what its code does in one way among several. ``weight_casts``, to fewer bits: in ``each_micro_batch``, ``once`` a
+            step and kept beside the weights, or ``alone``, where those of 8 bits take the weights' place. ``gradient_sums`` of
+            ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.
@@ -142,9 +150,6 @@ class Stack:
     grouped_matmul_slowdown: Sourced | None = None
     narrow_matmul_slowdown: Sourced | None = None
     weight_bucket_bytes: Sourced | None = None
-    kept_casts: Sourced | None = None
-    narrow_weights: Sourced | None = None
-    whole_reductions: Sourced | None = None
     copied_bucket_bytes: Sourced | None = None
     bucket_copies: Sourced | None = None
     update_bytes_per_parameter: Sourced | None = None
@@ -153,6 +158,7 @@ class Stack:
     stage_tensors: Sourced | None = None
     notes: str = ""
     knobs: Mapping[str, str] = field(default_factory=dict)
+    habits: Mapping[str, str] = field(default_factory=lambda: _USUAL)
     serves: tuple[Serves, ...] = ()
     on: Mapping[str, Mapping[str, Sourced]] = field(default_factory=dict)
     serving: ServingSoftware | None = None
@@ -203,7 +209,8 @@ def load_stack(name_or_path: str | Path = DEFAULT) -> Stack:
     stack = Stack(
         name=reader.text("name"),
         notes=reader.text("notes", ""),
-        knobs=_knobs(reader.table("knobs", None)),
+        knobs=_choices(reader.table("knobs", None)),
+        habits=_USUAL | _choices(reader.table("habits", None), _HABITS),
         serves=tuple(_serves(row) for row in reader.tables("serves", [])),
         on=_on_generations(reader.table("on", None), [*constants, *optional]),
         serving=read_serving(reader.table("serving", None)),
@@ -261,8 +268,9 @@ def _merged(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     under = _merged(_folder() / f"{base}.toml", (*seen, path.stem))
     under.pop("serves", None)
     merged = _over(under, table)
-    if isinstance(table.get("knobs"), dict):
-        merged["knobs"] = {**under.get("knobs", {}), **table["knobs"]}
+    for choices in ("knobs", "habits"):
+        if isinstance(table.get(choices), dict):
+            merged[choices] = {**under.get(choices, {}), **table[choices]}
     if isinstance(table.get("serving"), dict):
         merged["serving"] = _over(under.get("serving", {}), table["serving"])
     return merged
@@ -283,17 +291,19 @@ def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _knobs(reader: Reader | None) -> dict[str, str]:
-    """Choices by slot; their names and values are checked where a plan is made."""
+def _choices(reader: Reader | None, known: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+    """Values by name, of those ``known``; without these (knobs, by slot) they are checked where a plan is made."""
     if reader is None:
         return {}
-    found, names = {}, reader.keys()
-    for name in names:
-        entry: Reader = reader.table(name)
-        found[name] = entry.text("value")
-        entry.text("kind", choices=KINDS)
-        entry.text("source")
-        entry.finish()
+    found = {}
+    for name in reader.keys() if known is None else known:
+        entry: Reader | None = reader.table(name, None)
+        if entry is not None:
+            found[name] = entry.text("value", choices=None if known is None else known[name])
+            entry.text("kind", choices=KINDS)
+            entry.text("source")
+            entry.finish()
+    reader.finish()
     return found
 
 

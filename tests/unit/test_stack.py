@@ -19,6 +19,14 @@ def test_constants_of_an_extended_stack_carry_over(tmp_path):
     assert mine.fragmentation == default.fragmentation
 
 
+def test_habits_of_an_extended_stack_carry_over(tmp_path):
+    path = tmp_path / "mine.toml"
+    casts = 'weight_casts = { value = "once", kind = "assumed", source = "x" }\n'
+    path.write_text('name = "mine"\nextends = "megatron-deepspeed"\n[habits]\n' + casts)
+    assert load_stack(path).habits == {"weight_casts": "once", "gradient_sums": "all_reduce"}
+    assert load_stack().habits == {"weight_casts": "each_micro_batch", "gradient_sums": "reduce_scatter"}
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -26,6 +34,11 @@ def test_constants_of_an_extended_stack_carry_over(tmp_path):
         (OLD + '[[serves]]\nframework = "x"\nfrom = "2020"\n', "unknown key"),
         (OLD + '[knobs]\nattention_kernel = "eager"\n', "(str)"),
         (OLD + '[knobs]\nattention_kernel = { value = "eager" }\n', "is missing"),
+        (
+            OLD + '[habits]\ngradient_sums = { value = "gather", kind = "assumed", source = "x" }\n',
+            "'gather'",
+        ),
+        (OLD + '[habits]\ngradient_sum = { value = "all_reduce" }\n', "unknown key"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, found):

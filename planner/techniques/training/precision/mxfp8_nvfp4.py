@@ -65,8 +65,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     generation = ctx.cluster.device.generation
     library = bool(formats.kernels) and ctx.stack.kernel("gemm", formats.kernels, generation) is not None
     # Weights that every micro-batch gathers anew are cast anew as well.
-    kept = ctx.stack.kept_casts is not None and ctx.knobs.get("zero_stage") not in ("3", "fsdp")
-    alone = ctx.stack.narrow_weights is not None and FORMAT_BITS[formats.matmul] == 8
+    habit = ctx.stack.habits["weight_casts"]
+    kept = habit != "each_micro_batch" and ctx.knobs.get("zero_stage") not in ("3", "fsdp")
+    alone = habit == "alone" and FORMAT_BITS[formats.matmul] == 8
     trained = {(item.block, item.what) for item in ledger.of(Matmul, phase="weight")}
     added: list[Item] = []
     for item in ledger.of(Matmul):

@@ -222,7 +222,7 @@ def synchronise(ledger: Ledger, ctx: Context, kind: str, by: str, **fields: Any)
 
 def share_of_sum(ctx: Context) -> str:
     """Kind of the collective by which a rank gets its share of the gradients' sum."""
-    return "reduce_scatter" if ctx.stack.whole_reductions is None else "all_reduce"
+    return ctx.stack.habits["gradient_sums"]
 
 
 def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list[Collective]:
