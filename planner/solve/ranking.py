@@ -103,6 +103,9 @@ class Ranking:
             first = self._deal(self._waiting[0])
             # Those of one order are priced together: the schedule engine takes no longer for a few than for one.
             self._price([scored for scored in self._waiting if self._deal(scored) == first])
+        # Where no bound knows the order's own cycles, it says too little of the list's last plan, which the bar goes by.
+        if loose := [scored for scored in self._waiting if scored.schedule.bound_s is None]:
+            self._price(loose)
 
     def _price(self, candidates: list[Scored]) -> None:
         """Exact prices of candidates that wait."""
