@@ -56,6 +56,12 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
         if not isinstance(item, Resident):
             phases[item.block, item.phase].append((item, _first(price)))
     shares: list[Share] = []
+    items = {key: [item for item, _ in some] for key, some in phases.items()}
+    streams = {
+        key: pricer.lanes(items[key], ledger, [np.atleast_1d(price) for _, price in some])
+        for key, some in phases.items()
+        if key[1] in PHASES
+    }
     for (block, phase), priced in phases.items():
         if phase not in PHASES:  # once per step: the caller knows what hides it
             inside = _inside(priced, pricer.stack.overlap_slowdown.value)
@@ -71,10 +77,9 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
                 for item, s in found
             ]
             continue
-        own = pricer.lanes([item for item, _ in priced], ledger)
+        own = streams[block, phase]
         shares += _beside_main(priced, own, ledger, pricer)
-        items = {key: [item for item, _ in some] for key, some in phases.items()}
-        others = [pricer.lanes(which, ledger) for which in shares_backward(items, block, phase)]
+        others = [streams[block, which[0].phase] for which in shares_backward(items, block, phase)]
         total_s, alone_s = (
             _first(phase_s(phase, own._replace(launches=0.0, waits=0.0), beside, pricer.stack))
             for beside in (others, [])

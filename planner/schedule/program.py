@@ -76,20 +76,23 @@ def compile_order(order: Order) -> Program:
     sender = np.pad(graph.sender, ((0, 0), (0, 1))).ravel()
     sent = np.pad(graph.sent, ((0, 0), (0, 1)), constant_values=n).ravel()
     row = np.arange(p) * (n + 1)
+    folded = (MIN_REPEATS - 1) * order.period_ops  # operations at least after a period that is to repeat
     while True:
-        cut = ((pos - pos[-1]).tobytes(), int(pos[-1]) % max(order.period_ops, 1))
-        if order.period_ops and cut in seen:
-            at, start = seen[cut]
-            repeats = graph.repeats(start, pos)
-            if repeats >= MIN_REPEATS:
-                period = pos - start
-                builder.add(rounds[:at], start)
-                builder.add(rounds[at:], pos, repeats)
-                pos = start + repeats * period
-                builder.skip_to(pos)
-                rounds, seen = [], {}
-                continue
-        seen[cut] = (len(rounds), pos)
+        last = int(pos[-1])
+        if order.period_ops and last + folded <= n:
+            cut = ((pos - last).tobytes(), last % order.period_ops)
+            if cut in seen:
+                at, start = seen[cut]
+                repeats = graph.repeats(start, pos)
+                if repeats >= MIN_REPEATS:
+                    period = pos - start
+                    builder.add(rounds[:at], start)
+                    builder.add(rounds[at:], pos, repeats)
+                    pos = start + repeats * period
+                    builder.skip_to(pos)
+                    rounds, seen = [], {}
+                    continue
+            seen[cut] = (len(rounds), pos)
         following = row + pos
         ready = pos[sender[following]] > sent[following]
         (active,) = ready.nonzero()

@@ -106,6 +106,11 @@ class Branches:
         kinds = (recomputes[~by_layers].sum(axis=0), recomputes[by_layers].sum(axis=0))
         return Activity(states, recomputes, states.sum(axis=0), *kinds)
 
+    def no_activity(self) -> Activity:
+        """That of no rows."""
+        states, recomputes = (np.zeros((len(each), 0), dtype=bool) for each in (self.states, self.recomputes))
+        return Activity(states, recomputes, *np.zeros((3, 0), dtype=np.int64))
+
     def _acts(self, rows: Rows, knobs: Mapping[str, Any], choices: Mapping[str, Choice]) -> Mask:
         acts = np.ones(len(rows), dtype=bool)
         ctx = rows.context(

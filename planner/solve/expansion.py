@@ -138,14 +138,15 @@ class Expansion:
         adds time), or fits (more work has nothing to offer).
         """
         found: list[Batch] = []
+        few = pending.jobs.take(chosen)
         for together in self.branches.waves:
-            left = [self._undecided(pending, chosen, recompute, swap, bar) for recompute in together]
+            left = [self._undecided(pending, few, chosen, recompute, swap, bar) for recompute in together]
             at, width, least_s = (np.concatenate(each) for each in zip(*left, strict=True))
             if not len(at):
                 continue
             recomputes = np.repeat(np.array(together), [len(at) for at, *_ in left])
             pairs = chosen[at]
-            jobs = pending.jobs.take(pairs)._replace(recomputes=recomputes, swap=swap, width=width)
+            jobs = few.take(at)._replace(recomputes=recomputes, swap=swap, width=width)
             for begin in range(0, len(at), _TOGETHER):
                 some = np.arange(begin, min(begin + _TOGETHER, len(at)))
                 fit, bound_s, batch = self.evaluate(jobs.take(some), bar)
@@ -156,20 +157,19 @@ class Expansion:
         return found
 
     def _undecided(
-        self, pending: Pending, chosen: Index, recompute: int, swap: int, bar: float
+        self, pending: Pending, jobs: Jobs, chosen: Index, recompute: int, swap: int, bar: float
     ) -> tuple[Index, NDArray[np.int64], Array]:
         """Chosen pairs whose branch has to be priced, the candidates behind each, and the largest bound of branches that do less.
 
-        The candidates of the others are counted.
+        The candidates of the others are counted. ``jobs`` are those of the chosen pairs.
         """
-        jobs = pending.jobs.take(chosen)
         width = self._width(recompute, jobs.layout, jobs.rows)
         if (swap, recompute) == (0, 0) or not width.any():
             return np.zeros(0, dtype=np.intp), width[:0], np.zeros(0)
-        dominated, least_s = np.zeros(len(chosen), dtype=bool), np.zeros(len(chosen))
-        for r, s in self.branches.no_more(recompute, swap, jobs.schedule):
-            dominated |= pending.fits[s, r, chosen]
-            least_s = np.maximum(least_s, pending.bounds_s[s, r, chosen])
+        less = np.array(self.branches.no_more(recompute, swap, jobs.schedule), dtype=np.intp).reshape(-1, 2)
+        where = less[:, 1:], less[:, :1], chosen
+        dominated = pending.fits[where].any(axis=0)
+        least_s = pending.bounds_s[where].max(axis=0, initial=0.0)
         if self.branches.saves(swap):
             least_s = np.maximum(least_s, pending.floor_s[chosen])
         late, full = least_s >= bar, pending.overfull[chosen]

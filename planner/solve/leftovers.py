@@ -54,14 +54,14 @@ def try_leftovers(pending: Sequence[Pending], ranking: Ranking) -> list[Expansio
 
 
 def _try(pairs: _Pairs, swaps: Sequence[int], ranking: Ranking) -> None:
-    """Tries other branches of some pairs, all with one swap at one bar."""
-    for swap in swaps:
-        bar = ranking.bar
-        for pending, at, _ in pairs:
+    """Tries other branches of some pairs, all at one bar."""
+    bar = ranking.bar
+    for pending, at, _ in pairs:
+        for swap in swaps:
             for batch in pending.expansion.rest(pending, at, swap, bar):
                 ranking.add(batch)
-            _ = ranking.bar  # ends a search whose time is over
-        ranking.settle()
+        _ = ranking.bar  # ends a search whose time is over
+    ranking.settle()
 
 
 def _sorted(pairs: _Pairs) -> Array:

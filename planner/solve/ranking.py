@@ -59,7 +59,7 @@ class Ranking:
             self._open.append(batch)
 
     def settle(self) -> None:
-        """Looks at new candidates, best bounds first, until no bound is under the bar and the list is full; sets the bar."""
+        """Sets the bar: looks at new candidates, best bounds first, until none is under it and the list can be filled."""
         if not self._open:
             return
         bounds = np.concatenate([batch.bound_s[batch.fitting] for batch in self._open])
@@ -102,6 +102,9 @@ class Ranking:
             first = self._deal(self._waiting[0])
             # Those of one order are priced together: the schedule engine takes no longer for a few than for one.
             self._price([scored for scored in self._waiting if self._deal(scored) == first])
+        # Where no bound knows the order's own cycles, it says too little of the list's last plan, which the bar goes by.
+        if loose := [scored for scored in self._waiting if scored.schedule.bound_s is None]:
+            self._price(loose)
 
     def _price(self, candidates: list[Scored]) -> None:
         """Exact prices of candidates that wait."""
