@@ -156,8 +156,7 @@ class UniformSearch:
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(ctx)
-        open_ = np.flatnonzero(active)
-        if not len(open_):
+        if not len(open_ := np.flatnonzero(active)):
             return open_, self.branches.no_activity()
         fault = self.faults(recipe, ctx.take(open_))
         activity = self.branches.activity(part.take(open_), ctx.knobs)
@@ -172,6 +171,7 @@ class UniformSearch:
         bar, knobs = self.ranking.bar, self.space.knobs(recipe)
         if bar == np.inf or not len(open_):
             return open_, activity
+
         def on(rows: Rows) -> tuple[Ledger, Context]:
             ctx = rows.context(self.problem, knobs)
             return self.ledger(recipe, ctx), ctx
