@@ -180,7 +180,7 @@ if TYPE_CHECKING:
         young_interval_s,
     )
     from planner.costs.resharding import Layout, Step, reshard_bytes, resharding_steps
-    from planner.costs.serving import held_up_share, kv_transfer_s, queue_load, replicas_needed
+    from planner.costs.serving import held_up_share, kv_transfer_s, ping_pong_s, queue_load, replicas_needed
     from planner.costs.speculation import accepted_tokens, draft_head_parameters, speculation_gain
     from planner.costs.state_sharding import (
         cross_host_traffic,
@@ -322,6 +322,7 @@ __all__ = [
     "overflow_probability",
     "overlapped_s",
     "phases_run_s",
+    "ping_pong_s",
     "pipelined_s",
     "point_to_point_s",
     "priority_wait_s",

@@ -36,7 +36,7 @@ class ScanWork(NamedTuple):
     backward_flop: Real
 
 
-def scan_work(inner: Real, state: Real, groups: Real, chunk: Real) -> ScanWork:
+def scan_work(inner: Real, state_size: Real, groups: Real, chunk: Real) -> ScanWork:
     """Work of the scan of one token.
 
     In forward, states (reads inputs and keys, writes fp32), their passing (fp32 in, 16 bits out), scores (keys and queries in,
@@ -45,7 +45,7 @@ def scan_work(inner: Real, state: Real, groups: Real, chunk: Real) -> ScanWork:
 
     Args:
         inner: width of inputs and outputs: heads by their width.
-        state: elements of state per element of ``inner``, the width of a key.
+        state_size: elements of state per element of ``inner``, the width of a key.
         groups: of heads that share keys and queries.
         chunk: tokens.
 
@@ -53,10 +53,10 @@ def scan_work(inner: Real, state: Real, groups: Real, chunk: Real) -> ScanWork:
     >>> work.elements, work.flop  # 5 * 4096 + 4 * 1024 + 6 * 4096 + 4 * 1024; 4 * 4096 * 128 + 4096 * 128 + 2 * 1024 * 128
     (53248.0, 2883584.0)
     """
-    keys, scores, states = 1.0 * groups * state, 1.0 * groups * chunk, 1.0 * inner * state / chunk
+    keys, scores, states = 1.0 * groups * state_size, 1.0 * groups * chunk, 1.0 * inner * state_size / chunk
     return ScanWork(
         elements=5.0 * inner + 4.0 * keys + 6.0 * states + 4.0 * scores,
         backward_elements=17.0 * inner + 19.0 * keys + 17.0 * states + 12.0 * scores,
-        flop=4.0 * inner * state + inner * chunk + 2.0 * keys * chunk,
-        backward_flop=10.0 * inner * state + 3.0 * inner * chunk + 6.0 * keys * chunk,
+        flop=4.0 * inner * state_size + inner * chunk + 2.0 * keys * chunk,
+        backward_flop=10.0 * inner * state_size + 3.0 * inner * chunk + 6.0 * keys * chunk,
     )

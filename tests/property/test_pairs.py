@@ -170,6 +170,7 @@ OF_EXPERTS = {"expert", "expert_overlap"}
 
 
 RULES = (
+    "PyTorch's ring needs fused attention",
     "a box of grids leaves sequence parallelism nothing to shard",
     "a cube leaves sequence parallelism nothing to shard",
     "a square grid leaves sequence parallelism nothing to shard",

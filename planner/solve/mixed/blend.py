@@ -1,8 +1,9 @@
 """Two ways to cut work side by side in one stage: layers of either, and the change of degrees between them.
 
-A change costs the same either way, so layers of each way stand together: of any order that has both, the one that joins them
-pays a single change and no order pays less. How many layers go which way is then the count problem of their strategies, those of
-both ways side by side. Embedding and head go either way too; where a stage holds both, they settle how many changes there are.
+A change and the change back cost as much, in a forward and a backward pass together, so layers of each way stand together: of any
+order that has both, the one that joins them pays a single change and no order pays less. How many layers go which way is then the
+count problem of their strategies, those of both ways side by side. Embedding and head go either way too; where a stage holds
+both, they settle how many changes there are, and which of their passes sends more.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class _Costs(DeviceCosts):
         members = blend.members
         super().__init__(members.problem, blend.mesh, members.schedule, 1, members.solver)
         self.blend = blend
-        self._changes = 1
+        self._change_s = blend.change_s
         self._ends: dict[int, int] = {}
         if members.ends.alike:
             # An end that another way beats may be wanted all the same: where the other end has none better than its own.
@@ -100,12 +101,15 @@ class _Costs(DeviceCosts):
     def _solve(self, device: Device, goal: Goal) -> Solved | None:
         best: Solved | None = None
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
-        ways: list[tuple[int, dict[int, int]]] = [(1, {})]
+        there = self.blend.change_s
+        ways: list[tuple[tuple[float, float], dict[int, int]]] = [(there, {})]
         if device.embedding and device.head:
-            ways = [(2, {embedding: a, head: a}) for a in (0, 1)]
+            both = (sum(there), sum(there))
+            ways = [(both, {embedding: a, head: a}) for a in (0, 1)]
             if not self.blend.members.ends.alike:
-                ways += [(1, {embedding: a, head: 1 - a}) for a in (0, 1)]
-        for self._changes, self._ends in ways:
+                # What one way sends forward, the other sends backward.
+                ways += [(there, {embedding: 0, head: 1}), (there[::-1], {embedding: 1, head: 0})]
+        for self._change_s, self._ends in ways:
             found = super()._solve(device, goal)
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
@@ -113,7 +117,7 @@ class _Costs(DeviceCosts):
 
     def _sums(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         offset, sums = super()._sums(groups, goal)
-        forward_s, backward_s = (self._changes * seconds for seconds in self.blend.change_s)
+        forward_s, backward_s = self._change_s
         beside = np.zeros(len(offset))
         if goal.after:
             # What a change takes hides traffic too: gradients beside the last backward, weights beside the first forward.

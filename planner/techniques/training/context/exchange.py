@@ -273,7 +273,8 @@ def gather_ring(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     added: list[Item] = []
     for core in _cores(ledger):
         kernel = core.kernels[0]
-        assert isinstance(kernel, AttentionCore), "blocks of attention are fused kernels"
+        if not isinstance(kernel, AttentionCore):
+            continue  # the rule leaves it ranks that have nothing to pass on
         keys = " + ".join(
             f"{kernel.batch}*{kernel.heads}*{kernel.kv}*{dim}" for dim in (kernel.qk_dim, kernel.v_dim)
         )

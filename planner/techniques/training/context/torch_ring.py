@@ -51,7 +51,7 @@ def _sent(subject: Pass) -> float:
         context="gathered_ring",
     )
     sent = figures.sent_elements(ledger, lambda item: "cp" in item.tags)
-    wide = [item for item in ledger.of(Collective) if item.dtype == "fp32"]
+    wide = [item for item in ledger.of(Collective) if item.dtype == "fp32" and "cp" in item.tags]
     again = sum(float(ledger.axes[item.size].flat[0]) for item in wide)
     return (sent + again) / (2 * 8192 / 4 * ctx.model.hidden)
 
