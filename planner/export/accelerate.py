@@ -25,7 +25,7 @@ CHOICES: Mapping[str, str] = {
     **COMMON,
     **KERNEL_CHOICES,
     "precision": "bf16 fp16 fp32",
-    "context": "p2p all_gather gathered_ring",
+    "context": "p2p gathered_ring",
     "optimizer": "adamw sgd sgd_momentum",
     "zero_stage": "0 2 fsdp",
     "zero_group": "full node ranks",
@@ -38,7 +38,6 @@ CHOICES: Mapping[str, str] = {
 COMM_STRATEGIES: Mapping[str, str] = {
     "p2p": "alltoall",
     "gathered_ring": "allgather",
-    "all_gather": "allgather",
 }
 """How keys and values travel between context-parallel ranks: the plan's word → Accelerate's."""
 
@@ -88,7 +87,9 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("DDP reduces gradients in fp32", gradient == "fp32")
 
 
-LAUNCHER = make_launcher("accelerate", CHOICES, _valid, native={"zero_stage": "fsdp"})
+LAUNCHER = make_launcher(
+    "accelerate", CHOICES, _valid, native={"zero_stage": "fsdp", "context": "gathered_ring"}
+)
 
 
 def settings(target: Target) -> dict[str, Any]:

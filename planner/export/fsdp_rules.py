@@ -19,7 +19,7 @@ CHOICES: Mapping[str, str] = {
     "elementwise_kernel": "fused eager",
     "loss_kernel": "fused eager log_softmax linear_fused",
     "gradient_accumulation": "fused separate",
-    "context": "p2p all_gather gathered_ring",
+    "context": "p2p gathered_ring",
     "optimizer": "adamw adam8bit sgd sgd_momentum adafactor muon",
     "zero_stage": "0 2 3 fsdp",
     "zero_group": "full node ranks",
@@ -46,4 +46,4 @@ def _fsdp(ctx: Context) -> Iterable[Check]:
         yield Check("offload needs sharded states", sharded or knobs["optimizer_offload"] == "none")
 
 
-LAUNCHER = make_launcher("fsdp", CHOICES, _fsdp)
+LAUNCHER = make_launcher("fsdp", CHOICES, _fsdp, native={"context": "gathered_ring"})

@@ -43,7 +43,7 @@ CHOICES: Mapping[str, str] = {
     "elementwise_kernel": "fused eager",
     "loss_kernel": "fused linear_fused log_softmax",
     "gradient_accumulation": "fused separate",
-    "context": "p2p all_gather gathered_ring",  # p2p is what a plan without context parallelism says
+    "context": "p2p gathered_ring",  # p2p is what a plan without context parallelism says
     "tensor_overlap": "none chunked",
     "optimizer": "adamw",
     "zero_stage": "0 1 2 fsdp",
@@ -271,7 +271,7 @@ LAUNCHER = make_launcher(
     CHOICES,
     _valid,
     _deals,
-    native={"zero_stage": "fsdp"},
+    native={"zero_stage": "fsdp", "context": "gathered_ring"},
 )
 
 

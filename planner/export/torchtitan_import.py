@@ -136,7 +136,7 @@ def _knobs(
     )
     flags.read.add("--training.disable-cuda-graphs")
     fixed: dict[str, Any] = {
-        "tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": 1 if ep > 1 else tp, "context": "all_gather" if cp > 1 else "p2p",
+        "tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": 1 if ep > 1 else tp, "context": "gathered_ring" if cp > 1 else "p2p",
         "sequence_parallel": "true" if _switch(flags, "parallelism.enable-sequence-parallel", True) and tp > 1 else "false",
         "tensor_overlap": "chunked" if overlaps and tp > 1 else "none",
         "zero_stage": _stage(flags, pp), "zero_group": "full", "recompute": words.get(chosen, "none"),

@@ -50,7 +50,9 @@ def _valid(ctx: Context) -> Iterable[Check]:
         yield Check("bitsandbytes' optimizers do not work on DTensor shards", False)
 
 
-LAUNCHER = make_launcher("transformers", CHOICES, _valid, native={"zero_stage": "fsdp"})
+LAUNCHER = make_launcher(
+    "transformers", CHOICES, _valid, native={"zero_stage": "fsdp", "context": "gathered_ring"}
+)
 
 
 def arguments(target: Target) -> dict[str, Any]:

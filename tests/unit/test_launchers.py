@@ -83,7 +83,7 @@ def test_accelerate_names_the_mesh_and_what_is_sharded():
 
 def test_trainer_arguments():
     found = json.loads(
-        export(plan_of(cp=2, context="all_gather", **SHARDED, **PLAIN), "transformers")[
+        export(plan_of(cp=2, context="gathered_ring", **SHARDED, **PLAIN), "transformers")[
             "training_arguments.json"
         ]
     )
