@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,8 +72,7 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
             beside = [list(zip(each, pricer.prices(each, ledger.axes), strict=True)) for each in passes]
             found = waits(alone, beside, pricer.outermost, ledger.axes)
             shares += [
-                Share(replace(item, track="main", window=""), block, phase, 0.0, _first(s))
-                for item, s in found
+                Share(item.but(track="main", window=""), block, phase, 0.0, _first(s)) for item, s in found
             ]
             continue
         own = streams[block, phase]

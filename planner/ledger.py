@@ -10,9 +10,9 @@ Axis names may be qualified by the block they belong to (``ffn@decoder``); the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ PART = "part_"
 
 def at(values: Array, index: Index) -> Array:
     """Values of some rows; what is the same on all rows stays one value."""
-    return values[index] if values.size > 1 else values
+    return values.take(index, axis=0) if values.size > 1 else values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +83,7 @@ class Group:
         return Group(self.name, at(self.size, index), at(self.stride, index), self.key, (whole, rows))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
     """What every item carries.
 
@@ -112,8 +112,18 @@ class Item:
     track: str = "main"
     waited: bool = False
 
+    def but(self, **changes: Any) -> Self:
+        """The item with other values of some fields: ``dataclasses.replace`` in a tenth of its time.
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+        Passes copy items by the thousand. Items have no rule of their own that a copy would have to be held against.
+        """
+        assert changes.keys() <= self.__dict__.keys(), f"no fields of {type(self).__name__}: {[*changes]}"
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel(Item):
     """Device work; ``launches`` kernels per instance, which the host issues unless they are ``captured`` in a graph."""
 
@@ -122,7 +132,7 @@ class Kernel(Item):
     captured: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Matmul(Kernel):
     """``groups`` products of (m, k) by (k, n): 2·groups·m·n·k FLOP. ``grouped``: of experts, see ``apart``.
 
@@ -146,7 +156,7 @@ class Matmul(Kernel):
         return self.grouped and not (self.format or self.single)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCore(Kernel):
     """A fused attention kernel: softmax(QKᵀ)V without the score matrix in memory.
 
@@ -170,7 +180,7 @@ class AttentionCore(Kernel):
     decode: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stream(Kernel):
     """A memory-bound kernel that moves ``bytes_per_element`` for each of ``size`` elements.
 
@@ -185,7 +195,7 @@ class Stream(Kernel):
     calls: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Collective(Item):
     """``kind`` over ``group`` on ``size`` elements of ``dtype``.
 
@@ -207,7 +217,7 @@ class Collective(Item):
     choices: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Transfer(Item):
     """``size`` elements between the device and a slower ``tier``; host arithmetic is a transfer over host memory."""
 
@@ -216,7 +226,7 @@ class Transfer(Item):
     tier: Literal["host_link", "host_memory", "cxl", "nvme"] = "host_link"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Resident(Item):
     """Bytes held: ``size`` elements of ``bytes_per_element``.
 
@@ -381,7 +391,7 @@ class Ledger:
     def take(self, index: Index, regroup: Callable[[Group, Index], Group]) -> Ledger:
         """The ledger on the rows at ``index``; ``regroup`` says which group takes a group's place."""
         items = [
-            replace(item, group=regroup(item.group, index)) if isinstance(item, Collective) else item
+            item.but(group=regroup(item.group, index)) if isinstance(item, Collective) else item
             for item in self.items
         ]
         chunks = {window: at(np.asarray(n), index) for window, n in self.chunks.items()}
@@ -389,33 +399,33 @@ class Ledger:
 
     def shard(self, **degrees: Array | float) -> Ledger:
         """Divides the axes of the given roles by a degree: every item that names them shrinks."""
-        return replace(self, axes=self.axes.scaled({r: 1.0 / np.asarray(d) for r, d in degrees.items()}))
+        return self.scale(**{r: 1.0 / np.asarray(d) for r, d in degrees.items()})
 
     def scale(self, **factors: Array | float) -> Ledger:
         """Multiplies the axes of the given roles."""
-        return replace(self, axes=self.axes.scaled(factors))
+        return Ledger(self.axes.scaled(factors), self.items, self.chunks)
 
     def set_axes(self, **sizes: Array | float) -> Ledger:
         """Sets or adds axes."""
-        return replace(self, axes=self.axes.with_sizes(sizes))
+        return Ledger(self.axes.with_sizes(sizes), self.items, self.chunks)
 
     def add(self, items: Iterable[Item]) -> Ledger:
         """Adds items."""
-        return replace(self, items=(*self.items, *items))
+        return Ledger(self.axes, (*self.items, *items), self.chunks)
 
     def drop(self, where: Callable[[Item], bool]) -> Ledger:
         """Removes the items that ``where`` selects."""
-        return replace(self, items=tuple(item for item in self.items if not where(item)))
+        return Ledger(self.axes, tuple(item for item in self.items if not where(item)), self.chunks)
 
     def edit(self, kind: type[ItemT], change: Callable[[ItemT], Item | None]) -> Ledger:
         """Replaces each item of a kind by what ``change`` returns for it; None leaves it as it is."""
         items = [(change(item) or item) if isinstance(item, kind) else item for item in self.items]
-        return replace(self, items=tuple(items))
+        return Ledger(self.axes, tuple(items), self.chunks)
 
     def copy_to_phase(self, where: Callable[[Item], bool], phase: Phase, by: str) -> Ledger:
         """Copies kernels, collectives and transfers to another phase (recompute), windows and tracks included."""
         copies = [
-            replace(item, phase=phase, by=by, window=item.window and f"{item.window}.{phase}")
+            item.but(phase=phase, by=by, window=item.window and f"{item.window}.{phase}")
             for item in self.items
             if not isinstance(item, Resident) and where(item)
         ]
@@ -424,11 +434,11 @@ class Ledger:
             original = item.window.removesuffix(f".{phase}")
             if item.window and original in chunks:
                 chunks[item.window] = chunks[original]
-        return replace(self, items=(*self.items, *copies), chunks=chunks)
+        return Ledger(self.axes, (*self.items, *copies), chunks)
 
     def cut(self, window: str, chunks: Array | float) -> Ledger:
         """Says into how many chunks a window's work is cut."""
-        return replace(self, chunks={**self.chunks, window: chunks})
+        return Ledger(self.axes, self.items, {**self.chunks, window: chunks})
 
     def of(self, kind: type[ItemT], **fields: Any) -> list[ItemT]:
         """The items of a kind whose fields have the given values."""

@@ -162,6 +162,9 @@ def tail_traffic(
     """Seconds of gradient and weight traffic per step, and what of them nothing hides: (devices, rows) each; as above."""
     found: dict[str, tuple[Array, Array]] = {}
     for track, beside_s in (("gradients", backward_s), ("weights", forward_s)):
+        if not table[f"{track}_step_s"].any():  # as before a state has been chosen
+            found[track] = np.zeros_like(beside_s), np.zeros_like(beside_s)
+            continue
         messages = np.maximum(over_blocks(counts, table[f"{track}_messages"]), 1.0)
         whole_s = over_blocks(counts, table[f"{track}_step_s"])
         found[track] = whole_s, np.asarray(uniform_bucket_exposure_s(whole_s, beside_s, messages))

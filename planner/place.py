@@ -135,8 +135,8 @@ def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:
     if sender.group != receiver.group:
         link = cluster.links[sender.group][receiver.group]
         meeting = replace(part, tiers=(replace(link, size=part.devices),))
-        sent = [replace(item, group=Group("pp", np.array([2.0]), np.ones(1))) for item in sent]
-    sent = [replace(item, size=times(item.size, "senders_share")) for item in sent]
+        sent = [item.but(group=Group("pp", np.array([2.0]), np.ones(1))) for item in sent]
+    sent = [item.but(size=times(item.size, "senders_share")) for item in sent]
     total = 0.0
     shares: tuple[tuple[Sequence[Item], Cluster], ...] = ((sent, meeting), (rest, part))
     for items, where in shares:

@@ -40,9 +40,10 @@ def train(job: JobOptions, asked: TrainOptions, out: PlansFile = None, as_json: 
         fleet, stopped = _searched(problems, top, searcher)
         if asked.pareto and not stopped:
             fleet = _with_front(fleet, problems)
-        content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
-        if histogram is not None:
-            content["sequences"] = dealt_sequences(fleet, problems, histogram)
+        dealt = None if histogram is None else dealt_sequences(fleet, problems, histogram)
+        if as_json or file is not None:
+            content = document(fleet, problems) | ({"interrupted": True} if stopped else {})
+            content |= {} if dealt is None else {"sequences": dealt}
         if file is not None:
             file.write(json_text(content) + "\n")
     if as_json:
@@ -51,10 +52,10 @@ def train(job: JobOptions, asked: TrainOptions, out: PlansFile = None, as_json: 
         from planner.report.ranking import show_ranking
 
         show_ranking(fleet, problems, out)
-        if histogram is not None:
+        if dealt is not None:
             from planner.report.optimum import show_dealt
 
-            show_dealt(content["sequences"])
+            show_dealt(dealt)
     if stopped:
         raise Stopped("these are the best plans so far", printed=True)
 

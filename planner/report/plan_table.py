@@ -7,8 +7,7 @@ row is the best of them; the others follow below it with their numbers, by which
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.plan import Plan
 from planner.report.confidence import TIE, interval_text, out_of_memory_matters, relative_interval
@@ -35,13 +34,12 @@ _USUAL = {slot: off(slot) for slot in SLOTS} | {
 _OBJECTIVES = {"usd": "$/step", "energy": "MJ/step", "gpu_hours": "dev·h/step"}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One plan with its number in the ranking (from 1), and the near-twins behind it with theirs."""
 
     number: int
     plan: Plan
-    twins: list[tuple[int, Plan]] = field(default_factory=list)
+    twins: list[tuple[int, Plan]]
 
 
 def rows(plans: Sequence[Plan], objective: str = "step_time") -> list[Row]:
@@ -50,7 +48,7 @@ def rows(plans: Sequence[Plan], objective: str = "step_time") -> list[Row]:
     for number, plan in enumerate(plans, 1):
         row = next((row for row in found if _twins(row.plan, plan, objective)), None)
         if row is None:
-            found.append(Row(number, plan))
+            found.append(Row(number, plan, []))
         else:
             row.twins.append((number, plan))
     return found
@@ -69,7 +67,7 @@ def show_plans(
         common, own
     )
     screen.section("Every plan" if several else "Plan", [" · ".join(shared)] if shared else [])
-    shown = rows(plans, objective) if joined else [Row(n, plan) for n, plan in enumerate(plans, 1)]
+    shown = rows(plans, objective) if joined else [Row(n, plan, []) for n, plan in enumerate(plans, 1)]
     ties = set(ties_with_first(plans))
     cells = [_cells(row, plans, own, objective, row.plan.id in ties) for row in shown]
     tails, below = [], []

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlannerError
-from planner.export import EXPORTERS, export
-from planner.export.launchers import LAUNCHERS
 from planner.plan import Plan, SearchReport
 from planner.report.confidence import confidence
 from planner.report.layers import layers, layerwise_proof, mixed_proof
@@ -186,6 +184,9 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> tuple
     """Commands to go on with, and what to know of them; ``second`` is the number of the next plan that is a choice of its own."""
     if saved is None:
         return ["repeat with -o plans.json, then: planner explain plans.json:1"], []
+    from planner.export import EXPORTERS
+    from planner.export.launchers import LAUNCHERS
+
     told, remarks = [f"planner explain {saved}:1"], []
     if second is not None:
         told.append(f"planner compare {saved}:1 {saved}:{second}")
@@ -209,6 +210,8 @@ def _next(saved: str | None, plans: Sequence[Plan], second: int | None) -> tuple
 
 def _runs(plan: Plan, to: str) -> bool:
     """Whether a launcher can express the plan."""
+    from planner.export import export
+
     try:
         export(plan, to)
     except PlannerError:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from planner.plan import Plan
 from planner.units import GIB
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Screen", "gib", "knob_text", "knobs_that_differ", "mesh_text", "percent", "told_knobs", "words"]
 
@@ -24,19 +26,21 @@ _SHORT = {
 }
 _GAPS = ("  ", " ")
 _NARROWEST_TAIL = 32  # columns that free text needs to stand beside its row
+_WIDTH = 80  # where nothing says how wide the terminal is
+_SAID_TO_BE = ("FORCE_COLOR", "TTY_COMPATIBLE")  # rich's ways to say that stdout is a terminal, or is none
 
 
 class Screen:
     """Writes to stdout, as wide as the terminal (or ``COLUMNS``); plain where it is no terminal or ``NO_COLOR`` is set."""
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-        self.width = max(self._console.width, 40)
+        self._console = _terminal()
+        self.width = max(_columns() if self._console is None else self._console.width, 40)
 
     def line(self, text: str = "", style: str = "") -> None:
         """One line, wrapped where it is too long."""
         for part in textwrap.wrap(text, self.width) or [""]:
-            self._console.print(Text(part, style=style), soft_wrap=True)
+            self._print(part, style)
 
     def section(self, heading: str, paragraphs: Iterable[str], *, wrapped: bool = True) -> None:
         """A heading, and indented paragraphs; nothing where there are none. What is to be copied is not ``wrapped``."""
@@ -101,8 +105,31 @@ class Screen:
                     self._print(filled, "dim")
 
     def _print(self, text: str, style: str = "") -> None:
-        for part in text.split("\n"):
-            self._console.print(Text(part.rstrip(), style=style), soft_wrap=True)
+        for part in map(str.rstrip, text.split("\n")):
+            if self._console is None:
+                print(part)
+            else:
+                self._console.print(part, style=style or None, soft_wrap=True)
+
+
+def _terminal() -> Console | None:
+    """The terminal that stdout is; None where it is none: what goes to a file is plain, and needs no library for styles."""
+    if not sys.stdout.isatty() and not any(name in os.environ for name in _SAID_TO_BE):
+        return None
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+
+
+def _columns() -> int:
+    """How wide the terminal is behind whatever reads stdout; ``COLUMNS`` has the say."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdigit():
+        return int(asked)
+    for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__):
+        with suppress(AttributeError, ValueError, OSError):  # closed, or no terminal
+            return os.get_terminal_size(stream.fileno()).columns or _WIDTH  # type: ignore[union-attr]
+    return _WIDTH
 
 
 def gib(n_bytes: float) -> str:

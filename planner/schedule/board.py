@@ -8,7 +8,6 @@ earliest first, and what each has run is its list. Only the order counts: real d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -22,7 +21,6 @@ Pass: TypeAlias = tuple[int, int, int]
 Move: TypeAlias = tuple[float, Pass]
 
 
-@dataclass(slots=True)
 class Board:
     """Where the devices of a pipeline stand.
 
@@ -36,25 +34,16 @@ class Board:
         ran: what each device has run.
     """
 
-    p: int
-    m: int
-    v: int
-    seconds: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    placement: Placement = LOOPED
-    end_s: dict[Pass, float] = field(default_factory=dict)
-    clock_s: list[float] = field(init=False)
-    live: list[int] = field(init=False)
-    ran: list[list[Pass]] = field(init=False)
-    device_of_stage: Ints = field(init=False)
-    _upstream: list[int] = field(init=False)
-    _downstream: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.clock_s, self.live = [0.0] * self.p, [0] * self.p
-        self.ran = [[] for _ in range(self.p)]
-        self.device_of_stage = self.placement.device_of_stage(self.p, self.v)
-        self._upstream = self.placement.upstream(self.p, self.v).tolist()
-        self._downstream = [-1] * (self.p * self.v)
+    def __init__(
+        self, p: int, m: int, v: int, seconds: tuple[float, float, float] = (1.0, 1.0, 1.0), placement: Placement = LOOPED
+    ) -> None:  # fmt: skip
+        self.p, self.m, self.v, self.seconds, self.placement = p, m, v, seconds, placement
+        self.end_s: dict[Pass, float] = {}
+        self.clock_s, self.live = [0.0] * p, [0] * p
+        self.ran: list[list[Pass]] = [[] for _ in range(p)]
+        self.device_of_stage: Ints = placement.device_of_stage(p, v)
+        self._upstream: list[int] = placement.upstream(p, v).tolist()
+        self._downstream = [-1] * (p * v)
         for stage, before in enumerate(self._upstream):
             if before >= 0:
                 self._downstream[before] = stage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,14 +23,13 @@ __all__ = ["Batch", "Jobs", "Pending", "Scored", "SearchCounts", "Shortfall"]
 Index = NDArray[np.intp]
 
 
-@dataclass(slots=True)
 class SearchCounts:
     """How the space was exhausted: ``candidates = scored + all excluded + all rejected``."""
 
-    candidates: int = 0
-    scored: int = 0
-    excluded_by_bound: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.candidates = self.scored = 0
+        self.excluded_by_bound: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
 
 
 class Scored(NamedTuple):

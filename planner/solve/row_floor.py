@@ -7,8 +7,7 @@ it takes the ledger of a few rows to bound all others, before any of them has a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,25 +31,20 @@ ROUNDING = 1e-6  # by how much the last, partial wave and the sums' rounding may
 _CUTS = ("tp", "cp", "ep", "etp")
 
 
-@dataclass(eq=False)
 class RowFloor:
     """Floors of a space's rows.
 
-    Attributes:
+    Args:
         rows: of the space.
         blocks: how many of each kind the model has.
     """
 
-    rows: Rows
-    blocks: dict[str, float]
-    _alike: Alike = field(init=False)
-    _cuts: Rows = field(init=False)
-    _known: dict[tuple[str, ...], Array] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._alike = Alike(self.rows, _CUTS)
-        first = self.rows.take(self._alike.first)
+    def __init__(self, rows: Rows, blocks: Mapping[str, float]) -> None:
+        self.rows, self.blocks = rows, blocks
+        self._alike = Alike(rows, _CUTS)
+        first = rows.take(self._alike.first)
         self._cuts = Rows({**first.values, "micro_batch_size": np.full(len(first), ENDLESS)})
+        self._known: dict[tuple[str, ...], Array] = {}
 
     def seconds(
         self, name: tuple[str, ...], at: Index, sequences: int, ledger: Callable[[Rows], tuple[Ledger, Context]],

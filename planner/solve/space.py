@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
@@ -50,11 +49,11 @@ def order_of(schedule: Choice) -> Generator:
     return generator_of(schedule.technique.order)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Mesh degrees and micro-batch sizes: one array per degree, all of one length."""
 
-    values: Mapping[str, Array]
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        self.values = values
 
     def __len__(self) -> int:
         return len(self.values["tp"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -279,7 +279,6 @@ class BranchTables:
         return ledger
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Change:
     """What a partial recipe makes of the prefix's ledger.
 
@@ -288,11 +287,12 @@ class _Change:
     ``tables``: by aspects, what :meth:`BranchTables._cells` says of it, made when first asked for.
     """
 
-    ledger: Ledger
-    removed: frozenset[int]
-    timed: frozenset[tuple[str, str]]
-    touched: frozenset[tuple[str, ...]]
-    tables: dict[tuple[str, ...], tuple[Index, Array]] = field(default_factory=dict)
+    def __init__(
+        self, ledger: Ledger, removed: frozenset[int], timed: frozenset[tuple[str, str]],
+        touched: frozenset[tuple[str, ...]],
+    ) -> None:  # fmt: skip
+        self.ledger, self.removed, self.timed, self.touched = ledger, removed, timed, touched
+        self.tables: dict[tuple[str, ...], tuple[Index, Array]] = {}
 
 
 def _share(one: _Change, other: _Change) -> bool:
@@ -320,8 +320,7 @@ def _change_of(before: Ledger, after: Ledger) -> _Change:
     return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Numbered:
+class _Numbered(NamedTuple):
     """Parts of some branches by number.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from planner.specs.device import Sourced
 from planner.specs.library import hardware_folder
@@ -16,8 +16,7 @@ __all__ = ["COPIES", "ExchangeKernel", "exchange_kernel", "exchange_libraries"]
 COPIES = ("expert", "rank", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangeKernel:
+class ExchangeKernel(NamedTuple):
     """One kernel of a library; the constants are those of :func:`planner.costs.expert_exchange.expert_exchange_s`.
 
     ``copies``: whether a token is sent once per expert, once per rank that holds any of its experts, or not at all.

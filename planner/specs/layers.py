@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from planner.specs.model import Block
 
 __all__ = ["LayerPlan", "arrange"]
 
 
-@dataclass(slots=True)
-class LayerPlan:
+class LayerPlan(NamedTuple):
     """Block kinds by name, and the order of execution as runs of (name, repeat)."""
 
-    blocks: dict[str, Block] = field(default_factory=dict)
-    layers: tuple[tuple[str, int], ...] = ()
-    encoder_layers: tuple[tuple[str, int], ...] = ()
+    blocks: dict[str, Block]
+    layers: tuple[tuple[str, int], ...]
+    encoder_layers: tuple[tuple[str, int], ...]
 
 
 def arrange(layers: Sequence[Block], encoder: Sequence[Block] = ()) -> LayerPlan:
@@ -31,10 +30,9 @@ def arrange(layers: Sequence[Block], encoder: Sequence[Block] = ()) -> LayerPlan
     >>> arrange([local, local, full, local]).layers
     (('local-dense', 2), ('dense', 1), ('local-dense', 1))
     """
-    plan = LayerPlan()
-    plan.encoder_layers = _runs(encoder, plan.blocks, "encoder-")
-    plan.layers = _runs(layers, plan.blocks, "")
-    return plan
+    blocks: dict[str, Block] = {}
+    encoder_layers = _runs(encoder, blocks, "encoder-")
+    return LayerPlan(blocks, _runs(layers, blocks, ""), encoder_layers)
 
 
 def _runs(layers: Sequence[Block], blocks: dict[str, Block], prefix: str) -> tuple[tuple[str, int], ...]:

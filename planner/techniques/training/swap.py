@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from planner.ledger import Item, Ledger, Phase, Resident, Transfer, times
@@ -80,13 +79,12 @@ def swap(
             for way in ways for link, suffix in _LINKS[tier]
         )  # fmt: skip
         added.append(
-            replace(
-                item, what=f"{item.what}.staging", lifetime="block", pool="buffers", by=by,
+            item.but(what=f"{item.what}.staging", lifetime="block", pool="buffers", by=by,
                 bytes_per_element=_STAGES * item.bytes_per_element,
             )
         )  # fmt: skip
         if share:
-            added.append(replace(item, size=times(item.size, f"{share}_kept")))
-        return replace(item, size=moved, tier=tier, by=by)
+            added.append(item.but(size=times(item.size, f"{share}_kept")))
+        return item.but(size=moved, tier=tier, by=by)
 
     return ledger.edit(Resident, move).add(added)

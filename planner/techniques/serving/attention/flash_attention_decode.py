@@ -11,7 +11,6 @@ Source: Dao et al. 2022 (arXiv:2205.14135); Dao et al. 2023 (Flash-Decoding); Kw
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from planner.ledger import AttentionCore, Item, Ledger, Matmul, Stream, times
@@ -68,7 +67,7 @@ def _all_keys(item: Matmul, ledger: Ledger) -> Item | None:
     """A latent's up-projection, over the tokens that generation sees as well."""
     if item.what != "attention.kv_up" or f"kv_rank@{item.block}" not in ledger.axes:
         return None
-    return replace(item, m=f"prefill_tokens + {times(f'decode_keys@{item.block}', 'decodes')}")
+    return item.but(m=f"prefill_tokens + {times(f'decode_keys@{item.block}', 'decodes')}")
 
 
 def _read_bytes(subject: Pass) -> float:

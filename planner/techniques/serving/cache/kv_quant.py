@@ -10,7 +10,6 @@ Source: vLLM, "FP8 KV cache" (docs/features/quantization/quantized_kvcache.md); 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident
@@ -31,7 +30,7 @@ def keep(ledger: Ledger, dtype: str) -> Ledger:
     def resident(item: Resident) -> Item | None:
         if item.pool != "kv_cache" or item.what == "ssm.state":
             return None
-        return replace(item, bytes_per_element=dtype_bytes(dtype))
+        return item.but(bytes_per_element=dtype_bytes(dtype))
 
     return ledger.edit(Resident, resident)
 

@@ -14,7 +14,6 @@ Source: vLLM, docs/serving/context_parallel_deployment.md (``--decode-context-pa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,15 +56,13 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     added: list[Item] = []
 
     def cache(item: Resident) -> Item | None:
-        return (
-            replace(item, size=times(item.size, _PART), by=TECHNIQUE.key) if item.pool == "kv_cache" else None
-        )
+        return item.but(size=times(item.size, _PART), by=TECHNIQUE.key) if item.pool == "kv_cache" else None
 
     def core(item: AttentionCore) -> Item | None:
         if not item.decode:
             return None
         added.extend(_exchanges(item, group, ctx.format.activation))
-        return replace(item, heads=times(item.heads, _COPIES), kv=times(item.kv, _PART), by=TECHNIQUE.key)
+        return item.but(heads=times(item.heads, _COPIES), kv=times(item.kv, _PART), by=TECHNIQUE.key)
 
     ledger = ledger.set_axes(**{_COPIES: count, _PART: 1.0 / count})
     return ledger.edit(Resident, cache).edit(AttentionCore, core).add(added)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.ledger import Item, Ledger, Matmul
 from planner.technique import Check, ServingContext
@@ -35,7 +34,7 @@ def spread(ledger: Ledger, ctx: ServingContext, by: str) -> Ledger:
         if not item.grouped:
             return None
         b = item.block
-        return replace(item, groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by=by)
+        return item.but(groups=f"busy_experts@{b}", m=f"routed_tokens@{b}/busy_experts@{b}", by=by)
 
     return (
         ledger.shard(experts=mesh.ep, expert_ffn=mesh.etp)

@@ -10,8 +10,6 @@ Source: vLLM ``fused_add_rms_norm``, ``fused_moe``; Fang et al. 2021 (TurboTrans
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Item, Ledger, Stream
 from planner.technique import Figure, Knob, ServingContext, Technique
 from planner.techniques.serving import runs
@@ -25,13 +23,13 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
 
     def fused(item: Stream) -> Item | None:
         if item.what in _ROUTED:
-            return replace(item, launches=0.0, by="fused_kernels")
+            return item.but(launches=0.0, by="fused_kernels")
         if (
             "norm" in item.tags
             and item.what.startswith(("norm", "final_norm"))
             and not item.what.endswith("_post")
         ):
-            return replace(item, bytes_per_element=2.0 * item.bytes_per_element, by="fused_kernels")
+            return item.but(bytes_per_element=2.0 * item.bytes_per_element, by="fused_kernels")
         return None
 
     return ledger.drop(lambda item: "add" in item.tags and isinstance(item, Stream)).edit(Stream, fused)

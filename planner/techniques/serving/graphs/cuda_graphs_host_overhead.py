@@ -9,8 +9,6 @@ Source: vLLM ``cudagraph_capture_sizes``; Vellaisamy et al. 2025 (SKIP, arXiv:25
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Item, Kernel, Ledger
 from planner.technique import Figure, Knob, ServingContext, Technique
 from planner.techniques.serving import runs
@@ -21,7 +19,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     """Marks every kernel."""
 
     def capture(item: Kernel) -> Item | None:
-        return replace(item, captured=True)
+        return item.but(captured=True)
 
     return ledger.edit(Kernel, capture)
 

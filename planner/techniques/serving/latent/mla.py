@@ -10,7 +10,6 @@ Source: DeepSeek-V2 (arXiv:2405.04434) §2.1.2; DeepSeek-V3's inference code (ab
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from planner.ledger import AttentionCore, Item, Ledger, Matmul
@@ -50,13 +49,12 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
         ]
 
     def product(item: Matmul) -> Item | None:
-        return replace(item, m="prefill_tokens", by="mla") if item.what == "attention.kv_up" else None
+        return item.but(m="prefill_tokens", by="mla") if item.what == "attention.kv_up" else None
 
     def core(item: AttentionCore) -> Item | None:
         if not item.decode or item.block not in latent:
             return None
-        return replace(
-            item,
+        return item.but(
             kv_heads="1",
             qk_dim=f"latent_key@{item.block}",
             v_dim=f"kv_rank@{item.block}",

@@ -96,7 +96,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
             continue
         part = _part(item)
         track = "exchange" if isinstance(item, Collective) and part in ("dispatch", "combine") else "main"
-        half = replace(item, by=TECHNIQUE.key, track=track, **_halved(item))
+        half = item.but(by=TECHNIQUE.key, track=track, **_halved(item))
         items += [replace(half, window=f"half.{k}.{item.block}") for k in _WINDOWS[part]]
     return replace(ledger, items=tuple(items))
 

@@ -17,7 +17,6 @@ Source: Yang et al. 2024 (arXiv:2411.01783), sections 3.5 and 4.2; vLLM 0.32, ``
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,15 +67,13 @@ def _passed(ledger: Ledger, ctx: ServingContext) -> Ledger:
             return None
         others = times(item.kv, f"{_DISTANT}*{_PART}")
         added.append(
-            replace(
-                item, what=f"{item.what}.distant", kv=others, by=TECHNIQUE.key, window=f"ring.{item.block}"
-            )
+            item.but(what=f"{item.what}.distant", kv=others, by=TECHNIQUE.key, window=f"ring.{item.block}")
         )
-        return replace(item, kv=times(item.kv, _PART), by=TECHNIQUE.key)
+        return item.but(kv=times(item.kv, _PART), by=TECHNIQUE.key)
 
     def cached(item: Resident) -> Item | None:
         whole = item.pool != "kv_cache" or item.what == "ssm.state"
-        return None if whole else replace(item, size=times(item.size, _PART), by=TECHNIQUE.key)
+        return None if whole else item.but(size=times(item.size, _PART), by=TECHNIQUE.key)
 
     for cache in _caches(ledger):
         tokens, window = f"context_keys@{cache.block}*{_DISTANT}*{_PART}", f"ring.{cache.block}"

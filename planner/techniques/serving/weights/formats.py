@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from planner.costs.precision import dtype_bytes
@@ -58,12 +57,12 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
                 label = head if "head" in item.tags else wide
             form = KERNEL_FORMATS[label]
             out = dtype_bytes(activation) if item.out_bytes is None else item.out_bytes
-            return replace(
-                item, dtype=form.dtype, format=label, out_bytes=out, by=item.by if label == wide else by
+            return item.but(
+                dtype=form.dtype, format=label, out_bytes=out, by=item.by if label == wide else by
             )
         if isinstance(item, Stream) and "activation" in item.tags:
-            return replace(
-                item, bytes_per_element=item.bytes_per_element * dtype_bytes(activation) / dtype_bytes("fp32")
+            return item.but(
+                bytes_per_element=item.bytes_per_element * dtype_bytes(activation) / dtype_bytes("fp32")
             )
         return None
 
@@ -79,6 +78,6 @@ def store(ledger: Ledger, ctx: ServingContext, linear: str, experts: str, by: st
             if "expert" in item.tags
             else linear
         )
-        return replace(item, bytes_per_element=dtype_bytes(KERNEL_FORMATS[label].weights))
+        return item.but(bytes_per_element=dtype_bytes(KERNEL_FORMATS[label].weights))
 
     return ledger.edit(Kernel, kernel).edit(Resident, resident)

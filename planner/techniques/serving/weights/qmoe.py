@@ -11,7 +11,6 @@ Source: Frantar and Alistarh 2023 (QMoE, arXiv:2310.16795), abstract and section
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.ledger import Item, Ledger, Resident
 from planner.technique import Check, Figure, Knob, ServingContext, Technique
@@ -34,7 +33,7 @@ def apply(ledger: Ledger, ctx: ServingContext) -> Ledger:
     def resident(item: Resident) -> Item | None:
         if item.pool != "parameters" or "expert" not in item.tags:
             return None
-        return replace(item, bytes_per_element=_BITS / 8.0, by=TECHNIQUE.key)
+        return item.but(bytes_per_element=_BITS / 8.0, by=TECHNIQUE.key)
 
     return store(ledger, ctx, "", "", TECHNIQUE.key).edit(Resident, resident)
 

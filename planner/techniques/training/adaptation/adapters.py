@@ -41,8 +41,7 @@ def _bottleneck(item: Matmul) -> Iterator[Item]:
     rows = item.m if item.groups == "1" else times(item.m, item.groups)
     tags = (item.tags - {"row", "column", "gemm"}) | {"adapter"}
     for what, n, k in (("down", rank, width), ("up", width, rank)):
-        half = replace(
-            item, what=f"{name}_{what}", m=rows, n=n, k=k, groups="1", grouped=False, by=_KEY, tags=tags | {"gemm"},
+        half = item.but(what=f"{name}_{what}", m=rows, n=n, k=k, groups="1", grouped=False, by=_KEY, tags=tags | {"gemm"},
             out_bytes=None,
         )  # fmt: skip
         yield half

@@ -11,8 +11,6 @@ Source: Kwon et al. 2022 (arXiv:2210.03858) §3.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Matmul, Resident, times
 from planner.technique import Context, Figure, Technique
@@ -45,13 +43,11 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def freeze(item: Resident) -> Item | None:
         if item.pool == "parameters":
-            return replace(item, tags=item.tags | {"frozen"})
+            return item.but(tags=item.tags | {"frozen"})
         if item.pool == "gradients":
             width = dtype_bytes(ctx.format.activation)
             tags = (item.tags - {"gradients"}) | {"gradient"}
-            return replace(
-                item, pool="workspace", lifetime="block", tags=tags, bytes_per_element=width, by=_KEY
-            )
+            return item.but(pool="workspace", lifetime="block", tags=tags, bytes_per_element=width, by=_KEY)
         return None
 
     ends = ledger.drop(

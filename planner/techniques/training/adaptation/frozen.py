@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -31,9 +30,9 @@ def freeze(ledger: Ledger, inputs: tuple[str, ...]) -> Ledger:
 
 def _frozen(item: Resident) -> Item | None:
     if item.pool == "parameters":
-        return replace(item, tags=item.tags | {"frozen"})
+        return item.but(tags=item.tags | {"frozen"})
     if "linear_input" in item.tags:
-        return replace(item, tags=item.tags - {"linear_input"})
+        return item.but(tags=item.tags - {"linear_input"})
     return None
 
 
@@ -68,6 +67,6 @@ def narrow(ledger: Ledger, ctx: Context, dtype_width: float, by: str) -> Ledger:
 
     def held(item: Resident) -> Item | None:
         tags = item.tags | {"narrow"}
-        return replace(item, bytes_per_element=dtype_width, tags=tags, by=by) if layers(item) else None
+        return item.but(bytes_per_element=dtype_width, tags=tags, by=by) if layers(item) else None
 
     return ledger.edit(Resident, held).add(casts)

@@ -90,10 +90,8 @@ def _adapter(item: Matmul) -> Iterator[Item]:
     rank, tags = _rank_axis(item), item.tags | {"adapter"}
     # Down is cut as the input is, up as the output is; the other half is whole on every tensor rank.
     down, up = (
-        replace(
-            item, what=f"{item.what}.adapter_down", n=rank, out_bytes=None, by=_BY, tags=tags - {"column"}
-        ),
-        replace(item, what=f"{item.what}.adapter_up", k=rank, out_bytes=None, by=_BY, tags=tags - {"row"}),
+        item.but(what=f"{item.what}.adapter_down", n=rank, out_bytes=None, by=_BY, tags=tags - {"column"}),
+        item.but(what=f"{item.what}.adapter_up", k=rank, out_bytes=None, by=_BY, tags=tags - {"row"}),
     )
     for half in (down, up):
         yield half

@@ -11,7 +11,6 @@ Source: Dao et al. 2022 (arXiv:2205.14135); Dao 2023 (arXiv:2307.08691).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from planner.costs.precision import dtype_bytes
@@ -64,7 +63,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if not item.what.endswith(".core_output") or ctx.format.block == 1:
             return None
         both = dtype_bytes(ctx.format.activation) + item.bytes_per_element
-        return replace(item, bytes_per_element=both, by="flash_attention")
+        return item.but(bytes_per_element=both, by="flash_attention")
 
     eager = ledger.drop(lambda item: "core_attn" in item.tags and not item.what.endswith(".core_output"))
     return eager.edit(Resident, output).add(added)

@@ -10,8 +10,6 @@ Source: PyTorch ``torch.utils.checkpoint`` (``use_reentrant=False``, ``early_sto
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Item, Ledger, Resident
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
@@ -36,7 +34,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             and item.block.removeprefix("encoder.") in ends
             and item.what.startswith(("mlp.fc2", "mlp.add"))
         )
-        return replace(item, tags=item.tags | {UNREAD}) if unread else None
+        return item.but(tags=item.tags | {UNREAD}) if unread else None
 
     return ledger.edit(Item, mark)
 

@@ -41,7 +41,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     def shrink(item: Collective) -> Item | None:
         if not {"data_parallel", "gradients"} <= item.tags:
             return None
-        small = replace(item, size=times(item.size, "cocktail_share"), dtype="int8", by=_KEY)
+        small = item.but(size=times(item.size, "cocktail_share"), dtype="int8", by=_KEY)
         added.append(
             Stream(
                 what=f"{item.what}.sample", block=item.block, phase="step", tags=frozenset({"compression"}), by=_KEY,

@@ -10,8 +10,6 @@ Source: PyTorch torchao.float8 (``enable_fsdp_float8_all_gather``, ``Float8Colwi
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Collective, Item, Ledger, Resident, Stream
 from planner.technique import Context, Figure, Technique
@@ -32,7 +30,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         gathered = item.kind == "all_gather" and (weights or item.tags & {"tp_gather", "tp_regather"})
         if not gathered or item.block in _WIDE_BLOCKS:
             return None
-        return replace(item, dtype="fp8", by=_KEY)
+        return item.but(dtype="fp8", by=_KEY)
 
     narrower = dtype_bytes("fp8") / dtype_bytes(ctx.format.activation)
 
@@ -43,13 +41,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             or item.block in _WIDE_BLOCKS
         ):
             return None
-        return replace(item, bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
+        return item.but(bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
 
     def copy(item: Stream) -> Item | None:
         gathered = "sequence_copy" in item.tags and item.tags & {"tp_gather", "tp_regather"}
         if not gathered or item.block in _WIDE_BLOCKS:
             return None
-        return replace(item, bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
+        return item.but(bytes_per_element=item.bytes_per_element * narrower, by=_KEY)
 
     return ledger.edit(Collective, narrow).edit(Resident, hold).edit(Stream, copy)
 

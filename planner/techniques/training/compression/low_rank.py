@@ -45,7 +45,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         mesh = "expert" if "expert" in item.tags else "dense"
         compressed = {"data_parallel", "gradients"} <= item.tags and item.block not in _WHOLE
         if compressed and (item.block, mesh) in matrices:
-            changed[id(item)] = replace(item, size=_factors(matrices[item.block, mesh]), by=_KEY)
+            changed[id(item)] = item.but(size=_factors(matrices[item.block, mesh]), by=_KEY)
     added = [
         new
         for (block, _), found in matrices.items()
@@ -80,8 +80,7 @@ def _work(product: Matmul) -> Iterator[Matmul]:
         ("project_back", product.n, rank, product.m),
         ("rebuild", product.m, product.n, rank),
     ):
-        yield replace(
-            product, what=f"{product.what}.{what}", phase="step", m=m, n=n, k=k, by=_KEY, window="", out_bytes=None
+        yield product.but(what=f"{product.what}.{what}", phase="step", m=m, n=n, k=k, by=_KEY, window="", out_bytes=None
         )  # fmt: skip
 
 

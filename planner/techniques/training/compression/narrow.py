@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +30,7 @@ def narrow(ledger: Ledger, pool: str, dtype: str, by: str) -> Ledger:
                 size=item.size, bytes_per_element=moved,
             )
         )  # fmt: skip
-        return replace(item, dtype=dtype, by=by)
+        return item.but(dtype=dtype, by=by)
 
     return ledger.edit(Collective, shrink).add(casts)
 

@@ -12,7 +12,6 @@ Source: Song et al. 2023 (Optimus-CC, ASPLOS 2023, arXiv:2301.09830) §6.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def join(item: Collective) -> Item | None:
         if {"data_parallel", "gradients"} <= item.tags and item.block in ("embedding", "head"):
-            return replace(item, size=times(item.size, "ends_joined"), by=_KEY)
+            return item.but(size=times(item.size, "ends_joined"), by=_KEY)
         return None
 
     return ledger.set_axes(ends_joined=np.where(_fused(ctx), 0.5, 1.0)).edit(Collective, join)

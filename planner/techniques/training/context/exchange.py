@@ -81,7 +81,7 @@ def shard_sequence(ledger: Ledger, ctx: Context, by: str) -> Ledger:
             gather, what=f"{item.what}.scatter_gradient", phase="backward", kind="reduce_scatter"
         )
         distant = times(item.size, "distant_ranks")
-        added += [gather, scatter, replace(item, what=f"{item.what}.distant", size=distant, by=by)]
+        added += [gather, scatter, item.but(what=f"{item.what}.distant", size=distant, by=by)]
     if keys:
         ledger = ledger.set_axes(context_ranks=ctx.mesh.cp, distant_ranks=ctx.mesh.cp - 1.0)
     return ledger.add(added)
@@ -159,7 +159,7 @@ def _swapped(kernel: Kernel, inside: Mapping[str, Array]) -> Kernel:
     kept = {field.name for field in fields(Item)} | {"dtype"}
     sizes: dict[str, Any] = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.name not in kept}
     swapped: dict[str, Any] = {name: swap(size) for name, size in sizes.items() if isinstance(size, str)}
-    return replace(kernel, **swapped)
+    return kernel.but(**swapped)
 
 
 def pass_keys(
@@ -203,15 +203,14 @@ def pass_keys(
             added.append(_buffer(first, times(local, "ring_buffers"), ctx, by))
         for kernel in core.kernels:
             if isinstance(kernel, AttentionCore):
-                changed[id(kernel)] = replace(kernel, kv=f"{kernel.kv}/ring")
-                distant = replace(
-                    kernel,
+                changed[id(kernel)] = kernel.but(kv=f"{kernel.kv}/ring")
+                distant = kernel.but(
                     what=f"{kernel.what}.distant",
                     kv=times(f"{kernel.kv}/ring", f"ring_steps*{work_share}"),
                 )
                 added.append(replace(distant, window=window))
             else:
-                changed[id(kernel)] = replace(kernel, window=window)
+                changed[id(kernel)] = kernel.but(window=window)
                 ledger = ledger.cut(window, degree)
     return replace(ledger, items=(*(changed.get(id(item), item) for item in ledger.items), *added))
 
@@ -240,9 +239,9 @@ def pass_queries(ledger: Ledger, ctx: Context, degree: Array, group: Group, by: 
             added.append(_buffer(first, times(queries, "ring_buffers"), ctx, by))
         for kernel in core.kernels:
             assert isinstance(kernel, AttentionCore), "queries travel past fused kernels alone"
-            changed[id(kernel)] = replace(kernel, kv=f"{kernel.kv}/ring")
+            changed[id(kernel)] = kernel.but(kv=f"{kernel.kv}/ring")
             distant = times(f"{kernel.kv}/ring", "ring_steps")
-            added.append(replace(kernel, what=f"{kernel.what}.distant", kv=distant, window=window))
+            added.append(kernel.but(what=f"{kernel.what}.distant", kv=distant, window=window))
     return replace(ledger, items=(*(changed.get(id(item), item) for item in ledger.items), *added))
 
 

@@ -13,8 +13,6 @@ Source: Megatron-Core ``--cuda-graph-impl`` and ``--cuda-graph-scope`` (megatron
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Item, Kernel, Ledger, Matmul
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
@@ -35,8 +33,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def capture(item: Kernel) -> Item | None:
         if tags is None and isinstance(item, Matmul) and item.grouped:
-            return replace(item, captured=True, single=True)
-        return replace(item, captured=True) if tags is None or item.tags & tags else None
+            return item.but(captured=True, single=True)
+        return item.but(captured=True) if tags is None or item.tags & tags else None
 
     return ledger.edit(Kernel, capture)
 

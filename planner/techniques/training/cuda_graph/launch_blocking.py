@@ -10,8 +10,6 @@ Source: NVIDIA CUDA C++ programming guide, ``CUDA_LAUNCH_BLOCKING``; BigScience 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Collective, Item, Kernel, Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
@@ -25,7 +23,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def wait(item: Item) -> Item | None:
         runs = isinstance(item, Kernel | Collective) and item.phase != "step"
-        return replace(item, waited=True) if runs else None
+        return item.but(waited=True) if runs else None
 
     return ledger.edit(Item, wait)
 

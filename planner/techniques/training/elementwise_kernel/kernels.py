@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -50,7 +49,7 @@ def run_apart(
         phase = kernels(item).get(item.phase)
         if phase is None:
             return None
-        return replace(item, bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=by)
+        return item.but(bytes_per_element=phase.bytes_per_element(width), launches=phase.launches, by=by)
 
     training = any(item.phase == "backward" for item in ledger.items)
     return ledger.edit(Stream, slower).add(kept if training else ())

@@ -42,7 +42,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             return None
         if item.pool == "parameters":
             added.extend(_travel(item, ctx))
-        return replace(item, size=times(item.size, "/expert_ranks"), by=_KEY)
+        return item.but(size=times(item.size, "/expert_ranks"), by=_KEY)
 
     return ledger.set_axes(expert_ranks=ctx.mesh.ep).edit(Resident, share).add(added)
 

@@ -108,9 +108,7 @@ def _copied(ledger: Ledger, ctx: Context) -> Ledger:
         ledger = ledger.set_axes(**{f"copied@{name}": slower * passes / 2.0})
     return ledger.edit(
         Stream,
-        lambda item: (
-            replace(item, size=times(item.size, f"copied@{item.block}")) if item.what in moved else None
-        ),
+        lambda item: item.but(size=times(item.size, f"copied@{item.block}")) if item.what in moved else None,
     )
 
 

@@ -11,8 +11,6 @@ Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv:2412.19437) §3.2.1; Megatron-Core 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Collective, Item, Ledger
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
@@ -25,7 +23,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Moves the exchanges between experts to a track of their own."""
 
     def beside(item: Collective) -> Item | None:
-        return replace(item, track="exchange", by=_KEY) if item.kind == "all_to_all" else None
+        return item.but(track="exchange", by=_KEY) if item.kind == "all_to_all" else None
 
     return ledger.edit(Collective, beside)
 

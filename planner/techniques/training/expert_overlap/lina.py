@@ -14,7 +14,6 @@ Source: Li et al. 2023 (Lina, USENIX ATC, arXiv:2210.17223) §2.2, §4.2, §7.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -51,11 +50,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if window not in pieces or item.window:
             return None
         if isinstance(item, Matmul) and "expert" in item.tags:
-            return replace(item, window=window)
+            return item.but(window=window)
         if not isinstance(item, Collective) or item.kind != "all_to_all":
             return None
-        return replace(
-            item,
+        return item.but(
             window=window,
             track="exchange",
             messages=f"pieces@{window}",

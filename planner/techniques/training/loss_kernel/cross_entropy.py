@@ -12,7 +12,6 @@ Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.3; Megatron-Core ``--cros
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -28,7 +27,7 @@ def fused(ledger: Ledger, ctx: Context) -> Ledger:
         if "loss" not in item.tags:
             return None
         passes = 1.0 if item.phase == "forward" else 2.0
-        return replace(item, bytes_per_element=4.0 * passes, launches=1.0, by="fused_cross_entropy")
+        return item.but(bytes_per_element=4.0 * passes, launches=1.0, by="fused_cross_entropy")
 
     return ledger.edit(Stream, cheaper).drop(lambda item: item.what == "head.logits_gradient")
 
@@ -44,7 +43,7 @@ def linear_fused(ledger: Ledger, ctx: Context) -> Ledger:
     def chunk(item: Resident) -> Item | None:
         if item.what != "head.logits":
             return None
-        return replace(item, size=item.size.replace("vocab", "hidden"), by="linear_cross_entropy")
+        return item.but(size=item.size.replace("vocab", "hidden"), by="linear_cross_entropy")
 
     return fused(ledger, ctx).edit(Resident, chunk)
 

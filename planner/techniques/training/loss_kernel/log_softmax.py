@@ -14,7 +14,6 @@ Source: PyTorch ``tools/autograd/derivatives.yaml`` (_log_softmax saves its resu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Matmul, Resident, Stream, times
@@ -34,32 +33,31 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def product(item: Matmul) -> Item | None:
         narrow = item.what == "head.logits" and item.out_bytes is not None
-        return replace(item, out_bytes=None, by="log_softmax") if narrow else None
+        return item.but(out_bytes=None, by="log_softmax") if narrow else None
 
     def kernels(item: Stream) -> Item | None:
         if "loss" not in item.tags or item.phase not in _FP32_PASSES:
             return None
         moved = 4.0 * _FP32_PASSES[item.phase] + cast_bytes
-        return replace(item, bytes_per_element=moved, launches=2.0 + bool(cast_bytes), by="log_softmax")
+        return item.but(bytes_per_element=moved, launches=2.0 + bool(cast_bytes), by="log_softmax")
 
     def wide(item: Resident) -> Item | None:
         gradient = item.what == "head.logits_gradient"
-        return replace(item, bytes_per_element=4.0, by="log_softmax") if gradient else None
+        return item.but(bytes_per_element=4.0, by="log_softmax") if gradient else None
 
     def copies() -> Iterator[Item]:
         for item in ledger.of(Resident):
             if item.what == "head.logits":
-                yield replace(item, what="head.log_probabilities_gradient", by="log_softmax")
+                yield item.but(what="head.log_probabilities_gradient", by="log_softmax")
                 # Too small for the fp32 tensors behind it, an allocator keeps the memory of the 16-bit logits.
-                yield replace(
-                    item,
+                yield item.but(
                     what="head.narrow_logits",
                     bytes_per_element=width,
                     lifetime="freed",
                     by="log_softmax",
                 )
                 size = times(item.size, "sharded_vocabulary")
-                yield replace(item, what="head.probabilities", size=size, by="log_softmax")
+                yield item.but(what="head.probabilities", size=size, by="log_softmax")
 
     ledger = ledger.set_axes(sharded_vocabulary=(ctx.mesh.tp > 1).astype(float))
     return ledger.edit(Matmul, product).edit(Stream, kernels).edit(Resident, wide).add(copies())

@@ -10,7 +10,6 @@ Source: Shen et al. 2025 (Long-VITA, arXiv:2502.05177), logits-masked language m
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.ledger import Item, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Check, Context, Detail, Figure, Technique
@@ -50,10 +49,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             return None
         if isinstance(item, Matmul):
             if item.phase == "weight":
-                return replace(item, k=times(item.k, "target_share"), by=_KEY)
-            return replace(item, m=times(item.m, "target_share"), by=_KEY)
+                return item.but(k=times(item.k, "target_share"), by=_KEY)
+            return item.but(m=times(item.m, "target_share"), by=_KEY)
         if isinstance(item, Stream | Resident):
-            return replace(item, size=times(item.size, "target_share"), by=_KEY)
+            return item.but(size=times(item.size, "target_share"), by=_KEY)
         return None
 
     share = float(ctx.knobs.get(_PERCENT, 100.0)) / 100.0

@@ -11,7 +11,6 @@ Source: Li et al. 2023 (arXiv:2310.07147) §3.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.costs.precision import cast_bytes, dtype_bytes
 from planner.ledger import Item, Ledger, Resident, Stream
@@ -41,7 +40,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def narrow(item: Resident) -> Item | None:
         held = item.pool in ("parameters", "gradients") and item.lifetime == "always"
-        return replace(item, bytes_per_element=1.0, by=_KEY) if held and "frozen" not in item.tags else None
+        return item.but(bytes_per_element=1.0, by=_KEY) if held and "frozen" not in item.tags else None
 
     return update(ledger, ctx, _KEY).edit(Resident, narrow).add(casts)
 

@@ -83,7 +83,7 @@ def _masters(ledger: Ledger, n_bytes: float, by: str) -> Ledger:
     def narrow(item: Resident) -> Item | None:
         if item.pool != "optimizer" or item.bytes_per_element == n_bytes:
             return None
-        return replace(item, bytes_per_element=n_bytes, by=by)
+        return item.but(bytes_per_element=n_bytes, by=by)
 
     if not n_bytes:
         return ledger.drop(lambda item: isinstance(item, Resident) and item.pool == "optimizer")

@@ -12,7 +12,6 @@ Source: Malladi et al. 2023 (MeZO, arXiv:2305.17333) Algorithm 1; Wang et al. 20
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -46,8 +45,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def without_gradients(item: Resident) -> Item | None:
         if item.pool == "parameters":
-            return replace(item, tags=item.tags | {"frozen"})
-        return replace(item, lifetime="block", by=_KEY) if item.lifetime == "micro_batch" else None
+            return item.but(tags=item.tags | {"frozen"})
+        return item.but(lifetime="block", by=_KEY) if item.lifetime == "micro_batch" else None
 
     weights_of = trained(ledger)
     ledger = with_degrees(ledger, ctx).drop(serves_backward).edit(Resident, without_gradients)

@@ -6,8 +6,6 @@ left of the backward; only the last block's update has nothing to hide behind.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ledger import Item, Ledger, Transfer
 
 __all__ = ["beside_backward"]
@@ -21,6 +19,6 @@ def beside_backward(ledger: Ledger, by: str) -> Ledger:
     def hidden(item: Transfer) -> Item | None:
         if item.phase != "step" or ("optimizer" not in item.tags and "gradients" not in item.tags):
             return None
-        return replace(item, window="gradients", track=_LANES[item.tier], by=by)
+        return item.but(window="gradients", track=_LANES[item.tier], by=by)
 
     return ledger.edit(Transfer, hidden)

@@ -41,15 +41,15 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def near(item: Item) -> Item | None:
         if isinstance(item, Resident) and item.tier == "host" and item.pool in ("optimizer", "gradients"):
-            added.append(replace(item, size=times(item.size, "beyond_dram"), tier="cxl", by=_KEY))
+            added.append(item.but(size=times(item.size, "beyond_dram"), tier="cxl", by=_KEY))
         elif isinstance(item, Transfer) and item.tier == "host_memory":
-            over_there = replace(
-                item, what=f"{item.what}.cxl", size=times(item.size, "beyond_dram"), tier="cxl", by=_KEY
+            over_there = item.but(
+                what=f"{item.what}.cxl", size=times(item.size, "beyond_dram"), tier="cxl", by=_KEY
             )
             added.append(over_there)
         else:
             return None
-        return replace(item, size=times(item.size, "in_dram"), by=_KEY)
+        return item.but(size=times(item.size, "in_dram"), by=_KEY)
 
     return ledger.set_axes(beyond_dram=over, in_dram=1.0 - over).edit(Item, near).add(added)
 

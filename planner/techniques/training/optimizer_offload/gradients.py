@@ -13,7 +13,6 @@ Source: Ren et al. 2021 (arXiv:2101.06840) §3.2, §4.1; DeepSpeed ``offload_opt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,13 +48,13 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def moved(item: Resident) -> Item | None:
         held = item.pool == "gradients" and item.lifetime == "always"
-        return replace(item, tier="host", by=_KEY) if held else None
+        return item.but(tier="host", by=_KEY) if held else None
 
     def only_up(item: Transfer) -> Item | None:
         if not item.what.endswith(zero_offload.BOTH_WAYS):
             return None
         what = item.what.replace(zero_offload.BOTH_WAYS, "up")
-        return replace(item, what=what, bytes_per_element=weight, by=_KEY)
+        return item.but(what=what, bytes_per_element=weight, by=_KEY)
 
     again = np.asarray(1.0 - 1.0 / ctx.micro_batches)  # the first micro-batch's gradients are the sum
     return ledger.edit(Resident, moved).edit(Transfer, only_up).set_axes(accumulated=again).add(added)

@@ -10,8 +10,6 @@ Source: Maurya et al. 2024 (arXiv:2410.21316) §4.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from planner.costs.offload import interleaved_update_stride
@@ -37,10 +35,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     def on_host(item: Transfer) -> Item | None:
         if item.tier != "host_memory" or item.phase != "step":
             return None
-        return replace(item, size=times(item.size, "updated_on_host"), by=_KEY)
+        return item.but(size=times(item.size, "updated_on_host"), by=_KEY)
 
     buffers = [
-        replace(item, what=f"{item.what}.part", tier="device", pool="workspace", lifetime="step", by=_KEY,
+        item.but(what=f"{item.what}.part", tier="device", pool="workspace", lifetime="step", by=_KEY,
                 size=times(item.size, "part"), bytes_per_element=2.0 * item.bytes_per_element)
         for item in ledger.of(Resident, pool="optimizer", tier="host")
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     moved = {id(item) for item in held}
 
     def away(item: Resident) -> Item | None:
-        return replace(item, tier="nvme", by=_KEY) if id(item) in moved else None
+        return item.but(tier="nvme", by=_KEY) if id(item) in moved else None
 
     return ledger.edit(Resident, away).add(new for item in held for new in _traffic(item, ctx))
 

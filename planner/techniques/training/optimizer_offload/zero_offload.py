@@ -11,7 +11,6 @@ Source: Ren et al. 2021 (arXiv:2101.06840) §3, §4; Megatron ``--optimizer-cpu-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from planner.costs.optimizer import FUSED_UPDATES
@@ -43,7 +42,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     moved = dtype_bytes(ctx.gradient_dtype) + dtype_bytes(ctx.format.activation)
 
     def offload(item: Resident) -> Item | None:
-        return replace(item, tier="host", by="zero_offload") if item.pool == "optimizer" else None
+        return item.but(tier="host", by="zero_offload") if item.pool == "optimizer" else None
 
     added: list[Item] = []
     updates = [

@@ -67,7 +67,7 @@ def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
         for i in inputs
     ]
     share = np.where(ctx.mesh.pp > 1, count.value * ctx.mesh.pp / layers, 0.0)
-    return ledger.set_axes(stage_tensors=share).add(replace(item, by="pipeline_stages") for item in held)
+    return ledger.set_axes(stage_tensors=share).add(item.but(by="pipeline_stages") for item in held)
 
 
 def _message(subject: Pass) -> float:

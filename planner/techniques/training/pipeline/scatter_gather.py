@@ -43,9 +43,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     def scatter(item: Collective) -> Item | None:
         if item.block != pipeline_stages.BOUNDARY:
             return None
-        gather = replace(item, what=f"{item.what}.gather", kind="all_gather", group=ctx.mesh.group("tp"))
+        gather = item.but(what=f"{item.what}.gather", kind="all_gather", group=ctx.mesh.group("tp"))
         gathers.append(replace(gather, by="scatter_gather"))
-        return replace(item, size=times(item.size, "/slices"), by="scatter_gather")
+        return item.but(size=times(item.size, "/slices"), by="scatter_gather")
 
     return ledger.set_axes(slices=ctx.mesh.tp).edit(Collective, scatter).add(gathers)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Kernel, Ledger, Matmul, Resident, Stream
 from planner.technique import Context
@@ -29,31 +27,30 @@ def switch_dtypes(ledger: Ledger, ctx: Context, by: str) -> Ledger:
                 if dtype_bytes(dtype) < dtype_bytes(formats.activation)
                 else None
             )
-            return replace(
-                item,
+            return item.but(
                 dtype=dtype,
                 out_bytes=item.out_bytes if item.out_bytes is not None else wide,
                 format="" if item.tags & WIDE else formats.kernels,
             )
         if isinstance(item, Stream) and "activation" in item.tags:
-            return replace(item, bytes_per_element=item.bytes_per_element * ratio)
+            return item.but(bytes_per_element=item.bytes_per_element * ratio)
         return None
 
     def resident(item: Resident) -> Item | None:
         if "linear_input" in item.tags:
-            return replace(item, bytes_per_element=formats.linear_input_bytes)
+            return item.but(bytes_per_element=formats.linear_input_bytes)
         if "activation" in item.tags:
-            return replace(item, bytes_per_element=item.bytes_per_element * ratio)
+            return item.but(bytes_per_element=item.bytes_per_element * ratio)
         if item.pool == "parameters" and "narrow" in item.tags:
             return None  # held in a format of its own
         if item.pool == "parameters":
             if formats.master and "frozen" not in item.tags:
                 tags = (item.tags - {"parameters"}) | {"optimizer"}
                 what = item.what.replace("parameters", "master_weights")
-                masters.append(replace(item, what=what, pool="optimizer", tags=tags, by=by))
-            return replace(item, bytes_per_element=dtype_bytes(formats.activation))
+                masters.append(item.but(what=what, pool="optimizer", tags=tags, by=by))
+            return item.but(bytes_per_element=dtype_bytes(formats.activation))
         if item.pool == "gradients":
-            return replace(item, bytes_per_element=dtype_bytes(ctx.gradient_dtype))
+            return item.but(bytes_per_element=dtype_bytes(ctx.gradient_dtype))
         return None
 
     return ledger.edit(Kernel, kernel).edit(Resident, resident).add(masters)

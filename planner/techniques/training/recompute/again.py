@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from planner.ledger import Collective, Item, Ledger, Resident
 
@@ -37,6 +36,6 @@ def recompute(
     def transient(item: Resident) -> Item | None:
         if "saved" not in item.tags or item.block in _OUTSIDE or not inside(item) or keeps(item):
             return None
-        return replace(item, lifetime="recomputed", by=by)
+        return item.but(lifetime="recomputed", by=by)
 
     return ledger.copy_to_phase(again, "recompute", by).edit(Resident, transient)

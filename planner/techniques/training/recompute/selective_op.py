@@ -15,7 +15,6 @@ Source: torchtitan ``torchtitan/distributed/activation_checkpoint.py`` (selectiv
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Collective, Item, Ledger, Matmul, Resident, times
@@ -62,7 +61,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         parts = products.get((item.block, item.what), [])
         if item.phase != "recompute" or not any(part[2] for part in parts):
             return None
-        return replace(item, n=" + ".join(width for _, width, is_kept in parts if not is_kept))
+        return item.but(n=" + ".join(width for _, width, is_kept in parts if not is_kept))
 
     width = dtype_bytes(ctx.format.activation)
     results = [_result(item, width) for item in _kept_results(ledger, products)]
@@ -116,8 +115,8 @@ def _halves(ledger: Ledger, products: dict[tuple[str, str], list[_Part]]) -> Led
         if (item.block, item.what) not in split:
             return None
         size = item.size.removeprefix("2*")
-        halves.append(replace(item, what=f"{item.what}.up", size=size, by=_KEY))
-        return replace(item, what=f"{item.what}.gate", size=size, by=_KEY)
+        halves.append(item.but(what=f"{item.what}.up", size=size, by=_KEY))
+        return item.but(what=f"{item.what}.gate", size=size, by=_KEY)
 
     edited = ledger.edit(Resident, first)
     return edited.add(halves)

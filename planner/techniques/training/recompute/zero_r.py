@@ -47,7 +47,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 kind="all_gather", group=ctx.mesh.group("tp"), size=item.size, dtype=ctx.format.activation,
             )
         )  # fmt: skip
-        return replace(item, size=times(item.size, "/checkpoint_parts"), by="zero_r")
+        return item.but(size=times(item.size, "/checkpoint_parts"), by="zero_r")
 
     return ledger.set_axes(checkpoint_parts=ctx.mesh.tp).edit(Resident, split).add(gathers)
 

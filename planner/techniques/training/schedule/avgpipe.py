@@ -34,7 +34,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     added: list[Item] = []
     for item in ledger.of(Resident, lifetime="always"):
         if item.pool in ("parameters", "gradients", "optimizer"):
-            added.append(replace(item, what=f"{item.what}.second", by=_KEY))
+            added.append(item.but(what=f"{item.what}.second", by=_KEY))
         if item.pool == "parameters":
             added.append(
                 Stream(

@@ -43,7 +43,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     known = {id(item) for item in parked}
 
     def mark(item: Resident) -> Item | None:
-        return replace(item, tags=item.tags | {"parked"}) if id(item) in known else None
+        return item.but(tags=item.tags | {"parked"}) if id(item) in known else None
 
     pair = Group("pairs", np.where(pp > 2, 2.0, 1.0), stride)
     return ledger.edit(Resident, mark).add(_traffic(parked, pair))

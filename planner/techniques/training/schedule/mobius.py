@@ -37,7 +37,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     def once(item: Transfer) -> Item | None:
         if item.by != _KEY or item.phase == "step":
             return None
-        return replace(item, size=times(item.size, "/visits"))
+        return item.but(size=times(item.size, "/visits"))
 
     return moved.edit(Transfer, once)
 

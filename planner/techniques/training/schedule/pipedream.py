@@ -32,8 +32,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if isinstance(item, Resident):
             if (item.pool, item.lifetime) != ("parameters", "always"):
                 return None
-            return replace(item, what=f"{item.what}.stash", lifetime="micro_batch", by="pipedream")
-        return replace(item, phase="backward", by="pipedream") if item.phase == "step" else None
+            return item.but(what=f"{item.what}.stash", lifetime="micro_batch", by="pipedream")
+        return item.but(phase="backward", by="pipedream") if item.phase == "step" else None
 
     return ledger.edit(Item, stash)
 

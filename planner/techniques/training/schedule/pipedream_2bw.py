@@ -29,7 +29,7 @@ ORDER = replace(
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """A second version of the weights, where the first one lives."""
     weights = ledger.of(Resident, pool="parameters", lifetime="always")
-    return ledger.add(replace(item, what=f"{item.what}.second", by="pipedream_2bw") for item in weights)
+    return ledger.add(item.but(what=f"{item.what}.second", by="pipedream_2bw") for item in weights)
 
 
 def _versions(subject: Pass) -> float:

@@ -16,7 +16,6 @@ Source: Qi et al. 2024 (arXiv:2401.10241) §3.1, Tables 5 and 9.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -49,16 +48,14 @@ class Durations(NamedTuple):
 NOMINAL = Durations(29.718e-3, 29.444e-3, 19.927e-3, 0.527e-3)  # Table 9: 6.2B, 8 stages, 24 micro-batches
 
 
-@dataclass(slots=True)
 class _Device:
     """Where a device stands: how many of each operation it has run, until when, and how long it has waited since its first."""
 
-    limit: float
-    durations: Durations
-    clock_s: float = 0.0
-    waited_s: float = 0.0
-    ran: list[int] = field(default_factory=list)
-    count: list[int] = field(default_factory=lambda: [0, 0, 0])
+    def __init__(self, limit: float, durations: Durations) -> None:
+        self.limit, self.durations = limit, durations
+        self.clock_s = self.waited_s = 0.0
+        self.ran: list[int] = []
+        self.count = [0, 0, 0]
 
     def run(self, op: Op, ready_s: float = 0.0) -> float:
         """Runs the next operation of a kind once its input is there; returns when it ends."""

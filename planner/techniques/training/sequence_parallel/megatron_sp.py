@@ -103,7 +103,7 @@ def _split(item: Collective) -> Iterator[Collective]:
     def half(kind: Any, tag: str, **fields: Any) -> Collective:
         what = item.what.removesuffix("all_reduce") + kind
         tags = (item.tags - {"tp_reduce"}) | {tag}
-        return replace(item, **{"kind": kind, "what": what, "tags": tags, "by": "megatron_sp", **fields})
+        return item.but(**{"kind": kind, "what": what, "tags": tags, "by": "megatron_sp", **fields})
 
     if item.phase == "forward":
         # Row-parallel output: scattered; its gradient is gathered before the backward products.

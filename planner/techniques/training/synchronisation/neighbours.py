@@ -10,7 +10,6 @@ Source: Lian et al. 2017 (D-PSGD, arXiv:1705.09056); Gan et al. 2021 (BAGUA, arX
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from planner.ledger import Collective, Item, Ledger, times
 from planner.technique import Check, Context, Figure, Technique
@@ -35,8 +34,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if not {"data_parallel", "gradients"} <= item.tags:
             return None
         what = item.what.replace("gradients.all_reduce", "weights.exchange")
-        return replace(
-            item, what=what, kind="point_to_point", size=times(item.size, "2"), dtype=ctx.format.activation, track="main",
+        return item.but(what=what, kind="point_to_point", size=times(item.size, "2"), dtype=ctx.format.activation, track="main",
             messages="1", by=_KEY,
         )  # fmt: skip
 

@@ -7,7 +7,6 @@ the rows and columns of the grid. Nothing is whole on any rank, so that sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,7 +171,7 @@ def travel(item: Matmul, ctx: Context, what: str, kind: str, size: str, group: G
 
 def widened(item: Matmul) -> Matmul:
     """A product whose inner dimension is walked block by block: all of it passes by."""
-    return replace(item, k=times(item.k, "grid_edge"))
+    return item.but(k=times(item.k, "grid_edge"))
 
 
 def with_depth(ledger: Ledger, ctx: Context, rows: Array, columns: Array, by: str) -> Ledger:

@@ -13,7 +13,6 @@ Source: Bian et al. 2021 (arXiv:2105.14450) §3.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
@@ -39,7 +38,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 
     def spread(item: Resident) -> Item | None:
         weights = item.pool in ("parameters", "gradients", "optimizer") and item.lifetime == "always"
-        return replace(item, size=times(item.size, "/grid_edge"), by=_KEY) if weights else None
+        return item.but(size=times(item.size, "/grid_edge"), by=_KEY) if weights else None
 
     groups = [Group(f"tp.axis{axis}", side, np.power(side, axis)) for axis in range(3)]
     return ledger.edit(Resident, spread).add(_exchanges(ledger, ctx, groups))
@@ -48,8 +47,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
 def _gathered(item: Matmul) -> Matmul:
     """A product on rows gathered along an edge."""
     if item.phase == "weight":
-        return replace(item, k=times(item.k, "grid_edge"))
-    return replace(item, m=times(item.m, "grid_edge"))
+        return item.but(k=times(item.k, "grid_edge"))
+    return item.but(m=times(item.m, "grid_edge"))
 
 
 def _exchanges(ledger: Ledger, ctx: Context, groups: list[Group]) -> Iterator[Item]:

@@ -44,8 +44,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if product is not None:
             window = f"async.{item.block}.{item.phase}.{operator}"
             chunks[window] = ctx.mesh.tp
-            changed[id(item)] = replace(item, window=window, track="tp", by="async_tp")
-            changed[id(product)] = replace(product, window=window)
+            changed[id(item)] = item.but(window=window, track="tp", by="async_tp")
+            changed[id(product)] = product.but(window=window)
     copied = {
         (item.block, item.phase, f"{item.what}.copy"): item
         for item in changed.values()
@@ -59,9 +59,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 yield changed.get(id(item), item)
             elif "tp_scatter" in of.tags:
                 # Every rank's part of the sum arrives by itself: one kernel reads them all, and writes the sum.
-                yield replace(
-                    item, size=times(of.size, "summed_parts"), bytes_per_element=dtype_bytes(of.dtype)
-                )
+                yield item.but(size=times(of.size, "summed_parts"), bytes_per_element=dtype_bytes(of.dtype))
             # What is gathered is written in place, chunk by chunk.
 
     chunked = replace(ledger, items=tuple(without_copies()), chunks={**ledger.chunks, **chunks})

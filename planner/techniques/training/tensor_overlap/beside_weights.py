@@ -40,8 +40,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         product = products.get((item.block, item.what.rpartition(".")[0])) if item.tags & _SUMS else None
         if product is not None:
             window = f"{_KEY}.{product.block}.{product.what}"
-            changed[id(item)] = replace(item, phase="weight", window=window, track="tp", by=_KEY)
-            changed[id(product)] = replace(product, window=window)
+            changed[id(item)] = item.but(phase="weight", window=window, track="tp", by=_KEY)
+            changed[id(product)] = product.but(window=window)
     return replace(ledger, items=tuple(changed.get(id(item), item) for item in ledger.items))
 
 

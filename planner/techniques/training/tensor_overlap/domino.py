@@ -11,7 +11,6 @@ Source: Wang et al. 2024 (Domino, arXiv:2409.15241) §3.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -50,12 +49,10 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         window = f"{_KEY}.{item.block}.{item.phase}"
         if isinstance(item, Collective) and item.tags & _REDUCED:
             windows.add(window)
-            return replace(item, window=window, track="tp", by=_KEY)
+            return item.but(window=window, track="tp", by=_KEY)
         if isinstance(item, Matmul) and item.track == "main":
-            return replace(
-                item, window=window, m=times(item.m, "/slices"), groups=times(item.groups, "slices")
-            )
-        return replace(item, window=window) if isinstance(item, Kernel) and item.track == "main" else None
+            return item.but(window=window, m=times(item.m, "/slices"), groups=times(item.groups, "slices"))
+        return item.but(window=window) if isinstance(item, Kernel) and item.track == "main" else None
 
     ledger = ledger.set_axes(slices=cut).edit(Item, beside)
     for window in windows:

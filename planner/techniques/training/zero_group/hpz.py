@@ -11,7 +11,6 @@ Source: Wang et al. 2023 (ZeRO++, arXiv:2306.10209) §3.2; DeepSpeed ``zero_hpz_
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +35,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Gathers inside the domain in the backward; holds the second shards."""
     sizes = {of: _domain(ctx, of) for of in set(MESHES.values())}
     second = [
-        replace(
-            item, what=f"{item.what}.secondary", by=_KEY, bytes_per_element=dtype_bytes(ctx.format.activation),
+        item.but(what=f"{item.what}.secondary", by=_KEY, bytes_per_element=dtype_bytes(ctx.format.activation),
             size=item.size.replace(f"/zero_{mesh}", f"/secondary_{mesh}"),
         )
         for item in ledger.of(Resident, pool="parameters", lifetime="always")

@@ -13,7 +13,6 @@ Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119); Zhao et al. 2023 (PyTorch FS
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +38,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shrinks the shard groups, adds the all-reduce between replicas."""
     sizes = {of: _inside(ctx, of) for of in set(MESHES.values())}
     between = [
-        replace(
-            item, what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", by="hsdp", phase="step",
+        item.but(what=item.what.replace("reduce_scatter", "all_reduce"), kind="all_reduce", by="hsdp", phase="step",
             group=ctx.mesh.subgroup(of, f"{of}.replica", item.group.size / sizes[of], inner=False), track="gradients",
             size=times(item.size, f"/zero_{mesh_of(item)}"), messages="1",
         )

@@ -8,7 +8,6 @@ faster), and undone where states are whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def shard(ledger: Ledger, ctx: Context, pools: tuple[str, ...], by: str) -> Ledg
         mesh = mesh_of(item)
         if item.pool not in pools or mesh is None or item.lifetime != "always":
             return None
-        return replace(item, size=times(item.size, f"/zero_{mesh}"), by=by)
+        return item.but(size=times(item.size, f"/zero_{mesh}"), by=by)
 
     return with_degrees(ledger, ctx).edit(Resident, part)
 
@@ -104,10 +103,10 @@ def accumulated_in_place(ledger: Ledger, ctx: Context, *, reduced_at_once: bool 
         if item.phase != "weight":
             return None
         if not reduced_at_once:
-            return replace(item, out_bytes=moved)
+            return item.but(out_bytes=moved)
         mesh = mesh_of(item) or "dense"
         own = dtype_bytes(item.dtype) if item.out_bytes is None else item.out_bytes
-        return replace(item, out_bytes=f"{own}*together_{mesh} + {moved}*alone_{mesh}")
+        return item.but(out_bytes=f"{own}*together_{mesh} + {moved}*alone_{mesh}")
 
     if reduced_at_once:
         for mesh, group in MESHES.items():
@@ -124,8 +123,8 @@ def whole_update(ledger: Ledger) -> Ledger:
         if "update" not in item.tags:
             return None
         if isinstance(item, Stream | Resident):
-            return replace(item, size=item.size.replace(suffix, ""))
-        return replace(item, groups=item.groups.replace(suffix, "")) if isinstance(item, Matmul) else None
+            return item.but(size=item.size.replace(suffix, ""))
+        return item.but(groups=item.groups.replace(suffix, "")) if isinstance(item, Matmul) else None
 
     return ledger.edit(Item, unshard)
 
@@ -144,9 +143,7 @@ def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     held, layers = parameter_count(model) * width, (parameter_count(model) - ends) * width
     several = ctx.mesh.dp * ctx.mesh.cp > 1
     buffers = [
-        replace(
-            item, what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by
-        )
+        item.but(what=f"{item.what}.buckets", size=times(item.size, "bucket_share"), pool="buffers", by=by)
         for item in ledger.of(Resident, pool="gradients", lifetime="always")
         if item.block not in ("embedding", "head")
     ]
@@ -160,8 +157,7 @@ def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[R
     for item in ledger.of(Resident, pool=pool, lifetime="always"):
         if mesh_of(item) is not None:
             size = copies * item.bytes_per_element
-            yield replace(
-                item,
+            yield item.but(
                 what=f"{item.what}.whole",
                 pool="gathered",
                 lifetime="block",
@@ -182,7 +178,7 @@ def with_whole(ledger: Ledger, buffers: Sequence[Resident]) -> Ledger:
         return ledger.add(buffers)
     beside = np.maximum(1.0 - n_bytes(logits) / np.maximum(n_bytes(head), 1.0), 0.0)
     others = [item for item in buffers if item.block != "head"]
-    resized = [replace(item, size=times(item.size, "beside_logits")) for item in head]
+    resized = [item.but(size=times(item.size, "beside_logits")) for item in head]
     return ledger.set_axes(beside_logits=beside).add([*others, *resized])
 
 
@@ -209,7 +205,7 @@ def within(
         of = item.group.name
         if "data_parallel" not in item.tags or of not in sizes or not where(item):
             return None
-        return replace(item, group=ctx.mesh.subgroup(of, f"{of}.{name}", sizes[of], inner=True), by=by)
+        return item.but(group=ctx.mesh.subgroup(of, f"{of}.{name}", sizes[of], inner=True), by=by)
 
     return ledger.edit(Collective, shrink)
 
