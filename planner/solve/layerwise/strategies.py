@@ -201,7 +201,7 @@ class Strategies:
         Seconds of a micro-batch (infinite where a strategy is not active), serial seconds of a step; bytes held throughout, saved
         per micro-batch in flight, and while the block is at work; on the host throughout, and per micro-batch in flight.
         """
-        least, beside = self.tables.floors(self.branches, np.arange(len(self)), _BESIDE)
+        least, beside = self.tables.floors(self.branches, np.arange(len(self)), _BESIDE, rough=True)
         blocks = np.concatenate([least.sum(axis=0, keepdims=True), beside])[..., :-1]
         blocks[0][~self.active] = np.inf
         return blocks
