@@ -48,7 +48,7 @@ class BranchTables:
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
-        self._numbers: dict[tuple[tuple[int, int, int], ...], _Numbered] = {}
+        self._numbers: dict[tuple[tuple[tuple[int, int, int], ...], bool], _Numbered] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
@@ -117,13 +117,20 @@ class BranchTables:
         return table if first else table - self._rows(self._base, aspect, rows)
 
     def floors(
-        self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]], *, rough: bool = False
+        self,
+        branches: Sequence[tuple[int, int, int]],
+        rows: Index,
+        sums: Sequence[Sequence[str]],
+        *,
+        rough: bool = False,
     ) -> tuple[Array, Array]:
         """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
 
         Args:
             branches, rows: which.
             sums: of names, of what happens once per step or is held.
+            rough: whether states that interact with recompute need no ledgers of their own with it: their times are then no more
+                than those of either.
 
         Returns:
             Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
@@ -154,7 +161,10 @@ class BranchTables:
 
             parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
             beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
-            plain = [() if rough else numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
+            plain = [
+                () if rough else numbered(self._parts(state, r, 0, beside=True), clocked)
+                for state, r, _ in branches
+            ]
             groups = []
             for each in zip_longest(*beside, fillvalue=[0]):
                 most = max(map(len, each))  # a group with fewer members than others has its first one again

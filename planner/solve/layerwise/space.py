@@ -20,7 +20,7 @@ from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
-from planner.solve.space import Choice
+from planner.solve.space import Choice, Named, named
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
@@ -70,7 +70,7 @@ class LayerwiseSpace:
         """By pipeline degree, what none of its deals is faster than."""
         self.at: list[NDArray[np.intp]] = []
         """By prefix, the places of its rows in the uniform space."""
-        self.others: list[NDArray[np.intp]] = []
+        self.others: dict[Named, NDArray[np.intp]] = {}
         """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
@@ -381,7 +381,7 @@ class LayerwiseSpace:
                 rows = space.rows.take(open_[keep])
                 strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
-                    self.others.append(open_[keep])
+                    self.others[named(recipe)] = open_[keep]
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
