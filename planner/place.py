@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,7 @@ def activation_elements(place: Place) -> float:
 def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:
     """Seconds until a stage has what the one before it sends."""
     part, stack = receiver.problem.cluster, receiver.problem.stack
-    along = replace(receiver, row={**receiver.row, "pp": float(part.devices // receiver.ranks)})
-    whole = _boundary(along)
+    whole = _arriving(receiver)
     carried = {id(i): i for i in whole.items if isinstance(i, Collective) and i.kind == "point_to_point"}
     sent, rest = [*carried.values()], [item for item in whole.items if id(item) not in carried]
     spread = max(1.0, receiver.ranks / sender.ranks)
@@ -143,6 +143,13 @@ def _message_s(cluster: Cluster, sender: Place, receiver: Place) -> float:
         table = tabulate(replace(whole, items=tuple(items)), Pricer(where, stack), (BOUNDARY,), 1)
         total += float(table["forward_s"][0, 0])
     return total
+
+
+@lru_cache(maxsize=1024)
+def _arriving(receiver: Place) -> Ledger:
+    """What a hop into a place carries in as long a pipeline as its group has devices for, whoever sends it."""
+    longest = float(receiver.problem.cluster.devices // receiver.ranks)
+    return _boundary(replace(receiver, row={**receiver.row, "pp": longest}))
 
 
 def _boundary(place: Place) -> Ledger:

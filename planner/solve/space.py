@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 from planner.units import counted
 
-__all__ = ["DEGREES", "Choice", "Rows", "Space", "order_of"]
+__all__ = ["DEGREES", "Choice", "Named", "Rows", "Space", "named", "order_of"]
 
 DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch_size")
 _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
@@ -41,6 +41,14 @@ class Choice(NamedTuple):
 
     value: str
     technique: Technique | None
+
+
+Named: TypeAlias = tuple[str, ...]
+
+
+def named(recipe: Mapping[str, Choice]) -> Named:
+    """A recipe by the values of its choices."""
+    return tuple(choice.value for choice in recipe.values())
 
 
 def order_of(schedule: Choice) -> Generator:
@@ -82,13 +90,13 @@ class Space:
 
     Args:
         problem: the problem.
-        rows: places of some of its rows; without, all.
+        rows: places of the rows that some prefixes are searched on, by :func:`named`; without, all are on all.
 
     Raises:
         SpecError: a fixed knob or value is unknown, or a forbidden glob matches nothing.
     """
 
-    def __init__(self, problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
+    def __init__(self, problem: Problem, rows: Mapping[Named, NDArray[np.intp]] | None = None) -> None:
         self.problem = problem
         self.fixed = self._checked(problem.fixed)
         self.values = {name: self.fixed[name] for name in (*_VALUE_KNOBS, *details()) if name in self.fixed}
@@ -96,7 +104,12 @@ class Space:
         self._unmatched |= {("--explore", glob) for glob in problem.explore if glob != "all"}
         self.choices = {slot: self._slot(slot) for slot in SLOTS}
         every = self._rows()
-        self.rows = every if rows is None else every.take(rows)
+        self._searched: dict[Named, NDArray[np.bool_]] | None = None
+        if rows is not None:
+            places = np.unique(np.concatenate([np.zeros(0, dtype=np.intp), *rows.values()]))
+            self._searched = {name: np.isin(places, own) for name, own in rows.items()}
+            every = every.take(places)
+        self.rows = every
         self._report_unmatched()
 
     # -- recipes ---------------------------------------------------------------------------------------------------
@@ -104,6 +117,12 @@ class Space:
     def prefixes(self) -> Iterator[dict[str, Choice]]:
         """Every combination of the slots that shape a block's work."""
         return self._combinations([slot for slot in SLOTS if slot not in ADDITIVE_SLOTS])
+
+    def searched(self, prefix: Mapping[str, Choice]) -> NDArray[np.bool_]:
+        """Rows that a prefix is searched on."""
+        if self._searched is None:
+            return np.ones(len(self.rows), dtype=bool)
+        return self._searched.get(named(prefix), np.zeros(len(self.rows), dtype=bool))
 
     def branches(self) -> Iterator[dict[str, Choice]]:
         """Every combination of the additive slots, the schedule left out."""

@@ -48,7 +48,7 @@ class BranchTables:
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
         self._joint: dict[tuple[int, int], dict[str, Choice]] = {}
-        self._numbers: dict[tuple[tuple[int, int, int], ...], _Numbered] = {}
+        self._numbers: dict[tuple[tuple[tuple[int, int, int], ...], bool], _Numbered] = {}
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
@@ -117,19 +117,26 @@ class BranchTables:
         return table if first else table - self._rows(self._base, aspect, rows)
 
     def floors(
-        self, branches: Sequence[tuple[int, int, int]], rows: Index, sums: Sequence[Sequence[str]]
+        self,
+        branches: Sequence[tuple[int, int, int]],
+        rows: Index,
+        sums: Sequence[Sequence[str]],
+        *,
+        rough: bool = False,
     ) -> tuple[Array, Array]:
         """What floors of :meth:`summands` say of many branches at once, and what these take without their swaps, which only add.
 
         Args:
             branches, rows: which.
             sums: of names, of what happens once per step or is held.
+            rough: whether states that interact with recompute need no ledgers of their own with it: their times are then no more
+                than those of either.
 
         Returns:
             Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
             branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
         """
-        names, of = (*ONCE, *HELD), self._numbered(tuple(branches))
+        names, of = (*ONCE, *HELD), self._numbered(tuple(branches), rough)
         phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
         aspects = [
@@ -145,8 +152,8 @@ class BranchTables:
             least += largest - seconds[:, :1]
         return np.maximum(least, _added(seconds, of.plain)), _added(rest, of.parts)
 
-    def _numbered(self, branches: tuple[tuple[int, int, int], ...]) -> _Numbered:
-        if branches not in self._numbers:
+    def _numbered(self, branches: tuple[tuple[int, int, int], ...], rough: bool) -> _Numbered:
+        if (branches, rough) not in self._numbers:
             clocked, held = {self._base: 0}, {self._base: 0}
 
             def numbered(parts: Sequence[_Change], among: dict[_Change, int]) -> list[int]:
@@ -154,15 +161,18 @@ class BranchTables:
 
             parts = [numbered(self._parts(*branch, beside=False), held) for branch in branches]
             beside = [[numbered(group, clocked) for group in self._beside(*branch)] for branch in branches]
-            plain = [numbered(self._parts(state, r, 0, beside=True), clocked) for state, r, _ in branches]
+            plain = [
+                () if rough else numbered(self._parts(state, r, 0, beside=True), clocked)
+                for state, r, _ in branches
+            ]
             groups = []
             for each in zip_longest(*beside, fillvalue=[0]):
                 most = max(map(len, each))  # a group with fewer members than others has its first one again
                 groups.append(np.array([[*some, *some[:1] * (most - len(some))] for some in each]).T)
-            self._numbers[branches] = _Numbered(
+            self._numbers[branches, rough] = _Numbered(
                 [*clocked], [*held], groups, _side_by_side(plain), _side_by_side(parts)
             )
-        return self._numbers[branches]
+        return self._numbers[branches, rough]
 
     def whole(self, state: int, recompute: int, swap: int) -> Array:
         """:meth:`of_branch` on all rows, from a ledger of the branch's own."""

@@ -21,7 +21,7 @@ from planner.solve.candidates import Scored, Shortfall
 from planner.solve.named import estimate
 from planner.solve.ranking import Ranking
 from planner.solve.risk import at_any_risk, said
-from planner.solve.space import Space
+from planner.solve.space import Named, Space
 from planner.solve.uniform import SearchCounts, UniformSearch
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
@@ -77,9 +77,10 @@ def search_strictly(
 
 def search_until(
     problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float,
-    rows: NDArray[np.intp] | None = None,
+    rows: Mapping[Named, NDArray[np.intp]] | None = None,
 ) -> tuple[SearchResult, bool]:  # fmt: skip
-    """:func:`search` up to a reading of the clock, of some of the space's rows or all; with whether it came to the end.
+    """:func:`search` up to a reading of the clock, of all rows or of those that prefixes are searched on; with whether it came to
+    the end.
 
     Under a limit it may end without plans.
     """

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise, product
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
 from planner.solve.prefixes import Alike, Prefix, priced_alike
 from planner.solve.ranking import Ranking
 from planner.solve.row_floor import RowFloor
-from planner.solve.space import Choice, Rows, Space, order_of
+from planner.solve.space import Choice, Named, Rows, Space, named, order_of
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.specs.problem import Problem
@@ -55,6 +55,7 @@ _TOGETHER = 16384  # rows and layouts whose plain branches are priced at once
 _FIRST = 512  # rows and layouts, best bounds first, after which the bar is set for the first time
 
 Index = NDArray[np.intp]
+Recipe: TypeAlias = Mapping[str, Choice]
 
 
 class UniformSearch:
@@ -65,12 +66,12 @@ class UniformSearch:
         top: plans to keep.
         reprice: exact step times of scored candidates (the schedule engine).
         on_progress: called with (prefixes done, prefixes in all).
-        rows: places of the rows that are searched; without, all.
+        rows: places of the rows that prefixes are searched on; without, all (:class:`~planner.solve.space.Space`).
     """
 
     def __init__(
         self, problem: Problem, top: int, reprice: Callable[[list[Scored]], list[float]],
-        on_progress: Callable[[int, int], None] | None = None, rows: Index | None = None,
+        on_progress: Callable[[int, int], None] | None = None, rows: Mapping[Named, Index] | None = None,
     ) -> None:  # fmt: skip
         self.problem = problem
         self.space = Space(problem, rows)
@@ -103,7 +104,7 @@ class UniformSearch:
                 mesh, alike = part.context(self.problem, {}).mesh, Alike(part)
             knobs = self.space.knobs(recipe)
             ctx = replace(part.context(self.problem, knobs), mesh=mesh)
-            open_, activity = self._valid(recipe, part, ctx)
+            open_, activity = self._valid(recipe, at, part, ctx)
             if at[0] == 0:
                 self._bound(recipe, part, ctx, open_, activity, alike, made)
             else:
@@ -111,9 +112,8 @@ class UniformSearch:
                 for begin in range(0, len(open_), _ROWS):
                     some = np.arange(begin, min(begin + _ROWS, len(open_)))
                     rows = part.take(open_[some])
-                    self.pricer = Pricer(
-                        self.problem.cluster, self.problem.stack
-                    )  # forgets other rows' groups
+                    # Forgets other rows' groups.
+                    self.pricer = Pricer(self.problem.cluster, self.problem.stack)
                     own, all_ = rows.context(self.problem, knobs), some - begin
                     self._bound(recipe, rows, own, all_, activity.take(some), Alike(rows), {})
             if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
@@ -149,9 +149,9 @@ class UniformSearch:
 
     # -- step 1: rows of a prefix, and their bounds ----------------------------------------------------------------
 
-    def _valid(self, recipe: Mapping[str, Choice], part: Rows, ctx: Context) -> tuple[Index, Activity]:
+    def _valid(self, recipe: Recipe, at: Index, part: Rows, ctx: Context) -> tuple[Index, Activity]:
         """Rows on which a prefix says something of its own and breaks no rule; candidates of those that break one are counted."""
-        active = np.ones(len(part), dtype=bool)
+        active = self.space.searched(recipe)[at]
         for slot, choice in recipe.items():
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
@@ -165,7 +165,7 @@ class UniformSearch:
         return open_[valid], activity.take(valid)
 
     def _in_time(
-        self, recipe: Mapping[str, Choice], part: Rows, at: Index, open_: Index, activity: Activity
+        self, recipe: Recipe, part: Rows, at: Index, open_: Index, activity: Activity
     ) -> tuple[Index, Activity]:
         """Those of a part's rows, ``at`` in the space, whose floor is under the bar; candidates of the others are counted."""
         bar, knobs = self.ranking.bar, self.space.knobs(recipe)
@@ -176,15 +176,15 @@ class UniformSearch:
             ctx = rows.context(self.problem, knobs)
             return self.ledger(recipe, ctx), ctx
 
-        name, sequences = tuple(c.value for c in recipe.values()), self.problem.workload.global_batch_size
-        late = self._floor.seconds(name, at[open_], sequences, on, self.pricer) >= bar
+        sequences = self.problem.workload.global_batch_size
+        late = self._floor.seconds(named(recipe), at[open_], sequences, on, self.pricer) >= bar
         lost, kept = np.flatnonzero(late), np.flatnonzero(~late)
         for *_, variants in self._pairs(part.take(open_[lost]), knobs, activity.take(lost)):
             self.counts.excluded_by_bound["step time"] += int(variants.sum())
         return open_[kept], activity.take(kept)
 
     def _bound(
-        self, recipe: Mapping[str, Choice], part: Rows, whole: Context, open_: Index, activity: Activity, alike: Alike,
+        self, recipe: Recipe, part: Rows, whole: Context, open_: Index, activity: Activity, alike: Alike,
         made: dict[tuple[str, ...], Ledger],
     ) -> None:  # fmt: skip
         """Bounds a prefix's rows in a part under each layout, and keeps those that are under the bar."""
@@ -204,7 +204,7 @@ class UniformSearch:
         self._deals += [deal._replace(rows=np.searchsorted(used, deal.rows)) for deal in deals]
         self._waiting += sum(len(deal.rows) for deal in deals)
 
-    def faults(self, recipe: Mapping[str, Choice], ctx: Context) -> Faults:
+    def faults(self, recipe: Recipe, ctx: Context) -> Faults:
         """Every row's first broken rule, the arithmetic of the batch and of the layers included."""
         ask()
         devices, batch = self.problem.cluster.devices, self.problem.workload.global_batch_size
@@ -350,7 +350,7 @@ class UniformSearch:
         return np.flatnonzero(active & (faults.first < 0))
 
     def ledger(
-        self, recipe: Mapping[str, Choice], ctx: Context, made: dict[tuple[str, ...], Ledger] | None = None
+        self, recipe: Recipe, ctx: Context, made: dict[tuple[str, ...], Ledger] | None = None
     ) -> Ledger:
         """Runs the passes of a (partial) recipe in slot order.
 

@@ -13,6 +13,7 @@ Strategies that have no tables yet stand there with what their parts say of them
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
 
-__all__ = ["Relaxation", "in_flight", "path_factor"]
+__all__ = ["AtPrices", "Relaxation", "in_flight", "path_factor"]
 
 _PRICES = (0.0, 0.02, 0.06, 0.15, 0.3, 0.6, 1.2, 20.0)  # in seconds of a stage's work per byte of its budget
 _AROUND = (
@@ -74,6 +75,22 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
     return np.where(m > pp, even, np.where(m > 1.0, few, 1.0))
 
 
+class AtPrices(NamedTuple):
+    """The least of one block under any strategy.
+
+    Attributes:
+        prices: of a byte on the device and on the host, (2, prices, rows).
+        work_s: its work in a step with its bytes at their prices, (prices, samples, rows, kinds).
+        at_work: bytes while it is at work, (rows, kinds).
+        step_s: serial seconds of a step, (rows, kinds).
+    """
+
+    prices: Array
+    work_s: Array
+    at_work: Array
+    step_s: Array
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Relaxation:
     """Bounds of rows that share a pipeline degree.
@@ -102,7 +119,7 @@ class Relaxation:
         """Of some of the rows."""
         centre = None if self.centre is None else self.centre[index]
         return replace(
-            self, blocks=self.blocks[:, :, index], micro_batches=self.micro_batches[index], budget=self.budget[index],
+            self, blocks=self.blocks.take(index, axis=2), micro_batches=self.micro_batches[index], budget=self.budget[index],
             centre=centre,
         )  # fmt: skip
 
@@ -178,24 +195,25 @@ class Relaxation:
             total = total + self.layers[end] * priced[:, sample[stage], rows, end]
         return total, prices
 
-    def work_at_prices(self) -> tuple[Array, Array]:
-        """Prices of a byte, and the least work of one block with its bytes at each: what layouts have in common."""
-        prices = self._prices()
-        return prices, self._least(self.micro_batches[:, None] * self.seconds, prices, self._samples())
+    def at_prices(self) -> AtPrices:
+        """What layouts have in common: the least of one block under any strategy."""
+        prices, work = self._prices(), self.micro_batches[:, None] * self.seconds
+        least = self._least(work, prices, self._samples())
+        return AtPrices(prices, least, self.blocks[4].min(axis=0), self.step.min(axis=0))
 
     def dearest_s(
-        self, priced: tuple[Array, Array], rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
+        self, priced: AtPrices, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
     ) -> Array:  # fmt: skip
         """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
         the last one after it, when the first device updates.
 
         Args:
-            priced: :meth:`work_at_prices`.
+            priced: :meth:`at_prices`.
             rows: which.
             flights: (virtual stages, rows) micro-batches in flight.
             alone: the rows' tables without strategies.
         """
-        (prices, of_host), least = priced[0][:, :, rows], priced[1][:, :, rows]
+        (prices, of_host), least = priced.prices[:, :, rows], priced.work_s[:, :, rows]
         samples, counts = self._samples(), layout.chunks[:, :, :-1]
         sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
         # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
@@ -203,14 +221,13 @@ class Relaxation:
             [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
         )
         work_s = np.einsum("pnrk,ndrk->pdr", least, live)
-        smallest = self.blocks[4][:, rows].min(axis=0)
         there = layout.device_counts[:, :-1] > 0
-        at_work = np.where(there[:, None], smallest, -np.inf).max(axis=2)
+        at_work = np.where(there[:, None], priced.at_work[rows], -np.inf).max(axis=2)
         room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
         total = work_s - room - of_host[:, None] * self.host_bytes
         once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
         waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
-        waits_s = waits_s + self.step[:, rows].min(axis=0) @ layout.device_counts[0, :-1]
+        waits_s = waits_s + priced.step_s[rows] @ layout.device_counts[0, :-1]
         best: Array = (waits_s + total.max(axis=0)).max(axis=0)
         return best
 
@@ -233,12 +250,20 @@ class Relaxation:
     def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
         """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
         found = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
+        priced, both, hosts = np.empty_like(cost), np.empty_like(cost), self.hosts
         for number, flights in enumerate(samples):
             held = self.blocks[2] + self.growth * flights * self.blocks[3]
-            away = self.blocks[5] + flights * self.blocks[6]
+            away = self.blocks[5] + flights * self.blocks[6] if hosts else None
+            last: Array | None = None
             for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
-                priced = cost + device[:, None] * held
-                if host.any():
-                    priced += host[:, None] * away
-                priced.min(axis=0, out=found[at, number])
+                if last is None or not np.array_equal(device, last):  # several prices on the host share one
+                    np.multiply(device[:, None], held, out=priced)
+                    priced += cost
+                    last = device
+                if away is None or not host.any():
+                    priced.min(axis=0, out=found[at, number])
+                    continue
+                np.multiply(host[:, None], away, out=both)
+                both += priced
+                both.min(axis=0, out=found[at, number])
         return found

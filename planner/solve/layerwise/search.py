@@ -29,6 +29,7 @@ from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.strategies import Mesh
 from planner.solve.layerwise.walks import Paths
+from planner.solve.space import Named, named
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search_until
 from planner.solve.uniform import UniformSearch
@@ -219,13 +220,16 @@ class _Search:
         """What ties with the best plan so far is faster."""
         return self.best_s * (1.0 + self.tie)
 
-    def rows(self) -> NDArray[np.intp] | None:
-        """Places of the rows of the uniform space whose plans may tie with the best one; None where it is not known."""
+    def rows(self) -> dict[Named, NDArray[np.intp]] | None:
+        """Places of each prefix's rows in the uniform space whose plans may tie with the best one; None where it is not known."""
         if not self.space.whole():
             return None
         open_ = [at for bound_s, *at in self._alike_s.values() if bound_s < self.within_s]
-        own = [self.space.at[part][row] for part, row in (*open_, *self.space.places(self.within_s))]
-        return np.unique(np.concatenate([np.array(own, dtype=np.intp), *self.space.others]))
+        own: dict[int, set[int]] = defaultdict(set)
+        for part, row in (*open_, *self.space.places(self.within_s)):
+            own[part].add(row)
+        places = {part: self.space.at[part][sorted(rows)] for part, rows in own.items()}
+        return self.space.others | {named(self.space.parts[p].tables.recipe): at for p, at in places.items()}
 
     def alike_s(self) -> float:
         """Step time of a plan with the best one's degrees whose layers are alike; infinite where there is none."""

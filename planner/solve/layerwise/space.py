@@ -20,7 +20,7 @@ from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
 from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
-from planner.solve.space import Choice
+from planner.solve.space import Choice, Named, named
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
 from planner.solve.uniform import UniformSearch
@@ -70,16 +70,16 @@ class LayerwiseSpace:
         """By pipeline degree, what none of its deals is faster than."""
         self.at: list[NDArray[np.intp]] = []
         """By prefix, the places of its rows in the uniform space."""
-        self.others: list[NDArray[np.intp]] = []
+        self.others: dict[Named, NDArray[np.intp]] = {}
         """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._priced_below_s: dict[int, float] = {}
         self._pooled: set[int] = set()  # prefixes that are bounded by memory
-        self._floor_s: dict[
-            int, Array
-        ] = {}  # by it, of the rows of a pipeline degree; infinite where deals are known
+        # By it, of the rows of a pipeline degree; infinite where deals are known. And the least of these, by the limit.
+        self._floor_s: dict[int, Array] = {}
+        self._least: dict[float, dict[int, float]] = {}
         self._meshes: dict[tuple[int, int], Mesh] = {}
         self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
         self._asked: set[Branch] = set()
@@ -97,8 +97,10 @@ class LayerwiseSpace:
 
     def least(self, below_s: float) -> tuple[int, float]:
         """The pipeline degree whose deals that are not yet known may be the fastest, and what none of these is faster than."""
-        bounds = {pp: float(self._left(pp, below_s).min(initial=np.inf)) for pp in self.least_s}
-        return min(bounds.items(), key=lambda bound: (bound[1], bound[0]), default=(0, np.inf))
+        known = self._least.setdefault(below_s, {})
+        for pp in self.least_s.keys() - known.keys():
+            known[pp] = float(self._left(pp, below_s).min(initial=np.inf))
+        return min(known.items(), key=lambda bound: (bound[1], bound[0]), default=(0, np.inf))
 
     def pool(self, enough_s: float, below_s: float) -> bool:
         """Bounds a prefix's rows below a limit by all devices' memory together: the prefix, of those that are not, of the fastest
@@ -112,6 +114,7 @@ class LayerwiseSpace:
         if part < 0:
             return False
         self._pooled.add(part)
+        self._least.clear()
         for degree in self.least_s:
             rows, _, free_s = self._open(degree, below_s)
             mine = np.flatnonzero((rows.part == part) & np.any(free_s < below_s, axis=0))
@@ -132,6 +135,7 @@ class LayerwiseSpace:
         self.excluded["memory"] += int(full.sum())
         found = some_of(rows, np.where(late, np.inf, free_s), mine & (floor_s < below_s))
         yield from self._bounded(*found, cuts, below_s)
+        self._least.clear()
         self._floor_s[pp] = np.where(mine, np.inf, floor_s)  # at the end: what is over before is not known
 
     def places(self, below_s: float) -> Iterator[tuple[int, int]]:
@@ -181,7 +185,7 @@ class LayerwiseSpace:
         if not len(rows.row):
             return
         bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
-        priced = bounds.work_at_prices()
+        priced = bounds.at_prices()
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
             ask()
             bound_s = np.maximum(alone_s, pooled_s)
@@ -282,7 +286,7 @@ class LayerwiseSpace:
             )  # fmt: skip
             batches = bounds.micro_batches
             pooled_s, bounds = self._pooled_s(bounds, below_s)
-            priced, place = bounds.work_at_prices(), {row: at for at, row in enumerate(mine)}
+            priced, place = bounds.at_prices(), {row: at for at, row in enumerate(mine)}
             alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
             alike: dict[int, list[int]] = {}
             for number, deal in enumerate(deals):
@@ -377,7 +381,7 @@ class LayerwiseSpace:
                 rows = space.rows.take(open_[keep])
                 strategies = Strategies(tables, rows, uniform.branches, range(len(uniform.branches.swaps)))
                 if not strategies.branches:
-                    self.others.append(open_[keep])
+                    self.others[named(recipe)] = open_[keep]
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
                 for pp in np.unique(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())

@@ -199,9 +199,10 @@ class Strategies:
         """Of one block under each strategy, no more than the engine's tables say: (7, strategies, rows, kinds but the boundary).
 
         Seconds of a micro-batch (infinite where a strategy is not active), serial seconds of a step; bytes held throughout, saved
-        per micro-batch in flight, and while the block is at work; on the host throughout, and per micro-batch in flight.
+        per micro-batch in flight, and while the block is at work; on the host throughout, and per micro-batch in flight. Times
+        are rough (:meth:`~planner.solve.tables.BranchTables.floors`): first bounds need few ledgers.
         """
-        least, beside = self.tables.floors(self.branches, np.arange(len(self)), _BESIDE)
+        least, beside = self.tables.floors(self.branches, np.arange(len(self)), _BESIDE, rough=True)
         blocks = np.concatenate([least.sum(axis=0, keepdims=True), beside])[..., :-1]
         blocks[0][~self.active] = np.inf
         return blocks

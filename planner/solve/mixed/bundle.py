@@ -120,17 +120,28 @@ class Bundle:
         """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""
         key = flights, ends, passes, update
         if key not in self._lines:
-            costs = passes * self.work[:, None] + (self.update if update else 0.0)
-            held = self.always + self.growth * flights * self.saved
             work = passes * np.min(self.work, axis=1)[:, self.stack].sum(axis=1)
             price = np.multiply.outer(work / np.maximum(self.room, 1.0), _PRICES)  # (members, prices)
-            priced = np.min(costs[:, :, None] + price[:, None, :, None, None] * held[:, None, None], axis=3)
-            priced = priced.reshape(len(held), -1, priced.shape[-1])  # (members, sums · prices, kinds)
-            room = np.tile(price * self.room[:, None], (1, costs.shape[1]))
+            priced = self._priced(flights, passes, price, update=update)
+            room = np.tile(price * self.room[:, None], (1, priced.shape[1] // price.shape[1]))
             offset = priced[:, :, list(ends)].sum(axis=2) - room
             sums = np.cumsum(priced[:, :, self.stack], axis=2)
             self._lines[key] = offset, np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
         return self._lines[key]
+
+    def _priced(self, flights: float, passes: float, price: Array, *, update: bool) -> Array:
+        """The least of one block with its bytes at some prices, (members, sums · prices, kinds)."""
+        members, prices = price.shape
+        held = (self.always + self.growth * flights * self.saved).transpose(1, 2, 0)
+        work = passes * self.work
+        # Strategies first and members last: what is added and compared lies side by side.
+        paid = np.ascontiguousarray(held)[:, :, None] * np.ascontiguousarray(price.T)
+        sums = [work + each for each in self.update.transpose(1, 0, 2, 3)] if update else [work]
+        least, total = np.empty((len(sums), self.work.shape[2], prices, members)), np.empty_like(paid)
+        for cost, found in zip(sums, least, strict=True):
+            np.add(np.ascontiguousarray(cost.transpose(1, 2, 0))[:, :, None], paid, out=total)
+            total.min(axis=0, out=found)
+        return least.transpose(3, 0, 2, 1).reshape(members, -1, self.work.shape[2])
 
 
 def _costs(mesh: Mesh) -> Array:

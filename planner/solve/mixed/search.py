@@ -21,6 +21,7 @@ from planner.solve.mixed.families import FREE, Ends, families
 from planner.solve.mixed.ground import SCHEDULE, Ground
 from planner.solve.mixed.settle import Found, Settler
 from planner.solve.mixed.shapes import Shape, shapes
+from planner.solve.mixed.stretch import TOGETHER
 from planner.solve.space import Space, order_of
 from planner.solve.time_limit import FOREVER, OutOfTimeError, TimeLimit
 from planner.solve.train import search_strictly
@@ -169,13 +170,12 @@ class MixedSearch:
         while not bounds.final:
             self._price_ahead(bounds)
             bounds.tighten()
-            if not at_once:
+            if not at_once or bounds.level >= TOGETHER:
                 break
-        if (settles or at_once) and bounds.shape_s < self.best_s:
-            for found in Settler(bounds, lambda: self.account.late(self.end_s)).plans(self.best_s):
+        if (settles or at_once) and len(bounds.shares) and bounds.shape_s < self.best_s:
+            settler = Settler(bounds, lambda: self.account.late(self.end_s))
+            for found in settler.plans(self.best_s) if settles else filter(None, [settler.any(self.best_s)]):
                 self.best, self.best_s = found, found.step_s
-                if at_once:
-                    break
         heappop(self._heap)
         if settles:
             self.account.settled += 1

@@ -75,6 +75,10 @@ class Settler:
         ways = [len(some) ** 2 if self.ground.mixing else len(some) for some in members]
         self._few = partitions * prod(ways) <= _FEW
 
+    def any(self, below_s: float) -> Found | None:
+        """The best plan of the most promising partition; None where none is below a limit."""
+        return self._best([self._dealt(int(np.argmin(self.bounds.shares_s)))], set(), below_s)
+
     def plans(self, below_s: float) -> Iterator[Found]:
         """Plans that fit, each faster than a limit and the ones before: several partitions, then their neighbours."""
         tried: set[tuple[int, ...]] = set()
