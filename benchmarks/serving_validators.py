@@ -189,7 +189,10 @@ def _published(variable: str, name: str) -> str:
 
 
 class TensorRtLlm:
-    """Keys against the template of LLM arguments that the wheel aiconfigurator has for TensorRT-LLM 1.2, and the pool's sizes."""
+    """Keys against what the wheel aiconfigurator writes and reads of LLM arguments of TensorRT-LLM 1.2, and the pool's sizes.
+
+    Its template for them has drafts by a model's own modules; those of other kinds are what its reader of deployments asks for.
+    """
 
     version = "1.2"
 
@@ -198,7 +201,9 @@ class TensorRtLlm:
             "AICONFIGURATOR",
             "aiconfigurator/generator/config/backend_templates/trtllm/extra_engine_args.1.2.0rc6.post2.yaml.j2",
         )
+        read = _published("AICONFIGURATOR", "aiconfigurator/sdk/config_adapter/dynamo.py")
         self.known = set(re.findall(r"^\s*(\w+):", template, re.MULTILINE))
+        self.known |= set(re.findall(r'speculative_config\.get\("(\w+)"\)', read))
 
     def refusal(self, files: Mapping[str, str], plan: ServePlan) -> str:
         wrong = []

@@ -58,7 +58,9 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
         return
     instead = f"{best_s:.3f} s instead of {now_s:.3f} s per step"
     told = "which would not fit" if misfit else f"{now_s / best_s:.2f}× as fast"
-    screen.line(f"The best plan{' that fits' * misfit} takes {instead}{',' if misfit else ':'} {told}", "bold")
+    screen.line(
+        f"The best plan{' that fits' * misfit} takes {instead}{',' if misfit else ':'} {told}", "bold"
+    )
     rows = [
         (f"{step.after_s - step.before_s:+.3f}", f"{step.after_s:.3f}", "" if step.fits else "no")
         for step in steps

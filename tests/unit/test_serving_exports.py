@@ -571,7 +571,11 @@ def test_a_launch_is_priced_as_the_plan_was(engine, tmp_path):
 def test_a_pair_of_sglang_is_priced_as_the_plan_was(tmp_path):
     """The file of a pool that generates names no chunk; what its process holds beside weights and caches is the plan's."""
     traffic = Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
-    fixed = {f"{role}.{name}": n for role in ("prefill", "decode") for name, n in (("tp", 4), ("pp", 1), ("replicas", 1))}
+    fixed = {
+        f"{role}.{name}": n
+        for role in ("prefill", "decode")
+        for name, n in (("tp", 4), ("pp", 1), ("replicas", 1))
+    }
     plan = plan_of(mode="disaggregated", engine="sglang", traffic=traffic, **fixed)
     folder = written(plan, "sglang", tmp_path)
     pools = read_launch("sglang", f"{folder}/serve-prefill.sh,{folder}/serve-decode.sh")
