@@ -119,6 +119,11 @@ class Sglang:
         os.environ |= {"HF_HUB_OFFLINE": "1"}
         from importlib.metadata import version
 
+        import torch
+
+        # The registry's torchvision is built for CUDA: beside PyTorch for CPUs it declares no operators, and asks for this one.
+        self.operators = torch.library.Library("torchvision", "DEF")
+        self.operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from sglang.srt.server_args import prepare_server_args
 
