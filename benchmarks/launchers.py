@@ -32,7 +32,7 @@ once in each, and remembers what was found in ``benchmarks/launchers.json``:
     /tmp/sglang/bin/pip install torch==2.13.0 transformers==5.19.0 torchvision msgspec orjson pyzmq psutil fastapi uvicorn \\
         uvloop requests aiohttp pillow prometheus-client setproctitle partial-json-parser interegular compressed-tensors \\
         triton ipython openai==2.8.0 sentencepiece tiktoken nvidia-ml-py gguf outlines==0.1.11 xgrammar llguidance \\
-        openai-harmony scipy easydict blobfile pybase64
+        openai-harmony scipy easydict blobfile pybase64 dill
     PYTHONPATH=. /tmp/sglang/bin/python benchmarks/launchers.py sglang
 
 The exit code is the number of plans that a launcher refuses or understands otherwise, or that do not read back.

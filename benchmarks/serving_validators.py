@@ -121,9 +121,13 @@ class Sglang:
 
         import torch
 
-        # The registry's torchvision is built for CUDA: beside PyTorch for CPUs it declares no operators, and asks for this one.
-        self.operators = torch.library.Library("torchvision", "DEF")
-        self.operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            # The registry's is built for CUDA: beside PyTorch for CPUs it declares no operators, and asks for these.
+            self.operators = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                self.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from sglang.srt.server_args import prepare_server_args
 
