@@ -32,7 +32,7 @@ once in each, and remembers what was found in ``benchmarks/launchers.json``:
     /tmp/sglang/bin/pip install torch==2.13.0 transformers==5.19.0 torchvision msgspec orjson pyzmq psutil fastapi uvicorn \\
         uvloop requests aiohttp pillow prometheus-client setproctitle partial-json-parser interegular compressed-tensors \\
         triton ipython openai==2.8.0 sentencepiece tiktoken nvidia-ml-py gguf outlines==0.1.11 xgrammar llguidance \\
-        openai-harmony scipy easydict blobfile
+        openai-harmony scipy easydict blobfile pybase64 dill
     PYTHONPATH=. /tmp/sglang/bin/python benchmarks/launchers.py sglang
 
 The exit code is the number of plans that a launcher refuses or understands otherwise, or that do not read back.
@@ -53,7 +53,6 @@ from typing import Any
 from benchmarks.launcher_plans import draw_plans
 from benchmarks.serving_plans import draw_serving_plans
 from planner.export import EXPORTERS, export, find_exporter
-from planner.export.hf_rules import KERNELS
 from planner.export.megatron import RECOMPUTE
 from planner.export.readers import READERS, read_launched
 from planner.export.serving import SERVING_EXPORTERS, export_serving, find_serving_exporter
@@ -68,9 +67,10 @@ RESULTS = ROOT / "benchmarks" / "launchers.json"
 PAGE = ROOT / "docs" / "launchers.md"
 PLANS = 300
 FILES = {
-    "accelerate": "accelerate.yaml", "deepspeed": "deepspeed.json", "galvatron": "galvatron.json", "megatron": "run.sh",
-    "torchtitan": "run.sh",
+    "accelerate": "run.sh", "deepspeed": "run.sh", "galvatron": "galvatron.json", "megatron": "run.sh",
+    "torchtitan": "run.sh", "transformers": "training_arguments.json",
 }  # fmt: skip
+"""What is read back of a folder."""
 
 
 SERVING = (*SERVING_EXPORTERS, "leaderworkerset")
@@ -139,9 +139,9 @@ def validator(name: str) -> Any:
 def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
     """Knobs that come back otherwise than they were written; empty where all are equal."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / FILES[name]
-        path.write_text(files[FILES[name]])
-        run = read_launched(name, path)
+        for file, text in files.items():
+            (Path(folder) / file).write_text(text)
+        run = read_launched(name, Path(folder) / FILES[name])
     meant = {knob: str(value).lower() for knob, value in {**plan.mesh, **plan.knobs}.items()}
     wrong = []
     for knob, value in run.fixed.items():
@@ -153,10 +153,6 @@ def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
             or _same_group(knob, run.fixed, plan)
         ):
             continue
-        if name == "accelerate" and knob in ("elementwise_kernel", "loss_kernel") and _by_liger(plan):
-            continue  # Liger's kernels are the script's choice
-        if name == "accelerate" and knob == "recompute" and was == "block":
-            continue  # the YAML recomputes all layers or none; the script is told how many
         if knob == "recompute" and was == "modules" and _same_modules(said, plan):
             continue
         wrong.append(f"{knob}: wrote {was}, read {said}")
@@ -166,9 +162,10 @@ def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
 
 
 _BY_SCRIPT = {
-    ("accelerate", "gradient_dtype"),  # --reduce_dtype of the script
     ("galvatron", "sequence_parallel"),  # --sequence-parallel of the launch
+    ("transformers", "context"),  # an environment variable of run.sh
     ("accelerate", "etp"),
+    ("transformers", "etp"),
     ("deepspeed", "etp"),
     ("torchtitan", "etp"),
 }
@@ -205,10 +202,6 @@ def _same_group(knob: str, read: Any, plan: Plan) -> bool:
 def _same_modules(read: str, plan: Plan) -> bool:
     """Whether modules that were written out have a name of their own."""
     return set(RECOMPUTE.get(read, ())) == set(str(plan.knobs["recompute_modules"]).split("+"))
-
-
-def _by_liger(plan: Plan) -> bool:
-    return KERNELS.get((str(plan.knobs["elementwise_kernel"]), str(plan.knobs["loss_kernel"]))) == "liger"
 
 
 def drawn(name: str, count: int) -> Iterator[tuple[Any, dict[str, str]]]:
@@ -321,8 +314,9 @@ sharded. Nothing ran on accelerators.
 
 - *Accepted*: the parser took the files, and what it made of them is the plan. With a slip put into each of them, it refused them:
   {slips}.
-- *Read back equal*: `planner estimate --from` names the same knobs, as far as the file carries them. A DeepSpeed or Accelerate
-  file does not say how a script recomputes or which kernels it uses; the folder's `run.sh` does.
+- *Read back equal*: `planner estimate --from` names the same knobs, as far as what it reads carries them. Of DeepSpeed and
+  Accelerate that is the folder's `run.sh` with the file beside it: the file alone does not say how a script recomputes or which
+  kernels it uses.
 - Megatron-Bridge cannot be imported without Transformer Engine: that every field of the recipe is there is read from the wheels
   of megatron-bridge and megatron-core. TensorRT-LLM cannot be installed without NVIDIA's driver, and no parser of Dynamo's or
   llm-d's manifests runs without a cluster: their fields are held against what is published of them, and the flags of vLLM in

@@ -119,6 +119,15 @@ class Sglang:
         os.environ |= {"HF_HUB_OFFLINE": "1"}
         from importlib.metadata import version
 
+        import torch
+
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            # The registry's is built for CUDA: beside PyTorch for CPUs it declares no operators, and asks for these.
+            self.operators = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                self.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from sglang.srt.server_args import prepare_server_args
 
@@ -189,7 +198,10 @@ def _published(variable: str, name: str) -> str:
 
 
 class TensorRtLlm:
-    """Keys against the template of LLM arguments that the wheel aiconfigurator has for TensorRT-LLM 1.2, and the pool's sizes."""
+    """Keys against what the wheel aiconfigurator writes and reads of LLM arguments of TensorRT-LLM 1.2, and the pool's sizes.
+
+    Its template for them has drafts by a model's own modules; those of other kinds are what its reader of deployments asks for.
+    """
 
     version = "1.2"
 
@@ -198,7 +210,9 @@ class TensorRtLlm:
             "AICONFIGURATOR",
             "aiconfigurator/generator/config/backend_templates/trtllm/extra_engine_args.1.2.0rc6.post2.yaml.j2",
         )
+        read = _published("AICONFIGURATOR", "aiconfigurator/sdk/config_adapter/dynamo.py")
         self.known = set(re.findall(r"^\s*(\w+):", template, re.MULTILINE))
+        self.known |= set(re.findall(r'speculative_config\.get\("(\w+)"\)', read))
 
     def refusal(self, files: Mapping[str, str], plan: ServePlan) -> str:
         wrong = []

@@ -19,30 +19,34 @@ _ROW = re.compile(
     r"^\s*(\d+)\s+(\d+)\s+([a-z0-9_]+)\s+(?:([a-z]+)\s+)?(?:(-?\d+)\s+)?(\d[\d.]*)\s+[\d.]+\s+[\d.]+(?:\s+(\S+))?"
 )
 _HEADING = re.compile(r"^#?\s*Using devices", re.MULTILINE)
+_PREFIX = re.compile(
+    r"^(?:\[\d+,\d+\]<std\w+>:|[ \t]*\d+:) ?", re.MULTILINE
+)  # mpirun --tag-output; srun --label
 _PROGRAM = re.compile(r"([a-z_]+)_perf\b")
 
 
 def is_nccl_tests(text: str) -> bool:
     """Whether the text is such output."""
-    return _HEADING.search(text) is not None and "algbw" in text
+    return "algbw" in text and _HEADING.search(_PREFIX.sub("", text)) is not None
 
 
 def read_nccl_tests(text: str, where: str) -> list[Measurement]:
-    """Times of all sizes; several runs may stand in one text, each with its own header.
+    """Times of all sizes; several runs may stand in one text, each with its own header. Lines may begin with the rank that printed
+    them, and where no command line names the collective, the name of the file may.
 
     Raises:
         SpecError: a run does not name its collective or its ranks, or a time is not positive.
     """
-    runs = _HEADING.split(text)
+    runs = _HEADING.split(_PREFIX.sub("", text))
     found: list[Measurement] = []
     line = runs[0].count("\n") + 1
-    program = _program(runs[0], "")
+    program = _program(runs[0], _named(where))
     for run in runs[1:]:
         hosts = dict(_RANK.findall(run))
         if not hosts:
             raise SpecError(Problem(where, "lists no ranks", "lines '#  Rank 0 … on HOST device 0'"))
         if not program:
-            hint = "Keep the command line, such as 'all_reduce_perf -b 8 -e 8G', in the file."
+            hint = "Keep the command line, such as 'all_reduce_perf -b 8 -e 8G', in the file, or name the file after it."
             raise SpecError(
                 Problem(where, "does not name the collective", f"one of {', '.join(_KNOWN)}", hint)
             )
@@ -67,6 +71,15 @@ def read_nccl_tests(text: str, where: str) -> list[Measurement]:
 
 
 _KNOWN = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "broadcast", "sendrecv")
+
+
+def _named(where: str) -> str:
+    """The collective in a file's name; empty where it has none.
+
+    >>> _named("logs/all_gather_16.txt")
+    'all_gather'
+    """
+    return next((name for name in _KNOWN if name in where.rpartition("/")[2]), "")
 
 
 def _program(text: str, before: str) -> str:

@@ -26,7 +26,7 @@ def check(
         typer.Option(
             "--from",
             metavar="LAUNCHER FILE",
-            help="The configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
+            help="The configuration: megatron, deepspeed, accelerate, transformers, torchtitan, galvatron, vllm or sglang.",
         ),
     ],
     traffic: TrafficOptions,

@@ -33,7 +33,7 @@ def estimate(
         option(
             "--from",
             metavar="LAUNCHER FILE",
-            text="Price this configuration: megatron, deepspeed, accelerate, torchtitan, galvatron, vllm or sglang.",
+            text="Price this configuration: megatron, deepspeed, accelerate, transformers, torchtitan, galvatron, vllm, sglang.",
         ),
     ] = None,
     script: Annotated[

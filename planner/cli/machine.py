@@ -23,8 +23,8 @@ _ALSO = {"ibstat": ["ibstat"], "lscpu": ["lscpu"], "/proc/meminfo": ["cat", "/pr
 """What is asked too, where it is there."""
 _JOB_NODES = ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
 _EXPECTED = (
-    "the output of nvidia-smi topo -m, nvidia-smi --query-gpu=name,memory.total,power.limit --format=csv, ibstat, lscpu or "
-    "sinfo, a node list, or /proc/meminfo"
+    "the output of nvidia-smi topo -m, nvidia-smi --query-gpu=name,memory.total,power.limit --format=csv, nvidia-smi -L, ibstat, "
+    "lscpu, sinfo or scontrol show nodes, a node list, or /proc/meminfo"
 )
 _PATIENCE_S = 30
 
@@ -79,13 +79,13 @@ def read(
         typer.Argument(
             metavar="FILE…",
             help="Output of nvidia-smi topo -m, nvidia-smi --query-gpu=name,memory.total,power.limit, ibstat, lscpu, "
-            "sinfo -o '%N %G'; a node list; /proc/meminfo.",
+            "sinfo -o '%N %G', scontrol show nodes; a node list; /proc/meminfo.",
         ),
     ],
     asked: MachineOptions,
     as_json: Json = False,
 ) -> None:
-    """Make a cluster file of what nvidia-smi, ibstat, lscpu and sinfo printed.
+    """Make a cluster file of what nvidia-smi, ibstat, lscpu, sinfo and scontrol printed.
 
     The content tells which report a file is. What the reports leave open is taken from the device's profile, and said. Times of
     collectives (nccl-tests) refine the file: planner calibrate fabric.
@@ -172,6 +172,7 @@ def _write(texts: dict[str, str], asked: MachineOptions, as_json: bool, noted: S
 def _cluster(texts: dict[str, str], asked: MachineOptions) -> tuple[str, list[str]]:
     """The cluster file, and what in it no report says."""
     from planner.specs.machine_cluster import cluster_toml, device_named
+    from planner.units import counted
 
     count, gbit_per_s = asked.numbers()
     found = _reports(texts)
@@ -187,9 +188,13 @@ def _cluster(texts: dict[str, str], asked: MachineOptions) -> tuple[str, list[st
         ", ".join(Path(name).name for name in texts),
         found.get("adapters"),
         found.get("processor"),
-        found.get("memory"),
+        found.get("memory", None if listed is None else listed.memory_bytes),
         None if listed is None else listed.devices_per_node,
     )
+    if listed is not None and listed.out:
+        said.append(
+            f"{counted(listed.out, 'node')} down or drained: counted too, unless --nodes says how many there are."
+        )
     return text, said
 
 

@@ -12,6 +12,7 @@ from planner.cli.options import Json, option
 
 if TYPE_CHECKING:
     from planner.specs.model import Model
+    from planner.specs.safetensors import Weights
 
 
 def list_shipped(as_json: Json = False) -> None:
@@ -65,6 +66,8 @@ def read(
 
     path = Path(config)
     folder = path.parent if path.suffix == ".safetensors" or path.name.endswith(".index.json") else path
+    if folder.is_dir() and not (folder / "config.json").exists():
+        _refuse_weights_alone(folder)
     model = _with_weights(load_model(folder), folder if folder.is_dir() else folder.parent)
     if out is not None:
         if not out.lower().endswith(".toml"):
@@ -75,26 +78,53 @@ def read(
     _print(model, as_json)
 
 
+def _refuse_weights_alone(folder: Path) -> None:
+    """Says what lies in a folder of weights that describes no model.
+
+    Raises:
+        SpecError: there are weights.
+    """
+    from planner.errors import Problem, SpecError
+    from planner.specs.safetensors import read_weights
+
+    weights = read_weights(folder)
+    if weights is not None:
+        hint = (
+            "Sizes of weights alone describe no model: download the config.json that was published with them."
+        )
+        raise SpecError(
+            Problem(f"{folder}/config.json", f"no such file, beside {_size(weights)}", "a config.json", hint)
+        )
+
+
+def _size(weights: Weights) -> str:
+    from planner.units import counted, format_bytes
+
+    return (
+        f"{counted(weights.tensors, 'tensor')} of {weights.n_bytes:,} bytes ({format_bytes(weights.n_bytes)})"
+    )
+
+
 def _with_weights(model: Model, folder: Path) -> Model:
     """The model with what the headers of the weights beside its config say."""
     from dataclasses import replace
 
     from planner.specs.parameters import parameter_count
     from planner.specs.safetensors import read_weights
-    from planner.units import format_bytes
+    from planner.units import counted
 
     weights = read_weights(folder)
     if weights is None:
         return model
-    ours = parameter_count(model)
-    size = f"{weights.tensors:,} tensors of {weights.n_bytes:,} bytes ({format_bytes(weights.n_bytes)})"
+    ours, size = parameter_count(model), _size(weights)
     if weights.elements is None:
-        said = f"{size}, as their index says; their headers are not here, so the count of parameters is not checked"
+        each = f"{weights.n_bytes / ours:.4g} for each of the model's parameters"
+        said = f"{size}, as their index says, {each}; their headers are not here, so that these are not counted again"
         return replace(model, extras={**model.extras, "weights": said})
     kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in weights.elements_by_dtype.items())
     apart = weights.elements - ours
     verdict = "as many as the model has" if not apart else f"{apart:+,} against the model's {ours:,}"
-    said = f"{size} in {weights.files} files: {kinds}; {verdict}"
+    said = f"{size} in {counted(weights.files, 'file')}: {kinds}; {verdict}"
     return replace(
         model,
         published_parameters=float(weights.elements),

@@ -12,12 +12,14 @@ from typing import Any
 
 from planner.errors import did_you_mean
 from planner.export.accelerate import COMM_STRATEGIES
+from planner.export.hf_arguments import completed, is_script, script_arguments
 from planner.export.launched import LaunchedRun, degrees, ignored_note, names_in
 from planner.export.yaml_text import read_yaml
 from planner.specs.reader import Reader
 
-__all__ = ["read_accelerate"]
+__all__ = ["accelerate_run", "read_accelerate"]
 
+_EXPECTED = "a configuration of accelerate launch"
 _KINDS = ("FSDP", "MULTI_GPU", "NO")
 _PASSIVE = names_in(
     "compute_environment debug downcast_bf16 enable_cpu_affinity gpu_ids machine_rank main_process_ip "
@@ -43,12 +45,24 @@ _STRATEGIES: Mapping[str, tuple[str, str]] = {
 
 
 def read_accelerate(path: str | Path) -> LaunchedRun:
-    """The run that an Accelerate YAML describes.
+    """The run that an Accelerate YAML describes, or a shell script that launches a training script with one.
 
     Raises:
         SpecError: the file cannot be read, or keys are wrong or ask for what is not modelled; all at once.
     """
-    data = read_yaml(path, "a configuration of accelerate launch")
+    if not is_script(path):
+        return accelerate_run(read_yaml(path, _EXPECTED), path)
+    given = script_arguments(path, "a script with accelerate launch --config_file", ("--config-file",))
+    assert given.config is not None
+    return completed(accelerate_run(read_yaml(given.config, _EXPECTED), given.config), given)
+
+
+def accelerate_run(data: Mapping[str, Any], path: str | Path) -> LaunchedRun:
+    """The run that the content of an Accelerate YAML describes; ``path`` is what problems name.
+
+    Raises:
+        SpecError: keys are wrong or ask for what is not modelled; all at once.
+    """
     reader = Reader(data, str(path))
     notes: list[str] = []
     wasteful: list[str] = []

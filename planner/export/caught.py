@@ -15,6 +15,16 @@ _START = "the start of the run, on every rank"
 _FIRST_STEP = "the first step"
 _NOBODY = "nobody: it would run, slower or otherwise than meant"
 
+_ACCELERATE: Mapping[str, str] = {
+    "a global batch of": "nobody: the last batches of the script are smaller",
+    "devices do not divide": "ParallelismConfig",
+    "tensor and context parallelism beside replicas": "ParallelismConfig",
+    "sequence length not divisible by 2·cp": "PyTorch's context parallelism, at the first step",
+    "KV heads not divisible by tp": f"Transformers, while it cuts the weights, at {_START}",
+    "context parallelism runs full causal attention only": "Accelerate, when the model is prepared",
+    "sharded states need more than one replica": "PyTorch's device mesh, when the model is prepared",
+}
+
 CAUGHT: Mapping[str, Mapping[str, str]] = {
     "megatron": {
         "a global batch of": "validate_args",
@@ -46,15 +56,8 @@ CAUGHT: Mapping[str, Mapping[str, str]] = {
         "KV heads not divisible by tp": "nobody: ranks beyond the KV heads hold no attention shard, which is logged",
         "no Transformers class": _NOBODY,
     },
-    "accelerate": {
-        "a global batch of": "nobody: the last batches of the script are smaller",
-        "devices do not divide": "ParallelismConfig",
-        "tensor and context parallelism beside replicas": "ParallelismConfig",
-        "sequence length not divisible by 2·cp": "PyTorch's context parallelism, at the first step",
-        "KV heads not divisible by tp": f"Transformers, while it cuts the weights, at {_START}",
-        "context parallelism runs full causal attention only": "Accelerate, when the model is prepared",
-        "sharded states need more than one replica": "PyTorch's device mesh, when the model is prepared",
-    },
+    "accelerate": _ACCELERATE,
+    "transformers": _ACCELERATE,  # whose Trainer hands the mesh on to Accelerate
     "torchtitan": {
         "a global batch of": f"the trainer, at {_START}",
         "devices do not divide": f"ParallelDims, at {_START}",

@@ -13,12 +13,14 @@ from typing import Any
 
 from planner.errors import did_you_mean
 from planner.export.deepspeed import OPTIMIZERS
+from planner.export.hf_arguments import AUTO, completed, filled, is_script, script_arguments
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
 from planner.specs.reader import Reader
 
-__all__ = ["read_deepspeed"]
+__all__ = ["deepspeed_run", "read_deepspeed"]
 
-_AUTO = "auto"
+_EXPECTED = "a DeepSpeed configuration"
+_CONFIGS = ("--deepspeed", "--deepspeed-config", "--ds-config", "--deepspeed-config-file", "--config-file")
 _BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 # Fields and aliases of DeepSpeedZeroConfig (runtime/zero/config.py, 0.19.8) that do not change what is priced.
@@ -60,13 +62,25 @@ _UNMODELLED: Mapping[str, str] = {
 
 
 def read_deepspeed(path: str | Path) -> LaunchedRun:
-    """The run that a DeepSpeed JSON describes.
+    """The run that a DeepSpeed JSON describes, or a shell script that starts a training script with one.
 
     Raises:
         SpecError: the file cannot be read, or keys are wrong or ask for what is not modelled; all at once.
     """
-    data = read_json(path, "a DeepSpeed configuration")
-    reader = Reader({key: value for key, value in data.items() if value != _AUTO}, str(path))
+    if not is_script(path):
+        return deepspeed_run(read_json(path, _EXPECTED), path)
+    given = script_arguments(path, "a script that names its DeepSpeed configuration", _CONFIGS)
+    assert given.config is not None
+    return completed(deepspeed_run(filled(read_json(given.config, _EXPECTED), given), given.config), given)
+
+
+def deepspeed_run(data: Mapping[str, Any], path: str | Path) -> LaunchedRun:
+    """The run that the content of a DeepSpeed JSON describes; ``path`` is what problems name.
+
+    Raises:
+        SpecError: keys are wrong or ask for what is not modelled; all at once.
+    """
+    reader = Reader({key: value for key, value in data.items() if value != AUTO}, str(path))
     precision, optimizer = _precision(reader), _optimizer(reader)
     fixed: dict[str, Any] = {
         "pp": 1, "schedule": "1f1b", "virtual_stages": 1, "precision": precision, "sequence_parallel": "false",
@@ -114,15 +128,15 @@ def _missing(data: Mapping[str, Any]) -> dict[str, str]:
     needed = {"global_batch_size": _BATCHES[0], "micro_batch_size": _BATCHES[1]}
     said = {knob: (key, data.get(key)) for knob, key in needed.items()}
     return {
-        knob: f"{key} is {'auto' if value == _AUTO else 'not given'}"
+        knob: f"{key} is {'auto' if value == AUTO else 'not given'}"
         for knob, (key, value) in said.items()
-        if value in (None, _AUTO)
+        if value in (None, AUTO)
     }
 
 
 def _notes(reader: Reader, data: Mapping[str, Any]) -> Iterator[str]:
     """What was left open or taken for granted."""
-    autos = [key for key in _BATCHES if data.get(key) == _AUTO]
+    autos = [key for key in _BATCHES if data.get(key) == AUTO]
     if autos:
         yield f'"auto" is left open, as the Trainer fills it in: {", ".join(autos)}.'
     yield "Whether layers are recomputed and which kernels run is the script's: none and fused ones are taken (--fix)."
@@ -138,7 +152,7 @@ def _precision(reader: Reader) -> str:
     for name in ("bf16", "fp16"):
         table = reader.table(name, None)
         enabled = table.data.get("enabled") if table is not None else False
-        if enabled == _AUTO:
+        if enabled == AUTO:
             table.problem("enabled", "'auto', which only the Trainer fills in", "true or false")
         on[name] = enabled is True
     if all(on.values()):
@@ -159,7 +173,7 @@ def _zero(reader: Reader) -> dict[str, Any]:
     }
     if zero is None:
         return choice
-    if zero.data.get("stage") == _AUTO:
+    if zero.data.get("stage") == AUTO:
         zero.problem("stage", "'auto', which only the Trainer fills in", "0, 1, 2 or 3")
         return choice
     choice["zero_stage"] = str(zero.integer("stage", 0, minimum=0, maximum=3))
@@ -235,7 +249,7 @@ def _optimizer(reader: Reader) -> str:
     name = names[kind.lower()]
     parameters = table.data.get("params")
     momentum = parameters.get("momentum", 0.0) if isinstance(parameters, Mapping) else 0.0
-    return "sgd_momentum" if name == "sgd" and momentum and momentum != _AUTO else name
+    return "sgd_momentum" if name == "sgd" and momentum and momentum != AUTO else name
 
 
 def _degree(reader: Reader, section: str, key: str) -> int:

@@ -63,8 +63,8 @@ spec:
               containers:
                 - name: train
                   image: {image}
-                  workingDir: /plan
-                  command: ["bash", "-c", "NODE_RANK=$JOB_COMPLETION_INDEX bash run.sh"]
+                  # A ConfigMap cannot be written, and launchers write beside their configuration.
+                  command: ["bash", "-c", "cp -rL /plan /tmp/plan && cd /tmp/plan && NODE_RANK=$JOB_COMPLETION_INDEX bash run.sh"]
                   env:
                     - name: MASTER_ADDR
                       value: {name}-node-0-0.{name}

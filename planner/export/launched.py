@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.errors import Problem, SpecError
 from planner.specs.model import Model
+from planner.specs.reader import first_bytes
 
 __all__ = ["LaunchedRun", "beside", "degrees", "ignored_note", "names_in", "read_json", "read_text"]
 
@@ -62,10 +63,11 @@ def read_text(path: str | Path, expected: str) -> str:
     try:
         if file.is_dir():
             raise SpecError(Problem(where, "is a folder", expected, beside(file)))
-        size = file.stat().st_size
-        if size > _MAX_BYTES:
-            raise SpecError(Problem(where, f"holds {size:,} bytes", f"{expected}, under a mebibyte"))
-        text = file.read_bytes().decode("utf-8-sig")
+        content = first_bytes(file, _MAX_BYTES)
+        if len(content) > _MAX_BYTES:
+            held = f"holds {max(file.stat().st_size, len(content)):,} bytes"
+            raise SpecError(Problem(where, held, f"{expected}, under a mebibyte"))
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise SpecError(Problem(where, "no such file", expected, "Check the path.")) from None
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from planner.export.launched import LaunchedRun, degrees, ignored_note, read_tex
 from planner.export.layers import layerwise_of
 from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
 from planner.export.megatron_model import model_from_flags
-from planner.export.shell import Script, read_script
+from planner.export.shell import Script, devices_of, read_script
 from planner.layout import layout_name, stages_named
 from planner.specs.model import Model
 from planner.technique import details
@@ -60,7 +60,7 @@ def read_megatron(path: str | Path, variables: Mapping[str, str] | None = None) 
     workload, fixed = _workload(flags), _knobs(flags, model)
     notes = [*script.notes, *_assumed(flags)]
     layerwise = _layerwise(fixed)
-    devices = degrees(fixed, _devices(script, launch), notes)
+    devices = degrees(fixed, devices_of(script, launch), notes)
     flags.raise_if_any()
     ignored = tuple(flag for flag in flags.unread() if flag not in _IMPLIED)
     notes += ignored_note(ignored)
@@ -92,21 +92,6 @@ def _command(script: Script, where: str) -> tuple[list[str], list[str]]:
             "torchrun … pretrain_gpt.py …, or a file of arguments",
         )
     )
-
-
-def _devices(script: Script, launch: list[str]) -> int | None:
-    """Nodes times processes per node, from the launcher's options or the batch system's directives."""
-    given = {key.replace("_", "-"): values for key, values in parse_flags(launch + script.directives).items()}
-
-    def number(*names: str) -> int | None:
-        values = next((given[name] for name in names if name in given), [])
-        return int(values[0]) if values and values[0].isdigit() else None
-
-    nodes = number("--nnodes", "--nodes")
-    per_node = number("--nproc-per-node", "--gpus-per-node", "--ntasks-per-node")
-    if nodes is None and not {"--nnodes", "--nodes"} & set(given) and per_node is not None:
-        nodes = 1  # torchrun's default
-    return nodes * per_node if nodes is not None and per_node is not None else None
 
 
 # -- flags → knobs -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from planner.export.galvatron_import import read_galvatron
 from planner.export.launched import LaunchedRun
 from planner.export.megatron_import import read_megatron
 from planner.export.torchtitan_import import read_torchtitan
+from planner.export.trainer_import import read_trainer
 
 __all__ = ["READERS", "read_launched"]
 
@@ -21,6 +22,7 @@ READERS: Mapping[str, Callable[[str | Path], LaunchedRun]] = {
     "galvatron": read_galvatron,
     "megatron": read_megatron,
     "torchtitan": read_torchtitan,
+    "transformers": read_trainer,
 }
 
 

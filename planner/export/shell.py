@@ -11,12 +11,13 @@ import ast
 import operator
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.errors import Problem, SpecError
+from planner.export.flags import parse_flags
 
-__all__ = ["Command", "Script", "read_script"]
+__all__ = ["Command", "Script", "devices_of", "read_script"]
 
 _NAME = r"[A-Za-z_]\w*"
 _ASSIGNMENT = re.compile(
@@ -97,6 +98,37 @@ def read_script(text: str, where: str, variables: Mapping[str, str] | None = Non
         if words:
             script.commands.append(Command(tuple(words), number))
     return script
+
+
+def devices_of(script: Script, launch: Sequence[str], per_node: str = "") -> int | None:
+    """Processes that a launch starts: nodes times processes per node, from its own options or the batch system's directives.
+
+    Args:
+        script: what was read.
+        launch: words of the command before the training script.
+        per_node: processes per node where neither says so; empty: not known.
+
+    >>> devices_of(Script(), "torchrun --nnodes 4 --nproc_per_node=8".split())
+    32
+    """
+    given = {
+        key.replace("_", "-"): values for key, values in parse_flags([*launch, *script.directives]).items()
+    }
+
+    def number(*names: str) -> int | None:
+        said = (given[name][0] for name in names if given.get(name))
+        return next((int(word) for word in said if word.isdigit()), None)
+
+    total = number("--num-processes")
+    if total is not None:
+        return total
+    each = number("--nproc-per-node", "--num-gpus", "--gpus-per-node", "--ntasks-per-node")
+    each = int(per_node) if each is None and per_node.isdigit() else each
+    several = ("--nnodes", "--num-nodes", "--nodes")
+    nodes = number(*several)
+    if nodes is None and not given.keys() & several and each is not None:
+        nodes = 1  # torchrun's default
+    return nodes * each if nodes is not None and each is not None else None
 
 
 # -- statements --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
-from planner.export.shell import Script, read_script
+from planner.export.shell import Script, devices_of, read_script
 from planner.export.torchtitan import RECIPES, RECOMPUTE, SCHEDULES, UNLIKE, Recipe, stages_of
 from planner.layout import layout_name
 from planner.specs.models import load_model
@@ -50,7 +50,7 @@ def read_torchtitan(path: str | Path) -> LaunchedRun:
         f"What no flag sets is as in the recipe {recipe.config}; its loss runs in chunks of the sequence.",
     ]
     fixed, workload = _knobs(flags, recipe, recompute_words)
-    devices = degrees(fixed, _devices(script, launch), notes)
+    devices = degrees(fixed, devices_of(script, launch, script.variables.get("NGPU", "")), notes)
     model = load_model(recipe.model)
     fixed |= _stages(flags, fixed, model.n_layers)
     _batches(flags, recipe, fixed, workload, notes)
@@ -219,24 +219,6 @@ def _stages(flags: FlagReader, fixed: dict[str, Any], layers: int) -> dict[str, 
         dealt = layout_name(stages_of(layers, stages, first, last))
         return {"virtual_stages": stages // pp, "pipeline_layout": dealt}
     return {"virtual_stages": 1, "pipeline_layout": "even"}
-
-
-def _devices(script: Script, launch: list[str]) -> int | None:
-    given = {key.replace("_", "-"): values for key, values in parse_flags(launch + script.directives).items()}
-
-    def number(*names: str) -> int | None:
-        values = next((given[name] for name in names if name in given), [])
-        return int(values[0]) if values and values[0].isdigit() else None
-
-    per_node = number("--nproc-per-node", "--gpus-per-node") or _whole(script.variables.get("NGPU", ""))
-    nodes = number("--nnodes", "--nodes")
-    if per_node is not None and nodes is None:
-        nodes = 1  # torchrun's default
-    return nodes * per_node if nodes is not None and per_node is not None else None
-
-
-def _whole(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
 
 
 def _wasteful(fixed: Mapping[str, Any], *, reshards: bool) -> list[str]:

@@ -52,12 +52,14 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
     """What each choice of the best plan gains, in order."""
     now_s, best_s = plan.estimate.step_time_s, best.estimate.step_time_s
     screen.line()
-    if not steps or best_s > now_s * (1 - 1e-9):
+    misfit = best.estimate.fits and not plan.estimate.fits
+    if not steps or (best_s > now_s * (1 - 1e-9) and not misfit):
         screen.line("It is as fast as the best plan that was found.", "bold")
         return
+    instead = f"{best_s:.3f} s instead of {now_s:.3f} s per step"
+    told = "which would not fit" if misfit else f"{now_s / best_s:.2f}× as fast"
     screen.line(
-        f"The best plan takes {best_s:.3f} s instead of {now_s:.3f} s per step: {now_s / best_s:.2f}× as fast",
-        "bold",
+        f"The best plan{' that fits' * misfit} takes {instead}{',' if misfit else ':'} {told}", "bold"
     )
     rows = [
         (f"{step.after_s - step.before_s:+.3f}", f"{step.after_s:.3f}", "" if step.fits else "no")

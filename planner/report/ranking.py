@@ -113,6 +113,8 @@ def _problem_of(plan: Plan, problems: Sequence[Problem]) -> Problem:
 
 def _gain(plan: Plan, best: Plan) -> str:
     ratio = plan.estimate.step_time_s / best.estimate.step_time_s
+    if not plan.estimate.fits and best.estimate.fits:
+        return f"{best.estimate.step_time_s:.3f} s per step, and it fits. Plan 2 is yours, which does not."
     if ratio <= 1.0 + 1e-9:
         return "This plan is as fast as the best that was found."
     seconds = f"{best.estimate.step_time_s:.3f} s instead of {plan.estimate.step_time_s:.3f} s per step"

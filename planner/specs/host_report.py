@@ -1,9 +1,9 @@
-"""What a machine says of what stands around its accelerators: ``ibstat``, ``lscpu``, ``/proc/meminfo``, and SLURM's ``sinfo``."""
+"""What is said of what stands around a machine's accelerators: ``ibstat``, ``lscpu``, ``/proc/meminfo``; SLURM's nodes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from planner.errors import Problem, SpecError
@@ -20,6 +20,9 @@ __all__ = [
     "read_processor",
 ]
 
+_OUT = re.compile(
+    "down|drain|drng|fail|maint|not_responding|[*]$", re.IGNORECASE
+)  # words of states; * does not answer
 _LIST = re.compile(r"[\w.-]*(?:\[[\d,-]+\][\w.-]*)*(?:,[\w.-]+(?:\[[\d,-]+\][\w.-]*)*)*")
 
 
@@ -48,10 +51,19 @@ class Processor:
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """Nodes of a batch system: how many, and accelerators of each where it is told."""
+    """Nodes of a batch system.
+
+    Attributes:
+        count: how many.
+        devices_per_node: accelerators of each; None where it is not told.
+        memory_bytes: memory of each, of the node that has least; None where it is not told.
+        out: how many of them are down, or being drained.
+    """
 
     count: int
     devices_per_node: int | None
+    memory_bytes: float | None = None
+    out: int = 0
 
 
 def read_adapters(text: str, where: str) -> Adapters:
@@ -125,18 +137,21 @@ def read_memory(text: str, where: str) -> float:
 
 
 def read_nodes(text: str, where: str) -> Nodes:
-    """Reads a node list, or a table of ``sinfo`` with a column NODELIST and perhaps one GRES; no node counts twice.
+    """Reads a node list, what ``scontrol show nodes`` says, or a table of ``sinfo`` with a column NODELIST and perhaps GRES and
+    STATE; no node counts twice.
 
     Raises:
         SpecError: brackets do not match, or nodes have different numbers of accelerators.
 
     >>> read_nodes("gpu[001-016]", "")
-    Nodes(count=16, devices_per_node=None)
-    >>> read_nodes("NODELIST GRES\\ngpu[01-02] gpu:h100:8(S:0-1)\\ncpu[1-9] (null)\\n", "")
-    Nodes(count=2, devices_per_node=8)
-    >>> read_nodes("gpu[001-004] gpu:h100:8", "")
-    Nodes(count=4, devices_per_node=8)
+    Nodes(count=16, devices_per_node=None, memory_bytes=None, out=0)
+    >>> read_nodes("NODELIST GRES\\ngpu[01-02] gpu:h100:8(S:0-1)\\ncpu[1-9] (null)\\n", "").count
+    2
+    >>> read_nodes("gpu[001-004] gpu:h100:8", "").devices_per_node
+    8
     """
+    if "NodeName=" in text:
+        return _controlled(text, where)
     lines = [line.split() for line in text.splitlines() if line.strip()]
     if len(lines) == 1 and len(lines[0]) == 1:
         return Nodes(len(set(expand_nodes(lines[0][0]))), None)
@@ -144,6 +159,7 @@ def read_nodes(text: str, where: str) -> Nodes:
     if "NODELIST" not in heading:  # sinfo -h
         heading, lines = ["NODELIST", "GRES"], [["NODELIST", "GRES"], *lines]
     names: dict[str, int | None] = {}
+    out: set[str] = set()
     gres = heading.index("GRES") if "GRES" in heading else None
     for cells in lines[1:]:
         if len(cells) < len(heading):
@@ -151,15 +167,51 @@ def read_nodes(text: str, where: str) -> Nodes:
         counts = None if gres is None else re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", cells[gres])
         if counts == []:
             continue  # nodes without accelerators
-        each = None if counts is None else sum(map(int, counts))
-        names |= dict.fromkeys(expand_nodes(cells[heading.index("NODELIST")]), each)
-    sizes = {each for each in names.values() if each is not None}
-    if len(sizes) > 1 or not names:
-        found = (
-            f"nodes of {' and '.join(map(str, sorted(sizes)))} GPUs" if sizes else "lists no nodes with GPUs"
+        each, listed = (
+            None if counts is None else sum(map(int, counts)),
+            expand_nodes(cells[heading.index("NODELIST")]),
         )
-        raise SpecError(Problem(where, found, "nodes of one kind: give sinfo a partition (-p)"))
-    return Nodes(len(names), sizes.pop() if sizes else None)
+        names |= dict.fromkeys(listed, each)
+        if "STATE" in heading and _OUT.search(cells[heading.index("STATE")]):
+            out |= set(listed)
+    return Nodes(len(names), _alike(names.values(), where), out=len(out))
+
+
+def _alike(sizes: Iterable[int | None], where: str) -> int | None:
+    """Accelerators of a node, of nodes that have equally many.
+
+    Raises:
+        SpecError: there are no nodes, or they differ.
+    """
+    found = list(sizes)
+    told = {each for each in found if each is not None}
+    if len(told) > 1 or not found:
+        what = f"nodes of {' and '.join(map(str, sorted(told)))} GPUs" if told else "lists no nodes with GPUs"
+        raise SpecError(
+            Problem(where, what, "nodes of one kind: give sinfo a partition (-p), or scontrol their names")
+        )
+    return told.pop() if told else None
+
+
+def _controlled(text: str, where: str) -> Nodes:
+    """Reads ``scontrol show nodes``, of one line per node (``-o``) or of many; nodes without accelerators do not count.
+
+    >>> _controlled("NodeName=a CPUTot=9\\n   Gres=gpu:h100:8(S:0-1)\\n RealMemory=1000 State=IDLE+DRAIN", "")
+    Nodes(count=1, devices_per_node=8, memory_bytes=1048576000.0, out=1)
+    """
+    sizes: dict[str, int] = {}
+    memory: list[float] = []
+    out = 0
+    for entry in re.split(r"(?=\bNodeName=)", text)[1:]:
+        fields = dict(re.findall(r"(\w+)=(\S*)", entry))
+        counts = re.findall(r"gpu:(?:[\w.-]+:)?(\d+)", fields.get("Gres", ""))
+        if not counts:
+            continue
+        sizes[fields["NodeName"]] = sum(map(int, counts))
+        out += _OUT.search(fields.get("State", "")) is not None
+        if fields.get("RealMemory", "").isdigit():
+            memory.append(int(fields["RealMemory"]) * 2.0**20)
+    return Nodes(len(sizes), _alike(sizes.values(), where), min(memory, default=None), out)
 
 
 def host_kinds(text: str) -> Mapping[str, bool]:
@@ -169,7 +221,8 @@ def host_kinds(text: str) -> Mapping[str, bool]:
         "adapters": re.search(r"^\s*CA '", text, re.MULTILINE) is not None,
         "processor": re.search(r"^Architecture:", text, re.MULTILINE) is not None,
         "memory": one.startswith("MemTotal:"),
-        "nodes": "NODELIST" in one.partition("\n")[0]
+        "nodes": one.startswith("NodeName=")
+        or "NODELIST" in one.partition("\n")[0]
         or re.match(r"\S+\s+(\(null\)|gpu:\S+)\s*$", one, re.MULTILINE) is not None
         or ("\n" not in one and _LIST.fullmatch(one) is not None and re.search(r"\d", one) is not None),
     }

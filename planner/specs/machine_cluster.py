@@ -9,6 +9,7 @@ from planner.specs.device import Device, ScaleUp
 from planner.specs.device_file import find_device, load_device
 from planner.specs.host_report import Adapters, Processor
 from planner.specs.machine_report import Gpus, Topology
+from planner.units import counted
 
 __all__ = ["cluster_toml", "device_named"]
 
@@ -29,10 +30,10 @@ def device_named(gpus: Gpus | None, given: str | None) -> Device:
             Problem("--device", "is missing", "a device, as the reports do not name the accelerators")
         )
     # Where one name has several sizes of memory, the profile's name carries the size.
-    size = round(gpus.memory_bytes / 2**30 / 8) * 8
+    sized = [] if gpus.memory_bytes is None else [f"{gpus.name}-{round(gpus.memory_bytes / 2**30 / 8) * 8}gb"]
     spellings = (
         gpus.name,
-        f"{gpus.name}-{size}gb",
+        *sized,
         *(gpus.name.replace(word, "") for word in (" HBM3", " HBM3e", "NVIDIA ")),
     )
     name = next((found for spelled in spellings if (found := find_device(spelled.strip()))), None)
@@ -160,7 +161,8 @@ def _host(
 
 def _about(gpus: Gpus, device: Device) -> list[str]:
     found = []
-    theirs, ours = gpus.memory_bytes / 2**30, float(device.memory_bytes) / 2**30
+    ours = float(device.memory_bytes) / 2**30
+    theirs = ours if gpus.memory_bytes is None else gpus.memory_bytes / 2**30
     if abs(theirs / ours - 1) > 0.05:
         found.append(
             f"{gpus.name} reports {theirs:.1f} GiB; the profile has {ours:.1f}, which is what plans are held against."
@@ -213,7 +215,7 @@ def _rate(
         )
     if known is not None:
         nics = known.count or nics
-        said.append(f"{nics} adapters of {known.gbit:g} Gb/s per node, {known.source}.")
+        said.append(f"{counted(nics, 'adapter')} of {known.gbit:g} Gb/s per node, {known.source}.")
         return nics, known.gbit * _GIGABIT
     rate = device.nic_bytes_per_s.value
     said.append(

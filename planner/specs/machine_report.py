@@ -13,6 +13,7 @@ __all__ = ["Gpus", "Topology", "expand_nodes", "kinds", "read_gpus", "read_topol
 _LINK = re.compile(r"NV(\d+)|X|PIX|PXB|PHB|NODE|SYS")
 _GPU = re.compile(r"GPU(\d+)")
 _NIC = re.compile(r"NIC\d+|mlx\d+_\d+|bnxt_re\d+|irdma\d+|efa_\d+|rdmap\S+")
+_LISTED = re.compile(r"^GPU \d+: (.+?) \(UUID: ", re.MULTILINE)
 _NEAR = ("PIX", "PXB")
 _MOST_NODES = 100_000
 
@@ -40,11 +41,11 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """Accelerators of one node, as the driver names them: name, memory in bytes, and power limit where it is told."""
+    """Accelerators of one node, as the driver names them: name, and memory in bytes and power limit where they are told."""
 
     name: str
     count: int
-    memory_bytes: float
+    memory_bytes: float | None
     power_limit_w: float | None
 
 
@@ -93,13 +94,16 @@ def read_topology(text: str, where: str) -> Topology:
 
 
 def read_gpus(text: str, where: str) -> Gpus:
-    """Reads ``nvidia-smi --query-gpu=name,memory.total,power.limit --format=csv``, with a heading or without.
+    """Reads ``nvidia-smi --query-gpu=name,memory.total,power.limit --format=csv``, or ``nvidia-smi -L``, which tells no memory.
 
     Raises:
         SpecError: there is no such table, or the node holds different accelerators.
     """
     import csv
 
+    listed = _LISTED.findall(text)
+    if listed:
+        return Gpus(_one_kind(set(listed), where), len(listed), None, None)
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if len(row) > 1]
     heading = (
         rows[0]
@@ -111,14 +115,18 @@ def read_gpus(text: str, where: str) -> Gpus:
     if not body or "memory.total" not in column:
         expected = "the output of nvidia-smi --query-gpu=name,memory.total,power.limit --format=csv"
         raise SpecError(Problem(where, "names no GPUs and their memory", expected))
-    names = {row[column["name"]] for row in body}
-    if len(names) > 1:
-        raise SpecError(Problem(where, f"holds {' and '.join(sorted(names))}", "GPUs of one kind per node"))
+    name = _one_kind({row[column["name"]] for row in body}, where)
     memory = _number(body[0][column["memory.total"]])
     power = _number(body[0][column["power.limit"]]) if column.get("power.limit", 99) < len(body[0]) else None
     if memory is None:
         raise SpecError(Problem(where, repr(body[0][column["memory.total"]]), "memory in MiB"))
-    return Gpus(names.pop(), len(body), memory * 2**20, power)
+    return Gpus(name, len(body), memory * 2**20, power)
+
+
+def _one_kind(names: set[str], where: str) -> str:
+    if len(names) > 1:
+        raise SpecError(Problem(where, f"holds {' and '.join(sorted(names))}", "GPUs of one kind per node"))
+    return names.pop()
 
 
 def expand_nodes(text: str) -> list[str]:
@@ -173,5 +181,7 @@ def kinds(text: str) -> Mapping[str, bool]:
     """Which reports a text is: ``topology``, ``gpus``."""
     return {
         "topology": "GPU0" in text and ("SYS" in text or re.search(r"\bX\b", text) is not None),
-        "gpus": "memory.total" in text or re.search(r"^[^,\n]+,\s*\d+ MiB", text, re.MULTILINE) is not None,
+        "gpus": "memory.total" in text
+        or _LISTED.search(text) is not None
+        or re.search(r"^[^,\n]+,\s*\d+ MiB", text, re.MULTILINE) is not None,
     }

@@ -16,7 +16,7 @@ from typing import Any
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.units import parse_bytes
 
-__all__ = ["REQUIRED", "Reader", "read_file"]
+__all__ = ["REQUIRED", "Reader", "first_bytes", "read_file"]
 
 
 class _Required:
@@ -26,6 +26,16 @@ class _Required:
 
 REQUIRED: Any = _Required()
 _MAX_FILE_BYTES = 64 * 2**20
+
+
+def first_bytes(path: Path, most: int) -> bytes:
+    """What a file holds, one byte beyond ``most`` at the most: pipes and devices do not say how long they are.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        return stream.read(most + 1)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -39,11 +49,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             raise SpecError(Problem(where, "is a folder", "a .toml or .json file"))
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise SpecError(
-                Problem(where, f"is {path.stat().st_size} bytes", "a specification file under 64 MiB")
-            )
-        text = path.read_bytes().decode("utf-8-sig")
+        content = first_bytes(path, _MAX_FILE_BYTES)
+        if len(content) > _MAX_FILE_BYTES:
+            told = f"is {max(path.stat().st_size, len(content)):,} bytes"
+            raise SpecError(Problem(where, told, "a specification file under 64 MiB"))
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise SpecError(Problem(where, "no such file", "a .toml or .json file", "Check the path.")) from None
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from planner.errors import Problem, SpecError
 __all__ = ["Weights", "read_weights"]
 
 INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 _MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 _ELEMENT_BYTES: Mapping[str, float] = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1,
@@ -64,7 +65,9 @@ def read_weights(path: str | Path) -> Weights | None:
     if index.name.endswith(".index.json") and index.exists():
         return _from_index(index)
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    return _from_headers(found) if found else None
+    # Some folders hold the same weights a second time under other names (consolidated.safetensors).
+    own = [file for file in found if file.name.startswith("model")]
+    return _from_headers(own or found) if found else None
 
 
 def _from_index(index: Path) -> Weights:
@@ -74,10 +77,10 @@ def _from_index(index: Path) -> Weights:
         names = data["weight_map"]
         shards = [index.parent / name for name in sorted(set(names.values()))]
         n_bytes = int(data.get("metadata", {}).get("total_size", 0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "an index of safetensors files (metadata.total_size, weight_map)"
         raise SpecError(Problem(where, f"is no index ({type(error).__name__}: {error})", expected)) from None
-    if shards and all(shard.exists() for shard in shards):
+    if shards and all(shard.exists() and not _is_pointer(shard) for shard in shards):
         return _from_headers(shards)
     if n_bytes <= 0:
         raise SpecError(
@@ -97,16 +100,28 @@ def _from_headers(paths: list[Path]) -> Weights:
     return Weights(tensors, sum(elements.values()), round(n_bytes), dict(elements), len(paths))
 
 
+def _is_pointer(path: Path) -> bool:
+    """Whether a file only says where its content lies, as Git LFS leaves it until it is asked for."""
+    with path.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, list[int]]]:
     """Dtype and shape of every tensor of a file."""
     where, expected = str(path), "a safetensors file"
     try:
         with path.open("rb") as stream:
+            head = stream.read(len(_POINTER))
+            if head == _POINTER:
+                raise SpecError(
+                    Problem(where, "is a pointer of Git LFS, not the weights", expected, "git lfs pull")
+                )
+            stream.seek(0)
             size = int.from_bytes(stream.read(8), "little")
             if not 2 <= size <= _MAX_HEADER_BYTES:
                 raise SpecError(Problem(where, f"says that its header has {size} bytes", expected))
             header: Any = json.loads(stream.read(size))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecError(Problem(where, f"has no header that can be read ({error})", expected)) from None
     if not isinstance(header, dict):
         raise SpecError(Problem(where, f"has a {type(header).__name__} as header", expected))

@@ -189,3 +189,56 @@ def test_headers_of_weights_are_held_against_the_model(planner, tmp_path):
     assert found.code == 0
     # GPT-2 small has 124,439,808 parameters (Hugging Face's gpt2, without the tied head).
     assert "as many as the model has" in " ".join(found.out.split())
+
+
+def headers(path, **tensors):
+    """A safetensors file of BF16 tensors without their bytes (safetensors, docs/source/metadata_parsing)."""
+    entries = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()
+    }
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_weights_that_are_there_in_part_or_twice(planner, tmp_path):
+    """Hugging Face's folders: an index beside pointers of Git LFS, the same weights under two names, no config at all."""
+    from planner.export.hf_model import hf_model
+    from planner.specs.models import load_model
+
+    index = {
+        "metadata": {"total_size": 248_879_616},
+        "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    alone = planner("models", "import", tmp_path)
+    assert alone.code == 2
+    assert "no such file, beside 2 tensors of 248,879,616 bytes" in alone.err
+    assert "download the config.json" in alone.err
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_model(load_model("gpt2")).config))
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 124439808\n"
+        )
+    # 124,439,808 parameters of 2 bytes.
+    assert "2 for each of the model's parameters" in " ".join(
+        planner("models", "import", tmp_path).out.split()
+    )
+
+    (tmp_path / "model.safetensors.index.json").unlink()
+    found = planner("models", "import", tmp_path)
+    assert (found.code, "is a pointer of Git LFS" in found.err) == (2, True)
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+        headers(tmp_path / name, w=[62_219_904])
+    assert "in 2 files: 124,439,808 BF16; as many as the model has" in " ".join(
+        planner("models", "import", tmp_path).out.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("estimate", "--from", "deepspeed", "/dev/zero", *JOB), ("hardware", "import", "/dev/zero")]
+)
+def test_a_file_without_an_end_is_one_message(planner, arguments):
+    found = planner(*arguments)
+    assert (found.code, found.err.count("error: ")) == (2, 1)
+    assert "/dev/zero: holds 1,048,577 bytes" in found.err

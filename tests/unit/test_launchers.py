@@ -328,6 +328,8 @@ def test_kubernetes_starts_a_pod_per_node(plain_plan):
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (8, 8, "Indexed")
     assert pod["resources"]["limits"] == {"nvidia.com/gpu": "8"}
     assert pod["image"] == "my/image"
+    # The Trainer makes its output folder before the first step, and a ConfigMap is mounted for reading.
+    assert "cp -rL /plan /tmp/plan && cd /tmp/plan" in pod["command"][-1]
 
 
 def test_the_measuring_script_writes_a_row_that_validate_reads(plain_plan, tmp_path):
@@ -422,6 +424,63 @@ def test_what_was_written_is_read(name, file, choices, tmp_path):
     assert run.devices in (None, plan.devices)
 
 
+SCRIPTS = [
+    ("deepspeed", "run.sh", {"zero_stage": 3, "recompute": "block", "recompute_layers": 20}),
+    ("deepspeed", "run.sh", {"zero_stage": 1, "micro_batch_size": 2, **PLAIN}),
+    ("accelerate", "run.sh", {"recompute": "block", "recompute_layers": 20, **SHARDED}),
+    ("accelerate", "run.sh", {"zero_stage": 0, "recompute": "full", "sequence_parallel": "false", **PLAIN}),
+    ("transformers", "training_arguments.json", {"recompute": "full", "zero_group": "node", **SHARDED}),
+    ("transformers", "training_arguments.json", {"tp": 2, "gradient_dtype": "bf16", **SHARDED, **PLAIN}),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "choices"), SCRIPTS, ids=str)
+def test_a_folder_is_priced_as_the_plan_was(name, file, choices, tmp_path):
+    """Step time and peak come back, so that every choice that is priced did; batch and length too."""
+    model = "llama3.2-1b" if choices["zero_stage"] == 0 else "llama3-8b"
+    plan = plan_of(model, batch=768, **choices)
+    for written, text in export(plan, name).items():
+        (tmp_path / written).write_text(text)
+    run = read_launched(name, tmp_path / file)
+    assert (run.workload["global_batch_size"], run.workload["seq_len"], run.devices) == (768, 8192, 64)
+    assert run.missing == {}
+    again = planner.estimate(problem_of(model, batch=768, **{**run.fixed, "etp": plan.mesh["etp"]}))
+    assert again.estimate.step_time_s == pytest.approx(plan.estimate.step_time_s)
+    assert again.estimate.memory_bytes["peak"] == pytest.approx(plan.estimate.memory_bytes["peak"])
+
+
+def test_auto_is_filled_in_as_the_trainer_does(tmp_path):
+    """Transformers' documentation of DeepSpeed: micro-batch, accumulation and formats come from the command line."""
+    file = {
+        "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    (tmp_path / "job.sh").write_text(
+        "NODES=4\ndeepspeed --num_nodes $NODES --num_gpus 8 \\\n  run_clm.py --deepspeed ds.json --bf16 True \\\n"
+        "  --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --block_size 4096 --learning_rate 1e-5\n"
+    )
+    run = read_launched("deepspeed", tmp_path / "job.sh")
+    # 4 nodes of 8, each 2 sequences at a time, 3 times a step.
+    assert (run.devices, run.fixed["dp"], run.workload["global_batch_size"]) == (32, 32, 192)
+    assert (run.fixed["micro_batch_size"], run.fixed["precision"], run.workload["seq_len"]) == (
+        2,
+        "bf16",
+        4096,
+    )
+    assert (run.fixed["recompute"], run.fixed["elementwise_kernel"]) == ("none", "eager")
+    assert run.missing == {}
+
+
+def test_a_script_without_a_configuration_says_what_it_lacks(tmp_path):
+    (tmp_path / "job.sh").write_text("torchrun train.py --lr 1\n")
+    with pytest.raises(SpecError, match="names no file with --deepspeed"):
+        read_launched("deepspeed", tmp_path / "job.sh")
+    (tmp_path / "job.sh").write_text("torchrun train.py --deepspeed none.json\n")
+    with pytest.raises(SpecError, match=r"none\.json: no such file"):
+        read_launched("deepspeed", tmp_path / "job.sh")
+
+
 def test_galvatron_comes_back(tmp_path):
     plan = plan_of("llama2-7b", seq_len=4096, tp=2, pp=4, zero_stage=3, recompute="full")
     (tmp_path / "g.json").write_text(export(plan, "galvatron")["galvatron.json"])
@@ -470,6 +529,12 @@ BAD = {
     "torchtitan": {"--config llama3_9b": "Did you mean llama3_8b", "echo nothing": "starts no torchtitan"},
     "galvatron": {"{}": "pp_deg: is missing"},
     "megatron": {"torchrun train.py": "starts no training script"},
+    "transformers": {
+        "- a\n": "holds a list; expected a map",
+        "learning_rate: 1\n": "names no per_device_train_batch_size",
+        "per_device_train_batch_size: [2]\n": "expected a whole number",
+        "per_device_train_batch_size: 2\nfsdp: true\nfsdp_config: [a]\n": "expected a table",
+    },
 }
 """Launcher → a file that is wrong → what is said of it."""
 

@@ -181,6 +181,51 @@ def test_a_table_of_nodes_leaves_out_those_without_gpus():
         read_nodes(table.replace("gpu:h100:8\n", "gpu:h100:4\n"), "sinfo")
 
 
+CONTROLLED = """NodeName=gpu001 Arch=x86_64 CoresPerSocket=56
+   CPUAlloc=0 CPUEfctv=224 CPUTot=224 CPULoad=0.11
+   Gres=gpu:h100:8(S:0-1)
+   NodeAddr=gpu001 NodeHostName=gpu001 Version=23.02.7
+   RealMemory=2063000 AllocMem=0 FreeMem=1900000 Sockets=2 Boards=1
+   State=IDLE ThreadsPerCore=2 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A
+   CfgTRES=cpu=224,mem=2063000M,billing=224,gres/gpu=8
+
+NodeName=gpu002 Arch=x86_64 CoresPerSocket=56
+   Gres=gpu:h100:8(S:0-1)
+   RealMemory=2062000 AllocMem=0
+   State=DOWN+DRAIN ThreadsPerCore=2
+
+NodeName=login1 Arch=x86_64
+   Gres=(null)
+   RealMemory=128000
+   State=IDLE
+"""
+"""Of the form that SLURM 23.02 prints (scontrol(1)); -o puts a node on a line."""
+
+
+@pytest.mark.parametrize("one_line", [False, True])
+def test_the_controller_tells_nodes_their_memory_and_which_are_out(one_line):
+    text = "\n".join(" ".join(part.split()) for part in CONTROLLED.split("\n\n")) if one_line else CONTROLLED
+    found = read_nodes(text, "scontrol")
+    # The node that logins go to has no GPU; 2,062,000 MiB is the lesser memory.
+    assert found == Nodes(2, 8, 2_062_000 * 2.0**20, out=1)
+
+
+def test_a_table_of_nodes_counts_those_that_are_out():
+    table = (
+        "PARTITION AVAIL  TIMELIMIT  NODES  STATE NODELIST\n"
+        "main*        up   infinite      2  drain gpu[003,007]\n"
+        "main*        up   infinite     14   idle gpu[001-002,004-006,008-016]\n"
+    )
+    assert read_nodes(table, "sinfo") == Nodes(16, None, out=2)
+
+
+def test_a_list_of_gpus_names_them_without_their_memory():
+    text = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a1)\n" for i in range(8))
+    found = read_gpus(text, "nvidia-smi -L")
+    assert (found.name, found.count, found.memory_bytes) == ("NVIDIA H100 80GB HBM3", 8, None)
+    assert device_named(found, None).name == "h100-sxm"
+
+
 @pytest.mark.parametrize(
     ("read", "text", "why"),
     [
@@ -257,6 +302,23 @@ def test_tables_of_all_ages(text, seconds):
     (row,) = read_nccl_tests(text, "log")
     assert row.seconds == pytest.approx(seconds)
     assert row.work.ranks == 2
+
+
+@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "0: ", " 0: "], ids=["mpirun", "srun", "srun of ten"])
+def test_lines_that_say_which_rank_printed_them(prefix):
+    """mpirun --tag-output, as in aws/aws-k8s-tester pull request 503; srun --label."""
+    text = "".join(f"{prefix}{line}\n" for line in NEW.splitlines())
+    assert is_nccl_tests(text)
+    (row,) = read_nccl_tests(text, "log")
+    assert (row.seconds, row.work.kind) == (pytest.approx(523.4e-6), "all_reduce")
+
+
+def test_a_file_without_its_command_may_be_named_after_the_collective():
+    text = NEW.partition("\n")[2].replace("sum ", "none")
+    (row,) = read_nccl_tests(text, "logs/all_gather_2.txt")
+    assert row.work.kind == "all_gather"
+    with pytest.raises(SpecError, match="or name the file after it"):
+        read_nccl_tests(text, "logs/job-17.out")
 
 
 def test_wrong_results_are_refused():

@@ -387,8 +387,13 @@ def test_nodes_are_named_by_the_environment(two_nodes, tmp_path):
 )
 def test_a_router_knows_every_replica(pair, tmp_path, to, tool, expected):
     folder = written(pair, to, tmp_path)
-    done = run(folder, "router.sh", [tool], {})
-    assert expected in done.stdout
+    done = run(folder, "router.sh", [tool, "curl"], {})
+    asked, started = done.stdout.splitlines()[:3], done.stdout.splitlines()[3]
+    # A router that starts before its engines gives up on them (trtllm-serve disaggregated after 180 s).
+    assert [line.split()[-1] for line in asked] == [
+        f"http://localhost:{port}/health" for port in (8001, 8002, 8000)
+    ]
+    assert expected in started
     if to == "trtllm":
         found = yaml.safe_load((folder / "disaggregated.yaml").read_text())
         assert found["context_servers"] == {"num_instances": 2, "urls": ["localhost:8001", "localhost:8002"]}
@@ -561,6 +566,27 @@ def test_a_launch_is_priced_as_the_plan_was(engine, tmp_path):
     again = serve(problem, top=1).best
     assert again.estimate.tpot_s["mean"] == pytest.approx(plan.estimate.tpot_s["mean"])
     assert again.estimate.memory_budget_bytes == pytest.approx(plan.estimate.memory_budget_bytes, rel=2e-3)
+
+
+def test_a_pair_of_sglang_is_priced_as_the_plan_was(tmp_path):
+    """The file of a pool that generates names no chunk; what its process holds beside weights and caches is the plan's."""
+    traffic = Traffic(2000, 200, ttft_s=10.0, tpot_s=0.2)
+    fixed = {
+        f"{role}.{name}": n
+        for role in ("prefill", "decode")
+        for name, n in (("tp", 4), ("pp", 1), ("replicas", 1))
+    }
+    plan = plan_of(mode="disaggregated", engine="sglang", traffic=traffic, **fixed)
+    folder = written(plan, "sglang", tmp_path)
+    pools = read_launch("sglang", f"{folder}/serve-prefill.sh,{folder}/serve-decode.sh")
+    problem = problem_of_launch(
+        pools, planner.load_model(plan.model), planner.load_cluster(plan.cluster), traffic, None
+    )
+    again = serve(problem, top=1).best.estimate
+    assert again.goodput_requests_per_s == pytest.approx(plan.estimate.goodput_requests_per_s)
+    assert again.ttft_s["mean"] == pytest.approx(plan.estimate.ttft_s["mean"])
+    # --mem-fraction-static has three digits: 80 MB of 80 GB.
+    assert again.memory_budget_bytes == pytest.approx(plan.estimate.memory_budget_bytes, rel=1.2e-3)
 
 
 DRAFTS = {

@@ -18,6 +18,8 @@ from planner.serving.plan import Pool
 __all__ = ["ENGINES", "EXPORTERS", "ROUTER_PORT", "pool_files", "routed", "serve_script"]
 
 ROUTER_PORT = 9000
+_HEALTH_TIMEOUT_S = 10  # that a replica has to say that it is ready
+_HEALTH_PAUSE_S = 5  # before it is asked again
 
 ENGINES: Mapping[str, Engine] = {module.ENGINE.name: module.ENGINE for module in (sglang, trtllm, vllm)}
 
@@ -158,6 +160,11 @@ def _router(target: ServingTarget, engine: Engine) -> str:
         'read -ra PREFILL <<< "${PREFILL:-}"',
         'read -ra DECODE <<< "$DECODE"',
         "",
+        "# Loading takes longer than a router waits by itself; the last address is as slow as the first.",
+        'for url in "${PREFILL[@]}" "${DECODE[@]}"; do',
+        f'    until curl -so /dev/null --fail --max-time {_HEALTH_TIMEOUT_S} "$url/health"; do sleep {_HEALTH_PAUSE_S}; done',
+        "done",
+        "",
     ]
     command = engine.router(target)
     return "\n".join([*lines, *_continued(command)]) + "\n"
@@ -183,7 +190,7 @@ def _start(target: ServingTarget) -> list[str]:
     found = [f"`MODEL=CHECKPOINT bash run.sh`{where}; logs are `engine*.log`"]
     if routed(target):
         hosts = " with the same `HOSTS`" if target.nodes > 1 else ""
-        found.append(f"`bash router.sh`{hosts}, once, when every replica answers `/health`")
+        found.append(f"`bash router.sh`{hosts}, once: it waits until every replica answers `/health`")
     return found
 
 

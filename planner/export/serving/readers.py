@@ -12,6 +12,7 @@ from planner.errors import Problem, SpecError
 from planner.export.launched import beside
 from planner.export.serving.launched import LaunchedPool
 from planner.export.serving.sglang_import import read_sglang
+from planner.export.serving.target import GENERATION_TOKENS
 from planner.export.serving.vllm_import import read_vllm
 from planner.serving.candidates import iterations_of
 from planner.serving.capacity import capacity
@@ -188,6 +189,7 @@ def _beside_bytes(
     problem = ServeProblem(model, cluster, traffic, stack)
     iterations = iterations_of(problem, recipe, mesh, Pricer(cluster, stack))
     assert stack.serving is not None
-    tokens = float(mine.get("chunk_tokens", _default_chunk(pool, cluster)))
-    held = capacity(iterations, traffic.isl, traffic.osl, tokens)
+    usual = GENERATION_TOKENS if pool.role == "decode" else _default_chunk(pool, cluster)
+    tokens = max(mine.get("chunk_tokens", usual), mine.get("max_sequences", 0))
+    held = capacity(iterations, traffic.isl, traffic.osl, float(tokens))
     return float(held.activation_bytes[0]) + held.reserved_bytes

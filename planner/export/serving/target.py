@@ -26,12 +26,13 @@ from planner.technique import ServingContext
 from planner.techniques.serving.cache_copies.context_parallel_inference import copies
 from planner.units import counted
 
-__all__ = ["FIRST_PORT", "Seat", "ServingTarget", "summary"]
+__all__ = ["FIRST_PORT", "GENERATION_TOKENS", "Seat", "ServingTarget", "summary"]
 
 FIRST_PORT = 8000
 """Port of the first replica on a node; the next ones count up from it."""
+GENERATION_TOKENS = 1024
+"""Tokens of an iteration that the search leaves room for in a pool that only generates."""
 _ROOM_TOKENS = 256  # of the context, beside prompt and answer: special tokens and a chat template
-_GENERATION_TOKENS = 1024  # of an iteration, that the search leaves room for in a pool that only generates
 _HUB_NAME = re.compile(r"config\.json of ([\w.-]+/[\w.-]+)")
 
 
@@ -127,7 +128,7 @@ class ServingTarget:
 
     def iteration_tokens(self, pool: Pool) -> int:
         """Tokens of the largest iteration of an attention rank, as its memory was reckoned with."""
-        tokens = int(pool.knobs.get("chunk_tokens", _GENERATION_TOKENS))
+        tokens = int(pool.knobs.get("chunk_tokens", GENERATION_TOKENS))
         return max(tokens, self.sequences(pool) or 0)
 
     def sequences(self, pool: Pool) -> int | None:
