@@ -104,6 +104,8 @@ class UniformSearch:
             knobs = self.space.knobs(recipe)
             ctx = replace(part.context(self.problem, knobs), mesh=mesh)
             open_, activity = self._valid(recipe, part, ctx)
+            if at[0] == 0 and self.ranking.bar < np.inf:
+                open_, activity = self._in_time(recipe, part, at, open_, activity)
             if at[0] == 0:
                 self._bound(recipe, part, ctx, open_, activity, alike, made)
             else:
@@ -156,6 +158,8 @@ class UniformSearch:
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(ctx)
+                if not active.any():
+                    break
         if not len(open_ := np.flatnonzero(active)):
             return open_, self.branches.no_activity()
         fault = self.faults(recipe, ctx.take(open_))
