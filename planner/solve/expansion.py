@@ -284,8 +284,8 @@ class Expansion:
         if not len(asked):
             return ok
         few = jobs.take(asked)
-        layouts = np.zeros(len(asked), dtype=np.intp)
-        if self.problem.launcher is not None and isinstance(few.layout, Dealt):  # no technique asks for stages
+        layouts = np.zeros(len(asked), dtype=np.intp)  # no technique asks for stages
+        if self.problem.launcher is not None and isinstance(few.layout, Dealt):
             layouts = few.layout.of
         branches = (few.states, few.recomputes, few.swaps, self.prefix_of[few.rows], layouts)
         numbers = np.ravel_multi_index(branches, [int(each.max()) + 1 for each in branches])

@@ -103,19 +103,15 @@ class UniformSearch:
                 mesh, alike = part.context(self.problem, {}).mesh, Alike(part)
             knobs = self.space.knobs(recipe)
             ctx = replace(part.context(self.problem, knobs), mesh=mesh)
-            open_, activity = self._valid(recipe, part, ctx)
-            if at[0] == 0 and self.ranking.bar < np.inf:
-                open_, activity = self._in_time(recipe, part, at, open_, activity)
+            open_, activity = self._in_time(recipe, part, at, *self._valid(recipe, part, ctx))
             if at[0] == 0:
                 self._bound(recipe, part, ctx, open_, activity, alike, made)
             else:
-                open_, activity = self._in_time(recipe, part, at, open_, activity)
                 for begin in range(0, len(open_), _ROWS):
                     some = np.arange(begin, min(begin + _ROWS, len(open_)))
                     rows = part.take(open_[some])
-                    self.pricer = Pricer(
-                        self.problem.cluster, self.problem.stack
-                    )  # forgets other rows' groups
+                    # Another pricer forgets other rows' groups.
+                    self.pricer = Pricer(self.problem.cluster, self.problem.stack)
                     own, all_ = rows.context(self.problem, knobs), some - begin
                     self._bound(recipe, rows, own, all_, activity.take(some), Alike(rows), {})
             if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
