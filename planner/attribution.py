@@ -18,7 +18,7 @@ from planner.layout import BOUNDARY, Layout
 from planner.ledger import Array, AttentionCore, Collective, Item, Ledger, Resident, Stream, Transfer
 from planner.phases import Lanes, loose, phase_s, shares_backward, together_s
 from planner.pipeline import phase_seconds, recomputed_fraction
-from planner.shared_links import beside_traffic, waits
+from planner.shared_links import beside_traffic, waits, waits_in_pass
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 
@@ -77,7 +77,12 @@ def attribute(ledger: Ledger, pricer: Pricer) -> list[Share]:
             continue
         own = streams[block, phase]
         shares += _beside_main(priced, own, ledger, pricer)
-        others = [streams[block, which[0].phase] for which in shares_backward(items, block, phase)]
+        with_it = shares_backward(items, block, phase)
+        together = [priced, *(phases[block, which[0].phase] for which in with_it)]
+        arrays = [[(item, np.asarray(price)) for item, price in some] for some in together]
+        waiting = waits_in_pass(arrays, pricer.outermost, ledger.axes)
+        shares += [Share(item, block, phase, 0.0, _first(s)) for item, s in waiting]
+        others = [streams[block, which[0].phase] for which in with_it]
         total_s, alone_s = (
             _first(phase_s(phase, own._replace(launches=0.0, waits=0.0), beside, pricer.stack))
             for beside in (others, [])

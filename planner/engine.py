@@ -47,7 +47,7 @@ from planner.ledger import (
     at,
 )
 from planner.phases import Lanes, lanes, phase_s, shares_backward
-from planner.shared_links import beside_traffic, exchanges, waits
+from planner.shared_links import beside_traffic, exchanges, waits, waits_in_pass
 from planner.specs.cluster import Cluster, Tier
 from planner.specs.exchange_library import exchange_kernel
 from planner.specs.stack import Stack
@@ -354,12 +354,15 @@ def _phase(
     """Seconds of one phase of one block, and the items of other phases that it is priced with."""
     own, others, sums = pricer.lanes(items, ledger, prices), [], ledger.axes.sums
     for each in beside:  # once for all phases that are priced with them
-        key = ("lanes", *map(id, each))
-        if key not in sums:
+        if (key := ("lanes", *map(id, each))) not in sums:
             sizes = "|".join(pricer.key(item)[0] for item in each)
             sums[key] = (sizes, (pricer.lanes(each, ledger), each))
         others.append(sums[key][1][0])
-    return {f"{phase}_s": phase_s(phase, own, others, pricer.stack)}
+    seconds = phase_s(phase, own, others, pricer.stack)
+    if any(map(exchanges, chain(items, *beside))):
+        passes = [list(zip(each, pricer.prices(each, ledger.axes), strict=True)) for each in (items, *beside)]
+        seconds = seconds + sum(s for _, s in waits_in_pass(passes, pricer.outermost, ledger.axes))
+    return {f"{phase}_s": seconds}
 
 
 def _step(

@@ -5,6 +5,9 @@ block nothing until the pass ends. Libraries run them on streams that know nothi
 fairly wherever their groups' outermost links are the same (J. Li et al., "Accelerating Distributed MoE Training and Inference
 with Lina", USENIX ATC 2023, section 2.2: all-to-alls beside an all-reduce take 1.83 times as long in the median).
 
+The same holds of what sharded weights send in every micro-batch: gathers behind the forward and the backward, reductions behind
+the backward.
+
 With ``A`` seconds of exchanges among the ``B`` seconds of a block's pass, and ``R`` seconds of traffic for that block::
 
     shared:  an exchange meets traffic for a share R/B of the time, and takes twice as long then: A·min(1, R/B) more
@@ -25,7 +28,7 @@ import numpy as np
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Array, Axes, Collective, Group, Item, Resident
 
-__all__ = ["Priced", "beside_traffic", "exchanges", "slowdown", "waits"]
+__all__ = ["Priced", "beside_traffic", "exchanges", "slowdown", "waits", "waits_in_pass"]
 
 Priced: TypeAlias = Sequence[tuple[Item, Array]]
 """Items, and their seconds alone."""
@@ -66,32 +69,62 @@ def waits(
         axes: of both.
     """
     for (track, _), work in zip(_PASSES, beside, strict=False):  # of a block without exchanges there are none
-        traffic = [(item, s) for item, s in step if isinstance(item, Collective) and _is_traffic(item, track)]
-        found = [(item, s) for item, s in work if exchanges(item)]
-        if not (traffic and found):
+        traffic = [(item, s) for item, s in step if isinstance(item, Collective) and item.track == track]
+        yield from _waits([(item, s) for item, s in traffic if _is_traffic(item)], work, outermost, axes)
+
+
+def waits_in_pass(
+    passes: Sequence[Priced], outermost: Callable[[Group], Array], axes: Axes
+) -> Iterable[tuple[Collective, Array]]:
+    """The same by what a pass sends in every micro-batch, in a phase of it that is priced with others before or after it.
+
+    Args:
+        passes: the phase, then those of :func:`planner.phases.shares_backward`.
+        outermost, axes: as above.
+    """
+    (first, *_), before = passes[0], list(chain(*passes[1:]))
+    together = [*passes[0], *before]
+    yield from _waits(_loose_traffic(together), together, outermost, axes)
+    if first[0].phase == "recompute":  # what the backward waits without it is the backward's
+        for item, seconds in _waits(_loose_traffic(before), before, outermost, axes):
+            yield item, -seconds
+
+
+def _waits(
+    traffic: Sequence[tuple[Collective, Array]], work: Priced, outermost: Callable[[Group], Array], axes: Axes
+) -> Iterable[tuple[Collective, Array]]:
+    """Seconds by which the exchanges among some work, or what they keep from traffic beside it, delay it."""
+    found = [(item, s) for item, s in work if exchanges(item)]
+    if not (traffic and found):
+        return
+    free_s = sum(s for item, s in work if item.track == "main" and not exchanges(item) and _stays(item))
+    whole_s = np.maximum(free_s + sum(s for _, s in found), 1e-30)
+    for item, seconds in found:
+        assert isinstance(item, Collective)
+        there = [(i, s * (outermost(i.group) == outermost(item.group))) for i, s in traffic]
+        busy_s = sum(s for _, s in there)
+        if not item.ahead_bytes:
+            yield item, (slowdown(item) - 1.0) * seconds * np.minimum(busy_s / whole_s, 1.0)
             continue
-        free_s = sum(s for item, s in work if item.track == "main" and not exchanges(item) and _stays(item))
-        whole_s = np.maximum(free_s + sum(s for _, s in found), 1e-30)
-        for item, seconds in found:
-            assert isinstance(item, Collective)
-            there = [(i, s * (outermost(i.group) == outermost(item.group))) for i, s in traffic]
-            busy_s = sum(s for _, s in there)
-            if not item.ahead_bytes:
-                yield item, (slowdown(item) - 1.0) * seconds * np.minimum(busy_s / whole_s, 1.0)
-                continue
-            share = seconds / np.maximum(sum(s for _, s in found), 1e-30)  # of what all exchanges delay
-            left_s = share * np.clip(busy_s - free_s, 0.0, whole_s - free_s)
-            piece_s = sum(
-                s * np.minimum(item.ahead_bytes / np.maximum(axes[i.size] * dtype_bytes(i.dtype), 1.0), 1.0)
-                for i, s in there
-            )
-            met = np.minimum(busy_s / np.maximum(free_s, 1e-30), 1.0) * (seconds > 0.0)
-            yield item, left_s + 0.5 * piece_s * met
+        share = seconds / np.maximum(sum(s for _, s in found), 1e-30)  # of what all exchanges delay
+        left_s = share * np.clip(busy_s - free_s, 0.0, whole_s - free_s)
+        piece_s = sum(
+            s * np.minimum(item.ahead_bytes / np.maximum(axes[i.size] * dtype_bytes(i.dtype), 1.0), 1.0)
+            for i, s in there
+        )
+        met = np.minimum(busy_s / np.maximum(free_s, 1e-30), 1.0) * (seconds > 0.0)
+        yield item, left_s + 0.5 * piece_s * met
 
 
-def _is_traffic(item: Collective, track: str) -> bool:
-    """Whether an item is traffic of data parallelism beside a pass."""
-    return item.track == track and "data_parallel" in item.tags and not _OF_STATES.isdisjoint(item.tags)
+def _loose_traffic(work: Priced) -> list[tuple[Collective, Array]]:
+    """What runs beside all of some work."""
+    beside = [(i, s) for i, s in work if isinstance(i, Collective) and i.track != "main" and not i.window]
+    return [(item, s) for item, s in beside if _is_traffic(item)]
+
+
+def _is_traffic(item: Collective) -> bool:
+    """Whether an item is traffic of data parallelism."""
+    return "data_parallel" in item.tags and not _OF_STATES.isdisjoint(item.tags)
 
 
 def _stays(item: Item) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.solve.space import Choice, Rows, Space
 from planner.technique import ADDITIVE_SLOTS
 
@@ -61,8 +62,13 @@ class Branches:
         swaps = (dict(zip(_SWAP, c, strict=True)) for c in product(*(choices[s] for s in _SWAP)))
         self.swaps = sorted(
             (swap for swap in swaps if self._possible(swap)),
-            key=lambda swap: sum(choice.technique is not None for choice in swap.values()),
+            key=_parts,
         )
+        self.levels = [
+            [number for number, swap in enumerate(self.swaps) if _parts(swap) == parts]
+            for parts in distinct(np.array([*map(_parts, self.swaps)])).tolist()
+        ]
+        """Swaps by how many parts they have: none does less than another of its level."""
         self.moved = {
             pool for swap in self.swaps for c in swap.values() if c.technique for pool in c.technique.moves
         }
@@ -193,6 +199,11 @@ class Branches:
         """Whether a branch is its state and nothing more."""
         choices = (self.recomputes[recompute], *self.swaps[swap].values())
         return all(choice.technique is None for choice in choices)
+
+
+def _parts(swap: Mapping[str, Choice]) -> int:
+    """How many choices of a swap do something."""
+    return sum(choice.technique is not None for choice in swap.values())
 
 
 class Faults:

@@ -123,12 +123,12 @@ class Shortfall(NamedTuple):
 
 
 class Jobs(NamedTuple):
-    """Candidates that share a schedule and a swap; arrays over jobs."""
+    """Candidates that share a schedule; arrays over jobs."""
 
     schedule: Choice
     layout: Layout | Dealt
     recomputes: Index
-    swap: int
+    swaps: Index
     states: Index
     rows: Index
     width: NDArray[np.int64]  # candidates behind each job: layer counts of a recompute by layers
@@ -141,6 +141,6 @@ class Jobs(NamedTuple):
     def take(self, index: Index) -> Jobs:
         """Some of the jobs."""
         return self._replace(
-            layout=self.layout.take(index), recomputes=self.recomputes[index], states=self.states[index],
-            rows=self.rows[index], width=self.width[index],
+            layout=self.layout.take(index), recomputes=self.recomputes[index], swaps=self.swaps[index],
+            states=self.states[index], rows=self.rows[index], width=self.width[index],
         )  # fmt: skip

@@ -39,7 +39,7 @@ class Columns:
         self.starts = np.cumsum([0, *map(len, tables)])
         self.prefix_of = np.repeat(np.arange(len(tables)), np.diff(self.starts))
         self._pools = {aspect: _Pool(len(aspect) * len(self.kinds)) for aspect in ASPECTS[COMPACT]}
-        self._places: dict[tuple[int, str, tuple[str, ...], bool], dict[int, tuple[int, ...]]] = {}
+        self._places: dict[tuple[str, tuple[str, ...], bool], dict[int, tuple[int, ...]]] = {}
 
     def times(self, state: int) -> BlockTable:
         """The times of a state on every row, before what a schedule adds; zero where it is active on no row of a prefix."""
@@ -65,17 +65,18 @@ class Columns:
     ) -> tuple[BlockTable, NDArray[np.bool_]]:
         """Sums of the summands of each job's branch, and whether each of these is of one change alone."""
         prefix = self.prefix_of[jobs.rows]
-        shape = (len(self.tables), len(self.branches.states), len(self.branches.recomputes))
-        branches = np.ravel_multi_index((prefix, jobs.states, jobs.recomputes), shape)
-        each, local = distinct(branches), jobs.rows - self.starts[prefix]
-        of, editor = np.searchsorted(each, branches), editor_of(jobs.schedule)
-        columns, own = [], np.ones(len(branches), dtype=bool)
+        branches = self.branches
+        shape = (len(self.tables), len(branches.states), len(branches.recomputes), len(branches.swaps))
+        numbers = np.ravel_multi_index((prefix, jobs.states, jobs.recomputes, jobs.swaps), shape)
+        each, local = distinct(numbers), jobs.rows - self.starts[prefix]
+        of, editor = np.searchsorted(each, numbers), editor_of(jobs.schedule)
+        columns, own = [], np.ones(len(numbers), dtype=bool)
         for aspect in ASPECTS[fields]:
-            known = self._places.setdefault((jobs.swap, editor.value if editor else "", aspect, floor), {})
+            known = self._places.setdefault((editor.value if editor else "", aspect, floor), {})
             for branch in each.tolist():
                 if branch not in known:
-                    at, state, recompute = (int(i) for i in np.unravel_index(branch, shape))
-                    known[branch] = self._find(at, (state, recompute, jobs.swap), editor, aspect, floor)
+                    at, state, recompute, swap = (int(i) for i in np.unravel_index(branch, shape))
+                    known[branch] = self._find(at, (state, recompute, swap), editor, aspect, floor)
             places = np.array([known[branch] for branch in each.tolist()], dtype=np.intp).reshape(
                 -1, _MOST + 1
             )

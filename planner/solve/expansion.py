@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ class Expansion:
         states, at = np.nonzero(pairs.open & (self._width(0, pairs.layouts.deal(pairs.of), pairs.rows) > 0))
         layout, rows = pairs.layouts.deal(pairs.of[at]), pairs.rows[at]
         plain = np.zeros(len(at), dtype=np.intp)
-        jobs = Jobs(pairs.schedule, layout, plain, 0, states, rows, self._width(0, layout, rows))
+        jobs = Jobs(pairs.schedule, layout, plain, plain, states, rows, self._width(0, layout, rows))
         table = self.columns.of(jobs)
         fit, bound_s, batch = self.evaluate(jobs, table=table)
         shape = (len(self.branches.swaps), len(self.branches.recomputes), len(at))
@@ -131,8 +132,9 @@ class Expansion:
         self.counts.rejected["device memory"] += int(others[full & ~late & ~fits].sum())
         return np.flatnonzero(~(fits | late | full))
 
-    def rest(self, pending: Pending, chosen: Index, swap: int, bar: float) -> list[Batch]:
-        """Scores more branches of the chosen (state, row) pairs with one swap, those with less work first; returns what fits.
+    def rest(self, pending: Pending, chosen: Index, swaps: Sequence[int], bar: float) -> list[Batch]:
+        """Scores more branches of the chosen (state, row) pairs with some swaps, none of which does less than another, those
+        with less recompute first; returns what fits.
 
         A branch is excluded where another of its pair that does less has a bound that is not under the bar (more work only
         adds time), or fits (more work has nothing to offer).
@@ -140,17 +142,18 @@ class Expansion:
         found: list[Batch] = []
         few = pending.jobs.take(chosen)
         for together in self.branches.waves:
-            left = [self._undecided(pending, few, chosen, recompute, swap, bar) for recompute in together]
+            ways = list(product(together, swaps))
+            left = [self._undecided(pending, few, chosen, *way, bar) for way in ways]
             at, width, least_s = (np.concatenate(each) for each in zip(*left, strict=True))
             if not len(at):
                 continue
-            recomputes = np.repeat(np.array(together), [len(at) for at, *_ in left])
+            recomputes, moved = np.repeat(np.array(ways).T, [len(at) for at, *_ in left], axis=1)
             pairs = chosen[at]
-            jobs = few.take(at)._replace(recomputes=recomputes, swap=swap, width=width)
+            jobs = few.take(at)._replace(recomputes=recomputes, swaps=moved, width=width)
             for begin in range(0, len(at), _TOGETHER):
                 some = np.arange(begin, min(begin + _TOGETHER, len(at)))
                 fit, bound_s, batch = self.evaluate(jobs.take(some), bar)
-                where = (swap, recomputes[some], pairs[some])
+                where = (moved[some], recomputes[some], pairs[some])
                 pending.fits[where], pending.bounds_s[where] = fit, np.maximum(bound_s, least_s[some])
                 if len(batch.fitting):
                     found.append(batch)
@@ -212,7 +215,7 @@ class Expansion:
     def evaluate(
         self, jobs: Jobs, bar: float = np.inf, *, table: BlockTable | None = None
     ) -> tuple[NDArray[np.bool_], Array, Batch]:
-        """Prices jobs that share a schedule and a swap: which fit, bounds (zero: not known), and those that are scored.
+        """Prices jobs that share a schedule: which fit, bounds (zero: not known), and those that are scored.
 
         Recompute by layers is priced apart from other choices. ``bar``: of a bound that is of use; whether jobs that reach it
         fit is not asked. ``table``: the jobs' columns, where these are known.
@@ -238,7 +241,7 @@ class Expansion:
         fit = np.zeros(len(runs), dtype=bool)
         fit[at] = inside
         # Of jobs that do not fit only recomputation alone is bounded, which says something of all that swaps as well.
-        asked = np.flatnonzero(~own & (fit | (runs & (jobs.swap == 0) & (floors is None))))
+        asked = np.flatnonzero(~own & (fit | (runs & (jobs.swaps == 0) & (floors is None))))
         if len(asked):
             times, counts = (
                 self.columns.of(jobs.take(asked), TIMES),
@@ -277,34 +280,37 @@ class Expansion:
     def _launchable(self, jobs: Jobs) -> NDArray[np.bool_]:
         """Jobs whose swaps keep their rules, and that the launcher can run; the others are counted under the reason."""
         ok = np.ones(len(jobs.rows), dtype=bool)
-        if self.problem.launcher is None and not self.branches.ruled(jobs.swap):
+        asked = np.arange(len(ok)) if self.problem.launcher is not None else self._ruled(jobs)
+        if not len(asked):
             return ok
-        layouts = jobs.layout.of if isinstance(jobs.layout, Dealt) else np.zeros(len(ok), dtype=np.intp)
-        branches = np.stack([jobs.states, jobs.recomputes, self.prefix_of[jobs.rows], layouts])
-        for shared in np.unique(branches, axis=1).T:
-            at = np.flatnonzero((branches == shared[:, None]).all(axis=0))
-            state, recompute, prefix, _ = shared.tolist()
-            faults = self._late_faults(jobs, state, recompute, prefix, jobs.layout_of(int(at[0])))
-            first = faults.first[jobs.rows[at] - self.starts[prefix]]
-            ok[at] = first < 0
+        few = jobs.take(asked)
+        layouts = np.zeros(len(asked), dtype=np.intp)  # no technique asks for stages
+        if self.problem.launcher is not None and isinstance(few.layout, Dealt):
+            layouts = few.layout.of
+        branches = (few.states, few.recomputes, few.swaps, self.prefix_of[few.rows], layouts)
+        numbers = np.ravel_multi_index(branches, [int(each.max()) + 1 for each in branches])
+        order = np.argsort(numbers, kind="stable")
+        for some in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            faults, prefix = self._late_faults(few, int(some[0])), int(branches[3][some[0]])
+            first = faults.first[few.rows[some] - self.starts[prefix]]
+            ok[asked[some]] = first < 0
             for index, reason in enumerate(faults.reasons):
-                self.counts.rejected[reason] += int(jobs.width[at[first == index]].sum())
+                self.counts.rejected[reason] += int(few.width[some[first == index]].sum())
         return ok
 
-    def _late_faults(self, jobs: Jobs, state: int, recompute: int, prefix: int, layout: Layout) -> Faults:
-        """Every row's first broken rule of swaps and launcher, for one prefix, one layout and the choices that the jobs share."""
-        launcher = self.problem.launcher
-        key = (
-            jobs.schedule.value,
-            layout.virtual_stages,
-            layout.split,
-            recompute,
-            jobs.swap,
-            state,
-            prefix,
-        )
+    def _ruled(self, jobs: Jobs) -> Index:
+        """Jobs with a swap whose rules are about rows."""
+        ruled = [self.branches.ruled(swap) for swap in range(len(self.branches.swaps))]
+        return np.flatnonzero(np.array(ruled)[jobs.swaps])
+
+    def _late_faults(self, jobs: Jobs, index: int) -> Faults:
+        """Every row's first broken rule of swaps and launcher, for the prefix, the layout and the choices of one job."""
+        launcher, layout = self.problem.launcher, jobs.layout_of(index)
+        state, recompute, swap = (int(of[index]) for of in (jobs.states, jobs.recomputes, jobs.swaps))
+        prefix = int(self.prefix_of[jobs.rows[index]])
+        key = jobs.schedule.value, layout.virtual_stages, layout.split, recompute, swap, state, prefix
         if key not in self._launched:
-            branch = self.branches.recipe(state, recompute, jobs.swap)
+            branch = self.branches.recipe(state, recompute, swap)
             knobs = self.branches.space.knobs(
                 {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
             )
@@ -314,7 +320,7 @@ class Expansion:
                 self.problem, knobs
             )
             faults = self._launched[key] = Faults(rows.stop - rows.start)
-            for choice in self.branches.swaps[jobs.swap].values() if self.branches.ruled(jobs.swap) else ():
+            for choice in self.branches.swaps[swap].values() if self.branches.ruled(swap) else ():
                 for check in choice.technique.valid(ctx) if choice.technique is not None else ():
                     faults.check(check.reason, check.ok)
             if launcher is not None:
@@ -399,7 +405,9 @@ class Expansion:
     def recipe(self, jobs: Jobs, index: int) -> dict[str, Choice]:
         """All choices of one job."""
         prefix = int(np.searchsorted(self.starts, jobs.rows[index], side="right")) - 1
-        branch = self.branches.recipe(int(jobs.states[index]), int(jobs.recomputes[index]), jobs.swap)
+        branch = self.branches.recipe(
+            int(jobs.states[index]), int(jobs.recomputes[index]), int(jobs.swaps[index])
+        )
         return {**self.tables[prefix].recipe, **branch, "schedule": jobs.schedule}
 
     def row(self, jobs: Jobs, index: int) -> dict[str, float]:

@@ -33,32 +33,32 @@ def try_leftovers(pending: Sequence[Pending], ranking: Ranking) -> list[Expansio
     pairs = [(p, at, p.floor_s[at]) for p, at in zip(pending, left, strict=True) if len(at)]
     if not pairs:
         return [p.expansion for p in pending]
-    swaps = range(len(pairs[0][0].expansion.branches.swaps))
+    levels = pairs[0][0].expansion.branches.levels
     bounds, begin, size = _sorted(pairs), -np.inf, _WAVE
-    while begin < np.inf and not ranking.best:  # any plan is better than none
+    while begin < np.inf and ranking.bar == np.inf:  # any plan is better than none
         end = float(bounds[size]) if size < len(bounds) else np.inf
         few = _narrow(_between(pairs, begin, end))
-        _try(few, swaps, ranking)
+        _try(few, levels, ranking)
         begin, size = end, 4 * size
     # Pairs that are late by now are only counted; the others get tables of their own, of no more rows than they need.
-    _try(_between(pairs, max(begin, ranking.bar), np.inf), swaps, ranking)
+    _try(_between(pairs, max(begin, ranking.bar), np.inf), levels, ranking)
     rest = _narrow(_between(pairs, begin, ranking.bar))
     bounds = _sorted(rest)
     begin, size = -np.inf, _WAVE
     while begin < np.inf:
         end = float(bounds[size]) if size < len(bounds) and begin < ranking.bar else np.inf
-        for tried in filter(len, (swaps[:1], swaps[1:])):
+        for tried in filter(len, (levels[:1], levels[1:])):
             _try(_between(rest, begin, end), tried, ranking)
         begin, size = end, 5 * size
     return [p.expansion for p, *_ in (*pairs, *rest)]
 
 
-def _try(pairs: _Pairs, swaps: Sequence[int], ranking: Ranking) -> None:
+def _try(pairs: _Pairs, levels: Sequence[Sequence[int]], ranking: Ranking) -> None:
     """Tries other branches of some pairs, all at one bar."""
     bar = ranking.bar
     for pending, at, _ in pairs:
-        for swap in swaps:
-            for batch in pending.expansion.rest(pending, at, swap, bar):
+        for swaps in levels:
+            for batch in pending.expansion.rest(pending, at, swaps, bar):
                 ranking.add(batch)
         _ = ranking.bar  # ends a search whose time is over
     ranking.settle()

@@ -104,11 +104,10 @@ class UniformSearch:
                 mesh, alike = part.context(self.problem, {}).mesh, Alike(part)
             knobs = self.space.knobs(recipe)
             ctx = replace(part.context(self.problem, knobs), mesh=mesh)
-            open_, activity = self._valid(recipe, at, part, ctx)
+            open_, activity = self._in_time(recipe, part, at, *self._valid(recipe, at, part, ctx))
             if at[0] == 0:
                 self._bound(recipe, part, ctx, open_, activity, alike, made)
             else:
-                open_, activity = self._in_time(recipe, part, at, open_, activity)
                 for begin in range(0, len(open_), _ROWS):
                     some = np.arange(begin, min(begin + _ROWS, len(open_)))
                     rows = part.take(open_[some])
@@ -156,6 +155,8 @@ class UniformSearch:
             technique = choice.technique
             if technique is not None and technique.active is not None and slot not in self.space.fixed:
                 active &= technique.active(ctx)
+                if not active.any():
+                    break
         if not len(open_ := np.flatnonzero(active)):
             return open_, self.branches.no_activity()
         fault = self.faults(recipe, ctx.take(open_))
