@@ -41,9 +41,9 @@ def update(
     master = optimizer_state_bytes(name) - moments if ctx.format.master else 0.0
     # Clipping reads all gradients for their norm, then scales them in place; loss scaling of fp16 is undone in place before.
     passes = 5.0 if ctx.format.activation == "fp16" else 3.0
-    copied = 0.0
-    if made_bytes(ctx):  # gradients are copied to fp32 and zeroed, and updated master weights are read again for the copy in use
-        wide = dtype_bytes("fp32")
+    copied, wide = 0.0, dtype_bytes("fp32")
+    if _made_bytes(ctx) and gradient < wide:
+        # Gradients are copied to fp32 and zeroed; new master weights are read once more for the weights in use.
         copied = 2.0 * gradient + wide + (wide if master else 0.0)
         gradient = wide
     ledger = _masters(with_degrees(ledger, ctx), master, by)
@@ -99,7 +99,7 @@ def _masters(ledger: Ledger, n_bytes: float, by: str) -> Ledger:
     return ledger.edit(Resident, narrow)
 
 
-def made_bytes(ctx: Context) -> float:
+def _made_bytes(ctx: Context) -> float:
     """Bytes per parameter that the stack's update makes of 16-bit gradients."""
     beside = ctx.stack.update_bytes_per_parameter
     return max(beside.value - dtype_bytes("fp32") * (ctx.gradient_dtype == "fp32"), 0.0) if beside else 0.0
@@ -110,7 +110,7 @@ def _held(weights: Resident, ctx: Context, moments: float, by: str) -> Iterator[
     if moments:
         states = replace(weights, what=f"{what}moments", pool="optimizer", tags=tags)
         yield replace(states, bytes_per_element=moments, by=by)
-    made = made_bytes(ctx)
+    made = _made_bytes(ctx)
     if made:
         size = times(weights.size, f"/zero_{mesh_of(weights)}")
         held = replace(weights, what=f"{what}update", tags=tags | {"update"}, size=size, pool="workspace")
