@@ -52,8 +52,8 @@ def test_weight_gradients_are_read_and_written_where_they_accumulate(fixed, n_by
 @pytest.mark.parametrize(
     ("stack", "precision", "gradient_dtype", "n_bytes"),
     [
-        # Megatron-LM v2.6, megatron/optimizer/optimizer.py, per fp16 parameter: gradients copied to fp32 (2 + 4), unscaled (4 + 4),
-        # read for their norm (4), scaled (4 + 4); Adam reads gradient, master and two moments (16) and writes three (12); masters
+        # Megatron-LM v2.6, megatron/optimizer/optimizer.py, per fp16 parameter: gradients copied to fp32 (2 + 4), unscaled (4 + 4)
+        # in place, read for their norm (4), scaled (4 + 4); Adam reads gradient, master and two moments (16) and writes three (12); masters
         # are copied to the weights (4 + 2); the gradients' buffer is zeroed (2).
         ("megatron-eager", "fp16", "fp16", 62.0),
         # bf16 is not scaled; gradients that are accumulated in fp32 need no copy.
@@ -64,7 +64,9 @@ def test_weight_gradients_are_read_and_written_where_they_accumulate(fixed, n_by
 def test_an_update_moves_what_its_kernels_read_and_write(stack, precision, gradient_dtype, n_bytes):
     one = assembly(stack=stack, precision=precision, gradient_dtype=gradient_dtype, zero_stage="0")
     ledger = one.parts[0].ledger
-    moved = sum(total_bytes(ledger, [item]) for item in ledger.of(Stream, phase="step") if "update" in item.tags)
+    moved = sum(
+        total_bytes(ledger, [item]) for item in ledger.of(Stream, phase="step") if "update" in item.tags
+    )
     weights = sum(
         total_bytes(ledger, [item]) / item.bytes_per_element
         for item in ledger.of(Resident, pool="parameters")
