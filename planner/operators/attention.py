@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.ledger import times
-from planner.operators.graph import NORM, NORM_BACKWARD, Graph
+from planner.operators.graph import MASK, NORM, NORM_BACKWARD, Graph
 from planner.specs.model import Attention
 
 __all__ = ["attention"]
@@ -213,8 +213,8 @@ def _eager_core(graph: Graph, shape: _Shape) -> None:
     region, groups, tags = shape.region, f"batch*{shape.heads}", {"core_attn"}
     scores = f"{groups}*{graph.seq}*{shape.keys}"
     graph.matmul(f"{region}.scores", graph.seq, shape.keys, shape.qk, tags, groups, weights=False)
-    # Scale, mask and softmax: read scores, write probabilities; dropout reads them and writes the masked copy.
-    passes = 4.0 if graph.model.dropout else 2.0
+    # Scale, mask and softmax: read scores, write probabilities; dropout reads them and writes the masked copy and its mask.
+    passes = 4.0 + MASK if graph.model.dropout else 2.0
     graph.stream(f"{region}.softmax", scores, passes, passes + 1.0, tags=tags)
     graph.save(f"{region}.probabilities", scores, "core_attn")
     if graph.model.dropout:

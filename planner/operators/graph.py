@@ -11,7 +11,7 @@ from collections import Counter
 from planner.ledger import Array, Item, Matmul, Phase, Resident, Stream
 from planner.specs.model import Model
 
-__all__ = ["ENCODER", "NORM", "NORM_BACKWARD", "Graph"]
+__all__ = ["ENCODER", "MASK", "NORM", "NORM_BACKWARD", "Graph"]
 
 ENCODER = "encoder."
 """Prefix of the names of block kinds that run on the encoder's tokens."""
@@ -19,6 +19,8 @@ ENCODER = "encoder."
 # Passes of a memory-bound kernel over an activation: reads and writes.
 NORM, NORM_BACKWARD = 2.0, 3.0  # x -> y; (dy, x) -> dx
 _ADD, _ADD_BACKWARD = 3.0, 1.0  # (x, residual) -> sum; the gradient is passed on, and summed once
+MASK = 0.5  # of dropout: a byte, beside elements of two; written forward, read backward
+_DROPPED_BACKWARD = 2.0 + MASK  # the sum's gradient is read, and masked for what was dropped
 _GAINS = {"rmsnorm": 1, "layernorm": 2, "layernorm_nobias": 1, "none": 0}  # weights per element of width
 
 
@@ -119,8 +121,11 @@ class Graph:
 
     def add(self, what: str) -> None:
         """Bias, dropout and residual addition, fused as every framework does."""
-        self.stream(f"{what}.add", self.residual, _ADD, _ADD_BACKWARD, tags={"add"})
-        if self.model.dropout:
+        dropped = self.model.dropout
+        forward = _ADD + MASK if dropped else _ADD
+        backward = _ADD_BACKWARD + _DROPPED_BACKWARD if dropped else _ADD_BACKWARD
+        self.stream(f"{what}.add", self.residual, forward, backward, tags={"add"})
+        if dropped:
             self.save(f"{what}.dropout_mask", self.residual, "add", mask=True)
 
     # -- what is held --------------------------------------------------------------------------------------------------

@@ -49,6 +49,49 @@ def test_weight_gradients_are_read_and_written_where_they_accumulate(fixed, n_by
     assert {float(ledger.axes[w][0]) if isinstance(w, str) else w for w in widths} == {n_bytes}
 
 
+@pytest.mark.parametrize(
+    ("stack", "precision", "gradient_dtype", "n_bytes"),
+    [
+        # Megatron-LM v2.6, megatron/optimizer/optimizer.py, per fp16 parameter: gradients copied to fp32 (2 + 4), unscaled (4 + 4)
+        # in place, read for their norm (4), scaled (4 + 4); Adam reads gradient, master and two moments (16) and writes three (12); masters
+        # are copied to the weights (4 + 2); the gradients' buffer is zeroed (2).
+        ("megatron-eager", "fp16", "fp16", 62.0),
+        # bf16 is not scaled; gradients that are accumulated in fp32 need no copy.
+        ("megatron-eager", "bf16", "fp32", 4.0 + 8.0 + 28.0 + 2.0),
+        ("default", "bf16", "bf16", 2.0 + 4.0 + 26.0 + 2.0),
+    ],
+)
+def test_an_update_moves_what_its_kernels_read_and_write(stack, precision, gradient_dtype, n_bytes):
+    one = assembly(stack=stack, precision=precision, gradient_dtype=gradient_dtype, zero_stage="0")
+    ledger = one.parts[0].ledger
+    moved = sum(
+        total_bytes(ledger, [item]) for item in ledger.of(Stream, phase="step") if "update" in item.tags
+    )
+    weights = sum(
+        total_bytes(ledger, [item]) / item.bytes_per_element
+        for item in ledger.of(Resident, pool="parameters")
+    )
+    assert moved / weights == pytest.approx(n_bytes)
+
+
+def test_dropout_writes_and_reads_its_masks():
+    with_dropout = replace(planner.load_model("gpt2-xl"), dropout=True)
+    problem = planner.Problem(
+        with_dropout,
+        planner.load_cluster("a100-sxm-80gb:1x8"),
+        JOB,
+        load_stack("megatron-eager"),
+        {"zero_stage": "0"},
+    )
+    streams = {(item.what, item.phase): item for item in examine(problem).parts[0].ledger.of(Stream)}
+    # Of two bytes: softmax reads and writes, dropout reads, writes, and writes a mask of one byte; backward one pass more.
+    assert streams["attention.softmax", "forward"].bytes_per_element == 8.0 + 1.0
+    assert streams["attention.softmax", "backward"].bytes_per_element == 10.0 + 1.0
+    # Branch and residual read, sum and mask written; backward its gradient is summed once, read, unmasked and written.
+    assert streams["mixer.add", "forward"].bytes_per_element == 6.0 + 1.0
+    assert streams["mixer.add", "backward"].bytes_per_element == 2.0 + 5.0
+
+
 def test_a_host_that_waits_pays_for_every_kernel_and_collective():
     constants = {"waited_dispatches": 4.0, "dispatch_s": 5e-6}
     queued, waiting = (

@@ -4,7 +4,8 @@ What it does: adds moments, one update kernel per block and step, and clipping, 
     scales them.
 Saves: nothing.
 Costs: 4 bytes per parameter and moment (AdamW two, SGD with momentum one), and the update's traffic: weights, master weights
-    and moments are read and written, gradients read.
+    and moments are read and written, gradients read. Where the stack updates from a copy of 16-bit gradients in fp32, copying
+    and zeroing them, clipping four bytes in place of two, and a pass of its own from master weights to those in use.
 Assumes: element-wise updates are one fused kernel at memory bandwidth.
 Source: Loshchilov, Hutter 2019 (AdamW, arXiv:1711.05101).
 """

@@ -39,6 +39,13 @@ def update(
     gradient, weight = dtype_bytes(ctx.gradient_dtype), dtype_bytes(ctx.format.activation)
     moments = optimizer_state_bytes(name, master_bytes=0.0)
     master = optimizer_state_bytes(name) - moments if ctx.format.master else 0.0
+    # Clipping reads all gradients for their norm, then scales them in place; loss scaling of fp16 is undone in place before.
+    passes = 5.0 if ctx.format.activation == "fp16" else 3.0
+    copied, wide = 0.0, dtype_bytes("fp32")
+    if _made_bytes(ctx) and gradient < wide:
+        # Gradients are copied to fp32 and zeroed; new master weights are read once more for the weights in use.
+        copied = 2.0 * gradient + wide + (wide if master else 0.0)
+        gradient = wide
     ledger = _masters(with_degrees(ledger, ctx), master, by)
     added: list[Item] = []
     for weights in trained(ledger):
@@ -46,8 +53,10 @@ def update(
         own = optimizer_state_bytes("adamw", master_bytes=0.0) if adam else moments
         # Where weights are their own masters, they are read as well as written.
         touched = optimizer_touched_bytes(own + master, gradient, weight if master else 2 * weight)
-        # Clipping reads all gradients for their norm, then scales them in place.
-        n_bytes = {"update": float(touched) + (0.0 if adam else extra_bytes), "gradient_norm": 3 * gradient}
+        n_bytes = {
+            "update": float(touched) + (0.0 if adam else extra_bytes) + copied,
+            "gradient_norm": passes * gradient,
+        }
         added += [*_held(weights, ctx, own, by), *_kernels(weights, n_bytes, "step", by)]
     return ledger.add(added)
 
@@ -90,14 +99,19 @@ def _masters(ledger: Ledger, n_bytes: float, by: str) -> Ledger:
     return ledger.edit(Resident, narrow)
 
 
+def _made_bytes(ctx: Context) -> float:
+    """Bytes per parameter that the stack's update makes of 16-bit gradients."""
+    beside = ctx.stack.update_bytes_per_parameter
+    return max(beside.value - dtype_bytes("fp32") * (ctx.gradient_dtype == "fp32"), 0.0) if beside else 0.0
+
+
 def _held(weights: Resident, ctx: Context, moments: float, by: str) -> Iterator[Resident]:
     what, tags = weights.what.removesuffix("parameters"), (weights.tags - {"parameters"}) | {"optimizer"}
     if moments:
         states = replace(weights, what=f"{what}moments", pool="optimizer", tags=tags)
         yield replace(states, bytes_per_element=moments, by=by)
-    beside = ctx.stack.update_bytes_per_parameter
-    made = beside.value - (dtype_bytes("fp32") if ctx.gradient_dtype == "fp32" else 0.0) if beside else 0.0
-    if made > 0.0:
+    made = _made_bytes(ctx)
+    if made:
         size = times(weights.size, f"/zero_{mesh_of(weights)}")
         held = replace(weights, what=f"{what}update", tags=tags | {"update"}, size=size, pool="workspace")
         yield replace(held, bytes_per_element=made, lifetime="step", by=by)

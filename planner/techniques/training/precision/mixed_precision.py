@@ -4,7 +4,8 @@ What it does: products multiply in a 16-bit format; weights in use and activatio
     master weights, and gradients are accumulated in fp32 (``gradient_dtype`` narrows them).
 Saves: activation and communication bytes (half of fp32), and time on the matrix units.
 Costs: 4 bytes of master weights per parameter.
-Assumes: norms, softmax and residuals read and write 16 bits; logits and loss are fp32; loss scaling of fp16 takes no time.
+Assumes: norms, softmax and residuals read and write 16 bits; logits and loss are fp32; the loss scaling of fp16
+    is undone by one more pass over the gradients, before they are clipped.
 Source: Micikevicius et al. 2018 (arXiv:1710.03740).
 """
 
