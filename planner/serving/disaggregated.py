@@ -267,6 +267,8 @@ def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
     if best.answered[k] * pairs.cycle_s(best.tpot_s)[k] >= (traffic.concurrency or np.inf) * (1.0 - 1e-9):
         return "concurrency"
     if traffic.e2e_s is None:  # a sequence more, and clients would send fewer prompts than it answers
-        return "concurrency" if slower else "ttft"
+        if slower:
+            return "concurrency"
+        return "prompts" if traffic.ttft_s is None else "ttft"
     rest_s = traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
     return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

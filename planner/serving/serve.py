@@ -367,4 +367,13 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
             else ""
         )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
+        *_too_long(problem),
     )
+
+
+def _too_long(problem: ServeProblem) -> tuple[str, ...]:
+    """A request that is longer than the model's positions, where it is: engines refuse it unless they are told otherwise."""
+    most, asked = problem.model.max_seq_len, problem.traffic.isl + problem.traffic.osl
+    if asked <= most:
+        return ()
+    return (f"context: {asked:,} tokens of a request, of a model made for {most:,}",)
