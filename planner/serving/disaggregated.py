@@ -115,7 +115,7 @@ def _pairs(
 ) -> list[Split]:
     """The best pair of every two sizes of replicas, of one recipe each."""
     assert pricer.stack.serving is not None
-    admission_s = float(pricer.stack.serving.admission_s)
+    admission_s = float(pricer.stack.serving.admitted_s(problem.traffic.isl))
     link_bytes_per_s = problem.cluster.tiers[-1].effective_bytes_per_s
     way_s = transfer_s(p, d, link_bytes_per_s, problem.model.n_layers)
     first_s = p.batch_s[:, None] + way_s + admission_s

@@ -146,13 +146,16 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
 
 def _serve_offloaded(problem: ServeProblem, top: int, given: tuple[Pool, ...], started: float) -> ServeResult:
     """A model on every device, spread over device, host and disk."""
-    from planner.serving.offloaded import offloaded_plan, search_offloaded
+    from planner.serving.offloaded import broken_rules, offloaded_plan, search_offloaded, shortage
 
     only = next(((int(p.knobs["gpu_batch_size"]), int(p.knobs["gpu_batches"])) for p in given), None)
-    found = search_offloaded(problem, Pricer(problem.cluster, problem.stack), only)
+    pricer, account = Pricer(problem.cluster, problem.stack), Account()
+    if broken := broken_rules(problem, pricer):
+        account.rejected.update(broken)
+        raise _NothingError(account)
+    found = search_offloaded(problem, pricer, only)
     if not found:
-        account = Account()
-        account.miss("memory", float("inf"), "device, host and disk together")
+        account.miss("memory", max(shortage(problem, pricer), 1.0), "device, host and disk together")
         raise _NothingError(account)
     plans = []
     for index, f in enumerate(found[:top]):

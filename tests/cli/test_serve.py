@@ -408,27 +408,59 @@ def test_static_batches_in_the_other_verbs(planner, tmp_path):
     assert continuous["estimate"]["goodput_requests_per_s"] > plan["estimate"]["goodput_requests_per_s"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--model", "opt-1.3b", "--cluster", "t4:1x1", "--precision", "fp16", "--isl", 512, "--osl", 32, "--mode", "offloaded"),
-        ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x2", "--isl", 2000, "--osl", 200, "--mode", "static"),
-        ("--model", "mixtral-8x7b", "--cluster", "h100-sxm:1x8", "--isl", 2000, "--osl", 200, "--tpot-ms", 60, "--mode", "ping_pong"),
-        ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x4", "--isl", 2000, "--osl", 200, "--tpot-ms", 60, "--mode", "disaggregated"),
-    ],
-    ids=("offloaded", "static", "ping_pong", "disaggregated"),
-)  # fmt: skip
-def test_plans_of_every_mode_keep_the_schema(planner, options):
+_MODES = {
+    "offloaded": ("opt-1.3b", "t4:1x1", "--precision", "fp16"),
+    "static": ("llama3.1-8b", "h100-sxm:1x2"),
+    "ping_pong": ("mixtral-8x7b", "h100-sxm:1x8", "--tpot-ms", 60),
+    "disaggregated": ("llama3.1-8b", "h100-sxm:1x4", "--tpot-ms", 60),
+}
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_plans_of_every_mode_keep_the_schema(planner, mode):
     jsonschema = pytest.importorskip("jsonschema")
-    found = planner("serve", *options, "--top", 2, "--json").json
+    model, cluster, *limits = _MODES[mode]
+    job = ("--model", model, "--cluster", cluster, "--isl", 1000, "--osl", 50, *limits)
+    found = planner("serve", *job, "--mode", mode, "--top", 2, "--json").json
     jsonschema.validate(found, planner("schema", "--serving").json)
-    assert {plan["mode"] for plan in found["plans"]} == {options[-1]}
-    if options[-1] == "disaggregated":  # no limit of the first token keeps its load from growing
-        assert {plan["estimate"]["binding"] for plan in found["plans"]} <= {"prompts", "tpot", "memory", "concurrency"}
+    assert {plan["mode"] for plan in found["plans"]} == {mode}
+    if mode == "disaggregated":  # no limit of the first token keeps its load from growing
+        assert "ttft" not in {plan["estimate"]["binding"] for plan in found["plans"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (("--model", "llama3.1-8b", "--precision", "fp8"), "t4 has no fp8 matrix rate"),
+        (("--model", "llama3.1-8b", "--cache", "fp8"), "t4 has no fp8 matrix rate"),
+        (
+            ("--model", "opt-175b", "--precision", "fp16"),
+            "2.69 times",
+        ),  # 352 GB in 0.8 of 13 (of 16), 26 and 125 GB
+        (("--model", "opt-1.3b", "--daily", "no/such.txt"), "no file 'no/such.txt'"),
+    ],
+)
+def test_what_offloading_cannot_do_is_told(planner, options, where):
+    found = planner(
+        "serve", *options, "--cluster", "t4:1x1", "--isl", 512, "--osl", 32, "--mode", "offloaded"
+    )
+    assert found.code in (2, 3)
+    assert where in found.err
 
 
 def test_requests_longer_than_the_model_was_made_for_are_told(planner):
-    base = ("serve", "--model", "llama3.1-8b", "--cluster", "h100-sxm:1x2", "--osl", 100, "--top", 1, "--json")
+    base = (
+        "serve",
+        "--model",
+        "llama3.1-8b",
+        "--cluster",
+        "h100-sxm:1x2",
+        "--osl",
+        100,
+        "--top",
+        1,
+        "--json",
+    )
     within, beyond = (planner(*base, "--isl", isl).json["plans"][0]["assumptions"] for isl in (1000, 150_000))
     assert not any("context" in one for one in within)
     assert "context: 150,100 tokens of a request, of a model made for 131,072" in beyond
