@@ -464,3 +464,13 @@ def test_requests_longer_than_the_model_was_made_for_are_told(planner):
     within, beyond = (planner(*base, "--isl", isl).json["plans"][0]["assumptions"] for isl in (1000, 150_000))
     assert not any("context" in one for one in within)
     assert "context: 150,100 tokens of a request, of a model made for 131,072" in beyond
+
+
+def test_pruned_weights_run_where_no_engine_has_a_word_against_them(planner):
+    refused = planner(*SERVE, "--precision", "sparse24")
+    assert refused.code == 2
+    assert "has no words for weights=sparse24" in refused.err
+    plan = planner(*SERVE, "--precision", "sparse24", "--engine", "serving", "--top", 1, "--json").json[
+        "plans"
+    ][0]
+    assert plan["pools"][0]["knobs"]["weights"] == "sparse24"
