@@ -32,8 +32,9 @@ from planner.specs.device_file import load_device
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
 from planner.validation.benchmark_suites import suite_of
-from planner.validation.serving import contradicted, excluded, predict, served_runs
+from planner.validation.serving import predict, served_runs
 from planner.validation.serving_bars import QUANTITY_OF, bar_of, kind_of_run
+from planner.validation.serving_exclusions import contradicted, excluded, repeated
 from planner.validation.serving_runs import ServedRun
 from planner.validation.serving_spreads import ServingResidual, fit_serving_spreads, held_of_sources
 from planner.validation.table import read_table
@@ -54,6 +55,7 @@ SERVING = (
     "prompt_slowdown",
     "experts_prompt_slowdown",
     "admission_s",
+    "admission_token_s",
 )
 # What the centre is drawn to, with standard deviations of the logarithm: of the centre, and of a stack from it.
 PRIORS = {
@@ -70,6 +72,11 @@ PRIORS = {
     "prompt_slowdown": (1.0, 0.2, 0.2),
     "experts_prompt_slowdown": (1.0, 0.3, 0.15),
     "admission_s": (0.03, 0.7, 0.7),
+    "admission_token_s": (
+        4e-6,
+        0.7,
+        0.4,
+    ),  # a tokenizer's thread turns some 1 to 2 MB of text a second into tokens of 4 bytes
 }
 NAMES = (*STACK, *SERVING)
 WEIGHTS = {"tpot": 1.0, "ttft": 0.7, "latency": 1.0, "output_tokens_per_s": 1.0}
@@ -149,12 +156,13 @@ def read_cases(files: list[str]) -> list[Case]:
     cases: list[Case] = []
     for path in files:
         runs = served_runs(read_table(path))
-        apart = contradicted(runs)
+        apart, again = contradicted(runs), repeated(runs)
         for run, measured in runs:
             cases += [
                 (run, metric, value)
                 for metric, value in measured.items()
-                if metric in WEIGHTS and not excluded(run, metric, measured, run.row.row_id in apart)
+                if metric in WEIGHTS
+                and not excluded(run, metric, measured, run.row.row_id in apart, run.row.row_id in again)
             ]
     return cases
 
@@ -251,7 +259,7 @@ def _moves(name: str, run: ServedRun) -> bool:
     if name == "dispatch_s":  # where graphs hide it, it sets no pace
         assert run.stack.serving is not None
         return float(run.stack.serving.graph_sequences) == 0.0
-    return name != "admission_s" or run.driver in ("concurrency", "pools", "rate")
+    return not name.startswith("admission") or run.driver in ("concurrency", "pools", "rate")
 
 
 def _solve(slopes: Any, goal: Any, weight: Any, at: Any, cells: int) -> tuple[Any, Any]:

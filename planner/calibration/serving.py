@@ -15,7 +15,8 @@ from planner.calibration.robust_fit import Fit
 from planner.calibration.stack import fit_constants
 from planner.errors import Problem, SpecError
 from planner.specs.stack import Stack, load_stack
-from planner.validation.serving import contradicted, predict, served_runs
+from planner.validation.serving import predict, served_runs
+from planner.validation.serving_exclusions import contradicted
 from planner.validation.serving_runs import ServedRun, served_run
 from planner.validation.table import Row, Unsupported, read_table
 

@@ -271,6 +271,11 @@ def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:
 
 def _daily_rates(faults: list[Fault], daily: str) -> tuple[float, ...]:
     """Requests per second in equal periods of a day: in the text itself, or in the file that it names."""
+    if not Path(daily).is_file() and ("/" in daily or Path(daily).suffix in (".csv", ".txt")):
+        faults.append(
+            Fault("--daily", f"no file {daily[:80]!r}", "numbers as a,b,c … or a file with one a line")
+        )
+        return ()
     text = Path(daily).read_text(encoding="utf-8") if Path(daily).is_file() else daily
     parts = [part for part in text.replace("\n", ",").split(",") if part.strip()]
     wrong: list[Fault] = []

@@ -59,6 +59,7 @@ FORMAT_BITS: Mapping[str, float] = MappingProxyType(
         "int4_g128": float(block_bits(4, 16, 128)),  # symmetric, one FP16 scale per 128 weights
         "q6_k": 6.5625,  # llama.cpp, ggml-common.h: 210 bytes per 256 weights
         "q4_k_m": 4.8,  # Q4_K's 144 bytes per 256, and Q6_K for half of the values' and the second networks' projections (Llama)
+        "sparse24": 9.0,  # two 16-bit values of every four, and 2 bits each that say where they stand
         "nf4": float(block_bits(4, 32, 64)),
         "nf4_double": float(block_bits(4, 8, 64, 32, 256)),
     }

@@ -20,6 +20,7 @@ Reals = npt.NDArray[np.float64]
 
 _MOST_PROBLEMS = 20
 _MOST_TOKENS = 10**8
+_MOST_REQUESTS = 10**7
 _COLUMNS = {
     "arrival_s": ("arrival_s", "arrived_at", "timestamp", "arrival"),
     "prompt_tokens": ("prompt_tokens", "num_prefill_tokens", "contexttokens", "input_tokens"),
@@ -127,14 +128,14 @@ def draw(
     benchmark with a fixed concurrency.
 
     Raises:
-        SpecError: no requests, a rate that is not positive, or a negative variation.
+        SpecError: no requests or more than fit in memory, a rate that is not positive, or a negative variation.
 
     >>> len(draw(Lengths(100, 10, output_cv2=1.0), 5, rate_per_s=2.0))
     5
     """
     faults = []
-    if count < 1:
-        faults.append(Problem("requests", repr(count), "a whole number from 1"))
+    if not 1 <= count <= _MOST_REQUESTS:
+        faults.append(Problem("requests", repr(count), f"a whole number from 1 to {_MOST_REQUESTS:,}"))
     if rate_per_s is not None and not 0.0 < rate_per_s < np.inf:
         faults.append(Problem("rate", repr(rate_per_s), "requests per second above 0"))
     if not 0.0 <= arrival_cv2 < np.inf:
@@ -240,7 +241,7 @@ def _seconds(text: str) -> float:
         except ValueError:
             raise ValueError("seconds, or an ISO time") from None
     if not 0.0 <= value < 1e12:
-        raise ValueError("seconds from 0")
+        raise ValueError("seconds from 0 to 1e12")
     return value
 
 

@@ -15,6 +15,7 @@ __all__ = ["Latency", "Summary", "settling", "summarize"]
 Reals = npt.NDArray[np.float64]
 
 _BATCHES = 20
+_GROWN, _MANY = 1.5, 0.05
 _T_95 = 2.093
 """Student's t for 95 % two-sided with 19 degrees of freedom: 20 batches."""
 
@@ -69,6 +70,9 @@ class Summary:
         mean_requests: in the batch, over iterations.
         busy_fraction: of the span inside iterations.
         preempted_fraction: of requests that gave way at least once.
+        waiting_at_end: requests without a first token when the last one comes.
+        falls_behind: whether they are a twentieth of all and half as many again as when half had come: the queue grows as long
+            as the run lasts, and so do times to the first token.
     """
 
     requests: int
@@ -83,6 +87,8 @@ class Summary:
     preempted_fraction: float
     iterations: int
     request_iterations: int
+    waiting_at_end: int = 0
+    falls_behind: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON fields."""
@@ -105,6 +111,7 @@ def summarize(run: Run, settling: float = 0.0) -> Summary:
     kept = slice(edge, count - edge)
     arrival_s, output = run.requests.arrival_s[kept], run.requests.output_tokens[kept]
     first_s, finish_s = run.first_token_s[kept], run.finish_s[kept]
+    halfway, at_end = (_waiting(run, last) for last in ((count - 1) // 2, count - 1))
     decoded = output > 1
     tpot_s = (finish_s - first_s)[decoded] / (output[decoded] - 1)
     span_s = max(run.span_s, np.finfo(float).tiny)
@@ -121,7 +128,14 @@ def summarize(run: Run, settling: float = 0.0) -> Summary:
         preempted_fraction=float(np.mean(run.preemptions > 0)),
         iterations=run.iterations,
         request_iterations=run.request_iterations,
+        waiting_at_end=at_end,
+        falls_behind=at_end > max(_GROWN * halfway, _MANY * count),
     )
+
+
+def _waiting(run: Run, last: int) -> int:
+    """Requests up to this one that have no first token when it comes."""
+    return int(np.sum(run.first_token_s[: last + 1] > run.requests.arrival_s[last]))
 
 
 def _token_gaps(stretches: Reals) -> dict[str, float]:

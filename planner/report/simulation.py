@@ -51,9 +51,13 @@ def show_simulation(content: Mapping[str, Any]) -> None:
             f"{run['preempted_fraction']:.1%} of requests gave way",
         ],
     )
-    screen.section(
-        "How sure", ["± is half of a 95 % confidence interval: of the run, not of the iteration times in it."]
-    )
+    lines = ["± is half of a 95 % confidence interval: of the run, not of the iteration times in it."]
+    if run["falls_behind"] and load["concurrency"] is None:
+        lines.append(
+            f"More came than was served: {run['waiting_at_end']:,} requests waited for their first token when the last one came. "
+            "Times to the first token grow with the length of such a run."
+        )
+    screen.section("How sure", lines)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -277,7 +277,7 @@ def _means(
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
         requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,
-        ttft_s=prefill_s + wait_s + float(iterations.software.admission_s), wait_s=wait_s, prefill_load=load,
+        ttft_s=prefill_s + wait_s + iterations.software.admitted_s(traffic.isl), wait_s=wait_s, prefill_load=load,
         mixed_s=mixed_s, decode_s=decode_s,
     )  # fmt: skip
 

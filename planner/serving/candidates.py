@@ -23,7 +23,7 @@ from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
 from planner.units import counted
 
-__all__ = ["Account", "Candidates", "candidates", "iterations_of"]
+__all__ = ["Account", "Candidates", "candidates", "iterations_of", "rules_of"]
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ def candidates(
         if technique.active is not None and technique.slot not in space.fixed:
             alive &= technique.active(ctx)
     account.candidates += int(alive.sum())
-    for reason, ok in _rules(problem, space.role, ctx):
+    for reason, ok in rules_of(problem, space.role, ctx):
         broken = alive & ~np.broadcast_to(ok, alive.shape)
         if broken.any():
             account.rejected[reason] += int(broken.sum())
@@ -128,7 +128,7 @@ def candidates(
     return Candidates(recipe, meshes, chunks, held, held.sequences).take(np.flatnonzero(fits))
 
 
-def _rules(
+def rules_of(
     problem: ServeProblem, role: str, ctx: ServingContext
 ) -> Iterator[tuple[str, NDArray[np.bool_] | bool]]:
     """What techniques, and the engine where one is given, say of rows."""

@@ -63,13 +63,14 @@ class Deployment:
     """One stage, or prefill stages and decode stages.
 
     Attributes:
-        admission_s: added to every request by what is around the engines.
+        admission_s: added to every request by what is around the engines; ``admission_token_s`` per token of its prompt.
         transfer_s: seconds from the first stage to the second by prompt length.
     """
 
     stages: tuple[Stage, ...]
     admission_s: float = 0.0
     transfer_s: Callable[[Array], Array] | None = None
+    admission_token_s: float = 0.0
 
 
 def run(
@@ -91,7 +92,7 @@ def run(
     )
     if not second:
         done = _phase_run(first, requests, concurrency, on_progress)
-        return _later(done, deployment.admission_s)
+        return _admitted(done, deployment)
     if concurrency is not None:
         raise SpecError(
             Problem(
@@ -133,10 +134,12 @@ def run(
         max(prompts.busy_s, answers.busy_s),
         answers.decode_iteration_s,
     )
-    return _later(both, deployment.admission_s)
+    return _admitted(both, deployment)
 
 
-def _later(done: Run, seconds: float) -> Run:
+def _admitted(done: Run, deployment: Deployment) -> Run:
+    """The run as clients see it."""
+    seconds = deployment.admission_s + deployment.admission_token_s * done.requests.prompt_tokens
     return replace(done, first_token_s=done.first_token_s + seconds, finish_s=done.finish_s + seconds)
 
 
@@ -296,12 +299,17 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
             replace(stage, at_random=routing == "random", weight=_weight(pool, stage, problem.traffic))
         )
         all_iterations.append(iterations)
-    admission_s = float(all_iterations[0].software.admission_s)
+    software = all_iterations[0].software
     senders, receivers = (
         [i for i, pool in zip(all_iterations, plan.pools, strict=True) if pool.role == role]
         for role in ("prefill", "decode")
     )
-    return Deployment(tuple(stages), admission_s, _transfer(senders, receivers) if receivers else None)
+    return Deployment(
+        tuple(stages),
+        float(software.admission_s),
+        _transfer(senders, receivers) if receivers else None,
+        float(software.admission_token_s),
+    )
 
 
 def _blocks(pool: Pool, problem: ServeProblem, policy: str | None, routing: str) -> Stage:

@@ -115,7 +115,7 @@ def _pairs(
 ) -> list[Split]:
     """The best pair of every two sizes of replicas, of one recipe each."""
     assert pricer.stack.serving is not None
-    admission_s = float(pricer.stack.serving.admission_s)
+    admission_s = float(pricer.stack.serving.admitted_s(problem.traffic.isl))
     link_bytes_per_s = problem.cluster.tiers[-1].effective_bytes_per_s
     way_s = transfer_s(p, d, link_bytes_per_s, problem.model.n_layers)
     first_s = p.batch_s[:, None] + way_s + admission_s
@@ -267,6 +267,8 @@ def _binding(pairs: Pairs, best: Matched, k: int, slower: bool) -> str:
     if best.answered[k] * pairs.cycle_s(best.tpot_s)[k] >= (traffic.concurrency or np.inf) * (1.0 - 1e-9):
         return "concurrency"
     if traffic.e2e_s is None:  # a sequence more, and clients would send fewer prompts than it answers
-        return "concurrency" if slower else "ttft"
+        if slower:
+            return "concurrency"
+        return "prompts" if traffic.ttft_s is None else "ttft"
     rest_s = traffic.e2e_s - (traffic.osl - 1.0) * float(best.tpot_s[k])
     return "e2e" if slower or rest_s < (traffic.ttft_s or np.inf) else "ttft"

@@ -157,7 +157,7 @@ def _first_s(
     assert software is not None
     slower = min(parts[k].cluster.tiers[-1].effective_bytes_per_s for k in (a, b))
     way_s = transfer_s(p, d, slower, parts[a].model.n_layers)
-    return np.asarray(p.batch_s[:, None] + way_s + float(software.admission_s))
+    return np.asarray(p.batch_s[:, None] + way_s + float(software.admitted_s(parts[a].traffic.isl)))
 
 
 def _together(parts: list[ServeProblem], sender: tuple[int, Prefill], receiver: tuple[int, Decode]) -> Flags:

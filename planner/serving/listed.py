@@ -96,7 +96,7 @@ class Listing:
 
     def _admitted(self, found: Latencies) -> Latencies:
         assert self.pricer.stack.serving is not None
-        seconds = float(self.pricer.stack.serving.admission_s)
+        seconds = float(self.pricer.stack.serving.admitted_s(self.problem.traffic.isl))
         return replace(found, ttft_s={name: value + seconds for name, value in found.ttft_s.items()})
 
     def _most(self, replicas: int, size: int) -> int:

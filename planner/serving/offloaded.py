@@ -21,14 +21,22 @@ from planner.costs.kv_cache import iteration_activation_bytes
 from planner.engine import Pricer
 from planner.iteration import Iterations
 from planner.serving.block_time import BlockTime
-from planner.serving.candidates import iterations_of
+from planner.serving.candidates import iterations_of, rules_of
 from planner.serving.plan import Pool, ServeEstimate
 from planner.serving.space import DEGREES, ServeSpace, mesh_of
 from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPlacement, Room, best_placement
 from planner.specs.cluster import Cluster
 from planner.specs.serve_problem import ServeProblem
 
-__all__ = ["block_time", "links_of", "offloaded_plan", "offloaded_streams", "search_offloaded"]
+__all__ = [
+    "block_time",
+    "broken_rules",
+    "links_of",
+    "offloaded_plan",
+    "offloaded_streams",
+    "search_offloaded",
+    "shortage",
+]
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -48,16 +56,9 @@ def search_offloaded(
     problem: ServeProblem, pricer: Pricer, only: tuple[int, int] | None = None
 ) -> list[BlockPlacement]:
     """The best placement of every number of sequences in a block, most tokens per second first; of one block alone if given."""
-    space = ServeSpace(problem)
-    recipe = next(space.recipes())
-    one = np.ones((1, len(DEGREES)))
-    iterations = iterations_of(problem, recipe, mesh_of(one), pricer)
-    cluster = problem.cluster
-    room = Room(
-        float(cluster.device.memory_bytes) - float(iterations.software.reserved_bytes), float(cluster.host_memory_bytes),
-        float(cluster.nvme_bytes),
-    )  # fmt: skip
-    links, layers = links_of(cluster), float(sum(iterations.repeats().values()))
+    iterations = _iterations(problem, pricer)
+    room, links = _room(problem.cluster, iterations), links_of(problem.cluster)
+    layers = float(sum(iterations.repeats().values()))
     found: dict[int, BlockPlacement] = {}
     for batch in _BATCHES if only is None else only[:1]:
         for batches in _BLOCKS if only is None else only[1:]:
@@ -67,6 +68,34 @@ def search_offloaded(
             if best is not None and best.tokens_per_s > (found[size].tokens_per_s if size in found else 0.0):
                 found[size] = best
     return sorted(found.values(), key=lambda f: -f.tokens_per_s)
+
+
+def _iterations(problem: ServeProblem, pricer: Pricer) -> Iterations:
+    """Those of one device, with the first choice of every slot."""
+    return iterations_of(
+        problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, len(DEGREES)))), pricer
+    )
+
+
+def broken_rules(problem: ServeProblem, pricer: Pricer) -> list[str]:
+    """What forbids these formats on such a device."""
+    ctx = _iterations(problem, pricer).ctx
+    return [reason for reason, ok in rules_of(problem, "aggregated", ctx) if not np.all(ok)]
+
+
+def _room(cluster: Cluster, iterations: Iterations) -> Room:
+    """A device's places."""
+    device_bytes = float(cluster.device.memory_bytes) - float(iterations.software.reserved_bytes)
+    return Room(device_bytes, float(cluster.host_memory_bytes), float(cluster.nvme_bytes))
+
+
+def shortage(problem: ServeProblem, pricer: Pricer) -> float:
+    """What the weights and the cache of one request take of all that device, host and disk may be filled with."""
+    iterations = _iterations(problem, pricer)
+    footprint, room = iterations.footprint(), _room(problem.cluster, iterations)
+    cache = footprint.cache_bytes(np.full(1, float(problem.traffic.isl + problem.traffic.osl)))
+    needed = float(np.ravel(footprint.weights_bytes + cache)[0])
+    return needed / (FILLED * (room.device + room.host + room.disk))
 
 
 def _work(
@@ -128,8 +157,7 @@ def block_time(problem: ServeProblem, pricer: Pricer, pool: Pool) -> BlockTime:
     """Seconds of the iterations of a plan's block, whole or in part."""
     batch, batches = int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"])
     (f,) = search_offloaded(problem, pricer, (batch, batches))
-    recipe = next(ServeSpace(problem).recipes())
-    iterations = iterations_of(problem, recipe, mesh_of(np.ones((1, len(DEGREES)))), pricer)
+    iterations = _iterations(problem, pricer)
     layers = float(sum(iterations.repeats().values()))
     work, _ = _work(problem, iterations, batch, batches, layers)
     return BlockTime(work, links_of(problem.cluster), f.placed, layers, batch)
@@ -143,9 +171,7 @@ def offloaded_streams(problem: ServeProblem, pricer: Pricer, pool: Pool) -> list
             problem, pricer, (int(pool.knobs["gpu_batch_size"]), int(pool.knobs["gpu_batches"]))
         )
     )
-    iterations = iterations_of(
-        problem, next(ServeSpace(problem).recipes()), mesh_of(np.ones((1, len(DEGREES)))), pricer
-    )
+    iterations = _iterations(problem, pricer)
     layers = float(sum(iterations.repeats().values()))
     work, _ = _work(problem, iterations, f.batch, f.batches, layers)
     prefill, in_s, step = block_layer_s(work, links_of(problem.cluster), f.placed)

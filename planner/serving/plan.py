@@ -68,8 +68,8 @@ class ServeEstimate:
         joules_per_output_token: all devices at their power limit.
         memory_bytes: ``peak`` and its parts on the fullest device.
         memory_budget_bytes: what the peak is held against.
-        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``rate`` or
-            ``concurrency``.
+        binding: what keeps the load from growing: ``ttft``, ``tpot``, ``e2e``, ``memory``, ``sequences``, ``prompts`` (what the
+            pool for them carries), ``rate`` or ``concurrency``; of offloaded plans the busiest stream.
         interval: by quantity, what holds 80 % of the measurements of published runs (means of ``ttft_s`` and ``tpot_s``).
     """
 

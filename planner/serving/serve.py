@@ -146,13 +146,16 @@ def _serve_mixed(problem: ServeProblem, top: int, given: tuple[Pool, ...], start
 
 def _serve_offloaded(problem: ServeProblem, top: int, given: tuple[Pool, ...], started: float) -> ServeResult:
     """A model on every device, spread over device, host and disk."""
-    from planner.serving.offloaded import offloaded_plan, search_offloaded
+    from planner.serving.offloaded import broken_rules, offloaded_plan, search_offloaded, shortage
 
     only = next(((int(p.knobs["gpu_batch_size"]), int(p.knobs["gpu_batches"])) for p in given), None)
-    found = search_offloaded(problem, Pricer(problem.cluster, problem.stack), only)
+    pricer, account = Pricer(problem.cluster, problem.stack), Account()
+    if broken := broken_rules(problem, pricer):
+        account.rejected.update(broken)
+        raise _NothingError(account)
+    found = search_offloaded(problem, pricer, only)
     if not found:
-        account = Account()
-        account.miss("memory", float("inf"), "device, host and disk together")
+        account.miss("memory", max(shortage(problem, pricer), 1.0), "device, host and disk together")
         raise _NothingError(account)
     plans = []
     for index, f in enumerate(found[:top]):
@@ -367,4 +370,13 @@ def assumptions(problem: ServeProblem) -> tuple[str, ...]:
             else ""
         )
         + ("; experts chosen uniformly" if any(b.moe for b in problem.model.blocks.values()) else ""),
+        *_too_long(problem),
     )
+
+
+def _too_long(problem: ServeProblem) -> tuple[str, ...]:
+    """A request that is longer than the model's positions, where it is: engines refuse it unless they are told otherwise."""
+    most, asked = problem.model.max_seq_len, problem.traffic.isl + problem.traffic.osl
+    if asked <= most:
+        return ()
+    return (f"context: {asked:,} tokens of a request, of a model made for {most:,}",)

@@ -75,7 +75,7 @@ class Batches:
             setup_s = np.maximum(batch_s - each_s * size, 1e-9)
             wait_s = np.maximum(batch_response_s(size / batch_s, each_s, setup_s) - batch_s, 0.0)
             wait_s = wait_s * (1.0 + variation)  # who comes meets a long batch rather than a short one
-        admission_s = float(iterations.software.admission_s)
+        admission_s = float(iterations.software.admitted_s(traffic.isl))
         return cls(size, prompts_s, batch_s, np.asarray(wait_s), traffic, admission_s)
 
     @property

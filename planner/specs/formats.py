@@ -78,6 +78,7 @@ KERNEL_FORMATS: Mapping[str, KernelFormat] = {
     "sq": KernelFormat("int8", "int8", "int8"),
     "int8_wo": KernelFormat("bf16", "bf16", "int8"),
     "int4_wo": KernelFormat("bf16", "bf16", "int4_g128"),
+    "sparse24": KernelFormat("bf16", "bf16", "sparse24"),
     "q4_k_m": KernelFormat("fp16", "fp16", "q4_k_m"),
     "q6_k": KernelFormat("fp16", "fp16", "q6_k"),
     "w4a16_mxfp4": KernelFormat("bf16", "bf16", "mxfp4"),

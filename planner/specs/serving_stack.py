@@ -60,6 +60,7 @@ class ServingSoftware:
         experts_prompt_slowdown: the same again of models with experts: tokens of one text choose alike, and the kernels around
             experts are many.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
+        admission_token_s: more of it per token of the prompt: text becomes tokens, which are checked, hashed and sent on.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
         reserved_bytes: what a process holds besides: context, libraries, captured graphs.
@@ -88,6 +89,7 @@ class ServingSoftware:
     chunk_tokens: Sourced
     graph_sequences: Sourced
     headroom: Sourced
+    admission_token_s: Sourced = field(default_factory=lambda: Sourced(0.0, "assumed", "planner-defaults"))
     prompts: str = "beside"
     all_reduce: str = "own"
     context_parallel: str = "none"
@@ -98,13 +100,19 @@ class ServingSoftware:
         constants: Mapping[str, Any] = self.on.get(generation, {})
         return replace(self, **constants)
 
+    def admitted_s(self, prompt_tokens: Any) -> Any:
+        """What a request spends around the engine, whose prompt has so many tokens, cached or not."""
+        return float(self.admission_s) + float(self.admission_token_s) * prompt_tokens
+
 
 def read_serving(reader: Reader | None) -> ServingSoftware | None:
     """The table ``[serving]`` of a stack; None where there is none."""
     if reader is None:
         return None
     values: dict[str, Any] = {
-        name: read_sourced(reader, name, positive=name != "graph_sequences") for name in _CONSTANTS
+        name: read_sourced(reader, name, positive=name != "graph_sequences")
+        for name in _CONSTANTS
+        if name not in _OPTIONAL or reader.has(name)
     }
     prompts = reader.text("prompts", "beside", choices=("beside", "first"))
     all_reduce = reader.text("all_reduce", "own", choices=("own", "library"))
@@ -140,4 +148,5 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
 
 
 _WORDS = ("on", "prompts", "all_reduce", "context_parallel")
+_OPTIONAL = ("admission_token_s",)
 _CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in _WORDS)

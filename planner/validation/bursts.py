@@ -57,7 +57,7 @@ def _simulated(iterations: Iterations, traffic: Traffic, run: ServedRun) -> tupl
         return np.nan, np.nan, np.nan
     longer = asked.output_tokens > 1
     each_s = (done.finish_s - done.first_token_s)[longer] / (asked.output_tokens[longer] - 1)
-    around_s = float(software.admission_s) + run.frontend_s
+    around_s = software.admitted_s(traffic.isl) + run.frontend_s
     return (
         float(np.mean(each_s)) if longer.any() else np.nan,
         float(np.mean(done.first_token_s)) + around_s,

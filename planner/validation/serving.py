@@ -23,10 +23,11 @@ from planner.technique import ServingContext, discover
 from planner.validation.bursts import burst
 from planner.validation.ranking import Comparison
 from planner.validation.scores import ScoredRow
+from planner.validation.serving_exclusions import contradicted, excluded, repeated
 from planner.validation.serving_runs import ServedRun, served_run
 from planner.validation.table import Row, Table, Unsupported
 
-__all__ = ["ServingScores", "contradicted", "excluded", "predict", "score_serving", "served_runs"]
+__all__ = ["ServingScores", "predict", "score_serving", "served_runs"]
 
 Runs: TypeAlias = Sequence[ServedRun]
 _GROUPS = ("accelerator", "model", "engine", "quality")
@@ -62,9 +63,10 @@ def score_serving(table: Table) -> ServingScores:
                 ScoredRow(row.row_id, row.file, metric, "unsupported", str(error), groups=groups)
                 for metric in asked
             ]
-    apart = contradicted(runs)
+    apart, again = contradicted(runs), repeated(runs)
     for (run, asked), found in zip(runs, predict([run for run, _ in runs]), strict=True):
-        scores.rows += _scored(run, asked, found, run.row.row_id in apart, scores)
+        row_id = run.row.row_id
+        scores.rows += _scored(run, asked, found, (row_id in apart, row_id in again), scores)
     return scores
 
 
@@ -106,30 +108,11 @@ def _measured(row: Row) -> dict[str, float]:
     return found
 
 
-def contradicted(runs: Sequence[tuple[ServedRun, Mapping[str, float]]]) -> set[str]:
-    """Rows whose stated configuration was measured several times with times between tokens more than 25 % apart.
-
-    Something that they do not state tells them apart: speculation, mostly. Models of one shape count as one.
-    """
-    same: dict[object, list[tuple[str, float]]] = defaultdict(list)
-    for run, measured in runs:
-        if "tpot" in measured:
-            shape = (run.model.hidden, run.model.n_layers, *run.group[1:], run.degrees, run.load)
-            same[shape].append((run.row.row_id, measured["tpot"]))
-    apart = [
-        values for values in same.values() if max(t for _, t in values) > _APART * min(t for _, t in values)
-    ]
-    return {row_id for values in apart for row_id, _ in values}
-
-
-_APART = 1.25
-
-
 def _scored(
     run: ServedRun,
     asked: Mapping[str, float],
     found: Mapping[str, float] | str,
-    contradicted: bool,
+    apart_or_again: tuple[bool, bool],
     scores: ServingScores,
 ) -> list[ScoredRow]:
     row, entries = run.row, []
@@ -141,7 +124,7 @@ def _scored(
             )
             entries.append(ScoredRow(row.row_id, row.file, metric, "unsupported", reason, groups=groups))
             continue
-        reason = excluded(run, metric, asked, contradicted)
+        reason = excluded(run, metric, asked, *apart_or_again)
         status = "excluded" if reason else "scored"
         entries.append(
             ScoredRow(row.row_id, row.file, metric, status, reason, measured, found[metric], groups)
@@ -149,31 +132,6 @@ def _scored(
         if metric == "output_tokens_per_s" and run.driver == "offline":
             scores.runs.append(_comparison(run, entries[-1]))
     return entries
-
-
-def excluded(run: ServedRun, metric: str, asked: Mapping[str, float], contradicted: bool) -> str:
-    """Why a value is not counted; empty if it is."""
-    if run.row.text("quality") == "C":
-        return "quality C at its source"
-    if metric in ("tpot", "ttft"):
-        if run.may_speculate:
-            return "whether multi-token prediction was on is not stated, and both were run"
-        if contradicted:
-            return "repeats of the stated configuration differ: something unstated tells them apart"
-    if metric == "latency" and _ended_early(run, asked):
-        return "answers ended before their stated length, by the row's own times"
-    return ""
-
-
-def _ended_early(run: ServedRun, asked: Mapping[str, float]) -> bool:
-    """Whether a latency is shorter than the row's own first token and its stated number of further ones take."""
-    if not {"latency", "ttft", "tpot"} <= set(asked):
-        return False
-    stated_s = asked["ttft"] + (run.osl - 1.0) * asked["tpot"]
-    return asked["latency"] < _CUT_SHORT * stated_s
-
-
-_CUT_SHORT = 0.9
 
 
 def _comparison(run: ServedRun, entry: ScoredRow) -> Comparison:
@@ -299,8 +257,9 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         wait_s = (1.0 - first) * clients_wait_s(others, several_s / several, busy)
         wait_s = wait_s + first * others / 2.0 * several_s / several
         own_s = prompt_s + busy * (several_s - prompt_s)
-        # By one worker, then by the other, which has begun an iteration without it.
-        outside_s = 2.0 * (float(iterations.software.admission_s) + token_s) + runs[0].frontend_s
+        # By one worker, then by the other, which has begun an iteration without it; text becomes tokens once.
+        outside_s = iterations.software.admitted_s(traffic.isl) + float(iterations.software.admission_s)
+        outside_s = outside_s + 2.0 * token_s + runs[0].frontend_s
         return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
     low, high = zero, load / counts[:, 1]

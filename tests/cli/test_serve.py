@@ -410,21 +410,71 @@ def test_static_batches_in_the_other_verbs(planner, tmp_path):
     assert continuous["estimate"]["goodput_requests_per_s"] > plan["estimate"]["goodput_requests_per_s"]
 
 
+_MODES = {
+    "offloaded": ("opt-1.3b", "t4:1x1", "--precision", "fp16"),
+    "static": ("llama3.1-8b", "h100-sxm:1x2"),
+    "ping_pong": ("mixtral-8x7b", "h100-sxm:1x8", "--tpot-ms", 60),
+    "disaggregated": ("llama3.1-8b", "h100-sxm:1x4", "--tpot-ms", 60),
+}
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_plans_of_every_mode_keep_the_schema(planner, mode):
+    jsonschema = pytest.importorskip("jsonschema")
+    model, cluster, *limits = _MODES[mode]
+    job = ("--model", model, "--cluster", cluster, "--isl", 1000, "--osl", 50, *limits)
+    found = planner("serve", *job, "--mode", mode, "--top", 2, "--json").json
+    jsonschema.validate(found, planner("schema", "--serving").json)
+    assert {plan["mode"] for plan in found["plans"]} == {mode}
+    for plan in found["plans"]:
+        assert json.loads(json.dumps(ServePlan.from_dict(plan).as_dict())) == plan
+    if mode == "disaggregated":  # no limit of the first token keeps its load from growing
+        assert "ttft" not in {plan["estimate"]["binding"] for plan in found["plans"]}
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("options", "where"),
     [
-        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "disaggregated"),
-        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "static"),
-        ("opt-30b", "t4:1x1", "--mode", "offloaded"),
-        ("mixtral-8x22b", "a100-sxm-80gb:2x8", "--mode", "ping_pong"),
+        (("--model", "llama3.1-8b", "--precision", "fp8"), "t4 has no fp8 matrix rate"),
+        (("--model", "llama3.1-8b", "--cache", "fp8"), "t4 has no fp8 matrix rate"),
+        (
+            ("--model", "opt-175b", "--precision", "fp16"),
+            "2.69 times",
+        ),  # 352 GB in 0.8 of 13 (of 16), 26 and 125 GB
+        (("--model", "opt-1.3b", "--daily", "no/such.txt"), "no file 'no/such.txt'"),
     ],
-    ids=lambda command: command[-1],
 )
-def test_plans_of_every_mode_are_read_as_they_were_written(planner, tmp_path, command):
-    model, cluster, *more = command
-    path = tmp_path / "plans.json"
-    lengths = ("--isl", 512, "--osl", 32, "--top", 1)
-    made = planner("serve", "--model", model, "--cluster", cluster, *lengths, *more, "-o", path)
-    assert made.code == 0, made.err
-    written = json.loads(path.read_text())["plans"][0]
-    assert json.loads(json.dumps(ServePlan.from_dict(written).as_dict())) == written
+def test_what_offloading_cannot_do_is_told(planner, options, where):
+    found = planner(
+        "serve", *options, "--cluster", "t4:1x1", "--isl", 512, "--osl", 32, "--mode", "offloaded"
+    )
+    assert found.code in (2, 3)
+    assert where in found.err
+
+
+def test_requests_longer_than_the_model_was_made_for_are_told(planner):
+    base = (
+        "serve",
+        "--model",
+        "llama3.1-8b",
+        "--cluster",
+        "h100-sxm:1x2",
+        "--osl",
+        100,
+        "--top",
+        1,
+        "--json",
+    )
+    within, beyond = (planner(*base, "--isl", isl).json["plans"][0]["assumptions"] for isl in (1000, 150_000))
+    assert not any("context" in one for one in within)
+    assert "context: 150,100 tokens of a request, of a model made for 131,072" in beyond
+
+
+def test_pruned_weights_run_where_no_engine_has_a_word_against_them(planner):
+    refused = planner(*SERVE, "--precision", "sparse24")
+    assert refused.code == 2
+    assert "has no words for weights=sparse24" in refused.err
+    plan = planner(*SERVE, "--precision", "sparse24", "--engine", "serving", "--top", 1, "--json").json[
+        "plans"
+    ][0]
+    assert plan["pools"][0]["knobs"]["weights"] == "sparse24"

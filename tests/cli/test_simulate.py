@@ -188,3 +188,20 @@ def test_engines_take_as_long_as_the_plans_iterations(serving_plans):
     error = np.abs(stage.iteration(n, context, m, m * seen) / exact - 1.0)
     assert np.quantile(error, 0.9) < 0.03
     assert np.max(error) < 0.08
+
+
+def test_a_load_beyond_the_pool_is_told(planner):
+    base = ("simulate", POOL, "--isl", 400, "--osl", 100, "--requests", 2000)
+    beyond, within = (planner(*base, "--rate", rate, "--json").json["simulated"] for rate in (1000, 2))
+    assert beyond["falls_behind"]
+    assert beyond["waiting_at_end"] > 1000
+    assert not within["falls_behind"]
+    assert "More came than was served" in planner(*base, "--rate", 1000).out
+    assert "More came than was served" not in planner(*base, "--rate", 2).out
+    assert "More came" not in planner(*base, "--concurrency", 2000).out
+
+
+def test_a_run_that_no_memory_holds_is_refused(planner):
+    found = planner("simulate", POOL, "--rate", 1, "--isl", 400, "--osl", 100, "--requests", 10**11)
+    assert found.code == 2
+    assert "--requests: 100000000000; expected a whole number from 1 to 10,000,000" in found.err

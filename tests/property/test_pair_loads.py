@@ -56,12 +56,12 @@ def rates(p, pre, i, dec, j, pricer):
     first_s = pre.batch_s[i] + kv_transfer_s(
         pre.bytes_[i] * senders, speed, pre.batch_s[i], float(p.model.n_layers)
     )
-    first_s = first_s + float(pricer.stack.serving.admission_s)
+    first_s = first_s + float(pricer.stack.serving.admitted_s(traffic.isl))
     rest_s = (traffic.e2e_s or np.inf) - (traffic.osl - 1) * step_s
     room_s = np.minimum(rest_s, traffic.ttft_s or np.inf) - first_s
     load = load_of(room_s, pre.pace_s[i] * pre.prompts[i], traffic)
     kept = (load > 0.0) & (step_s <= (traffic.tpot_s or np.inf))
-    cycle_s = first_s - float(pricer.stack.serving.admission_s) + (traffic.osl - 1) * step_s
+    cycle_s = first_s - float(pricer.stack.serving.admitted_s(traffic.isl)) + (traffic.osl - 1) * step_s
     clients = (traffic.concurrency or np.inf) / cycle_s
     return load[kept] / pre.pace_s[i], (n / ((traffic.osl - 1) * step_s))[kept], clients[kept]
 

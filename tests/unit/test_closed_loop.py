@@ -24,7 +24,7 @@ class Engine:
     """As much of an engine as the steady state asks for, with the simulator's iteration time."""
 
     def __init__(self, prompts):
-        self.software = SimpleNamespace(prompts=prompts, admission_s=0.0)
+        self.software = SimpleNamespace(prompts=prompts, admitted_s=lambda tokens: 0.0)
         self.ctx = SimpleNamespace(mesh=Mesh(ONE, ONE, ONE, ONE, ONE, ONE))
 
     step_tokens = accepted = 1.0  # no speculation

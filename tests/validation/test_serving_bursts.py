@@ -39,7 +39,7 @@ def test_the_first_token_of_a_burst_waits_for_half_of_the_prompts():
     each = (large["ttft"] - small["ttft"]) / (256 - 64)
     alone = predict([run(features="online; 1 requests")])[0]
     assert alone["ttft"] < small["ttft"] < large["ttft"]
-    prompt = alone["ttft"] - float(run().stack.on_generation("hopper").serving.admission_s)
+    prompt = alone["ttft"] - float(run().stack.on_generation("hopper").serving.admitted_s(run().isl))
     assert 0.3 * prompt < each < 0.7 * prompt
     assert alone["tpot"] < small["tpot"]
 

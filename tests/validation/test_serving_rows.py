@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from planner.specs.device import Sourced
+from planner.specs.stack import load_stack
 from planner.validation import validate
-from planner.validation.serving import contradicted, predict, score_serving, served_runs
+from planner.validation.serving import predict, score_serving, served_runs
+from planner.validation.serving_exclusions import contradicted, repeated
 from planner.validation.serving_runs import served_run
 from planner.validation.table import Row, Table, Unsupported, read_table, table_kind
 
@@ -194,6 +197,64 @@ def test_rows_of_quality_c_and_contradicted_ones_do_not_count():
     assert status["a-2", "tpot"] == "excluded"
     assert status["b", "tpot"] == status["c", "tpot"] == "excluded"  # one configuration, 8 and 12 ms
     assert contradicted(served_runs(table(*rows))) == {"b", "c"}
+
+
+def test_a_measurement_that_is_listed_twice_counts_once():
+    burst = {
+        "request_rate": "inf",
+        "concurrency": "",
+        "ttft_ms": "",
+        "tpot_ms": "",
+        "output_tokens_per_s": "900",
+    }
+    rows = [
+        row(),
+        row(row_id="again"),  # every digit as before
+        row(row_id="digits", tpot_ms="8.01"),
+        row(row_id="load", concurrency="32"),
+        row(row_id="one value", **burst),
+        row(row_id="one value again", **burst),
+        row(row_id="c", tp="1", quality="C"),
+        row(row_id="after c", tp="1"),
+    ]
+    assert repeated(served_runs(table(*rows[:6]))) == {"again": "a-1"}  # one value alone may agree by chance
+    status = {(entry.row_id, entry.metric): entry.status for entry in score_serving(table(*rows)).rows}
+    assert [row_id for (row_id, metric), one in status.items() if metric == "ttft" and one == "excluded"] == [
+        "again",
+        "c",
+    ]
+
+
+def test_pools_with_other_numbers_of_workers_do_not_contradict_each_other():
+    pools = {
+        "prefill_tp_size": "1",
+        "decode_tp_size": "4",
+        "prefill_num_workers": "1",
+        "decode_num_workers": "2",
+    }
+    rows = [row(**pools), row(row_id="more", **{**pools, "decode_num_workers": "4"}, tpot_ms="5")]
+    assert contradicted(served_runs(table(*rows))) == set()
+    assert contradicted(served_runs(table(rows[0], row(row_id="same", **pools, tpot_ms="5")))) == {
+        "a-1",
+        "same",
+    }
+
+
+def test_longer_prompts_take_longer_to_become_tokens():
+    stack = load_stack("vllm").on_generation("hopper")
+    constants = {"admission_s": 0.02, "admission_token_s": 5e-6}
+    software = replace(
+        stack.serving, on={}, **{n: Sourced(v, "assumed", "planner-defaults") for n, v in constants.items()}
+    )
+    none = replace(software, admission_token_s=Sourced(0.0, "assumed", "planner-defaults"))
+    assert software.admitted_s(8000) == pytest.approx(0.06)
+    run = served_run(row(input_len="8000"), Counter())
+    (slow,), (fast,) = (
+        predict([run], {"vllm": replace(stack, on={}, serving=one)}) for one in (software, none)
+    )
+    assert slow["ttft"] - fast["ttft"] == pytest.approx(
+        8000 * 5e-6, rel=0.1
+    )  # the rest: fewer generate meanwhile
 
 
 def test_rows_priced_together_are_priced_as_if_alone():
