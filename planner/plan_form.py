@@ -6,7 +6,8 @@ The schemas, ``plan_schema.json`` here and in ``serving``, are what ``planner sc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ def read_form(data: Mapping[str, Any], where: str, package: str, build: Callable
         raise SpecError(
             Problem(f"{where}: schema_version", repr(data.get("schema_version")), f"major version {wanted}")
         )
+    for key, value in _numbers(data):
+        if not math.isfinite(value):
+            raise SpecError(Problem(f"{where}: {key}", repr(value), "a finite number", _TRY))
     from fastjsonschema import JsonSchemaValueException
 
     try:
@@ -65,6 +69,15 @@ def _validator(package: str) -> Callable[[Mapping[str, Any]], Any]:
         {**schema["$defs"]["plan"], "$defs": schema["$defs"]}, use_default=False
     )
     return found
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key.lstrip("."), value
+    elif isinstance(value, Mapping | list):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, entry in entries:
+            yield from _numbers(entry, f"{key}.{name}")
 
 
 def _shown(value: Any) -> str:
