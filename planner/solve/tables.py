@@ -175,10 +175,10 @@ class BranchTables:
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
-        table: Array = self._cells(self._base, aspect)[1][rows]
+        table: Array = self._cells(self._base, aspect)[1].take(rows, axis=0)
         if aspect in change.touched:
             cells, values = self._cells(change, aspect)
-            table[:, cells] = values[rows]
+            table[:, cells] = values.take(rows, axis=0)
         return table.reshape(len(rows), len(aspect), -1)
 
     def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
