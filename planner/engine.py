@@ -280,9 +280,9 @@ class BlockTable:
         field: Array = self.values[_ROWS[self.fields][name]]
         return field
 
-    def times(self) -> BlockTable:
-        """The ``TIMES`` alone."""
-        return BlockTable(self.kinds, self.values[[_ROWS[self.fields][name] for name in TIMES]], TIMES)
+    def of_fields(self, fields: tuple[str, ...]) -> BlockTable:
+        """Some of the fields alone."""
+        return BlockTable(self.kinds, self.values[[_ROWS[self.fields][name] for name in fields]], fields)
 
     def take(self, rows: Index) -> BlockTable:
         """Some of the rows."""

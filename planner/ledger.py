@@ -9,6 +9,7 @@ Axis names may be qualified by the block they belong to (``ffn@decoder``); the p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -290,12 +291,10 @@ class Axes:
             axes._memo, axes.prices, axes.sums = self._memo.copy(), self.prices.copy(), self.sums.copy()
             return axes
 
-        def kept(expression: str) -> bool:
-            return not any(name in expression for name in changed)
-
-        axes._memo = {expression: value for expression, value in self._memo.items() if kept(expression)}
-        axes.prices = {key: value for key, value in self.prices.items() if kept(key[0])}
-        axes.sums = {key: value for key, value in self.sums.items() if kept(value[0])}
+        found = re.compile("|".join(map(re.escape, changed))).search
+        axes._memo = {text: value for text, value in self._memo.items() if not found(text)}
+        axes.prices = {key: value for key, value in self.prices.items() if not found(key[0])}
+        axes.sums = {key: value for key, value in self.sums.items() if not found(value[0])}
         return axes
 
     def extends(self, other: Axes) -> bool:
@@ -442,8 +441,5 @@ class Ledger:
 
     def of(self, kind: type[ItemT], **fields: Any) -> list[ItemT]:
         """The items of a kind whose fields have the given values."""
-        return [
-            item
-            for item in self.items
-            if isinstance(item, kind) and all(getattr(item, name) == value for name, value in fields.items())
-        ]
+        wanted = fields.items()
+        return [item for item in self.items if isinstance(item, kind) and wanted <= item.__dict__.items()]

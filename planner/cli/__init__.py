@@ -34,6 +34,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
         gc.set_threshold(1_000_000)  # a search makes many objects, hardly any of them in cycles
+        os.environ.setdefault(
+            "OPENBLAS_NUM_THREADS", "1"
+        )  # its products are small: threads would wait for them, not help
         atexit.register(
             gc.freeze
         )  # the process ends: a last search of its objects for cycles would only take time

@@ -43,7 +43,8 @@ class BranchTables:
         self.space, self.branches, self.pricer, self.kinds = space, branches, pricer, kinds
         self.recipe, self.ctx = recipe, ctx
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
-        self._base = _change_of(ledger, ledger)
+        self._items = {id(item): item for item in ledger.items}
+        self._base = self._change_to(ledger)
         self._changes: dict[tuple[str, ...], _Change] = {(): self._base}
         self._divided: dict[tuple[int, int, int, int, bool], list[_Change]] = {}
         self._units: dict[int, tuple[Mapping[str, Choice], _Change]] = {}  # by the unit's id, which is held
@@ -184,10 +185,10 @@ class BranchTables:
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
-        table: Array = self._cells(self._base, aspect)[1][rows]
+        table: Array = self._cells(self._base, aspect)[1].take(rows, axis=0)
         if aspect in change.touched:
             cells, values = self._cells(change, aspect)
-            table[:, cells] = values[rows]
+            table[:, cells] = values.take(rows, axis=0)
         return table.reshape(len(rows), len(aspect), -1)
 
     def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
@@ -268,8 +269,22 @@ class BranchTables:
         )
         if key not in self._changes:
             ask()
-            self._changes[key] = _change_of(self._ledgers[()], self._ledger(recipe))
+            self._changes[key] = self._change_to(self._ledger(recipe))
         return self._changes[key]
+
+    def _change_to(self, ledger: Ledger) -> _Change:
+        """The difference between the prefix's ledger and another."""
+        old, new = self._items, {id(item): item for item in ledger.items}
+        removed = frozenset(old.keys() - new.keys())
+        changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
+        aspects = [HELD if isinstance(i, Resident) else ONCE if i.phase == "step" else PACED for i in changed]
+        paced = [i for i, aspect in zip(changed, aspects, strict=True) if aspect is PACED]
+        timed = {(i.block, i.phase) for i in paced}
+        # What runs beside a backward hides behind its weight gradients and recomputation as well.
+        beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
+        timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
+        whole = not ledger.axes.extends(self._ledgers[()].axes)  # every item may have another size
+        return _Change(ledger, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
 
     def _ledger(self, recipe: Mapping[str, Choice]) -> Ledger:
         """The branch's ledger; branches share the ledgers of their common prefixes."""
@@ -313,21 +328,6 @@ def _share(one: _Change, other: _Change) -> bool:
 def _clash(one: _Change, other: _Change) -> bool:
     """Whether both touch an item, or the timing of a block and phase: then their times do not add up."""
     return _share(one, other) or not one.timed.isdisjoint(other.timed)
-
-
-def _change_of(before: Ledger, after: Ledger) -> _Change:
-    """The difference between two ledgers."""
-    old, new = {id(item): item for item in before.items}, {id(item): item for item in after.items}
-    removed = frozenset(old.keys() - new.keys())
-    changed = [old[i] for i in removed] + [new[i] for i in new.keys() - old.keys()]
-    aspects = [HELD if isinstance(i, Resident) else ONCE if i.phase == "step" else PACED for i in changed]
-    paced = [i for i, aspect in zip(changed, aspects, strict=True) if aspect is PACED]
-    timed = {(i.block, i.phase) for i in paced}
-    # What runs beside a backward hides behind its weight gradients and recomputation as well.
-    beside = {i.block for i in paced if i.phase == "backward" and loose([i])}
-    timed |= {(block, phase) for block in beside for phase in ("weight", "recompute")}
-    whole = not after.axes.extends(before.axes)  # every item may have another size
-    return _Change(after, removed, frozenset(timed), frozenset(ASPECTS[COMPACT] if whole else aspects))
 
 
 class _Numbered(NamedTuple):

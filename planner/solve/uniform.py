@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.costs.arrays import distinct
-from planner.engine import BlockTable, Pricer
+from planner.engine import TIMES, BlockTable, Pricer
 from planner.layout import BOUNDARY, Layout, layouts
 from planner.ledger import Array, Ledger
 from planner.pipeline import step_bound
@@ -297,7 +297,7 @@ class UniformSearch:
 
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
         """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
-        likely, timed = self._likely(ctx, table), table.times()
+        likely, timed = self._likely(ctx, table), table.of_fields(TIMES)
         for dealing, where, of, variants in self._pairs(rows, ctx.knobs, activity):
             times, technique = timed.take(where), dealing.schedule.technique
             if self.branches.any_saves or (technique is not None and technique.saves):  # the update's time

@@ -64,6 +64,7 @@ def swap(
         tier: where it lives.
     """
     added: list[Item] = []
+    trip = Transfer(what="", block="", by=by, size="", bytes_per_element=0.0)  # a copy is made in less time
 
     def move(item: Resident) -> Item | None:
         ways = list(trips(item))
@@ -71,8 +72,8 @@ def swap(
             return None
         moved = times(item.size, share) if share else item.size
         added.extend(
-            Transfer(
-                what=f"{item.what}.{way.what}{suffix}", block=item.block, phase=way.phase, tags=item.tags | {"offload"}, by=by,
+            trip.but(
+                what=f"{item.what}.{way.what}{suffix}", block=item.block, phase=way.phase, tags=item.tags | {"offload"},
                 track=link if suffix and way.track == "host" else way.track, size=moved,
                 bytes_per_element=item.bytes_per_element, tier=link,
             )

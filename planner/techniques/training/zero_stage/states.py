@@ -233,13 +233,13 @@ def _collectives(
 ) -> list[Collective]:
     of_gradients, of_weights = ctx.stack.gradient_bucket_bytes, ctx.stack.weight_bucket_bytes
     held = of_gradients if pool == "gradients" or of_weights is None else of_weights
-    bucket = held.value / dtype_bytes(dtype)
+    bucket, whole = held.value / dtype_bytes(dtype), ctx.mesh.group("dp_cp")
+    call = Collective(what="", block="", by=by, kind=kind, group=whole, size="", dtype=dtype, **when)
     return [
-        Collective(
-            what=f"{mesh}_{pool}.{kind}", block=item.block, by=by, kind=kind,
-            tags=(item.tags - {"parameters"}) | {pool, mesh, "data_parallel"},
-             group=ctx.mesh.group(MESHES[mesh]), size=item.size, dtype=dtype,
-            messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1", **when,
+        call.but(
+            what=f"{mesh}_{pool}.{kind}", block=item.block, tags=(item.tags - {"parameters"}) | {pool, mesh, "data_parallel"},
+            group=ctx.mesh.group(MESHES[mesh]), size=item.size,
+            messages=times(item.size, f"/{bucket:.0f}") if when["phase"] == "step" else "1",
         )
         for item in ledger.of(Resident, pool="parameters")
         if pool == "parameters" or "frozen" not in item.tags  # every trained weight has a gradient
