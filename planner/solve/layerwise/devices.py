@@ -51,12 +51,14 @@ class Goal:
         forwards, backwards: of every chunk.
         after: whether the update and what nothing hides of gradients and weights follows.
         ramp_s: what follows the passes beside that, if that is longer; None where nothing does.
+        beside: another path, if that is longer: how often it passes every chunk, and what it takes elsewhere.
     """
 
     forwards: tuple[float, ...]
     backwards: tuple[float, ...]
     after: bool = True
     ramp_s: float | None = None
+    beside: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +241,10 @@ class DeviceCosts(DeviceBounds):
         if goal.ramp_s is not None or not goal.after:
             sums.append(passed[None])
             offset.append(goal.ramp_s or 0.0)
+        if goal.beside is not None:
+            passes, elsewhere_s = goal.beside
+            sums.append(passes * self.mesh.micro_batch_s[None, :, kinds])
+            offset.append(elsewhere_s)
         return np.array(offset), np.concatenate(sums)
 
     def _buckets(self, groups: Sequence[DeviceGroup]) -> tuple[float, float]:

@@ -118,16 +118,17 @@ class _Costs(DeviceCosts):
     def _sums(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         offset, sums = super()._sums(groups, goal)
         forward_s, backward_s = self._change_s
-        beside = np.zeros(len(offset))
+        passed_s = np.full(len(offset), goal.forwards[0] * forward_s + goal.backwards[0] * backward_s)
         if goal.after:
             # What a change takes hides traffic too: gradients beside the last backward, weights beside the first forward.
             gradients, weights = self._buckets(groups)
             hides = itertools.product(
                 (0.0, (1.0 - gradients) * backward_s), (0.0, (1.0 - weights) * forward_s)
             )
-            beside[:4] = [*map(sum, hides)]
-        passed_s = goal.forwards[0] * forward_s + goal.backwards[0] * backward_s
-        return offset + passed_s - beside, sums
+            passed_s[:4] -= [*map(sum, hides)]
+        if goal.beside is not None:
+            passed_s[-1] = goal.beside[0] * (forward_s + backward_s)
+        return offset + passed_s, sums
 
     def _small(self, groups: Sequence[DeviceGroup], limit: float) -> list[list[int]]:
         small = super()._small(groups, limit)

@@ -37,6 +37,8 @@ _MISSES = 8  # shares of the groups that are tried in vain before others are lef
 _FEW = 500  # partitions, or combinations of stages' ways, that are all tried
 _ALIKE = 5e-3  # of a stage's time: no other member is tried for less
 _TOGETHER = 6  # members of which every two are tried side by side in a stage
+_BETWEEN = (0.9, 0.8, 0.65, 0.5, 0.3, 0.15)  # of the way from what updates soonest to what is fastest
+_OTHERS = 2  # members of which stages that update sooner are
 _PASSED = (0.5, 0.25, 0.0)  # of the micro-batches, that paths pass the first stage with; once at least
 _MOVES = 4  # heaviest stages from which a layer is moved, and lightest stages to which
 
@@ -185,7 +187,8 @@ class Settler:
                 behind_s += solved.seconds - self.m * work_s
             else:
                 behind_s += float(self.ground.hops_s([(before, option.place)])[0])
-        for chosen in _together(ways, ends_alike=self.ground.ends_alike):
+        sooner = self._sooner(ways, behind_s, ends) if self.pp > 1 else ()
+        for chosen in _together(ways, sooner, ends_alike=self.ground.ends_alike):
             assignment, values = self._assignment(chosen, ends)
             layout = assignment.layout(self.order, self.pp)
             names = tuple(f"{kind}/{i}" for i, (kind, _) in enumerate(assignment.columns(self.order)[:-3]))
@@ -200,10 +203,7 @@ class Settler:
         self, stage: int, a: int, b: int, before: Place | None, behind_s: float, below_s: float
     ) -> list[Way]:
         """Members with their best strategies for some layers, the fastest first; none where all take too long."""
-        counts = [0] * (len(self.kinds) - 3)
-        for kind in self.stack[a:b]:
-            counts[kind] += 1
-        device = Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
+        device = self._device(stage, a, b)
         found: list[Way] = []
         limit_s = below_s
         for bound_s, option in self.options(stage, a, b):
@@ -217,6 +217,57 @@ class Settler:
                     limit_s = min(limit_s, solved.seconds * (1.0 - _ALIKE))
         found.sort(key=lambda way: way[1].seconds)
         return found + [way for option, _ in found[:1] if not stage for way in self._quicker(option, device)]
+
+    def _device(self, stage: int, a: int, b: int) -> Device:
+        """A stage that holds the layers ``[a, b)``."""
+        counts = [0] * (len(self.kinds) - 3)
+        for kind in self.stack[a:b]:
+            counts[kind] += 1
+        return Device(stage, (tuple(counts),), stage == 0, stage == self.pp - 1)
+
+    def _sooner(
+        self, ways: Sequence[Sequence[Way]], behind_s: float, ends: Sequence[int]
+    ) -> Iterator[Sequence[Way]]:
+        """Combinations whose first and last stage work longer and update sooner than the fastest ones, some more and some less.
+
+        Args:
+            ways: of every stage, the fastest first.
+            behind_s: what follows the last stage's last backward, where all are the fastest.
+            ends: number of the layer behind each stage.
+        """
+        first, last = self._device(0, 0, ends[0]), self._device(self.pp - 1, ends[-2], ends[-1])
+        opening: dict[tuple[object, ...], Way] = {}
+        closing: dict[tuple[object, ...], Way] = {}
+        for option in list(dict.fromkeys(option for option, _ in ways[0]))[:_OTHERS]:
+            for way in self._between(option, first):
+                opening.setdefault(_same(way), way)
+        for option in list(dict.fromkeys(option for option, _ in ways[-1]))[:_OTHERS]:
+            for part in (1.0, *_BETWEEN, 0.0):
+                solved = option.costs.solve(last, part * behind_s)
+                if solved is not None:
+                    closing.setdefault(_same((option, solved)), (option, solved))
+        for one, other in product(opening.values(), closing.values()):
+            yield [one, *(some[0] for some in ways[1:-1]), other]
+
+    def _between(self, option: Option, device: Device) -> Iterator[Way]:
+        """Strategies of the first stage between those that are the fastest in a step and those that pass and update soonest.
+
+        Both are ends of a front of work ``T`` and what follows it; ``max(T + after, m·T + x)`` is least in between, where the
+        two meet.
+        """
+        costs, m = option.costs, float(self.m)
+        fast, soon = costs.solve(device, 0.0), costs.solve(device, Goal((1.0,), (1.0,)))
+        if fast is None or soon is None:
+            return
+        yield option, fast
+        works = [_passes_s(option, way, self.ground.ends(0, self.pp))[1] for way in (fast, soon)]
+        once = [fast.seconds - (m - 1.0) * works[0], soon.seconds]  # a micro-batch and what follows it
+        for part in _BETWEEN:
+            work_s, after_s = (part * a + (1.0 - part) * b for a, b in (works, once))
+            solved = costs.solve(device, Goal((1.0,), (1.0,), beside=(m, after_s - m * work_s)))
+            if solved is not None:
+                yield option, solved
+        yield option, soon
 
     def _quicker(self, option: Option, device: Device) -> Iterator[Way]:
         """Strategies of the first stage that work longer and update sooner: a path that stays on another stage passes it less
@@ -302,8 +353,17 @@ class Settler:
         return assignment, np.stack(values, axis=1)
 
 
-def _together(ways: Sequence[Sequence[Way]], *, ends_alike: bool) -> Iterator[Sequence[Way]]:
-    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other.
+def _same(way: Way) -> tuple[object, ...]:
+    """Equal for ways that are."""
+    option, solved = way
+    return id(option), solved.runs, solved.embedding, solved.head
+
+
+def _together(
+    ways: Sequence[Sequence[Way]], besides: Iterable[Sequence[Way]], *, ends_alike: bool
+) -> Iterator[Sequence[Way]]:
+    """Combinations of every stage's ways: all where they are few, otherwise the first ones with at most one other; and some
+    besides.
 
     Where embedding and head are cut alike, those of the first and of the last stage go together.
     """
@@ -311,6 +371,7 @@ def _together(ways: Sequence[Sequence[Way]], *, ends_alike: bool) -> Iterator[Se
     def runs(chosen: Sequence[Way]) -> bool:
         return not ends_alike or _cut(chosen[0], "embedding") == _cut(chosen[-1], "head")
 
+    yield from filter(runs, besides)
     if prod(len(some) for some in ways) <= _FEW:
         yield from filter(runs, product(*ways))
         return
