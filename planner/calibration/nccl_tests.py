@@ -31,8 +31,9 @@ def is_nccl_tests(text: str) -> bool:
 
 
 def read_nccl_tests(text: str, where: str) -> list[Measurement]:
-    """Times of all sizes; several runs may stand in one text, each with its own header. Lines may begin with the rank that printed
-    them, and where no command line names the collective, the name of the file may.
+    """Times of all sizes; several runs may stand in one text, each with its own header.
+
+    Lines may begin with the rank that printed them; where no command line names the collective, the name of the file may.
 
     Raises:
         SpecError: a run does not name its collective or its ranks, or a time is not positive.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.cli.job import JobOptions
 
@@ -42,7 +42,12 @@ def launched_problem(job: JobOptions, launcher: str, path: str) -> tuple[Problem
     problem = job.problem(faults, base=run)
     if run.devices not in (None, problem.cluster.devices):
         found = f"{problem.cluster.devices:,} devices"
-        raise SpecError(Fault("--cluster", found, f"{run.devices:,}, as {path} starts"))
+        hint = "Numbers that a script takes from its environment are its defaults here: set them in a copy of it."
+        raise SpecError(
+            Fault(
+                "--cluster", found, f"{run.devices:,}, as {path} starts", hint if path.endswith("sh") else ""
+            )
+        )
     if not any(block.moe for block in problem.model.blocks.values()):
         # Launchers ignore expert degrees where there are no experts.
         problem = replace(problem, fixed={**problem.fixed, "ep": 1, "etp": 1})
@@ -73,21 +78,29 @@ def _option(name: str) -> str:
 
 
 def _with_batches(run: LaunchedRun, job: JobOptions, given: Mapping[str, str]) -> LaunchedRun:
-    """The run with the micro-batch size that follows from the number of micro-batches and the cluster's devices."""
+    """The run with the batch, or the size of micro-batches, that follows from their number and the cluster's devices."""
     from planner.cli.values import read_cluster
     from planner.errors import PlannerError
 
-    if run.micro_batches is None or "micro_batch_size" in given or not job.cluster:
+    steps, known = run.micro_batches, {**run.fixed, **given}
+    whole = job.global_batch or run.workload.get("global_batch_size")
+    if steps is None or not job.cluster or (whole is not None and "micro_batch_size" in known):
         return run
     try:
-        devices = read_cluster(job.cluster[0]).devices
-        batch = int(job.global_batch or run.workload["global_batch_size"])
+        replicas = read_cluster(job.cluster[0]).devices / (
+            run.fixed["tp"] * run.fixed["cp"] * run.fixed["pp"]
+        )
+        found = (
+            int(known["micro_batch_size"]) * replicas * steps
+            if whole is None
+            else int(whole) / (replicas * steps)
+        )
     except (PlannerError, ValueError, KeyError):
         return run  # the options' own fault, which is found with the others
-    replicas = devices / (run.fixed["tp"] * run.fixed["cp"] * run.fixed["pp"])
-    size = batch / (replicas * run.micro_batches)
-    if size != int(size) or size < 1:
+    if found != int(found) or found < 1:
         return run
-    fixed: dict[str, Any] = {**run.fixed, "micro_batch_size": int(size)}
-    missing = {name: said for name, said in run.missing.items() if name != "micro_batch_size"}
-    return replace(run, fixed=fixed, missing=missing)
+    name = "global_batch_size" if whole is None else "micro_batch_size"
+    missing = {knob: said for knob, said in run.missing.items() if knob != name}
+    if whole is None:
+        return replace(run, workload={**run.workload, name: int(found)}, missing=missing)
+    return replace(run, fixed={**run.fixed, name: int(found)}, missing=missing)

@@ -7,13 +7,15 @@ The YAML describes how ranks are laid out and what is sharded; model, sequence, 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from planner.errors import did_you_mean
 from planner.export.accelerate import COMM_STRATEGIES
+from planner.export.deepspeed_import import deepspeed_run
 from planner.export.hf_arguments import completed, is_script, script_arguments
-from planner.export.launched import LaunchedRun, degrees, ignored_note, names_in
+from planner.export.launched import LaunchedRun, beside_or_here, degrees, ignored_note, names_in, read_json
 from planner.export.yaml_text import read_yaml
 from planner.specs.reader import Reader
 
@@ -30,6 +32,11 @@ _READ = names_in(
     "distributed_type mixed_precision num_machines num_processes fsdp_config parallelism_config dynamo_config"
 )
 _UNMODELLED: Mapping[str, str] = {"fp8_config": "fp8 recipes", "mpirun_config": "runs on CPUs under MPI"}
+_DEEPSPEED = names_in(
+    "zero_stage zero3_init_flag zero3_save_16bit_model offload_optimizer_device offload_param_device offload_optimizer_nvme_path "
+    "offload_param_nvme_path deepspeed_multinode_launcher deepspeed_hostfile deepspeed_exclusion_filter "
+    "deepspeed_inclusion_filter gradient_accumulation_steps gradient_clipping"
+)
 _FSDP = names_in(
     "fsdp_version fsdp_reshard_after_forward fsdp_sharding_strategy fsdp_offload_params "
     "fsdp_activation_checkpointing fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap "
@@ -63,6 +70,8 @@ def accelerate_run(data: Mapping[str, Any], path: str | Path) -> LaunchedRun:
     Raises:
         SpecError: keys are wrong or ask for what is not modelled; all at once.
     """
+    if data.get("distributed_type") == "DEEPSPEED":
+        return _deepspeed(data, path)
     reader = Reader(data, str(path))
     notes: list[str] = []
     wasteful: list[str] = []
@@ -88,12 +97,39 @@ def accelerate_run(data: Mapping[str, Any], path: str | Path) -> LaunchedRun:
     )  # fmt: skip
 
 
+def _deepspeed(data: Mapping[str, Any], path: str | Path) -> LaunchedRun:
+    """The run of DeepSpeed that Accelerate starts: by a file of DeepSpeed's own, or by the few settings of its questionnaire."""
+    reader = Reader(data, str(path))
+    table = reader.table("deepspeed_config", None)
+    settings = dict(table.data) if table is not None else {}
+    if isinstance(settings.get("deepspeed_config_file"), str):
+        own = beside_or_here(path, settings["deepspeed_config_file"])
+        return deepspeed_run(read_json(own, "a DeepSpeed configuration"), own)
+    reader.raise_if_any()
+    precision = str(data.get("mixed_precision", "no"))
+    zero: dict[str, Any] = {"stage": settings.get("zero_stage", 2)}
+    for key in ("offload_optimizer", "offload_param"):
+        device = settings.get(f"{key}_device", "none")
+        if device != "none":
+            zero[key] = {"device": device}
+    inner: dict[str, Any] = {"zero_optimization": zero}
+    if precision in ("bf16", "fp16"):
+        inner[precision] = {"enabled": True}
+    run = deepspeed_run(inner, path)
+    fixed, notes = dict(run.fixed), list(run.notes)
+    devices = degrees(fixed, reader.integer("num_processes", None), notes)
+    reader.raise_if_any()
+    strange = sorted(set(settings) - _DEEPSPEED)
+    return replace(
+        run, fixed=fixed, devices=devices, notes=(*notes, *ignored_note(strange)), ignored=tuple(strange)
+    )
+
+
 def _kind(reader: Reader) -> str:
     key = "distributed_type"
     kind = str(reader.text(key, "NO"))
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        hint = f"Read its own file with --from {kind.lower()[:9]}."
-        reader.problem(key, kind, "FSDP, MULTI_GPU or NO", hint)
+    if kind == "MEGATRON_LM":
+        reader.problem(key, kind, "FSDP, DEEPSPEED, MULTI_GPU or NO")
     elif kind not in _KINDS:
         reader.problem(key, repr(kind), f"one of {', '.join(_KINDS)}", did_you_mean(kind, _KINDS))
     return kind

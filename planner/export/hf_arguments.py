@@ -14,7 +14,7 @@ from typing import Any
 from planner.errors import Problem, SpecError
 from planner.export.flags import FlagReader, parse_flags
 from planner.export.hf_rules import KERNELS
-from planner.export.launched import LaunchedRun, ignored_note, names_in, read_text
+from planner.export.launched import LaunchedRun, beside_or_here, ignored_note, names_in, read_text
 from planner.export.shell import devices_of, read_script
 
 __all__ = ["AUTO", "Arguments", "completed", "filled", "is_script", "script_arguments"]
@@ -108,8 +108,7 @@ def script_arguments(path: str | Path, expected: str, config_flags: Sequence[str
         file = next((values[0] for values in named if values), None)
         if file is None:
             continue
-        folder = Path(path).expanduser().parent
-        config = folder / file if (folder / file).is_file() else Path(file)
+        config = beside_or_here(path, file)
         flags = FlagReader(given, where)
         flags.read |= set(config_flags)
         return Arguments(flags, launch, devices_of(script, words[:begins]), config, tuple(script.notes))
@@ -169,6 +168,7 @@ def completed(run: LaunchedRun, given: Arguments) -> LaunchedRun:
     if devices is not None and devices % ranks == 0:
         fixed["dp"] = devices // ranks
         workload.setdefault("global_batch_size", fixed["dp"] * fixed["micro_batch_size"] * given.steps)
+    steps = None if "global_batch_size" in workload else given.steps
     flags.raise_if_any()
     flags.read |= _PASSIVE
     ignored = (*run.ignored, *flags.unread())
@@ -176,7 +176,7 @@ def completed(run: LaunchedRun, given: Arguments) -> LaunchedRun:
     missing = {name: why for name, why in run.missing.items() if name not in said.get(name, {})}
     return replace(
         run, workload=workload, fixed=fixed, devices=devices, notes=(*notes, *ignored_note(ignored)), ignored=ignored,
-        missing=missing,
+        missing=missing, micro_batches=steps,
     )  # fmt: skip
 
 

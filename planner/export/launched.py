@@ -11,7 +11,16 @@ from planner.errors import Problem, SpecError
 from planner.specs.model import Model
 from planner.specs.reader import first_bytes
 
-__all__ = ["LaunchedRun", "beside", "degrees", "ignored_note", "names_in", "read_json", "read_text"]
+__all__ = [
+    "LaunchedRun",
+    "beside",
+    "beside_or_here",
+    "degrees",
+    "ignored_note",
+    "names_in",
+    "read_json",
+    "read_text",
+]
 
 _MAX_BYTES = 2**20
 
@@ -30,7 +39,7 @@ class LaunchedRun:
         wasteful: what costs time or memory for nothing, one sentence each.
         ignored: keys or flags that were not understood, or say nothing about time and memory.
         missing: knobs and fields of the workload without which nothing can be priced → what the configuration says instead.
-        micro_batches: per pipeline and step, where the configuration names their number and not their size.
+        micro_batches: per pipeline and step, where the configuration names their number and not their size, or not the batch.
         layerwise: choices of every layer, as :class:`~planner.plan.Plan` has them, where layers differ.
     """
 
@@ -51,6 +60,12 @@ def beside(folder: Path) -> str:
     """What to read of an exported folder instead of a launcher's file; empty where no plan lies there."""
     plan = folder / "plan.json"
     return f"planner explain {plan} reads the whole of what was exported." if plan.is_file() else ""
+
+
+def beside_or_here(path: str | Path, named: str) -> Path:
+    """The file that a configuration names: beside it, or else where the command was given."""
+    file = Path(path).expanduser().parent / named
+    return file if file.is_file() else Path(named)
 
 
 def read_text(path: str | Path, expected: str) -> str:

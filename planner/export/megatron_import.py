@@ -155,7 +155,7 @@ def _wasteful(flags: FlagReader, fixed: Mapping[str, Any], script: Script) -> It
         yield "Without --sequence-parallel, every tensor-parallel rank keeps the same norms' and dropouts' activations."
     if "--sequence-parallel" in flags.flags and fixed["tp"] == 1:
         yield "--sequence-parallel does nothing at tensor parallelism 1 (validate_args turns it off)."
-    if not sharded and fixed.get("dp", 1) > 1:
+    if not sharded and fixed.get("dp", 2) > 1:
         yield "Without --use-distributed-optimizer, every replica keeps all optimizer states."
     if "--no-gradient-accumulation-fusion" in flags.flags and fixed["gradient_accumulation"] == "separate":
         yield "--no-gradient-accumulation-fusion adds every weight gradient by a kernel of its own."

@@ -20,9 +20,8 @@ from planner.export.flags import parse_flags
 __all__ = ["Command", "Script", "devices_of", "read_script"]
 
 _NAME = r"[A-Za-z_]\w*"
-_ASSIGNMENT = re.compile(
-    rf"(?:export\s+|readonly\s+|local\s+|declare\s+(?:-\w+\s+)*)?({_NAME})(\+?)=(.*)", re.DOTALL
-)
+_KEYWORD = re.compile(r"(?:export|readonly|local|declare|typeset)\s+(?:-\w+\s+)*")
+_NAMED = re.compile(rf"({_NAME})(\+?)=")
 _EXPANSION = re.compile(
     rf"\$\(\((?P<sum>(?:[^()]|\([^()]*\))*)\)\)|\$\{{(?P<name>{_NAME}|\d)(?P<array>\[[@*]\])?(?::?(?P<op>[-=?+])(?P<word>[^{{}}]*))?\}}"
     rf"|\$(?P<plain>{_NAME}|\d|[@*#])"
@@ -90,9 +89,10 @@ def read_script(text: str, where: str, variables: Mapping[str, str] | None = Non
             continue
         if any(skipping):
             continue
-        match = _ASSIGNMENT.fullmatch(statement)
-        if match:
-            _assign(match, script.variables, arrays, where)
+        settings, statement = _settings(statement)
+        if not statement:
+            for name, more, value in settings:
+                _assign(name, more, value, script.variables, arrays, where)
             continue
         words = _expand_words(statement, script.variables, arrays, where)
         if words:
@@ -284,10 +284,49 @@ def _compare(words: list[str]) -> bool | None:
 # -- expansion ---------------------------------------------------------------------------------------------------------
 
 
+def _settings(statement: str) -> tuple[list[tuple[str, bool, str]], str]:
+    """Assignments at the beginning of a statement (name, whether it is appended to, value), and the command after them.
+
+    Those before a command are of its environment alone.
+
+    >>> _settings('A="x y" B=(1 2) run --flag')
+    ([('A', False, '"x y"'), ('B', False, '(1 2)')], 'run --flag')
+    >>> _settings("export A=1 B")
+    ([('A', False, '1')], '')
+    """
+    keyword = _KEYWORD.match(statement)
+    rest = statement[keyword.end() :] if keyword else statement
+    found = []
+    while match := _NAMED.match(rest):
+        end = _word_end(rest, match.end())
+        found.append((match[1], bool(match[2]), rest[match.end() : end].strip()))
+        rest = rest[end:].lstrip()
+    return found, "" if keyword else rest
+
+
+def _word_end(text: str, start: int) -> int:
+    """Where a word ends: at a blank outside of quotes, parentheses and braces."""
+    quote, depth = "", 0
+    for index in range(start, len(text)):
+        char = text[index]
+        if text[index - 1] == "\\" and quote != "'":
+            continue
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"`":
+            quote = char
+        elif char in "({":
+            depth += 1
+        elif char in ")}":
+            depth -= 1
+        elif char.isspace() and depth <= 0:
+            return index
+    return len(text)
+
+
 def _assign(
-    match: re.Match[str], variables: dict[str, str], arrays: dict[str, list[str]], where: str
+    name: str, more: bool, value: str, variables: dict[str, str], arrays: dict[str, list[str]], where: str
 ) -> None:
-    name, more, value = match[1], bool(match[2]), match[3].strip()
     if value.startswith("(") and value.endswith(")"):
         words = _expand_words(value[1:-1], variables, arrays, where)
         arrays[name] = (arrays.get(name, []) if more else []) + words

@@ -17,7 +17,7 @@ from planner.export.accelerate_import import accelerate_run
 from planner.export.deepspeed_import import deepspeed_run
 from planner.export.flags import FlagReader
 from planner.export.hf_arguments import Arguments, completed, filled
-from planner.export.launched import LaunchedRun, read_json
+from planner.export.launched import LaunchedRun, beside_or_here, read_json
 from planner.export.yaml_text import read_yaml
 
 __all__ = ["read_trainer"]
@@ -39,8 +39,7 @@ def read_trainer(path: str | Path) -> LaunchedRun:
         raise SpecError(Problem(str(path), "names no per_device_train_batch_size", _EXPECTED))
     given = _arguments(data, str(path))
     if isinstance(data.get("deepspeed"), str):
-        config = Path(path).expanduser().parent / data["deepspeed"]
-        config = config if config.is_file() else Path(data["deepspeed"])
+        config = beside_or_here(path, data["deepspeed"])
         return completed(
             deepspeed_run(filled(read_json(config, "a DeepSpeed configuration"), given), config), given
         )

@@ -54,7 +54,11 @@ def _way(screen: Screen, plan: Plan, best: Plan, steps: Sequence[Change]) -> Non
     screen.line()
     misfit = best.estimate.fits and not plan.estimate.fits
     if not steps or (best_s > now_s * (1 - 1e-9) and not misfit):
-        screen.line("It is as fast as the best plan that was found.", "bold")
+        risky = best_s > now_s * (1 + 1e-9) and (plan.estimate.oom_probability or 0.0) > (
+            best.estimate.oom_probability or 0.0
+        )
+        faster = f"It is faster than the best plan at an accepted risk of running out of memory ({best_s:.3f} s per step)."
+        screen.line(faster if risky else "It is as fast as the best plan that was found.", "bold")
         return
     instead = f"{best_s:.3f} s instead of {now_s:.3f} s per step"
     told = "which would not fit" if misfit else f"{now_s / best_s:.2f}× as fast"

@@ -16,7 +16,7 @@ from planner.export.flags import parse_flags
 from planner.export.launchers import LAUNCHERS, launcher
 from planner.export.megatron_import import read_megatron
 from planner.export.megatron_model import inexpressible
-from planner.export.shell import read_script
+from planner.export.shell import devices_of, read_script
 from planner.specs.models import list_models
 from planner.technique import off
 
@@ -518,6 +518,18 @@ def test_what_is_wrong_is_said_at_once(script):
 def test_runs_that_are_not_modelled(script, change, message):
     with pytest.raises(SpecError, match=message):
         read_megatron(script(SCRIPT.replace(*change)))
+
+
+def test_settings_before_a_command_are_of_the_command(tmp_path):
+    """As in torchtitan's run_train.sh: they are no assignment of all that follows, and the command does not see them yet."""
+    script = read_script(
+        'NGPU=4\nexport A=1 B="2 3"\nNCCL_DEBUG=INFO X="a b" \\\n  torchrun --nproc_per_node=$NGPU $X train.py --b "$B"\n',
+        "x.sh",
+    )
+    (command,) = script.commands
+    assert command.words == ("torchrun", "--nproc_per_node=4", "train.py", "--b", "2 3")
+    assert script.variables == {"NGPU": "4", "A": "1", "B": "2 3"}
+    assert devices_of(script, command.words) == 4
 
 
 def test_a_quote_that_does_not_close(script):

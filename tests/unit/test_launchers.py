@@ -472,6 +472,24 @@ def test_auto_is_filled_in_as_the_trainer_does(tmp_path):
     assert run.missing == {}
 
 
+def test_accelerate_starts_deepspeed(tmp_path):
+    """The questionnaire of accelerate config writes such a file; recipes of alignment-handbook and TRL are of this kind."""
+    (tmp_path / "zero3.yaml").write_text(
+        "distributed_type: DEEPSPEED\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 8\ndeepspeed_config:\n"
+        "  deepspeed_multinode_launcher: standard\n  offload_optimizer_device: cpu\n  offload_param_device: none\n"
+        "  zero3_init_flag: true\n  zero_stage: 3\n"
+    )
+    run = read_launched("accelerate", tmp_path / "zero3.yaml")
+    assert (run.launcher, run.devices, run.fixed["zero_stage"], run.fixed["precision"]) == (
+        "deepspeed",
+        8,
+        "3",
+        "bf16",
+    )
+    assert (run.fixed["optimizer_offload"], run.fixed["parameter_offload"]) == ("cpu+gradients", "none")
+    assert set(run.missing) == {"micro_batch_size", "global_batch_size"}
+
+
 def test_a_script_without_a_configuration_says_what_it_lacks(tmp_path):
     (tmp_path / "job.sh").write_text("torchrun train.py --lr 1\n")
     with pytest.raises(SpecError, match="names no file with --deepspeed"):

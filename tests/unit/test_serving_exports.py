@@ -271,7 +271,7 @@ def run(folder, script, tools, environment):
     """Runs a script of a folder with stand-ins for the engine's commands, which write down their arguments."""
     bin_ = folder / "bin"
     bin_.mkdir(exist_ok=True)
-    for name in tools:
+    for name in [*tools, "curl"]:  # by which routers ask whether replicas are ready
         (bin_ / name).write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$0" "$@"\nsleep 0.3\n')
         (bin_ / name).chmod(0o755)
     path = f"{bin_}:{os.environ['PATH']}"
@@ -387,7 +387,7 @@ def test_nodes_are_named_by_the_environment(two_nodes, tmp_path):
 )
 def test_a_router_knows_every_replica(pair, tmp_path, to, tool, expected):
     folder = written(pair, to, tmp_path)
-    done = run(folder, "router.sh", [tool, "curl"], {})
+    done = run(folder, "router.sh", [tool], {})
     asked, started = done.stdout.splitlines()[:3], done.stdout.splitlines()[3]
     # A router that starts before its engines gives up on them (trtllm-serve disaggregated after 180 s).
     assert [line.split()[-1] for line in asked] == [
@@ -719,6 +719,20 @@ def launched(tmp_path, text, **traffic):
     return problem_of_launch(
         pools, planner.load_model("llama3.1-8b"), planner.load_cluster("h100-sxm:1x4"), asked, None
     ), pools
+
+
+@pytest.mark.parametrize("given", ["", "--ep-size 4"])
+def test_an_exchange_spreads_experts_over_all_ranks(given, tmp_path):
+    """SGLang's documentation starts pairs so, without --ep-size; ServerArgs sets it (srt/arg_groups/overrides.py, 0.5.23)."""
+    (tmp_path / "serve.sh").write_text(
+        "GLOO_SOCKET_IFNAME=eth0 python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --tp-size 16 --dp-size 8 "
+        f"--enable-dp-attention --moe-a2a-backend deepep {given}\n"
+    )
+    (pool,) = read_launch("sglang", str(tmp_path / "serve.sh"))
+    assert {name: pool.fixed[name] for name in ("tp", "dp", "ep", "experts")} == {
+        "tp": 2, "dp": 8, "ep": 16, "experts": "exchanged",
+    }  # fmt: skip
+    assert "spreads experts over all 16 ranks" in " ".join(pool.notes)
 
 
 def test_check_names_idle_caches_and_contexts_that_are_too_short(tmp_path):

@@ -99,6 +99,12 @@ def _ranks(flags: FlagReader, notes: list[str]) -> dict[str, Any]:
         text = f"{replicas} replicas of {ranks * pp} devices"
         notes.append(f"--dp-size {replicas} without attention ranks: {text}.")
     exchange = flags.text("--moe-a2a-backend", "none")
+    if exchange != "none" and ep != ranks:
+        # SGLang's own adjustment (srt/arg_groups/overrides.py, 0.5.23).
+        fixed["ep"] = ranks
+        notes.append(
+            f"--moe-a2a-backend {exchange} spreads experts over all {ranks} ranks, whatever --ep-size says."
+        )
     fixed["experts"] = "gathered" if exchange == "none" or attention * shared == 1 else "exchanged"
     fixed["micro_batches"] = two_batches(flags, "--enable-two-batch-overlap", fixed, notes)
     return fixed
