@@ -1,6 +1,6 @@
 """Exchanges of experts beside traffic that lies in every micro-batch, by hand.
 
-Fair shares of one link, as in planner/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds of traffic
+Fair shares of one link, as in planner/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds
 for a share R/B of its time, and takes twice as long then.
 """
 
@@ -46,7 +46,12 @@ def _waited_s(*passes) -> float:
 @pytest.mark.parametrize(
     ("work_s", "exchange_s", "traffic_s", "expected_s"),
     [
-        (6.0, 2.0, 4.0, 2.0 * 4.0 / 8.0),  # half of the pass has traffic beside it: half of the exchange doubles
+        (
+            6.0,
+            2.0,
+            4.0,
+            2.0 * 4.0 / 8.0,
+        ),  # half of the pass has traffic beside it: half of the exchange doubles
         (6.0, 2.0, 8.0, 2.0),  # traffic fills the pass: the link carries both, one after the other
         (6.0, 2.0, 20.0, 2.0),  # and longer traffic is exposed by itself, the exchange on top of it
         (6.0, 2.0, 0.0, 0.0),
