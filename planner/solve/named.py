@@ -18,8 +18,8 @@ from planner.layout import Layout
 from planner.place import of_group
 from planner.plan import Plan
 from planner.solve.branches import Faults
-from planner.solve.space import DEGREES, Choice, Space
-from planner.solve.uniform import NOT_DEALT, UniformSearch
+from planner.solve.space import DEGREES, NOT_DEALT, Choice, Space
+from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, off
 from planner.transition import meets

@@ -8,10 +8,10 @@ micro-batch size; a layout deals layers to virtual stages. A candidate is (prefi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,8 +29,9 @@ from planner.specs.problem import PERMISSIONS, Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
 from planner.units import counted
 
-__all__ = ["DEGREES", "Choice", "Named", "Rows", "Space", "named", "order_of"]
+__all__ = ["DEGREES", "NOT_DEALT", "Choice", "Named", "Rows", "Space", "named", "order_of"]
 
+NOT_DEALT = "layers cannot be dealt to the stages"
 DEGREES = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch_size")
 _LAYOUT_KNOBS = ("virtual_stages", "pipeline_layout", "recompute_layers")
 _VALUE_KNOBS = ("gradient_dtype",)
@@ -111,6 +112,7 @@ class Space:
             every = every.take(places)
         self.rows = every
         self._report_unmatched()
+        self._report_forbidden()
 
     # -- recipes ---------------------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Space:
                         f"--fix {slot}",
                         repr(self.fixed[slot]),
                         f"one of {', '.join(known)}",
-                        did_you_mean(wanted, known),
+                        _technique_named(wanted) or did_you_mean(wanted, known),
                     )
                 )
             chosen = [choice for choice in found if choice.value == wanted]
@@ -208,21 +210,24 @@ class Space:
     def _raise_unless_allowed(self, slot: str, choice: Choice) -> None:
         """A fixed choice is no permission: whoever names it also says that its effect on training is wanted."""
         needs = choice.technique.needs if choice.technique is not None else ()
-        missing = [name for name in needs if name not in self.problem.allowed]
-        if missing:
-            expected = "; ".join(f"permission for {name}: {PERMISSIONS[name]}" for name in missing)
-            options = " ".join(f"--allow {name}" for name in missing)
-            found = "needs a permission that is not given"
-            raise SpecError(Fault(f"--fix {slot}={choice.value}", found, expected, f"Add {options}."))
+        if missing := [name for name in needs if name not in self.problem.allowed]:
+            raise SpecError(_not_permitted(f"--fix {slot}={choice.value}", missing))
 
     def _matches(self, option: str, globs: tuple[str, ...], slot: str, choice: Choice) -> bool:
         """Whether any glob of an option means a choice."""
-        names = [f"{slot}={choice.value}"]
-        if choice.technique is not None:
-            names += [choice.technique.key] + ([slot] if not choice.technique.default else [])
+        names = _names(slot, choice)
         hits = {(option, glob) for glob in globs if any(fnmatchcase(name, glob) for name in names)}
         self._unmatched -= hits
         return bool(hits)
+
+    def undealt(self, layers: int, pp: int) -> str:
+        """Why no layout of a pipeline degree is left."""
+        chunks, schedules = self.fixed.get("virtual_stages"), self.choices["schedule"]
+        most = (layers + 2) // pp if pp > 1 else 1
+        if chunks is None or pp == 1 or any(chunks in order_of(each).chunks(most) for each in schedules):
+            return NOT_DEALT
+        names = "these schedules do" if len(schedules) > 1 else f"schedule={schedules[0].value} does"
+        return f"{names} not run {chunks} virtual stages on a device"
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -337,6 +342,16 @@ class Space:
         elif dealt != layers:
             yield Fault(f"--fix pipeline_layout={layout}", counted(dealt, "layer"), f"the model's {layers}")
 
+    def _report_forbidden(self) -> None:
+        """Refuses to explore nothing but what has no permission."""
+        techniques = [t for t in discover("training").values() if t.slot] if self.problem.explore else []
+        every = [(t, _names(t.slot, Choice(value, t))) for t in techniques for value in t.choices]
+        for glob in self.problem.explore:
+            meant = [t for t, names in every if any(fnmatchcase(name, glob) for name in names)]
+            missing = [[name for name in t.needs if name not in self.problem.allowed] for t in meant]
+            if meant and all(missing):
+                raise SpecError(_not_permitted(f"--explore {glob}", [*dict.fromkeys(chain(*missing))]))
+
     def _report_unmatched(self) -> None:
         for name in DEGREES:
             self.allows(name, self.rows.values[name][:0])
@@ -360,6 +375,32 @@ class Space:
                     for option, glob in sorted(self._unmatched)
                 ]
             )
+
+
+def _names(slot: str, choice: Choice) -> list[str]:
+    """What globs may mean a choice by."""
+    technique = choice.technique
+    off_by_default = [] if technique is None or technique.default else [slot]
+    return [f"{slot}={choice.value}", *([] if technique is None else [technique.key]), *off_by_default]
+
+
+def _not_permitted(where: str, missing: Sequence[str]) -> Fault:
+    """The fault of asking for what changes the result of training, without saying that this is wanted."""
+    expected = "; ".join(f"permission for {name}: {PERMISSIONS[name]}" for name in missing)
+    options = " ".join(f"--allow {name}" for name in missing)
+    return Fault(where, "needs a permission that is not given", expected, f"Add {options}.")
+
+
+def _technique_named(word: str) -> str:
+    """A hint for who gives a technique's name in place of a choice; empty where there is none of that name."""
+    for key, technique in discover("training").items():
+        if word in (key, key.partition("_")[0]) and technique.status == "modelled":
+            if technique.kind == "preset":
+                return f"{technique.name} is --preset {key}."
+            if technique.slot is not None:
+                return f"{technique.name} is --fix {technique.slot}={technique.choices[0]}."
+            return f"{technique.name} is a technique, and no choice of a plan: {technique.summary}."
+    return ""
 
 
 def _divisors(number: int) -> list[int]:

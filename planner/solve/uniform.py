@@ -42,9 +42,7 @@ from planner.solve.time_limit import ask
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
 
-__all__ = ["NOT_DEALT", "SearchCounts", "UniformSearch"]
-
-NOT_DEALT = "layers cannot be dealt to the stages"
+__all__ = ["SearchCounts", "UniformSearch"]
 
 _ROWS = 32768  # rows whose ledgers are built and priced at once
 _ROWS_FIRST = 8192  # of the first part, whose best plan sets the bar for the floors of all others
@@ -220,7 +218,7 @@ class UniformSearch:
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
         for pp in distinct(ctx.mesh.pp).tolist():
             if not self.layouts_of(int(pp)):
-                faults.check(NOT_DEALT, ctx.mesh.pp != pp)
+                faults.check(self.space.undealt(len(self.order), int(pp)), ctx.mesh.pp != pp)
         assert np.all(ctx.mesh.devices == devices)
         return faults
 

@@ -79,3 +79,57 @@ def test_verb_begins_its_help_with_what_the_list_of_verbs_says(planner, verb):
     help_of_verb = " ".join(planner(verb, "--help").out.split())
     assert f"{verb} [OPTIONS]" in help_of_verb
     assert _VERBS[verb] in help_of_verb
+
+
+_JOB = (
+    "--model",
+    "llama2-7b",
+    "--cluster",
+    "h100-sxm:2x8",
+    "--global-batch",
+    "128",
+    "--seq-len",
+    "4096",
+    "--json",
+)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "hint"),
+    [
+        ("context=ulysses", "--fix context=a2a"),
+        ("context=usp", "--fix context=a2a+p2p"),
+        ("context=rsa", "--preset rsa_sp"),
+        ("schedule=pipedream_2bw", "--fix schedule=2bw"),
+        ("schedule=varuna", "no choice of a plan"),
+    ],
+)
+def test_a_technique_by_its_name_is_told_by_its_choice(planner, fixed, hint):
+    result = planner("train", *_JOB, "--fix", fixed)
+    assert result.code == 2
+    assert hint in result.faults[0]["try"]
+
+
+@pytest.mark.parametrize("glob", ["synchronisation=diloco", "synchronisation=*", "pipedream"])
+def test_exploring_what_needs_a_permission_asks_for_it(planner, glob):
+    result = planner("train", *_JOB, "--explore", glob)
+    assert result.code == 2
+    assert result.faults[0]["where"] == f"--explore {glob}"
+    assert "--allow staleness" in result.faults[0]["try"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "reason"),
+    [
+        (
+            ("schedule=hanayo", "virtual_stages=3"),
+            "schedule=hanayo does not run 3 virtual stages on a device",
+        ),
+        (("schedule=1f1b", "virtual_stages=2"), "schedule=1f1b does not run 2 virtual stages on a device"),
+    ],
+)
+def test_virtual_stages_that_a_schedule_has_not_are_told_apart_from_layers(planner, fixed, reason):
+    arguments = [word for choice in (*fixed, "pp=4") for word in ("--fix", choice)]
+    result = planner("train", *_JOB, *arguments)
+    assert result.code == 3
+    assert reason in result.faults[0]["found"]

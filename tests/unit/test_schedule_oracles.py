@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,53 @@ def test_chimera_holds_between_half_and_all(units):
     expected = [5, 6, 7, 8, 8, 7, 6, 5]
     assert in_flight(make_order(CONCATENATED, 8, 8 * units, 2)).tolist() == expected
     assert in_flight(make_order(DOUBLED, 8, 16 * units, 2)).tolist() == [2 * n for n in expected]
+
+
+def _as_their_runtime_runs_it(p: int, m: int, device: int, together: int) -> list[tuple[int, int, int]]:
+    """A device's (operation, stage, micro-batch) in the authors' runtime, by its loops p1 to p5 (github.com/Shigangli/Chimera,
+    chimera/chimera_bert/bert/main_with_runtime_direct.py, and with two together …_forward_doubling.py).
+
+    ``near`` is the direction in whose first half the device stands.
+    """
+    near, half = int(device >= p // 2), p // 2
+    a = half - min(device, p - 1 - device)  # schedule_number_a
+    b = half - a  # schedule_number_b; with doubling _c = b + half
+    F, B, far = int(Op.F), int(Op.B), 1 - near
+    steps: list[tuple[int, int]] = []
+    for unit in range(m // (together * p)):
+        steps += a * [*([(B, near)] if unit else []), *together * [(F, near)]]
+        steps += b * [*together * [(F, far)], *together * [(F, near)]]
+        steps += a * [*together * [(F, far)], (B, far)]
+        steps += (b + (together - 1) * half) * [(B, near), (B, far)]
+    steps += a * [(B, near)]
+    done = dict.fromkeys(steps, 0)
+    ops = []
+    for op, up in steps:
+        ops.append((op, up * p + (p - 1 - device if up else device), 2 * done[op, up] + up))
+        done[op, up] += 1
+    return ops
+
+
+@pytest.mark.parametrize(("p", "m"), [(4, 4), (4, 16), (8, 8), (8, 32)])
+def test_chimera_runs_in_its_authors_order(p, m):
+    shape = make_order(CONCATENATED, p, m, 2).shape
+    for device in range(p):
+        ours = np.array(CONCATENATED.device_ops(shape, device)).T.tolist()
+        assert [*map(tuple, ours)] == _as_their_runtime_runs_it(p, m, device, 1)
+
+
+@pytest.mark.parametrize(("p", "m"), [(4, 8), (8, 32)])
+@pytest.mark.parametrize("backward_s", [1.0, 2.0, 3.0])
+def test_doubling_is_as_fast_as_its_authors_order(p, m, backward_s):
+    def device_ops(shape, device):
+        return tuple(np.array(_as_their_runtime_runs_it(p, m, device, 2)).T)
+
+    theirs = replace(DOUBLED, name="theirs", device_ops=device_ops)
+    times = [figures.makespan_s(order, p, m, 2, 1.0, backward_s) for order in (DOUBLED, theirs)]
+    assert times[0] == times[1]
+    assert (
+        in_flight(make_order(theirs, p, m, 2)).max() == in_flight(make_order(DOUBLED, p, m, 2)).max() == 2 * p
+    )
 
 
 def test_doubling_closes_the_gaps_between_units():

@@ -1,6 +1,6 @@
 """Exchanges of experts beside traffic that lies in every micro-batch, by hand.
 
-Fair shares of one link, as in planner/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds of traffic
+Fair shares of one link, as in planner/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds
 for a share R/B of its time, and takes twice as long then.
 """
 

@@ -26,10 +26,14 @@ _WHOLE = ("embedding", "head", "boundary")
 
 
 def valid(ctx: Context) -> Iterable[Check]:
-    """Replicated gradients."""
+    """Replicated gradients, and factors that are no wider than a matrix."""
     yield Check(
         "low-rank gradients need gradients that are all-reduced (zero_stage=0)",
         ctx.knobs.get("zero_stage") == "0",
+    )
+    yield Check(
+        "compression_rank is at most the hidden size",
+        float(ctx.knobs.get(_RANK, _DEFAULT_RANK)) <= ctx.model.hidden,
     )
 
 
