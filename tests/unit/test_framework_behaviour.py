@@ -52,9 +52,9 @@ def test_weight_gradients_are_read_and_written_where_they_accumulate(fixed, n_by
 @pytest.mark.parametrize(
     ("stack", "precision", "gradient_dtype", "n_bytes"),
     [
-        # Megatron-LM v2.6, megatron/optimizer/optimizer.py, per fp16 parameter: gradients copied to fp32 (2 + 4), unscaled (4 + 4)
-        # in place, read for their norm (4), scaled (4 + 4); Adam reads gradient, master and two moments (16) and writes three (12); masters
-        # are copied to the weights (4 + 2); the gradients' buffer is zeroed (2).
+        # Megatron-LM v2.6, megatron/optimizer/optimizer.py, per fp16 parameter: gradients are copied to fp32 (2 + 4), unscaled in
+        # place (4 + 4), read for their norm (4) and scaled (4 + 4); Adam reads gradient, master and two moments (16) and writes
+        # three (12); masters are copied to the weights (4 + 2); the gradients' buffer is zeroed (2).
         ("megatron-eager", "fp16", "fp16", 62.0),
         # bf16 is not scaled; gradients that are accumulated in fp32 need no copy.
         ("megatron-eager", "bf16", "fp32", 4.0 + 8.0 + 28.0 + 2.0),
