@@ -233,8 +233,9 @@ def _ahead_s(
     """What is left of the iteration that runs when a prompt comes.
 
     Of independent arrivals, half, if any runs: an engine whose requests do not wait for each other holds none with the chance
-    ``exp(−n)`` (M/G/∞; Kleinrock, "Queueing Systems", vol. 1, section 3.4). A client that replaces its answer finds the next iteration begun without it, if there are other
-    clients, and waits for all of it: one with the prompts of those whose answers ended just before, where answers end in step.
+    ``exp(−n)`` (M/G/∞; Kleinrock, "Queueing Systems", vol. 1, section 3.4). A client that replaces its answer finds the next
+    iteration begun without it, if there are other clients, and waits for all of it: one with the prompts of those whose answers
+    ended just before, where answers end in step.
     """
     if traffic.concurrency is None:
         return np.asarray(-0.5 * np.expm1(-batch) * token_s)
