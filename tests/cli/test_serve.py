@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from planner.serving.plan import ServePlan
+
 SERVE = ("serve", "--model", "llama3.1-8b", "--cluster", "h100-sxm:1x4", "--isl", 2000, "--osl", 200)
 LIMITS = ("--ttft-ms", 500, "--tpot-ms", 20)
 
@@ -501,3 +503,23 @@ def test_answers_of_one_token_share_iterations(planner, tmp_path, load):
     assert run["requests_per_s"] == pytest.approx(estimate["goodput_requests_per_s"], rel=0.05)
     assert run["ttft_s"]["mean"] == pytest.approx(estimate["ttft_s"]["mean"], rel=0.25)
     assert max(point["output_tokens_per_s_per_user"] for point in found["pareto"]) < 100
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "disaggregated"),
+        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "static"),
+        ("opt-30b", "t4:1x1", "--mode", "offloaded"),
+        ("mixtral-8x22b", "a100-sxm-80gb:2x8", "--mode", "ping_pong"),
+    ],
+    ids=lambda command: command[-1],
+)
+def test_plans_of_every_mode_are_read_as_they_were_written(planner, tmp_path, command):
+    model, cluster, *more = command
+    path = tmp_path / "plans.json"
+    lengths = ("--isl", 512, "--osl", 32, "--top", 1)
+    made = planner("serve", "--model", model, "--cluster", cluster, *lengths, *more, "-o", path)
+    assert made.code == 0, made.err
+    written = json.loads(path.read_text())["plans"][0]
+    assert json.loads(json.dumps(ServePlan.from_dict(written).as_dict())) == written
