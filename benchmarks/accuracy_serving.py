@@ -203,8 +203,8 @@ def _by_quality(report: Report) -> Iterator[str]:
         if row.status == "scored" and row.metric in WORDS and row.error is not None:
             errors[row.metric, row.groups["quality"]].append(row.error)
     yield (
-        "Rows of grade A state their whole configuration; of grade B, one part is derived or left out. Rows of grade C contradict "
-        "themselves, or lack their layout: they are not counted.\n"
+        "Rows of grade A state their whole configuration; of grade B, one part is derived or left out. Rows of grade C "
+        "contradict themselves, or lack their layout: they are not counted.\n"
     )
     yield "| what | grade | rows | median | 90th | bias |"
     yield "|---|---|---:|---:|---:|---:|"

@@ -69,7 +69,8 @@ TAIL = """
   second as 128 do (dstack's pools), as if caches of prefixes were not emptied in between. They are counted.
 - **Frontends.** A thousand requests at once wait for HTTP and tokenization first: prompts of 128 tokens with answers of 4 say
   so. The planner knows a request's admission alone, not the frontend's throughput.
-- **Idle engines** answer a short prompt in 10 to 30 ms; the admission that was fitted to loaded ones is 24 to 80 ms.
+- **Idle engines** answer a short prompt in 10 to 30 ms; the admission that was fitted to loaded ones is 20 to 50 ms, and 3.5 µs
+  per token of the prompt.
 - **Small models** (0.5B) generate a token in less than the host time that an iteration is charged with: newer engines
   schedule the next iteration while the device runs, which is not modelled.
 - **MI300X** is foretold 20 to 60 % too fast by two sources that agree, more where its cache is full: an all-reduce is charged

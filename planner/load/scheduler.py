@@ -50,6 +50,11 @@ class Scheduler:
         if faults:
             raise SpecError(faults)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether an iteration takes the prompts of all that it admits, however many tokens they have."""
+        return self.token_budget >= _MANY
+
 
 SCHEDULERS: Mapping[str, Scheduler] = {
     "static": Scheduler(token_budget=_MANY, mixed=False, chunked=False, gated=True, reserve="whole"),

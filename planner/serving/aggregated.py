@@ -171,7 +171,7 @@ def _cohort(
     if queued:
         full = np.minimum(np.maximum(budget - decodes, ranks), prompt * np.maximum(batch, 1.0))
         return _Cohort(np.ones_like(batch), np.full_like(batch, np.inf), full, full)
-    arriving = np.maximum(1.0, decodes / steps)
+    arriving = np.maximum(1.0, decodes / steps if traffic.osl > 1 else _prompts_alone(traffic, batch))
     scatter, together = np.full_like(batch, np.inf), np.ones_like(batch)
     if traffic.concurrency is not None:
         answers = np.inf if traffic.requests_per_client is None else traffic.requests_per_client / 2.0
@@ -185,6 +185,16 @@ def _cohort(
     prompts = np.maximum(arriving, together)
     priced = np.minimum(np.maximum(budget - decodes, ranks), prompt * np.maximum(prompts, ranks))
     return _Cohort(together, scatter, priced, np.minimum(priced, prompts * prompt))
+
+
+def _prompts_alone(traffic: Traffic, batch: Array) -> Array:
+    """Prompts of an iteration where answers are a single token: every iteration takes all that came during the one before.
+
+    A request spends its own iteration and what is left of the one that runs (:func:`_ahead_s`): Little's law for iterations.
+    """
+    if traffic.concurrency is None:
+        return np.asarray(batch / (1.0 - 0.5 * np.expm1(-batch)))
+    return np.asarray(batch / (1.0 + np.clip(batch - 1.0, 0.0, 1.0)))
 
 
 def _wait_s(
@@ -222,11 +232,13 @@ def _ahead_s(
 ) -> Array:  # fmt: skip
     """What is left of the iteration that runs when a prompt comes.
 
-    Of independent arrivals, half. A client that replaces its answer finds the next iteration begun without it, if there are other
-    clients, and waits for all of it: one with the prompts of those whose answers ended just before, where answers end in step.
+    Of independent arrivals, half, if any runs: an engine whose requests do not wait for each other holds none with the chance
+    ``exp(−n)`` (M/G/∞; Kleinrock, "Queueing Systems", vol. 1, section 3.4). A client that replaces its answer finds the next
+    iteration begun without it, if there are other clients, and waits for all of it: one with the prompts of those whose answers
+    ended just before, where answers end in step.
     """
     if traffic.concurrency is None:
-        return np.asarray(0.5 * token_s)
+        return np.asarray(-0.5 * np.expm1(-batch) * token_s)
     apart = np.minimum(cohort.scatter / (_UNIFORM * passes), 1.0)
     together = np.maximum(cohort.prompts, 1.0 / passes)
     others = np.clip(1.0 - together / np.maximum(batch, 1.0), 0.0, 1.0)
@@ -264,16 +276,23 @@ def _means(
     mean_s = decode_s + mixed * (mixed_s - decode_s)
     busy_s = passes * mixed_s
     # Between two answers there are (O - 1)/d iterations, or as many as a prompt takes.
-    between_s = np.maximum(steps / np.maximum(decodes, 1e-9) * mean_s, busy_s) if steps > 0.0 else busy_s
+    if steps > 0.0:
+        between_s = np.maximum(steps / np.maximum(decodes, 1e-9) * mean_s, busy_s)
+    else:
+        between_s = np.maximum(mixed_s / np.maximum(_prompts_alone(traffic, batch), 1e-9), busy_s)
     rate = 1.0 / between_s
     load = np.minimum(rate * busy_s, 0.999)
-    # Whichever batch of a pipeline is next begins a prompt, and the next one its next part.
-    wait_s = _ahead_s(traffic, batch, cohort, passes, mixed, token_s, decode_s, mixed_s) / stages + _wait_s(
-        iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
-    )
     alone_s = mixed_s - decode_s if iterations.software.prompts == "first" else mixed_s
     parts = np.maximum(prompt * iterations.ctx.mesh.dp / cohort.priced, 1.0)
     prefill_s = (1.0 + (parts - 1.0) / stages) * alone_s
+    # Whichever batch of a pipeline is next begins a prompt, and the next one its next part.
+    ahead_s = _ahead_s(traffic, batch, cohort, passes, mixed, token_s, decode_s, mixed_s) / stages
+    if traffic.osl > 1:
+        wait_s = ahead_s + _wait_s(
+            iterations, traffic, batch, budget, cohort, load, busy_s, mixed, decode_s, mixed_s
+        )
+    else:  # all that are in the replica are prompts: Little's law has what the budget keeps waiting
+        wait_s = np.maximum(batch * between_s - prefill_s, ahead_s)
     spread = np.sqrt(mixed * (1.0 - mixed) / max(steps, 1.0)) * np.maximum(mixed_s - decode_s, 0.0)
     return Steady(
         requests_per_s=rate, decodes=decodes, tpot_s=token_s, tpot_deviation_s=spread, prefill_s=prefill_s,

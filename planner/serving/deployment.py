@@ -370,6 +370,8 @@ def stage_of(
     held = capacity(iterations, isl, osl, chunk_tokens)
     block = int(float(iterations.software.block_tokens))
     blocks = int(held.tokens[0] / block)
+    if scheduler(policy or "sarathi").takes_all:
+        budget = max(budget, int(max_sequences * isl))
     rules = scheduler(policy or "sarathi", max(max_sequences, 1), budget)
     if policy is None:
         rules = replace(rules, mixed=iterations.software.prompts == "beside")

@@ -195,8 +195,9 @@ def _curve(problem: ServeProblem, c: Candidates, state: Steady, replicas: Array)
     ttft = state.ttft_s if traffic.percentile is None else state.ttft_at(traffic.percentile / 100.0)
     in_time = ttft <= (np.inf if traffic.ttft_s is None else traffic.ttft_s)
     per_device = state.requests_per_s * traffic.osl / np.repeat(c.size, points)
+    token_s = state.tpot_s if traffic.osl > 1 else state.ttft_s
     return Curve(
-        "aggregated", 1.0 / np.maximum(state.tpot_s, 1e-12), np.where(in_time, per_device, 0.0), replicas[:, None],
+        "aggregated", 1.0 / np.maximum(token_s, 1e-12), np.where(in_time, per_device, 0.0), replicas[:, None],
         np.repeat(c.rows, points, axis=0)[:, None, :], ("aggregated",),
     )  # fmt: skip
 

@@ -478,3 +478,30 @@ def test_pruned_weights_run_where_no_engine_has_a_word_against_them(planner):
         "plans"
     ][0]
     assert plan["pools"][0]["knobs"]["weights"] == "sparse24"
+
+
+@pytest.mark.parametrize(
+    "load", [(), ("--rate", 250), ("--concurrency", 32)], ids=("highest", "rate", "clients")
+)
+def test_answers_of_one_token_share_iterations(planner, tmp_path, load):
+    """Whatever came during an iteration goes into the next; one prompt an iteration would be 120 of these a second."""
+    base = (
+        "serve",
+        "--model",
+        "llama3.1-8b",
+        "--cluster",
+        "h100-sxm:1x1",
+        "--isl",
+        128,
+        "--osl",
+        1,
+        "--top",
+        1,
+    )
+    found = planner(*base, *load, "-o", tmp_path / "one.json", "--json").json
+    estimate = found["plans"][0]["estimate"]
+    assert estimate["goodput_requests_per_s"] > 240
+    run = planner("simulate", f"{tmp_path / 'one.json'}:1", "--requests", 20000, "--json").json["simulated"]
+    assert run["requests_per_s"] == pytest.approx(estimate["goodput_requests_per_s"], rel=0.05)
+    assert run["ttft_s"]["mean"] == pytest.approx(estimate["ttft_s"]["mean"], rel=0.25)
+    assert max(point["output_tokens_per_s_per_user"] for point in found["pareto"]) < 100

@@ -205,3 +205,10 @@ def test_a_run_that_no_memory_holds_is_refused(planner):
     found = planner("simulate", POOL, "--rate", 1, "--isl", 400, "--osl", 100, "--requests", 10**11)
     assert found.code == 2
     assert "--requests: 100000000000; expected a whole number from 1 to 10,000,000" in found.err
+
+
+def test_a_static_batch_holds_whole_prompts_whatever_the_plans_budget(planner, serving_plans):
+    run = planner(
+        "simulate", f"{serving_plans}:1", "--scheduler", "static", "--requests", 2000, "--json"
+    ).json["simulated"]
+    assert run["mean_requests"] > 10  # a budget of one prompt or two would run them nearly alone
