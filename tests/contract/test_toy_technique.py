@@ -11,15 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = '''
 """Toy: a magic cable that halves what tensor-parallel collectives carry."""
 
-from dataclasses import replace
-
 from planner.ledger import Collective, times
 from planner.technique import Technique
 
 
 def apply(ledger, ctx):
     def halved(item):
-        return replace(item, size=times(item.size, "/2"), by="toy") if item.group.name == "tp" else None
+        return item.but(size=times(item.size, "/2"), by="toy") if item.group.name == "tp" else None
 
     return ledger.edit(Collective, halved)
 
