@@ -344,8 +344,8 @@ class Space:
 
     def _report_forbidden(self) -> None:
         """Refuses to explore nothing but what has no permission."""
-        techniques = [t for t in discover("training").values() if t.slot] if self.problem.explore else []
-        every = [(t, _names(t.slot, Choice(value, t))) for t in techniques for value in t.choices]
+        techniques = discover("training").values() if self.problem.explore else ()
+        every = [(t, _names(t.slot, Choice(value, t))) for t in techniques if t.slot for value in t.choices]
         for glob in self.problem.explore:
             meant = [t for t, names in every if any(fnmatchcase(name, glob) for name in names)]
             missing = [[name for name in t.needs if name not in self.problem.allowed] for t in meant]

@@ -1,10 +1,14 @@
 """Bubble rates of Zero Bubble's schedules at profiled durations: Qi et al. 2024 (arXiv:2401.10241), Tables 5 and 9."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight
 from planner.schedule.order import Op, make_order
+from planner.techniques.training.schedule.zbv_controllable import V_MIN
 from planner.techniques.training.schedule.zero_bubble import H1, H2
 from planner.techniques.training.schedule.zero_bubble_auto import NOMINAL, Durations, automatic
 
@@ -54,3 +58,35 @@ def test_an_order_made_for_other_durations_loses_little(limit, times):
         rate(make_order(automatic("order", limit, made_for), 8, 24), own) for made_for in (NOMINAL, own)
     )
     assert kept <= fitted + 0.015
+
+
+def _v_min_of_its_authors(shape, device):
+    """A device's order in github.com/sail-sg/zero-bubble-pipeline-parallelism, scheduler/zbv_greedy.py: micro-batches six slots
+    apart, one slot from device to device in each sweep, two more before backwards where the devices are a multiple of three;
+    a weight gradient in every slot that is left, those of the second chunk first."""
+    p, m, gap = shape.p, shape.m, 2 if shape.p % 3 == 0 else 0
+    stages = device, 2 * p - 1 - device
+    first = (device, 2 * p - 1 - device, 2 * p + gap + device, 4 * p + gap - device - 1)
+    passes = [(Op.F, stages[0]), (Op.F, stages[1]), (Op.B, stages[1]), (Op.B, stages[0])]
+    at = {slot + 6 * k: (*of, k) for slot, of in zip(first, passes, strict=True) for k in range(m)}
+    ops, waiting = [], {stages[1]: [], stages[0]: []}
+    for slot in range(max(at) + 1 + 2 * m):
+        if slot in at:
+            op, stage, k = at[slot]
+            ops.append((int(op), stage, k))
+            if op == Op.B:
+                waiting[stage].append(k)
+        elif left := [stage for stage, ks in waiting.items() if ks]:
+            ops.append((int(Op.W), left[0], waiting[left[0]].pop(0)))
+    return tuple(np.array(ops).T)
+
+
+@pytest.mark.parametrize("times", [(1.0, 1.0, 1.0), (1.0, 1.1, 0.9), (1.0, 1.4, 0.6), (1.0, 1.3, 1.3)])
+@pytest.mark.parametrize(("p", "m"), [(4, 16), (8, 32)])
+def test_v_min_idles_as_its_authors_order_does_where_passes_take_unlike_times(times, p, m):
+    theirs = replace(V_MIN, name="theirs", device_ops=_v_min_of_its_authors)
+    each = [np.full(2 * p, seconds / 2) for seconds in times]
+    ours_s, theirs_s = (
+        simulate(make_order(order, p, m, 2), *each).last_end_s.max() for order in (V_MIN, theirs)
+    )
+    assert ours_s == pytest.approx(theirs_s)
