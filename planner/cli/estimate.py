@@ -9,7 +9,7 @@ import typer
 from planner.cli.job import JobOptions
 from planner.cli.launched import best_of_launcher, launched_problem
 from planner.cli.launched_serving import estimate_served, serves
-from planner.cli.options import Json, option, with_options
+from planner.cli.options import Json, given_options, option, with_options
 from planner.cli.plan_file import PLAN_HELP
 from planner.cli.traffic_options import TrafficOptions
 
@@ -64,7 +64,11 @@ def estimate(
     from planner.report.totals import confidence_fields, run_totals
 
     if plan_file is not None:
-        _again(plan_file, as_json)
+        given_too = [*given_options(job), *given_options(traffic)]
+        given_too += [
+            flag for flag, value in (("--from", source), ("--from-megatron", script), ("-o", out)) if value
+        ]
+        _again(plan_file, given_too, as_json)
         return
     given = ("megatron", script) if script is not None and source is None else source
     if given is not None and serves(given[0]):
@@ -94,11 +98,19 @@ def estimate(
         show_plan(plan, problem, notes, best)
 
 
-def _again(reference: str, as_json: bool) -> None:
-    """Prices a serving plan from a file."""
+def _again(reference: str, given_too: list[str], as_json: bool) -> None:
+    """Prices a serving plan from a file, which says all of its job."""
     from planner.cli.serve_plan import estimate_serving, read_serving_plan
     from planner.errors import Problem, SpecError
 
+    if given_too:
+        hint = "planner simulate takes other loads."
+        raise SpecError(
+            [
+                Problem(flag, "is given beside a plan", "the plan alone, which says all of its job", hint)
+                for flag in given_too
+            ]
+        )
     served = read_serving_plan(reference)
     if served is None:
         raise SpecError(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-__all__ = ["Json", "PlansFile", "flag", "option", "with_options"]
+__all__ = ["Json", "PlansFile", "flag", "given_options", "option", "with_options"]
 
 T = TypeVar("T")
 
@@ -54,6 +54,18 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def given_options(group: Any) -> list[str]:
+    """Flags of a group's options that are not as they are when left out."""
+    found = []
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if is_dataclass(value):
+            found += given_options(value)
+        elif value not in (each.default, None, []):
+            found.append(f"--{each.name.replace('_', '-')}")
+    return found
 
 
 @cache

@@ -105,6 +105,13 @@ class ServeProblem:
         if len({cluster.name for cluster in self.clusters}) <= len(self.others):
             yield Fault("cluster", "the same cluster twice", "clusters of different devices")
         t = self.traffic
+        if t.osl == 1 and (self.others or not {"aggregated", "static", "offloaded"} & set(self.modes)):
+            yield Fault(
+                "osl",
+                "1, an answer that ends with its prompt",
+                "2 tokens or more of pools that generate",
+                "One pool on one cluster answers them.",
+            )
         if self.modes == ("offloaded",):
             asked = {
                 "ttft_s": t.ttft_s,

@@ -505,3 +505,20 @@ def test_answers_of_one_token_share_iterations(planner, tmp_path, load):
     assert run["requests_per_s"] == pytest.approx(estimate["goodput_requests_per_s"], rel=0.05)
     assert run["ttft_s"]["mean"] == pytest.approx(estimate["ttft_s"]["mean"], rel=0.25)
     assert max(point["output_tokens_per_s_per_user"] for point in found["pareto"]) < 100
+
+
+def test_a_plan_that_is_priced_again_says_its_job_itself(planner, plans):
+    found = planner("estimate", f"{plans}:1", "--rate", 5, "--model", "llama2-7b", "-o", "x.json")
+    assert found.code == 2
+    for flag in ("--rate", "--model", "-o"):
+        assert f"{flag}: is given beside a plan" in found.err
+    assert planner("estimate", f"{plans}:1", "--json").code == 0
+
+
+@pytest.mark.parametrize("more", [("--mode", "disaggregated"), ("--mode", "ping_pong"), ()])
+def test_pools_that_generate_have_something_to_generate(planner, more):
+    cluster = "h100-sxm:1x2" if more else "h100-sxm:1x2+l40s:1x2"
+    model = "mixtral-8x7b" if "ping_pong" in more else "llama3.1-8b"
+    found = planner("serve", "--model", model, "--cluster", cluster, "--isl", 128, "--osl", 1, *more)
+    assert found.code == 2
+    assert "--osl: 1, an answer that ends with its prompt" in found.err
