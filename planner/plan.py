@@ -6,15 +6,15 @@ The JSON form is versioned; within a major version fields are only added, so tha
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2s
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
+from planner.plan_form import SCHEMA_VERSION, known_fields, read_form
 from planner.specs.reader import read_file
 
 __all__ = [
@@ -24,13 +24,7 @@ __all__ = [
     "Plan",
     "SearchReport",
     "SearchResult",
-    "known_fields",
-    "read_plan",
 ]
-
-T = TypeVar("T")
-
-SCHEMA_VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,35 +154,27 @@ class Plan:
         return int(self.workload["global_batch_size"] // (self.mesh["dp"] * self.knobs["micro_batch_size"]))
 
     def check(self) -> None:
-        """Raises an error of Python's own where a field is not of its type, or a number is not possible."""
-        whole = {**self.mesh, **{name: self.knobs[name] for name in ("micro_batch_size", "virtual_stages")}}
-        whole |= {name: self.workload[name] for name in ("global_batch_size", "seq_len")}
-        for name, value in whole.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}")
-        if not isinstance(self.workload["precisions"], list | tuple):
-            raise TypeError(f"precisions is {self.workload['precisions']!r}")
-        numbers = {
-            name: getattr(self.estimate, name)
-            for name in ("step_time_s", "memory_budget_bytes", "host_bytes", "cxl_bytes", "nvme_bytes")
+        """Holds the plan against itself.
+
+        Raises:
+            ValueError: layers are those of no strategy, or not as many as its stages have, or strategies are at no place.
+        """
+        if self.layerwise is None:
+            return
+        strategies, stages = self.layerwise["strategies"], self.layerwise["stages"]
+        used = {s for runs in stages for s, _ in runs} | {
+            self.layerwise[end] for end in ("embedding", "head")
         }
-        for name, value in {**numbers, **self.estimate.breakdown_s, **self.estimate.memory_bytes}.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}")
-        for name, (low, high) in (self.estimate.interval or {}).items():
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"interval of {name} is {low!r} to {high!r}")
-        if self.layerwise is not None:
-            strategies, stages = self.layerwise["strategies"], self.layerwise["stages"]
-            used = {s for runs in stages for s, _ in runs} | {
-                self.layerwise[end] for end in ("embedding", "head")
-            }
-            if not used <= set(range(len(strategies))):
-                raise ValueError(f"strategies {sorted(used)} of {len(strategies)}")
-            if tuple(sum(layers for _, layers in runs) for runs in stages) != self.stages:
-                raise ValueError("the layers of layerwise.stages are not those of stages")
-        if self.estimate.step_time_s <= 0.0 or "peak" not in self.estimate.memory_bytes or self.devices < 1:
-            raise ValueError("the estimate lacks a step time or a peak")
+        if not used <= set(range(len(strategies))):
+            raise ValueError(f"uses strategies {sorted(used)} of {len(strategies)}")
+        if tuple(sum(layers for _, layers in runs) for runs in stages) != self.stages:
+            raise ValueError("has other layers in layerwise.stages than in stages")
+        if self.places:
+            at = self.layerwise.get("at", ())
+            if len(at) != len(strategies) or not set(at) <= set(range(len(self.places))):
+                raise ValueError(
+                    f"has {len(strategies)} strategies at places {list(at)} of {len(self.places)}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON fields."""
@@ -220,7 +206,7 @@ class Plan:
             plan.check()
             return plan
 
-        return read_plan(data, where, "plan", build)
+        return read_form(data, where, "planner", build)
 
     @staticmethod
     def from_json(path: str | Path, index: int | str = 1) -> Plan:
@@ -295,27 +281,3 @@ class SearchResult:
         }
         accounts = {"layerwise": self.layerwise, "mixed": self.mixed}
         return {**found, **{name: dict(account) for name, account in accounts.items() if account is not None}}
-
-
-def read_plan(data: Mapping[str, Any], where: str, what: str, build: Callable[[], T]) -> T:
-    """What ``build`` makes of a plan's JSON fields, whatever is wrong in them told as the user's mistake.
-
-    Raises:
-        SpecError: fields are missing or wrong, or the schema's major version is another.
-    """
-    wanted = SCHEMA_VERSION.partition(".")[0]
-    if str(data.get("schema_version", "")).partition(".")[0] != wanted:
-        raise SpecError(
-            Fault(f"{where}: schema_version", repr(data.get("schema_version")), f"major version {wanted}")
-        )
-    try:
-        return build()
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        found = f"is no {what} ({type(error).__name__}: {error})"
-        raise SpecError(Fault(where, found, "a plan as planner writes it")) from None
-
-
-def known_fields(data: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """The entries that the class has fields for."""
-    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    return {name: value for name, value in data.items() if name in names}

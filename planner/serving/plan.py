@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import blake2s
 from typing import Any
 
-from planner.plan import SCHEMA_VERSION, Optimality, SearchReport, known_fields, read_plan
+from planner.plan import Optimality, SearchReport
+from planner.plan_form import SCHEMA_VERSION, known_fields, read_form
 
 __all__ = ["Pool", "ServeEstimate", "ServePlan", "ServeResult"]
 
@@ -148,11 +149,9 @@ class ServePlan:
                 "optimality": Optimality(**known_fields(data["optimality"], Optimality)),
                 "assumptions": tuple(data.get("assumptions", ())),
             }
-            plan = ServePlan(**{**known_fields(data, ServePlan), **more})
-            _check(plan)
-            return plan
+            return ServePlan(**{**known_fields(data, ServePlan), **more})
 
-        return read_plan(data, where, "serving plan", build)
+        return read_form(data, where, "planner.serving", build)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,19 +182,3 @@ class ServeResult:
             "notes": list(self.notes),
             **({"days": [dict(day) for day in self.days]} if self.days else {}),
         }
-
-
-def _check(plan: ServePlan) -> None:
-    """Raises an error of Python's own where a field is not of its type, or a number is not possible."""
-    if not plan.pools or not isinstance(plan.traffic, dict):
-        raise ValueError("no pools or no traffic")
-    for pool in plan.pools:
-        for name, value in {**pool.mesh, "replicas": pool.replicas}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}")
-        if not isinstance(pool.knobs, dict):
-            raise TypeError("knobs are no mapping")
-    for values in (plan.estimate.ttft_s, plan.estimate.tpot_s, plan.estimate.memory_bytes):
-        for name, number in values.items():
-            if not isinstance(number, int | float) or not math.isfinite(number):
-                raise ValueError(f"{name} is {number!r}")

@@ -53,13 +53,21 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SpecError(Problem(where, f"cannot be read ({error})", "a readable file")) from None
     try:
-        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        data = (
+            tomllib.loads(text)
+            if path.suffix.lower() == ".toml"
+            else json.loads(text, parse_constant=_refuse)
+        )
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix.lower() == ".toml" else "JSON"
         raise SpecError(Problem(where, f"is not valid {kind} ({error})", f"a {kind} table")) from None
     if not isinstance(data, dict):
         raise SpecError(Problem(where, f"holds a {type(data).__name__}", "a table (an object)"))
     return data
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 class Reader:

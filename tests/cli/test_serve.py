@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from planner.serving.plan import ServePlan
+
 SERVE = ("serve", "--model", "llama3.1-8b", "--cluster", "h100-sxm:1x4", "--isl", 2000, "--osl", 200)
 LIMITS = ("--ttft-ms", 500, "--tpot-ms", 20)
 
@@ -406,3 +408,23 @@ def test_static_batches_in_the_other_verbs(planner, tmp_path):
     assert planner("export", path, "--to", "vllm", "--json").code == 5
     continuous = planner(*base, "--mode", "aggregated", "--ttft-ms", 1500, "--json").json["plans"][0]
     assert continuous["estimate"]["goodput_requests_per_s"] > plan["estimate"]["goodput_requests_per_s"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "disaggregated"),
+        ("llama2-7b", "a100-sxm-80gb:1x8", "--mode", "static"),
+        ("opt-30b", "t4:1x1", "--mode", "offloaded"),
+        ("mixtral-8x22b", "a100-sxm-80gb:2x8", "--mode", "ping_pong"),
+    ],
+    ids=lambda command: command[-1],
+)
+def test_plans_of_every_mode_are_read_as_they_were_written(planner, tmp_path, command):
+    model, cluster, *more = command
+    path = tmp_path / "plans.json"
+    lengths = ("--isl", 512, "--osl", 32, "--top", 1)
+    made = planner("serve", "--model", model, "--cluster", cluster, *lengths, *more, "-o", path)
+    assert made.code == 0, made.err
+    written = json.loads(path.read_text())["plans"][0]
+    assert json.loads(json.dumps(ServePlan.from_dict(written).as_dict())) == written

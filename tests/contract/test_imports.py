@@ -38,6 +38,7 @@ LAYERS = (
     "pipeline",
     "step_time",
     "attribution",
+    "plan_form",
     "plan",
     "uncertainty",
     "solve.space",

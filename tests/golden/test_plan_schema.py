@@ -63,6 +63,8 @@ def test_the_schema_refuses_what_is_no_plan(schema, problem, path, value):
         table = table[key]
     table[path[-1]] = value
     assert not schema.is_valid(plan)
+    with pytest.raises(planner.SpecError, match="major version" if path[0] == "schema_version" else path[-1]):
+        Plan.from_dict(plan)
 
 
 def test_every_field_is_described(schema, problem):
@@ -102,3 +104,15 @@ def test_another_major_version_is_refused():
     data = json.loads(OLD.read_text(encoding="utf-8"))["plans"][0]
     with pytest.raises(planner.SpecError, match="major version 1"):
         Plan.from_dict({**data, "schema_version": "2.0"})
+
+
+def test_layers_at_no_place_are_refused():
+    """Types that are right are not enough: every strategy must be at a place that there is."""
+    data = json.loads(OLD.read_text(encoding="utf-8"))["plans"][0]
+    place = {"group": 0, "mesh": data["mesh"], "micro_batch_size": 1, "choices": {}, "stages": [0]}
+    layerwise = {"strategies": [{}], "stages": [[[0, n]] for n in data["stages"]], "embedding": 0, "head": 0}
+    assert Plan.from_dict({**data, "layerwise": {**layerwise, "places": [place], "at": [0]}}).places == [
+        place
+    ]
+    with pytest.raises(planner.SpecError, match=r"1 strategies at places \[1\] of 1"):
+        Plan.from_dict({**data, "layerwise": {**layerwise, "places": [place], "at": [1]}})
