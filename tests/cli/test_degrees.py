@@ -62,7 +62,8 @@ SMALL = (
 
 
 def test_a_search_for_galvatron_finds_degrees_that_it_runs_and_that_are_read_back(planner, tmp_path):
-    kept = ("--fix", "pp=2", "--fix", "cp=1", "--fix", "zero_stage=0")
+    # Galvatron's file does not say whether tensor-parallel ranks share the sequence: it is read as if they did.
+    kept = ("--fix", "pp=2", "--fix", "cp=1", "--fix", "zero_stage=0", "--fix", "sequence_parallel=true")
     found = planner(
         "train", *SMALL, "--reserve", "12%", *kept, "--degrees", "layer", "--for", "galvatron", "--top", "1",
         "-o", tmp_path / "plans.json",

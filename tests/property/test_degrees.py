@@ -186,6 +186,21 @@ def test_the_search_for_galvatron_finds_what_trying_everything_that_it_runs_find
     assert found.mixed["bound_s"] <= best_s * (1.0 + 1e-12)
 
 
+def test_a_plan_with_more_memory_is_not_slower():
+    """Every plan that fits in less memory fits in more: what is found beside the fastest stages keeps to that, where the fastest
+    strategies of a stage change with every layer that fits."""
+    steps_s = []
+    for reserve in (0.0, 0.05, 0.08, 0.1, 0.12):
+        fixed = {"pp": "2", "cp": "1", "zero_stage": "0"}
+        problem = Problem(
+            load_model("llama2-7b"), load_cluster("a100-sxm-40gb:4x2"), TrainWorkload(16, 2048), load_stack(),
+            reserve=reserve, fixed=fixed, launcher=launcher("galvatron"),
+        )  # fmt: skip
+        steps_s.append(search_mixed(problem, 1, mixing=True).best.estimate.step_time_s)
+    assert steps_s == sorted(steps_s)
+    assert steps_s[0] < steps_s[-1]
+
+
 def test_a_plan_may_need_layers_of_other_degrees():
     """Two nodes with slow network: the ends over four ranks spare their gradients' way, layers over one spare activations'."""
     problem = small("rtx-4090:2x2", layers=3, pp="1")
