@@ -242,3 +242,42 @@ def test_a_file_without_an_end_is_one_message(planner, arguments):
     found = planner(*arguments)
     assert (found.code, found.err.count("error: ")) == (2, 1)
     assert "/dev/zero: holds 1,048,577 bytes" in found.err
+
+
+def test_what_does_not_fit_is_never_as_fast_as_the_best(planner, tmp_path):
+    """8.03e9 parameters with bf16 weights and gradients, fp32 copies and Adam's two moments: 128 GB on every device of 80."""
+    file = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 8,
+        "bf16": {"enabled": True},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    job = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x8", "--seq-len", "2048")
+    for verb in ("check", "estimate"):
+        said = " ".join(planner(verb, "--from", "deepspeed", tmp_path / "ds.json", *job).out.split())
+        assert "as fast as the best" not in said
+        assert (
+            "The best plan that fits takes" in said or "and it fits. Plan 2 is yours, which does not." in said
+        )
+
+
+def test_the_batch_follows_from_the_devices(planner, tmp_path):
+    """Transformers: per_device_train_batch_size · gradient_accumulation_steps on every device (2 · 4 · 8)."""
+    (tmp_path / "sft.yaml").write_text(
+        "bf16: true\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nmax_seq_length: 512\nfsdp: true\n"
+        "fsdp_config:\n  version: 2\n"
+    )
+    found = planner(
+        "estimate",
+        "--from",
+        "transformers",
+        tmp_path / "sft.yaml",
+        "--model",
+        "gpt2",
+        "--cluster",
+        "a100-sxm-80gb:1x8",
+        "--json",
+    )
+    assert found.code == 0
+    assert found.json["plans"][0]["workload"]["global_batch_size"] == 64
