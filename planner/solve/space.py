@@ -220,11 +220,14 @@ class Space:
         self._unmatched -= hits
         return bool(hits)
 
-    def undealt(self, layers: int, pp: int) -> str:
-        """Why no layout of a pipeline degree is left."""
+    def undealt(self, pp: int) -> str:
+        """Why no layout of a pipeline degree is left: too few layers, or a schedule that never has so many."""
         chunks, schedules = self.fixed.get("virtual_stages"), self.choices["schedule"]
-        most = (layers + 2) // pp if pp > 1 else 1
-        if chunks is None or pp == 1 or any(chunks in order_of(each).chunks(most) for each in schedules):
+        if (
+            chunks is None
+            or pp == 1
+            or any(chunks in order_of(each).chunks(int(chunks)) for each in schedules)
+        ):
             return NOT_DEALT
         names = "these schedules do" if len(schedules) > 1 else f"schedule={schedules[0].value} does"
         return f"{names} not run {chunks} virtual stages on a device"

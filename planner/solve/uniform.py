@@ -218,7 +218,7 @@ class UniformSearch:
                 faults.check(f"{self.problem.launcher.name}: {check.reason}", check.ok)
         for pp in distinct(ctx.mesh.pp).tolist():
             if not self.layouts_of(int(pp)):
-                faults.check(self.space.undealt(len(self.order), int(pp)), ctx.mesh.pp != pp)
+                faults.check(self.space.undealt(int(pp)), ctx.mesh.pp != pp)
         assert np.all(ctx.mesh.devices == devices)
         return faults
 
