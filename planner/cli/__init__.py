@@ -33,13 +33,11 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
-        gc.set_threshold(1_000_000)  # a search makes many objects, hardly any of them in cycles
-        os.environ.setdefault(
-            "OPENBLAS_NUM_THREADS", "1"
-        )  # its products are small: threads would wait for them, not help
-        atexit.register(
-            gc.freeze
-        )  # the process ends: a last search of its objects for cycles would only take time
+        # A search makes many objects, hardly any of them in cycles; when the process ends, a last look for these only takes time.
+        gc.set_threshold(1_000_000)
+        atexit.register(gc.freeze)
+        # Products are small: threads would wait for them, not help.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without '·' or 'µ' shows '?' instead of failing
     try:
