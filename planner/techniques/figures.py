@@ -218,10 +218,8 @@ def graham_figure(what: str, machines: int, compute: Callable[[Any], float]) -> 
     from planner.technique import Figure
 
     jobs = ", ".join(map(str, graham_jobs(machines)))
-    source = "Graham 1969 (doi:10.1137/0117039), the example at which 4/3 − 1/(3m) is reached"
-    return Figure(
-        f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute, second_hand=True
-    )
+    source = "github.com/coin-or/prtpy @e3cdb08, partitioning.complete_greedy: the least largest sum"
+    return Figure(f"{what}: jobs {jobs} on {machines} machines", 3.0 * machines, 1e-9, source, compute)
 
 
 def page_faults(

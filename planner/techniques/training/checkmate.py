@@ -57,12 +57,11 @@ TECHNIQUE = Technique(
     summary="The least recomputation within memory, tensor by tensor",
     figures=(
         Figure(
-            "forward steps to reverse 10 with 3 snapshots: r·l − β(s + 1, r − 1), r = 2",
+            "forward steps to reverse 10 with 3 snapshots, beside one in each reversal",
             15.0,
             1e-9,
-            "Griewank, Walther 2000 (revolve, doi:10.1145/347837.347846), section 2",
+            "github.com/firedrakeproject/checkpoint_schedules @8c489cb, multistage.py: optimal_extra_steps(10, 3), by revolve's (2)",
             _advances,
-            second_hand=True,
         ),
     ),
     solve=_cheapest,

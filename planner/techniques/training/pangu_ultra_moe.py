@@ -5,7 +5,8 @@ What it does: ``--preset pangu_ultra_moe`` fixes 8 tensor ranks, 16 stages of tw
 Saves: narrow products: an expert of width 2048 stays one.
 Costs: exchanges of tokens among 32 ranks.
 Assumes: as its members. Its hierarchical exchange between nodes, and what it hides of it, are not part of the preset.
-Source: Tang et al. 2025 (Pangu Ultra MoE, arXiv:2505.04519).
+Source: Tang et al. 2025 (Pangu Ultra MoE, arXiv:2505.04519), its degrees by two summaries of the text; the experts' spreading,
+    github.com/Ascend/MindSpeed.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from planner.technique import Figure, Technique
 from planner.techniques import figures
 
 
-def _exchanging(fixes: Mapping[str, Any]) -> float:
-    """Ranks that hold the 256 experts of a layer: their weights, over what one of them holds."""
+_EXPERTS = 256
+
+
+def _held(fixes: Mapping[str, Any]) -> float:
+    """Whole experts of a layer's 256 that a rank holds, by their weights."""
     degrees = {name: fixes[name] for name in ("tp", "ep", "etp") if name in fixes}
     held = []
     for chosen in ({}, {**degrees, "dp": 4, "sequence_parallel": fixes.get("sequence_parallel", "false")}):
         ledger, _ = figures.recipe(model="deepseek-v3", cluster="a100-sxm-80gb:4x8", **chosen)
         every = ledger.of(Resident, pool="parameters", lifetime="always")
         held.append(figures.total_bytes(ledger, [item for item in every if item.what == "expert_parameters"]))
-    return held[0] / held[1]
+    return _EXPERTS * held[1] / held[0]
 
 
 TECHNIQUE = Technique(
@@ -42,12 +46,11 @@ TECHNIQUE = Technique(
     },
     figures=(
         Figure(
-            "ranks among which the tokens of a layer of 256 experts are exchanged",
-            32.0,
+            "experts of a layer's 256 that a rank holds: 256/(8·4)",
+            8.0,
             1e-9,
-            "Tang et al. 2025 (arXiv:2505.04519): tensor and expert ranks, 8·4, as one group; by two summaries of its text",
-            _exchanging,
-            second_hand=True,
+            "github.com/Ascend/MindSpeed @028de58, tp_extend_ep/moe_layer.py: num_local_experts of --moe-tp-extend-ep, tp 8, ep 4",
+            _held,
         ),
     ),
 )  # fmt: skip

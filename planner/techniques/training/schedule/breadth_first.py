@@ -35,12 +35,11 @@ TECHNIQUE = Technique(
     summary="Several chunks per device, each with all micro-batches in turn",
     figures=(
         Figure(
-            "bubble relative to the ideal step, 8 devices, 4 loops, 8 micro-batches: (N_PP − 1)/(N_mb·N_loop)",
-            7 / 32,
+            "slots of the first device, idle ones included: 8 devices, 4 chunks, 8 micro-batches, T_B = T_F",
+            78.0,
             1e-9,
-            "Lamy-Poirier 2023 (arXiv:2211.05953), bubble of a looped pipeline",
-            lambda order: figures.bubble_s(order, 8, 8, 4) / (8 * 3.0),
-            second_hand=True,
+            "github.com/pytorch/pytorch @00722e6, torch/distributed/pipelining/schedules.py: ScheduleLoopedBFS, the list of rank 0",
+            lambda order: 4 * figures.makespan_s(order, 8, 8, 4, 1.0, 1.0),
         ),
     ),
     order=ORDER,

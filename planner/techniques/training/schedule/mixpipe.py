@@ -46,12 +46,11 @@ TECHNIQUE = Technique(
     summary="Two pipelines in opposite directions, with more micro-batches under way than stages",
     figures=(
         Figure(
-            "slots of as many micro-batches as stages, D = 8, T_B = 2T_F, which K does not change: 3D + 2(D − 2)",
+            "slots of as many micro-batches as stages, D = 8, T_B = 2T_F, which K does not change",
             36.0,
             1e-9,
-            "Li, Hoefler 2021 (arXiv:2107.06925), Table 2, for the placement that both share",
+            "github.com/Shigangli/Chimera @6b78ac7, chimera_pipeline_rank.py: its orders played, for the placement that both share",
             lambda order: figures.makespan_s(order, 8, 8, 2),
-            second_hand=True,
         ),
     ),
     valid=accepts(ORDER, copies=True),
