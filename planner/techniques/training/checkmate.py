@@ -60,7 +60,7 @@ TECHNIQUE = Technique(
             "forward steps to reverse 10 with 3 snapshots, beside one in each reversal",
             15.0,
             1e-9,
-            "github.com/firedrakeproject/checkpoint_schedules @8c489cb, multistage.py: optimal_extra_steps(10, 3), by revolve's (2)",
+            "github.com/firedrakeproject/checkpoint_schedules @8c489cb, multistage.py: optimal_extra_steps(10, 3) of revolve",
             _advances,
         ),
     ),

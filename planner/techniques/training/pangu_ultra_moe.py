@@ -18,7 +18,6 @@ from planner.ledger import Resident
 from planner.technique import Figure, Technique
 from planner.techniques import figures
 
-
 _EXPERTS = 256
 
 
@@ -49,7 +48,7 @@ TECHNIQUE = Technique(
             "experts of a layer's 256 that a rank holds: 256/(8·4)",
             8.0,
             1e-9,
-            "github.com/Ascend/MindSpeed @028de58, tp_extend_ep/moe_layer.py: num_local_experts of --moe-tp-extend-ep, tp 8, ep 4",
+            "github.com/Ascend/MindSpeed @028de58, tp_extend_ep/moe_layer.py: num_local_experts, tp 8, ep 4 (--moe-tp-extend-ep)",
             _held,
         ),
     ),

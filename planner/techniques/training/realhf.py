@@ -16,9 +16,12 @@ from typing import Any
 from planner.technique import Figure, Technique
 from planner.techniques.solvers import solver
 
-_SECONDS = (3, 2, 2, 2, 4, 4, 4, 4, 9)
-_AFTER: dict[int, tuple[int, ...]] = {8: (0,), 4: (3,), 5: (3,), 6: (3,), 7: (3,)}
-_MACHINES = 4
+# Pinedo's jobs in an order in which each comes after those that it waits for: seconds, and what it waits for.
+_JOBS: dict[int, tuple[int, tuple[int, ...]]] = {
+    1: (8, ()), 4: (2, ()), 5: (3, (4,)), 6: (2, (4,)), 7: (2, (6,)), 2: (7, (1,)), 3: (7, (1, 5)), 8: (8, (5, 7)),
+    9: (8, (5, 7)), 10: (15, (2, 3)),
+}  # fmt: skip
+_SOURCE = "github.com/tpaviot/ProcessScheduler @83f0c14, docs/pinedo.md: example 2.3.2 of Pinedo's Scheduling"
 
 
 def _as_they_come(problem: Any) -> float:
@@ -37,15 +40,19 @@ def _as_they_come(problem: Any) -> float:
     return max(ends)
 
 
-def _makespan(subject: Any) -> float:
-    """Seconds of nine calls of one device each."""
+def _makespan(subject: Any, machines: int, shorter_s: float) -> float:
+    """Seconds of the ten jobs, each on one device and some seconds shorter."""
     from planner.solve.combinatorial.calls import Call, CallProblem, Option
 
+    order = list(_JOBS)
     calls = tuple(
-        Call(str(i), str(i), tuple(Option(d, 1, "", float(s)) for d in range(_MACHINES)), _AFTER.get(i, ()))
-        for i, s in enumerate(_SECONDS)
-    )
-    return float(subject(CallProblem(calls, _MACHINES)))
+        Call(
+            str(job), str(job), tuple(Option(d, 1, "", seconds - shorter_s) for d in range(machines)),
+            tuple(order.index(other) for other in after),
+        )
+        for job, (seconds, after) in _JOBS.items()
+    )  # fmt: skip
+    return float(subject(CallProblem(calls, machines)))
 
 
 TECHNIQUE = Technique(
@@ -57,12 +64,18 @@ TECHNIQUE = Technique(
     summary="Devices and a layout for every call of an RLHF step",
     figures=(
         Figure(
-            "makespan of nine jobs with precedence on four machines, where taking them as they come needs 15",
-            12.0,
+            "makespan of ten jobs with precedence on three machines, where one that never waits takes 36",
+            30.0,
             1e-9,
-            "Graham 1969 (doi:10.1137/0117039), the anomaly of one machine more: 12 on three machines is the longest path",
-            _makespan,
-            second_hand=True,
+            _SOURCE,
+            lambda subject: _makespan(subject, 3, 0.0),
+        ),
+        Figure(
+            "the same on two machines, every job a unit shorter, where one that never waits takes 32",
+            27.0,
+            1e-9,
+            _SOURCE,
+            lambda subject: _makespan(subject, 2, 1.0),
         ),
     ),
     solve=solver("calls.plan_calls", "time_s"),

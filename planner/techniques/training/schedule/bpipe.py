@@ -6,7 +6,8 @@ Saves: memory of the first stages, and with it recompute, or smaller micro-batch
 Costs: what a stage saves travels out and back for every micro-batch, beside its compute.
 Assumes: every stage pays for the traffic, which middle ones do not have; a pair is as far apart as the first and last
     stage; 1F1B's times otherwise.
-Source: Kim et al. 2023 (BPipe, ICML, PMLR 202:16639) §3; Huang et al. 2024 (arXiv:2401.02088).
+Source: Kim et al. 2023 (BPipe, ICML, PMLR 202:16639) §3; Huang et al. 2024 (arXiv:2401.02088); Huang et al. 2025 (Obscura, USENIX
+    ATC 2025) §9.3.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ TECHNIQUE = Technique(
             "slots of the first device, idle ones included: 8 devices, 4 chunks, 8 micro-batches, T_B = T_F",
             78.0,
             1e-9,
-            "github.com/pytorch/pytorch @00722e6, torch/distributed/pipelining/schedules.py: ScheduleLoopedBFS, the list of rank 0",
+            "github.com/pytorch/pytorch @00722e6, distributed/pipelining/schedules.py: ScheduleLoopedBFS, the list of rank 0",
             lambda order: 4 * figures.makespan_s(order, 8, 8, 4, 1.0, 1.0),
         ),
     ),

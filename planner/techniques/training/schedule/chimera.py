@@ -74,7 +74,7 @@ TECHNIQUES = (
                 "slots of 8 stages and 16 micro-batches, T_B = T_F",
                 38.0,
                 1e-9,
-                "github.com/Shigangli/Chimera @6b78ac7, chimera_pipeline_rank.py: rows of get_schedule before the last is sync alone",
+                "github.com/Shigangli/Chimera @6b78ac7, chimera_pipeline_rank.py: rows of get_schedule, 8, 2, 16, with work",
                 lambda order: figures.makespan_s(order, 8, 16, 2, 1.0, 1.0),
             ),
             Figure(

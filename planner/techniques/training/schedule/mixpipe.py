@@ -49,7 +49,7 @@ TECHNIQUE = Technique(
             "slots of as many micro-batches as stages, D = 8, T_B = 2T_F, which K does not change",
             36.0,
             1e-9,
-            "github.com/Shigangli/Chimera @6b78ac7, chimera_pipeline_rank.py: its orders played, for the placement that both share",
+            "github.com/Shigangli/Chimera @6b78ac7, chimera_pipeline_rank.py: its orders played; both place alike",
             lambda order: figures.makespan_s(order, 8, 8, 2),
         ),
     ),
