@@ -341,6 +341,13 @@ def test_adapters_alone_are_trained():
     assert sum(float(np.ravel(ledger.axes[i.size])[0]) for i in gathered) == trained
 
 
+def test_adapters_of_rank_one_on_gpt3():
+    """Trained parameters of query and value (arXiv:2106.09685, Table 4: 4.7M): two products of the output projection's shape."""
+    ledger, _ = run("gpt3-175b", adaptation="lora", adapter_rank=1, adapter_targets="linear_proj")
+    gradients = [i for i in ledger.of(Resident, pool="gradients") if i.block == "dense"]
+    assert 2 * 96 * sum(float(np.ravel(ledger.axes[i.size])[0]) for i in gradients) == 4_718_592
+
+
 def test_modules_join_as_megatron_names_them():
     def saved(**choices):
         return figures.saved_bytes(run("deepseek-v2-lite", degrees={"ep": 4, "dp": 4}, **choices)[0])
