@@ -628,7 +628,7 @@ def test_inactive_choices_do_nothing():
 
 
 def test_gathers_before_row_wise_products_are_not_cut():
-    """pytorch/pytorch issue 149990: of pairs with one scale per row, only a product and its scatter are found and pipelined."""
+    """pytorch/pytorch#149990: of pairs with one scale per row, only a product and its scatter are found and pipelined."""
     for precision, windows in (("fp8", {"tp_gather", "tp_scatter"}), ("fp8_rowwise", {"tp_scatter"})):
         ledger, _ = run(
             "llama3-8b",

@@ -5,7 +5,7 @@ Saves: all but one chunk of the shorter of the two; where a stack copies what it
 Costs: compute and communication share the device while they overlap; where a stack copies what it scatters, a sum of tp parts.
 Assumes: one pair per gather or scatter; a chunk of a product runs as efficiently as the whole; sequence parallelism
     (Megatron's requirement). Gathers before products of one scale per row stay apart: PyTorch does not find them
-    (pytorch/pytorch issue 149990, open as of 2026).
+    (pytorch/pytorch#149990, open as of 2026).
 Source: Wang et al. 2023 (ASPLOS, doi:10.1145/3567955.3567959); Megatron ``--tp-comm-overlap``; PyTorch asynchronous TP
     (``torch/distributed/_symmetric_memory``: a reduction of the stacked parts).
 """
