@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from kernel_fit import IN_TRAINING, Fit, fit_all
+from kernel_fit import IN_TRAINING, Fit, as_any_library, fit_all, fit_few
 
 from planner.specs.device import Sourced
 from planner.specs.kernel_library import KernelLibrary, library_for
@@ -137,9 +137,9 @@ def without_library(pair: tuple[str, str]) -> tuple[Errors, Errors] | None:
     others = [b for b in data if framework(b) != name]
     known = Fit({**everything.values, **calibrated.values})
     unheard = errors(known, [replace(b, library=stranger(b, others, known)) for b in mine])
-    parts = [few_calls(b) for b in mine if len(b.rows) > 2 * FEW]
+    parts = [few_calls(as_any_library(b)) for b in mine if len(b.rows) > 2 * FEW]
     devices = {key: value for key, value in calibrated.values.items() if not key[1]}
-    told = fit_all([few for few, _ in parts], devices=False, before=devices)
+    told = fit_few([few for few, _ in parts], devices)
     return unheard, errors(told, [left for _, left in parts])
 
 

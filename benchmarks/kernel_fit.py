@@ -24,6 +24,7 @@ STEADY = DATA / "training_products.csv"  # of 0.1 ms and more, timed for so long
 IN_TRAINING = (DATA / "published_attention.csv", STEADY)
 WEIGHTS = {path.name: 5.0 for path in IN_TRAINING}  # few rows, of the shapes that training has
 F_SCALE = 0.1  # log error beyond which a row counts linearly
+FEW_F_SCALE = 0.03  # the same among a dozen calls, of which one at a step of a kernel's choice must not pull the others along
 SWEEPS = 2  # over the families: what a later one tells goes into the earlier ones once more
 PRIOR_ROWS = 4.0
 FIRM_PRIOR_ROWS = {
@@ -52,25 +53,30 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
         ),
         (
             "rate", "call_s", "decode_call_s", "cast_s", "window_s", "decode_window_s", "split_s", "splits", "prefill_tile",
-            "decode_tile", "wide_head",
+            "decode_tile", "walk", "wide_head",
         ),
     ),
     "moe": (("moe",), ("grouped_matmul",), ("rate", "call_s")),
 }  # fmt: skip
+ANY_LIBRARY: Mapping[str, Mapping[str, float]] = {
+    "gemm": {"rate": 1.0},
+    "attention": {"rate": 1.0, "walk": 1.0},
+    "stream": {"passes": 1.0, "call_s": 1e-6},
+}  # what a dozen calls tell of any library's kernel, also where its rule holds it to be like the best one
 SHARED = ("split_s",)  # constants that all generations share: one alone does not tell them
 HIGHEST = {
     "matmul": 1.0, "matmul_8bit": 1.0, "matmul_4bit": 1.0, "matmul_burst": 1.6, "overlap_loss": 1.0, "split_s": 1e-6,
     "memory": 0.93, "l2_speedup": 8.0, "launch_s": 2e-5, "attention": 0.95, "attention_8bit": 0.95,
     "attention_backward": 0.95, "softmax_flop": 30.0, "attention_straggler": 4.0, "attention_tile_s": 3e-5,
     "grouped_matmul": 1.0, "rate": 1.5, "launch": 1.5, "call_s": 1e-3, "decode_call_s": 1e-3, "cast_s": 3e-5,
-    "wide_head": 4.0, "decode_tile": 3.0, "prefill_tile": 20.0, "passes": 20.0, "row_s": 1e-7, "window_s": 5e-5,
+    "wide_head": 4.0, "decode_tile": 3.0, "walk": 5.0, "prefill_tile": 20.0, "passes": 20.0, "row_s": 1e-7, "window_s": 5e-5,
     "decode_window_s": 5e-5, "splits": 1e3,
 }  # fmt: skip
 PRIORS = {
     "matmul": 0.75, "matmul_8bit": 0.65, "matmul_4bit": 0.5, "matmul_burst": 1.1, "overlap_loss": 0.2, "split_s": 5e-8,
     "memory": 0.88, "l2_speedup": 2.5, "launch_s": 2.5e-6, "attention": 0.65, "attention_8bit": 0.4, "attention_backward": 0.55,
     "softmax_flop": 5.0, "attention_straggler": 1.3, "attention_tile_s": 2.5e-6, "grouped_matmul": 0.85, "rate": 0.85,
-    "launch": 0.8, "call_s": 1e-5, "decode_call_s": 6e-6, "cast_s": 2e-6, "prefill_tile": 2.0, "decode_tile": 0.5,
+    "launch": 0.8, "call_s": 1e-5, "decode_call_s": 6e-6, "cast_s": 2e-6, "prefill_tile": 2.0, "decode_tile": 0.5, "walk": 1.0,
     "wide_head": 1.2, "passes": 2.0, "row_s": 5e-10, "window_s": 4e-6, "decode_window_s": 4e-6, "splits": 16.0,
 }  # fmt: skip
 OWN_PRIORS = {("gemm", "call_s"): 2e-6, ("moe", "call_s"): 3e-5, ("stream", "call_s"): 2e-6}
@@ -148,6 +154,17 @@ def prior_of(key: Key) -> float:
     return OWN_PRIORS.get((operation, key[2]), PRIORS[key[2]])
 
 
+def as_any_library(batch: Batch) -> Batch:
+    """The batch with a library of its own that may differ from the best one in whatever any library's kernel may."""
+    library, label = batch.library, batch.rows[0].text("dtype")
+    free = {
+        name: Sourced(value, "assumed", "kernel-fit")
+        for name, value in ANY_LIBRARY.get(library.operation, {}).items()
+    }
+    named = library.name or f"best kernel, {label}"
+    return replace(batch, library=replace(library, name=named, constants={**free, **library.constants}))
+
+
 def keys_of(batch: Batch, family: str) -> list[Key]:
     """Constants that a batch's price may depend on and that its family tells."""
     _, generation, library = FAMILIES[family]
@@ -160,10 +177,16 @@ def keys_of(batch: Batch, family: str) -> list[Key]:
     return told + [("", library_key(batch.library), name) for name in free]
 
 
-def fit(data: Sequence[Batch], family: str, known: Mapping[Key, float], devices: bool = True) -> Fit:
+def fit(
+    data: Sequence[Batch],
+    family: str,
+    known: Mapping[Key, float],
+    devices: bool = True,
+    f_scale: float = F_SCALE,
+) -> Fit:
     """Constants of one family from its batches, on top of what is known; those of libraries alone unless ``devices``."""
     keys = [[key for key in keys_of(batch, family) if devices or key[1]] for batch in data]
-    parts = [_fit_together(*part, known) for part in _linked(data, keys)]
+    parts = [_fit_together(*part, known, f_scale) for part in _linked(data, keys)]
     values = {key: value for part in parts for key, value in part.values.items()}
     told, moved = (
         frozenset(key for part in parts for key in getattr(part, name)) for name in ("told", "moved")
@@ -184,7 +207,9 @@ def _linked(data: Sequence[Batch], keys: Sequence[list[Key]]) -> list[tuple[list
     return [([data[i] for i in members], [keys[i] for i in members]) for _, members in groups]
 
 
-def _fit_together(data: list[Batch], used: list[list[Key]], known: Mapping[Key, float]) -> Fit:
+def _fit_together(
+    data: list[Batch], used: list[list[Key]], known: Mapping[Key, float], f_scale: float
+) -> Fit:
     """The constants of one group, and nothing else."""
     keys = list(dict.fromkeys(key for own in used for key in own))
     column = {key: index for index, key in enumerate(keys)}
@@ -194,7 +219,7 @@ def _fit_together(data: list[Batch], used: list[list[Key]], known: Mapping[Key, 
     measured = np.log(np.concatenate([batch.measured_s for batch in data]))
     heavy = np.sqrt(np.repeat([WEIGHTS.get(b.rows[0].file, 1.0) for b in data], np.diff(begin)))
     weight = np.array(
-        [np.sqrt(FIRM_PRIOR_ROWS.get(key[2], PRIOR_ROWS)) / PRIOR_WIDTH * F_SCALE for key in keys]
+        [np.sqrt(FIRM_PRIOR_ROWS.get(key[2], PRIOR_ROWS)) / PRIOR_WIDTH * f_scale for key in keys]
     )
 
     def fitted(x: np.ndarray) -> Fit:
@@ -224,7 +249,7 @@ def _fit_together(data: list[Batch], used: list[list[Key]], known: Mapping[Key, 
         lambda x: np.vstack([slopes(x), np.diag(weight)]),
         bounds=(lowest, highest),
         loss="soft_l1",
-        f_scale=F_SCALE,
+        f_scale=f_scale,
         max_nfev=100,
         x_scale=0.2,
     )
@@ -233,7 +258,12 @@ def _fit_together(data: list[Batch], used: list[list[Key]], known: Mapping[Key, 
     return Fit(dict(zip(keys, np.exp(solved.x).tolist(), strict=True)), told, moved)
 
 
-def fit_all(data: Sequence[Batch], devices: bool = True, before: Mapping[Key, float] | None = None) -> Fit:
+def fit_all(
+    data: Sequence[Batch],
+    devices: bool = True,
+    before: Mapping[Key, float] | None = None,
+    f_scale: float = F_SCALE,
+) -> Fit:
     """All families, one after another, on top of what is known before; see :func:`fit`."""
     known = dict(before or {})
     last: dict[str, Fit] = {}
@@ -241,9 +271,14 @@ def fit_all(data: Sequence[Batch], devices: bool = True, before: Mapping[Key, fl
         for family, (metrics, _, _) in FAMILIES.items():
             mine = [batch for batch in data if batch.metric in metrics]
             if mine:
-                last[family] = fit(mine, family, known, devices)
+                last[family] = fit(mine, family, known, devices, f_scale)
                 known = last[family].values
     told, moved = (
         frozenset().union(*(getattr(each, name) for each in last.values())) for name in ("told", "moved")
     )
     return Fit(known, told, moved)
+
+
+def fit_few(data: Sequence[Batch], before: Mapping[Key, float]) -> Fit:
+    """What a few calls of each kernel tell of its library, on devices whose constants are known before."""
+    return fit_all(data, devices=False, before=before, f_scale=FEW_F_SCALE)

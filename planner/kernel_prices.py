@@ -185,6 +185,7 @@ class KernelPrices:
             "split_s": library["split_s"] or None,
             "splits": library["splits"] or np.inf,
             "tile_share": library["decode_tile" if item.decode else "prefill_tile"],
+            "walk_share": library["walk"],
         }
         width = np.maximum(np.maximum(qk_dim, v_dim) / WIDE_HEAD, 1.0)
         return rate * library["rate"] / width ** library["wide_head"], beside_s * self._call_share, extra

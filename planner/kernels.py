@@ -115,7 +115,7 @@ class Kernels:
     ) -> Real:
         """Seconds of a kernel of products that fills ``waves`` waves of tiles and moves ``bytes_``."""
         return product_s(
-            waves, k, self._moved(bytes_, working_set_bytes), flop_per_s, tile=self._tile, launch_s=self.launch_s,
+            waves, k, self.moved(bytes_, working_set_bytes), flop_per_s, tile=self._tile, launch_s=self.launch_s,
             **self._product,
         )  # fmt: skip
 
@@ -130,7 +130,7 @@ class Kernels:
 
     def stream_s(self, bytes_: Real, launches: Real = 1.0, flop: Real = 0.0) -> Real:
         """Seconds of ``launches`` memory-bound kernels that move ``bytes_`` together, and do ``flop`` vector operations."""
-        seconds = memory_bound_s(self._moved(bytes_), launch_s=launches * self.launch_s, **self._memory)
+        seconds = memory_bound_s(self.moved(bytes_), launch_s=launches * self.launch_s, **self._memory)
         if np.any(flop):
             seconds = np.maximum(seconds, flop / float(self.device.vector_flop_per_s))
         return seconds
@@ -153,29 +153,34 @@ class Kernels:
         split_s: float | None = None,
         splits: float = np.inf,
         tile_share: float = 1.0,
+        walk_share: float = 1.0,
         working_set_bytes: Real | None = None,
     ) -> Real:
         """Seconds of one fused attention kernel at a rate of :meth:`attention_flop_per_s`.
 
         ``passes`` is 1 forward and 2.5 backward, whose tensors are twice as many. ``keys`` are those that any query sees: where
         a window hides the first of them from all, they do not count. ``split_s`` replaces the device's (infinite: the walk over
-        keys is never split), ``splits`` is how many share it at most, ``tile_share`` scales what a tile costs, and
-        ``working_set_bytes`` is as in :meth:`matmul_s`.
+        keys is never split), ``splits`` is how many share it at most, ``tile_share`` scales what a tile costs, ``walk_share``
+        the longest one's walk, and ``working_set_bytes`` is as in :meth:`matmul_s`.
         """
         n_bytes = attention_bytes(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, bytes_per_element,
             passes=max(1.0, passes - 0.5), kv_bytes_per_element=kv_bytes_per_element,
         )  # fmt: skip
-        constants = {**self._attention, "tile_s": tile_share * self._attention["tile_s"]}
+        constants = {
+            **self._attention,
+            "tile_s": tile_share * self._attention["tile_s"],
+            "straggler": walk_share * self._attention["straggler"],
+        }
         if split_s is not None:
             constants["split_s"] = split_s
         return attention_s(
             batch, heads, kv_heads, queries, keys, qk_dim, v_dim, visible=visible, passes=passes,
-            peak_flop_per_s=flop_per_s, bytes_=self._moved(n_bytes, working_set_bytes), launch_s=self.launch_s, splits=splits,
+            peak_flop_per_s=flop_per_s, bytes_=self.moved(n_bytes, working_set_bytes), launch_s=self.launch_s, splits=splits,
             **constants,
         )  # fmt: skip
 
-    def _moved(self, bytes_: Real, working_set_bytes: Real | None = None) -> Real:
+    def moved(self, bytes_: Real, working_set_bytes: Real | None = None) -> Real:
         """Bytes that the memory sees."""
         if not self.alone:
             return bytes_

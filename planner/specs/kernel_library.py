@@ -44,6 +44,7 @@ DEFAULTS: Mapping[str, float] = {
     "splits": 0.0,  # among how many multiprocessors at most it splits a walk over keys; 0: as many as there are
     "prefill_tile": 1.0,  # of an attention: what a tile costs relative to the device's constant
     "decode_tile": 1.0,  # the same with one query per sequence
+    "walk": 1.0,  # of an attention: how long the longest tile's walk over its keys is relative to the device's constant
     "wide_head": 0.0,  # the rate falls with (128 / width of a head) to this power beyond 128
     "window_s": 0.0,  # more of call_s with a sliding window
     "decode_window_s": 0.0,  # more of decode_call_s with one

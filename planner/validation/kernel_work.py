@@ -136,7 +136,8 @@ class Attention:
     def core_s(self, kernels: Kernels, library: KernelLibrary, *, shared: bool = False) -> Array:
         """Seconds of the attention kernel itself; ``shared``: decoding inside a kernel for prompts.
 
-        Such a kernel packs no heads that share keys into one tile, and splits no walk.
+        Such a kernel packs no heads that share keys into one tile, and splits no walk. It starts a block per sequence, one head
+        after another: heads whose blocks run at once read their keys together, later ones read them again.
         """
         unskipped = bool(library["unskipped_window"]) and not self.decode
         window = np.full_like(self.window, np.inf) if unskipped else self.window
@@ -149,14 +150,21 @@ class Attention:
         )
         sharing = self.heads if shared else self.kv_heads
         read = self.qk_dim / (self.qk_dim + self.v_dim) if self.latent else 1.0
+        stored: Any = dtype_bytes(self.stored) * read
+        if shared:
+            group = self.heads / self.kv_heads
+            reads = np.clip(group * self.batch / float(kernels.device.multiprocessors), 1.0, group)
+            between = self.batch * keys * (self.qk_dim + self.v_dim) * stored
+            stored = stored * (1.0 + kernels.moved(reads - 1.0, between)) / group
         seconds = kernels.attention_s(
             self.batch, self.heads, sharing, self.queries, keys, self.qk_dim, self.v_dim, rate,
             visible=causal_fraction(self.queries, keys, window) if self.causal else 1.0, passes=self.passes,
             bytes_per_element=dtype_bytes(self.dtype),
-            kv_bytes_per_element=dtype_bytes(self.stored) * read * self.kv_heads / sharing,
+            kv_bytes_per_element=stored,
             split_s=np.inf if shared else library["split_s"] or None,
             splits=library["splits"] or np.inf,
             tile_share=library["decode_tile" if self.decode else "prefill_tile"],
+            walk_share=library["walk"],
             working_set_bytes=np.inf if self.cold else None,
         )  # fmt: skip
         return np.asarray(seconds)
