@@ -12,6 +12,7 @@ prior does is written as an assumed one.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections import defaultdict
@@ -20,6 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # two processes share the cores; asked before numpy loads its threads
 
 import numpy as np
 from kernel_fit import IN_TRAINING, Fit, as_any_library, fit_all, fit_few
@@ -90,7 +95,7 @@ _shared: list[
 
 
 def report(data: Sequence[Batch], everything: Fit) -> None:
-    """Errors in sample, with GPUs left out, and with libraries left out."""
+    """Errors in sample, with GPUs and whole generations left out, and with libraries left out."""
     print(HEADER.format("in sample"))
     for name in sorted({batch.device.name for batch in data}):
         print(line(name, errors(everything, [b for b in data if b.device.name == name])))
@@ -99,20 +104,36 @@ def report(data: Sequence[Batch], everything: Fit) -> None:
     for batch in data:
         by_generation[batch.device.generation].add(batch.device.name)
     gpus = sorted(name for names in by_generation.values() if len(names) > 1 for name in names)
+    generations = sorted(by_generation)
     pairs = sorted({(framework(b), b.device.generation) for b in data})
     with ProcessPoolExecutor(
         WORKERS, get_context("fork"), initializer=_shared.append, initargs=((data, everything),)
     ) as pool:
-        of_gpus, of_libraries = pool.map(without_gpu, gpus), pool.map(without_library, pairs)
+        of_gpus, of_generations = pool.map(without_gpu, gpus), pool.map(without_generation, generations)
+        of_libraries = pool.map(without_library, pairs)
         print("\n" + HEADER.format("GPU left out"))
         for name, found in zip(gpus, of_gpus, strict=True):
             print(line(name, found))
-        by_library = [(name, found) for (name, _), found in zip(pairs, of_libraries, strict=True) if found]
-    titles = ("library left out", f"left out but for {FEW} calls of each kernel")
+        print_left_out(
+            (
+                "generation left out",
+                f"generation left out, libraries told by {FEW} calls",
+                f"generation left out, libraries and devices told by {FEW} calls",
+            ),
+            list(zip(generations, of_generations, strict=True)),
+        )
+        print_left_out(
+            ("library left out", f"left out but for {FEW} calls of each kernel"),
+            [(name, found) for (name, _), found in zip(pairs, of_libraries, strict=True) if found],
+        )
+
+
+def print_left_out(titles: Sequence[str], found: Sequence[tuple[str, Sequence[Errors]]]) -> None:
+    """A table per title, of errors by what was left out."""
     for index, title in enumerate(titles):
         print("\n" + HEADER.format(title))
-        for name in [*dict.fromkeys(name for name, _ in by_library), "all"]:
-            if rows := joined([found[index] for own, found in by_library if name in (own, "all")]):
+        for name in [*dict.fromkeys(name for name, _ in found), "all"]:
+            if rows := joined([each[index] for own, each in found if name in (own, "all")]):
                 print(line(name, rows))
 
 
@@ -121,6 +142,27 @@ def without_gpu(name: str) -> Errors:
     data, _ = _shared[0]
     found = fit_all([b for b in data if b.device.name != name])
     return errors(found, [b for b in data if b.device.name == name])
+
+
+def without_generation(generation: str) -> tuple[Errors, Errors, Errors]:
+    """Errors on a generation of which nothing was fitted: unheard of, its libraries told by a few calls, and its devices as well.
+
+    What is expected of its devices is the geometric mean of the other generations' constants.
+    """
+    data, _ = _shared[0]
+    mine, rest = ([b for b in data if (b.device.generation == generation) is same] for same in (True, False))
+    found = fit_all(rest)
+    logs: dict[str, list[float]] = defaultdict(list)
+    for own, library, name in found.told:
+        if own and not library:
+            logs[name].append(np.log(found.values[own, library, name]))
+    here = {(generation, "", name): float(np.exp(np.mean(values))) for name, values in logs.items()}
+    carried = Fit({**found.values, **here})
+    devices = {key: value for key, value in carried.values.items() if not key[1]}
+    unheard = errors(carried, [replace(b, library=stranger(b, rest, carried)) for b in mine])
+    few, left = few_of_each(mine)
+    own_told = fit_few(few, {key: value for key, value in devices.items() if key not in here}, devices=True)
+    return unheard, errors(fit_few(few, devices), left), errors(own_told, left)
 
 
 def without_library(pair: tuple[str, str]) -> tuple[Errors, Errors] | None:
@@ -137,15 +179,20 @@ def without_library(pair: tuple[str, str]) -> tuple[Errors, Errors] | None:
     others = [b for b in data if framework(b) != name]
     known = Fit({**everything.values, **calibrated.values})
     unheard = errors(known, [replace(b, library=stranger(b, others, known)) for b in mine])
-    parts = [few_calls(as_any_library(b)) for b in mine if len(b.rows) > 2 * FEW]
     devices = {key: value for key, value in calibrated.values.items() if not key[1]}
-    told = fit_few([few for few, _ in parts], devices)
-    return unheard, errors(told, [left for _, left in parts])
+    few, left = few_of_each(mine)
+    return unheard, errors(fit_few(few, devices), left)
 
 
 def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Errors of several groups of rows as one, by metric."""
     return {m: np.concatenate([p[m] for p in parts if m in p]) for m in {m for p in parts for m in p}}
+
+
+def few_of_each(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """A few calls of every kernel and number format, and the others; see :func:`few_calls`."""
+    parts = [few_calls(as_any_library(b)) for b in data if len(b.rows) > 2 * FEW]
+    return [few for few, _ in parts], [left for _, left in parts]
 
 
 def few_calls(batch: Batch) -> tuple[Batch, Batch]:

@@ -100,7 +100,7 @@ class Fit:
     moved: frozenset[Key] = frozenset()
     _own: dict[tuple[str, str], dict[str, Sourced]] = field(default_factory=dict, repr=False)
     _kernels: dict[tuple[str, bool], Kernels] = field(default_factory=dict, repr=False)
-    _libraries: dict[str, KernelLibrary] = field(default_factory=dict, repr=False)
+    _libraries: dict[int, tuple[KernelLibrary, KernelLibrary]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self._own:
@@ -113,7 +113,7 @@ class Fit:
         value = self.values[key] * float(np.exp(by))
         own = {**self._own, key[:2]: {**self._own[key[:2]], name: Sourced(value, "fitted", "")}}
         kernels = self._kernels if library else {}
-        libraries = {n: found for n, found in self._libraries.items() if n != library}
+        libraries = {n: pair for n, pair in self._libraries.items() if library_key(pair[0]) != library}
         return Fit({**self.values, key: value}, _own=own, _kernels=kernels, _libraries=libraries)
 
     def device(self, device: Device) -> Device:
@@ -125,11 +125,10 @@ class Fit:
 
     def library(self, library: KernelLibrary) -> KernelLibrary:
         """The library with its constants."""
-        where = library_key(library)
-        if where not in self._libraries:
-            own = self._own.get(("", where), {})
-            self._libraries[where] = replace(library, constants={**library.constants, **own})
-        return self._libraries[where]
+        if id(library) not in self._libraries:
+            own = self._own.get(("", library_key(library)), {})
+            self._libraries[id(library)] = library, replace(library, constants={**library.constants, **own})
+        return self._libraries[id(library)][1]
 
     def kernels(self, device: Device, alone: bool) -> Kernels:
         """Prices on the device with its generation's constants."""
@@ -279,6 +278,6 @@ def fit_all(
     return Fit(known, told, moved)
 
 
-def fit_few(data: Sequence[Batch], before: Mapping[Key, float]) -> Fit:
-    """What a few calls of each kernel tell of its library, on devices whose constants are known before."""
-    return fit_all(data, devices=False, before=before, f_scale=FEW_F_SCALE)
+def fit_few(data: Sequence[Batch], before: Mapping[Key, float], devices: bool = False) -> Fit:
+    """What a few calls of each kernel tell of its library, on top of what is known before; of its device too if ``devices``."""
+    return fit_all(data, devices=devices, before=before, f_scale=FEW_F_SCALE)

@@ -227,8 +227,8 @@ def test_a_walk_over_keys_is_split_among_a_few_blocks_only():
 
 def test_heads_that_run_apart_read_the_keys_that_they_share_again(tmp_path):
     # LLMServingSim@5daddb2, vLLM 0.19 on RTX PRO 6000, Qwen3-32B, sequences of 16,384 tokens. 128 of them are decoded in 5.66 ms,
-    # beside a chunk of 24 tokens in 43.4 ms: 8 heads share keys, and 128 blocks of one head leave 188 multiprocessors no room for the
-    # next. Beside a chunk of 2,048 tokens 16 take 5.99 ms, 32 of them 7.98 ms, and 128 of them 45.2 ms.
+    # beside a chunk of 24 tokens in 43.4 ms: 8 heads share keys, and 128 blocks of one head leave 188 multiprocessors no room for
+    # the next. Beside a chunk of 2,048 tokens 16 take 5.99 ms, 32 of them 7.98 ms, and 128 of them 45.2 ms.
     text = "source,accelerator,model,tp,dtype,prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n"
     row = "LLMServingSim@5daddb2,RTX-PRO-6000-Blackwell,Qwen/Qwen3-32B,1,bf16,"
     calls = (
