@@ -23,6 +23,7 @@ from planner.solve.ranking import Ranking
 from planner.solve.risk import at_any_risk, said
 from planner.solve.space import Named, Space
 from planner.solve.uniform import SearchCounts, UniformSearch
+from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
 from planner.step_time import exact_step_s
 from planner.units import format_bytes
@@ -235,27 +236,53 @@ def _infeasible(problem: Problem, nearest: Shortfall | None, rejected: Mapping[s
             f"{format_bytes(nearest.budget_bytes)} there are",
             "a plan within device and host memory",
             f"Nearest change: {factor:.2f}× the memory per device, or about {factor:.2f}× as many devices; {change} help too."
-            + _with_adapters(problem, nearest),
+            + _what_would_fit(problem, nearest),
         )
     )
 
 
-def _with_adapters(problem: Problem, nearest: Shortfall) -> str:
-    """What training low-rank adapters alone would need there, where that fits; empty where it does not, or was chosen."""
-    if "adaptation" in problem.fixed:
-        return ""
+def _what_would_fit(problem: Problem, nearest: Shortfall) -> str:
+    """Choices that the search leaves to the user, because they train something else, and with which the closest mesh fits."""
     degrees = {
         name: int(nearest.row[name])
         for name in ("tp", "cp", "pp", "ep", "etp", "micro_batch_size")
         if name in nearest.row
     }
     kept = {slot: nearest.recipe[slot].value for slot in ("schedule", "zero_stage", "sequence_parallel")}
-    fixed = {**problem.fixed, **kept, **degrees, "recompute": "full", "adaptation": "lora"}
+    precision = FORMATS[nearest.recipe["precision"].value]
+    narrow = {"gradient_dtype": precision.activation}
+    offloaded = {"optimizer_offload": "cpu", "parameter_offload": "cpu"}
+    hints: list[str] = []
+    for name, flags, choices in (
+        ("Gradients of 16 bits", "with full recompute", narrow),
+        (
+            "Gradients of 16 bits",
+            "with full recompute, states and weights on the host",
+            {**narrow, **offloaded},
+        ),
+        ("Adapters alone", "with full recompute", {"adaptation": "lora"}),
+    ):
+        slot, value = next(iter(choices.items()))
+        if slot in problem.fixed or value == precision.gradient or any(name in hint for hint in hints):
+            continue
+        fixed = {
+            **kept,
+            **degrees,
+            "precision": precision.name,
+            "recompute": "full",
+            **choices,
+            **problem.fixed,
+        }
+        needed = _peak_where_it_fits(replace(problem, fixed=fixed))
+        if needed is not None:
+            hints.append(f" {name} (--fix {slot}={value}, {flags}) would need {format_bytes(needed)} there.")
+    return "".join(hints)
+
+
+def _peak_where_it_fits(problem: Problem) -> float | None:
+    """Bytes that the one plan which is fixed needs of a device; nothing where it breaks a rule or is too large."""
     try:
-        found = estimate(replace(problem, fixed=fixed)).estimate
+        found = estimate(problem).estimate
     except PlannerError:
-        return ""
-    if not found.fits:
-        return ""
-    needed = format_bytes(found.memory_bytes["peak"])
-    return f" Adapters alone (--fix adaptation=lora, with full recompute) would need {needed} there."
+        return None
+    return found.memory_bytes["peak"] if found.fits else None
