@@ -83,8 +83,8 @@ def test_the_floor_makes_known_and_unknown_software_err_alike():
 def test_far_jobs_have_wider_intervals():
     """Errors of 5 % near measured runs, of 13 % far from them, and of 26 % of far mixtures: each is held as often."""
     near, far, mixed = (normal(d, seed=seed) for seed, d in enumerate((0.05, 0.13, 0.26)))
-    far = [replace(r, far=True) for r in far]
-    mixed = [replace(r, far=True, experts=True) for r in mixed]
+    far = [replace(r, far=True, share=1.0) for r in far]
+    mixed = [replace(r, far=True, experts=True, share=1.0) for r in mixed]
     fitted = fit_spreads([*near, *far, *mixed])
     for kind, deviation in (({}, 0.05), ({"far": True}, 0.13), ({"far": True, "experts": True}, 0.26)):
         low, high = fitted.at(0.0, **kind).quantiles[1], fitted.at(0.0, **kind).quantiles[5]
