@@ -5,8 +5,9 @@ What it does: inside a recomputed block, the outputs of attention, of every seco
     again in the backward.
 Saves: of a Llama block without recomputation, keys, norms' outputs, one half of the network's width and all of its activation.
 Costs: norms, activations and half of the products once more; the outputs of kept row-parallel products and of reduce-scatters,
-    which nothing else keeps. Eager operators keep them all; a compiler (``elementwise_kernel = fused``) none that no backward
-    reads: that of the product which ends a block is the next block's input. Casts to narrow formats run again, like all else.
+    which nothing else keeps. Eager operators keep them all; a compiler (``elementwise_kernel = fused``), where recomputation stops
+    early, none that no backward reads: that of the product which ends a block is the next block's input. Casts to narrow
+    formats run again, like all else.
 Assumes: linear layers without biases (products with one are other operators, which are not kept); dense blocks of attention and
     one network.
 Source: torchtitan ``torchtitan/distributed/activation_checkpoint.py`` (selective, ``op``); PyTorch
@@ -173,9 +174,8 @@ def _result(kept: tuple[str, str, str], width: float) -> Resident:
 def _kept_bytes(subject: Pass) -> float:
     """Bytes that a layer of Llama-3 8B keeps, in units of sbh, operator by operator."""
     ledger, _ = figures.run(
-        "recompute", subject, model="llama3-8b", seq=8192, attention_kernel="flash", recompute="per_op",
-        elementwise_kernel="eager",
-    )  # fmt: skip
+        "recompute", subject, model="llama3-8b", seq=8192, attention_kernel="flash", recompute="per_op"
+    )
     return figures.saved_bytes(ledger) / (8192 * 4096)
 
 
