@@ -103,7 +103,9 @@ class Spreads(NamedTuple):
     experts: float = 0.0
     counted: float = 0.0
 
-    def at(self, uncertain: float, *, far: bool = False, experts: bool = False, counted: bool = False) -> Spread:
+    def at(
+        self, uncertain: float, *, far: bool = False, experts: bool = False, counted: bool = False
+    ) -> Spread:
         """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
 
         ``far``: no measured run is near its job (:mod:`planner.uncertainty.nearest`); ``experts``: it is a mixture of experts;
@@ -115,7 +117,11 @@ class Spreads(NamedTuple):
         (0.937, 1.067)
         """
         beside = self.experts if experts else self.far
-        factor = self.counted if counted and self.counted else float(scale(self.floor, uncertain, beside if far else 0.0))
+        factor = (
+            self.counted
+            if counted and self.counted
+            else float(scale(self.floor, uncertain, beside if far else 0.0))
+        )
         return Spread(tuple(factor * quantile for quantile in self.quantiles))
 
 

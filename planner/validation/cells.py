@@ -112,7 +112,7 @@ class Cells:
 
     @property
     def since(self) -> str:
-        """Year and month, ``2025-06``, where the name of the row's document has them; else ``measured_date``, which may be a year."""
+        """Year and month, ``2025-06``, where the name of the row's document has them; else ``measured_date``, maybe a year."""
         named = _MONTH.search(self.row.text("source").partition("@")[0])
         return f"{named[1]}-{named[2]}" if named else self.row.text("measured_date")
 

@@ -95,7 +95,8 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
         for both in zip(_arrays(residuals, "model"), _arrays(again, "source"), strict=True)
     )
     experts, far, counted, share = (
-        np.array([getattr(r, name) for r in (*residuals, *again)]) for name in ("experts", "far", "counted", "share")
+        np.array([getattr(r, name) for r in (*residuals, *again)])
+        for name in ("experts", "far", "counted", "share")
     )
     near = ~far if not far.all() else far
     near = near & ~counted if (near & ~counted).any() else near

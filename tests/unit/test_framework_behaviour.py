@@ -143,8 +143,8 @@ def test_recomputation_stops_early_under_pytorch_only_where_the_network_ends_the
 @pytest.mark.parametrize(
     ("kernels", "precision", "kept"),
     [
-        # Llama-3 8B per token: input 4096, queries 4096, values 1024, attention's output 4096, gate 14336, log-sum-exp 2·32. Saved
-        # tensors of a block under PyTorch 2.13's torch.compile (aot_eager_decomp_partition), with torchtitan's policy.
+        # Llama-3 8B per token: input 4096, queries 4096, values 1024, attention's output 4096, gate 14336, log-sum-exp 2·32.
+        # Saved tensors of a block under PyTorch 2.13's torch.compile (aot_eager_decomp_partition), with torchtitan's policy.
         ("fused", "bf16", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32)),
         ("fused", "fp8", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32)),  # the cast runs again
         ("eager", "bf16", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32 + 4096)),  # and the output

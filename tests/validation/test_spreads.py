@@ -92,7 +92,7 @@ def test_far_jobs_have_wider_intervals():
 
 
 def test_what_is_counted_has_intervals_of_its_own():
-    """Errors of 8 % of what a process takes, and of half a percent of what is counted: both are held, at a sixteenth of the width."""
+    """Errors of 8 % of what a process takes, and of half a percent of what is counted: both are held."""
     process, counted = normal(0.08, uncertain=0.1), normal(0.005, source="c", seed=1)
     counted = [replace(r, counted=True) for r in counted]
     fitted = fit_spreads([*process, *counted])
@@ -100,7 +100,10 @@ def test_what_is_counted_has_intervals_of_its_own():
         assert (at.quantiles[1], at.quantiles[5]) == pytest.approx(
             (-1.2816 * deviation, 1.2816 * deviation), rel=0.15
         )
-    for among in ([True] * len(process) + [False] * len(counted), [False] * len(process) + [True] * len(counted)):
+    for among in (
+        [True] * len(process) + [False] * len(counted),
+        [False] * len(process) + [True] * len(counted),
+    ):
         assert left_out([*process, *counted], "source", among).held == pytest.approx(0.8, abs=0.04)
 
 
@@ -127,9 +130,9 @@ def test_shipped_intervals_hold_on_what_was_left_out(by):
     """80 % intervals hold 75 to 85 % of the runs of a model, or a source, that neither constants nor intervals have seen.
 
     Widths are held to four median errors: 3.8 is that of a normal distribution. Of memory they are held by the meter: PyTorch's
-    count of what it allocates errs by 0.2 %, nvidia-smi by 4 %, and the median of both widths is that of the one while the median
-    of both errors is nearer to that of the other. Of what is reserved, six of twenty runs are one job, off by 16 to 24 %. A source
-    less leaves two that read a process, and one with two runs that reads what is allocated: their intervals are wider.
+    count of what it allocates errs by 0.2 %, nvidia-smi by 4 %, and the median of both widths is that of the one while the
+    median of both errors is nearer to that of the other. Of what is reserved, six of twenty runs are one job, off by 16 to 24 %.
+    A source less leaves two that read a process, and two runs of one that reads what is allocated: intervals are wider then.
     """
     runs = load_published_runs()
     times, peaks = time_residuals(runs), peak_residuals(runs)

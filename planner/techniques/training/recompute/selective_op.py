@@ -5,8 +5,8 @@ What it does: inside a recomputed block, the outputs of attention, of every seco
     again in the backward.
 Saves: of a Llama block without recomputation, keys, norms' outputs, one half of the network's width and all of its activation.
 Costs: norms, activations and half of the products once more; the outputs of kept row-parallel products and of reduce-scatters,
-    which nothing else keeps. Eager operators keep them all; a compiler (``elementwise_kernel = fused``), where recomputation stops
-    early, none that no backward reads: that of the product which ends a block is the next block's input. Casts to narrow
+    which nothing else keeps. Eager operators keep them all; a compiler (``elementwise_kernel = fused``), where a recomputation
+    stops early, none that no backward reads: that of the product which ends a block is the next block's input. Casts to narrow
     formats run again, like all else.
 Assumes: linear layers without biases (products with one are other operators, which are not kept); dense blocks of attention and
     one network.

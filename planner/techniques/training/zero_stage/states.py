@@ -236,9 +236,9 @@ def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list
 def gather_updated(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     """What brings every rank's updated weights to all of them, once per step.
 
-    Owners of whole tensors broadcast them one after the other (PyTorch's ZeroRedundancyOptimizer, InternLM's optimizer). A library
-    sends a broadcast along a ring, as an all-gather: as many hops, and as many bytes over every link. What differs is that every
-    call fills the ring anew: there are as many as owners, which are no more than tensors. The next forward waits for them.
+    Owners of whole tensors broadcast them one after the other (PyTorch's ZeroRedundancyOptimizer, InternLM's optimizer). To a
+    library a broadcast is a ring, as an all-gather is: as many hops, and as many bytes over every link. What differs is that
+    every call fills the ring anew: there are as many as owners, which are no more than tensors. The next forward waits for them.
     """
     if ctx.stack.habits["weight_shares"] == "slices":
         return ledger.add(gather_weights(ledger, ctx, by))
