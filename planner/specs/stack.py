@@ -44,6 +44,7 @@ _WIDE_BITS = 16.0
 _HABITS = {
     "weight_casts": ("each_micro_batch", "once", "alone"),
     "gradient_sums": ("reduce_scatter", "all_reduce"),
+    "weight_shares": ("slices", "tensors"),
 }
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
@@ -125,7 +126,9 @@ class Stack:
         knobs: choices of this stack where a named plan leaves them open, e.g. its attention kernel.
         habits: what its code does in one way among several. ``weight_casts``, to fewer bits: in ``each_micro_batch``, ``once`` a
             step and kept beside the weights, or ``alone``, where those of 8 bits take the weights' place. ``gradient_sums`` of
-            ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share.
+            ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share. ``weight_shares`` that ranks
+            update there: ``slices`` of one length, which an all-gather brings together, or whole ``tensors``, of which every
+            owner broadcasts its own before the next forward begins.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.

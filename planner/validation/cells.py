@@ -33,6 +33,7 @@ WHERE_SILENT = ("none", "norm+act", "full")
 _MOST = {"n_layers": 10_000, "n_devices": 10_000_000, "vpp": 10_000}
 _MOST_OF_ANYTHING = 10**9
 
+_MONTH = re.compile(r"(?<=[_-])(20\d\d)-?(0[1-9]|1[0-2])(?=[_.-])")  # in a file's name
 # Frameworks that train GPT models with dropout unless they are told otherwise.
 _WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
 _REDUCES_AS_COMPUTED = "pytorch fsdp1"  # MixedPrecision.reduce_dtype is param_dtype where it is not given
@@ -108,6 +109,12 @@ class Cells:
         """Whether the run was one of NeMo's, whose containers have a year and a month for their version."""
         version = re.match(r"2\d\.(0[1-9]|1[0-2])", self.row.text("framework_version"))
         return version is not None and self.framework.startswith(("megatron-core", "nemo"))
+
+    @property
+    def since(self) -> str:
+        """Year and month, ``2025-06``, where the name of the row's document has them; else ``measured_date``, maybe a year."""
+        named = _MONTH.search(self.row.text("source").partition("@")[0])
+        return f"{named[1]}-{named[2]}" if named else self.row.text("measured_date")
 
     @property
     def framework(self) -> str:
@@ -228,6 +235,13 @@ DEFAULTS = (
         "what the stack says; else eager cross-entropy, unless a fused one is named",
         "Megatron-LM's --cross-entropy-loss-fusion and PyTorch's fused losses are asked for",
         lambda c: "eager",
+    ),
+    Default(
+        "(compiled loss)",
+        "fused under FSDP2 where torch.compile is named and the vocabulary is whole, from April 2025 on",
+        "torchtitan compiles the loss with the model since commit bbb1b616e; what a compiler makes of it reads 16-bit logits and "
+        "writes their 16-bit gradient",
+        lambda c: "fused",
     ),
     Default(
         "(optimizer)",

@@ -34,6 +34,7 @@ _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()}
     frozenset({"mlp_act"}): "act",
 }
 _PER_OPERATOR = "per_op_sac"
+_LOSS_COMPILED = "2025-04"
 _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "optimizer:0": {},
@@ -85,6 +86,8 @@ def run_of(row: Row) -> Run:
     fixed = _fixed(cells, flags, model, cluster)
     if fixed.get("sequence_parallel") == "true":  # which kind, the stack says
         fixed["sequence_parallel"] = stack.knobs.get("sequence_parallel", "true")
+    if _compiles_loss(cells, flags):
+        fixed = {"loss_kernel": cells.default("(compiled loss)")} | fixed
     for knob, default in (("gradient_dtype", "(gradients)"), ("loss_kernel", "(loss)")):
         if knob not in {**stack.knobs, **fixed}:
             fixed[knob] = cells.default(default)
@@ -100,6 +103,13 @@ def run_of(row: Row) -> Run:
     elif _some_layers(cells):
         otherwise = tuple(_share_of_layers(model, quarters) for quarters in (2, 3, 4))
     return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used), otherwise)
+
+
+def _compiles_loss(cells: Cells, flags: Flags) -> bool:
+    """Whether torch.compile has the loss, too. That of a sharded vocabulary is made of DTensor's operators, compiled or not."""
+    compiled = flags.says(r"torch\.compile") and flags.values.get("torch.compile", "").lower() != "false"
+    fsdp2 = cells.framework.startswith("pytorch fsdp2")
+    return compiled and fsdp2 and cells.whole("tp") == 1 and cells.since >= _LOSS_COMPILED
 
 
 def _some_layers(cells: Cells) -> bool:

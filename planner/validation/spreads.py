@@ -5,7 +5,7 @@ own constants bring (``planner.uncertainty.constants``); and, where no measured 
 that. Quantiles of residuals relative to it are those of normalised conformal prediction (Lei et al. 2018, arXiv:1604.04173,
 section 5.2). A run counts as predicted by constants that were fitted without its model, and again without its source where others
 know its software; a held-out run, which no constant saw, once. Runs whose source alone knows their software say how uncertain
-unknown software is.
+unknown software is. What is counted exactly rests on nothing of that, and has a scale of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Residual:
 
     ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on, ``share`` how
     much it moves with an error of all constants, ``experts`` whether the model is a mixture of them, ``far`` whether no
-    measured run is near it, ``held_out`` whether constants were never fitted to it.
+    measured run is near it, ``held_out`` whether constants were never fitted to it, ``counted`` whether what was measured is
+    counted exactly.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Residual:
     experts: bool = False
     far: bool = False
     held_out: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +94,24 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
         np.concatenate(both)
         for both in zip(_arrays(residuals, "model"), _arrays(again, "source"), strict=True)
     )
-    experts, far = (np.array([getattr(r, name) for r in (*residuals, *again)]) for name in ("experts", "far"))
+    experts, far, counted, share = (
+        np.array([getattr(r, name) for r in (*residuals, *again)])
+        for name in ("experts", "far", "counted", "share")
+    )
     near = ~far if not far.all() else far
+    near = near & ~counted if (near & ~counted).any() else near
     floor = _floor(errors[near], uncertain[near])
-    reach = np.quantile(np.abs(errors[near]) / scale(floor, uncertain[near]), COVERAGE)
-    dense, mixed = (_beside(errors[k], uncertain[k], floor, reach) for k in (far & ~experts, far & experts))
+    reach = _reach(errors[near], uncertain[near], floor)
+    beside = far & (share > 0.0)  # far from what constants were fitted to
+    dense, mixed = (
+        _beside(errors[k], uncertain[k], floor, reach) for k in (beside & ~experts, beside & experts)
+    )
     spreads = Spreads(
         (), floor, len(residuals), len({(r.source, r.model) for r in residuals}), tuple(sorted({r.source for r in residuals})),
         frozenset((r.stack, r.generation) for r in residuals), far=dense or 0.0, experts=mixed or dense or 0.0,
+        counted=_counted(errors[counted], _reach(errors[~counted], uncertain[~counted], floor)) if counted.any() else 0.0,
     )  # fmt: skip
-    quantiles = _quantiles(errors / _scale(spreads, uncertain, far, experts))
+    quantiles = _quantiles(errors / _scale(spreads, uncertain, far, experts, counted))
     spreads = spreads._replace(quantiles=tuple(float(quantile) for quantile in quantiles))
     return spreads._replace(between=_between(residuals, spreads))
 
@@ -115,8 +125,8 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         among: which of the runs are counted; all, unless given.
     """
     errors, uncertain = _arrays(residuals, by)
-    experts, far, share = (
-        np.array([getattr(r, name) for r in residuals]) for name in ("experts", "far", "share")
+    experts, far, share, counted = (
+        np.array([getattr(r, name) for r in residuals]) for name in ("experts", "far", "share", "counted")
     )
     unknown = np.array(_alone(residuals)) & (by == "source")
     folds = np.array([f"{r.source} {r.model}" if by == "model" else r.source for r in residuals])
@@ -127,7 +137,7 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         if kept:
             fitted = fit_spreads(kept)
             known = np.where(unknown, share * fitted.between, uncertain)
-            scales = _scale(fitted, known, far | unknown, experts)[out]
+            scales = _scale(fitted, known, far | unknown, experts, counted)[out]
             low[out], high[out] = fitted.quantiles[_LOW] * scales, fitted.quantiles[_HIGH] * scales
     counted = np.ones(len(residuals), dtype=bool) if among is None else np.array(among)
     inside = (low <= errors) & (errors <= high)
@@ -146,9 +156,10 @@ def _arrays(residuals: Sequence[Residual], by: str) -> tuple[Array, Array]:
     return errors, np.array([getattr(r, f"uncertain_without_{by}") for r in residuals])
 
 
-def _scale(spreads: Spreads, uncertain: Array, far: Array, experts: Array) -> Array:
+def _scale(spreads: Spreads, uncertain: Array, far: Array, experts: Array, counted: Array) -> Array:
     """What residuals are held against, of each."""
-    return scale(spreads.floor, uncertain, np.where(experts, spreads.experts, spreads.far) * far)
+    rest = scale(spreads.floor, uncertain, np.where(experts, spreads.experts, spreads.far) * far)
+    return np.where(counted & (spreads.counted > 0.0), spreads.counted, rest)
 
 
 def _alone(residuals: Sequence[Residual]) -> list[bool]:
@@ -187,6 +198,22 @@ def _beside(errors: Array, uncertain: Array, floor: float, reach: float) -> floa
         return None
     needed = (errors / reach) ** 2 - floor**2 - uncertain**2
     return float(np.quantile(np.sqrt(np.maximum(needed, 0.0)), COVERAGE))
+
+
+def _reach(errors: Array, uncertain: Array, floor: float) -> float:
+    """Scales within which 80 % of residuals lie; 1 where there are none."""
+    return float(np.quantile(np.abs(errors) / scale(floor, uncertain), COVERAGE)) if len(errors) else 1.0
+
+
+def _counted(errors: Array, reach: float) -> float:
+    """What counted measurements are uncertain by: as many of them lie as far out as of the others; of few, none farther.
+
+    Args:
+        errors: theirs.
+        reach: scales within which 80 % of the others lie.
+    """
+    found = np.abs(errors) / reach
+    return max(float(np.quantile(found, COVERAGE) if len(found) >= _FEWEST else found.max()), _TINY)
 
 
 def _between(residuals: Sequence[Residual], spreads: Spreads) -> float:

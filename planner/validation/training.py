@@ -21,7 +21,7 @@ from planner.validation.scores import ScoredRow
 from planner.validation.table import Row, Table, Unsupported
 
 __all__ = [
-    "MEMORY_KINDS", "Priced", "Reading", "TrainingScores", "memory_reading", "predicted_run", "score_training",
+    "COUNTED", "MEMORY_KINDS", "Priced", "Reading", "TrainingScores", "memory_reading", "predicted_run", "score_training",
 ]  # fmt: skip
 
 _OUTSIDE_ALLOCATOR = ("framework", "communicators")
@@ -32,6 +32,9 @@ MEMORY_KINDS: Mapping[str, tuple[str, ...]] = {
     "": (),
 }
 """What a measured peak leaves out of a process's memory, by kind: PyTorch's allocator knows of nothing outside it."""
+
+COUNTED = ("allocated",)
+"""Kinds of which every byte is one that the ledger counts; what the allocator and the process take beside them is not in them."""
 
 _SOUND = Exclusion("", ("",))
 _SWEEP = (
@@ -196,8 +199,9 @@ def _interval(run: Run, assembly: Assembly, metric: str, predicted: float) -> tu
         high, low = (predicted * predicted / rate for rate in spread.interval(predicted))
         return low, high
     if metric == "peak_memory":
-        reading = memory_reading(assembly, run.row.text("peak_memory_kind"))
-        return residuals.peak.at(reading.uncertain).interval(predicted)
+        kind = run.row.text("peak_memory_kind")
+        reading = memory_reading(assembly, kind)
+        return residuals.peak.at(reading.uncertain, counted=kind in COUNTED).interval(predicted)
     return None
 
 

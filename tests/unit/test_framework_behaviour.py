@@ -140,6 +140,59 @@ def test_recomputation_stops_early_under_pytorch_only_where_the_network_ends_the
         assert ("mlp.fc2" not in {item.what for item in again}) is left_out
 
 
+@pytest.mark.parametrize(
+    ("kernels", "precision", "kept"),
+    [
+        # Llama-3 8B per token: input 4096, queries 4096, values 1024, attention's output 4096, gate 14336, log-sum-exp 2·32.
+        # Saved tensors of a block under PyTorch 2.13's torch.compile (aot_eager_decomp_partition), with torchtitan's policy.
+        ("fused", "bf16", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32)),
+        ("fused", "fp8", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32)),  # the cast runs again
+        ("eager", "bf16", 2 * (4096 + 4096 + 1024 + 4096 + 14336 + 2 * 32 + 4096)),  # and the output
+    ],
+)
+def test_a_compiled_block_keeps_no_product_that_no_backward_reads(kernels, precision, kept):
+    job = planner.TrainWorkload(8, 8192, precisions=(precision,))
+    built = assembly(
+        "llama3-8b", "h100:1x8", "pytorch-fsdp", job, precision=precision, elementwise_kernel=kernels, zero_stage="fsdp",
+        recompute="per_op",
+    )  # fmt: skip
+    ledger = built.parts[0].ledger
+    saved = [i for i in ledger.of(Resident, block="dense", lifetime="micro_batch") if "saved" in i.tags]
+    assert total_bytes(ledger, saved) / 8192 == pytest.approx(kept)
+
+
+def test_owners_of_whole_tensors_broadcast_them_one_after_the_other():
+    """InternLM's hybrid_zero_optim.py: as many calls as ranks that own a tensor, and none hides behind the next forward.
+
+    Llama-3 8B has 32 layers of five matrices (queries, keys and values in one) and two norms, and three tensors beside them.
+    """
+    for ranks, group, calls in ((16, "full", 16), (16, "node", 8), (1024, "full", 227)):
+        built = assembly(
+            "llama3-8b", f"a100-sxm-80gb:{ranks // 8}x8", "internlm", planner.TrainWorkload(ranks, 2048), zero_group=group
+        )  # fmt: skip
+        ledger = built.parts[0].ledger
+        gathers = [item for item in ledger.of(Collective, phase="step") if item.kind == "all_gather"]
+        assert {item.track for item in gathers} == {"main"}
+        layers = {"dense": 32, "embedding": 1, "head": 1}
+        found = sum(layers[item.block] * float(ledger.axes[item.messages][0]) for item in gathers)
+        assert found == pytest.approx(calls, rel=1e-6)
+
+
+def test_a_ring_is_filled_anew_for_every_owner():
+    """Over a thousand ranks: as many bytes as one gather of slices, but hops for every call."""
+    job = planner.TrainWorkload(1024, 2048)
+    slices, tensors = (
+        assembly("llama3-8b", "a100-sxm-80gb:128x8", name, job, gradient_dtype="bf16").plan.estimate
+        for name in ("default", "internlm")
+    )
+    few = [
+        assembly("llama3-8b", "a100-sxm-80gb:2x8", name, planner.TrainWorkload(16, 2048), gradient_dtype="bf16").plan.estimate
+        for name in ("default", "internlm")
+    ]  # fmt: skip
+    many = tensors.breakdown_s["data_parallel"] - slices.breakdown_s["data_parallel"]
+    assert many > 1.5 * (few[1].breakdown_s["data_parallel"] - few[0].breakdown_s["data_parallel"])
+
+
 def test_rows_scaled_apart_cost_pytorch_what_torchtitan_measured():
     # torchtitan commit 7a04053: Llama 3 8B on 8 H100 at 8192 tokens, torch.compile: 7186 tokens/s with a scale per tensor and
     # float8 gathers, 6424 with one per row. Neither is in the tables that constants are fitted to.

@@ -23,8 +23,16 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
     path = tmp_path / "mine.toml"
     casts = 'weight_casts = { value = "once", kind = "assumed", source = "x" }\n'
     path.write_text('name = "mine"\nextends = "megatron-deepspeed"\n[habits]\n' + casts)
-    assert load_stack(path).habits == {"weight_casts": "once", "gradient_sums": "all_reduce"}
-    assert load_stack().habits == {"weight_casts": "each_micro_batch", "gradient_sums": "reduce_scatter"}
+    assert load_stack(path).habits == {
+        "weight_casts": "once",
+        "gradient_sums": "all_reduce",
+        "weight_shares": "slices",
+    }
+    assert load_stack().habits == {
+        "weight_casts": "each_micro_batch",
+        "gradient_sums": "reduce_scatter",
+        "weight_shares": "slices",
+    }
 
 
 @pytest.mark.parametrize(

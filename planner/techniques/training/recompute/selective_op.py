@@ -5,11 +5,13 @@ What it does: inside a recomputed block, the outputs of attention, of every seco
     again in the backward.
 Saves: of a Llama block without recomputation, keys, norms' outputs, one half of the network's width and all of its activation.
 Costs: norms, activations and half of the products once more; the outputs of kept row-parallel products and of reduce-scatters,
-    which nothing else keeps.
+    which nothing else keeps. Eager operators keep them all; a compiler (``elementwise_kernel = fused``), where a recomputation
+    stops early, none that no backward reads: that of the product which ends a block is the next block's input. Casts to narrow
+    formats run again, like all else.
 Assumes: linear layers without biases (products with one are other operators, which are not kept); dense blocks of attention and
     one network.
 Source: torchtitan ``torchtitan/distributed/activation_checkpoint.py`` (selective, ``op``); PyTorch
-    ``create_selective_checkpoint_contexts``.
+    ``create_selective_checkpoint_contexts``; what a compiled block keeps: saved tensors of PyTorch 2.13's AOTAutograd.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from planner.ledger import Collective, Item, Ledger, Matmul, Resident, times
 from planner.technique import Check, Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.recompute.again import recompute
+from planner.techniques.training.recompute.again import UNREAD, recompute
 
 _KEY = "selective_op"
 
@@ -64,8 +66,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         return item.but(n=" + ".join(width for _, width, is_kept in parts if not is_kept))
 
     width = dtype_bytes(ctx.format.activation)
-    results = [_result(item, width) for item in _kept_results(ledger, products)]
-    ledger = _halves(ledger, products).set_axes(scatter_parts=ctx.mesh.tp)
+    compiled = ctx.knobs["elementwise_kernel"] == "fused"
+    results = [_result(item, width) for item in _kept_results(ledger, products, compiled)]
+    ledger = _without_casts(_halves(ledger, products), width).set_axes(scatter_parts=ctx.mesh.tp)
     return recompute(ledger, inside, keeps, _KEY).edit(Matmul, rest).add(results)
 
 
@@ -122,12 +125,35 @@ def _halves(ledger: Ledger, products: dict[tuple[str, str], list[_Part]]) -> Led
     return edited.add(halves)
 
 
+def _without_casts(ledger: Ledger, width: float) -> Ledger:
+    """Attention's output without the narrow copy beside it that the product behind it reads: that is made again."""
+    copies: list[Item] = []
+
+    def output(item: Resident) -> Item | None:
+        if not item.what.endswith(".core_output") or item.bytes_per_element <= width:
+            return None
+        copies.append(
+            item.but(
+                what=f"{item.what}.cast",
+                bytes_per_element=item.bytes_per_element - width,
+                tags=item.tags - {"core_attn"},
+                by=_KEY,
+            )
+        )
+        return item.but(bytes_per_element=width, by=_KEY)
+
+    edited = ledger.edit(Resident, output)
+    return edited.add(copies)
+
+
 def _kept_results(
-    ledger: Ledger, products: dict[tuple[str, str], list[_Part]]
+    ledger: Ledger, products: dict[tuple[str, str], list[_Part]], compiled: bool
 ) -> Iterator[tuple[str, str, str]]:
     """Block, name and size of results that are kept and that nothing else keeps."""
     for item in ledger.items:
         if item.phase != "forward" or item.block in ("embedding", "head"):
+            continue
+        if compiled and UNREAD in item.tags:
             continue
         if isinstance(item, Matmul) and (f"{item.what}.result", item.n, True) in products.get(
             (item.block, item.what), []
@@ -146,7 +172,7 @@ def _result(kept: tuple[str, str, str], width: float) -> Resident:
 
 
 def _kept_bytes(subject: Pass) -> float:
-    """Bytes that a layer of Llama-3 8B keeps, in units of sbh."""
+    """Bytes that a layer of Llama-3 8B keeps, in units of sbh, operator by operator."""
     ledger, _ = figures.run(
         "recompute", subject, model="llama3-8b", seq=8192, attention_kernel="flash", recompute="per_op"
     )

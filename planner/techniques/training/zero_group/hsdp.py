@@ -22,7 +22,7 @@ from planner.ledger import Array, Collective, Ledger, times
 from planner.technique import Check, Context, Detail, Figure, Knob, Technique, whole_number
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.zero_stage.states import MESHES, mesh_of, within
+from planner.techniques.training.zero_stage.states import MESHES, mesh_of, owned_among, within
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -46,6 +46,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if item.kind == "reduce_scatter" and "data_parallel" in item.tags and (of := item.group.name) in sizes
     ]  # fmt: skip
     ledger = within(ledger, ctx, sizes, "shard", "hsdp", lambda item: item.kind != "all_reduce")
+    ledger = owned_among(ledger, ctx, sizes["dp_cp"])
     return ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}).add(between)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from planner.costs.optimizer import FUSED_UPDATES
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
+from planner.specs.model import Block, Model
 from planner.specs.parameters import embedding_parameters, head_parameters, parameter_count
 from planner.technique import Check, Context
 
@@ -22,12 +23,15 @@ __all__ = [
     "MESHES",
     "accumulated",
     "accumulated_in_place",
+    "gather_updated",
     "gather_weights",
     "mesh_of",
+    "owned_among",
     "shard",
     "shard_everything",
     "share_of_sum",
     "synchronise",
+    "weight_tensors",
     "whole",
     "whole_update",
     "with_buckets",
@@ -36,6 +40,7 @@ __all__ = [
     "within",
 ]
 
+_OWNERS = "owners_per_weight"  # axis
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
 
@@ -226,6 +231,53 @@ def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list
     when = {"phase": "step", "track": "weights", **fields}
     found = _collectives(ledger, ctx, "parameters", "all_gather", ctx.format.activation, by, when)
     return [item for item in found if when["phase"] != "step" or "frozen" not in item.tags]
+
+
+def gather_updated(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """What brings every rank's updated weights to all of them, once per step.
+
+    Owners of whole tensors broadcast them one after the other (PyTorch's ZeroRedundancyOptimizer, InternLM's optimizer). To a
+    library a broadcast is a ring, as an all-gather is: as many hops, and as many bytes over every link. What differs is that
+    every call fills the ring anew: there are as many as owners, which are no more than tensors. The next forward waits for them.
+    """
+    if ctx.stack.habits["weight_shares"] == "slices":
+        return ledger.add(gather_weights(ledger, ctx, by))
+    ledger = ledger.set_axes(**{_OWNERS: _owners_per_weight(ctx, ctx.mesh.dp * ctx.mesh.cp)})
+    calls = gather_weights(ledger, ctx, by, track="main")
+    return ledger.add(item.but(messages=times(item.size, _OWNERS)) for item in calls)
+
+
+def owned_among(ledger: Ledger, ctx: Context, ranks: Array) -> Ledger:
+    """Deals whole tensors, where a rank updates such, to so many ranks."""
+    return ledger.set_axes(**{_OWNERS: _owners_per_weight(ctx, ranks)}) if _OWNERS in ledger.axes else ledger
+
+
+def _owners_per_weight(ctx: Context, ranks: Array) -> Array:
+    """Owners of a device's weights, per weight of it: every owner's are about as many."""
+    owners = np.minimum(ranks, weight_tensors(ctx.model) / ctx.mesh.pp)
+    return np.asarray(owners * ctx.mesh.tp * ctx.mesh.pp / parameter_count(ctx.model))
+
+
+def weight_tensors(model: Model) -> float:
+    """Trained tensors of a model: of every linear layer (queries, keys and values in one), bias and norm, and of both ends.
+
+    >>> from planner.specs.models import load_model
+    >>> weight_tensors(load_model("llama3-8b"))  # 32 layers of 5 matrices and 2 norms; embedding, final norm, head
+    227.0
+    """
+    layers = [(model.blocks[name], count) for name, count in (*model.layers, *model.encoder_layers)]
+    return 3.0 + sum(count * _tensors(block) for block, count in layers)
+
+
+def _tensors(block: Block) -> float:
+    found = float(block.norms * (2 if block.norm == "layernorm" else 1))
+    for attention in (block.attention, block.cross_attention):
+        if attention is not None:
+            found += 2.0 + attention.qkv_bias + attention.out_bias
+    for network, copies in ((block.mlp, 1.0), (block.moe, float(block.moe.experts) if block.moe else 0.0)):
+        if network is not None:
+            found += copies * (2.0 + network.gated) * (1.0 + network.bias)
+    return found
 
 
 def _collectives(

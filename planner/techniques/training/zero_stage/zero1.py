@@ -15,7 +15,7 @@ from planner.techniques import figures
 from planner.techniques.training.zero_stage.states import (
     accumulated,
     accumulated_in_place,
-    gather_weights,
+    gather_updated,
     shard,
     share_of_sum,
     synchronise,
@@ -25,7 +25,8 @@ from planner.techniques.training.zero_stage.states import (
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
-    traffic = [*synchronise(ledger, ctx, share_of_sum(ctx), "zero1"), *gather_weights(ledger, ctx, "zero1")]
+    traffic = synchronise(ledger, ctx, share_of_sum(ctx), "zero1")
+    ledger = gather_updated(ledger, ctx, "zero1")
     sharded = shard(accumulated_in_place(ledger, ctx), ctx, ("optimizer",), "zero1")
     return with_buckets(sharded, ctx, "zero1").add(traffic)
 

@@ -11,13 +11,13 @@ Source: Rajbhandari et al. 2020 (arXiv:1910.02054) §5.2.
 
 from __future__ import annotations
 
-from planner.ledger import Item, Ledger
+from planner.ledger import Ledger
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.training.zero_stage.states import (
     accumulated,
     accumulated_in_place,
-    gather_weights,
+    gather_updated,
     shard,
     share_of_sum,
     synchronise,
@@ -29,10 +29,8 @@ from planner.techniques.training.zero_stage.states import (
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards optimizer and gradients; reduces per block and micro-batch."""
     ledger = accumulated_in_place(ledger, ctx, reduced_at_once=True)
-    added: list[Item] = [
-        *synchronise(ledger, ctx, share_of_sum(ctx), "zero2", phase="backward", track="reduce"),
-        *gather_weights(ledger, ctx, "zero2"),
-    ]
+    added = synchronise(ledger, ctx, share_of_sum(ctx), "zero2", phase="backward", track="reduce")
+    ledger = gather_updated(ledger, ctx, "zero2")
     buffers = [*whole(ledger, "gradients", "zero2")]
     return with_whole(shard(ledger, ctx, ("optimizer", "gradients"), "zero2").add(added), buffers)
 
