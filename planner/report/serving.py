@@ -298,8 +298,8 @@ def _next(result: ServeResult, saved: str) -> list[str]:
     from planner.export.serving import find_serving_exporter, serving_problems
     from planner.export.serving.target import ServingTarget
 
-    if result.best.mode == "ping_pong":
-        return []  # no engine runs it, and no other command prices it
+    if result.best.mode == "ping_pong":  # no engine runs it
+        return [f"planner explain {saved}", f"planner simulate {saved}"]
     engine = next((name for name in ("sglang", "trtllm") if result.best.stack.startswith(name)), "vllm")
     exporter, following = find_serving_exporter(engine), [f"planner explain {saved}"]
     for number, plan in enumerate(result.plans, 1):

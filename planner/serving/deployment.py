@@ -285,10 +285,15 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     problem = problem_of(plan)
     if plan.mode == "offloaded":
         return Deployment((_blocks(plan.pools[0], problem, policy, routing),))
+    pools = plan.pools
+    if plan.mode == "ping_pong":
+        from planner.serving.ping_pong_plan import generating
+
+        pools = plan.pools[:1]
     if plan.mode == "static" and policy is None:
         policy = "static"
-    stages, all_iterations = [], []
-    for pool in plan.pools:
+    stages, all_iterations, roles = [], [], [pool.role for pool in pools]
+    for pool in pools:
         part = part_of(problem, pool)
         row = row_of(pool.mesh)
         iterations = iterations_of(
@@ -299,9 +304,16 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
             replace(stage, at_random=routing == "random", weight=_weight(pool, stage, problem.traffic))
         )
         all_iterations.append(iterations)
+    if plan.mode == "ping_pong":
+        stage, iterations = generating(
+            problem, plan.pools[1:], Pricer(problem.cluster, problem.stack), policy
+        )
+        stages.append(replace(stage, at_random=routing == "random"))
+        all_iterations.append(iterations)
+        roles.append(stage.role)
     software = all_iterations[0].software
     senders, receivers = (
-        [i for i, pool in zip(all_iterations, plan.pools, strict=True) if pool.role == role]
+        [i for i, known in zip(all_iterations, roles, strict=True) if known == role]
         for role in ("prefill", "decode")
     )
     return Deployment(
