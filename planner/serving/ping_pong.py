@@ -93,9 +93,9 @@ def ping_pong_kinds(
     else:
         rows, turns = np.array(list(_rows(problem, space)), dtype=np.float64), BATCHES
         if not len(rows):
-            asked = ", ".join(f"{n}={space.fixed[n]}" for n in _DEGREES if n in space.fixed) or "both sides"
-            found = f"no attention ranks and expert devices on {counted(problem.cluster.devices, 'device')} have {asked}"
-            raise SpecError(Problem("--mode ping_pong", found, "other degrees, or more devices"))
+            degrees = ", ".join(f"{n}={space.fixed[n]}" for n in _DEGREES if n in space.fixed) or "both sides"
+            none = f"no attention ranks and expert devices on {counted(problem.cluster.devices, 'device')} have {degrees}"
+            raise SpecError(Problem("--mode ping_pong", none, "other degrees, or more devices"))
     for recipe in space.recipes():
         if recipe["micro_batches"] != "1" or recipe["experts"] != "exchanged" or "draft_tokens" in recipe:
             continue
