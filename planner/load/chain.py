@@ -336,9 +336,7 @@ def _slot_wait_s(rate_per_s: float, full_per_s: float, slots: float, work_cv2: f
     servers = max(round(slots), 1)
     service_s = servers / full_per_s
     poisson_s = mmc_wait_s(rate_per_s, service_s, servers)
-    scale = (
-        ggc_wait_s(rate_per_s, service_s, servers, 1.0, work_cv2) / poisson_s if poisson_s > 0.0 else 1.0
-    )
+    scale = ggc_wait_s(rate_per_s, service_s, servers, 1.0, work_cv2) / poisson_s if poisson_s > 0.0 else 1.0
     return float(scale) / (full_per_s - rate_per_s)
 
 

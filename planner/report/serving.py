@@ -39,6 +39,14 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         "bold",
     )
     screen.line()
+    most, asked = problem.model.max_seq_len, traffic.isl + traffic.osl
+    if asked > most:
+        screen.line(
+            f"{asked:,} tokens of a request are {asked / most:.3g} times the {most:,} that {problem.model.name} was made for: "
+            "engines refuse them unless they are told to scale positions",
+            "red",
+        )
+        screen.line()
     if result.days and result.days[0]["missing_devices"]:
         screen.line(f"{_day(result)[0]}; plans are of this cluster, their day of a larger one", "red")
         screen.line()

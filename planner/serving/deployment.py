@@ -385,10 +385,13 @@ def stage_of(
     if scheduler(policy or "sarathi").takes_all:
         budget = max(budget, int(max_sequences * isl))
     rules = scheduler(policy or "sarathi", max(max_sequences, 1), budget)
+    generates = role == "decode"
     if policy is None:
-        rules = replace(rules, mixed=iterations.software.prompts == "beside")
+        rules = replace(rules, mixed=generates or iterations.software.prompts == "beside")
 
     def price(decodes: Array, context: Array, prefill: Array, prefill_context: Array) -> Array:
+        if generates:  # what joins has its cache: a token more of the same step, and no prompt
+            decodes, context, prefill = decodes + prefill, context + prefill_context, np.zeros_like(prefill)
         return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)
