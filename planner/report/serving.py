@@ -219,7 +219,9 @@ def pool_text(pool: Pool) -> str:
     role += f"{pool.cluster}: " if pool.cluster else ""
     degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []
     degrees += ["2 micro-batches"] if pool.knobs.get("micro_batches") == "2" else []
-    flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
+    flying = "" if pool.role in ("prefill", "experts") else f", {pool.in_flight} in flight"
+    if pool.role == "attention":
+        flying += f" in {pool.knobs['batches_in_turn']} micro-batches"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
     draft = (
         f", {pool.knobs['draft_tokens']} drafted by {pool.knobs['draft']}" if "draft" in pool.knobs else ""
@@ -292,13 +294,13 @@ def _point(point: Mapping[str, Any]) -> str:
 
 def _proof(result: ServeResult) -> list[str]:
     report = result.search
-    gone = [
-        f"{count:,} {reason}"
-        for reason, count in {**report.excluded_by_bound, **report.rejected}.items()
-        if count
-    ]
-    text = f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"
-    return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
+    lines = [f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"]
+    for title, gone in (("excluded by a bound", report.excluded_by_bound), ("rejected", report.rejected)):
+        most_first = sorted(((count, reason) for reason, count in gone.items() if count), reverse=True)
+        if most_first:
+            told = ", ".join(f"{count:,} {reason}" for count, reason in most_first)
+            lines.append(f"{title}: {told}")
+    return [*lines, *result.notes]
 
 
 def _next(result: ServeResult, saved: str) -> list[str]:
