@@ -61,7 +61,7 @@ _L4 = (2678.282, 1339.634, 828.492, 572.539, 458.171, 320.681, 275.018, 214.9814
     ("kind", "recorded"), [(NodeKind("a100", 4, _A100), 1044.533345), (NodeKind("l4", 8, _L4), 214.981402)]
 )
 def test_recorded_placements_of_helix_are_reached(kind, recorded):
-    """Gurobi's for four A100 is 15 layers on each; of eight L4, six with 10 layers carry more than eight with 7 or 8, as recorded."""
+    """Gurobi's for four A100 is 15 layers on each; of eight L4, six with 10 layers carry more than what is recorded."""
     found = place_layers([kind], 60, time_limit_s=0.5)
     assert found.tokens_per_s >= recorded * (1 - 1e-6)
     assert -found.certificate.bound >= found.tokens_per_s
