@@ -21,7 +21,7 @@ from planner.cli.values import (
     read_top,
 )
 from planner.errors import Problem as Fault
-from planner.errors import did_you_mean
+from planner.errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from planner.serving.launcher import ServingLauncher
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from planner.specs.model import Model
     from planner.specs.serve_problem import ServeProblem
     from planner.specs.speculation import Speculation
+    from planner.specs.stack import Stack
     from planner.specs.traffic import Traffic
 
 __all__ = ["ServeOptions"]
@@ -177,7 +178,7 @@ class ServeOptions:
 
         model = attempt(faults, read_model, self.model, flags=_FLAGS)
         clusters = self._clusters(faults)
-        stack = attempt(faults, read_stack, self.engine, flags=_FLAGS)
+        stack = attempt(faults, _read_engine, self.engine, flags=_FLAGS)
         fixed = attempt(faults, parse_fixed, self.fix or [])
         price = optional_number(faults, "--usd-per-hour", self.usd_per_hour)
         allow = self.allow or []
@@ -259,6 +260,21 @@ class ServeOptions:
 
 
 # -- details -----------------------------------------------------------------------------------------------------------------
+
+
+def _read_engine(text: str) -> Stack:
+    """The stack of a serving engine.
+
+    Raises:
+        SpecError: there is no such stack; names those that serve.
+    """
+    from planner.specs.stack import list_stacks, load_stack
+
+    if text.endswith(".toml") or text in list_stacks():
+        return read_stack(text)
+    known = [name for name in list_stacks() if load_stack(name).serving is not None]
+    expected = f"a .toml file, or one of {', '.join(known)}"
+    raise SpecError(Fault("stack", repr(text[:80]), expected, did_you_mean(text, known)))
 
 
 def _launcher(stack: str, modes: tuple[str, ...]) -> ServingLauncher | None:

@@ -46,6 +46,7 @@ def simulate(
         "load": {
             "trace": load.trace, "rate_per_s": load.rate_per_s, "concurrency": load.clients, "seed": load.seed,
         },
+        "pools": len(deployment.stages),
         "simulated": summary,
         "predicted": None if chosen is None else _predicted(chosen),
     }  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 
 from planner.cli.options import Json, option
 from planner.cli.solve_curriculum import curriculum
+from planner.cli.solve_flow import flow
 from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
 from planner.cli.solve_peers import peers
 from planner.cli.solve_rlhf import rlhf
@@ -380,6 +381,7 @@ VERBS = {
     "experts": experts,
     "ranks": ranks,
     "peers": peers,
+    "flow": flow,
     "rlhf": rlhf,
     "curriculum": curriculum,
 }

@@ -203,6 +203,9 @@ def optional_number(faults: list[Fault], flag: str, text: str | None) -> float |
 def optional_milliseconds(faults: list[Fault], flag: str, text: str | None) -> float | None:
     """A limit of so many milliseconds, in seconds, where the option is given; a fault is noted."""
     number = optional_number(faults, flag, text)
+    if number is not None and not number > 0.0:
+        faults.append(Fault(flag, str(text), "milliseconds above 0"))
+        return None
     return None if number is None else number * 1e-3
 
 

@@ -201,6 +201,16 @@ class Balance:
         wait_s = rest_s / (1.0 - crowd)
         return wait_s + batch_s, crowd * (batch_s + wait_s / most) / (1.0 - crowd)
 
+    def work_cv2(self, slots: Array, full_per_s: Array) -> Array:
+        """Squared variation of what requests keep full slots busy with: ``u²·c_O² + (1 − u)²·c_P²``.
+
+        While ``c`` slots are full, requests go through at the pace of their decodes, ``Dθ_0/c`` each (iterations without
+        prompts), and of their prompts, which hold up all slots at once: ``u`` is the decodes' share of both.
+        """
+        own = np.clip(self.decodes * self.decode_s(slots) / slots * full_per_s, 0.0, 1.0)
+        lengths = self.lengths
+        return np.asarray(own**2 * lengths.output_cv2 + (1.0 - own) ** 2 * lengths.prompt_cv2)
+
     def slot_wait_s(self, theta_s: Array, most_per_s: Array, rate_per_s: Array) -> Array:
         """Mean wait for a slot: that of M/G/c, with as many servers as spread ``n`` as wide.
 
@@ -209,5 +219,5 @@ class Balance:
         served = np.minimum(rate_per_s, most_per_s * (1.0 - 1e-9))
         alone_s = self.decode_s(np.ones_like(theta_s))
         servers = np.maximum(np.rint(self.max_requests * np.minimum(alone_s / theta_s, 1.0)), 1.0)
-        cv2 = np.asarray(self.lengths.output_cv2)
+        cv2 = self.work_cv2(self.max_requests + 0.0 * theta_s, most_per_s)
         return np.asarray(ggc_wait_s(served, servers / most_per_s, servers, 1.0, cv2))

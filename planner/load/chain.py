@@ -8,7 +8,7 @@ that stops while prompts are computed, arrivals come in clusters: whoever comes 
 the progeny of one prompt, each bringing those that come while it is computed (Borel's law for fixed lengths; M. Dwass, "The
 total progeny in a branching process", 1969). Levels are crossed up by clusters and down one by one, which gives the
 stationary law by recursion. Processor sharing makes it insensitive to output lengths while slots are free; waiting for a slot
-is that of M/M/c, scaled to the variation of the lengths as M/G/c.
+is that of M/M/c, scaled as M/G/c to the variation of what requests keep full slots busy with.
 
 Holds for iteration-level policies where ``n`` changes slowly next to the prompts, for Poisson arrivals, without preemption.
 Bursts, priorities, static batches and an overcommitted KV pool are for the simulator.
@@ -114,7 +114,8 @@ def percentiles(
     chances = [queue.chances * share for queue, share in zip(fast, shares, strict=True)]
     if taken and chance[-1] > _NEGLIGIBLE:
         alone_s, weight = PrefillQueue(balance, rate_per_s, slots, prompts).alone()
-        wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, outputs.cv2)
+        work_cv2 = float(balance.work_cv2(np.array(slots), np.array(full_per_s)))
+        wait_s = _slot_wait_s(rate_per_s, full_per_s, slots, work_cv2)
         seconds.append((alone_s[:, None] + wait_s * _WAITS).ravel())
         chances.append(np.repeat(weight * chance[-1] / len(_WAITS), len(_WAITS)))
     mean = float(chance @ decodes)
@@ -330,14 +331,12 @@ def _corrected(stay_s: Array, n: Array, d: float, levels: list[float], fast: lis
     return stay_s * ratio
 
 
-def _slot_wait_s(rate_per_s: float, full_per_s: float, slots: float, output_cv2: float) -> float:
-    """Mean wait of those that wait: exponential, M/M/c scaled to the lengths as M/G/c."""
+def _slot_wait_s(rate_per_s: float, full_per_s: float, slots: float, work_cv2: float) -> float:
+    """Mean wait of those that wait: exponential, M/M/c scaled to the variation of the work as M/G/c."""
     servers = max(round(slots), 1)
     service_s = servers / full_per_s
     poisson_s = mmc_wait_s(rate_per_s, service_s, servers)
-    scale = (
-        ggc_wait_s(rate_per_s, service_s, servers, 1.0, output_cv2) / poisson_s if poisson_s > 0.0 else 1.0
-    )
+    scale = ggc_wait_s(rate_per_s, service_s, servers, 1.0, work_cv2) / poisson_s if poisson_s > 0.0 else 1.0
     return float(scale) / (full_per_s - rate_per_s)
 
 

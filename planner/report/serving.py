@@ -39,6 +39,14 @@ def show_serving(result: ServeResult, problem: ServeProblem, saved: str | None) 
         "bold",
     )
     screen.line()
+    most, asked = problem.model.max_seq_len, traffic.isl + traffic.osl
+    if asked > most:
+        screen.line(
+            f"{asked:,} tokens of a request are {asked / most:.3g} times the {most:,} that {problem.model.name} was made for: "
+            "engines refuse them unless they are told to scale positions",
+            "red",
+        )
+        screen.line()
     if result.days and result.days[0]["missing_devices"]:
         screen.line(f"{_day(result)[0]}; plans are of this cluster, their day of a larger one", "red")
         screen.line()
@@ -211,7 +219,9 @@ def pool_text(pool: Pool) -> str:
     role += f"{pool.cluster}: " if pool.cluster else ""
     degrees += ["dcp"] if pool.knobs.get("cache_copies") == "dcp" else []
     degrees += ["2 micro-batches"] if pool.knobs.get("micro_batches") == "2" else []
-    flying = "" if pool.role == "prefill" else f", {pool.in_flight} in flight"
+    flying = "" if pool.role in ("prefill", "experts") else f", {pool.in_flight} in flight"
+    if pool.role == "attention":
+        flying += f" in {pool.knobs['batches_in_turn']} micro-batches"
     chunk = f", budget {pool.knobs['chunk_tokens']}" if "chunk_tokens" in pool.knobs else ""
     draft = (
         f", {pool.knobs['draft_tokens']} drafted by {pool.knobs['draft']}" if "draft" in pool.knobs else ""
@@ -284,13 +294,13 @@ def _point(point: Mapping[str, Any]) -> str:
 
 def _proof(result: ServeResult) -> list[str]:
     report = result.search
-    gone = [
-        f"{count:,} {reason}"
-        for reason, count in {**report.excluded_by_bound, **report.rejected}.items()
-        if count
-    ]
-    text = f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"
-    return [text + (f"; {', '.join(gone)}" if gone else ""), *result.notes]
+    lines = [f"exact under this model: {report.scored:,} of {report.candidates:,} candidates scored"]
+    for title, gone in (("excluded by a bound", report.excluded_by_bound), ("rejected", report.rejected)):
+        most_first = sorted(((count, reason) for reason, count in gone.items() if count), reverse=True)
+        if most_first:
+            told = ", ".join(f"{count:,} {reason}" for count, reason in most_first)
+            lines.append(f"{title}: {told}")
+    return [*lines, *result.notes]
 
 
 def _next(result: ServeResult, saved: str) -> list[str]:
@@ -298,8 +308,8 @@ def _next(result: ServeResult, saved: str) -> list[str]:
     from planner.export.serving import find_serving_exporter, serving_problems
     from planner.export.serving.target import ServingTarget
 
-    if result.best.mode == "ping_pong":
-        return []  # no engine runs it, and no other command prices it
+    if result.best.mode == "ping_pong":  # no engine runs it
+        return [f"planner explain {saved}", f"planner simulate {saved}"]
     engine = next((name for name in ("sglang", "trtllm") if result.best.stack.startswith(name)), "vllm")
     exporter, following = find_serving_exporter(engine), [f"planner explain {saved}"]
     for number, plan in enumerate(result.plans, 1):

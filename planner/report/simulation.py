@@ -43,12 +43,14 @@ def show_simulation(content: Mapping[str, Any]) -> None:
     if gaps:
         rows.append(["iteration that decodes, ms", *(_milliseconds(gaps[column]) for column in _COLUMNS)])
     screen.grid(("", *_COLUMNS), rows, ("",))
+    several = content["pools"] > 1
+    busiest, of_any = ("the busiest is ", " of any") if several else ("", "")
     screen.section(
-        "Pool",
+        "Pools" if several else "Pool",
         [
             f"{run['requests_per_s']:.4g} requests/s and {run['output_tokens_per_s']:,.0f} output tokens/s served",
-            f"busy {run['busy_fraction']:.0%} of the time, {run['mean_requests']:.1f} requests in an iteration on average, "
-            f"{run['preempted_fraction']:.1%} of requests gave way",
+            f"{busiest}busy {run['busy_fraction']:.0%} of the time, {run['mean_requests']:.1f} requests in an iteration{of_any} "
+            f"on average, {run['preempted_fraction']:.1%} of requests gave way",
         ],
     )
     lines = ["± is half of a 95 % confidence interval: of the run, not of the iteration times in it."]

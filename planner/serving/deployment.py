@@ -285,10 +285,15 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     problem = problem_of(plan)
     if plan.mode == "offloaded":
         return Deployment((_blocks(plan.pools[0], problem, policy, routing),))
+    pools = plan.pools
+    if plan.mode == "ping_pong":
+        from planner.serving.ping_pong_plan import generating
+
+        pools = plan.pools[:1]
     if plan.mode == "static" and policy is None:
         policy = "static"
-    stages, all_iterations = [], []
-    for pool in plan.pools:
+    stages, all_iterations, roles = [], [], [pool.role for pool in pools]
+    for pool in pools:
         part = part_of(problem, pool)
         row = row_of(pool.mesh)
         iterations = iterations_of(
@@ -299,9 +304,16 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
             replace(stage, at_random=routing == "random", weight=_weight(pool, stage, problem.traffic))
         )
         all_iterations.append(iterations)
+    if plan.mode == "ping_pong":
+        stage, iterations = generating(
+            problem, plan.pools[1:], Pricer(problem.cluster, problem.stack), policy
+        )
+        stages.append(replace(stage, at_random=routing == "random"))
+        all_iterations.append(iterations)
+        roles.append(stage.role)
     software = all_iterations[0].software
     senders, receivers = (
-        [i for i, pool in zip(all_iterations, plan.pools, strict=True) if pool.role == role]
+        [i for i, known in zip(all_iterations, roles, strict=True) if known == role]
         for role in ("prefill", "decode")
     )
     return Deployment(
@@ -373,10 +385,13 @@ def stage_of(
     if scheduler(policy or "sarathi").takes_all:
         budget = max(budget, int(max_sequences * isl))
     rules = scheduler(policy or "sarathi", max(max_sequences, 1), budget)
+    generates = role == "decode"
     if policy is None:
-        rules = replace(rules, mixed=iterations.software.prompts == "beside")
+        rules = replace(rules, mixed=generates or iterations.software.prompts == "beside")
 
     def price(decodes: Array, context: Array, prefill: Array, prefill_context: Array) -> Array:
+        if generates:  # what joins has its cache: a token more of the same step, and no prompt
+            decodes, context, prefill = decodes + prefill, context + prefill_context, np.zeros_like(prefill)
         return iterations(decodes, context, prefill, prefill_context / np.maximum(prefill, 1.0))
 
     table = Sampled.of(price, rules.max_requests, budget, isl + osl)

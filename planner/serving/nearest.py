@@ -19,6 +19,8 @@ __all__ = ["reasons"]
 _LIMITS = {"ttft": ("ttft_s", "--ttft-ms"), "tpot": ("tpot_s", "--tpot-ms"), "e2e": ("e2e_s", "--e2e-ms")}
 _SLACKS = (1.005, 1.05, 1.2, 2.0)
 _NARROWER = ("fp8", "int8_wo", "nvfp4", "int4_wo")
+_WIDE = ("bf16", "int8_wo", "int4_wo")
+"""Formats whose products are of 16 bits, which every device has."""
 _SHORTHAND = re.compile(r"(.+):(\d+)x(\d+)")
 _MOST_NODES = 4096
 
@@ -47,9 +49,27 @@ def reasons(problem: ServeProblem, account: Account, fits: Fits) -> list[Fault]:
         told = ", ".join(f"{count} {reason}" for reason, count in account.rejected.most_common(3) if count)
         where = "--fix" if problem.fixed else "--forbid" if problem.forbidden else "serve"
         faults.append(
-            Fault(where, f"no candidate is left ({told})", "one that is valid", "Leave some of it out.")
+            Fault(where, f"no candidate is left ({told})", "one that is valid", _left_out(problem, fits))
         )
     return faults
+
+
+def _left_out(problem: ServeProblem, fits: Fits) -> str:
+    """What to change where no candidate is valid: one of the told choices, or the format of the weights."""
+    changes = [
+        f"leave out --fix {name}={value}"
+        for name, value in problem.fixed.items()
+        if fits(replace(problem, fixed={k: v for k, v in problem.fixed.items() if k != name}))
+    ]
+    changes += [
+        f"--precision {name}"
+        for name in _WIDE
+        if name not in problem.precisions and fits(replace(problem, precisions=(name,)))
+    ][:1]
+    if not changes:
+        return "Leave some of it out."
+    text = ", or ".join(changes)
+    return f"{text[0].upper()}{text[1:]}{' fits' if changes[-1].startswith('--precision') else ''}."
 
 
 def _late(problem: ServeProblem, late: dict[str, tuple[float, str]], fits: Fits) -> list[Fault]:
@@ -89,7 +109,7 @@ def _rate(problem: ServeProblem, ratio: float, where: str, fits: Fits) -> Fault:
     larger = _more_nodes(problem, ratio, fits)
     changes += [f"--cluster {larger} fits"] if larger else []
     devices = sum(cluster.devices for cluster in problem.clusters)
-    found = f"with {counted(devices, 'device')} at most {most:.4g} requests/s are answered, {1.0 / ratio:.3g} of it ({where})"
+    found = f"with {counted(devices, 'device')} at most {most:.4g} requests/s are answered, {100.0 / ratio:.3g} % of it ({where})"
     return Fault(
         "--rate", found, f"{wanted:g} requests/s", f"{', or '.join(changes)}." if changes else "More devices."
     )

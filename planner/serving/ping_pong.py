@@ -12,8 +12,9 @@ Source: Zhu et al. 2025 (MegaScale-Infer, SIGCOMM, arXiv:2504.02263), section 4,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -28,23 +29,36 @@ from planner.ledger import Array, Item, Ledger
 from planner.serving.candidates import Account, Candidates, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.disaggregated import Split, search_disaggregated
-from planner.serving.plan import Pool
+from planner.serving.plan import PARTS, Pool
 from planner.serving.pools import Decode, Index, at_most
 from planner.serving.space import ServeSpace, mesh_of
 from planner.specs.serve_problem import ServeProblem
 from planner.technique import ServingContext
+from planner.units import counted
 
-__all__ = ["BATCHES", "ping_pong_kinds", "ping_pong_pools", "search_ping_pong"]
+__all__ = [
+    "BATCHES",
+    "Turns",
+    "given_row",
+    "ping_pong_kinds",
+    "ping_pong_pools",
+    "search_ping_pong",
+    "sides_of",
+    "turns_of",
+]
 
 BATCHES = (2, 3, 4)
 """Micro-batches of a replica: more make experts' products too small (section 4.2, ``N_m``)."""
+_DEGREES = ("tp", "dp", "ep")  # of attention ranks, how many of them, and expert devices
 _BYTES = 2.0  # of an activation that travels
 _TRAVELS = ("moe.dispatch", "moe.combine")
 _ATTENDS = ("moe.permute", "moe.unpermute", "moe.router")
 
 
-def search_ping_pong(problem: ServeProblem, pricer: Pricer, account: Account) -> list[Split]:
-    """The best pairs of a pool for prompts and of such replicas.
+def search_ping_pong(
+    problem: ServeProblem, pricer: Pricer, account: Account, given: tuple[Pool, ...] = ()
+) -> list[Split]:
+    """The best pairs of a pool for prompts and of such replicas, or of the replicas that are ``given``.
 
     Raises:
         SpecError: the model has no experts.
@@ -53,7 +67,8 @@ def search_ping_pong(problem: ServeProblem, pricer: Pricer, account: Account) ->
         raise SpecError(
             Problem("--mode ping_pong", f"no experts in {problem.model.name}", "a model with experts")
         )
-    return search_disaggregated(problem, pricer, account, ping_pong_kinds)
+    generating = partial(ping_pong_kinds, given=given) if given else ping_pong_kinds
+    return search_disaggregated(problem, pricer, account, generating)
 
 
 def ping_pong_pools(f: Split, knobs: Mapping[str, Any]) -> tuple[Pool, Pool]:
@@ -68,15 +83,24 @@ def ping_pong_pools(f: Split, knobs: Mapping[str, Any]) -> tuple[Pool, Pool]:
 
 
 def ping_pong_kinds(
-    problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account
+    problem: ServeProblem, space: ServeSpace, pricer: Pricer, account: Account, given: tuple[Pool, ...] = ()
 ) -> list[Decode]:
-    """Replicas for every recipe and number of micro-batches."""
+    """Replicas for every recipe and number of micro-batches, or for those of ``given`` pools alone."""
     found = []
+    if given:
+        rows, batches_told = given_row(given)
+        turns: tuple[int, ...] = (batches_told,)
+    else:
+        rows, turns = np.array(list(_rows(problem, space)), dtype=np.float64), BATCHES
+        if not len(rows):
+            degrees = ", ".join(f"{n}={space.fixed[n]}" for n in _DEGREES if n in space.fixed) or "both sides"
+            none = f"no attention ranks and expert devices on {counted(problem.cluster.devices, 'device')} have {degrees}"
+            raise SpecError(Problem("--mode ping_pong", none, "other degrees, or more devices"))
     for recipe in space.recipes():
         if recipe["micro_batches"] != "1" or recipe["experts"] != "exchanged" or "draft_tokens" in recipe:
             continue
-        for batches in BATCHES:
-            kind = _candidates(problem, {**recipe, "batches_in_turn": str(batches)}, pricer, account)
+        for batches in turns:
+            kind = _candidates(problem, {**recipe, "batches_in_turn": str(batches)}, rows, pricer, account)
             if kind is not None:
                 found.append(_decode(problem, kind, batches, pricer))
     return found
@@ -99,10 +123,9 @@ class _Replicas(Candidates):
 
 
 def _candidates(
-    problem: ServeProblem, recipe: Mapping[str, str], pricer: Pricer, account: Account
+    problem: ServeProblem, recipe: Mapping[str, str], rows: Array, pricer: Pricer, account: Account
 ) -> _Replicas | None:
-    rows = np.array(list(_rows(problem)), dtype=np.float64)
-    attention, experts = _parts(problem, recipe, rows, pricer)
+    attention, experts = sides_of(problem, recipe, rows, pricer)
     held = capacity(attention, problem.traffic.isl, problem.traffic.osl, 1024.0)
     room = capacity(experts, problem.traffic.isl, problem.traffic.osl, 1024.0).cache_bytes
     fits = (held.sequences >= float(recipe["batches_in_turn"]) * rows[:, 2]) & (room >= 0.0)
@@ -116,7 +139,7 @@ def _candidates(
     )
 
 
-def _rows(problem: ServeProblem) -> Iterator[tuple[int, ...]]:
+def _rows(problem: ServeProblem, space: ServeSpace) -> Iterator[tuple[int, ...]]:
     """Attention ranks of some devices each, and expert devices: ``tp pp dp ep etp cp``. Any number of ranks, for balance."""
     model, devices = problem.model, problem.cluster.devices
     heads = [b.attention.heads for b in model.blocks.values() if b.attention]
@@ -124,13 +147,24 @@ def _rows(problem: ServeProblem) -> Iterator[tuple[int, ...]]:
     powers = [2**i for i in range(devices.bit_length())]
     widest = problem.cluster.tiers[0].size
     ranks = sorted({n * power for n in (1, 3, 5, 7) for power in powers})
-    for tp, dp, ep in product(powers, ranks, powers):
+    wanted = ([space.fixed.get(name)] for name in _DEGREES)
+    tps, dps, eps = (
+        x if x != [None] else every for x, every in zip(wanted, (powers, ranks, powers), strict=True)
+    )
+    for tp, dp, ep in product(tps, dps, eps):
         whole = all(h % tp == 0 for h in heads) and all(e % ep == 0 for e in experts)
         if whole and tp <= widest and tp * dp + ep <= devices:
             yield tp, 1, dp, ep, 1, 1
 
 
-def _parts(
+def given_row(pools: Sequence[Pool]) -> tuple[Array, int]:
+    """The row of a plan's replicas, and their micro-batches."""
+    attention, experts = (next(pool for pool in pools if pool.role == role) for role in PARTS)
+    row = (attention.mesh["tp"], 1, attention.mesh["dp"], experts.mesh["ep"], 1, 1)
+    return np.array([row], dtype=np.float64), int(attention.knobs["batches_in_turn"])
+
+
+def sides_of(
     problem: ServeProblem, recipe: Mapping[str, str], rows: Array, pricer: Pricer
 ) -> tuple[Iterations, Iterations]:
     """Iterations of the attention ranks alone, and of the expert devices alone."""
@@ -159,25 +193,58 @@ def _decode(problem: ServeProblem, kind: Candidates, batches: int, pricer: Price
     return at_most(problem.traffic, kind, lambda n: paced(np.arange(len(kind.rows)), n), paced)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Turns:
+    """Micro-batches that generate a token for each of their sequences.
+
+    Attributes:
+        attention_s, experts_s, way_s: of one layer and micro-batch: either side, and one way between them.
+        host_s: of all of them, once.
+        layers, batches: with experts; micro-batches.
+    """
+
+    attention_s: Array
+    experts_s: Array
+    way_s: Array
+    host_s: Array
+    layers: float
+    batches: float
+
+    @property
+    def seconds(self) -> Array:
+        """Of all layers and micro-batches."""
+        passed_s = ping_pong_s(self.attention_s, self.experts_s, self.way_s, self.layers, self.batches)
+        return np.asarray(passed_s + self.host_s)
+
+
+def turns_of(
+    problem: ServeProblem,
+    sides: tuple[Iterations, Iterations],
+    n: Array,
+    context_tokens: Array,
+    batches: float,
+) -> Turns:
+    """Replicas of so many sequences, whose contexts have so many tokens together, in some micro-batches."""
+    attention, _ = sides
+    model, zero = problem.model, np.zeros_like(n)
+    each = np.maximum(n, 1.0) / batches
+    batch = Composition(each, context_tokens / batches, zero, zero)
+    mixtures = [(model.blocks[name], count) for name, count in model.layers if model.blocks[name].moe]
+    layers = float(sum(count for _, count in mixtures))
+    sides_s = [(side.seconds(batch) - side.host_s(batch)) / layers for side in sides]
+    top_k = max(float(block.moe.top_k) for block, _ in mixtures if block.moe)
+    copies = each * top_k * model.hidden * _BYTES
+    link, mesh = problem.cluster.tiers[-1], attention.ctx.mesh
+    ranks = np.minimum(mesh.tp * mesh.dp, mesh.ep)  # the side with fewer devices is the slower
+    way_s = link.latency_s + copies / ranks / link.effective_bytes_per_s
+    whole = Composition(each * batches, context_tokens, zero, zero)
+    return Turns(sides_s[0], sides_s[1], way_s, attention.host_s(whole), layers, batches)
+
+
 def _iteration_s(
     problem: ServeProblem, recipe: Mapping[str, str], rows: Array, n: Array, batches: int, pricer: Pricer
 ) -> Array:
     """Seconds in which replicas of so many sequences generate a token for each."""
-    attention, experts = _parts(problem, recipe, rows, pricer)
-    traffic, model = problem.traffic, problem.model
-    each, zero = np.maximum(n, 1.0) / batches, np.zeros_like(n)
-    batch = Composition(
-        each, each * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0), zero, zero
-    )
-    mixtures = [(model.blocks[name], count) for name, count in model.layers if model.blocks[name].moe]
-    layers = float(sum(count for _, count in mixtures))
-    sides_s = [(side.seconds(batch) - side.host_s(batch)) / layers for side in (attention, experts)]
-    top_k = max(float(block.moe.top_k) for block, _ in mixtures if block.moe)
-    copies = each * top_k * model.hidden * _BYTES
-    link = problem.cluster.tiers[-1]
-    ranks = np.minimum(rows[:, 0] * rows[:, 2], rows[:, 3])  # the side with fewer devices is the slower
-    way_s = link.latency_s + copies / ranks / link.effective_bytes_per_s
-    whole = Composition(each * batches, batch.context_tokens * batches, zero, zero)
-    return np.asarray(
-        ping_pong_s(sides_s[0], sides_s[1], way_s, layers, float(batches)) + attention.host_s(whole)
-    )
+    traffic = problem.traffic
+    context = np.maximum(n, 1.0) * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
+    return turns_of(problem, sides_of(problem, recipe, rows, pricer), n, context, float(batches)).seconds

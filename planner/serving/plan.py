@@ -15,7 +15,10 @@ from typing import Any
 from planner.plan import Optimality, SearchReport
 from planner.plan_form import SCHEMA_VERSION, known_fields, read_form
 
-__all__ = ["Pool", "ServeEstimate", "ServePlan", "ServeResult"]
+__all__ = ["PARTS", "Pool", "ServeEstimate", "ServePlan", "ServeResult"]
+
+PARTS = ("attention", "experts")
+"""Roles of pools that generate together: parts of the same replicas."""
 
 
 @dataclass(frozen=True, slots=True)

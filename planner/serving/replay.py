@@ -10,15 +10,13 @@ import numpy as np
 
 from planner.composition import Composition
 from planner.engine import Pricer
-from planner.errors import Problem, SpecError
 from planner.iteration import Iterations
-from planner.ledger import Resident
 from planner.serving.aggregated import steady
 from planner.serving.candidates import iterations_of
-from planner.serving.plan import Pool, ServePlan
+from planner.serving.iteration_items import iteration_items
+from planner.serving.plan import PARTS, Pool, ServePlan
 from planner.serving.serve import serve
 from planner.serving.space import mesh_of, recipe_of, row_of
-from planner.serving.speculation import Speculating
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model
 from planner.specs.serve_problem import ServeProblem
@@ -36,19 +34,14 @@ def problem_of(plan: ServePlan) -> ServeProblem:
     Raises:
         SpecError: its model, cluster or stack cannot be found, or its traffic is none.
     """
-    if plan.mode == "ping_pong":
-        raise SpecError(
-            Problem(
-                "plan",
-                "mode ping_pong",
-                "a plan whose pools are whole models: the others are told by planner serve alone",
-            )
-        )
     clusters = [load_cluster(name) for name in plan.cluster.split("+")]
     fixed: dict[str, Any] = {"mode": plan.mode}
     for pool in plan.pools if len(clusters) == 1 else ():
-        prefix = "" if pool.role == "aggregated" else f"{pool.role}."
-        fixed |= {f"{prefix}{name}": value for name, value in pool.mesh.items()}
+        part = (
+            pool.role in PARTS
+        )  # of a replica that generates: its devices are no mesh, and stand in the pools alone
+        prefix = "" if pool.role == "aggregated" else "decode." if part else f"{pool.role}."
+        fixed |= {} if part else {f"{prefix}{name}": value for name, value in pool.mesh.items()}
         fixed[f"{prefix}replicas"] = pool.replicas
         fixed |= {
             f"{prefix}{name}": pool.knobs[name]
@@ -56,7 +49,7 @@ def problem_of(plan: ServePlan) -> ServeProblem:
             if name in pool.knobs
         }
         if (
-            "max_sequences" in pool.knobs
+            "max_sequences" in pool.knobs and not part
         ):  # of a replica; the search counts those of a stage of an attention rank
             each = -(-int(pool.knobs["max_sequences"]) // (pool.mesh["dp"] * pool.mesh["pp"]))
             fixed[f"{prefix}max_sequences"] = each
@@ -101,15 +94,19 @@ def reprice(plan: ServePlan) -> ServePlan:
         Infeasible: it does not keep its limits any more.
     """
     problem = problem_of(plan)
-    known = bool(problem.others) or plan.mode == "offloaded"
+    known = bool(problem.others) or plan.mode in ("offloaded", "ping_pong")
     return serve(problem, top=1, given=plan.pools if known else ()).best
 
 
 def account(plan: ServePlan) -> list[dict[str, Any]]:
     """Every pool's iterations, item by item: seconds of one iteration, and which technique put the item there."""
     whole = problem_of(plan)
-    found = []
-    for pool in plan.pools:
+    found: list[dict[str, Any]] = []
+    if plan.mode == "ping_pong":
+        from planner.serving.ping_pong_plan import generating_items
+
+        found = generating_items(whole, plan.pools[1:], Pricer(whole.cluster, whole.stack))
+    for pool in plan.pools[: -len(PARTS)] if plan.mode == "ping_pong" else plan.pools:
         problem = part_of(whole, pool)
         pricer = Pricer(problem.cluster, problem.stack)
         if plan.mode == "offloaded":
@@ -123,7 +120,7 @@ def account(plan: ServePlan) -> list[dict[str, Any]]:
         found.append(
             {
                 "role": pool.role if not pool.cluster else f"{pool.cluster}: {pool.role}",
-                "iterations": [_iteration(name, batch, iterations) for name, batch in batches.items()],
+                "iterations": [iteration_items(name, batch, iterations) for name, batch in batches.items()],
             }
         )
     return found
@@ -151,44 +148,3 @@ def _batches(
         prompt = np.clip(np.minimum(budget - running, together * traffic.computed_isl), 1.0, None)
         found["with a prompt"] = Composition(running, running * context, prompt, one * traffic.prompt_context)
     return found
-
-
-def _iteration(name: str, batch: Composition, iterations: Iterations) -> dict[str, Any]:
-    """One iteration: its seconds, and those of its items, the largest first."""
-    ledger = iterations.sized(batch, captured=bool(batch.prefill_tokens[0] <= 0.0))
-    items = [item for item in ledger.items if not isinstance(item, Resident)]
-    repeats = iterations.repeats()
-    slowdown = iterations.prompt_slowdown if batch.prefill_tokens[0] > 0.0 else 1.0
-    rows = [
-        {
-            "what": item.what, "block": item.block, "by": item.by, "source": item.source,
-            "seconds": float(np.ravel(price)[0]) * repeats.get(item.block, 1) * slowdown,
-        }
-        for item, price in zip(items, iterations.pricer.prices(items, ledger.axes), strict=True)
-    ]  # fmt: skip
-    total = float(iterations.seconds(batch)[0])
-    host = iterations.software
-    if isinstance(iterations, Speculating):
-        draft_s = float(iterations.draft_s(batch)[0])
-        rows.append(
-            {
-                "what": "draft",
-                "block": "",
-                "by": "speculation",
-                "source": "arXiv:2211.17192",
-                "seconds": draft_s,
-            }
-        )
-    rows.append(
-        {
-            "what": "host", "block": "", "by": "stack", "source": host.iteration_s.source,
-            "seconds": float(iterations.ctx.mesh.pp[0] * iterations.host_s(batch)[0]),
-        }
-    )  # fmt: skip
-    return {
-        "name": name,
-        "decodes": float(batch.decodes[0]),
-        "prefill_tokens": float(batch.prefill_tokens[0]),
-        "seconds": total,
-        "items": sorted((row for row in rows if row["seconds"] > 0.0), key=lambda row: -row["seconds"]),  # type: ignore[operator]
-    }

@@ -34,7 +34,7 @@ def serve(problem: ServeProblem, top: int = 10, given: tuple[Pool, ...] = ()) ->
     Args:
         problem: model, machines, traffic, stack and choices.
         top: plans to keep.
-        given: on several clusters, pools that are there: only their load is found.
+        given: on several clusters, offloaded, or of parts, pools that are there: only their load is found.
 
     Raises:
         SpecError: a fixed or forbidden choice is unknown.
@@ -85,7 +85,7 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
     if "ping_pong" in modes:
         from planner.serving.ping_pong import search_ping_pong
 
-        found += search_ping_pong(problem, pricer, account)
+        found += search_ping_pong(problem, pricer, account, given)
     if not found:
         raise _NothingError(account)
     found.sort(key=lambda f: _order(problem, f))

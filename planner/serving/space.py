@@ -230,6 +230,9 @@ class ServeSpace:
                     number = -1
                 if not int(name != "draft_tokens") <= number <= 10**7:
                     faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
+                if name == "replicas" and number > self.problem.cluster.devices and not self.problem.others:
+                    found = f"{number} on {counted(self.problem.cluster.devices, 'device')}"
+                    faults.append(Fault(f"--fix {full}", found, "one device each, at least"))
                 checked[name] = number
             else:
                 checked[name] = str(value).lower()

@@ -105,6 +105,16 @@ class ServeProblem:
         if len({cluster.name for cluster in self.clusters}) <= len(self.others):
             yield Fault("cluster", "the same cluster twice", "clusters of different devices")
         t = self.traffic
+        positions = self.model.max_seq_len if self.model.learned_positions else math.inf
+        if t.isl + t.osl > positions:
+            found = f"{t.isl:,} tokens in and {t.osl:,} out, of {self.model.name}, whose table of positions ends at {positions:,}"
+            room = int(positions) - t.osl
+            hint = (
+                f"At most {room:,} in fit beside {t.osl:,} out."
+                if room > 0
+                else "Shorten the answers as well."
+            )
+            yield Fault("isl", found, f"{positions:,} tokens together", hint)
         if t.osl == 1 and (self.others or not {"aggregated", "static", "offloaded"} & set(self.modes)):
             yield Fault(
                 "osl",

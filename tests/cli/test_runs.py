@@ -115,3 +115,18 @@ def test_presets_are_published_combinations(planner):
     assert {fault["where"] for fault in planner("train", *job, "--preset", "ptpd", "--json").faults} == {
         "--preset"
     }
+
+
+def test_layers_are_placed_on_unlike_nodes(planner):
+    nodes = ("--layers", 4, "--node", "fast:1:8,4", "--node", "slow:2:4,1")
+    found = planner("solve", "flow", *nodes, "--json").json
+    assert found["tokens_per_s"] == 4.0
+    assert [(s["kind"], s["first"], s["layers"]) for s in found["spans"]] == [
+        ("fast", 0, 2),
+        ("slow", 2, 1),
+        ("slow", 3, 1),
+    ]
+    assert "Exact under this model" in planner("solve", "flow", *nodes).out
+    wrong = planner("solve", "flow", "--layers", 0, "--node", "t4:12", "--backend", "abacus", "--json")
+    assert {fault["where"] for fault in wrong.faults} == {"--layers", "--node", "--backend"}
+    assert planner("solve", "flow", "--layers", 9, "--node", "t4:1:5", "--json").code == 3

@@ -410,6 +410,47 @@ def test_static_batches_in_the_other_verbs(planner, tmp_path):
     assert continuous["estimate"]["goodput_requests_per_s"] > plan["estimate"]["goodput_requests_per_s"]
 
 
+def test_attention_and_experts_apart_in_the_other_verbs(planner, tmp_path):
+    path = tmp_path / "apart.json"
+    base = ("serve", "--model", "mixtral-8x7b", "--cluster", "h100-sxm:1x8", "--isl", 1000, "--osl", 50)
+    assert planner(*base, "--mode", "ping_pong", "--tpot-ms", 60, "--ttft-ms", 900, "-o", path).code == 0
+    for plan in json.loads(path.read_text())["plans"]:
+        again = planner("estimate", f"{path}:{plan['id']}", "--json").json["plans"][0]
+        assert (again["id"], again["estimate"]) == (plan["id"], plan["estimate"])
+    token, *sides, prompts = planner("explain", path, "--json").json["pools"]
+    assert [part["role"] for part in (token, *sides, prompts)] == [
+        "attention and experts", "attention", "experts", "prefill",
+    ]  # fmt: skip
+    assert "waiting for the other side" in planner("explain", path, "--all").out
+    assert planner("compare", path, f"{path}:2", "--json").json["a"]["devices"] <= 8
+    found = planner("simulate", path, "--requests", 4000, "--json").json
+    assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(
+        found["predicted"]["tpot_s"]["mean"], rel=0.15
+    )
+    refused = planner("export", path, "--to", "vllm", "--json")
+    assert refused.code == 5
+    assert "attention and experts apart" in refused.faults[0]["expected"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--model", "llama3.1-8b", "--engine", "vllmm"), 2, "Did you mean vllm or"),
+        (("--model", "llama3.1-8b", "--ttft-ms", -5), 2, "--ttft-ms: -5; expected milliseconds above 0"),
+        (("--model", "opt-13b", "--isl", 4000), 2, "At most 1,948 in fit beside 100 out."),
+        (("--model", "llama3.1-8b", "--fix", "replicas=9"), 2, "9 on 2 devices"),
+        (("--model", "llama3.1-8b", "--precision", "fp8"), 3, "--precision bf16 fits."),
+        (("--model", "llama3.1-8b", "--fix", "tp=5"), 2, "no replica on 2 devices has tp=5"),
+        (("--model", "llama3.1-8b", "--fix", "ep=2"), 3, "Leave out --fix ep=2."),
+        (("--model", "llama3.1-8b", "--fix", "cache_copies=dcp"), 3, "Leave out --fix cache_copies=dcp"),
+    ],
+)
+def test_what_would_fit_is_told(planner, options, code, said):
+    found = planner("serve", "--cluster", "a100-sxm-80gb:1x2", "--isl", 1000, "--osl", 100, *options)
+    assert found.code == code
+    assert said in " ".join(found.err.split())
+
+
 _MODES = {
     "offloaded": ("opt-1.3b", "t4:1x1", "--precision", "fp16"),
     "static": ("llama3.1-8b", "h100-sxm:1x2"),

@@ -8,6 +8,7 @@ import pytest
 
 from planner import ServeProblem, Traffic, load_cluster, load_model, load_stack, serve
 from planner.errors import Infeasible
+from planner.serving.deployment import deployment_of
 
 SLOW = Path(__file__).resolve().parents[2] / "examples" / "slow_network.toml"
 APART = ("disaggregated",)
@@ -38,3 +39,14 @@ def test_a_missed_limit_of_whole_answers_counts_every_token():
     told = re.search(r"nothing is faster than ([\d.]+) ms", str(found.value))
     assert told is not None
     assert float(told[1]) * 1e-3 > 199 * 2 * 8.03e9 / (8 * 3.35e12)
+
+
+def test_a_cache_that_came_over_joins_as_a_token_of_the_step():
+    """Who joins a pool that generates computes one token, as those that are there do, and holds nobody up."""
+    traffic = Traffic(isl=2000, osl=200, tpot_s=0.02)
+    job = (load_model("llama3.1-8b"), load_cluster("h100-sxm:1x8"), traffic, load_stack("trtllm"))
+    best = serve(ServeProblem(*job, modes=APART), top=1).best
+    (stage,) = (stage for stage in deployment_of(best).stages if stage.role == "decode")
+    assert stage.rules.mixed
+    alone, joined = stage.iteration(40.0, 80e3, 0.0, 0.0), stage.iteration(39.0, 78e3, 1.0, 2e3)
+    assert float(joined) == pytest.approx(float(alone), rel=0.01)

@@ -10,10 +10,13 @@ from planner.costs.serving import ping_pong_s
 from planner.engine import Pricer
 from planner.errors import PlannerError
 from planner.export.serving import export_serving
+from planner.load.requests import Lengths, draw
+from planner.load.results import summarize
 from planner.serving.candidates import Account
+from planner.serving.deployment import deployment_of, run
 from planner.serving.ping_pong import ping_pong_kinds
 from planner.serving.pools import decode_kinds
-from planner.serving.replay import problem_of
+from planner.serving.replay import account, reprice
 from planner.serving.serve import serve
 from planner.serving.space import ServeSpace
 from planner.specs.serve_problem import ServeProblem
@@ -80,8 +83,45 @@ def test_a_model_without_experts_has_nothing_to_part():
         serve(dense, top=1)
 
 
-def test_what_no_engine_runs_is_neither_exported_nor_priced_again():
-    best = serve(problem(), top=1).best
-    for use in (problem_of, lambda plan: export_serving(plan, "vllm")):
-        with pytest.raises(PlannerError, match="ping_pong"):
-            use(best)
+def test_every_plan_of_a_file_is_priced_again_as_it_was():
+    for plan in serve(problem(), top=3).plans:
+        again = reprice(plan)
+        assert again.id == plan.id
+        assert again.estimate == plan.estimate
+
+
+def test_seconds_of_a_token_by_what_they_wait_for():
+    """Equation 5 of the paper by its terms, and either side by its kernels."""
+    plan = serve(problem(), top=1).best
+    both, attention, experts, prompts = account(plan)
+    (token,), (a,), (e,) = (pool["iterations"] for pool in (both, attention, experts))
+    assert sum(item["seconds"] for item in token["items"]) == pytest.approx(token["seconds"])
+    assert token["seconds"] == pytest.approx(
+        plan.estimate.tpot_s["mean"], rel=0.05
+    )  # between loads tried, by a line
+    for side in (a, e):
+        assert sum(item["seconds"] for item in side["items"]) == pytest.approx(side["seconds"], rel=0.02)
+    busy = next(item["seconds"] for item in token["items"] if item["what"].endswith("at work"))
+    batches = int(plan.pools[1].knobs["batches_in_turn"])
+    assert busy == pytest.approx(batches * max(a["seconds"], e["seconds"]))
+    assert {item["what"] for item in e["items"]} >= {"moe.fc1", "moe.fc2"}
+    assert not {item["what"] for item in a["items"]} & {item["what"] for item in e["items"]}
+    assert prompts["role"] == "prefill"
+
+
+def test_simulated_replicas_take_a_turn_for_a_token():
+    """At a light load every answer has the time between tokens that the paper's equation gives for what is in flight."""
+    plan = serve(problem(), top=1).best
+    deployment = deployment_of(plan)
+    assert [stage.role for stage in deployment.stages] == ["prefill", "decode"]
+    done = run(deployment, draw(Lengths(571, 159), 600, rate_per_s=2.0 * plan.pools[1].replicas, seed=1))
+    found = summarize(done, 0.2)
+    (engine,) = (stage for stage in deployment.stages if stage.role == "decode")
+    held = 1.0 + 2.0 * found.tpot_s.mean * 158.0  # Little's law, of a replica, and the answer that sees them
+    assert found.tpot_s.mean == pytest.approx(float(engine.iteration(held, held * 650.5, 0.0, 0.0)), rel=0.05)
+    assert engine.pool.blocks > 0
+
+
+def test_what_no_engine_runs_is_not_exported():
+    with pytest.raises(PlannerError, match="attention and experts apart"):
+        export_serving(serve(problem(), top=1).best, "vllm")

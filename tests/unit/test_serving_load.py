@@ -263,6 +263,19 @@ def test_chain_of_an_affine_pool():
         assert load.decodes == pytest.approx(67.33, rel=0.01)
 
 
+@pytest.mark.parametrize(("prompt_cv2", "output_cv2"), [(2.0, 0.0), (0.0, 2.0), (1.0, 1.0)])
+def test_a_wait_for_the_only_slot_is_that_of_m_g_1(prompt_cv2, output_cv2):
+    """A prompt of 0.21 s and 20 decodes of 10 ms: Pollaczek-Khinchine with the variation of both, each by its share of 0.41 s."""
+    price, rules = Affine(10e-3, 0.0, 0.0, 1e-3), scheduler("sarathi", 1, 8192)
+    lengths, rate = Lengths(200, 21, prompt_cv2, output_cv2), 0.7 / 0.41
+    exact_s = mg1_wait_s(rate, 0.41, (0.2**2 * prompt_cv2 + 0.2**2 * output_cv2) / 0.41**2) + 0.21
+    found, _ = run(price, rules, lengths, rate)
+    assert found.ttft_s.mean == pytest.approx(exact_s, abs=2 * found.ttft_s.mean_error)
+    assert steady_load(price, rules, lengths, rate).ttft_s[0] == pytest.approx(exact_s, rel=0.15)
+    chain = percentiles(price, rules, lengths, rate)
+    assert chain.ttft_s["p99"] == pytest.approx(found.ttft_s.p99, rel=0.2)
+
+
 @pytest.mark.parametrize("policy", ["vllm", "sarathi", "orca"])
 @pytest.mark.parametrize("slots", [1, 512])
 @pytest.mark.parametrize(

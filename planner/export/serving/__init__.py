@@ -100,6 +100,9 @@ def serving_problems(target: ServingTarget, exporter: ServingExporter) -> list[P
     where = f"--to {exporter.name}"
     if plan.mode in ("offloaded", "static"):
         return [Problem(where, f"plan of mode {plan.mode}", "pools that take requests as they come")]
+    if plan.mode == "ping_pong":
+        expected = "pools of whole models; none of these engines runs attention and experts apart"
+        return [Problem(where, f"plan of mode {plan.mode}", expected)]
     vendors = sorted({cluster.device.vendor for cluster in target.clusters})
     if len(vendors) > 1:
         return [
