@@ -205,14 +205,24 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     )
     # It ran: where not one request is predicted to fit, the prediction is wrong.
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
-    state = steady(iterations, traffic, inside, chunk)
+    state = steady(iterations, traffic, inside, chunk, held_back=launch.held_back_iterations)
     rate = state.requests_per_s
     held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
-    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
+    # A prompt that an iteration has to leave unfinished is gone on with by kernels that no short request has run before.
+    split = inside / iterations.ctx.mesh.dp * traffic.isl > chunk
+    stalled_s = (
+        np.where(split, float(iterations.software.compile_s), 0.0) * _first(traffic) * runs[0].compiles
+    )
+    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s + stalled_s
     return {
         "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
         "output_tokens_per_s": rate * traffic.osl,
     }  # fmt: skip
+
+
+def _first(traffic: Traffic) -> float:
+    """The share of requests that come first of their clients, all at once."""
+    return 0.0 if traffic.requests_per_client is None else 1.0 / traffic.requests_per_client
 
 
 def _chunk_tokens(runs: Runs, iterations: Iterations, load: Array) -> Array:
@@ -245,7 +255,7 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     context, answer = traffic.isl + traffic.osl / 2.0, max(traffic.osl - 1.0, 1.0)
     transfer_s = _transfer_s(prefill, iterations, traffic, prompt_s)
     others = np.maximum(load / lanes - 1.0, 0.0)
-    first = 0.0 if traffic.requests_per_client is None else 1.0 / traffic.requests_per_client
+    first = _first(traffic)
 
     def step_s(n: Array) -> Array:
         each = n / iterations.ctx.mesh.pp

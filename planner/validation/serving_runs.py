@@ -114,6 +114,7 @@ class ServedRun:
             self.requests_per_client,
             self.length_scv,
             self.longest_answer,
+            self.compiles,
         )
 
 
@@ -137,21 +138,23 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if weights in _NEEDS_FP8 and not cluster.device.supports("fp8"):
         weights = "int8_wo"  # engines unpack such weights for 16-bit products (Marlin kernels): as many bytes as int8 ones
     driver, load = _driver(row, suite)
-    launch = suite.launch(
-        {
-            "engine": row.text("engine").lower(),
-            "stack": stack.name,
-            "engine_version": row.text("engine_version"),
-            "memory_gb": float(cluster.device.memory_bytes) / 1e9,
-            "generation": cluster.device.generation,
-            "experts": any(block.moe is not None for block in model.blocks.values()),
-            "attention_ranks": dp > 1,
-            "input_len": row.number("input_len") or 0.0,
-            "output_len": row.number("output_len") or 0.0,
-            "tp": float(tp),
-            "concurrency": row.number("concurrency") or 0.0,
-        }
-    )
+    told: dict[str, str | bool | float] = {
+        "engine": row.text("engine").lower(),
+        "stack": stack.name,
+        "engine_version": row.text("engine_version"),
+        "date": date,
+        "memory_gb": float(cluster.device.memory_bytes) / 1e9,
+        "device": cluster.device.name,
+        "generation": cluster.device.generation,
+        "experts": any(block.moe is not None for block in model.blocks.values()),
+        "weights": weights,
+        "attention_ranks": dp > 1,
+        "input_len": row.number("input_len") or 0.0,
+        "output_len": row.number("output_len") or 0.0,
+        "tp": float(tp),
+        "concurrency": row.number("concurrency") or 0.0,
+    }
+    launch = suite.launch(told)
     if launch.ranks_attend and degrees[2] == 1:
         degrees = (1, pp, tp, tp)
     isl, osl = (round(_length(row, column) * suite.mean_length) for column in ("input_len", "output_len"))
@@ -168,7 +171,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         launch=launch,
         compiles=bool(date) and suite.compiles(row.text("engine").lower(), date),
         frontend_s=suite.frontend_s,
-        requests_per_client=suite.requests_per_client or _per_client(row, driver, load),
+        requests_per_client=suite.per_client(told) or _per_client(row, driver, load),
         length_scv=suite.length_scv,
         longest_answer=_longest(row),
         may_speculate=suite.may_speculate(
