@@ -143,13 +143,18 @@ def _left_out(left_out: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Intervals\n"
     yield (
         "The interval that `planner serve` gives with every estimate is that of a source which no constant knows "
-        "(`planner/validation/serving_spreads.py`). Fitted without any run of a source, it holds this share of that source's "
-        "runs, mean over sources; 80 % is meant.\n"
+        "(`planner/validation/serving_spreads.py`), as wide as the load and what is new of engine and device say: widths, and "
+        "nothing else, know the [held-out runs](held_out_serving.md). With all runs of a source left out, of constants and of "
+        "widths, intervals hold this share of its runs, mean over sources; 80 % is meant.\n"
     )
-    yield "| what | sources | held | predicted, times or divided by, median |"
-    yield "|---|---:|---:|---:|"
+    yield "| what | runs | sources | held | of all runs | predicted, times or divided by, median |"
+    yield "|---|---|---:|---:|---:|---:|"
     for name, v in left_out["intervals"].items():
-        yield f"| {_QUANTITIES[name]} | {v['sources']} | {v['held']:.0%} | {exp(v['half_width']):.2f} |"
+        for kind, own in v.items():
+            yield (
+                f"| {_QUANTITIES[name]} | {kind} | {own['sources']} | {own['held']:.0%} | {own['held_rows']:.0%} "
+                f"| {exp(own['half_width']):.2f} |"
+            )
 
 
 _QUANTITIES = dict(

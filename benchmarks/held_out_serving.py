@@ -20,7 +20,7 @@ from planner.validation import validate
 from planner.validation.report import Report
 from planner.validation.scores import ScoredRow, coverage, error_statistics
 from planner.validation.serving import served_runs
-from planner.validation.serving_bars import QUANTITY_OF
+from planner.validation.serving_bars import QUANTITY_OF, load_of_run
 from planner.validation.serving_runs import ServedRun
 from planner.validation.table import read_table
 
@@ -176,7 +176,8 @@ def _inside(row: ScoredRow, run: ServedRun) -> bool:
     assert row.measured is not None, "the row is scored"
     quantity = QUANTITY_OF[row.metric]
     novelty = novelty_of(run.stack, run.cluster.device)
-    found = serving_interval(run.experts, run.driver == "pools", novelty, {quantity: row.predicted})
+    pools, load = run.driver == "pools", load_of_run(run)
+    found = serving_interval(run.experts, pools, load, novelty, {quantity: row.predicted})
     low, high = found[quantity]
     return low <= row.measured <= high
 
