@@ -27,6 +27,8 @@ class Launch:
         held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
         cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
         ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
+        prompt_ranks_attend: the same of workers for prompts alone, where they are another pool.
+        ranks_share: whether all ranks of a pool's worker share every request, whatever ``dp`` says.
     """
 
     cache: str = ""
@@ -37,6 +39,8 @@ class Launch:
     held_back_iterations: int = 0
     cache_fraction: float = 0.0
     ranks_attend: bool = False
+    prompt_ranks_attend: bool = False
+    ranks_share: bool = False
 
 
 DEFAULTS = Launch()
@@ -188,9 +192,20 @@ def _holds(name: str, value: str | bool | float, run: Conditions) -> bool:
 
 def _conditions(reader: Reader) -> Conditions:
     texts = ("engine", "stack", "engine_version", "device", "generation", "weights", "until")
-    bounds = ("input_len", "output_len", "most_tp", "least_concurrency", "most_memory_gb", "least_memory_gb")
+    bounds = (
+        "input_len",
+        "output_len",
+        "least_tp",
+        "most_tp",
+        "least_concurrency",
+        "most_concurrency",
+        "most_memory_gb",
+        "least_memory_gb",
+    )
     found: dict[str, str | bool | float] = {name: reader.text(name) for name in texts if reader.has(name)}
-    found |= {name: reader.boolean(name) for name in ("experts", "attention_ranks") if reader.has(name)}
+    found |= {
+        name: reader.boolean(name) for name in ("experts", "attention_ranks", "pools") if reader.has(name)
+    }
     return found | {name: reader.number(name) for name in bounds if reader.has(name)}
 
 
@@ -212,6 +227,8 @@ def _launch(reader: Reader) -> tuple[Conditions, Launch]:
         reader.integer("held_back_iterations", 0, minimum=0),
         reader.number("cache_fraction", 0.0, maximum=1.0),
         reader.boolean("ranks_attend", False),
+        reader.boolean("prompt_ranks_attend", False),
+        reader.boolean("ranks_share", False),
     )
     reader.text("source")
     reader.finish()

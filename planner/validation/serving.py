@@ -237,7 +237,8 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     """Clients that replace every answer, of workers for prompts and of others for generation.
 
     A client is at a worker for prompts, on its cache's way, or generates (Little's law): the number that generates is found by
-    bisection. Clients of one worker for prompts wait for each other, all of them at the beginning of a run.
+    bisection. Clients of one worker for prompts wait for each other, all of them at the beginning of a run; those for whom no
+    worker for generation has a place wait before it.
     """
     counts = np.array([run.workers or (1.0, 1.0) for run in runs])
     layout = np.array([run.prefill or (1, 1, 1, 1, 1.0) for run in runs], dtype=np.float64)
@@ -248,7 +249,8 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     zero, keys = np.zeros_like(load), np.full_like(load, traffic.prompt_context)
     prompt_s = prefill(zero, zero, prompts * dp * traffic.isl, keys)
     # Where prompts wait, an iteration takes as many as it has room for.
-    several = np.maximum(prompts, np.floor(float(iterations.software.chunk_tokens) / traffic.isl))
+    chunk = runs[0].launch.chunk_tokens or float(iterations.software.chunk_tokens)
+    several = np.maximum(prompts, np.floor(chunk / traffic.isl))
     several_s = prefill(zero, zero, several * dp * traffic.isl, keys)
     lanes = counts[:, 0] * pp * dp  # ranks that take a batch of prompts each, one after the other
     most = lanes * several / several_s
@@ -269,10 +271,11 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         own_s = prompt_s + busy * (several_s - prompt_s)
         # By one worker, then by the other, which has begun an iteration without it; text becomes tokens once.
         outside_s = iterations.software.admitted_s(traffic.isl) + float(iterations.software.admission_s)
-        outside_s = outside_s + 2.0 * token_s + runs[0].frontend_s
+        outside_s = outside_s + (2.0 + runs[0].launch.held_back_iterations) * token_s + runs[0].frontend_s
         return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
-    low, high = zero, load / counts[:, 1]
+    most_sequences = runs[0].launch.max_sequences or np.inf  # of a rank that attends to its own
+    low, high = zero, np.minimum(load / counts[:, 1], most_sequences * iterations.ctx.mesh.dp)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
         token_s = step_s(middle)

@@ -19,9 +19,7 @@ def kind_of_run(run: ServedRun) -> str:
 
 def kind_of_value(run: ServedRun, metric: str) -> str:
     """Values whose errors are alike: rates of pools, of which few were published, are like others of such models."""
-    return kind_of(
-        experts=run.experts, pools=run.driver == "pools" and QUANTITY_OF[metric] != _RATE
-    )
+    return kind_of(experts=run.experts, pools=run.driver == "pools" and QUANTITY_OF[metric] != _RATE)
 
 
 def load_of_run(run: ServedRun) -> str:

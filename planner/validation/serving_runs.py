@@ -149,6 +149,7 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         "experts": any(block.moe is not None for block in model.blocks.values()),
         "weights": weights,
         "attention_ranks": dp > 1,
+        "pools": driver == "pools",
         "input_len": row.number("input_len") or 0.0,
         "output_len": row.number("output_len") or 0.0,
         "tp": float(tp),
@@ -161,6 +162,10 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
+    if launch.prompt_ranks_attend and prefill:
+        prefill = (1, prefill[1], prefill[0], prefill[0], prefill[4])
+    if launch.ranks_share and prefill:
+        degrees, prefill = (tp * dp, pp, 1, 1), (prefill[0] * prefill[2], prefill[1], 1, 1, prefill[4])
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
         driver, load,
@@ -169,7 +174,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         workers=workers,
         prefill=prefill,
         launch=launch,
-        compiles=bool(date) and suite.compiles(row.text("engine").lower(), date),
+        # Benchmarks of pools send requests before those that count.
+        compiles=bool(date) and driver != "pools" and suite.compiles(row.text("engine").lower(), date),
         frontend_s=suite.frontend_s,
         requests_per_client=suite.per_client(told) or _per_client(row, driver, load),
         length_scv=suite.length_scv,

@@ -61,7 +61,10 @@ def fit_serving_spreads(residuals: Sequence[ServingResidual]) -> dict[str, dict[
         told = [r for r in own if np.isfinite(r.without_source) and r.kind in within]
         needed = np.array(
             [
-                [_between([r for r in told if (r.load, r.novelty) == (load, new)], within) for new in NOVELTIES]
+                [
+                    _between([r for r in told if (r.load, r.novelty) == (load, new)], within)
+                    for new in NOVELTIES
+                ]
                 for load in LOADS
             ]
         )

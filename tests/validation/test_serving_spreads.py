@@ -36,7 +36,9 @@ def test_a_source_counts_once_however_many_runs_it_has():
     """Nine sources are off by a tenth, one with a thousand runs by a half: nine of ten hold with a tenth."""
     small = [ServingResidual("ttft_s", "dense", f"small {n}", 0.0, 0.1) for n in range(9)]
     large = [ServingResidual("ttft_s", "dense", "large", 0.0, 0.5)] * 1000
-    assert fit_serving_spreads([*small, *large])["ttft_s"]["between"]["closed"]["source"] == pytest.approx(0.1)
+    assert fit_serving_spreads([*small, *large])["ttft_s"]["between"]["closed"]["source"] == pytest.approx(
+        0.1
+    )
 
 
 def test_intervals_hold_eight_of_ten_runs_of_sources_left_out():
