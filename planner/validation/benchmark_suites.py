@@ -28,6 +28,7 @@ class Launch:
         cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
         ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
         prompt_ranks_attend: the same of workers for prompts alone, where they are another pool.
+        experts_spread: whether whole experts are spread over all ranks, whatever ``ep`` says.
         ranks_share: whether all ranks of a pool's worker share every request, whatever ``dp`` says.
     """
 
@@ -40,6 +41,7 @@ class Launch:
     cache_fraction: float = 0.0
     ranks_attend: bool = False
     prompt_ranks_attend: bool = False
+    experts_spread: bool = False
     ranks_share: bool = False
 
 
@@ -228,6 +230,7 @@ def _launch(reader: Reader) -> tuple[Conditions, Launch]:
         reader.number("cache_fraction", 0.0, maximum=1.0),
         reader.boolean("ranks_attend", False),
         reader.boolean("prompt_ranks_attend", False),
+        reader.boolean("experts_spread", False),
         reader.boolean("ranks_share", False),
     )
     reader.text("source")

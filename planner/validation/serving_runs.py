@@ -162,6 +162,8 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
+    if launch.experts_spread:
+        degrees = (*degrees[:3], degrees[0] * degrees[2])
     if launch.prompt_ranks_attend and prefill:
         prefill = (1, prefill[1], prefill[0], prefill[0], prefill[4])
     if launch.ranks_share and prefill:

@@ -83,7 +83,7 @@ def fit_serving_spreads(residuals: Sequence[ServingResidual]) -> dict[str, dict[
 
 
 def held_of_sources(residuals: Sequence[ServingResidual]) -> dict[str, dict[str, dict[str, float]]]:
-    """Whether intervals hold runs of sources that were left out of them, too, by quantity, of ``published`` and ``held out`` runs.
+    """Whether intervals hold runs of sources that they were fitted without, by quantity, of ``published`` and ``held out`` runs.
 
     Returns:
         ``held``, the share of a source's runs inside, mean over sources, and ``held_rows``, that of all runs; ``half_width``, the
