@@ -316,7 +316,8 @@ def _cell(run: ServedRun) -> Cell:
 def _fitted_with(name: str) -> str:
     """The stack whose fitted constants one takes: its own, or where its file has none, those of the one that it extends."""
     text = _file(name).read_text(encoding="utf-8")
-    return name if MARK in text else _fitted_with(tomllib.loads(text)["extends"])
+    above = tomllib.loads(text).get("extends")
+    return name if MARK in text or above is None else _fitted_with(above)
 
 
 @cache

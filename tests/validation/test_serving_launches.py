@@ -134,7 +134,12 @@ def test_attention_ranks_of_vllm_s_pools():
 
 def test_experts_are_whole_where_the_script_always_spreads_them():
     """SemiAnalysisAI/InferenceX@a363463, minimaxm2.5_fp8_h200.sh: expert parallel if EP_SIZE is 1 or more."""
-    cells = {"engine": "vllm", "model": "MiniMaxAI/MiniMax-M2.5", "weight_dtype": "fp8", "measured_date": "2026-03-27"}
+    cells = {
+        "engine": "vllm",
+        "model": "MiniMaxAI/MiniMax-M2.5",
+        "weight_dtype": "fp8",
+        "measured_date": "2026-03-27",
+    }
     assert run(**cells, accelerator="H200-SXM").degrees == (8, 1, 1, 8)
     assert run(**cells, accelerator="H100-SXM").degrees == (8, 1, 1, 1)
 
