@@ -120,8 +120,11 @@ def main() -> None:
     options = arguments.parse_args()
     found = fit(read_cases(options.files), options.rounds)
     rows = residuals(found, read_cases(sorted(str(path) for path in _HELD_OUT.glob("*.csv"))))
-    told = left_out(found, rows)
-    whole = statistics(found.cases, found.errors, source_of)
+    listed = Counter(
+        first for path in options.files for first in repeated(served_runs(read_table(path))).values()
+    )
+    told = left_out(found, rows, listed)
+    whole = statistics(found.cases, found.errors, source_of, listed)
     for title, errors in (
         ("in sample", whole),
         ("models left out", told["models"]),
@@ -381,18 +384,22 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def left_out(found: Fit, rows: list[ServingResidual]) -> dict[str, Any]:
+def left_out(found: Fit, rows: list[ServingResidual], listed: Counter[str]) -> dict[str, Any]:
     """Errors of models and of sources left out, by what they are held to, and whether intervals hold the latter."""
     return {
-        "models": statistics(found.cases, found.by_model, lambda run: " on ".join(_cell(run))),
-        "sources": statistics(found.cases, found.by_source, source_of),
+        "models": statistics(found.cases, found.by_model, lambda run: " on ".join(_cell(run)), listed),
+        "sources": statistics(found.cases, found.by_source, source_of, listed),
         "intervals": _rounded(held_of_sources(rows)),
     }
 
 
-def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str]) -> dict[str, dict[str, Any]]:
-    """Errors by what they are held to, of it without runs that may have waited for compilation, and by parts of it."""
+def statistics(
+    cases: list[Case], errors: Any, part: Callable[[ServedRun], str], listed: Counter[str]
+) -> dict[str, dict[str, Any]]:
+    """Errors by what they are held to, of it without runs that may have waited for compilation, as often as rows are ``listed``
+    again, and by parts of it."""
     by_name: dict[str, list[float]] = defaultdict(list)
+    twice = {bar_of(run, metric) for run, metric, _ in cases if listed[run.row.row_id]}
     cold = {bar_of(run, metric) for run, metric, _ in cases if run.compiles and metric == "ttft"}
     for (run, metric, _), error in zip(cases, errors, strict=True):
         if np.isfinite(error):
@@ -400,6 +407,8 @@ def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str])
             by_name[bar].append(error)
             if bar in cold and not run.compiles:
                 by_name[f"{bar}, compiled before"].append(error)
+            if bar in twice:
+                by_name[f"{bar}, every listing"] += [error] * (1 + listed[run.row.row_id])
             by_name[f"{bar}: {part(run)}"].append(error)
     return {name: _statistics(np.array(values)) for name, values in sorted(by_name.items())}
 
