@@ -41,22 +41,24 @@ TAIL = """
 - **Speculation.** Whether draft tokens were used is mostly not stated. Rows of models with a prediction module are predicted
   without it and not counted from the day on which a suite ran both ways, nor are configurations whose repeats differ by more than
   25 % in the time between tokens.
-- **First runs.** Some published times to the first token hold seconds of compilation: they are counted. InferenceX sent no
-  request before those that count until 2026-01-21, and kept no compiled kernels on its B200 from 2025-10-06 on; SGLang, which
-  runs no full iteration before it is ready, answered first tokens there some seconds late. With 4-bit weights the seconds come
-  with the first iteration that fills the budget of 16,384 tokens, of 32 clients and more with prompts of 1,024 tokens, of all
-  with prompts of 8,192: 50 to 90 s that the first of every client's ten requests waits, whatever the load. They are in all
-  figures, but no constant is fitted to them.
-  In pools, what is missing of a first token is what one stall of up to seventy seconds at the beginning of a run would add. It
-  is hardly a queue: the same pools and clients, simulated request by request with all of them at the door at first, wait at most
-  half as long again, mostly less than foretold (41 runs of up to 512 clients). Nor does it follow the load: of 622 pairs of
-  neighbouring numbers of clients on one deployment, 28 have first tokens more than twice as long with the fewer clients (4 wait
-  39 s where 36 wait 11 s), and rows do not say which runs stood still.
+- **First runs.** Some published times to the first token hold a minute of compilation: they are counted. InferenceX sent no
+  request before those that count until 2026-01-21, and kept no compiled kernels on its B200 from 2025-10-06 on; SGLang's own
+  warm-up is one short request. The first prompt that an iteration's budget (16,384 tokens with 4-bit weights, 32,768 with 8-bit
+  ones) splits goes on with kernels that FlashInfer ships as source: all first requests wait for them, one of ten, 20 or 50 of
+  a client by the runner's script of the day. Those 60 s are what FlashInfer's users report, not fitted here; what the runs say
+  is 30 to 110 s. Smaller stalls of 2 to 5 s, where nothing is split, are left out. Pools were warmed up; what is missing of some
+  of their first tokens looks like a stall all the same: of 622 pairs of neighbouring numbers of clients on one deployment, 28
+  have first tokens more than twice as long with the fewer clients (4 wait 39 s where 36 wait 11 s).
 - **Listed twice.** Snapshots of the same benchmarks repeat runs, under both names of a model too. Where configuration and every
   digit agree, a run counts once.
-- **Attention ranks.** One snapshot of the published runs does not state them reliably; it is taken at its word.
-- **The largest batch of a pool.** Workers for generation are taken to hold all that their caches can, those for prompts to take
-  as many that wait as their budget has room for: rows state a batch of one prompt throughout, and measured more than it allows.
+- **Layouts.** Rows of some benchmarks carry the labels of a configuration that its scripts do not heed: attention ranks that a
+  script chose by lengths and clients, workers whose layout is written into the script, experts that are always spread. Where
+  the scripts of the day are public they are believed, else the rows.
+- **The largest batch of a pool.** Workers for generation hold what the names of their recipes say, where they say it; of others
+  it is what their caches can. Workers for prompts take as many that wait as their budget has room for: rows state a batch of
+  one prompt throughout, and measured more than it allows.
+- **Prompts held back.** An engine that lets prompts wait until every attention rank has one, or until it looks for requests
+  again, runs those together that came meanwhile. That the wait ends sooner where prompts come faster is left out.
 - **Fixed lengths.** Where all answers are equally long, milliseconds between their prompts decide how clients fall in step.
 - **Frontends.** A frontend of its own (Dynamo, Triton) costs some tens of milliseconds, and more with many streams. What a
   request takes to be admitted, and each token of its prompt, are constants: queues in front of the engine are not modelled.
@@ -143,13 +145,18 @@ def _left_out(left_out: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Intervals\n"
     yield (
         "The interval that `planner serve` gives with every estimate is that of a source which no constant knows "
-        "(`planner/validation/serving_spreads.py`). Fitted without any run of a source, it holds this share of that source's "
-        "runs, mean over sources; 80 % is meant.\n"
+        "(`planner/validation/serving_spreads.py`), as wide as the load and what is new of engine and device say: widths, and "
+        "nothing else, know the [held-out runs](held_out_serving.md). With all runs of a source left out, of constants and of "
+        "widths, intervals hold this share of its runs, mean over sources; 80 % is meant.\n"
     )
-    yield "| what | sources | held | predicted, times or divided by, median |"
-    yield "|---|---:|---:|---:|"
+    yield "| what | runs | sources | held | of all runs | predicted, times or divided by, median |"
+    yield "|---|---|---:|---:|---:|---:|"
     for name, v in left_out["intervals"].items():
-        yield f"| {_QUANTITIES[name]} | {v['sources']} | {v['held']:.0%} | {exp(v['half_width']):.2f} |"
+        for kind, own in v.items():
+            yield (
+                f"| {_QUANTITIES[name]} | {kind} | {own['sources']} | {own['held']:.0%} | {own['held_rows']:.0%} "
+                f"| {exp(own['half_width']):.2f} |"
+            )
 
 
 _QUANTITIES = dict(

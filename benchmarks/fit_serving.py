@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from planner.specs.device import Sourced
-from planner.specs.device_file import load_device
 from planner.specs.library import hardware_folder
 from planner.specs.stack import Stack, load_stack
+from planner.uncertainty.serving import novelty_of
 from planner.validation.benchmark_suites import suite_of
 from planner.validation.serving import predict, served_runs
-from planner.validation.serving_bars import QUANTITY_OF, bar_of, kind_of_run
+from planner.validation.serving_bars import QUANTITY_OF, bar_of, kind_of_value, load_of_run
 from planner.validation.serving_exclusions import contradicted, excluded, repeated
 from planner.validation.serving_runs import ServedRun
 from planner.validation.serving_spreads import ServingResidual, fit_serving_spreads, held_of_sources
@@ -84,10 +84,7 @@ MARK = "# -- fitted by benchmarks/fit_serving.py"
 _STEP, _LONGEST, _SCALE, _FEWEST = 0.06, 0.7, 0.1, 20
 _RESIDUAL = 0.2  # typical: what a standard deviation of a constant weighs against a row's
 _ROWS_OF_A_MODEL = 40.0
-_UNMEASURED, _ASSUMED = (
-    "unmeasured",
-    "ascend-910b",
-)  # a device whose efficiencies are all assumed, none from its own kernels
+_HELD_OUT = Path(__file__).parent / "held_out" / "serving"
 Cell = tuple[str, str]
 Case = tuple[ServedRun, str, float]
 
@@ -103,8 +100,6 @@ class Fit:
     errors: Any  # logarithm of predicted over measured, per case, at theta
     by_model: Any  # the same with constants from the other models' rows
     by_source: Any  # and from the other sources' rows
-    by_engine: Any  # and from the other engines' rows
-    by_device: Any  # and from other generations' rows, on devices whose kernels nobody measured
 
 
 def main() -> None:
@@ -124,9 +119,12 @@ def main() -> None:
     arguments.add_argument("files", nargs="+", metavar="FILE.csv")
     options = arguments.parse_args()
     found = fit(read_cases(options.files), options.rounds)
-    rows = residuals(found)
-    told = left_out(found, rows)
-    whole = statistics(found.cases, found.errors, source_of)
+    rows = residuals(found, read_cases(sorted(str(path) for path in _HELD_OUT.glob("*.csv"))))
+    listed = Counter(
+        first for path in options.files for first in repeated(served_runs(read_table(path))).values()
+    )
+    told = left_out(found, rows, listed)
+    whole = statistics(found.cases, found.errors, source_of, listed)
     for title, errors in (
         ("in sample", whole),
         ("models left out", told["models"]),
@@ -188,22 +186,14 @@ def fit(cases: list[Case], rounds: int) -> Fit:
         found, centre = _solve(slopes, goal, weight * told, at, len(cells))
         theta = before + np.clip(found - before, -_LONGEST, _LONGEST)
 
-    def without(groups: list[Any], unmeasured: bool = False) -> Any:
-        """Errors of every group of rows, with constants from the others; on devices of which nothing was measured."""
+    def without(groups: list[Any]) -> Any:
+        """Errors of every group of rows, with constants from the others."""
         errors = np.full(len(cases), np.nan)
         for group in dict.fromkeys(groups):
             own = np.array([other == group for other in groups])
-            others, middle = _solve(slopes, goal, weight * told * ~own, at, len(cells))
-            moved, asked = (
-                before + np.clip(others - before, -_LONGEST, _LONGEST),
-                [cases[i] for i in np.flatnonzero(own)],
-            )
-            where = cells
-            if unmeasured:
-                asked = [(_on_unmeasured(run), metric, value) for run, metric, value in asked]
-                where = [(name, _UNMEASURED) for name in dict.fromkeys(name for name, _ in cells)]
-                moved = np.tile(middle, (len(where), 1))
-            errors[own] = _predicted(where, moved, asked) - measured[own]
+            others, _ = _solve(slopes, goal, weight * told * ~own, at, len(cells))
+            moved = before + np.clip(others - before, -_LONGEST, _LONGEST)
+            errors[own] = _predicted(cells, moved, [cases[i] for i in np.flatnonzero(own)]) - measured[own]
         return errors
 
     by_model = without(families)
@@ -213,16 +203,7 @@ def fit(cases: list[Case], rounds: int) -> Fit:
     by_model[[len(on_engine[_cell(run)[0]]) == 1 for run, _, _ in cases]] = np.nan
     errors = _predicted(cells, theta, cases) - measured
     by_source = without([source_of(run) for run, _, _ in cases])
-    by_engine = without([_cell(run)[0] for run, _, _ in cases])
-    by_device = without([_cell(run)[1] for run, _, _ in cases], unmeasured=True)
-    return Fit(cases, cells, theta, centre, errors, by_model, by_source, by_engine, by_device)
-
-
-def _on_unmeasured(run: ServedRun) -> ServedRun:
-    """The run on a device with the same data sheet, of whose kernels no one knows more than is assumed of new ones."""
-    (group,) = run.cluster.groups
-    device = replace(group.device, generation=_UNMEASURED, efficiency=load_device(_ASSUMED).efficiency)
-    return replace(run, cluster=replace(run.cluster, groups=(replace(group, device=device),)))
+    return Fit(cases, cells, theta, centre, errors, by_model, by_source)
 
 
 def _weights(cases: list[Case], at: Any, families: list[Any]) -> Any:
@@ -338,7 +319,8 @@ def _cell(run: ServedRun) -> Cell:
 def _fitted_with(name: str) -> str:
     """The stack whose fitted constants one takes: its own, or where its file has none, those of the one that it extends."""
     text = _file(name).read_text(encoding="utf-8")
-    return name if MARK in text else _fitted_with(tomllib.loads(text)["extends"])
+    above = tomllib.loads(text).get("extends")
+    return name if MARK in text or above is None else _fitted_with(above)
 
 
 @cache
@@ -365,22 +347,32 @@ def _family(run: ServedRun) -> tuple[int, int]:
     return run.model.hidden, run.model.n_layers
 
 
-def residuals(found: Fit) -> list[ServingResidual]:
-    """What intervals rest on."""
-    columns = (found.by_model, found.by_source, found.by_engine, found.by_device)
-    return [
+def residuals(found: Fit, held_out: list[Case]) -> list[ServingResidual]:
+    """What intervals rest on: runs that constants were fitted to, left out, and others, which have them all."""
+    published = [
         ServingResidual(
-            QUANTITY_OF[metric], kind_of_run(run), source_of(run), *(-float(error) for error in errors)
+            QUANTITY_OF[metric], kind_of_value(run, metric), source_of(run), *(-float(error) for error in errors),
+            load=load_of_run(run),
         )
-        for (run, metric, _), *errors in zip(found.cases, *columns, strict=True)
-    ]
+        for (run, metric, _), *errors in zip(found.cases, found.by_model, found.by_source, strict=True)
+    ]  # fmt: skip
+    new = sorted({_cell(run) for run, _, _ in held_out} - set(found.cells))
+    theta = np.vstack([found.theta, np.tile(found.centre, (len(new), 1))])
+    predicted = _predicted([*found.cells, *new], theta, held_out)
+    return published + [
+        ServingResidual(
+            QUANTITY_OF[metric], kind_of_value(run, metric), Path(run.row.file).stem, math.nan,
+            math.log(value) - float(seen), load_of_run(run), novelty_of(run.stack, run.cluster.device), held_out=True,
+        )
+        for (run, metric, value), seen in zip(held_out, predicted, strict=True)
+    ]  # fmt: skip
 
 
 def intervals(rows: list[ServingResidual]) -> dict[str, Any]:
     """The document that ``planner serve`` reads its intervals from."""
     about = (
         "log(measured/predicted) of published serving runs: half-widths that hold 80 % of runs of models left out "
-        "(within, by kind), and what sources, engines and devices left out need beside it (between): "
+        "(within, by kind), and what sources that no constant knows need beside it (between, by load and what is new): "
         "benchmarks/fit_serving.py --residuals writes this file."
     )
     return {"about": about, **_rounded(fit_serving_spreads(rows))}
@@ -392,18 +384,22 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def left_out(found: Fit, rows: list[ServingResidual]) -> dict[str, Any]:
+def left_out(found: Fit, rows: list[ServingResidual], listed: Counter[str]) -> dict[str, Any]:
     """Errors of models and of sources left out, by what they are held to, and whether intervals hold the latter."""
     return {
-        "models": statistics(found.cases, found.by_model, lambda run: " on ".join(_cell(run))),
-        "sources": statistics(found.cases, found.by_source, source_of),
+        "models": statistics(found.cases, found.by_model, lambda run: " on ".join(_cell(run)), listed),
+        "sources": statistics(found.cases, found.by_source, source_of, listed),
         "intervals": _rounded(held_of_sources(rows)),
     }
 
 
-def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str]) -> dict[str, dict[str, Any]]:
-    """Errors by what they are held to, of it without runs that may have waited for compilation, and by parts of it."""
+def statistics(
+    cases: list[Case], errors: Any, part: Callable[[ServedRun], str], listed: Counter[str]
+) -> dict[str, dict[str, Any]]:
+    """Errors by what they are held to, of it without runs that may have waited for compilation, as often as rows are ``listed``
+    again, and by parts of it."""
     by_name: dict[str, list[float]] = defaultdict(list)
+    twice = {bar_of(run, metric) for run, metric, _ in cases if listed[run.row.row_id]}
     cold = {bar_of(run, metric) for run, metric, _ in cases if run.compiles and metric == "ttft"}
     for (run, metric, _), error in zip(cases, errors, strict=True):
         if np.isfinite(error):
@@ -411,6 +407,8 @@ def statistics(cases: list[Case], errors: Any, part: Callable[[ServedRun], str])
             by_name[bar].append(error)
             if bar in cold and not run.compiles:
                 by_name[f"{bar}, compiled before"].append(error)
+            if bar in twice:
+                by_name[f"{bar}, every listing"] += [error] * (1 + listed[run.row.row_id])
             by_name[f"{bar}: {part(run)}"].append(error)
     return {name: _statistics(np.array(values)) for name, values in sorted(by_name.items())}
 

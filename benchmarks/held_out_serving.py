@@ -20,7 +20,7 @@ from planner.validation import validate
 from planner.validation.report import Report
 from planner.validation.scores import ScoredRow, coverage, error_statistics
 from planner.validation.serving import served_runs
-from planner.validation.serving_bars import QUANTITY_OF
+from planner.validation.serving_bars import QUANTITY_OF, load_of_run
 from planner.validation.serving_runs import ServedRun
 from planner.validation.table import read_table
 
@@ -38,9 +38,10 @@ HEAD = """# Serving runs that nothing was fitted to
 [Accuracy of serving](accuracy_serving.md) leaves models out; here whole pages are left out: other benchmarks, clusters,
 engines and devices than those that any constant has seen, but for `trtllm_v019`, another release of a page that constants
 know. The rows are in `benchmarks/held_out/serving`, each with its
-source's address and version; `python benchmarks/held_out_serving.py` scores them and writes this page. Nothing is fitted to
-them. Errors are fractions of the measured value; the interval is the one that `planner serve` gives with every estimate, and
-promises to hold 80 %.
+source's address and version; `python benchmarks/held_out_serving.py` scores them and writes this page. No constant is fitted to
+them; widths of intervals are, each source counted once. Errors are fractions of the measured value; the interval is the one that
+`planner serve` gives with every estimate, and promises to hold 80 %: what intervals hold of a source that they do not know
+either is in [accuracy of serving](accuracy_serving.md#intervals).
 """
 FIRST = """
 ## At first sight
@@ -58,8 +59,9 @@ a little.
 TAIL = """
 ## What is wrong, by family
 
-- **Intervals.** They are as wide as sources, engines or devices that were left out of the fit needed, by what is new of a run:
-  its source, its engine on such a device, or a device whose kernels nobody measured. Nothing of them is fitted to these rows.
+- **Intervals.** They are as wide as sources that no constant knows needed, by how requests come (from clients that wait for
+  their answers, or whenever they do) and what is new of a run: its source, its engine on such a device, or a device whose kernels
+  nobody measured. Most of what constants are fitted to are clients that wait.
 - **One machine, one answer.** Community runs (AccelMark) measure the same device twice with times 1.5 apart; an H200 is no
   faster there than an H100. One laboratory's A100 (GPUStack) answers as foretold, its H100 a fifth to a half slower, with
   three engines alike. Such rows bound what any model can reach.
@@ -176,7 +178,8 @@ def _inside(row: ScoredRow, run: ServedRun) -> bool:
     assert row.measured is not None, "the row is scored"
     quantity = QUANTITY_OF[row.metric]
     novelty = novelty_of(run.stack, run.cluster.device)
-    found = serving_interval(run.experts, run.driver == "pools", novelty, {quantity: row.predicted})
+    pools, load = run.driver == "pools", load_of_run(run)
+    found = serving_interval(run.experts, pools, load, novelty, {quantity: row.predicted})
     low, high = found[quantity]
     return low <= row.measured <= high
 

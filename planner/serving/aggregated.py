@@ -93,8 +93,9 @@ def normal_quantile(quantile: float) -> float:
 
 
 def steady(
-    iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array, *, queued: bool = False
-) -> Steady:
+    iterations: Iterations, traffic: Traffic, in_flight: Array, chunk_tokens: Array, *, queued: bool = False,
+    held_back: float = 0.0,
+) -> Steady:  # fmt: skip
     """The steady state of every row with so many requests in flight per replica.
 
     Args:
@@ -103,13 +104,15 @@ def steady(
         in_flight: requests in flight per replica.
         chunk_tokens: tokens of an iteration, per attention rank.
         queued: others always wait outside, so that an iteration that takes prompts takes all that it can, on every rank.
+        held_back: iterations for which a prompt is held back, so that others run with it; the caller adds the wait for them.
     """
     mesh = iterations.ctx.mesh
     batch = in_flight / mesh.pp  # sequences of one of the batches on a pipeline
     budget = np.maximum(chunk_tokens * mesh.dp - (iterations.step_tokens - 1.0) * batch, 1.0)
-    state = _balance(iterations, traffic, batch, budget, _generating(traffic, batch, 0.9 * batch), queued)
-    decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, budget, state, queued))
-    state = _balance(iterations, traffic, batch, budget, decodes, queued)
+    intake = _Intake(budget, queued, held_back)
+    state = _balance(iterations, traffic, batch, intake, _generating(traffic, batch, 0.9 * batch))
+    decodes = _generating(traffic, batch, _settled(iterations, traffic, batch, intake, state))
+    state = _balance(iterations, traffic, batch, intake, decodes)
     per_token = {
         name: getattr(state, name) / iterations.accepted
         for name in ("tpot_s", "tpot_deviation_s", "decode_s")
@@ -124,6 +127,15 @@ def _generating(traffic: Traffic, batch: Array, decodes: Array) -> Array:
     if traffic.osl <= 1:
         return np.zeros_like(batch)
     return np.asarray(np.clip(decodes, np.minimum(1e-3, batch), batch))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Intake:
+    """How an engine takes prompts: tokens of an iteration on all ranks, and what :func:`steady` is told of those that wait."""
+
+    budget: Array
+    queued: bool
+    held_back: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,10 +156,10 @@ class _Cohort:
 
 
 def _balance(
-    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array, queued: bool
+    iterations: Iterations, traffic: Traffic, batch: Array, intake: _Intake, decodes: Array
 ) -> Steady:
     """The state with a given number of generating sequences: two iterations are priced."""
-    cohort = _cohort(iterations, traffic, batch, budget, decodes, queued)
+    cohort = _cohort(iterations, traffic, batch, intake, decodes)
     context = decodes * (traffic.isl + traffic.osl * (1.0 + traffic.length_scv) / 2.0)
     zero = np.zeros_like(batch)
     decode_s = iterations(decodes, context, zero, zero)
@@ -156,22 +168,24 @@ def _balance(
         mixed_s = decode_s + iterations(zero, zero, chunk, keys)
     else:
         mixed_s = iterations(decodes, context, chunk, keys)
-    return _means(iterations, traffic, batch, budget, cohort, decodes, decode_s, mixed_s)
+    return _means(iterations, traffic, batch, intake.budget, cohort, decodes, decode_s, mixed_s)
 
 
 def _cohort(
-    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, decodes: Array, queued: bool
+    iterations: Iterations, traffic: Traffic, batch: Array, intake: _Intake, decodes: Array
 ) -> _Cohort:
-    """What a mixed iteration takes along: the prompts that come while one passes, and those that come in step."""
-    ranks, steps, prompt = (
+    """What a mixed iteration takes along: the prompts that come while one passes or is held back, and those that come in step."""
+    budget, ranks, steps, prompt = (
+        intake.budget,
         iterations.ctx.mesh.dp,
         max(iterations.steps(traffic.osl), 1.0),
         traffic.computed_isl,
     )
-    if queued:
+    if intake.queued:
         full = np.minimum(np.maximum(budget - decodes, ranks), prompt * np.maximum(batch, 1.0))
         return _Cohort(np.ones_like(batch), np.full_like(batch, np.inf), full, full)
-    arriving = np.maximum(1.0, decodes / steps if traffic.osl > 1 else _prompts_alone(traffic, batch))
+    each = (1.0 + intake.held_back) * decodes / steps if traffic.osl > 1 else _prompts_alone(traffic, batch)
+    arriving = np.maximum(1.0, each)
     scatter, together = np.full_like(batch, np.inf), np.ones_like(batch)
     if traffic.concurrency is not None:
         answers = np.inf if traffic.requests_per_client is None else traffic.requests_per_client / 2.0
@@ -301,17 +315,19 @@ def _means(
     )  # fmt: skip
 
 
-def _settled(
-    iterations: Iterations, traffic: Traffic, batch: Array, budget: Array, state: Steady, queued: bool
-) -> Array:
+def _settled(iterations: Iterations, traffic: Traffic, batch: Array, intake: _Intake, state: Steady) -> Array:
     """Generating sequences by Little's law for those that do not generate, with iterations that take what they took.
 
     Iterations are nearly constant in the few per cent by which the number moves; the caller prices the result anew.
     """
     decodes = state.decodes
     for _ in range(_ROUNDS):
-        cohort = _cohort(iterations, traffic, batch, budget, decodes, queued)
-        found = _means(iterations, traffic, batch, budget, cohort, decodes, state.decode_s, state.mixed_s)
-        inside_s = found.prefill_s if queued else found.ttft_s  # others take a place as soon as it is free
+        cohort = _cohort(iterations, traffic, batch, intake, decodes)
+        found = _means(
+            iterations, traffic, batch, intake.budget, cohort, decodes, state.decode_s, state.mixed_s
+        )
+        inside_s = (
+            found.prefill_s if intake.queued else found.ttft_s
+        )  # others take a place as soon as it is free
         decodes = 0.5 * decodes + 0.5 * _generating(traffic, batch, batch - found.requests_per_s * inside_s)
     return np.asarray(decodes)

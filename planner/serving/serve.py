@@ -345,6 +345,7 @@ def _told(
         interval=serving_interval(
             any(block.moe for block in problem.model.blocks.values()),
             isinstance(f, Split),
+            "open" if problem.traffic.concurrency is None else "closed",
             novelty_of(problem.stack, device),
             {
                 "ttft_s": ttft["mean"],

@@ -61,6 +61,8 @@ class ServingSoftware:
             experts are many.
         admission_s: time from a request's arrival until its prompt may run, and from its first token until the client has it.
         admission_token_s: more of it per token of the prompt: text becomes tokens, which are checked, hashed and sent on.
+        compile_s: for which the first iteration that goes on with a prompt waits for its kernels to be compiled, where an engine
+            has run none before and no one kept them.
         memory_fraction: of the device's memory, what weights, activations and cache may take together.
         free_fraction: of what is then left for the cache, what it takes (TensorRT-LLM gives its fraction of free memory).
         reserved_bytes: what a process holds besides: context, libraries, captured graphs.
@@ -90,6 +92,7 @@ class ServingSoftware:
     graph_sequences: Sourced
     headroom: Sourced
     admission_token_s: Sourced = field(default_factory=lambda: Sourced(0.0, "assumed", "planner-defaults"))
+    compile_s: Sourced = field(default_factory=lambda: Sourced(0.0, "assumed", "planner-defaults"))
     prompts: str = "beside"
     all_reduce: str = "own"
     context_parallel: str = "none"
@@ -148,5 +151,5 @@ def read_kernel_rules(readers: list[Reader]) -> tuple[KernelRule, ...]:
 
 
 _WORDS = ("on", "prompts", "all_reduce", "context_parallel")
-_OPTIONAL = ("admission_token_s",)
+_OPTIONAL = ("admission_token_s", "compile_s")
 _CONSTANTS = tuple(f.name for f in fields(ServingSoftware) if f.name not in _WORDS)

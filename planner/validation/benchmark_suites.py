@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from typing import TypeAlias
 
 from planner.specs.model import Model
 from planner.specs.reader import Reader, read_file
@@ -26,6 +27,9 @@ class Launch:
         held_back_iterations: iterations for which a prompt is held back, mean: until others come, or the engine looks for it.
         cache_fraction: of the memory that is left for the cache, what it was allowed; 0: the engine's default.
         ranks_attend: whether every rank attends to requests of its own and experts are spread over all, whatever ``tp`` says.
+        prompt_ranks_attend: the same of workers for prompts alone, where they are another pool.
+        experts_spread: whether whole experts are spread over all ranks, whatever ``ep`` says.
+        ranks_share: whether all ranks of a pool's worker share every request, whatever ``dp`` says.
     """
 
     cache: str = ""
@@ -36,9 +40,14 @@ class Launch:
     held_back_iterations: int = 0
     cache_fraction: float = 0.0
     ranks_attend: bool = False
+    prompt_ranks_attend: bool = False
+    experts_spread: bool = False
+    ranks_share: bool = False
 
 
 DEFAULTS = Launch()
+Conditions: TypeAlias = Mapping[str, str | bool | float]
+"""What a run is, or has to be, by name."""
 _ENGINES = "engines"
 """What engines do by themselves where no one says otherwise, by machine: a suite without rows."""
 
@@ -59,6 +68,7 @@ class Suite:
         frontend_s: seconds that the suite's own frontend adds to the first token.
         unwarmed: engines whose first iterations were measured, and until when.
         launches: options, with the conditions under which they hold.
+        clients: requests of every client where they are others, with the conditions under which they hold.
         speculation: engines and formats that ran with and without multi-token prediction, and since when.
         requests: of a run in all, by lengths of prompts and answers.
     """
@@ -73,7 +83,8 @@ class Suite:
     requests_per_client: int = 0
     frontend_s: float = 0.0
     unwarmed: tuple[tuple[str, str], ...] = ()
-    launches: tuple[tuple[Mapping[str, str | bool | float], Launch], ...] = ()
+    launches: tuple[tuple[Conditions, Launch], ...] = ()
+    clients: tuple[tuple[Conditions, int], ...] = ()
     speculation: tuple[tuple[str, str, str], ...] = ()
     requests: Mapping[tuple[float, float], float] = field(default_factory=dict)
 
@@ -91,12 +102,19 @@ class Suite:
         """
         return float((1.0 - self.shortest_length) ** 2 / 12.0 / self.mean_length**2) + self.natural_lengths
 
-    def launch(self, run: Mapping[str, str | bool | float]) -> Launch:
+    def launch(self, run: Conditions) -> Launch:
         """The options of a run, by what conditions ask for: the suite's, else the engine's own for such a machine."""
         for conditions, options in (*self.launches, *_suites()[_ENGINES].launches):
             if all(_holds(name, value, run) for name, value in conditions.items()):
                 return options
         return DEFAULTS
+
+    def per_client(self, run: Conditions) -> int:
+        """Requests of every client of a run; 0: not said."""
+        for conditions, requests in self.clients:
+            if all(_holds(name, value, run) for name, value in conditions.items()):
+                return requests
+        return self.requests_per_client
 
     def compiles(self, engine: str, date: str) -> bool:
         """Whether first tokens of a row may have waited for kernels to be compiled."""
@@ -144,6 +162,7 @@ def _suites() -> Mapping[str, Suite]:
             entry.number("frontend_s", 0.0),
             tuple(_unwarmed(each) for each in entry.tables("unwarmed", [])),
             tuple(_launch(each) for each in entry.tables("launch", [])),
+            tuple(_clients(each) for each in entry.tables("clients", [])),
             tuple(_speculation(each) for each in entry.tables("speculation", [])),
             {
                 (run.number("input_len"), run.number("output_len")): run.number("count")
@@ -155,12 +174,16 @@ def _suites() -> Mapping[str, Suite]:
     return found
 
 
-def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | float]) -> bool:
-    """Whether a run keeps a condition: a value of its own, a least or a most one.
+def _holds(name: str, value: str | bool | float, run: Conditions) -> bool:
+    """Whether a run keeps a condition: a value of its own, a least or a most one, a date that it has and that is earlier.
 
     >>> _holds("most_tp", 4.0, {"tp": 8.0}), _holds("engine", "vllm", {"engine": "vllm"})
     (False, True)
+    >>> _holds("until", "2026-01-21", {"date": "2025-11-02"}), _holds("until", "2026-01-21", {"date": ""})
+    (True, False)
     """
+    if name == "until":
+        return "" < str(run["date"]) < str(value)
     bound, _, what = name.partition("_")
     if bound == "least":
         return float(run[what]) >= float(value)
@@ -169,15 +192,34 @@ def _holds(name: str, value: str | bool | float, run: Mapping[str, str | bool | 
     return run[name] == value
 
 
-def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
-    conditions: dict[str, str | bool | float] = {
-        name: reader.text(name)
-        for name in ("engine", "stack", "engine_version", "generation")
-        if reader.has(name)
+def _conditions(reader: Reader) -> Conditions:
+    texts = ("engine", "stack", "engine_version", "device", "generation", "weights", "until")
+    bounds = (
+        "input_len",
+        "output_len",
+        "least_tp",
+        "most_tp",
+        "least_concurrency",
+        "most_concurrency",
+        "most_memory_gb",
+        "least_memory_gb",
+    )
+    found: dict[str, str | bool | float] = {name: reader.text(name) for name in texts if reader.has(name)}
+    found |= {
+        name: reader.boolean(name) for name in ("experts", "attention_ranks", "pools") if reader.has(name)
     }
-    conditions |= {name: reader.boolean(name) for name in ("experts", "attention_ranks") if reader.has(name)}
-    bounds = ("input_len", "output_len", "most_tp", "least_concurrency", "most_memory_gb", "least_memory_gb")
-    conditions |= {name: reader.number(name) for name in bounds if reader.has(name)}
+    return found | {name: reader.number(name) for name in bounds if reader.has(name)}
+
+
+def _clients(reader: Reader) -> tuple[Conditions, int]:
+    found = _conditions(reader), reader.integer("requests_per_client", minimum=1)
+    reader.text("source")
+    reader.finish()
+    return found
+
+
+def _launch(reader: Reader) -> tuple[Conditions, Launch]:
+    conditions = _conditions(reader)
     options = Launch(
         reader.text("cache", ""),
         reader.integer("chunk_tokens", 0, minimum=0),
@@ -187,6 +229,9 @@ def _launch(reader: Reader) -> tuple[Mapping[str, str | bool | float], Launch]:
         reader.integer("held_back_iterations", 0, minimum=0),
         reader.number("cache_fraction", 0.0, maximum=1.0),
         reader.boolean("ranks_attend", False),
+        reader.boolean("prompt_ranks_attend", False),
+        reader.boolean("experts_spread", False),
+        reader.boolean("ranks_share", False),
     )
     reader.text("source")
     reader.finish()

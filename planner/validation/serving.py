@@ -205,14 +205,24 @@ def _closed(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) -
     )
     # It ran: where not one request is predicted to fit, the prediction is wrong.
     inside = np.where(held.sequences < 1.0, load, np.minimum(load, held.sequences))
-    state = steady(iterations, traffic, inside, chunk)
+    state = steady(iterations, traffic, inside, chunk, held_back=launch.held_back_iterations)
     rate = state.requests_per_s
     held_back_s = launch.held_back_iterations * state.tpot_s + runs[0].frontend_s
-    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s
+    # A prompt that an iteration has to leave unfinished is gone on with by kernels that no short request has run before.
+    split = inside / iterations.ctx.mesh.dp * traffic.isl > chunk
+    stalled_s = (
+        np.where(split, float(iterations.software.compile_s), 0.0) * _first(traffic) * runs[0].compiles
+    )
+    ttft_s = state.ttft_s + (load - inside) / rate + held_back_s + stalled_s
     return {
         "tpot": state.tpot_s, "ttft": ttft_s, "latency": ttft_s + (traffic.osl - 1.0) * state.tpot_s,
         "output_tokens_per_s": rate * traffic.osl,
     }  # fmt: skip
+
+
+def _first(traffic: Traffic) -> float:
+    """The share of requests that come first of their clients, all at once."""
+    return 0.0 if traffic.requests_per_client is None else 1.0 / traffic.requests_per_client
 
 
 def _chunk_tokens(runs: Runs, iterations: Iterations, load: Array) -> Array:
@@ -227,7 +237,8 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     """Clients that replace every answer, of workers for prompts and of others for generation.
 
     A client is at a worker for prompts, on its cache's way, or generates (Little's law): the number that generates is found by
-    bisection. Clients of one worker for prompts wait for each other, all of them at the beginning of a run.
+    bisection. Clients of one worker for prompts wait for each other, all of them at the beginning of a run; those for whom no
+    worker for generation has a place wait before it.
     """
     counts = np.array([run.workers or (1.0, 1.0) for run in runs])
     layout = np.array([run.prefill or (1, 1, 1, 1, 1.0) for run in runs], dtype=np.float64)
@@ -238,14 +249,15 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
     zero, keys = np.zeros_like(load), np.full_like(load, traffic.prompt_context)
     prompt_s = prefill(zero, zero, prompts * dp * traffic.isl, keys)
     # Where prompts wait, an iteration takes as many as it has room for.
-    several = np.maximum(prompts, np.floor(float(iterations.software.chunk_tokens) / traffic.isl))
+    chunk = runs[0].launch.chunk_tokens or float(iterations.software.chunk_tokens)
+    several = np.maximum(prompts, np.floor(chunk / traffic.isl))
     several_s = prefill(zero, zero, several * dp * traffic.isl, keys)
     lanes = counts[:, 0] * pp * dp  # ranks that take a batch of prompts each, one after the other
     most = lanes * several / several_s
     context, answer = traffic.isl + traffic.osl / 2.0, max(traffic.osl - 1.0, 1.0)
     transfer_s = _transfer_s(prefill, iterations, traffic, prompt_s)
     others = np.maximum(load / lanes - 1.0, 0.0)
-    first = 0.0 if traffic.requests_per_client is None else 1.0 / traffic.requests_per_client
+    first = _first(traffic)
 
     def step_s(n: Array) -> Array:
         each = n / iterations.ctx.mesh.pp
@@ -259,10 +271,11 @@ def _pools(iterations: Iterations, traffic: Traffic, load: Array, runs: Runs) ->
         own_s = prompt_s + busy * (several_s - prompt_s)
         # By one worker, then by the other, which has begun an iteration without it; text becomes tokens once.
         outside_s = iterations.software.admitted_s(traffic.isl) + float(iterations.software.admission_s)
-        outside_s = outside_s + 2.0 * token_s + runs[0].frontend_s
+        outside_s = outside_s + (2.0 + runs[0].launch.held_back_iterations) * token_s + runs[0].frontend_s
         return np.asarray(own_s + wait_s + transfer_s + outside_s)
 
-    low, high = zero, load / counts[:, 1]
+    most_sequences = runs[0].launch.max_sequences or np.inf  # of a rank that attends to its own
+    low, high = zero, np.minimum(load / counts[:, 1], most_sequences * iterations.ctx.mesh.dp)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
         token_s = step_s(middle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.uncertainty.serving import QUANTITIES, kind_of
 from planner.validation.serving_runs import ServedRun
 
-__all__ = ["QUANTITY_OF", "bar_of", "kind_of_run"]
+__all__ = ["QUANTITY_OF", "bar_of", "kind_of_run", "kind_of_value", "load_of_run"]
 
 _TPOT, _TTFT, _RATE = QUANTITIES
 QUANTITY_OF = {"tpot": _TPOT, "ttft": _TTFT, "output_tokens_per_s": _RATE, "latency": _RATE}
@@ -15,6 +15,16 @@ QUANTITY_OF = {"tpot": _TPOT, "ttft": _TTFT, "output_tokens_per_s": _RATE, "late
 def kind_of_run(run: ServedRun) -> str:
     """Runs whose errors are alike."""
     return kind_of(experts=run.experts, pools=run.driver == "pools")
+
+
+def kind_of_value(run: ServedRun, metric: str) -> str:
+    """Values whose errors are alike: rates of pools, of which few were published, are like others of such models."""
+    return kind_of(experts=run.experts, pools=run.driver == "pools" and QUANTITY_OF[metric] != _RATE)
+
+
+def load_of_run(run: ServedRun) -> str:
+    """How its requests came (:data:`~planner.uncertainty.serving.LOADS`)."""
+    return "open" if run.driver in ("rate", "burst", "offline") else "closed"
 
 
 def bar_of(run: ServedRun, metric: str) -> str:

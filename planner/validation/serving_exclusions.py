@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from planner.validation.serving_runs import ServedRun
@@ -17,11 +18,12 @@ _CUT_SHORT = 0.9
 
 
 def _stated(run: ServedRun) -> tuple[object, ...]:
-    """All that a row says of its run; models of one shape count as one."""
+    """All that a row says of its run, and not what the scripts of its day say; models of one shape count as one."""
+    said = replace(run, requests_per_client=None, compiles=False)
     return (
         run.model.hidden,
         run.model.n_layers,
-        *run.group[1:],
+        *said.group[1:],
         run.degrees,
         run.load,
         run.workers,

@@ -114,6 +114,7 @@ class ServedRun:
             self.requests_per_client,
             self.length_scv,
             self.longest_answer,
+            self.compiles,
         )
 
 
@@ -123,10 +124,9 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     Raises:
         Unsupported: the row cannot be priced, and why.
     """
-    degrees = _degrees(row)
-    tp, pp, dp, _ = degrees
+    stated = _degrees(row)
     model = _model(row)
-    cluster = _cluster(row.text("accelerator"), tp * pp * dp)
+    cluster = _cluster(row.text("accelerator"), math.prod(stated[:3]))
     suite = suite_of(row)
     date = row.text("measured_date") or suite.measured_date
     stack = stack_for(row.text("engine"), row.text("engine_version"), date)
@@ -137,27 +137,15 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
     if weights in _NEEDS_FP8 and not cluster.device.supports("fp8"):
         weights = "int8_wo"  # engines unpack such weights for 16-bit products (Marlin kernels): as many bytes as int8 ones
     driver, load = _driver(row, suite)
-    launch = suite.launch(
-        {
-            "engine": row.text("engine").lower(),
-            "stack": stack.name,
-            "engine_version": row.text("engine_version"),
-            "memory_gb": float(cluster.device.memory_bytes) / 1e9,
-            "generation": cluster.device.generation,
-            "experts": any(block.moe is not None for block in model.blocks.values()),
-            "attention_ranks": dp > 1,
-            "input_len": row.number("input_len") or 0.0,
-            "output_len": row.number("output_len") or 0.0,
-            "tp": float(tp),
-            "concurrency": row.number("concurrency") or 0.0,
-        }
-    )
-    if launch.ranks_attend and degrees[2] == 1:
-        degrees = (1, pp, tp, tp)
+    told = _told(row, model, cluster, stated) | {
+        "stack": stack.name, "date": date, "weights": weights, "pools": driver == "pools",
+    }  # fmt: skip
+    launch = suite.launch(told)
     isl, osl = (round(_length(row, column) * suite.mean_length) for column in ("input_len", "output_len"))
     if isl == 0 and osl == 0:
         raise Unsupported("no tokens")
     workers, prefill = _pools(row) if driver == "pools" else (None, None)
+    degrees, prefill = _launched(stated, prefill, launch)
     return ServedRun(
         row, model, cluster, stack, weights, _cache(row, stack, weights, launch, defaults), degrees, max(isl, 1), max(osl, 1),
         driver, load,
@@ -166,15 +154,52 @@ def served_run(row: Row, defaults: Counter[str]) -> ServedRun:
         workers=workers,
         prefill=prefill,
         launch=launch,
-        compiles=bool(date) and suite.compiles(row.text("engine").lower(), date),
+        # Benchmarks of pools send requests before those that count.
+        compiles=bool(date) and driver != "pools" and suite.compiles(row.text("engine").lower(), date),
         frontend_s=suite.frontend_s,
-        requests_per_client=suite.requests_per_client or _per_client(row, driver, load),
+        requests_per_client=suite.per_client(told) or _per_client(row, driver, load),
         length_scv=suite.length_scv,
         longest_answer=_longest(row),
         may_speculate=suite.may_speculate(
             row.text("engine").lower(), weights, row.text("measured_date"), model
         ),
     )  # fmt: skip
+
+
+def _told(
+    row: Row, model: Model, cluster: Cluster, degrees: tuple[int, int, int, int]
+) -> dict[str, str | bool | float]:
+    """What a row says of itself, by the names of a suite's conditions."""
+    return {
+        "engine": row.text("engine").lower(),
+        "engine_version": row.text("engine_version"),
+        "memory_gb": float(cluster.device.memory_bytes) / 1e9,
+        "device": cluster.device.name,
+        "generation": cluster.device.generation,
+        "experts": any(block.moe is not None for block in model.blocks.values()),
+        "attention_ranks": degrees[2] > 1,
+        "input_len": row.number("input_len") or 0.0,
+        "output_len": row.number("output_len") or 0.0,
+        "tp": float(degrees[0]),
+        "concurrency": row.number("concurrency") or 0.0,
+    }
+
+
+def _launched(
+    degrees: tuple[int, int, int, int], prefill: tuple[int, int, int, int, float] | None, launch: Launch
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int, float] | None]:
+    """Degrees of a replica and of a worker for prompts as the scripts had them, where rows do not know."""
+    tp, pp, dp, ep = degrees
+    if launch.ranks_attend and dp == 1:
+        tp, dp, ep = 1, tp, tp
+    if launch.experts_spread:
+        ep = tp * dp
+    if launch.prompt_ranks_attend and prefill and prefill[2] == 1:
+        prefill = (1, prefill[1], prefill[0], prefill[0], prefill[4])
+    if launch.ranks_share and prefill:
+        tp, dp, ep = tp * dp, 1, 1
+        prefill = (prefill[0] * prefill[2], prefill[1], 1, 1, prefill[4])
+    return (tp, pp, dp, ep), prefill
 
 
 def _degrees(row: Row) -> tuple[int, int, int, int]:

@@ -2,13 +2,13 @@
 
 A run of a new source is wrong in two independent ways: as runs of models left out are, whose source the constants know, and by
 what sets sources apart (engines' releases, how a benchmark drove them, the machine). A new engine and a new device are more of
-the latter: what is left out for these is all runs of an engine, or of a generation of devices together with what was measured of
-its kernels. The first is the half-width that holds 80 %
-of the runs of models left out, by quantity and kind of run. The second is what must be added to it, as independent errors add,
-so that 80 % of the runs of sources left out are held: sources count alike, however many runs each has, since the next run comes
-from another source (hierarchical conformal prediction, Lee, Barber and Willett 2023, arXiv:2306.06342; its weight for the source
-to come, which makes 80 % a bound from below, is left out: with seven sources it holds 87 to 89 % of those left out, at twice the
-width and more).
+the latter, and so are requests that do not wait for answers: constants are fitted to clients that do, for the most part. The
+first is the half-width that holds 80 % of the runs of models left out, by quantity and kind of run. The second is what must be
+added to it, as independent errors add, so that 80 % of the runs of sources that no constant knows are held: those that are left
+out of the fit, and held-out ones, which alone say what a new engine or device does, and to which nothing but widths is fitted.
+Sources count alike, however many runs each has, since the next run comes from another source (hierarchical conformal
+prediction, Lee, Barber and Willett 2023, arXiv:2306.06342; its weight for the source to come, which makes 80 % a bound from
+below, is left out).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from planner.ledger import Array
 from planner.uncertainty.residuals import COVERAGE
-from planner.uncertainty.serving import NOVELTIES
+from planner.uncertainty.serving import LOADS, NOVELTIES
 
 __all__ = ["ServingResidual", "fit_serving_spreads", "held_of_sources"]
 
@@ -35,10 +35,11 @@ class ServingResidual:
         quantity: a key of :func:`~planner.uncertainty.serving.serving_interval`.
         kind: of runs whose errors are alike (:func:`~planner.uncertainty.serving.kind_of`).
         source: who measured it.
-        without_model: not a number where its model is alone on its engine.
+        without_model: not a number where its model is alone on its engine, and of held-out runs.
         without_source: not a number where there is no prediction.
-        without_engine, without_device: the same by constants fitted without its engine, and without its generation of devices, as
-            if no kernel had been measured on it.
+        load: how its requests came, of :data:`~planner.uncertainty.serving.LOADS`.
+        novelty: what of it is new to constants without its source.
+        held_out: no constant was ever fitted to it.
     """
 
     quantity: str
@@ -46,21 +47,34 @@ class ServingResidual:
     source: str
     without_model: float
     without_source: float
-    without_engine: float = np.nan
-    without_device: float = np.nan
+    load: str = LOADS[0]
+    novelty: str = NOVELTIES[0]
+    held_out: bool = False
 
 
 def fit_serving_spreads(residuals: Sequence[ServingResidual]) -> dict[str, dict[str, Any]]:
-    """By quantity: ``between`` sources by what is new, ``within`` them by kind, logarithms; and rows and sources behind them."""
+    """By quantity: ``between`` sources by load and what is new, ``within`` them by kind; and rows and sources behind them."""
     found = {}
     for quantity in dict.fromkeys(r.quantity for r in residuals):
         own = [r for r in residuals if r.quantity == quantity]
         within = _within(own)
         told = [r for r in own if np.isfinite(r.without_source) and r.kind in within]
-        # What is more than new is no nearer.
-        wider = np.maximum.accumulate([_between(told, within, f"without_{novelty}") for novelty in NOVELTIES])
+        needed = np.array(
+            [
+                [
+                    _between([r for r in told if (r.load, r.novelty) == (load, new)], within)
+                    for new in NOVELTIES
+                ]
+                for load in LOADS
+            ]
+        )
+        # What is more than new is no nearer, and what comes whenever it does is no better known.
+        wider = np.maximum.accumulate(np.maximum.accumulate(needed, axis=1), axis=0)
         found[quantity] = {
-            "between": dict(zip(NOVELTIES, wider.tolist(), strict=True)),
+            "between": {
+                load: dict(zip(NOVELTIES, row.tolist(), strict=True))
+                for load, row in zip(LOADS, wider, strict=True)
+            },
             "within": within,
             "rows": len(told),
             "sources": len({r.source for r in told}),
@@ -68,28 +82,35 @@ def fit_serving_spreads(residuals: Sequence[ServingResidual]) -> dict[str, dict[
     return found
 
 
-def held_of_sources(residuals: Sequence[ServingResidual]) -> dict[str, dict[str, float]]:
-    """By quantity: ``held``, the share of a source's runs inside intervals that were fitted without any run of it, mean over
-    sources; ``half_width``, the median of those intervals' half-widths, a logarithm; ``sources``."""
-    shares: dict[str, list[float]] = defaultdict(list)
-    widths: dict[str, list[float]] = defaultdict(list)
+def held_of_sources(residuals: Sequence[ServingResidual]) -> dict[str, dict[str, dict[str, float]]]:
+    """Whether intervals hold runs of sources that they were fitted without, by quantity, of ``published`` and ``held out`` runs.
+
+    Returns:
+        ``held``, the share of a source's runs inside, mean over sources, and ``held_rows``, that of all runs; ``half_width``, the
+        median of those intervals' half-widths, a logarithm; ``sources``.
+    """
+    inside: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    widths: dict[tuple[str, str], list[float]] = defaultdict(list)
     for source in dict.fromkeys(r.source for r in residuals):
         fitted = fit_serving_spreads([r for r in residuals if r.source != source])
-        own = [r for r in residuals if r.source == source and np.isfinite(r.without_source)]
-        for quantity, spread in fitted.items():
-            rows = [r for r in own if r.quantity == quantity and r.kind in spread["within"]]
-            if rows:
-                half = np.hypot([spread["within"][r.kind] for r in rows], spread["between"][NOVELTIES[0]])
-                shares[quantity].append(float(np.mean(_size(rows, "without_source") <= half)))
-                widths[quantity] += half.tolist()
-    return {
-        quantity: {
-            "held": float(np.mean(each)),
-            "half_width": float(np.median(widths[quantity])),
-            "sources": len(each),
+        for r in residuals:
+            spread = fitted.get(r.quantity)
+            if r.source != source or spread is None or r.kind not in spread["within"]:
+                continue
+            if np.isfinite(r.without_source):
+                half = np.hypot(spread["within"][r.kind], spread["between"][r.load][r.novelty])
+                which = r.quantity, "held out" if r.held_out else "published"
+                inside[which][source].append(bool(abs(r.without_source) <= half))
+                widths[which].append(float(half))
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for (quantity, name), by_source in inside.items():
+        found[quantity][name] = {
+            "held": float(np.mean([np.mean(each) for each in by_source.values()])),
+            "held_rows": float(np.mean(np.concatenate([*by_source.values()]))),
+            "half_width": float(np.median(widths[quantity, name])),
+            "sources": len(by_source),
         }
-        for quantity, each in shares.items()
-    }
+    return dict(found)
 
 
 def _within(residuals: Sequence[ServingResidual]) -> dict[str, float]:
@@ -100,19 +121,14 @@ def _within(residuals: Sequence[ServingResidual]) -> dict[str, float]:
     return {kind: float(np.quantile(each, COVERAGE)) for kind, each in errors.items()}
 
 
-def _between(residuals: Sequence[ServingResidual], within: dict[str, float], error: str) -> float:
+def _between(told: Sequence[ServingResidual], within: dict[str, float]) -> float:
     """What just holds 80 % of the runs beside the spread within sources, every source counted once; 0 where nothing is told."""
-    told = [r for r in residuals if np.isfinite(getattr(r, error))]
     if not told:
         return 0.0
-    known = np.array([within[r.kind] for r in told])
-    needed = np.sqrt(np.maximum(_size(told, error) ** 2 - known**2, 0.0))
+    known: Array = np.array([within[r.kind] for r in told])
+    needed = np.sqrt(np.maximum(np.square([r.without_source for r in told]) - known**2, 0.0))
     rows = Counter(r.source for r in told)
     weights = np.array([1.0 / rows[r.source] for r in told])
     order = np.argsort(needed)
     reached = np.cumsum(weights[order]) >= COVERAGE * len(rows) - 1e-9
     return float(needed[order][np.argmax(reached)])
-
-
-def _size(residuals: Sequence[ServingResidual], error: str) -> Array:
-    return np.abs([getattr(r, error) for r in residuals])
