@@ -82,6 +82,11 @@ class DeviceBounds:
             for tier, capacity in problem.cluster.slower_bytes.items()
             if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
         }
+        self.names = [
+            ("always_bytes", "saved_bytes", self.growth),
+            *((*in_tier(tier), 1.0) for tier in self.slower),
+        ]
+        """Fields of what counts against each budget: the device's, and those of slower tiers; and what allocators make of it."""
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
         self._known = Known() if known is None else known
@@ -114,28 +119,43 @@ class DeviceBounds:
     def along_s(self, layout: Layout, path: Path, enough_s: float = np.inf) -> float:
         """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit. A bound of
         ``enough_s`` is not tightened."""
+        costs, cells, ends = self._along(layout, path)
+        least = self._duals(costs, cells)
+        # Prices that are known may prove enough.
+        for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
+            if _together(least, layout.pp, path, ends) >= enough_s:
+                break
+            least = self._tightened(least, costs, cells, np.inf, tight_s)
+        return _together(least, layout.pp, path, ends)
+
+    def along_each_s(self, layouts: Sequence[Layout], paths: Sequence[Path]) -> list[float]:
+        """:meth:`along_s` of several layouts side by side, each along a path of its own, by device memory alone."""
+        every = [self._along(layout, path) for layout, path in zip(layouts, paths, strict=True)]
+        many = [layout.pp + ends for layout, (*_, ends) in zip(layouts, every, strict=True)]
+        starts = np.cumsum([0, *many])
+        cells = Cells.joined([own for _, own, _ in every], starts)
+        least = self._duals(np.concatenate([costs for costs, *_ in every], axis=1), cells)
+        return [
+            _together(least[start : start + n], layout.pp, path, n - layout.pp)
+            for start, n, layout, path in zip(starts.tolist(), many, layouts, paths, strict=False)
+        ]
+
+    def _along(self, layout: Layout, path: Path) -> tuple[Array, Cells, int]:
+        """What blocks take on a path, (useful strategies, cells); behind the devices, copies of the one where it ends, each with
+        one of the sums that may follow; and how many these are."""
         shape = layout.virtual_stages, layout.pp
         cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
         s, kind = self.useful, cells.kind
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        # Devices, and beside the one on which the path ends copies of it, one for each sum that may follow.
         at_end = np.flatnonzero(cells.device == path.device)
         after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
         sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
-        copies = np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))])
-        every = cells.take(copies)
-        devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
-        every = replace(every, device=np.concatenate([cells.device, devices]))
-        costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
-        # Prices that are known may prove enough.
-        for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
-            least = self._within_limits(costs, every, np.inf, tight_s)
-            least[path.device] = least[layout.pp :].max()
-            if least[: layout.pp].sum() >= enough_s:
-                break
-        return float(least[: layout.pp].sum())
+        every = cells.take(np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))]))
+        copies = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
+        every = replace(every, device=np.concatenate([cells.device, copies]))
+        return np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1), every, len(sums)
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
@@ -162,16 +182,17 @@ class DeviceBounds:
             flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
         return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
 
-    def _within_limits(
-        self, cost: Array, cells: Cells, enough_s: float = np.inf, tight_s: float | None = None
-    ) -> Array:
+    def _within_limits(self, cost: Array, cells: Cells, enough_s: float = np.inf) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,).
 
-        Once a device takes ``enough_s``, no other is bounded more closely; none is beyond ``tight_s``.
+        Once a device takes ``enough_s``, no other is bounded more closely.
         """
+        return self._tightened(self._duals(cost, cells), cost, cells, enough_s, enough_s)
+
+    def _duals(self, cost: Array, cells: Cells) -> Array:
+        """The same by device memory alone."""
         low, high = self._limits(np.unique(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
-        held = self._held(cells.kind, cells.flights)
         many, devices = len(low), int(cells.device[-1]) + 1
         every = replace(
             cells,
@@ -181,24 +202,27 @@ class DeviceBounds:
         costs = (
             np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
         )
+        held = self._held(cells.kind, cells.flights, self.names[:1])[0]
         rooms = np.repeat(self.room - self.growth * low, devices)
-        found = dual_s(costs, np.tile(held[0], many), every, rooms).reshape(many, devices)
-        least: Array = found.min(axis=0)
-        if self.slower:
-            for device in np.flatnonzero(np.isfinite(least)).tolist():
-                if least.max() >= enough_s:
-                    break
-                own = cells.device == device
-                ranges = Ranges(
-                    cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low)
-                )
-                prices = self._known.prices[device]
-                planes = Planes(
-                    ranges, cells.number[own][None], steep=False, prices=prices,
-                    enough_s=enough_s if tight_s is None else tight_s,
-                )  # fmt: skip
-                least[device] = max(least[device], planes.bound(cells.number[own]))
-                prices[:] = planes.prices[-_KEPT:]
+        least: Array = dual_s(costs, np.tile(held, many), every, rooms).reshape(many, devices).min(axis=0)
+        return least
+
+    def _tightened(self, least: Array, cost: Array, cells: Cells, enough_s: float, tight_s: float) -> Array:
+        """The same by slower memory too, where it is in use; none is beyond ``tight_s``."""
+        if not self.slower or least.max() >= enough_s:
+            return least
+        low, high = self._limits(np.unique(cells.kind).tolist())
+        transient = self.transient[self.useful][:, cells.kind]
+        held, least = self._held(cells.kind, cells.flights, self.names), least.copy()
+        for device in np.flatnonzero(np.isfinite(least)).tolist():
+            if least.max() >= enough_s:
+                break
+            own = cells.device == device
+            ranges = Ranges(cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low))
+            prices = self._known.prices[device]
+            planes = Planes(ranges, cells.number[own][None], steep=False, prices=prices, enough_s=tight_s)
+            least[device] = max(least[device], planes.bound(cells.number[own]))
+            prices[:] = planes.prices[-_KEPT:]
         return least
 
     def _rooms(self, low: Array) -> Array:
@@ -207,13 +231,8 @@ class DeviceBounds:
             [self.room - self.growth * low, *(np.full(len(low), size) for size in self.slower.values())]
         )
 
-    def _held(self, kind: NDArray[np.intp], flights: Array) -> Array:
-        """Bytes of one block of some kinds against each budget: the device's, and of the slower tiers, (budgets, useful
-        strategies, places)."""
-        names = [
-            ("always_bytes", "saved_bytes", self.growth),
-            *((*in_tier(tier), 1.0) for tier in self.slower),
-        ]
+    def _held(self, kind: NDArray[np.intp], flights: Array, names: Sequence[tuple[str, str, float]]) -> Array:
+        """Bytes of one block of some kinds against some budgets, (budgets, useful strategies, places)."""
         return np.stack(
             [
                 self.mesh[always][self.useful][:, kind]
@@ -251,7 +270,7 @@ class DeviceBounds:
             largest(np.zeros(len(functions)), list(functions[:, :, kinds].transpose(2, 0, 1)))
         ]
         every = np.arange(len(self.mesh.kinds) - 1)
-        held = self._held(every, np.full(len(every), float(self.flights(device).max())))
+        held = self._held(every, np.full(len(every), float(self.flights(device).max())), self.names)
         low, high = self._limits(kinds)
         transient = self.transient[self.useful][:, :-1]
         ranges = Ranges(functions[:, :, :-1], held, transient, high, self._rooms(low))
@@ -273,6 +292,13 @@ class DeviceBounds:
             start = min(begin, layers - n)
             np.add.at(counts[sample], [*order[start : start + n], *ends], 1.0)
         return counts
+
+
+def _together(least: Array, devices: int, path: Path, ends: int) -> float:
+    """The sum along a path, whose last device stands behind the others too, once for every sum that may follow."""
+    along = least[:devices].copy()
+    along[path.device] = least[devices : devices + ends].max()
+    return float(along.sum())
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:

@@ -196,7 +196,7 @@ class DeviceCosts(DeviceBounds):
         limits = np.unique(
             np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()])
         )
-        held = self._held(kinds, np.array([group.flights[0] for group in groups]))
+        held = self._held(kinds, np.array([group.flights[0] for group in groups]), self.names)
         transient = self.transient[self.useful][:, kinds]
         offset, sums = self._sums(groups, goal)
         sums = sums[:, self.useful]

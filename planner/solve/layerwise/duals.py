@@ -12,6 +12,7 @@ than rounding makes of ``λ·held − λ·room``, however steep the price.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,13 @@ class Cells:
         return Cells(
             one[0].astype(np.intp), one[1].astype(np.intp), np.add.reduceat(number, starts), one[2], one[3], one[4]
         )  # fmt: skip
+
+    @staticmethod
+    def joined(several: Sequence[Cells], starts: NDArray[np.intp]) -> Cells:
+        """Those of several layouts side by side, whose devices begin at some numbers."""
+        device = np.concatenate([cells.device + start for cells, start in zip(several, starts, strict=False)])
+        names = ("kind", "number", "flights", "forwards", "backwards")
+        return Cells(device, *(np.concatenate([getattr(cells, name) for cells in several]) for name in names))
 
     def key(self) -> bytes:
         """Equal for cells that are."""

@@ -81,7 +81,7 @@ class AtPrices(NamedTuple):
     Attributes:
         prices: of a byte on the device and on the host, (2, prices, rows).
         work_s: its work in a step with its bytes at their prices, (prices, samples, rows, kinds).
-        at_work: bytes while it is at work, (rows, kinds).
+        at_work: bytes while it is at work that have no part in that, (rows, kinds).
         step_s: serial seconds of a step, (rows, kinds).
     """
 
@@ -89,6 +89,12 @@ class AtPrices(NamedTuple):
     work_s: Array
     at_work: Array
     step_s: Array
+
+    def take(self, index: NDArray[np.intp]) -> AtPrices:
+        """Of some of the rows."""
+        return AtPrices(
+            self.prices[:, :, index], self.work_s[:, :, index], self.at_work[index], self.step_s[index]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +109,6 @@ class Relaxation:
         budget: bytes of a device for what is held and saved, the stack's own taken off, per row.
         growth: what allocators make of saved bytes.
         host_bytes: of a device's share of the host.
-        centre: price of a byte that bounds well, per row, where one is known.
     """
 
     blocks: Array
@@ -113,15 +118,11 @@ class Relaxation:
     budget: Array
     growth: float
     host_bytes: float
-    centre: Array | None = None
 
     def take(self, index: NDArray[np.intp]) -> Relaxation:
         """Of some of the rows."""
-        centre = None if self.centre is None else self.centre[index]
-        return replace(
-            self, blocks=self.blocks.take(index, axis=2), micro_batches=self.micro_batches[index], budget=self.budget[index],
-            centre=centre,
-        )  # fmt: skip
+        blocks, micro_batches = self.blocks.take(index, axis=2), self.micro_batches[index]
+        return replace(self, blocks=blocks, micro_batches=micro_batches, budget=self.budget[index])
 
     @property
     def seconds(self) -> Array:
@@ -136,70 +137,63 @@ class Relaxation:
         return step
 
     @property
-    def fastest_s(self) -> Array:
-        """One micro-batch through all layers, each under its fastest strategy, per row."""
-        fastest: Array = self.seconds.min(axis=0) @ self.layers
-        return fastest
-
-    @property
     def hosts(self) -> bool:
         """Whether some strategies keep bytes on the host."""
         return bool(self.blocks[5:].any())
 
-    def pooled(self, flights: Array, most: Array) -> tuple[Array, Relaxation]:
-        """:meth:`work_s`, with the host's bytes at prices too; and the same bounds around the prices that prove most.
-
-        Args: as there.
-        """
-        total, prices = self._work(flights, most)
-        if not self.hosts:
-            return total.max(axis=0), self
-        rows = np.arange(total.shape[1])
-        centre = np.maximum(prices[0][total.argmax(axis=0), rows], prices[0][1])
-        around = replace(self, centre=centre)
-        return np.maximum(total.max(axis=0), around.work_s(flights, most)), around
-
-    def work_s(self, flights: Array, most: Array) -> Array:
-        """What all devices work together at least, per row.
+    def pooled(self, flights: Array, most: Array) -> tuple[Array, AtPrices]:
+        """What all devices work together at least, per row; and what layouts are bounded by, at the prices that prove it.
 
         Args:
             flights: (stages, rows) micro-batches in flight.
             most: (rows) layers that one stage holds at most.
         """
-        best: Array = self._work(flights, most)[0].max(axis=0)
-        return best
+        cost, samples = self.micro_batches[:, None] * self.seconds + self.step, self._samples()
+        most = np.minimum(most, self.layers[:-2].sum())
+        # What a device's blocks need while they are at work is no less than what an end needs, nor than what its layers do on
+        # average: the larger one of the two, each row by itself.
+        alone = self._prices(cost)
+        ends = self._at_prices(cost, alone, samples, np.zeros_like(most))
+        layers = self._at_prices(cost, alone, samples, 1.0 / most)
+        of_ends, of_layers = (self._work(each, flights, most) for each in (ends, layers))
+        better = of_layers.max(axis=0) > of_ends.max(axis=0)
+        total, at_work = np.where(better, of_layers, of_ends), np.where(better[:, None], 0.0, ends.at_work)
+        least = AtPrices(alone, np.where(better[:, None], layers.work_s, ends.work_s), at_work, ends.step_s)
+        found: Array = total.max(axis=0)
+        if not self.hosts:
+            return found, least
+        centre = np.maximum(alone[0][total.argmax(axis=0), np.arange(len(found))], alone[0][1])
+        around = self._at_prices(cost, self._around(centre), samples, np.where(better, 1.0 / most, 0.0))
+        prices, work_s = (
+            np.concatenate([x, y], axis=axis)
+            for x, y, axis in ((alone, around.prices, 1), (least.work_s, around.work_s, 0))
+        )
+        found = np.maximum(found, self._work(around, flights, most).max(axis=0))
+        return found, AtPrices(prices, work_s, at_work, ends.step_s)
 
-    def _work(self, flights: Array, most: Array) -> tuple[Array, Array]:
-        """The same at each of the prices, (prices, rows), and these."""
+    def _work(self, priced: AtPrices, flights: Array, most: Array) -> Array:
+        """What all devices work together at least at each of the prices, (prices, rows)."""
         kinds = len(self.layers) - 2
-        prices, samples = self._prices(), self._samples()
-        priced = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
+        samples = self._samples()
         sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
         filled = np.arange(len(sample))[:, None] * most
         # Blocks at work: the embedding's stage and the head's may have no layers, and all others have.
-        smallest = self.blocks[4].min(axis=0)
-        least = smallest[:, :kinds].min(axis=1)
-        at_work = smallest[:, kinds:].sum(axis=1) if self.pp > 1 else smallest.max(axis=1)
-        room = self.pp * self.budget - self.growth * (at_work + max(self.pp - 2, 0) * least)
-        total = -prices[0] * room - prices[1] * self.pp * self.host_bytes
+        least = priced.at_work[:, :kinds].min(axis=1)
+        ends = priced.at_work[:, kinds:].sum(axis=1) if self.pp > 1 else priced.at_work.max(axis=1)
+        room = self.pp * self.budget - self.growth * (ends + max(self.pp - 2, 0) * least)
+        total: Array = -priced.prices[0] * room - priced.prices[1] * self.pp * self.host_bytes
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
             # Nothing is left out where stages could not hold all.
             here[-1] += self.layers[kind] - here.sum(axis=0)
             for number in range(len(samples)):
                 together = np.where(sample == number, here, 0.0).sum(axis=0)
-                total = total + together * priced[:, number, :, kind]
+                total = total + together * priced.work_s[:, number, :, kind]
         rows = np.arange(sample.shape[1])
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
-            total = total + self.layers[end] * priced[:, sample[stage], rows, end]
-        return total, prices
-
-    def at_prices(self) -> AtPrices:
-        """What layouts have in common: the least of one block under any strategy."""
-        prices, work = self._prices(), self.micro_batches[:, None] * self.seconds
-        least = self._least(work, prices, self._samples())
-        return AtPrices(prices, least, self.blocks[4].min(axis=0), self.step.min(axis=0))
+            total = total + self.layers[end] * priced.work_s[:, sample[stage], rows, end]
+        return total
 
     def dearest_s(
         self, priced: AtPrices, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
@@ -208,7 +202,7 @@ class Relaxation:
         the last one after it, when the first device updates.
 
         Args:
-            priced: :meth:`at_prices`.
+            priced: of :meth:`pooled`.
             rows: which.
             flights: (virtual stages, rows) micro-batches in flight.
             alone: the rows' tables without strategies.
@@ -235,24 +229,30 @@ class Relaxation:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
         return np.unique(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
 
-    def _prices(self) -> Array:
-        """Of a byte on the device and on the host, (2, prices, rows)."""
-        cost = self.micro_batches[:, None] * self.seconds + self.step
+    def _prices(self, cost: Array) -> Array:
+        """Of a byte on the device and on the host, (2, prices, rows): the host's for nothing."""
         device = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
-        alone = np.stack([device, np.zeros_like(device)])
-        if self.centre is None:
-            return alone
-        near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * self.centre
-        return np.concatenate(
-            [alone, np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])], axis=1
-        )
+        return np.stack([device, np.zeros_like(device)])
 
-    def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
-        """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
-        found = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
+    def _around(self, centre: Array) -> Array:
+        """The same around a price of a device's byte that bounds well, per row, with the host's at prices too."""
+        near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * centre
+        return np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])
+
+    def _at_prices(self, cost: Array, prices: Array, samples: Array, share: Array) -> AtPrices:
+        """The smallest cost with memory at some prices.
+
+        Args:
+            cost: (strategies, rows, kinds) without.
+            share: (rows) of what a layer needs while it is at work that counts as held; where it is 0, the least counts apart.
+        """
+        work_s = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
+        of_layers = np.zeros(cost.shape[2])
+        of_layers[:-2] = 1.0
+        shares = share[:, None] * of_layers
         priced, both, hosts = np.empty_like(cost), np.empty_like(cost), self.hosts
         for number, flights in enumerate(samples):
-            held = self.blocks[2] + self.growth * flights * self.blocks[3]
+            held = self.blocks[2] + self.growth * (flights * self.blocks[3] + shares * self.blocks[4])
             away = self.blocks[5] + flights * self.blocks[6] if hosts else None
             last: Array | None = None
             for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
@@ -261,9 +261,10 @@ class Relaxation:
                     priced += cost
                     last = device
                 if away is None or not host.any():
-                    priced.min(axis=0, out=found[at, number])
+                    priced.min(axis=0, out=work_s[at, number])
                     continue
                 np.multiply(host[:, None], away, out=both)
                 both += priced
-                both.min(axis=0, out=found[at, number])
-        return found
+                both.min(axis=0, out=work_s[at, number])
+        at_work = np.where(share[:, None] > 0.0, 0.0, self.blocks[4].min(axis=0))
+        return AtPrices(prices, work_s, at_work, self.step.min(axis=0))

@@ -17,7 +17,7 @@ from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
-from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
+from planner.solve.layerwise.relaxation import AtPrices, Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
 from planner.solve.space import Choice, Named, named
@@ -177,15 +177,16 @@ class LayerwiseSpace:
         rows, free_s = some_of(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
-        pooled_s, bounds = self._pooled_s(self._relaxation(rows, below_s), below_s)
+        bounds = self._relaxation(rows, below_s)
+        pooled_s, priced = self._pooled_s(bounds, below_s)
         lost = np.isfinite(free_s) & (pooled_s >= below_s)
         self.excluded["memory"] += int(lost.sum())
         keep = pooled_s < below_s
         rows, free_s = some_of(rows, free_s, keep)
         if not len(rows.row):
             return
-        bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
-        priced = bounds.at_prices()
+        kept = np.flatnonzero(keep)
+        bounds, priced, pooled_s = bounds.take(kept), priced.take(kept), pooled_s[kept]
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
             ask()
             bound_s = np.maximum(alone_s, pooled_s)
@@ -204,13 +205,13 @@ class LayerwiseSpace:
                 where = int(rows.part[place]), int(rows.row[place])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
-    def _pooled_s(self, bounds: Relaxation, below_s: float) -> tuple[Array, Relaxation]:
-        """What rows take at least with all devices' memory together, and bounds around the prices that prove it."""
+    def _pooled_s(self, bounds: Relaxation, below_s: float) -> tuple[Array, AtPrices]:
+        """What rows take at least with all devices' memory together, and the least of blocks at the prices that prove it."""
         # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
         flights = in_flight(bounds.pp, 1, bounds.micro_batches)
         each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
-        work_s, around = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
-        return work_s / bounds.pp, around
+        work_s, priced = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
+        return work_s / bounds.pp, priced
 
     def _open(
         self, pp: int, below_s: float
@@ -285,8 +286,8 @@ class LayerwiseSpace:
                 np.array([mesh.communicators for mesh in several]),
             )  # fmt: skip
             batches = bounds.micro_batches
-            pooled_s, bounds = self._pooled_s(bounds, below_s)
-            priced, place = bounds.at_prices(), {row: at for at, row in enumerate(mine)}
+            pooled_s, priced = self._pooled_s(bounds, below_s)
+            place = {row: at for at, row in enumerate(mine)}
             alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
             alike: dict[int, list[int]] = {}
             for number, deal in enumerate(deals):
