@@ -18,13 +18,14 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import unbeaten
-from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.duals import Cells, dual_at, dual_s
 from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
@@ -39,6 +40,9 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
 _KEPT = 8  # prices of a device that are tried first the next time
+_FEW = 6  # layouts whose prices are found, of those that are bounded side by side
+_STEEP = 4096.0  # price of a byte that no plan pays, in seconds of all blocks per byte of the device
+_LONGEST_S = 1e9  # of a block under a strategy whose transient a range does not allow
 _SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
@@ -119,30 +123,50 @@ class DeviceBounds:
     def along_s(self, layout: Layout, path: Path, enough_s: float = np.inf) -> float:
         """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit. A bound of
         ``enough_s`` is not tightened."""
-        costs, cells, ends = self._along(layout, path)
-        least = self._duals(costs, cells)
+        costs, cells = self._along(layout, path)
+        least = self._duals(costs, cells)[0].min(axis=0)
         # Prices that are known may prove enough.
         for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
-            if _together(least, layout.pp, path, ends) >= enough_s:
+            if _together(least, layout.pp, path) >= enough_s:
                 break
             least = self._tightened(least, costs, cells, np.inf, tight_s)
-        return _together(least, layout.pp, path, ends)
+        return _together(least, layout.pp, path)
 
     def along_each_s(self, layouts: Sequence[Layout], paths: Sequence[Path]) -> list[float]:
-        """:meth:`along_s` of several layouts side by side, each along a path of its own, by device memory alone."""
+        """:meth:`along_s` of several layouts side by side, each along a path of its own, by device memory alone and at the prices
+        of its bytes that prove most of a few of them."""
         every = [self._along(layout, path) for layout, path in zip(layouts, paths, strict=True)]
-        many = [layout.pp + ends for layout, (*_, ends) in zip(layouts, every, strict=True)]
-        starts = np.cumsum([0, *many])
-        cells = Cells.joined([own for _, own, _ in every], starts)
-        least = self._duals(np.concatenate([costs for costs, *_ in every], axis=1), cells)
+        costs, cells, starts = _side_by_side(every)
+        found, prices = self._duals(*_side_by_side(every[:: -(-len(every) // _FEW)])[:2])
+        steep = _STEEP * np.max(found, where=np.isfinite(found), initial=0.0) / max(self.room, 1.0)
+        prices = np.minimum(prices, steep)  # where nothing fits
+        # Hardly any of the blocks differ in more than how many there are.
+        columns, alike = _classes(np.concatenate([cells.kind[None], cells.flights[None], costs]))
+        cost, held = (
+            costs[:, columns],
+            self._held(cells.kind[columns], cells.flights[columns], self.names[:1])[0],
+        )
+        low, high = self._limits(np.unique(cells.kind).tolist())
+        transient = self.transient[self.useful][:, cells.kind[columns]]
+        least = np.min(
+            [
+                dual_at(
+                    np.where(transient <= upper, cost, _LONGEST_S), held, cells, self.room - self.growth * lower,
+                    distinct(prices[number]), alike,
+                )
+                for number, (lower, upper) in enumerate(zip(low, high, strict=True))
+            ],
+            axis=0,
+        )  # fmt: skip
+        ends = [*starts[1:].tolist(), len(least)]
         return [
-            _together(least[start : start + n], layout.pp, path, n - layout.pp)
-            for start, n, layout, path in zip(starts.tolist(), many, layouts, paths, strict=False)
+            _together(least[start:stop], layout.pp, path)
+            for start, stop, layout, path in zip(starts.tolist(), ends, layouts, paths, strict=True)
         ]
 
-    def _along(self, layout: Layout, path: Path) -> tuple[Array, Cells, int]:
+    def _along(self, layout: Layout, path: Path) -> tuple[Array, Cells]:
         """What blocks take on a path, (useful strategies, cells); behind the devices, copies of the one where it ends, each with
-        one of the sums that may follow; and how many these are."""
+        one of the sums that may follow."""
         shape = layout.virtual_stages, layout.pp
         cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
         s, kind = self.useful, cells.kind
@@ -155,7 +179,7 @@ class DeviceBounds:
         every = cells.take(np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))]))
         copies = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
         every = replace(every, device=np.concatenate([cells.device, copies]))
-        return np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1), every, len(sums)
+        return np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1), every
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
@@ -187,10 +211,11 @@ class DeviceBounds:
 
         Once a device takes ``enough_s``, no other is bounded more closely.
         """
-        return self._tightened(self._duals(cost, cells), cost, cells, enough_s, enough_s)
+        return self._tightened(self._duals(cost, cells)[0].min(axis=0), cost, cells, enough_s, enough_s)
 
-    def _duals(self, cost: Array, cells: Cells) -> Array:
-        """The same by device memory alone."""
+    def _duals(self, cost: Array, cells: Cells) -> tuple[Array, Array]:
+        """The dual of every device under each limit on its transient, by device memory alone, and the price that proves it:
+        (limits, devices) each."""
         low, high = self._limits(np.unique(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
         many, devices = len(low), int(cells.device[-1]) + 1
@@ -204,8 +229,8 @@ class DeviceBounds:
         )
         held = self._held(cells.kind, cells.flights, self.names[:1])[0]
         rooms = np.repeat(self.room - self.growth * low, devices)
-        least: Array = dual_s(costs, np.tile(held, many), every, rooms).reshape(many, devices).min(axis=0)
-        return least
+        least, prices = dual_s(costs, np.tile(held, many), every, rooms)
+        return least.reshape(many, devices), prices.reshape(many, devices)
 
     def _tightened(self, least: Array, cost: Array, cells: Cells, enough_s: float, tight_s: float) -> Array:
         """The same by slower memory too, where it is in use; none is beyond ``tight_s``."""
@@ -294,10 +319,27 @@ class DeviceBounds:
         return counts
 
 
-def _together(least: Array, devices: int, path: Path, ends: int) -> float:
+def _side_by_side(several: Sequence[tuple[Array, Cells]]) -> tuple[Array, Cells, NDArray[np.intp]]:
+    """Costs and cells of several layouts, and the numbers at which their devices begin."""
+    starts = np.cumsum([0, *(int(cells.device[-1]) + 1 for _, cells in several[:-1])])
+    costs = np.concatenate([cost for cost, _ in several], axis=1)
+    return costs, Cells.joined([cells for _, cells in several], starts), starts
+
+
+def _classes(keys: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Columns of a table that are not alike, and the one that each column is alike to, by its place among these."""
+    numbers: dict[bytes, int] = {}
+    of = [numbers.setdefault(key.tobytes(), len(numbers)) for key in np.ascontiguousarray(keys.T)]
+    alike = np.array(of, dtype=np.intp)
+    first = np.full(len(numbers), len(of), dtype=np.intp)
+    np.minimum.at(first, alike, np.arange(len(of)))
+    return first, alike
+
+
+def _together(least: Array, devices: int, path: Path) -> float:
     """The sum along a path, whose last device stands behind the others too, once for every sum that may follow."""
     along = least[:devices].copy()
-    along[path.device] = least[devices : devices + ends].max()
+    along[path.device] = least[devices:].max()
     return float(along.sum())
 
 

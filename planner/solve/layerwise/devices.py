@@ -220,7 +220,7 @@ class DeviceCosts(DeviceBounds):
         cells = Cells(
             np.repeat(np.arange(many), len(groups)), np.tile(kinds, many), np.tile(size, many), *[size] * 3
         )
-        found = dual_s(
+        found, _ = dual_s(
             cost.transpose(2, 0, 1, 3).reshape(len(self.useful), -1), np.tile(held[0], many), cells,
             np.tile(self.room - self.growth * limits, len(some)),
         )  # fmt: skip

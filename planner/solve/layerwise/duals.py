@@ -67,7 +67,7 @@ class Cells:
     @staticmethod
     def joined(several: Sequence[Cells], starts: NDArray[np.intp]) -> Cells:
         """Those of several layouts side by side, whose devices begin at some numbers."""
-        device = np.concatenate([cells.device + start for cells, start in zip(several, starts, strict=False)])
+        device = np.concatenate([cells.device + start for cells, start in zip(several, starts, strict=True)])
         names = ("kind", "number", "flights", "forwards", "backwards")
         return Cells(device, *(np.concatenate([getattr(cells, name) for cells in several]) for name in names))
 
@@ -82,8 +82,8 @@ class Cells:
         return Cells(*(x[index] for x in parts))
 
 
-def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
-    """What each device costs at least, infinite where nothing keeps its room: (devices,).
+def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, Array]:
+    """What each device costs at least, infinite where nothing keeps its room, and the price of a byte that proves it.
 
     Two lines bound the dual from above: its tangents at a price where the cheapest strategies exceed the room, and at one where
     they keep it. Where they meet, the next tangent replaces one of them, until it meets both: then it is the largest value.
@@ -95,10 +95,11 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
 
     >>> one = np.ones((1, 1))
     >>> cells = Cells.of(5.0 * one[None], one, one, one)
-    >>> dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0])).round(9).tolist()  # 2.5 each
-    [17.5]
+    >>> seconds, price = dual_s(np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]]), cells, np.array([35.0]))
+    >>> seconds.round(9).tolist(), price.round(9).tolist()  # half of the layers each way; 6 bytes are worth a second
+    ([17.5], [0.166666667])
     """
-    room = room + SLACK * np.abs(room)
+    room = _with_slack(room)
     starts = np.searchsorted(cells.device, np.arange(len(room)))
     place = np.arange(cost.shape[1])
 
@@ -113,7 +114,7 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
     kept_s, kept = at(np.where(smallest == smallest.min(axis=0), cost, np.inf))
     fits = np.isfinite(over_s) & (kept <= 0.0)
     over_s, kept_s = np.where(fits, over_s, 0.0), np.where(fits, kept_s, 0.0)
-    best = over_s.copy()  # without a price
+    best, prices = over_s.copy(), np.zeros_like(over_s)  # without a price
     open_ = fits & (over > 0.0)
     for _ in range(_TANGENTS):
         if not open_.any():
@@ -121,9 +122,41 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> Array:
         price = np.where(open_, (kept_s - over_s) / np.where(open_, over - kept, 1.0), 0.0)
         seconds, beyond = at(cost + price[cells.device] * held)
         value = seconds + price * beyond
-        best = np.where(open_, np.maximum(best, value), best)
+        better = open_ & (value > best)
+        best, prices = np.where(better, value, best), np.where(better, price, prices)
         open_ &= value < (over_s + price * over) * (1.0 - _PRECISION)
         up, down = open_ & (beyond > 0.0), open_ & (beyond <= 0.0)
         over_s, over = np.where(up, seconds, over_s), np.where(up, beyond, over)
         kept_s, kept = np.where(down, seconds, kept_s), np.where(down, beyond, kept)
-    return np.where(fits, best, np.inf)
+    return np.where(fits, best, np.inf), np.where(fits, prices, np.inf)
+
+
+def dual_at(
+    cost: Array, held: Array, cells: Cells, room: Array, prices: Array, alike: NDArray[np.intp]
+) -> Array:
+    """What each device costs at least by some prices of a byte, whichever of them proves most: (devices,).
+
+    Args:
+        cost, held: (strategies, columns) seconds and bytes of one block.
+        cells: of the devices.
+        room: bytes of every device.
+        prices: which.
+        alike: the column of every cell.
+
+    >>> one = np.ones((1, 1))
+    >>> cells = Cells.of(5.0 * one[None], one, one, one)
+    >>> cost, held = np.array([[3.0], [4.0]]), np.array([[10.0], [4.0]])
+    >>> dual_at(cost, held, cells, 35.0, np.array([0.1, 0.2]), np.array([0])).round(9).tolist()  # 5·(4 + 0.2·4) − 0.2·35
+    [17.0]
+    """
+    least = (cost + prices[:, None, None] * held).min(axis=1)
+    starts = np.searchsorted(cells.device, np.arange(int(cells.device[-1]) + 1))
+    paid = prices[:, None] * _with_slack(room)
+    found: Array = (np.add.reduceat(cells.number * least[:, alike], starts, axis=1) - paid).max(axis=0)
+    return found
+
+
+def _with_slack(room: Array) -> Array:
+    """Bytes with the excess that counts as rounding."""
+    with_slack: Array = room + SLACK * np.abs(room)
+    return with_slack
