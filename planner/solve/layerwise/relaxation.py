@@ -12,6 +12,7 @@ Strategies that have no tables yet stand there with what their parts say of them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -76,25 +77,71 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
 
 
 class AtPrices(NamedTuple):
-    """The least of one block under any strategy.
+    """The least of one block under any strategy, and what bounds layouts by it.
 
     Attributes:
         prices: of a byte on the device and on the host, (2, prices, rows).
         work_s: its work in a step with its bytes at their prices, (prices, samples, rows, kinds).
         at_work: bytes while it is at work that have no part in that, (rows, kinds).
         step_s: serial seconds of a step, (rows, kinds).
+        budget: bytes of a device, (rows).
+        samples: micro-batches in flight at which minima are taken.
+        growth, host_bytes: as in :class:`Relaxation`.
     """
 
     prices: Array
     work_s: Array
     at_work: Array
     step_s: Array
+    budget: Array
+    samples: Array
+    growth: float
+    host_bytes: float
 
     def take(self, index: NDArray[np.intp]) -> AtPrices:
         """Of some of the rows."""
-        return AtPrices(
-            self.prices[:, :, index], self.work_s[:, :, index], self.at_work[index], self.step_s[index]
+        prices, work_s = self.prices[:, :, index], self.work_s[:, :, index]
+        at_work, step_s, budget = self.at_work[index], self.step_s[index], self.budget[index]
+        return self._replace(prices=prices, work_s=work_s, at_work=at_work, step_s=step_s, budget=budget)
+
+    @staticmethod
+    def joined(several: Sequence[AtPrices]) -> AtPrices:
+        """Rows of several, one after the other, of one pipeline degree."""
+        few = min(each.prices.shape[1] for each in several)
+        return several[0]._replace(
+            prices=np.concatenate([each.prices[:, :few] for each in several], axis=2),
+            work_s=np.concatenate([each.work_s[:few] for each in several], axis=2),
+            at_work=np.concatenate([each.at_work for each in several]),
+            step_s=np.concatenate([each.step_s for each in several]),
+            budget=np.concatenate([each.budget for each in several]),
         )
+
+    def dearest_s(self, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable) -> Array:
+        """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
+        the last one after it, when the first device updates.
+
+        Args:
+            rows: which.
+            flights: (virtual stages, rows) micro-batches in flight.
+            alone: the rows' tables without strategies.
+        """
+        (prices, of_host), least = self.prices[:, :, rows], self.work_s[:, :, rows]
+        samples, counts = self.samples, layout.chunks[:, :, :-1]
+        sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
+        # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
+        live = np.stack(
+            [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
+        )
+        work_s = np.einsum("pnrk,ndrk->pdr", least, live)
+        there = layout.device_counts[:, :-1] > 0
+        at_work = np.where(there[:, None], self.at_work[rows], -np.inf).max(axis=2)
+        room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
+        total = work_s - room - of_host[:, None] * self.host_bytes
+        once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
+        waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
+        waits_s = waits_s + self.step_s[rows] @ layout.device_counts[0, :-1]
+        best: Array = (waits_s + total.max(axis=0)).max(axis=0)
+        return best
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,35 +188,41 @@ class Relaxation:
         """Whether some strategies keep bytes on the host."""
         return bool(self.blocks[5:].any())
 
-    def pooled(self, flights: Array, most: Array) -> tuple[Array, AtPrices]:
-        """What all devices work together at least, per row; and what layouts are bounded by, at the prices that prove it.
+    def pooled(self, flights: Array, most: Array, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
+        """What all devices work together at least, per row; which rows may take less than a limit; and what bounds their layouts.
+
+        What a device's blocks need while they are at work is no less than what its layers do on average, nor than what an end
+        needs: the larger one of the two counts, each row by itself.
 
         Args:
             flights: (stages, rows) micro-batches in flight.
             most: (rows) layers that one stage holds at most.
+            below_s: of all devices together.
         """
-        cost, samples = self.micro_batches[:, None] * self.seconds + self.step, self._samples()
-        most = np.minimum(most, self.layers[:-2].sum())
-        # What a device's blocks need while they are at work is no less than what an end needs, nor than what its layers do on
-        # average: the larger one of the two, each row by itself.
-        alone = self._prices(cost)
-        ends = self._at_prices(cost, alone, samples, np.zeros_like(most))
-        layers = self._at_prices(cost, alone, samples, 1.0 / most)
-        of_ends, of_layers = (self._work(each, flights, most) for each in (ends, layers))
-        better = of_layers.max(axis=0) > of_ends.max(axis=0)
+        share = 1.0 / np.minimum(most, self.layers[:-2].sum())
+        alone = self._prices()
+        layers = self._at_prices(alone, share)
+        of_layers = self._work(layers, flights, most)
+        found: Array = of_layers.max(axis=0)
+        open_ = np.flatnonzero(found < below_s)
+        few, layers, of_layers = self.take(open_), layers.take(open_), of_layers[:, open_]
+        alone, share, flights, most = alone[:, :, open_], share[open_], flights[:, open_], most[open_]
+        ends = few._at_prices(alone, np.zeros_like(share))
+        of_ends = few._work(ends, flights, most)
+        better = of_layers.max(axis=0, initial=0.0) > of_ends.max(axis=0, initial=0.0)
         total, at_work = np.where(better, of_layers, of_ends), np.where(better[:, None], 0.0, ends.at_work)
-        least = AtPrices(alone, np.where(better[:, None], layers.work_s, ends.work_s), at_work, ends.step_s)
-        found: Array = total.max(axis=0)
-        if not self.hosts:
-            return found, least
-        centre = np.maximum(alone[0][total.argmax(axis=0), np.arange(len(found))], alone[0][1])
-        around = self._at_prices(cost, self._around(centre), samples, np.where(better, 1.0 / most, 0.0))
-        prices, work_s = (
-            np.concatenate([x, y], axis=axis)
-            for x, y, axis in ((alone, around.prices, 1), (least.work_s, around.work_s, 0))
-        )
-        found = np.maximum(found, self._work(around, flights, most).max(axis=0))
-        return found, AtPrices(prices, work_s, at_work, ends.step_s)
+        least = ends._replace(work_s=np.where(better[:, None], layers.work_s, ends.work_s), at_work=at_work)
+        found[open_] = total.max(axis=0)
+        if self.hosts and len(open_):
+            centre = np.maximum(alone[0][total.argmax(axis=0), np.arange(len(open_))], alone[0][1])
+            around = few._at_prices(few._around(centre), np.where(better, share, 0.0))
+            found[open_] = np.maximum(found[open_], few._work(around, flights, most).max(axis=0))
+            least = least._replace(
+                prices=np.concatenate([alone, around.prices], axis=1),
+                work_s=np.concatenate([least.work_s, around.work_s]),
+            )
+        left = found[open_] < below_s
+        return found, open_[left], least.take(np.flatnonzero(left))
 
     def _work(self, priced: AtPrices, flights: Array, most: Array) -> Array:
         """What all devices work together at least at each of the prices, (prices, rows)."""
@@ -195,43 +248,19 @@ class Relaxation:
             total = total + self.layers[end] * priced.work_s[:, sample[stage], rows, end]
         return total
 
-    def dearest_s(
-        self, priced: AtPrices, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
-    ) -> Array:  # fmt: skip
-        """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
-        the last one after it, when the first device updates.
-
-        Args:
-            priced: of :meth:`pooled`.
-            rows: which.
-            flights: (virtual stages, rows) micro-batches in flight.
-            alone: the rows' tables without strategies.
-        """
-        (prices, of_host), least = priced.prices[:, :, rows], priced.work_s[:, :, rows]
-        samples, counts = self._samples(), layout.chunks[:, :, :-1]
-        sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
-        # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
-        live = np.stack(
-            [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
-        )
-        work_s = np.einsum("pnrk,ndrk->pdr", least, live)
-        there = layout.device_counts[:, :-1] > 0
-        at_work = np.where(there[:, None], priced.at_work[rows], -np.inf).max(axis=2)
-        room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
-        total = work_s - room - of_host[:, None] * self.host_bytes
-        once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
-        waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
-        waits_s = waits_s + priced.step_s[rows] @ layout.device_counts[0, :-1]
-        best: Array = (waits_s + total.max(axis=0)).max(axis=0)
-        return best
-
     def _samples(self) -> Array:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
         return np.unique(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
 
-    def _prices(self, cost: Array) -> Array:
+    @property
+    def cost(self) -> Array:
+        """Seconds of a step, (strategies, rows, kinds)."""
+        cost: Array = self.micro_batches[:, None] * self.seconds + self.step
+        return cost
+
+    def _prices(self) -> Array:
         """Of a byte on the device and on the host, (2, prices, rows): the host's for nothing."""
-        device = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
+        device = np.array(_PRICES)[:, None] * (self.cost.min(axis=0) @ self.layers / self.pp / self.budget)
         return np.stack([device, np.zeros_like(device)])
 
     def _around(self, centre: Array) -> Array:
@@ -239,13 +268,14 @@ class Relaxation:
         near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * centre
         return np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])
 
-    def _at_prices(self, cost: Array, prices: Array, samples: Array, share: Array) -> AtPrices:
+    def _at_prices(self, prices: Array, share: Array) -> AtPrices:
         """The smallest cost with memory at some prices.
 
         Args:
-            cost: (strategies, rows, kinds) without.
+            prices: of :meth:`_prices`.
             share: (rows) of what a layer needs while it is at work that counts as held; where it is 0, the least counts apart.
         """
+        cost, samples = self.cost, self._samples()
         work_s = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
         of_layers = np.zeros(cost.shape[2])
         of_layers[:-2] = 1.0
@@ -267,4 +297,5 @@ class Relaxation:
                 both += priced
                 both.min(axis=0, out=work_s[at, number])
         at_work = np.where(share[:, None] > 0.0, 0.0, self.blocks[4].min(axis=0))
-        return AtPrices(prices, work_s, at_work, self.step.min(axis=0))
+        step_s = self.step.min(axis=0)
+        return AtPrices(prices, work_s, at_work, step_s, self.budget, samples, self.growth, self.host_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace"]
 
+_LOOSE = 1.01  # times a limit, for which bounds by memory are known that do for the limit too
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deal:
@@ -47,6 +50,24 @@ class Deal:
     def order(self) -> str:
         """Name of the schedule's order."""
         return name_of(self.schedule)
+
+
+class _Pool(NamedTuple):
+    """What all devices' memory together says of a prefix's rows of one pipeline degree.
+
+    Attributes:
+        below_s: limit for which it is known.
+        rows: which, in order.
+        work_s: what each takes at least.
+        open: those that may take less than the limit.
+        priced: what bounds their layouts.
+    """
+
+    below_s: float
+    rows: NDArray[np.intp]
+    work_s: Array
+    open: NDArray[np.intp]
+    priced: AtPrices
 
 
 class LayerwiseSpace:
@@ -76,10 +97,12 @@ class LayerwiseSpace:
         self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._priced_below_s: dict[int, float] = {}
+        self._walked: set[int] = set()  # pipeline degrees whose rows are bounded by paths
         self._pooled: set[int] = set()  # prefixes that are bounded by memory
         # By it, of the rows of a pipeline degree; infinite where deals are known. And the least of these, by the limit.
         self._floor_s: dict[int, Array] = {}
         self._least: dict[float, dict[int, float]] = {}
+        self._pools: dict[tuple[int, int], _Pool] = {}  # by pipeline degree and prefix
         self._meshes: dict[tuple[int, int], Mesh] = {}
         self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
         self._asked: set[Branch] = set()
@@ -105,6 +128,8 @@ class LayerwiseSpace:
     def pool(self, enough_s: float, below_s: float) -> bool:
         """Bounds a prefix's rows below a limit by all devices' memory together: the prefix, of those that are not, of the fastest
         row; false where no such row is below ``enough_s``."""
+        for pp in self.least_s.keys() - self._walked:
+            self._walk(pp, below_s)
         fastest, part = enough_s, -1
         for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
             parts, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
@@ -118,9 +143,7 @@ class LayerwiseSpace:
         for degree in self.least_s:
             rows, _, free_s = self._open(degree, below_s)
             mine = np.flatnonzero((rows.part == part) & np.any(free_s < below_s, axis=0))
-            if len(mine):
-                some, _ = rows.take(mine)
-                self._floor_s[degree][mine] = self._pooled_s(self._relaxation(some, below_s), below_s)[0]
+            self._floor_s[degree][mine] = self._among(degree, part, rows.row[mine], below_s)
         return True
 
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
@@ -177,16 +200,17 @@ class LayerwiseSpace:
         rows, free_s = some_of(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
-        bounds = self._relaxation(rows, below_s)
-        pooled_s, priced = self._pooled_s(bounds, below_s)
+        parts = np.unique(rows.part).tolist()
+        pooled_s = np.concatenate(
+            [self._among(pp, part, rows.row[rows.part == part], below_s) for part in parts]
+        )
         lost = np.isfinite(free_s) & (pooled_s >= below_s)
         self.excluded["memory"] += int(lost.sum())
         keep = pooled_s < below_s
         rows, free_s = some_of(rows, free_s, keep)
         if not len(rows.row):
             return
-        kept = np.flatnonzero(keep)
-        bounds, priced, pooled_s = bounds.take(kept), priced.take(kept), pooled_s[kept]
+        pooled_s, priced = pooled_s[keep], self._priced_rows(rows)
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
             ask()
             bound_s = np.maximum(alone_s, pooled_s)
@@ -195,23 +219,40 @@ class LayerwiseSpace:
                 if not len(open_):
                     continue
                 some, _ = rows.take(open_)
-                paths_s = tight_bound(some.table, layout, name_of(schedule), some.micro_batches)
-                self.excluded["work"] += int((paths_s >= below_s).sum())
                 flights = in_flight(pp, v, some.micro_batches)
-                dearest_s = bounds.dearest_s(priced, open_, layout, flights, some.table)
-                self.excluded["memory"] += int(((dearest_s >= below_s) & (paths_s < below_s)).sum())
-                bound_s[open_] = np.maximum(bound_s[open_], np.maximum(paths_s, dearest_s))
+                dearest_s = priced.dearest_s(open_, layout, flights, some.table)
+                self.excluded["memory"] += int((dearest_s >= below_s).sum())
+                bound_s[open_] = np.maximum(bound_s[open_], dearest_s)
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
-    def _pooled_s(self, bounds: Relaxation, below_s: float) -> tuple[Array, AtPrices]:
-        """What rows take at least with all devices' memory together, and the least of blocks at the prices that prove it."""
-        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
-        flights = in_flight(bounds.pp, 1, bounds.micro_batches)
-        each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
-        work_s, priced = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
-        return work_s / bounds.pp, priced
+    def _among(self, pp: int, part: int, rows: NDArray[np.intp], below_s: float) -> Array:
+        """What some rows of a prefix take at least with all devices' memory together; beyond the limit where it is not known."""
+        known = self._pools.get((pp, part))
+        if known is None or not below_s <= known.below_s <= below_s * _LOOSE:
+            opened, _, free_s = self._open(pp, below_s)
+            some, _ = opened.take(np.flatnonzero((opened.part == part) & np.any(free_s < below_s, axis=0)))
+            if not len(some.row):
+                return np.zeros(0)
+            among, blocks, _ = self._blocks(part, below_s)
+            parts = [blocks[:, :, np.searchsorted(among, some.row)]]
+            bounds = self._bounds(parts, some.micro_batches, pp, some.communicators)
+            found, left, priced = _pooled(bounds, below_s)
+            known = self._pools[pp, part] = _Pool(below_s, some.row, found, some.row[left], priced)
+        found = np.full(len(rows), np.inf)
+        at = np.minimum(np.searchsorted(known.rows, rows), len(known.rows) - 1)
+        here = known.rows[at] == rows
+        found[here] = known.work_s[at[here]]
+        return found
+
+    def _priced_rows(self, rows: DegreeRows) -> AtPrices:
+        """What bounds the layouts of rows that all devices' memory leaves open."""
+        found = []
+        for part in np.unique(rows.part).tolist():
+            pool = self._pools[rows.pp, part]
+            found.append(pool.priced.take(np.searchsorted(pool.open, rows.row[rows.part == part])))
+        return AtPrices.joined(found)
 
     def _open(
         self, pp: int, below_s: float
@@ -228,6 +269,17 @@ class LayerwiseSpace:
         rows, free_s, those = self._opened[pp]
         return rows, those, free_s
 
+    def _walk(self, pp: int, below_s: float) -> None:
+        """Bounds the rows of a pipeline degree by paths through its schedules, without limits of memory."""
+        self._walked.add(pp)
+        rows, cuts, free_s = self._open(pp, below_s)
+        for (schedule, layout, _), alone_s in zip(cuts, free_s, strict=True):
+            if layout is not None and len(open_ := np.flatnonzero(alone_s < below_s)):
+                some, _ = rows.take(open_)
+                paths_s = tight_bound(some.table, layout, name_of(schedule), some.micro_batches)
+                alone_s[open_] = np.maximum(alone_s[open_], paths_s)
+        self._least.clear()
+
     def _blocks(self, part: int, below_s: float) -> tuple[Array, Array, Strategies]:
         """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once, as limits
         fall."""
@@ -241,14 +293,6 @@ class LayerwiseSpace:
             taken = self.parts[part].take(at)
             self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
-
-    def _relaxation(self, rows: DegreeRows, below_s: float) -> Relaxation:
-        """Bounds under limits of memory of the open rows of a pipeline degree."""
-        parts: list[Array] = []
-        for part in np.unique(rows.part).tolist():
-            among, blocks, _ = self._blocks(part, below_s)
-            parts.append(blocks[:, :, np.searchsorted(among, rows.row[rows.part == part])])
-        return self._bounds(parts, rows.micro_batches, rows.pp, rows.communicators)
 
     def _bounds(
         self, parts: Sequence[Array], micro_batches: Array, pp: int, communicators: Array
@@ -286,23 +330,25 @@ class LayerwiseSpace:
                 np.array([mesh.communicators for mesh in several]),
             )  # fmt: skip
             batches = bounds.micro_batches
-            pooled_s, priced = self._pooled_s(bounds, below_s)
+            pooled_s, left, priced = _pooled(bounds, below_s)
             place = {row: at for at, row in enumerate(mine)}
-            alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
+            known = [row for at, row in enumerate(mine) if at in left]
+            alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, known]))
             alike: dict[int, list[int]] = {}
             for number, deal in enumerate(deals):
                 if deal.row in mine:
                     found[number] = max(found[number], float(pooled_s[place[deal.row]]))
-                    alike.setdefault(id(deal.layout), []).append(number)
+                    if deal.row in known:
+                        alike.setdefault(id(deal.layout), []).append(number)
             for numbers in alike.values():
                 layout = deals[numbers[0]].layout
                 if layout is None:
                     continue
-                rows = np.array([place[deals[number].row] for number in numbers])
-                flights = in_flight(pp, layout.virtual_stages, batches[rows])
+                rows = np.array([known.index(deals[number].row) for number in numbers])
+                flights = in_flight(pp, layout.virtual_stages, batches[left[rows]])
                 table = BlockTable(self.kinds, np.ascontiguousarray(alone.values[:, :, rows]))
                 for number, bound_s in zip(
-                    numbers, bounds.dearest_s(priced, rows, layout, flights, table).tolist(), strict=True
+                    numbers, priced.dearest_s(rows, layout, flights, table).tolist(), strict=True
                 ):
                     found[number] = max(found[number], bound_s)
         return found
@@ -444,3 +490,14 @@ class LayerwiseSpace:
             for check in technique.valid(ctx):
                 ok[mine] &= check.ok
         return ok
+
+
+def _pooled(bounds: Relaxation, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
+    """What rows take at least with all devices' memory together, those that may take less than a limit, and what bounds their
+    layouts."""
+    # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
+    flights = in_flight(bounds.pp, 1, bounds.micro_batches)
+    each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
+    most = np.maximum(np.floor(below_s / each_s), 1.0)
+    work_s, left, priced = bounds.pooled(flights, most, below_s * bounds.pp)
+    return work_s / bounds.pp, left, priced
