@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -42,6 +43,9 @@ class BranchTables:
     ) -> None:  # fmt: skip
         self.space, self.branches, self.pricer, self.kinds = space, branches, pricer, kinds
         self.recipe, self.ctx = recipe, ctx
+        self._every = ctx
+        self._seen: Index | None = None  # rows of the tables, if they are seen on some
+        self._many = len(self)
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._items = {id(item): item for item in ledger.items}
         self._base = self._change_to(ledger)
@@ -53,19 +57,29 @@ class BranchTables:
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
-        """The tables on some of the rows."""
+        """The tables on some of the rows: new ones, but where they are only seen."""
+        if self._seen is not None:
+            return self.of(index)
         ctx = self.ctx.take(index)
         ledger = self._ledgers[()].take(index, ctx.mesh.counterpart)
         return BranchTables(self.space, self.branches, self.pricer, self.kinds, self.recipe, ctx, ledger)
+
+    def of(self, index: Index) -> BranchTables:
+        """The same tables, seen on some of the rows: what either makes, both have."""
+        seen = copy(self)
+        seen.ctx = self.ctx.take(index)
+        seen._seen = index if self._seen is None else self._seen[index]
+        return seen
 
     def __len__(self) -> int:
         return len(self.ctx.micro_batch_size)
 
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
-        return tabulate(
-            self._ledger(self.branches.states[state]), self.pricer, self.kinds, len(self), TIMES
-        ).values
+        table = tabulate(
+            self._ledger(self.branches.states[state]), self.pricer, self.kinds, self._many, TIMES
+        )
+        return table.values if self._seen is None else table.take(self._seen).values
 
     def of_branch(
         self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None,
@@ -185,6 +199,7 @@ class BranchTables:
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
+        rows = rows if self._seen is None else self._seen[rows]
         table: Array = self._cells(self._base, aspect)[1].take(rows, axis=0)
         if aspect in change.touched:
             cells, values = self._cells(change, aspect)
@@ -194,8 +209,8 @@ class BranchTables:
     def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
         """One aspect of a partial recipe's table where it is not the prefix's: which fields and kinds, and (rows, these)."""
         if aspect not in change.tables:
-            values = tabulate(change.ledger, self.pricer, self.kinds, len(self), aspect).values
-            values = values.reshape(-1, len(self)).T
+            values = tabulate(change.ledger, self.pricer, self.kinds, self._many, aspect).values
+            values = values.reshape(-1, self._many).T
             cells = np.arange(values.shape[1])
             if change is not self._base:
                 cells = np.flatnonzero((values != self._cells(self._base, aspect)[1]).any(axis=0))
@@ -298,7 +313,7 @@ class BranchTables:
             done = (*done, f"{slot}={choice.value}")
             if done not in self._ledgers:
                 # The same mesh throughout, so that all branches name the same groups and share their prices.
-                ctx = ctx or replace(self.ctx, knobs={**self.ctx.knobs, **self.space.knobs(recipe)})
+                ctx = ctx or replace(self._every, knobs={**self._every.knobs, **self.space.knobs(recipe)})
                 self._ledgers[done] = choice.technique.apply(ledger, ctx)
             ledger = self._ledgers[done]
         return ledger

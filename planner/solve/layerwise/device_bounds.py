@@ -146,7 +146,7 @@ class DeviceBounds:
             costs[:, columns],
             self._held(cells.kind[columns], cells.flights[columns], self.names[:1])[0],
         )
-        low, high = self._limits(np.unique(cells.kind).tolist())
+        low, high = self._limits(distinct(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind[columns]]
         least = np.min(
             [
@@ -216,7 +216,7 @@ class DeviceBounds:
     def _duals(self, cost: Array, cells: Cells) -> tuple[Array, Array]:
         """The dual of every device under each limit on its transient, by device memory alone, and the price that proves it:
         (limits, devices) each."""
-        low, high = self._limits(np.unique(cells.kind).tolist())
+        low, high = self._limits(distinct(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
         many, devices = len(low), int(cells.device[-1]) + 1
         every = replace(
@@ -236,7 +236,7 @@ class DeviceBounds:
         """The same by slower memory too, where it is in use; none is beyond ``tight_s``."""
         if not self.slower or least.max() >= enough_s:
             return least
-        low, high = self._limits(np.unique(cells.kind).tolist())
+        low, high = self._limits(distinct(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
         held, least = self._held(cells.kind, cells.flights, self.names), least.copy()
         for device in np.flatnonzero(np.isfinite(least)).tolist():
@@ -269,7 +269,7 @@ class DeviceBounds:
     def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
         """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
         takes at least the lower end."""
-        found = np.unique(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
+        found = distinct(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
         starts = [0]
         for at in range(1, len(found)):
             if self.growth * (found[at] - found[starts[-1]]) > _RANGE * self.room:
@@ -311,7 +311,7 @@ class DeviceBounds:
         """As many layers as a device may well hold, from where it may well begin, with its ends: (samples, kinds)."""
         layers, pp = len(order), self.mesh.pp
         begin = round(layers * device / pp)
-        sizes = np.unique(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
+        sizes = distinct(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
         counts = np.zeros((len(sizes), len(self.mesh.kinds) - 1))
         for sample, n in enumerate(sizes.tolist()):
             start = min(begin, layers - n)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.assignment import Runs
+from planner.costs.arrays import distinct
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
 from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, Known, exposed, in_tier, largest
@@ -193,7 +194,7 @@ class DeviceCosts(DeviceBounds):
     def _limit_bounds(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
         """Limits on the transient, and what the relaxation proves of each."""
         kinds = np.array([group.kind for group in groups])
-        limits = np.unique(
+        limits = distinct(
             np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()])
         )
         held = self._held(kinds, np.array([group.flights[0] for group in groups]), self.names)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
@@ -250,7 +251,7 @@ class Relaxation:
 
     def _samples(self) -> Array:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
-        return np.unique(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
+        return distinct(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
 
     @property
     def cost(self) -> Array:

@@ -111,7 +111,10 @@ def search_layerwise(
             run.go()
         if uniform is not None and not finished and limit.left_s:
             below_s = min(uniform.best.estimate.step_time_s, run.alike_s() * _COMPANY)
-            uniform = joined(uniform, search_until(problem, top, None, below_s, limit.end_s, run.rows())[0])
+            uniform = joined(
+                uniform,
+                search_until(problem, top, None, below_s, limit.end_s, run.rows(), run.space.made())[0],
+            )
     except Infeasible:
         pass  # none of the rows that are left has a uniform plan
     except OutOfTimeError:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable, tabulate
+from planner.costs.arrays import distinct
+from planner.engine import TIMES, BlockTable, tabulate
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
@@ -98,7 +99,6 @@ class LayerwiseSpace:
         self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._priced_below_s: dict[int, float] = {}
         self._walked: set[int] = set()  # pipeline degrees whose rows are bounded by paths
-        self._pooled: set[int] = set()  # prefixes that are bounded by memory
         # By it, of the rows of a pipeline degree; infinite where deals are known. And the least of these, by the limit.
         self._floor_s: dict[int, Array] = {}
         self._least: dict[float, dict[int, float]] = {}
@@ -109,6 +109,7 @@ class LayerwiseSpace:
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
+        self._pooled = np.zeros(len(self.parts), dtype=bool)  # prefixes that are bounded by memory
 
     def deals(self, below_s: float) -> list[Deal]:
         """Deals whose bound is below a limit, smallest bounds first."""
@@ -133,12 +134,12 @@ class LayerwiseSpace:
         fastest, part = enough_s, -1
         for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
             parts, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
-            at = int(np.argmin(np.where(np.isin(parts, list(self._pooled)), np.inf, left)))
-            if parts[at] not in self._pooled and left[at] < fastest:
+            at = int(np.argmin(np.where(self._pooled[parts], np.inf, left)))
+            if not self._pooled[parts[at]] and left[at] < fastest:
                 fastest, part = float(left[at]), int(parts[at])
         if part < 0:
             return False
-        self._pooled.add(part)
+        self._pooled[part] = True
         self._least.clear()
         for degree in self.least_s:
             rows, _, free_s = self._open(degree, below_s)
@@ -151,7 +152,7 @@ class LayerwiseSpace:
         without limits of memory, then all devices' memory together, then the schedule's own paths and every device's memory."""
         rows, cuts, free_s = self._open(pp, below_s)
         floor_s = self._floor_s[pp]
-        mine = np.isfinite(floor_s) & np.isin(rows.part, list(self._pooled))
+        mine = np.isfinite(floor_s) & self._pooled[rows.part]
         late = np.isfinite(free_s) & (free_s >= below_s) & mine  # where the limit has fallen since
         full = np.isfinite(free_s) & ~late & (floor_s >= below_s) & mine
         self.excluded["work"] += int(late.sum())
@@ -180,7 +181,7 @@ class LayerwiseSpace:
             part: sum(
                 str(knobs.get(slot)).lower() == c.value for slot, c in self.parts[part].tables.recipe.items()
             )
-            for part in np.unique(rows.part).tolist()
+            for part in distinct(rows.part).tolist()
         }
         mine, counted = rows.part == max(alike, key=lambda part: alike[part]), dict(self.excluded)
         mine &= np.any(free_s < below_s, axis=0)
@@ -200,7 +201,7 @@ class LayerwiseSpace:
         rows, free_s = some_of(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
-        parts = np.unique(rows.part).tolist()
+        parts = distinct(rows.part).tolist()
         pooled_s = np.concatenate(
             [self._among(pp, part, rows.row[rows.part == part], below_s) for part in parts]
         )
@@ -249,7 +250,7 @@ class LayerwiseSpace:
     def _priced_rows(self, rows: DegreeRows) -> AtPrices:
         """What bounds the layouts of rows that all devices' memory leaves open."""
         found = []
-        for part in np.unique(rows.part).tolist():
+        for part in distinct(rows.part).tolist():
             pool = self._pools[rows.pp, part]
             found.append(pool.priced.take(np.searchsorted(pool.open, rows.row[rows.part == part])))
         return AtPrices.joined(found)
@@ -289,7 +290,7 @@ class LayerwiseSpace:
             mine = [
                 rows.row[(rows.part == part) & np.any(free_s < below_s, axis=0)] for rows, _, free_s in opened
             ]
-            at = np.unique(np.concatenate(mine))
+            at = distinct(np.concatenate(mine))
             taken = self.parts[part].take(at)
             self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
@@ -333,7 +334,7 @@ class LayerwiseSpace:
             pooled_s, left, priced = _pooled(bounds, below_s)
             place = {row: at for at, row in enumerate(mine)}
             known = [row for at, row in enumerate(mine) if at in left]
-            alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, known]))
+            alone = self._tables[part].take(np.array(known, dtype=np.intp))
             alike: dict[int, list[int]] = {}
             for number, deal in enumerate(deals):
                 if deal.row in mine:
@@ -346,12 +347,19 @@ class LayerwiseSpace:
                     continue
                 rows = np.array([known.index(deals[number].row) for number in numbers])
                 flights = in_flight(pp, layout.virtual_stages, batches[left[rows]])
-                table = BlockTable(self.kinds, np.ascontiguousarray(alone.values[:, :, rows]))
+                table = alone.take(rows)
                 for number, bound_s in zip(
                     numbers, priced.dearest_s(rows, layout, flights, table).tolist(), strict=True
                 ):
                     found[number] = max(found[number], bound_s)
         return found
+
+    def made(self) -> dict[Named, tuple[NDArray[np.intp], BranchTables]]:
+        """Tables of prefixes, and the places of their rows in the uniform space."""
+        return {
+            named(taken.tables.recipe): (self.at[part][rows], taken.tables)
+            for part, (rows, _, taken) in self._priced.items()
+        }
 
     def whole(self) -> bool:
         """Whether every plan of the uniform space is one of this space too, but for those on rows of :attr:`others`."""
@@ -413,7 +421,7 @@ class LayerwiseSpace:
                 continue
             ctx = whole.take(open_)
             ledger = uniform.ledger(recipe, whole, made).take(open_, ctx.mesh.counterpart)  # type: ignore[arg-type]
-            table = tabulate(ledger, uniform.pricer, self.kinds, len(open_))
+            table = tabulate(ledger, uniform.pricer, self.kinds, len(open_), TIMES)
             each = table["forward_s"] + table["backward_s"] + table["weight_s"]
             work_s = ctx.micro_batches * (self.layers @ each[:-1]) / ctx.mesh.pp
             keep = np.flatnonzero(work_s < below_s)
@@ -430,12 +438,12 @@ class LayerwiseSpace:
                 if not strategies.branches:
                     self.others[named(recipe)] = open_[keep]
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
-                for pp in np.unique(ctx.mesh.pp).tolist():
+                for pp in distinct(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
                     self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
                 self.parts.append(strategies)
                 self.at.append(open_[keep])
-                self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
+                self._tables.append(table.take(keep))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
 
@@ -452,7 +460,7 @@ class LayerwiseSpace:
             np.concatenate(groups),
             BlockTable(
                 self.kinds,
-                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2),
+                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2), TIMES,
             ),
         )  # fmt: skip
 
@@ -481,7 +489,7 @@ class LayerwiseSpace:
         technique = schedule.technique
         assert technique is not None
         ok = np.ones(len(rows.row), dtype=bool)
-        for part in np.unique(rows.part).tolist():
+        for part in distinct(rows.part).tolist():
             mine = rows.part == part
             ctx = self.parts[part].tables.ctx
             ctx = replace(ctx, knobs={**ctx.knobs, "schedule": schedule.value}).take(rows.row[mine])
