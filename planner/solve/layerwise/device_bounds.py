@@ -94,6 +94,7 @@ class DeviceBounds:
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
         self._known = Known() if known is None else known
+        self._afters: dict[bytes, Array] = {}
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -174,12 +175,23 @@ class DeviceBounds:
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
         at_end = np.flatnonzero(cells.device == path.device)
-        after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
-        sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
+        sums = [each[:, kind[at_end]] for each in self._sums_after(layout.device_counts[path.device])]
         every = cells.take(np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))]))
         copies = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
         every = replace(every, device=np.concatenate([cells.device, copies]))
         return np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1), every
+
+    def _sums_after(self, counts: Array) -> Array:
+        """What may follow the last backward of a device, of a block of each kind: (sums, useful strategies, kinds)."""
+        key = counts.tobytes()
+        if key not in self._afters:
+            kinds = np.flatnonzero(counts)
+            after = np.zeros((4, len(self.useful), len(counts)))
+            after[:, :, kinds] = self._after(counts[None], np.zeros(len(kinds), dtype=np.intp), kinds)
+            self._afters[key] = after[
+                largest(np.zeros(len(after)), list(after[:, :, kinds].transpose(2, 0, 1)))
+            ]
+        return self._afters[key]
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""

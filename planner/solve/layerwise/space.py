@@ -6,6 +6,7 @@ schedules take the layouts of the uniform search or, where it has none, virtual 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -104,6 +105,7 @@ class LayerwiseSpace:
         self._least: dict[float, dict[int, float]] = {}
         self._pools: dict[tuple[int, int], _Pool] = {}  # by pipeline degree and prefix
         self._meshes: dict[tuple[int, int], Mesh] = {}
+        self._dealt: defaultdict[int, set[int]] = defaultdict(set)  # rows of prefixes that have deals
         self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
         self._asked: set[Branch] = set()
         launcher = self.problem.launcher
@@ -226,6 +228,7 @@ class LayerwiseSpace:
                 bound_s[open_] = np.maximum(bound_s[open_], dearest_s)
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
+                self._dealt[where[0]].add(where[1])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
     def _among(self, pp: int, part: int, rows: NDArray[np.intp], below_s: float) -> Array:
@@ -375,8 +378,14 @@ class LayerwiseSpace:
         """The deal's mesh before it has tables: no strategy is faster than this says; those that were asked for are as fast."""
         key = deal.part, deal.row
         if key not in self._lower:
+            # Most of what this costs does not depend on how many rows there are.
+            several = sorted({deal.row} | self._dealt[deal.part])
+            several = [row for row in several if (deal.part, row) not in self._lower]
             among, _, taken = self._priced[deal.part]
-            self._lower[key] = taken.lower(int(np.searchsorted(among, deal.row))), frozenset()
+            found = taken.lower(np.searchsorted(among, several).tolist())
+            self._lower |= {
+                (deal.part, row): (mesh, frozenset()) for row, mesh in zip(several, found, strict=True)
+            }
         return self._lower[key][0]
 
     def price(self, deal: Deal, numbers: Iterable[int] = ()) -> bool:
