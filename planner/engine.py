@@ -60,6 +60,7 @@ __all__ = [
     "PACED",
     "PHASES",
     "POOLS",
+    "REST",
     "TIMES",
     "TRACKS",
     "BlockTable",
@@ -251,10 +252,11 @@ HELD = (
     "buffers_bytes",
 )
 TIMES = (*PACED, *ONCE)
+REST = (*ONCE, *HELD)
 COMPACT = (*TIMES, *HELD)
 _ROWS = {
     fields: {name: index for index, name in enumerate(fields)}
-    for fields in (FIELDS, COMPACT, TIMES, PACED, ONCE, HELD)
+    for fields in (FIELDS, COMPACT, TIMES, REST, PACED, ONCE, HELD)
 }
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 

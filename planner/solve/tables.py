@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, Pricer, tabulate
+from planner.engine import COMPACT, HELD, ONCE, PACED, REST, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
 from planner.solve.branches import Branches
@@ -151,7 +151,10 @@ class BranchTables:
             Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
             branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
         """
-        names, of = (*ONCE, *HELD), self._numbered(tuple(branches), rough)
+        names, of = REST, self._numbered(tuple(branches), rough)
+        for part in of.held:  # in one go, as both are asked for
+            if part.touched >= {ONCE, HELD} and part.tables.keys().isdisjoint((ONCE, HELD)):
+                self._tabulate(part, REST, ONCE, HELD)
         phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
         aspects = [
@@ -209,13 +212,18 @@ class BranchTables:
     def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
         """One aspect of a partial recipe's table where it is not the prefix's: which fields and kinds, and (rows, these)."""
         if aspect not in change.tables:
-            values = tabulate(change.ledger, self.pricer, self.kinds, self._many, aspect).values
-            values = values.reshape(-1, self._many).T
+            self._tabulate(change, aspect, aspect)
+        return change.tables[aspect]
+
+    def _tabulate(self, change: _Change, fields: tuple[str, ...], *aspects: tuple[str, ...]) -> None:
+        """Makes some aspects' tables, whose fields stand one after the other."""
+        every = tabulate(change.ledger, self.pricer, self.kinds, self._many, fields).values
+        for aspect in aspects:
+            values, every = every[: len(aspect)].reshape(-1, self._many).T, every[len(aspect) :]
             cells = np.arange(values.shape[1])
             if change is not self._base:
                 cells = np.flatnonzero((values != self._cells(self._base, aspect)[1]).any(axis=0))
             change.tables[aspect] = cells, np.ascontiguousarray(values[:, cells])
-        return change.tables[aspect]
 
     def _parts(
         self, state: int, recompute: int, swap: int, schedule: Choice | None = None, *, beside: bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import Infeasible, Interrupted
-from planner.layout import Layout
 from planner.plan import SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.kernel_floor import kernel_floor_s
@@ -30,8 +30,7 @@ from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.strategies import Mesh
-from planner.solve.layerwise.waits import waiting_s
-from planner.solve.layerwise.walks import Paths, interleaved_s
+from planner.solve.layerwise.walks import Paths, first_bounds
 from planner.solve.space import Named, named
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search_until
@@ -111,12 +110,12 @@ def search_layerwise(
             run.go()
         if uniform is not None and not finished and limit.left_s:
             below_s = min(uniform.best.estimate.step_time_s, run.alike_s() * _COMPANY)
-            uniform = joined(
-                uniform,
-                search_until(problem, top, None, below_s, limit.end_s, run.rows(), run.space.made())[0],
-            )
-    except Infeasible:
-        pass  # none of the rows that are left has a uniform plan
+            with suppress(Infeasible):  # where none of the rows that are left has a uniform plan
+                known = run.rows(), run.space.made()
+                rest, _ = search_until(problem, top, None, below_s, limit.end_s, *known)
+                uniform = joined(uniform, rest)
+        with limit.enforced():
+            run.certify(_LONGEST_S if uniform is None else uniform.best.estimate.step_time_s)
     except OutOfTimeError:
         run.account.stopped = "time"
     except KeyboardInterrupt:
@@ -162,6 +161,7 @@ class _Search:
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         self.near = 0.0 if exact else _NEAR
         self.tie = _TIE if self.tolerance else 0.0
+        self.taken_s = 0.0  # step time of the plan that is taken instead of the best one, when that is known
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
@@ -220,8 +220,8 @@ class _Search:
 
     @property
     def enough_s(self) -> float:
-        """A bound above which no plan is told apart from the best one so far."""
-        return self.best_s * (1.0 - self.tie)
+        """A bound above which no plan is told apart from the best one so far, or from the one that is taken instead."""
+        return max(self.best_s, self.taken_s) * (1.0 - self.tie)
 
     @property
     def within_s(self) -> float:
@@ -252,6 +252,16 @@ class _Search:
             return self.best
         within_s = self.best_s * (1.0 + self.tie)
         return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
+
+    def certify(self, alike_s: float) -> None:
+        """Looks on until no plan can be told apart from the simplest one either, which the best uniform plan may be."""
+        while self.tie and self.best is not None:
+            found = self.simplest(alike_s)
+            taken_s = alike_s if found is None else found.step_s
+            if taken_s <= max(self.best_s, self.taken_s):
+                return
+            self.taken_s = taken_s
+            self.go()
 
     def _open(self, pp: int) -> None:
         """Bounds a prefix by memory or, once all are that matter, opens the deals of a pipeline degree."""
@@ -353,26 +363,11 @@ class _Search:
             if key not in self._rough or self._rough[key].mesh is not mesh:
                 self._rough[key] = self._costs(deals[0], mesh, order, 1, filled=False)
             costs = self._rough[key]
-            found |= self._of_layouts(costs, {deal: deal.layout for deal in some if deal.layout is not None})
+            found |= first_bounds(costs, some, self.enough_s)
             for deal in some:
                 if deal.layout is None:
                     found[deal] = self._settler(deal, mesh, costs).bound_s(self.enough_s)
         return [found[deal] for deal in deals]
-
-    def _of_layouts(self, costs: DeviceCosts, layouts: Mapping[Deal, Layout]) -> dict[Deal, float]:
-        """The same of deals whose layouts are given: by waits, and where that is too little by paths."""
-        if not layouts:
-            return {}
-        found = dict(zip(layouts, waiting_s(costs, [*layouts.values()], self.enough_s).tolist(), strict=True))
-        left = [
-            deal
-            for deal in layouts
-            if deal.order == "interleaved" and max(found[deal], deal.bound_s) < self.enough_s
-        ]
-        if left and costs.mesh.pp > 1:
-            along = interleaved_s(costs, [layouts[deal] for deal in left])
-            found |= {deal: max(found[deal], path_s) for deal, path_s in zip(left, along, strict=True)}
-        return found
 
     def _costs(self, deal: Deal, mesh: Mesh, order: str, chunks: int, *, filled: bool = True) -> DeviceCosts:
         """Of the deal's devices, with what is known of them from other deals."""

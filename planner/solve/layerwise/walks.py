@@ -17,10 +17,11 @@ from planner.ledger import Array
 from planner.schedule.critical import Path, critical_path, interleaved_paths
 from planner.schedule.order import make_order
 from planner.solve.layerwise.devices import Device, DeviceCosts, Goal
+from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.strategies import Mesh
-from planner.solve.layerwise.waits import as_one_chunk, least_hop_s
+from planner.solve.layerwise.waits import as_one_chunk, least_hop_s, waiting_s
 
-__all__ = ["Paths", "Walks", "interleaved_s"]
+__all__ = ["Paths", "Walks", "first_bounds"]
 
 Paths: TypeAlias = dict[tuple[str, int, int, int], list[Path]]
 """Critical paths by schedule, stages, micro-batches and chunks."""
@@ -133,9 +134,29 @@ def _mixed(one: Path, other: Path, share: float) -> Path:
     return Path(counts, (1.0 - share) * one.hops + share * other.hops, one.device)
 
 
-def interleaved_s(costs: DeviceCosts, layouts: Sequence[Layout]) -> list[float]:
+def first_bounds(costs: DeviceCosts, deals: Sequence[Deal], enough_s: float) -> dict[Deal, float]:
+    """What deals of a mesh whose layouts are given are not faster than: by waits, and where that proves too little by paths.
+
+    The costs are of devices whose chunks count as one.
+    """
+    layouts = {deal: deal.layout for deal in deals if deal.layout is not None}
+    if not layouts:
+        return {}
+    found = dict(zip(layouts, waiting_s(costs, [*layouts.values()], enough_s).tolist(), strict=True))
+    left = [
+        deal
+        for deal in layouts
+        if deal.order == "interleaved" and max(found[deal], deal.bound_s) < enough_s and costs.mesh.pp > 1
+    ]
+    if left:
+        along = _interleaved_s(costs, [layouts[deal] for deal in left])
+        found |= {deal: max(found[deal], path_s) for deal, path_s in zip(left, along, strict=True)}
+    return found
+
+
+def _interleaved_s(costs: DeviceCosts, layouts: Sequence[Layout]) -> list[float]:
     """What no plan of some layouts is faster than where chunks take turns: of each, by a path that needs no order, with device
-    memory alone. The costs are of devices whose chunks count as one."""
+    memory alone."""
     hop_s = least_hop_s(costs)
     fastest = [_fastest_s(costs.mesh, layout, costs.least_s(as_one_chunk(layout))[0]) for layout in layouts]
     paths = [
