@@ -95,6 +95,8 @@ class BranchTables:
             schedule: one that edits the ledger.
             fields: ``COMPACT``, or some of its aspects: ``TIMES``, ``ONCE``, ``HELD``.
         """
+        if fields is COMPACT:
+            self._both(self._parts(state, recompute, swap, schedule, beside=False))
         sums = []
         for aspect in ASPECTS[fields]:
             first, *others = self.summands(state, recompute, swap, aspect, schedule)
@@ -152,9 +154,7 @@ class BranchTables:
             branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
         """
         names, of = REST, self._numbered(tuple(branches), rough)
-        for part in of.held:  # in one go, as both are asked for
-            if part.touched >= {ONCE, HELD} and part.tables.keys().isdisjoint((ONCE, HELD)):
-                self._tabulate(part, REST, ONCE, HELD)
+        self._both(of.held)
         phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
         aspects = [
@@ -214,6 +214,12 @@ class BranchTables:
         if aspect not in change.tables:
             self._tabulate(change, aspect, aspect)
         return change.tables[aspect]
+
+    def _both(self, parts: Sequence[_Change]) -> None:
+        """Makes what is not known of updates and of what is held in one go, where both are asked for."""
+        for part in parts:
+            if part.touched >= {ONCE, HELD} and part.tables.keys().isdisjoint((ONCE, HELD)):
+                self._tabulate(part, REST, ONCE, HELD)
 
     def _tabulate(self, change: _Change, fields: tuple[str, ...], *aspects: tuple[str, ...]) -> None:
         """Makes some aspects' tables, whose fields stand one after the other."""
