@@ -100,35 +100,58 @@ def dual_s(cost: Array, held: Array, cells: Cells, room: Array) -> tuple[Array, 
     ([17.5], [0.166666667])
     """
     room = _with_slack(room)
-    starts = np.searchsorted(cells.device, np.arange(len(room)))
-    place = np.arange(cost.shape[1])
-
-    def at(priced: Array) -> tuple[Array, Array]:
-        """Cost and bytes beyond the room of the strategies that are cheapest by some prices, per device."""
-        taken = priced.argmin(axis=0), place
-        seconds = np.add.reduceat(cells.number * cost[taken], starts)
-        return seconds, np.add.reduceat(cells.number * held[taken], starts) - room
-
-    over_s, over = at(cost)
+    every = cells.number, room, _starts(cells.device, len(room))
+    over_s, over = _cheapest(cost, cost, held, *every)
     smallest = np.where(np.isfinite(cost), held, np.inf)
-    kept_s, kept = at(np.where(smallest == smallest.min(axis=0), cost, np.inf))
+    kept_s, kept = _cheapest(np.where(smallest == smallest.min(axis=0), cost, np.inf), cost, held, *every)
     fits = np.isfinite(over_s) & (kept <= 0.0)
-    over_s, kept_s = np.where(fits, over_s, 0.0), np.where(fits, kept_s, 0.0)
-    best, prices = over_s.copy(), np.zeros_like(over_s)  # without a price
-    open_ = fits & (over > 0.0)
+    best, prices = np.where(fits, over_s, np.inf), np.where(fits, 0.0, np.inf)  # without a price
+    tight = np.flatnonzero(fits & (over > 0.0))
+    if len(tight):
+        place = np.full(len(room), -1)
+        place[tight] = np.arange(len(tight))
+        mine = np.flatnonzero(place[cells.device] >= 0)
+        lines = over_s[tight], over[tight], kept_s[tight], kept[tight]
+        best[tight], prices[tight] = _tangents(
+            cost[:, mine], held[:, mine], place[cells.device[mine]], cells.number[mine], room[tight], *lines
+        )
+    return best, prices
+
+
+def _tangents(
+    cost: Array, held: Array, device: NDArray[np.intp], number: Array, room: Array,
+    over_s: Array, over: Array, kept_s: Array, kept: Array,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The dual's largest value of devices that exceed their room at no price and can keep it, and the price that proves it;
+    between the lines of the strategies that cost and that hold least."""
+    best, prices, met = over_s, np.zeros_like(over_s), np.zeros(len(room), dtype=bool)
+    every = number, room, _starts(device, len(room))
     for _ in range(_TANGENTS):
-        if not open_.any():
-            break
-        price = np.where(open_, (kept_s - over_s) / np.where(open_, over - kept, 1.0), 0.0)
-        seconds, beyond = at(cost + price[cells.device] * held)
-        value = seconds + price * beyond
-        better = open_ & (value > best)
+        price = (kept_s - over_s) / (over - kept)
+        seconds, beyond = _cheapest(cost + price[device] * held, cost, held, *every)
+        value, up = seconds + price * beyond, beyond > 0.0
+        better = value > best
         best, prices = np.where(better, value, best), np.where(better, price, prices)
-        open_ &= value < (over_s + price * over) * (1.0 - _PRECISION)
-        up, down = open_ & (beyond > 0.0), open_ & (beyond <= 0.0)
+        met |= value >= (over_s + price * over) * (1.0 - _PRECISION)
+        if met.all():
+            break
         over_s, over = np.where(up, seconds, over_s), np.where(up, beyond, over)
-        kept_s, kept = np.where(down, seconds, kept_s), np.where(down, beyond, kept)
-    return np.where(fits, best, np.inf), np.where(fits, prices, np.inf)
+        kept_s, kept = np.where(up, kept_s, seconds), np.where(up, kept, beyond)
+    return best, prices
+
+
+def _cheapest(
+    priced: Array, cost: Array, held: Array, number: Array, room: Array, starts: NDArray[np.intp]
+) -> tuple[Array, Array]:
+    """Cost and bytes beyond the room of the strategies that are cheapest by some prices, per device."""
+    taken = priced.argmin(axis=0), np.arange(len(number))
+    seconds = np.add.reduceat(number * cost[taken], starts)
+    return seconds, np.add.reduceat(number * held[taken], starts) - room
+
+
+def _starts(device: NDArray[np.intp], devices: int) -> NDArray[np.intp]:
+    """The first cell of every device."""
+    return np.searchsorted(device, np.arange(devices))
 
 
 def dual_at(
@@ -150,7 +173,7 @@ def dual_at(
     [17.0]
     """
     least = (cost + prices[:, None, None] * held).min(axis=1)
-    starts = np.searchsorted(cells.device, np.arange(int(cells.device[-1]) + 1))
+    starts = _starts(cells.device, int(cells.device[-1]) + 1)
     paid = prices[:, None] * _with_slack(room)
     found: Array = (np.add.reduceat(cells.number * least[:, alike], starts, axis=1) - paid).max(axis=0)
     return found
