@@ -276,27 +276,36 @@ class Relaxation:
             prices: of :meth:`_prices`.
             share: (rows) of what a layer needs while it is at work that counts as held; where it is 0, the least counts apart.
         """
-        cost, samples = self.cost, self._samples()
-        work_s = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
-        of_layers = np.zeros(cost.shape[2])
-        of_layers[:-2] = 1.0
-        shares = share[:, None] * of_layers
+        samples, layers, ends = self._samples(), slice(0, len(self.layers) - 2), slice(-2, None)
+        work_s = np.empty((prices.shape[1], len(samples), *self.blocks.shape[2:]))
+        self._least(prices, share, samples, layers, work_s)
+        # An end is one block: as if the fewest were in flight.
+        self._least(prices, np.zeros_like(share), samples[:1], ends, work_s)
+        work_s[:, 1:, :, ends] = work_s[:, :1, :, ends]
+        at_work = np.where(share[:, None] > 0.0, 0.0, self.blocks[4].min(axis=0))
+        step_s = self.step.min(axis=0)
+        return AtPrices(prices, work_s, at_work, step_s, self.budget, samples, self.growth, self.host_bytes)
+
+    def _least(self, prices: Array, share: Array, samples: Array, kinds: slice, work_s: Array) -> None:
+        """Fills in the smallest cost of some kinds of blocks, with each number of micro-batches in flight."""
+        seconds, step, always, saved, at_work, host, host_saved = np.ascontiguousarray(
+            self.blocks[..., kinds]
+        )
+        cost = self.micro_batches[:, None] * seconds + step
+        always = always + self.growth * share[:, None] * at_work
         priced, both, hosts = np.empty_like(cost), np.empty_like(cost), self.hosts
         for number, flights in enumerate(samples):
-            held = self.blocks[2] + self.growth * (flights * self.blocks[3] + shares * self.blocks[4])
-            away = self.blocks[5] + flights * self.blocks[6] if hosts else None
+            held = always + self.growth * flights * saved
+            away = host + flights * host_saved if hosts else None
             last: Array | None = None
-            for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
+            for at, (device, on_host) in enumerate(prices.transpose(1, 0, 2)):
                 if last is None or not np.array_equal(device, last):  # several prices on the host share one
                     np.multiply(device[:, None], held, out=priced)
                     priced += cost
                     last = device
-                if away is None or not host.any():
-                    priced.min(axis=0, out=work_s[at, number])
+                if away is None or not on_host.any():
+                    work_s[at, number, :, kinds] = priced.min(axis=0)
                     continue
-                np.multiply(host[:, None], away, out=both)
+                np.multiply(on_host[:, None], away, out=both)
                 both += priced
-                both.min(axis=0, out=work_s[at, number])
-        at_work = np.where(share[:, None] > 0.0, 0.0, self.blocks[4].min(axis=0))
-        step_s = self.step.min(axis=0)
-        return AtPrices(prices, work_s, at_work, step_s, self.budget, samples, self.growth, self.host_bytes)
+                work_s[at, number, :, kinds] = both.min(axis=0)
