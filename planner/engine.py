@@ -60,7 +60,6 @@ __all__ = [
     "PACED",
     "PHASES",
     "POOLS",
-    "REST",
     "TIMES",
     "TRACKS",
     "BlockTable",
@@ -251,8 +250,7 @@ HELD = (
     "optimizer_bytes",
     "buffers_bytes",
 )
-TIMES = (*PACED, *ONCE)
-REST = (*ONCE, *HELD)
+TIMES, REST = (*PACED, *ONCE), (*ONCE, *HELD)
 COMPACT = (*TIMES, *HELD)
 _ROWS = {
     fields: {name: index for index, name in enumerate(fields)}

@@ -189,27 +189,28 @@ class Relaxation:
         """Whether some strategies keep bytes on the host."""
         return bool(self.blocks[5:].any())
 
-    def pooled(self, flights: Array, most: Array, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
-        """What all devices work together at least, per row; which rows may take less than a limit; and what bounds their layouts.
+    def pooled(self, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
+        """What a step takes at least with all devices' memory together, per row; which rows may take less than a limit; and what
+        bounds their layouts.
 
         What a device's blocks need while they are at work is no less than what its layers do on average, nor than what an end
         needs: the larger one of the two counts, each row by itself.
-
-        Args:
-            flights: (stages, rows) micro-batches in flight.
-            most: (rows) layers that one stage holds at most.
-            below_s: of all devices together.
         """
+        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B; and none has more layers than it
+        # works on within the limit.
+        flights = in_flight(self.pp, 1, self.micro_batches)
+        each_s = self.micro_batches * self.seconds[:, :, :-2].min(axis=(0, 2))
+        most = np.maximum(np.floor(below_s / each_s), 1.0)
         share = 1.0 / np.minimum(most, self.layers[:-2].sum())
         alone = self._prices()
         layers = self._at_prices(alone, share)
-        of_layers = self._work(layers, flights, most)
+        of_layers = self._work_s(layers, flights, most)
         found: Array = of_layers.max(axis=0)
         open_ = np.flatnonzero(found < below_s)
         few, layers, of_layers = self.take(open_), layers.take(open_), of_layers[:, open_]
         alone, share, flights, most = alone[:, :, open_], share[open_], flights[:, open_], most[open_]
         ends = few._at_prices(alone, np.zeros_like(share))
-        of_ends = few._work(ends, flights, most)
+        of_ends = few._work_s(ends, flights, most)
         better = of_layers.max(axis=0, initial=0.0) > of_ends.max(axis=0, initial=0.0)
         total, at_work = np.where(better, of_layers, of_ends), np.where(better[:, None], 0.0, ends.at_work)
         least = ends._replace(work_s=np.where(better[:, None], layers.work_s, ends.work_s), at_work=at_work)
@@ -217,7 +218,7 @@ class Relaxation:
         if self.hosts and len(open_):
             centre = np.maximum(alone[0][total.argmax(axis=0), np.arange(len(open_))], alone[0][1])
             around = few._at_prices(few._around(centre), np.where(better, share, 0.0))
-            found[open_] = np.maximum(found[open_], few._work(around, flights, most).max(axis=0))
+            found[open_] = np.maximum(found[open_], few._work_s(around, flights, most).max(axis=0))
             least = least._replace(
                 prices=np.concatenate([alone, around.prices], axis=1),
                 work_s=np.concatenate([least.work_s, around.work_s]),
@@ -225,8 +226,14 @@ class Relaxation:
         left = found[open_] < below_s
         return found, open_[left], least.take(np.flatnonzero(left))
 
-    def _work(self, priced: AtPrices, flights: Array, most: Array) -> Array:
-        """What all devices work together at least at each of the prices, (prices, rows)."""
+    def _work_s(self, priced: AtPrices, flights: Array, most: Array) -> Array:
+        """What a device works at least on average at each of the prices, (prices, rows).
+
+        Args:
+            priced: the least of blocks.
+            flights: (stages, rows) micro-batches in flight.
+            most: (rows) layers that one stage holds at most.
+        """
         kinds = len(self.layers) - 2
         samples = self._samples()
         sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
@@ -247,7 +254,7 @@ class Relaxation:
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
             total = total + self.layers[end] * priced.work_s[:, sample[stage], rows, end]
-        return total
+        return total / self.pp
 
     def _samples(self) -> Array:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""

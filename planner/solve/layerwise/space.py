@@ -6,9 +6,8 @@ schedules take the layouts of the uniform search or, where it has none, virtual 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +19,10 @@ from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
+from planner.solve.layerwise.meshes import Deal, Meshes
 from planner.solve.layerwise.relaxation import AtPrices, Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
-from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
+from planner.solve.layerwise.strategies import Strategies
 from planner.solve.space import Choice, Named, named
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
@@ -32,26 +32,6 @@ from planner.uncertainty.memory_limit import room_bytes
 __all__ = ["Deal", "LayerwiseSpace"]
 
 _LOOSE = 1.01  # times a limit, for which bounds by memory are known that do for the limit too
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Deal:
-    """One mesh under one schedule; ``layout`` None leaves the cuts open. No plan of it is faster than ``bound_s``."""
-
-    bound_s: float
-    part: int
-    row: int
-    schedule: Choice
-    layout: Layout | None
-
-    def rank(self) -> tuple[float, int, int]:
-        """What deals are sorted by."""
-        return self.bound_s, self.part, self.row
-
-    @property
-    def order(self) -> str:
-        """Name of the schedule's order."""
-        return name_of(self.schedule)
 
 
 class _Pool(NamedTuple):
@@ -72,7 +52,7 @@ class _Pool(NamedTuple):
     priced: AtPrices
 
 
-class LayerwiseSpace:
+class LayerwiseSpace(Meshes):
     """All deals of a problem that bounds do not exclude at once.
 
     Args:
@@ -82,6 +62,7 @@ class LayerwiseSpace:
     """
 
     def __init__(self, uniform: UniformSearch, below_s: float, uneven: bool) -> None:
+        super().__init__()
         self.uniform = uniform
         self.problem, self.order, self.kinds = uniform.problem, uniform.order, uniform.kinds
         self.layers = np.array([float(self.order.count(kind)) for kind in self.kinds[:-1]])
@@ -97,17 +78,12 @@ class LayerwiseSpace:
         """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
-        self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._priced_below_s: dict[int, float] = {}
         self._walked: set[int] = set()  # pipeline degrees whose rows are bounded by paths
         # By it, of the rows of a pipeline degree; infinite where deals are known. And the least of these, by the limit.
         self._floor_s: dict[int, Array] = {}
         self._least: dict[float, dict[int, float]] = {}
         self._pools: dict[tuple[int, int], _Pool] = {}  # by pipeline degree and prefix
-        self._meshes: dict[tuple[int, int], Mesh] = {}
-        self._dealt: defaultdict[int, set[int]] = defaultdict(set)  # rows of prefixes that have deals
-        self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
-        self._asked: set[Branch] = set()
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
@@ -242,7 +218,7 @@ class LayerwiseSpace:
             among, blocks, _ = self._blocks(part, below_s)
             parts = [blocks[:, :, np.searchsorted(among, some.row)]]
             bounds = self._bounds(parts, some.micro_batches, pp, some.communicators)
-            found, left, priced = _pooled(bounds, below_s)
+            found, left, priced = bounds.pooled(below_s)
             known = self._pools[pp, part] = _Pool(below_s, some.row, found, some.row[left], priced)
         found = np.full(len(rows), np.inf)
         at = np.minimum(np.searchsorted(known.rows, rows), len(known.rows) - 1)
@@ -334,7 +310,7 @@ class LayerwiseSpace:
                 np.array([mesh.communicators for mesh in several]),
             )  # fmt: skip
             batches = bounds.micro_batches
-            pooled_s, left, priced = _pooled(bounds, below_s)
+            pooled_s, left, priced = bounds.pooled(below_s)
             place = {row: at for at, row in enumerate(mine)}
             known = [row for at, row in enumerate(mine) if at in left]
             alone = self._tables[part].take(np.array(known, dtype=np.intp))
@@ -369,45 +345,6 @@ class LayerwiseSpace:
         space = self.uniform.space
         known = all(name_of(schedule) in SCHEDULES for schedule in space.choices["schedule"])
         return known and "virtual_stages" not in space.fixed
-
-    def mesh(self, deal: Deal) -> Mesh:
-        """The deal's mesh with all of its strategies."""
-        return self._made(deal.part, [deal.row])[0]
-
-    def lower(self, deal: Deal) -> Mesh:
-        """The deal's mesh before it has tables: no strategy is faster than this says; those that were asked for are as fast."""
-        key = deal.part, deal.row
-        if key not in self._lower:
-            # Most of what this costs does not depend on how many rows there are.
-            several = sorted({deal.row} | self._dealt[deal.part])
-            several = [row for row in several if (deal.part, row) not in self._lower]
-            among, _, taken = self._priced[deal.part]
-            found = taken.lower(np.searchsorted(among, several).tolist())
-            self._lower |= {
-                (deal.part, row): (mesh, frozenset()) for row, mesh in zip(several, found, strict=True)
-            }
-        return self._lower[key][0]
-
-    def price(self, deal: Deal, numbers: Iterable[int] = ()) -> bool:
-        """Makes tables of some strategies of :meth:`lower`, and of what was asked for elsewhere; whether one of them is new."""
-        lower, known = self.lower(deal), self._lower[deal.part, deal.row][1]
-        asked = set(numbers)
-        self._asked |= {lower.branches[s] for s in asked}
-        new = (asked | {s for s, branch in enumerate(lower.branches) if branch in self._asked}) - known
-        if new:
-            among, _, taken = self._priced[deal.part]
-            priced = taken.priced(lower, int(np.searchsorted(among, deal.row)), sorted(new))
-            self._lower[deal.part, deal.row] = priced, known | new
-        return not asked <= known
-
-    def _made(self, part: int, rows: Sequence[int]) -> list[Mesh]:
-        """Meshes of some rows of a prefix; most of what their tables cost does not depend on how many they are."""
-        new = [row for row in dict.fromkeys(rows) if (part, row) not in self._meshes]
-        if new:
-            among, _, taken = self._priced[part]
-            found = taken.meshes(np.searchsorted(among, new).tolist())
-            self._meshes |= zip(((part, row) for row in new), found, strict=True)
-        return [self._meshes[part, row] for row in rows]
 
     # -- meshes ------------------------------------------------------------------------------------------------------
 
@@ -507,14 +444,3 @@ class LayerwiseSpace:
             for check in technique.valid(ctx):
                 ok[mine] &= check.ok
         return ok
-
-
-def _pooled(bounds: Relaxation, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
-    """What rows take at least with all devices' memory together, those that may take less than a limit, and what bounds their
-    layouts."""
-    # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
-    flights = in_flight(bounds.pp, 1, bounds.micro_batches)
-    each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
-    most = np.maximum(np.floor(below_s / each_s), 1.0)
-    work_s, left, priced = bounds.pooled(flights, most, below_s * bounds.pp)
-    return work_s / bounds.pp, left, priced
