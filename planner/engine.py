@@ -250,11 +250,11 @@ HELD = (
     "optimizer_bytes",
     "buffers_bytes",
 )
-TIMES = (*PACED, *ONCE)
+TIMES, REST = (*PACED, *ONCE), (*ONCE, *HELD)
 COMPACT = (*TIMES, *HELD)
 _ROWS = {
     fields: {name: index for index, name in enumerate(fields)}
-    for fields in (FIELDS, COMPACT, TIMES, PACED, ONCE, HELD)
+    for fields in (FIELDS, COMPACT, TIMES, REST, PACED, ONCE, HELD)
 }
 _ALWAYS = frozenset(f"{pool}_bytes" for pool in POOLS)
 

@@ -127,10 +127,9 @@ def _meaningless(asked: TrainOptions, timed: bool) -> list[Fault]:
 def _conflicts(asked: TrainOptions, unlike: Sequence[Problem]) -> list[Fault]:
     """Options that there are not, or that go with none of the others; ``unlike``: problems whose degrees shall differ."""
     from planner.solve.layerwise.solvers import SOLVERS
-    from planner.solve.mixed.search import applies
 
     faults = _unknown("--stages", asked.stages, _STAGES) + _unknown("--solver", asked.solver, tuple(SOLVERS))
-    if not all(applies(problem) for problem in unlike):
+    if not _applies(unlike):
         found = f"{asked.degrees!r} goes with neither this --for nor this --fix"
         expected = (
             "no launcher or one whose layers differ in degrees (galvatron), and a pipeline of free layout under 1F1B: "
@@ -141,6 +140,15 @@ def _conflicts(asked: TrainOptions, unlike: Sequence[Problem]) -> list[Fault]:
         found = f"is given beside a time limit of {asked.limit[:40]}"
         faults.append(Fault("--exact", found, "one of them: --exact waits for the proof"))
     return faults
+
+
+def _applies(unlike: Sequence[Problem]) -> bool:
+    """Whether degrees may differ in all of some problems."""
+    if not unlike:
+        return True
+    from planner.solve.mixed.search import applies
+
+    return all(applies(problem) for problem in unlike)
 
 
 def _time_limit(asked: TrainOptions, default: str) -> float:

@@ -21,7 +21,7 @@ from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows
 from planner.technique import Context
 
-__all__ = ["Alike", "Prefix", "priced_alike"]
+__all__ = ["Alike", "Prefix", "likely", "priced_alike"]
 
 Index = NDArray[np.intp]
 
@@ -71,6 +71,7 @@ class Prefix(NamedTuple):
         rows: its rows; ``ctx``, ``ledger`` and ``activity`` are on them.
         of: the class of each row.
         known: what was priced, on the classes.
+        places: of the rows, in the whole space.
     """
 
     recipe: Mapping[str, Choice]
@@ -80,19 +81,37 @@ class Prefix(NamedTuple):
     activity: Activity
     of: Index
     known: Axes
+    places: Index
 
     def take(self, index: Index) -> Prefix:
         """The prefix on some of its rows."""
         ctx, classes = self.ctx.take(index), distinct(self.of[index])
         return Prefix(
             self.recipe, self.rows.take(index), ctx, self.ledger.take(index, ctx.mesh.counterpart), self.activity.take(index),
-            np.searchsorted(classes, self.of[index]), self.known.take(classes),
+            np.searchsorted(classes, self.of[index]), self.known.take(classes), self.places[index],
         )  # fmt: skip
 
     def priced_ledger(self) -> Ledger:
         """The ledger with what is known of its prices."""
         self.ledger.axes.recall(self.known, self.of)
         return self.ledger
+
+
+def likely(ctx: Context, table: BlockTable, counts: Array, budget: float) -> NDArray[np.bool_]:
+    """Rows that would about fit a budget under 1F1B with the optimizer sharded; this orders the work and excludes nothing.
+
+    ``counts``: of the model's blocks.
+    """
+    optimizer = counts @ table["optimizer_bytes"]
+    in_flight = np.minimum(ctx.micro_batches, ctx.mesh.pp)
+    each = (
+        counts @ table["always_bytes"]
+        - optimizer
+        + optimizer / ctx.mesh.dp
+        + in_flight * (counts @ table["saved_bytes"])
+    )
+    fits: NDArray[np.bool_] = each / ctx.mesh.pp <= budget
+    return fits
 
 
 def priced_alike(

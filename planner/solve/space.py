@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baseline import block_order
+from planner.costs.arrays import distinct
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
 from planner.layout import LAYOUT_NAMES, stages_named
@@ -106,10 +107,15 @@ class Space:
         self.choices = {slot: self._slot(slot) for slot in SLOTS}
         every = self._rows()
         self._searched: dict[Named, NDArray[np.bool_]] | None = None
+        self.places = np.arange(len(every))
+        """Of the rows among all that there are."""
         if rows is not None:
-            places = np.unique(np.concatenate([np.zeros(0, dtype=np.intp), *rows.values()]))
-            self._searched = {name: np.isin(places, own) for name, own in rows.items()}
-            every = every.take(places)
+            self.places = distinct(np.concatenate([np.zeros(0, dtype=np.intp), *rows.values()]))
+            self._searched = {}
+            for name, own in rows.items():
+                self._searched[name] = np.zeros(len(self.places), dtype=bool)
+                self._searched[name][np.searchsorted(self.places, own)] = True
+            every = every.take(self.places)
         self.rows = every
         self._report_unmatched()
         self._report_forbidden()

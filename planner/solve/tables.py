@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, Pricer, tabulate
+from planner.engine import COMPACT, HELD, ONCE, PACED, REST, TIMES, Pricer, tabulate
 from planner.ledger import Array, Ledger, Resident
 from planner.phases import loose
 from planner.solve.branches import Branches
@@ -42,6 +43,9 @@ class BranchTables:
     ) -> None:  # fmt: skip
         self.space, self.branches, self.pricer, self.kinds = space, branches, pricer, kinds
         self.recipe, self.ctx = recipe, ctx
+        self._every = ctx
+        self._seen: Index | None = None  # rows of the tables, if they are seen on some
+        self._many = len(self)
         self._ledgers: dict[tuple[str, ...], Ledger] = {(): ledger}
         self._items = {id(item): item for item in ledger.items}
         self._base = self._change_to(ledger)
@@ -53,19 +57,29 @@ class BranchTables:
         self._passes: dict[Any, dict[str, Choice]] = {}  # one schedule of all that edit the prefix alike
 
     def take(self, index: Index) -> BranchTables:
-        """The tables on some of the rows."""
+        """The tables on some of the rows: new ones, but where they are only seen."""
+        if self._seen is not None:
+            return self.of(index)
         ctx = self.ctx.take(index)
         ledger = self._ledgers[()].take(index, ctx.mesh.counterpart)
         return BranchTables(self.space, self.branches, self.pricer, self.kinds, self.recipe, ctx, ledger)
+
+    def of(self, index: Index) -> BranchTables:
+        """The same tables, seen on some of the rows: what either makes, both have."""
+        seen = copy(self)
+        seen.ctx = self.ctx.take(index)
+        seen._seen = index if self._seen is None else self._seen[index]
+        return seen
 
     def __len__(self) -> int:
         return len(self.ctx.micro_batch_size)
 
     def times(self, state: int) -> Array:
         """The times of a state without recompute or swaps: (time fields, kinds, rows)."""
-        return tabulate(
-            self._ledger(self.branches.states[state]), self.pricer, self.kinds, len(self), TIMES
-        ).values
+        table = tabulate(
+            self._ledger(self.branches.states[state]), self.pricer, self.kinds, self._many, TIMES
+        )
+        return table.values if self._seen is None else table.take(self._seen).values
 
     def of_branch(
         self, state: int, recompute: int, swap: int, rows: Index, schedule: Choice | None = None,
@@ -81,6 +95,8 @@ class BranchTables:
             schedule: one that edits the ledger.
             fields: ``COMPACT``, or some of its aspects: ``TIMES``, ``ONCE``, ``HELD``.
         """
+        if fields is COMPACT:
+            self._both(self._parts(state, recompute, swap, schedule, beside=False))
         sums = []
         for aspect in ASPECTS[fields]:
             first, *others = self.summands(state, recompute, swap, aspect, schedule)
@@ -137,7 +153,8 @@ class BranchTables:
             Seconds of forwards and of backwards, with weight gradients and what runs again, (2, branches, rows, kinds), which no
             branch undercuts; the sums, (sums, branches, rows, kinds), which are the branches' own.
         """
-        names, of = (*ONCE, *HELD), self._numbered(tuple(branches), rough)
+        names, of = REST, self._numbered(tuple(branches), rough)
+        self._both(of.held)
         phases = [self._rows(part, PACED, rows).transpose(1, 0, 2) for part in of.clocked]
         seconds = np.stack([[forward, sum(backward)] for forward, *backward in phases], axis=1)
         aspects = [
@@ -185,6 +202,7 @@ class BranchTables:
 
     def _rows(self, change: _Change, aspect: tuple[str, ...], rows: Index) -> Array:
         """One aspect of a partial recipe's table on some rows: (rows, fields, kinds)."""
+        rows = rows if self._seen is None else self._seen[rows]
         table: Array = self._cells(self._base, aspect)[1].take(rows, axis=0)
         if aspect in change.touched:
             cells, values = self._cells(change, aspect)
@@ -194,13 +212,24 @@ class BranchTables:
     def _cells(self, change: _Change, aspect: tuple[str, ...]) -> tuple[Index, Array]:
         """One aspect of a partial recipe's table where it is not the prefix's: which fields and kinds, and (rows, these)."""
         if aspect not in change.tables:
-            values = tabulate(change.ledger, self.pricer, self.kinds, len(self), aspect).values
-            values = values.reshape(-1, len(self)).T
+            self._tabulate(change, aspect, aspect)
+        return change.tables[aspect]
+
+    def _both(self, parts: Sequence[_Change]) -> None:
+        """Makes what is not known of updates and of what is held in one go, where both are asked for."""
+        for part in parts:
+            if part.touched >= {ONCE, HELD} and part.tables.keys().isdisjoint((ONCE, HELD)):
+                self._tabulate(part, REST, ONCE, HELD)
+
+    def _tabulate(self, change: _Change, fields: tuple[str, ...], *aspects: tuple[str, ...]) -> None:
+        """Makes some aspects' tables, whose fields stand one after the other."""
+        every = tabulate(change.ledger, self.pricer, self.kinds, self._many, fields).values
+        for aspect in aspects:
+            values, every = every[: len(aspect)].reshape(-1, self._many).T, every[len(aspect) :]
             cells = np.arange(values.shape[1])
             if change is not self._base:
                 cells = np.flatnonzero((values != self._cells(self._base, aspect)[1]).any(axis=0))
             change.tables[aspect] = cells, np.ascontiguousarray(values[:, cells])
-        return change.tables[aspect]
 
     def _parts(
         self, state: int, recompute: int, swap: int, schedule: Choice | None = None, *, beside: bool
@@ -298,7 +327,7 @@ class BranchTables:
             done = (*done, f"{slot}={choice.value}")
             if done not in self._ledgers:
                 # The same mesh throughout, so that all branches name the same groups and share their prices.
-                ctx = ctx or replace(self.ctx, knobs={**self.ctx.knobs, **self.space.knobs(recipe)})
+                ctx = ctx or replace(self._every, knobs={**self._every.knobs, **self.space.knobs(recipe)})
                 self._ledgers[done] = choice.technique.apply(ledger, ctx)
             ledger = self._ledgers[done]
         return ledger

@@ -22,6 +22,7 @@ from planner.solve.named import estimate
 from planner.solve.ranking import Ranking
 from planner.solve.risk import at_any_risk, said
 from planner.solve.space import Named, Space
+from planner.solve.tables import BranchTables
 from planner.solve.uniform import SearchCounts, UniformSearch
 from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
@@ -79,9 +80,10 @@ def search_strictly(
 def search_until(
     problem: Problem, top: int, on_progress: Callable[[int, int], None] | None, limit_s: float, end_s: float,
     rows: Mapping[Named, NDArray[np.intp]] | None = None,
+    known: Mapping[Named, tuple[NDArray[np.intp], BranchTables]] | None = None,
 ) -> tuple[SearchResult, bool]:  # fmt: skip
-    """:func:`search` up to a reading of the clock, of all rows or of those that prefixes are searched on; with whether it came to
-    the end.
+    """:func:`search` up to a reading of the clock, of all rows or of those that prefixes are searched on, with tables that are
+    known (:class:`~planner.solve.uniform.UniformSearch`); and whether it came to the end.
 
     Under a limit it may end without plans.
     """
@@ -90,7 +92,7 @@ def search_until(
     def reprice(batch: list[Scored]) -> list[float]:
         return _reprice(batch, problem.workload.global_batch_size)
 
-    uniform = UniformSearch(problem, top, reprice, on_progress, rows)
+    uniform = UniformSearch(problem, top, reprice, on_progress, rows, known)
     uniform.ranking = _Limited(top, problem.workload.global_batch_size, reprice, limit_s, end_s)
     stopped = late = False
     try:

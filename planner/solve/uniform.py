@@ -33,7 +33,7 @@ from planner.solve.candidates import Pending, Scored, SearchCounts, Shortfall
 from planner.solve.expansion import Expansion
 from planner.solve.leftovers import try_leftovers
 from planner.solve.pairs import Deal, Dealing, Pairs, sift, together
-from planner.solve.prefixes import Alike, Prefix, priced_alike
+from planner.solve.prefixes import Alike, Prefix, likely, priced_alike
 from planner.solve.ranking import Ranking
 from planner.solve.row_floor import RowFloor
 from planner.solve.space import Choice, Named, Rows, Space, named, order_of
@@ -65,13 +65,15 @@ class UniformSearch:
         reprice: exact step times of scored candidates (the schedule engine).
         on_progress: called with (prefixes done, prefixes in all).
         rows: places of the rows that prefixes are searched on; without, all (:class:`~planner.solve.space.Space`).
+        known: tables of prefixes that there are already, and the places of their rows.
     """
 
     def __init__(
         self, problem: Problem, top: int, reprice: Callable[[list[Scored]], list[float]],
         on_progress: Callable[[int, int], None] | None = None, rows: Mapping[Named, Index] | None = None,
+        known: Mapping[Named, tuple[Index, BranchTables]] | None = None,
     ) -> None:  # fmt: skip
-        self.problem = problem
+        self.problem, self._known = problem, {} if known is None else known
         self.space = Space(problem, rows)
         self.on_progress = on_progress
         self.counts = SearchCounts()
@@ -104,7 +106,7 @@ class UniformSearch:
             ctx = replace(part.context(self.problem, knobs), mesh=mesh)
             open_, activity = self._in_time(recipe, part, at, *self._valid(recipe, at, part, ctx))
             if at[0] == 0:
-                self._bound(recipe, part, ctx, open_, activity, alike, made)
+                self._bound(recipe, part, ctx, open_, activity, alike, made, at)
             else:
                 for begin in range(0, len(open_), _ROWS):
                     some = np.arange(begin, min(begin + _ROWS, len(open_)))
@@ -112,7 +114,9 @@ class UniformSearch:
                     # Forgets other rows' groups.
                     self.pricer = Pricer(self.problem.cluster, self.problem.stack)
                     own, all_ = rows.context(self.problem, knobs), some - begin
-                    self._bound(recipe, rows, own, all_, activity.take(some), Alike(rows), {})
+                    self._bound(
+                        recipe, rows, own, all_, activity.take(some), Alike(rows), {}, at[open_[some]]
+                    )
             if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:
@@ -184,9 +188,9 @@ class UniformSearch:
 
     def _bound(
         self, recipe: Recipe, part: Rows, whole: Context, open_: Index, activity: Activity, alike: Alike,
-        made: dict[tuple[str, ...], Ledger],
+        made: dict[tuple[str, ...], Ledger], at: Index,
     ) -> None:  # fmt: skip
-        """Bounds a prefix's rows in a part under each layout, and keeps those that are under the bar."""
+        """Bounds a prefix's rows in a part, ``at`` in the space, under each layout, and keeps those that are under the bar."""
         if not len(open_):
             return
         ledger = self.ledger(recipe, whole, made)
@@ -199,7 +203,10 @@ class UniformSearch:
         ctx, classes = whole.take(open_[used]), distinct(of[used])
         kept = ledger.take(open_[used], ctx.mesh.counterpart)
         of, known = np.searchsorted(classes, of[used]), known.take(classes)
-        self._prefixes.append(Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known))
+        places = self.space.places[at[open_[used]]]
+        self._prefixes.append(
+            Prefix(recipe, rows.take(used), ctx, kept, activity.take(used), of, known, places)
+        )
         self._deals += [deal._replace(rows=np.searchsorted(used, deal.rows)) for deal in deals]
         self._waiting += sum(len(deal.rows) for deal in deals)
 
@@ -295,7 +302,8 @@ class UniformSearch:
 
     def _deal(self, rows: Rows, ctx: Context, table: BlockTable, activity: Activity) -> Iterator[Deal]:
         """Bounds a prefix's rows under every layout of their pipeline degree; what is still open, a schedule at a time."""
-        likely, timed = self._likely(ctx, table), table.of_fields(TIMES)
+        counts, timed = np.array([self.blocks[kind] for kind in self.kinds]), table.of_fields(TIMES)
+        fits = likely(ctx, table, counts, self.problem.memory_budget_bytes)
         for dealing, where, of, variants in self._pairs(rows, ctx.knobs, activity):
             times, technique = timed.take(where), dealing.schedule.technique
             if self.branches.any_saves or (technique is not None and technique.saves):  # the update's time
@@ -309,22 +317,8 @@ class UniformSearch:
             if len(open_):
                 where = where[open_]
                 yield Deal(
-                    dealing, len(self._prefixes), of[open_], where, bound_s[open_], variants[open_], likely[where]
+                    dealing, len(self._prefixes), of[open_], where, bound_s[open_], variants[open_], fits[where]
                 )  # fmt: skip
-
-    def _likely(self, ctx: Context, table: BlockTable) -> NDArray[np.bool_]:
-        """Rows that would about fit under 1F1B with the optimizer sharded; this orders the work and excludes nothing."""
-        counts = np.array([self.blocks[kind] for kind in self.kinds])
-        optimizer = counts @ table["optimizer_bytes"]
-        in_flight = np.minimum(ctx.micro_batches, ctx.mesh.pp)
-        each = (
-            counts @ table["always_bytes"]
-            - optimizer
-            + optimizer / ctx.mesh.dp
-            + in_flight * (counts @ table["saved_bytes"])
-        )
-        fits: NDArray[np.bool_] = each / ctx.mesh.pp <= self.problem.memory_budget_bytes
-        return fits
 
     def _works(
         self,
@@ -397,8 +391,7 @@ class UniformSearch:
         tables, rows, activities = [], [], []
         for number, used in open_.items():
             prefix = self._prefixes[number].take(used)
-            own = prefix.recipe, prefix.ctx, prefix.priced_ledger()
-            tables.append(BranchTables(self.space, self.branches, self.pricer, self.kinds, *own))
+            tables.append(self._tables(prefix))
             rows.append(prefix.rows)
             activities.append(prefix.activity)
         work = Expansion(self.problem, self.branches, tables, rows, activities, self.counts)
@@ -426,6 +419,14 @@ class UniformSearch:
                 self._plain(work, part, low, high)
             self.ranking.settle()
         self._note_nearest(work)
+
+    def _tables(self, prefix: Prefix) -> BranchTables:
+        """Tables of a prefix's rows: those that are known, where they are of all these rows."""
+        places, (at, known) = prefix.places, self._known.get(named(prefix.recipe), (prefix.places[:0], None))
+        if known is not None and np.array_equal(distinct(np.concatenate([at, places])), at):
+            return known.of(np.searchsorted(at, places))
+        own = prefix.recipe, prefix.ctx, prefix.priced_ledger()
+        return BranchTables(self.space, self.branches, self.pricer, self.kinds, *own)
 
     def _plain(self, work: Expansion, part: Pairs, low: float, high: float) -> None:
         """Scores the plain branches of rows whose bound lies in [low, high) and still under the bar."""

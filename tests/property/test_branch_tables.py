@@ -74,6 +74,19 @@ def test_sums_of_changes_are_the_branch(model: str, cluster: str) -> None:
     assert added > 40
 
 
+def test_tables_seen_on_some_rows_are_those_rows() -> None:
+    """Views, and views of views, say of their rows what tables of these rows alone say."""
+    search, rows, tables = tables_of(*JOBS[0])
+    some = np.arange(len(rows))[::3]
+    seen, alone = tables.of(np.arange(len(rows))[::-1]).of(len(rows) - 1 - some), tables.take(some)
+    assert len(seen) == len(alone) == len(some)
+    for branch in [*every_branch(search)][::7]:
+        every = np.arange(len(some))
+        expected = alone.of_branch(*branch, every)
+        np.testing.assert_allclose(seen.of_branch(*branch, every), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(seen.times(1), alone.times(1), rtol=1e-12, atol=1e-12)
+
+
 def floor_of_branch(
     tables: BranchTables, state: int, recompute: int, swap: int, at: np.ndarray
 ) -> tuple[np.ndarray, bool]:

@@ -24,6 +24,8 @@ from planner.solve.layerwise.search import search_layerwise
 from planner.solve.layerwise.settle import Settler
 from planner.solve.layerwise.solvers import automatic
 from planner.solve.layerwise.space import LayerwiseSpace
+from planner.solve.layerwise.waits import waiting_s
+from planner.solve.layerwise.walks import first_bounds
 from planner.solve.replay import replay
 from planner.solve.uniform import UniformSearch
 from planner.specs.hardware import load_cluster
@@ -94,6 +96,35 @@ def test_the_plans_own_ledgers_give_the_price_that_the_search_ranked(problem):
     assert seen
 
 
+def test_deals_of_a_mesh_are_bounded_together_as_each_alone():
+    """Interleaved layouts side by side: no bound is above that of the layout alone, nor above what its plans take."""
+    problem = small(layers=9, pp="2", activation_offload="none", micro_batch_size="1", reserve=0.7)
+    uniform = UniformSearch(problem, 1, lambda batch: [])
+    space = LayerwiseSpace(uniform, 1e9, True)
+    several = [deal for deal in space.deals(1e9) if deal.order == "interleaved"]
+    seen = 0
+    for part, row in sorted({(deal.part, deal.row) for deal in several}):
+        mine = [deal for deal in several if (deal.part, deal.row) == (part, row)]
+        mesh = space.mesh(mine[0])
+        costs = DeviceCosts(problem, mesh, "1f1b", 1, automatic)
+        together = first_bounds(costs, mine, 1e9)
+        assert len({deal.layout.virtual_stages for deal in mine}) > 1
+        for deal in mine:
+            own = DeviceCosts(problem, mesh, deal.order, deal.layout.virtual_stages, automatic)
+            settler = Settler(deal, mesh, own, space.order, space.kinds, uniform.branches)
+            steps = [found.step_s for found in settler.candidates(1e9)]
+            assert together[deal] <= min(steps, default=np.inf) * (1 + 1e-9)
+            seen += together[deal] > waiting_s(costs, [deal.layout], 1e9)[0]
+        paths = [
+            interleaved_paths(mesh.pp, deal.layout.virtual_stages, mesh.micro_batches)[1] for deal in mine
+        ]
+        layouts_ = [deal.layout for deal in mine]
+        each = [costs.along_s(layout, path) for layout, path in zip(layouts_, paths, strict=True)]
+        assert np.all(np.array(costs.along_each_s(layouts_, paths)) <= np.array(each) * (1 + 1e-9))
+        assert costs.along_each_s(layouts_[:1], paths[:1]) == pytest.approx(each[:1], rel=1e-9)
+    assert seen
+
+
 def assembled(problem, uniform, found) -> Plan:
     from planner.assemble import assemble
 
@@ -153,9 +184,10 @@ def test_what_bounds_begin_from_is_no_more_than_the_tables_of_rows_say():
     space = LayerwiseSpace(uniform, 1e9, True)
     seen = 0
     for part in space.parts:
-        blocks, meshes = part.blocks(), part.meshes(range(len(part)))
-        for row, mesh in enumerate(meshes):
-            on, lower = np.flatnonzero(part.active[:, row]), part.lower(row)
+        every = range(len(part))
+        blocks, meshes = part.blocks(), zip(part.meshes(every), part.lower(every), strict=True)
+        for row, (mesh, lower) in enumerate(meshes):
+            on = np.flatnonzero(part.active[:, row])
             assert lower.branches == mesh.branches
             own = lower.blocks
             for found in (blocks[:, on, row], own):

@@ -133,7 +133,7 @@ def test_the_dual_is_the_linear_relaxation():
         cells = Cells(
             np.repeat(np.arange(3), kinds), np.tile(np.arange(kinds), 3), np.tile(size, 3), once, once, once
         )
-        found = dual_s(np.tile(cost, 3), np.tile(held, 3), cells, rooms)
+        found, _ = dual_s(np.tile(cost, 3), np.tile(held, 3), cells, rooms)
         assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 

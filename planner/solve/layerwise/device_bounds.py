@@ -18,13 +18,14 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import SLOWER, saturated
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import unbeaten
-from planner.solve.layerwise.duals import Cells, dual_s
+from planner.solve.layerwise.duals import Cells, dual_at, dual_s
 from planner.solve.layerwise.planes import Planes, Ranges
 from planner.solve.layerwise.relaxation import in_flight
 from planner.solve.layerwise.stages import Line
@@ -39,6 +40,9 @@ BYTES = ("always_bytes", "saved_bytes", "step_bytes")
 
 _RANGE = 0.005  # of a device's memory, by which transients may differ and be bounded together
 _KEPT = 8  # prices of a device that are tried first the next time
+_FEW = 6  # layouts whose prices are found, of those that are bounded side by side
+_STEEP = 4096.0  # price of a byte that no plan pays, in seconds of all blocks per byte of the device
+_LONGEST_S = 1e9  # of a block under a strategy whose transient a range does not allow
 _SIZES = (-4.0, -1.0, 0.0, 1.0, 4.0)  # layers more than even stages have, at which bounds of stages are tight
 
 
@@ -82,9 +86,15 @@ class DeviceBounds:
             for tier, capacity in problem.cluster.slower_bytes.items()
             if mesh[f"{tier}_bytes"].any() or mesh[f"{tier}_saved_bytes"].any()
         }
+        self.names = [
+            ("always_bytes", "saved_bytes", self.growth),
+            *((*in_tier(tier), 1.0) for tier in self.slower),
+        ]
+        """Fields of what counts against each budget: the device's, and those of slower tiers; and what allocators make of it."""
         self.depth = int(saturated(schedule, mesh.pp, virtual_stages, mesh.micro_batches))
         self.fronts = _front(mesh)
         self._known = Known() if known is None else known
+        self._afters: dict[bytes, Array] = {}
         self.useful = sorted({s for front in self.fronts for s in front})
 
     def flights(self, device: int) -> Array:
@@ -114,28 +124,74 @@ class DeviceBounds:
     def along_s(self, layout: Layout, path: Path, enough_s: float = np.inf) -> float:
         """No strategies of a layout make a path through its schedule shorter, without hops; infinite where none fit. A bound of
         ``enough_s`` is not tightened."""
+        costs, cells = self._along(layout, path)
+        least = self._duals(costs, cells)[0].min(axis=0)
+        # Prices that are known may prove enough.
+        for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
+            if _together(least, layout.pp, path) >= enough_s:
+                break
+            least = self._tightened(least, costs, cells, np.inf, tight_s)
+        return _together(least, layout.pp, path)
+
+    def along_each_s(self, layouts: Sequence[Layout], paths: Sequence[Path]) -> list[float]:
+        """:meth:`along_s` of several layouts side by side, each along a path of its own, by device memory alone and at the prices
+        of its bytes that prove most of a few of them."""
+        every = [self._along(layout, path) for layout, path in zip(layouts, paths, strict=True)]
+        costs, cells, starts = _side_by_side(every)
+        found, prices = self._duals(*_side_by_side(every[:: -(-len(every) // _FEW)])[:2])
+        steep = _STEEP * np.max(found, where=np.isfinite(found), initial=0.0) / max(self.room, 1.0)
+        prices = np.minimum(prices, steep)  # where nothing fits
+        # Hardly any of the blocks differ in more than how many there are.
+        columns, alike = _classes(np.concatenate([cells.kind[None], cells.flights[None], costs]))
+        cost, held = (
+            costs[:, columns],
+            self._held(cells.kind[columns], cells.flights[columns], self.names[:1])[0],
+        )
+        low, high = self._limits(distinct(cells.kind).tolist())
+        transient = self.transient[self.useful][:, cells.kind[columns]]
+        least = np.min(
+            [
+                dual_at(
+                    np.where(transient <= upper, cost, _LONGEST_S), held, cells, self.room - self.growth * lower,
+                    distinct(prices[number]), alike,
+                )
+                for number, (lower, upper) in enumerate(zip(low, high, strict=True))
+            ],
+            axis=0,
+        )  # fmt: skip
+        ends = [*starts[1:].tolist(), len(least)]
+        return [
+            _together(least[start:stop], layout.pp, path)
+            for start, stop, layout, path in zip(starts.tolist(), ends, layouts, paths, strict=True)
+        ]
+
+    def _along(self, layout: Layout, path: Path) -> tuple[Array, Cells]:
+        """What blocks take on a path, (useful strategies, cells); behind the devices, copies of the one where it ends, each with
+        one of the sums that may follow."""
         shape = layout.virtual_stages, layout.pp
         cells = self._cells(layout, path.counts[0].reshape(shape), path.counts[1].reshape(shape))
         s, kind = self.useful, cells.kind
         forward_s = self.mesh["forward_s"][s]
         backward_s = self.mesh.micro_batch_s[s] - forward_s
         cost = cells.forwards * forward_s[:, kind] + cells.backwards * backward_s[:, kind]
-        # Devices, and beside the one on which the path ends copies of it, one for each sum that may follow.
         at_end = np.flatnonzero(cells.device == path.device)
-        after = self._after(layout.device_counts, cells.device[at_end], kind[at_end])
-        sums = [after[each] for each in largest(np.zeros(len(after)), list(after.transpose(2, 0, 1)))]
-        copies = np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))])
-        every = cells.take(copies)
-        devices = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
-        every = replace(every, device=np.concatenate([cells.device, devices]))
-        costs = np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1)
-        # Prices that are known may prove enough.
-        for tight_s in (0.0, np.inf) if enough_s < np.inf else (np.inf,):
-            least = self._within_limits(costs, every, np.inf, tight_s)
-            least[path.device] = least[layout.pp :].max()
-            if least[: layout.pp].sum() >= enough_s:
-                break
-        return float(least[: layout.pp].sum())
+        sums = [each[:, kind[at_end]] for each in self._sums_after(layout.device_counts[path.device])]
+        every = cells.take(np.concatenate([np.arange(len(kind)), *([at_end] * len(sums))]))
+        copies = np.repeat(layout.pp + np.arange(len(sums)), len(at_end))
+        every = replace(every, device=np.concatenate([cells.device, copies]))
+        return np.concatenate([cost, *(cost[:, at_end] + each for each in sums)], axis=1), every
+
+    def _sums_after(self, counts: Array) -> Array:
+        """What may follow the last backward of a device, of a block of each kind: (sums, useful strategies, kinds)."""
+        key = counts.tobytes()
+        if key not in self._afters:
+            kinds = np.flatnonzero(counts)
+            after = np.zeros((4, len(self.useful), len(counts)))
+            after[:, :, kinds] = self._after(counts[None], np.zeros(len(kinds), dtype=np.intp), kinds)
+            self._afters[key] = after[
+                largest(np.zeros(len(after)), list(after[:, :, kinds].transpose(2, 0, 1)))
+            ]
+        return self._afters[key]
 
     def update_s(self, counts: Array) -> float:
         """No strategies of a device's blocks leave less to do after their last backward."""
@@ -162,16 +218,18 @@ class DeviceBounds:
             flights = in_flight(layout.pp, layout.virtual_stages, batches).reshape(forwards.shape)
         return Cells.of(layout.chunks[:, :, :-1], flights, forwards, backwards)
 
-    def _within_limits(
-        self, cost: Array, cells: Cells, enough_s: float = np.inf, tight_s: float | None = None
-    ) -> Array:
+    def _within_limits(self, cost: Array, cells: Cells, enough_s: float = np.inf) -> Array:
         """The dual of every device under each limit on its transient, the smallest of them: (devices,).
 
-        Once a device takes ``enough_s``, no other is bounded more closely; none is beyond ``tight_s``.
+        Once a device takes ``enough_s``, no other is bounded more closely.
         """
-        low, high = self._limits(np.unique(cells.kind).tolist())
+        return self._tightened(self._duals(cost, cells)[0].min(axis=0), cost, cells, enough_s, enough_s)
+
+    def _duals(self, cost: Array, cells: Cells) -> tuple[Array, Array]:
+        """The dual of every device under each limit on its transient, by device memory alone, and the price that proves it:
+        (limits, devices) each."""
+        low, high = self._limits(distinct(cells.kind).tolist())
         transient = self.transient[self.useful][:, cells.kind]
-        held = self._held(cells.kind, cells.flights)
         many, devices = len(low), int(cells.device[-1]) + 1
         every = replace(
             cells,
@@ -181,24 +239,27 @@ class DeviceBounds:
         costs = (
             np.where(transient <= high[:, None, None], cost, np.inf).transpose(1, 0, 2).reshape(len(cost), -1)
         )
+        held = self._held(cells.kind, cells.flights, self.names[:1])[0]
         rooms = np.repeat(self.room - self.growth * low, devices)
-        found = dual_s(costs, np.tile(held[0], many), every, rooms).reshape(many, devices)
-        least: Array = found.min(axis=0)
-        if self.slower:
-            for device in np.flatnonzero(np.isfinite(least)).tolist():
-                if least.max() >= enough_s:
-                    break
-                own = cells.device == device
-                ranges = Ranges(
-                    cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low)
-                )
-                prices = self._known.prices[device]
-                planes = Planes(
-                    ranges, cells.number[own][None], steep=False, prices=prices,
-                    enough_s=enough_s if tight_s is None else tight_s,
-                )  # fmt: skip
-                least[device] = max(least[device], planes.bound(cells.number[own]))
-                prices[:] = planes.prices[-_KEPT:]
+        least, prices = dual_s(costs, np.tile(held, many), every, rooms)
+        return least.reshape(many, devices), prices.reshape(many, devices)
+
+    def _tightened(self, least: Array, cost: Array, cells: Cells, enough_s: float, tight_s: float) -> Array:
+        """The same by slower memory too, where it is in use; none is beyond ``tight_s``."""
+        if not self.slower or least.max() >= enough_s:
+            return least
+        low, high = self._limits(distinct(cells.kind).tolist())
+        transient = self.transient[self.useful][:, cells.kind]
+        held, least = self._held(cells.kind, cells.flights, self.names), least.copy()
+        for device in np.flatnonzero(np.isfinite(least)).tolist():
+            if least.max() >= enough_s:
+                break
+            own = cells.device == device
+            ranges = Ranges(cost[None][:, :, own], held[:, :, own], transient[:, own], high, self._rooms(low))
+            prices = self._known.prices[device]
+            planes = Planes(ranges, cells.number[own][None], steep=False, prices=prices, enough_s=tight_s)
+            least[device] = max(least[device], planes.bound(cells.number[own]))
+            prices[:] = planes.prices[-_KEPT:]
         return least
 
     def _rooms(self, low: Array) -> Array:
@@ -207,13 +268,8 @@ class DeviceBounds:
             [self.room - self.growth * low, *(np.full(len(low), size) for size in self.slower.values())]
         )
 
-    def _held(self, kind: NDArray[np.intp], flights: Array) -> Array:
-        """Bytes of one block of some kinds against each budget: the device's, and of the slower tiers, (budgets, useful
-        strategies, places)."""
-        names = [
-            ("always_bytes", "saved_bytes", self.growth),
-            *((*in_tier(tier), 1.0) for tier in self.slower),
-        ]
+    def _held(self, kind: NDArray[np.intp], flights: Array, names: Sequence[tuple[str, str, float]]) -> Array:
+        """Bytes of one block of some kinds against some budgets, (budgets, useful strategies, places)."""
         return np.stack(
             [
                 self.mesh[always][self.useful][:, kind]
@@ -225,7 +281,7 @@ class DeviceBounds:
     def _limits(self, kinds: Sequence[int]) -> tuple[Array, Array]:
         """Ranges of the largest transient of a device's blocks, (low, high]: with strategies up to the upper end of its range, it
         takes at least the lower end."""
-        found = np.unique(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
+        found = distinct(np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds]))
         starts = [0]
         for at in range(1, len(found)):
             if self.growth * (found[at] - found[starts[-1]]) > _RANGE * self.room:
@@ -251,7 +307,7 @@ class DeviceBounds:
             largest(np.zeros(len(functions)), list(functions[:, :, kinds].transpose(2, 0, 1)))
         ]
         every = np.arange(len(self.mesh.kinds) - 1)
-        held = self._held(every, np.full(len(every), float(self.flights(device).max())))
+        held = self._held(every, np.full(len(every), float(self.flights(device).max())), self.names)
         low, high = self._limits(kinds)
         transient = self.transient[self.useful][:, :-1]
         ranges = Ranges(functions[:, :, :-1], held, transient, high, self._rooms(low))
@@ -267,12 +323,36 @@ class DeviceBounds:
         """As many layers as a device may well hold, from where it may well begin, with its ends: (samples, kinds)."""
         layers, pp = len(order), self.mesh.pp
         begin = round(layers * device / pp)
-        sizes = np.unique(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
+        sizes = distinct(np.clip(layers / pp + np.array(_SIZES), 1, layers).round().astype(int))
         counts = np.zeros((len(sizes), len(self.mesh.kinds) - 1))
         for sample, n in enumerate(sizes.tolist()):
             start = min(begin, layers - n)
             np.add.at(counts[sample], [*order[start : start + n], *ends], 1.0)
         return counts
+
+
+def _side_by_side(several: Sequence[tuple[Array, Cells]]) -> tuple[Array, Cells, NDArray[np.intp]]:
+    """Costs and cells of several layouts, and the numbers at which their devices begin."""
+    starts = np.cumsum([0, *(int(cells.device[-1]) + 1 for _, cells in several[:-1])])
+    costs = np.concatenate([cost for cost, _ in several], axis=1)
+    return costs, Cells.joined([cells for _, cells in several], starts), starts
+
+
+def _classes(keys: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Columns of a table that are not alike, and the one that each column is alike to, by its place among these."""
+    numbers: dict[bytes, int] = {}
+    of = [numbers.setdefault(key.tobytes(), len(numbers)) for key in np.ascontiguousarray(keys.T)]
+    alike = np.array(of, dtype=np.intp)
+    first = np.full(len(numbers), len(of), dtype=np.intp)
+    np.minimum.at(first, alike, np.arange(len(of)))
+    return first, alike
+
+
+def _together(least: Array, devices: int, path: Path) -> float:
+    """The sum along a path, whose last device stands behind the others too, once for every sum that may follow."""
+    along = least[:devices].copy()
+    along[path.device] = least[devices:].max()
+    return float(along.sum())
 
 
 def exposed(mesh: Mesh, gradients: Array | float, weights: Array | float, kind: Array) -> Array:

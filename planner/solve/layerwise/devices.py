@@ -7,11 +7,12 @@ moment; whatever moment the answer does not fit in is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from planner.assignment import Runs
+from planner.costs.arrays import distinct
 from planner.ledger import Array
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
 from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, Known, exposed, in_tier, largest
@@ -117,14 +118,16 @@ class DeviceCosts(DeviceBounds):
         """Layers of one kind in chunks that are in flight and passed alike at some moments; what stands at the ends."""
         flights = self.flights(device.number)[list(moments)]
         passes = list(zip(goal.forwards, goal.backwards, strict=True))
-        alike: dict[tuple[object, ...], DeviceGroup] = {}
+        alike: dict[tuple[bytes, tuple[float, float], int], list[int]] = {}
         for chunk, layers in enumerate(device.layers):
+            in_flight = flights[:, chunk].tobytes()
             for kind, n in enumerate(layers):
                 if n:
-                    key = (flights[:, chunk].tobytes(), passes[chunk], kind)
-                    group = alike.get(key, DeviceGroup(kind, (), 0, flights[:, chunk], passes[chunk]))
-                    alike[key] = replace(group, chunks=(*group.chunks, chunk), size=group.size + n)
-        groups = list(alike.values())
+                    alike.setdefault((in_flight, passes[chunk], kind), []).append(chunk)
+        groups = []
+        for (*_, kind), chunks in alike.items():
+            size = sum(device.layers[chunk][kind] for chunk in chunks)
+            groups.append(DeviceGroup(kind, tuple(chunks), size, flights[:, chunks[0]], passes[chunks[0]]))
         embedding, head = len(self.mesh.kinds) - 3, len(self.mesh.kinds) - 2
         if device.embedding:
             groups.append(DeviceGroup(embedding, (0,), 1, flights[:, 0], passes[0]))
@@ -133,11 +136,12 @@ class DeviceCosts(DeviceBounds):
         return groups
 
     def _problem(
-        self, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], limit: float, goal: Goal
-    ) -> CountProblem:
-        """The choice among some strategies of every group, with transients up to a limit."""
+        self, groups: Sequence[DeviceGroup], small: Sequence[Sequence[int]], limit: float, goal: Goal,
+        known: tuple[Array, Array] | None = None,
+    ) -> CountProblem:  # fmt: skip
+        """The choice among some strategies of every group, with transients up to a limit; ``known``: the groups' sums."""
         mesh = self.mesh
-        offset, sums = self._sums(groups, goal)
+        offset, sums = self._sums(groups, goal) if known is None else known
         costs = [sums[:, some, place] for place, some in enumerate(small)]
         kept = largest(offset, costs)
         made = []
@@ -162,12 +166,13 @@ class DeviceCosts(DeviceBounds):
         if not groups:
             return None  # no device is left without work
         best: Solved | None = None
-        limits, bounds = self._limit_bounds(groups, goal)
+        known = self._sums(groups, goal)
+        limits, bounds = self._limit_bounds(groups, *known)
         most = len(limits) if self.tolerance == 0.0 else _LIMITS
         for index in np.argsort(bounds, kind="stable").tolist()[:most]:
             if bounds[index] >= (np.inf if best is None else best.seconds * (1.0 - self.tolerance)):
                 break
-            found = self._within(device, float(limits[index]), goal)
+            found = self._within(device, float(limits[index]), goal, groups, known)
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
         return best
@@ -177,7 +182,8 @@ class DeviceCosts(DeviceBounds):
         groups = self._groups(device, [self._fullest(device.number)], goal)
         if not groups:
             return np.inf
-        limits, bounds = self._limit_bounds(groups, goal)
+        known = self._sums(groups, goal)
+        limits, bounds = self._limit_bounds(groups, *known)
         rank = np.argsort(bounds, kind="stable").tolist()
         least = np.inf
         for place, index in enumerate(rank):
@@ -186,19 +192,18 @@ class DeviceCosts(DeviceBounds):
             small = self._small(groups, float(limits[index]))
             if not all(small):
                 continue
-            problem = self._problem(groups, small, float(limits[index]), goal)
+            problem = self._problem(groups, small, float(limits[index]), goal, known)
             least = min(least, proved(problem, least, self.tolerance))
         return least
 
-    def _limit_bounds(self, groups: Sequence[DeviceGroup], goal: Goal) -> tuple[Array, Array]:
-        """Limits on the transient, and what the relaxation proves of each."""
+    def _limit_bounds(self, groups: Sequence[DeviceGroup], offset: Array, sums: Array) -> tuple[Array, Array]:
+        """Limits on the transient, and what the relaxation proves of each of some groups' sums."""
         kinds = np.array([group.kind for group in groups])
-        limits = np.unique(
+        limits = distinct(
             np.concatenate([self.transient[self.fronts[kind], kind] for kind in kinds.tolist()])
         )
-        held = self._held(kinds, np.array([group.flights[0] for group in groups]))
+        held = self._held(kinds, np.array([group.flights[0] for group in groups]), self.names)
         transient = self.transient[self.useful][:, kinds]
-        offset, sums = self._sums(groups, goal)
         sums = sums[:, self.useful]
         some = largest(offset, list(sums.transpose(2, 0, 1)))
         offset, sums = offset[some], sums[some]
@@ -220,7 +225,7 @@ class DeviceCosts(DeviceBounds):
         cells = Cells(
             np.repeat(np.arange(many), len(groups)), np.tile(kinds, many), np.tile(size, many), *[size] * 3
         )
-        found = dual_s(
+        found, _ = dual_s(
             cost.transpose(2, 0, 1, 3).reshape(len(self.useful), -1), np.tile(held[0], many), cells,
             np.tile(self.room - self.growth * limits, len(some)),
         )  # fmt: skip
@@ -259,15 +264,16 @@ class DeviceCosts(DeviceBounds):
         """Strategies of every group whose transients keep a limit."""
         return [[s for s in self.fronts[g.kind] if self.transient[s, g.kind] <= limit] for g in groups]
 
-    def _within(self, device: Device, limit: float, goal: Goal) -> Solved | None:
-        """The best strategies under a limit on the transient."""
+    def _within(
+        self, device: Device, limit: float, goal: Goal, groups: Sequence[DeviceGroup], known: tuple[Array, Array] | None
+    ) -> Solved | None:  # fmt: skip
+        """The best strategies under a limit on the transient; with the groups at the fullest moment, and their sums."""
         moments = [self._fullest(device.number)]
         while True:
-            groups = self._groups(device, moments, goal)
             small = self._small(groups, limit)
             if not all(small):
                 return None
-            found = self.solver(self._problem(groups, small, limit, goal))
+            found = self.solver(self._problem(groups, small, limit, goal, known))
             if found is None:
                 return None
             solved = self._named(device, groups, small, *found)
@@ -275,6 +281,7 @@ class DeviceCosts(DeviceBounds):
             if fuller is None:
                 return solved
             moments.append(fuller)
+            groups, known = self._groups(device, moments, goal), None
 
     def _overfull(self, device: Device, solved: Solved, limit: float) -> int | None:
         """The moment at which the strategies exceed a budget by most, if they do at any."""

@@ -12,12 +12,14 @@ Strategies that have no tables yet stand there with what their parts say of them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.costs.arrays import distinct
 from planner.engine import BlockTable
 from planner.layout import Layout
 from planner.ledger import Array
@@ -76,19 +78,71 @@ def path_factor(schedule: str, pp: int, micro_batches: Array) -> Array:
 
 
 class AtPrices(NamedTuple):
-    """The least of one block under any strategy.
+    """The least of one block under any strategy, and what bounds layouts by it.
 
     Attributes:
         prices: of a byte on the device and on the host, (2, prices, rows).
         work_s: its work in a step with its bytes at their prices, (prices, samples, rows, kinds).
-        at_work: bytes while it is at work, (rows, kinds).
+        at_work: bytes while it is at work that have no part in that, (rows, kinds).
         step_s: serial seconds of a step, (rows, kinds).
+        budget: bytes of a device, (rows).
+        samples: micro-batches in flight at which minima are taken.
+        growth, host_bytes: as in :class:`Relaxation`.
     """
 
     prices: Array
     work_s: Array
     at_work: Array
     step_s: Array
+    budget: Array
+    samples: Array
+    growth: float
+    host_bytes: float
+
+    def take(self, index: NDArray[np.intp]) -> AtPrices:
+        """Of some of the rows."""
+        prices, work_s = self.prices[:, :, index], self.work_s[:, :, index]
+        at_work, step_s, budget = self.at_work[index], self.step_s[index], self.budget[index]
+        return self._replace(prices=prices, work_s=work_s, at_work=at_work, step_s=step_s, budget=budget)
+
+    @staticmethod
+    def joined(several: Sequence[AtPrices]) -> AtPrices:
+        """Rows of several, one after the other, of one pipeline degree."""
+        few = min(each.prices.shape[1] for each in several)
+        return several[0]._replace(
+            prices=np.concatenate([each.prices[:, :few] for each in several], axis=2),
+            work_s=np.concatenate([each.work_s[:few] for each in several], axis=2),
+            at_work=np.concatenate([each.at_work for each in several]),
+            step_s=np.concatenate([each.step_s for each in several]),
+            budget=np.concatenate([each.budget for each in several]),
+        )
+
+    def dearest_s(self, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable) -> Array:
+        """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
+        the last one after it, when the first device updates.
+
+        Args:
+            rows: which.
+            flights: (virtual stages, rows) micro-batches in flight.
+            alone: the rows' tables without strategies.
+        """
+        (prices, of_host), least = self.prices[:, :, rows], self.work_s[:, :, rows]
+        samples, counts = self.samples, layout.chunks[:, :, :-1]
+        sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
+        # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
+        live = np.stack(
+            [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
+        )
+        work_s = np.einsum("pnrk,ndrk->pdr", least, live)
+        there = layout.device_counts[:, :-1] > 0
+        at_work = np.where(there[:, None], self.at_work[rows], -np.inf).max(axis=2)
+        room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
+        total = work_s - room - of_host[:, None] * self.host_bytes
+        once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
+        waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
+        waits_s = waits_s + self.step_s[rows] @ layout.device_counts[0, :-1]
+        best: Array = (waits_s + total.max(axis=0)).max(axis=0)
+        return best
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +157,6 @@ class Relaxation:
         budget: bytes of a device for what is held and saved, the stack's own taken off, per row.
         growth: what allocators make of saved bytes.
         host_bytes: of a device's share of the host.
-        centre: price of a byte that bounds well, per row, where one is known.
     """
 
     blocks: Array
@@ -113,15 +166,11 @@ class Relaxation:
     budget: Array
     growth: float
     host_bytes: float
-    centre: Array | None = None
 
     def take(self, index: NDArray[np.intp]) -> Relaxation:
         """Of some of the rows."""
-        centre = None if self.centre is None else self.centre[index]
-        return replace(
-            self, blocks=self.blocks.take(index, axis=2), micro_batches=self.micro_batches[index], budget=self.budget[index],
-            centre=centre,
-        )  # fmt: skip
+        blocks, micro_batches = self.blocks.take(index, axis=2), self.micro_batches[index]
+        return replace(self, blocks=blocks, micro_batches=micro_batches, budget=self.budget[index])
 
     @property
     def seconds(self) -> Array:
@@ -136,134 +185,134 @@ class Relaxation:
         return step
 
     @property
-    def fastest_s(self) -> Array:
-        """One micro-batch through all layers, each under its fastest strategy, per row."""
-        fastest: Array = self.seconds.min(axis=0) @ self.layers
-        return fastest
-
-    @property
     def hosts(self) -> bool:
         """Whether some strategies keep bytes on the host."""
         return bool(self.blocks[5:].any())
 
-    def pooled(self, flights: Array, most: Array) -> tuple[Array, Relaxation]:
-        """:meth:`work_s`, with the host's bytes at prices too; and the same bounds around the prices that prove most.
+    def pooled(self, below_s: float) -> tuple[Array, NDArray[np.intp], AtPrices]:
+        """What a step takes at least with all devices' memory together, per row; which rows may take less than a limit; and what
+        bounds their layouts.
 
-        Args: as there.
+        What a device's blocks need while they are at work is no less than what its layers do on average, nor than what an end
+        needs: the larger one of the two counts, each row by itself.
         """
-        total, prices = self._work(flights, most)
-        if not self.hosts:
-            return total.max(axis=0), self
-        rows = np.arange(total.shape[1])
-        centre = np.maximum(prices[0][total.argmax(axis=0), rows], prices[0][1])
-        around = replace(self, centre=centre)
-        return np.maximum(total.max(axis=0), around.work_s(flights, most)), around
+        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B; and none has more layers than it
+        # works on within the limit.
+        flights = in_flight(self.pp, 1, self.micro_batches)
+        each_s = self.micro_batches * self.seconds[:, :, :-2].min(axis=(0, 2))
+        most = np.maximum(np.floor(below_s / each_s), 1.0)
+        share = 1.0 / np.minimum(most, self.layers[:-2].sum())
+        alone = self._prices()
+        layers = self._at_prices(alone, share)
+        of_layers = self._work_s(layers, flights, most)
+        found: Array = of_layers.max(axis=0)
+        open_ = np.flatnonzero(found < below_s)
+        few, layers, of_layers = self.take(open_), layers.take(open_), of_layers[:, open_]
+        alone, share, flights, most = alone[:, :, open_], share[open_], flights[:, open_], most[open_]
+        ends = few._at_prices(alone, np.zeros_like(share))
+        of_ends = few._work_s(ends, flights, most)
+        better = of_layers.max(axis=0, initial=0.0) > of_ends.max(axis=0, initial=0.0)
+        total, at_work = np.where(better, of_layers, of_ends), np.where(better[:, None], 0.0, ends.at_work)
+        least = ends._replace(work_s=np.where(better[:, None], layers.work_s, ends.work_s), at_work=at_work)
+        found[open_] = total.max(axis=0)
+        if self.hosts and len(open_):
+            centre = np.maximum(alone[0][total.argmax(axis=0), np.arange(len(open_))], alone[0][1])
+            around = few._at_prices(few._around(centre), np.where(better, share, 0.0))
+            found[open_] = np.maximum(found[open_], few._work_s(around, flights, most).max(axis=0))
+            least = least._replace(
+                prices=np.concatenate([alone, around.prices], axis=1),
+                work_s=np.concatenate([least.work_s, around.work_s]),
+            )
+        left = found[open_] < below_s
+        return found, open_[left], least.take(np.flatnonzero(left))
 
-    def work_s(self, flights: Array, most: Array) -> Array:
-        """What all devices work together at least, per row.
+    def _work_s(self, priced: AtPrices, flights: Array, most: Array) -> Array:
+        """What a device works at least on average at each of the prices, (prices, rows).
 
         Args:
+            priced: the least of blocks.
             flights: (stages, rows) micro-batches in flight.
             most: (rows) layers that one stage holds at most.
         """
-        best: Array = self._work(flights, most)[0].max(axis=0)
-        return best
-
-    def _work(self, flights: Array, most: Array) -> tuple[Array, Array]:
-        """The same at each of the prices, (prices, rows), and these."""
         kinds = len(self.layers) - 2
-        prices, samples = self._prices(), self._samples()
-        priced = self._least(self.micro_batches[:, None] * self.seconds + self.step, prices, samples)
+        samples = self._samples()
         sample = np.searchsorted(samples, np.sort(flights, axis=0), side="right") - 1
         filled = np.arange(len(sample))[:, None] * most
         # Blocks at work: the embedding's stage and the head's may have no layers, and all others have.
-        smallest = self.blocks[4].min(axis=0)
-        least = smallest[:, :kinds].min(axis=1)
-        at_work = smallest[:, kinds:].sum(axis=1) if self.pp > 1 else smallest.max(axis=1)
-        room = self.pp * self.budget - self.growth * (at_work + max(self.pp - 2, 0) * least)
-        total = -prices[0] * room - prices[1] * self.pp * self.host_bytes
+        least = priced.at_work[:, :kinds].min(axis=1)
+        ends = priced.at_work[:, kinds:].sum(axis=1) if self.pp > 1 else priced.at_work.max(axis=1)
+        room = self.pp * self.budget - self.growth * (ends + max(self.pp - 2, 0) * least)
+        total: Array = -priced.prices[0] * room - priced.prices[1] * self.pp * self.host_bytes
         for kind in range(kinds):
             here = np.clip(self.layers[kind] - filled, 0.0, most)
             # Nothing is left out where stages could not hold all.
             here[-1] += self.layers[kind] - here.sum(axis=0)
             for number in range(len(samples)):
                 together = np.where(sample == number, here, 0.0).sum(axis=0)
-                total = total + together * priced[:, number, :, kind]
+                total = total + together * priced.work_s[:, number, :, kind]
         rows = np.arange(sample.shape[1])
         # The embedding's stage has most micro-batches in flight, the head's fewest.
         for end, stage in ((kinds, -1), (kinds + 1, 0)):
-            total = total + self.layers[end] * priced[:, sample[stage], rows, end]
-        return total, prices
-
-    def at_prices(self) -> AtPrices:
-        """What layouts have in common: the least of one block under any strategy."""
-        prices, work = self._prices(), self.micro_batches[:, None] * self.seconds
-        least = self._least(work, prices, self._samples())
-        return AtPrices(prices, least, self.blocks[4].min(axis=0), self.step.min(axis=0))
-
-    def dearest_s(
-        self, priced: AtPrices, rows: NDArray[np.intp], layout: Layout, flights: Array, alone: BlockTable
-    ) -> Array:  # fmt: skip
-        """What a layout's dearest device takes at least, per row: with the wait for the first micro-batch before its work and for
-        the last one after it, when the first device updates.
-
-        Args:
-            priced: :meth:`at_prices`.
-            rows: which.
-            flights: (virtual stages, rows) micro-batches in flight.
-            alone: the rows' tables without strategies.
-        """
-        (prices, of_host), least = priced.prices[:, :, rows], priced.work_s[:, :, rows]
-        samples, counts = self._samples(), layout.chunks[:, :, :-1]
-        sample = (np.searchsorted(samples, flights, side="right") - 1).reshape(*counts.shape[:2], len(rows))
-        # Blocks by micro-batches in flight: (samples, devices, rows, kinds); seconds at prices: (prices, devices, rows).
-        live = np.stack(
-            [np.einsum("vdr,vdk->drk", (sample == n).astype(float), counts) for n in range(len(samples))]
-        )
-        work_s = np.einsum("pnrk,ndrk->pdr", least, live)
-        there = layout.device_counts[:, :-1] > 0
-        at_work = np.where(there[:, None], priced.at_work[rows], -np.inf).max(axis=2)
-        room = prices[:, None] * (self.budget[rows] - self.growth * at_work)
-        total = work_s - room - of_host[:, None] * self.host_bytes
-        once = layout.chunks[0, :, :-1] @ (alone["forward_s"] + alone["backward_s"] + alone["weight_s"])[:-1]
-        waits_s = np.concatenate([np.zeros((1, len(rows))), np.cumsum(once[:-1], axis=0)])
-        waits_s = waits_s + priced.step_s[rows] @ layout.device_counts[0, :-1]
-        best: Array = (waits_s + total.max(axis=0)).max(axis=0)
-        return best
+            total = total + self.layers[end] * priced.work_s[:, sample[stage], rows, end]
+        return total / self.pp
 
     def _samples(self) -> Array:
         """Micro-batches in flight at which minima are taken; in between, those of the next fewer."""
-        return np.unique(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
+        return distinct(np.clip(np.ceil(self.pp * np.array(_SAMPLES)), 1.0, max(2.0 * self.pp - 1.0, 1.0)))
+
+    @property
+    def cost(self) -> Array:
+        """Seconds of a step, (strategies, rows, kinds)."""
+        cost: Array = self.micro_batches[:, None] * self.seconds + self.step
+        return cost
 
     def _prices(self) -> Array:
-        """Of a byte on the device and on the host, (2, prices, rows)."""
-        cost = self.micro_batches[:, None] * self.seconds + self.step
-        device = np.array(_PRICES)[:, None] * (cost.min(axis=0) @ self.layers / self.pp / self.budget)
-        alone = np.stack([device, np.zeros_like(device)])
-        if self.centre is None:
-            return alone
-        near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * self.centre
-        return np.concatenate(
-            [alone, np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])], axis=1
-        )
+        """Of a byte on the device and on the host, (2, prices, rows): the host's for nothing."""
+        device = np.array(_PRICES)[:, None] * (self.cost.min(axis=0) @ self.layers / self.pp / self.budget)
+        return np.stack([device, np.zeros_like(device)])
 
-    def _least(self, cost: Array, prices: Array, samples: Array) -> Array:
-        """The smallest cost with memory at a price, (prices, samples, rows, kinds)."""
-        found = np.empty((prices.shape[1], len(samples), *cost.shape[1:]))
+    def _around(self, centre: Array) -> Array:
+        """The same around a price of a device's byte that bounds well, per row, with the host's at prices too."""
+        near = np.repeat(np.array(_AROUND), len(_HOST_PRICES))[:, None] * centre
+        return np.stack([near, near * np.tile(_HOST_PRICES, len(_AROUND))[:, None]])
+
+    def _at_prices(self, prices: Array, share: Array) -> AtPrices:
+        """The smallest cost with memory at some prices.
+
+        Args:
+            prices: of :meth:`_prices`.
+            share: (rows) of what a layer needs while it is at work that counts as held; where it is 0, the least counts apart.
+        """
+        samples, layers, ends = self._samples(), slice(0, len(self.layers) - 2), slice(-2, None)
+        work_s = np.empty((prices.shape[1], len(samples), *self.blocks.shape[2:]))
+        self._least(prices, share, samples, layers, work_s)
+        # An end is one block: as if the fewest were in flight.
+        self._least(prices, np.zeros_like(share), samples[:1], ends, work_s)
+        work_s[:, 1:, :, ends] = work_s[:, :1, :, ends]
+        at_work = np.where(share[:, None] > 0.0, 0.0, self.blocks[4].min(axis=0))
+        step_s = self.step.min(axis=0)
+        return AtPrices(prices, work_s, at_work, step_s, self.budget, samples, self.growth, self.host_bytes)
+
+    def _least(self, prices: Array, share: Array, samples: Array, kinds: slice, work_s: Array) -> None:
+        """Fills in the smallest cost of some kinds of blocks, with each number of micro-batches in flight."""
+        seconds, step, always, saved, at_work, host, host_saved = np.ascontiguousarray(
+            self.blocks[..., kinds]
+        )
+        cost = self.micro_batches[:, None] * seconds + step
+        always = always + self.growth * share[:, None] * at_work
         priced, both, hosts = np.empty_like(cost), np.empty_like(cost), self.hosts
         for number, flights in enumerate(samples):
-            held = self.blocks[2] + self.growth * flights * self.blocks[3]
-            away = self.blocks[5] + flights * self.blocks[6] if hosts else None
+            held = always + self.growth * flights * saved
+            away = host + flights * host_saved if hosts else None
             last: Array | None = None
-            for at, (device, host) in enumerate(prices.transpose(1, 0, 2)):
+            for at, (device, on_host) in enumerate(prices.transpose(1, 0, 2)):
                 if last is None or not np.array_equal(device, last):  # several prices on the host share one
                     np.multiply(device[:, None], held, out=priced)
                     priced += cost
                     last = device
-                if away is None or not host.any():
-                    priced.min(axis=0, out=found[at, number])
+                if away is None or not on_host.any():
+                    work_s[at, number, :, kinds] = priced.min(axis=0)
                     continue
-                np.multiply(host[:, None], away, out=both)
+                np.multiply(on_host[:, None], away, out=both)
                 both += priced
-                both.min(axis=0, out=found[at, number])
-        return found
+                work_s[at, number, :, kinds] = both.min(axis=0)

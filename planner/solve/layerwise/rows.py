@@ -32,11 +32,10 @@ class DegreeRows:
 
     def take(self, index: Array) -> tuple[DegreeRows, Array]:
         """Some of the rows, and their places among all."""
-        table = BlockTable(self.table.kinds, np.ascontiguousarray(self.table.values[:, :, index]))
         part, row, micro_batches, communicators = (
             x[index] for x in (self.part, self.row, self.micro_batches, self.communicators)
         )
-        return DegreeRows(self.pp, part, row, micro_batches, communicators, table), index
+        return DegreeRows(self.pp, part, row, micro_batches, communicators, self.table.take(index)), index
 
 
 def some_of(rows: DegreeRows, each: Array, keep: NDArray[np.bool_] | np.bool_) -> tuple[DegreeRows, Array]:

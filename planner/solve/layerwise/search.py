@@ -8,27 +8,29 @@ states the gap to the smallest one that does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
+from itertools import groupby
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
-from planner.plan import Plan, SearchReport, SearchResult
+from planner.plan import SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.kernel_floor import kernel_floor_s
+from planner.solve.layerwise.answer import joined, proved_plans
 from planner.solve.layerwise.device_bounds import Known
 from planner.solve.layerwise.devices import DeviceCosts
 from planner.solve.layerwise.settle import Candidate, Settler
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic
 from planner.solve.layerwise.space import Deal, LayerwiseSpace
 from planner.solve.layerwise.strategies import Mesh
-from planner.solve.layerwise.walks import Paths
+from planner.solve.layerwise.walks import Paths, first_bounds
 from planner.solve.space import Named, named
 from planner.solve.time_limit import OutOfTimeError, TimeLimit, ask
 from planner.solve.train import search_until
@@ -108,16 +110,19 @@ def search_layerwise(
             run.go()
         if uniform is not None and not finished and limit.left_s:
             below_s = min(uniform.best.estimate.step_time_s, run.alike_s() * _COMPANY)
-            uniform = _joined(uniform, search_until(problem, top, None, below_s, limit.end_s, run.rows())[0])
-    except Infeasible:
-        pass  # none of the rows that are left has a uniform plan
+            with suppress(Infeasible):  # where none of the rows that are left has a uniform plan
+                known = run.rows(), run.space.made()
+                rest, _ = search_until(problem, top, None, below_s, limit.end_s, *known)
+                uniform = joined(uniform, rest)
+        with limit.enforced():
+            run.certify(_LONGEST_S if uniform is None else uniform.best.estimate.step_time_s)
     except OutOfTimeError:
         run.account.stopped = "time"
     except KeyboardInterrupt:
         run.account.stopped = "interrupted"
     account = run.finished()
     best = run.simplest(_LONGEST_S if uniform is None else uniform.best.estimate.step_time_s)
-    plans = _plans(problem, best, account, uniform, top)
+    plans = proved_plans(problem, best, account, uniform, top)
     if plans and (best is None or best is not run.best) and run.best is not None:
         first = plans[0].optimality
         told = f"{first.solver}; the simplest of those within {run.tie:.1%} of the fastest"
@@ -156,6 +161,7 @@ class _Search:
         self.tolerance = _TOLERANCE if solver == "auto" and not exact else 0.0
         self.near = 0.0 if exact else _NEAR
         self.tie = _TIE if self.tolerance else 0.0
+        self.taken_s = 0.0  # step time of the plan that is taken instead of the best one, when that is known
         if solver == "auto":
             self.solver = partial(automatic, tolerance=self.tolerance)
         self.uneven = uneven
@@ -170,6 +176,7 @@ class _Search:
         self._alike_s: dict[int, tuple[float, int, int]] = {}
         self._paths: Paths = {}
         self._rough: dict[tuple[int, int, str], DeviceCosts] = {}
+        self._bounded: dict[tuple[int, int], Mesh] = {}  # with which the deals of a row were looked at first
         self._known: dict[tuple[int, int], Known] = defaultdict(Known)
 
     def begin(self) -> None:
@@ -200,7 +207,8 @@ class _Search:
                 first = min((deal for deal in self._left if deal.looks > _BOUND), default=first)
                 looks = 0
             if first.looks < _BOUND:
-                self._look(first, to_the_end=False)
+                if not self._looked(first):
+                    self._look(first, to_the_end=False)
                 looks += 1
                 continue
             if first.part not in self._sharp:
@@ -212,8 +220,8 @@ class _Search:
 
     @property
     def enough_s(self) -> float:
-        """A bound above which no plan is told apart from the best one so far."""
-        return self.best_s * (1.0 - self.tie)
+        """A bound above which no plan is told apart from the best one so far, or from the one that is taken instead."""
+        return max(self.best_s, self.taken_s) * (1.0 - self.tie)
 
     @property
     def within_s(self) -> float:
@@ -245,6 +253,16 @@ class _Search:
         within_s = self.best_s * (1.0 + self.tie)
         return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
 
+    def certify(self, alike_s: float) -> None:
+        """Looks on until no plan can be told apart from the simplest one either, which the best uniform plan may be."""
+        while self.tie and self.best is not None:
+            found = self.simplest(alike_s)
+            taken_s = alike_s if found is None else found.step_s
+            if taken_s <= max(self.best_s, self.taken_s):
+                return
+            self.taken_s = taken_s
+            self.go()
+
     def _open(self, pp: int) -> None:
         """Bounds a prefix by memory or, once all are that matter, opens the deals of a pipeline degree."""
         if self.space.pool(self.enough_s, self.within_s):
@@ -258,26 +276,46 @@ class _Search:
         if self._left and self.best is None and not self.known:
             self._look(self._left[0], to_the_end=True)
 
+    def _looked(self, first: _Open) -> bool:
+        """Takes the first look at all deals of a deal's mesh, and again when strategies have got tables; whether there was any to
+        take."""
+        if first.looks > _ROUGH:
+            self.space.price(first.deal)
+        row, mesh = (first.part, first.row), self.space.lower(first.deal)
+        if first.looks > _ROUGH and self._bounded.get(row) is mesh:
+            return False
+        self._bounded[row] = mesh
+        several = [open_ for open_ in self._left if (open_.part, open_.row) == row]
+        bounds = self._roughly([open_.deal for open_ in several])
+        for open_, bound_s in zip(several, bounds, strict=True):
+            self._alike_s[open_.number] = max(bound_s, self._alike_s[open_.number][0]), *row
+        self._renew(several, bounds, _LIKELY, "stages")
+        return True
+
     def _sharpen(self, part: int) -> None:
         """Bounds all deals of a prefix anew, by the tables that the first of them needs anyway."""
-        several = [deal for deal in self._left if deal.part == part]
+        several = [open_ for open_ in self._left if open_.part == part]
         bounds = self.space.sharper(part, [open_.deal for open_ in several], self.best_s)
+        self._renew(several, bounds, _BOUND, "memory")
+        self._sharp.add(part)
+
+    def _renew(self, several: Sequence[_Open], bounds: Sequence[float], looks: int, reason: str) -> None:
+        """Notes new bounds of some deals after a look at them; what they exclude is counted under a reason."""
         new = {open_.number: bound_s for open_, bound_s in zip(several, bounds, strict=True)}
         left = [
-            replace(open_, bound_s=new[open_.number], looks=max(open_.looks, _BOUND))
-            if open_.part == part
+            replace(open_, bound_s=max(open_.bound_s, new[open_.number]), looks=max(open_.looks, looks))
+            if open_.number in new
             else open_
             for open_ in self._left
         ]
         self._left = [open_ for open_ in left if open_.bound_s < self.best_s]
-        self.account.exclude("memory", len(left) - len(self._left))
-        self._sharp.add(part)
+        self.account.exclude(reason, len(left) - len(self._left))
         heapify(self._left)
 
     def _look(self, deal: _Open, *, to_the_end: bool) -> None:
         """Looks closer at a deal, once or until it has a plan, and keeps, settles or excludes it; its old bound counts until the
         new one does."""
-        seen, settled = deal, self.account.settled
+        seen, settled = replace(deal, looks=max(deal.looks, _LIKELY)), self.account.settled
         bound_s, more = self._closer(seen)
         while to_the_end and more and bound_s < self.enough_s and self.account.settled == settled:
             seen = replace(seen, bound_s=bound_s, looks=seen.looks + 1)
@@ -309,10 +347,6 @@ class _Search:
 
     def _closer(self, open_: _Open) -> tuple[float, bool]:
         """What a deal is not faster than at a closer look, and whether there is more to see; keeps what is better on the way."""
-        if open_.looks == _ROUGH:
-            bound_s = max(self._roughly(open_.deal).bound_s(self.enough_s), open_.bound_s)
-            self._alike_s[open_.number] = bound_s, open_.part, open_.row
-            return bound_s, True
         if open_.looks == _LIKELY:
             bound_s = max(self._likely(open_.deal), open_.bound_s)
             return bound_s, bound_s < self.enough_s
@@ -321,15 +355,19 @@ class _Search:
         bound_s = min((self._with(settler, open_.looks) for settler in open_.settlers), default=np.inf)
         return max(bound_s, open_.bound_s), open_.looks < _PLANS
 
-    def _roughly(self, deal: Deal) -> Settler:
-        """What bounds a deal before its mesh has tables, with all chunks of a device as one: alike for many layouts."""
-        order = deal.order if deal.layout is None or deal.layout.virtual_stages == 1 else "1f1b"
-        key = deal.part, deal.row, order
-        mesh = self.space.lower(deal)
-        if key not in self._rough or self._rough[key].mesh is not mesh:
-            self._rough[key] = self._costs(deal, mesh, order, 1, filled=False)
-        space = self.space
-        return Settler(deal, mesh, self._rough[key], space.order, space.kinds, self.uniform.branches)
+    def _roughly(self, deals: Sequence[Deal]) -> list[float]:
+        """What deals of a mesh are not faster than before it has all tables, chunks of a device as one: alike for many."""
+        mesh, found = self.space.lower(deals[0]), dict[Deal, float]()
+        for order, several in groupby(sorted(deals, key=_order_as_one), _order_as_one):
+            some, key = list(several), (deals[0].part, deals[0].row, order)
+            if key not in self._rough or self._rough[key].mesh is not mesh:
+                self._rough[key] = self._costs(deals[0], mesh, order, 1, filled=False)
+            costs = self._rough[key]
+            found |= first_bounds(costs, some, self.enough_s)
+            for deal in some:
+                if deal.layout is None:
+                    found[deal] = self._settler(deal, mesh, costs).bound_s(self.enough_s)
+        return [found[deal] for deal in deals]
 
     def _costs(self, deal: Deal, mesh: Mesh, order: str, chunks: int, *, filled: bool = True) -> DeviceCosts:
         """Of the deal's devices, with what is known of them from other deals."""
@@ -342,7 +380,7 @@ class _Search:
             return 0.0  # the mesh's strategies may not stand side by side
         self.space.price(deal)
         best_s = self.best_s
-        bound_s = self._roughly(deal).bound_s(self.enough_s)
+        (bound_s,) = self._roughly([deal])
         if bound_s >= self.enough_s:
             return bound_s
         settler = self._settler(deal, self.space.lower(deal))
@@ -362,10 +400,10 @@ class _Search:
         if found.step_s < self.best_s:
             self.best, self.best_s, self._from = found, found.step_s, settler
 
-    def _settler(self, deal: Deal, mesh: Mesh) -> Settler:
+    def _settler(self, deal: Deal, mesh: Mesh, costs: DeviceCosts | None = None) -> Settler:
         """What bounds a deal with some strategies and finds its plans."""
         chunks = 1 if deal.layout is None else deal.layout.virtual_stages
-        costs, space = self._costs(deal, mesh, deal.order, chunks), self.space
+        costs, space = costs or self._costs(deal, mesh, deal.order, chunks), self.space
         return Settler(deal, mesh, costs, space.order, space.kinds, self.uniform.branches, self._paths)
 
     def _settlers(self, deal: Deal) -> Iterator[Settler]:
@@ -404,41 +442,6 @@ class _Open:
     settlers: list[Settler] = field(default_factory=list, compare=False)
 
 
-def _joined(first: SearchResult, rest: SearchResult) -> SearchResult:
-    """Plans that were found first, and those of the rows that layer-wise bounds left open; all others are excluded by these."""
-    plans = {(*plan.mesh.items(), *plan.knobs.items()): plan for plan in (*first.plans, *rest.plans)}
-    ranked = sorted(plans.values(), key=lambda plan: plan.estimate.step_time_s)
-    before, after = first.search, rest.search
-    scored, repriced = before.scored + after.scored, before.repriced + after.repriced
-    excluded = before.candidates - scored - sum(before.rejected.values())
-    report = replace(
-        before, scored=scored, repriced=repriced, excluded_by_bound={"layer by layer": excluded},
-        wall_s=before.wall_s + after.wall_s,
-    )  # fmt: skip
-    return SearchResult(tuple(ranked), report, first.pareto)
-
-
-def _plans(
-    problem: Problem, best: Candidate | None, account: Account, uniform: SearchResult | None, top: int
-) -> tuple[Plan, ...]:
-    """The layer-wise plan, if there is one, before the uniform ones; each with what is proved of it."""
-    plans: list[Plan] = []
-    if best is not None:
-        plans.append(_assembled(problem, best))
-    plans += [] if uniform is None else uniform.plans
-    return tuple(replace(plan, optimality=account.proved(plan.estimate.step_time_s)) for plan in plans[:top])
-
-
-def _assembled(problem: Problem, best: Candidate) -> Plan:
-    """The candidate as a plan, priced anew from ledgers of its own."""
-    uniform = UniformSearch(problem, 1, lambda batch: [])
-    recipe = {
-        **dict(best.mesh.recipe.items()),
-        **best.assignment.strategies[0],
-        "schedule": best.deal.schedule,
-    }
-    knobs = uniform.space.knobs(recipe)
-    flop = model_flop(problem.model, problem.workload)
-    return assemble(
-        problem, recipe, knobs, best.mesh.row, best.layout, None, None, flop, best.assignment
-    ).plan
+def _order_as_one(deal: Deal) -> str:
+    """The order under which a device with all its chunks as one has no more in flight than under the deal's."""
+    return deal.order if deal.layout is None or deal.layout.virtual_stages == 1 else "1f1b"

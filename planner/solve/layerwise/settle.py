@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from planner.assignment import Assignment, Runs
-from planner.layout import BOUNDARY, Layout, deal_layers, layout_of, layouts
+from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
 from planner.pipeline import memory, phase_seconds
 from planner.solve.branches import Branches
@@ -19,6 +19,7 @@ from planner.solve.layerwise.simpler import Taken, simplest, taken_by
 from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smallest_limit
 from planner.solve.layerwise.strategies import Mesh
+from planner.solve.layerwise.waits import least_hop_s, waiting_s
 from planner.solve.layerwise.walks import Paths, Walks
 from planner.step_time import exact_step_s
 
@@ -60,7 +61,7 @@ class Settler:
         self.choices = choices
         self.pp = mesh.pp
         self.stack = [kinds.index(kind) for kind in order]
-        self.hop_s = float(mesh["forward_s"][:, kinds.index(BOUNDARY)].min())
+        self.hop_s = least_hop_s(costs)
         layout, known = deal.layout, {} if paths is None else paths
         self.walks = None
         if layout is not None and mesh.pp > 1 and layout.virtual_stages == costs.virtual_stages:
@@ -130,31 +131,11 @@ class Settler:
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def _bound_of(self, layout: Layout, below_s: float) -> float:
-        """Every device works, and waits for the first micro-batch before and for the last one after.
-
-        The first device's update follows the last one; a device's own update, and what it exposes of its traffic, its own work.
-        Interleaved, the longest of the paths that are known without the order bounds too.
-        """
-        forward, backward = self._least(layout)
-        hops_s = np.arange(self.pp) * self.hop_s
-        ahead = np.concatenate([[0.0], np.cumsum(forward[:-1])]) + hops_s
-        behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]) + hops_s
-        behind[1:] += self.costs.update_s(layout.device_counts[0])
-        apart = self.costs.virtual_stages == layout.virtual_stages
-        work_s, whole_s = self.costs.least_s(layout if apart else _as_one_chunk(layout), below_s)
-        bound_s = float(np.max(ahead + np.maximum(work_s + behind, whole_s)))
+        """Every device works, and waits before and after it. Interleaved, paths that are known without the order bound too."""
+        bound_s = float(waiting_s(self.costs, [layout], below_s)[0])
         if self.walks is None or bound_s >= below_s:
             return bound_s
         return max(bound_s, self.walks.without_order(below_s))
-
-    def _backward_s(self) -> Array:
-        return self.mesh.micro_batch_s - self.mesh["forward_s"]
-
-    def _least(self, layout: Layout) -> tuple[Array, Array]:
-        """Fastest forward and backward of every device's first chunk."""
-        forward = self.mesh["forward_s"].min(axis=0)
-        backward = self._backward_s().min(axis=0)
-        return layout.chunks[0] @ forward, layout.chunks[0] @ backward
 
     def _bound_of_cuts(self, below_s: float) -> float:
         """Of every partition into stages: what its dearest stage costs, and paths through all of them.
@@ -257,7 +238,7 @@ class Settler:
     def _priced(self, layout: Layout) -> Candidate | None:
         """The strategies of every device of a layout with which it is done soonest, priced together; None where a device has
         none."""
-        _, backward = self._least(layout)
+        backward = layout.chunks[0] @ (self.mesh.micro_batch_s - self.mesh["forward_s"]).min(axis=0)
         behind = np.concatenate([[0.0], np.cumsum(backward[:-1])]).tolist()
         return self._together(layout, [self.costs.in_step(ramp_s) for ramp_s in behind])
 
@@ -346,12 +327,6 @@ class Settler:
         """Kinds of the layers of every virtual stage, in order."""
         ends = np.cumsum(layout.counts[:, :-3].sum(axis=1).astype(int)).tolist()
         return [self.stack[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-
-
-@lru_cache(maxsize=1024)
-def _as_one_chunk(layout: Layout) -> Layout:
-    """The same blocks on every device, in one chunk."""
-    return layout_of(layout.device_counts, layout.pp, 1, layout.split)
 
 
 def in_order(runs: Sequence[Runs], kinds: Sequence[int]) -> Runs:

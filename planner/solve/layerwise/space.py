@@ -6,20 +6,23 @@ schedules take the layouts of the uniform search or, where it has none, virtual 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable, tabulate
+from planner.costs.arrays import distinct
+from planner.engine import TIMES, BlockTable, tabulate
 from planner.layout import Layout
 from planner.ledger import Array
 from planner.pipeline import step_bound, tight_bound
 from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
-from planner.solve.layerwise.relaxation import Relaxation, in_flight, path_factor
+from planner.solve.layerwise.meshes import Deal, Meshes
+from planner.solve.layerwise.relaxation import AtPrices, Relaxation, in_flight, path_factor
 from planner.solve.layerwise.rows import DegreeRows, some_of
-from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
+from planner.solve.layerwise.strategies import Strategies
 from planner.solve.space import Choice, Named, named
 from planner.solve.tables import BranchTables
 from planner.solve.time_limit import ask
@@ -28,28 +31,28 @@ from planner.uncertainty.memory_limit import room_bytes
 
 __all__ = ["Deal", "LayerwiseSpace"]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Deal:
-    """One mesh under one schedule; ``layout`` None leaves the cuts open. No plan of it is faster than ``bound_s``."""
-
-    bound_s: float
-    part: int
-    row: int
-    schedule: Choice
-    layout: Layout | None
-
-    def rank(self) -> tuple[float, int, int]:
-        """What deals are sorted by."""
-        return self.bound_s, self.part, self.row
-
-    @property
-    def order(self) -> str:
-        """Name of the schedule's order."""
-        return name_of(self.schedule)
+_LOOSE = 1.01  # times a limit, for which bounds by memory are known that do for the limit too
 
 
-class LayerwiseSpace:
+class _Pool(NamedTuple):
+    """What all devices' memory together says of a prefix's rows of one pipeline degree.
+
+    Attributes:
+        below_s: limit for which it is known.
+        rows: which, in order.
+        work_s: what each takes at least.
+        open: those that may take less than the limit.
+        priced: what bounds their layouts.
+    """
+
+    below_s: float
+    rows: NDArray[np.intp]
+    work_s: Array
+    open: NDArray[np.intp]
+    priced: AtPrices
+
+
+class LayerwiseSpace(Meshes):
     """All deals of a problem that bounds do not exclude at once.
 
     Args:
@@ -59,6 +62,7 @@ class LayerwiseSpace:
     """
 
     def __init__(self, uniform: UniformSearch, below_s: float, uneven: bool) -> None:
+        super().__init__()
         self.uniform = uniform
         self.problem, self.order, self.kinds = uniform.problem, uniform.order, uniform.kinds
         self.layers = np.array([float(self.order.count(kind)) for kind in self.kinds[:-1]])
@@ -74,18 +78,16 @@ class LayerwiseSpace:
         """Places of rows of prefixes that are not searched here."""
         self._tables: list[BlockTable] = []
         self._opened: dict[int, tuple[DegreeRows, Array, list[tuple[Choice, Layout | None, int]]]] = {}
-        self._priced: dict[int, tuple[Array, Array, Strategies]] = {}
         self._priced_below_s: dict[int, float] = {}
-        self._pooled: set[int] = set()  # prefixes that are bounded by memory
+        self._walked: set[int] = set()  # pipeline degrees whose rows are bounded by paths
         # By it, of the rows of a pipeline degree; infinite where deals are known. And the least of these, by the limit.
         self._floor_s: dict[int, Array] = {}
         self._least: dict[float, dict[int, float]] = {}
-        self._meshes: dict[tuple[int, int], Mesh] = {}
-        self._lower: dict[tuple[int, int], tuple[Mesh, frozenset[int]]] = {}
-        self._asked: set[Branch] = set()
+        self._pools: dict[tuple[int, int], _Pool] = {}  # by pipeline degree and prefix
         launcher = self.problem.launcher
         self._named_only = not uneven or (launcher is not None and launcher.stages is not None)
         self._narrow(below_s)
+        self._pooled = np.zeros(len(self.parts), dtype=bool)  # prefixes that are bounded by memory
 
     def deals(self, below_s: float) -> list[Deal]:
         """Deals whose bound is below a limit, smallest bounds first."""
@@ -105,22 +107,22 @@ class LayerwiseSpace:
     def pool(self, enough_s: float, below_s: float) -> bool:
         """Bounds a prefix's rows below a limit by all devices' memory together: the prefix, of those that are not, of the fastest
         row; false where no such row is below ``enough_s``."""
+        for pp in self.least_s.keys() - self._walked:
+            self._walk(pp, below_s)
         fastest, part = enough_s, -1
         for pp in filter(lambda pp: len(self._left(pp, below_s)), self.least_s):
             parts, left = self._open(pp, below_s)[0].part, self._left(pp, below_s)
-            at = int(np.argmin(np.where(np.isin(parts, list(self._pooled)), np.inf, left)))
-            if parts[at] not in self._pooled and left[at] < fastest:
+            at = int(np.argmin(np.where(self._pooled[parts], np.inf, left)))
+            if not self._pooled[parts[at]] and left[at] < fastest:
                 fastest, part = float(left[at]), int(parts[at])
         if part < 0:
             return False
-        self._pooled.add(part)
+        self._pooled[part] = True
         self._least.clear()
         for degree in self.least_s:
             rows, _, free_s = self._open(degree, below_s)
             mine = np.flatnonzero((rows.part == part) & np.any(free_s < below_s, axis=0))
-            if len(mine):
-                some, _ = rows.take(mine)
-                self._floor_s[degree][mine] = self._pooled_s(self._relaxation(some, below_s), below_s)[0]
+            self._floor_s[degree][mine] = self._among(degree, part, rows.row[mine], below_s)
         return True
 
     def deals_of(self, pp: int, below_s: float) -> Iterator[Deal]:
@@ -128,7 +130,7 @@ class LayerwiseSpace:
         without limits of memory, then all devices' memory together, then the schedule's own paths and every device's memory."""
         rows, cuts, free_s = self._open(pp, below_s)
         floor_s = self._floor_s[pp]
-        mine = np.isfinite(floor_s) & np.isin(rows.part, list(self._pooled))
+        mine = np.isfinite(floor_s) & self._pooled[rows.part]
         late = np.isfinite(free_s) & (free_s >= below_s) & mine  # where the limit has fallen since
         full = np.isfinite(free_s) & ~late & (floor_s >= below_s) & mine
         self.excluded["work"] += int(late.sum())
@@ -157,7 +159,7 @@ class LayerwiseSpace:
             part: sum(
                 str(knobs.get(slot)).lower() == c.value for slot, c in self.parts[part].tables.recipe.items()
             )
-            for part in np.unique(rows.part).tolist()
+            for part in distinct(rows.part).tolist()
         }
         mine, counted = rows.part == max(alike, key=lambda part: alike[part]), dict(self.excluded)
         mine &= np.any(free_s < below_s, axis=0)
@@ -177,15 +179,17 @@ class LayerwiseSpace:
         rows, free_s = some_of(rows, free_s, np.any(free_s < np.inf, axis=0))
         if not len(rows.row):
             return
-        pooled_s, bounds = self._pooled_s(self._relaxation(rows, below_s), below_s)
+        parts = distinct(rows.part).tolist()
+        pooled_s = np.concatenate(
+            [self._among(pp, part, rows.row[rows.part == part], below_s) for part in parts]
+        )
         lost = np.isfinite(free_s) & (pooled_s >= below_s)
         self.excluded["memory"] += int(lost.sum())
         keep = pooled_s < below_s
         rows, free_s = some_of(rows, free_s, keep)
         if not len(rows.row):
             return
-        bounds, pooled_s = bounds.take(np.flatnonzero(keep)), pooled_s[keep]
-        priced = bounds.at_prices()
+        pooled_s, priced = pooled_s[keep], self._priced_rows(rows)
         for (schedule, layout, v), alone_s in zip(cuts, free_s, strict=True):
             ask()
             bound_s = np.maximum(alone_s, pooled_s)
@@ -194,23 +198,41 @@ class LayerwiseSpace:
                 if not len(open_):
                     continue
                 some, _ = rows.take(open_)
-                paths_s = tight_bound(some.table, layout, name_of(schedule), some.micro_batches)
-                self.excluded["work"] += int((paths_s >= below_s).sum())
                 flights = in_flight(pp, v, some.micro_batches)
-                dearest_s = bounds.dearest_s(priced, open_, layout, flights, some.table)
-                self.excluded["memory"] += int(((dearest_s >= below_s) & (paths_s < below_s)).sum())
-                bound_s[open_] = np.maximum(bound_s[open_], np.maximum(paths_s, dearest_s))
+                dearest_s = priced.dearest_s(open_, layout, flights, some.table)
+                self.excluded["memory"] += int((dearest_s >= below_s).sum())
+                bound_s[open_] = np.maximum(bound_s[open_], dearest_s)
             for place in np.flatnonzero(bound_s < below_s).tolist():
                 where = int(rows.part[place]), int(rows.row[place])
+                self._dealt[where[0]].add(where[1])
                 yield Deal(float(bound_s[place]), *where, schedule, layout)
 
-    def _pooled_s(self, bounds: Relaxation, below_s: float) -> tuple[Array, Relaxation]:
-        """What rows take at least with all devices' memory together, and bounds around the prices that prove it."""
-        # Whatever the schedule, no device has fewer micro-batches in flight than under 1F1B.
-        flights = in_flight(bounds.pp, 1, bounds.micro_batches)
-        each_s = bounds.micro_batches * bounds.seconds[:, :, :-2].min(axis=(0, 2))
-        work_s, around = bounds.pooled(flights, np.maximum(np.floor(below_s / each_s), 1.0))
-        return work_s / bounds.pp, around
+    def _among(self, pp: int, part: int, rows: NDArray[np.intp], below_s: float) -> Array:
+        """What some rows of a prefix take at least with all devices' memory together; beyond the limit where it is not known."""
+        known = self._pools.get((pp, part))
+        if known is None or not below_s <= known.below_s <= below_s * _LOOSE:
+            opened, _, free_s = self._open(pp, below_s)
+            some, _ = opened.take(np.flatnonzero((opened.part == part) & np.any(free_s < below_s, axis=0)))
+            if not len(some.row):
+                return np.zeros(0)
+            among, blocks, _ = self._blocks(part, below_s)
+            parts = [blocks[:, :, np.searchsorted(among, some.row)]]
+            bounds = self._bounds(parts, some.micro_batches, pp, some.communicators)
+            found, left, priced = bounds.pooled(below_s)
+            known = self._pools[pp, part] = _Pool(below_s, some.row, found, some.row[left], priced)
+        found = np.full(len(rows), np.inf)
+        at = np.minimum(np.searchsorted(known.rows, rows), len(known.rows) - 1)
+        here = known.rows[at] == rows
+        found[here] = known.work_s[at[here]]
+        return found
+
+    def _priced_rows(self, rows: DegreeRows) -> AtPrices:
+        """What bounds the layouts of rows that all devices' memory leaves open."""
+        found = []
+        for part in distinct(rows.part).tolist():
+            pool = self._pools[rows.pp, part]
+            found.append(pool.priced.take(np.searchsorted(pool.open, rows.row[rows.part == part])))
+        return AtPrices.joined(found)
 
     def _open(
         self, pp: int, below_s: float
@@ -227,6 +249,17 @@ class LayerwiseSpace:
         rows, free_s, those = self._opened[pp]
         return rows, those, free_s
 
+    def _walk(self, pp: int, below_s: float) -> None:
+        """Bounds the rows of a pipeline degree by paths through its schedules, without limits of memory."""
+        self._walked.add(pp)
+        rows, cuts, free_s = self._open(pp, below_s)
+        for (schedule, layout, _), alone_s in zip(cuts, free_s, strict=True):
+            if layout is not None and len(open_ := np.flatnonzero(alone_s < below_s)):
+                some, _ = rows.take(open_)
+                paths_s = tight_bound(some.table, layout, name_of(schedule), some.micro_batches)
+                alone_s[open_] = np.maximum(alone_s[open_], paths_s)
+        self._least.clear()
+
     def _blocks(self, part: int, below_s: float) -> tuple[Array, Array, Strategies]:
         """Rows of a prefix that are open at any pipeline degree, blocks under all strategies on them, and these: once, as limits
         fall."""
@@ -236,18 +269,10 @@ class LayerwiseSpace:
             mine = [
                 rows.row[(rows.part == part) & np.any(free_s < below_s, axis=0)] for rows, _, free_s in opened
             ]
-            at = np.unique(np.concatenate(mine))
+            at = distinct(np.concatenate(mine))
             taken = self.parts[part].take(at)
             self._priced[part] = at, taken.blocks(), taken
         return self._priced[part]
-
-    def _relaxation(self, rows: DegreeRows, below_s: float) -> Relaxation:
-        """Bounds under limits of memory of the open rows of a pipeline degree."""
-        parts: list[Array] = []
-        for part in np.unique(rows.part).tolist():
-            among, blocks, _ = self._blocks(part, below_s)
-            parts.append(blocks[:, :, np.searchsorted(among, rows.row[rows.part == part])])
-        return self._bounds(parts, rows.micro_batches, rows.pp, rows.communicators)
 
     def _bounds(
         self, parts: Sequence[Array], micro_batches: Array, pp: int, communicators: Array
@@ -285,65 +310,41 @@ class LayerwiseSpace:
                 np.array([mesh.communicators for mesh in several]),
             )  # fmt: skip
             batches = bounds.micro_batches
-            pooled_s, bounds = self._pooled_s(bounds, below_s)
-            priced, place = bounds.at_prices(), {row: at for at, row in enumerate(mine)}
-            alone = BlockTable(self.kinds, np.ascontiguousarray(self._tables[part].values[:, :, list(mine)]))
+            pooled_s, left, priced = bounds.pooled(below_s)
+            place = {row: at for at, row in enumerate(mine)}
+            known = [row for at, row in enumerate(mine) if at in left]
+            alone = self._tables[part].take(np.array(known, dtype=np.intp))
             alike: dict[int, list[int]] = {}
             for number, deal in enumerate(deals):
                 if deal.row in mine:
                     found[number] = max(found[number], float(pooled_s[place[deal.row]]))
-                    alike.setdefault(id(deal.layout), []).append(number)
+                    if deal.row in known:
+                        alike.setdefault(id(deal.layout), []).append(number)
             for numbers in alike.values():
                 layout = deals[numbers[0]].layout
                 if layout is None:
                     continue
-                rows = np.array([place[deals[number].row] for number in numbers])
-                flights = in_flight(pp, layout.virtual_stages, batches[rows])
-                table = BlockTable(self.kinds, np.ascontiguousarray(alone.values[:, :, rows]))
+                rows = np.array([known.index(deals[number].row) for number in numbers])
+                flights = in_flight(pp, layout.virtual_stages, batches[left[rows]])
+                table = alone.take(rows)
                 for number, bound_s in zip(
-                    numbers, bounds.dearest_s(priced, rows, layout, flights, table).tolist(), strict=True
+                    numbers, priced.dearest_s(rows, layout, flights, table).tolist(), strict=True
                 ):
                     found[number] = max(found[number], bound_s)
         return found
+
+    def made(self) -> dict[Named, tuple[NDArray[np.intp], BranchTables]]:
+        """Tables of prefixes, and the places of their rows in the uniform space."""
+        return {
+            named(taken.tables.recipe): (self.at[part][rows], taken.tables)
+            for part, (rows, _, taken) in self._priced.items()
+        }
 
     def whole(self) -> bool:
         """Whether every plan of the uniform space is one of this space too, but for those on rows of :attr:`others`."""
         space = self.uniform.space
         known = all(name_of(schedule) in SCHEDULES for schedule in space.choices["schedule"])
         return known and "virtual_stages" not in space.fixed
-
-    def mesh(self, deal: Deal) -> Mesh:
-        """The deal's mesh with all of its strategies."""
-        return self._made(deal.part, [deal.row])[0]
-
-    def lower(self, deal: Deal) -> Mesh:
-        """The deal's mesh before it has tables: no strategy is faster than this says; those that were asked for are as fast."""
-        key = deal.part, deal.row
-        if key not in self._lower:
-            among, _, taken = self._priced[deal.part]
-            self._lower[key] = taken.lower(int(np.searchsorted(among, deal.row))), frozenset()
-        return self._lower[key][0]
-
-    def price(self, deal: Deal, numbers: Iterable[int] = ()) -> bool:
-        """Makes tables of some strategies of :meth:`lower`, and of what was asked for elsewhere; whether one of them is new."""
-        lower, known = self.lower(deal), self._lower[deal.part, deal.row][1]
-        asked = set(numbers)
-        self._asked |= {lower.branches[s] for s in asked}
-        new = (asked | {s for s, branch in enumerate(lower.branches) if branch in self._asked}) - known
-        if new:
-            among, _, taken = self._priced[deal.part]
-            priced = taken.priced(lower, int(np.searchsorted(among, deal.row)), sorted(new))
-            self._lower[deal.part, deal.row] = priced, known | new
-        return not asked <= known
-
-    def _made(self, part: int, rows: Sequence[int]) -> list[Mesh]:
-        """Meshes of some rows of a prefix; most of what their tables cost does not depend on how many they are."""
-        new = [row for row in dict.fromkeys(rows) if (part, row) not in self._meshes]
-        if new:
-            among, _, taken = self._priced[part]
-            found = taken.meshes(np.searchsorted(among, new).tolist())
-            self._meshes |= zip(((part, row) for row in new), found, strict=True)
-        return [self._meshes[part, row] for row in rows]
 
     # -- meshes ------------------------------------------------------------------------------------------------------
 
@@ -366,7 +367,7 @@ class LayerwiseSpace:
                 continue
             ctx = whole.take(open_)
             ledger = uniform.ledger(recipe, whole, made).take(open_, ctx.mesh.counterpart)  # type: ignore[arg-type]
-            table = tabulate(ledger, uniform.pricer, self.kinds, len(open_))
+            table = tabulate(ledger, uniform.pricer, self.kinds, len(open_), TIMES)
             each = table["forward_s"] + table["backward_s"] + table["weight_s"]
             work_s = ctx.micro_batches * (self.layers @ each[:-1]) / ctx.mesh.pp
             keep = np.flatnonzero(work_s < below_s)
@@ -383,12 +384,12 @@ class LayerwiseSpace:
                 if not strategies.branches:
                     self.others[named(recipe)] = open_[keep]
                     continue  # recompute of some layers is all that is allowed: the uniform search has it
-                for pp in np.unique(ctx.mesh.pp).tolist():
+                for pp in distinct(ctx.mesh.pp).tolist():
                     least_s = float(work_s[keep][ctx.mesh.pp == pp].min())
                     self.least_s[int(pp)] = min(self.least_s.get(int(pp), np.inf), least_s)
                 self.parts.append(strategies)
                 self.at.append(open_[keep])
-                self._tables.append(BlockTable(self.kinds, np.ascontiguousarray(table.values[:, :, keep])))
+                self._tables.append(table.take(keep))
 
     # -- deals ---------------------------------------------------------------------------------------------------------
 
@@ -405,7 +406,7 @@ class LayerwiseSpace:
             np.concatenate(groups),
             BlockTable(
                 self.kinds,
-                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2),
+                np.concatenate([t.values[:, :, at] for t, at in zip(self._tables, places, strict=True)], axis=2), TIMES,
             ),
         )  # fmt: skip
 
@@ -434,7 +435,7 @@ class LayerwiseSpace:
         technique = schedule.technique
         assert technique is not None
         ok = np.ones(len(rows.row), dtype=bool)
-        for part in np.unique(rows.part).tolist():
+        for part in distinct(rows.part).tolist():
             mine = rows.part == part
             ctx = self.parts[part].tables.ctx
             ctx = replace(ctx, knobs={**ctx.knobs, "schedule": schedule.value}).take(rows.row[mine])

@@ -220,13 +220,13 @@ class Strategies:
             values[s] = self.tables.of_branch(*lower.branches[s], np.array([row]))[0]
         return replace(lower, values=values)
 
-    def lower(self, row: int) -> Mesh:
-        """A row as :meth:`meshes` has it, but for times, which are no longer than these: what follows a forward counts as
+    def lower(self, rows: Sequence[int]) -> list[Mesh]:
+        """Rows as :meth:`meshes` has them, but for times, which are no longer than these: what follows a forward counts as
         backward."""
         single = [(name,) for name in COMPACT[len(PACED) :]]
-        (forward, later), beside = self.tables.floors(self.branches, np.array([row]), single)
+        (forward, later), beside = self.tables.floors(self.branches, np.asarray(rows, dtype=np.intp), single)
         values = np.stack([forward, later, *np.zeros((len(PACED) - 2, *forward.shape)), *beside], axis=2)
-        return self._mesh(row, values[:, 0])
+        return [self._mesh(row, values[:, place]) for place, row in enumerate(rows)]
 
     def _mesh(self, row: int, values: Array) -> Mesh:
         """A row with some values of all strategies, (strategies, compact fields, kinds)."""

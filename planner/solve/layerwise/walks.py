@@ -7,7 +7,7 @@ each at its share: strategies that make one short make another long, and a mixtu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,9 +17,11 @@ from planner.ledger import Array
 from planner.schedule.critical import Path, critical_path, interleaved_paths
 from planner.schedule.order import make_order
 from planner.solve.layerwise.devices import Device, DeviceCosts, Goal
+from planner.solve.layerwise.space import Deal
 from planner.solve.layerwise.strategies import Mesh
+from planner.solve.layerwise.waits import as_one_chunk, least_hop_s, waiting_s
 
-__all__ = ["Paths", "Walks"]
+__all__ = ["Paths", "Walks", "first_bounds"]
 
 Paths: TypeAlias = dict[tuple[str, int, int, int], list[Path]]
 """Critical paths by schedule, stages, micro-batches and chunks."""
@@ -52,9 +54,7 @@ class Walks:
     def without_order(self, below_s: float) -> float:
         """The longest of the paths that are known without the order, as closely as a limit asks for."""
         if self.schedule == "interleaved":
-            paths = interleaved_paths(self.mesh.pp, self.layout.virtual_stages, self.mesh.micro_batches)
-            seconds, none = self._seconds(self.fastest_s()), np.zeros(self.mesh.pp)
-            self._walk(max(paths, key=lambda path: path.seconds(seconds, self.hop_s, none)), below_s)
+            self._walk(_longest(self.mesh, self.layout, self.fastest_s(), self.hop_s), below_s)
         return self.bound_s
 
     def critical(self, below_s: float, stages_s: Array | None = None) -> float:
@@ -64,7 +64,7 @@ class Walks:
             if self._walk(path, below_s) >= below_s:
                 return self.bound_s
         order = make_order(*self._key)
-        seconds = self._seconds(self.fastest_s() if stages_s is None else stages_s)
+        seconds = _with_weights(self.fastest_s() if stages_s is None else stages_s)
         path = critical_path(order, seconds, self.hop_s, np.zeros(self.mesh.pp))
         self._known.append(path)
         if self._walk(path) < below_s:
@@ -92,20 +92,10 @@ class Walks:
         return self.bound_s
 
     def fastest_s(self) -> Array:
-        """Seconds of the virtual stages, forward and backward: the fastest forwards, and backwards that add up to the work."""
-        mesh, layout = self.mesh, self.layout
-        each = mesh["forward_s"], mesh.micro_batch_s - mesh["forward_s"]
-        forward, backward = (
-            (layout.counts @ x.min(axis=0)).reshape(layout.virtual_stages, mesh.pp) for x in each
-        )
-        work_s, _ = self.costs.least_s(layout)
-        spare = (work_s / mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
-        return np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
+        """Seconds of the virtual stages, forward and backward, as short as they may be."""
+        return _fastest_s(self.mesh, self.layout, self.costs.least_s(self.layout)[0])
 
     # -- details -------------------------------------------------------------------------------------------------------
-
-    def _seconds(self, stages_s: Array) -> Array:
-        return np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])
 
     def _walk(self, path: Path, below_s: float = np.inf) -> float:
         """The bound of a path, which is kept if it is the best; of no use beyond a limit."""
@@ -142,3 +132,58 @@ def _mixed(one: Path, other: Path, share: float) -> Path:
     """Two paths that end on the same device, the other one at its share."""
     counts = (1.0 - share) * one.counts + share * other.counts
     return Path(counts, (1.0 - share) * one.hops + share * other.hops, one.device)
+
+
+def first_bounds(costs: DeviceCosts, deals: Sequence[Deal], enough_s: float) -> dict[Deal, float]:
+    """What deals of a mesh whose layouts are given are not faster than: by waits, and where that proves too little by paths.
+
+    The costs are of devices whose chunks count as one.
+    """
+    layouts = {deal: deal.layout for deal in deals if deal.layout is not None}
+    if not layouts:
+        return {}
+    found = dict(zip(layouts, waiting_s(costs, [*layouts.values()], enough_s).tolist(), strict=True))
+    left = [
+        deal
+        for deal in layouts
+        if deal.order == "interleaved" and max(found[deal], deal.bound_s) < enough_s and costs.mesh.pp > 1
+    ]
+    if left:
+        along = _interleaved_s(costs, [layouts[deal] for deal in left])
+        found |= {deal: max(found[deal], path_s) for deal, path_s in zip(left, along, strict=True)}
+    return found
+
+
+def _interleaved_s(costs: DeviceCosts, layouts: Sequence[Layout]) -> list[float]:
+    """What no plan of some layouts is faster than where chunks take turns: of each, by a path that needs no order, with device
+    memory alone."""
+    hop_s = least_hop_s(costs)
+    fastest = [_fastest_s(costs.mesh, layout, costs.least_s(as_one_chunk(layout))[0]) for layout in layouts]
+    paths = [
+        _longest(costs.mesh, layout, stages_s, hop_s)
+        for layout, stages_s in zip(layouts, fastest, strict=True)
+    ]
+    along = costs.along_each_s(layouts, paths)
+    return [found + path.hops * hop_s for found, path in zip(along, paths, strict=True)]
+
+
+def _longest(mesh: Mesh, layout: Layout, stages_s: Array, hop_s: float) -> Path:
+    """Of the paths through interleaved stages that need no order, the longest under some seconds."""
+    paths = interleaved_paths(mesh.pp, layout.virtual_stages, mesh.micro_batches)
+    seconds, none = _with_weights(stages_s), np.zeros(mesh.pp)
+    return max(paths, key=lambda path: path.seconds(seconds, hop_s, none))
+
+
+def _fastest_s(mesh: Mesh, layout: Layout, work_s: Array) -> Array:
+    """Seconds of the virtual stages, forward and backward: the fastest forwards, and backwards that fill the devices' work."""
+    each = mesh["forward_s"], mesh.micro_batch_s - mesh["forward_s"]
+    forward, backward = (
+        (layout.counts @ x.min(axis=0)).reshape(layout.virtual_stages, mesh.pp) for x in each
+    )
+    spare = (work_s / mesh.micro_batches - forward.sum(axis=0)) / backward.sum(axis=0)
+    return np.stack([forward.ravel(), (backward * np.maximum(spare, 1.0)).ravel()])
+
+
+def _with_weights(stages_s: Array) -> Array:
+    """Seconds of forward and backward with those of weight gradients, which are in the backward."""
+    return np.concatenate([stages_s, np.zeros((1, stages_s.shape[1]))])

@@ -68,17 +68,22 @@ class Bundle:
         self.room = room_bytes(problem, idle) * (1.0 + SLACK) - idle - self.growth * least
         self._least_held: dict[tuple[float, tuple[int, ...]], Array] = {}
         self._lines: dict[tuple[float, tuple[int, ...], float, bool], tuple[Array, Array]] = {}
+        self._numbers = np.zeros((len(self.stack) + 1, self.work.shape[2]))
+        """Layers of each kind among the first 0, 1, … of them."""
+        np.cumsum(np.eye(self.work.shape[2])[self.stack], axis=0, out=self._numbers[1:])
 
     def least(self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool) -> Array:
         """The bound of any 0, 1, … neighbouring layers, of the best member: some micro-batches, and perhaps the update."""
-        offset, sums = self.lines(flights, ends, passes, update=update)
+        offset, slopes = self.lines(flights, ends, passes, update=update)
         held = self._held(flights, ends)
-        layers = len(self.stack)
+        layers, each = len(self.stack), []
         if len(set(self.stack)) == 1:
-            some = np.where(held <= self.room[:, None], (offset[:, :, None] + sums).max(axis=1), np.inf)
-            alike: Array = some.min(axis=0)
-            return alike
-        each = []
+            slope = slopes[:, :, self.stack[0]]
+            for n in range(layers + 1):
+                fits = np.flatnonzero(held[:, n] <= self.room)
+                each.append((offset[fits] + n * slope[fits]).max(axis=1).min(initial=np.inf))
+            return np.array(each)
+        sums = slopes @ self._numbers.T
         for n in range(layers + 1):
             found = (offset[:, :, None] + sums[:, :, n:] - sums[:, :, : layers + 1 - n]).max(axis=1)
             fits = held[:, n:] - held[:, : layers + 1 - n] + held[:, :1] <= self.room[:, None]
@@ -87,10 +92,9 @@ class Bundle:
 
     def cost(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
         """The bound of some layers in a step, of every member."""
-        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
         held = self._held(flights, ends)
         fits = held[:, end] - held[:, start] + held[:, 0] <= self.room
-        found: Array = np.where(fits, (offset + sums[:, :, end] - sums[:, :, start]).max(axis=1), np.inf)
+        found: Array = np.where(fits, self._some(start, end, flights, ends).max(axis=1), np.inf)
         return found
 
     def together(self, start: int, end: int, flights: float, ends: tuple[int, ...], most: int) -> list[int]:
@@ -98,11 +102,16 @@ class Bundle:
 
         There the linear relaxation of a stage that holds layers of any members mixes the cheapest.
         """
-        offset, sums = self.lines(flights, ends, self.micro_batches, update=True)
-        cost = offset + sums[:, :, end] - sums[:, :, start]
+        cost = self._some(start, end, flights, ends)
         price = int(np.argmax(cost.min(axis=0)))
         chosen: list[int] = np.argsort(cost[:, price], kind="stable")[:most].tolist()
         return sorted(chosen)
+
+    def _some(self, start: int, end: int, flights: float, ends: tuple[int, ...]) -> Array:
+        """Every line's bound of some layers in a step, (members, lines)."""
+        offset, slopes = self.lines(flights, ends, self.micro_batches, update=True)
+        found: Array = offset + slopes @ (self._numbers[end] - self._numbers[start])
+        return found
 
     def _held(self, flights: float, ends: tuple[int, ...]) -> Array:
         """(members, layers + 1): the fewest bytes of the ends and the first 0, 1, … layers."""
@@ -117,7 +126,7 @@ class Bundle:
     def lines(
         self, flights: float, ends: tuple[int, ...], passes: float, *, update: bool
     ) -> tuple[Array, Array]:
-        """(members, lines) where nothing but the ends is held, and (members, lines, layers + 1) sums over the layers."""
+        """(members, lines) where nothing but the ends is held, and (members, lines, kinds) of one block more."""
         key = flights, ends, passes, update
         if key not in self._lines:
             work = passes * np.min(self.work, axis=1)[:, self.stack].sum(axis=1)
@@ -125,8 +134,7 @@ class Bundle:
             priced = self._priced(flights, passes, price, update=update)
             room = np.tile(price * self.room[:, None], (1, priced.shape[1] // price.shape[1]))
             offset = priced[:, :, list(ends)].sum(axis=2) - room
-            sums = np.cumsum(priced[:, :, self.stack], axis=2)
-            self._lines[key] = offset, np.concatenate([np.zeros((*sums.shape[:2], 1)), sums], axis=2)
+            self._lines[key] = offset, priced
         return self._lines[key]
 
     def _priced(self, flights: float, passes: float, price: Array, *, update: bool) -> Array:

@@ -31,7 +31,8 @@ __all__ = ["MixedSearch", "applies", "search_mixed"]
 
 _TOLERANCE = 1e-3  # of a stage's time, within which its strategies need not be the best: the gap says what is lost by it
 _PATIENCE = 300  # looks without a plan, after which the most promising shape is settled at once
-_AHEAD = 400  # shapes whose members are priced together
+_AHEAD = 1500  # shapes whose members are priced together
+_MORE = 4  # times as many members as are asked for are priced: what that takes hardly depends on how many they are
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
 _ORDERLY = 0.9  # of the time, after which what is priced by then is kept and nothing is begun
 
@@ -198,7 +199,9 @@ class MixedSearch:
         several = [bounds.shape, *alike]
         for group, members in enumerate(self.ground.groups):
             wanted = dict.fromkeys((self.ground.class_of(shape, group), shape.pp) for shape in several)
-            members.price((member, pp) for of, pp in wanted for member in members.classes[of][:asked])
+            members.price(
+                (member, pp) for of, pp in wanted for member in members.classes[of][: _MORE * asked]
+            )
 
     def open_s(self) -> list[float]:
         """Bounds of all parts that no bound has excluded, when the search has ended for whatever reason."""

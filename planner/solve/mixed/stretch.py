@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from planner.ledger import Array
@@ -126,15 +126,20 @@ class Stretch:
         return found_s, np.full(len(found_s), final)
 
 
+@lru_cache(maxsize=16)
+def _left(n: int) -> NDArray[np.intp]:
+    """Layers that are left of 0, 1, … when as many as the column says are dealt; n where these are too few."""
+    left = np.subtract.outer(np.arange(n), np.arange(n))
+    return np.where(left < 0, n, left)
+
+
 def _folded(each: Sequence[Array], join: np.ufunc) -> tuple[Array, list[Array]]:
     """By number of layers, the least that stages come to together; and what the last of them gets, after every stage."""
     total, dealt = each[0], [np.arange(len(each[0]))]
     for stage in each[1:]:
         n = len(total)
-        # Row L of the windows is what the stages before take with L, L − 1, … layers.
-        padded = np.concatenate([np.full(n - 1, np.inf), total])
-        before = sliding_window_view(padded, n)[:, ::-1]
-        joined = join(before, stage[None])
+        # Row L is what the stages before take with L, L − 1, … layers.
+        joined = join(np.append(total, np.inf)[_left(n)], stage[None])
         best = joined.argmin(axis=1)
         total = joined[np.arange(n), best]
         dealt.append(best)
