@@ -10,6 +10,7 @@ says which published runs it describes, by framework, version and date; :func:`s
     framework = "Megatron-LM"        # any name that begins so
     until = "2022"                   # inclusive; a year, or a year and month
     versions = ["v2."]               # what the version begins with; left out: any
+    habits = {}                      # habits that these runs had otherwise than the stack has them now
 
     [knobs]
     attention_kernel = { value = "eager", kind = "datasheet", source = "megatron-deepspeed" }
@@ -45,6 +46,7 @@ _HABITS = {
     "weight_casts": ("each_micro_batch", "once", "alone"),
     "gradient_sums": ("reduce_scatter", "all_reduce"),
     "weight_shares": ("slices", "tensors"),
+    "stage_outputs": ("dropped", "returned"),
 }
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
@@ -56,12 +58,14 @@ class Serves(NamedTuple):
         framework: how the framework's name begins, in canonical form.
         versions: how its version may begin; empty: any version.
         since, until: first and last date, inclusive, as ``2022`` or ``2022-06``; empty: no bound.
+        habits: of the stack that were others in these runs.
     """
 
     framework: str
     versions: tuple[str, ...] = ()
     since: str = ""
     until: str = ""
+    habits: tuple[tuple[str, str], ...] = ()
 
     def matches(self, framework: str, version: str, date: str) -> bool:
         """Whether a run is one of these. What the run does not state cannot match a rule that asks for it.
@@ -128,7 +132,8 @@ class Stack:
             step and kept beside the weights, or ``alone``, where those of 8 bits take the weights' place. ``gradient_sums`` of
             ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share. ``weight_shares`` that ranks
             update there: ``slices`` of one length, which an all-gather brings together, or whole ``tensors``, of which every
-            owner broadcasts its own before the next forward begins.
+            owner broadcasts its own before the next forward begins. ``stage_outputs``, the last pipeline stage's: ``dropped``
+            once their loss is known, or ``returned`` to the caller, all at the end of the step.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.
@@ -236,8 +241,12 @@ def stack_for(framework: str, framework_version: str = "", measured_date: str = 
     'megatron-eager'
     """
     run = canonical(framework), framework_version.strip(), measured_date.strip()
-    fitting = [(rule.narrowness, name) for name, rule in _rules() if rule.matches(*run)]
-    return load_stack(max(fitting)[1] if fitting else DEFAULT)
+    fitting = [(rule.narrowness, name, rule.habits) for name, rule in _rules() if rule.matches(*run)]
+    if not fitting:
+        return load_stack(DEFAULT)
+    _, name, habits = max(fitting)
+    stack = load_stack(name)
+    return replace(stack, habits={**stack.habits, **dict(habits)})
 
 
 def list_stacks() -> list[str]:
@@ -325,6 +334,7 @@ def _serves(reader: Reader) -> Serves:
         reader.texts("versions", ()),
         reader.text("since", ""),
         reader.text("until", ""),
+        tuple(_choices(reader.table("habits", None), _HABITS).items()),
     )
     reader.finish()
     return rule

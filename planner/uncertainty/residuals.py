@@ -88,8 +88,6 @@ class Spreads(NamedTuple):
         between: how far a constant of software that was never measured may lie from what stands in for it; a logarithm.
         far: what a job is uncertain by beside that where no measured run is near it; a logarithm.
         experts: the same of a mixture of experts.
-        counted: what a prediction is uncertain by, all in all, of which everything that is measured is counted: bytes that are
-            allocated, without what a process and its allocator take beside them; a logarithm.
     """
 
     quantiles: tuple[float, ...]
@@ -101,15 +99,11 @@ class Spreads(NamedTuple):
     between: float = 0.0
     far: float = 0.0
     experts: float = 0.0
-    counted: float = 0.0
 
-    def at(
-        self, uncertain: float, *, far: bool = False, experts: bool = False, counted: bool = False
-    ) -> Spread:
+    def at(self, uncertain: float, *, far: bool = False, experts: bool = False) -> Spread:
         """The spread of a prediction that is so uncertain by what it rests on (:mod:`planner.uncertainty.constants`).
 
-        ``far``: no measured run is near its job (:mod:`planner.uncertainty.nearest`); ``experts``: it is a mixture of experts;
-        ``counted``: what is measured is counted exactly, and rests on nothing of the sort.
+        ``far``: no measured run is near its job (:mod:`planner.uncertainty.nearest`); ``experts``: it is a mixture of experts.
 
         >>> quantiles = (-1.6, -1.3, -0.7, 0.0, 0.7, 1.3, 1.6)
         >>> low, high = Spreads(quantiles, floor=0.03).at(0.04).interval(1.0)
@@ -117,11 +111,7 @@ class Spreads(NamedTuple):
         (0.937, 1.067)
         """
         beside = self.experts if experts else self.far
-        factor = (
-            self.counted
-            if counted and self.counted
-            else float(scale(self.floor, uncertain, beside if far else 0.0))
-        )
+        factor = float(scale(self.floor, uncertain, beside if far else 0.0))
         return Spread(tuple(factor * quantile for quantile in self.quantiles))
 
 
@@ -197,7 +187,6 @@ def _spreads(reader: Reader) -> Spreads:
         quantiles, reader.number("floor", positive=True), reader.integer("rows"), reader.integer("models"),
         reader.texts("sources", ()), frozenset((stack, generation) for stack, _, generation in measured),
         reader.number("between", 0.0), reader.number("far", 0.0), reader.number("experts", 0.0),
-        reader.number("counted", 0.0),
     )  # fmt: skip
     reader.finish()
     return spreads

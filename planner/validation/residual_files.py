@@ -165,15 +165,18 @@ def time_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
 
 def peak_residuals(runs: Iterable[PublishedRun]) -> list[Residual]:
     """log(measured/predicted) of peak memory; its constants are not fitted to runs one by one."""
-    runs = list(runs)
-    return [
-        Residual(
-            run.source, run.model, run.stack, run.generation, -log1p(run.peak_error), -log1p(run.peak_error),
-            run.peak_uncertain or 0.0, run.peak_uncertain or 0.0, far=far, counted=run.peak_counts in COUNTED,
-        )
-        for run, far in zip(runs, far_of(runs), strict=True)
-        if run.peak_error is not None
-    ]  # fmt: skip
+    runs, found = list(runs), []
+    for run, far in zip(runs, far_of(runs), strict=True):
+        if run.peak_error is None:
+            continue
+        counted, error = run.peak_counts in COUNTED, -log1p(run.peak_error)
+        uncertain = 0.0 if counted else run.peak_uncertain or 0.0
+        found.append(
+            Residual(
+                run.source, run.model, run.stack, run.generation, error, error, uncertain, uncertain, far=far, counted=counted
+            )
+        )  # fmt: skip
+    return found
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ _ABOUT = (
     "quantiles: of log(measured/predicted) over how uncertain the prediction was, at probabilities 0.05 0.1 0.25 0.5 0.75 0.9 "
     "0.95, fitted to published_runs.csv by planner/validation/spreads.py; floor: the least that a prediction is uncertain by; "
     "between: how uncertain constants of software that was never measured are, far: a job that no measured run is near, experts: "
-    "a mixture of experts that none is near, counted: what is counted exactly, as logarithms. "
+    "a mixture of experts that none is near, as logarithms. "
     "pairs: log ratio of two predicted steps below which their order is noise, by how unlike the "
     "plans are. terms: standard deviation of each term's logarithm. sources: documents and versions of the files' rows."
 )
@@ -277,7 +280,6 @@ def _spreads_json(spreads: Spreads) -> dict[str, Any]:
         **({"between": round(spreads.between, 4)} if spreads.between else {}),
         **({"far": round(spreads.far, 4)} if spreads.far else {}),
         **({"experts": round(spreads.experts, 4)} if spreads.experts else {}),
-        **({"counted": round(spreads.counted, 4)} if spreads.counted else {}),
         "quantiles": _rounded(spreads.quantiles),
     }
 

@@ -5,7 +5,7 @@ own constants bring (``planner.uncertainty.constants``); and, where no measured 
 that. Quantiles of residuals relative to it are those of normalised conformal prediction (Lei et al. 2018, arXiv:1604.04173,
 section 5.2). A run counts as predicted by constants that were fitted without its model, and again without its source where others
 know its software; a held-out run, which no constant saw, once. Runs whose source alone knows their software say how uncertain
-unknown software is. What is counted exactly rests on nothing of that, and has a scale of its own.
+unknown software is. What is counted exactly is uncertain by the floor alone, which is then its.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Residual:
     ``model`` is a name inside the source; ``uncertain_…`` is how uncertain that prediction was by what it rests on, ``share`` how
     much it moves with an error of all constants, ``experts`` whether the model is a mixture of them, ``far`` whether no
     measured run is near it, ``held_out`` whether constants were never fitted to it, ``counted`` whether what was measured is
-    counted exactly.
+    counted exactly, and uncertain by nothing.
     """
 
     source: str
@@ -99,8 +99,10 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
         for name in ("experts", "far", "counted", "share")
     )
     near = ~far if not far.all() else far
-    near = near & ~counted if (near & ~counted).any() else near
-    floor = _floor(errors[near], uncertain[near])
+    if counted.any() and not counted.all():
+        floor = _floor_of_counted(errors[counted], errors[~counted], uncertain[~counted])
+    else:
+        floor = _floor(errors[near], uncertain[near])
     reach = _reach(errors[near], uncertain[near], floor)
     beside = far & (share > 0.0)  # far from what constants were fitted to
     dense, mixed = (
@@ -109,9 +111,8 @@ def fit_spreads(residuals: Sequence[Residual]) -> Spreads:
     spreads = Spreads(
         (), floor, len(residuals), len({(r.source, r.model) for r in residuals}), tuple(sorted({r.source for r in residuals})),
         frozenset((r.stack, r.generation) for r in residuals), far=dense or 0.0, experts=mixed or dense or 0.0,
-        counted=_counted(errors[counted], _reach(errors[~counted], uncertain[~counted], floor)) if counted.any() else 0.0,
     )  # fmt: skip
-    quantiles = _quantiles(errors / _scale(spreads, uncertain, far, experts, counted))
+    quantiles = _quantiles(errors / _scale(spreads, uncertain, far, experts))
     spreads = spreads._replace(quantiles=tuple(float(quantile) for quantile in quantiles))
     return spreads._replace(between=_between(residuals, spreads))
 
@@ -125,8 +126,8 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         among: which of the runs are counted; all, unless given.
     """
     errors, uncertain = _arrays(residuals, by)
-    experts, far, share, counted = (
-        np.array([getattr(r, name) for r in residuals]) for name in ("experts", "far", "share", "counted")
+    experts, far, share = (
+        np.array([getattr(r, name) for r in residuals]) for name in ("experts", "far", "share")
     )
     unknown = np.array(_alone(residuals)) & (by == "source")
     folds = np.array([f"{r.source} {r.model}" if by == "model" else r.source for r in residuals])
@@ -137,7 +138,7 @@ def left_out(residuals: Sequence[Residual], by: str, among: Sequence[bool] | Non
         if kept:
             fitted = fit_spreads(kept)
             known = np.where(unknown, share * fitted.between, uncertain)
-            scales = _scale(fitted, known, far | unknown, experts, counted)[out]
+            scales = _scale(fitted, known, far | unknown, experts)[out]
             low[out], high[out] = fitted.quantiles[_LOW] * scales, fitted.quantiles[_HIGH] * scales
     counted = np.ones(len(residuals), dtype=bool) if among is None else np.array(among)
     inside = (low <= errors) & (errors <= high)
@@ -156,10 +157,9 @@ def _arrays(residuals: Sequence[Residual], by: str) -> tuple[Array, Array]:
     return errors, np.array([getattr(r, f"uncertain_without_{by}") for r in residuals])
 
 
-def _scale(spreads: Spreads, uncertain: Array, far: Array, experts: Array, counted: Array) -> Array:
+def _scale(spreads: Spreads, uncertain: Array, far: Array, experts: Array) -> Array:
     """What residuals are held against, of each."""
-    rest = scale(spreads.floor, uncertain, np.where(experts, spreads.experts, spreads.far) * far)
-    return np.where(counted & (spreads.counted > 0.0), spreads.counted, rest)
+    return scale(spreads.floor, uncertain, np.where(experts, spreads.experts, spreads.far) * far)
 
 
 def _alone(residuals: Sequence[Residual]) -> list[bool]:
@@ -186,6 +186,20 @@ def _floor(errors: Array, uncertain: Array) -> float:
     return float(min(_FLOORS, key=unlikely))
 
 
+def _floor_of_counted(counted: Array, errors: Array, uncertain: Array) -> float:
+    """What is counted exactly errs by that much, and by as much the part of everything else that software does not hold.
+
+    As many errors of what is counted lie as far out as of everything else; of few, none farther.
+
+    Args:
+        counted: errors of what is counted.
+        errors, uncertain: of everything else.
+    """
+    found = np.abs(counted)
+    needed = float(np.quantile(found, COVERAGE) if len(found) >= _FEWEST else found.max())
+    return float(min(_FLOORS, key=lambda floor: abs(floor * _reach(errors, uncertain, floor) - needed)))
+
+
 def _beside(errors: Array, uncertain: Array, floor: float, reach: float) -> float | None:
     """What some predictions are uncertain by beside that, so that as many of them lie as far out as of the near ones.
 
@@ -203,17 +217,6 @@ def _beside(errors: Array, uncertain: Array, floor: float, reach: float) -> floa
 def _reach(errors: Array, uncertain: Array, floor: float) -> float:
     """Scales within which 80 % of residuals lie; 1 where there are none."""
     return float(np.quantile(np.abs(errors) / scale(floor, uncertain), COVERAGE)) if len(errors) else 1.0
-
-
-def _counted(errors: Array, reach: float) -> float:
-    """What counted measurements are uncertain by: as many of them lie as far out as of the others; of few, none farther.
-
-    Args:
-        errors: theirs.
-        reach: scales within which 80 % of the others lie.
-    """
-    found = np.abs(errors) / reach
-    return max(float(np.quantile(found, COVERAGE) if len(found) >= _FEWEST else found.max()), _TINY)
 
 
 def _between(residuals: Sequence[Residual], spreads: Spreads) -> float:

@@ -201,7 +201,7 @@ def _interval(run: Run, assembly: Assembly, metric: str, predicted: float) -> tu
     if metric == "peak_memory":
         kind = run.row.text("peak_memory_kind")
         reading = memory_reading(assembly, kind)
-        return residuals.peak.at(reading.uncertain, counted=kind in COUNTED).interval(predicted)
+        return residuals.peak.at(0.0 if kind in COUNTED else reading.uncertain).interval(predicted)
     return None
 
 

@@ -108,19 +108,19 @@ TIGHT = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:4x8", "--global-batch"
 
 
 def test_plans_that_may_well_run_out_of_memory_are_not_ranked(planner):
-    """The fastest plan is predicted to leave 2 of 80 GiB; one that leaves ten takes a hundredth longer."""
+    """The fastest plan is predicted to leave 2 of 80 GiB; one that leaves more takes a hundredth longer."""
     safe = planner("train", *TIGHT, "--json").json["plans"]
     bold = planner("train", *TIGHT, "--max-oom-risk", "100%", "--json").json["plans"]
     assert all(plan["estimate"]["oom_probability"] <= 0.1 for plan in safe)
-    assert bold[0]["estimate"]["oom_probability"] > 0.2
+    assert bold[0]["estimate"]["oom_probability"] > 0.15
     assert 1.0 < safe[0]["estimate"]["step_time_s"] / bold[0]["estimate"]["step_time_s"] < 1.02
     assert safe[0]["optimality"]["status"] == "exact"
 
 
 @pytest.mark.parametrize("more", [(), ("--layerwise", "--time-limit", "none")], ids=["uniform", "layerwise"])
 def test_a_job_that_only_fits_with_risk_says_so(planner, more):
-    """Of 79.6 GiB 76.9 are predicted to be used, and nothing else is allowed."""
-    job = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x8", "--global-batch", "8", "--seq-len", "9216",
+    """Of 79.6 GiB 78.8 are predicted to be used, and nothing else is allowed."""
+    job = ("--model", "llama3.1-8b", "--cluster", "h100-sxm:1x8", "--global-batch", "8", "--seq-len", "9600",
            "--fix", "zero_stage=2", "--fix", "tp=1", "--fix", "pp=1", "--fix", "cp=1", "--fix", "recompute=none",
            "--fix", "micro_batch_size=1", "--forbid", "*_offload")  # fmt: skip
     found = planner("train", *job, *more, "--json").json

@@ -1,5 +1,7 @@
 """What training software holds besides states and activations: loss, update, buckets, pipeline tensors, allocator."""
 
+from dataclasses import replace
+
 import pytest
 
 import planner
@@ -14,6 +16,10 @@ TOKENS = 8192
 
 def estimate(stack, cluster="h100-sxm:1x8", seq_len=256, **fixed):
     """Llama 3 8B with full recompute."""
+    return examined(planner.load_stack(stack), cluster, seq_len, **fixed).plan.estimate
+
+
+def examined(stack, cluster, seq_len, **fixed):
     fixed = {
         "tp": 1,
         "pp": 1,
@@ -24,11 +30,9 @@ def estimate(stack, cluster="h100-sxm:1x8", seq_len=256, **fixed):
         **fixed,
     }
     workload = planner.TrainWorkload(global_batch_size=64, seq_len=seq_len)
-    return planner.estimate(
-        planner.Problem(
-            LLAMA, planner.load_cluster(cluster), workload, planner.load_stack(stack), fixed=fixed
-        )
-    ).estimate
+    return planner.examine(
+        planner.Problem(LLAMA, planner.load_cluster(cluster), workload, stack, fixed=fixed)
+    )
 
 
 def logits_bytes(loss, **degrees):
@@ -101,6 +105,20 @@ def test_a_stage_that_frees_nothing_holds_its_output_per_micro_batch_in_flight()
 
     differences = [activations(pp, "megatron-eager") - activations(pp, "default") for pp in (1, 4)]
     assert differences == pytest.approx([0.0, 4 * TOKENS * HIDDEN * 2])
+
+
+def test_schedules_that_return_outputs_hold_the_logits_of_every_micro_batch():
+    # torch.distributed.pipelining until return_outputs=False: 64 micro-batches of 1024 x 128256 logits in bf16 on the last of two
+    # stages, and as much again for their concatenation, which an allocator takes anew. One stage is no pipeline.
+    now = planner.load_stack("pytorch-fsdp")
+    then = replace(now, habits={**now.habits, "stage_outputs": "returned"})
+    outputs = 64 * 1024 * VOCABULARY * 2
+    for pp, expected in ((2, outputs), (1, 0.0)):
+        found = [examined(s, f"b200:1x{pp}", seq_len=1024, pp=pp, zero_stage="0") for s in (now, then)]
+        held = [[sum(pools.values()) for pools in one.device_memory] for one in found]
+        assert held[1][-1] - held[0][-1] == pytest.approx(expected)
+        assert held[1][:-1] == held[0][:-1]
+        assert found[1].device_cached[-1] - found[0].device_cached[-1] == pytest.approx(expected)
 
 
 def test_what_an_allocator_keeps_is_bounded_by_the_device():

@@ -27,12 +27,23 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "weight_casts": "once",
         "gradient_sums": "all_reduce",
         "weight_shares": "slices",
+        "stage_outputs": "dropped",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
         "gradient_sums": "reduce_scatter",
         "weight_shares": "slices",
+        "stage_outputs": "dropped",
     }
+
+
+def test_a_rule_says_what_its_runs_did_otherwise():
+    # torchtitan's pull request 1922 of 22 October 2025 has schedules drop the last stage's outputs.
+    def habit(date):
+        return stack_for("PyTorch FSDP2", measured_date=date).habits["stage_outputs"]
+
+    assert [habit(date) for date in ("2024-12", "2025", "2026", "")] == [*["returned"] * 2, *["dropped"] * 2]
+    assert stack_for("PyTorch FSDP2", measured_date="2025").name == "pytorch-fsdp"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +55,10 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         (OLD + '[knobs]\nattention_kernel = { value = "eager" }\n', "is missing"),
         (
             OLD + '[habits]\ngradient_sums = { value = "gather", kind = "assumed", source = "x" }\n',
+            "'gather'",
+        ),
+        (
+            OLD + '[[serves]]\nframework = "x"\nhabits = { gradient_sums = { value = "gather" } }\n',
             "'gather'",
         ),
         (OLD + '[habits]\ngradient_sum = { value = "all_reduce" }\n', "unknown key"),

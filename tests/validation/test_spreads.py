@@ -92,11 +92,12 @@ def test_far_jobs_have_wider_intervals():
 
 
 def test_what_is_counted_has_intervals_of_its_own():
-    """Errors of 8 % of what a process takes, and of half a percent of what is counted: both are held."""
+    """Errors of 8 % of what a process takes, and of half a percent of what is counted: both are held, by one floor."""
     process, counted = normal(0.08, uncertain=0.1), normal(0.005, source="c", seed=1)
     counted = [replace(r, counted=True) for r in counted]
     fitted = fit_spreads([*process, *counted])
-    for at, deviation in ((fitted.at(0.1), 0.08), (fitted.at(0.1, counted=True), 0.005)):
+    assert fitted.floor == pytest.approx(0.1 * 0.005 / 0.08, rel=0.15)
+    for at, deviation in ((fitted.at(0.1), 0.08), (fitted.at(0.0), 0.005)):
         assert (at.quantiles[1], at.quantiles[5]) == pytest.approx(
             (-1.2816 * deviation, 1.2816 * deviation), rel=0.15
         )
@@ -131,8 +132,8 @@ def test_shipped_intervals_hold_on_what_was_left_out(by):
 
     Widths are held to four median errors: 3.8 is that of a normal distribution. Of memory they are held by the meter: PyTorch's
     count of what it allocates errs by 0.2 %, nvidia-smi by 4 %, and the median of both widths is that of the one while the
-    median of both errors is nearer to that of the other. Of what is reserved, six of twenty runs are one job, off by 16 to 24 %.
-    A source less leaves two that read a process, and two runs of one that reads what is allocated: intervals are wider then.
+    median of both errors is nearer to that of the other. Of what is reserved, half err by 2 %, a fifth by 8 to 10 %.
+    A source less leaves two runs of one that reads what is allocated: those intervals are wider then.
     """
     runs = load_published_runs()
     times, peaks = time_residuals(runs), peak_residuals(runs)
@@ -145,8 +146,8 @@ def test_shipped_intervals_hold_on_what_was_left_out(by):
     read = [run.peak_counts for run in runs if run.peak_error is not None]
     for meter, (low, high), widths in (
         ("allocated", (0.75, 0.85), {"model": 4.5, "source": 9.0}),
-        ("reserved", (0.55, 0.85), {"model": 4.0, "source": 4.0}),
-        ("smi", (0.75, 0.91), {"model": 4.4, "source": 6.5}),
+        ("reserved", (0.75, 0.86), {"model": 8.0, "source": 8.2}),
+        ("smi", (0.75, 0.85), {"model": 4.0, "source": 4.0}),
     ):
         found = left_out(peaks, by, [read_by == meter for read_by in read])
         assert low <= found.held <= high, REGENERATE

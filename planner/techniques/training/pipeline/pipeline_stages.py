@@ -4,9 +4,10 @@ What it does: every device holds the layers of its stage; activations go to the 
 Saves: weights, states and activations per device, divided by pp.
 Costs: b·s·h elements per hop and direction (divided by tp under sequence parallelism; the encoder's output travels along in
     an encoder–decoder); a second copy of a tied embedding on the last stage, and an all-reduce of its gradient between both
-    ends; the bubble, which the schedule decides.
+    ends; the bubble, which the schedule decides; logits of all micro-batches, where software returns its last stage's outputs.
 Assumes: messages between stages are latency on the edge, not work on the device.
-Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §3.2, §4.1.
+Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §3.2, §4.1; outputs:
+    ``torch.distributed.pipelining`` (pytorch/pytorch issue 159251 and pull request 165822, where it can be told to drop them).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.costs.precision import dtype_bytes
 from planner.ledger import Collective, Group, Item, Ledger, Resident, times
 from planner.technique import Check, Context, Figure, Knob, Technique
 from planner.techniques import figures
@@ -53,7 +55,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             )
         )  # fmt: skip
         ledger = ledger.set_axes(tied_copy=(pp > 1).astype(float))
-    return _stage_tensors(ledger.add(added), ctx)
+    return _stage_outputs(_stage_tensors(ledger.add(added), ctx), ctx)
 
 
 def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
@@ -68,6 +70,25 @@ def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
     ]
     share = np.where(ctx.mesh.pp > 1, count.value * ctx.mesh.pp / layers, 0.0)
     return ledger.set_axes(stage_tensors=share).add(item.but(by="pipeline_stages") for item in held)
+
+
+def _stage_outputs(ledger: Ledger, ctx: Context) -> Ledger:
+    """The last stage's outputs of all micro-batches, where the software returns them; a copy merges them when the step ends.
+
+    By then no freed block is as large as the copy, so that an allocator keeps its memory beside all that is freed.
+    """
+    if ctx.stack.habits["stage_outputs"] == "dropped":
+        return ledger
+    held: list[Item] = []
+    for item in ledger.of(Resident, block="head"):
+        if item.what == "head.logits":
+            output = item.but(
+                what="stage.outputs", by="pipeline_stages", lifetime="always",
+                size=times(item.size, "returned_outputs"), bytes_per_element=dtype_bytes(ctx.format.core),
+            )  # fmt: skip
+            held += output, output.but(what="stage.merged_outputs", lifetime="freed")
+    returned = np.where(ctx.mesh.pp > 1, ctx.micro_batches, 0.0)
+    return ledger.set_axes(returned_outputs=returned).add(held)
 
 
 def _message(subject: Pass) -> float:
