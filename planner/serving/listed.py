@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.engine import Pricer
+from planner.load.iteration_time import Sampled
 from planner.serving.candidates import iterations_of
 from planner.serving.disaggregated import Split
 from planner.serving.percentiles import (
@@ -75,7 +76,8 @@ class Listing:
     def _split(self, f: Split) -> Split | None:
         traffic = self.problem.traffic
         prompts = self._line(f.recipes[0], f.rows[0], f.chunk, 1.0)
-        answers = self._line(f.recipes[1], f.rows[1], 2.0, f.most)
+        apart = "batches_in_turn" in f.recipes[1]
+        answers = self._turns(f) if apart else self._line(f.recipes[1], f.rows[1], 2.0, f.most)
 
         def latencies(rate_per_s: float) -> Latencies:
             ttft = prefill_pool(prompts, traffic, rate_per_s / f.replicas[0])
@@ -111,6 +113,19 @@ class Listing:
             mesh = mesh_of(np.asarray(row)[None, :])
             iterations = iterations_of(self.problem, recipe, mesh, self.pricer)
             self._lines[key] = Line.of(iterations, self.problem.traffic, decodes, chunk * float(mesh.dp[0]))
+        return self._lines[key]
+
+    def _turns(self, f: Split) -> Line:
+        """Of replicas whose attention and experts are apart: an iteration is a token of all their micro-batches."""
+        from planner.serving.ping_pong import sides_of, turn_price
+
+        recipe, row = f.recipes[1], f.rows[1]
+        key = (tuple(recipe.items()), tuple(row), f.most)
+        if key not in self._lines:
+            sides = sides_of(self.problem, recipe, np.asarray(row)[None, :], self.pricer)
+            price = turn_price(self.problem, sides, float(recipe["batches_in_turn"]))
+            typical = float(self.problem.traffic.isl + self.problem.traffic.osl)
+            self._lines[key] = Line(Sampled.of(price, max(int(f.most), 1), 2, typical), 1.0, 2.0)
         return self._lines[key]
 
 

@@ -26,6 +26,7 @@ from planner.engine import Pricer
 from planner.errors import Problem, SpecError
 from planner.iteration import Iterations
 from planner.ledger import Array, Item, Ledger
+from planner.load.iteration_time import Price
 from planner.serving.candidates import Account, Candidates, iterations_of
 from planner.serving.capacity import capacity
 from planner.serving.disaggregated import Split, search_disaggregated
@@ -44,6 +45,7 @@ __all__ = [
     "ping_pong_pools",
     "search_ping_pong",
     "sides_of",
+    "turn_price",
     "turns_of",
 ]
 
@@ -239,6 +241,17 @@ def turns_of(
     way_s = link.latency_s + copies / ranks / link.effective_bytes_per_s
     whole = Composition(each * batches, context_tokens, zero, zero)
     return Turns(sides_s[0], sides_s[1], way_s, attention.host_s(whole), layers, batches)
+
+
+def turn_price(problem: ServeProblem, sides: tuple[Iterations, Iterations], batches: float) -> Price:
+    """Seconds in which the replicas of a row generate a token for each of their sequences, those that join among them."""
+
+    def price(decodes: Array, context: Array, joined: Array, joined_context: Array) -> Array:
+        n, tokens = np.broadcast_arrays(decodes + joined, context + joined_context)
+        turns = turns_of(problem, sides, n.reshape(-1), tokens.reshape(-1), batches)
+        return np.asarray(turns.seconds.reshape(n.shape))
+
+    return price
 
 
 def _iteration_s(

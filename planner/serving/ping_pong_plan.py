@@ -15,11 +15,10 @@ import numpy as np
 from planner.composition import Composition
 from planner.engine import Pricer
 from planner.iteration import Iterations
-from planner.ledger import Array
 from planner.load.iteration_time import Sampled
 from planner.serving.deployment import Stage, stage_of
 from planner.serving.iteration_items import item, kernel_items, largest_first
-from planner.serving.ping_pong import given_row, sides_of, turns_of
+from planner.serving.ping_pong import given_row, sides_of, turn_price, turns_of
 from planner.serving.plan import Pool
 from planner.serving.space import recipe_of
 from planner.specs.serve_problem import ServeProblem
@@ -40,11 +39,7 @@ def generating(
     most = int(pool.knobs["max_sequences"])
     stage = stage_of(sides[0], isl, osl, _JOINING, most, role="decode", engines=pool.replicas, policy=policy)
 
-    def price(decodes: Array, context: Array, joined: Array, joined_context: Array) -> Array:
-        n, tokens = np.broadcast_arrays(decodes + joined, context + joined_context)
-        turns = turns_of(problem, sides, n.reshape(-1), tokens.reshape(-1), float(batches))
-        return turns.seconds.reshape(n.shape)
-
+    price = turn_price(problem, sides, float(batches))
     table = Sampled.of(price, stage.rules.max_requests, stage.rules.token_budget, isl + osl)
     return replace(stage, iteration=table, rules=replace(stage.rules, mixed=True)), sides[0]
 

@@ -95,7 +95,7 @@ def _searched(problem: ServeProblem, top: int, given: tuple[Pool, ...]) -> Serve
         reached = max((_value(problem, f) for f in listed), default=0.0)
         if number >= max(top, _LISTED) and _value(problem, candidate) <= reached:
             break  # what requests that arrive on their own wait for only lowers a candidate's rate
-        f = candidate if {"static", "ping_pong"} & set(modes) else listing.of(candidate)
+        f = candidate if "static" in modes else listing.of(candidate)
         if f is not None:
             listed.append(f)
     if not listed:

@@ -425,7 +425,7 @@ def test_attention_and_experts_apart_in_the_other_verbs(planner, tmp_path):
     assert planner("compare", path, f"{path}:2", "--json").json["a"]["devices"] <= 8
     found = planner("simulate", path, "--requests", 4000, "--json").json
     assert found["simulated"]["tpot_s"]["mean"] == pytest.approx(
-        found["predicted"]["tpot_s"]["mean"], rel=0.15
+        found["predicted"]["tpot_s"]["mean"], rel=0.05
     )
     refused = planner("export", path, "--to", "vllm", "--json")
     assert refused.code == 5

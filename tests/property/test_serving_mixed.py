@@ -1,7 +1,7 @@
 """Pools on devices of several types: exact numbers of replicas against trying all, and what the plans promise."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -146,7 +146,10 @@ def test_the_lightest_load_is_told_and_found():
 
 
 def test_a_longer_limit_answers_more_down_to_the_lightest_load():
-    """What keeps a limit keeps every longer one; a limit that prompts just keep was once missed up to twice it."""
+    """What keeps a limit keeps every longer one; a limit that prompts just keep was once missed up to twice it.
+
+    A load is as near to its limit as chains look for it, within 4 % of a latency, which is less than 1 % of the load here.
+    """
     with pytest.raises(Infeasible) as missed:
         serve(problem(traffic=Traffic(2000, 200, ttft_s=0.03, tpot_s=0.05)), top=1)
     least_s = float(str(missed.value).split("nothing is faster than ")[1].split(" ms")[0]) * 1e-3
@@ -155,7 +158,8 @@ def test_a_longer_limit_answers_more_down_to_the_lightest_load():
         best = serve(problem(traffic=Traffic(2000, 200, ttft_s=limit_s, tpot_s=0.05)), top=1).best
         assert best.estimate.ttft_s["mean"] <= limit_s
         goodput.append(best.estimate.goodput_requests_per_s)
-    assert goodput == sorted(goodput)
+    assert all(more > 0.99 * less for less, more in pairwise(goodput))
+    assert goodput[-1] > 3.0 * goodput[0]
 
 
 def test_a_rate_just_below_what_all_answer_has_a_plan():

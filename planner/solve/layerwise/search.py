@@ -45,14 +45,10 @@ _NEAR = 3e-3  # of a step, within which a layout's bound is near enough to the b
 _AROUND = 1.1  # times the smallest bound, within which a first plan is looked for
 _FIRST = 3  # deals that are looked at for a plan before the others are bounded
 _ROUNDS = 8  # in which strategies of a deal's likely plans get tables
-_PATIENCE = (
-    40  # looks without a plan, after which the most promising deal that was looked at is settled at once
-)
+_PATIENCE = 40  # looks without a plan, after which the most promising deal of those is settled at once
 _FAR = 0.02  # of a step: not where the best plan is nearer to the smallest bound
 _SPACE = "layer-wise plans"
-_UNIFORM = (
-    0.25  # of what is left of a time limit, after which a uniform search makes way with the plans that it has
-)
+_UNIFORM = 0.25  # of what is left of a time limit, after which a uniform search makes way with its plans
 _COMPANY = 1.01  # times the step of a plan whose layers are alike, within which others are listed beside it
 _TIE = 1e-3  # of a step: no model of a machine tells such plans apart, and the simplest of them is taken
 _LONGEST_S = 1e9  # no step takes longer, where no uniform plan fits
@@ -125,7 +121,7 @@ def search_layerwise(
     plans = proved_plans(problem, best, account, uniform, top)
     if plans and (best is None or best is not run.best) and run.best is not None:
         first = plans[0].optimality
-        told = f"{first.solver}; the simplest of those within {run.tie:.1%} of the fastest"
+        told = f"{first.solver}; the simplest of those {f'within {run.tie:.1%} of' if run.tie else 'as fast as'} the fastest"
         plans = replace(plans[0], optimality=replace(first, solver=told)), *plans[1:]
     stopped = account.stopped == "interrupted"
     if not plans:
@@ -248,10 +244,17 @@ class _Search:
     def simplest(self, alike_s: float) -> Candidate | None:
         """The simplest plan that is as fast as the best one, as far as a tie goes; None where a uniform plan (whose step time is
         given) is that simple."""
-        if self.best is None or self._from is None or not self.tie:
+        if self.best is None or self._from is None:
             return self.best
         within_s = self.best_s * (1.0 + self.tie)
-        return None if alike_s <= within_s else self._from.simpler(self.best, within_s)
+        if alike_s <= within_s:
+            return None
+        found = self._from.simpler(self.best, within_s)
+        if (
+            found.step_s < self.best_s
+        ):  # strategies were chosen by bounds of a step, and this is the schedule's
+            self.best, self.best_s = found, found.step_s
+        return found
 
     def certify(self, alike_s: float) -> None:
         """Looks on until no plan can be told apart from the simplest one either, which the best uniform plan may be."""
