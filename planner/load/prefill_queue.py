@@ -36,12 +36,14 @@ class FirstToken:
         seconds, chances: outcomes of the time to the first token.
         cycle_s: mean seconds from one decode iteration to the next.
         pause_s: how much longer than its cycles a request decodes, since it begins when prompts are about.
+        longest_s: mean of the longest iteration since the engine was idle, up to an arrival's own.
     """
 
     seconds: Array
     chances: Array
     cycle_s: float
     pause_s: float
+    longest_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class PrefillQueue:
         pause_s = (
             float(np.sum(chances * np.interp(backlog, chain.tokens, pause_of)) / np.sum(chances)) - after_s
         )
-        return FirstToken(seconds.ravel(), chances.ravel() / np.sum(chances), cycle_s, pause_s)
+        law = chances.ravel() / np.sum(chances)
+        return FirstToken(seconds.ravel(), law, cycle_s, pause_s, _longest_s(chain))
 
     def alone(self) -> tuple[Array, Array]:
         """Seconds from a free slot to the first token, for the law of prompts, with nobody ahead."""
@@ -212,6 +215,17 @@ class _Chain:
     wave: Array
     moves: Array
     chance: Array
+
+
+def _longest_s(chain: _Chain) -> float:
+    """Mean of the largest of so many iterations as follow each other without an idle moment, a geometric number of them."""
+    taking = chain.chance * (np.arange(len(chain.tokens)) > 0)
+    again = float(np.sum((taking @ chain.moves)[1:]) / np.sum(taking))
+    seconds, often = chain.seconds / chain.iterations, taking * chain.iterations
+    order = np.argsort(seconds)
+    law = np.cumsum(often[order]) / np.sum(often)
+    largest = (1.0 - again) * law / (1.0 - again * law)
+    return float(np.diff(largest, prepend=0.0) @ seconds[order])
 
 
 def _shifted(laws: Array, by: Array) -> Array:

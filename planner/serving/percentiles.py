@@ -139,11 +139,11 @@ class Line:
             low, high = (middle, high) if found_s(middle) > middle else (low, middle)
         return high
 
-    def way_s(self, traffic: Traffic, decodes: float = 0.0) -> float:
+    def way_s(self, traffic: Traffic, decodes: float = 0.0, longest_s: float = 0.0) -> float:
         """What pipeline stages and attention ranks add to the first token, beside the queue.
 
-        The last tokens of a prompt pass all stages; and a prompt is run by one rank, with that rank's budget, while the queue is
-        one of all ranks together.
+        The last tokens of a prompt pass every stage in their own time, or that of a longer batch ahead (``longest_s``); and a
+        prompt is run by one rank, with that rank's budget, while the queue is one of all ranks together.
         """
         each, prompt = decodes / self.stages, traffic.computed_isl
 
@@ -154,7 +154,8 @@ class Line:
         own = min(prompt, self.budget / self.ranks)
         whole, spread = pass_s(own * self.ranks), pass_s(min(prompt, self.budget))
         rank_s = max(prompt / own * whole - max(prompt / self.budget, 1.0) * spread, 0.0) / self.stages
-        return (1.0 - 1.0 / self.stages) * whole + (rank_s if self.ranks > 1.0 else 0.0)
+        stage_s = max(whole / self.stages, longest_s)
+        return (self.stages - 1.0) * stage_s + (rank_s if self.ranks > 1.0 else 0.0)
 
 
 def mixed_pool(line: Line, traffic: Traffic, slots: float, decodes: float, rate_per_s: float) -> Latencies:
@@ -210,7 +211,8 @@ def prefill_pool(line: Line, traffic: Traffic, rate_per_s: float) -> dict[str, f
         raise _beyond(rate_per_s, 1.0 / pace_s)
     queue = PrefillQueue(balance, rate_per_s, 0.0, LengthLaw.of(traffic.computed_isl, 0.0))
     found = queue.first_token()
-    way_s = line.way_s(traffic)
+    # A batch cannot overtake: the longest of those that follow each other is met at every stage.
+    way_s = line.way_s(traffic, longest_s=found.longest_s)
     return {
         name: value + way_s for name, value in summary(found.seconds, found.chances, _asked(traffic)).items()
     }

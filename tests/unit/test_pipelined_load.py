@@ -11,7 +11,7 @@ from planner.load.requests import Lengths, Requests, draw
 from planner.load.results import summarize
 from planner.load.scheduler import KvPool, scheduler
 from planner.load.simulator import simulate
-from planner.serving.percentiles import Line, mixed_pool
+from planner.serving.percentiles import Line, mixed_pool, prefill_pool
 from planner.specs.traffic import Traffic
 
 RULES = scheduler("sarathi", 64, 1024)
@@ -86,3 +86,17 @@ def test_rounds_that_are_held_up():
     """1 − exp(−x) for whole prompts; of two parts in two stages every other one reaches into a second round: 1 − exp(−3x/2)."""
     assert held_up_share(0.3, 1.0, 8.0) == pytest.approx(1 - np.exp(-0.3))
     assert held_up_share(0.3, 2.0, 2.0) == pytest.approx(1 - np.exp(-0.45))
+
+
+@pytest.mark.parametrize(("stages", "budget", "prompt", "load"), [(8, 2048, 1000, 0.9), (2, 8192, 4000, 0.8)])
+def test_short_batches_of_prompts_wait_behind_long_ones(stages, budget, prompt, load):
+    """Iterations take as many prompts as wait, and at every stage those that follow the longest one wait for it."""
+    price = Affine(0.02, per_prefill_token_s=0.25 / 2048)
+    rate = load * stages * budget / float(price(0, 0, budget, 0)) / prompt
+    traffic = Traffic(prompt, 1)
+    found = prefill_pool(Line(price, float(stages), float(budget)), traffic, rate)
+    asked = draw(Lengths(float(prompt), 1.0), 40_000, rate_per_s=rate, seed=1)
+    told = summarize(simulate(asked, price, scheduler("sarathi", 4096, budget), stages=stages), 0.2)
+    assert found["mean"] == pytest.approx(told.ttft_s.mean, rel=0.12)
+    passed_alone_s = float(price(0, 0, prompt, 0))
+    assert found["mean"] > 1.2 * passed_alone_s
