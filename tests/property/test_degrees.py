@@ -214,7 +214,7 @@ def test_a_plan_may_need_layers_of_other_degrees():
 
 def wide() -> Problem:
     """Eight layers of Llama 2 13B's width on four devices, whose memory is nearly too small for two of them per layer."""
-    problem = small("rtx-4090:1x4", layers=8, reserve=0.05, batch=32)
+    problem = small("rtx-4090:1x4", layers=8, reserve=0.1, batch=32)
     block = Block(attention=Attention(40, 40, 128), mlp=Mlp(13824, gated=True))
     model = replace(problem.model, name="wide", hidden=5120, blocks={"decoder": block})
     fixed = {
