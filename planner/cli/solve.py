@@ -11,7 +11,16 @@ import typer
 from planner.cli.options import Json, option
 from planner.cli.solve_curriculum import curriculum
 from planner.cli.solve_flow import flow
-from planner.cli.solve_job import SolveJob, read_deadline, read_degrees, read_histogram, read_mesh, read_share
+from planner.cli.solve_job import (
+    Backend,
+    Deadline,
+    SolveJob,
+    read_deadline,
+    read_degrees,
+    read_histogram,
+    read_mesh,
+    read_share,
+)
 from planner.cli.solve_peers import peers
 from planner.cli.solve_rlhf import rlhf
 
@@ -26,16 +35,6 @@ _Optional_file = Annotated[
         show_default=False,
     ),
 ]
-_Deadline = Annotated[
-    str,
-    option("--deadline", metavar="TIME", text="Then the best so far, with its gap [60s]."),
-]
-_Backend = Annotated[
-    str,
-    option("--backend", metavar="NAME", text="Of integer programs: scipy or pulp [scipy]."),
-]
-
-
 _Model = Annotated[str | None, option("--model", text="Shipped model, .toml, or config.json.")]
 _Cluster = Annotated[
     str | None, option("--cluster", text="DEVICE:NODESxDEVICES, a shipped cluster, or .toml.")
@@ -65,7 +64,7 @@ def sharding(
         str, option("--micro-batches", text="Per optimizer step, which share the sum of gradients [1].", metavar="N")
     ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", elimination: Annotated[
         bool, typer.Option("--elimination/--no-elimination", help="Without: the whole problem as one integer program.")
-    ] = True, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
+    ] = True, backend: Backend = "scipy", deadline: Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """What every operator splits along every axis of a device mesh, at the least time within memory.
 
@@ -99,7 +98,7 @@ def recompute(
     points: Annotated[str, option("--points", text="Of the front, without --memory [8].", metavar="N")] = "8",
     fix: _Fix = None, stack: _StackName = "default", solver: Annotated[
         str, option("--solver", text="search or ilp; both give the same answer [search].", metavar="NAME")
-    ] = "search", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
+    ] = "search", backend: Backend = "scipy", deadline: Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which tensors of a layer to keep and which to compute again.
 
@@ -141,7 +140,7 @@ def tiers(
     file: _Optional_file = None, model: _Model = None, cluster: _Cluster = None, layers: _Layers = None, batch: _Batch = "1",
     seq_len: _SeqLen = None, memory: _Memory = None, moves: Annotated[
         str, option("--moves", text="serial (kernels wait), overlapped or scheduled [serial].", metavar="NAME")
-    ] = "serial", fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy", deadline: _Deadline = "60s",
+    ] = "serial", fix: _Fix = None, stack: _StackName = "default", backend: Backend = "scipy", deadline: Deadline = "60s",
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Where tensors rest between the kernels that use them: device memory, host memory, CXL, NVMe.
@@ -181,7 +180,7 @@ def sequences(
         str | None, option("--degrees", text="Ranks that a group may have [powers of 2 to all].", metavar="LIST")
     ] = None, memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", gap: Annotated[
         str, option("--gap", text="Proof to stop at, e.g. 1% [0].", metavar="SHARE")
-    ] = "0", backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False,
+    ] = "0", backend: Backend = "scipy", deadline: Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which group of devices works on which sequences of a step.
 
@@ -240,7 +239,7 @@ def sequences(
 
 
 def experts(
-    file: _File, backend: _Backend = "scipy", deadline: _Deadline = "60s", as_json: Json = False
+    file: _File, backend: Backend = "scipy", deadline: Deadline = "60s", as_json: Json = False
 ) -> None:
     """Which device holds which expert: even loads, or tokens that stay where they are from layer to layer."""
     from planner.report.optimum import show_alignment, show_balance
@@ -267,7 +266,7 @@ def experts(
     _show(content, show_alignment, as_json)
 
 
-def ranks(file: _File, deadline: _Deadline = "60s", as_json: Json = False) -> None:
+def ranks(file: _File, deadline: Deadline = "60s", as_json: Json = False) -> None:
     """Which rank runs on which node, where bandwidths between nodes differ."""
     from planner.report.optimum import show_ranks
     from planner.solve.combinatorial.ranks import in_order, map_ranks
@@ -342,8 +341,8 @@ def blocks(
         str | None, option("--seq-len", text="Tokens per sequence. Required.", metavar="N")
     ] = None, batch: Annotated[
         str, option("--batch", text="Sequences of a micro-batch [1].", metavar="N")
-    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", backend: _Backend = "scipy",
-    deadline: _Deadline = "60s", as_json: Json = False,
+    ] = "1", memory: _Memory = None, fix: _Fix = None, stack: _StackName = "default", backend: Backend = "scipy",
+    deadline: Deadline = "60s", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Which devices of a pipeline hold which half layers, neighbours or not; the busiest device has the least work."""
     from planner.errors import Infeasible

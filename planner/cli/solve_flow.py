@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from planner.cli.options import Json, option
+from planner.cli.solve_job import Backend, Deadline, read_backend, read_deadline
 
 if TYPE_CHECKING:
     from planner.solve.combinatorial.layer_flow import NodeKind
@@ -22,12 +23,8 @@ def flow(
         ),
     ] = None,
     layers: Annotated[str | None, option("--layers", text="Of the model.", metavar="N")] = None,
-    backend: Annotated[
-        str, option("--backend", text="Of the integer program: scipy or pulp [scipy].", metavar="NAME")
-    ] = "scipy",
-    deadline: Annotated[
-        str, option("--deadline", text="Then the best so far, with its gap [60s].", metavar="TIME")
-    ] = "60s",
+    backend: Backend = "scipy",
+    deadline: Deadline = "60s",
     as_json: Json = False,
 ) -> None:
     """Which layers every one of unlike nodes holds, for the most tokens through all of them.
@@ -35,23 +32,20 @@ def flow(
     Rates are your own measurements, or a table of them; nodes bind, and not the links between them.
     """
     from planner.cli.output import print_json
-    from planner.cli.solve_job import read_deadline
     from planner.cli.values import attempt, optional_whole, raise_if_any
     from planner.errors import Problem
     from planner.report.flow import show_flow
     from planner.solve.combinatorial.layer_flow import even_stages, place_layers
-    from planner.solve.combinatorial.milp import BACKENDS
 
     faults: list[Problem] = []
     kinds = [attempt(faults, _read_kind, text) for text in nodes or ()]
     count = optional_whole(faults, "--layers", layers)
     limit_s = attempt(faults, read_deadline, deadline)
+    attempt(faults, read_backend, backend)
     if not kinds:
         faults.append(Problem("--node", "is missing", "alike nodes, such as t4:12:1804,808,539"))
     if layers is None or (count is not None and not 1 <= count <= _MOST_LAYERS):
         faults.append(Problem("--layers", layers or "is missing", f"layers of a model, 1 to {_MOST_LAYERS}"))
-    if backend not in BACKENDS:
-        faults.append(Problem("--backend", repr(backend[:40]), f"one of {', '.join(BACKENDS)}"))
     raise_if_any(faults)
     given = [kind for kind in kinds if kind is not None]
     assert count is not None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from planner.cli.options import option
 from planner.errors import Problem, SpecError, did_you_mean
 
 if TYPE_CHECKING:
@@ -13,7 +14,24 @@ if TYPE_CHECKING:
     from planner.specs.stack import Stack
     from planner.specs.workload import TrainWorkload
 
-__all__ = ["SolveJob", "read_deadline", "read_degrees", "read_histogram", "read_mesh", "read_share"]
+__all__ = [
+    "Backend",
+    "Deadline",
+    "SolveJob",
+    "read_backend",
+    "read_deadline",
+    "read_degrees",
+    "read_histogram",
+    "read_mesh",
+    "read_share",
+]
+
+Backend = Annotated[
+    str, option("--backend", text="Of integer programs: scipy or pulp [scipy].", metavar="NAME")
+]
+Deadline = Annotated[
+    str, option("--deadline", text="Then the best so far, with its gap [60s].", metavar="TIME")
+]
 
 _FLAGS = {name: f"--{name}" for name in ("model", "cluster", "stack")}
 _DIGITS = 8  # of the longest number: far beyond any real job
@@ -30,7 +48,6 @@ class SolveJob:
         stack: str, memory: str | None, deadline: str, backend: str, *, priced: bool = True, length: bool = True,
     ) -> None:  # fmt: skip
         from planner.cli.values import optional_quantity, parse_fixed, read_cluster, read_model, read_stack
-        from planner.solve.combinatorial.milp import BACKENDS
         from planner.units import parse_bytes
 
         self.faults: list[Problem] = []
@@ -43,7 +60,7 @@ class SolveJob:
             self.faults.append(Problem("--seq-len", "is missing", "a whole number, tokens per sequence"))
         if file is not None and model is not None:
             self.faults.append(Problem("--model", f"{model!r} beside the file {file!r}", "one of them"))
-        self.check("--backend", backend, BACKENDS)
+        self.attempt(read_backend, backend)
         self._batch = self.whole("--batch", batch)
         self._seq_len = 1 if seq_len is None else self.whole("--seq-len", seq_len)
         self.knobs: dict[str, str] = self.attempt(parse_fixed, fix or []) or {}
@@ -67,9 +84,7 @@ class SolveJob:
 
     def check(self, flag: str, text: str, known: Sequence[str]) -> None:
         """Notes a fault where an option is none of these."""
-        if text not in known:
-            hint = did_you_mean(text, known)
-            self.faults.append(Problem(flag, repr(text[:40]), f"one of {', '.join(known)}", hint))
+        self.attempt(_one_of, flag, text, known)
 
     def raise_if_any(self) -> None:
         """Raises all noted faults."""
@@ -100,6 +115,24 @@ class SolveJob:
         """The software stack, where there is no fault."""
         assert self._stack is not None
         return self._stack  # type: ignore[no-any-return]
+
+
+def read_backend(text: str) -> str:
+    """The solver of integer programs.
+
+    Raises:
+        SpecError: there is none of this name.
+    """
+    from planner.solve.combinatorial.milp import BACKENDS
+
+    return _one_of("--backend", text, BACKENDS)
+
+
+def _one_of(flag: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        hint = did_you_mean(text, known)
+        raise SpecError(Problem(flag, repr(text[:40]), f"one of {', '.join(known)}", hint))
+    return text
 
 
 def read_deadline(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from planner.cli.options import Json, option
+from planner.cli.solve_job import Backend, Deadline, read_backend, read_deadline
 
 __all__ = ["peers"]
 
@@ -17,12 +18,8 @@ def peers(
     stages: Annotated[
         str | None, option("--stages", text="Work of every stage, e.g. 1,1,2.", metavar="LIST")
     ] = None,
-    backend: Annotated[
-        str, option("--backend", text="Of the integer program: scipy or pulp [scipy].", metavar="NAME")
-    ] = "scipy",
-    deadline: Annotated[
-        str, option("--deadline", text="Then the best so far, with its gap [60s].", metavar="TIME")
-    ] = "60s",
+    backend: Backend = "scipy",
+    deadline: Deadline = "60s",
     as_json: Json = False,
 ) -> None:
     """Which unlike peers work on which stage of a pipeline.
@@ -31,19 +28,16 @@ def peers(
     and work are in units of your own, such as TFLOP/s and TFLOP per micro-batch.
     """
     from planner.cli.output import print_json
-    from planner.cli.solve_job import read_deadline
     from planner.cli.values import attempt, raise_if_any
     from planner.errors import Problem
     from planner.report.peers import show_peers
-    from planner.solve.combinatorial.milp import BACKENDS
     from planner.solve.combinatorial.peers import longest_first, staff
 
     faults: list[Problem] = []
     counts = attempt(faults, _read_peers, speeds)
     works = attempt(faults, _read_works, stages)
     limit_s = attempt(faults, read_deadline, deadline)
-    if backend not in BACKENDS:
-        faults.append(Problem("--backend", repr(backend[:40]), f"one of {', '.join(BACKENDS)}"))
+    attempt(faults, read_backend, backend)
     raise_if_any(faults)
     assert counts is not None
     assert works is not None

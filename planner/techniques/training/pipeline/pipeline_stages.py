@@ -7,7 +7,7 @@ Costs: b·s·h elements per hop and direction (divided by tp under sequence para
     ends; the bubble, which the schedule decides; logits of all micro-batches, where software returns its last stage's outputs.
 Assumes: messages between stages are latency on the edge, not work on the device.
 Source: Huang et al. 2019 (GPipe, arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473) §3.2, §4.1; outputs:
-    ``torch.distributed.pipelining`` (pytorch/pytorch issue 159251 and pull request 165822, where it can be told to drop them).
+    ``torch.distributed.pipelining``, which can be told to drop them since https://github.com/pytorch/pytorch/pull/165822.
 """
 
 from __future__ import annotations
