@@ -27,4 +27,4 @@ def show_flow(content: Mapping[str, Any]) -> None:
         for span in content["spans"]
     ]  # fmt: skip
     screen.grid(("layers", "nodes", "tokens/s"), rows, ("nodes",))
-    show_proof(screen, content["certificate"], lambda value: f"{-value:,.6g}")
+    show_proof(screen, content["certificate"], lambda value: f"{value:,.6g}", largest=True)

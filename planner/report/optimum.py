@@ -210,13 +210,14 @@ def _left_out(screen: Screen, rows: int) -> None:
         screen.line(f"… and {rows - _MOST_ROWS:,} more (--json has all)")
 
 
-def show_proof(screen: Screen, certificate: Mapping[str, Any], unit: Any) -> None:
-    """What is proved, by whom, and how long it took."""
+def show_proof(screen: Screen, certificate: Mapping[str, Any], unit: Any, *, largest: bool = False) -> None:
+    """What is proved, by whom, and how long it took; of the ``largest`` of something, the certificate is of its negative."""
     if certificate["status"] == "exact":
         told = f"Exact under this model: {certificate['solver']}, {format_seconds(certificate['wall_s'])}."
     else:
+        bound = f"above {unit(-certificate['bound'])}" if largest else f"below {unit(certificate['bound'])}"
         told = (
-            f"Within {100.0 * certificate['gap']:.2g} % of the best: nothing is below {unit(certificate['bound'])} "
+            f"Within {100.0 * certificate['gap']:.2g} % of the best: nothing is {bound} "
             f"({certificate['solver']}, {format_seconds(certificate['wall_s'])})."
         )
     notes = ", ".join(f"{number:,} {name}" for name, number in certificate["notes"].items())

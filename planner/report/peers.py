@@ -29,4 +29,4 @@ def show_peers(content: Mapping[str, Any]) -> None:
         for stage, (work, counts) in enumerate(zip(content["works"], content["counts"], strict=True))
     ]  # fmt: skip
     screen.grid(("stage", "work", *(f"of {speed:,g}" for speed in speeds), "rate"), rows)
-    show_proof(screen, content["certificate"], lambda value: f"{value:,.6g}")
+    show_proof(screen, content["certificate"], lambda value: f"{value:,.6g}", largest=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from planner.errors import Infeasible
+from planner.report.flow import show_flow
 from planner.solve.combinatorial.layer_flow import NodeKind, even_stages, place_layers
 
 
@@ -71,3 +72,10 @@ def test_recorded_placements_of_helix_are_reached(kind, recorded):
 def test_more_layers_than_nodes_hold():
     with pytest.raises(Infeasible, match="room for 4 of 5 layers"):
         place_layers([NodeKind("small", 2, (2.0, 1.0))], 5)
+
+
+def test_what_may_be_missed_is_said_to_be_above(capsys):
+    """Rates are maximised: the bound of an unproved placement is more than what it carries."""
+    certificate = {"status": "gap", "gap": 0.1, "bound": -110.0, "solver": "some", "wall_s": 1.0, "notes": {}}
+    show_flow({"tokens_per_s": 100.0, "even_tokens_per_s": 50.0, "spans": [], "certificate": certificate})
+    assert "nothing is above 110 " in capsys.readouterr().out
