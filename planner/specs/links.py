@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.specs.device import Sourced, Transport
@@ -18,7 +19,15 @@ from planner.specs.library import hardware_folder
 from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 
-__all__ = ["link_table", "list_links", "read_transport", "with_link"]
+__all__ = ["Link", "link_table", "list_links", "load_link", "read_transport", "with_link"]
+
+
+class Link(NamedTuple):
+    """A shipped kind of link: a hop of a small message, the fraction of the rate that large ones reach, and the rest."""
+
+    latency_s: Sourced
+    efficiency: Sourced
+    transport: Transport | None
 
 
 def list_links() -> list[str]:
@@ -38,6 +47,23 @@ def link_table(name: object, where: str) -> dict[str, Any]:
         expected, hint = f"one of {', '.join(known)}", did_you_mean(str(name), known)
         raise SpecError(Problem(where, repr(name), expected, hint))
     return read_file(folder / f"{name}.toml")
+
+
+@cache
+def load_link(name: str) -> Link:
+    """A shipped link by name.
+
+    Raises:
+        SpecError: there is no such link, or its file is wrong.
+
+    >>> load_link("omni-path").efficiency.value
+    0.405
+    """
+    reader = Reader(link_table(name, "link"), f"link {name}")
+    link = Link(read_sourced(reader, "latency_s"), read_sourced(reader, "efficiency"), read_transport(reader))
+    reader.finish()
+    reader.raise_if_any()
+    return link
 
 
 def with_link(table: Mapping[str, Any], where: str) -> dict[str, Any]:

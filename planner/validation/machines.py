@@ -75,6 +75,8 @@ def network_of(text: str, devices_per_node: int) -> Network:
     25000000000.0
     >>> network_of("rdma 400 gb/s per gpu", 8).nics_per_node
     8
+    >>> network_of("4x omni-path (opa) per node", 8).link
+    'omni-path'
     """
     text = text.lower()
     rate, ports = _RATE.search(text), _PORTS.search(text)
@@ -86,7 +88,8 @@ def network_of(text: str, devices_per_node: int) -> Network:
         return Network()
     if re.search(r"per (gpu|device|accelerator)", text):
         count *= devices_per_node
-    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT)
+    link = "omni-path" if re.search(r"omni-path|\bopa\b", text) else ""
+    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT, link=link)
 
 
 @lru_cache(maxsize=64)
