@@ -138,10 +138,13 @@ def _whole(fixed: Mapping[str, Any], name: str) -> int:
 
 def _named(problem: Problem) -> Problem:
     """The problem with every open knob at its default."""
-    chosen = defaults(problem.fixed)
-    alone = chosen["sequence_parallel"] == off("sequence_parallel")  # no ranks to cut a sequence over
-    own = {k: v for k, v in problem.stack.knobs.items() if not (alone and k == "sequence_parallel")}
+    chosen, own = defaults(problem.fixed), dict(problem.stack.knobs)
+    if chosen["sequence_parallel"] == off("sequence_parallel"):  # no ranks to cut a sequence over
+        own.pop("sequence_parallel", None)
     fixed = {**chosen, **own, **problem.fixed}
+    whole = fixed["sequence_parallel"] == off("sequence_parallel") and _whole(fixed, "tp") > 1
+    if not (whole and _whole(fixed, "pp") > 1) and "pipeline" not in problem.fixed:
+        fixed.pop("pipeline", None)  # how stages send what all tensor ranks hold whole
     return replace(problem, fixed=fixed, forbidden=())
 
 
