@@ -12,7 +12,7 @@ from planner.specs.cluster import Cluster, NodeGroup, Tier
 from planner.specs.device import Device
 from planner.specs.device_file import TOPOLOGIES, aliases, find_device, list_devices, load_device
 from planner.specs.library import canonical, hardware_folder, resolve
-from planner.specs.links import list_links, read_transport
+from planner.specs.links import read_transport
 from planner.specs.reader import Reader, read_file
 from planner.specs.sourced import read_optional, read_sourced
 from planner.specs.tiers import Network, build_tiers, check_nesting, inside
@@ -213,7 +213,6 @@ def _network(reader: Reader | None) -> Network:
         nodes_per_leaf=reader.integer("nodes_per_leaf", None, maximum=MAX_DEVICES),
         spine_oversubscription=1.0 if oversubscription is None else oversubscription.value,
         source="" if rate is None else rate.source,
-        link=reader.text("link", "", choices=("", *list_links())),
     )
     if network.nics_per_node is not None and rate is None:
         reader.problem("nics_per_node", "has no rate beside it", "nic_bytes_per_s, the rate of one NIC")

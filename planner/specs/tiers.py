@@ -15,7 +15,6 @@ from itertools import pairwise
 from planner.errors import Problem, SpecError
 from planner.specs.cluster import NodeGroup, Tier
 from planner.specs.device import ScaleUp
-from planner.specs.links import load_link
 
 __all__ = ["Network", "build_tiers", "check_nesting", "inside"]
 
@@ -24,8 +23,7 @@ __all__ = ["Network", "build_tiers", "check_nesting", "inside"]
 class Network:
     """What a cluster says about its scale-out network; ``None`` leaves the device profile's value.
 
-    ``nic_bytes_per_s`` is per NIC and direction; ``nics_per_node`` serve a node (``None``: one per device). ``link`` is the
-    shipped kind of link that the NICs are on (empty: the device's own).
+    ``nic_bytes_per_s`` is per NIC and direction; ``nics_per_node`` serve a node (``None``: one per device).
     """
 
     nics_per_node: int | None = None
@@ -35,7 +33,6 @@ class Network:
     nodes_per_leaf: int | None = None
     spine_oversubscription: float = 1.0
     source: str = ""
-    link: str = ""
 
 
 def build_tiers(groups: Sequence[NodeGroup], network: Network, where: str) -> tuple[Tier, ...]:
@@ -139,20 +136,15 @@ def _nic(group: NodeGroup, network: Network, size: int) -> Tier:
     if network.nic_bytes_per_s is not None:
         nics = network.nics_per_node or group.devices_per_node
         rate, source = network.nic_bytes_per_s * nics / group.devices_per_node, network.source
-    latency_s, efficiency = device.nic_latency_s.value, device.nic_efficiency.value
-    transport = device.nic_transport
-    if network.link:
-        link = load_link(network.link)
-        latency_s, efficiency, transport = link.latency_s.value, link.efficiency.value, link.transport
     return Tier(
         name="nic",
         size=size,
         bytes_per_s=rate,
-        latency_s=latency_s if network.latency_s is None else network.latency_s,
+        latency_s=device.nic_latency_s.value if network.latency_s is None else network.latency_s,
         topology="fabric",
-        efficiency=efficiency if network.efficiency is None else network.efficiency,
+        efficiency=device.nic_efficiency.value if network.efficiency is None else network.efficiency,
         source=source,
-        transport=transport,
+        transport=device.nic_transport,
     )
 
 

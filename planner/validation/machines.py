@@ -11,6 +11,7 @@ from planner.specs.cluster import Cluster
 from planner.specs.cluster_file import build_cluster
 from planner.specs.device import Device, Sourced
 from planner.specs.device_file import load_device
+from planner.specs.links import load_link
 from planner.specs.tiers import Network
 from planner.validation.cells import Cells
 from planner.validation.table import Unsupported
@@ -75,8 +76,6 @@ def network_of(text: str, devices_per_node: int) -> Network:
     25000000000.0
     >>> network_of("rdma 400 gb/s per gpu", 8).nics_per_node
     8
-    >>> network_of("4x omni-path (opa) per node", 8).link
-    'omni-path'
     """
     text = text.lower()
     rate, ports = _RATE.search(text), _PORTS.search(text)
@@ -88,8 +87,7 @@ def network_of(text: str, devices_per_node: int) -> Network:
         return Network()
     if re.search(r"per (gpu|device|accelerator)", text):
         count *= devices_per_node
-    link = "omni-path" if re.search(r"omni-path|\bopa\b", text) else ""
-    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT, link=link)
+    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT)
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +98,7 @@ def _load(name: str) -> Device:
 @lru_cache(maxsize=1024)
 def _build(name: str, nodes: int, per_node: int, inside: str, outside: str) -> Cluster:
     try:
-        device = _inside(_load(name), inside)
+        device = _outside(_inside(_load(name), inside), outside)
         return build_cluster(device, nodes, per_node, network_of(outside, per_node))
     except PlannerError as error:
         raise Unsupported(f"{nodes} nodes of {per_node} {name}: {error}") from None
@@ -119,3 +117,13 @@ def _inside(device: Device, text: str) -> Device:
     if up.kind == "pcie" and rate is None:
         return device
     return replace(device, scale_up=replace(up, kind="pcie", topology="host", bytes_per_s=bytes_per_s))
+
+
+def _outside(device: Device, text: str) -> Device:
+    """The device with NICs on the kind of link that is printed, where that is not its own."""
+    if not re.search(r"omni-path|\bopa\b", text):
+        return device
+    link = load_link("omni-path")
+    return replace(
+        device, nic_latency_s=link.latency_s, nic_efficiency=link.efficiency, nic_transport=link.transport
+    )

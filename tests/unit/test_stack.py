@@ -124,3 +124,21 @@ def test_a_named_plan_takes_its_kernels_from_the_stack():
         for fixed in ({}, {"attention_kernel": "flash"})
     ]
     assert kernels == ["eager", "flash"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "messages"),
+    [
+        ({"tp": 4, "pp": 2, "sequence_parallel": "false"}, "scatter_gather"),
+        ({"tp": 4, "pp": 2, "sequence_parallel": "false", "pipeline": "stages"}, "stages"),
+        ({"tp": 4, "pp": 2, "sequence_parallel": "true"}, "stages"),  # every rank has its slice already
+        ({"tp": 1, "pp": 2}, "stages"),
+        ({"tp": 4, "pp": 1, "sequence_parallel": "false"}, "stages"),
+    ],
+)
+@pytest.mark.parametrize("stack", ["megatron-eager", "megatron-2022", "megatron-deepspeed"])
+def test_stages_of_megatron_and_deepspeed_send_slices_where_ranks_hold_the_same(stack, fixed, messages):
+    """scatter_gather_tensors_in_pipeline is Megatron-LM's default from February 2021 on, is_pipe_partitioned DeepSpeed's."""
+    model, cluster = planner.load_model("gpt3-2.7b"), planner.load_cluster("a100-sxm-80gb:2x8")
+    problem = planner.Problem(model, cluster, planner.TrainWorkload(64, 2048), load_stack(stack), fixed)
+    assert planner.estimate(problem).knobs["pipeline"] == messages

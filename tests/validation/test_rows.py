@@ -318,6 +318,13 @@ def test_printed_networks(row, text, bytes_per_s):
     assert tiers[1].bytes_per_s == pytest.approx(bytes_per_s)
 
 
+def test_ports_of_omni_path_reach_what_was_measured_of_them(row):
+    # BigScience, experiments/bandwidth/all_reduce_bench-a100-n4.txt: 40.5 Gb/s of bus bandwidth through one port of 100 Gb/s.
+    changed = {"accelerator": "A100-SXM-80GB", "inter_node_link": "4x Omni-Path (OPA) per node"}
+    fabric = run_of(row(**changed)).problem.cluster.tiers[-1]
+    assert fabric.effective_bytes_per_s == pytest.approx(4 * 40.5e9 / 8 / 8)  # four ports for eight devices
+
+
 def test_the_stack_follows_framework_and_date(row):
     cells = ({"framework": "Megatron-LM", "measured_date": "2021"}, {"measured_date": "2024"}, {})
     stacks = [run_of(row(**changed)).problem.stack.name for changed in cells]
