@@ -164,6 +164,8 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
         fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
     fixed |= _offload(cells.text("offload"))
     fixed |= kernel_knobs(flags, tp=tp, cp=cp)
+    if mixture and "dispatch" not in fixed and (how := cells.default("(dispatch)")):
+        fixed["dispatch"] = how
     if pp > 1 and "pipeline-layout" in flags.values:
         fixed["pipeline_layout"] = flags.values["pipeline-layout"]
     if "adaptation" in fixed and (targets := cells.default("(adapters)")):
