@@ -102,6 +102,8 @@ def test_the_framework_and_its_date_choose_the_stack():
     assert stack_for("Composer FSDP1", "torch 1.13", "2023").name == "composer-2023"
     assert stack_for("Composer FSDP1", "torch 2.x", "2024").name == "composer"
     assert stack_for("PyTorch FSDP2", "", "2025").name == "pytorch-fsdp"
+    assert stack_for("NeMo Automodel", "", "2026").name == "automodel"
+    assert stack_for("NeMo Automodel PyTorch attention").name == "automodel-torch"
     assert stack_for("something else").name == "default"
 
 

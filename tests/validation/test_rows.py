@@ -165,12 +165,34 @@ SILENT = NVL72 | {"recompute": "", "other_flags": ""}
         # scripts/performance/utils/overrides.py @v0.5.0: high_priority_a2a_comm_stream beside fused experts
         ({"other_flags": "cuda_graph_impl=full_iteration; moe_flex_dispatcher_backend=hybridep; moe_a2a_overlap=True"},
          {"dispatch": "fused", "exchange_stream": "priority"}),
-        ({}, {"exchange_stream": None}),
+        ({"notes": "mock data, balanced fake gate"}, {"routing": "neighbours"}),
+        ({}, {"routing": None, "exchange_stream": None}),
     ],
 )  # fmt: skip
 def test_how_tokens_come_to_experts(row, cells, knobs):
     fixed = run_of(row(**EXPERTS, **cells)).problem.fixed
     assert {name: fixed.get(name) for name in knobs} == knobs
+
+
+@pytest.mark.parametrize(
+    ("cells", "stack", "stage"),
+    [
+        # NeMo Automodel's pull request 574 of 8 October 2025 has pipelines of mixtures synchronise once.
+        ({"other_flags": "TE + DeepEP", "measured_date": "2025-10-02"}, "automodel", "fsdp"),
+        ({"other_flags": "TE + DeepEP", "measured_date": "2026"}, "automodel", "1"),
+        ({"other_flags": "TE + DeepEP + FlexAttn"}, "automodel-torch", "1"),
+        ({"other_flags": "TE + triton"}, "pytorch-fsdp", "1"),
+    ],
+)
+def test_mixtures_of_automodel(row, cells, stack, stage):
+    sharded = {
+        "framework": "PyTorch FSDP2",
+        "zero_stage": "3",
+        "sharding_as_printed": "fsdp (FSDP2)",
+        "tp": "1",
+    }
+    problem = run_of(row(**EXPERTS, **sharded, **({"measured_date": "2026"} | cells))).problem
+    assert (problem.stack.name, problem.fixed["zero_stage"]) == (stack, stage)
 
 
 def test_layers_that_divide_into_no_chunks_are_dealt_all_the_same(row):
