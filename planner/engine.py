@@ -180,12 +180,12 @@ class Pricer:
 
     def _collectives(self, items: list[Collective], axes: Axes) -> Iterable[Real]:
         for item in items:
-            n_bytes = axes[item.size] * dtype_bytes(item.dtype)
+            n_bytes = axes[item.size] * (dtype_bytes(item.dtype) / item.share)
             if item.kernel:
-                levels = self.levels(item.group)
-                traffic = exchange_traffic(n_bytes / item.choices, item.choices, levels)
-                seconds = exchange_s(exchange_kernel(item.kernel), *traffic, levels)
-                yield seconds * np.greater(item.group.size, 1)
+                levels, once = self.levels(item.group), n_bytes / item.choices
+                traffic = exchange_traffic(once, item.choices, levels, neighbours_of=item.neighbours_of)
+                seconds = exchange_s(exchange_kernel(item.kernel), *traffic, levels, item.units)
+                yield seconds * np.greater(item.group.size, 1) * item.share
                 continue
             # Cut into messages: the bytes once, the latency of every message.
             messages = 1.0 if item.messages == "1" else np.maximum(axes[item.messages], 1.0)
@@ -197,7 +197,7 @@ class Pricer:
                 seconds = np.where(
                     each <= CUSTOM_ALL_REDUCE_BYTES, fastest_s(each, (*own, *library)), seconds
                 )
-            yield seconds * messages
+            yield seconds * messages * item.share
 
     def _costs_of(self, group: Group, kind: str, algorithm: str = "auto") -> tuple[MessageCost, ...]:
         where = (id(group), kind, algorithm)
@@ -435,7 +435,7 @@ def _key(item: Item) -> Any:
         flop = (item.flop_per_element, item.product_flop_per_element)
         return (sizes, item.bytes_per_element, item.launches, *flop)
     if isinstance(item, Collective):
-        how = (item.custom, item.kernel, item.choices)
+        how = (item.custom, item.kernel, item.choices, item.neighbours_of, item.units, item.share)
         return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, *how)
     if isinstance(item, AttentionCore):
         sizes = "|".join(

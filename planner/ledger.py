@@ -204,7 +204,9 @@ class Collective(Item):
     and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
     with the library's while the message is small. ``ahead_bytes``: pieces of so many bytes in which traffic of the step lets it
     go first on a link of both; 0: they share it. ``kernel`` names one of ``hardware_profiles/exchange_libraries.toml`` that
-    exchanges tokens in the library's place; ``size`` has a token once for each of its ``choices``, which it need not send.
+    exchanges tokens in the library's place on ``units`` multiprocessors (0: as it takes); ``size`` has a token once for each of
+    its ``choices``, which it need not send, and which are neighbours among ``neighbours_of`` experts (0: they lie anywhere).
+    ``share``: of one call, whose rest is another item.
     """
 
     kind: CollectiveKind
@@ -216,6 +218,9 @@ class Collective(Item):
     ahead_bytes: float = 0.0
     kernel: str = ""
     choices: float = 1.0
+    neighbours_of: float = 0.0
+    units: float = 0.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

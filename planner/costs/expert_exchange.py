@@ -15,22 +15,28 @@ import numpy as np
 
 from planner.costs.arrays import Real
 from planner.costs.collective_algorithms import Level
-from planner.costs.moe import distinct_domains
+from planner.costs.moe import distinct_domains, neighbouring_domains
 
 __all__ = ["exchange_traffic", "expert_exchange_s"]
 
 
 def exchange_traffic(
-    token_bytes: Real, choices: Real, levels: Sequence[Level], *, per_rank: bool = True
+    token_bytes: Real,
+    choices: Real,
+    levels: Sequence[Level],
+    *,
+    per_rank: bool = True,
+    neighbours_of: float = 0.0,
 ) -> tuple[Real, Real]:
     """Bytes that a rank sends over the innermost tier, its own copies included, and to other domains of that tier.
 
     Args:
         token_bytes: all tokens of a rank, once.
-        choices: experts of a token; they lie anywhere with the same probability.
+        choices: experts of a token; they lie anywhere with the same probability, or beside one another.
         levels: the group's way through the network.
         per_rank: a token goes once to every rank, and over the network once to every domain, that holds any of its experts; else
             once per expert.
+        neighbours_of: of so many experts a token's choices are neighbours; 0: they lie anywhere.
 
     >>> link, remote = exchange_traffic(1.0, 8, [Level(8, 400e9, 1e-6), Level(64, 50e9, 5e-6)])
     >>> round(float(link), 2), round(float(remote), 2)  # 64 * (1 - (63/64)**8), 7/8 of 8 * (1 - (7/8)**8)
@@ -38,8 +44,15 @@ def exchange_traffic(
     """
     ranks = np.asarray(levels[-1].members, dtype=np.float64)
     domains = ranks / levels[0].members
-    copies = distinct_domains(choices, ranks) if per_rank else choices
-    messages = distinct_domains(choices, domains) if per_rank else choices
+
+    def reached(parts: Real) -> Real:
+        if not per_rank:
+            return choices
+        if neighbours_of:
+            return neighbouring_domains(choices, neighbours_of, parts)
+        return distinct_domains(choices, parts)
+
+    copies, messages = reached(ranks), reached(domains)
     return token_bytes * copies, token_bytes * messages * (domains - 1.0) / domains
 
 

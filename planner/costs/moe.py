@@ -22,6 +22,7 @@ __all__ = [
     "expert_flop",
     "expert_parameters",
     "expert_traffic_ratio",
+    "neighbouring_domains",
     "random_load_factor",
     "router_flop",
     "skewed_load_factor",
@@ -107,6 +108,21 @@ def distinct_domains(topk: Real, domains: Real) -> Real:
     5.251
     """
     return domains * (1.0 - (1.0 - 1.0 / domains) ** topk)
+
+
+def neighbouring_domains(topk: Real, experts: Real, domains: Real) -> Real:
+    """Expected nodes that a token's experts lie on where they are neighbours: ``1 + (k − g)/m``, at most ``N``.
+
+    Of ``m = x/N`` experts per node, for tokens whose first expert is any multiple of ``g = gcd(k, m)``: experts dealt out in
+    turn, ``k`` to a token, as benchmarks without a router do (NeMo Automodel, ``moe/layers.py``: FakeBalancedGate).
+
+    >>> float(neighbouring_domains(8, 256, 64)), float(neighbouring_domains(22, 512, 64))  # two nodes; 1 + (22 - 2)/8
+    (2.0, 3.5)
+    """
+    each = np.maximum(np.floor_divide(experts, domains), 1).astype(np.int64)
+    common = np.gcd(np.asarray(topk, dtype=np.int64), each)
+    reached: Real = np.minimum(1.0 + (np.asarray(topk) - common) / each, domains)
+    return reached
 
 
 def random_load_factor(tokens: Real, topk: Real, ranks: Real) -> Real:

@@ -47,6 +47,7 @@ _HABITS = {
     "gradient_sums": ("reduce_scatter", "all_reduce"),
     "weight_shares": ("slices", "tensors"),
     "stage_outputs": ("dropped", "returned"),
+    "tensor_scales": ("delayed", "current"),
 }
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
@@ -133,7 +134,8 @@ class Stack:
             ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share. ``weight_shares`` that ranks
             update there: ``slices`` of one length, which an all-gather brings together, or whole ``tensors``, of which every
             owner broadcasts its own before the next forward begins. ``stage_outputs``, the last pipeline stage's: ``dropped``
-            once their loss is known, or ``returned`` to the caller, all at the end of the step.
+            once their loss is known, or ``returned`` to the caller, all at the end of the step. ``tensor_scales``, one per tensor
+            of 8-bit numbers: ``delayed``, known from the steps before, or ``current``, of a pass over the tensor itself.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.

@@ -36,6 +36,7 @@ _MOST_OF_ANYTHING = 10**9
 _MONTH = re.compile(r"(?<=[_-])(20\d\d)-?(0[1-9]|1[0-2])(?=[_.-])")  # in a file's name
 # Frameworks that train GPT models with dropout unless they are told otherwise.
 _WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
+_WITH_HYBRID_EP = "25.11"
 _REDUCES_AS_COMPUTED = "pytorch fsdp1"  # MixedPrecision.reduce_dtype is param_dtype where it is not given
 _MAKES_SHARED_TENSORS = ("megatron-core", "pytorch fsdp2")
 
@@ -148,6 +149,14 @@ def _expert_tensor(cells: Cells) -> int:
     return 1 if ranks % (tp * (cells.row.whole("ep") or 1)) else tp
 
 
+def _dispatch(cells: Cells) -> str | None:
+    """None: what the stack says. A row that tells what is recomputed was read beside its recipe, which names a dispatcher."""
+    read = cells.row.text("recompute") or cells.row.text("other_flags")
+    by_recipe = cells.of_container and cells.row.text("framework_version") >= _WITH_HYBRID_EP
+    across_nodes = cells.device.scale_up.domain > cells.device.devices_per_node
+    return "fused" if by_recipe and across_nodes and not read else None
+
+
 def _virtual_stages(cells: Cells) -> int:
     stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
     schedule = cells.row.text("schedule")
@@ -254,6 +263,13 @@ DEFAULTS = (
         "eager under FSDP2 where neither torch.compile nor what needs or replaces it is named",
         "torchtitan train_configs/*.toml @1ea476e9f: compile = false",
         lambda c: "eager",
+    ),
+    Default(
+        "(dispatch)",
+        "what the stack says; HybridEP where a NeMo container of 25.11 or later ran on NVLink domains of several nodes, and the "
+        "row tells neither flags nor recompute",
+        "Megatron-Bridge scripts/performance/configs @v0.2.0: recipes of mixtures on GB200 and GB300, but for GPT-OSS",
+        _dispatch,
     ),
     Default(
         "(adapters)",

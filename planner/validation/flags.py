@@ -95,8 +95,10 @@ def kernel_knobs(flags: Flags, *, tp: int, cp: int) -> dict[str, str]:
     knobs |= _cuda_graph(flags)
     if flags.values.get("moe-a2a-overlap", "").lower() == "true" or flags.says(r"\bep overlap on\b"):
         knobs["expert_overlap"] = "combined_1f1b"
+        # Megatron-Bridge scripts/performance/utils/overrides.py, v0.5.0: a stream of high priority goes with fused experts.
+        knobs["exchange_stream"] = "priority" if knobs.get("cuda_graph") == "full" else "plain"
     if flags.says(r"deepep|hybridep"):
-        knobs["dispatch"] = "fused"
+        knobs["dispatch"] = "deepep" if flags.says(r"deepep") else "fused"
     if cp > 1 and flags.says(r"cp comm a2a|cp-comm-type=a2a\b"):
         knobs["context"] = "a2a"
     return knobs

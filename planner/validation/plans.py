@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,8 @@ _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()}
 }
 _PER_OPERATOR = "per_op_sac"
 _LOSS_COMPILED = "2025-04"
+_MODULES_OF_AUTOMODEL = r"\bTE \+ DeepEP\b"
+_PIPELINES_SYNCHRONISED_ONCE = "2025-10-08"
 _OFFLOADS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "optimizer:0": {},
@@ -82,7 +85,7 @@ def run_of(row: Row) -> Run:
     cells.check_mandatory()
     flags = read_flags(row.text("other_flags"))
     model, cluster = model_of(cells, flags), cluster_of(cells)
-    stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
+    stack = _stack(_framework(cells, flags), row.text("framework_version"), row.text("measured_date"))
     fixed = _fixed(cells, flags, model, cluster)
     if fixed.get("sequence_parallel") == "true":  # which kind, the stack says
         fixed["sequence_parallel"] = stack.knobs.get("sequence_parallel", "true")
@@ -103,6 +106,20 @@ def run_of(row: Row) -> Run:
     elif _some_layers(cells):
         otherwise = tuple(_share_of_layers(model, quarters) for quarters in (2, 3, 4))
     return Run(row, Problem(model, cluster, workload, stack, fixed), tuple(cells.used), otherwise)
+
+
+def _framework(cells: Cells, flags: Flags) -> str:
+    """The framework's name. Modules of Transformer Engine and DeepEP under FSDP2 are NeMo Automodel's."""
+    if not (cells.framework.startswith("pytorch fsdp2") and flags.says(_MODULES_OF_AUTOMODEL)):
+        return cells.row.text("framework")
+    return f"NeMo Automodel {'PyTorch attention' if flags.says(r'FlexAttn|TorchSDPA') else ''}".strip()
+
+
+def _synchronised_always(cells: Cells) -> bool:
+    """Whether a pipeline gathers and reduces in every micro-batch: NeMo Automodel's mixtures until its pull request 574, of
+    8 October 2025, which shard the modules inside a stage, so that the schedule does not know of it."""
+    sharded_inside = re.search(_MODULES_OF_AUTOMODEL, cells.row.text("other_flags")) is not None
+    return sharded_inside and cells.since < _PIPELINES_SYNCHRONISED_ONCE
 
 
 def _compiles_loss(cells: Cells, flags: Flags) -> bool:
@@ -164,6 +181,10 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
         fixed |= _recompute(cells.text("recompute"), model, pp, chunks)
     fixed |= _offload(cells.text("offload"))
     fixed |= kernel_knobs(flags, tp=tp, cp=cp)
+    if mixture and "dispatch" not in fixed and (how := cells.default("(dispatch)")):
+        fixed["dispatch"] = how
+    if mixture and "fake gate" in cells.row.text("notes"):  # NeMo Automodel's FakeBalancedGate
+        fixed["routing"] = "neighbours"
     if pp > 1 and "pipeline-layout" in flags.values:
         fixed["pipeline_layout"] = flags.values["pipeline-layout"]
     if "adaptation" in fixed and (targets := cells.default("(adapters)")):
@@ -192,7 +213,7 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
     printed = cells.row.text("sharding_as_printed").lower()
     fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
-    if fsdp and stage > 1 and cells.whole("pp") > 1:
+    if fsdp and stage > 1 and cells.whole("pp") > 1 and not _synchronised_always(cells):
         stage = 1  # PyTorch's pipelines keep weights gathered and gradients whole until the last micro-batch
     choice: dict[str, Any] = {
         "zero_stage": "fsdp" if stage == 3 and fsdp else str(stage),

@@ -25,6 +25,7 @@ from planner.costs import (
     host_adam_s,
     model_flop_utilization,
     muon_overhead,
+    neighbouring_domains,
     offload_efficiency,
     offload_required_bytes_per_s,
     optimizer_state_bytes,
@@ -172,6 +173,26 @@ def test_unknown_format_names_the_known_ones():
 def test_experts_of_mixtral():
     # 32 layers of 8 experts of 3·4096·14336: 45.1e9 of the 46.7e9 that its card gives
     assert 32 * expert_parameters(8, 4096, 14336) == 45_097_156_608
+
+
+@pytest.mark.parametrize(
+    ("topk", "experts", "domains"),
+    [
+        (8, 256, 64),
+        (8, 256, 8),
+        (8, 128, 8),
+        (22, 512, 64),
+        (4, 128, 64),
+        (6, 128, 8),
+        (8, 384, 32),
+        (6, 64, 64),
+    ],
+)
+def test_experts_dealt_in_turn_lie_on_so_many_domains(topk, experts, domains):
+    dealt = [(token * topk + choice) % experts for token in range(experts) for choice in range(topk)]
+    homes = np.array(dealt).reshape(-1, topk) // (experts // domains)
+    counted = np.mean([len(set(of_token)) for of_token in homes.tolist()])
+    assert float(neighbouring_domains(topk, experts, domains)) == pytest.approx(counted)
 
 
 def test_dispatch_and_capacity():

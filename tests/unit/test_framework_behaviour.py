@@ -242,10 +242,76 @@ def casts_of_weights(stack, **fixed):
 def test_weights_are_cast_once_per_step_and_kept_where_the_stack_says_so():
     # Read in 2 bytes, written in 1 as they are and in 1 transposed (Transformer Engine, FP8 weight caching).
     assert casts_of_weights("megatron-core", zero_stage="1") == pytest.approx([0.0, 4.0, 2.0])
-    # Megatron-Bridge's fp8 recipes keep nothing else of a weight (fp8_param_gather): no more than its 2 bytes.
-    assert casts_of_weights("megatron-bridge", zero_stage="1") == pytest.approx([0.0, 4.0, 0.0])
+    # Megatron-Bridge's fp8 recipes keep nothing else of a weight (fp8_param_gather): no more than its 2 bytes. They read it once
+    # more before, for its scale ("tensorwise").
+    assert casts_of_weights("megatron-bridge", zero_stage="1") == pytest.approx([0.0, 6.0, 0.0])
     assert casts_of_weights("megatron-core", zero_stage="fsdp") == pytest.approx([4.0, 0.0, 0.0])
     assert casts_of_weights("pytorch-fsdp", zero_stage="1") == pytest.approx([4.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("stack", "precision", "moved"), [
+    ("megatron-bridge", "fp8", 2 + 2 + 1 + 1), ("megatron-core", "fp8", 2 + 1 + 1), ("megatron-bridge", "mxfp8", 2 + 2 * 33 / 32),
+])  # fmt: skip
+def test_a_scale_of_the_tensor_itself_is_found_in_a_pass_of_its_own(stack, precision, moved):
+    # Transformer Engine's Float8CurrentScalingQuantizer: compute_amax, compute_scale_from_amax, quantize. A scale of 32 elements
+    # is found where they are cast.
+    ledger = assembly(
+        "llama3-8b", "b200:1x8", stack, planner.TrainWorkload(8, 8192, precisions=(precision,)), precision=precision,
+    ).parts[0].ledger  # fmt: skip
+    casts = [i for i in ledger.of(Stream, block="dense") if i.what == "mlp.fc1.quantise"]
+    assert {i.bytes_per_element for i in casts} == {moved}
+
+
+def exchanges_of(**fixed):
+    """Collectives of a DeepSeek-V3 layer's forward on 64 ranks of eight nodes, with their seconds."""
+    part = assembly(
+        "deepseek-v3", "h100-sxm:8x8", job=planner.TrainWorkload(64, 4096), ep=64, precision="bf16", **fixed
+    ).parts[0]
+    items = [i for i in part.ledger.of(Collective, phase="forward") if i.kind == "all_to_all"]
+    return [
+        (i, float(np.ravel(s)[0]))
+        for i, s in zip(items, part.pricer.prices(items, part.ledger.axes), strict=True)
+    ]
+
+
+def test_without_priority_a_third_of_an_exchange_hides():
+    # Megatron-Bridge's moe-comm-overlap page: 3,959 ms of communication, 36.55 % of it, ran beside products and attention.
+    def by_track(**fixed):
+        seconds = {"main": 0.0, "exchange": 0.0}
+        for item, price in exchanges_of(**fixed):
+            seconds[item.track] += price
+        return seconds
+
+    serial = by_track()
+    whole = by_track(expert_overlap="combined_1f1b")
+    plain = by_track(expert_overlap="combined_1f1b", exchange_stream="plain")
+    assert serial["exchange"] == whole["main"] == 0.0
+    assert plain["exchange"] == pytest.approx(0.3655 * whole["exchange"])
+    assert plain["main"] + plain["exchange"] == pytest.approx(serial["main"])
+
+
+def test_neighbouring_experts_are_on_few_nodes():
+    # 8 of 256 experts in turn on 64 ranks: two ranks of one node. Anywhere: 64 (1 - (63/64)^8) ranks, 8 (1 - (7/8)^8) nodes.
+    # 51.4 MB of tokens leave the node with 7/8, at 46 GB/s.
+    tokens = 4096 * 7168 * 2.0
+    for routing, nodes in (("anywhere", 8 * (1 - (7 / 8) ** 8)), ("neighbours", 1.0)):
+        (_, dispatch), _ = exchanges_of(routing=routing)
+        assert dispatch == pytest.approx(nodes * 7 / 8 * tokens / 46e9, rel=0.15)
+
+
+def test_deepep_copies_on_its_multiprocessors():
+    # 20 of them at 12.0 GB/s each (exchange_libraries.toml), one node, tokens to 8 (1 - (7/8)^8) of 8 ranks.
+    def dispatch(how):
+        part = assembly(
+            "qwen3-30b-a3b", "h100-sxm:1x8", job=planner.TrainWorkload(32, 4096), ep=8, precision="bf16", dispatch=how,
+            micro_batch_size=4,
+        ).parts[0]  # fmt: skip
+        item = next(i for i in part.ledger.of(Collective, phase="forward") if i.what == "moe.dispatch")
+        return float(np.ravel(part.pricer.prices([item], part.ledger.axes)[0])[0])
+
+    sent = 4 * 4096 * 2048 * 2.0 * 8 * (1 - (7 / 8) ** 8)
+    assert dispatch("deepep") == pytest.approx(sent / (20 * 12.0e9), rel=0.05)
+    assert dispatch("fused") < 0.8 * dispatch("deepep")
 
 
 def test_an_input_that_no_weight_gradient_reads_is_written_once():

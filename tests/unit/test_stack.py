@@ -28,12 +28,14 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "gradient_sums": "all_reduce",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "tensor_scales": "delayed",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
         "gradient_sums": "reduce_scatter",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "tensor_scales": "delayed",
     }
 
 
@@ -100,6 +102,8 @@ def test_the_framework_and_its_date_choose_the_stack():
     assert stack_for("Composer FSDP1", "torch 1.13", "2023").name == "composer-2023"
     assert stack_for("Composer FSDP1", "torch 2.x", "2024").name == "composer"
     assert stack_for("PyTorch FSDP2", "", "2025").name == "pytorch-fsdp"
+    assert stack_for("NeMo Automodel", "", "2026").name == "automodel"
+    assert stack_for("NeMo Automodel PyTorch attention").name == "automodel-torch"
     assert stack_for("something else").name == "default"
 
 

@@ -148,6 +148,53 @@ def test_experts_are_cut_as_the_attention_where_there_are_ranks_for_it(row, ep, 
     assert run_of(row(**EXPERTS, ep=ep)).problem.fixed["etp"] == etp
 
 
+NVL72 = {"accelerator": "GB200-NVL72", "devices_per_node": "4", "framework_version": "25.11"}
+SILENT = NVL72 | {"recompute": "", "other_flags": ""}
+
+
+@pytest.mark.parametrize(
+    ("cells", "knobs"),
+    [
+        # Megatron-Bridge scripts/performance/configs @v0.2.0, which the container 25.11 has: hybridep on GB200 and GB300.
+        (SILENT, {"dispatch": "fused"}),
+        (SILENT | {"framework_version": "25.09"}, {"dispatch": None}),  # @v0.1.0rc3: H100 alone has a dispatcher
+        (SILENT | {"recompute": "none"}, {"dispatch": None}),  # read beside a recipe that names none
+        (SILENT | {"accelerator": "B200-SXM", "devices_per_node": "8"}, {"dispatch": None}),
+        ({"other_flags": "moe_flex_dispatcher_backend=deepep; moe_a2a_overlap=True"},
+         {"dispatch": "deepep", "expert_overlap": "combined_1f1b", "exchange_stream": "plain"}),
+        # scripts/performance/utils/overrides.py @v0.5.0: high_priority_a2a_comm_stream beside fused experts
+        ({"other_flags": "cuda_graph_impl=full_iteration; moe_flex_dispatcher_backend=hybridep; moe_a2a_overlap=True"},
+         {"dispatch": "fused", "exchange_stream": "priority"}),
+        ({"notes": "mock data, balanced fake gate"}, {"routing": "neighbours"}),
+        ({}, {"routing": None, "exchange_stream": None}),
+    ],
+)  # fmt: skip
+def test_how_tokens_come_to_experts(row, cells, knobs):
+    fixed = run_of(row(**EXPERTS, **cells)).problem.fixed
+    assert {name: fixed.get(name) for name in knobs} == knobs
+
+
+@pytest.mark.parametrize(
+    ("cells", "stack", "stage"),
+    [
+        # NeMo Automodel's pull request 574 of 8 October 2025 has pipelines of mixtures synchronise once.
+        ({"other_flags": "TE + DeepEP", "measured_date": "2025-10-02"}, "automodel", "fsdp"),
+        ({"other_flags": "TE + DeepEP", "measured_date": "2026"}, "automodel", "1"),
+        ({"other_flags": "TE + DeepEP + FlexAttn"}, "automodel-torch", "1"),
+        ({"other_flags": "TE + triton"}, "pytorch-fsdp", "1"),
+    ],
+)
+def test_mixtures_of_automodel(row, cells, stack, stage):
+    sharded = {
+        "framework": "PyTorch FSDP2",
+        "zero_stage": "3",
+        "sharding_as_printed": "fsdp (FSDP2)",
+        "tp": "1",
+    }
+    problem = run_of(row(**EXPERTS, **sharded, **({"measured_date": "2026"} | cells))).problem
+    assert (problem.stack.name, problem.fixed["zero_stage"]) == (stack, stage)
+
+
 def test_layers_that_divide_into_no_chunks_are_dealt_all_the_same(row):
     """61 layers in 16 chunks, as Megatron-Bridge lays DeepSeek-V3 out on two stages (Et*4|(t*4|)*14tmL)."""
     layers = predicted_run(run_of(row(n_layers="61", model="m", vpp="8")))[1].layout.chunks.sum(axis=2)

@@ -8,6 +8,8 @@ Costs: dispatch and combine, k·T·h elements each way, forward and backward; wi
     Where the all-to-all is of a library that knows nothing of experts (``dispatch=copied``), tokens are copied into the order
     of ranks before it, and behind it into that of the rank's experts if it has several: (1 + 1/k) + 2 passes over k·T·h
     elements each way, in place of 2.
+    Kernels made for experts send a token once to every rank and node that holds any of its experts: they are fewer where its
+    experts are neighbours (``routing=neighbours``).
 Assumes: tokens of the sequence-parallel shard are dispatched; a capacity factor cuts every expert's tokens off at it and pads
     them up to it; all-to-alls are exposed.
 Source: Lepikhin et al. 2020 (GShard, arXiv:2006.16668) §3; Liu et al. 2025 (MoE parallel folding, arXiv:2504.14960); copies:
@@ -30,6 +32,9 @@ from planner.techniques.training.expert.load import loads
 
 _COPY_RATE = 0.506
 """Of the memory's rate on the data sheet, what copies of tokens into another order reach: 0.501 forward, 0.511 backward."""
+
+_LIBRARIES = {"fused": ("hybrid-ep", 0.0), "deepep": ("deepep-normal", 20.0)}
+"""Of kernels made for experts, and the multiprocessors that they are given (DeepEP, ``Buffer.num_sms``)."""
 
 
 def valid(ctx: Context) -> Iterable[Check]:
@@ -91,8 +96,10 @@ def _by_kernel(exchange: Collective, ctx: Context, outward: bool) -> Collective:
     assert moe is not None, "tokens go to experts alone"
     if ctx.knobs.get("dispatch") == "copied":
         return exchange
-    kernel = "hybrid-ep.dispatch" if outward else "hybrid-ep.combine"
-    return replace(exchange, kernel=kernel, choices=float(moe.top_k))
+    library, units = _LIBRARIES[ctx.knobs.get("dispatch") or "fused"]
+    kernel = f"{library}.dispatch" if outward else f"{library}.combine"
+    near = float(moe.experts) if ctx.knobs.get("routing") == "neighbours" else 0.0
+    return replace(exchange, kernel=kernel, choices=float(moe.top_k), neighbours_of=near, units=units)
 
 
 def _copied(ledger: Ledger, ctx: Context) -> Ledger:
@@ -113,7 +120,13 @@ def _copied(ledger: Ledger, ctx: Context) -> Ledger:
 
 
 def _dispatch(text: str) -> str:
-    if text not in ("copied", "fused"):
+    if text not in ("copied", *_LIBRARIES):
+        raise ValueError(text)
+    return text
+
+
+def _routing(text: str) -> str:
+    if text not in ("anywhere", "neighbours"):
         raise ValueError(text)
     return text
 
@@ -151,11 +164,19 @@ TECHNIQUE = Technique(
         ),
         Detail(
             "dispatch",
-            "whether kernels made for it bring tokens to their experts, or copies and an all-to-all",
-            ("fused", "copied"),
+            "whether kernels made for it (Hybrid-EP's, DeepEP's) bring tokens to their experts, or copies and an all-to-all",
+            ("fused", "deepep", "copied"),
             "fused",
             read=_dispatch,
-            expected="fused or copied",
+            expected="fused, deepep or copied",
+        ),
+        Detail(
+            "routing",
+            "where a token's experts lie: anywhere, or beside one another, as a benchmark deals them out without a router",
+            ("anywhere", "neighbours"),
+            "anywhere",
+            read=_routing,
+            expected="anywhere or neighbours",
         ),
     ),
     figures=(

@@ -4,13 +4,16 @@ What it does: every linear product reads operands quantised on use (``fp8``: one
     row; ``mxfp8``: one 8-bit scale per 32 elements; ``nvfp4``: one 8-bit scale per 16 elements).
 Saves: time on the matrix units; a linear layer's saved input shrinks to the narrow format.
 Costs: a cast of both operands forward and of the output gradient backward, each written twice (the transpose of a quantised
-    tensor is no quantisation of the transpose); the host's time for these kernels, of every expert its own.
+    tensor is no quantisation of the transpose); the host's time for these kernels, of every expert its own. A tensor's one scale,
+    where it is the current one, costs another pass over the tensor before the cast.
 Assumes: attention, router, head, communication and master weights as in bf16; all linear layers are quantised. Weights are cast
     in every micro-batch; or, where the stack says so and replicas hold them whole, once per step and kept, beside 16 bits or
     in their place. Inputs that no weight gradient reads are written once. Dimensions are whole blocks.
 Source: OCP Microscaling Formats v1.0 (2023); Micikevicius et al. 2022 (FP8 formats, arXiv:2209.05433); NVIDIA 2025 (NVFP4
     pre-training, arXiv:2509.25149); Transformer Engine ``pytorch/csrc/extensions/gemm.cpp`` (a product swizzles the scales of
-    both operands) and its user guide on caching FP8 weights (``is_first_microbatch``).
+    both operands) and its user guide on caching FP8 weights (``is_first_microbatch``); current scales:
+    ``pytorch/csrc/quantizer.cpp`` (``Float8CurrentScalingQuantizer``, v2.8 to v2.14: the largest value is found, made a scale,
+    and the cast follows, in one call of the host).
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     for item in ledger.of(Matmul):
         if item.phase == "weight" or item.tags & WIDE or (item.phase != "forward" and library):
             continue  # the weight gradient finds both of its operands cast
-        casts = _Casts(item, formats)
+        casts = _Casts(
+            item, formats, formats.name == "fp8" and ctx.stack.habits["tensor_scales"] == "current"
+        )
         copies = 2.0 if (item.block, item.what) in trained else 1.0
         added.append(casts.stream("quantise", item.m, copies, casts.calls()))
         if item.phase == "forward":
@@ -89,11 +94,14 @@ class _Casts(NamedTuple):
 
     item: Matmul
     formats: Format
+    found: bool
+    """Whether a tensor's one scale is found in a pass of its own."""
 
     def stream(self, what: str, rows: str, copies: float, calls: str) -> Stream:
         """The cast of one operand: read once, written ``copies`` times."""
         item, formats = self.item, self.formats
-        cast = cast_bytes(1.0, dtype_bytes(formats.activation), formats.linear_input_bytes, copies=copies)
+        wide = dtype_bytes(formats.activation)
+        cast = cast_bytes(1.0, wide, formats.linear_input_bytes, copies=copies) + wide * self.found
         return Stream(
             what=f"{item.what}.{what}", block=item.block, phase=item.phase, tags=item.tags - {"gemm"}, by=_KEY,
             size=self._elements(rows), bytes_per_element=float(cast), calls=calls,
