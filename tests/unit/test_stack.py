@@ -28,12 +28,14 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "gradient_sums": "all_reduce",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "updates": "fused",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
         "gradient_sums": "reduce_scatter",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "updates": "fused",
     }
 
 
