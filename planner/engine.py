@@ -30,7 +30,7 @@ from planner.costs.collectives import (
 from planner.costs.expert_exchange import exchange_traffic
 from planner.costs.overlap import pipelined_s
 from planner.costs.precision import dtype_bytes
-from planner.kernel_prices import KernelPrices, exchange_s, slowdown_constant
+from planner.kernel_prices import KernelPrices, beside_nothing, exchange_s, slowdown_constant
 from planner.ledger import (
     Array,
     AttentionCore,
@@ -435,7 +435,8 @@ def _key(item: Item) -> Any:
         flop = (item.flop_per_element, item.product_flop_per_element)
         return (sizes, item.bytes_per_element, item.launches, *flop)
     if isinstance(item, Collective):
-        how = (item.custom, item.kernel, item.choices, item.neighbours_of, item.units, item.share)
+        spread = (item.neighbours_of, item.units, item.share)
+        how = (item.custom, item.kernel, item.choices, beside_nothing(item), *spread)
         return (f"{item.size}|{item.messages}", item.kind, item.group.key, item.dtype, *how)
     if isinstance(item, AttentionCore):
         sizes = "|".join(

@@ -124,6 +124,7 @@ if TYPE_CHECKING:
         KNOWN_OPTIMIZERS,
         muon_flop,
         muon_overhead,
+        operator_update_bytes,
         optimizer_state_bytes,
         optimizer_touched_bytes,
     )
@@ -318,6 +319,7 @@ __all__ = [
     "neighbouring_domains",
     "offload_efficiency",
     "offload_required_bytes_per_s",
+    "operator_update_bytes",
     "optimizer_state_bytes",
     "optimizer_touched_bytes",
     "out_share",

@@ -267,6 +267,34 @@ def _whole(passes: float, hops: _Hops) -> Algorithm:
     return whole
 
 
+def _broadcast(path: _Path) -> tuple[MessageCost, ...]:
+    """A ring from its root on: a rank sends on what it has, chunk by chunk, and the last waits until the chain is filled.
+
+    Nothing of the filling overlaps with the transfer, of which the last rank has seen nothing by then. Chunks are of one length
+    all the way: where a ring leaves its node, every hop takes as long as one over the network (NVIDIA/nccl @v2.18.5,
+    src/graph/tuning.cc: a broadcast takes ``nRanks`` steps at the network's latency, by Simple 14 µs with "some chunk latency";
+    28 µs @v2.14.3 and @v2.21.5). By the small protocol a rank sends on inside its node what it is still receiving; a network
+    interface is handed whole steps, and there every hop moves a message again. NCCL has no tree for it.
+    """
+    if not path.library:
+        return _whole(1.0, _chain_s)(path)
+    small_hop_s: Real = 0.0
+    bulk_hop_s: Real = 0.0
+    again: Real = 0.0
+    for crossing in path.crossings:
+        link, crossed = crossing.transport, crossing.members > crossing.below
+        small_hop_s = np.where(crossed, crossing.latency_s, small_hop_s)[()]
+        bulk_hop_s = np.where(crossed, link.bulk_hop_s, bulk_hop_s)[()]
+        if link.scale_out:
+            hops = np.maximum(path.group / crossing.below - path.group / crossing.members - 1.0, 0.0)
+            again = again + hops / (crossing.below * crossing.bytes_per_s * link.small_fraction)
+    small, bulk = _over_protocols(path, 1.0, lambda _: path.group - 1.0, _bottleneck_s_per_byte)
+    return (
+        MessageCost(small.s_per_byte + again, _launch_s(path) + (path.group - 1.0) * small_hop_s),
+        MessageCost(bulk.s_per_byte, _launch_s(path) + (path.group - 1.0) * bulk_hop_s),
+    )
+
+
 def _hierarchical(passes: float) -> Algorithm:
     """A ring per tier, one tier after the other, each on the share of the inner tiers, ``n/m[j−1]``."""
 
@@ -372,7 +400,7 @@ _ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     "all_gather": _GATHER,
     "reduce_scatter": _GATHER,
     "all_to_all": {"direct": _all_to_all},
-    "broadcast": {"ring": _whole(1.0, _chain_s), "tree": _whole(1.0, _tree_s)},
+    "broadcast": {"ring": _broadcast, "tree": _whole(1.0, _tree_s)},
     "point_to_point": {"direct": _send},
 }
 _COMPETING: dict[str, tuple[str, ...]] = {
@@ -388,4 +416,5 @@ _LIBRARY: dict[str, tuple[str, ...]] = _COMPETING | {
     "all_reduce": ("ring", "tree", "multicast"),
     "all_gather": ("ring",),
     "reduce_scatter": ("ring",),
+    "broadcast": ("ring",),
 }

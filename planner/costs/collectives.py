@@ -148,10 +148,10 @@ def all_to_all_s(n_bytes_local: Real, levels: Sequence[Level]) -> Real:
 def broadcast_s(n_bytes: Real, levels: Sequence[Level], algorithm: str = "auto") -> Real:
     """Seconds of a pipelined broadcast: ``n/W`` plus the depth of a chain or a tree.
 
-    ``algorithm`` is ``ring`` (a chain), ``tree`` or ``auto``, the element-wise faster of the two.
+    ``algorithm`` is ``ring`` (a chain), ``tree`` or ``auto``, the element-wise faster of the two; a library has the chain alone.
 
     A chain passes every byte over every hop, so its bandwidth term is ``n/W`` as the tree's, without
-    ``(G−1)/G``.
+    ``(G−1)/G``, and nothing of its ``(G−1)·α`` hides behind that.
 
     >>> round(float(broadcast_s(25e9, [Level(8, 50e9, 0.0)])), 6)
     0.5

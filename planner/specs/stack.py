@@ -48,6 +48,7 @@ _HABITS = {
     "weight_shares": ("slices", "tensors"),
     "stage_outputs": ("dropped", "returned"),
     "tensor_scales": ("delayed", "current"),
+    "updates": ("fused", "operators"),
 }
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
@@ -109,7 +110,8 @@ class Stack:
         narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
-        collective_slowdown: the same of collectives but all-to-alls, relative to the links' profile.
+        collective_slowdown: the same of collectives but all-to-alls, relative to the links' profile; of those too that run once
+            per step with nothing beside them there is none.
         dispatch_s: host time to issue one kernel.
         waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
             the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.
@@ -136,6 +138,7 @@ class Stack:
             owner broadcasts its own before the next forward begins. ``stage_outputs``, the last pipeline stage's: ``dropped``
             once their loss is known, or ``returned`` to the caller, all at the end of the step. ``tensor_scales``, one per tensor
             of 8-bit numbers: ``delayed``, known from the steps before, or ``current``, of a pass over the tensor itself.
+            ``updates`` of the optimizer: one ``fused`` kernel, or tensor ``operators`` one after the other.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.

@@ -190,7 +190,10 @@ def between_replicas(item: Item) -> bool:
 
 def _sent(ledger: Ledger, item: Collective) -> float:
     group = float(np.ravel(item.group.size)[0])
-    passes = {"all_reduce": 2.0 * (group - 1) / group, "point_to_point": float(group > 1)}
+    passes = {
+        "all_reduce": 2.0 * (group - 1) / group,
+        **dict.fromkeys(("point_to_point", "broadcast"), float(group > 1)),
+    }
     return _value(ledger, item.size) * passes.get(item.kind, (group - 1) / group)
 
 

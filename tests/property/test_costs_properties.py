@@ -195,6 +195,7 @@ TABLES = {
     "dtype_bytes",
     "fastest_s",
     "latency_alpa_s",
+    "operator_update_bytes",
     "optimizer_state_bytes",
     "phases_run_s",
     "priority_wait_s",

@@ -91,6 +91,36 @@ def test_broadcast_is_pipelined():
     assert broadcast_s(4e9, [NODE]) == broadcast_s(4e9, [NODE], "tree")
 
 
+NVLINK = Transport(launch_s=1e-5, small_fraction=0.5, bulk_hop_s=2.5e-5)
+NET = Transport(launch_s=1e-5, small_fraction=0.92, bulk_hop_s=1.4e-5, scale_out=True)
+
+
+def library(ranks):
+    """Nodes of eight with four 100 Gb/s interfaces, driven by a library."""
+    return [Level(min(ranks, 8), 230e9, 1e-6, NVLINK), Level(ranks, 6.25e9, 5e-6, NET)]
+
+
+@pytest.mark.parametrize("ranks", [64, 256, 1024])
+def test_a_broadcast_between_nodes_fills_its_ring_before_it_ends(ranks):
+    # NVIDIA/nccl @v2.18.5, src/graph/tuning.cc: nRanks steps of 14 µs at the network's latency by Simple, and the bytes at the
+    # bandwidth of all interfaces of a node.
+    nccl_s = ranks * 14e-6 + 90e6 / 50e9
+    assert broadcast_s(90e6, library(ranks)) == pytest.approx(nccl_s, rel=0.02)
+    assert all_gather_s(90e6, library(ranks)) < 90e6 / 50e9 + ranks * 5e-6  # whose hops move one rank's part
+
+
+def test_a_small_broadcast_hops_by_the_small_protocol():
+    # 8 KiB over eight nodes: 63 hops of 5 µs; six of the seven interfaces hand it on again, at 46 GB/s.
+    moved_s = 8192 / (8 * 6.25e9 * 0.92)
+    assert broadcast_s(8192, library(64)) == pytest.approx(1e-5 + 63 * 5e-6 + 7 * moved_s)
+
+
+def test_a_broadcast_inside_a_node_has_the_nodes_hops():
+    # NCCL has no tree for it. Seven hops, and the bytes once over every link.
+    assert broadcast_s(1e9, library(8)) == pytest.approx(1e-5 + 7 * 2.5e-5 + 1e9 / 230e9)
+    assert broadcast_s(1e9, library(8)) == broadcast_s(1e9, library(8), "ring")
+
+
 def test_sent_bytes():
     # (G-1)/G, twice that for an all-reduce
     assert all_gather_bytes(64.0, 64) == reduce_scatter_bytes(64.0, 64) == all_to_all_bytes(64.0, 64) == 63.0

@@ -29,6 +29,7 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "weight_shares": "slices",
         "stage_outputs": "dropped",
         "tensor_scales": "delayed",
+        "updates": "fused",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
@@ -36,6 +37,7 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "weight_shares": "slices",
         "stage_outputs": "dropped",
         "tensor_scales": "delayed",
+        "updates": "fused",
     }
 
 

@@ -18,11 +18,18 @@ from collections.abc import Iterator, Mapping
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Ledger, Resident, Stream
-from planner.specs.model import Block
 from planner.technique import Context, Figure, Knob, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
-from planner.techniques.training.elementwise_kernel.kernels import Kernels, run_apart
+from planner.techniques.training.elementwise_kernel.kernels import (
+    GATED,
+    Kernels,
+    activated_gate,
+    is_gated,
+    is_rmsnorm,
+    run_apart,
+    saved,
+)
 
 _KEY = "eager_elementwise"
 
@@ -33,8 +40,6 @@ _KEY = "eager_elementwise"
 _NORM = {"forward": Kernels(8.0, 5.0, 2.0, 2.0), "backward": Kernels(16.0, 18.0, 6.0, 2.0)}
 # Cast, product with the angles, cast; backward the same, and the conjugate of the angles.
 _ROPE = {"forward": Kernels(3.0, 2.0, 0.0, 2.0), "backward": Kernels(4.0, 2.0, 0.0, 2.0)}
-# Activation (read, write), product (two reads, write). Backward: three kernels of two reads and one write.
-_GATED = {"forward": Kernels(2.0, 0.0, 5.0), "backward": Kernels(3.0, 0.0, 9.0)}
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -53,28 +58,19 @@ def _kept(ledger: Ledger, ctx: Context, width: float) -> Iterator[Resident]:
             # The copy takes the place of the input, where the ledger has that.
             replaced = width if (item.block, _input_of(item.what)) in held else 0.0
             if replaced < 4.0:
-                yield _saved(item, "input_copy", 4.0 - replaced)
-            yield _saved(item, "normalised", width)
-        elif kernels is _GATED:
-            yield _saved(item, "activated_gate", width)
+                yield saved(item, "input_copy", 4.0 - replaced, _KEY)
+            yield saved(item, "normalised", width, _KEY)
+        elif kernels is GATED:
+            yield activated_gate(item, width, _KEY)
 
 
 def _kernels(item: Stream, ctx: Context) -> Mapping[str, Kernels]:
     """By phase, the kernels of an operator that eager code writes out; empty for any other."""
-    operator = item.what.rpartition(".")[2]
-    spec = ctx.model.blocks.get(item.block.removeprefix("encoder."))
-    if "norm" in operator:
-        kind = ctx.model.final_norm if spec is None else spec.norm
-        # An indexer normalises its keys by LayerNorm (DeepSeek-V3.2, arXiv:2512.02556).
-        return _NORM if kind == "rmsnorm" and "indexer" not in item.tags else {}
-    if operator == "rope":
+    if is_rmsnorm(item, ctx):
+        return _NORM
+    if item.what.rpartition(".")[2] == "rope":
         return _ROPE
-    return _GATED if operator == "act" and spec is not None and _gated(spec, item.what) else {}
-
-
-def _gated(spec: Block, what: str) -> bool:
-    network = spec.mlp if what.startswith("mlp.") else spec.moe
-    return network is not None and network.gated
+    return GATED if is_gated(item, ctx) else {}
 
 
 def _input_of(norm: str) -> str:
@@ -83,14 +79,6 @@ def _input_of(norm: str) -> str:
     if not region:
         return f"{norm}.input"
     return f"{norm}_input" if name == "qk_norm" else f"{region}.{name.removesuffix('_norm')}_latent"
-
-
-def _saved(item: Stream, name: str, n_bytes: float) -> Resident:
-    """A tensor of the operator's size, kept for the backward, and made again where the operator is."""
-    return Resident(
-        what=f"{item.what}.{name}", block=item.block, tags=item.tags | {"saved"}, by=_KEY, size=item.size,
-        bytes_per_element=n_bytes, pool="activations", lifetime="micro_batch",
-    )  # fmt: skip
 
 
 def _kept_bytes(subject: Pass) -> float:
@@ -127,7 +115,7 @@ TECHNIQUE = Technique(
         Knob(
             "elementwise_kernel",
             "kernels of norms, rotary embeddings and activations",
-            ("fused", "eager_experts", "eager"),
+            ("fused", "cast_norms", "eager_experts", "eager"),
             "fused",
         ),
     ),

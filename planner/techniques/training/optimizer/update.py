@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.costs.optimizer import optimizer_state_bytes, optimizer_touched_bytes
+from planner.costs.optimizer import operator_update_bytes, optimizer_state_bytes, optimizer_touched_bytes
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Kernel, Ledger, Resident, Stream, times
 from planner.technique import Context
@@ -53,6 +53,9 @@ def update(
         own = optimizer_state_bytes("adamw", master_bytes=0.0) if adam else moments
         # Where weights are their own masters, they are read as well as written.
         touched = optimizer_touched_bytes(own + master, gradient, weight if master else 2 * weight)
+        by_operator = operator_update_bytes("adamw" if adam else name)
+        if ctx.stack.habits["updates"] == "operators" and by_operator is not None:
+            touched = by_operator + weight
         n_bytes = {
             "update": float(touched) + (0.0 if adam else extra_bytes) + copied,
             "gradient_norm": passes * gradient,

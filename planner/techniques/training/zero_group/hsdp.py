@@ -46,8 +46,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
         if item.kind == "reduce_scatter" and "data_parallel" in item.tags and (of := item.group.name) in sizes
     ]  # fmt: skip
     ledger = within(ledger, ctx, sizes, "shard", "hsdp", lambda item: item.kind != "all_reduce")
-    ledger = owned_among(ledger, ctx, sizes["dp_cp"])
-    return ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()}).add(between)
+    ledger = ledger.set_axes(**{f"zero_{mesh}": sizes[of] for mesh, of in MESHES.items()})
+    return owned_among(ledger, ctx, sizes["dp_cp"]).add(between)
 
 
 def _inside(ctx: Context, of: str) -> Array:

@@ -40,7 +40,7 @@ __all__ = [
     "within",
 ]
 
-_OWNERS = "owners_per_weight"  # axis
+_OWNERS = "matrix_owners", "vector_owners"  # axes, per weight
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
 
@@ -236,48 +236,89 @@ def gather_weights(ledger: Ledger, ctx: Context, by: str, **fields: Any) -> list
 def gather_updated(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     """What brings every rank's updated weights to all of them, once per step.
 
-    Owners of whole tensors broadcast them one after the other (PyTorch's ZeroRedundancyOptimizer, InternLM's optimizer). To a
-    library a broadcast is a ring, as an all-gather is: as many hops, and as many bytes over every link. What differs is that
-    every call fills the ring anew: there are as many as owners, which are no more than tensors. The next forward waits for them.
+    Owners of whole tensors broadcast what they own one after the other (PyTorch's ZeroRedundancyOptimizer, InternLM's
+    optimizer): as many calls as owners, each of which fills its ring anew, and the next forward waits for them. There are no
+    more owners than tensors; those of a norm or a bias alone, where there are more ranks than matrices, send a few kilobytes.
     """
     if ctx.stack.habits["weight_shares"] == "slices":
         return ledger.add(gather_weights(ledger, ctx, by))
-    ledger = ledger.set_axes(**{_OWNERS: _owners_per_weight(ctx, ctx.mesh.dp * ctx.mesh.cp)})
-    calls = gather_weights(ledger, ctx, by, track="main")
-    return ledger.add(item.but(messages=times(item.size, _OWNERS)) for item in calls)
+    ledger = _owned(with_degrees(ledger, ctx), ctx, ctx.mesh.dp * ctx.mesh.cp)
+    for call in gather_weights(ledger, ctx, by, track="main"):
+        call = call.but(what=call.what.replace("all_gather", "broadcast"), kind="broadcast")
+        ledger = ledger.add(
+            call.but(
+                what=f"{call.what}.{of}", size=times(call.size, f"{of}_part"), messages=times(call.size, of)
+            )
+            for of in _OWNERS
+        )
+    return ledger
 
 
 def owned_among(ledger: Ledger, ctx: Context, ranks: Array) -> Ledger:
     """Deals whole tensors, where a rank updates such, to so many ranks."""
-    return ledger.set_axes(**{_OWNERS: _owners_per_weight(ctx, ranks)}) if _OWNERS in ledger.axes else ledger
+    return _owned(ledger, ctx, ranks) if _OWNERS[0] in ledger.axes else ledger
 
 
-def _owners_per_weight(ctx: Context, ranks: Array) -> Array:
-    """Owners of a device's weights, per weight of it: every owner's are about as many."""
-    owners = np.minimum(ranks, weight_tensors(ctx.model) / ctx.mesh.pp)
-    return np.asarray(owners * ctx.mesh.tp * ctx.mesh.pp / parameter_count(ctx.model))
+def _owned(ledger: Ledger, ctx: Context, ranks: Array) -> Ledger:
+    """Owners per weight of a device, by what they own, and the degree that says what the fullest owner has: all wait for it.
+
+    Tensors are dealt out from the largest on, each to who has least so far: a rank gets a vector alone once there are no more
+    matrices, and none has more than an equal part or the largest tensor.
+    """
+    model, pp = ctx.model, ctx.mesh.pp
+    weights = float(parameter_count(model))
+    matrices, vectors = weight_tensors(model)
+    of_matrices = np.minimum(ranks, matrices / pp)
+    of_vectors = np.minimum(np.maximum(ranks - matrices / pp, 0.0), vectors / pp)
+    # A vector has about the length of a hidden state.
+    apart = vectors * model.hidden / weights * np.greater(of_vectors, 0.0)
+    parts = np.maximum(np.minimum(ranks, weights / (largest_tensor(model) * pp)), 1.0)
+    per_weight = ctx.mesh.tp * pp / weights
+    return ledger.set_axes(
+        matrix_owners=of_matrices * per_weight, matrix_owners_part=1.0 - apart,
+        vector_owners=of_vectors * per_weight, vector_owners_part=apart,
+        zero_dense=parts, zero_tied=parts,
+    )  # fmt: skip
 
 
-def weight_tensors(model: Model) -> float:
-    """Trained tensors of a model: of every linear layer (queries, keys and values in one), bias and norm, and of both ends.
+def weight_tensors(model: Model) -> tuple[float, float]:
+    """Trained tensors of a model: matrices (queries, keys and values in one; with those of both ends), and biases and norms.
 
     >>> from planner.specs.models import load_model
-    >>> weight_tensors(load_model("llama3-8b"))  # 32 layers of 5 matrices and 2 norms; embedding, final norm, head
-    227.0
+    >>> weight_tensors(load_model("llama3-8b"))  # 32 layers of 5 matrices and 2 norms; embedding and head, final norm
+    (162.0, 65.0)
     """
-    layers = [(model.blocks[name], count) for name, count in (*model.layers, *model.encoder_layers)]
-    return 3.0 + sum(count * _tensors(block) for block, count in layers)
+    matrices, vectors = 2.0, 1.0
+    for name, count in (*model.layers, *model.encoder_layers):
+        of_layer = _tensors(model.blocks[name])
+        matrices, vectors = matrices + count * of_layer[0], vectors + count * of_layer[1]
+    return matrices, vectors
 
 
-def _tensors(block: Block) -> float:
-    found = float(block.norms * (2 if block.norm == "layernorm" else 1))
+def largest_tensor(model: Model) -> float:
+    """Weights of a model's largest matrix: of the embedding or the head, or a feed-forward network's.
+
+    >>> from planner.specs.models import load_model
+    >>> largest_tensor(load_model("llama3-8b")) / 4096  # its vocabulary
+    128256.0
+    """
+    blocks = [model.blocks[name] for name, _ in (*model.layers, *model.encoder_layers)]
+    return float(
+        max(model.vocab, *(block.mlp.ffn for block in blocks if block.mlp is not None), 0) * model.hidden
+    )
+
+
+def _tensors(block: Block) -> tuple[float, float]:
+    matrices, vectors = 0.0, float(block.norms * (2 if block.norm == "layernorm" else 1))
     for attention in (block.attention, block.cross_attention):
         if attention is not None:
-            found += 2.0 + attention.qkv_bias + attention.out_bias
+            matrices += 2.0
+            vectors += attention.qkv_bias + attention.out_bias
     for network, copies in ((block.mlp, 1.0), (block.moe, float(block.moe.experts) if block.moe else 0.0)):
         if network is not None:
-            found += copies * (2.0 + network.gated) * (1.0 + network.bias)
-    return found
+            matrices += copies * (2.0 + network.gated)
+            vectors += copies * (2.0 + network.gated) * network.bias
+    return matrices, vectors
 
 
 def _collectives(
