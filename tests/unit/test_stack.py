@@ -28,12 +28,20 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "gradient_sums": "all_reduce",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "stage_inputs": "reused",
+        "end_weights": "resharded",
+        "shards": "in_place",
+        "segments": "fixed",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
         "gradient_sums": "reduce_scatter",
         "weight_shares": "slices",
         "stage_outputs": "dropped",
+        "stage_inputs": "reused",
+        "end_weights": "resharded",
+        "shards": "in_place",
+        "segments": "fixed",
     }
 
 
