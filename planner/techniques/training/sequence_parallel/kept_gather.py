@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Collective, Ledger, Resident
+from planner.ledger import Collective, Ledger, Resident, times
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -28,7 +28,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     again = [item for item in ledger.of(Collective) if "tp_regather" in item.tags]
     ledger = ledger.drop(lambda item: "tp_regather" in item.tags)
     kept = [megatron_sp.distant_input(item, ctx, "kept_gather") for item in again]
-    return ledger.add(kept).add(_recorded(ledger))
+    several = (ctx.mesh.tp > 1).astype(float)
+    return ledger.set_axes(tensor_ranks=several).add([*kept, *_recorded(ledger)])
 
 
 def _recorded(ledger: Ledger) -> Iterator[Resident]:
@@ -36,8 +37,8 @@ def _recorded(ledger: Ledger) -> Iterator[Resident]:
     for item in ledger.of(Collective, phase="forward"):
         if item.tags & {"tp_gather", "tp_scatter"} and item.block != "head":
             yield Resident(
-                what=f"{item.what}.recorded", block=item.block, tags=item.tags, by="kept_gather", size=item.size,
-                bytes_per_element=dtype_bytes(item.dtype), pool="gathered", lifetime="apart",
+                what=f"{item.what}.recorded", block=item.block, tags=item.tags, by="kept_gather", pool="gathered",
+                size=times(item.size, "tensor_ranks"), bytes_per_element=dtype_bytes(item.dtype), lifetime="apart",
             )  # fmt: skip
 
 
