@@ -229,6 +229,7 @@ FIELDS = (
     "weight_input_bytes",
     "block_bytes",
     "step_bytes",
+    "apart_bytes",
     "freed_bytes",
     *_AWAY,
     *(f"{pool}_bytes" for pool in POOLS),
@@ -265,9 +266,9 @@ class BlockTable:
 
     ``<phase>_s``: per micro-batch, overlap resolved. ``saved_bytes``: held per micro-batch in flight. ``recomputed_bytes``:
     the same where the block is not recomputed, a transient where it is. ``weight_input_bytes``: held per micro-batch between
-    backward and weight gradient. ``block_bytes``: the transient while the block is at
-    work. ``step_bytes``: the transient of the optimizer step. ``<pool>_bytes``: held throughout, ``always_bytes`` their sum.
-    ``<tier>_bytes``: held in a slower tier (host, cxl, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
+    backward and weight gradient. ``block_bytes``: the transient while the block is at work, ``apart_bytes`` and ``freed_bytes``
+    what an allocator keeps of it; ``step_bytes``: that of the update. ``<pool>_bytes``: held throughout, ``always_bytes`` their
+    sum. ``<tier>_bytes``: held in a slower tier (host, cxl, nvme), and ``<tier>_saved_bytes`` there per micro-batch.
     ``<track>_step_s``: once per optimizer step; ``main`` is serial, ``gradients`` and ``weights`` may hide behind backward and
     forward work; ``<track>_messages``: into how many messages they are cut.
     """
@@ -400,10 +401,9 @@ def _residents(items: list[Item], ledger: Ledger) -> dict[str, Array]:
         assert isinstance(item, Resident)
         if item.tier != "device":
             name = f"{item.tier}_bytes" if item.lifetime == "always" else f"{item.tier}_saved_bytes"
-        elif item.lifetime == "always":
-            name = f"{item.pool}_bytes"
         else:
-            name = {"micro_batch": "saved_bytes"}.get(item.lifetime, f"{item.lifetime}_bytes")
+            part = {"always": item.pool, "micro_batch": "saved"}.get(item.lifetime, item.lifetime)
+            name = f"{part}_bytes"
         totals[name] = totals[name] + ledger.axes[item.size] * item.bytes_per_element
     return totals
 

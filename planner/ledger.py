@@ -239,15 +239,17 @@ class Resident(Item):
     ``lifetime``: ``always``; ``micro_batch`` from a micro-batch's forward to its backward (times the micro-batches in
     flight); ``recomputed`` the same where its block is not recomputed, and only while the block is at work where it
     is; ``weight_input`` from a micro-batch's backward to its weight gradient, where a schedule splits them; ``block``
-    while one block is at work (the peak takes the largest); ``freed`` while a block is at work, but before it holds
-    most; ``step`` in the optimizer step only.
+    while one block is at work (the peak takes the largest); ``apart`` the share of that which an allocator lends to no other
+    stream; ``freed`` while a block is at work, but before it holds most; ``step`` in the optimizer step only.
     ``tier`` is where it lives.
     """
 
     size: str
     bytes_per_element: float
     pool: Pool
-    lifetime: Literal["always", "micro_batch", "recomputed", "weight_input", "block", "freed", "step"]
+    lifetime: Literal[
+        "always", "micro_batch", "recomputed", "weight_input", "block", "apart", "freed", "step"
+    ]
     tier: Literal["device", "host", "cxl", "nvme"] = "device"
     dtype: str = ""
 

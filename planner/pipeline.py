@@ -213,14 +213,20 @@ def memory_parts(
 
     ``activations`` is the schedule's exact peak of saved bytes; ``workspace`` the largest transient of a block, taken to
     coincide with it; ``update`` what the optimizer step needs beyond both. ``cached`` is no part of the peak: freed blocks that
-    an allocator keeps because later tensors are larger than each of them. Layers run before the head, whose logits are larger
-    than a layer's tensors; the update's flat buffers are larger than both.
+    an allocator keeps because later tensors are larger than each of them, or work on another stream. Layers run before the head,
+    whose logits are larger than a layer's tensors, and grow out of what these have freed where segments can; the update's flat
+    buffers are larger than both.
     """
     live, at_work, slower = _dynamic(table, layout, schedule, micro_batches, recompute_layers)
-    ends = table.kinds.index(EMBEDDING)
-    layers, head = (
-        _transients(table, layout, recompute_layers, part) for part in (slice(0, ends), slice(ends, None))
+    ends, some = (
+        table.kinds.index(EMBEDDING),
+        True if recompute_layers is None else np.greater(recompute_layers, 0),
     )
+    transient, apart = table["block_bytes"] + some * table["recomputed_bytes"], table["apart_bytes"]
+    lent = transient - np.where(
+        np.arange(len(apart))[:, None] < ends, apart, 0.0
+    )  # the ends hold nothing apart
+    layers, head = _largest(layout, lent[:ends]), _largest(layout, transient[ends:], ends)
     parts: dict[str, Array] = {pool: layout.first_counts @ table[f"{pool}_bytes"] for pool in POOLS}
     parts["activations"] = live
     parts["workspace"] = at_work
@@ -229,8 +235,11 @@ def memory_parts(
     parts["fragmentation"] = stack.fragmentation.value * (live + at_work)
     passes, step = live + at_work + parts["fragmentation"], layout.first_counts @ table["step_bytes"]
     parts["update"] = np.maximum(step - passes, 0.0)
-    freed = np.stack([np.max(table["freed_bytes"][there], axis=0) for there in layout.first_counts > 0])
-    parts["cached"] = np.minimum(step, passes) + np.minimum(layers, head) + freed
+    stranded = np.minimum(layers, head) if stack.habits["segments"] == "fixed" else 0.0
+    parts["cached"] = (
+        np.minimum(step, passes) + stranded + np.maximum(layers, head) + _largest(layout, apart) - at_work
+    )
+    parts["cached"] += np.stack([np.max(table["freed_bytes"][on], axis=0) for on in layout.first_counts > 0])
     return parts | slower
 
 
@@ -247,7 +256,8 @@ def _dynamic(
     if recompute_layers is not None:
         kept = 1.0 - recomputed_fraction(layout.first_counts, recompute_layers), table["recomputed_bytes"]
     live = _peak(table["saved_bytes"], table["weight_input_bytes"], layout, generator, micro_batches, kept)
-    at_work = _transients(table, layout, recompute_layers, slice(None))
+    any_again = True if recompute_layers is None else np.greater(recompute_layers, 0)
+    at_work = _largest(layout, table["block_bytes"] + any_again * table["recomputed_bytes"])
     slower = {}
     for tier in SLOWER:
         held = table[f"{tier}_bytes"]
@@ -258,17 +268,15 @@ def _dynamic(
     return live, at_work, slower
 
 
-def _transients(
-    table: BlockTable, layout: Layout | Dealt, recompute_layers: Array | float | None, part: slice
-) -> Array:
-    """The largest transient of a block among a part of the kinds, on the first device of each run: (runs, rows)."""
-    any_again = True if recompute_layers is None else np.greater(recompute_layers, 0)
-    transient = (table["block_bytes"] + any_again * table["recomputed_bytes"])[part]
-    present = np.minimum(layout.first_counts[:, part], 1.0)  # of ends that all stages share, a part
+def _largest(layout: Layout | Dealt, each: Array, first: int = 0) -> Array:
+    """The largest of a block among the kinds from the ``first`` on, on the first device of each run: (runs, rows)."""
+    present = np.minimum(
+        layout.first_counts[:, first : first + len(each)], 1.0
+    )  # of ends that all stages share, a part
     if present.ndim == 2:
-        each = ((there > 0, there) for there in present)
-        return np.stack([np.max(transient[on] * there[on, None], axis=0, initial=0.0) for on, there in each])
-    largest: Array = np.max(present * transient, axis=1, initial=0.0)
+        held = ((there > 0, there) for there in present)
+        return np.stack([np.max(each[on] * there[on, None], axis=0, initial=0.0) for on, there in held])
+    largest: Array = np.max(present * each, axis=1, initial=0.0)
     return largest
 
 

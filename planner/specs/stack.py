@@ -49,6 +49,10 @@ _HABITS = {
     "stage_outputs": ("dropped", "returned"),
     "tensor_scales": ("delayed", "current"),
     "updates": ("fused", "operators"),
+    "stage_inputs": ("reused", "each_micro_batch"),
+    "end_weights": ("resharded", "kept"),
+    "shards": ("in_place", "apart"),
+    "segments": ("fixed", "expandable"),
 }
 _USUAL = {habit: ways[0] for habit, ways in _HABITS.items()}
 
@@ -136,9 +140,13 @@ class Stack:
             ZeRO 1 and 2: a ``reduce_scatter``, or an ``all_reduce`` of which a rank keeps its share. ``weight_shares`` that ranks
             update there: ``slices`` of one length, which an all-gather brings together, or whole ``tensors``, of which every
             owner broadcasts its own before the next forward begins. ``stage_outputs``, the last pipeline stage's: ``dropped``
-            once their loss is known, or ``returned`` to the caller, all at the end of the step. ``tensor_scales``, one per tensor
-            of 8-bit numbers: ``delayed``, known from the steps before, or ``current``, of a pass over the tensor itself.
-            ``updates`` of the optimizer: one ``fused`` kernel, or tensor ``operators`` one after the other.
+            once their loss is known, or ``returned`` to the caller, all at the end of the step. ``stage_inputs`` are received in
+            buffers that are ``reused``, or in one of ``each_micro_batch``. ``end_weights``, of embedding and head in stage 3:
+            ``resharded`` after use like a layer's, or ``kept`` whole from forward to backward. ``shards`` that ZeRO 1 reduces
+            gradients to, and what it gathers into: ``in_place``, or in memory ``apart``. ``segments`` that an allocator takes:
+            ``fixed``, so that freed ones fit nothing larger, or ``expandable``. ``tensor_scales``, one per tensor of 8 bits:
+            ``delayed``, known from the steps before, or ``current``, of a pass over the tensor itself. ``updates`` of the
+            optimizer: one ``fused`` kernel, or tensor ``operators`` one after the other.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.

@@ -400,6 +400,8 @@ def ours(case):
     ledger, amounts = ledger_of(case), Counter()
     n_layers = MODELS[case["model"]]["layers"]
     for item in ledger.of(Resident):
+        if item.lifetime == "apart":  # what an allocator keeps, not what is alive
+            continue
         n_bytes = float(np.ravel(ledger.axes[item.size])[0]) * item.bytes_per_element
         n_blocks = n_layers if item.block == "layer" else 1
         if item.lifetime == "always":

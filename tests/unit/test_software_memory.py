@@ -129,3 +129,71 @@ def test_what_an_allocator_keeps_is_bounded_by_the_device():
     assert tight.cached_bytes == pytest.approx(
         max(tight.memory_budget_bytes - tight.memory_bytes["peak"], 0.0)
     )
+
+
+def with_habits(stack, **habits):
+    base = planner.load_stack(stack)
+    return replace(base, habits={**base.habits, **habits})
+
+
+def held_and_cached(stack, cluster="b200:1x8", seq_len=TOKENS, **fixed):
+    """Bytes on every run of equal devices: of the prediction, and what the allocator keeps beside it."""
+    found = examined(stack, cluster, seq_len, **fixed)
+    return [sum(pools.values()) for pools in found.device_memory], found.device_cached
+
+
+def differences(habit, before, after, **fixed):
+    (held, cached), (held_after, cached_after) = (
+        held_and_cached(with_habits("pytorch-fsdp", **{habit: way}), **fixed) for way in (before, after)
+    )
+    return held_after[-1] - held[-1], cached_after[-1] - cached[-1]
+
+
+def test_a_root_that_is_not_resharded_holds_both_ends_beside_the_loss():
+    # FSDPState._lazy_init: bf16 of embedding, head (128256 x 4096 each) and final norm, from forward to backward. One unit, they
+    # are gathered into a tensor as large, where the larger of them alone took one of its own size.
+    ends = 2 * (2 * VOCABULARY * HIDDEN + HIDDEN)
+    held, cached = differences("end_weights", "resharded", "kept", zero_stage="fsdp")
+    assert held == pytest.approx(ends)
+    assert cached == pytest.approx(ends - 2 * (VOCABULARY * HIDDEN + HIDDEN))
+
+
+def test_gradients_reduced_to_new_shards_meet_the_freed_passes_memory():
+    # FSDP2 in a pipeline's stage: fp32 shares of all parameters over 8 ranks, and a unit gathered in bf16, the largest of which
+    # is the head with the final norm.
+    _, cached = differences("shards", "in_place", "apart", zero_stage="1", gradient_dtype="fp32")
+    share, unit = 4 * parameter_count(LLAMA) / 8, 2 * (VOCABULARY * HIDDEN + HIDDEN)
+    assert cached == pytest.approx(share + unit)
+
+
+def test_every_micro_batch_of_a_pipeline_has_a_buffer_to_receive_in():
+    # torch.distributed.pipelining: 64 micro-batches of 1024 x 4096 in bf16 on every one of two stages of 16 layers.
+    received = 64 * 1024 * HIDDEN * 2
+    held, _ = differences(
+        "stage_inputs", "reused", "each_micro_batch", cluster="b200:1x2", seq_len=1024, pp=2
+    )
+    assert held == pytest.approx(received)
+    assert differences("stage_inputs", "reused", "each_micro_batch", cluster="b200:1x2", pp=1)[0] == 0.0
+
+
+def test_expandable_segments_grow_out_of_what_layers_have_freed():
+    # What a recomputed layer holds at most lies beside the logits where segments are fixed: weights in bf16, gradients in fp32,
+    # and of every token the MLP's bf16 tensors (both inputs of the activation, their gradients, its output: 14336 wide) and
+    # less than as much again of attention and norms.
+    layer = (parameter_count(LLAMA) - 2 * VOCABULARY * HIDDEN - HIDDEN) / LAYERS
+    network = TOKENS * 5 * 14336 * 2
+    _, cached = differences("segments", "expandable", "fixed", zero_stage="fsdp", gradient_dtype="fp32")
+    assert network < cached - layer * (2 + 4) < 2 * network
+
+
+@pytest.mark.parametrize(("overlap", "sent"), [("none", 4), ("chunked", 1)])
+def test_tensors_on_their_way_are_recorded_unless_their_memory_is_symmetric(overlap, sent):
+    # A layer gathers two inputs and scatters two outputs of 8192 x 4096 in bf16, an embedding scatters one, which no product has
+    # made; the head's loss is at work.
+    degrees = {"tp": 2, "zero_stage": "0", "tensor_overlap": overlap, "attention_kernel": "flash"}
+    stack = with_habits("pytorch-fsdp", shards="in_place")
+    (_, gathered), (_, again) = (
+        held_and_cached(stack, cluster="b200:1x2", sequence_parallel=kind, **degrees)
+        for kind in ("gathered", "true")
+    )
+    assert gathered[-1] - again[-1] == pytest.approx(sent * TOKENS * HIDDEN * 2)

@@ -30,6 +30,10 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "stage_outputs": "dropped",
         "tensor_scales": "delayed",
         "updates": "fused",
+        "stage_inputs": "reused",
+        "end_weights": "resharded",
+        "shards": "in_place",
+        "segments": "fixed",
     }
     assert load_stack().habits == {
         "weight_casts": "each_micro_batch",
@@ -38,6 +42,10 @@ def test_habits_of_an_extended_stack_carry_over(tmp_path):
         "stage_outputs": "dropped",
         "tensor_scales": "delayed",
         "updates": "fused",
+        "stage_inputs": "reused",
+        "end_weights": "resharded",
+        "shards": "in_place",
+        "segments": "fixed",
     }
 
 

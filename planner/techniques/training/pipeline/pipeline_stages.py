@@ -55,7 +55,7 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
             )
         )  # fmt: skip
         ledger = ledger.set_axes(tied_copy=(pp > 1).astype(float))
-    return _stage_outputs(_stage_tensors(ledger.add(added), ctx), ctx)
+    return _stage_outputs(_stage_inputs(_stage_tensors(ledger.add(added), ctx), ctx), ctx)
 
 
 def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
@@ -70,6 +70,26 @@ def _stage_tensors(ledger: Ledger, ctx: Context) -> Ledger:
     ]
     share = np.where(ctx.mesh.pp > 1, count.value * ctx.mesh.pp / layers, 0.0)
     return ledger.set_axes(stage_tensors=share).add(item.but(by="pipeline_stages") for item in held)
+
+
+def _stage_inputs(ledger: Ledger, ctx: Context) -> Ledger:
+    """What a stage receives (on the first, gradients) where every micro-batch of the step has a buffer, dealt to its layers."""
+    if ctx.stack.habits["stage_inputs"] == "reused":
+        return ledger
+    layers = ctx.model.n_layers + sum(n for _, n in ctx.model.encoder_layers)
+    inputs = [item for item in ledger.of(Resident, lifetime="micro_batch") if item.what == "norm1.input"]
+    held = [
+        i.but(
+            what="stage.inputs",
+            pool="buffers",
+            lifetime="always",
+            size=times(i.size, "stage_inputs"),
+            by="pipeline_stages",
+        )
+        for i in inputs
+    ]
+    share = np.where(ctx.mesh.pp > 1, ctx.micro_batches * ctx.mesh.pp / layers, 0.0)
+    return ledger.set_axes(stage_inputs=share).add(held)
 
 
 def _stage_outputs(ledger: Ledger, ctx: Context) -> Ledger:

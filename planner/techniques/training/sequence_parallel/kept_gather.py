@@ -4,16 +4,18 @@ What it does: as Megatron's sequence parallelism, but the parts of a column-para
     from forward to backward, where the weight gradient reads them.
 Saves: the all-gather that repeats in the backward. Where blocks are recomputed, the recomputation's gather serves the backward.
 Costs: b·s·h·(t − 1)/t elements per column-parallel input and micro-batch in flight.
-Assumes: sequence divisible by tp.
+Assumes: sequence divisible by tp; PyTorch's allocator keeps as much for tensors on their way as one layer sends.
 Source: Korthikanti et al. 2022 (arXiv:2205.05198) §4.2.2, which gathers again instead; nanotron
     ``tp_recompute_allgather: false``; Calculon (doi:10.1145/3581784.3607102) ``seq_par_ag_redo: false``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from planner.ledger import Collective, Ledger
+from planner.costs.precision import dtype_bytes
+from planner.ledger import Collective, Ledger, Resident, times
 from planner.technique import Context, Figure, Technique
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -25,7 +27,19 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     ledger = megatron_sp.apply(ledger, ctx)
     again = [item for item in ledger.of(Collective) if "tp_regather" in item.tags]
     ledger = ledger.drop(lambda item: "tp_regather" in item.tags)
-    return ledger.add([megatron_sp.distant_input(item, ctx, "kept_gather") for item in again])
+    kept = [megatron_sp.distant_input(item, ctx, "kept_gather") for item in again]
+    several = (ctx.mesh.tp > 1).astype(float)
+    return ledger.set_axes(tensor_ranks=several).add([*kept, *_recorded(ledger)])
+
+
+def _recorded(ledger: Ledger) -> Iterator[Resident]:
+    """What a layer's forward gathers and scatters: recorded on the communication's stream, and reused once that is through."""
+    for item in ledger.of(Collective, phase="forward"):
+        if item.tags & {"tp_gather", "tp_scatter"} and item.block != "head":
+            yield Resident(
+                what=f"{item.what}.recorded", block=item.block, tags=item.tags, by="kept_gather", pool="gathered",
+                size=times(item.size, "tensor_ranks"), bytes_per_element=dtype_bytes(item.dtype), lifetime="apart",
+            )  # fmt: skip
 
 
 def _activation_bytes(subject: Pass) -> float:

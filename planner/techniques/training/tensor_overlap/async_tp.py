@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.costs.precision import dtype_bytes
-from planner.ledger import Array, Collective, Item, Ledger, Matmul, Stream, times
+from planner.ledger import Array, Collective, Item, Ledger, Matmul, Resident, Stream, times
 from planner.technique import Check, Context, Figure, Knob, Technique, off
 from planner.techniques import figures
 from planner.techniques.figures import Pass
@@ -53,7 +53,12 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     }
 
     def without_copies() -> Iterator[Item]:
+        symmetric = {
+            (item.block, f"{item.what}.recorded") for item in copied.values()
+        }  # no allocator's memory
         for item in ledger.items:
+            if isinstance(item, Resident) and (item.block, item.what) in symmetric:
+                continue
             of = copied.get((item.block, item.phase, item.what))
             if of is None or not isinstance(item, Stream):
                 yield changed.get(id(item), item)

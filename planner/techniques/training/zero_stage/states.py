@@ -36,11 +36,13 @@ __all__ = [
     "whole_update",
     "with_buckets",
     "with_degrees",
+    "with_shards_apart",
     "with_whole",
     "within",
 ]
 
 _OWNERS = "matrix_owners", "vector_owners"  # axes, per weight
+_ENDS = "embedding", "head"  # the blocks that no layer is
 MESHES = {"dense": "dp_cp", "tied": "dp_cp", "expert": "edp"}
 """The group that holds copies of a weight, by the mesh that the weight lives on."""
 
@@ -80,7 +82,8 @@ def shard(ledger: Ledger, ctx: Context, pools: tuple[str, ...], by: str) -> Ledg
 def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     """Shards every state; gathers weights per block, forward and backward; reduces gradients per block.
 
-    Two blocks' weights are whole at once: the one at work and the next one.
+    Two blocks' weights are whole at once: the one at work and the next one, gathered on a stream of its own. A stack
+    may keep what no layer holds, one unit then, whole from its forward to the end of the backward.
     """
     added: list[Item] = [
         *gather_weights(ledger, ctx, by, phase="forward", track="gather"),
@@ -88,9 +91,18 @@ def shard_everything(ledger: Ledger, ctx: Context, by: str) -> Ledger:
         *synchronise(ledger, ctx, "reduce_scatter", by, phase="backward", track="gather"),
     ]
     ledger = accumulated_in_place(ledger, ctx, reduced_at_once=True)
-    buffers = [*whole(ledger, "parameters", by, copies=2.0), *whole(ledger, "gradients", by)]
-    sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by).add(added)
-    return with_whole(sharded, buffers)
+    weights, buffers = list(whole(ledger, "parameters", by)), list(whole(ledger, "gradients", by))
+    for item in weights:
+        gathered = item.but(what=f"{item.what}.gathered", lifetime="apart")
+        added.append(gathered)
+        if ctx.stack.habits["end_weights"] == "kept" and item.block in _ENDS:
+            (other,) = (end for end in _ENDS if end != item.block)
+            beside = gathered.but(block=other, size=times(item.size, "one_stage"))
+            added += item.but(lifetime="always"), beside
+        else:
+            buffers.append(item.but(bytes_per_element=2.0 * item.bytes_per_element))
+    sharded = shard(ledger, ctx, ("optimizer", "gradients", "parameters"), by)
+    return with_whole(sharded.set_axes(one_stage=(ctx.mesh.pp == 1).astype(float)).add(added), buffers)
 
 
 def accumulated_in_place(ledger: Ledger, ctx: Context, *, reduced_at_once: bool = False) -> Ledger:
@@ -155,6 +167,26 @@ def with_buckets(ledger: Ledger, ctx: Context, by: str) -> Ledger:
     return ledger.set_axes(bucket_share=several * copies.value * np.minimum(bucket.value, held) / layers).add(
         buffers
     )
+
+
+def with_shards_apart(ledger: Ledger, ctx: Context, by: str) -> Ledger:
+    """Adds the share of reduced gradients that a rank updates from, and a block's gathered weights, where they have memory apart.
+
+    Whole gradients stay beside the share until the last block's are reduced; before the sums are whole.
+    """
+    if ctx.stack.habits["shards"] == "in_place":
+        return ledger
+    gathered = [
+        item.but(what=f"{item.what}.gathered", lifetime="apart") for item in whole(ledger, "parameters", by)
+    ]
+    shares = [
+        item.but(
+            what=f"{item.what}.share", lifetime="step", size=times(item.size, f"/zero_{mesh_of(item)}"), by=by
+        )
+        for item in ledger.of(Resident, pool="gradients", lifetime="always")
+        if mesh_of(item) is not None
+    ]
+    return with_degrees(ledger, ctx).add([*gathered, *shares])
 
 
 def whole(ledger: Ledger, pool: str, by: str, copies: float = 1.0) -> Iterable[Resident]:

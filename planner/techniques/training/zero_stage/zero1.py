@@ -20,6 +20,7 @@ from planner.techniques.training.zero_stage.states import (
     share_of_sum,
     synchronise,
     with_buckets,
+    with_shards_apart,
 )
 
 
@@ -27,8 +28,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     """Shards the optimizer, replaces the all-reduce by its two halves."""
     traffic = synchronise(ledger, ctx, share_of_sum(ctx), "zero1")
     ledger = gather_updated(ledger, ctx, "zero1")
-    sharded = shard(accumulated_in_place(ledger, ctx), ctx, ("optimizer",), "zero1")
-    return with_buckets(sharded, ctx, "zero1").add(traffic)
+    ledger = with_shards_apart(accumulated_in_place(ledger, ctx), ctx, "zero1")
+    return with_buckets(shard(ledger, ctx, ("optimizer",), "zero1"), ctx, "zero1").add(traffic)
 
 
 TECHNIQUE = Technique(
