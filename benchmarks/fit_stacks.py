@@ -54,7 +54,6 @@ CONSTANTS: tuple[Key, ...] = (
     ("megatron-eager", "", "collective_slowdown"),
     ("megatron-deepspeed", "volta", "matmul_slowdown"),
     ("megatron-deepspeed", "", "waited_dispatches"),
-    ("internlm", "ampere", "matmul_slowdown"),
     ("pytorch-fsdp", "", "matmul_slowdown"),
     ("pytorch-fsdp", "", "stream_slowdown"),
     ("pytorch-fsdp", "", "overlap_slowdown"),
