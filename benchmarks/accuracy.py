@@ -14,10 +14,9 @@ import argparse
 import re
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import hypot
 from pathlib import Path
 from textwrap import fill
@@ -30,8 +29,7 @@ from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import (
     PublishedRun,
     load_published_runs,
-    read_published_runs,
-    write_published_runs,
+    rounded,
 )
 from planner.uncertainty.residuals import load_residuals
 from planner.uncertainty.terms import TIME_TERMS, terms_spread, time_parts, time_shares
@@ -101,14 +99,6 @@ def main() -> None:
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part.strip())
     options.out.write_text(text, encoding="utf-8")
-
-
-def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
-    """The runs as the shipped table has them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "runs.csv"
-        write_published_runs(path, runs)
-        return list(read_published_runs(path))
 
 
 def counts(runs: Sequence[PublishedRun]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "active_parameters",
     "load_published_runs",
     "read_published_runs",
+    "rounded",
     "shares_as_text",
     "shares_of",
     "write_published_runs",
@@ -118,6 +119,11 @@ def write_published_runs(path: Path, runs: Iterable[PublishedRun]) -> None:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(_KINDS)
         writer.writerows([_text(getattr(run, name)) for name in _KINDS] for run in runs)
+
+
+def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
+    """Runs as the table has them: what is fitted to them is fitted to the table, and can be fitted to it again."""
+    return [PublishedRun._make(_READERS[at](_text(value)) for at, value in enumerate(run)) for run in runs]
 
 
 def shares_as_text(shares: Mapping[str, float]) -> str:

@@ -18,6 +18,7 @@ from planner.uncertainty.nearest import far_of, far_without_source
 from planner.uncertainty.published import (
     PublishedRun,
     active_parameters,
+    rounded,
     shares_as_text,
     shares_of,
     write_published_runs,
@@ -65,7 +66,7 @@ def write_residuals(folder: str | Path, report: Report, refitted: LeftOut) -> di
     Raises:
         SpecError: too few runs were scored for time or memory, or the folder cannot be written.
     """
-    runs = published_runs(report.priced, refitted)
+    runs = rounded(published_runs(report.priced, refitted))
     times, peaks, outcomes = time_residuals(runs), peak_residuals(runs), memory_outcomes(runs)
     for what, residuals in (("time", times), ("memory", peaks)):
         if len({(r.source, r.model) for r in residuals}) < 2:
