@@ -29,6 +29,7 @@ __all__ = [
 
 FILE = Path(__file__).with_name("published_runs.csv")
 _DIGITS = 4
+_LEAST = 5e-4  # share of a step that is written down
 
 
 class PublishedRun(NamedTuple):
@@ -127,12 +128,12 @@ def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
 
 
 def shares_as_text(shares: Mapping[str, float]) -> str:
-    """Shares by term as a cell of the table.
+    """Shares by term as a cell of the table, those that are worth it.
 
-    >>> shares_of(shares_as_text({"matmul": 0.61234567, "overlap": 0.02}))
-    {'matmul': 0.6123, 'overlap': 0.02}
+    >>> shares_of(shares_as_text({"matmul": 0.61234567, "overlap": 0.02, "offload": 1e-6}))
+    {'matmul': 0.612, 'overlap': 0.02}
     """
-    return " ".join(f"{name}:{share:.{_DIGITS}g}" for name, share in shares.items())
+    return " ".join(f"{name}:{share:.3g}" for name, share in shares.items() if share >= _LEAST)
 
 
 def shares_of(text: str) -> dict[str, float]:
