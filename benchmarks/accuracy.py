@@ -14,10 +14,10 @@ import argparse
 import re
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import hypot
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -29,21 +29,21 @@ from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import (
     PublishedRun,
     load_published_runs,
-    read_published_runs,
-    write_published_runs,
+    rounded,
 )
 from planner.uncertainty.residuals import load_residuals
-from planner.uncertainty.terms import TIME_TERMS, time_parts
+from planner.uncertainty.terms import TIME_TERMS, terms_spread, time_parts, time_shares
 from planner.validation.outcomes import reliability
 from planner.validation.report import Report, validate
 from planner.validation.residual_files import (
+    memory_outcomes,
     peak_residuals,
     published_runs,
     read_left_out,
     time_residuals,
 )
 from planner.validation.scores import coverage, error_statistics
-from planner.validation.spreads import Residual, left_out
+from planner.validation.spreads import Intervals, left_out
 from planner.validation.training import Priced
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +53,7 @@ THREE: Mapping[str, Errors] = {
     "model left out": lambda run: run.error_without_model,
     "source left out": lambda run: run.error_without_source,
 }
+_LEFT_OUT = ("model", "source")
 _HELD_OUT = "held_out_"  # how names of rows begin that no constant is fitted to
 _OF_MEMORY = ("framework_bytes", "communicator_bytes", "fragmentation", "bucket_copies")
 _SAID = {"oom": "out of memory"}
@@ -100,14 +101,6 @@ def main() -> None:
     options.out.write_text(text, encoding="utf-8")
 
 
-def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
-    """The runs as the shipped table has them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "runs.csv"
-        write_published_runs(path, runs)
-        return list(read_published_runs(path))
-
-
 def counts(runs: Sequence[PublishedRun]) -> str:
     """How much there is to judge by, and how many constants were fitted to it."""
     scored = [run for run in runs if run.error is not None]
@@ -148,29 +141,41 @@ def step_time_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
 
 def interval_table(runs: Sequence[PublishedRun]) -> Iterator[str]:
     """Coverage and width of intervals on runs left out; of memory, also by the meter that read it."""
-    yield _row("quantity", "left out", "rows", "held", "median width", "median error", "width / error")
-    yield _row("---", "---", *["---:"] * 5)
+    yield _row(
+        "quantity",
+        "left out",
+        "rows",
+        "held",
+        "median width",
+        "median error",
+        "width / error",
+        "one width / error",
+    )
+    yield _row("---", "---", *["---:"] * 6)
     timed = [run for run in runs if run.error is not None]
     weighed = [run for run in runs if run.peak_error is not None]
     held_out = [run.row_id.startswith(_HELD_OUT) for run in timed]
-    cases: list[tuple[str, Sequence[Residual], list[bool]]] = [
-        ("step time", time_residuals(timed), [True] * len(timed)),
-        ("step time, tables above", time_residuals(timed), [not held for held in held_out]),
-        ("step time, held out", time_residuals(timed), held_out),
-        ("step time, experts", time_residuals(timed), [run.experts for run in timed]),
-        ("peak memory", peak_residuals(weighed), [True] * len(weighed)),
+    times = {by: left_out(time_residuals(timed), by) for by in _LEFT_OUT}
+    peaks = {by: left_out(peak_residuals(weighed), by, memory_outcomes(runs)) for by in _LEFT_OUT}
+    cases: list[tuple[str, Mapping[str, Intervals], list[bool]]] = [
+        ("step time", times, [True] * len(timed)),
+        ("step time, tables above", times, [not held for held in held_out]),
+        ("step time, held out", times, held_out),
+        ("step time, experts", times, [run.experts for run in timed]),
+        ("peak memory", peaks, [True] * len(weighed)),
     ]
     for meter in sorted({run.peak_counts for run in weighed}):
         of_meter = [run.peak_counts == meter for run in weighed]
-        cases.append((f"peak memory, {meter or 'unstated'}", peak_residuals(weighed), of_meter))
-    for what, residuals, among in cases:
-        for by in ("model", "source"):
-            c = left_out(residuals, by, among)
+        cases.append((f"peak memory, {meter or 'unstated'}", peaks, of_meter))
+    for what, intervals, among in cases:
+        for by in _LEFT_OUT:
+            c = intervals[by].coverage(among)
             numbers = (
                 f"{c.held:.1%}",
                 f"{c.median_width:.1%}",
                 f"{c.median_error:.1%}",
                 f"{c.widths_per_error:.1f}",
+                f"{c.one_width / c.median_error:.1f}",
             )
             yield _row(what, by, str(c.rows), *numbers)
 
@@ -217,12 +222,14 @@ def _never_measured(report: Report) -> str:
     residuals, found = load_residuals(), []
     if residuals is None:
         return "there is none yet"
+    known = residuals.step_time
     for one in report.priced:
-        problem = one.run.problem
+        problem, step = one.run.problem, one.assembly.plan.estimate
         stack = problem.stack.on_generation(problem.cluster.device.generation)
-        shares = constant_shares(one.assembly.spends, stack)
-        found.append(constants_spread(shares, stack, residuals.step_time.between))
-    ends = residuals.step_time.at(float(np.median(found))).interval(1.0)
+        shares = time_shares(step.step_time_s, step.breakdown_s, one.assembly.spends, float(stack.dispatch_s))
+        unknown = constants_spread(constant_shares(one.assembly.spends, stack), stack, known.between)
+        found.append(hypot(terms_spread(shares, known.terms), unknown))
+    ends = known.at(float(np.median(found))).interval(1.0)
     low, high = (100.0 * (end - 1.0) for end in ends)
     return f"{low:+.0f} to {high:+.0f} % of the predicted step"
 
@@ -379,7 +386,7 @@ def _uncertain(one: Priced) -> Iterator[str]:
         return
     dispatch_s = float(one.run.problem.stack.dispatch_s)
     parts = time_parts(estimate.step_time_s, estimate.breakdown_s, one.assembly.spends, dispatch_s)
-    known = residuals.terms["step_time"]
+    known = residuals.step_time.terms
     variances = {name: (seconds * known.get(name, 0.0)) ** 2 for name, seconds in parts.items()}
     name = max(variances, key=lambda term: variances[term])
     what = next(term.what for term in TIME_TERMS if term.name == name)

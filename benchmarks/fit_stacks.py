@@ -7,7 +7,7 @@ has, and a weak prior pulls every constant towards "as the best library's kernel
 
     python benchmarks/fit_stacks.py TRAINING.csv…              # three tables: fitted on all, one model, one source left out
     python benchmarks/fit_stacks.py TRAINING.csv… --write      # and writes the constants into the stacks' files
-    python benchmarks/fit_stacks.py TRAINING.csv… --json FIT.json  # errors and spreads by row: `planner validate --refitted`
+    python benchmarks/fit_stacks.py TRAINING.csv… --json FIT.json  # errors by row: `planner validate --refitted`
 
 Rows whose source contradicts itself (the validation's list) are left out of the fit.
 """
@@ -34,7 +34,7 @@ from planner.ledger import Collective
 from planner.solve.named import examine
 from planner.specs.library import hardware_folder
 from planner.specs.stack import load_stack
-from planner.uncertainty.constants import constant_shares, constants_spread, slowed_by
+from planner.uncertainty.constants import slowed_by
 from planner.validation.exclusions import read_exclusions
 from planner.validation.measured import asks_for, tokens_per_s_per_device
 from planner.validation.plans import Run, run_of
@@ -158,7 +158,6 @@ def main() -> None:
             name: dict(zip((r.run.row.row_id for r in rows), map(float, e), strict=True))
             for name, e in results.items()
         }
-        table["spread"] = {name: _left_out_spreads(rows, shares, group) for name, group in left_out.items()}
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     if options.write:
         write(values, spread, rows)
@@ -334,30 +333,6 @@ def _spreads(rows: Sequence[Row], shares: np.ndarray, used: np.ndarray) -> np.nd
     drawn /= _SPREAD
     found: np.ndarray = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes + drawn.T @ drawn)))
     return found
-
-
-def _left_out_spreads(
-    rows: Sequence[Row], shares: np.ndarray, group: Callable[[Row], str]
-) -> dict[str, float]:
-    """How uncertain each row's step is, in logarithms, by constants fitted on the rows of the other groups alone."""
-    groups, found = np.array([group(row) for row in rows]), {}
-    for name in sorted(set(groups)):
-        spreads = _spreads(rows, shares, groups != name)
-        for index in np.flatnonzero(groups == name):
-            found[rows[index].run.row.row_id] = _uncertain(rows[index], spreads)
-    return found
-
-
-def _uncertain(row: Row, spreads: np.ndarray) -> float:
-    """The same of one row; a constant that is not fitted has no spread."""
-    problem, keys = row.run.problem, row.constants()
-    stack = problem.stack.on_generation(problem.cluster.device.generation)
-    mine = {name: spreads[CONSTANTS.index(key)] for name, key in keys.items()}
-    stack = replace(
-        stack,
-        **{name: replace(getattr(stack, name), spread=float(value)) for name, value in mine.items()},
-    )
-    return constants_spread(constant_shares(examine(problem).spends, stack), stack)
 
 
 def _print(rows: Sequence[Row], results: dict[str, np.ndarray]) -> None:

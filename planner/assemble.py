@@ -134,13 +134,12 @@ def assemble(
     repeated = dict(zip(table.kinds, (again.sum(axis=0) / layout.copies).tolist(), strict=True))
     executed = sum(_executed_flop(part, repeats, repeated) * part.ranks for part in parts)
     useful = model_flop(problem.model, workload) if useful_flop is None else useful_flop
-    estimate = _estimate(
-        problem, ctx, useful, executed * micro_batches, step_s, _breakdown(spends, step_s), memory
-    )
+    breakdown = _breakdown(spends, step_s)
+    estimate = _estimate(problem, ctx, useful, executed * micro_batches, step_s, breakdown, memory)
     mesh = {name: int(row[name]) for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
     judged = judgement(
-        stage_places[device][0].problem, step_s, memory.devices[memory.fullest], spends, memory.budget_bytes
-    )
+        stage_places[device][0].problem, step_s, breakdown, memory.devices[memory.fullest], spends, memory.budget_bytes
+    )  # fmt: skip
     estimate = replace(estimate, **judged)
     plan = Plan(
         model=problem.model.name,

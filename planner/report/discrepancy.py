@@ -52,7 +52,11 @@ def discrepancy(
     found: dict[str, Any] = {"step_time": None, "peak": None, "stacks": {}}
     if measured_s is not None:
         parts = time_parts(now.step_time_s, now.breakdown_s, assembly.spends, float(stack.dispatch_s))
-        spread = None if residuals is None else time_spread(residuals, problem, assembly.spends)
+        spread = (
+            None
+            if residuals is None
+            else time_spread(residuals, problem, now.step_time_s, now.breakdown_s, assembly.spends)
+        )
         terms = _terms(TIME_TERMS, parts, measured_s - now.step_time_s, _deviations(residuals, "step_time"))
         found["step_time"] = {**_compared(now.step_time_s, measured_s, spread), "terms": terms}
         found["stacks"] = _other_stacks(problem, assembly)
@@ -100,7 +104,7 @@ def show_discrepancy(screen: Screen, found: Mapping[str, Any], everything: bool)
 
 
 def _deviations(residuals: Residuals | None, quantity: str) -> Mapping[str, float]:
-    return {} if residuals is None else residuals.terms.get(quantity, {})
+    return {} if residuals is None else getattr(residuals, quantity).terms
 
 
 def _compared(predicted: float, measured: float, spread: Spread | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""How far a prediction may be off because software is only known so well.
+"""How far a prediction may be off because its software was never measured.
 
-A fitted constant comes with its standard error in logarithms (``spread`` in the stack's file), and by the share of the step that
-it slows it moves the step: to first order, errors of independent constants add up as ``√Σ (share · spread)²``.
+A constant moves the step by the share of it that it slows: to first order, errors of independent constants add up as
+``√Σ (share · spread)²``. What a user has fitted comes with its standard error in logarithms (``spread`` in the stack's file).
 Of a peak of memory, states and activations are arithmetic; what the software holds beside them is not.
 """
 
@@ -55,14 +55,14 @@ def constant_shares(spends: Iterable[Spend], stack: Stack) -> dict[str, float]:
     return {name: spent_s / busy_s for name, spent_s in seconds.items()} if busy_s else {}
 
 
-def constants_spread(shares: Mapping[str, float], stack: Stack, between: float | None = None) -> float:
-    """Standard deviation of the logarithm of a step time, as far as it comes from the stack's constants.
+def constants_spread(shares: Mapping[str, float], stack: Stack, between: float) -> float:
+    """Standard deviation of the logarithm of a step time, as far as it comes from constants of software that was never measured.
 
     Args:
         shares: :func:`constant_shares`.
         stack: the software, as it is on the device's generation.
-        between: for software that was never measured, how far its constants may lie from those that it takes over
-            (:class:`~planner.uncertainty.residuals.Spreads`); what its user has fitted is as certain as the fit says.
+        between: how far its constants may lie from those that it takes over (:class:`~planner.uncertainty.residuals.Spreads`);
+            what its user has fitted is as certain as the fit says.
     """
     return hypot(*(share * _spread(getattr(stack, name), between) for name, share in shares.items()))
 
@@ -81,9 +81,7 @@ def share_of_software(pools: Mapping[str, float], cached_bytes: float = 0.0) -> 
     return soft / (sum(pools.values()) + cached_bytes)
 
 
-def _spread(constant: Sourced | None, between: float | None) -> float:
-    known = None if constant is None else constant.spread
-    fitted_by_user = constant is not None and constant.source != _PUBLISHED
-    if known is not None and (between is None or fitted_by_user):
-        return known
-    return between or 0.0
+def _spread(constant: Sourced | None, between: float) -> float:
+    if constant is None or constant.spread is None or constant.source == _PUBLISHED:
+        return between
+    return constant.spread

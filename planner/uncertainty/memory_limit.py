@@ -1,8 +1,9 @@
 """The chance of running out of memory as a limit of memory: what a peak may come to so that it is exceeded seldom enough.
 
-Of a predicted peak ``p`` with ``s`` bytes of software, the measured one exceeds ``p·exp(q·√(floor² + (s/p)²))`` with the chance
-whose quantile of published errors is ``q`` (:class:`~planner.uncertainty.residuals.Spreads`). It grows with both ``p`` and ``s``
-(as long as ``q·s < p``), so that a plan which holds less of everything keeps the limit where another one does.
+Of a predicted peak ``p`` with ``s`` bytes of software, the measured one exceeds ``p·exp(q·√(f² + (s/p)²))`` with the chance whose
+quantile of published errors is ``q``; ``f`` is what every process is uncertain by
+(:class:`~planner.uncertainty.residuals.Spreads`). It grows with both ``p`` and ``s`` (as long as ``q·s < p``), so that a plan
+which holds less of everything keeps the limit where another one does.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ def exceeded_bytes(problem: Problem, peak_bytes: Array, software_bytes: Array) -
     residuals = load_residuals()
     if residuals is None or problem.max_oom_risk >= 1.0:
         return np.zeros_like(peak_bytes)
-    quantile = _quantile(residuals.peak.quantiles, problem.max_oom_risk)
-    found: Array = peak_bytes * np.exp(quantile * scale(residuals.peak.floor, software_bytes / peak_bytes))
+    known = residuals.peak
+    quantile = _quantile(known.quantiles, known.tail, problem.max_oom_risk)
+    found: Array = peak_bytes * np.exp(
+        quantile * scale(known.floor, known.process, software_bytes / peak_bytes)
+    )
     return found
 
 
@@ -59,9 +63,9 @@ def room_bytes(problem: Problem, idle_bytes: Array | float, *, filled: bool = Tr
 
 
 @cache
-def _quantile(quantiles: tuple[float, ...], chance: float) -> float:
+def _quantile(quantiles: tuple[float, ...], tail: float, chance: float) -> float:
     """The residual that is exceeded with a chance."""
-    spread = Spread(quantiles)
+    spread = Spread(quantiles, tail)
     low, high = -1.0, 1.0
     while spread.probability_above(1.0, np.exp(low)) < chance:
         low *= 2.0

@@ -11,7 +11,7 @@ from planner.uncertainty.published import PublishedRun, active_parameters, load_
 if TYPE_CHECKING:
     from planner.specs.problem import Problem
 
-__all__ = ["Nearby", "far_of", "is_far", "nearby"]
+__all__ = ["Nearby", "far_of", "far_without_source", "is_far", "nearby"]
 
 # What near means: the nearest of these that any run fulfils. Equal columns, and the factor that sizes may differ by.
 _STEPS = (
@@ -102,18 +102,18 @@ def nearby(problem: Problem) -> Nearby | None:
     return None
 
 
-def is_far(problem: Problem) -> bool:
+def is_far(problem: Problem, *, measured: bool) -> bool:
     """Whether no run that constants were fitted to is a job's neighbour.
 
-    Neighbours train the same kind of model with the same software on the same generation of accelerators; parameters that a token
-    meets, devices and sequence length differ by a factor of two at most.
+    Neighbours train the same kind of model on the same generation of accelerators, with the same software where that was
+    ``measured``; parameters that a token meets, devices and sequence length differ by a factor of two at most.
     """
     generation, blocks = problem.cluster.device.generation, problem.model.blocks.values()
     job = (
         problem.stack.name, generation, any(block.moe for block in blocks), any(block.ssm for block in blocks),
         active_parameters(problem.model), float(problem.cluster.devices), float(problem.workload.seq_len),
     )  # fmt: skip
-    return _is_far(generation, job)
+    return _is_far(generation, job if measured else job[1:])
 
 
 def far_of(runs: Sequence[PublishedRun]) -> list[bool]:
@@ -126,9 +126,23 @@ def far_of(runs: Sequence[PublishedRun]) -> list[bool]:
     ]
 
 
+def far_without_source(runs: Sequence[PublishedRun]) -> list[bool]:
+    """The same as if their software had not been measured, and nothing else of their source."""
+    jobs = [_job(run)[1:] for run in runs]
+    fitted = [(run.source, job) for run, job in zip(runs, jobs, strict=True) if _fitted(run)]
+    return [
+        not any(source != run.source and _neighbours(job, other) for source, other in fitted)
+        for run, job in zip(runs, jobs, strict=True)
+    ]
+
+
 @lru_cache(maxsize=4096)
 def _is_far(generation: str, job: tuple[Any, ...]) -> bool:
-    return not any(_fitted(run) and _neighbours(job, _job(run)) for run in load_published_runs(generation))
+    """Without its first column, the software, a job is compared with whatever there is."""
+    first = len(_LIKE) + len(_SIZES) - len(job)
+    return not any(
+        _fitted(run) and _neighbours(job, _job(run)[first:]) for run in load_published_runs(generation)
+    )
 
 
 def _fitted(run: PublishedRun) -> bool:
@@ -140,7 +154,7 @@ def _job(run: PublishedRun) -> tuple[Any, ...]:
 
 
 def _neighbours(job: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    same = len(_LIKE)
+    same = len(job) - len(_SIZES)
     return job[:same] == other[:same] and all(
         1.0 / _FACTOR <= size / others <= _FACTOR
         for size, others in zip(job[same:], other[same:], strict=True)

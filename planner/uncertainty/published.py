@@ -7,7 +7,7 @@ scored, with its configuration, what was measured, and the errors.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,15 @@ __all__ = [
     "active_parameters",
     "load_published_runs",
     "read_published_runs",
+    "rounded",
+    "shares_as_text",
+    "shares_of",
     "write_published_runs",
 ]
 
 FILE = Path(__file__).with_name("published_runs.csv")
 _DIGITS = 4
+_LEAST = 5e-4  # share of a step that is written down
 
 
 class PublishedRun(NamedTuple):
@@ -44,12 +48,15 @@ class PublishedRun(NamedTuple):
         tokens_per_s_per_device: measured; None where the run is not scored for time.
         error: of the predicted rate, ``predicted / measured - 1``, with constants fitted to all runs.
         error_without_model, error_without_source: the same with constants fitted without this model's, or this source's, runs.
-        uncertain_without_model, uncertain_without_source: how uncertain those constants left the step, as a logarithm.
+        parts: shares of the predicted step by term, ``name:share`` with spaces between (:func:`shares_of`).
         constants_share: how much a step moves with one error in all constants at once: √Σ share² of the shares that they slow.
         peak_bytes: measured peak memory; None where the run is not scored for memory.
         peak_counts: ``allocated``, ``reserved``, ``smi`` or empty: which meter read it.
         peak_error: of the predicted peak.
         peak_uncertain: share of the predicted peak that software holds beside states and activations.
+        ran_out: whether it ran out of memory; None where it is not scored for that.
+        filled: predicted peak of the fullest device relative to its memory, of those.
+        filled_uncertain: share of that peak that software holds.
     """
 
     row_id: str
@@ -73,13 +80,15 @@ class PublishedRun(NamedTuple):
     error: float | None = None
     error_without_model: float | None = None
     error_without_source: float | None = None
-    uncertain_without_model: float | None = None
-    uncertain_without_source: float | None = None
+    parts: str = ""
     constants_share: float | None = None
     peak_bytes: float | None = None
     peak_counts: str = ""
     peak_error: float | None = None
     peak_uncertain: float | None = None
+    ran_out: bool | None = None
+    filled: float | None = None
+    filled_uncertain: float | None = None
 
     @property
     def held_out(self) -> bool:
@@ -113,6 +122,25 @@ def write_published_runs(path: Path, runs: Iterable[PublishedRun]) -> None:
         writer.writerows([_text(getattr(run, name)) for name in _KINDS] for run in runs)
 
 
+def rounded(runs: Iterable[PublishedRun]) -> list[PublishedRun]:
+    """Runs as the table has them: what is fitted to them is fitted to the table, and can be fitted to it again."""
+    return [PublishedRun._make(_READERS[at](_text(value)) for at, value in enumerate(run)) for run in runs]
+
+
+def shares_as_text(shares: Mapping[str, float]) -> str:
+    """Shares by term as a cell of the table, those that are worth it.
+
+    >>> shares_of(shares_as_text({"matmul": 0.61234567, "overlap": 0.02, "offload": 1e-6}))
+    {'matmul': 0.612, 'overlap': 0.02}
+    """
+    return " ".join(f"{name}:{share:.3g}" for name, share in shares.items() if share >= _LEAST)
+
+
+def shares_of(text: str) -> dict[str, float]:
+    """The shares that :func:`shares_as_text` wrote."""
+    return {name: float(share) for name, share in (part.split(":") for part in text.split())}
+
+
 def active_parameters(model: Model) -> float:
     """Parameters that a token meets: what runs of dense models and of mixtures are compared by."""
     return float(active_parameter_count(model))
@@ -124,6 +152,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": lambda text: text == "true",
+    "bool | None": lambda text: text == "true" if text else None,
     "float | None": lambda text: float(text) if text else None,
 }
 _READERS = [_READ[kind] for kind in _KINDS.values()]

@@ -1,19 +1,30 @@
 """What a step time and a peak are made of, as far as each part may be off on its own, and where to look when it is.
 
 A term's share of the step times its own uncertainty (``residuals.json``, fitted to published runs) is what it may contribute to
-a difference. Three terms are no part of the step's breakdown: what overlap hides, what the host takes to issue kernels while
-the device still works, and whatever the model leaves out.
+a difference; how uncertain a step is follows from all of them, ``√Σ (share · deviation)²``. Three terms are no part of the step's
+breakdown: what overlap hides, what the host takes to issue kernels while the device still works, and whatever the model leaves
+out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import hypot
 
 from planner.attribution import Spend
 from planner.ledger import Kernel
 
-__all__ = ["OUTSIDE", "PEAK_TERMS", "TIME_TERMS", "Term", "peak_parts", "time_parts"]
+__all__ = [
+    "OUTSIDE",
+    "PEAK_TERMS",
+    "TIME_TERMS",
+    "Term",
+    "peak_parts",
+    "terms_spread",
+    "time_parts",
+    "time_shares",
+]
 
 OUTSIDE = "outside"
 """Whatever has no term: it may be off by a fraction of the whole."""
@@ -173,6 +184,27 @@ def time_parts(
             parts["host_dispatch"] += spent.times * item.launches * dispatch_s
     parts[OUTSIDE] = step_time_s
     return {name: seconds for name, seconds in parts.items() if seconds > 0.0}
+
+
+def time_shares(
+    step_time_s: float, breakdown_s: Mapping[str, float], spends: Iterable[Spend], dispatch_s: float
+) -> dict[str, float]:
+    """The same relative to the step, without what is at stake outside the model: that is the same of all."""
+    parts = time_parts(step_time_s, breakdown_s, spends, dispatch_s)
+    return {name: seconds / step_time_s for name, seconds in parts.items() if name != OUTSIDE}
+
+
+def terms_spread(shares: Mapping[str, float], deviations: Mapping[str, float]) -> float:
+    """Standard deviation of the logarithm of a whole whose terms err independently.
+
+    Args:
+        shares: of the whole, by term; they need not add up to one.
+        deviations: of each term's logarithm.
+
+    >>> terms_spread({"matmul": 0.6, "pipeline_bubble": 0.4}, {"matmul": 0.05, "pipeline_bubble": 0.1})
+    0.05
+    """
+    return hypot(*(share * deviations[name] for name, share in shares.items()))
 
 
 def peak_parts(memory_bytes: Mapping[str, float], without: Iterable[str] = ()) -> dict[str, float]:

@@ -195,13 +195,15 @@ def _interval(run: Run, assembly: Assembly, metric: str, predicted: float) -> tu
     if residuals is None or predicted <= 0.0:
         return None
     if metric == "tokens_per_s_per_device":  # the longest step is the lowest rate
-        spread = time_spread(residuals, run.problem, assembly.spends)
+        step = assembly.plan.estimate
+        spread = time_spread(residuals, run.problem, step.step_time_s, step.breakdown_s, assembly.spends)
         high, low = (predicted * predicted / rate for rate in spread.interval(predicted))
         return low, high
     if metric == "peak_memory":
         kind = run.row.text("peak_memory_kind")
         reading = memory_reading(assembly, kind)
-        return residuals.peak.at(0.0 if kind in COUNTED else reading.uncertain).interval(predicted)
+        counted = kind in COUNTED
+        return residuals.peak.at(0.0 if counted else reading.uncertain, counted=counted).interval(predicted)
     return None
 
 

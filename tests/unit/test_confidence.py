@@ -11,7 +11,7 @@ from planner.report.confidence import confidence, interval_text, out_of_memory_m
 from planner.report.plan_table import show_plans
 from planner.report.terminal import Screen
 from planner.report.totals import confidence_fields
-from planner.uncertainty.nearest import far_of, is_far, nearby
+from planner.uncertainty.nearest import far_of, far_without_source, is_far, nearby
 from planner.uncertainty.published import load_published_runs
 
 
@@ -146,10 +146,12 @@ def test_document_names_ties_and_the_nearest_runs(plan):
 def test_a_job_is_near_runs_of_its_software_kind_and_size():
     """InternLM was measured with 7B on 8 to 64 A100: on 128 it is within a factor of two of them, on 256 it is not."""
     near = job(stack="internlm", cluster="a100-sxm-80gb:16x8")
-    assert not is_far(near)
-    assert is_far(job(stack="internlm", cluster="a100-sxm-80gb:32x8"))
-    assert is_far(replace(near, stack=replace(near.stack, name="of-my-own")))
-    assert is_far(replace(near, model=planner.load_model("mixtral-8x7b")))
+    own = replace(near, stack=replace(near.stack, name="of-my-own"))
+    assert not is_far(near, measured=True)
+    assert is_far(job(stack="internlm", cluster="a100-sxm-80gb:32x8"), measured=True)
+    assert is_far(own, measured=True)
+    assert not is_far(own, measured=False)
+    assert is_far(replace(near, model=planner.load_model("mixtral-8x7b")), measured=True)
 
 
 def test_a_run_is_no_neighbour_of_its_own_and_held_out_runs_are_none():
@@ -157,3 +159,5 @@ def test_a_run_is_no_neighbour_of_its_own_and_held_out_runs_are_none():
     assert far_of([run]) == [True]
     assert far_of([run, run]) == [False, False]
     assert far_of([run, run._replace(row_id="held_out-1")]) == [True, False]
+    assert far_without_source([run, run]) == [True, True]
+    assert far_without_source([run, run._replace(source="another", stack="other")]) == [False, False]
