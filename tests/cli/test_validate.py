@@ -52,7 +52,9 @@ def test_an_exceeded_bound_fails(planner, tmp_path):
         (b"", "is empty"),
         (b"\n", "is empty"),
         (b"name,price\nx,1\n", "columns of no known kind"),
-        (b"a,b\n1,2,3\n", "3 cells"),
+        (b"a,b\n1,2,3\n", "columns of no known kind"),
+        (b"accelerator,m,latency_ms\nx,1,2,3\n", "4 cells"),
+        (b"accelerator,m,m,latency_ms\nx,1,2,3\n", "columns that stand twice: m"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b'a,b\n"x\n', "columns of no known kind"),
     ],
@@ -65,6 +67,29 @@ def test_wrong_files(planner, tmp_path, content, found):
     assert refused.code == 2
     assert found in refused.faults[0]["found"]
     assert str(path) in refused.faults[0]["where"]
+
+
+def test_files_of_another_kind_are_passed_over_whatever_their_rows(planner, tmp_path):
+    notes = tmp_path / "README.csv"
+    notes.write_text("# Runs\n\nOne row, one run\n")
+    found = planner("validate", PUBLISHED[0], notes, "--json")
+    assert (found.code, found.json["passed_over"]) == (0, {str(notes): "unknown"})
+
+
+def test_a_table_that_lacks_a_column_is_told_which(planner, tmp_path):
+    header, *rows = (line.split(",") for line in PUBLISHED[0].read_text().splitlines())
+    place = header.index("pp")
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(",".join(cells[:place] + cells[place + 1 :]) for cells in (header, *rows)))
+    assert planner("validate", path, "--json").faults[0]["try"].endswith("has these columns too: pp.")
+
+
+def test_many_ragged_rows_are_told_of_in_few_lines(planner, tmp_path):
+    path = tmp_path / "kernels.csv"
+    path.write_text("accelerator,m,latency_ms\n" + "x,1,2,3\n" * 300)
+    told = planner("validate", "--operators", path, "--json").faults
+    assert len(told) < 10
+    assert told[-1]["found"] == "295 more rows like these"
 
 
 def test_wrong_options(planner):
