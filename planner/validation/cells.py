@@ -25,6 +25,7 @@ MANDATORY = (
     "global_batch",
 )
 MANDATORY_OF_EXPERTS = ("top_k", "expert_ffn_hidden")
+_NEVER_NONE = ("cp", "ep", "etp", "vpp", "n_kv_heads", "head_dim", "ffn_hidden", "vocab")
 
 WHERE_SILENT = ("none", "norm+act", "full")
 """Recompute of a row that does not say."""
@@ -70,12 +71,12 @@ class Cells:
     used: dict[str, None] = field(default_factory=dict)
 
     def check_mandatory(self) -> None:
-        """Raises Unsupported if a cell is empty that no default can fill."""
+        """Raises Unsupported if a cell is empty that no default can fill, or is 0 and must not be."""
         wanted = MANDATORY + (MANDATORY_OF_EXPERTS if self.row.whole("n_experts") else ())
         missing = [column for column in wanted if not self.row.text(column)]
         if missing:
             raise Unsupported(f"mandatory cells are empty: {', '.join(missing)}")
-        zero = [column for column in wanted if self.row.whole(column) == 0]
+        zero = [column for column in (*wanted, *_NEVER_NONE) if self.row.whole(column) == 0]
         if zero:
             raise Unsupported(f"must not be 0: {', '.join(zero)}")
 

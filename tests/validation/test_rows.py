@@ -411,6 +411,7 @@ def test_defaults_that_were_taken_are_told(row):
         ({"n_layers": "1.5"}, "no whole number"),
         ({"n_layers": "100000"}, "more than 10,000"),
         ({"tp": "0"}, "must not be 0: tp"),
+        ({"cp": "0", "vpp": "0"}, "must not be 0: cp, vpp"),
         ({"tp": "3"}, "do not divide"),
         ({"global_batch": "63"}, "no whole number of micro-batches"),
         ({"n_devices": "12"}, "no whole nodes"),
