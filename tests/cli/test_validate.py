@@ -96,6 +96,8 @@ def test_wrong_options(planner):
     assert "family" in planner("validate", *PUBLISHED, "--by", "colour", "--json").faults[0]["expected"]
     assert planner("validate", *PUBLISHED, "--bounds", "missing.toml", "--json").code == 2
     assert planner("validate", "--json").code == 2
+    missing = planner("validate", *PUBLISHED, "--residuals", "missing", "--json")
+    assert (missing.code, missing.faults[0]["found"]) == (2, "no folder 'missing'")
 
 
 def test_numbers_that_are_none_concern_their_row_alone(planner, tmp_path):
