@@ -39,6 +39,13 @@ _MONTH = re.compile(r"(?<=[_-])(20\d\d)-?(0[1-9]|1[0-2])(?=[_.-])")  # in a file
 _WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
 _REDUCES_AS_COMPUTED = "pytorch fsdp1"  # MixedPrecision.reduce_dtype is param_dtype where it is not given
 _MAKES_SHARED_TENSORS = ("megatron-core", "pytorch fsdp2")
+_BY_WRAPPER = {  # products of PyTorch's wrappers, by the wrapper that they train with
+    "torchtitan": "pytorch fsdp2",
+    "nemo automodel": "pytorch fsdp2",
+    "prime-rl": "pytorch fsdp2",
+    "fms-fsdp": "pytorch fsdp1",
+    "llm-foundry": "composer fsdp1",
+}
 _FORMATS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}  # by PyTorch's names
 
 
@@ -134,8 +141,9 @@ class Cells:
 
     @property
     def framework(self) -> str:
-        """The framework's name in lower case."""
-        return self.row.text("framework").lower()
+        """The framework's name in lower case; of a product, that of the wrapper that it trains with."""
+        name = self.row.text("framework").lower()
+        return next((wrapper for product, wrapper in _BY_WRAPPER.items() if name.startswith(product)), name)
 
 
 def note_units(cells: Cells) -> None:

@@ -83,7 +83,7 @@ def run_of(row: Row) -> Run:
     cells.check_mandatory()
     flags = read_flags(row.text("other_flags"))
     model, cluster = model_of(cells, flags), cluster_of(cells)
-    stack = _stack(row.text("framework"), row.text("framework_version"), row.text("measured_date"))
+    stack = _stack(cells.framework, row.text("framework_version"), row.text("measured_date"))
     if not row.text("framework"):
         cells.default("framework")
     note_units(cells)

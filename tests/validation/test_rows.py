@@ -378,6 +378,28 @@ def test_the_stack_follows_framework_and_date(row):
     assert stacks == ["megatron-eager", "default", "megatron-core"]
 
 
+@pytest.mark.parametrize(
+    ("product", "wrapper"),
+    [
+        ("torchtitan", "PyTorch FSDP2"),
+        ("NeMo Automodel 25.11", "PyTorch FSDP2"),
+        ("llm-foundry", "Composer FSDP1"),
+    ],
+)
+def test_a_product_of_a_wrapper_is_priced_as_the_wrapper(row, product, wrapper):
+    found = [run_of(row(framework=name, sequence_parallel="")) for name in (product, wrapper)]
+    assert found[0].problem.stack == found[1].problem.stack
+    assert found[0].problem.fixed == found[1].problem.fixed
+
+
+def test_containers_of_nemo_are_those_of_megatron_core(row):
+    found = [
+        run_of(row(framework=name, framework_version="25.09"))
+        for name in ("NeMo", "Megatron-Bridge", "Megatron-Core")
+    ]
+    assert [run.problem.stack.name for run in found] == ["megatron-bridge"] * 3
+
+
 def test_gpts_under_megatron_drop_out_as_its_arguments_default_to(row):
     # --attention-dropout and --hidden-dropout are 0.1 (megatron/training/arguments.py); recipes of Llama set them to 0.
     gpt = {
