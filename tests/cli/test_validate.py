@@ -76,6 +76,22 @@ def test_files_of_another_kind_are_passed_over_whatever_their_rows(planner, tmp_
     assert (found.code, found.json["passed_over"]) == (0, {str(notes): "unknown"})
 
 
+def test_a_table_without_rows_says_so(planner, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(PUBLISHED[0].read_text().splitlines()[0] + "\n")
+    found = planner("validate", path)
+    assert (found.code, found.out.strip()) == (0, "The files hold no rows.")
+
+
+def test_rows_that_follow_each_other_are_told_of_by_their_ends(planner, tmp_path):
+    header, first = PUBLISHED[0].read_text().splitlines()[:2]
+    cells = dict(zip(header.split(","), first.split(","), strict=True)) | {"score_for": "none"}
+    path = tmp_path / "runs.csv"
+    rows = [",".join((cells | {"row_id": f"r-{number:03}"}).values()) for number in (7, 8, 9, 10, 12)]
+    path.write_text("\n".join([header, *rows]))
+    assert "r-007 to r-010, r-012" in planner("validate", path).out
+
+
 def test_a_table_that_lacks_a_column_is_told_which(planner, tmp_path):
     header, *rows = (line.split(",") for line in PUBLISHED[0].read_text().splitlines())
     place = header.index("pp")
