@@ -17,6 +17,7 @@ from planner.calibration.stack import fit_memory, fit_time, read_runs
 from planner.errors import SpecError
 from planner.specs.hardware import load_cluster, load_device
 from planner.specs.stack import load_stack
+from planner.validation import validate
 from planner.validation.serving import predict
 
 ORIGIN = Provenance(("synthetic.csv",), date(2026, 11, 21), "a test")
@@ -157,7 +158,7 @@ def training_table(tmp_path, stack):
     rows = []
     for text, run in zip(blank, read_runs([path]).runs, strict=True):
         predicted = run.estimate(stack)
-        rows.append(text.format(predicted.step_time_s, run.held_bytes(predicted) / 1e9))
+        rows.append(text.format(predicted.step_time_s, run.held_bytes(stack) / 1e9))
     path.write_text(HEADER + "".join(rows))
     return path
 
@@ -233,6 +234,31 @@ def test_deployments_of_several_engines_are_fitted_one_by_one(tmp_path):
         read_served([path])
     with pytest.raises(SpecError, match="is a stack that trains; expected one that serves, such as vllm"):
         fit_serving("megatron-core", read_served([serving_table(tmp_path, load_stack("vllm"))]))
+
+
+def test_rows_are_fitted_to_what_they_may_be_judged_by(tmp_path):
+    shape = "m,8,1024,16,32000,512,gelu,A100-SXM-80GB,8,1,1,0,1,8,none,bf16,1.0,1.0,GB,smi,false,PyTorch DDP"
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        HEADER + "".join(f"{word},{shape},{word}\n" for word in ("time", "memory", "rank", "none"))
+    )
+    read = read_runs([path])
+    assert [(run.row_id, run.step_time_s is None, run.peak_bytes is None) for run in read.runs] == [
+        ("time", False, True), ("memory", True, False),
+    ]  # fmt: skip
+    assert read.left_out == dict.fromkeys(("rank", "none"), "score_for names neither time nor memory")
+
+
+@pytest.mark.parametrize("kind", ["allocated", "reserved", "smi", ""])
+def test_peaks_are_fitted_to_what_validation_holds_them_against(tmp_path, kind):
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        HEADER
+        + f"r,m,8,1024,16,32000,512,gelu,A100-SXM-80GB,8,1,2,0,1,8,none,bf16,1.0,9.0,GB,{kind},false,PyTorch FSDP1,memory\n"
+    )
+    (run,) = read_runs([path]).runs
+    (scored,) = validate([path]).rows
+    assert run.held_bytes(run.job.stack) == scored.predicted
 
 
 def test_rows_that_cannot_be_priced_are_named_and_a_table_of_none_is_an_error(tmp_path):
