@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from planner.assemble import Assembly
 from planner.calibration.constants import changed, constants_of
-from planner.calibration.robust_fit import Constant, Fit, errors_of, fit
+from planner.calibration.robust_fit import Constant, Fit, Kept, errors_of, fit
 from planner.errors import PlannerError, Problem, SpecError
 from planner.plan import Estimate
 from planner.solve.named import examine
@@ -147,7 +147,9 @@ def fit_time(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tu
         return np.array([run.estimate(candidate).step_time_s for run in timed])
 
     times = [run.step_time_s for run in timed if run.step_time_s is not None]
-    return fit_constants(stack, [run.model for run in timed], times, seconds, TIME_CONSTANTS, folds)
+    start, bounds, apart = _start(stack, timed, TIME_CONSTANTS)
+    fitted, found = fit_constants(start, [run.model for run in timed], times, seconds, bounds, folds)
+    return fitted, replace(found, kept=(*found.kept, *apart))
 
 
 def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tuple[Stack, Fit]:
@@ -162,7 +164,30 @@ def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> 
         return np.array([run.held_bytes(candidate) for run in measured])
 
     peaks = [run.peak_bytes for run in measured if run.peak_bytes is not None]
-    return fit_constants(stack, [run.model for run in measured], peaks, held, MEMORY_CONSTANTS, folds)
+    start, bounds, apart = _start(stack, measured, MEMORY_CONSTANTS)
+    fitted, found = fit_constants(start, [run.model for run in measured], peaks, held, bounds, folds)
+    return fitted, replace(found, kept=(*found.kept, *apart))
+
+
+def _start(
+    stack: Stack, runs: Sequence[MeasuredRun], bounds: Sequence[tuple[str, float, float]]
+) -> tuple[Stack, Sequence[tuple[str, float, float]], tuple[Kept, ...]]:
+    """Where a fit starts: the stack on the generation of all runs, and all constants; of several generations, those that it has
+    in common for them, and the others as kept."""
+    generations = sorted({run.job.cluster.device.generation for run in runs})
+    if len(generations) == 1:
+        return stack.on_generation(generations[0]), bounds, ()
+    own = {name: generation for generation in generations for name in stack.on.get(generation, {})}
+    apart = tuple(
+        Kept(
+            name,
+            float(getattr(stack, name)),
+            f"the base has another on {own[name]}: fit one generation alone",
+        )
+        for name, _, _ in bounds
+        if name in own
+    )
+    return stack, [bound for bound in bounds if bound[0] not in own], apart
 
 
 def fit_constants(
