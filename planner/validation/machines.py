@@ -72,8 +72,15 @@ def cluster_of(cells: Cells) -> Cluster:
         cells.row.text("accelerator"),
         devices // per_node,
         per_node,
-        *(cells.row.text(link) or cells.default(link) for link in ("intra_node_link", "inter_node_link")),
+        _printed(cells, "intra_node_link"),
+        _printed(cells, "inter_node_link"),
     )
+
+
+def _printed(cells: Cells, column: str) -> str:
+    """A link in lower case, its bytes spelled out: only a capital B tells them from bits."""
+    text = cells.row.text(column) or str(cells.default(column))
+    return re.sub(r"(?<=\d)(\s*[GTgt])B(?!it|[Ee]\b)", r"\1byte", text).lower()
 
 
 def network_of(text: str, devices_per_node: int) -> Network:
@@ -129,7 +136,7 @@ def _build(name: str, nodes: int, per_node: int, inside: str, outside: str) -> C
 
 def _inside(device: Device, text: str) -> Device:
     """The device with the links inside its node as they are printed: PCIe instead of the part's own, or another rate."""
-    if "pcie" not in text.lower():
+    if "pcie" not in text:
         return device
     up, found = device.scale_up, _rate(text)
     if up.kind == "pcie" and found is None:
