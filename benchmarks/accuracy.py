@@ -11,6 +11,7 @@ in ``accuracy_notes.toml``.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.specs.library import hardware_folder
 from planner.specs.stack import list_stacks, load_stack
 from planner.uncertainty.constants import constant_shares, constants_spread
 from planner.uncertainty.published import (
@@ -56,6 +58,9 @@ THREE: Mapping[str, Errors] = {
 _LEFT_OUT = ("model", "source")
 _HELD_OUT = "held_out_"  # how names of rows begin that no constant is fitted to
 _OF_MEMORY = ("framework_bytes", "communicator_bytes", "fragmentation", "bucket_copies")
+_FITTED = re.compile(
+    r"(?P<name>\w+) = (?P<value>\{.*kind = \"fitted\".*\})\s*(?:# (?P<rows>.*))?$"
+)  # a line of a stack's file
 _SAID = {"oom": "out of memory"}
 _TIME = "tokens_per_s_per_device"
 _TELLING = (
@@ -82,6 +87,7 @@ def main() -> None:
     notes = tomllib.loads((ROOT / "benchmarks" / "accuracy_notes.toml").read_text(encoding="utf-8"))["note"]
     parts = {
         "counts": counts(runs),
+        "constants": "\n".join(constants_table()),
         "step_time": "\n".join(step_time_table(runs)),
         "families": "\n".join(_grouped(report, "family")),
         "accelerators": "\n".join(_grouped(report, "accelerator")),
@@ -114,6 +120,29 @@ def counts(runs: Sequence[PublishedRun]) -> str:
         "of memory. Kernels and links are fitted to measurements of kernels and collectives alone."
     )
     return fill(text, 130)
+
+
+def constants_table() -> Iterator[str]:
+    """What the stacks' files say was fitted: value, 95 % interval (±1.96 standard errors of the logarithm), and to what."""
+    yield _row("stack", "constant", "value", "95 % interval", "fitted to")
+    yield _row("---", "---", "---:", "---:", "---")
+    for name in list_stacks():
+        if load_stack(name).serving is not None:
+            continue
+        place = ""
+        for line in (hardware_folder() / "stacks" / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+            if line.startswith("["):
+                place = line.strip("[").partition("]")[0]
+            found = _FITTED.match(line)
+            if found is None:
+                continue
+            constant = tomllib.loads(f"it = {found['value']}")["it"]
+            value, spread = float(constant["value"]), constant.get("spread")
+            ends = [value * math.exp(sign * 1.96 * spread) for sign in (-1, 1)] if spread else []
+            generation = place.removeprefix("on.") if place.startswith("on.") else ""
+            what = ", ".join(filter(None, (found["name"], generation)))
+            interval = " to ".join(f"{end:.3g}" for end in ends) or "-"
+            yield _row(name, what, f"{value:.3g}", interval, found["rows"] or constant["source"])
 
 
 def step_time_table(runs: Sequence[PublishedRun]) -> Iterator[str]:

@@ -46,7 +46,7 @@ def print_runs(runs: Sequence[MeasuredRun], stack: Stack) -> None:
         if run.step_time_s is not None:
             estimate = run.estimate(stack)
             pairs = [(run.step_time_s, estimate.step_time_s)]
-            pairs += [(r.peak_bytes / GB, r.held_bytes(estimate) / GB) for r in (allocated[run.row_id], run)]
+            pairs += [(r.peak_bytes / GB, r.held_bytes(stack) / GB) for r in (allocated[run.row_id], run)]
             numbers = (
                 f"{measured:.3f} | {found:.3f} | {found / measured - 1:+.1%}" for measured, found in pairs
             )
@@ -65,7 +65,7 @@ def print_errors(runs: Sequence[MeasuredRun], stack: Stack) -> None:
             )
     for kind, words in KINDS.items():
         mine = [run for run in runs if run.memory_kind == kind]
-        found = np.array([run.held_bytes(run.estimate(stack)) for run in mine])
+        found = np.array([run.held_bytes(stack) for run in mine])
         print_line(f"peak memory, {words}", errors_of(found, np.array([run.peak_bytes for run in mine])))
 
 

@@ -66,7 +66,7 @@ def torch_module() -> Any:
     try:
         return import_module("torch")
     except ImportError:
-        hint = "Install it with pip install 'planner[measure]'."
+        hint = "Install it with pip install torch."
         raise SpecError(
             Problem("planner calibrate measure", "PyTorch is not installed", "torch", hint)
         ) from None

@@ -24,7 +24,8 @@ def show_fits(fits: Mapping[str, Fit], path: str, notes: Sequence[str] = ()) -> 
     ]
     screen.section("Left out of the fit", shown)
     screen.line()
-    screen.line(f"Wrote {path}.")
+    as_before = "" if any(found.fitted for found in fits.values()) else ", with every constant as before"
+    screen.line(f"Wrote {path}{as_before}.")
 
 
 def _show(screen: Screen, name: str, found: Fit) -> None:
@@ -40,18 +41,17 @@ def _show(screen: Screen, name: str, found: Fit) -> None:
         screen.grid(
             ["constant", "before", "fitted", "95 % interval", "rows", ""], rows, left=("constant", "")
         )
+    else:
+        screen.line("Nothing is fitted: these rows are too few, or do not tell the constants.", "bold")
     screen.section("Kept as before", [f"{c.name} = {c.prior:.4g}: {c.reason}" for c in found.kept])
     screen.line()
-    errors = [
-        ("before", found.before),
-        ("fitted, same rows", found.within),
-        ("fitted, left-out rows", found.left_out),
-    ]
+    errors: list[tuple[str, Errors | None]] = [("before", found.before)]
+    if found.fitted:
+        errors += [("fitted, same rows", found.within), ("fitted, left-out rows", found.left_out)]
     cells = [[label, *_cells(error)] for label, error in errors if error is not None]
     screen.grid(["error", "n", "median", "mean", "90th", "bias"], cells, left=("error",))
-    screen.line(
-        f"80 % of {'left-out ' if found.left_out else ''}rows lie within a factor of about {1 + found.spread:.3g}."
-    )
+    which = "left-out " if found.left_out and found.fitted else ""
+    screen.line(f"80 % of {which}rows lie within a factor of about {1 + found.spread:.3g}.")
 
 
 def _cells(error: Errors) -> list[str]:

@@ -10,17 +10,18 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from planner import estimate
+from planner.assemble import Assembly
 from planner.calibration.constants import changed, constants_of
-from planner.calibration.robust_fit import Constant, Fit, errors_of, fit
+from planner.calibration.robust_fit import Constant, Fit, Kept, errors_of, fit
 from planner.errors import PlannerError, Problem, SpecError
 from planner.plan import Estimate
+from planner.solve.named import examine
 from planner.specs.problem import Problem as Job
 from planner.specs.stack import Stack
-from planner.validation.measured import peak_memory_bytes, tokens_per_s_per_device
+from planner.validation.measured import asks_for, peak_memory_bytes, tokens_per_s_per_device
 from planner.validation.plans import run_of
 from planner.validation.table import Row, Unsupported, read_table
-from planner.validation.training import MEMORY_KINDS
+from planner.validation.training import MEMORY_KINDS, memory_reading, predicted_run
 
 __all__ = [
     "MEMORY_CONSTANTS",
@@ -77,15 +78,18 @@ class MeasuredRun:
     memory_kind: str
     unsaid: frozenset[str] = frozenset()
 
-    def estimate(self, stack: Stack) -> Estimate:
-        """The planner's estimate of the run under a stack, whose choices stand where the row says nothing."""
+    def priced(self, stack: Stack) -> Assembly:
+        """The run's plan under a stack, whose choices stand where the row says nothing."""
         fixed = {k: v for k, v in self.job.fixed.items() if not (k in self.unsaid and k in stack.knobs)}
-        return estimate(replace(self.job, stack=stack, fixed=fixed)).estimate
+        return examine(replace(self.job, stack=stack, fixed=fixed))
 
-    def held_bytes(self, predicted: Estimate) -> float:
-        """Predicted peak of what the measurement counts: all of the process, or what the allocator knows of."""
-        pools = predicted.memory_bytes
-        return pools["peak"] - sum(pools.get(pool, 0.0) for pool in MEMORY_KINDS[self.memory_kind])
+    def estimate(self, stack: Stack) -> Estimate:
+        """The planner's estimate of the run under a stack."""
+        return self.priced(stack).plan.estimate
+
+    def held_bytes(self, stack: Stack) -> float:
+        """Predicted reading of the run's meter under a stack, as ``planner validate`` takes it."""
+        return memory_reading(self.priced(stack), self.memory_kind).n_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,9 @@ def fit_time(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tu
         return np.array([run.estimate(candidate).step_time_s for run in timed])
 
     times = [run.step_time_s for run in timed if run.step_time_s is not None]
-    return fit_constants(stack, [run.model for run in timed], times, seconds, TIME_CONSTANTS, folds)
+    start, bounds, apart = _start(stack, timed, TIME_CONSTANTS)
+    fitted, found = fit_constants(start, [run.model for run in timed], times, seconds, bounds, folds)
+    return fitted, replace(found, kept=(*found.kept, *apart))
 
 
 def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> tuple[Stack, Fit]:
@@ -155,10 +161,33 @@ def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> 
     measured = [run for run in runs if run.peak_bytes is not None]
 
     def held(candidate: Stack) -> Array:
-        return np.array([run.held_bytes(run.estimate(candidate)) for run in measured])
+        return np.array([run.held_bytes(candidate) for run in measured])
 
     peaks = [run.peak_bytes for run in measured if run.peak_bytes is not None]
-    return fit_constants(stack, [run.model for run in measured], peaks, held, MEMORY_CONSTANTS, folds)
+    start, bounds, apart = _start(stack, measured, MEMORY_CONSTANTS)
+    fitted, found = fit_constants(start, [run.model for run in measured], peaks, held, bounds, folds)
+    return fitted, replace(found, kept=(*found.kept, *apart))
+
+
+def _start(
+    stack: Stack, runs: Sequence[MeasuredRun], bounds: Sequence[tuple[str, float, float]]
+) -> tuple[Stack, Sequence[tuple[str, float, float]], tuple[Kept, ...]]:
+    """Where a fit starts: the stack on the generation of all runs, and all constants; of several generations, those that it has
+    in common for them, and the others as kept."""
+    generations = sorted({run.job.cluster.device.generation for run in runs})
+    if len(generations) == 1:
+        return stack.on_generation(generations[0]), bounds, ()
+    own = {name: generation for generation in generations for name in stack.on.get(generation, {})}
+    apart = tuple(
+        Kept(
+            name,
+            float(getattr(stack, name)),
+            f"the base has another on {own[name]}: fit one generation alone",
+        )
+        for name, _, _ in bounds
+        if name in own
+    )
+    return stack, [bound for bound in bounds if bound[0] not in own], apart
 
 
 def fit_constants(
@@ -225,13 +254,19 @@ def _linear(
 
 
 def _run(row: Row) -> MeasuredRun:
-    run = run_of(row)
-    job, kind = run.problem, row.text("peak_memory_kind")
+    """The run of a row, with what ``score_for`` says that it may be held to."""
+    asked = asks_for(row)
+    timed, weighed = "tokens_per_s_per_device" in asked, "peak_memory" in asked
+    if not (timed or weighed):
+        raise Unsupported("score_for names neither time nor memory")
+    kind = row.text("peak_memory_kind")
     if kind not in MEMORY_KINDS:
         raise Unsupported(f"peak_memory_kind is {kind!r}, none of {', '.join(filter(None, MEMORY_KINDS))}")
+    run = predicted_run(run_of(row))[0]
     return MeasuredRun(
-        row.row_id, f"{row.text('model')} {row.text('n_layers')} x {row.text('hidden')}", job, _step_time_s(row, job),
-        _peak_bytes(row), kind, frozenset(knob for name, knob in _DEFAULTS.items() if name in run.defaults),
+        row.row_id, f"{row.text('model')} {row.text('n_layers')} x {row.text('hidden')}", run.problem,
+        _step_time_s(row, run.problem) if timed else None, _peak_bytes(row) if weighed else None, kind,
+        frozenset(knob for name, knob in _DEFAULTS.items() if name in run.defaults),
     )  # fmt: skip
 
 

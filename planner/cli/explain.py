@@ -86,6 +86,9 @@ def explain(
         show_explanation(assembly.plan, content, everything)
 
 
+_SMALLEST_PROCESS = 2.0**20  # bytes: less is a number that lacks its unit
+
+
 def _measured(time: str | None, memory: str | None) -> tuple[float | None, float | None]:
     """Seconds and bytes that were measured; None where an option was left out.
 
@@ -101,9 +104,16 @@ def _measured(time: str | None, memory: str | None) -> tuple[float | None, float
         optional_quantity(faults, "--measured", time, parse_seconds),
         optional_quantity(faults, "--measured-memory", memory, parse_bytes),
     )
-    for name, text, value in zip(("--measured", "--measured-memory"), (time, memory), found, strict=True):
+    names, texts, parsers = ("--measured", "--measured-memory"), (time, memory), (parse_seconds, parse_bytes)
+    for name, text, value, parse in zip(names, texts, found, parsers, strict=True):
         if value is not None and not value > 0.0:
             faults.append(Fault(name, repr(text), "more than 0"))
+        elif value is not None and parse is parse_bytes and value < _SMALLEST_PROCESS:
+            faults.append(
+                Fault(
+                    name, f"{text!r}: {value:g} bytes", "a process's memory, such as '71GiB'", "Give a unit."
+                )
+            )
     raise_if_any(faults)
     return found
 

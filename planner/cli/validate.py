@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,6 +67,8 @@ def validate(
         )
     if refitted is not None and residuals is None:
         raise SpecError(Problem("--refitted", "without --residuals", "both"))
+    if residuals is not None and not Path(residuals).is_dir():  # said before a minute's work, not after it
+        raise SpecError(Problem("--residuals", f"no folder {residuals!r}", "a folder", "Make it first."))
     report = score(files, operators=operators, bounds=bounds)
     verified = {} if residuals is None else _written(residuals, report, refitted)
     if as_json:

@@ -89,11 +89,14 @@ def _merged(table: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _over_generation(table: dict[str, Any], path: Path) -> dict[str, Any]:
     generation = table.get("generation")
-    if generation is None:
-        return table
     folder = hardware_folder() / "generations"
-    if not isinstance(generation, str) or not (folder / f"{Path(generation).name}.toml").is_file():
-        known = sorted(file.stem for file in folder.glob("*.toml"))
+    known = sorted(file.stem for file in folder.glob("*.toml"))
+    if generation is None:
+        if "efficiency" in table:
+            return table
+        hint = "A generation has what a data sheet does not tell; without one, the file needs an [efficiency] of its own."
+        raise SpecError(Problem(f"{path}: generation", "is missing", f"one of {', '.join(known)}", hint))
+    if not isinstance(generation, str) or Path(generation).name not in known:
         expected, hint = f"one of {', '.join(known)}", did_you_mean(str(generation), known)
         raise SpecError(Problem(f"{path}: generation", repr(generation), expected, hint))
     defaults = read_file(folder / f"{generation}.toml")

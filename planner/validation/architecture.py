@@ -234,9 +234,9 @@ def _expert_pattern(flags: Flags, count: int) -> list[bool] | None:
 
 def _fits_better(other: Model, model: Model, printed: str) -> bool:
     """Whether the printed parameter count, in billions, tells the two apart and is nearer to the other."""
-    decimals = len(printed.partition(".")[2])
-    if not printed or not decimals:
+    digits = re.fullmatch(r"\d+\.(\d+)", printed)
+    if digits is None:
         return False
-    wanted, rounding = float(printed), 0.5 * 10.0**-decimals
+    wanted, rounding = float(printed), 0.5 * 10.0 ** -len(digits[1])
     ours, theirs = (abs(parameter_count(m) / _BILLION - wanted) for m in (model, other))
     return ours > rounding and theirs < ours

@@ -11,7 +11,7 @@ from typing import Any
 from planner.specs.device import Device
 from planner.validation.table import Row, Unsupported
 
-__all__ = ["DEFAULTS", "MANDATORY", "MANDATORY_OF_EXPERTS", "WHERE_SILENT", "Cells", "Default"]
+__all__ = ["DEFAULTS", "MANDATORY", "MANDATORY_OF_EXPERTS", "WHERE_SILENT", "Cells", "Default", "note_units"]
 
 MANDATORY = (
     "n_layers",
@@ -25,6 +25,7 @@ MANDATORY = (
     "global_batch",
 )
 MANDATORY_OF_EXPERTS = ("top_k", "expert_ffn_hidden")
+_NEVER_NONE = ("cp", "ep", "etp", "vpp", "n_kv_heads", "head_dim", "ffn_hidden", "vocab")
 
 WHERE_SILENT = ("none", "norm+act", "full")
 """Recompute of a row that does not say."""
@@ -39,6 +40,14 @@ _WITH_DROPOUT = ("megatron-lm", "megatron-deepspeed", "deepspeed", "hf trainer")
 _WITH_HYBRID_EP = "25.11"
 _REDUCES_AS_COMPUTED = "pytorch fsdp1"  # MixedPrecision.reduce_dtype is param_dtype where it is not given
 _MAKES_SHARED_TENSORS = ("megatron-core", "pytorch fsdp2")
+_BY_WRAPPER = {  # products of PyTorch's wrappers, by the wrapper that they train with
+    "torchtitan": "pytorch fsdp2",
+    "nemo automodel": "pytorch fsdp2",
+    "prime-rl": "pytorch fsdp2",
+    "fms-fsdp": "pytorch fsdp1",
+    "llm-foundry": "composer fsdp1",
+}
+_FORMATS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}  # by PyTorch's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +79,12 @@ class Cells:
     used: dict[str, None] = field(default_factory=dict)
 
     def check_mandatory(self) -> None:
-        """Raises Unsupported if a cell is empty that no default can fill."""
+        """Raises Unsupported if a cell is empty that no default can fill, or is 0 and must not be."""
         wanted = MANDATORY + (MANDATORY_OF_EXPERTS if self.row.whole("n_experts") else ())
         missing = [column for column in wanted if not self.row.text(column)]
         if missing:
             raise Unsupported(f"mandatory cells are empty: {', '.join(missing)}")
-        zero = [column for column in wanted if self.row.whole(column) == 0]
+        zero = [column for column in (*wanted, *_NEVER_NONE) if self.row.whole(column) == 0]
         if zero:
             raise Unsupported(f"must not be 0: {', '.join(zero)}")
 
@@ -101,6 +110,20 @@ class Cells:
         return _BY_COLUMN[column].value(self)
 
     @property
+    def dtype(self) -> str:
+        """Format of matrix products."""
+        name = self.text("dtype")
+        return _FORMATS.get(name, name)
+
+    @property
+    def zero_stage(self) -> int:
+        """What is sharded: optimizer, gradients, weights. ``fsdp…`` and ``hsdp…`` are 3, or 2 where only gradients are."""
+        text = self.row.text("zero_stage").lower()
+        if not text.startswith(("fsdp", "hsdp")):
+            return self.whole("zero_stage")
+        return 2 if re.search(r"grad[_-]?op|zero-?2", text) else 3
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward networks have three matrices."""
         return self.text("mlp") in ("swiglu", "geglu")
@@ -119,8 +142,25 @@ class Cells:
 
     @property
     def framework(self) -> str:
-        """The framework's name in lower case."""
-        return self.row.text("framework").lower()
+        """The framework's name in lower case; of a product, that of the wrapper that it trains with."""
+        name = self.row.text("framework").lower()
+        return next((wrapper for product, wrapper in _BY_WRAPPER.items() if name.startswith(product)), name)
+
+
+def note_units(cells: Cells) -> None:
+    """Notes the defaults that what a row measured rests on."""
+    row = cells.row
+    rates = (
+        f"{name}{how}" for name in ("tokens_per_s_per_device", "step_time_s") for how in ("", "_derived")
+    )
+    if row.text("tflops_per_device") and not any(
+        row.text(column) for column in (*rates, "tflops_convention")
+    ):
+        cells.default("tflops_convention")
+    if row.text("peak_memory_gb"):
+        for column in ("peak_memory_unit", "peak_memory_kind"):
+            if not row.text(column):
+                cells.default(column)
 
 
 def _feed_forward(cells: Cells) -> int:
@@ -136,10 +176,10 @@ def _expert_ranks(cells: Cells) -> int:
 
 
 def _gradients(cells: Cells) -> str:
-    dtype = cells.text("dtype")
+    dtype = cells.dtype
     if cells.framework.startswith(_REDUCES_AS_COMPUTED):
         return dtype if dtype in ("fp16", "bf16") else "fp32"
-    sharded = cells.row.text("zero_stage") in ("2", "3")  # without, BF16_Optimizer adds up in fp32
+    sharded = cells.zero_stage in (2, 3)  # without, BF16_Optimizer adds up in fp32
     narrow = ("fp16", "bf16") if "deepspeed" in cells.framework and sharded else ("fp16",)
     return dtype if dtype in narrow and cells.framework.startswith(_WITH_DROPOUT) else "fp32"
 
@@ -159,7 +199,7 @@ def _dispatch(cells: Cells) -> str | None:
 
 def _virtual_stages(cells: Cells) -> int:
     stages, left = divmod(cells.whole("n_layers"), cells.whole("pp"))
-    schedule = cells.row.text("schedule")
+    schedule = cells.row.text("schedule").lower()
     if cells.whole("pp") == 1 or left:
         return 1
     if (
@@ -264,6 +304,15 @@ DEFAULTS = (
         "torchtitan train_configs/*.toml @1ea476e9f: compile = false",
         lambda c: "eager",
     ),
+    Default("framework", "the stack 'default'", "constants of no framework in particular", lambda c: ""),
+    Default(
+        "tflops_convention",
+        "model FLOP",
+        "utilisation is of these, unless a table says otherwise (Narayanan et al. 2021, arXiv:2104.04473)",
+        lambda c: "model_flops",
+    ),
+    Default("peak_memory_unit", "GB", "as nvidia-smi's readings are printed", lambda c: "GB"),
+    Default("peak_memory_kind", "all that the process holds", "what a device must have room for", lambda c: ""),
     Default(
         "(dispatch)",
         "what the stack says; HybridEP where a NeMo container of 25.11 or later ran on NVLink domains of several nodes, and the "

@@ -29,8 +29,17 @@ _PORT_GBIT = {
     "ndr": 400.0,
     "xdr": 800.0,
 }
-_RATE = re.compile(r"(?:(\d+)\s*x\s*)?(?:[a-z-]+\s+)?(\d+)\s*g(?:b/s|bps|b|bit/s)\b")
-_PORTS = re.compile(r"(\d+)\s*x\s*([a-z-]+)")
+_RATE = re.compile(
+    r"""(?:(?P<before>\d+)\s*[x×]\s*(?:[a-z-]+\s+)?|(?<![\w.,-]))  # 4x200Gb/s, 8x HDR 200Gb/s; not a part's 3-40GB
+    (?P<digits>\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\s*
+    (?P<prefix>[gt])
+    (?:(?P<bytes>(?-i:B)(?!it|e\b)|byte)|b)?  # a capital B is bytes, but for GBit and GBE
+    (?:its?|e|s)?(?:/s|ps)?(?!\w)
+    (?:\s*[x×]\s*(?P<after>\d+)(?![\w.]))?  # 400G x 8
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_PORTS = re.compile(r"(\d+)\s*[x×]\s*([a-z-]+)")
 
 
 def device_of(name: str) -> Device:
@@ -64,30 +73,52 @@ def cluster_of(cells: Cells) -> Cluster:
         cells.row.text("accelerator"),
         devices // per_node,
         per_node,
-        cells.text("intra_node_link"),
-        cells.text("inter_node_link"),
+        _printed(cells, "intra_node_link"),
+        _printed(cells, "inter_node_link"),
     )
+
+
+def _printed(cells: Cells, column: str) -> str:
+    """A link in lower case, its bytes spelled out: only a capital B tells them from bits."""
+    text = cells.row.text(column) or str(cells.default(column))
+    return re.sub(r"(?<=\d)(\s*[GTgt])B(?!it|[Ee]\b)", r"\1byte", text).lower()
 
 
 def network_of(text: str, devices_per_node: int) -> Network:
     """What a printed network says: ports of a rate per node or per device; nothing where no rate can be read.
 
-    >>> network_of("4x200gb/s hdr infiniband per node", 8).nic_bytes_per_s
+    >>> network_of("4x200Gb/s HDR InfiniBand per node", 8).nic_bytes_per_s
     25000000000.0
-    >>> network_of("rdma 400 gb/s per gpu", 8).nics_per_node
+    >>> network_of("RDMA 400 Gb/s per GPU", 8).nics_per_node
     8
     """
-    text = text.lower()
-    rate, ports = _RATE.search(text), _PORTS.search(text)
-    if rate is not None:
-        count, gbit = int(rate[1] or 1), float(rate[2])
-    elif ports is not None and (kind := ports[2]) in _PORT_GBIT:
-        count, gbit = int(ports[1]), _PORT_GBIT[kind]
+    found, ports = _rate(text), _PORTS.search(text.lower())
+    if found is not None:
+        count, bytes_per_s = found
+    elif ports is not None and int(ports[1]) and (kind := ports[2]) in _PORT_GBIT:
+        count, bytes_per_s = int(ports[1]), _PORT_GBIT[kind] * _GIGABIT
     else:
         return Network()
-    if re.search(r"per (gpu|device|accelerator)", text):
+    if re.search(r"(per |/)(gpu|device|accelerator)", text, re.IGNORECASE):
         count *= devices_per_node
-    return Network(nics_per_node=count, nic_bytes_per_s=gbit * _GIGABIT)
+    return Network(nics_per_node=count, nic_bytes_per_s=bytes_per_s)
+
+
+def _rate(text: str) -> tuple[int, float] | None:
+    """Ports, and bytes per second of each; None where the text has no rate.
+
+    Capital B is bytes, small b bits, as are Ethernet's and InfiniBand's rates without a letter.
+
+    >>> _rate("12.5 GB/s RoCE"), _rate("100GbE"), _rate("NVLink")
+    ((1, 12500000000.0), (1, 12500000000.0), None)
+    """
+    found = _RATE.search(text)
+    if found is None:
+        return None
+    count = int(found["before"] or found["after"] or 1)
+    bytes_per_s = float(found["digits"].replace(",", "")) * (1e9 if found["bytes"] else _GIGABIT)
+    bytes_per_s *= 1e3 if found["prefix"] in "tT" else 1.0
+    return (count, bytes_per_s) if count and bytes_per_s else None
 
 
 @lru_cache(maxsize=64)
@@ -108,14 +139,10 @@ def _inside(device: Device, text: str) -> Device:
     """The device with the links inside its node as they are printed: PCIe instead of the part's own, or another rate."""
     if "pcie" not in text:
         return device
-    up, rate = device.scale_up, _RATE.search(text)
-    bytes_per_s = (
-        Sourced(float(rate[2]) * _GIGABIT, "measured", "row")
-        if rate is not None
-        else device.host_link_bytes_per_s
-    )
-    if up.kind == "pcie" and rate is None:
+    up, found = device.scale_up, _rate(text)
+    if up.kind == "pcie" and found is None:
         return device
+    bytes_per_s = device.host_link_bytes_per_s if found is None else Sourced(found[1], "measured", "row")
     return replace(device, scale_up=replace(up, kind="pcie", topology="host", bytes_per_s=bytes_per_s))
 
 

@@ -108,12 +108,14 @@ def flop_per_token(row: Row, model: Model, seq_len: int) -> float:
     forward of recomputed layers again. A convention that names parameters takes 2·P per token and pass, with 3 passes for model
     FLOP, and 4 for hardware FLOP with full recompute.
 
+    A row that names none counts model FLOP.
+
     Raises:
-        Unsupported: the row names no convention that is known.
+        Unsupported: the convention that the row names is not known.
     """
-    convention = row.text("tflops_convention").lower()
+    convention = row.text("tflops_convention").lower() or "model"
     if not convention.startswith(("model", "hardware")):
-        raise Unsupported(f"FLOP/s without a known convention: {convention or 'none is named'}")
+        raise Unsupported(f"FLOP/s by an unknown convention: {convention}")
     again = convention.startswith("hardware") and row.text("recompute") == "full"
     if re.search(r"x ?params|params ?\*|params_b", convention):
         return 2.0 * (4.0 if again else 3.0) * active_parameter_count(model)

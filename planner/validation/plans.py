@@ -16,10 +16,10 @@ from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.stack import Stack, stack_for
 from planner.specs.workload import TrainWorkload
-from planner.technique import SLOTS
+from planner.technique import SLOTS, discover
 from planner.techniques.training.recompute.selective_recompute import read_modules
 from planner.validation.architecture import model_of
-from planner.validation.cells import WHERE_SILENT, Cells
+from planner.validation.cells import WHERE_SILENT, Cells, note_units
 from planner.validation.flags import Flags, kernel_knobs, read_flags
 from planner.validation.machines import cluster_of, device_of
 from planner.validation.table import Row, Unsupported
@@ -35,6 +35,7 @@ _MODULES = {frozenset(modules): choice for choice, modules in RECOMPUTE.items()}
     frozenset({"mlp_act"}): "act",
 }
 _PER_OPERATOR = "per_op_sac"
+_SCHEDULES = {"zero_bubble": "zb_h1", "zb": "zb_h1"}  # by the names of others
 _LOSS_COMPILED = "2025-04"
 _MODULES_OF_AUTOMODEL = r"\bTE \+ DeepEP\b"
 _PIPELINES_SYNCHRONISED_ONCE = "2025-10-08"
@@ -86,6 +87,9 @@ def run_of(row: Row) -> Run:
     flags = read_flags(row.text("other_flags"))
     model, cluster = model_of(cells, flags), cluster_of(cells)
     stack = _stack(_framework(cells, flags), row.text("framework_version"), row.text("measured_date"))
+    if not row.text("framework"):
+        cells.default("framework")
+    note_units(cells)
     fixed = _fixed(cells, flags, model, cluster)
     if fixed.get("sequence_parallel") == "true":  # which kind, the stack says
         fixed["sequence_parallel"] = stack.knobs.get("sequence_parallel", "true")
@@ -111,7 +115,7 @@ def run_of(row: Row) -> Run:
 def _framework(cells: Cells, flags: Flags) -> str:
     """The framework's name. Modules of Transformer Engine and DeepEP under FSDP2 are NeMo Automodel's."""
     if not (cells.framework.startswith("pytorch fsdp2") and flags.says(_MODULES_OF_AUTOMODEL)):
-        return cells.row.text("framework")
+        return cells.framework
     return f"NeMo Automodel {'PyTorch attention' if flags.says(r'FlexAttn|TorchSDPA') else ''}".strip()
 
 
@@ -170,7 +174,7 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
     fixed: dict[str, Any] = {
         "tp": tp, "pp": pp, "cp": cp, "micro_batch_size": micro_batch, "virtual_stages": chunks,
         "ep": cells.whole("ep") if mixture else 1, "etp": cells.whole("etp") if mixture else 1,
-        "schedule": "interleaved" if chunks > 1 else "1f1b", "precision": _precision(cells.text("dtype")),
+        "schedule": _schedule(cells.row.text("schedule"), pp, chunks), "precision": _precision(cells.dtype),
     }  # fmt: skip
     if tp > 1:
         fixed["sequence_parallel"] = "true" if cells.truth("sequence_parallel") else "false"
@@ -192,6 +196,17 @@ def _fixed(cells: Cells, flags: Flags, model: Model, cluster: Cluster) -> dict[s
     return fixed
 
 
+def _schedule(text: str, pp: int, chunks: int) -> str:
+    """The schedule that a row names; of 1F1B the interleaved one where stages have several chunks."""
+    name = text.lower().replace("-", "_").replace(" ", "_")
+    if pp == 1 or name in ("", "1f1b", "interleaved", "interleaved_1f1b", "1f1b_interleaved"):
+        return "interleaved" if chunks > 1 else "1f1b"
+    name = _SCHEDULES.get(name, name)
+    if all(name not in t.choices for t in discover("training").values() if t.slot == "schedule"):
+        raise Unsupported(f"schedule {text!r}: not modelled")
+    return name
+
+
 def _precision(dtype: str) -> str:
     if dtype not in _PRECISIONS:
         raise Unsupported(f"dtype {dtype!r}: not modelled")
@@ -208,10 +223,10 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         replicas: copies of a weight.
         stride: ranks between two neighbouring copies of a weight, context parallelism aside.
     """
-    stage = cells.whole("zero_stage")
+    stage, stated = cells.zero_stage, cells.row.text("zero_stage").lower()
     if stage > 3:
         raise Unsupported(f"zero_stage is {stage}, none of 0 to 3")
-    printed = cells.row.text("sharding_as_printed").lower()
+    printed = cells.row.text("sharding_as_printed").lower() or stated
     fsdp = printed.startswith("fsdp") and "megatron" not in cells.framework
     if fsdp and stage > 1 and cells.whole("pp") > 1 and not _synchronised_always(cells):
         stage = 1  # PyTorch's pipelines keep weights gathered and gradients whole until the last micro-batch
@@ -219,7 +234,9 @@ def _states(cells: Cells, cluster: Cluster, replicas: int, stride: int) -> dict[
         "zero_stage": "fsdp" if stage == 3 and fsdp else str(stage),
         "zero_group": "full",
     }
-    group = cells.text("shard_group")
+    group = cells.row.text("shard_group").lower()
+    if not group:  # hybrid sharding is PyTorch's word for a node's ranks
+        group = "node" if stated.startswith("hsdp") else cells.text("shard_group")
     if not group or stage == 0:
         return choice
     domain = cluster.tiers[0].size

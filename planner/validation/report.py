@@ -16,7 +16,7 @@ from planner.validation.exclusions import read_exclusions
 from planner.validation.outcomes import outcomes
 from planner.validation.ranking import Comparison, ranking_summary, sweeps
 from planner.validation.scores import ScoredRow, coverage, grouped, interval_statistics, summarise
-from planner.validation.table import read_table
+from planner.validation.table import TRAINING_COLUMNS, Table, read_table
 from planner.validation.training import Priced, score_training
 
 __all__ = ["GROUPS", "Report", "validate"]
@@ -109,7 +109,7 @@ def validate(
     Raises:
         SpecError: a file cannot be read, or none of them is of the kind that is asked for.
     """
-    tables = [(path, read_table(path)) for path in paths]
+    tables = [(path, read_table(path, any_kind=True)) for path in paths]
     wanted = tuple(_OPERATORS) if operators else ("training", "serving")
     report = Report(bounds=read_bounds(bounds))
     excluded = read_exclusions()
@@ -133,14 +133,23 @@ def validate(
             report.defaults.update(scores.defaults)
     if len(report.passed_over) == len(tables):
         expected = "a table of kernels or collectives" if operators else "a table of training or serving runs"
-        hint = "Give --operators for kernels and collectives." if not operators else ""
         raise SpecError(
             [
-                Problem(path, f"holds {_SAID[kind]}", expected, hint)
-                for path, kind in report.passed_over.items()
+                Problem(str(path), f"holds {_SAID[table.kind]}", expected, _hint(table, operators))
+                for path, table in tables
             ]
         )
     return report
+
+
+def _hint(table: Table, operators: bool) -> str:
+    """What to do about a file of another kind."""
+    if table.kind != "unknown":
+        return "" if operators else "Give --operators for kernels and collectives."
+    lacks = sorted(TRAINING_COLUMNS - set(table.columns))
+    if operators or len(lacks) > len(TRAINING_COLUMNS) / 2:
+        return ""
+    return f"A table of training runs has these columns too: {', '.join(lacks)}."
 
 
 _SAID: Mapping[str, str] = {

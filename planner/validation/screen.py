@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from planner.report.terminal import Screen, words
@@ -16,11 +17,16 @@ __all__ = ["show_left_out", "show_report"]
 
 _STATISTICS = {"median_ape": "median", "mape": "mean", "p90_ape": "90th", "bias": "bias"}
 _OTHER_SCORES = ("oom", "ranking")
+_NUMBERED = re.compile(r"(.*?)(\d{1,9})")
 
 
 def show_report(report: Report, by: str) -> None:
     """Prints errors per group and over all sources, outcomes, ranking, coverage, and why rows are not scored."""
     screen = Screen()
+    if not report.rows:
+        screen.line("The files hold no rows.")
+        screen.section("Passed over", [f"{path}: {kind}" for path, kind in report.passed_over.items()])
+        return
     summary, asked = report.summary(by), coverage(report.rows)
     screen.line(
         "Errors are fractions of the measured value; 90th: 90th percentile; bias: mean signed error.", "dim"
@@ -119,8 +125,34 @@ def _show_unscored(screen: Screen, report: Report) -> None:
         numbers = Counter((row.file, row.reason) for row in rows)
         screen.section(
             heading,
-            [f"{file}: {reason}: {', '.join(ids[file, reason])}" for file, reason in numbers],
+            [f"{file}: {reason}: {', '.join(_in_runs(list(ids[file, reason])))}" for file, reason in numbers],
         )
+
+
+def _in_runs(names: Sequence[str]) -> Iterator[str]:
+    """Names, those of three consecutive numbers or more by the first and the last.
+
+    >>> list(_in_runs(["a-007", "a-008", "a-009", "a-011", "b-012", "b"]))
+    ['a-007 to a-009', 'a-011', 'b-012', 'b']
+    """
+    start = 0
+    for end in range(1, len(names) + 1):
+        if end < len(names) and _follows(names[end - 1], names[end]):
+            continue
+        run = names[start:end]
+        yield from [f"{run[0]} to {run[-1]}"] if len(run) > 2 else run
+        start = end
+
+
+def _follows(one: str, other: str) -> bool:
+    """Whether two names differ by one in the number that they end with."""
+    before, after = _NUMBERED.fullmatch(one), _NUMBERED.fullmatch(other)
+    return (
+        before is not None
+        and after is not None
+        and before[1] == after[1]
+        and int(after[2]) == int(before[2]) + 1
+    )
 
 
 def _show_excluded(screen: Screen, report: Report, summary: Mapping[str, Any]) -> None:

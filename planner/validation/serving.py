@@ -101,8 +101,10 @@ def _measured(row: Row) -> dict[str, float]:
             continue
         if value:
             found[metric] = value * unit
-    devices = row.number("n_devices")
-    each = row.number("tokens_per_s_per_device") if row.text("tokens_per_s_per_device") else None
+    try:
+        devices, each = row.number("n_devices"), row.number("tokens_per_s_per_device")
+    except Unsupported:
+        devices = each = None
     if "output_tokens_per_s" not in found and each and devices:
         found["output_tokens_per_s"] = each * devices
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ _EXPERT_KERNEL = (
     "inter_size"  # a table of expert kernels also names the ranks that the experts are spread over
 )
 _TIMES = ("latency_ms", "latency_us", "latency_ns", "time_us")
+_LARGEST = 10**15  # that any table counts: bytes of a message
+_MOST_TOLD = 5  # mistakes of one kind in a file
 KINDS = ("training", "serving", "kernels", "collectives", "unknown")
 
 
@@ -76,6 +78,8 @@ class Row:
         value = self.number(column)
         if value is not None and value != int(value):
             raise Unsupported(f"{column} is {self.text(column)!r}, no whole number")
+        if value is not None and value > _LARGEST:
+            raise Unsupported(f"{column} is {self.text(column)!r}, more than {_LARGEST:,}")
         return None if value is None else int(value)
 
     def truth(self, column: str) -> bool | None:
@@ -100,11 +104,16 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, *, any_kind: bool = False) -> Table:
     """Reads a CSV file whose first line names the columns.
 
+    Args:
+        path: the file.
+        any_kind: take a file of no known kind as it is; its rows need not be those of a table.
+
     Raises:
-        SpecError: there is no such file, it is no text, is empty, or a row has more cells than there are columns.
+        SpecError: there is no such file, it is no text, is empty, a column stands twice, or a row has more cells than there are
+            columns.
     """
     path = Path(path)
     where = str(path)
@@ -124,18 +133,33 @@ def read_table(path: str | Path) -> Table:
         raise SpecError(Problem(f"{where}:{lines.line_num}", f"is no CSV ({error})", "a CSV file")) from None
     if not any(columns):
         raise SpecError(Problem(where, "is empty", "a header and rows"))
-    long = [
-        Problem(f"{where}:{line}", f"{len(cells)} cells", f"{len(columns)}, as the header has")
-        for line, cells in found
-        if len(cells) > len(columns)
-    ]
-    if long:
-        raise SpecError(long)
+    kind = table_kind(columns)
+    if kind != "unknown" or not any_kind:
+        _check_cells(where, columns, found)
     rows = tuple(
         Row(path.name, line, {name: cell.strip() for name, cell in zip(columns, cells, strict=False)})
         for line, cells in found
     )
-    return Table(path.name, table_kind(columns), columns, rows)
+    return Table(path.name, kind, columns, rows)
+
+
+def _check_cells(where: str, columns: tuple[str, ...], found: Sequence[tuple[int, list[str]]]) -> None:
+    """Raises SpecError if a column stands twice, or a row has more cells than there are columns."""
+    twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    if twice:
+        raise SpecError(
+            Problem(f"{where}:1", f"columns that stand twice: {', '.join(twice)}", "each column once")
+        )
+    long = [
+        Problem(f"{where}:{line}", f"{len(cells)} cells", f"{len(columns)}, as the header has")
+        for line, cells in found
+        if any(cells[len(columns) :])
+    ]
+    if len(long) > _MOST_TOLD:
+        more = Problem(where, f"{len(long) - _MOST_TOLD} more rows like these", long[0].expected)
+        raise SpecError([*long[:_MOST_TOLD], more])
+    if long:
+        raise SpecError(long)
 
 
 def table_kind(columns: tuple[str, ...]) -> str:

@@ -38,9 +38,11 @@ COUNTED = ("allocated",)
 
 _SOUND = Exclusion("", ("",))
 _SWEEP = (
-    "sweep_id", "n_devices", "accelerator", "model", "n_layers", "hidden", "seq_len", "global_batch", "dtype",
-    "framework_version",
+    "sweep_id", "n_devices", "accelerator", "model", "n_layers", "hidden", "ffn_hidden", "n_heads", "n_kv_heads", "vocab",
+    "n_experts", "top_k", "expert_ffn_hidden", "seq_len", "global_batch", "dtype", "framework_version",
 )  # fmt: skip
+"""What plans are ranked at equal values of: a table may vary a model's heads beside its plan, under one name."""
+
 _GROUPS = ("family", "accelerator", "model", "framework", "peak_memory_kind")
 
 

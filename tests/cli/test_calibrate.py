@@ -58,6 +58,9 @@ def test_eleven_messages_fit_nothing_and_the_report_says_so(planner, tmp_path):
     out = tmp_path / "fabric.toml"
     found = planner("calibrate", "fabric", NCCL, "--cluster", "h100-sxm:2x8", "-o", out)
     assert found.code == 0
+    assert "Nothing is fitted" in found.out
+    assert "fitted, same rows" not in found.out
+    assert " ".join(found.out.split()).endswith("with every constant as before.")
     assert "fewer than 20" in found.out
     # Nothing was fitted, so the machine is as it was.
     fresh, written = load_cluster("h100-sxm:2x8"), load_cluster(out)
@@ -129,7 +132,7 @@ def test_without_torch_there_is_one_message(planner, tmp_path, monkeypatch):
     found = planner("calibrate", "measure", "-o", tmp_path / "rows")
     assert found.code == 2
     assert "PyTorch is not installed" in found.err
-    assert "planner[measure]" in found.err
+    assert "pip install torch" in found.err
     assert list(tmp_path.iterdir()) == []
 
 

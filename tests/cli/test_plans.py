@@ -322,6 +322,7 @@ def test_a_run_within_the_interval_needs_no_explanation(planner, plans):
         (("--measured", "0s"), "--measured"),
         (("--measured-memory", "much"), "--measured-memory"),
         (("--measured-memory", "-1GiB"), "--measured-memory"),
+        (("--measured-memory", "71"), "--measured-memory"),
     ],
 )
 def test_wrong_measurements_are_refused(planner, plans, options, where):

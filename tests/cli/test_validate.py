@@ -52,7 +52,9 @@ def test_an_exceeded_bound_fails(planner, tmp_path):
         (b"", "is empty"),
         (b"\n", "is empty"),
         (b"name,price\nx,1\n", "columns of no known kind"),
-        (b"a,b\n1,2,3\n", "3 cells"),
+        (b"a,b\n1,2,3\n", "columns of no known kind"),
+        (b"accelerator,m,latency_ms\nx,1,2,3\n", "4 cells"),
+        (b"accelerator,m,m,latency_ms\nx,1,2,3\n", "columns that stand twice: m"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b'a,b\n"x\n', "columns of no known kind"),
     ],
@@ -67,10 +69,51 @@ def test_wrong_files(planner, tmp_path, content, found):
     assert str(path) in refused.faults[0]["where"]
 
 
+def test_files_of_another_kind_are_passed_over_whatever_their_rows(planner, tmp_path):
+    notes = tmp_path / "README.csv"
+    notes.write_text("# Runs\n\nOne row, one run\n")
+    found = planner("validate", PUBLISHED[0], notes, "--json")
+    assert (found.code, found.json["passed_over"]) == (0, {str(notes): "unknown"})
+
+
+def test_a_table_without_rows_says_so(planner, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(PUBLISHED[0].read_text().splitlines()[0] + "\n")
+    found = planner("validate", path)
+    assert (found.code, found.out.strip()) == (0, "The files hold no rows.")
+
+
+def test_rows_that_follow_each_other_are_told_of_by_their_ends(planner, tmp_path):
+    header, first = PUBLISHED[0].read_text().splitlines()[:2]
+    cells = dict(zip(header.split(","), first.split(","), strict=True)) | {"score_for": "none"}
+    path = tmp_path / "runs.csv"
+    rows = [",".join((cells | {"row_id": f"r-{number:03}"}).values()) for number in (7, 8, 9, 10, 12)]
+    path.write_text("\n".join([header, *rows]))
+    assert "r-007 to r-010, r-012" in planner("validate", path).out
+
+
+def test_a_table_that_lacks_a_column_is_told_which(planner, tmp_path):
+    header, *rows = (line.split(",") for line in PUBLISHED[0].read_text().splitlines())
+    place = header.index("pp")
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(",".join(cells[:place] + cells[place + 1 :]) for cells in (header, *rows)))
+    assert planner("validate", path, "--json").faults[0]["try"].endswith("has these columns too: pp.")
+
+
+def test_many_ragged_rows_are_told_of_in_few_lines(planner, tmp_path):
+    path = tmp_path / "kernels.csv"
+    path.write_text("accelerator,m,latency_ms\n" + "x,1,2,3\n" * 300)
+    told = planner("validate", "--operators", path, "--json").faults
+    assert len(told) < 10
+    assert told[-1]["found"] == "295 more rows like these"
+
+
 def test_wrong_options(planner):
     assert "family" in planner("validate", *PUBLISHED, "--by", "colour", "--json").faults[0]["expected"]
     assert planner("validate", *PUBLISHED, "--bounds", "missing.toml", "--json").code == 2
     assert planner("validate", "--json").code == 2
+    missing = planner("validate", *PUBLISHED, "--residuals", "missing", "--json")
+    assert (missing.code, missing.faults[0]["found"]) == (2, "no folder 'missing'")
 
 
 def test_numbers_that_are_none_concern_their_row_alone(planner, tmp_path):

@@ -36,6 +36,20 @@ def test_page_counts_the_shipped_runs(script, fitted):
     assert script.counts(fitted) in PAGE, REGENERATE
 
 
+def test_page_lists_every_fitted_constant(script):
+    table = list(script.constants_table())
+    assert "\n".join(table) in PAGE, REGENERATE
+    counted = re.search(
+        r"(\d+) constants of the\s+software stacks are fitted to them.*?(\d+) more", PAGE, re.DOTALL
+    )
+    distinct = {tuple(line.split(" | ")[1:3]) for line in table[2:]}  # what two stacks share counts once
+    assert len(distinct) == int(counted[1]) + int(counted[2])
+    for cells in (line.split(" | ") for line in table[2:]):
+        if " to " in cells[3]:  # in logarithms, the value lies in the middle
+            low, high = map(float, cells[3].split(" to "))
+            assert (low * high) ** 0.5 == pytest.approx(float(cells[2]), rel=0.02)
+
+
 def test_every_part_of_the_page_is_there():
     assert not re.findall(r"^\{\w+\}$", PAGE, re.MULTILINE)
 

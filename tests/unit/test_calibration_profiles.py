@@ -17,6 +17,7 @@ from planner.calibration.stack import fit_memory, fit_time, read_runs
 from planner.errors import SpecError
 from planner.specs.hardware import load_cluster, load_device
 from planner.specs.stack import load_stack
+from planner.validation import validate
 from planner.validation.serving import predict
 
 ORIGIN = Provenance(("synthetic.csv",), date(2026, 11, 21), "a test")
@@ -142,13 +143,14 @@ HEADER += (
 )
 
 
-def training_table(tmp_path, stack):
+def training_table(tmp_path, stack, accelerator="A100-SXM-80GB"):
     """Runs of four models on eight devices, with the times and peaks that a stack predicts."""
+    tmp_path.mkdir(exist_ok=True)
     shapes = [(layers, hidden, mb, seq) for layers, hidden in ((12, 1024), (16, 1536), (24, 2048), (8, 4096))
               for mb in (1, 2, 4) for seq in (2048,)]  # fmt: skip
     shapes = [(*shape, recompute) for shape in shapes for recompute in ("none", "full")]
     blank = [
-        f"r{i},m{layers}x{hidden},{layers},{hidden},{hidden // 64},32000,{seq},gelu,A100-SXM-80GB,8,1,1,0,{mb},{mb * 8},"
+        f"r{i},m{layers}x{hidden},{layers},{hidden},{hidden // 64},32000,{seq},gelu,{accelerator},8,1,1,0,{mb},{mb * 8},"
         f"{recompute},bf16,{{}},{{}},GB,smi,false,PyTorch DDP,time+memory\n"
         for i, (layers, hidden, mb, seq, recompute) in enumerate(shapes)
     ]
@@ -157,7 +159,7 @@ def training_table(tmp_path, stack):
     rows = []
     for text, run in zip(blank, read_runs([path]).runs, strict=True):
         predicted = run.estimate(stack)
-        rows.append(text.format(predicted.step_time_s, run.held_bytes(predicted) / 1e9))
+        rows.append(text.format(predicted.step_time_s, run.held_bytes(stack) / 1e9))
     path.write_text(HEADER + "".join(rows))
     return path
 
@@ -176,9 +178,30 @@ def test_a_stack_gets_its_planted_constants_back(tmp_path):
     out = tmp_path / "mine.toml"
     out.write_text(stack_toml("default", "mine", [times, peaks], ORIGIN))
     loaded = load_stack(out)
-    assert loaded.matmul_slowdown.value == pytest.approx(1.6, rel=0.03)
+    assert loaded.on_generation("ampere").matmul_slowdown.value == pytest.approx(1.6, rel=0.03)
     assert loaded.framework_bytes.kind == "fitted"
     assert loaded.gradient_bucket_bytes == base.gradient_bucket_bytes
+
+
+def test_a_fit_starts_where_the_stack_is_on_the_rows_generation(tmp_path):
+    # pytorch-fsdp's attention is another on Hopper; runs as it predicts them leave nothing to fit
+    stack = load_stack("pytorch-fsdp")
+    assert stack.on["hopper"]["attention_slowdown"].value != stack.attention_slowdown.value
+    path = training_table(tmp_path, stack, "H100-SXM")
+    fitted, times = fit_time(stack, read_runs([path]).runs, folds=4)
+    assert times.before.p90 < 1e-3
+    assert constant_at(fitted, "attention_slowdown") == pytest.approx(
+        stack.on["hopper"]["attention_slowdown"].value, rel=0.05
+    )
+
+
+def test_constants_of_one_generation_alone_are_kept_where_rows_are_of_several(tmp_path):
+    stack = load_stack("pytorch-fsdp")
+    both = [training_table(tmp_path / name, stack, name) for name in ("A100-SXM-80GB", "H100-SXM")]
+    _, times = fit_time(stack, read_runs(both).runs, folds=4)
+    assert times.before.p90 < 1e-3
+    kept = {constant.name: constant.reason for constant in times.kept}
+    assert kept["attention_slowdown"] == "the base has another on hopper: fit one generation alone"
 
 
 SERVED = (
@@ -233,6 +256,31 @@ def test_deployments_of_several_engines_are_fitted_one_by_one(tmp_path):
         read_served([path])
     with pytest.raises(SpecError, match="is a stack that trains; expected one that serves, such as vllm"):
         fit_serving("megatron-core", read_served([serving_table(tmp_path, load_stack("vllm"))]))
+
+
+def test_rows_are_fitted_to_what_they_may_be_judged_by(tmp_path):
+    shape = "m,8,1024,16,32000,512,gelu,A100-SXM-80GB,8,1,1,0,1,8,none,bf16,1.0,1.0,GB,smi,false,PyTorch DDP"
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        HEADER + "".join(f"{word},{shape},{word}\n" for word in ("time", "memory", "rank", "none"))
+    )
+    read = read_runs([path])
+    assert [(run.row_id, run.step_time_s is None, run.peak_bytes is None) for run in read.runs] == [
+        ("time", False, True), ("memory", True, False),
+    ]  # fmt: skip
+    assert read.left_out == dict.fromkeys(("rank", "none"), "score_for names neither time nor memory")
+
+
+@pytest.mark.parametrize("kind", ["allocated", "reserved", "smi", ""])
+def test_peaks_are_fitted_to_what_validation_holds_them_against(tmp_path, kind):
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        HEADER
+        + f"r,m,8,1024,16,32000,512,gelu,A100-SXM-80GB,8,1,2,0,1,8,none,bf16,1.0,9.0,GB,{kind},false,PyTorch FSDP1,memory\n"
+    )
+    (run,) = read_runs([path]).runs
+    (scored,) = validate([path]).rows
+    assert run.held_bytes(run.job.stack) == scored.predicted
 
 
 def test_rows_that_cannot_be_priced_are_named_and_a_table_of_none_is_an_error(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 import planner
 from planner.report.discrepancy import _terms, discrepancy
-from planner.uncertainty.terms import OUTSIDE, TIME_TERMS
+from planner.uncertainty.terms import OUTSIDE, PEAK_TERMS, TIME_TERMS
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_a_faster_run_is_not_explained_by_what_can_only_be_slower():
     assert set(terms) == {"matmul", "data_parallel"}
     assert terms["data_parallel"]["alone"] is None  # one second cannot become two fewer
     assert terms["matmul"]["alone"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("terms", [TIME_TERMS, PEAK_TERMS])
+def test_reasons_for_less_are_others_than_those_for_more(terms):
+    parts = {term.name: 1.0 for term in terms}
+    more, less = (by_name(_terms(terms, parts, difference, {})) for difference in (0.5, -0.5))
+    assert set(more) - set(less) == {name for name in ("overlap", "host_dispatch", OUTSIDE) if name in more}
+    assert all(less[name]["why"] and less[name]["why"] != more[name]["why"] for name in less)
 
 
 def test_every_term_says_what_to_look_at(problem, assembly):

@@ -157,6 +157,13 @@ def test_reasons_for_oddities_are_text(tmp_path):
     assert problem.where.endswith("unusual.fp8")
 
 
+def test_a_data_sheet_without_generation_is_told_that_there_are_some(tmp_path):
+    path = own_device(tmp_path, a=('generation = "hopper"', ""))
+    with pytest.raises(SpecError, match="generation: is missing; expected one of ada, ") as refused:
+        load_device(str(path))
+    assert len(refused.value.problems) == 1
+
+
 def test_unknown_generation_names_the_known_ones(tmp_path):
     path = own_device(tmp_path, a=('generation = "hopper"', 'generation = "hoper"'))
     with pytest.raises(SpecError, match="Did you mean hopper"):

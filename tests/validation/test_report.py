@@ -91,6 +91,24 @@ def test_plans_of_a_sweep_are_ranked(table):
     assert ranking["top1_regret_mean"] >= 0.0
 
 
+def test_models_of_one_name_that_differ_in_their_heads_are_no_repeats(table):
+    cells = {
+        **COMPLETE,
+        "model": "x",
+        "n_kv_heads": "",
+        "head_dim": "",
+        "sweep_id": "s",
+        "score_for": "rank",
+        "pp": "1",
+    }
+    plans = [{"micro_batch": size, "step_time_s": size} for size in ("1", "2", "4", "8")]
+    rows = ({**cells, **plan, "n_heads": heads} for heads in ("32", "64") for plan in plans)
+    ranking = validate([table(*({**row, "row_id": str(n)} for n, row in enumerate(rows)))]).summary()[
+        "ranking"
+    ]
+    assert [(sweep["plans"], sweep["rows"]) for sweep in ranking["by_sweep"]] == [(4, 4), (4, 4)]
+
+
 def test_contradicting_rows_are_shown_but_do_not_count(table, monkeypatch):
     path = table({**COMPLETE}, {**COMPLETE, "row_id": "a-2", "step_time_s": "400"})
     exclusion = Exclusion("prints 4 s elsewhere", (RATE,))

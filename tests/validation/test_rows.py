@@ -356,6 +356,14 @@ def test_packed_samples_attend_to_themselves_alone(row):
         ("8x HDR 200Gb/s InfiniBand per node", 200e9 / 8),
         ("RDMA 400 Gb/s per GPU", 400e9 / 8),
         ("4x Omni-Path (OPA) per node", 4 * 100e9 / 8 / 8),
+        ("8x400G IB", 400e9 / 8),
+        ("RoCE v2 200Gbps x 8", 200e9 / 8),
+        ("100GbE", 100e9 / 8 / 8),
+        ("12.5 GB/s RoCE", 12.5e9 / 8),
+        ("3.2 Tbps EFA", 3.2e12 / 8 / 8),
+        ("1,600 Gbit/s", 1600e9 / 8 / 8),
+        ("400Gb/s/GPU", 400e9 / 8),
+        ("0 Gb/s", 50e9),
         ("", 50e9),  # the profile's own
     ],
 )
@@ -363,6 +371,52 @@ def test_printed_networks(row, text, bytes_per_s):
     tiers = run_of(row(inter_node_link=text)).problem.cluster.tiers
     assert [(tier.name, tier.size) for tier in tiers] == [("nvlink", 8), ("nic", 16)]
     assert tiers[1].bytes_per_s == pytest.approx(bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("PCIe 50 Gbps", 50e9 / 8), ("PCIe 25 GB/s", 25e9), ("PCIe Gen5 x16", 32e9 / 8 * 16 * 128 / 130)],
+)
+def test_printed_links_inside_a_node(row, text, bytes_per_s):
+    # PCI Express Base Specification 5.0: 32 GT/s on each of 16 lanes, 128 of 130 bits data
+    assert run_of(row(intra_node_link=text)).problem.cluster.tiers[0].bytes_per_s == pytest.approx(
+        bytes_per_s, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "choice"),
+    [("", "1f1b"), ("1F1B", "1f1b"), ("GPipe", "gpipe"), ("zb-h1", "zb_h1"), ("zero bubble", "zb_h1")],
+)
+def test_a_row_runs_the_schedule_that_it_names(row, schedule, choice):
+    assert run_of(row(schedule=schedule)).problem.fixed["schedule"] == choice
+
+
+def test_sharding_by_the_name_of_a_wrapper(row):
+    cells = {"framework": "PyTorch FSDP2", "tp": "1", "pp": "1"}
+    found = [
+        run_of(row(**cells, zero_stage=text)).problem.fixed
+        for text in ("fsdp (FULL_SHARD)", "hsdp", "fsdp (SHARD_GRAD_OP)")
+    ]
+    assert [(fixed["zero_stage"], fixed["zero_group"]) for fixed in found] == [
+        ("fsdp", "full"), ("3", "node"), ("2", "full"),
+    ]  # fmt: skip
+
+
+def test_formats_by_other_names(row):
+    found = [run_of(row(dtype=dtype)).problem.fixed["precision"] for dtype in ("bfloat16", "float16", "FP16")]
+    assert found == ["bf16", "fp16", "fp16"]
+
+
+def test_a_parameter_count_that_is_no_number_tells_nothing(row):
+    assert run_of(row(model="x", n_params_b="8.0B")).problem.model == run_of(row(model="x")).problem.model
+
+
+def test_silent_cells_of_what_was_measured_are_told(row):
+    silent = {"framework", "peak_memory_unit", "peak_memory_kind"}
+    assert silent <= set(run_of(row(framework="", peak_memory_gb="60")).defaults)
+    cells = {"peak_memory_gb": "60", "peak_memory_unit": "GiB", "peak_memory_kind": "smi"}
+    assert not silent & set(run_of(row(**cells)).defaults)
 
 
 def test_ports_of_omni_path_reach_what_was_measured_of_them(row):
@@ -376,6 +430,28 @@ def test_the_stack_follows_framework_and_date(row):
     cells = ({"framework": "Megatron-LM", "measured_date": "2021"}, {"measured_date": "2024"}, {})
     stacks = [run_of(row(**changed)).problem.stack.name for changed in cells]
     assert stacks == ["megatron-eager", "default", "megatron-core"]
+
+
+@pytest.mark.parametrize(
+    ("product", "wrapper"),
+    [
+        ("torchtitan", "PyTorch FSDP2"),
+        ("NeMo Automodel 25.11", "PyTorch FSDP2"),
+        ("llm-foundry", "Composer FSDP1"),
+    ],
+)
+def test_a_product_of_a_wrapper_is_priced_as_the_wrapper(row, product, wrapper):
+    found = [run_of(row(framework=name, sequence_parallel="")) for name in (product, wrapper)]
+    assert found[0].problem.stack == found[1].problem.stack
+    assert found[0].problem.fixed == found[1].problem.fixed
+
+
+def test_containers_of_nemo_are_those_of_megatron_core(row):
+    found = [
+        run_of(row(framework=name, framework_version="25.09"))
+        for name in ("NeMo", "Megatron-Bridge", "Megatron-Core")
+    ]
+    assert [run.problem.stack.name for run in found] == ["megatron-bridge"] * 3
 
 
 def test_gpts_under_megatron_drop_out_as_its_arguments_default_to(row):
@@ -411,6 +487,7 @@ def test_defaults_that_were_taken_are_told(row):
         ({"n_layers": "1.5"}, "no whole number"),
         ({"n_layers": "100000"}, "more than 10,000"),
         ({"tp": "0"}, "must not be 0: tp"),
+        ({"cp": "0", "vpp": "0"}, "must not be 0: cp, vpp"),
         ({"tp": "3"}, "do not divide"),
         ({"global_batch": "63"}, "no whole number of micro-batches"),
         ({"n_devices": "12"}, "no whole nodes"),
@@ -418,6 +495,8 @@ def test_defaults_that_were_taken_are_told(row):
         ({"accelerator": ""}, "no accelerator"),
         ({"n_kv_heads": "5", "model": "x"}, "does not divide heads"),
         ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"schedule": "round robin"}, "schedule 'round robin': not modelled"),
+        ({"seq_len": "1e30"}, "seq_len is '1e30', more than"),
         ({"recompute": "selective:nothing"}, "recompute"),
         ({"offload": "activations:all"}, "offload"),
         ({"other_flags": "QLoRA"}, "adapters"),
@@ -477,8 +556,13 @@ def test_model_and_hardware_flop_are_kept_apart(row):
     )
     by_parameters = rate(row(**cells, tflops_convention="hardware_flops (4 x 2 x params x tokens)"))
     assert by_parameters == pytest.approx(400e12 / (8 * 8_030_261_248))
+    assert rate(row(**cells)) == rate(row(**cells, tflops_convention="model_flops"))
+    assert "tflops_convention" in run_of(row(**cells)).defaults
+    assert (
+        "tflops_convention" not in run_of(row(tflops_per_device="400")).defaults
+    )  # its step time is printed
     with pytest.raises(Unsupported, match="convention"):
-        rate(row(**cells))
+        rate(row(**cells, tflops_convention="achieved"))
 
 
 def test_utilisation_is_of_the_dense_peak(row):

@@ -107,6 +107,13 @@ INFERENCEX = {
 }
 
 
+@pytest.mark.parametrize("column", ["n_devices", "tokens_per_s_per_device", "ttft_ms"])
+def test_a_cell_that_is_no_number_concerns_what_it_tells_alone(column):
+    found = {score.metric: score.status for score in score_serving(table(row(**{column: "many"}))).rows}
+    assert set(found) <= {"ttft", "tpot"}
+    assert found["tpot"] == "scored"
+
+
 def test_a_suite_says_what_its_rows_do_not():
     """SemiAnalysisAI/InferenceX: lengths uniform from 0.8 of the stated one, ten requests per client, an 8-bit cache."""
     run = served_run(row(**INFERENCEX, kv_dtype=""), Counter())
