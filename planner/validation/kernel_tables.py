@@ -30,6 +30,10 @@ _COLLECTION_COPIES = 6.0
 takes as many as fill the cache, five at most)."""
 
 
+_PAGED_PROMPT = ("bf16", "bf16", False, True, 1.0, True, False)
+"""A prompt's attention as serving engines run it, as fixed arguments of :class:`Attention`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One row: what was run (``kind`` with its fixed and its per-row arguments) and how long it took.
@@ -225,9 +229,8 @@ def _batched(row: Row) -> Call:
     queries = _needed(row, "prefill_chunk_size") if prefill else 1.0
     numbers = (_needed(row, "batch_size"), heads, kv_heads, queries, past + queries, width, width, np.inf)
     metric = "attention_prefill" if prefill else "attention_decode"
-    return _call(
-        row, metric, "bf16", Attention, ("bf16", "bf16", not prefill, True, 1.0, True, False), numbers
-    )
+    fixed = _PAGED_PROMPT if prefill else ("bf16", "bf16", True, True, 1.0, True, False)
+    return _call(row, metric, "bf16", Attention, fixed, numbers)
 
 
 def _layer(row: Row) -> Call:
@@ -236,6 +239,11 @@ def _layer(row: Row) -> Call:
     count = row.number("n") if row.text("layer") else row.number("n_tokens")
     if not count:
         raise Unsupported("no count of tokens")
+    if name == "attn":  # of a prompt
+        heads, kv_heads, width = model_heads(row.text("model"), row.number("tp") or 1.0)
+        keys = count + (row.number("kv_cache") or 0.0)
+        numbers = (1.0, heads, kv_heads, count, keys, width, width, np.inf)
+        return _call(row, "attention_prefill", "bf16", Attention, _PAGED_PROMPT, numbers)
     found = layer_work(row.text("model"), name, row.number("tp") or 1.0, count)
     if isinstance(found, float):
         return _call(row, "elementwise", name, Stream, (), (found,))
