@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.layerwise.alpa import descended, enumerated
 from planner.solve.layerwise.counts import CountProblem, Group, bound, solve
 from planner.solve.layerwise.devices import DeviceCosts

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-from planner.layout import Layouts
+from planner.pipeline.layout import Layouts
 from planner.solve.candidates import Jobs
 from planner.solve.expansion import Expansion
 from planner.solve.pairs import Pairs

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from planner.kernels import Kernels
+from planner.engine.kernels import Kernels
 from planner.specs.device import Device, Efficiency, Sourced
 from planner.specs.kernel_library import KernelLibrary
 from planner.validation.kernel_tables import Batch

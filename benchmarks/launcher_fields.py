@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 
 _CLASSES = {
     "model": ("TransformerConfig", "ModelParallelConfig", "GPTModelProvider"),

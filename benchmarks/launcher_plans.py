@@ -18,9 +18,9 @@ from planner.export import find_exporter
 from planner.export.launchers import CHOICES, launcher
 from planner.export.target import Target
 from planner.export.torchtitan import stages_of
-from planner.layout import layout_name
 from planner.mesh import Mesh
-from planner.plan import Plan
+from planner.pipeline.layout import layout_name
+from planner.plans.plan import Plan
 from planner.technique import SLOTS, Context, off
 
 MODELS = (

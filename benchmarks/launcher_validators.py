@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.export.torchtitan import SCHEDULES
-from planner.plan import Plan
+from planner.plans.plan import Plan
 
 
 def knobs_of(plan: Plan) -> dict[str, str]:

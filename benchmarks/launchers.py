@@ -58,7 +58,7 @@ from planner.export.readers import READERS, read_launched
 from planner.export.serving import SERVING_EXPORTERS, export_serving, find_serving_exporter
 from planner.export.serving.readers import SERVING_READERS, read_launch
 from planner.export.serving.target import ServingTarget
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.serving.plan import ServePlan
 from planner.specs.models import load_model
 

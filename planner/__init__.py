@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner import costs
     from planner.errors import ExportError, Infeasible, InvalidPlan, PlannerError, SolverError, SpecError
-    from planner.plan import Plan, SearchResult
+    from planner.plans.plan import Plan, SearchResult
     from planner.serving.plan import ServePlan, ServeResult
     from planner.serving.serve import serve
     from planner.solve.named import estimate, examine
@@ -26,10 +26,10 @@ _HOMES = {
     "ExportError": "planner.errors",
     "Infeasible": "planner.errors",
     "InvalidPlan": "planner.errors",
-    "Plan": "planner.plan",
+    "Plan": "planner.plans.plan",
     "PlannerError": "planner.errors",
     "Problem": "planner.specs.problem",
-    "SearchResult": "planner.plan",
+    "SearchResult": "planner.plans.plan",
     "ServePlan": "planner.serving.plan",
     "ServeProblem": "planner.specs.serve_problem",
     "ServeResult": "planner.serving.plan",

@@ -14,8 +14,8 @@ from planner.calibration.constants import changed
 from planner.calibration.measurements import Attention, Measurement, Message, Product, Stream, Work
 from planner.costs.attention_kernel import FLASH_BACKWARD_PASSES, causal_fraction
 from planner.costs.precision import dtype_bytes
-from planner.engine import Pricer
-from planner.kernels import Kernels
+from planner.engine.kernels import Kernels
+from planner.engine.pricer import Pricer
 from planner.ledger import Axes, Collective, Group
 from planner.specs.cluster import Cluster
 from planner.specs.device import Device

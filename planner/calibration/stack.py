@@ -10,11 +10,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assemble import Assembly
 from planner.calibration.constants import changed, constants_of
 from planner.calibration.robust_fit import Constant, Fit, Kept, errors_of, fit
 from planner.errors import PlannerError, Problem, SpecError
-from planner.plan import Estimate
+from planner.plans.assemble import Assembly
+from planner.plans.plan import Estimate
 from planner.solve.named import examine
 from planner.specs.problem import Problem as Job
 from planner.specs.stack import Stack

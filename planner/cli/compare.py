@@ -11,7 +11,7 @@ from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
     from planner.errors import Problem
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
 
 
 def compare(

@@ -14,7 +14,7 @@ from planner.cli.plan_file import PLAN_HELP
 from planner.cli.traffic_options import TrafficOptions
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
     from planner.specs.problem import Problem
 
 
@@ -60,7 +60,7 @@ def estimate(
     """
     from planner import estimate as price
     from planner.cli.output import json_text, plans_file, print_json
-    from planner.plan import SCHEMA_VERSION
+    from planner.plans.plan import SCHEMA_VERSION
     from planner.report.totals import confidence_fields, run_totals
 
     if plan_file is not None:

@@ -12,7 +12,7 @@ from planner.cli.options import Json, flag, option, with_options
 from planner.cli.plan_file import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
     from planner.specs.problem import Problem
 
 

@@ -10,7 +10,7 @@ from planner.cli.job import JobOptions
 
 if TYPE_CHECKING:
     from planner.export.launched import LaunchedRun
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
     from planner.specs.problem import Problem
 
 __all__ = ["best_of_launcher", "launched_problem"]

@@ -69,7 +69,7 @@ def estimate_served(
     """Prices a launch, lists what was not understood in it, and names the best plan for the same traffic."""
     from planner.cli.output import json_text, plans_file, print_json
     from planner.export.serving.checking import best_of_engine
-    from planner.plan import SCHEMA_VERSION
+    from planner.plans.plan import SCHEMA_VERSION
     from planner.serving.serve import serve
 
     problem, pools = served_problem(job, *source, traffic)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from planner.errors import Problem, SpecError
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
 
 __all__ = ["PLAN_HELP", "read_plan", "split_reference"]
 
@@ -21,7 +21,7 @@ def read_plan(reference: str) -> Plan:
     Raises:
         SpecError: no such file or plan.
     """
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
 
     return Plan.from_json(*split_reference(reference))
 

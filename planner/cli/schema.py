@@ -20,5 +20,5 @@ def schema(
     from planner.cli.output import print_json
     from planner.specs.reader import read_file
 
-    folder = files("planner") / "serving" if serving else files("planner")
+    folder = files("planner") / ("serving" if serving else "plans")
     print_json(read_file(str(folder / "plan_schema.json")))

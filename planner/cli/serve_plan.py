@@ -69,7 +69,7 @@ def next_serving_plan(reference: str, plan: ServePlan, to: str) -> int | None:
 def estimate_serving(plan: ServePlan, as_json: bool) -> None:
     """Prices a plan again and prints it."""
     from planner.cli.output import print_json
-    from planner.plan import SCHEMA_VERSION
+    from planner.plans.plan import SCHEMA_VERSION
     from planner.serving.replay import reprice
 
     now = reprice(plan)
@@ -84,7 +84,7 @@ def estimate_serving(plan: ServePlan, as_json: bool) -> None:
 def explain_serving(plan: ServePlan, everything: bool, as_json: bool) -> None:
     """Prints where the seconds of a plan's iterations go."""
     from planner.cli.output import print_json
-    from planner.plan import SCHEMA_VERSION
+    from planner.plans.plan import SCHEMA_VERSION
     from planner.serving.replay import account
 
     pools = account(plan)

@@ -34,7 +34,7 @@ def simulate(
     Every request and every iteration; percentiles come with the error that a finite run leaves.
     """
     from planner.cli.output import print_json
-    from planner.plan import SCHEMA_VERSION
+    from planner.plans.plan import SCHEMA_VERSION
 
     load = asked.load()
     chosen, deployment = _deployment(plan, asked)

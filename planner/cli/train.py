@@ -11,7 +11,7 @@ from planner.cli.options import Json, PlansFile, with_options
 from planner.cli.train_options import TrainOptions
 
 if TYPE_CHECKING:
-    from planner.plan import SearchResult
+    from planner.plans.plan import SearchResult
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 

@@ -12,7 +12,7 @@ from planner.errors import did_you_mean
 
 if TYPE_CHECKING:
     from planner.cli.train_options import TrainOptions
-    from planner.plan import SearchResult
+    from planner.plans.plan import SearchResult
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 

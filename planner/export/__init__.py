@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from planner.export.exporter import Exporter
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
     from planner.specs.cluster import Cluster
     from planner.specs.model import Model
 

@@ -16,7 +16,7 @@ from planner.export.launched import LaunchedRun
 from planner.export.launchers import launcher as find_launcher
 from planner.export.steps import Price, way
 from planner.export.target import Target
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.named import estimate
 from planner.specs.problem import Problem
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.errors import Infeasible, InvalidPlan, SpecError
 from planner.export.launchers import launcher as find_launcher
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.replay import replay
 from planner.solve.space import DEGREES
 from planner.solve.train import search

@@ -15,7 +15,7 @@ from planner.errors import did_you_mean
 from planner.export.galvatron import DEFAULT_TYPES, PIPELINES
 from planner.export.launched import LaunchedRun, ignored_note, names_in, read_json
 from planner.export.layers import layerwise_of
-from planner.layout import layout_name
+from planner.pipeline.layout import layout_name
 from planner.specs.reader import Reader
 
 __all__ = ["read_galvatron"]

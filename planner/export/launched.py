@@ -40,7 +40,7 @@ class LaunchedRun:
         ignored: keys or flags that were not understood, or say nothing about time and memory.
         missing: knobs and fields of the workload without which nothing can be priced → what the configuration says instead.
         micro_batches: per pipeline and step, where the configuration names their number and not their size, or not the batch.
-        layerwise: choices of every layer, as :class:`~planner.plan.Plan` has them, where layers differ.
+        layerwise: choices of every layer, as :class:`~planner.plans.plan.Plan` has them, where layers differ.
     """
 
     launcher: str

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.technique import ADDITIVE_SLOTS, off
 
 __all__ = ["layerwise_of", "of_ends", "of_layers", "ways_of_ends", "ways_of_layers"]

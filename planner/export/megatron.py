@@ -14,8 +14,8 @@ from planner.export.flags import Flags, words
 from planner.export.megatron_model import model_flags
 from planner.export.rules import distributed_optimizer_instances
 from planner.export.target import Target, recomputed_layers, summary
-from planner.layout import layout_name
-from planner.plan import Plan
+from planner.pipeline.layout import layout_name
+from planner.plans.plan import Plan
 from planner.schedule.order import micro_batch_group
 
 __all__ = [

@@ -17,7 +17,7 @@ from planner.export.layers import layerwise_of
 from planner.export.megatron import LAYOUT_FLAGS, OPTIMIZERS, PRECISIONS, RECOMPUTE
 from planner.export.megatron_model import model_from_flags
 from planner.export.shell import Script, devices_of, read_script
-from planner.layout import layout_name, stages_named
+from planner.pipeline.layout import layout_name, stages_named
 from planner.specs.model import Model
 from planner.technique import details
 

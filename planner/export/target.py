@@ -12,7 +12,7 @@ import numpy as np
 from planner.errors import ExportError, Problem
 from planner.export.layers import of_ends, ways_of_ends, ways_of_layers
 from planner.mesh import Mesh
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.specs.cluster import Cluster
 from planner.specs.hardware import load_cluster
 from planner.specs.model import Model

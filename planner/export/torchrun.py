@@ -14,7 +14,7 @@ from planner.errors import ExportError, Problem
 from planner.export.exporter import STEP_LINES, Exporter
 from planner.export.sharding import mesh_dimensions, replication_rule
 from planner.export.target import Target, summary
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.technique import off
 
 __all__ = ["EXPORTER"]

@@ -15,7 +15,7 @@ from planner.export.flags import FlagReader, parse_flags
 from planner.export.launched import LaunchedRun, degrees, ignored_note, read_text
 from planner.export.shell import Script, devices_of, read_script
 from planner.export.torchtitan import RECIPES, RECOMPUTE, SCHEDULES, UNLIKE, Recipe, stages_of
-from planner.layout import layout_name
+from planner.pipeline.layout import layout_name
 from planner.specs.models import load_model
 
 __all__ = ["read_torchtitan"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from planner.assemble import Assembly
-from planner.holdings import Holding, holdings
-from planner.pipeline import SLOWER
+from planner.pipeline.composer import SLOWER
+from planner.plans.assemble import Assembly
+from planner.plans.holdings import Holding, holdings
 from planner.technique import discover
 
 __all__ = ["binding", "byte_tree", "second_tree"]

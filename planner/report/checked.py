@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from planner.export.checking import Change, Finding
 from planner.export.launched import LaunchedRun
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.report.plan_table import show_plans
 from planner.report.terminal import Screen, gib, words
 from planner.specs.problem import Problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.report.terminal import Screen, gib, told_knobs, words
 from planner.units import GIB
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from planner.plan import Estimate, Plan
+from planner.plans.plan import Estimate, Plan
 from planner.specs.problem import MAX_OOM_RISK
 from planner.uncertainty.nearest import nearby
 from planner.uncertainty.residuals import load_residuals

@@ -12,8 +12,8 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from planner.assemble import Assembly
 from planner.errors import PlannerError
+from planner.plans.assemble import Assembly
 from planner.report.terminal import Screen, gib
 from planner.solve.named import estimate
 from planner.specs.problem import Problem

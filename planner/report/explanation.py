@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.report.discrepancy import show_discrepancy
 from planner.report.layers import layers
 from planner.report.plan_table import unusual_knobs

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from planner.assemble import Assembly
 from planner.costs.reliability import (
     adjacent_mtbf_s,
     best_interval_s,
@@ -27,7 +26,8 @@ from planner.costs.reliability import (
     young_interval_s,
 )
 from planner.errors import InvalidPlan, Problem
-from planner.pipeline import phase_seconds
+from planner.pipeline.composer import phase_seconds
+from planner.plans.assemble import Assembly
 from planner.report.totals import energy_text, run_totals
 from planner.specs.device import Sourced
 from planner.specs.problem import Problem as Job

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.assignment import label
-from planner.plan import Plan, SearchResult
+from planner.pipeline.assignment import label
+from planner.plans.plan import Plan, SearchResult
 from planner.report.terminal import knob_text
 from planner.technique import off
 from planner.units import format_seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.report.confidence import TIE, interval_text, out_of_memory_matters, relative_interval
 from planner.report.terminal import Screen, gib, knob_text, knobs_that_differ, told_knobs, words
 from planner.solve.fleet import objective_value

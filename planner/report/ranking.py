@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlannerError
-from planner.plan import Plan, SearchReport
+from planner.plans.plan import Plan, SearchReport
 from planner.report.confidence import confidence
 from planner.report.layers import layers, layerwise_proof, mixed_proof
 from planner.report.plan_table import rows, show_plans

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import PlannerError
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.named import estimate
 from planner.solve.space import DEGREES
 from planner.solve.train import search

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from planner.assemble import Assembly
-from planner.attribution import category
 from planner.ledger import Array, Collective, Transfer
-from planner.pipeline import phase_seconds, recomputed_fraction, tail_traffic
+from planner.pipeline.composer import phase_seconds, recomputed_fraction, tail_traffic
+from planner.pipeline.step_time import stage_seconds
+from planner.plans.assemble import Assembly
+from planner.plans.attribution import category
 from planner.schedule.memory import in_flight
 from planner.schedule.order import Op, Order, make_order
 from planner.schedule.program import messages
 from planner.schedule.times import operation_times
-from planner.step_time import stage_seconds
 
 __all__ = ["STREAMS", "Arrow", "Slice", "StepTrace", "step_trace"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.units import GIB
 
 if TYPE_CHECKING:

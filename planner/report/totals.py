@@ -13,7 +13,7 @@ from planner.uncertainty.ties import ties_with_first
 from planner.units import format_count
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan import Plan
     from planner.solve.fleet import Fleet
     from planner.specs.problem import Problem
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from planner.costs.queueing import clients_wait_s, wait_quantile_s
 from planner.costs.serving import held_up_share
-from planner.iteration import Iterations
 from planner.ledger import Array
+from planner.serving.iteration import Iterations
 from planner.specs.traffic import Traffic
 
 __all__ = ["QUANTILES", "Steady", "steady"]

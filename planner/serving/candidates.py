@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import Pricer
-from planner.iteration import Iterations, serving_choices
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.serving.capacity import Capacity, capacity
 from planner.serving.front import Curve
+from planner.serving.iteration import Iterations, serving_choices
 from planner.serving.launcher import Replicas
 from planner.serving.space import ServeSpace, mesh_of, size_of
 from planner.serving.speculation import Speculating

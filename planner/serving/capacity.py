@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.kv_cache import iteration_activation_bytes
-from planner.iteration import Footprint, Iterations
 from planner.ledger import Array
+from planner.serving.iteration import Footprint, Iterations
 
 __all__ = ["Capacity", "capacity"]
 

@@ -21,7 +21,7 @@ from planner.load.scheduler import KvPool, Scheduler, scheduler
 from planner.load.simulator import Run, simulate
 
 if TYPE_CHECKING:
-    from planner.iteration import Iterations
+    from planner.serving.iteration import Iterations
     from planner.serving.plan import Pool, ServePlan
     from planner.specs.serve_problem import ServeProblem
     from planner.specs.traffic import Traffic
@@ -277,7 +277,7 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
     Raises:
         SpecError: the plan's model, cluster or stack cannot be found, or there is no such policy.
     """
-    from planner.engine import Pricer
+    from planner.engine.pricer import Pricer
     from planner.serving.candidates import iterations_of
     from planner.serving.replay import part_of, problem_of
     from planner.serving.space import mesh_of, recipe_of, row_of
@@ -326,7 +326,7 @@ def deployment_of(plan: ServePlan, policy: str | None = None, routing: str = "ra
 
 def _blocks(pool: Pool, problem: ServeProblem, policy: str | None, routing: str) -> Stage:
     """Devices that answer a block at a time: a static batch of all its sequences."""
-    from planner.engine import Pricer
+    from planner.engine.pricer import Pricer
     from planner.serving.offloaded import block_time
 
     if policy not in (None, "static"):

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account
 from planner.serving.front import Curve

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition
-from planner.iteration import Iterations
 from planner.ledger import Resident
+from planner.serving.composition import Composition
+from planner.serving.iteration import Iterations
 from planner.serving.speculation import Speculating
 
 __all__ = ["item", "iteration_items", "kernel_items", "largest_first"]

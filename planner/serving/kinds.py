@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.serving import queue_load
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account
 from planner.serving.pools import Decode, Index, Prefill, decode_kinds, prefill_kinds, transfer_s

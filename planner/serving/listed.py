@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.load.iteration_time import Sampled
 from planner.serving.candidates import iterations_of
 from planner.serving.disaggregated import Split

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.serving.answer_split import best_split
 from planner.serving.candidates import Account, iterations_of
 from planner.serving.disaggregated import note_missed

@@ -18,10 +18,10 @@ import numpy as np
 
 from planner.costs.block_schedule import BlockLinks, BlockWork, block_layer_s
 from planner.costs.kv_cache import iteration_activation_bytes
-from planner.engine import Pricer
-from planner.iteration import Iterations
+from planner.engine.pricer import Pricer
 from planner.serving.block_time import BlockTime
 from planner.serving.candidates import iterations_of, rules_of
+from planner.serving.iteration import Iterations
 from planner.serving.plan import Pool, ServeEstimate
 from planner.serving.space import DEGREES, ServeSpace, mesh_of
 from planner.solve.combinatorial.block_placement import FILLED, THINGS, BlockPlacement, Room, best_placement

@@ -28,7 +28,7 @@ from planner.load.scheduler import Scheduler, scheduler
 from planner.specs.traffic import Traffic
 
 if TYPE_CHECKING:
-    from planner.iteration import Iterations
+    from planner.serving.iteration import Iterations
 
 __all__ = ["NEARLY", "Latencies", "Line", "decode_pool", "highest_rate", "mixed_pool", "prefill_pool"]
 

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition
 from planner.costs.serving import ping_pong_s
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Problem, SpecError
-from planner.iteration import Iterations
 from planner.ledger import Array, Item, Ledger
 from planner.load.iteration_time import Price
 from planner.serving.candidates import Account, Candidates, iterations_of
 from planner.serving.capacity import capacity
+from planner.serving.composition import Composition
 from planner.serving.disaggregated import Split, search_disaggregated
+from planner.serving.iteration import Iterations
 from planner.serving.plan import PARTS, Pool
 from planner.serving.pools import Decode, Index, at_most
 from planner.serving.space import ServeSpace, mesh_of

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition
-from planner.engine import Pricer
-from planner.iteration import Iterations
+from planner.engine.pricer import Pricer
 from planner.load.iteration_time import Sampled
+from planner.serving.composition import Composition
 from planner.serving.deployment import Stage, stage_of
+from planner.serving.iteration import Iterations
 from planner.serving.iteration_items import item, kernel_items, largest_first
 from planner.serving.ping_pong import given_row, sides_of, turn_price, turns_of
 from planner.serving.plan import Pool

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import blake2s
 from typing import Any
 
-from planner.plan import Optimality, SearchReport
-from planner.plan_form import SCHEMA_VERSION, known_fields, read_form
+from planner.plans.form import SCHEMA_VERSION, known_fields, read_form
+from planner.plans.plan import Optimality, SearchReport
 
 __all__ = ["PARTS", "Pool", "ServeEstimate", "ServePlan", "ServeResult"]
 

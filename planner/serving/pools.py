@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.serving import kv_transfer_s
-from planner.engine import Pricer
-from planner.iteration import Iterations
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.capacity import capacity
+from planner.serving.iteration import Iterations
 from planner.serving.space import ServeSpace, links_of, mesh_of
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.traffic import Traffic

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition
-from planner.engine import Pricer
-from planner.iteration import Iterations
+from planner.engine.pricer import Pricer
 from planner.serving.aggregated import steady
 from planner.serving.candidates import iterations_of
+from planner.serving.composition import Composition
+from planner.serving.iteration import Iterations
 from planner.serving.iteration_items import iteration_items
 from planner.serving.plan import PARTS, Pool, ServePlan
 from planner.serving.serve import serve

@@ -1,8 +1,8 @@
 """Options of every call of a reinforcement-learning step, priced by the engines of training and of serving.
 
 A step of PPO: the actor answers prompts; reference, reward and critic read prompts and answers; actor and critic are trained on
-them. Generation and reading are iterations of a serving replica (:mod:`planner.iteration`), training is the best plan of a
-search. A call may run on all devices or on an aligned half, quarter, ... of them.
+them. Generation and reading are iterations of a serving replica (:mod:`planner.serving.iteration`), training is the best plan of
+a search. A call may run on all devices or on an aligned half, quarter, ... of them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.errors import Problem as Fault
-from planner.iteration import Iterations, serving_choices
 from planner.ledger import Array
 from planner.serving.capacity import Capacity, capacity
+from planner.serving.iteration import Iterations, serving_choices
 from planner.serving.space import ServeSpace, mesh_of
 from planner.solve.combinatorial.calls import Call, CallProblem, Option
 from planner.solve.train import search

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.serving.aggregated import Steady, steady
 from planner.serving.candidates import Account, Candidates, candidates, iterations_of

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible, SpecError
-from planner.plan import Optimality, SearchReport
+from planner.plans.plan import Optimality, SearchReport
 from planner.serving.aggregated import QUANTILES
 from planner.serving.candidates import Account
 from planner.serving.disaggregated import Split, search_disaggregated

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition
 from planner.costs.speculation import accepted_tokens
-from planner.engine import Pricer
-from planner.iteration import Footprint, Iterations
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Ledger, Matmul, Resident
+from planner.serving.composition import Composition
+from planner.serving.iteration import Footprint, Iterations
 from planner.specs.model import Model
 from planner.specs.speculation import Speculation
 from planner.technique import ServingContext

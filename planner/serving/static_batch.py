@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.queueing import batch_response_s
-from planner.engine import Pricer
-from planner.iteration import Iterations
+from planner.engine.pricer import Pricer
 from planner.ledger import Array
 from planner.load.length_law import LengthLaw
 from planner.serving.aggregated import QUANTILES, Steady
 from planner.serving.candidates import Account, Candidates, candidates, iterations_of
 from planner.serving.capacity import capacity
+from planner.serving.iteration import Iterations
 from planner.serving.percentiles import Latencies
 from planner.serving.search import Found
 from planner.serving.slots import MOST_LOAD

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from planner.errors import Infeasible, Problem, SolverError
-from planner.plan import Optimality
+from planner.plans.plan import Optimality
 
 __all__ = ["Account"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.solve.combinatorial.blocks import Block
 from planner.solve.graph.operators import Operator, model_graph
 from planner.solve.tier_costs import elements_of, seconds_of

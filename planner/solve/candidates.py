@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable
-from planner.layout import Dealt, Layout
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array
+from planner.pipeline.layout import Dealt, Layout
 from planner.schedule.order import Generator
 from planner.solve.space import Choice, order_of
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import COMPACT, TIMES, BlockTable
+from planner.engine.block_table import COMPACT, TIMES, BlockTable
 from planner.ledger import Array
 from planner.solve.branches import Branches
 from planner.solve.candidates import Jobs

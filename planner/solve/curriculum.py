@@ -20,7 +20,7 @@ from planner.costs.precision import dtype_bytes
 from planner.costs.reliability import resumed_s
 from planner.errors import Infeasible, SpecError
 from planner.errors import Problem as Fault
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.train import search
 from planner.specs.parameters import parameter_count
 from planner.specs.problem import Problem

@@ -21,7 +21,7 @@ import numpy as np
 from planner.costs.arrays import distinct
 from planner.errors import Infeasible, Interrupted, SpecError
 from planner.errors import Problem as Fault
-from planner.plan import SearchResult
+from planner.plans.plan import SearchResult
 from planner.solve.fleet import Attempt, Fleet, OnProgress, merged, nothing, planned, run_s
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.space import Space

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import HELD, TIMES, BlockTable
-from planner.layout import Dealt, Layout
+from planner.engine.block_table import HELD, TIMES, BlockTable
 from planner.ledger import Array
-from planner.pipeline import held_bytes, memory, step_bound
+from planner.pipeline.composer import held_bytes, memory, step_bound
+from planner.pipeline.layout import Dealt, Layout
 from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Batch, Jobs, Pending, SearchCounts, Shortfall
 from planner.solve.columns import Columns, editor_of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from planner.costs.economics import tokens_run_s
 from planner.errors import Infeasible, Interrupted
 from planner.errors import Problem as Fault
-from planner.plan import Plan, SearchReport, SearchResult
+from planner.plans.plan import Plan, SearchReport, SearchResult
 from planner.solve.train import search_strictly
 from planner.specs.problem import Problem
 

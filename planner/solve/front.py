@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.errors import Infeasible
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.train import search
 from planner.specs.problem import Problem
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.engine import tabulate
+from planner.engine.block_table import tabulate
 from planner.ledger import Kernel
-from planner.pipeline import phase_seconds
+from planner.pipeline.composer import phase_seconds
 from planner.solve.row_floor import ENDLESS, ROUNDING
 from planner.solve.space import DEGREES, Rows
 from planner.solve.uniform import UniformSearch

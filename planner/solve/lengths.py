@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.combinatorial.sequences import Groups, assign_sequences, one_size
 from planner.solve.sequence_costs import sequence_problem
 from planner.specs.problem import Problem

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from planner.assemble import Assembly, assemble
-from planner.assignment import completed, group_of, read_assignment
-from planner.baseline import block_order
 from planner.errors import InvalidPlan
 from planner.errors import Problem as Fault
-from planner.layout import Layout
-from planner.place import of_group
-from planner.plan import Plan
+from planner.operators.baseline import block_order
+from planner.pipeline.assignment import completed, group_of, read_assignment
+from planner.pipeline.layout import Layout
+from planner.pipeline.place import of_group
+from planner.pipeline.transition import meets
+from planner.plans.assemble import Assembly, assemble
+from planner.plans.plan import Plan
 from planner.solve.branches import Faults
 from planner.solve.space import DEGREES, NOT_DEALT, Choice, Space
 from planner.solve.uniform import UniformSearch
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, SLOTS, off
-from planner.transition import meets
 
 __all__ = ["defaults", "estimate", "examine"]
 

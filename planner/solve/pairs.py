@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.layout import Layout, Layouts
 from planner.ledger import Array
-from planner.pipeline import step_bound
+from planner.pipeline.composer import step_bound
+from planner.pipeline.layout import Layout, Layouts
 from planner.solve.space import Choice, order_of
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import baseline
 from planner.errors import Problem, SpecError, did_you_mean
 from planner.ledger import Array, Ledger
 from planner.mesh import Mesh
+from planner.operators.baseline import baseline
 from planner.specs.cluster import Cluster
 from planner.specs.model import Model
 from planner.specs.stack import Stack

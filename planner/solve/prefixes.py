@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import COMPACT, TIMES, BlockTable, Pricer, tabulate
+from planner.engine.block_table import COMPACT, TIMES, BlockTable, tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Axes, Collective, Item, Ledger, Resident
 from planner.solve.branches import Activity
 from planner.solve.space import Choice, Rows

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.costs.arrays import distinct
-from planner.engine import BlockTable
-from planner.pipeline import tight_bound
+from planner.engine.block_table import BlockTable
+from planner.pipeline.composer import tight_bound
 from planner.schedule.order import Generator
 from planner.solve.candidates import Batch, Scored
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.specs.cluster import Cluster
 from planner.specs.cluster_file import load_cluster
 from planner.specs.models import load_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from planner.errors import Infeasible
-from planner.plan import SearchResult
+from planner.plans.plan import SearchResult
 from planner.specs.problem import Problem
 
 __all__ = ["at_any_risk", "said"]

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import PACED, Pricer, tabulate
-from planner.layout import BOUNDARY
+from planner.engine.block_table import PACED, tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Item, Ledger
-from planner.pipeline import phase_seconds
+from planner.pipeline.composer import phase_seconds
+from planner.pipeline.layout import BOUNDARY
 from planner.solve.prefixes import Alike
 from planner.solve.space import Rows
 from planner.technique import Context

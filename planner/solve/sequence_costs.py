@@ -12,14 +12,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.costs.optimizer import FUSED_UPDATES, optimizer_state_bytes
 from planner.costs.precision import dtype_bytes
-from planner.engine import Pricer, tabulate
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible, Problem, SpecError
 from planner.ledger import Array
 from planner.mesh import Mesh
-from planner.pipeline import phase_seconds
+from planner.operators.baseline import EMBEDDING, HEAD, block_order
+from planner.pipeline.composer import phase_seconds
 from planner.schedule.order import generator_of, make_order
 from planner.schedule.times import operation_times
 from planner.solve.combinatorial.sequences import SequenceProblem

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import block_order
 from planner.costs.arrays import distinct
 from planner.errors import Problem as Fault
 from planner.errors import SpecError, did_you_mean
-from planner.layout import LAYOUT_NAMES, stages_named
 from planner.ledger import Array
 from planner.mesh import Mesh
+from planner.operators.baseline import block_order
+from planner.pipeline.layout import LAYOUT_NAMES, stages_named
 from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem

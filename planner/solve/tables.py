@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import COMPACT, HELD, ONCE, PACED, REST, TIMES, Pricer, tabulate
+from planner.engine.block_table import COMPACT, HELD, ONCE, PACED, REST, TIMES, tabulate
+from planner.engine.phases import loose
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Ledger, Resident
-from planner.phases import loose
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Space
 from planner.solve.time_limit import ask

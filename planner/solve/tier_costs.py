@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from planner.costs.optimizer import optimizer_touched_bytes
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Axes, Item, Stream
 from planner.solve.combinatorial.tiering import Kernel, Tensor, Tier, TieringProblem
 from planner.solve.graph.operators import Operator, OperatorGraph, model_graph

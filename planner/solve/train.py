@@ -11,11 +11,12 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted, PlannerError
 from planner.errors import Problem as Fault
-from planner.parts import Priced, price_alike
-from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.pipeline.step_time import exact_step_s
+from planner.plans.assemble import assemble, model_flop
+from planner.plans.parts import Priced, price_alike
+from planner.plans.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.schedule.order import Generator
 from planner.solve.candidates import Scored, Shortfall
 from planner.solve.named import estimate
@@ -26,7 +27,6 @@ from planner.solve.tables import BranchTables
 from planner.solve.uniform import SearchCounts, UniformSearch
 from planner.specs.formats import FORMATS
 from planner.specs.problem import Problem
-from planner.step_time import exact_step_s
 from planner.units import format_bytes
 
 __all__ = ["search", "search_strictly", "search_until"]

@@ -22,12 +22,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import EMBEDDING, HEAD, baseline, block_order
 from planner.costs.arrays import distinct
-from planner.engine import TIMES, BlockTable, Pricer
-from planner.layout import BOUNDARY, Layout, layouts
+from planner.engine.block_table import TIMES, BlockTable
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Ledger
-from planner.pipeline import step_bound
+from planner.operators.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.pipeline.composer import step_bound
+from planner.pipeline.layout import BOUNDARY, Layout, layouts
 from planner.solve.branches import Activity, Branches, Faults
 from planner.solve.candidates import Pending, Scored, SearchCounts, Shortfall
 from planner.solve.expansion import Expansion

@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 
 from planner.errors import Infeasible, Interrupted, SpecError
-from planner.plan import Optimality, Plan, SearchReport, SearchResult
+from planner.plans.plan import Optimality, Plan, SearchReport, SearchResult
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.space import Space
 from planner.solve.train import search_until

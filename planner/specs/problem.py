@@ -50,8 +50,8 @@ class Problem:
         pue: energy at the meter over that of the devices, the data centre's power usage effectiveness.
         kg_per_kwh: kilograms of CO₂-equivalent per kilowatt-hour of its electricity; None leaves emissions out.
         deadline_s: the run (``workload.tokens``) must end in this time.
-        layerwise: strategies of the layers of the plan that is named, as :class:`~planner.plan.Plan` has them; None where all
-            layers are treated alike, and for a search.
+        layerwise: strategies of the layers of the plan that is named, as :class:`~planner.plans.plan.Plan` has them; None
+            where all layers are treated alike, and for a search.
 
     Raises:
         SpecError: a limit is out of range, or two of them do not go together (all problems at once).

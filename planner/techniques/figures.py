@@ -68,8 +68,8 @@ def run(
 
     ``choices`` are degrees (1 unless given) and knobs (off, or the plainest choice, unless given).
     """
-    from planner.baseline import baseline
     from planner.mesh import Mesh
+    from planner.operators.baseline import baseline
     from planner.specs.hardware import load_cluster
     from planner.specs.models import load_model
     from planner.specs.stack import load_stack

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from math import hypot
 
-from planner.attribution import Spend
-from planner.kernel_prices import slowdown_constant
+from planner.engine.kernel_prices import slowdown_constant
 from planner.ledger import Collective
+from planner.plans.attribution import Spend
 from planner.specs.device import Sourced
 from planner.specs.stack import Stack
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from planner.attribution import Spend
+from planner.plans.attribution import Spend
 from planner.specs.problem import Problem
 from planner.uncertainty.constants import constant_shares, constants_spread, share_of_software
 from planner.uncertainty.nearest import is_far
@@ -43,7 +43,7 @@ def judgement(
     problem: Problem, step_time_s: float, breakdown_s: Mapping[str, float], pools: Mapping[str, float], spends: Sequence[Spend],
     budget_bytes: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fields of an estimate: ``interval``, ``oom_probability`` and ``provenance`` (see :class:`planner.plan.Estimate`).
+    """Fields of an estimate: ``interval``, ``oom_probability`` and ``provenance`` (see :class:`planner.plans.plan.Estimate`).
 
     Args:
         problem: the job, on the machines that the busiest device is one of.

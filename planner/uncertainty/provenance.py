@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from planner.attribution import Spend
 from planner.costs.precision import FORMAT_BITS
-from planner.kernels import Kernels
+from planner.engine.kernels import Kernels
 from planner.ledger import AttentionCore, Collective, Matmul, Stream, Transfer
+from planner.plans.attribution import Spend
 from planner.specs.cluster import Cluster
 from planner.specs.device import Device, ScaleUp, Sourced
 from planner.specs.stack import Stack

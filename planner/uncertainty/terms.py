@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import hypot
 
-from planner.attribution import Spend
 from planner.ledger import Kernel
+from planner.plans.attribution import Spend
 
 __all__ = [
     "OUTSIDE",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from planner.uncertainty.residuals import Residuals, load_residuals
 
 if TYPE_CHECKING:
-    from planner.plan import Estimate, Plan
+    from planner.plans.plan import Estimate, Plan
 
 __all__ = ["pair_distance", "pair_noise", "tied", "ties_with_first"]
 

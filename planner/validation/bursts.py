@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from planner.errors import Infeasible
-from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.load.requests import Lengths, draw
 from planner.load.simulator import simulate
 from planner.mesh import Mesh
 from planner.serving.deployment import stage_of
+from planner.serving.iteration import Iterations
 from planner.specs.traffic import Traffic
 from planner.validation.serving_runs import ServedRun
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from planner.costs.collectives import Level
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Group
 from planner.specs.cluster import Cluster
 from planner.specs.cluster_file import build_cluster

@@ -20,8 +20,8 @@ import numpy as np
 from planner.costs.arrays import Real
 from planner.costs.collective_algorithms import Collective
 from planner.costs.collectives import Level, collective_costs, custom_all_reduce_s, fastest_s
+from planner.engine.kernels import Kernels
 from planner.errors import PlannerError
-from planner.kernels import Kernels
 from planner.specs.device import Device
 from planner.validation.call_machine import Machine, levels_of
 from planner.validation.expert_exchange import is_exchange, score_exchanges

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from planner.costs.collectives import Level
 from planner.costs.expert_exchange import exchange_traffic
+from planner.engine.kernel_prices import exchange_s
 from planner.errors import PlannerError
-from planner.kernel_prices import exchange_s
 from planner.specs.device_file import load_device
 from planner.specs.exchange_library import ExchangeKernel, exchange_libraries
 from planner.validation.call_machine import Machine, device_name, levels_of

@@ -1,7 +1,7 @@
 """What one call of a measured kernel does, as arrays over rows, and its price on a device with a kernel library.
 
-Every price is a sum of kernels of :class:`planner.kernels.Kernels`, which the engine prices by as well; a call may be several
-kernels (quantisation before a product, the two products and the permutations of a mixture of experts).
+Every price is a sum of kernels of :class:`planner.engine.kernels.Kernels`, which the engine prices by as well; a call may be
+several kernels (quantisation before a product, the two products and the permutations of a mixture of experts).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from planner.costs.attention_kernel import causal_fraction
 from planner.costs.precision import dtype_bytes
-from planner.kernels import WIDE_HEAD, Kernels
+from planner.engine.kernels import WIDE_HEAD, Kernels
 from planner.specs.kernel_library import KernelLibrary
 
 __all__ = ["Array", "Attention", "Experts", "Mixed", "Product", "Stream", "Work", "power_law_loads"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from planner.assemble import model_flop
+from planner.plans.assemble import model_flop
 from planner.specs.device import Device
 from planner.specs.model import Model
 from planner.specs.parameters import active_parameter_count

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.kernels import Kernels
+from planner.engine.kernels import Kernels
 from planner.specs.device import Device
 from planner.validation.kernel_tables import Batch, batches
 from planner.validation.kernel_work import Array

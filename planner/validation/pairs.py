@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from planner.plan import Estimate
+from planner.plans.plan import Estimate
 from planner.uncertainty.residuals import COVERAGE
 from planner.uncertainty.ties import pair_distance
 

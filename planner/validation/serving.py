@@ -9,14 +9,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.composition import Composition
 from planner.costs.queueing import clients_wait_s
 from planner.costs.serving import kv_transfer_s
-from planner.iteration import Iterations
 from planner.ledger import Array
 from planner.mesh import Mesh
 from planner.serving.aggregated import Steady, steady
 from planner.serving.capacity import capacity
+from planner.serving.composition import Composition
+from planner.serving.iteration import Iterations
 from planner.specs.stack import Stack
 from planner.specs.traffic import Traffic
 from planner.technique import ServingContext, discover

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from planner.assemble import Assembly
 from planner.errors import PlannerError
+from planner.plans.assemble import Assembly
 from planner.solve.named import examine
 from planner.uncertainty.constants import share_of_software
 from planner.uncertainty.judgement import time_spread

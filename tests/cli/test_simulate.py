@@ -7,7 +7,7 @@ import pytest
 
 from planner.cli import main
 from planner.cli.serve_plan import read_serving_plan
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.load.iteration_time import Affine
 from planner.load.requests import Lengths, draw
 from planner.load.results import summarize

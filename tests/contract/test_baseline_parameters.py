@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from planner.baseline import EMBEDDING, HEAD, baseline
 from planner.ledger import AttentionCore, Ledger, Matmul, Resident
+from planner.operators.baseline import EMBEDDING, HEAD, baseline
 from planner.operators.graph import ENCODER
 from planner.specs.formats import FORMATS
 from planner.specs.model import Attention, Block, Mlp, Model, Moe, Ssm

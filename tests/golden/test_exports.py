@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from planner.export import export
-from planner.plan import Plan
+from planner.plans.plan import Plan
 
 EXPORTS = Path(__file__).parent / "exports"
 CASES = [

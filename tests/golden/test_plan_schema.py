@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 import planner
-from planner.plan import SCHEMA_VERSION, Plan
+from planner.plans.plan import SCHEMA_VERSION, Plan
 
 GOLDEN = Path(__file__).parent
 OLD = GOLDEN / "plan_v1.json"
@@ -16,7 +16,7 @@ OLD = GOLDEN / "plan_v1.json"
 
 @pytest.fixture(scope="module")
 def schema():
-    schema = json.loads((files("planner") / "plan_schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((files("planner.plans") / "plan_schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 

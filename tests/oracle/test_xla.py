@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.baseline import baseline
 from planner.ledger import Collective, Matmul, Resident
 from planner.mesh import Mesh
+from planner.operators.baseline import baseline
 from planner.specs.hardware import load_cluster
 from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.stack import load_stack

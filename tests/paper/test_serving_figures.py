@@ -13,14 +13,14 @@ from planner.costs.compute import matmul_bytes, matmul_flop, memory_bound_s, roo
 from planner.costs.kv_cache import block_waste_tokens
 from planner.costs.queueing import mg1_wait_s, tandem_response_s
 from planner.costs.speculation import accepted_tokens, speculation_gain
-from planner.engine import Pricer
-from planner.iteration import Iterations
-from planner.kernel_prices import KernelPrices
+from planner.engine.kernel_prices import KernelPrices
+from planner.engine.pricer import Pricer
 from planner.ledger import Axes, Matmul
 from planner.load.requests import Lengths, draw
 from planner.load.results import summarize
 from planner.mesh import Mesh
 from planner.serving.deployment import Deployment, run, stage_of
+from planner.serving.iteration import Iterations
 from planner.serving.speculation import Speculating
 from planner.specs.speculation import Speculation
 from planner.specs.stack import load_stack

@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from planner.engine import COMPACT, HELD, ONCE, PACED, TIMES, BlockTable
-from planner.pipeline import step_bound
+from planner.engine.block_table import COMPACT, HELD, ONCE, PACED, TIMES, BlockTable
+from planner.pipeline.composer import step_bound
+from planner.pipeline.step_time import exact_step_s
 from planner.solve.space import Rows, order_of
 from planner.solve.tables import ASPECTS, BranchTables
 from planner.solve.uniform import UniformSearch
@@ -18,7 +19,6 @@ from planner.specs.models import load_model
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.step_time import exact_step_s
 
 JOBS = [
     ("llama3.1-8b", "h100-sxm:4x8"),

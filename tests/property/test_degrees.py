@@ -15,13 +15,13 @@ from planner.errors import Infeasible
 from planner.errors import Problem as Fault
 from planner.export.launchers import launcher
 from planner.ledger import Collective
-from planner.place import Place
+from planner.pipeline.place import Place
+from planner.pipeline.transition import communicators, meets, transition, transition_s
 from planner.solve.mixed.ground import Ground
 from planner.solve.mixed.search import MixedSearch, search_mixed
 from planner.solve.named import examine
 from planner.specs.model import Attention, Block, Mlp
 from planner.specs.problem import Problem
-from planner.transition import communicators, meets, transition, transition_s
 from tests.property.small_problem import ALL_OR_NOTHING, small_problem
 
 _CLOSED = {"zero_stage": "1", "activation_offload": "none"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import Pricer, tabulate
-from planner.layout import BOUNDARY
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.mesh import Mesh
+from planner.operators.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.pipeline.layout import BOUNDARY
 from planner.solve.named import examine
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model

@@ -11,9 +11,10 @@ import pytest
 import planner
 from planner.errors import ExportError, Interrupted, SpecError
 from planner.export import export
-from planner.layout import layouts
-from planner.pipeline import memory
-from planner.plan import Plan
+from planner.pipeline.composer import memory
+from planner.pipeline.layout import layouts
+from planner.pipeline.step_time import exact_step_s
+from planner.plans.plan import Plan
 from planner.schedule.critical import critical_path, interleaved_paths
 from planner.schedule.engine import simulate
 from planner.schedule.order import make_order
@@ -33,7 +34,6 @@ from planner.specs.model import Attention, Block, Mlp, Model
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.step_time import exact_step_s
 from planner.uncertainty.memory_limit import exceeded_bytes
 from tests.property.small_problem import CLOSED, small_problem
 
@@ -126,7 +126,7 @@ def test_deals_of_a_mesh_are_bounded_together_as_each_alone():
 
 
 def assembled(problem, uniform, found) -> Plan:
-    from planner.assemble import assemble
+    from planner.plans.assemble import assemble
 
     recipe = {**found.mesh.recipe, **found.assignment.strategies[0], "schedule": found.deal.schedule}
     knobs = uniform.space.knobs(recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.pipeline import saturated
+from planner.pipeline.composer import saturated
 from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes
 from planner.schedule.order import make_order

@@ -8,12 +8,12 @@ from itertools import pairwise, permutations, product
 import numpy as np
 import pytest
 
-from planner.assignment import read_assignment
 from planner.costs.overlap import uniform_bucket_exposure_s
 from planner.errors import Infeasible
 from planner.errors import Problem as Fault
-from planner.place import Place, hops_s, of_group
-from planner.plan import SearchResult
+from planner.pipeline.assignment import read_assignment
+from planner.pipeline.place import Place, hops_s, of_group
+from planner.plans.plan import SearchResult
 from planner.schedule.engine import simulate
 from planner.schedule.order import make_order
 from planner.solve.layerwise.search import search_layerwise

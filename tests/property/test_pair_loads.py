@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from planner.costs.serving import kv_transfer_s, queue_load
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible
 from planner.serving.candidates import Account, iterations_of
 from planner.serving.disaggregated import search_disaggregated

@@ -14,11 +14,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from planner.baseline import EMBEDDING, HEAD, block_order
-from planner.engine import BlockTable, tabulate
-from planner.layout import BOUNDARY
+from planner.engine.block_table import BlockTable, tabulate
 from planner.ledger import Ledger
 from planner.mesh import Mesh
+from planner.operators.baseline import EMBEDDING, HEAD, block_order
+from planner.pipeline.layout import BOUNDARY
 from planner.solve.branches import Faults
 from planner.solve.space import DEGREES, Choice, Rows
 from planner.solve.uniform import UniformSearch

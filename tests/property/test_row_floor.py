@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.engine import COMPACT, tabulate
-from planner.layout import BOUNDARY
-from planner.pipeline import phase_seconds
+from planner.engine.block_table import COMPACT, tabulate
+from planner.pipeline.composer import phase_seconds
+from planner.pipeline.layout import BOUNDARY
 from planner.solve.prefixes import Alike, priced_alike
 from planner.solve.row_floor import RowFloor
 from planner.solve.uniform import UniformSearch

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.baseline import EMBEDDING, HEAD
-from planner.engine import FIELDS, BlockTable
+from planner.engine.block_table import FIELDS, BlockTable
 from planner.errors import InvalidPlan
-from planner.layout import BOUNDARY, layouts
-from planner.pipeline import memory, saturated, step_bound
+from planner.operators.baseline import EMBEDDING, HEAD
+from planner.pipeline.composer import memory, saturated, step_bound
+from planner.pipeline.layout import BOUNDARY, layouts
+from planner.pipeline.step_time import exact_step_s
 from planner.schedule.engine import simulate
 from planner.schedule.live import live_vectors
 from planner.schedule.memory import peak_bytes
@@ -23,7 +24,6 @@ from planner.schedule.order import Op, generator_of, make_order, repeated
 from planner.schedule.program import compile_order
 from planner.schedule.times import operation_times
 from planner.specs.stack import load_stack
-from planner.step_time import exact_step_s
 from planner.technique import discover
 
 GENERATORS = {

@@ -9,12 +9,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from planner.baseline import EMBEDDING, HEAD, block_order
-from planner.engine import Pricer, tabulate
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible
-from planner.layout import BOUNDARY
-from planner.pipeline import memory, step_bound, tight_bound
-from planner.plan import Plan
+from planner.operators.baseline import EMBEDDING, HEAD, block_order
+from planner.pipeline.composer import memory, step_bound, tight_bound
+from planner.pipeline.layout import BOUNDARY
+from planner.pipeline.step_time import exact_step_s
+from planner.plans.plan import Plan
 from planner.solve.front import pareto_front
 from planner.solve.train import search, search_strictly
 from planner.solve.uniform import UniformSearch
@@ -24,7 +26,6 @@ from planner.specs.model import Attention, Block, Mlp, Model, Moe
 from planner.specs.problem import Problem
 from planner.specs.stack import load_stack
 from planner.specs.workload import TrainWorkload
-from planner.step_time import exact_step_s
 from planner.uncertainty.residuals import load_residuals
 
 PROBLEMS = 200

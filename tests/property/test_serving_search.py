@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible, SpecError
 from planner.serving.aggregated import steady
 from planner.serving.candidates import Account, iterations_of

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import planner
+from planner.engine.phases import dispatches
 from planner.ledger import Collective, Kernel, Matmul, Resident, Stream
-from planner.phases import dispatches
 from planner.solve.named import examine
 from planner.specs.device import Sourced
 from planner.specs.stack import load_stack

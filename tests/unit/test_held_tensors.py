@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from planner.baseline import baseline
 from planner.ledger import Resident
+from planner.operators.baseline import baseline
 from planner.specs.models import load_model
 
 TOKENS = 4096.0

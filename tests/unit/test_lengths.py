@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from planner import Problem, TrainWorkload, estimate, load_cluster, load_model, load_stack
-from planner.assemble import model_flop
 from planner.errors import Infeasible
+from planner.plans.assemble import model_flop
 from planner.solve.lengths import deal, packed
 from planner.solve.sequence_costs import sequence_problem
 from planner.specs.parameters import parameter_count

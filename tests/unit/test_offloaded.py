@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from planner.costs.block_schedule import BLOCK_PLACES, BlockLinks, BlockWork, block_tokens_per_s
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import SpecError
 from planner.load.requests import Lengths, draw
 from planner.serving.deployment import deployment_of, run

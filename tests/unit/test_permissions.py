@@ -7,7 +7,7 @@ import pytest
 
 from planner import Problem, SpecError, TrainWorkload, examine, load_cluster, load_model, load_stack, search
 from planner.cli import main
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.solve.replay import replay
 from planner.technique import discover
 

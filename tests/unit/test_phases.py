@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import planner
+from planner.engine.phases import Lane, Lanes, phase_s
 from planner.ledger import Collective, Matmul, Stream
-from planner.phases import Lane, Lanes, phase_s
 from planner.solve.named import examine
 from planner.specs.stack import load_stack
 

@@ -7,7 +7,7 @@ import pytest
 
 import planner
 from planner.costs.serving import ping_pong_s
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import PlannerError
 from planner.export.serving import export_serving
 from planner.load.requests import Lengths, draw

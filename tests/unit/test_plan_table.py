@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack, search
-from planner.plan import Plan
+from planner.plans.plan import Plan
 from planner.report.plan_table import rows, show_plans
 from planner.report.terminal import Screen
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import planner
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import PlannerError
 from planner.export.serving import export_serving
 from planner.export.serving.readers import read_launch

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from planner.costs import pipeline
-from planner.engine import FIELDS, BlockTable
-from planner.layout import layouts
+from planner.engine.block_table import FIELDS, BlockTable
+from planner.pipeline.layout import layouts
+from planner.pipeline.step_time import exact_step_s
 from planner.schedule.engine import simulate
 from planner.schedule.memory import in_flight
 from planner.schedule.order import Op, Shape, make_order, repeated
-from planner.step_time import exact_step_s
 from planner.techniques import figures
 from planner.techniques.training.schedule import zbv_controllable
 from planner.techniques.training.schedule.bpipe import ORDER as BPIPE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack, search
-from planner.holdings import holdings
+from planner.plans.holdings import holdings
 from planner.report.account import second_tree
 from planner.solve.named import examine
 from planner.solve.replay import replay

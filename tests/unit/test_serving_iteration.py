@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.composition import Composition, composition_axes
 from planner.costs.moe import distinct_experts
-from planner.iteration import Iterations
 from planner.ledger import Matmul
 from planner.mesh import Mesh
 from planner.serving.capacity import capacity
+from planner.serving.composition import Composition, composition_axes
+from planner.serving.iteration import Iterations
 from planner.specs.device import Sourced
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model

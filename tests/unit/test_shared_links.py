@@ -1,14 +1,14 @@
 """Exchanges of experts beside traffic that lies in every micro-batch, by hand.
 
-Fair shares of one link, as in planner/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds
+Fair shares of one link, as in planner/engine/shared_links.py: an exchange of A seconds among B seconds of a pass meets R seconds
 for a share R/B of its time, and takes twice as long then.
 """
 
 import numpy as np
 import pytest
 
+from planner.engine.shared_links import waits_in_pass
 from planner.ledger import Axes, Collective, Group, Item, Stream
-from planner.shared_links import waits_in_pass
 
 _AXES = Axes({"bytes": 1024.0})
 _NEAR, _FAR = (

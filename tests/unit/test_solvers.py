@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from planner import Problem, TrainWorkload, load_cluster, load_model, load_stack
-from planner.baseline import EMBEDDING, HEAD
 from planner.costs import all_gather_bytes, all_reduce_bytes, reshard_bytes, resharding_steps
 from planner.costs.resharding import PARTIAL, WHOLE
-from planner.engine import Pricer, tabulate
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.errors import Infeasible, SolverError, SpecError
 from planner.mesh import Mesh
+from planner.operators.baseline import EMBEDDING, HEAD
 from planner.solve.combinatorial.certificate import Clock, certify
 from planner.solve.combinatorial.choices import ChoiceGraph, minimise
 from planner.solve.combinatorial.migrations import migrate

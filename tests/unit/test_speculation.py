@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.composition import Composition
 from planner.costs.speculation import accepted_tokens, speculation_gain
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import SpecError
-from planner.iteration import Iterations
 from planner.mesh import Mesh
+from planner.serving.composition import Composition
+from planner.serving.iteration import Iterations
 from planner.serving.serve import serve
 from planner.serving.speculation import Speculating
 from planner.specs.hardware import load_cluster

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import planner
-from planner.engine import FIELDS, BlockTable
+from planner.engine.block_table import FIELDS, BlockTable
 from planner.errors import ExportError, InvalidPlan, SpecError
 from planner.export import export
 from planner.export.closest import closest_plan
@@ -14,12 +14,12 @@ from planner.export.readers import read_launched
 from planner.export.run_row import run_row
 from planner.export.target import Target
 from planner.export.torchtitan import fewer_at_ends, stages_of
-from planner.layout import LAYOUT_NAMES, layout_name, layouts, stages_named
-from planner.plan import Plan
+from planner.pipeline.layout import LAYOUT_NAMES, layout_name, layouts, stages_named
+from planner.pipeline.step_time import exact_step_s
+from planner.plans.plan import Plan
 from planner.report.step_trace import step_trace
 from planner.solve.named import examine
 from planner.solve.replay import replay
-from planner.step_time import exact_step_s
 from planner.validation.plans import run_of
 from planner.validation.table import read_table
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import planner.techniques
-from planner.baseline import baseline
 from planner.ledger import Collective, Item, Kernel, Matmul, Resident
 from planner.mesh import Mesh
+from planner.operators.baseline import baseline
 from planner.specs.hardware import load_cluster
 from planner.specs.models import load_model
 from planner.specs.stack import load_stack

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner import load_model
-from planner.plan import SearchResult
+from planner.plans.plan import SearchResult
 from planner.solve import time_limit
 from planner.solve.layerwise.search import search_layerwise
 from planner.solve.mixed.search import search_mixed

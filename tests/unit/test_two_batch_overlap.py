@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 import planner
-from planner.composition import Composition
-from planner.engine import Pricer, tabulate
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.errors import PlannerError
 from planner.export.serving import export_serving
 from planner.export.serving.readers import read_launch
-from planner.iteration import Iterations
 from planner.ledger import Collective, Resident
 from planner.mesh import Mesh
+from planner.serving.composition import Composition
+from planner.serving.iteration import Iterations
 from planner.serving.serve import serve
 from planner.specs.serve_problem import ServeProblem
 from planner.specs.stack import load_stack

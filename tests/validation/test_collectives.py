@@ -8,7 +8,7 @@ import pytest
 
 from planner.costs.expert_exchange import exchange_traffic
 from planner.costs.moe import distinct_domains
-from planner.kernel_prices import exchange_s
+from planner.engine.kernel_prices import exchange_s
 from planner.specs.exchange_library import exchange_kernel, exchange_libraries
 from planner.validation.call_machine import Machine, cluster_of, device_name, levels_of
 from planner.validation.collectives import SMALL_BYTES, bus_bytes_per_s, calls, score_collectives

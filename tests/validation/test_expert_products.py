@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.kernel_prices import KernelPrices
+from planner.engine.kernel_prices import KernelPrices
 from planner.ledger import Axes, Matmul
 from planner.specs.device_file import load_device
 from planner.specs.stack import load_stack

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.kernels import Kernels
+from planner.engine.kernels import Kernels
 from planner.specs.device import Sourced
 from planner.specs.device_file import load_device
 from planner.specs.kernel_library import DEFAULTS, kernel_libraries, library_for

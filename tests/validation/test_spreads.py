@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from planner.errors import SpecError
-from planner.plan import Estimate
+from planner.plans.plan import Estimate
 from planner.uncertainty.published import load_published_runs, shares_of
 from planner.uncertainty.residuals import PROBABILITIES, Spread, load_residuals, read_residuals
 from planner.uncertainty.terms import OUTSIDE, terms_spread

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from planner.costs.state_space import PRODUCT_SHARE, scan_work
-from planner.kernel_prices import KernelPrices
+from planner.engine.kernel_prices import KernelPrices
 from planner.ledger import Axes, Stream
 from planner.specs.device_file import load_device
 from planner.specs.stack import load_stack

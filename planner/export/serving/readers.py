@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Problem, SpecError
 from planner.export.launched import beside
 from planner.export.serving.launched import LaunchedPool

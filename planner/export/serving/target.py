@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import ExportError, Problem
 from planner.mesh import Mesh
 from planner.serving.candidates import iterations_of

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.resharding import PARTIAL, WHOLE, Layout, resharding_steps
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import Axes, Collective, Group, Item, Matmul, role
 from planner.solve.graph.operators import Operator, OperatorGraph, Read, names_in
 

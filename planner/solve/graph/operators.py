@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.baseline import EMBEDDING, HEAD, block_order
 from planner.costs.optimizer import optimizer_state_bytes
 from planner.costs.precision import dtype_bytes
 from planner.errors import Problem, SpecError
 from planner.ledger import AttentionCore, Axes, Item, Kernel, Ledger, Matmul, Resident, Stream, role, times
 from planner.mesh import Mesh
+from planner.operators.baseline import EMBEDDING, HEAD, block_order
 from planner.operators.dataflow import INPUT, knows, reads
 from planner.solve.passes import run_passes
 from planner.specs.cluster import Cluster

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.ledger import AttentionCore, Kernel
 from planner.solve.combinatorial.recompute import ComputeGraph, Schedule
 from planner.solve.graph.operators import Operator, OperatorGraph

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.engine import Pricer
+from planner.engine.pricer import Pricer
 from planner.errors import Problem, SpecError
 from planner.solve.combinatorial.certificate import Certificate
 from planner.solve.combinatorial.choices import Assignment, ChoiceGraph, minimise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.assemble import assemble, model_flop
-from planner.plan import Plan, SearchResult
+from planner.plans.assemble import assemble, model_flop
+from planner.plans.plan import Plan, SearchResult
 from planner.solve.account import Account
 from planner.solve.layerwise.settle import Candidate
 from planner.solve.uniform import UniformSearch

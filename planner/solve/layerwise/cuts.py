@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.layout import Layout, layouts
+from planner.pipeline.layout import Layout, layouts
 from planner.solve.layerwise.uneven import uneven_layout
 from planner.solve.space import Choice, order_of
 from planner.solve.uniform import UniformSearch

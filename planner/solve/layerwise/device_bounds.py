@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.layout import Layout
 from planner.ledger import Array
-from planner.pipeline import SLOWER, saturated
+from planner.pipeline.composer import SLOWER, saturated
+from planner.pipeline.layout import Layout
 from planner.schedule.critical import Path
 from planner.schedule.live import live_vectors
 from planner.solve.layerwise.counts import unbeaten

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assignment import Runs
 from planner.costs.arrays import distinct
 from planner.ledger import Array
+from planner.pipeline.assignment import Runs
 from planner.solve.layerwise.counts import SLACK, CountProblem, Counts, Group
 from planner.solve.layerwise.device_bounds import BYTES, DeviceBounds, Known, exposed, in_tier, largest
 from planner.solve.layerwise.duals import Cells, dual_s

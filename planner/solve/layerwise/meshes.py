@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.layout import Layout
 from planner.ledger import Array
+from planner.pipeline.layout import Layout
 from planner.solve.layerwise.cuts import name_of
 from planner.solve.layerwise.strategies import Branch, Mesh, Strategies
 from planner.solve.space import Choice

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import BlockTable
-from planner.layout import Layout
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array
+from planner.pipeline.layout import Layout
 
 __all__ = ["AtPrices", "Relaxation", "in_flight", "path_factor"]
 

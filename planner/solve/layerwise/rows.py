@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.engine import BlockTable
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array
 
 __all__ = ["DegreeRows", "some_of"]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import Infeasible, Interrupted
-from planner.plan import SearchReport, SearchResult
+from planner.plans.plan import SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.layerwise.answer import joined, proved_plans

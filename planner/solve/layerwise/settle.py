@@ -8,10 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.assignment import Assignment, Runs
-from planner.layout import Layout, deal_layers, layouts
 from planner.ledger import Array
-from planner.pipeline import memory, phase_seconds
+from planner.pipeline.assignment import Assignment, Runs
+from planner.pipeline.composer import memory, phase_seconds
+from planner.pipeline.layout import Layout, deal_layers, layouts
+from planner.pipeline.step_time import exact_step_s
 from planner.solve.branches import Branches
 from planner.solve.layerwise.devices import Device, DeviceCosts, Goal, Solved
 from planner.solve.layerwise.relaxation import path_factor
@@ -21,7 +22,6 @@ from planner.solve.layerwise.stages import Line, cut, least_sum, line_cost, smal
 from planner.solve.layerwise.strategies import Mesh
 from planner.solve.layerwise.waits import least_hop_s, waiting_s
 from planner.solve.layerwise.walks import Paths, Walks
-from planner.step_time import exact_step_s
 
 __all__ = ["Candidate", "Settler", "in_order"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import TypeAlias, TypeVar
 
-from planner.assignment import Assignment, Runs
+from planner.pipeline.assignment import Assignment, Runs
 
 __all__ = ["Taken", "merged", "simplest", "taken_by"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costs.arrays import distinct
-from planner.engine import TIMES, BlockTable, tabulate
-from planner.layout import Layout
+from planner.engine.block_table import TIMES, BlockTable, tabulate
 from planner.ledger import Array
-from planner.pipeline import step_bound, tight_bound
+from planner.pipeline.composer import step_bound, tight_bound
+from planner.pipeline.layout import Layout
 from planner.solve.layerwise.cuts import SCHEDULES, cuts, name_of
 from planner.solve.layerwise.meshes import Deal, Meshes
 from planner.solve.layerwise.relaxation import AtPrices, Relaxation, in_flight, path_factor

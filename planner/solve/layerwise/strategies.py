@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import Assignment, Runs
-from planner.engine import COMPACT, PACED, BlockTable
+from planner.engine.block_table import COMPACT, PACED, BlockTable
 from planner.ledger import Array
+from planner.pipeline.assignment import Assignment, Runs
 from planner.solve.branches import Branches
 from planner.solve.space import Choice, Rows
 from planner.solve.tables import BranchTables

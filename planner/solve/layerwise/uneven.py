@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from planner.layout import Layout, deal_layers
+from planner.pipeline.layout import Layout, deal_layers
 
 __all__ = ["uneven_layout"]
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.layout import BOUNDARY, Layout, layout_of
 from planner.ledger import Array
+from planner.pipeline.layout import BOUNDARY, Layout, layout_of
 from planner.solve.layerwise.devices import DeviceCosts
 
 __all__ = ["as_one_chunk", "least_hop_s", "waiting_s"]

@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.layout import Layout
 from planner.ledger import Array
+from planner.pipeline.layout import Layout
 from planner.schedule.critical import Path, critical_path, interleaved_paths
 from planner.schedule.order import make_order
 from planner.solve.layerwise.devices import Device, DeviceCosts, Goal

@@ -14,13 +14,13 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.assignment import Runs
-from planner.engine import COMPACT, tabulate
+from planner.engine.block_table import COMPACT, tabulate
 from planner.ledger import Array
-from planner.place import Place
+from planner.pipeline.assignment import Runs
+from planner.pipeline.place import Place
+from planner.pipeline.transition import CHANGE, communicators, transition
 from planner.solve.layerwise.devices import Device, DeviceCosts, DeviceGroup, Goal, Solved
 from planner.solve.mixed.members import Option, side_by_side
-from planner.transition import CHANGE, communicators, transition
 
 __all__ = ["Blend"]
 

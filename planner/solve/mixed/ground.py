@@ -7,11 +7,12 @@ from itertools import combinations
 
 import numpy as np
 
-from planner.baseline import block_order
-from planner.engine import COMPACT, tabulate
+from planner.engine.block_table import COMPACT, tabulate
 from planner.ledger import Array
-from planner.pipeline import saturated
-from planner.place import Place, hops_s
+from planner.operators.baseline import block_order
+from planner.pipeline.composer import saturated
+from planner.pipeline.place import Place, hops_s
+from planner.pipeline.transition import CHANGE, meets, transition
 from planner.schedule.order import generator_of
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.mixed.blend import Blend
@@ -21,7 +22,6 @@ from planner.solve.mixed.members import Class, Members, Option
 from planner.solve.mixed.shapes import Shape
 from planner.solve.mixed.stretch import Stretch
 from planner.specs.problem import Problem
-from planner.transition import CHANGE, meets, transition
 
 __all__ = ["SCHEDULE", "Ground"]
 
@@ -117,7 +117,7 @@ class Ground:
         return self._changes[key][0]
 
     def hops_s(self, edges: Iterable[tuple[Place, Place]]) -> Array:
-        """As :func:`planner.place.hops_s`, remembered."""
+        """As :func:`planner.pipeline.place.hops_s`, remembered."""
         found = []
         for one, other in edges:
             key = (id(one), id(other))

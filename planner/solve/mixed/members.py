@@ -10,10 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import Runs
-from planner.engine import COMPACT, tabulate
+from planner.engine.block_table import COMPACT, tabulate
 from planner.ledger import Array
-from planner.place import Place, of_group
+from planner.pipeline.assignment import Runs
+from planner.pipeline.place import Place, of_group
 from planner.solve.layerwise.devices import DeviceCosts, Solved
 from planner.solve.layerwise.solvers import Solver
 from planner.solve.layerwise.strategies import Mesh, Strategies

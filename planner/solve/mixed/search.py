@@ -10,9 +10,9 @@ from time import perf_counter
 
 import numpy as np
 
-from planner.assemble import assemble, model_flop
 from planner.errors import Infeasible, Interrupted
-from planner.plan import Plan, SearchReport, SearchResult
+from planner.plans.assemble import assemble, model_flop
+from planner.plans.plan import Plan, SearchReport, SearchResult
 from planner.solve.account import Account
 from planner.solve.kernel_floor import kernel_floor_s
 from planner.solve.layerwise.solvers import SOLVERS, Solver, automatic

@@ -10,11 +10,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.assignment import Assignment, Runs
-from planner.engine import BlockTable
-from planner.layout import Layout
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array
-from planner.place import Place
+from planner.pipeline.assignment import Assignment, Runs
+from planner.pipeline.layout import Layout
+from planner.pipeline.place import Place
+from planner.pipeline.step_time import stage_seconds
+from planner.pipeline.transition import CHANGE
 from planner.schedule.engine import simulate
 from planner.schedule.order import generator_of, make_order
 from planner.solve.layerwise.devices import Device, Goal, Solved
@@ -24,8 +26,6 @@ from planner.solve.mixed.bounds import Bounds
 from planner.solve.mixed.ground import SCHEDULE
 from planner.solve.mixed.members import Option
 from planner.solve.mixed.shapes import Shape
-from planner.step_time import stage_seconds
-from planner.transition import CHANGE
 
 __all__ = ["Found", "Settler"]
 

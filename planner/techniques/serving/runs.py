@@ -43,8 +43,8 @@ def run(
     ``cached`` tokens lie in a generating sequence's cache. ``choices`` are degrees (1 unless given), knobs, and the adapters that
     the traffic asks for.
     """
-    from planner.composition import Composition, composition_axes, iteration_ledger
     from planner.mesh import Mesh
+    from planner.serving.composition import Composition, composition_axes, iteration_ledger
     from planner.specs.hardware import load_cluster
     from planner.specs.models import load_model
     from planner.specs.stack import load_stack

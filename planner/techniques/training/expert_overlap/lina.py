@@ -73,7 +73,7 @@ def _window(item: Item) -> str:
 
 def _slowdown(subject: Pass) -> float:
     """How many times as long as with the pass an all-to-all is under way while gradients are on its link."""
-    from planner.shared_links import slowdown
+    from planner.engine.shared_links import slowdown
 
     taken = []
     for apply_ in (lambda ledger, ctx: ledger, subject):

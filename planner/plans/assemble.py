@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from planner.assignment import Assignment
-from planner.attribution import Share, Spend, attribute, spend
-from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.device_memory import DeviceMemory, device_memory
-from planner.engine import BlockTable
-from planner.layout import Layout
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array, AttentionCore, Ledger, Matmul, Resident
-from planner.parts import Part, Priced, price_alike, price_by_strategy
-from planner.pipeline import phase_seconds, recomputed_fraction, tail_seconds
-from planner.place import Place, hops_s
-from planner.plan import Estimate, Optimality, Plan
+from planner.operators.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.pipeline.assignment import Assignment
+from planner.pipeline.composer import phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline.layout import Layout
+from planner.pipeline.place import Place, hops_s
+from planner.pipeline.step_time import exact_step_s
+from planner.plans.attribution import Share, Spend, attribute, spend
+from planner.plans.device_memory import DeviceMemory, device_memory
+from planner.plans.parts import Part, Priced, price_alike, price_by_strategy
+from planner.plans.plan import Estimate, Optimality, Plan
 from planner.schedule.order import Generator, generator_of
 from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
@@ -31,7 +32,6 @@ from planner.specs.device import Device
 from planner.specs.model import Model
 from planner.specs.problem import Problem
 from planner.specs.workload import TrainWorkload
-from planner.step_time import exact_step_s
 from planner.technique import SLOTS, Context, details
 from planner.uncertainty.judgement import judgement
 from planner.uncertainty.provenance import weakest_text
@@ -108,7 +108,7 @@ def assemble(
         useful_flop: :func:`model_flop` of the problem, where it is already known.
         assignment: strategies of the layers, where they differ; ``layout`` then counts its columns.
         step_s: the schedule engine's step time, where it is already known.
-        priced: of :func:`~planner.parts.price_alike`, where the choice was priced beside others.
+        priced: of :func:`~planner.plans.parts.price_alike`, where the choice was priced beside others.
     """
     workload = problem.workload
     schedule = recipe["schedule"].technique

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.engine import BlockTable
-from planner.layout import BOUNDARY, Layout
+from planner.engine.block_table import BlockTable
 from planner.ledger import Array
-from planner.pipeline import phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline.composer import phase_seconds, recomputed_fraction, tail_seconds
+from planner.pipeline.layout import BOUNDARY, Layout
 from planner.schedule.engine import simulate
 from planner.schedule.order import Generator, generator_of, make_order, repeated
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from planner.costs.precision import dtype_bytes
 from planner.costs.resharding import WHOLE, Layout, resharding_steps
-from planner.engine import BlockTable, Pricer, tabulate
+from planner.engine.block_table import BlockTable, tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Axes, Collective, Group, Item, Ledger, Resident
-from planner.place import Place, activation_elements
+from planner.pipeline.place import Place, activation_elements
 
 __all__ = ["CHANGE", "communicators", "meets", "transition", "transition_s"]
 

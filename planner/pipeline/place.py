@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from planner.baseline import baseline
-from planner.engine import Pricer, tabulate
-from planner.layout import BOUNDARY
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Collective, Group, Item, Ledger, times
 from planner.mesh import Mesh
+from planner.operators.baseline import baseline
+from planner.pipeline.layout import BOUNDARY
 from planner.solve.space import Choice
 from planner.specs.cluster import Cluster
 from planner.specs.problem import Problem

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from planner.assignment import Assignment, joined
-from planner.baseline import EMBEDDING, HEAD, baseline, block_order
-from planner.engine import BlockTable, Pricer, tabulate
-from planner.layout import BOUNDARY
+from planner.engine.block_table import BlockTable, tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Ledger
-from planner.place import Place
+from planner.operators.baseline import EMBEDDING, HEAD, baseline, block_order
+from planner.pipeline.assignment import Assignment, joined
+from planner.pipeline.layout import BOUNDARY
+from planner.pipeline.place import Place
+from planner.pipeline.transition import CHANGE, transition
 from planner.solve.space import DEGREES, Choice, Rows
 from planner.specs.problem import Problem
 from planner.technique import SLOTS, Context
-from planner.transition import CHANGE, transition
 
 __all__ = ["Part", "Priced", "price_alike", "price_by_strategy"]
 

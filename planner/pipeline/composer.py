@@ -1,8 +1,8 @@
 """The pipeline composer: block tables in, step time and peak memory of every device out.
 
-A million candidates that share a :class:`~planner.layout.Layout` are composed with a few products of counts and block tables.
-:func:`step_bound` is a valid lower bound on the schedule's makespan, :func:`memory` the exact peak of its order; the schedule
-engine then gives the exact makespan of the few candidates that matter.
+A million candidates that share a :class:`~planner.pipeline.layout.Layout` are composed with a few products of counts and block
+tables. :func:`step_bound` is a valid lower bound on the schedule's makespan, :func:`memory` the exact peak of its order; the
+schedule engine then gives the exact makespan of the few candidates that matter.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import EMBEDDING
 from planner.costs.arrays import distinct
 from planner.costs.overlap import uniform_bucket_exposure_s
-from planner.engine import POOLS, BlockTable
-from planner.layout import BOUNDARY, Dealt, Layout, over_blocks, per_row
+from planner.engine.block_table import POOLS, BlockTable
 from planner.ledger import Array
+from planner.operators.baseline import EMBEDDING
+from planner.pipeline.layout import BOUNDARY, Dealt, Layout, over_blocks, per_row
 from planner.schedule.live import live_vectors
 from planner.schedule.order import Generator, generator_of
 from planner.specs.stack import Stack

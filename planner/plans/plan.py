@@ -14,7 +14,7 @@ from typing import Any
 
 from planner.errors import Problem as Fault
 from planner.errors import SpecError
-from planner.plan_form import SCHEMA_VERSION, known_fields, read_form
+from planner.plans.form import SCHEMA_VERSION, known_fields, read_form
 from planner.specs.reader import read_file
 
 __all__ = [
@@ -206,7 +206,7 @@ class Plan:
             plan.check()
             return plan
 
-        return read_form(data, where, "planner", build)
+        return read_form(data, where, "planner.plans", build)
 
     @staticmethod
     def from_json(path: str | Path, index: int | str = 1) -> Plan:

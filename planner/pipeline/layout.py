@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.baseline import EMBEDDING, HEAD
 from planner.ledger import Array
+from planner.operators.baseline import EMBEDDING, HEAD
 from planner.schedule.order import LOOPED, Placement
 
 __all__ = [

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.baseline import baseline
 from planner.costs.moe import distinct_experts, random_load_factor
 from planner.ledger import PART, Array, Ledger
 from planner.mesh import Mesh
+from planner.operators.baseline import baseline
 from planner.specs.model import Attention, Model
 
 __all__ = ["Composition", "composition_axes", "iteration_ledger"]

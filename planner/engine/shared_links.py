@@ -79,7 +79,7 @@ def waits_in_pass(
     """The same by what a pass sends in every micro-batch, in a phase of it that is priced with others before or after it.
 
     Args:
-        passes: the phase, then those of :func:`planner.phases.shares_backward`.
+        passes: the phase, then those of :func:`planner.engine.phases.shares_backward`.
         outermost, axes: as above.
     """
     (first, *_), before = passes[0], list(chain(*passes[1:]))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assemble import Assembly
 from planner.ledger import Array, Resident
-from planner.pipeline import SLOWER, recomputed_fraction, saturated
+from planner.pipeline.composer import SLOWER, recomputed_fraction, saturated
+from planner.plans.assemble import Assembly
 from planner.schedule.live import live_vectors
 
 __all__ = ["Holding", "holdings"]

@@ -1,4 +1,4 @@
-"""Seconds of a serving replica's iteration, and bytes of its devices: :mod:`planner.composition`'s ledger through the engine.
+"""Seconds of a serving replica's iteration, and bytes of its devices: the ledger of its composition through the engine.
 
 One :class:`Iterations` holds one recipe on any number of meshes (rows). Asked for a batch per row, or with one mesh for any
 number of batches, it re-sizes the ledger's axes and prices them together; nothing is interpolated and nothing loops over rows.
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from planner.composition import Composition, composition_axes, iteration_ledger
-from planner.engine import Pricer, tabulate
+from planner.engine.block_table import tabulate
+from planner.engine.pricer import Pricer
 from planner.ledger import Array, Ledger, Resident
+from planner.serving.composition import Composition, composition_axes, iteration_ledger
 from planner.technique import SERVING_SLOTS, ServingContext, Technique, discover
 
 __all__ = ["Footprint", "Iterations", "serving_choices"]
@@ -95,7 +96,7 @@ class Iterations:
         prefill_tokens: Array | float,
         prefill_context: Array | float,
     ) -> Array:
-        """Seconds of an iteration; see :class:`~planner.composition.Composition` for the arguments, which broadcast.
+        """Seconds of an iteration; see :class:`~planner.serving.composition.Composition` for the arguments, which broadcast.
 
         A batch on a pipeline is one of as many as there are stages: the time is that of passing all of them.
         """

@@ -15,17 +15,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from planner.baseline import EMBEDDING, HEAD
-from planner.engine import BlockTable
+from planner.engine.block_table import BlockTable
 from planner.errors import InvalidPlan, SpecError
 from planner.errors import Problem as Fault
-from planner.layout import BOUNDARY, Layout, layout_name, layout_of
 from planner.ledger import Array
-from planner.place import Place, of_group
+from planner.operators.baseline import EMBEDDING, HEAD
+from planner.pipeline.layout import BOUNDARY, Layout, layout_name, layout_of
+from planner.pipeline.place import Place, of_group
+from planner.pipeline.transition import CHANGE
 from planner.solve.space import Choice
 from planner.specs.problem import Problem
 from planner.technique import ADDITIVE_SLOTS, discover, off
-from planner.transition import CHANGE
 
 __all__ = ["Assignment", "Runs", "completed", "group_of", "joined", "label", "read_assignment"]
 

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.costs.overlap import pipelined_s, uniform_bucket_exposure_s
-from planner.engine import PHASES, BlockTable, Pricer
-from planner.layout import BOUNDARY, Layout
+from planner.engine.block_table import PHASES, BlockTable
+from planner.engine.phases import Lanes, loose, phase_s, shares_backward, together_s
+from planner.engine.pricer import Pricer
+from planner.engine.shared_links import beside_traffic, waits, waits_in_pass
 from planner.ledger import Array, AttentionCore, Collective, Item, Ledger, Resident, Stream, Transfer
-from planner.phases import Lanes, loose, phase_s, shares_backward, together_s
-from planner.pipeline import phase_seconds, recomputed_fraction
-from planner.shared_links import beside_traffic, waits, waits_in_pass
+from planner.pipeline.composer import phase_seconds, recomputed_fraction
+from planner.pipeline.layout import BOUNDARY, Layout
 
 __all__ = ["Share", "Spend", "attribute", "category", "spend"]
 

@@ -14,7 +14,7 @@ from planner.costs.collectives import Level
 from planner.costs.expert_exchange import expert_exchange_s
 from planner.costs.precision import FORMAT_BITS, dtype_bytes
 from planner.costs.state_space import PRODUCT_SHARE
-from planner.kernels import WIDE_HEAD, Kernels
+from planner.engine.kernels import WIDE_HEAD, Kernels
 from planner.ledger import Array, AttentionCore, Axes, Collective, Item, Matmul, Stream
 from planner.specs.device import Device
 from planner.specs.exchange_library import ExchangeKernel

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.engine import BlockTable
-from planner.layout import Layout
-from planner.pipeline import SLOWER, memory_parts
-from planner.place import Place
+from planner.engine.block_table import BlockTable
+from planner.pipeline.composer import SLOWER, memory_parts
+from planner.pipeline.layout import Layout
+from planner.pipeline.place import Place
+from planner.pipeline.transition import communicators
 from planner.schedule.order import Generator
 from planner.specs.problem import Problem
-from planner.transition import communicators
 
 __all__ = ["DeviceMemory", "device_memory"]
 

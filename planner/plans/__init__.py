@@ -1,0 +1,1 @@
+"""What is found, written out: a plan, its form, and where its every second and byte goes."""
