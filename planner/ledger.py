@@ -44,9 +44,7 @@ Index: TypeAlias = NDArray[np.intp]
 # Names, checked where they are used: the engine knows these phases and pools.
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
-Lifetime: TypeAlias = Literal[
-    "always", "micro_batch", "recomputed", "weight_input", "block", "apart", "freed", "step"
-]
+Lifetime: TypeAlias = str  # always | micro_batch | recomputed | weight_input | block | apart | freed | step
 CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
 
 
@@ -241,16 +239,16 @@ class Resident(Item):
 
     ``lifetime``: ``always``; ``micro_batch`` from a micro-batch's forward to its backward (times the micro-batches in
     flight); ``recomputed`` the same where its block is not recomputed, and only while the block is at work where it
-    is; ``weight_input`` from a micro-batch's backward to its weight gradient, where a schedule splits them; ``block``
-    while one block is at work (the peak takes the largest); ``apart`` the share of that which an allocator lends to no other
-    stream; ``freed`` while a block is at work, but before it holds most; ``step`` in the optimizer step only. ``tier`` is where it lives.
+    is; ``weight_input`` from a micro-batch's backward to its weight gradient, where a schedule splits them; ``block`` while
+    one block is at work (the peak takes the largest); ``apart`` the share of that which an allocator lends to no other
+    stream; ``freed`` while a block is at work, but before it holds most; ``step`` in the optimizer step only.
     """
 
     size: str
     bytes_per_element: float
     pool: Pool
     lifetime: Lifetime
-    tier: Literal["device", "host", "cxl", "nvme"] = "device"
+    tier: Literal["device", "host", "cxl", "nvme"] = "device"  # where it lives
     dtype: str = ""
 
 

@@ -162,7 +162,7 @@ class Graph:
         self._items.append(
             Resident(
                 what=what, block=self.name, tags=frozenset(tags), size=size, bytes_per_element=width, pool=pool,
-                lifetime=lifetime,  # type: ignore[arg-type]
+                lifetime=lifetime,
             )
         )  # fmt: skip
 

@@ -54,6 +54,9 @@ CASES = [
     # A vocabulary of 256,000, and a loss over a fifth of the positions: arXiv:2502.05177.
     Asked("loss_kernel=masked", "fused",
           on("gemma2-9b", "a100-sxm-80gb:1x8", 64, 8192, {"gradient_accumulation": "fused", "tp": 1}), {"target_percent": 20}),
+    # The same vocabulary in half of the bytes: FlashAttention's flash_attn/losses/cross_entropy.py.
+    Asked("loss_kernel=fused_16bit", "fused",
+          on("gemma2-9b", "a100-sxm-80gb:1x8", 64, 8192, {"gradient_accumulation": "fused", "tp": 1})),
     # 13B in one 24 GB card, half of the layers on the host: arXiv:2410.08791.
     Asked("parameter_offload=window", "none", on("gpt3-13b", "rtx-4090:1x1", 1, 512, {"gradient_dtype": "fp16", **K},
           job={"precisions": ("fp16",), "optimizer": "lomo"}, host_gb=256), {"resident_layers": 20}, fits=False),
