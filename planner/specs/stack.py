@@ -49,6 +49,7 @@ _HABITS = {
     "stage_outputs": ("dropped", "returned"),
     "tensor_scales": ("delayed", "current"),
     "updates": ("fused", "operators"),
+    "training_metrics": ("none", "losses"),
     "stage_inputs": ("reused", "each_micro_batch"),
     "end_weights": ("resharded", "kept"),
     "shards": ("in_place", "apart"),
@@ -146,7 +147,8 @@ class Stack:
             gradients to, and what it gathers into: ``in_place``, or in memory ``apart``. ``segments`` that an allocator takes:
             ``fixed``, so that freed ones fit nothing larger, or ``expandable``. ``tensor_scales``, one per tensor of 8 bits:
             ``delayed``, known from the steps before, or ``current``, of a pass over the tensor itself. ``updates`` of the
-            optimizer: one ``fused`` kernel, or tensor ``operators`` one after the other.
+            optimizer: one ``fused`` kernel, or tensor ``operators`` one after the other. ``training_metrics`` of every
+            micro-batch: ``none``, or ``losses`` that are computed from the logits once more.
         serves: published runs that it describes.
         on: constants that differ on a generation of accelerators, e.g. where its kernels were written for an earlier one.
         serving: what a serving engine adds; None: the stack trains.

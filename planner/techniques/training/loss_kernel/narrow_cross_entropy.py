@@ -4,12 +4,16 @@ What it does: one kernel reads the logits, computes in fp32 and writes a loss pe
     their gradient, in 16 bits and beside them.
 Saves: the fp32 logits, 4sbV/t bytes of memory and half of the bytes that the fused form moves.
 Costs: logits rounded to 16 bits before the loss; the gradient is not written over them.
-Assumes: the kernel is asked to keep the logits, its default (``inplace_backward=False``).
+Assumes: the kernel is asked to keep the logits, its default (``inplace_backward=False``). Where a framework's habit is to compute
+    metrics (``training_metrics = losses``), every micro-batch ends with PyTorch's cross-entropy of the same logits, cast to fp32,
+    for the loss and again for the perplexity.
 Source: FlashAttention (Dao-AILab/flash-attention), ``flash_attn/losses/cross_entropy.py`` and ``csrc/xentropy``, after NVIDIA
-    Apex's kernel; llm-foundry's ``loss_fn: fused_crossentropy``.
+    Apex's kernel; llm-foundry's ``loss_fn: fused_crossentropy``; metrics: Composer, ``Trainer._eval_train_metrics``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from planner.costs.precision import dtype_bytes
 from planner.ledger import Item, Ledger, Matmul, Resident, Stream
@@ -19,6 +23,7 @@ from planner.techniques.figures import Pass
 
 _KEY = "narrow_cross_entropy"
 _PASSES = {"forward": 1.0, "backward": 2.0}  # over the logits: read; read, and their gradient written
+_METRICS = 2.0  # loss and perplexity: a cast, log-softmax and the loss of each
 
 
 def apply(ledger: Ledger, ctx: Context) -> Ledger:
@@ -37,7 +42,21 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
     def narrow(item: Resident) -> Item | None:
         return item.but(bytes_per_element=width, by=_KEY) if item.what == "head.logits" else None
 
-    return ledger.edit(Matmul, product).edit(Stream, kernels).edit(Resident, narrow)
+    ledger = ledger.edit(Matmul, product).edit(Stream, kernels).edit(Resident, narrow)
+    return ledger.add(_metrics(ledger, width)) if ctx.stack.habits["training_metrics"] == "losses" else ledger
+
+
+def _metrics(ledger: Ledger, width: float) -> Iterator[Item]:
+    """Losses that nobody differentiates, once a micro-batch's activations are gone."""
+    for item in ledger.items:
+        if isinstance(item, Stream) and "loss" in item.tags and item.phase == "backward":
+            moved = width + 3 * 4.0  # logits to fp32, those to their log-softmax
+            yield item.but(
+                what="head.metrics", bytes_per_element=_METRICS * moved, launches=_METRICS * 3, by=_KEY
+            )
+        elif isinstance(item, Resident) and item.what == "head.logits":
+            held = width + 2 * 4.0
+            yield item.but(what="head.metrics", bytes_per_element=held, lifetime="step", by=_KEY)
 
 
 def _held(subject: Pass) -> float:
