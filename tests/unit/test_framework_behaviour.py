@@ -199,6 +199,22 @@ def test_an_update_by_operators_moves_three_times_the_bytes():
     assert moved == dict.fromkeys(("dense", "embedding", "head"), 88.0 + 8.0 + 4.0 + 2.0)
 
 
+def test_metrics_of_every_micro_batch_are_two_more_losses():
+    # Composer: for each of two metrics bf16 logits are read and written as fp32, read, and written as log-softmax: 14 bytes.
+    # Beside the logits are then both fp32 copies: 10.
+    ledger = assembly("gpt2-xl", "a100-sxm-80gb:1x8", "composer", zero_stage="fsdp").parts[0].ledger
+    (moved,) = ledger.of(Stream, what="head.metrics")
+    (held,) = ledger.of(Resident, what="head.metrics")
+    assert (moved.phase, moved.bytes_per_element) == ("backward", 28.0)
+    assert (held.lifetime, held.bytes_per_element) == ("step", 10.0)
+    assert ledger.axes[moved.size] == ledger.axes[held.size]
+    assert (
+        not assembly("gpt2-xl", "a100-sxm-80gb:1x8", "pytorch-fsdp")
+        .parts[0]
+        .ledger.of(Stream, what="head.metrics")
+    )
+
+
 def test_a_ring_is_filled_anew_for_every_owner():
     """Over a thousand ranks: as many bytes as one gather of slices, but hops for every call."""
     job = planner.TrainWorkload(1024, 2048)
