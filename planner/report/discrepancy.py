@@ -26,31 +26,6 @@ from planner.units import format_seconds
 
 __all__ = ["discrepancy", "show_discrepancy"]
 
-_ONLY_SLOWER = ("overlap", "host_dispatch", OUTSIDE)  # what can take longer than planned, and not shorter
-_WHY_LESS: Mapping[str, str] = {
-    "matmul": "higher clocks, kernels of a newer library, products in fewer bits than the plan's",
-    "attention": "a newer kernel than the stack's, packed documents that attend to themselves alone",
-    "memory_bound": "more is fused or compiled than the stack has it",
-    "recompute": "less is recomputed than was planned",
-    "optimizer": "fused, or sharded over more ranks than was planned",
-    "pipeline_bubble": "more chunks per stage than were planned, or weight gradients fill the bubble",
-    "tensor_parallel": "more of it is hidden behind products, or the link is faster than its profile",
-    "context_parallel": "more of it is hidden behind attention, or the link is faster than its profile",
-    "expert_parallel": "evener routing, a fused dispatcher, or more of it is hidden",
-    "resharding": "the link is faster than its profile",
-    "data_parallel": "more of it is hidden, or the network is faster than its profile",
-    "offload": "more of it is hidden, or the host's link is faster than its profile",
-    "parameters": "held in fewer bits, or sharded",
-    "gradients": "kept in a narrower format, or sharded",
-    "activations": "more is recomputed, an operator saves less, fewer micro-batches are in flight",
-    "logits": "the loss is fused, or takes the tokens in chunks",
-    "workspace": "an operator is fused, or what it needs is freed before the peak",
-    "gathered": "fewer layers are prefetched",
-    "buffers": "smaller or fewer buckets",
-    "fragmentation": "sizes that repeat, or segments that expand",
-    "communicators": "fewer groups, fewer channels",
-    "framework": "smaller workspaces, no CUDA graphs",
-}  # why a term is less than planned; a term's own text says why it is more
 _NEGLIGIBLE = 0.01  # of the difference
 _UNKNOWN = 0.25  # deviation of a term that no published run had: as the others
 
@@ -146,9 +121,7 @@ def _terms(
     terms: Sequence[Term], parts: Mapping[str, float], difference: float, deviations: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Terms by what they are expected to have contributed."""
-    possible = [
-        term for term in terms if term.name in parts and (difference > 0.0 or term.name not in _ONLY_SLOWER)
-    ]
+    possible = [term for term in terms if term.name in parts and (difference > 0.0 or term.why_less)]
     variances = {
         term.name: (parts[term.name] * deviations.get(term.name, _UNKNOWN)) ** 2 for term in possible
     }
@@ -160,19 +133,12 @@ def _terms(
             "planned": parts[term.name],
             "share": variances[term.name] / whole if whole else 0.0,
             "alone": _needed(term, parts[term.name], difference),
-            "why": term.why if difference > 0.0 else _why_less(term),
+            "why": term.why if difference > 0.0 else term.why_less,
             "check": term.check,
         }
         for term in possible
     ]
     return sorted(found, key=lambda term: -float(term["share"]))
-
-
-def _why_less(term: Term) -> str:
-    """Why a term may be less than planned; states of an optimizer are no time of it."""
-    if term in PEAK_TERMS and term.name == "optimizer":
-        return "narrower states, or sharded over more ranks than was planned"
-    return _WHY_LESS[term.name]
 
 
 def _needed(term: Term, part: float, difference: float) -> float | None:

@@ -114,10 +114,8 @@ class UniformSearch:
                     rows = part.take(open_[some])
                     # Forgets other rows' groups.
                     self.pricer = Pricer(self.problem.cluster, self.problem.stack)
-                    own, all_ = rows.context(self.problem, knobs), some - begin
-                    self._bound(
-                        recipe, rows, own, all_, activity.take(some), Alike(rows), {}, at[open_[some]]
-                    )
+                    own, all_, there = rows.context(self.problem, knobs), some - begin, at[open_[some]]
+                    self._bound(recipe, rows, own, all_, activity.take(some), Alike(rows), {}, there)
             if self._waiting > (_PAIRS if number or len(recipes) < _MANY else 0):
                 self._expand()
             if self.on_progress is not None:

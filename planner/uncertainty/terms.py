@@ -32,11 +32,12 @@ OUTSIDE = "outside"
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One part: what it is, what may be the matter with it, and what to look at."""
+    """One part: what it is, why it may be more and why less than planned (empty: it cannot be), and what to look at."""
 
     name: str
     what: str
     why: str
+    why_less: str
     check: str
 
 
@@ -45,117 +46,194 @@ TIME_TERMS = (
         "matmul",
         "matrix products",
         "clocks below what the power limit usually allows, a slower kernel, small or misaligned shapes",
+        "higher clocks, kernels of a newer library, products in fewer bits than the plan's",
         "SM clock and power during the step (nvidia-smi dmon); GEMM kernels' TFLOP/s in the profiler",
     ),
     Term(
         "attention",
         "attention",
         "another kernel than was planned: no fused attention, an older version, an unusual head size",
+        "a newer kernel than the stack's, packed documents that attend to themselves alone",
         "names of the attention kernels in the profiler, and their TFLOP/s",
     ),
     Term(
         "memory_bound",
         "memory-bound kernels",
         "norms, activations, dropout or the loss are not fused",
+        "more is fused or compiled than the stack has it",
         "number and time of elementwise kernels per layer",
     ),
     Term(
         "recompute",
         "recomputation",
         "more is recomputed than was planned",
+        "less is recomputed than was planned",
         "forward kernels inside the backward pass",
     ),
     Term(
         "optimizer",
         "optimizer",
         "not fused or not sharded; gradient clipping and norms on the host",
+        "fused, or sharded over more ranks than was planned",
         "kernels between the last backward and the next forward",
     ),
     Term(
         "pipeline_bubble",
         "pipeline bubble and hops",
         "stages are uneven (embedding, head, experts), or sends wait for receives",
+        "more chunks per stage than were planned, or weight gradients fill the bubble",
         "idle time per stage; time of send and receive kernels",
     ),
     Term(
         "tensor_parallel",
         "tensor-parallel communication",
         "the group leaves its fast domain, or the link is slower than its profile",
+        "more of it is hidden behind products, or the link is faster than its profile",
         "rank placement; bus bandwidth of the all-gathers by nccl-tests on one node",
     ),
     Term(
         "context_parallel",
         "context-parallel communication",
         "the ring crosses nodes, or its sends do not hide behind attention",
+        "more of it is hidden behind attention, or the link is faster than its profile",
         "send and receive kernels beside the attention kernels",
     ),
     Term(
         "expert_parallel",
         "expert dispatch and combine",
         "uneven routing, a slower all-to-all, permutation that is not fused",
+        "evener routing, a fused dispatcher, or more of it is hidden",
         "tokens per expert and rank; time of all-to-all and permute kernels",
     ),
     Term(
         "resharding",
         "activations between layers of unlike degrees",
         "the ranks of both layers are further apart than their links are fast",
+        "the link is faster than its profile",
         "time of the all-to-alls and all-gathers between these layers",
     ),
     Term(
         "data_parallel",
         "gradient and weight traffic that nothing hides",
         "network contention: other jobs, a rail or a NIC that is down, GPUDirect that is off",
+        "more of it is hidden, or the network is faster than its profile",
         "nccl-tests across all nodes; NCCL_DEBUG=INFO for transports and rails",
     ),
     Term(
         "offload",
         "traffic to host memory",
         "pageable memory, a shared PCIe switch, NUMA binding",
+        "more of it is hidden, or the host's link is faster than its profile",
         "rate of the copies; numactl; lspci for the link's width",
     ),
     Term(
         "overlap",
         "communication that ought to be hidden",
         "collectives wait for a stream or a bucket, or take the compute kernels' multiprocessors",
+        "",
         "whether collectives and compute kernels run side by side; bucket sizes; CUDA_DEVICE_MAX_CONNECTIONS",
     ),
     Term(
         "host_dispatch",
         "launches: what the host takes to issue kernels",
         "Python, logging, synchronisation or a slow CPU keep the device waiting",
+        "",
         "gaps between kernels; CPU time per layer; CUDA graphs",
     ),
     Term(
         OUTSIDE,
         "what the model leaves out: stragglers, data loading, checkpoints, evaluation, other jobs",
         "one slow rank holds all others; the step waits for its input",
+        "",
         "step time per rank; time of one device alone; data loader's queue",
     ),
 )
 PEAK_TERMS = (
-    Term("parameters", "parameters", "a second copy: master weights, an average of weights", "memory snapshot"),
-    Term("gradients", "gradients", "kept in a wider format, or not sharded", "memory snapshot: type of the gradients"),
-    Term("optimizer", "optimizer states", "wider states, or not sharded", "bytes of the optimizer's state"),
+    Term(
+        "parameters",
+        "parameters",
+        "a second copy: master weights, an average of weights",
+        "held in fewer bits, or sharded",
+        "memory snapshot",
+    ),
+    Term(
+        "gradients",
+        "gradients",
+        "kept in a wider format, or not sharded",
+        "kept in a narrower format, or sharded",
+        "memory snapshot: type of the gradients",
+    ),
+    Term(
+        "optimizer",
+        "optimizer states",
+        "wider states, or not sharded",
+        "narrower states, or sharded over more ranks than was planned",
+        "bytes of the optimizer's state",
+    ),
     Term(
         "activations",
         "activations",
         "less is recomputed, an operator saves more, more micro-batches are in flight",
+        "more is recomputed, an operator saves less, fewer micro-batches are in flight",
         "memory snapshot at the end of the first forward passes",
     ),
-    Term("logits", "logits and loss", "the loss is not fused, or keeps fp32 logits", "memory snapshot at the loss"),
-    Term("workspace", "workspace of one block", "an unfused operator's intermediate", "memory snapshot at the peak"),
-    Term("gathered", "gathered weights", "more layers are prefetched, or not freed", "FSDP's prefetch and reshard settings"),
-    Term("buffers", "communication buffers", "larger or more buckets", "bucket sizes of the framework"),
+    Term(
+        "logits",
+        "logits and loss",
+        "the loss is not fused, or keeps fp32 logits",
+        "the loss is fused, or takes the tokens in chunks",
+        "memory snapshot at the loss",
+    ),
+    Term(
+        "workspace",
+        "workspace of one block",
+        "an unfused operator's intermediate",
+        "an operator is fused, or what it needs is freed before the peak",
+        "memory snapshot at the peak",
+    ),
+    Term(
+        "gathered",
+        "gathered weights",
+        "more layers are prefetched, or not freed",
+        "fewer layers are prefetched",
+        "FSDP's prefetch and reshard settings",
+    ),
+    Term(
+        "buffers",
+        "communication buffers",
+        "larger or more buckets",
+        "smaller or fewer buckets",
+        "bucket sizes of the framework",
+    ),
     Term(
         "fragmentation",
         "fragmentation",
         "sizes that vary from step to step",
+        "sizes that repeat, or segments that expand",
         "reserved against allocated bytes; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ),
-    Term("communicators", "communicators", "more groups, more channels", "memory before and after init; NCCL_BUFFSIZE"),
-    Term("framework", "framework", "larger workspaces, CUDA graphs' pools", "memory of a process that did nothing"),
-    Term(OUTSIDE, "what the model leaves out", "other processes on the device", "nvidia-smi: processes on the device"),
-)  # fmt: skip
+    Term(
+        "communicators",
+        "communicators",
+        "more groups, more channels",
+        "fewer groups, fewer channels",
+        "memory before and after init; NCCL_BUFFSIZE",
+    ),
+    Term(
+        "framework",
+        "framework",
+        "larger workspaces, CUDA graphs' pools",
+        "smaller workspaces, no CUDA graphs",
+        "memory of a process that did nothing",
+    ),
+    Term(
+        OUTSIDE,
+        "what the model leaves out",
+        "other processes on the device",
+        "",
+        "nvidia-smi: processes on the device",
+    ),
+)
 
 _JOINED = {"tied_embedding": "data_parallel", "pipeline_hops": "pipeline_bubble"}
 
