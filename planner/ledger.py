@@ -45,7 +45,7 @@ Index: TypeAlias = NDArray[np.intp]
 Phase: TypeAlias = str  # forward | backward | weight | recompute | step
 Pool: TypeAlias = str  # parameters | gradients | optimizer | activations | logits | workspace | gathered | buffers | kv_cache
 Lifetime: TypeAlias = str  # always | micro_batch | recomputed | weight_input | block | apart | freed | step
-CollectiveKind: TypeAlias = str  # all_reduce | all_gather | reduce_scatter | all_to_all | point_to_point
+CollectiveKind: TypeAlias = str  # all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|point_to_point
 
 
 BATCH_ROLES = frozenset(
@@ -201,7 +201,7 @@ class Stream(Kernel):
 class Collective(Item):
     """``kind`` over ``group`` on ``size`` elements of ``dtype``.
 
-    ``size`` is the full tensor for all-reduce, all-gather and reduce-scatter, and what one rank holds for all-to-all
+    ``size`` is the full tensor for all-reduce, all-gather, reduce-scatter and broadcast, and what one rank holds for all-to-all
     and point-to-point. ``messages`` is into how many calls it is cut. ``custom``: kernels of the serving engine's own compete
     with the library's while the message is small. ``ahead_bytes``: pieces of so many bytes in which traffic of the step lets it
     go first on a link of both; 0: they share it. ``kernel`` names one of ``hardware_profiles/exchange_libraries.toml`` that

@@ -172,8 +172,10 @@ def fit_memory(stack: Stack, runs: Sequence[MeasuredRun], *, folds: int = 5) -> 
 def _start(
     stack: Stack, runs: Sequence[MeasuredRun], bounds: Sequence[tuple[str, float, float]]
 ) -> tuple[Stack, Sequence[tuple[str, float, float]], tuple[Kept, ...]]:
-    """Where a fit starts: the stack on the generation of all runs, and all constants; of several generations, those that it has
-    in common for them, and the others as kept."""
+    """Where a fit starts: the stack on the generation of all runs, and the bounds of all constants.
+
+    Of several generations: the stack itself, and the bounds of what it has in common for them; the others are kept.
+    """
     generations = sorted({run.job.cluster.device.generation for run in runs})
     if len(generations) == 1:
         return stack.on_generation(generations[0]), bounds, ()

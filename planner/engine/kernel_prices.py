@@ -235,8 +235,8 @@ def slowdown_constant(item: Item | None, stack: Stack) -> str | None:
 def beside_nothing(item: Item) -> bool:
     """Whether an item runs once per step while its device does nothing else.
 
-    Collectives of stacks that run them beside kernels take 1.2 times as long as the links' profiles say, those of
-    Megatron-DeepSpeed, which waits for each, 1.02 times; InternLM's broadcasts of updated weights as long as the profiles say.
+    ``collective_slowdown`` is what collectives take longer beside kernels than alone: with nothing to share the device with, they
+    take what the links' profiles say (docs/decisions/0004-stacks.md has the measurements).
     """
     return item.phase == "step" and item.track == "main"
 

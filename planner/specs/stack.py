@@ -115,8 +115,8 @@ class Stack:
         narrow_matmul_slowdown: the same of products of fewer than 16 bits that are not grouped; None: as of wider ones.
         attention_slowdown: the same of fused attention kernels.
         stream_slowdown: the same of memory-bound kernels: what is not fused moves its operands again.
-        collective_slowdown: the same of collectives but all-to-alls, relative to the links' profile; of those too that run once
-            per step with nothing beside them there is none.
+        collective_slowdown: the same of collectives, relative to the links' profile; all-to-alls, and what runs once per step
+            with nothing beside it, have none.
         dispatch_s: host time to issue one kernel.
         waited_dispatches: what a kernel or collective costs beside its own time where the host waits for each before it issues
             the next, in dispatches of one kernel: the synchronisation, and the kernels that an item of the ledger stands for.

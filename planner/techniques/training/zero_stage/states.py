@@ -25,6 +25,7 @@ __all__ = [
     "accumulated_in_place",
     "gather_updated",
     "gather_weights",
+    "largest_tensor",
     "mesh_of",
     "owned_among",
     "shard",
