@@ -114,13 +114,27 @@ def _parallel(target: Target) -> Flags:
         flags |= {
             "--expert-model-parallel-size": [mesh["ep"]],
             "--expert-tensor-parallel-size": [mesh["etp"]],
-            "--moe-token-dispatcher-type": ["alltoall"],
+            **_dispatcher(target),
             "--moe-grouped-gemm": [],
         }
         capacity = target.workload.capacity_factor
         if capacity is not None:
             flags |= {"--moe-expert-capacity-factor": [capacity], "--moe-pad-expert-input-to-capacity": []}
     return flags | _pipeline(plan)
+
+
+_DISPATCHERS: Mapping[str, Flags] = {
+    "copied": {"--moe-token-dispatcher-type": ["alltoall"]},
+    "deepep": {"--moe-token-dispatcher-type": ["flex"], "--moe-flex-dispatcher-backend": ["deepep"]},
+    "fused": {"--moe-token-dispatcher-type": ["flex"], "--moe-flex-dispatcher-backend": ["hybridep"]},
+}
+_WITH_KERNELS = ("hopper", "blackwell")  # generations that DeepEP's and Hybrid-EP's kernels are written for
+
+
+def _dispatcher(target: Target) -> Flags:
+    """What brings tokens to their experts: kernels made for it where the device has them, else an all-to-all."""
+    has = target.plan.mesh["ep"] > 1 and target.cluster.device.generation in _WITH_KERNELS
+    return _DISPATCHERS[target.knobs.get("dispatch", "fused") if has else "copied"]
 
 
 def _hierarchy(target: Target) -> list[int]:

@@ -99,7 +99,6 @@ def _command(script: Script, where: str) -> tuple[list[str], list[str]]:
 _IMPLIED = (
     "--use-mcore-models",
     "--moe-grouped-gemm",
-    "--moe-token-dispatcher-type",
     "--ckpt-format",
     "--optimizer-offload-fraction",
     "--use-precision-aware-optimizer",
@@ -202,6 +201,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "loss_kernel": "fused" if flags.present("--cross-entropy-loss-fusion") else "eager",
         **_states(flags),
         **_accumulation(flags),
+        **_dispatch(flags, ep if experts else 1),
         "cuda_graph": "none",
         "checkpoint_end": "whole",
         **_recompute(flags, chunks),
@@ -214,6 +214,18 @@ def _accumulation(flags: FlagReader) -> dict[str, str]:
     return {"gradient_accumulation": "separate" if separate else "fused"}
 
 
+def _dispatch(flags: FlagReader, ep: int) -> dict[str, str]:
+    """What brings tokens to experts on other ranks, unless it is what plans take for granted."""
+    kind = flags.choice("--moe-token-dispatcher-type", "allgather", _DISPATCHERS)
+    kernels = flags.choice("--moe-flex-dispatcher-backend", "deepep", _EXCHANGES)
+    if flags.present("--moe-enable-deepep"):
+        kernels = "deepep"
+    how = kind or kernels
+    return {"dispatch": how} if ep > 1 and how != "fused" else {}
+
+
+_DISPATCHERS = {"allgather": "copied", "alltoall": "copied", "flex": ""}
+_EXCHANGES = {"deepep": "deepep", "hybridep": "fused"}
 _BACKENDS = {"auto": "flash", "flash": "flash", "fused": "flash", "unfused": "eager", "local": "eager"}
 _CONTEXTS = {name: name for name in ("p2p", "all_gather", "a2a", "a2a+p2p")} | {"allgather": "all_gather"}
 

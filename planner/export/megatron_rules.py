@@ -67,6 +67,8 @@ def _megatron_attention(ctx: Context) -> Iterable[Check]:
             yield Check("--tp-comm-overlap has no buffers for latent attention", plain | (tp == 1))
         if attention.window and context in ("p2p", "a2a+p2p"):
             yield Check("windowed attention does not travel a ring (Transformer Engine)", cp == 1)
+        if block.moe is not None and ctx.workload.capacity_factor is not None:
+            yield Check("DeepEP does not pad tokens to a capacity", ctx.knobs.get("dispatch") != "deepep")
         if block.moe is not None and block.moe.bias:
             yield Check("experts with biases need etp = 1", ctx.mesh.etp == 1)
 

@@ -214,6 +214,35 @@ def test_experts_are_capped():
     assert "--moe-pad-expert-input-to-capacity" in flags
 
 
+@pytest.mark.parametrize(
+    ("cluster", "fixed", "said"),
+    [
+        ("h100-sxm:8x8", {}, "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"),
+        (
+            "h100-sxm:8x8",
+            {"dispatch": "deepep"},
+            "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep",
+        ),
+        ("h100-sxm:8x8", {"dispatch": "copied"}, "--moe-token-dispatcher-type alltoall"),
+        ("a100-sxm-80gb:8x8", {}, "--moe-token-dispatcher-type alltoall"),  # no kernels of either for Ampere
+    ],
+)
+def test_tokens_go_to_experts_as_they_are_priced(cluster, fixed, said, tmp_path):
+    """Megatron-Core, core/transformer/transformer_config.py: moe_token_dispatcher_type, moe_flex_dispatcher_backend."""
+    text = export(plan_of("mixtral-8x7b", cluster, tp=2, ep=8, **fixed), "megatron")["args.txt"]
+    assert said in " ".join(text.split())
+    assert ("--moe-flex-dispatcher-backend" in text) == ("flex" in said)
+    (tmp_path / "args.txt").write_text(text)
+    read = read_megatron(tmp_path / "args.txt").fixed.get("dispatch", "fused")
+    assert read == (fixed.get("dispatch", "fused") if "h100" in cluster else "copied")
+
+
+def test_tokens_that_are_padded_to_a_capacity_do_not_go_by_deepep():
+    # transformer_config.py: "Flex token dispatcher with deepep backend does not support moe_pad_expert_input_to_capacity"
+    said = refusals(plan_of("mixtral-8x7b", tp=2, ep=8, capacity_factor=1.25, dispatch="deepep"))
+    assert "DeepEP does not pad" in str(said)
+
+
 def test_optimizer_on_the_host():
     flags = flags_of(plan_of(tp=2, optimizer_offload="cpu"))
     assert flags["--optimizer-offload-fraction"] == ["1.0"]

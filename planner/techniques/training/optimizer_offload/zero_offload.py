@@ -63,7 +63,8 @@ def apply(ledger: Ledger, ctx: Context) -> Ledger:
                 **common,
             ),
         ]
-    replaced = {*map(id, updates), *map(id, ledger.of(Resident, lifetime="step"))}
+    made = [item for item in ledger.of(Resident, lifetime="step") if "update" in item.tags]
+    replaced = {*map(id, updates), *map(id, made)}
     return ledger.drop(lambda item: id(item) in replaced).edit(Resident, offload).add(added)
 
 

@@ -53,7 +53,8 @@ PARALLEL_ARGS=(
     --sequence-parallel
     --expert-model-parallel-size 16
     --expert-tensor-parallel-size 1
-    --moe-token-dispatcher-type alltoall
+    --moe-token-dispatcher-type flex
+    --moe-flex-dispatcher-backend hybridep
     --moe-grouped-gemm
     --pipeline-model-parallel-layout 'Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*3|t*3L'
 )
