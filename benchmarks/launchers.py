@@ -58,9 +58,11 @@ from planner.export.readers import READERS, read_launched
 from planner.export.serving import SERVING_EXPORTERS, export_serving, find_serving_exporter
 from planner.export.serving.readers import SERVING_READERS, read_launch
 from planner.export.serving.target import ServingTarget
+from planner.export.target import Target
 from planner.plans.plan import Plan
 from planner.serving.plan import ServePlan
 from planner.specs.models import load_model
+from planner.techniques.training.expert.moe_folding import dispatcher
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "launchers.json"
@@ -143,6 +145,7 @@ def read_back(name: str, files: dict[str, str], plan: Plan) -> str:
             (Path(folder) / file).write_text(text)
         run = read_launched(name, Path(folder) / FILES[name])
     meant = {knob: str(value).lower() for knob, value in {**plan.mesh, **plan.knobs}.items()}
+    meant.setdefault("dispatch", dispatcher(Target.of(plan).context()))
     wrong = []
     for knob, value in run.fixed.items():
         said, was = str(value).lower(), meant.get(knob, "1")
@@ -189,7 +192,6 @@ def _same_group(knob: str, read: Any, plan: Plan) -> bool:
     if knob not in ("zero_group", "zero_group_ranks", "zero_stage"):
         return False
     from planner.export.sharding import replicas_outside
-    from planner.export.target import Target
 
     copies = int(replicas_outside(Target.of(plan).context()).flat[0])
     ranks = plan.mesh["dp"] * plan.mesh["cp"] // copies

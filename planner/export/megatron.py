@@ -128,13 +128,13 @@ _DISPATCHERS: Mapping[str, Flags] = {
     "deepep": {"--moe-token-dispatcher-type": ["flex"], "--moe-flex-dispatcher-backend": ["deepep"]},
     "fused": {"--moe-token-dispatcher-type": ["flex"], "--moe-flex-dispatcher-backend": ["hybridep"]},
 }
-_WITH_KERNELS = ("hopper", "blackwell")  # generations that DeepEP's and Hybrid-EP's kernels are written for
 
 
 def _dispatcher(target: Target) -> Flags:
-    """What brings tokens to their experts: kernels made for it where the device has them, else an all-to-all."""
-    has = target.plan.mesh["ep"] > 1 and target.cluster.device.generation in _WITH_KERNELS
-    return _DISPATCHERS[target.knobs.get("dispatch", "fused") if has else "copied"]
+    """What brings tokens to experts on other ranks."""
+    from planner.techniques.training.expert.moe_folding import dispatcher
+
+    return _DISPATCHERS[dispatcher(target.context()) if target.plan.mesh["ep"] > 1 else "copied"]
 
 
 def _hierarchy(target: Target) -> list[int]:

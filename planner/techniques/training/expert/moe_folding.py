@@ -37,6 +37,10 @@ _LIBRARIES = {"fused": ("hybrid-ep", 0.0), "deepep": ("deepep-normal", 20.0)}
 """Of kernels made for experts, and the multiprocessors that they are given (DeepEP, ``Buffer.num_sms``)."""
 
 
+_GENERATIONS = ("hopper", "blackwell")
+"""That kernels of either are written for."""
+
+
 def valid(ctx: Context) -> Iterable[Check]:
     """Both meshes hold the same ranks; whole experts per rank."""
     mesh = ctx.mesh
@@ -44,6 +48,8 @@ def valid(ctx: Context) -> Iterable[Check]:
     moes = [block.moe for block in ctx.model.blocks.values() if block.moe is not None]
     if not moes:
         yield Check("expert degrees without experts", (mesh.ep == 1) & (mesh.etp == 1))
+    has = ctx.knobs.get("dispatch", "copied") == "copied" or ctx.cluster.device.generation in _GENERATIONS
+    yield Check("DeepEP's and Hybrid-EP's kernels need devices of Hopper or Blackwell (dispatch)", has)
     for moe in moes:
         yield Check("experts not divisible by ep", moe.experts % mesh.ep == 0)
         yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
@@ -90,13 +96,19 @@ def folded(ledger: Ledger, ctx: Context, by: str, replicated: int = 0) -> Ledger
     return _copied(ledger, ctx).add(added)
 
 
+def dispatcher(ctx: Context) -> str:
+    """What brings tokens to their experts: as the plan says, or kernels made for it where the device has them."""
+    has = ctx.cluster.device.generation in _GENERATIONS
+    return ctx.knobs.get("dispatch") or ("fused" if has else "copied")
+
+
 def _by_kernel(exchange: Collective, ctx: Context, outward: bool) -> Collective:
     """The exchange by a kernel made for it."""
     moe = ctx.model.layer_in(exchange.block).moe
     assert moe is not None, "tokens go to experts alone"
-    if ctx.knobs.get("dispatch") == "copied":
+    if (how := dispatcher(ctx)) == "copied":
         return exchange
-    library, units = _LIBRARIES[ctx.knobs.get("dispatch") or "fused"]
+    library, units = _LIBRARIES[how]
     kernel = f"{library}.dispatch" if outward else f"{library}.combine"
     near = float(moe.experts) if ctx.knobs.get("routing") == "neighbours" else 0.0
     return replace(exchange, kernel=kernel, choices=float(moe.top_k), neighbours_of=near, units=units)
@@ -104,7 +116,7 @@ def _by_kernel(exchange: Collective, ctx: Context, outward: bool) -> Collective:
 
 def _copied(ledger: Ledger, ctx: Context) -> Ledger:
     """Copies of tokens into the order of ranks and of experts, where no library brings them to their experts by itself."""
-    if ctx.knobs.get("dispatch") != "copied":
+    if dispatcher(ctx) != "copied":
         return ledger
     slower, moved = float(ctx.cluster.device.efficiency.memory) / _COPY_RATE, ("moe.permute", "moe.unpermute")
     for name in {item.block for item in ledger.of(Stream) if item.what in moved}:
@@ -164,7 +176,7 @@ TECHNIQUE = Technique(
         ),
         Detail(
             "dispatch",
-            "whether kernels made for it (Hybrid-EP's, DeepEP's) bring tokens to their experts, or copies and an all-to-all",
+            "whether kernels made for it (on Hopper, Blackwell: Hybrid-EP's, DeepEP's) or an all-to-all bring tokens to experts",
             ("fused", "deepep", "copied"),
             "fused",
             read=_dispatch,
