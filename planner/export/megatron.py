@@ -260,6 +260,8 @@ def _kernels(target: Target) -> Flags:
         flags["--tp-comm-overlap"] = []
     if target.knobs["expert_overlap"] == "combined_1f1b":
         flags["--overlap-moe-expert-parallel-comm"] = []
+        if target.knobs.get("exchange_stream") != "plain":
+            flags["--high-priority-a2a-comm-stream"] = []
     return flags
 
 

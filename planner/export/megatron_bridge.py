@@ -62,6 +62,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "--expert-tensor-parallel-size": ("model.expert_tensor_parallel_size",),
     "--moe-token-dispatcher-type": ("model.moe_token_dispatcher_type",),
     "--moe-flex-dispatcher-backend": ("model.moe_flex_dispatcher_backend",),
+    "--high-priority-a2a-comm-stream": ("model.high_priority_a2a_comm_stream",),
     "--moe-grouped-gemm": ("model.moe_grouped_gemm",),
     "--moe-expert-capacity-factor": ("model.moe_expert_capacity_factor",),
     "--moe-pad-expert-input-to-capacity": ("model.moe_pad_expert_input_to_capacity",),

@@ -190,7 +190,7 @@ def _knobs(flags: FlagReader, model: Model) -> dict[str, Any]:
         "pipeline_layout": layout,
         "sequence_parallel": "true" if flags.present("--sequence-parallel") and tp > 1 else "false",
         "context": _context(flags) if cp > 1 else "p2p",
-        "expert_overlap": "combined_1f1b" if flags.present("--overlap-moe-expert-parallel-comm") else "none",
+        **_exchange(flags),
         "tensor_overlap": "chunked" if flags.present("--tp-comm-overlap") and tp > 1 else "none",
         "precision": _precision(flags),
         "gradient_dtype": _gradient(flags),
@@ -212,6 +212,14 @@ def _accumulation(flags: FlagReader) -> dict[str, str]:
     """Whether weight gradients are added by a kernel of their own; Megatron-FSDP, which shards them, cannot do otherwise."""
     separate = flags.present("--no-gradient-accumulation-fusion") and not flags.present("--use-megatron-fsdp")
     return {"gradient_accumulation": "separate" if separate else "fused"}
+
+
+def _exchange(flags: FlagReader) -> dict[str, str]:
+    """What experts' exchanges run beside, and whether their stream comes first there."""
+    first = flags.present("--high-priority-a2a-comm-stream")
+    if not flags.present("--overlap-moe-expert-parallel-comm"):
+        return {"expert_overlap": "none"}
+    return {"expert_overlap": "combined_1f1b", **({} if first else {"exchange_stream": "plain"})}
 
 
 def _dispatch(flags: FlagReader, ep: int) -> dict[str, str]:

@@ -237,6 +237,24 @@ def test_tokens_go_to_experts_as_they_are_priced(cluster, fixed, said, tmp_path)
     assert read == (fixed.get("dispatch", "fused") if "h100" in cluster else "copied")
 
 
+@pytest.mark.parametrize("stream", ["priority", "plain"])
+def test_overlapped_exchanges_have_the_stream_that_they_are_priced_with(stream, tmp_path):
+    """Megatron-Core, core/transformer/transformer_config.py: high_priority_a2a_comm_stream."""
+    fixed = {
+        "tp": 2,
+        "ep": 8,
+        "pp": 2,
+        "virtual_stages": 2,
+        "expert_overlap": "combined_1f1b",
+        "exchange_stream": stream,
+    }
+    text = export(plan_of("mixtral-8x7b", **fixed), "megatron")["args.txt"]
+    assert "--overlap-moe-expert-parallel-comm" in text
+    assert ("--high-priority-a2a-comm-stream" in text) == (stream == "priority")
+    (tmp_path / "args.txt").write_text(text)
+    assert read_megatron(tmp_path / "args.txt").fixed.get("exchange_stream", "priority") == stream
+
+
 def test_tokens_that_are_padded_to_a_capacity_do_not_go_by_deepep():
     # transformer_config.py: "Flex token dispatcher with deepep backend does not support moe_pad_expert_input_to_capacity"
     said = refusals(plan_of("mixtral-8x7b", tp=2, ep=8, capacity_factor=1.25, dispatch="deepep"))
