@@ -137,7 +137,7 @@ class Knob:
 class Detail(Knob):
     """A knob that says more about a slot's choice: how many layers, which modules. It is open unless a plan names it.
 
-    ``read`` makes a value of what the user wrote, or raises ValueError; ``expected`` says what it takes. The choice
+    It is one of ``values``, if it has some; ``read`` makes it of the text, or raises ValueError. ``expected`` says so. The choice
     ``needed_by``, as ``slot=value``, means nothing without it.
     """
 

@@ -27,7 +27,7 @@ from planner.pipeline.layout import LAYOUT_NAMES, stages_named
 from planner.schedule.order import Generator, generator_of
 from planner.specs.formats import FORMATS
 from planner.specs.problem import PERMISSIONS, Problem
-from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Technique, details, discover, off
+from planner.technique import ADDITIVE_SLOTS, SLOTS, Context, Detail, Technique, details, discover, off
 from planner.units import counted
 
 __all__ = ["DEGREES", "NOT_DEALT", "Choice", "Named", "Rows", "Space", "named", "order_of"]
@@ -321,10 +321,11 @@ class Space:
                     faults.append(Fault(f"--fix {name}", repr(value), "a whole number from 1"))
                 checked[name] = number
             elif name in details():
+                detail = details()[name]
                 try:
-                    checked[name] = details()[name].read(str(value).lower())
+                    checked[name] = _read(detail, str(value).lower())
                 except ValueError:
-                    faults.append(Fault(f"--fix {name}", repr(value), details()[name].expected))
+                    faults.append(Fault(f"--fix {name}", repr(value), detail.expected))
             else:
                 checked[name] = str(value).lower()
                 if name == "pipeline_layout" and checked[name] not in LAYOUT_NAMES:
@@ -398,6 +399,13 @@ def _not_permitted(where: str, missing: Sequence[str]) -> Fault:
     expected = "; ".join(f"permission for {name}: {PERMISSIONS[name]}" for name in missing)
     options = " ".join(f"--allow {name}" for name in missing)
     return Fault(where, "needs a permission that is not given", expected, f"Add {options}.")
+
+
+def _read(detail: Detail, text: str) -> Any:
+    """What the user says of a detail; ValueError where it is none of the detail's values."""
+    if detail.values and text not in detail.values:
+        raise ValueError(text)
+    return detail.read(text)
 
 
 def _technique_named(word: str) -> str:

@@ -23,9 +23,7 @@ _LEAST = 1e-3  # floor where nothing that is counted was read
 _TINY = 1e-12
 _Z = 1.2816  # deviations of a normal distribution within which 80 % lie
 _FEWEST = 5  # residuals that a quantile of their own is taken from
-_STEPS = (
-    5  # each leaves a small part of the error: the floor is a small part of what processes are uncertain by
-)
+_STEPS = 5  # each leaves a small part of the error, as the floor is one of what processes are uncertain by
 
 
 class Outcome(NamedTuple):

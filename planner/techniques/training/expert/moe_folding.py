@@ -36,7 +36,6 @@ _COPY_RATE = 0.506
 _LIBRARIES = {"fused": ("hybrid-ep", 0.0), "deepep": ("deepep-normal", 20.0)}
 """Of kernels made for experts, and the multiprocessors that they are given (DeepEP, ``Buffer.num_sms``)."""
 
-
 _GENERATIONS = ("hopper", "blackwell")
 """That kernels of either are written for."""
 
@@ -48,8 +47,8 @@ def valid(ctx: Context) -> Iterable[Check]:
     moes = [block.moe for block in ctx.model.blocks.values() if block.moe is not None]
     if not moes:
         yield Check("expert degrees without experts", (mesh.ep == 1) & (mesh.etp == 1))
-    has = ctx.knobs.get("dispatch", "copied") == "copied" or ctx.cluster.device.generation in _GENERATIONS
-    yield Check("DeepEP's and Hybrid-EP's kernels need devices of Hopper or Blackwell (dispatch)", has)
+    runs = dispatcher(ctx) == "copied" or ctx.cluster.device.generation in _GENERATIONS
+    yield Check("DeepEP's and Hybrid-EP's kernels need devices of Hopper or Blackwell (dispatch)", runs)
     for moe in moes:
         yield Check("experts not divisible by ep", moe.experts % mesh.ep == 0)
         yield Check("expert width not divisible by etp", moe.expert_ffn % mesh.etp == 0)
@@ -131,18 +130,6 @@ def _copied(ledger: Ledger, ctx: Context) -> Ledger:
     )
 
 
-def _dispatch(text: str) -> str:
-    if text not in ("copied", *_LIBRARIES):
-        raise ValueError(text)
-    return text
-
-
-def _routing(text: str) -> str:
-    if text not in ("anywhere", "neighbours"):
-        raise ValueError(text)
-    return text
-
-
 def _parameters(subject: Pass) -> float:
     """Parameters of GShard's 600B model, from what one of 2048 ranks holds of each layer."""
     ledger, ctx = figures.run("expert", subject, model="gshard-600b", dp=2048, ep=2048, seq=1024)
@@ -179,7 +166,6 @@ TECHNIQUE = Technique(
             "whether kernels made for it (on Hopper, Blackwell: Hybrid-EP's, DeepEP's) or an all-to-all bring tokens to experts",
             ("fused", "deepep", "copied"),
             "fused",
-            read=_dispatch,
             expected="fused, deepep or copied",
         ),
         Detail(
@@ -187,7 +173,6 @@ TECHNIQUE = Technique(
             "where a token's experts lie: anywhere, or beside one another, as a benchmark deals them out without a router",
             ("anywhere", "neighbours"),
             "anywhere",
-            read=_routing,
             expected="anywhere or neighbours",
         ),
     ),

@@ -53,12 +53,6 @@ def _in_part(ledger: Ledger) -> Ledger:
     return ledger.set_axes(**axes).edit(Collective, beside).add(exposed)
 
 
-def _stream(text: str) -> str:
-    if text not in ("priority", "plain"):
-        raise ValueError(text)
-    return text
-
-
 def _serial(subject: Pass) -> float:
     """All-to-alls of a layer, forward and backward, that stand in its serial order."""
     ledger, _ = figures.run("expert_overlap", subject, model="deepseek-v3", dp=64, ep=64, seq=4096)
@@ -87,7 +81,6 @@ TECHNIQUE = Technique(
             "whether kernels that exchange tokens go before products, or wait for multiprocessors that these leave",
             ("priority", "plain"),
             "priority",
-            read=_stream,
             expected="priority or plain",
         ),
     ),
